@@ -1,0 +1,16 @@
+"""Fused attention, normalisation and feed-forward kernels for PyTorch behind drop-in torch.nn layers."""
+
+import os
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    # a checkout keeps the Triton kernels one level up; an installed package holds them here
+    __path__.append(os.path.dirname(__path__[0]))
+
+from fastattn._native import load_backends
+from fastattn.ops import dropout, explain, layer_norm, rms_norm
+from fastattn.ops._backends import backends, use_backend
+
+__version__ = "0.1.0"
+__all__ = ["backends", "dropout", "explain", "layer_norm", "rms_norm", "use_backend"]
+
+load_backends()

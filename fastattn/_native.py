@@ -1,0 +1,69 @@
+"""What the build left, what of it loads, and why the rest does not."""
+
+import functools
+import json
+import os
+import warnings
+
+import torch
+
+from fastattn.ops._backends import set_unavailable
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+CPU_CAPABILITIES = ("default", "avx2", "avx512")
+
+
+@functools.lru_cache
+def build_info():
+    """What setup.py built and why it left out the rest; empty in a checkout that was never built."""
+    try:
+        with open(os.path.join(_HERE, "_build_info.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+
+
+def _load(name):
+    """Load one op library: None, or the reason why it is not there."""
+    path = os.path.join(_HERE, name)
+    if not os.path.exists(path):
+        reason = build_info().get("not_built", {}).get(name, "not built in this checkout")
+        return reason if "\n" not in reason else "it failed to compile, the log is in fastattn/_build_info.json"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"built, but it does not load: {error}"
+    return None
+
+
+def _load_cuda():
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return _load("_cuda.so") or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+
+
+def _load_triton():
+    """Import the Triton kernels, which register themselves; the reasons for "cpu" and "cuda"."""
+    try:
+        import fastattn.kernels.norm  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("triton"):
+            raise
+        return ("triton is not installed",) * 2
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    cpu = None if interpreted else "Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
+    return cpu, None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def load_backends():
+    """Load every backend that is there, once, at import."""
+    capability = os.environ.get("FASTATTN_CPU_CAPABILITY", CPU_CAPABILITIES[-1])
+    if capability not in CPU_CAPABILITIES:
+        raise ValueError(f"FASTATTN_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {capability!r}")
+    cpu = _load("_cpu.so")
+    set_unavailable("native", "cpu", cpu)
+    set_unavailable("native", "cuda", _load_cuda())
+    for device, reason in zip(("cpu", "cuda"), _load_triton(), strict=True):
+        set_unavailable("triton", device, reason)
+    if cpu is not None and os.environ.get("FASTATTN_NATIVE") != "0":
+        warnings.warn(f"fastattn runs without its C++ kernels for the CPU: {cpu}", stacklevel=3)

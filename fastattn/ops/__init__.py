@@ -1,0 +1,24 @@
+"""One module per op: the public function, its checks, the schema of its raw ops, and its backward."""
+
+from fastattn.ops import dropout as _dropout
+from fastattn.ops import norm as _norm
+
+_EXPLAIN = {"layer_norm": _norm.explain, "rms_norm": _norm.explain}
+
+dropout = _dropout.dropout
+layer_norm = _norm.layer_norm
+rms_norm = _norm.rms_norm
+
+
+def explain(op, *args, **kwargs):
+    """Which backend would run `op` for these arguments, and why the others would not.
+
+    Args:
+        op: name of a public op, e.g. "layer_norm"; the other arguments are the op's own.
+    Returns: text, a line per backend.
+    Raises:
+        ValueError: there is no such op, or the arguments do not fit it.
+    """
+    if op not in _EXPLAIN:
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(_EXPLAIN))}, got {op!r}")
+    return _EXPLAIN[op](*args, **kwargs)

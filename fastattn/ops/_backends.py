@@ -1,0 +1,138 @@
+"""Which backend serves a call: `choose`, the reasons behind it, and the ways to override it.
+
+An op registers, per backend, a function that answers why it cannot take a call, or None. `choose` walks the backends of
+the device in order; the order is data, set from recorded benchmarks. Argument > use_backend() > FASTATTN_BACKEND.
+"""
+
+import contextlib
+import os
+
+import torch
+
+BACKENDS = ("native", "triton", "reference")
+
+# per device, the order in which backends are asked; the reference comes last and takes everything
+_ORDER = {"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")}
+
+_refusals = {}  # (op, backend) -> facts -> reason or None
+_unavailable = {}  # (backend, device type) -> reason
+_decisions = {}  # (op, facts, wanted) -> backend
+
+
+def _checked(name, source):
+    if name in (None, "", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)} or auto, got {name!r}")
+    return name
+
+
+_override = _checked(os.environ.get("FASTATTN_BACKEND"), "FASTATTN_BACKEND")
+
+
+def register_backend(op, backend, refuses):
+    """`refuses(facts)` says why `backend` cannot serve the call, or returns None. `facts` begins with device, dtype."""
+    _refusals[op, backend] = refuses
+
+
+def set_unavailable(backend, device, reason):
+    """Record that a backend does not exist on a device type ("cpu", "cuda"), and why; None takes it back."""
+    _unavailable[backend, device] = reason
+    _decisions.clear()
+
+
+def refusal(op, backend, facts):
+    """Why `backend` cannot serve this call of `op`, or None."""
+    if backend == "reference":
+        return None
+    reason = _unavailable.get((backend, facts[0]), f"there is no {backend} backend for {facts[0]} tensors")
+    if reason is not None:
+        return reason
+    refuses = _refusals.get((op, backend))
+    return f"{op} has no {backend} backend yet" if refuses is None else refuses(facts)
+
+
+def _decide(op, facts, wanted):
+    decision = _decisions.get((op, facts, wanted))
+    if decision is None:
+        if wanted is None:
+            decision = next(
+                b for b in _ORDER.get(facts[0], ("reference",)) if b == "reference" or refusal(op, b, facts) is None
+            )
+        else:
+            reason = refusal(op, wanted, facts)
+            if reason is not None:
+                raise ValueError(f"{op}: backend {wanted!r} was asked for but cannot serve this call: {reason}")
+            decision = wanted
+        _decisions[op, facts, wanted] = decision
+    return decision
+
+
+# torch.compile evaluates it while tracing: facts are constants there. What torch.compiler.assume_constant_result sets,
+# without the import of the compiler that comes with it.
+_decide._dynamo_marked_constant = True
+
+
+def choose(op, facts, backend=None):
+    """The backend that serves a call of `op`.
+
+    Args:
+        facts: hashable tuple (device type, dtype, ...) as the op's backends expect.
+        backend: a name, or None for use_backend(), FASTATTN_BACKEND or the automatic choice.
+    Raises:
+        ValueError: the name is unknown, or that backend cannot serve the call; the message has the reason.
+    """
+    return _decide(op, facts, _override if backend is None else _checked(backend, "backend"))
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Within the block every op runs on backend `name`: "native", "triton", "reference" or "auto", the usual choice.
+
+    An op that the backend cannot serve raises ValueError with the reason. Holds for all threads of the process.
+    """
+    global _override
+    before, _override = _override, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def explanation(op, facts, backend=None):
+    """The text of `fastattn.explain` for one call."""
+    wanted = _override if backend is None else _checked(backend, "backend")
+    order = _ORDER.get(facts[0], ("reference",))
+    reasons = {name: refusal(op, name, facts) for name in order}
+    try:
+        runs = choose(op, facts, backend)
+    except ValueError:
+        runs = None
+    lines = [
+        f"{op} on {facts[0]}, {str(facts[1]).removeprefix('torch.')}" + (f", {wanted} asked for" if wanted else "")
+    ]
+    for name in order:
+        if name == runs:
+            text = "runs"
+        elif reasons[name] is not None:
+            text = f"no: {reasons[name]}"
+        else:
+            text = "could, but comes later in the order" if wanted is None else "could, but was not asked for"
+        lines.append(f"  {name}: {text}")
+    return "\n".join(lines)
+
+
+def backends():
+    """Per device type, which backends are there: {"cpu": {"native": "available", "triton": "<why not>", ...}, ...}."""
+    return {
+        device: {
+            name: _unavailable.get((name, device), "not built") or "available" for name in order if name != "reference"
+        }
+        | {"reference": "available"}
+        for device, order in _ORDER.items()
+    }
+
+
+def grad_wanted(*tensors):
+    """Whether autograd must see this call."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,16 @@
+"""The random state that an op with dropout takes: (seed, offset) drawn from PyTorch's generator."""
+
+import torch
+
+_INT64 = torch.iinfo(torch.int64)
+
+
+def draw_rng(device):
+    """int64 (2,) on `device` from its default generator: reproducible by torch.manual_seed, safe in CUDA graphs."""
+    return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device)
+
+
+def check_dropout_p(dropout_p):
+    """Raise ValueError unless dropout_p is a probability."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")

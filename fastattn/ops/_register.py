@@ -1,0 +1,50 @@
+"""The only place that talks to torch.library.
+
+Raw ops have a schema and a fake, and no autograd: an autograd.Function in the op's file stands outside of them, which
+is the cheapest way from Python. The overload name is the backend, the dispatch key the device.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+_library = torch.library.Library("fastattn", "DEF")
+_fakes = {}
+
+
+def define(schema, fake, backends=("native", "triton")):
+    """Define `fastattn::<name>.<backend>` for each backend.
+
+    Args:
+        schema: "name(arguments) -> returns" without namespace and overload.
+        fake: the same arguments on fake tensors -> results of the right shape, dtype and strides.
+    """
+    name, _, signature = schema.partition("(")
+    for backend in backends:
+        _library.define(f"{name}.{backend}({signature}")
+        torch.library.register_fake(f"fastattn::{name}.{backend}", fake, lib=_library)
+
+
+def implement(name, backend, device, function):
+    """Register a Python function as the kernel of `fastattn::<name>.<backend>` for device "CPU" or "CUDA"."""
+    _library.impl(f"{name}.{backend}", function, device)
+
+
+def needs_reference():
+    """A functorch transform or forward-mode AD is active: raw ops would lose tangents without an error."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiate(function, inputs, grad_outputs):
+    """Gradients by way of the reference, with a graph of their own: for backward(create_graph=True).
+
+    Args:
+        function: the reference as a function of `inputs` that returns a tuple of outputs.
+        inputs: tensors or None.
+        grad_outputs: one gradient or None per output.
+    Returns: one gradient or None per input.
+    """
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    pairs = [(o, g) for o, g in zip(function(*inputs), grad_outputs, strict=True) if g is not None and o.requires_grad]
+    outputs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)

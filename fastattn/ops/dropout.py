@@ -1,0 +1,75 @@
+"""Dropout with the residual add in the same pass.
+
+    out = keep * dropout_scale * x + residual          dx = keep * dropout_scale * dout,  dresidual = dout
+
+The backward is the forward without a residual: the mask is drawn again from (seed, offset), never stored.
+"""
+
+import torch
+
+from fastattn import reference
+from fastattn.ops._backends import choose, grad_wanted, register_backend
+from fastattn.ops._random import check_dropout_p, draw_rng
+from fastattn.ops._register import define, needs_reference
+from fastattn.ops.norm import _refuses
+
+
+def _dropout_fake(x, residual, rng, dropout_p):
+    return x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
+
+
+define("dropout_fwd(Tensor x, Tensor? residual, Tensor rng, float dropout_p) -> Tensor", _dropout_fake)
+_fwd = {name: getattr(torch.ops.fastattn.dropout_fwd, name) for name in ("native", "triton")}
+for _backend in ("native", "triton"):
+    register_backend("dropout", _backend, _refuses)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, rng, dropout_p, backend):
+        ctx.save_for_backward(rng)
+        ctx.options = (dropout_p, backend, x.dtype)
+        return _fwd[backend](x, residual, rng, dropout_p)
+
+    @staticmethod
+    def backward(ctx, dout):
+        (rng,) = ctx.saved_tensors
+        dropout_p, backend, dtype = ctx.options
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if torch.is_grad_enabled():  # create_graph=True
+                dx = reference.dropout(dout, dropout_p, rng=rng)
+            else:
+                dx = _fwd[backend](dout, None, rng, dropout_p)
+            dx = dx.to(dtype)
+        return dx, dout if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
+    """residual + dropout(x), with the mask that every backend and device draws alike for one (seed, offset).
+
+    Args:
+        x: (..., cols), float32, bfloat16 or float16 (float64 runs on the reference), any strides.
+        dropout_p: probability with which elements of x become 0; the others are scaled by one over the kept rate.
+        residual: like x, of any float dtype, or None.
+        backend: "native", "triton" or "reference" instead of the automatic choice.
+    Returns: like x; with a residual its dtype. x itself when there is nothing to do.
+    Raises:
+        ValueError: shapes, devices or dropout_p do not fit, or the named backend cannot serve the call.
+    Source: torch.nn.functional.dropout; the rate is exact to 1/65536.
+    """
+    check_dropout_p(dropout_p)
+    if residual is not None and (residual.shape != x.shape or residual.device != x.device):
+        raise ValueError(
+            f"dropout: residual must have the shape and device of x, {tuple(x.shape)} on {x.device},"
+            f" got {tuple(residual.shape)} on {residual.device}"
+        )
+    if not dropout_p:
+        return x if residual is None else x + residual
+    rng = draw_rng(x.device)
+    runs = choose("dropout", (x.device.type, x.dtype, None if residual is None else residual.dtype), backend)
+    if runs == "reference" or needs_reference():
+        return reference.dropout(x, dropout_p, residual, rng)
+    if grad_wanted(x, residual):
+        return _Dropout.apply(x, residual, rng, dropout_p, runs)
+    return _fwd[runs](x, residual, rng, dropout_p)

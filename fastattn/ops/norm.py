@@ -1,0 +1,213 @@
+"""LayerNorm and RMSNorm with the dropout and the residual add before them in the same pass.
+
+r = dropout(x) + residual                                   r is stored: the backward and pre-norm layers need it
+y = (r - mean) * rstd * weight + bias                       rms: mean = 0, no bias
+wdy = weight * dy,  xhat = (r - mean) * rstd
+dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out        rms: without mean(wdy)
+dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
+"""
+
+import torch
+
+from fastattn import reference
+from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._random import check_dropout_p, draw_rng
+from fastattn.ops._register import define, differentiate, needs_reference
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _norm_fwd_fake(x, residual, weight, bias, rng, dropout_p, eps, rms, need_r, need_stats):
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    y = x.new_empty(x.shape)
+    r = x.new_empty(x.shape if need_r else (0,), dtype=x.dtype if residual is None else residual.dtype)
+    stats = x.new_empty((1 if rms else 2, rows) if need_stats else (0,), dtype=torch.float32)
+    return y, r, stats
+
+
+def _norm_bwd_fake(dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_dresidual, need_dweight, need_dbias):
+    dtype = torch.float32 if weight is None else weight.dtype
+    cols = dy.shape[-1]
+    return (
+        dy.new_empty(dy.shape),
+        r.new_empty(dy.shape if separate_dresidual else (0,)),
+        dy.new_empty(cols if need_dweight else 0, dtype=dtype),
+        dy.new_empty(cols if need_dbias else 0, dtype=dtype),
+    )
+
+
+define(
+    "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
+    " bool rms, bool need_r, bool need_stats) -> (Tensor y, Tensor r, Tensor stats)",
+    _norm_fwd_fake,
+)
+define(
+    "norm_bwd(Tensor dy, Tensor? dr_out, Tensor r, Tensor? weight, Tensor stats, Tensor? rng, float dropout_p,"
+    " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    _norm_bwd_fake,
+)
+_fwd = {name: getattr(torch.ops.fastattn.norm_fwd, name) for name in ("native", "triton")}
+_bwd = {name: getattr(torch.ops.fastattn.norm_bwd, name) for name in ("native", "triton")}
+
+
+def _refuses(facts):
+    for dtype in facts[1:]:
+        if dtype is not None and dtype not in _FLOATS:
+            return f"it takes float32, bfloat16 and float16, got {dtype}"
+    return None
+
+
+for _backend in ("native", "triton"):
+    register_backend("norm", _backend, _refuses)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, rng, dropout_p, eps, rms, backend):
+        plain = residual is None and rng is None
+        y, r, stats = _fwd[backend](x, residual, weight, bias, rng, dropout_p, eps, rms, not plain, True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if plain else r, weight, bias, stats, rng)
+        ctx.options = (dropout_p, eps, rms, backend)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.x_dtype = x.dtype
+        return (y, None) if plain else (y, r)
+
+    @staticmethod
+    def backward(ctx, dy, dr_out):
+        r, weight, bias, stats, rng = ctx.saved_tensors
+        dropout_p, _, rms, backend = ctx.options
+        need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad[:4]
+        if dy is None:
+            dy = torch.zeros(r.shape, dtype=ctx.x_dtype, device=r.device)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng)
+            return *grads, None, None, None, None, None
+        # one gradient serves x and residual unless dropout or the dtype tells them apart
+        separate = need_dresidual and (ctx.residual_dtype != ctx.x_dtype or (need_dx and rng is not None))
+        if need_dresidual and not need_dx and not separate:
+            rng = None
+        dx, dresidual, dweight, dbias = _bwd[backend](
+            dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate, need_dweight, need_dbias
+        )
+        if need_dresidual and not separate:
+            dresidual = dx
+        if need_dbias and bias.dtype != dbias.dtype:
+            dbias = dbias.to(bias.dtype)
+        return (
+            dx if need_dx else None,
+            dresidual if need_dresidual else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
+    # r hangs in the graph, as the input or as this node's own output: what is differentiated again flows through it
+    dropout_p, eps, rms, _ = ctx.options
+    leaf = r if r.requires_grad else r.detach().requires_grad_()
+
+    def normalise(r, weight, bias):
+        y, _ = reference.norm(r, None, weight, bias, eps=eps, rms=rms)
+        return (y.to(ctx.x_dtype),)
+
+    dr, dweight, dbias = differentiate(normalise, (leaf, weight, bias), (dy,))
+    if dr_out is not None:
+        dr = dr + dr_out
+    dx = reference.dropout(dr.to(ctx.x_dtype), dropout_p if rng is not None else 0.0, rng=rng)
+    need_dx, need_dresidual = ctx.needs_input_grad[:2]
+    return dx if need_dx else None, dr if need_dresidual else None, dweight, dbias
+
+
+def _check(name, x, weight, bias, residual, dropout_p):
+    cols = x.shape[-1] if x.dim() else None
+    if cols is None or not x.is_floating_point():
+        raise ValueError(
+            f"{name}: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
+        )
+    for label, t in (("weight", weight), ("bias", bias)):
+        if t is not None and (t.dim() != 1 or t.shape[0] != cols):
+            raise ValueError(
+                f"{name}: {label} must have shape ({cols},), the last dimension of x, got {tuple(t.shape)}"
+            )
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: {label} must be on the device of x, {x.device}, got {t.device}")
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"{name}: residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}"
+            )
+        if residual.device != x.device:
+            raise ValueError(f"{name}: residual must be on the device of x, {x.device}, got {residual.device}")
+    if dropout_p:
+        check_dropout_p(dropout_p)
+
+
+def _facts(x, residual, weight, bias):
+    return (
+        x.device.type,
+        x.dtype,
+        None if residual is None else residual.dtype,
+        None if weight is None else weight.dtype,
+        None if bias is None else bias.dtype,
+    )
+
+
+def _norm(name, x, residual, weight, bias, eps, rms, dropout_p, return_residual, backend):
+    _check(name, x, weight, bias, residual, dropout_p)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = x.float()  # torch's autocast runs layer_norm in fp32 on CUDA and leaves the dtype alone on CPU
+    if eps is None:
+        eps = torch.finfo(reference.accumulator(x.dtype)).eps
+    rng = draw_rng(x.device) if dropout_p else None
+    runs = choose("norm", _facts(x, residual, weight, bias), backend)
+    if runs == "reference" or needs_reference():
+        y, r = reference.norm(x, residual, weight, bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
+    elif grad_wanted(x, residual, weight, bias):
+        y, r = _Norm.apply(x, residual, weight, bias, rng, dropout_p, eps, rms, runs)
+    else:
+        y, r, _ = _fwd[runs](
+            x, residual, weight, bias, rng, dropout_p, eps, rms,
+            return_residual and (residual is not None or rng is not None), False,
+        )  # fmt: skip
+    if not return_residual:
+        return y
+    return y, (x if residual is None and rng is None else r)
+
+
+def layer_norm(
+    x, weight=None, bias=None, eps=1e-5, *, residual=None, dropout_p=0.0, return_residual=False, backend=None
+):
+    """LayerNorm over the last dimension of dropout(x) + residual.
+
+    Args:
+        x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides.
+        weight, bias: (d_model,), any float dtype, or None.
+        eps: added to the variance.
+        residual: like x, of any float dtype (an fp32 stream beside bf16 activations is usual), or None.
+        dropout_p: probability with which elements of x become 0; drawn anew in every call.
+        return_residual: also return dropout(x) + residual, which has the dtype of the residual.
+        backend: "native", "triton" or "reference" instead of the automatic choice.
+    Returns: y like x; with return_residual (y, dropout(x) + residual).
+    Raises:
+        ValueError: shapes, devices or dropout_p do not fit, or the named backend cannot serve the call.
+    Source: torch.nn.functional.layer_norm; statistics in fp32, biased variance.
+    """
+    return _norm("layer_norm", x, residual, weight, bias, eps, False, dropout_p, return_residual, backend)
+
+
+def rms_norm(x, weight=None, eps=None, *, residual=None, dropout_p=0.0, return_residual=False, backend=None):
+    """RMSNorm over the last dimension of dropout(x) + residual: r * rsqrt(mean(r²) + eps) * weight.
+
+    Args, Returns and Raises as for `layer_norm`; eps None is the epsilon of the accumulator: 1.19e-7, for fp64 2.2e-16.
+    Source: torch.nn.functional.rms_norm.
+    """
+    return _norm("rms_norm", x, residual, weight, None, eps, True, dropout_p, return_residual, backend)
+
+
+def explain(x, weight=None, bias=None, eps=None, *, residual=None, dropout_p=0.0, return_residual=False, backend=None):
+    """What `layer_norm` or `rms_norm` would run for these arguments, and why not the others."""
+    _check("norm", x, weight, bias, residual, dropout_p)
+    return explanation("norm", _facts(x, residual, weight, bias), backend)

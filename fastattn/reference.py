@@ -1,0 +1,236 @@
+"""The specification: one function per op in plain PyTorch, differentiable any number of times, for any float dtype.
+
+Every backend is tested against these functions in fp64. Half-precision inputs are computed in fp32 and rounded where an
+op rounds: at a stored intermediate and at the result. Nothing here is tuned.
+"""
+
+import torch
+import torch.nn.functional as F
+
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_U32 = 0xFFFFFFFF
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+}
+
+
+def accumulator(dtype):
+    """The dtype in which a value of `dtype` is computed: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def philox4x32(counter, key):
+    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words.
+
+    Args:
+        counter: four tensors that broadcast against each other.
+        key: two tensors or ints.
+    Returns: four tensors of 32-bit words.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]  # 64-bit products; int64 wraps to the right bits
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _U32) ^ c1 ^ k0,
+            product1 & _U32,
+            ((product0 >> 32) & _U32) ^ c3 ^ k1,
+            product0 & _U32,
+        )
+        k0, k1 = (k0 + _PHILOX_W[0]) & _U32, (k1 + _PHILOX_W[1]) & _U32
+    return c0, c1, c2, c3
+
+
+def dropout_threshold(dropout_p):
+    """A halfword of the stream below this number drops its element; 65536 steps between p = 0 and p = 1."""
+    return round(dropout_p * 65536)
+
+
+def dropout_scale(dropout_p):
+    """What a kept element is multiplied by: one over the rate at which elements are really kept."""
+    kept = 65536 - dropout_threshold(dropout_p)
+    return 65536 / kept if kept else 0.0
+
+
+def philox_keep(rng, dropout_p, row, slab, cols):
+    """Which elements dropout keeps.
+
+    The element at (slab, row, column) is decided by halfword column % 8 of the Philox block with key rng[0] and counter
+    (column // 8, row, slab, rng[1]): a function of its position alone, so that every backend, tile and thread agrees.
+
+    Args:
+        rng: int64 (2,), seed and offset (its low 32 bits count).
+        row, slab: int64 tensors that broadcast against each other, low 32 bits used.
+        cols: number of columns.
+    Returns: bool (*broadcast(row, slab).shape, cols).
+    """
+    row, slab = torch.broadcast_tensors(row, slab)
+    group = torch.arange((cols + 7) // 8, device=rng.device)
+    seed, offset = rng[0], rng[1]
+    words = philox4x32(
+        (group, (row & _U32)[..., None], (slab & _U32)[..., None], offset & _U32),
+        (seed & _U32, (seed >> 32) & _U32),
+    )
+    words = torch.stack(words, dim=-1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
+    return (halves >= dropout_threshold(dropout_p)).flatten(-3)[..., :cols]
+
+
+def dropout(x, dropout_p, residual=None, rng=None):
+    """residual + dropout(x) over the elements of x seen as (rows, columns), columns the last dimension.
+
+    The result has the dtype of the residual, or of x without one.
+    """
+    acc = accumulator(x.dtype)
+    out = x.to(acc)
+    if dropout_p > 0:
+        cols = x.shape[-1]
+        row = torch.arange(x.numel() // cols if cols else 0, device=x.device)
+        keep = philox_keep(rng, dropout_p, row, row >> 32, cols).view(x.shape)
+        out = torch.where(keep, out * dropout_scale(dropout_p), 0.0)
+    if residual is not None:
+        out = out.to(torch.promote_types(acc, residual.dtype)) + residual
+    return out.to(x.dtype if residual is None else residual.dtype)
+
+
+def norm(x, residual=None, weight=None, bias=None, *, eps, rms, dropout_p=0.0, rng=None):
+    """y = norm(r) * weight + bias with r = dropout(x) + residual, over the last dimension.
+
+    norm(r) = (r - mean(r)) * rsqrt(var(r) + eps), var biased; for rms: r * rsqrt(mean(r²) + eps).
+    Returns: (y, r); y has the dtype of x, r the dtype of the residual, or of x without one.
+    Source: torch.nn.functional.layer_norm and rms_norm.
+    """
+    r = x if residual is None and dropout_p == 0 else dropout(x, dropout_p, residual, rng)
+    acc = accumulator(torch.promote_types(x.dtype, r.dtype))
+    centered = r.to(acc)
+    if not rms:
+        centered = centered - centered.mean(-1, keepdim=True)
+    y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype), r
+
+
+def feed_forward(x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, rng=None):
+    """y = w2·dropout(act(w1·x + b1)) + b2; gated: w2·dropout(act(w_gate·x + b_gate) ∘ (w1·x + b1)) + b2."""
+    acc = accumulator(x.dtype)
+    up = F.linear(x, w1, b1).to(acc)
+    if w_gate is None:
+        hidden = ACTIVATIONS[activation](up)
+    else:
+        hidden = ACTIVATIONS[activation](F.linear(x, w_gate, b_gate).to(acc)) * up
+    return F.linear(dropout(hidden, dropout_p, rng=rng).to(x.dtype), w2, b2)
+
+
+def attention_visible(seqlen_q, seqlen_k, *, mask=None, causal=False, window=(-1, -1), seqlens_k=None, device=None):
+    """Which key each query sees: bool, broadcastable to (batch, heads, seqlen_q, seqlen_k).
+
+    Key j is visible to query i iff i + off - left <= j <= i + off + right (a negative side is unlimited; causal sets
+    right = 0) and j < seqlens_k[batch] and mask is True there; off = 0 for causal="top_left", else length_k - seqlen_q.
+    """
+    i, j, off = _positions(seqlen_q, seqlen_k, causal, seqlens_k, device)
+    left, right = window
+    right = 0 if causal else right
+    visible = torch.ones(1, 1, seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    if seqlens_k is not None:
+        visible = visible & (j < seqlens_k.view(-1, 1, 1, 1))
+    if left >= 0:
+        visible = visible & (j >= i + off - left)
+    if right >= 0:
+        visible = visible & (j <= i + off + right)
+    return visible if mask is None else visible & mask
+
+
+def _positions(seqlen_q, seqlen_k, causal, seqlens_k, device):
+    i = torch.arange(seqlen_q, device=device)[:, None]
+    j = torch.arange(seqlen_k, device=device)
+    length_k = seqlen_k if seqlens_k is None else seqlens_k.view(-1, 1, 1, 1).long()
+    return i, j, (0 if causal == "top_left" else length_k - seqlen_q)
+
+
+def attention(
+    q, k, v, *, mask=None, bias=None, causal=False, window=(-1, -1), seqlens_k=None, cu_seqlens_q=None,
+    cu_seqlens_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0, scale=None, rng=None, first_slab=0,
+):  # fmt: skip
+    """softmax(scores) · v with every feature of `fastattn.attention`; arguments as there.
+
+        s = scale * q·k;  s = softcap * tanh(s / softcap);  s = s + bias - slope * |i + off - j|;  -inf where invisible
+        lse = log(sum_j exp(s) [+ exp(sink)]);  p = exp(s - lse);  out = (p ∘ keep * dropout_scale) · v
+
+    A row that sees no key has out 0, lse -inf (or the sink) and gradients 0. What stands in keys that no query sees
+    does not matter, NaN included. `first_slab` is the Philox slab of batch 0, head 0.
+    Returns: (out, lse), lse in the accumulator's dtype.
+    """
+    if cu_seqlens_q is not None:
+        return _attention_packed(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, bias=bias, mask=mask, causal=causal, window=window,
+            alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng,
+        )  # fmt: skip
+    batch, n_heads, seqlen_q, head_dim = q.shape
+    seqlen_k, group = k.shape[2], n_heads // k.shape[1]
+    acc = accumulator(q.dtype)
+    scale = head_dim**-0.5 if scale is None else scale
+    visible = attention_visible(
+        seqlen_q, seqlen_k, mask=mask, causal=causal, window=window, seqlens_k=seqlens_k, device=q.device
+    ).expand(batch, n_heads, seqlen_q, seqlen_k)
+
+    seen = visible.any(-2)[..., None]  # a key that nobody sees must not spread its NaN through 0 * NaN
+    k = torch.where(seen, k.to(acc).repeat_interleave(group, 1), 0.0)
+    v = torch.where(seen, v.to(acc).repeat_interleave(group, 1), 0.0)
+    s = (q.to(acc) @ k.mT) * scale
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias
+    if alibi_slopes is not None:
+        i, j, off = _positions(seqlen_q, seqlen_k, causal, seqlens_k, q.device)
+        slopes = alibi_slopes.view(-1, n_heads, 1, 1)
+        s = s - slopes * (i + off - j).abs()
+    s = torch.where(visible, s, float("-inf")).to(acc)
+
+    row_max = s.detach().amax(-1, keepdim=True) if seqlen_k else s.new_full((*s.shape[:-1], 1), float("-inf"))
+    if sink is not None:
+        sink = sink.to(acc).view(1, -1, 1, 1)
+        row_max = torch.maximum(row_max, sink.detach())
+    row_max = torch.where(row_max == float("-inf"), 0.0, row_max)
+    e = torch.exp(s - row_max)
+    total = e.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - row_max)
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, float("-inf"), row_max + torch.log(total)).squeeze(-1)
+    p = e / total
+    if dropout_p > 0:
+        slab = first_slab + torch.arange(batch * n_heads, device=q.device).view(batch, n_heads, 1)
+        keep = philox_keep(rng, dropout_p, torch.arange(seqlen_q, device=q.device), slab, seqlen_k)
+        p = torch.where(keep, p * dropout_scale(dropout_p), 0.0)
+    return (p @ v).to(q.dtype), lse
+
+
+def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_slopes, **options):
+    """Sequence by sequence: q (total_q, heads, head_dim), k and v (total_k, kv_heads, ...); lse (heads, total_q)."""
+    n_heads = q.shape[1]
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [], []
+    for b in range(len(ends_q) - 1):
+        q_b, k_b, v_b = (
+            t[ends[b] : ends[b + 1]].transpose(0, 1)[None] for t, ends in ((q, ends_q), (k, ends_k), (v, ends_k))
+        )
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
+        lengths = None if seqlens_k is None else seqlens_k[b : b + 1]
+        out, lse = attention(q_b, k_b, v_b, seqlens_k=lengths, alibi_slopes=slopes, first_slab=b * n_heads, **options)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    if not outs:
+        return q.new_empty(0, n_heads, v.shape[-1]), q.new_empty(n_heads, 0, dtype=accumulator(q.dtype))
+    return torch.cat(outs), torch.cat(lses, dim=1)

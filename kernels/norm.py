@@ -1,0 +1,3 @@
+"""Norm."""
+
+import triton  # noqa: F401
