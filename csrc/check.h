@@ -1,0 +1,81 @@
+#pragma once
+// What every op wrapper needs: checks whose messages print the values, and the way from a tensor to plain pointers.
+// The public functions check arguments in Python; these are the net below, for raw ops called directly.
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+
+#include "api.h"
+
+namespace fastattn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define CHECK_SHAPE(condition, op, what, ...) STD_TORCH_CHECK(condition, op ": ", what, ##__VA_ARGS__)
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+// threshold and scale as reference.dropout_threshold and dropout_scale define them
+inline Dropout dropout_args(const std::optional<Tensor>& rng, double dropout_p) {
+  Dropout dropout{nullptr, 0, 1.f};
+  if (rng) {
+    STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2, "rng must be int64 (2,), got ",
+                    rng->numel(), " elements");
+    dropout.rng = static_cast<const int64_t*>(rng->const_data_ptr());
+    dropout.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
+    const uint32_t kept = 65536 - dropout.threshold;
+    dropout.scale = kept ? 65536.f / static_cast<float>(kept) : 0.f;
+  }
+  return dropout;
+}
+
+// A view of (..., cols) as rows a fixed stride apart, inner stride 1.
+struct Rows {
+  Tensor tensor;  // the tensor itself, or a contiguous copy where its strides do not collapse
+  int64_t rows;
+  int64_t cols;
+  int64_t stride;
+};
+
+inline Rows as_rows(const Tensor& tensor) {
+  const int64_t dims = tensor.dim();
+  STD_TORCH_CHECK(dims >= 1, "expected at least one dimension, got 0");
+  const int64_t cols = tensor.size(dims - 1);
+  int64_t rows = 1;
+  int64_t stride = 0;  // between rows; 0 while there is one row at most
+  bool collapses = cols <= 1 || tensor.stride(dims - 1) == 1;
+  for (int64_t d = dims - 2; d >= 0; --d) {
+    const int64_t size = tensor.size(d);
+    if (size != 1) {
+      collapses = collapses && (rows == 1 || tensor.stride(d) == stride * rows);
+      stride = rows == 1 ? tensor.stride(d) : stride;
+    }
+    rows *= size;
+  }
+  if (rows == 0 || cols == 0 || collapses) {
+    return {tensor, rows, cols, stride};
+  }
+  return {torch::stable::contiguous(tensor), rows, cols, cols};
+}
+
+}  // namespace fastattn

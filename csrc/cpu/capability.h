@@ -1,0 +1,47 @@
+#pragma once
+// The instruction set of the CPU kernels: the best one of this processor, or a lower one named by
+// FASTATTN_CPU_CAPABILITY (default, avx2, avx512). Include it only in files compiled with baseline flags.
+#include <cstdlib>
+#include <string_view>
+
+namespace fastattn {
+
+enum class CpuCapability { kDefault, kAvx2, kAvx512 };
+
+inline const char* capability_name(CpuCapability capability) {
+  switch (capability) {
+    case CpuCapability::kAvx512:
+      return "avx512";
+    case CpuCapability::kAvx2:
+      return "avx2";
+    default:
+      return "default";
+  }
+}
+
+inline CpuCapability best_capability() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    return CpuCapability::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return CpuCapability::kAvx2;
+  }
+#endif
+  return CpuCapability::kDefault;
+}
+
+inline CpuCapability cpu_capability() {
+  const CpuCapability best = best_capability();
+  const char* wanted = std::getenv("FASTATTN_CPU_CAPABILITY");
+  for (CpuCapability lower : {CpuCapability::kDefault, CpuCapability::kAvx2}) {
+    if (wanted && capability_name(lower) == std::string_view(wanted) && lower < best) {
+      return lower;
+    }
+  }
+  return best;
+}
+
+}  // namespace fastattn

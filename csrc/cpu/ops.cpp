@@ -1,0 +1,23 @@
+// CPU ops on the LibTorch stable ABI: no libtorch C++ symbol and no Python symbol, so one library serves every torch
+// from TORCH_TARGET_VERSION on and every Python. The schemas are defined in Python, where they exist without this
+// library. This file holds what belongs to no op.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+
+namespace {
+
+// How many chunks parallel_for makes of 64 pieces: shows that the kernels run on torch's threads.
+int64_t parallel_chunks() {
+  std::atomic<int64_t> chunks{0};
+  torch::stable::parallel_for(0, 64, 1, [&](int64_t, int64_t) { ++chunks; });
+  return chunks;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
+  m.impl("parallel_chunks", TORCH_BOX(&parallel_chunks));
+}
