@@ -1,0 +1,228 @@
+"""Side-by-side benchmarks: every candidate of a test is verified, then timed interleaved with the others.
+
+The `compare` fixture runs the candidates of one test round by round in rotating order, so that clock drift and noisy
+neighbours hit each alike. Every candidate becomes a pytest-benchmark record of one group, so its tables,
+--benchmark-json and --benchmark-compare work. The ceilings of the percentages are measured in the same session.
+"""
+
+import functools
+import os
+import statistics
+import time
+import types
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from pytest_benchmark.utils import NameWrapper
+
+import fastattn
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+class CudaStamp:
+    """A point in time of the GPU; pytest-benchmark only computes end - start, so a timer may return an object."""
+
+    __slots__ = ("event",)
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, start):
+        self.event.synchronize()
+        return start.event.elapsed_time(self.event) * 1e-3  # seconds
+
+
+TIMER = CudaStamp if CUDA else time.perf_counter
+
+
+def device_name():
+    return torch.cuda.get_device_name() if CUDA else f"cpu, {torch.get_num_threads()} threads"
+
+
+def synchronize():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def pytest_configure(config):
+    if not CUDA and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def pytest_report_header(config):
+    return (
+        f"fastattn {fastattn.__version__} on torch {torch.__version__}, {device_name()}: {fastattn.backends()[DEVICE]}"
+    )
+
+
+@pytest.fixture(scope="session")
+def flush_cache():
+    """Evicts the GPU's L2 cache between rounds."""
+    if not CUDA:
+        return lambda: None
+    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    return torch.empty(2 * cache_bytes // 4, dtype=torch.int32, device="cuda").zero_
+
+
+def fastest(fn, rounds=10):
+    fn()
+    times = []
+    for _ in range(rounds):
+        start = TIMER()
+        fn()
+        times.append(TIMER() - start)
+    return min(times)
+
+
+@functools.cache
+def copy_rate():
+    """Bytes per second, read plus written, of a copy that no cache holds."""
+    x = torch.empty((2**30 if CUDA else 2**27) // 4, device=DEVICE)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / fastest(lambda: y.copy_(x))
+
+
+@functools.cache
+def gemm_rate(dtype):
+    """FLOP per second of a large square product in PyTorch."""
+    n = 8192 if CUDA else 1024
+    a, b = torch.randn(2, n, n, dtype=dtype, device=DEVICE)
+    return 2 * n**3 / fastest(lambda: a @ b)
+
+
+class Candidate:
+    def __init__(self, name, fn, node, session, group):
+        self.name, self.fn = name, fn
+        stand_in = types.SimpleNamespace(name=name, nodeid=f"{node.nodeid}::{name}", warn=node.warn)
+        if hasattr(node, "callspec"):
+            stand_in.callspec = node.callspec
+        options = dict(session.options, group=group, timer=NameWrapper(TIMER))
+        self.fixture = BenchmarkFixture(
+            stand_in,
+            add_stats=session.benchmarks.append,
+            logger=session.logger,
+            warner=node.warn,
+            disabled=False,
+            **options,
+        )
+        self.fixture._mode = "compare"
+        self.record = self.fixture._make_stats(1)
+
+    def run_round(self):
+        start = TIMER()
+        self.fn()
+        self.record.update(TIMER() - start)
+
+    def median(self):
+        return statistics.median(self.record.stats.data)
+
+
+def verify_equal(results, tolerance):
+    """Every candidate's result (a tensor or tensors) equals that of the first."""
+    names = list(results)
+    for name in names[1:]:
+        torch.testing.assert_close(
+            results[name],
+            results[names[0]],
+            rtol=tolerance,
+            atol=tolerance,
+            check_dtype=False,
+            check_stride=False,
+            msg=lambda text, name=name: f"{name} differs from {names[0]}: {text}",
+        )
+
+
+def choose_rounds(candidates, seconds, max_rounds):
+    start = time.perf_counter()
+    for candidate in candidates:
+        candidate.fn()
+    synchronize()
+    elapsed = max(time.perf_counter() - start, 1e-6)
+    return int(min(max_rounds, max(7, seconds * len(candidates) / elapsed)))
+
+
+@pytest.fixture
+def compare(request, flush_cache):
+    """compare({"torch": f, "fastattn": g}, verify=..., ...): the first name is the baseline of the ratios.
+
+    Args of the returned function:
+        candidates: name -> callable without arguments.
+        verify: name -> callable whose result must equal the first one's; the candidates themselves when None.
+            With dropout the masks of PyTorch and fastattn differ, so verify passes the same calls with dropout 0.
+        tolerance: absolute and relative, for verify.
+        nbytes: bytes a perfect implementation moves; flops: what it computes; dtype: of the products in `flops`.
+    Under --benchmark-disable nothing is timed: the benchmark becomes a test of correctness.
+    """
+    session = request.config._benchmarksession
+    node = request.node
+
+    def run(candidates, *, verify=None, tolerance=1e-4, nbytes=None, flops=None, dtype=torch.float32, seconds=0.4):
+        if session.skip:
+            pytest.skip("benchmarks are skipped (--benchmark-skip)")
+        verify_equal({name: fn() for name, fn in (verify or candidates).items()}, tolerance)
+        for fn in candidates.values():
+            fn()  # compile, warm up
+        if session.disabled:
+            return
+        group = f"{node.originalname}[{node.callspec.id}]" if hasattr(node, "callspec") else node.name
+        timed = [Candidate(name, fn, node, session, group) for name, fn in candidates.items()]
+        synchronize()
+        for i in range(choose_rounds(timed, seconds, max_rounds=300)):
+            first = i % len(timed)
+            for candidate in timed[first:] + timed[:first]:
+                flush_cache()
+                candidate.run_round()
+
+        baseline = timed[0].median()
+        for candidate in timed:
+            extra, median = candidate.fixture.extra_info, candidate.median()
+            extra["implementation"] = candidate.name
+            extra["device"] = device_name()
+            extra["ratio"] = round(baseline / median, 3)
+            if nbytes:
+                extra["gb_per_s"] = round(nbytes / median * 1e-9, 2)
+                extra["percent_of_copy"] = round(100 * nbytes / median / copy_rate(), 1)
+            if flops:
+                extra["gflop_per_s"] = round(flops / median * 1e-9, 1)
+                extra["percent_of_gemm"] = round(100 * flops / median / gemm_rate(dtype), 1)
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["torch"] = torch.__version__
+    machine_info["fastattn"] = fastattn.__version__
+    machine_info["backends"] = fastattn.backends()
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["load"] = os.getloadavg()[0]
+    if CUDA:
+        machine_info["gpu"] = torch.cuda.get_device_name()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    records = [record for record in session.benchmarks if "implementation" in record.extra_info] if session else []
+    if not records:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("side by side: median of interleaved rounds, ratio to the first row of a group")
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    note = "; the machine was busy at the end: trust ratios only" if load > 1.3 * cores else ""
+    write(f"copy {copy_rate() * 1e-9:.1f} GB/s, fp32 GEMM {gemm_rate(torch.float32) * 1e-9:.0f} GFLOP/s{note}")
+    group = None
+    for record in records:
+        extra = record.extra_info
+        if record.group != group:
+            group = record.group
+            write(group)
+        median = statistics.median(record.stats.data)
+        line = f"  {extra['implementation']:24s}{median * 1e6:12.1f} us {extra['ratio']:8.2f}x"
+        if "gb_per_s" in extra:
+            line += f"{extra['gb_per_s']:10.1f} GB/s {extra['percent_of_copy']:6.1f} % of copy"
+        if "gflop_per_s" in extra:
+            line += f"{extra['gflop_per_s']:10.1f} GFLOP/s {extra['percent_of_gemm']:6.1f} % of GEMM"
+        write(line)
