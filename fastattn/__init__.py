@@ -7,10 +7,20 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
     __path__.append(os.path.dirname(__path__[0]))
 
 from fastattn._native import load_backends
-from fastattn.ops import dropout, explain, feed_forward, layer_norm, rms_norm
+from fastattn.ops import attention, dropout, explain, feed_forward, layer_norm, rms_norm, scaled_dot_product_attention
 from fastattn.ops._backends import backends, use_backend
 
 __version__ = "0.1.0"
-__all__ = ["backends", "dropout", "explain", "feed_forward", "layer_norm", "rms_norm", "use_backend"]
+__all__ = [
+    "attention",
+    "backends",
+    "dropout",
+    "explain",
+    "feed_forward",
+    "layer_norm",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "use_backend",
+]
 
 load_backends()

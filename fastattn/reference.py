@@ -178,7 +178,9 @@ def attention(
     batch, n_heads, seqlen_q, head_dim = q.shape
     seqlen_k, group = k.shape[2], n_heads // k.shape[1]
     acc = accumulator(q.dtype)
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = max(head_dim, 1) ** -0.5 if scale is None else scale
+    if seqlens_k is not None:
+        seqlens_k = seqlens_k.clamp(0, seqlen_k)
     visible = attention_visible(
         seqlen_q, seqlen_k, mask=mask, causal=causal, window=window, seqlens_k=seqlens_k, device=q.device
     ).expand(batch, n_heads, seqlen_q, seqlen_k)

@@ -1,0 +1,122 @@
+"""Argument checks of the attention entry points: every mistake is named with what was expected and what came."""
+
+import math
+
+import torch
+
+from fastattn.ops._random import check_dropout_p
+
+
+def check_qkv(name, q, k, v, packed):
+    """Raise unless q, k and v fit each other; returns (batch or None if packed, n_heads, seqlen_q, seqlen_k)."""
+    for label, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != (3 if packed else 4):
+            layout = "(total, heads, head_dim) with cu_seqlens" if packed else "(batch, heads, seqlen, head_dim)"
+            raise ValueError(f"{name}: {label} must be {layout}, got shape {tuple(t.shape)}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: {label} must have a floating-point dtype, got {t.dtype}")
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name}: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{name}: q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if packed:
+        (seqlen_q, n_heads, head_dim), (seqlen_k, n_kv_heads, head_dim_k) = q.shape, k.shape
+        fits, batch = v.shape[0] == seqlen_k and v.shape[1] == n_kv_heads, None
+    else:
+        (batch, n_heads, seqlen_q, head_dim), (batch_k, n_kv_heads, seqlen_k, head_dim_k) = q.shape, k.shape
+        fits = v.shape[:3] == k.shape[:3]
+        if batch != batch_k:
+            raise ValueError(f"{name}: q, k and v must have one batch size, got {batch}, {batch_k}, {v.shape[0]}")
+    if not fits:
+        raise ValueError(
+            f"{name}: k and v must agree in all but the last dimension, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if head_dim != head_dim_k:
+        raise ValueError(f"{name}: q and k must have one head_dim, got {head_dim} and {head_dim_k}")
+    if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
+        raise ValueError(
+            f"{name}: the heads of q must be a multiple of those of k and v, got {n_heads} and {n_kv_heads}"
+        )
+    return batch, n_heads, seqlen_q, seqlen_k
+
+
+def check_scores(name, label, t, q, full):
+    """Raise unless `t` broadcasts to `full` = (batch, heads, seqlen_q, seqlen_k); returns it with four dimensions."""
+    if label == "mask" and t.dtype != torch.bool:
+        raise TypeError(f"{name}: mask must be bool, True = attend, got {t.dtype}; a float mask is a bias")
+    if label == "bias" and not t.is_floating_point():
+        raise TypeError(f"{name}: bias must have a floating-point dtype, got {t.dtype}")
+    if t.device != q.device:
+        raise ValueError(f"{name}: {label} must be on the device of q, {q.device}, got {t.device}")
+    dims = t.dim()
+    if not 2 <= dims <= 4 or any(
+        have != 1 and have != want for have, want in zip(t.shape, full[4 - dims :], strict=True)
+    ):
+        raise ValueError(
+            f"{name}: {label} must have 2 to 4 dimensions and broadcast to (batch, heads, seqlen_q, seqlen_k) ="
+            f" {tuple(full)}, got {tuple(t.shape)}"
+        )
+    return t if dims == 4 else t[(None,) * (4 - dims)]
+
+
+def check_int32(name, label, t, q, length):
+    """Raise unless `t` is int32 (length,) on the device of q; any length if None."""
+    if t.dtype != torch.int32:
+        raise TypeError(f"{name}: {label} must be int32, got {t.dtype}")
+    if t.dim() != 1 or (length is not None and t.shape[0] != length):
+        wanted = "one dimension" if length is None else f"shape ({length},)"
+        raise ValueError(f"{name}: {label} must have {wanted}, got {tuple(t.shape)}")
+    if t.device != q.device:
+        raise ValueError(f"{name}: {label} must be on the device of q, {q.device}, got {t.device}")
+
+
+def check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, total_q, total_k):
+    """Raise unless both are there and fit; the values are looked at only where that costs no synchronisation."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        raise ValueError(f"{name}: cu_seqlens_q and cu_seqlens_k must be given together")
+    check_int32(name, "cu_seqlens_q", cu_seqlens_q, q, None)
+    check_int32(name, "cu_seqlens_k", cu_seqlens_k, q, cu_seqlens_q.shape[0])
+    if cu_seqlens_q.shape[0] == 0:
+        raise ValueError(f"{name}: cu_seqlens_q must have batch + 1 elements, got none")
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for label, t, total in (("cu_seqlens_q", cu_seqlens_q, total_q), ("cu_seqlens_k", cu_seqlens_k, total_k)):
+        ends = t.tolist()
+        if ends[0] != 0 or ends[-1] != total or ends != sorted(ends):
+            raise ValueError(f"{name}: {label} must rise from 0 to the total length {total}, got {ends}")
+
+
+def check_per_head(name, label, t, q, shapes):
+    """Raise unless `t` is a float tensor of one of `shapes`; returns it in fp32 (fp64 if q is)."""
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: {label} must be float32, got {t.dtype}")
+    if tuple(t.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{name}: {label} must have shape {wanted}, got {tuple(t.shape)}")
+    if t.device != q.device:
+        raise ValueError(f"{name}: {label} must be on the device of q, {q.device}, got {t.device}")
+    return t if t.dtype == torch.float32 or q.dtype == torch.float64 else t.float()
+
+
+def check_numbers(name, softcap, dropout_p, scale):
+    """Raise unless the three are finite numbers in their range."""
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"{name}: softcap must be a finite number of at least 0, got {softcap}")
+    if dropout_p:
+        check_dropout_p(dropout_p)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{name}: scale must be finite, got {scale}")
+
+
+def resolve_window(name, causal, window):
+    """(window_left, window_right, top_left): causal is a right side of 0, and only says besides where it is aligned."""
+    if causal not in (False, True, "bottom_right", "top_left"):
+        raise ValueError(f'{name}: causal must be False, True, "bottom_right" or "top_left", got {causal!r}')
+    left = right = -1
+    if window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            raise ValueError(f"{name}: window must be a pair (left, right), got {window!r}")
+        left, right = (-1 if side is None else side for side in window)
+        if isinstance(left, float) or isinstance(right, float) or left < -1 or right < -1:
+            raise ValueError(f"{name}: window sides must be integers of at least -1 (unlimited), got {window!r}")
+    return left, 0 if causal else right, causal == "top_left"

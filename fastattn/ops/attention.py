@@ -1,0 +1,351 @@
+"""Attention with every feature in one op; the scores are never stored.
+
+    s    = scale * q·k;  s = softcap * tanh(s / softcap);  s = s + bias - slope * |i + off - j|;  -inf where invisible
+    lse  = log(sum_j exp(s) [+ exp(sink)]),  p = exp(s - lse),  out = (p ∘ keep * dropout_scale) · v
+    dp   = keep * dropout_scale ∘ (do·vᵀ),  delta = rowsum(do ∘ out) - dlse,  ds = p ∘ (dp - delta)
+    dv   = (p ∘ keep * dropout_scale)ᵀ·do,  dbias = ds summed over broadcast dims,  dsink = -sum exp(sink - lse) * delta
+    dsr  = ds * (1 - (s_capped / softcap)²),  dq = scale * dsr·k,  dk = scale * dsrᵀ·q
+
+Saved for the backward: q, k, v, out, lse, (seed, offset) and the small inputs; never anything of seqlen_q × seqlen_k.
+The raw ops take (batch, heads, seqlen, head_dim) views of any strides. Packed sequences come as batch 1 with
+cu_seqlens; then i, j, off and the Philox slab count per sequence. Causal is window_right = 0.
+"""
+
+import math
+from collections import namedtuple
+
+import torch
+
+from fastattn import reference
+from fastattn.ops._attention_checks import (
+    check_cu_seqlens,
+    check_int32,
+    check_numbers,
+    check_per_head,
+    check_qkv,
+    check_scores,
+    resolve_window,
+)
+from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._random import draw_rng
+from fastattn.ops._register import define, differentiate, needs_reference
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# what a backend may refuse by; sizes stay out, so that decisions are cached
+Facts = namedtuple(
+    "Facts",
+    "device dtype bias_dtype mask window seqlens_k packed alibi softcap sink dropout gqa unequal_head_dims wide_heads",
+)
+
+
+def empty_in_layout(like, last):
+    """(batch, heads, seqlen, last), its first three dimensions nested as those of `like`: BSHD in, BSHD out."""
+    shape = (*like.shape[:3], last)
+    strides = like.stride()[:3]
+    order = [0, 1, 2]
+    if 0 not in strides:  # an expanded tensor has no nesting to follow
+        order.sort(key=lambda dim: -strides[dim])
+    inverse = [order.index(dim) for dim in range(3)]
+    return like.new_empty([shape[dim] for dim in order] + [last]).permute(*inverse, 3)
+
+
+def _attention_fwd_fake(q, k, v, *_):
+    return empty_in_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _attention_bwd_fake(do, dlse, q, k, v, out, lse, bias, sink, *rest):
+    need_dbias = rest[-1]
+    return (
+        empty_in_layout(q, q.shape[-1]),
+        empty_in_layout(k, k.shape[-1]),
+        empty_in_layout(v, v.shape[-1]),
+        bias.new_empty(bias.shape) if need_dbias else q.new_empty(0),
+        q.new_empty(0 if sink is None else sink.shape[0], dtype=torch.float32),
+    )
+
+
+_INPUTS = (
+    "Tensor? bias, Tensor? sink, Tensor? mask, Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " Tensor? alibi_slopes, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt window_left,"
+    " SymInt window_right, bool top_left, float softcap, float dropout_p, float scale"
+)
+define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_INPUTS}) -> (Tensor out, Tensor lse)", _attention_fwd_fake)
+define(
+    f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS},"
+    " bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    _attention_bwd_fake,
+)
+_fwd = {name: getattr(torch.ops.fastattn.attention_fwd, name) for name in ("native", "triton")}
+_bwd = {name: getattr(torch.ops.fastattn.attention_bwd, name) for name in ("native", "triton")}
+
+
+def refuses(facts):
+    """What every compiled backend refuses; `facts` is a plain tuple, which torch.compile takes for a constant."""
+    facts = Facts(*facts)
+    for dtype in (facts.dtype, facts.bias_dtype):
+        if dtype is not None and dtype not in _FLOATS:
+            return f"it takes float32, bfloat16 and float16, got {dtype}"
+    return None
+
+
+for _backend in ("native", "triton"):
+    register_backend("attention", _backend, refuses)
+
+
+def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, max_seqlen_q,
+               max_seqlen_k, window_left, window_right, top_left, softcap, dropout_p, scale):  # fmt: skip
+    """The reference under the arguments of the raw op."""
+    packed = cu_seqlens_q is not None
+    if packed:
+        q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+    out, lse = reference.attention(
+        q, k, v, mask=mask, bias=bias, causal="top_left" if top_left else False, window=(window_left, window_right),
+        seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes,
+        softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng,
+    )  # fmt: skip
+    return (out.transpose(0, 1)[None], lse[None]) if packed else (out, lse)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, sink, backend, *rest):
+        out, lse = _fwd[backend](q, k, v, bias, sink, *rest)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
+        ctx.options = rest[6:]
+        ctx.backend = backend
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, bias, sink, out, lse, *rest = ctx.saved_tensors
+        rest = (*rest, *ctx.options)
+        nothing = (None,) * (1 + len(rest))
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = differentiate(lambda *inputs: _reference(*inputs, *rest), (q, k, v, bias, sink), (do, dlse))
+            return *grads, *nothing
+        need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
+        dq, dk, dv, dbias, dsink = _bwd[ctx.backend](do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias)
+        return (
+            dq if need_dq else None,
+            dk if need_dk else None,
+            dv if need_dv else None,
+            dbias if need_dbias else None,
+            dsink if need_dsink else None,
+            *nothing,
+        )
+
+
+def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+             max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
+    """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    batch, n_heads, seqlen_q, seqlen_k = check_qkv(name, q, k, v, packed)
+    check_numbers(name, softcap, dropout_p, scale)
+    left, right, top_left = resolve_window(name, causal, window)
+    if deterministic not in (None, True, False):
+        raise TypeError(f"{name}: deterministic must be None, True or False, got {deterministic!r}")
+    if packed:
+        if mask is not None or bias is not None:
+            raise ValueError(f"{name}: packed sequences take no mask and no bias: they share no grid of positions")
+        check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k)
+        batch = cu_seqlens_q.shape[0] - 1
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    elif max_seqlen_q is not None or max_seqlen_k is not None:
+        raise ValueError(f"{name}: max_seqlen_q and max_seqlen_k belong to packed sequences, which need cu_seqlens")
+    full = (batch, n_heads, seqlen_q, seqlen_k)
+    if mask is not None:
+        mask = check_scores(name, "mask", mask, q, full)
+    if bias is not None:
+        bias = check_scores(name, "bias", bias, q, full)
+    if seqlens_k is not None:
+        check_int32(name, "seqlens_k", seqlens_k, q, batch)
+    if alibi_slopes is not None:
+        alibi_slopes = check_per_head(name, "alibi_slopes", alibi_slopes, q, ((n_heads,), (batch, n_heads)))
+    if sink is not None:
+        sink = check_per_head(name, "sink", sink, q, ((n_heads,),))
+    head_dim, head_dim_v = q.shape[3], v.shape[3]
+    if scale is None:
+        scale = head_dim**-0.5 if head_dim else 1.0
+    facts = (
+        device, q.dtype, None if bias is None else bias.dtype, mask is not None, left >= 0 or right >= 0,
+        seqlens_k is not None, packed, alibi_slopes is not None, softcap > 0, sink is not None, dropout_p > 0,
+        n_heads != k.shape[1], head_dim != head_dim_v, head_dim > 256 or head_dim_v > 256,
+    )  # fmt: skip
+    rest = (
+        mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None,
+        seqlen_q if max_seqlen_q is None else int(max_seqlen_q),
+        seqlen_k if max_seqlen_k is None else int(max_seqlen_k),
+        left, right, top_left, float(softcap), float(dropout_p), float(scale),
+    )  # fmt: skip
+    return facts, q, k, v, bias, sink, rest
+
+
+def attention(
+    q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0, scale=None,
+    return_lse=False, deterministic=None, backend=None,
+):  # fmt: skip
+    """Scaled dot-product attention: softmax(scale * q·kᵀ + bias) · v, with memory linear in the sequence length.
+
+    With off = 0 for causal="top_left" and seqlen_k - seqlen_q otherwise (bottom-right), query i stands at key i + off.
+    A row that sees no key gives 0, lse -inf and no gradient.
+
+    Args:
+        q: (batch, n_heads, seqlen_q, head_dim), float32, bfloat16 or float16 (float64 runs on the reference); any
+            strides, so a transposed (batch, seqlen, heads, head_dim) costs no copy.
+        k: (batch, n_kv_heads, seqlen_k, head_dim), v: (batch, n_kv_heads, seqlen_k, head_dim_v); n_heads must be a
+            multiple of n_kv_heads, query head h uses head h // (n_heads // n_kv_heads).
+        mask: bool, True = attend, 2 to 4 dimensions that broadcast to (batch, n_heads, seqlen_q, seqlen_k).
+        bias: float, shapes as mask, added to the scaled and capped scores; gets a gradient.
+        causal: False, True or "bottom_right", or "top_left": key j is visible iff j <= i + off.
+        window: (left, right): keys i + off - left to i + off + right are visible, -1 = unlimited; causal sets right 0.
+        seqlens_k: int32 (batch,), keys at or past it are invisible; it takes the place of seqlen_k in off.
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): q is (total_q, n_heads, head_dim), k and v (total_k, n_kv_heads,
+            ...), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1]. No mask or bias then.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths; spare a GPU some empty programs.
+        alibi_slopes: float32 (n_heads,) or (batch, n_heads): slope * |i + off - j| is subtracted; gets no gradient.
+        softcap: scores become softcap * tanh(score / softcap) before the bias; 0 = off.
+        sink: float32 (n_heads,), one more logit in the denominator; gets a gradient.
+        dropout_p: probability with which an attention weight becomes 0 after the softmax; drawn anew in every call.
+        scale: default 1/sqrt(head_dim).
+        return_lse: also return the log-sum-exp of each row, differentiable.
+        deterministic: None follows torch.use_deterministic_algorithms; all backward passes are deterministic today.
+        backend: "native", "triton" or "reference" instead of the automatic choice.
+    Returns: out (batch, n_heads, seqlen_q, head_dim_v) in the layout of q, packed (total_q, n_heads, head_dim_v); with
+        return_lse (out, lse), lse float32 (batch, n_heads, seqlen_q), packed (n_heads, total_q).
+    Raises:
+        ValueError: shapes, devices, lengths or numbers do not fit, or the named backend cannot serve the call.
+        TypeError: a dtype does not fit.
+    Source: Dao, "FlashAttention-2", 2023; alignment and window as in flash-attn 2.1 and later.
+    """
+    facts, q, k, v, bias, sink, rest = _prepare(
+        "attention", q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic,
+    )  # fmt: skip
+    out, lse = _run(facts, q, k, v, bias, sink, rest, backend)
+    if cu_seqlens_q is not None:
+        out, lse = out[0].transpose(0, 1), lse[0]
+    return (out, lse) if return_lse else out
+
+
+def _run(facts, q, k, v, bias, sink, rest, backend):
+    runs = choose("attention", facts, backend)
+    if rest[-2]:  # dropout_p
+        rest = (*rest[:5], draw_rng(q.device), *rest[6:])
+    if runs == "reference" or needs_reference():
+        return _reference(q, k, v, bias, sink, *rest)
+    if grad_wanted(q, k, v, bias, sink):
+        return _Attention.apply(q, k, v, bias, sink, runs, *rest)
+    return _fwd[runs](q, k, v, bias, sink, *rest)
+
+
+def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None,
+            cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None,
+            dropout_p=0.0, scale=None, return_lse=False, deterministic=None, backend=None):  # fmt: skip
+    """What `attention` would run for these arguments, and why not the others."""
+    facts, *_ = _prepare(
+        "attention", q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic,
+    )  # fmt: skip
+    return explanation("attention", facts, backend)
+
+
+def _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa):
+    """PyTorch's conventions in ours: (q, k, v, mask, bias) with four dimensions."""
+    name = "scaled_dot_product_attention"
+    if is_causal and attn_mask is not None:
+        raise ValueError(f"{name}: attn_mask must be None when is_causal is True, got shape {tuple(attn_mask.shape)}")
+    for label, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() < 2:
+            raise ValueError(f"{name}: {label} must have at least 2 dimensions, got shape {tuple(t.shape)}")
+    if attn_mask is not None:
+        if attn_mask.dim() < 2:
+            raise ValueError(f"{name}: attn_mask must have at least 2 dimensions, got shape {tuple(attn_mask.shape)}")
+        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) and not torch.is_autocast_enabled(
+            query.device.type
+        ):
+            raise TypeError(f"{name}: attn_mask must be bool, float32 or {query.dtype} as query, got {attn_mask.dtype}")
+    if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
+        query, key, value, attn_mask = _four_dimensions(name, query, key, value, attn_mask)
+    heads_q, heads_k, heads_v = query.shape[1], key.shape[1], value.shape[1]
+    if heads_q != heads_k or heads_k != heads_v:
+        if enable_gqa:
+            if heads_k != heads_v and heads_k and heads_v:
+                heads = max(heads_k, heads_v)
+                if heads_q % heads_k or heads_q % heads_v or heads % heads_k or heads % heads_v:
+                    raise ValueError(
+                        f"{name}: the heads of query must be a multiple of those of key and value, got {heads_q},"
+                        f" {heads_k}, {heads_v}"
+                    )
+                key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+        elif any(heads not in (1, max(heads_q, heads_k, heads_v)) for heads in (heads_q, heads_k, heads_v)):
+            raise ValueError(
+                f"{name}: query, key and value must have the same number of heads, or 1, unless enable_gqa is True,"
+                f" got {heads_q}, {heads_k}, {heads_v}"
+            )
+        else:
+            heads = max(heads_q, heads_k, heads_v)
+            query = query.expand(-1, heads, -1, -1)
+            if heads_k != heads_v:
+                key, value = (t.expand(-1, heads, -1, -1) for t in (key, value))
+    mask = attn_mask if attn_mask is not None and attn_mask.dtype == torch.bool else None
+    return query, key, value, mask, None if mask is not None else attn_mask
+
+
+def _four_dimensions(name, query, key, value, attn_mask):
+    """Broadcast the leading dimensions and fold all but the last of them into the batch."""
+    inputs = [query, key, value] + ([] if attn_mask is None else [attn_mask])
+    inputs = [t[(None,) * (3 - t.dim())] if t.dim() < 3 else t for t in inputs]
+    try:
+        leading = torch.broadcast_shapes(*(t.shape[:-3] for t in inputs[:3]))
+        if attn_mask is not None and torch.broadcast_shapes(leading, inputs[3].shape[:-3]) != leading:
+            raise RuntimeError("attn_mask is larger")
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: the leading dimensions must broadcast, got {', '.join(str(tuple(t.shape)) for t in inputs)}"
+        ) from error
+    batch = math.prod(leading)
+    folded = [t.expand(*leading, *t.shape[-3:]).reshape(batch, *t.shape[-3:]) for t in inputs[:3]]
+    if attn_mask is not None:
+        mask = inputs[3]
+        if all(size == 1 for size in mask.shape[:-3]):
+            attn_mask = mask.reshape(1, *mask.shape[-3:])
+        else:
+            attn_mask = mask.expand(*leading, *mask.shape[-3:]).reshape(batch, *mask.shape[-3:])
+    return *folded, attn_mask
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """`torch.nn.functional.scaled_dot_product_attention` on the kernels of `attention`.
+
+    Args:
+        query: (..., n_heads, seqlen_q, head_dim); key, value: (..., n_kv_heads, seqlen_k, head_dim or head_dim_v).
+        attn_mask: bool (True = attend), float32 or the dtype of query (added to the scores), at least 2 dimensions.
+        dropout_p: applied always, as in PyTorch: pass 0.0 in evaluation.
+        is_causal: query i sees keys 0 to i (top-left); not together with attn_mask.
+        scale: default 1/sqrt(head_dim).
+        enable_gqa: allow fewer heads in key and value than in query.
+    Returns: (..., n_heads, seqlen_q, head_dim_v) in the layout of query.
+    Raises:
+        ValueError, TypeError: as `attention`; where PyTorch raises RuntimeError.
+    Source: torch.nn.functional.scaled_dot_product_attention.
+    """
+    q, k, v, mask, bias = _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa)
+    facts, q, k, v, bias, sink, rest = _prepare(
+        "scaled_dot_product_attention", q, k, v, mask, bias, "top_left" if is_causal else False, None, None, None,
+        None, None, None, None, 0.0, None, dropout_p, scale, None,
+    )  # fmt: skip
+    out, _ = _run(facts, q, k, v, bias, sink, rest, None)
+    if query.dim() == 4:
+        return out
+    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    out = out.reshape(*leading, *out.shape[1:])
+    return out[0] if query.dim() == key.dim() == value.dim() == 2 else out
