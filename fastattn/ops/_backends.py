@@ -14,7 +14,7 @@ BACKENDS = ("native", "triton", "reference")
 # per device, the order in which backends are asked; the reference comes last and takes everything
 _ORDER = {"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")}
 
-_refusals = {}  # (op, backend) -> facts -> reason or None
+_registered = {}  # (op, backend) -> (facts -> reason or None, name of its raw op)
 _unavailable = {}  # (backend, device type) -> reason
 _decisions = {}  # (op, facts, wanted) -> backend
 
@@ -30,9 +30,14 @@ def _checked(name, source):
 _override = _checked(os.environ.get("FASTATTN_BACKEND"), "FASTATTN_BACKEND")
 
 
-def register_backend(op, backend, refuses):
-    """`refuses(facts)` says why `backend` cannot serve the call, or returns None. `facts` begins with device, dtype."""
-    _refusals[op, backend] = refuses
+def register_backend(op, backend, refuses, raw=None):
+    """Tell that `op` can run on `backend`.
+
+    Args:
+        refuses: facts -> why the backend cannot serve the call, or None; facts begin with device type and dtype.
+        raw: the raw op that must have a kernel for the device, <op>_fwd by default.
+    """
+    _registered[op, backend] = refuses, raw or f"{op}_fwd"
 
 
 def set_unavailable(backend, device, reason):
@@ -48,8 +53,11 @@ def refusal(op, backend, facts):
     reason = _unavailable.get((backend, facts[0]), f"there is no {backend} backend for {facts[0]} tensors")
     if reason is not None:
         return reason
-    refuses = _refusals.get((op, backend))
-    return f"{op} has no {backend} backend yet" if refuses is None else refuses(facts)
+    refuses, raw = _registered.get((op, backend), (None, None))
+    key = facts[0].upper()
+    if refuses is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{raw}.{backend}", key):
+        return f"{op} has no {backend} kernel for {facts[0]} tensors"
+    return refuses(facts)
 
 
 def _decide(op, facts, wanted):
