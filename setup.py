@@ -9,7 +9,7 @@ Environment:
   FASTATTN_CUDA        auto | 0 | 1   auto: built when nvcc is found; 1: a missing nvcc or a failed build is an error
   FASTATTN_CUDA_ARCHS  default "80;90a;100a"
   FASTATTN_TORCH_DIR   directory of the torch package whose headers are used
-  CXX, CUDA_HOME, MAX_JOBS
+  CXX (default g++, c++ or clang++), CUDA_HOME, MAX_JOBS
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,18 +26,23 @@ import sysconfig
 
 from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 PACKAGE = "fastattn"
-CXX = os.environ.get("CXX", "g++")
-TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch the libraries load on
+CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "g++")
+OLDEST_TORCH = (2, 11)  # the libraries load on this one and every later one
+TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 
 # Every csrc/cpu/*.cpp but the *ops.cpp is compiled once per instruction set, with CPU_CAPABILITY naming the variant.
 CPU_VARIANTS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_VARIANTS["avx2"] = "-mavx2 -mfma -mf16c"
     CPU_VARIANTS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+
+# gcc 12 warns falsely inside its own AVX-512 headers
+KERNEL_WARNINGS = "-Wno-maybe-uninitialized -Wno-uninitialized"
 
 # A file named *_sm90.cu is compiled for that architecture only: its instructions exist nowhere else. The wrappers learn
 # by FASTATTN_HAS_SM90 whether it was.
@@ -50,7 +56,7 @@ rule cxx
   deps = gcc
   description = CXX $out
 rule nvcc
-  command = {nvcc} -MMD -MF $out.d -O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v $
+  command = {nvcc} {ccbin} -MMD -MF $out.d -O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v $
       $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)
   depfile = $out.d
   deps = gcc
@@ -64,20 +70,47 @@ rule link
 """
 
 
-def find_torch():
-    """The directory of the torch package, from FASTATTN_TORCH_DIR, this environment, or the one pip installs into.
+def tri_state(name):
+    """The value of an environment variable that is auto (or unset), 0 or 1."""
+    value = os.environ.get(name) or "auto"
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{PACKAGE}: {name} must be auto, 0 or 1, got {value!r}")
+    return value
 
-    pip runs an isolated build with the target's interpreter, so sysconfig still names the target's site-packages.
+
+def wanted_archs():
+    archs = re.split(r"[;, ]+", (os.environ.get("FASTATTN_CUDA_ARCHS") or "80;90a;100a").strip(" ;,"))
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            raise SystemExit(f"{PACKAGE}: FASTATTN_CUDA_ARCHS must look like 80;90a;100a, got {arch!r} in it")
+    return archs
+
+
+def find_torch():
+    """(directory of the torch package, None), or (None, why there is none to build with).
+
+    Looked for: FASTATTN_TORCH_DIR, then this environment. An isolated build hides the environment that is installed
+    into, but pip runs it with that environment's interpreter: started afresh, without the variables that isolate, it
+    sees it again.
     """
     candidates = [os.environ.get("FASTATTN_TORCH_DIR")]
     spec = importlib.util.find_spec("torch")
     if spec and spec.submodule_search_locations:
         candidates.append(spec.submodule_search_locations[0])
-    candidates += [os.path.join(sysconfig.get_path(name), "torch") for name in ("purelib", "platlib")]
-    for candidate in candidates:
-        if candidate and os.path.exists(os.path.join(candidate, "include/torch/csrc/stable/library.h")):
-            return pathlib.Path(candidate)
-    return None
+    locate = "from importlib.util import find_spec as f; print(*f('torch').submodule_search_locations)"
+    candidates.append(output_of(sys.executable, "-E", "-c", locate, cwd="/").strip())
+    for candidate in filter(None, candidates):
+        if not os.path.exists(os.path.join(candidate, "include/torch/csrc/stable/library.h")):
+            continue
+        version = torch_version(candidate)
+        if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) >= OLDEST_TORCH:
+            return pathlib.Path(candidate), None
+        return None, f"torch {version} in {candidate} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    return None, "no torch headers: install torch first, then reinstall (or set FASTATTN_TORCH_DIR)"
+
+
+def torch_version(directory):
+    return first_match(r"__version__ = '(.+)'", (pathlib.Path(directory) / "version.py").read_text()) or "0"
 
 
 def find_cuda():
@@ -104,9 +137,9 @@ def find_pybind11(torch):
         return bundled if bundled and (bundled / "pybind11").is_dir() else None
 
 
-def output_of(*command):
+def output_of(*command, cwd=None):
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd).stdout
     except OSError:
         return ""
 
@@ -119,7 +152,7 @@ def first_match(pattern, text):
 def job_count():
     """MAX_JOBS, or one compiler per core we may use and per 2 GiB of free memory."""
     if os.environ.get("MAX_JOBS"):
-        return int(os.environ["MAX_JOBS"])
+        return max(1, int(os.environ["MAX_JOBS"]))
     free_gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return max(1, min(len(os.sched_getaffinity(0)), int(free_gib // 2)))
 
@@ -137,31 +170,36 @@ def arch_flags(stem, archs):
 
 
 class NinjaFile:
-    """A build.ninja under construction. Objects mirror the source tree below `build_dir`."""
+    """A build.ninja under construction, run in the directory it stands in. Objects mirror the source tree there."""
 
-    def __init__(self, build_dir, nvcc):
-        self.build_dir = build_dir
-        self.text = RULES.format(cxx=CXX, nvcc=nvcc)
+    def __init__(self, nvcc):
+        # nvcc takes the C++ compiler on PATH; one that was named is meant for it too
+        ccbin = f"-ccbin {CXX}" if os.environ.get("CXX") and " " not in CXX else ""
+        self.text = RULES.format(cxx=CXX, nvcc=shlex.quote(str(nvcc)), ccbin=ccbin)
 
     def add(self, output, rule, inputs, implicit=(), **variables):
-        inputs = " ".join(map(str, inputs))
-        implicit = " | " + " ".join(map(str, implicit)) if implicit else ""
-        self.text += f"build {output}: {rule} {inputs}{implicit}\n"
+        inputs, implicit = (
+            " ".join(re.sub(r"[$ :]", r"$\g<0>", str(path)) for path in paths) for paths in (inputs, implicit)
+        )
+        self.text += f"build {output}: {rule} {inputs} | {implicit}\n"
         for name, value in variables.items():
             self.text += f"  {name} = {value}\n"
         return output
 
     def compile(self, rule, source, flags, variant=""):
         suffix = f".{variant}.o" if variant else ".o"
-        output = self.build_dir / source.relative_to(ROOT).with_suffix(suffix)
-        return self.add(output, rule, [source], flags=flags)
+        return self.add(source.relative_to(ROOT).with_suffix(suffix), rule, [source], flags=flags)
 
     def stub(self, soname):
         """An empty library: gives DT_NEEDED on torch's library without needing that very torch to link."""
-        return self.add(self.build_dir / soname, "stub", [], soname=soname)
+        return self.add(soname, "stub", [], soname=soname)
 
 
-def write_cpu_library(ninja, output, torch_flags, stub):
+def include(*directories, system=True):
+    return " ".join(f"{'-isystem' if system else '-I'} {shlex.quote(str(directory))}" for directory in directories)
+
+
+def write_cpu_library(ninja, torch_flags):
     """_cpu.so: kernels once per instruction set, and the *ops.cpp, which register them with torch."""
     objects = []
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
@@ -169,14 +207,14 @@ def write_cpu_library(ninja, output, torch_flags, stub):
             objects.append(ninja.compile("cxx", source, torch_flags))
             continue
         for variant, isa_flags in CPU_VARIANTS.items():
-            # gcc 12 warns falsely inside its own AVX-512 headers
-            flags = f"-I{ROOT}/csrc -DCPU_CAPABILITY={variant} {isa_flags} -Wno-maybe-uninitialized -Wno-uninitialized"
+            flags = f"{include(ROOT / 'csrc', system=False)} -DCPU_CAPABILITY={variant} {isa_flags} {KERNEL_WARNINGS}"
             objects.append(ninja.compile("cxx", source, flags, variant))
+    stub = ninja.stub("libtorch_cpu.so")
     # --no-as-needed: some distributions drop a library of which no symbol is taken, and the stub has none.
-    ninja.add(output, "link", objects, [stub], flags=f"-Wl,--no-as-needed {stub}")
+    ninja.add("_cpu.so", "link", objects, [stub], flags=f"-Wl,--no-as-needed {stub}")
 
 
-def write_cuda_library(ninja, output, torch_flags, stubs, cuda, archs):
+def write_cuda_library(ninja, torch_flags, cuda, archs):
     """_cuda.so: torch-free .cu files, host wrapper by the C++ compiler, the CUDA runtime linked statically."""
     has = " ".join(f"-DFASTATTN_HAS{suffix.upper()}" for suffix, arch in ARCH_OF_SUFFIX.items() if arch in archs)
     objects = [
@@ -185,96 +223,137 @@ def write_cuda_library(ninja, output, torch_flags, stubs, cuda, archs):
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         flags = arch_flags(source.stem, archs)
         if flags:
-            objects.append(ninja.compile("nvcc", source, f"-I{ROOT}/csrc {flags}"))
-    flags = "-Wl,--no-as-needed " + " ".join(map(str, stubs))
-    flags += f" -Wl,--as-needed -L{cuda}/lib64 -L{cuda}/lib -lcudart_static -lrt -lpthread -ldl"
-    ninja.add(output, "link", objects, stubs, flags=flags)
+            objects.append(ninja.compile("nvcc", source, f"{include(ROOT / 'csrc', system=False)} {flags}"))
+    stubs = ["libtorch_cpu.so", ninja.stub("libtorch_cuda.so")]
+    libraries = " ".join(f"-L{shlex.quote(str(cuda / name))}" for name in ("lib64", "lib"))
+    flags = f"-Wl,--no-as-needed {' '.join(stubs)} -Wl,--as-needed {libraries} -lcudart_static -lrt -lpthread -ldl"
+    ninja.add("_cuda.so", "link", objects, stubs, flags=flags)
 
 
-def write_introspection_module(ninja, output, pybind11):
+def write_introspection_module(ninja, name, pybind11):
     """_C: needs Python and pybind11 but no torch. The one part that is tied to a Python version."""
-    flags = f"-I{ROOT}/csrc -isystem {pybind11} -isystem {sysconfig.get_path('include')}"
-    output_object = ninja.compile("cxx", ROOT / "csrc/introspection.cpp", flags)
-    ninja.add(output, "link", [output_object], flags="-s")
+    flags = include(ROOT / "csrc", system=False) + " " + include(pybind11, sysconfig.get_path("include"))
+    ninja.add(name, "link", [ninja.compile("cxx", ROOT / "csrc/introspection.cpp", flags)], flags="-s")
+
+
+def run_ninja(build_dir, target):
+    """Build one target; None, or the part of the output that says why it failed."""
+    executable = shutil.which("ninja") or os.path.join(sysconfig.get_path("scripts"), "ninja")
+    command = [executable, "-C", str(build_dir), f"-j{job_count()}", target]
+    lines = []
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+    except OSError as error:
+        return f"ninja does not start: {error}"
+    if process.returncode == 0:
+        return None
+    first = next((i for i, line in enumerate(lines) if line.startswith("FAILED")), 0)
+    return "".join(lines[first : first + 40])
+
+
+def replace_file(path, content):
+    """Write a file in one step: a process that has the old library mapped keeps it, a killed build leaves no half."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.chmod(0o755 if path.suffix == ".so" else 0o644)
+    os.replace(temporary, path)
 
 
 class BuildNative(build_ext):
     def run(self):
+        self.native, self.want_cuda = tri_state("FASTATTN_NATIVE"), tri_state("FASTATTN_CUDA")
+        self.module = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
+        self.parts = ("_cpu.so", "_cuda.so", self.module)
         out_dir = ROOT / PACKAGE if self.inplace else pathlib.Path(self.build_lib).resolve() / PACKAGE
         build_dir = pathlib.Path(self.build_temp).resolve()
+        if self.editable_mode:  # not the temporary directory of an editable install: the next one is incremental
+            build_dir = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         for directory in (out_dir, build_dir):
             directory.mkdir(parents=True, exist_ok=True)
 
-        native = os.environ.get("FASTATTN_NATIVE", "auto")
-        want_cuda = os.environ.get("FASTATTN_CUDA", "auto")
-        archs = os.environ.get("FASTATTN_CUDA_ARCHS", "80;90a;100a").split(";")
-        torch = find_torch()
-        cuda = find_cuda() if want_cuda != "0" else None
+        info = self.build(build_dir)
+        skipped = info["not_built"]
+        for part in self.parts:
+            if part in skipped:
+                (out_dir / part).unlink(missing_ok=True)  # never leave the library of an older source
+                print(f"{PACKAGE}: {part} not built: {skipped[part]}", file=sys.stderr)
+            else:
+                replace_file(out_dir / part, (build_dir / part).read_bytes())
+        replace_file(out_dir / "_build_info.json", (json.dumps(info, indent=1) + "\n").encode())
+
+        required = {"_cuda.so"} if self.want_cuda == "1" else set()
+        if self.native == "1":
+            required |= set(self.parts) - ({"_cuda.so"} if info["nvcc"] is None else set())
+        missing = sorted(required & skipped.keys())
+        if missing:
+            reasons = "\n".join(f"{part}: {skipped[part]}" for part in missing)
+            raise SystemExit(f"{PACKAGE}: FASTATTN_NATIVE or FASTATTN_CUDA is 1, but not all was built\n{reasons}")
+
+    def build(self, build_dir):
+        """Build in `build_dir` what can be built; what that was, and why the rest was not, as _build_info.json."""
+        archs = wanted_archs()
+        torch, no_torch = find_torch()
+        cuda = find_cuda() if self.want_cuda != "0" else None
         pybind11 = find_pybind11(torch)
-        ninja = NinjaFile(build_dir, f"{cuda}/bin/nvcc")
-        module = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+        ninja = NinjaFile(cuda and cuda / "bin/nvcc")
 
         skipped = {}
-        if native == "0":
-            skipped = dict.fromkeys(("_cpu.so", "_cuda.so", module), "FASTATTN_NATIVE=0")
-        if torch is None:
-            reason = "no torch headers: install torch first, then reinstall (or set FASTATTN_TORCH_DIR)"
-            skipped = {"_cpu.so": reason, "_cuda.so": reason} | skipped
-        if cuda is None:
-            skipped.setdefault("_cuda.so", "FASTATTN_CUDA=0" if want_cuda == "0" else "no nvcc: set CUDA_HOME")
-        if pybind11 is None:
-            skipped.setdefault(module, "no pybind11 headers")
 
-        targets = [name for name in ("_cpu.so", "_cuda.so", module) if name not in skipped]
-        torch_flags = f"-I{ROOT}/csrc -isystem {torch}/include -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
-        stubs = [ninja.stub("libtorch_cpu.so"), ninja.stub("libtorch_cuda.so")]
-        if "_cpu.so" in targets:
-            write_cpu_library(ninja, out_dir / "_cpu.so", torch_flags, stubs[0])
-        if "_cuda.so" in targets:
-            write_cuda_library(ninja, out_dir / "_cuda.so", torch_flags, stubs, cuda, archs)
-        if module in targets:
-            write_introspection_module(ninja, out_dir / module, pybind11)
+        def skip(reason, *parts):
+            for part in parts:
+                skipped.setdefault(part, reason)
+
+        if self.native == "0":
+            skip("FASTATTN_NATIVE=0", *self.parts)
+        if not sys.platform.startswith("linux"):
+            skip(f"the native part is built on Linux only, this is {sys.platform}", *self.parts)
+        if not shutil.which(shlex.split(CXX)[0]):
+            skip(f"no C++ compiler: {CXX} not found (install g++, or set CXX)", *self.parts)
+        if torch is None:
+            skip(no_torch, "_cpu.so", "_cuda.so")
+        if cuda is None:
+            skip("FASTATTN_CUDA=0" if self.want_cuda == "0" else "no nvcc found (set CUDA_HOME)", "_cuda.so")
+        if pybind11 is None:
+            skip("no pybind11 headers", self.module)
+
+        torch_flags = f"{include(ROOT / 'csrc', system=False)} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+        if torch:
+            torch_flags += " " + include(torch / "include")
+            write_cpu_library(ninja, torch_flags)
+        if torch and cuda:
+            write_cuda_library(ninja, torch_flags, cuda, archs)
+        if pybind11:
+            write_introspection_module(ninja, self.module, pybind11)
         (build_dir / "build.ninja").write_text(ninja.text)
 
-        for target in targets:
-            error = self.run_ninja(build_dir, out_dir / target)
-            if error:
-                (out_dir / target).unlink(missing_ok=True)  # never leave a stale library of an older source
-                skipped[target] = error
-        info = {
-            "built": [target for target in targets if target not in skipped],
+        for part in self.parts:
+            if part not in skipped:
+                error = run_ninja(build_dir, part)
+                if error:
+                    skipped[part] = error
+        return {
+            "built": [part for part in self.parts if part not in skipped],
             "not_built": skipped,
-            "torch": first_match(r"__version__ = '(.+)'", (torch / "version.py").read_text()) if torch else None,
-            "nvcc": first_match(r"V(\d[\d.]+)", output_of(f"{cuda}/bin/nvcc", "--version")) if cuda else None,
+            "cpu_variants": list(CPU_VARIANTS),
+            "torch": torch and torch_version(torch),
+            "nvcc": cuda and first_match(r"V(\d[\d.]+)", output_of(str(cuda / "bin/nvcc"), "--version")),
             "cuda_archs": archs if cuda else None,
-            "cxx": output_of(CXX, "--version").partition("\n")[0],
+            "cxx": output_of(*shlex.split(CXX), "--version").partition("\n")[0] or None,
         }
-        (out_dir / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
-
-        for target, reason in skipped.items():
-            print(f"{PACKAGE}: {target} not built: {reason}", file=sys.stderr)
-        required = targets if native == "1" else []
-        required = required + (["_cpu.so"] if native == "1" else []) + (["_cuda.so"] if want_cuda == "1" else [])
-        missing = sorted(set(required) & set(skipped))
-        if missing:
-            raise SystemExit(f"{PACKAGE}: required but not built: {', '.join(missing)}")
-
-    def run_ninja(self, build_dir, target):
-        """Build one target; None, or the last lines of the output when it failed."""
-        executable = shutil.which("ninja") or os.path.join(sysconfig.get_path("scripts"), "ninja")
-        command = [executable, "-C", str(build_dir), f"-j{job_count()}", str(target)]
-        lines = []
-        try:
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-                for line in process.stdout:
-                    print(line, end="", flush=True)
-                    lines.append(line)
-        except OSError as error:
-            return f"{executable}: {error}"
-        return None if process.returncode == 0 else "".join(lines[-15:])
 
     def get_outputs(self):
         return []
+
+
+class CleanBuild(build):
+    """Starts from an empty build_lib: a module or library that left the source must not travel on from there."""
+
+    def run(self):
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BinaryDistribution(Distribution):
@@ -293,5 +372,5 @@ setup(
     package_dir={f"{PACKAGE}.kernels": "kernels"},
     ext_modules=[Extension(f"{PACKAGE}._native", [])],
     distclass=BinaryDistribution,
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    cmdclass={"build": CleanBuild, "build_ext": BuildNative, "bdist_wheel": Wheel},
 )

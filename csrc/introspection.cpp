@@ -3,9 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <string>
-#include <vector>
 
 #include "cpu/capability.h"
 #include "philox.h"
@@ -16,16 +16,10 @@ std::map<std::string, std::string> build_info() {
   return {{"compiler", __VERSION__}, {"cplusplus", std::to_string(__cplusplus)}};
 }
 
-std::vector<uint32_t> philox(uint64_t seed, uint64_t subsequence, uint64_t offset) {
-  const fastattn::Philox4 counter = {{
-      static_cast<uint32_t>(offset),
-      static_cast<uint32_t>(offset >> 32),
-      static_cast<uint32_t>(subsequence),
-      static_cast<uint32_t>(subsequence >> 32),
-  }};
+std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
   const fastattn::Philox4 out =
-      fastattn::philox4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  return {out.word, out.word + 4};
+      fastattn::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return {out.word[0], out.word[1], out.word[2], out.word[3]};
 }
 
 }  // namespace
@@ -35,6 +29,6 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return std::string(fastattn::capability_name(fastattn::cpu_capability())); },
       "The instruction set of the CPU kernels in use: default, avx2 or avx512.");
-  m.def("philox", &philox, pybind11::arg("seed"), pybind11::arg("subsequence"), pybind11::arg("offset"),
-        "The four 32-bit words of Philox4x32-10 for this seed and position.");
+  m.def("philox", &philox, pybind11::arg("counter"), pybind11::arg("key"),
+        "The four words of Philox4x32-10 for a counter of four and a key of two 32-bit words.");
 }

@@ -1,6 +1,10 @@
 #pragma once
 // The instruction set of the CPU kernels: the best one of this processor, or a lower one named by
 // FASTATTN_CPU_CAPABILITY (default, avx2, avx512). Include it only in files compiled with baseline flags.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <string_view>
 
@@ -21,6 +25,10 @@ inline const char* capability_name(CpuCapability capability) {
 
 inline CpuCapability best_capability() {
 #if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;  // not every clang knows __builtin_cpu_supports("f16c")
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) {
+    return CpuCapability::kDefault;
+  }
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
@@ -36,6 +44,7 @@ inline CpuCapability best_capability() {
 inline CpuCapability cpu_capability() {
   const CpuCapability best = best_capability();
   const char* wanted = std::getenv("FASTATTN_CPU_CAPABILITY");
+  // the package has checked the word; here an unknown one means no limit
   for (CpuCapability lower : {CpuCapability::kDefault, CpuCapability::kAvx2}) {
     if (wanted && capability_name(lower) == std::string_view(wanted) && lower < best) {
       return lower;
