@@ -238,8 +238,9 @@ def write_introspection_module(ninja, name, pybind11):
 
 def run_ninja(build_dir, target):
     """Build one target; None, or the part of the output that says why it failed."""
-    executable = shutil.which("ninja") or os.path.join(sysconfig.get_path("scripts"), "ninja")
-    command = [executable, "-C", str(build_dir), f"-j{job_count()}", target]
+    on_path = shutil.which("ninja")
+    command = [on_path] if on_path else [sys.executable, "-m", "ninja"]
+    command += ["-C", str(build_dir), f"-j{job_count()}", target]
     lines = []
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Sets everything up, trains a small language model on text that ships with Python, and lets it write.
+#
+#   scripts/demo.sh [--steps N ...]        options of `fastattn train`
+#
+# The environment variables of scripts/setup_env.sh hold here too.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+run=runs/demo
+
+scripts/setup_env.sh train
+fastattn() {
+  printf '\n$ fastattn %s\n' "$*"
+  "${FASTATTN_VENV:-.venv}/bin/fastattn" "$@"
+}
+fastattn train --config recipes/char_lm.yaml "$@" --run "$run" --overwrite
+fastattn evaluate "$run"
+fastattn generate "$run" --prompt "The "
+printf '\nThe run is in %s: loss curve, checkpoints, report. More text: %s/bin/fastattn generate %s --prompt "A list"\n' \
+  "$run" "${FASTATTN_VENV:-.venv}" "$run"
