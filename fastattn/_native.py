@@ -1,16 +1,18 @@
 """What the build left, what of it loads, and why the rest does not."""
 
 import functools
+import importlib.util
 import json
 import os
 import warnings
 
 import torch
 
-from fastattn.ops._backends import set_unavailable
+from fastattn.ops._backends import set_unavailable, unavailable
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-CPU_CAPABILITIES = ("default", "avx2", "avx512")
+CPU_CAPABILITIES = ("default", "avx2", "avx512")  # in the order of CpuCapability in csrc/cpu/capability.h
+_KERNEL_MODULES = ("norm",)
 
 
 @functools.lru_cache
@@ -44,20 +46,25 @@ def _load_cuda():
 
 def _load_triton():
     """Import the Triton kernels, which register themselves; the reasons for "cpu" and "cuda"."""
-    try:
-        import fastattn.kernels.norm  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("triton"):
-            raise
+    if importlib.util.find_spec("triton") is None:
         return ("triton is not installed",) * 2
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     cpu = None if interpreted else "Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
-    return cpu, None if torch.cuda.is_available() else "torch sees no CUDA device"
+    cuda = None if torch.cuda.is_available() else "torch sees no CUDA device"
+    if cpu and cuda:
+        return cpu, cuda  # nothing could run: spare the import
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a triton that does not fit this machine must not take everything down
+        return (f"triton is installed, but its import fails: {error}",) * 2
+    for name in _KERNEL_MODULES:
+        importlib.import_module(f"fastattn.kernels.{name}")
+    return cpu, cuda
 
 
 def load_backends():
     """Load every backend that is there, once, at import."""
-    capability = os.environ.get("FASTATTN_CPU_CAPABILITY", CPU_CAPABILITIES[-1])
+    capability = os.environ.get("FASTATTN_CPU_CAPABILITY") or CPU_CAPABILITIES[-1]
     if capability not in CPU_CAPABILITIES:
         raise ValueError(f"FASTATTN_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {capability!r}")
     cpu = _load("_cpu.so")
@@ -65,5 +72,12 @@ def load_backends():
     set_unavailable("native", "cuda", _load_cuda())
     for device, reason in zip(("cpu", "cuda"), _load_triton(), strict=True):
         set_unavailable("triton", device, reason)
-    if cpu is not None and os.environ.get("FASTATTN_NATIVE") != "0":
+    if cpu is not None and cpu != "FASTATTN_NATIVE=0":  # left out on purpose: nothing to warn of
         warnings.warn(f"fastattn runs without its C++ kernels for the CPU: {cpu}", stacklevel=3)
+
+
+def cpu_capability():
+    """The instruction set of the CPU kernels in use ("default", "avx2" or "avx512"), or None without them."""
+    if unavailable("native", "cpu") is not None:
+        return None
+    return CPU_CAPABILITIES[torch.ops.fastattn.cpu_capability()]

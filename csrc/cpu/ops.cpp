@@ -7,6 +7,8 @@
 
 #include <atomic>
 
+#include "capability.h"
+
 namespace {
 
 // How many chunks parallel_for makes of 64 pieces: shows that the kernels run on torch's threads.
@@ -16,8 +18,13 @@ int64_t parallel_chunks() {
   return chunks;
 }
 
+int64_t cpu_capability() {
+  return static_cast<int64_t>(fastattn::cpu_capability());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CompositeExplicitAutograd, m) {
   m.impl("parallel_chunks", TORCH_BOX(&parallel_chunks));
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }

@@ -46,11 +46,23 @@ def set_unavailable(backend, device, reason):
     _decisions.clear()
 
 
+def unavailable(backend, device):
+    """Why `backend` does not exist on a device type, or None."""
+    if backend == "reference":
+        return None
+    return _unavailable.get((backend, device), f"there is no {backend} backend for {device} tensors")
+
+
+def registered_ops():
+    """The names of all ops that a backend has registered."""
+    return sorted({op for op, _ in _refusals})
+
+
 def refusal(op, backend, facts):
     """Why `backend` cannot serve this call of `op`, or None."""
     if backend == "reference":
         return None
-    reason = _unavailable.get((backend, facts[0]), f"there is no {backend} backend for {facts[0]} tensors")
+    reason = unavailable(backend, facts[0])
     if reason is not None:
         return reason
     refuses, raw = _registered.get((op, backend), (None, None))

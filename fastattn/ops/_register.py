@@ -50,4 +50,6 @@ def differentiate(function, inputs, grad_outputs):
     return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
 
 
-_library.define("parallel_chunks() -> int")  # for tests: implemented by the CPU library
+# implemented by the CPU library, about itself: for tests and `fastattn info`
+_library.define("parallel_chunks() -> int")
+_library.define("cpu_capability() -> int")

@@ -1,0 +1,124 @@
+"""The text of `fastattn info`: what is installed, what runs where, and the reason for everything that does not."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+from fastattn import __version__, _native
+from fastattn.ops._backends import backends, registered_ops
+
+_VARIABLES = ("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CXX", "MAX_JOBS", "OMP_NUM_THREADS", "TRITON_INTERPRET")
+
+
+def _version_of(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _versions():
+    yield "fastattn", f"{__version__} in {os.path.dirname(_native.__file__)}"
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
+    yield "triton", _version_of("triton")
+
+
+def _devices():
+    yield "cpu", f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        yield "cuda", "torch sees no CUDA device"
+        return
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index}",
+            f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors,"
+            f" {gpu.total_memory / 2**30:.0f} GiB",
+        )
+
+
+def _backends():
+    for device, state in backends().items():
+        for name, reason in state.items():
+            text = reason if reason == "available" else f"no: {reason}"
+            capability = _native.cpu_capability()
+            if (device, name) == ("cpu", "native") and capability:
+                text += f", runs its {capability} kernels"
+            yield f"{device} {name}", text
+
+
+def _serves(op, backend, device):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    try:
+        return backend == "reference" or has_kernel(f"fastattn::{op}_fwd.{backend}", device.upper())
+    except RuntimeError:  # no such raw op
+        return False
+
+
+def _ops():
+    for op in registered_ops():
+        yield (
+            op,
+            "   ".join(
+                f"{device}: "
+                + " > ".join(
+                    name for name, reason in state.items() if reason == "available" and _serves(op, name, device)
+                )
+                for device, state in backends().items()
+            ),
+        )
+
+
+def _build():
+    info = _native.build_info()
+    if not info:
+        yield "nothing", "this checkout was never built (pip install -e .)"
+        return
+    yield "compiler", info["cxx"] or "none"
+    yield "nvcc", f"{info['nvcc']} for {', '.join(info['cuda_archs'])}" if info["nvcc"] else "none"
+    yield "torch headers", info["torch"] or "none"
+    for part in info["built"]:
+        yield part, "built" + (f" for {', '.join(info['cpu_variants'])}" if part == "_cpu.so" else "")
+    for part, reason in info["not_built"].items():
+        yield part, "not built: " + reason.strip().replace("\n", "\n    ")
+    if importlib.util.find_spec("fastattn._C") is None:
+        yield "_C", f"not importable by Python {platform.python_version()} (only tests need it)"
+
+
+def _environment():
+    for name in sorted(os.environ):
+        if name.startswith("FASTATTN_") or name in _VARIABLES:
+            yield name, os.environ[name]
+
+
+def report():
+    """Versions, devices, backends per op, the build, and every reason for what is missing.
+
+    Returns: text of several lines, no newline at the end.
+    """
+    sections = {
+        "Versions": _versions(),
+        "Devices": _devices(),
+        "Backends": _backends(),
+        "Ops (in the order in which backends are asked)": _ops(),
+        "Compiled part": _build(),
+        "Environment variables": _environment(),
+    }
+    lines = []
+    for title, pairs in sections.items():
+        pairs = list(pairs) or [("none", "")]
+        width = max(len(name) for name, _ in pairs)
+        lines += ["", title, *(f"  {name:{width}}  {text}".rstrip() for name, text in pairs)]
+    return "\n".join(lines[1:])
