@@ -10,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1:-}
 venv=${FASTATTN_VENV:-.venv}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 python=$venv/bin/python
 started=$SECONDS
 
@@ -87,6 +88,12 @@ say "PyTorch $(torch_version "$python")"
 
 say "fastattn${extras:+[$extras]}: packages it needs, and its kernels"
 pip_install "setuptools>=80" ninja "pybind11>=2.13"
+if [ "${FASTATTN_NATIVE:-auto}" != 0 ] && [ -z "${CXX:-}" ] && ! command -v g++ c++ clang++ >/dev/null; then
+  # the Zig compiler is a clang with everything it needs, and comes as a Python package
+  say "no C++ compiler on this machine: taking one from the package registry (ziglang; its first use takes minutes)"
+  pip_install ziglang
+  export CXX="$python -m ziglang c++ -mcpu=baseline"
+fi
 pip_install --no-build-isolation -e ".${extras:+[$extras]}"
 "$python" - <<'END'
 import json
