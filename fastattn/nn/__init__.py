@@ -1,5 +1,6 @@
 """Drop-in modules: torch.nn's classes with the same arguments, parameters and masks on fused kernels."""
 
+from fastattn.integrations.replace import replace
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from fastattn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
@@ -17,4 +18,5 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "replace",
 ]

@@ -85,14 +85,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(src_mask, "src_mask")
-        children = self._modules
-        cls = type(self)
+        m, cls, own = self._modules, type(self), self.__dict__
+        overridden = cls._sa_block is not _TorchLayer._sa_block or "_sa_block" in own
+        if overridden or type(m["self_attn"]) is not MultiheadAttention:
+            # code of the user gets float masks, as from torch
+            src_mask = as_float_mask(src_mask, src.dtype)
+            src_key_padding_mask = as_float_mask(src_key_padding_mask, src.dtype)
         if (
-            cls._sa_block is not _TorchLayer._sa_block
+            overridden
             or cls._ff_block is not _TorchLayer._ff_block
-            or not are_plain(children, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2"), ("norm1", "norm2"))
-            or "_sa_block" in self.__dict__
-            or "_ff_block" in self.__dict__
+            or "_ff_block" in own
+            or not are_plain(m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2"), ("norm1", "norm2"))
         ):
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
         if src.is_nested:
@@ -118,9 +121,6 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return add_and_norm(h, x, m["dropout2"], m["norm2"])
 
     def _composed(self, x, src_mask, src_key_padding_mask, is_causal):
-        # what a subclass gets are float masks, as from torch
-        src_mask = as_float_mask(src_mask, x.dtype)
-        src_key_padding_mask = as_float_mask(src_key_padding_mask, x.dtype)
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
             return x + self._ff_block(self.norm2(x))
