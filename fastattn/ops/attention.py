@@ -234,9 +234,18 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p=0.0, rng=None):
+    """`attention` with return_lse and with the random state named: for who needs its dropout mask again."""
+    facts, q, k, v, bias, sink, rest = _prepare(
+        "attention", q, k, v, mask, bias, causal, None, None, None, None, None, None, None, 0.0, None, dropout_p, None,
+        None,
+    )  # fmt: skip
+    return _run(facts, q, k, v, bias, sink, (*rest[:5], rng, *rest[6:]), None)
+
+
 def _run(facts, q, k, v, bias, sink, rest, backend):
     runs = choose("attention", facts, backend)
-    if rest[-2]:  # dropout_p
+    if rest[-2] and rest[5] is None:  # dropout_p without its rng
         rest = (*rest[:5], draw_rng(q.device), *rest[6:])
     if runs == "reference" or needs_reference():
         return _reference(q, k, v, bias, sink, *rest)

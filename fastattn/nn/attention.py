@@ -1,0 +1,260 @@
+"""Multi-head attention with the arguments, masks and parameters of torch.nn.MultiheadAttention.
+
+    q, k, v = one packed product for self-attention, two or three otherwise, seen as (batch, heads, seqlen, head_dim)
+    out = out_proj(attention(q, k, v))
+
+Both layouts, (batch, seqlen, d_model) and (seqlen, batch, d_model), reach the op as strided views. out_proj is called
+as a module, so whatever hangs on it takes effect.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastattn import reference
+from fastattn.nn.masks import attention_masks, check_mask_dtype
+from fastattn.ops import attention
+from fastattn.ops._random import draw_rng
+from fastattn.ops.attention import attention_with_rng
+
+
+def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
+    """Raise AssertionError unless the numbers of dimensions agree; True if there is a batch."""
+    dims = query.dim()
+    if dims not in (2, 3):
+        raise AssertionError(f"query should be unbatched 2D or batched 3D tensor but received {dims}-D query tensor")
+    kind = "For batched (3-D) `query`" if dims == 3 else "For unbatched (2-D) `query`"
+    if key.dim() != dims or value.dim() != dims:
+        raise AssertionError(
+            f"{kind}, expected `key` and `value` to be {dims}-D but found {key.dim()}-D and {value.dim()}-D"
+            " tensors respectively"
+        )
+    if key_padding_mask is not None and key_padding_mask.dim() != dims - 1:
+        raise AssertionError(
+            f"{kind}, expected `key_padding_mask` to be `None` or {dims - 1}-D but found"
+            f" {key_padding_mask.dim()}-D tensor instead"
+        )
+    if attn_mask is not None:
+        if attn_mask.dim() not in (2, 3):
+            raise AssertionError(
+                f"{kind}, expected `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
+            )
+        expected = (n_heads, query.shape[0], key.shape[0])
+        if dims == 2 and attn_mask.dim() == 3 and tuple(attn_mask.shape) != expected:
+            raise AssertionError(f"Expected `attn_mask` shape to be {expected} but got {attn_mask.shape}")
+    return dims == 3
+
+
+def _attention_and_weights(q, k, v, mask, bias, causal, dropout_p):
+    """The output of the op and, in a second pass over q, k and lse, the weights after dropout that made it."""
+    rng = draw_rng(q.device) if dropout_p else None
+    out, lse = attention_with_rng(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, rng=rng)
+    batch, n_heads, seqlen_q, head_dim = q.shape
+    seqlen_k = k.shape[2]
+    acc = reference.accumulator(q.dtype)
+    scores = (q.to(acc) @ k.to(acc).mT) * head_dim**-0.5
+    if bias is not None:
+        scores = scores + bias
+    visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)
+    lse = lse[..., None]
+    empty = lse == float("-inf")  # a row that sees no key: weights 0, and no -inf - -inf in the gradient
+    weights = torch.exp(torch.where(visible & ~empty, scores - torch.where(empty, 0.0, lse), float("-inf")))
+    if dropout_p:
+        rows = torch.arange(seqlen_q, device=q.device)
+        slabs = torch.arange(batch * n_heads, device=q.device).view(batch, n_heads, 1)
+        keep = reference.philox_keep(rng, dropout_p, rows, slabs, seqlen_k)
+        weights = torch.where(keep, weights * reference.dropout_scale(dropout_p), 0.0)
+    return out, weights
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """`torch.nn.MultiheadAttention` on `fastattn.attention`: the same arguments, parameters and masks.
+
+    docs/torch-nn.md lists where it differs from torch, each difference with its reason.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
+            torch.nn.
+        strict_torch: follow torch where this class differs on purpose and both are possible: is_causal needs a mask
+            and yields to key_padding_mask, and need_weights=True runs torch's own code.
+    Source: torch.nn.MultiheadAttention.
+    """
+
+    strict_torch = False
+
+    def __init__(
+        self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False, kdim=None,
+        vdim=None, batch_first=False, device=None, dtype=None, *, strict_torch=False,
+    ):  # fmt: skip
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        if strict_torch:
+            self.strict_torch = True
+
+    def forward(
+        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+        is_causal=False,
+    ):  # fmt: skip
+        """Attend from query to key and value.
+
+        Args:
+            query: (batch, seqlen_q, embed_dim) if batch_first, else (seqlen_q, batch, embed_dim); unbatched (seqlen_q,
+                embed_dim). key, value: likewise with seqlen_k, kdim and vdim.
+            key_padding_mask: (batch, seqlen_k), unbatched (seqlen_k,), bool (True = ignore) or float (added).
+            need_weights: also return the weights, after dropout: (batch, seqlen_q, seqlen_k).
+            attn_mask: (seqlen_q, seqlen_k) or (batch * num_heads, seqlen_q, seqlen_k), bool or float.
+            average_attn_weights: False gives the weights per head, (batch, num_heads, seqlen_q, seqlen_k).
+            is_causal: query i sees keys 0 to i, in place of attn_mask and together with key_padding_mask.
+        Returns: (out like query, weights or None).
+        Raises:
+            AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
+        """
+        if type(self).merge_masks is not torch.nn.MultiheadAttention.merge_masks or (
+            self.strict_torch and need_weights
+        ):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        check_mask_dtype(key_padding_mask, "key_padding_mask")
+        check_mask_dtype(attn_mask, "attn_mask")
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal), None
+        batched = _check_dims(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
+        if is_causal:
+            if self.strict_torch:
+                is_causal = self._strict_hint(attn_mask, key_padding_mask)
+            if is_causal:
+                attn_mask = None
+        batch_first = self.batch_first or not batched
+        q, k, v = self._project(query, key, value, batched, batch_first)
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+        mask, bias, causal, k, v = self._see(q, k, v, attn_mask, key_padding_mask, is_causal)
+        dropout_p = self.dropout if self.training else 0.0
+        if need_weights:
+            out, weights = _attention_and_weights(q, k, v, mask, bias, causal, dropout_p)
+            weights = (weights.mean(1) if average_attn_weights else weights).to(q.dtype)
+            weights = weights if batched else weights[0]
+        else:
+            out, weights = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p), None
+        out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
+        return self.out_proj(out if batched else out[0]), weights
+
+    def _strict_hint(self, attn_mask, key_padding_mask):
+        if attn_mask is None:
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method"
+                " `generate_square_subsequent_mask` to create this mask."
+            )
+        return key_padding_mask is None
+
+    def _project(self, query, key, value, batched, batch_first):
+        """q, k and v as (batch, heads, seqlen, head_dim) views of what the linear layers wrote."""
+        weight, bias, embed_dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        heads = (self.num_heads, self.head_dim)
+        if query is key and key is value and self._qkv_same_embed_dim:
+            packed = F.linear(query, weight, bias).unflatten(-1, (3, *heads))
+            if not batched:
+                packed = packed[None]
+            return packed.permute((2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)).unbind(0)
+        if self._qkv_same_embed_dim:
+            if key.shape != value.shape:
+                raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
+            if key is value:
+                w_q, w_kv = weight.split((embed_dim, 2 * embed_dim))
+                b_q, b_kv = (None, None) if bias is None else bias.split((embed_dim, 2 * embed_dim))
+                projected = (F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).chunk(2, -1))
+            else:
+                biases = (None,) * 3 if bias is None else bias.chunk(3)
+                projected = map(F.linear, (query, key, value), weight.chunk(3), biases)
+        else:
+            if key.shape[:2] != value.shape[:2]:
+                raise AssertionError(
+                    f"key's sequence and batch dims {key.shape[:2]} do not match value's {value.shape[:2]}"
+                )
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            projected = map(F.linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
+        views = (t.unflatten(-1, heads) for t in projected)
+        if not batched:
+            views = (t[None] for t in views)
+        return [t.transpose(1, 2) if batch_first else t.permute(1, 2, 0, 3) for t in views]
+
+    def _see(self, q, k, v, attn_mask, key_padding_mask, is_causal):
+        """What the op needs to know about visibility; with bias_k, bias_v and the zero key appended to k and v."""
+        seqlen_k = k.shape[2]
+        mask = bias = None
+        if attn_mask is not None or key_padding_mask is not None:
+            mask, bias = attention_masks(
+                attn_mask, key_padding_mask, q.shape[0], self.num_heads, q.shape[2], seqlen_k, q.dtype
+            )
+        causal = "top_left" if is_causal else False
+        if self.bias_k is None and not self.add_zero_attn:
+            return mask, bias, causal, k, v
+        if causal:  # the appended keys are visible to every query, which no causal alignment can say
+            triangle = reference.attention_visible(q.shape[2], seqlen_k, causal=causal, device=q.device)
+            mask, causal = triangle if mask is None else triangle & mask, False
+        extra_k, extra_v = [k], [v]
+        if self.bias_k is not None:
+            shape = (1, self.num_heads, 1, self.head_dim)
+            extra_k.append(self.bias_k.view(shape).expand(k.shape[0], -1, -1, -1).to(k.dtype))
+            extra_v.append(self.bias_v.view(shape).expand(k.shape[0], -1, -1, -1).to(v.dtype))
+        if self.add_zero_attn:
+            zero = k.new_zeros(k.shape[0], self.num_heads, 1, self.head_dim)
+            extra_k.append(zero)
+            extra_v.append(zero)
+        count = len(extra_k) - 1
+        mask = None if mask is None else F.pad(mask, (0, count), value=True)
+        bias = None if bias is None else F.pad(bias, (0, count))
+        return mask, bias, causal, torch.cat(extra_k, 2), torch.cat(extra_v, 2)
+
+    def _forward_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal):
+        """Strided nested self-attention in evaluation, the case torch's containers hand over."""
+        reason = None
+        if query is not key or key is not value:
+            reason = "query, key and value are not the same tensor"
+        elif query.layout != torch.strided:
+            reason = f"its layout is {query.layout}, expected torch.strided"
+        elif self.training:
+            reason = "training is enabled"
+        elif key_padding_mask is not None or attn_mask is not None:
+            reason = "a mask was given"
+        elif need_weights:
+            reason = "need_weights is True"
+        elif not (self.batch_first and self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn):
+            reason = "it needs batch_first, packed weights, and neither add_bias_kv nor add_zero_attn"
+        if reason is not None:
+            raise AssertionError(f"MultiheadAttention does not support this NestedTensor: {reason}")
+        rows, lengths, cu_seqlens = pack(query)
+        return unpack(self.forward_packed(rows, cu_seqlens, max(lengths, default=0), is_causal), lengths)
+
+    def forward_packed(self, x, cu_seqlens, max_seqlen, is_causal=False):
+        """Self-attention within sequences that lie one after the other.
+
+        Args:
+            x: (total, embed_dim).
+            cu_seqlens: int32 (batch + 1,), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1].
+            max_seqlen: the longest sequence.
+        Returns: (total, embed_dim).
+        """
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        out = attention(
+            *qkv.unbind(1), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen, causal="top_left" if is_causal else False,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return self.out_proj(out.flatten(1))
+
+
+def pack(nested):
+    """A strided nested tensor as (rows, lengths, cu_seqlens): its sequences one after the other."""
+    sequences = nested.unbind()
+    lengths = [len(sequence) for sequence in sequences]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return torch.cat(sequences), lengths, ends.to(nested.device)
+
+
+def unpack(rows, lengths):
+    """The inverse of `pack`."""
+    return torch.nested.as_nested_tensor(list(rows.split(lengths)))

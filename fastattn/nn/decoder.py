@@ -1,0 +1,141 @@
+"""The decoder layer and its stack, with the arguments, parameters and masks of torch.nn.
+
+    post-norm: x = norm1(x + dropout1(SA(x)));  x = norm2(x + dropout2(CA(x, memory)));  x = norm3(x + dropout3(FF(x)))
+    pre-norm:  the norms stand before SA, CA and FF instead
+
+Fused or composed as the encoder layer is.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.encoder import add_and_norm, add_then_norm, are_plain, sequence_length
+from fastattn.nn.feed_forward import block
+from fastattn.nn.masks import is_causal_mask
+from fastattn.nn.norm import LayerNorm
+from fastattn.nn.plain import dropout_p
+from fastattn.ops import dropout, layer_norm
+
+_TorchLayer = torch.nn.TransformerDecoderLayer
+
+
+class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` on fused kernels: the same arguments, parameters, masks and override points.
+
+    docs/torch-nn.md lists where it differs from torch, each difference with its reason.
+
+    Args:
+        d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
+            dtype: as in torch.nn.
+        strict_torch: as in `MultiheadAttention`.
+    Source: torch.nn.TransformerDecoderLayer.
+    """
+
+    def __init__(
+        self, d_model, nhead, dim_feedforward=2048, dropout=0.1, activation=F.relu, layer_norm_eps=1e-5,
+        batch_first=False, norm_first=False, bias=True, device=None, dtype=None, *, strict_torch=False,
+    ):  # fmt: skip
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
+            dtype,
+        )  # fmt: skip
+        # as in the encoder layer: the random draws stay those of torch
+        self.self_attn.__class__ = self.multihead_attn.__class__ = MultiheadAttention
+        self.norm1.__class__ = self.norm2.__class__ = self.norm3.__class__ = LayerNorm
+        if strict_torch:
+            self.self_attn.strict_torch = self.multihead_attn.strict_torch = True
+
+    def forward(
+        self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
+        tgt_is_causal=False, memory_is_causal=False,
+    ):  # fmt: skip
+        """Decode tgt with a view of memory.
+
+        Args:
+            tgt: (batch, seqlen, d_model) if batch_first, else (seqlen, batch, d_model); unbatched (seqlen, d_model).
+            memory: likewise with its own length.
+            tgt_mask, memory_mask: (seqlen, length of tgt or memory) or (batch * nhead, ...), bool (True = ignore) or
+                float (added).
+            tgt_key_padding_mask, memory_key_padding_mask: (batch, length), unbatched (length,), bool or float.
+            tgt_is_causal, memory_is_causal: position i sees positions 0 to i, in place of the mask.
+        Returns: like tgt.
+        Raises:
+            AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
+        """
+        m, cls, x = self._modules, type(self), tgt
+        if (
+            cls._sa_block is not _TorchLayer._sa_block
+            or cls._mha_block is not _TorchLayer._mha_block
+            or cls._ff_block is not _TorchLayer._ff_block
+            or x.is_nested
+            or not are_plain(
+                m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2", "dropout3"), ("norm1", "norm2", "norm3")
+            )
+            or not self.__dict__.keys().isdisjoint(("_sa_block", "_mha_block", "_ff_block"))
+        ):
+            # torch's forward has no fast path: it is the composition
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+                memory_is_causal,
+            )  # fmt: skip
+
+        def attend(x):
+            return self.self_attn(
+                x, x, x, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, need_weights=False,
+                is_causal=tgt_is_causal,
+            )[0]  # fmt: skip
+
+        def cross_attend(x):
+            return self.multihead_attn(
+                x, memory, memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask, need_weights=False,
+                is_causal=memory_is_causal,
+            )[0]  # fmt: skip
+
+        if self.norm_first:
+            h = layer_norm(x, m["norm1"].weight, m["norm1"].bias, m["norm1"].eps)
+            h, x = add_then_norm(attend(h), x, m["dropout1"], m["norm2"])
+            h, x = add_then_norm(cross_attend(h), x, m["dropout2"], m["norm3"])
+            h = block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])
+            return dropout(h, dropout_p(m["dropout3"]), residual=x)
+        x = add_and_norm(attend(x), x, m["dropout1"], m["norm1"])
+        x = add_and_norm(cross_attend(x), x, m["dropout2"], m["norm2"])
+        h = block(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
+        return add_and_norm(h, x, m["dropout3"], m["norm3"])
+
+
+class TransformerDecoder(torch.nn.TransformerDecoder):
+    """`torch.nn.TransformerDecoder`: a stack of copies of one layer and an optional final norm.
+
+    Args:
+        decoder_layer: the layer, ours or any other with the arguments of `TransformerDecoderLayer`.
+        num_layers: number of copies.
+        norm: module applied at the end, or None.
+        strict_torch: run torch's own container code, which compares the mask with the causal one in every call.
+    Source: torch.nn.TransformerDecoder.
+    """
+
+    strict_torch = False
+
+    def __init__(self, decoder_layer, num_layers, norm=None, *, strict_torch=False):
+        super().__init__(decoder_layer, num_layers, norm)
+        if strict_torch:
+            self.strict_torch = True
+
+    def forward(
+        self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
+        tgt_is_causal=None, memory_is_causal=False,
+    ):  # fmt: skip
+        """Pass tgt through the layers; arguments as in `TransformerDecoderLayer`.
+
+        Args:
+            tgt_is_causal: None compares tgt_mask with the causal one, once per mask and not while a graph is captured.
+        Returns: like tgt.
+        """
+        if not self.strict_torch and tgt_is_causal is None:
+            size = 0 if tgt_mask is None else sequence_length(tgt, self.layers[0].self_attn.batch_first)
+            tgt_is_causal = is_causal_mask(tgt_mask, None, size)
+        return super().forward(
+            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+            memory_is_causal,
+        )  # fmt: skip

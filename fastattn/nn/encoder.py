@@ -1,0 +1,190 @@
+"""The encoder layer and its stack, with the arguments, parameters and masks of torch.nn.
+
+    post-norm: x = norm1(x + dropout1(SA(x)));  x = norm2(x + dropout2(FF(x)))
+    pre-norm:  x = x + dropout1(SA(norm1(x)));  x = x + dropout2(FF(norm2(x)))
+
+The fused layer joins dropout, residual add and norm to one op and computes FF by another. It stands in for the children
+as long as each of them is what torch.nn makes it; otherwise, or if a subclass overrides a block, they are called.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastattn.nn.attention import MultiheadAttention, pack, unpack
+from fastattn.nn.feed_forward import block
+from fastattn.nn.masks import as_float_mask, check_mask_dtype, is_causal_mask
+from fastattn.nn.norm import LayerNorm
+from fastattn.nn.plain import dropout_p, hooks_everywhere, is_plain
+from fastattn.ops import dropout, layer_norm
+
+_TorchLayer = torch.nn.TransformerEncoderLayer
+
+
+def add_and_norm(x, residual, dropout_module, norm):
+    """norm(residual + dropout(x)) in the dtype of the residual: what a post-norm sub-layer ends with."""
+    if x.dtype != residual.dtype:  # autocast: the op returns the dtype of x, torch that of the sum
+        x = x.to(residual.dtype)
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, dropout_p=dropout_p(dropout_module))
+
+
+def add_then_norm(x, residual, dropout_module, norm):
+    """(norm(r), r) with r = residual + dropout(x): from one pre-norm sub-layer to the next."""
+    return layer_norm(
+        x, norm.weight, norm.bias, norm.eps, residual=residual, dropout_p=dropout_p(dropout_module),
+        return_residual=True,
+    )  # fmt: skip
+
+
+def are_plain(modules, linears, dropouts, norms):
+    """Whether every named child may be replaced by the fused kernels."""
+    return (
+        all(is_plain(modules[name], torch.nn.Linear) for name in linears)
+        and all(is_plain(modules[name], torch.nn.Dropout) for name in dropouts)
+        and all(is_plain(modules[name], LayerNorm, torch.nn.LayerNorm) for name in norms)
+        and not hooks_everywhere()
+    )
+
+
+class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` on fused kernels: the same arguments, parameters, masks and override points.
+
+    docs/torch-nn.md lists where it differs from torch, each difference with its reason.
+
+    Args:
+        d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
+            dtype: as in torch.nn.
+        strict_torch: as in `MultiheadAttention`.
+    Source: torch.nn.TransformerEncoderLayer.
+    """
+
+    def __init__(
+        self, d_model, nhead, dim_feedforward=2048, dropout=0.1, activation=F.relu, layer_norm_eps=1e-5,
+        batch_first=False, norm_first=False, bias=True, device=None, dtype=None, *, strict_torch=False,
+    ):  # fmt: skip
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
+            dtype,
+        )  # fmt: skip
+        # the children become ours instead of being built again: the random draws stay those of torch
+        self.self_attn.__class__ = MultiheadAttention
+        self.norm1.__class__ = self.norm2.__class__ = LayerNorm
+        if strict_torch:
+            self.self_attn.strict_torch = True
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        """Encode src.
+
+        Args:
+            src: (batch, seqlen, d_model) if batch_first, else (seqlen, batch, d_model); unbatched (seqlen, d_model).
+            src_mask: (seqlen, seqlen) or (batch * nhead, seqlen, seqlen), bool (True = ignore) or float (added).
+            src_key_padding_mask: (batch, seqlen), unbatched (seqlen,), bool or float.
+            is_causal: position i sees positions 0 to i, in place of src_mask.
+        Returns: like src.
+        Raises:
+            AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
+        """
+        check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
+        check_mask_dtype(src_mask, "src_mask")
+        m, cls, own = self._modules, type(self), self.__dict__
+        overridden = cls._sa_block is not _TorchLayer._sa_block or "_sa_block" in own
+        if overridden or type(m["self_attn"]) is not MultiheadAttention:
+            # code of the user gets float masks, as from torch
+            src_mask = as_float_mask(src_mask, src.dtype)
+            src_key_padding_mask = as_float_mask(src_key_padding_mask, src.dtype)
+        if (
+            overridden
+            or cls._ff_block is not _TorchLayer._ff_block
+            or "_ff_block" in own
+            or not are_plain(m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2"), ("norm1", "norm2"))
+        ):
+            return self._composed(src, src_mask, src_key_padding_mask, is_causal)
+        if src.is_nested:
+            return self._nested(src, src_mask, src_key_padding_mask, is_causal)
+
+        def attend(x):
+            return self.self_attn(
+                x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, need_weights=False,
+                is_causal=is_causal,
+            )[0]  # fmt: skip
+
+        return self._fused(src, attend)
+
+    def _fused(self, x, attend):
+        m = self._modules
+        if self.norm_first:
+            h = layer_norm(x, m["norm1"].weight, m["norm1"].bias, m["norm1"].eps)
+            h, x = add_then_norm(attend(h), x, m["dropout1"], m["norm2"])
+            h = block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])
+            return dropout(h, dropout_p(m["dropout2"]), residual=x)
+        x = add_and_norm(attend(x), x, m["dropout1"], m["norm1"])
+        h = block(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
+        return add_and_norm(h, x, m["dropout2"], m["norm2"])
+
+    def _composed(self, x, src_mask, src_key_padding_mask, is_causal):
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+        return self.norm2(x + self._ff_block(x))
+
+    def _nested(self, src, src_mask, src_key_padding_mask, is_causal):
+        """torch's container turns padded batches into strided nested tensors: computed without the padding."""
+        attn = self.self_attn
+        packable = src.layout == torch.strided and not self.training and src_mask is None
+        if not (packable and src_key_padding_mask is None and is_plain(attn, MultiheadAttention)):
+            return self._composed(src, src_mask, src_key_padding_mask, is_causal)
+        rows, lengths, cu_seqlens = pack(src)
+        longest = max(lengths, default=0)
+        return unpack(self._fused(rows, lambda x: attn.forward_packed(x, cu_seqlens, longest, is_causal)), lengths)
+
+
+class TransformerEncoder(torch.nn.TransformerEncoder):
+    """`torch.nn.TransformerEncoder`: a stack of copies of one layer and an optional final norm.
+
+    Args:
+        encoder_layer: the layer, ours or any other that takes src_mask, src_key_padding_mask and is_causal.
+        num_layers: number of copies.
+        norm: module applied at the end, or None.
+        enable_nested_tensor, mask_check: kept as attributes; padded batches are never converted.
+        strict_torch: run torch's own container code, nested tensors and warnings included.
+    Source: torch.nn.TransformerEncoder.
+    """
+
+    strict_torch = False
+
+    def __init__(
+        self, encoder_layer, num_layers, norm=None, enable_nested_tensor=True, mask_check=True, *, strict_torch=False
+    ):
+        super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor and strict_torch, mask_check)
+        self.enable_nested_tensor = enable_nested_tensor
+        if strict_torch:
+            self.strict_torch = True
+
+    def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
+        """Pass src through the layers.
+
+        Args:
+            src, mask, src_key_padding_mask: as in `TransformerEncoderLayer`.
+            is_causal: position i sees positions 0 to i, in place of mask; None compares the mask with the causal one,
+                once per mask and not while a graph is captured.
+        Returns: like src.
+        """
+        if self.strict_torch:
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
+        check_mask_dtype(mask, "mask")
+        if mask is not None and is_causal is None and not src.is_nested:
+            is_causal = is_causal_mask(mask, None, sequence_length(src, self.layers[0].self_attn.batch_first))
+        is_causal = is_causal is True
+        for layer in self.layers:
+            if type(layer).forward is TransformerEncoderLayer.forward:
+                masks = mask, src_key_padding_mask
+            else:
+                masks = as_float_mask(mask, src.dtype), as_float_mask(src_key_padding_mask, src.dtype)
+            src = layer(src, src_mask=masks[0], is_causal=is_causal, src_key_padding_mask=masks[1])
+        return src if self.norm is None else self.norm(src)
+
+
+def sequence_length(x, batch_first):
+    """seqlen of (seqlen, d_model), (batch, seqlen, d_model) or (seqlen, batch, d_model)."""
+    return x.shape[1 if x.dim() == 3 and batch_first else 0]

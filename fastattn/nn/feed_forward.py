@@ -1,0 +1,90 @@
+"""The feed-forward block: as a module of its own, and as the encoder and decoder layers use it."""
+
+import torch
+import torch.nn.functional as F
+
+from fastattn import reference
+from fastattn.nn.plain import dropout_p, hooks_everywhere, is_plain
+from fastattn.ops import feed_forward
+
+
+def activation_name(activation):
+    """The op's name of an activation, or None: then the block is composed of its children.
+
+    Args:
+        activation: a function or a module.
+    """
+    if isinstance(activation, torch.nn.Module):
+        if is_plain(activation, torch.nn.GELU):
+            return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+        if is_plain(activation, torch.nn.ReLU):
+            return "relu"
+        return "silu" if is_plain(activation, torch.nn.SiLU) else None
+    if activation is F.relu or activation is torch.relu:
+        return "relu"
+    if activation is F.gelu:
+        return "gelu"
+    return "silu" if activation is F.silu else None
+
+
+def block(x, linear1, activation, dropout, linear2):
+    """linear2(dropout(activation(linear1(x)))), by the fused op if it knows the activation; the children are plain."""
+    name = activation_name(activation)
+    if name is None:
+        return linear2(dropout(activation(linear1(x))))
+    return feed_forward(
+        x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, activation=name, dropout_p=dropout_p(dropout)
+    )
+
+
+class FeedForward(torch.nn.Module):
+    """linear2(dropout(act(linear1(x)))), or gated linear2(dropout(act(gate(x)) ∘ linear1(x))), in fused passes.
+
+    Args:
+        d_model, d_ff: width of the input and of the hidden layer.
+        activation: "gelu" (erf), "gelu_tanh", "relu", "relu2" or "silu"; with gated=True and "silu" it is SwiGLU.
+        dropout: probability with which hidden elements become 0 in training.
+        gated: whether there is a second first layer, `gate`.
+        bias: whether the linear layers have one.
+        recompute: keep only x for the backward and compute the hidden layer again there.
+    Raises:
+        ValueError: the activation is unknown.
+    Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
+    """
+
+    def __init__(
+        self, d_model, d_ff=2048, *, activation="gelu", dropout=0.0, gated=False, bias=True, recompute=False,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        if activation not in reference.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+        self.activation = activation
+        self.recompute = recompute
+        self.linear1 = torch.nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
+        self.gate = torch.nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype) if gated else None
+        self.dropout = torch.nn.Dropout(dropout)
+        self.linear2 = torch.nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x):
+        """x (..., d_model) → (..., d_model)."""
+        linear1, linear2, gate, linear = self.linear1, self.linear2, self.gate, torch.nn.Linear
+        plain = (
+            is_plain(linear1, linear)
+            and is_plain(linear2, linear)
+            and (gate is None or is_plain(gate, linear))
+            and is_plain(self.dropout, torch.nn.Dropout)
+            and not hooks_everywhere()
+        )
+        if not plain:
+            act = reference.ACTIVATIONS[self.activation]
+            up = linear1(x)
+            return linear2(self.dropout(act(up) if gate is None else act(gate(x)) * up))
+        w_gate, b_gate = (None, None) if gate is None else (gate.weight, gate.bias)
+        return feed_forward(
+            x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, activation=self.activation, w_gate=w_gate,
+            b_gate=b_gate, dropout_p=dropout_p(self.dropout), recompute=self.recompute,
+        )  # fmt: skip
+
+    def extra_repr(self):
+        return f"activation={self.activation!r}, gated={self.gate is not None}"

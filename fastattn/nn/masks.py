@@ -1,0 +1,97 @@
+"""The masks of torch.nn (True = ignore, float = added) in the form of the attention op (True = attend, bias)."""
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastattn.ops._register import needs_reference
+
+
+def check_mask_dtype(mask, name):
+    """Raise AssertionError unless the mask is None, bool or float."""
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+
+
+def as_float_mask(mask, dtype):
+    """The mask as torch.nn hands it on to code of the user: 0 and -inf in `dtype` if it was bool."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqlen_k, dtype):
+    """Both masks of a MultiheadAttention as arguments of the attention op.
+
+    One of each kind costs nothing of batch × seqlen_q × seqlen_k. That is why a bool attn_mask beside a bool
+    key_padding_mask becomes a bias of its own small shape; only two float masks have to be added up.
+
+    Args:
+        attn_mask: (seqlen_q, seqlen_k) or (batch * n_heads, seqlen_q, seqlen_k), bool or float, or None.
+        key_padding_mask: (batch, seqlen_k), bool or float, or None.
+        dtype: that of the projected query.
+    Returns: (mask, bias), views that broadcast to (batch, n_heads, seqlen_q, seqlen_k), or None.
+    Raises:
+        RuntimeError: attn_mask has another shape, or a float dtype the op does not add to scores of `dtype`.
+        AssertionError: key_padding_mask has another shape.
+    """
+    bools, floats = [], []
+    if key_padding_mask is not None:
+        for dim, size in enumerate((batch, seqlen_k)):
+            if key_padding_mask.shape[dim] != size:
+                raise AssertionError(
+                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
+                )
+        (bools if key_padding_mask.dtype == torch.bool else floats).append(key_padding_mask[:, None, None, :])
+    if attn_mask is not None:
+        expected = (seqlen_q, seqlen_k) if attn_mask.dim() == 2 else (batch * n_heads, seqlen_q, seqlen_k)
+        if tuple(attn_mask.shape) != expected:
+            raise RuntimeError(
+                f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
+            )
+        attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, n_heads))
+        if attn_mask.dtype == torch.bool and bools:
+            attn_mask = as_float_mask(attn_mask, dtype)
+        (bools if attn_mask.dtype == torch.bool else floats).append(attn_mask)
+    for mask in floats:
+        if mask.dtype not in (torch.float32, dtype):
+            raise RuntimeError(f"a float mask must be float32 or {dtype} as the query, got {mask.dtype}")
+    mask = bools[0].logical_not() if bools else None
+    bias = None if not floats else floats[0] if len(floats) == 1 else floats[0] + floats[1]
+    return mask, bias
+
+
+_causal_masks = WeakTensorKeyDictionary()  # mask -> (version, whether it is the causal mask)
+
+
+def is_causal_mask(mask, hint, size):
+    """What a stack tells its layers as is_causal.
+
+    Without a hint the mask is compared with the causal one: at most once per tensor and version, and never where
+    reading it would break a graph or lose its gradient. Only speed depends on the answer.
+
+    Args:
+        mask: (size, size), bool or float, or anything else that is no causal mask, or None.
+        hint: the user's is_causal: True, False or None.
+    """
+    if hint is not None or mask is None:
+        return hint is True
+    if (
+        mask.shape != (size, size)
+        or type(mask) is not torch.Tensor
+        or mask.requires_grad
+        or mask.is_inference()
+        or mask.is_meta
+        or torch.compiler.is_compiling()
+        or needs_reference()
+        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return False
+    known = _causal_masks.get(mask)
+    if known is None or known[0] != mask._version:
+        above = torch.ones(size, size, dtype=torch.bool, device=mask.device).triu_(1)
+        known = (
+            mask._version,
+            bool((mask == (above if mask.dtype == torch.bool else as_float_mask(above, mask.dtype))).all()),
+        )
+        _causal_masks[mask] = known
+    return known[1]

@@ -1,0 +1,55 @@
+"""LayerNorm and RMSNorm on the fused kernels."""
+
+import torch
+
+from fastattn.ops import layer_norm, rms_norm
+
+
+def _apply(op, module, x, *affine):
+    dims = module.normalized_shape
+    if tuple(x.shape[-len(dims) :]) != tuple(dims):
+        raise RuntimeError(
+            f"Given normalized_shape={list(dims)}, expected input with shape [*, {', '.join(map(str, dims))}],"
+            f" but got input of size {list(x.shape)}"
+        )
+    if len(dims) == 1:
+        return op(x, *affine, module.eps)
+    flat = x.reshape(*x.shape[: -len(dims)], -1) if x.numel() else x.new_empty(*x.shape[: -len(dims)], 0)
+    return op(flat, *(t if t is None else t.reshape(-1) for t in affine), module.eps).view(x.shape)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` on `fastattn.layer_norm`: the same arguments, parameters and results.
+
+    Args:
+        normalized_shape: int or several sizes, the last dimensions of the input.
+        eps: added to the variance.
+        elementwise_affine: whether there is a weight.
+        bias: whether there is a bias beside the weight.
+    Raises:
+        RuntimeError: the last dimensions of the input are others.
+    Source: torch.nn.LayerNorm.
+    """
+
+    def forward(self, input):
+        if input.is_nested:
+            return super().forward(input)
+        return _apply(layer_norm, self, input, self.weight, self.bias)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` on `fastattn.rms_norm`: the same arguments, parameters and results.
+
+    Args:
+        normalized_shape: int or several sizes, the last dimensions of the input.
+        eps: added to the mean square; None is the epsilon of the accumulator, 1.19e-7 and for float64 2.2e-16.
+        elementwise_affine: whether there is a weight.
+    Raises:
+        RuntimeError: the last dimensions of the input are others.
+    Source: torch.nn.RMSNorm.
+    """
+
+    def forward(self, x):
+        if x.is_nested:
+            return super().forward(x)
+        return _apply(rms_norm, self, x, self.weight)

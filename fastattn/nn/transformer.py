@@ -1,0 +1,42 @@
+"""The encoder-decoder model of torch.nn built from our layers."""
+
+import torch
+import torch.nn.functional as F
+
+from fastattn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
+from fastattn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
+from fastattn.nn.norm import LayerNorm
+
+
+class Transformer(torch.nn.Transformer):
+    """`torch.nn.Transformer` on fused kernels: the same arguments, parameters and masks.
+
+    Args:
+        d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, custom_encoder,
+            custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype: as in torch.nn.
+        strict_torch: as in `MultiheadAttention`, for the stacks built here.
+    Source: torch.nn.Transformer.
+    """
+
+    def __init__(
+        self, d_model=512, nhead=8, num_encoder_layers=6, num_decoder_layers=6, dim_feedforward=2048, dropout=0.1,
+        activation=F.relu, custom_encoder=None, custom_decoder=None, layer_norm_eps=1e-5, batch_first=False,
+        norm_first=False, bias=True, device=None, dtype=None, *, strict_torch=False,
+    ):  # fmt: skip
+        layer = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
+        factory = {"device": device, "dtype": dtype}
+
+        def norm():
+            return LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **factory)
+
+        # torch takes finished stacks as custom ones: built in its order, they get its random draws
+        if custom_encoder is None:
+            encoder_layer = TransformerEncoderLayer(*layer, **factory, strict_torch=strict_torch)
+            custom_encoder = TransformerEncoder(encoder_layer, num_encoder_layers, norm(), strict_torch=strict_torch)
+        if custom_decoder is None:
+            decoder_layer = TransformerDecoderLayer(*layer, **factory, strict_torch=strict_torch)
+            custom_decoder = TransformerDecoder(decoder_layer, num_decoder_layers, norm(), strict_torch=strict_torch)
+        super().__init__(
+            d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation,
+            custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype,
+        )  # fmt: skip
