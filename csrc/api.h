@@ -14,7 +14,7 @@ enum class DType : int { kFloat32, kBFloat16, kFloat16 };
   void name##_avx512(const Args& args, int64_t begin, int64_t end)
 
 // Dropout: a kept element is multiplied by scale; the halfword of an element is compared with threshold. rng points to
-// (seed, offset) on the device of the op; nullptr: no dropout.
+// (seed, offset) on the device of the op; nullptr: no dropout; else threshold > 0.
 struct Dropout {
   const int64_t* rng;
   uint32_t threshold;
