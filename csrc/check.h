@@ -38,12 +38,14 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
 // threshold and scale as reference.dropout_threshold and dropout_scale define them
 inline Dropout dropout_args(const std::optional<Tensor>& rng, double dropout_p) {
   Dropout dropout{nullptr, 0, 1.f};
-  if (rng) {
-    STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2, "rng must be int64 (2,), got ",
-                    rng->numel(), " elements");
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be between 0 and 1, got ", dropout_p);
+  const uint32_t threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
+  if (rng && threshold > 0) {
+    STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2 && rng->is_contiguous(),
+                    "rng must be contiguous int64 (2,), got ", rng->numel(), " elements");
     dropout.rng = static_cast<const int64_t*>(rng->const_data_ptr());
-    dropout.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
-    const uint32_t kept = 65536 - dropout.threshold;
+    dropout.threshold = threshold;
+    const uint32_t kept = 65536 - threshold;
     dropout.scale = kept ? 65536.f / static_cast<float>(kept) : 0.f;
   }
   return dropout;

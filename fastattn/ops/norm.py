@@ -17,12 +17,15 @@ from fastattn.ops._register import define, differentiate, needs_reference
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _norm_fwd_fake(x, residual, weight, bias, rng, dropout_p, eps, rms, need_r, need_stats):
+def _norm_infer_fake(x, residual, weight, bias, rng, dropout_p, eps, rms):
+    return x.new_empty(x.shape)
+
+
+def _norm_fwd_fake(x, residual, weight, bias, rng, dropout_p, eps, rms):
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    y = x.new_empty(x.shape)
-    r = x.new_empty(x.shape if need_r else (0,), dtype=x.dtype if residual is None else residual.dtype)
-    stats = x.new_empty((1 if rms else 2, rows) if need_stats else (0,), dtype=torch.float32)
-    return y, r, stats
+    plain = residual is None and rng is None
+    r = x.new_empty((0,) if plain else x.shape, dtype=x.dtype if residual is None else residual.dtype)
+    return x.new_empty(x.shape), r, x.new_empty((1 if rms else 2, rows), dtype=torch.float32)
 
 
 def _norm_bwd_fake(dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_dresidual, need_dweight, need_dbias):
@@ -36,19 +39,30 @@ def _norm_bwd_fake(dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_d
     )
 
 
+# y alone, in the dtype of x and contiguous: what a call without gradients pays for
+define(
+    "norm_infer(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
+    " bool rms) -> Tensor",
+    _norm_infer_fake,
+)
+# r is empty, (0,), where it would be x: without residual and rng. stats: fp32 (2, rows) mean and rstd; rms (1, rows)
 define(
     "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
-    " bool rms, bool need_r, bool need_stats) -> (Tensor y, Tensor r, Tensor stats)",
+    " bool rms) -> (Tensor y, Tensor r, Tensor stats)",
     _norm_fwd_fake,
 )
+# dx = dropout backward of dr, in the dtype of dy; dresidual = dr in the dtype of r, (0,) unless asked for separately;
+# dweight and dbias in the dtype of the weight, fp32 without one, (0,) where not needed
 define(
     "norm_bwd(Tensor dy, Tensor? dr_out, Tensor r, Tensor? weight, Tensor stats, Tensor? rng, float dropout_p,"
     " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _norm_bwd_fake,
 )
-_fwd = {name: getattr(torch.ops.fastattn.norm_fwd, name) for name in ("native", "triton")}
-_bwd = {name: getattr(torch.ops.fastattn.norm_bwd, name) for name in ("native", "triton")}
+_infer, _fwd, _bwd = (
+    {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
+    for op in ("norm_infer", "norm_fwd", "norm_bwd")
+)
 
 
 def _refuses(facts):
@@ -66,7 +80,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, rng, dropout_p, eps, rms, backend):
         plain = residual is None and rng is None
-        y, r, stats = _fwd[backend](x, residual, weight, bias, rng, dropout_p, eps, rms, not plain, True)
+        y, r, stats = _fwd[backend](x, residual, weight, bias, rng, dropout_p, eps, rms)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if plain else r, weight, bias, stats, rng)
         ctx.options = (dropout_p, eps, rms, backend)
@@ -167,11 +181,10 @@ def _norm(name, x, residual, weight, bias, eps, rms, dropout_p, return_residual,
         y, r = reference.norm(x, residual, weight, bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
     elif grad_wanted(x, residual, weight, bias):
         y, r = _Norm.apply(x, residual, weight, bias, rng, dropout_p, eps, rms, runs)
+    elif return_residual and (residual is not None or rng is not None):
+        y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms)
     else:
-        y, r, _ = _fwd[runs](
-            x, residual, weight, bias, rng, dropout_p, eps, rms,
-            return_residual and (residual is not None or rng is not None), False,
-        )  # fmt: skip
+        y, r = _infer[runs](x, residual, weight, bias, rng, dropout_p, eps, rms), None
     if not return_residual:
         return y
     return y, (x if residual is None and rng is None else r)

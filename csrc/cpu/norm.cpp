@@ -1,0 +1,220 @@
+// LayerNorm and RMSNorm of r = dropout(x) + residual over the columns of each row.
+//
+//   forward   y = (r - mean) * rstd * weight + bias               rms: mean = 0
+//   backward  wdy = weight * dy,  xhat = (r - mean) * rstd
+//             dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out          rms: without mean(wdy)
+//             dresidual = dr,  dx = keep * scale * dr,  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
+//
+// A forward call owns rows, a backward call owns chunks of rows_per_chunk rows, each with its own fp32 sums for dweight
+// and dbias; a last pass adds the chunks in order. The chunks depend on the shape alone, so results do not depend on
+// the number of threads. Statistics in fp32: mean, then the variance around it, from a row that is still in the cache.
+// Saved: r (x itself without dropout and residual), mean, rstd.
+// Reference: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang, Sennrich, "Root Mean Square Layer Normalization",
+// 2019.
+#include <cmath>
+#include <cstdlib>
+
+#include "api.h"
+#include "rows.h"
+
+namespace fastattn {
+namespace {
+
+struct Stats {
+  float mean;
+  float rstd;
+};
+
+template <typename R>
+inline Stats row_stats(const R* r, int64_t cols, float eps, bool rms) {
+  float mean = 0.f;
+  if (!rms) {
+    const auto sum = sum_columns<1>(cols, [&](int64_t i, auto lanes, Vec* s) { s[0] = s[0] + load(r + i, lanes); });
+    mean = sum.value[0] / static_cast<float>(cols);
+  }
+  const Vec center = Vec::fill(mean);
+  const auto squares = sum_columns<1>(cols, [&](int64_t i, auto lanes, Vec* s) {
+    const Vec centered = zero_rest(load(r + i, lanes) - center, lanes);
+    s[0] = fma(centered, centered, s[0]);
+  });
+  return {mean, 1.f / std::sqrt(squares.value[0] / static_cast<float>(cols) + eps)};
+}
+
+template <typename R, typename X>
+inline void normalise_row(const R* r, const float* weight, const float* bias, X* y, int64_t cols, Stats stats) {
+  const Vec mean = Vec::fill(stats.mean);
+  const Vec rstd = Vec::fill(stats.rstd);
+  for_columns(cols, [&](int64_t i, auto lanes) {
+    const Vec xhat = (load(r + i, lanes) - mean) * rstd;
+    const Vec scaled = weight ? xhat * load(weight + i, lanes) : xhat;
+    store(bias ? scaled + load(bias + i, lanes) : scaled, y + i, lanes);
+  });
+}
+
+template <typename X, typename R>
+void forward_rows(const NormFwdArgs& args, int64_t begin, int64_t end) {
+  const int64_t cols = args.cols;
+  const bool plain = !args.residual && !args.dropout.rng && !args.r;  // then r is x
+  // inference does not keep r: one row of it is enough
+  R* scratch = plain || args.r ? nullptr : static_cast<R*>(std::malloc(cols * sizeof(R)));
+  for (int64_t row = begin; row < end; ++row) {
+    const X* x = static_cast<const X*>(args.x) + row * args.x_stride;
+    X* y = static_cast<X*>(args.y) + row * cols;
+    Stats stats;
+    if (plain) {
+      stats = row_stats(x, cols, args.eps, args.rms);
+      normalise_row(x, args.weight, args.bias, y, cols, stats);
+    } else {
+      const R* residual = static_cast<const R*>(args.residual);
+      R* r = args.r ? static_cast<R*>(args.r) + row * cols : scratch;
+      dropout_add_row(x, residual ? residual + row * args.residual_stride : nullptr, r, cols, row, args.dropout);
+      stats = row_stats(r, cols, args.eps, args.rms);
+      normalise_row(r, args.weight, args.bias, y, cols, stats);
+    }
+    if (args.mean) {
+      args.mean[row] = stats.mean;
+    }
+    if (args.rstd) {
+      args.rstd[row] = stats.rstd;
+    }
+  }
+  std::free(scratch);
+}
+
+template <typename X, typename R, int kRows>
+void backward_rows(const NormBwdArgs& args, int64_t row, float* dweight, float* dbias) {
+  const int64_t cols = args.cols;
+  const float* weight = args.weight;
+  const X* dy[kRows];
+  const R* r[kRows];
+  const R* dr_out[kRows];
+  X* dx[kRows];
+  R* dresidual[kRows];
+  Vec mean[kRows], rstd[kRows], c1[kRows], c2[kRows];  // dr = wdy * rstd - c1 - xhat * c2
+  for (int k = 0; k < kRows; ++k) {
+    dy[k] = static_cast<const X*>(args.dy) + (row + k) * args.dy_stride;
+    r[k] = static_cast<const R*>(args.r) + (row + k) * args.r_stride;
+    dr_out[k] = static_cast<const R*>(args.dr_out) + (args.dr_out ? (row + k) * args.dr_out_stride : 0);
+    dx[k] = static_cast<X*>(args.dx) + (row + k) * cols;
+    dresidual[k] = static_cast<R*>(args.dresidual) + (args.dresidual ? (row + k) * cols : 0);
+    mean[k] = Vec::fill(args.mean ? args.mean[row + k] : 0.f);
+    rstd[k] = Vec::fill(args.rstd[row + k]);
+
+    // the two row means
+    const auto sums = sum_columns<2>(cols, [&](int64_t i, auto lanes, Vec* s) {
+      const Vec d = load(dy[k] + i, lanes);
+      const Vec wdy = weight ? d * load(weight + i, lanes) : d;
+      s[0] = s[0] + wdy;
+      s[1] = fma(wdy, load(r[k] + i, lanes) - mean[k], s[1]);
+    });
+    const float by_cols = args.rstd[row + k] / static_cast<float>(cols);
+    c1[k] = Vec::fill(args.mean ? sums.value[0] * by_cols : 0.f);
+    c2[k] = Vec::fill(sums.value[1] * args.rstd[row + k] * by_cols);
+  }
+
+  // dr, and what it becomes; the rows share the loads of weight, dweight and dbias
+  const bool drops = args.dropout.rng != nullptr;
+  const Vec scale = Vec::fill(args.dropout.scale);
+  const Vec zero = Vec::fill(0.f);
+  alignas(64) uint8_t keep[kRows][keep_bytes(kDropBlock)];
+  for (int64_t first = 0; first < cols; first += kDropBlock) {
+    const int64_t n = cols - first < kDropBlock ? cols - first : kDropBlock;
+    for (int k = 0; drops && k < kRows; ++k) {
+      const int64_t at = row + k;
+      draw_keep(args.dropout, static_cast<uint32_t>(at), static_cast<uint32_t>(at >> 32), first, n, keep[k]);
+    }
+    for_columns(n, [&](int64_t j, auto lanes) {
+      const int64_t i = first + j;
+      const Vec w = weight ? load(weight + i, lanes) : Vec::fill(1.f);
+      Vec dw = dweight ? load(dweight + i, lanes) : zero;
+      Vec db = dbias ? load(dbias + i, lanes) : zero;
+      for (int k = 0; k < kRows; ++k) {
+        const Vec d = load(dy[k] + i, lanes);
+        const Vec xhat = (load(r[k] + i, lanes) - mean[k]) * rstd[k];
+        dw = fma(d, xhat, dw);
+        db = db + d;
+        Vec dr = fnma(xhat, c2[k], fma(d * w, rstd[k], -c1[k]));
+        if (args.dr_out) {
+          dr = dr + load(dr_out[k] + i, lanes);
+        }
+        if (args.dresidual) {
+          store(dr, dresidual[k] + i, lanes);
+        }
+        store(drops ? select(keep_mask(keep[k], j), dr * scale, zero) : dr, dx[k] + i, lanes);
+      }
+      if (dweight) {
+        store(dw, dweight + i, lanes);
+      }
+      if (dbias) {
+        store(db, dbias + i, lanes);
+      }
+    });
+  }
+}
+
+// One chunk of rows, and its sums in args.sums: cols of dweight, then cols of dbias.
+template <typename X, typename R>
+void backward_chunk(const NormBwdArgs& args, int64_t chunk) {
+  constexpr int kRows = 4;
+  const int64_t cols = args.cols;
+  float* dweight = args.dweight ? args.sums + 2 * chunk * cols : nullptr;
+  float* dbias = args.dbias ? args.sums + (2 * chunk + 1) * cols : nullptr;
+  const auto clear = [cols](float* sums) {
+    for_columns(sums ? cols : 0, [&](int64_t i, auto lanes) { store(Vec::fill(0.f), sums + i, lanes); });
+  };
+  clear(dweight);
+  clear(dbias);
+  int64_t row = chunk * args.rows_per_chunk;
+  const int64_t end = row + args.rows_per_chunk < args.rows ? row + args.rows_per_chunk : args.rows;
+  for (; row + kRows <= end; row += kRows) {
+    backward_rows<X, R, kRows>(args, row, dweight, dbias);
+  }
+  for (; row < end; ++row) {
+    backward_rows<X, R, 1>(args, row, dweight, dbias);
+  }
+}
+
+template <typename W>
+void add_chunks(const float* sums, void* out, int64_t chunks, int64_t cols, int64_t begin, int64_t end) {
+  for_columns(end - begin, [&](int64_t i, auto lanes) {
+    Vec total = Vec::fill(0.f);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      total = total + load(sums + 2 * chunk * cols + begin + i, lanes);
+    }
+    store(total, static_cast<W*>(out) + begin + i, lanes);
+  });
+}
+
+template <typename Action>
+void with_dtypes(DType x, DType r, Action action) {
+  with_dtype(x, [&](auto x_type) { with_dtype(r, [&](auto r_type) { action(x_type, r_type); }); });
+}
+
+}  // namespace
+
+void FASTATTN_CPU_NAME(norm_fwd)(const NormFwdArgs& args, int64_t begin, int64_t end) {
+  with_dtypes(args.x_dtype, args.r_dtype,
+              [&](auto x, auto r) { forward_rows<decltype(x), decltype(r)>(args, begin, end); });
+}
+
+void FASTATTN_CPU_NAME(norm_bwd)(const NormBwdArgs& args, int64_t begin, int64_t end) {
+  with_dtypes(args.x_dtype, args.r_dtype, [&](auto x, auto r) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      backward_chunk<decltype(x), decltype(r)>(args, chunk);
+    }
+  });
+}
+
+void FASTATTN_CPU_NAME(norm_bwd_columns)(const NormBwdArgs& args, int64_t begin, int64_t end) {
+  with_dtype(args.weight_dtype, [&](auto w) {
+    using W = decltype(w);
+    if (args.dweight) {
+      add_chunks<W>(args.sums, args.dweight, args.chunks, args.cols, begin, end);
+    }
+    if (args.dbias) {
+      add_chunks<W>(args.sums + args.cols, args.dbias, args.chunks, args.cols, begin, end);
+    }
+  });
+}
+
+}  // namespace fastattn

@@ -1,0 +1,122 @@
+#pragma once
+// Loops over the columns of one row, shared by the row-wise kernels.
+#include "philox_vec.h"
+#include "vec.h"
+
+namespace {
+
+// How much of a vector a loop body owns: all of it, or the first n lanes at the end of a row.
+struct All {};
+struct First {
+  int n;
+};
+
+template <typename T>
+inline Vec load(const T* p, All) {
+  return Vec::load(p);
+}
+template <typename T>
+inline Vec load(const T* p, First lanes) {
+  return Vec::load(p, lanes.n);
+}
+template <typename T>
+inline void store(Vec v, T* p, All) {
+  v.store(p);
+}
+template <typename T>
+inline void store(Vec v, T* p, First lanes) {
+  v.store(p, lanes.n);
+}
+inline Vec zero_rest(Vec v, All) {
+  return v;
+}
+inline Vec zero_rest(Vec v, First lanes) {
+  static constexpr float kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return select(Vec::load(kLane) < Vec::fill(static_cast<float>(lanes.n)), v, Vec::fill(0.f));
+}
+
+// body(i, lanes) for every vector of columns.
+template <typename Body>
+inline void for_columns(int64_t cols, Body body) {
+  int64_t i = 0;
+  for (; i + Vec::kSize <= cols; i += Vec::kSize) {
+    body(i, All{});
+  }
+  if (i < cols) {
+    body(i, First{static_cast<int>(cols - i)});
+  }
+}
+
+template <int kSums>
+struct Sums {
+  float value[kSums];
+};
+
+// kSums sums over the columns; add(i, lanes, sums) adds one vector to each. Four independent chains hide the latency.
+template <int kSums, typename Add>
+inline Sums<kSums> sum_columns(int64_t cols, Add add) {
+  Vec chain[4][kSums];
+  for (auto& sums : chain) {
+    for (Vec& sum : sums) {
+      sum = Vec::fill(0.f);
+    }
+  }
+  int64_t i = 0;
+  for (; i + 4 * Vec::kSize <= cols; i += 4 * Vec::kSize) {
+    for (int c = 0; c < 4; ++c) {
+      add(i + c * Vec::kSize, All{}, chain[c]);
+    }
+  }
+  for (int c = 0; i + Vec::kSize <= cols; i += Vec::kSize, ++c) {
+    add(i, All{}, chain[c]);
+  }
+  if (i < cols) {
+    add(i, First{static_cast<int>(cols - i)}, chain[3]);
+  }
+  Sums<kSums> total;
+  for (int s = 0; s < kSums; ++s) {
+    total.value[s] = ((chain[0][s] + chain[1][s]) + (chain[2][s] + chain[3][s])).sum();
+  }
+  return total;
+}
+
+// Columns whose keep bits are drawn together.
+constexpr int64_t kDropBlock = 512;
+
+// out = keep * scale * x + residual for one row; residual may be null, dropout may be off.
+template <typename X, typename R>
+inline void dropout_add_row(const X* x, const R* residual, R* out, int64_t cols, int64_t row,
+                            const fastattn::Dropout& dropout) {
+  const Vec zero = Vec::fill(0.f);
+  const auto add_residual = [&](Vec v, int64_t i, auto lanes) { return residual ? v + load(residual + i, lanes) : v; };
+  if (!dropout.rng) {
+    for_columns(cols,
+                [&](int64_t i, auto lanes) { store(add_residual(load(x + i, lanes), i, lanes), out + i, lanes); });
+    return;
+  }
+  const Vec scale = Vec::fill(dropout.scale);
+  alignas(64) uint8_t keep[keep_bytes(kDropBlock)];
+  for (int64_t first = 0; first < cols; first += kDropBlock) {
+    const int64_t n = cols - first < kDropBlock ? cols - first : kDropBlock;
+    draw_keep(dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), first, n, keep);
+    for_columns(n, [&](int64_t i, auto lanes) {
+      const Vec dropped = select(keep_mask(keep, i), load(x + first + i, lanes) * scale, zero);
+      store(add_residual(dropped, first + i, lanes), out + first + i, lanes);
+    });
+  }
+}
+
+// action(T{}) with the storage type of `dtype`.
+template <typename Action>
+inline void with_dtype(fastattn::DType dtype, Action action) {
+  switch (dtype) {
+    case fastattn::DType::kFloat32:
+      return action(float{});
+    case fastattn::DType::kBFloat16:
+      return action(BF16{});
+    case fastattn::DType::kFloat16:
+      return action(FP16{});
+  }
+}
+
+}  // namespace
