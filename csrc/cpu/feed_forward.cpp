@@ -16,13 +16,13 @@
 #include <algorithm>
 
 #include "api.h"
-#include "philox.h"
+#include "philox_vec.h"
 #include "vec.h"
 
 namespace fastattn {
 namespace {
 
-constexpr int64_t kChunk = 512;  // columns whose dropout factors are drawn at a time
+constexpr int64_t kChunk = 512;  // columns whose keep bits are drawn at a time
 
 // 1 / (1 + e^-x) and 1 minus it, both to full relative precision
 struct Sigmoid {
@@ -91,26 +91,6 @@ struct Silu {
   }
 };
 
-// out[0 .. cols) = scale where column first_col + i of `row` is kept, else 0; first_col is a multiple of 8
-inline void draw_factors(const Dropout& dropout, int64_t row, int64_t first_col, int64_t cols, float* out) {
-  const uint64_t seed = static_cast<uint64_t>(dropout.rng[0]);
-  const uint64_t offset = static_cast<uint64_t>(dropout.rng[1]);
-  for (int64_t col = 0; col < cols; col += 8) {
-    const Philox4 random = philox4x32_10({{static_cast<uint32_t>((first_col + col) / 8), static_cast<uint32_t>(row),
-                                           static_cast<uint32_t>(row >> 32), static_cast<uint32_t>(offset)}},
-                                         static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    for (int word = 0; word < 4; ++word) {
-      out[col + 2 * word] = (random.word[word] & 0xffff) >= dropout.threshold ? dropout.scale : 0.f;
-      out[col + 2 * word + 1] = (random.word[word] >> 16) >= dropout.threshold ? dropout.scale : 0.f;
-    }
-  }
-}
-
-// a dropped element is 0 also where x is inf or NaN
-inline Vec dropped(Vec x, Vec factor) {
-  return select(Vec::fill(0.f) < factor, x * factor, Vec::fill(0.f));
-}
-
 // How a step reads and writes one vector: whole, or the first n elements at the end of a row.
 struct Whole {
   template <typename T>
@@ -146,7 +126,9 @@ struct Row {
   const T *preact, *gate, *dhidden;
   T *hidden, *dpreact, *dgate;
   float *dbias, *dbias_gate;
-  const float* factors = nullptr;  // of this chunk, so that factors[i] belongs to column i
+  float scale;
+  const uint8_t* keep = nullptr;  // of the chunk that begins at column first
+  int64_t first = 0;
 
   Row(const ActivationArgs& args, int64_t row)
       : preact(row_of(static_cast<const T*>(args.preact), row, args.preact_stride)),
@@ -156,7 +138,13 @@ struct Row {
         dpreact(row_of(static_cast<T*>(args.dpreact), row, args.cols)),
         dgate(row_of(static_cast<T*>(args.dgate), row, args.cols)),
         dbias(row_of(args.dbias_partial, row / kActivationBlockRows, args.cols)),
-        dbias_gate(row_of(args.dbias_gate_partial, row / kActivationBlockRows, args.cols)) {}
+        dbias_gate(row_of(args.dbias_gate_partial, row / kActivationBlockRows, args.cols)),
+        scale(args.dropout.scale) {}
+
+  // a dropped element is 0 also where x is inf or NaN
+  Vec dropout(Vec x, int64_t i) const {
+    return select(keep_mask(keep, i - first), x * Vec::fill(scale), Vec::fill(0.f));
+  }
 };
 
 template <typename Act>
@@ -165,8 +153,8 @@ struct Forward {
   static void step(const Row<T>& row, int64_t i, Access access) {
     const Vec preact = access.load(row.preact + i);
     Vec hidden = row.gate ? Act::at(access.load(row.gate + i)).value * preact : Act::at(preact).value;
-    if (row.factors) {
-      hidden = dropped(hidden, access.load(row.factors + i));
+    if (row.keep) {
+      hidden = row.dropout(hidden, i);
     }
     access.store(hidden, row.hidden + i);
   }
@@ -180,10 +168,9 @@ struct Backward {
     const Point point = Act::at(row.gate ? access.load(row.gate + i) : preact);
     Vec dact = access.load(row.dhidden + i);
     Vec hidden = row.gate ? point.value * preact : point.value;
-    if (row.factors) {
-      const Vec factor = access.load(row.factors + i);
-      dact = dropped(dact, factor);
-      hidden = dropped(hidden, factor);
+    if (row.keep) {
+      dact = row.dropout(dact, i);
+      hidden = row.dropout(hidden, i);
     }
     if (row.hidden) {
       access.store(hidden, row.hidden + i);
@@ -205,14 +192,16 @@ struct Backward {
 
 template <typename Pass, typename T>
 void run_rows(const ActivationArgs& args, int64_t begin, int64_t end) {
-  alignas(64) float factors[kChunk];
+  uint8_t keep[keep_bytes(kChunk)];
   for (int64_t r = begin; r < end; ++r) {
     Row<T> row(args, r);
     for (int64_t chunk = 0; chunk < args.cols; chunk += kChunk) {
       const int64_t chunk_end = std::min(args.cols, chunk + kChunk);
-      if (args.dropout.rng) {
-        draw_factors(args.dropout, r, chunk, chunk_end - chunk, factors);
-        row.factors = factors - chunk;
+      if (args.dropout.rng && args.dropout.threshold) {
+        draw_keep(args.dropout, static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), chunk, chunk_end - chunk,
+                  keep);
+        row.keep = keep;
+        row.first = chunk;
       }
       int64_t i = chunk;
       for (; i + Vec::kSize <= chunk_end; i += Vec::kSize) {

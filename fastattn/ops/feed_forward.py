@@ -64,7 +64,7 @@ register_backend("feed_forward", "native", _refuses_native)
 
 
 def _rows(x):
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class _FeedForward(torch.autograd.Function):
@@ -116,7 +116,8 @@ def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, back
     preact = linear(x2, w1, b1)
     gate = None if w_gate is None else linear(x2, w_gate, b_gate)
     hidden = _fwd[backend](preact, gate, rng, dropout_p, ACTIVATIONS.index(activation))
-    return linear(hidden, w2, b2).view(*x.shape[:-1], w2.shape[0]), preact, gate
+    y = linear(hidden, w2, b2)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w2.shape[0]), preact, gate
 
 
 def _reference(rng, dropout_p, activation):
