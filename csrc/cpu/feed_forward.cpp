@@ -31,9 +31,9 @@ struct Sigmoid {
 };
 
 inline Sigmoid sigmoid(Vec x) {
-  const Vec e = exp(max(Vec::fill(-87.f), min(Vec::fill(87.f), -x)));  // finite, so that e * value is no inf * 0
+  const Vec e = exp(-x);
   const Vec value = Vec::fill(1.f) / (Vec::fill(1.f) + e);
-  return {value, e * value};
+  return {value, min(Vec::fill(0x1p126f), e) * value};  // no inf * 0
 }
 
 // What an activation is at x, and its slope there.

@@ -56,11 +56,8 @@ def _refuses(facts):
     return None if facts[1] in _FLOATS else f"it takes float32, bfloat16 and float16, got {facts[1]}"
 
 
-def _refuses_native(facts):
-    return "there are no CUDA C++ kernels for it yet" if facts[0] == "cuda" else _refuses(facts)
-
-
-register_backend("feed_forward", "native", _refuses_native)
+for _backend in ("native", "triton"):
+    register_backend("feed_forward", _backend, _refuses, raw="activation_fwd")
 
 
 def _rows(x):
