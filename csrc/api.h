@@ -67,4 +67,32 @@ struct NormBwdArgs {
 FASTATTN_DECLARE_CPU(norm_bwd, NormBwdArgs);          // chunks
 FASTATTN_DECLARE_CPU(norm_bwd_columns, NormBwdArgs);  // columns, after all chunks
 
+// Feed-forward: the passes between the products. Rows of inputs lie a stride apart, outputs are contiguous; a null
+// pointer is an input that is absent or an output that nobody wants. Order of the names as in reference.ACTIVATIONS.
+enum class Activation : int { kGelu, kGeluTanh, kRelu, kRelu2, kSilu };
+
+struct ActivationArgs {
+  const void* preact;
+  const void* gate;
+  const void* dhidden;
+  int64_t preact_stride, gate_stride, dhidden_stride;
+  void* hidden;
+  void* dpreact;
+  void* dgate;
+  float* dbias_partial;  // one row of sums per block of rows, reduced by activation_dbias
+  float* dbias_gate_partial;
+  void* dbias;
+  void* dbias_gate;
+  int64_t rows, cols;
+  Dropout dropout;
+  Activation activation;
+  DType dtype;
+};
+
+constexpr int64_t kActivationBlockRows = 32;
+
+FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);    // rows
+FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);    // blocks of kActivationBlockRows rows
+FASTATTN_DECLARE_CPU(activation_dbias, ActivationArgs);  // columns
+
 }  // namespace fastattn

@@ -3,15 +3,128 @@
 preact = w1·x + b1,  gate = w_gate·x + b_gate
 hidden = keep * dropout_scale * act(preact)                 gated: act(gate) * preact
 y = w2·hidden + b2
+
+The products are the vendor library's. Ours are the two passes around the activation, the raw ops activation_fwd and
+activation_bwd; the second gives the gradients of preact, gate and their biases, and hidden again, so that x and the
+pre-activations are all that is saved.
 """
+
+import math
 
 import torch
 
 from fastattn import reference
-from fastattn.ops._backends import choose, explanation
+from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._gemm import input_grad, linear, weight_grad
 from fastattn.ops._random import check_dropout_p, draw_rng
+from fastattn.ops._register import define, differentiate, needs_reference
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _activation_fwd_fake(preact, gate, rng, dropout_p, activation):
+    return preact.new_empty(preact.shape)
+
+
+def _activation_bwd_fake(dhidden, preact, gate, rng, dropout_p, activation, need_hidden, need_dbias, need_dbias_gate):
+    cols = preact.shape[-1]
+    return (
+        preact.new_empty(preact.shape),
+        preact.new_empty(preact.shape if gate is not None else (0,)),
+        preact.new_empty(preact.shape if need_hidden else (0,)),
+        preact.new_empty(cols if need_dbias else 0),
+        preact.new_empty(cols if need_dbias_gate and gate is not None else 0),
+    )
+
+
+define(
+    "activation_fwd(Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation) -> Tensor",
+    _activation_fwd_fake,
+)
+define(
+    "activation_bwd(Tensor dhidden, Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation,"
+    " bool need_hidden, bool need_dbias, bool need_dbias_gate)"
+    " -> (Tensor dpreact, Tensor dgate, Tensor hidden, Tensor dbias, Tensor dbias_gate)",
+    _activation_bwd_fake,
+)
+_fwd = {name: getattr(torch.ops.fastattn.activation_fwd, name) for name in ("native", "triton")}
+_bwd = {name: getattr(torch.ops.fastattn.activation_bwd, name) for name in ("native", "triton")}
+
+
+def _refuses(facts):
+    return None if facts[1] in _FLOATS else f"it takes float32, bfloat16 and float16, got {facts[1]}"
+
+
+for _backend in ("native", "triton"):
+    register_backend("feed_forward", _backend, _refuses, raw="activation_fwd")
+
+
+def _rows(x):
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
+        y, preact, gate = _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend)
+        ctx.save_for_backward(
+            x, w1, b1, w2, b2, w_gate, b_gate, rng, None if recompute else preact, None if recompute else gate
+        )
+        ctx.options = (dropout_p, activation, backend)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w1, b1, w2, b2, w_gate, b_gate, rng, preact, gate = ctx.saved_tensors
+        dropout_p, activation, backend = ctx.options
+        inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = differentiate(_reference(rng, dropout_p, activation), inputs, (dy,))
+            return *grads, None, None, None, None, None
+        need_dx, need_dw1, need_db1, need_dw2, need_db2, need_dw_gate, need_db_gate = ctx.needs_input_grad[:7]
+        x2, dy = _rows(x), _rows(dy)
+        if preact is None:
+            preact, gate = linear(x2, w1, b1), None if w_gate is None else linear(x2, w_gate, b_gate)
+        dx = dw1 = dw2 = db2 = dw_gate = None
+        dpreact, dgate, hidden, db1, db_gate = _bwd[backend](
+            input_grad(dy, w2), preact, gate, rng, dropout_p, ACTIVATIONS.index(activation),
+            need_dw2, need_db1, need_db_gate,
+        )  # fmt: skip
+        if need_dw2:
+            dw2 = weight_grad(dy, hidden)
+        if need_db2:
+            db2 = dy.sum(0)
+        if need_dw1:
+            dw1 = weight_grad(dpreact, x2)
+        if need_dw_gate:
+            dw_gate = weight_grad(dgate, x2)
+        if need_dx:
+            dx = input_grad(dpreact, w1)
+            if gate is not None:
+                dx += input_grad(dgate, w_gate)
+            dx = dx.view(x.shape)
+        grads = (dx, dw1, db1 if need_db1 else None, dw2, db2, dw_gate, db_gate if need_db_gate else None)
+        return *grads, None, None, None, None, None
+
+
+def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend):
+    x2 = _rows(x)
+    preact = linear(x2, w1, b1)
+    gate = None if w_gate is None else linear(x2, w_gate, b_gate)
+    hidden = _fwd[backend](preact, gate, rng, dropout_p, ACTIVATIONS.index(activation))
+    y = linear(hidden, w2, b2)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w2.shape[0]), preact, gate
+
+
+def _reference(rng, dropout_p, activation):
+    def function(x, w1, b1, w2, b2, w_gate, b_gate):
+        y = reference.feed_forward(
+            x, w1, b1, w2, b2, activation=activation, w_gate=w_gate, b_gate=b_gate, dropout_p=dropout_p, rng=rng
+        )
+        return (y,)
+
+    return function
 
 
 def _check_tensor(label, tensor, shape, meaning, x):
@@ -85,10 +198,13 @@ def feed_forward(
         )
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
     rng = draw_rng(x.device) if dropout_p else None
-    choose("feed_forward", _facts(x), backend)
-    return reference.feed_forward(
-        x, w1, b1, w2, b2, activation=activation, w_gate=w_gate, b_gate=b_gate, dropout_p=dropout_p, rng=rng
-    )
+    inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
+    runs = choose("feed_forward", _facts(x), backend)
+    if runs == "reference" or needs_reference():
+        return _reference(rng, dropout_p, activation)(*inputs)[0]
+    if grad_wanted(*inputs):
+        return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs)
+    return _forward(*inputs, rng, dropout_p, activation, runs)[0]
 
 
 def explain(

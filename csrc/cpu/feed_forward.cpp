@@ -1,0 +1,295 @@
+// The passes of the feed-forward block between its matrix products.
+//
+//   forward    hidden = act(preact) * keep * scale                    gated: act(gate) * preact * keep * scale
+//   backward   dact = dhidden * keep * scale
+//              dpreact = dact * act'(preact)                          gated: dact * act(gate)
+//                                                                            dgate = dact * preact * act'(gate)
+//              dbias = sum_rows(dpreact), dbias_gate = sum_rows(dgate), and hidden again for the gradient of w2
+//
+//   gelu       x * P(x), P the normal distribution                    slope P(x) + x * exp(-x^2 / 2) / sqrt(2 pi)
+//   gelu_tanh  x * s(2 sqrt(2 / pi) (x + 0.044715 x^3)), s = sigmoid, since (1 + tanh(z)) / 2 = s(2 z)
+//   silu       x * s(x)                                               slope s + x * s * (1 - s) * inner'
+//
+// The forward owns whole rows, the backward whole blocks of kActivationBlockRows rows with one partial row of sums
+// each, which activation_dbias adds in order: the sums do not depend on the number of threads. Everything is fp32 in
+// registers.
+#include <algorithm>
+
+#include "api.h"
+#include "philox_vec.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int64_t kChunk = 512;  // columns whose keep bits are drawn at a time
+
+// 1 / (1 + e^-x) and 1 minus it, both to full relative precision
+struct Sigmoid {
+  Vec value;
+  Vec complement;
+};
+
+inline Sigmoid sigmoid(Vec x) {
+  const Vec e = exp(-x);
+  const Vec value = Vec::fill(1.f) / (Vec::fill(1.f) + e);
+  return {value, min(Vec::fill(0x1p126f), e) * value};  // no inf * 0
+}
+
+// What an activation is at x, and its slope there.
+struct Point {
+  Vec value;
+  Vec slope;
+};
+
+struct Gelu {
+  static Point at(Vec x) {
+    // P(-a) = exp(-a^2 / 2) * q(1 / (1 + 0.4 a)) for a >= 0; q fitted to erfcx, relative error 9e-8
+    const Vec a = min(Vec::fill(15.f), abs(x));
+    const Vec t = Vec::fill(1.f) / fma(Vec::fill(0.4f), a, Vec::fill(1.f));
+    const Vec e = exp(Vec::fill(-0.5f) * a * a);
+    Vec q = Vec::fill(-0.03922225534915924f);
+    for (float c : {0.19896432757377625f, -0.3707125782966614f, 0.24802842736244202f, -0.010648469440639019f,
+                    0.15779447555541992f, 0.15591822564601898f, 0.15988917648792267f, -1.1282214472885244e-05f}) {
+      q = fma(q, t, Vec::fill(c));
+    }
+    const Vec tail = e * q;
+    const Vec p = select(x < Vec::fill(0.f), tail, Vec::fill(1.f) - tail);
+    return {x * p, fma(x * Vec::fill(0.3989422804f), e, p)};
+  }
+};
+
+struct GeluTanh {
+  static Point at(Vec x) {
+    const Vec c1 = Vec::fill(1.5957691216f);  // 2 sqrt(2 / pi)
+    const Vec c3 = Vec::fill(0.0713548163f);  // c1 * 0.044715
+    const Vec square = x * x;
+    const Sigmoid s = sigmoid(x * fma(c3, square, c1));
+    const Vec inner_slope = fma(Vec::fill(3.f) * c3, square, c1);
+    return {x * s.value, fma(x * inner_slope, s.value * s.complement, s.value)};
+  }
+};
+
+struct Relu {
+  static Point at(Vec x) {
+    const Vec zero = Vec::fill(0.f);
+    return {max(zero, x), select(zero < x, Vec::fill(1.f), zero)};
+  }
+};
+
+struct Relu2 {
+  static Point at(Vec x) {
+    const Vec r = max(Vec::fill(0.f), x);
+    return {r * r, r + r};
+  }
+};
+
+struct Silu {
+  static Point at(Vec x) {
+    const Sigmoid s = sigmoid(x);
+    return {x * s.value, fma(x, s.value * s.complement, s.value)};
+  }
+};
+
+// How a step reads and writes one vector: whole, or the first n elements at the end of a row.
+struct Whole {
+  template <typename T>
+  Vec load(const T* p) const {
+    return Vec::load(p);
+  }
+  template <typename T>
+  void store(Vec v, T* p) const {
+    v.store(p);
+  }
+};
+
+struct First {
+  int n;
+  template <typename T>
+  Vec load(const T* p) const {
+    return Vec::load(p, n);
+  }
+  template <typename T>
+  void store(Vec v, T* p) const {
+    v.store(p, n);
+  }
+};
+
+template <typename T>
+inline T* row_of(T* base, int64_t row, int64_t stride) {
+  return base ? base + row * stride : nullptr;
+}
+
+// What the steps of one row read and write; null where the call has no such tensor.
+template <typename T>
+struct Row {
+  const T *preact, *gate, *dhidden;
+  T *hidden, *dpreact, *dgate;
+  float *dbias, *dbias_gate;
+  float scale;
+  const uint8_t* keep = nullptr;  // of the chunk that begins at column first
+  int64_t first = 0;
+
+  Row(const ActivationArgs& args, int64_t row)
+      : preact(row_of(static_cast<const T*>(args.preact), row, args.preact_stride)),
+        gate(row_of(static_cast<const T*>(args.gate), row, args.gate_stride)),
+        dhidden(row_of(static_cast<const T*>(args.dhidden), row, args.dhidden_stride)),
+        hidden(row_of(static_cast<T*>(args.hidden), row, args.cols)),
+        dpreact(row_of(static_cast<T*>(args.dpreact), row, args.cols)),
+        dgate(row_of(static_cast<T*>(args.dgate), row, args.cols)),
+        dbias(row_of(args.dbias_partial, row / kActivationBlockRows, args.cols)),
+        dbias_gate(row_of(args.dbias_gate_partial, row / kActivationBlockRows, args.cols)),
+        scale(args.dropout.scale) {}
+
+  // a dropped element is 0 also where x is inf or NaN
+  Vec dropout(Vec x, int64_t i) const {
+    return select(keep_mask(keep, i - first), x * Vec::fill(scale), Vec::fill(0.f));
+  }
+};
+
+template <typename Act>
+struct Forward {
+  template <typename T, typename Access>
+  static void step(const Row<T>& row, int64_t i, Access access) {
+    const Vec preact = access.load(row.preact + i);
+    Vec hidden = row.gate ? Act::at(access.load(row.gate + i)).value * preact : Act::at(preact).value;
+    if (row.keep) {
+      hidden = row.dropout(hidden, i);
+    }
+    access.store(hidden, row.hidden + i);
+  }
+};
+
+template <typename Act>
+struct Backward {
+  template <typename T, typename Access>
+  static void step(const Row<T>& row, int64_t i, Access access) {
+    const Vec preact = access.load(row.preact + i);
+    const Point point = Act::at(row.gate ? access.load(row.gate + i) : preact);
+    Vec dact = access.load(row.dhidden + i);
+    Vec hidden = row.gate ? point.value * preact : point.value;
+    if (row.keep) {
+      dact = row.dropout(dact, i);
+      hidden = row.dropout(hidden, i);
+    }
+    if (row.hidden) {
+      access.store(hidden, row.hidden + i);
+    }
+    const Vec dpreact = dact * (row.gate ? point.value : point.slope);
+    access.store(dpreact, row.dpreact + i);
+    if (row.dbias) {
+      access.store(access.load(row.dbias + i) + dpreact, row.dbias + i);
+    }
+    if (row.gate) {
+      const Vec dgate = dact * preact * point.slope;
+      access.store(dgate, row.dgate + i);
+      if (row.dbias_gate) {
+        access.store(access.load(row.dbias_gate + i) + dgate, row.dbias_gate + i);
+      }
+    }
+  }
+};
+
+template <typename Pass, typename T>
+void run_rows(const ActivationArgs& args, int64_t begin, int64_t end) {
+  uint8_t keep[keep_bytes(kChunk)];
+  for (int64_t r = begin; r < end; ++r) {
+    Row<T> row(args, r);
+    for (int64_t chunk = 0; chunk < args.cols; chunk += kChunk) {
+      const int64_t chunk_end = std::min(args.cols, chunk + kChunk);
+      if (args.dropout.rng && args.dropout.threshold) {
+        draw_keep(args.dropout, static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), chunk, chunk_end - chunk,
+                  keep);
+        row.keep = keep;
+        row.first = chunk;
+      }
+      int64_t i = chunk;
+      for (; i + Vec::kSize <= chunk_end; i += Vec::kSize) {
+        Pass::step(row, i, Whole{});
+      }
+      if (i < chunk_end) {
+        Pass::step(row, i, First{static_cast<int>(chunk_end - i)});
+      }
+    }
+  }
+}
+
+template <template <typename> class Pass, typename T>
+void run_activation(const ActivationArgs& args, int64_t begin, int64_t end) {
+  switch (args.activation) {
+    case Activation::kGelu:
+      return run_rows<Pass<Gelu>, T>(args, begin, end);
+    case Activation::kGeluTanh:
+      return run_rows<Pass<GeluTanh>, T>(args, begin, end);
+    case Activation::kRelu:
+      return run_rows<Pass<Relu>, T>(args, begin, end);
+    case Activation::kRelu2:
+      return run_rows<Pass<Relu2>, T>(args, begin, end);
+    case Activation::kSilu:
+      return run_rows<Pass<Silu>, T>(args, begin, end);
+  }
+}
+
+template <template <typename> class Pass>
+void run(const ActivationArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return run_activation<Pass, float>(args, begin, end);
+    case DType::kBFloat16:
+      return run_activation<Pass, BF16>(args, begin, end);
+    case DType::kFloat16:
+      return run_activation<Pass, FP16>(args, begin, end);
+  }
+}
+
+// out[col] = sum of column col over the blocks, in their order
+template <typename T>
+void reduce_blocks(const float* partial, int64_t blocks, int64_t cols, int64_t begin, int64_t end, T* out) {
+  for (int64_t i = begin; i < end; i += Vec::kSize) {
+    const First first{static_cast<int>(std::min<int64_t>(Vec::kSize, end - i))};
+    Vec sum = Vec::fill(0.f);
+    for (int64_t block = 0; block < blocks; ++block) {
+      sum = sum + first.load(partial + block * cols + i);
+    }
+    first.store(sum, out + i);
+  }
+}
+
+template <typename T>
+void reduce_dbias(const ActivationArgs& args, int64_t begin, int64_t end) {
+  const int64_t blocks = (args.rows + kActivationBlockRows - 1) / kActivationBlockRows;
+  if (args.dbias) {
+    reduce_blocks(args.dbias_partial, blocks, args.cols, begin, end, static_cast<T*>(args.dbias));
+  }
+  if (args.dbias_gate) {
+    reduce_blocks(args.dbias_gate_partial, blocks, args.cols, begin, end, static_cast<T*>(args.dbias_gate));
+  }
+}
+
+}  // namespace
+
+void FASTATTN_CPU_NAME(activation_fwd)(const ActivationArgs& args, int64_t begin, int64_t end) {
+  run<Forward>(args, begin, end);
+}
+
+void FASTATTN_CPU_NAME(activation_bwd)(const ActivationArgs& args, int64_t begin, int64_t end) {
+  for (float* partial : {args.dbias_partial, args.dbias_gate_partial}) {
+    if (partial) {
+      std::fill(partial + begin * args.cols, partial + end * args.cols, 0.f);
+    }
+  }
+  run<Backward>(args, begin * kActivationBlockRows, std::min(args.rows, end * kActivationBlockRows));
+}
+
+void FASTATTN_CPU_NAME(activation_dbias)(const ActivationArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return reduce_dbias<float>(args, begin, end);
+    case DType::kBFloat16:
+      return reduce_dbias<BF16>(args, begin, end);
+    case DType::kFloat16:
+      return reduce_dbias<FP16>(args, begin, end);
+  }
+}
+
+}  // namespace fastattn

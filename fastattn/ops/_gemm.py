@@ -1,0 +1,58 @@
+"""Matrix products by the vendor's library: torch's choice, or oneDNN where it was measured to be faster.
+
+For fp32 torch calls MKL. On AMD processors oneDNN beats it by 6 to 14 % at d_model 256 to 1024 (two cores, 1024 rows),
+except in `weight_grad` with more rows than columns, where oneDNN would first have to transpose the larger operand, and
+except for small products: a call of it costs 13 us more.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def _is_onednn_faster():
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return "AuthenticAMD" in file.read(4096)
+    except OSError:
+        return False
+
+
+_ONEDNN_IS_FASTER = _is_onednn_faster()
+_ONEDNN_FROM = 2**23  # multiplications
+
+
+def _use_onednn(a, b, size):
+    """Whether the product of a and b, whose common dimension is `size`, goes to oneDNN."""
+    return (
+        _ONEDNN_IS_FASTER
+        and a.dtype == torch.float32
+        and a.is_cpu
+        and a.numel() * b.numel() >= _ONEDNN_FROM * max(size, 1)
+    )
+
+
+def _onednn(x, weight, bias=None):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def linear(x, weight, bias=None):
+    """x (rows, k) · weightᵀ (k, n) + bias."""
+    if _use_onednn(x, weight, x.shape[1]):
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def input_grad(dy, weight):
+    """dx = dy (rows, n) · weight (n, k)."""
+    if _use_onednn(dy, weight, dy.shape[1]):
+        return _onednn(dy, weight.t())
+    return dy @ weight
+
+
+def weight_grad(dy, x):
+    """dweight = dyᵀ (n, rows) · x (rows, k)."""
+    if dy.shape[1] <= x.shape[1] and _use_onednn(dy, x, dy.shape[0]):
+        return _onednn(dy.t(), x.t())
+    return dy.t() @ x

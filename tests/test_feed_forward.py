@@ -1,0 +1,450 @@
+import itertools
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory_guard import guarded
+from oracle import BACKWARD, assert_accurate, exact
+from torch.testing import assert_close
+
+import fastattn
+from fastattn import reference
+from fastattn.ops.feed_forward import ACTIVATIONS
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("x", "w1", "b1", "w2", "b2", "w_gate", "b_gate")
+
+needs_native = pytest.mark.skipif(
+    fastattn.backends()["cpu"]["native"] != "available",
+    reason=f"no C++ kernels for the CPU: {fastattn.backends()['cpu']['native']}",
+)
+
+
+def arguments(shape, d_ff, dtype=torch.float32, gated=False, biased=True, d_out=None, seed=0):
+    """x, w1, b1, w2, b2, w_gate, b_gate, leaves that require grad; None where there is none."""
+    generator = torch.Generator().manual_seed(seed)
+    d_model = shape[-1]
+    d_out = d_model if d_out is None else d_out
+
+    def leaf(*size, scale=1.0):
+        return (torch.randn(size, generator=generator) * scale).to(dtype).requires_grad_()
+
+    x, w1, w2 = leaf(*shape), leaf(d_ff, d_model, scale=d_model**-0.5), leaf(d_out, d_ff, scale=d_ff**-0.5)
+    b1, b2, b_gate = (leaf(d_ff), leaf(d_out), leaf(d_ff) if gated else None) if biased else (None, None, None)
+    return x, w1, b1, w2, b2, leaf(d_ff, d_model, scale=2 * d_model**-0.5) if gated else None, b_gate
+
+
+def call(args, **options):
+    x, w1, b1, w2, b2, w_gate, b_gate = args
+    return fastattn.feed_forward(x, w1, b1, w2, b2, w_gate=w_gate, b_gate=b_gate, **options)
+
+
+def plain(args, activation, factor=None):
+    """The block as a user writes it, every step in the dtype of x; factor: what dropout multiplies with."""
+    x, w1, b1, w2, b2, w_gate, b_gate = args
+    hidden = F.linear(x, w1, b1)
+    act = reference.ACTIVATIONS[activation]
+    hidden = act(hidden) if w_gate is None else act(F.linear(x, w_gate, b_gate)) * hidden
+    return F.linear(hidden if factor is None else hidden * factor.to(x.dtype), w2, b2)
+
+
+def drawn(seed):
+    """The (seed, offset) that the next op draws after torch.manual_seed(seed), which it sets."""
+    torch.manual_seed(seed)
+    rng = torch.randint(torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (2,))
+    torch.manual_seed(seed)
+    return rng
+
+
+def keep_factor(rng, dropout_p, shape):
+    rows = torch.arange(shape[:-1].numel())
+    keep = reference.philox_keep(rng, dropout_p, rows, rows >> 32, shape[-1]).view(shape)
+    return keep * reference.dropout_scale(dropout_p)
+
+
+def gradients(y, args, dy):
+    wanted = [t for t in args if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, dy))
+    return [next(found) if t is not None and t.requires_grad else None for t in args]
+
+
+def check(ours, wanted, baseline, factor, what):
+    if ours.numel() >= 32:
+        return assert_accurate(ours, wanted, baseline, factor, what)
+    # of a few elements PyTorch can get every one right by luck
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[ours.dtype]
+    return assert_close(
+        ours.double(), wanted.double(), rtol=tolerance, atol=tolerance * (1 + wanted.abs().sum().item())
+    )
+
+
+def check_against_fp64(args, activation="gelu", dropout_p=0.0, dy=None, **options):
+    rng = drawn(17)
+    y = call(args, activation=activation, dropout_p=dropout_p, **options)
+    dy = torch.randn(y.shape).to(y.dtype) if dy is None else dy.expand(y.shape)
+    factor = keep_factor(rng, dropout_p, torch.Size((*y.shape[:-1], args[1].shape[0]))) if dropout_p else None
+    baseline = plain(args, activation, factor)
+    args64 = exact(*args)
+    y64 = plain(args64, activation, factor)
+    check(y, y64, baseline, 2.0, "y")
+    triples = zip(
+        NAMES, gradients(y, args, dy), gradients(y64, args64, dy.double()), gradients(baseline, args, dy), strict=True
+    )
+    for name, grad, grad64, grad_baseline in triples:
+        assert (grad is None) == (grad64 is None)
+        if grad is not None:
+            check(grad, grad64, grad_baseline, BACKWARD, f"d{name}")
+
+
+def random_case(pick):
+    leading = pick.choice(((), (1,), (3,), (33,), (2, 5), (70,), (2, 3, 4), (0,), (3, 0)))
+    dropout_p = pick.choice((0.0, 0.0, 0.1, 0.5, 1.0, 1e-6))
+    args = arguments(
+        (*leading, pick.choice((1, 2, 7, 16, 33, 64))),
+        pick.choice((1, 3, 8, 17, 31, 64, 100, 129, 520, 1030)),
+        dtype=pick.choice(FLOATS),
+        gated=pick.random() < 0.5,
+        biased=pick.random() < 0.7,
+        d_out=pick.choice((None, None, 5)),
+        seed=pick.randrange(10**6),
+    )
+    options = {"activation": pick.choice(ACTIVATIONS), "dropout_p": dropout_p, "recompute": pick.random() < 0.3}
+    return args, options
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_cases(seed):
+    pick = random.Random(seed)
+    for _ in range(10):
+        args, options = random_case(pick)
+        print(seed, [None if t is None else tuple(t.shape) for t in args], args[0].dtype, options)
+        check_against_fp64(args, **options)
+
+
+@needs_native
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_activation_over_its_range(activation, dtype):
+    """Value and slope on a dense grid; in fp32 the relative error is that of an exponent of up to 88."""
+    x = torch.cat((torch.linspace(-16, 16, 100_003), torch.logspace(-30, 1, 5000), -torch.logspace(-30, 1, 5000)))
+    x = x.to(dtype).requires_grad_()
+    index = ACTIVATIONS.index(activation)
+    act = reference.ACTIVATIONS[activation]
+    value = torch.ops.fastattn.activation_fwd.native(x.detach(), None, None, 0.0, index)
+    slope, *_ = torch.ops.fastattn.activation_bwd.native(
+        torch.ones_like(x), x.detach(), None, None, 0.0, index, False, False, False
+    )
+    x64 = exact(x)
+    value64, baseline = act(x64), act(x)
+    assert_accurate(value, value64, baseline)
+    (slope64,) = torch.autograd.grad(value64, x64, torch.ones_like(x64))
+    (slope_baseline,) = torch.autograd.grad(baseline, x, torch.ones_like(x))
+    assert_accurate(slope, slope64, slope_baseline, what="slope")
+    if dtype == torch.float32:
+        stable = {
+            "gelu": lambda x: x * torch.special.erfc(-x * 0.5**0.5) / 2,
+            "gelu_tanh": lambda x: x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+        }.get(activation, act)(x64.detach())
+        relative = ((value.double() - stable).abs() / stable.abs().clamp_min(1e-30)).max().item()
+        assert relative < 2e-5, f"relative error of {activation}: {relative:.3g}"
+
+
+@needs_native
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_special_values(activation):
+    index = ACTIVATIONS.index(activation)
+    x = torch.tensor([0.0, -0.0, 1e30, -1e30, 3e38, 1e-40, -1e-40, 100.0, -100.0])
+    value = torch.ops.fastattn.activation_fwd.native(x, None, None, 0.0, index)
+    assert_close(value, reference.ACTIVATIONS[activation](x.double()).float(), rtol=1e-6, atol=1e-38)
+    beyond = torch.ops.fastattn.activation_fwd.native(
+        torch.tensor([float("inf"), float("nan")]), None, None, 0.0, index
+    )
+    assert beyond[0] == float("inf")
+    assert beyond[1].isnan()
+    x = torch.tensor([0.0, -0.0, 1e9, -1e9, 1e-40, -1e-40, 100.0, -100.0])
+    slope, *_ = torch.ops.fastattn.activation_bwd.native(
+        torch.ones_like(x), x, None, None, 0.0, index, False, False, False
+    )
+    leaf = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.ACTIVATIONS[activation](leaf).sum(), leaf)
+    assert_close(slope.double(), expected, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("strided", ["transposed", "rows apart", "expanded"])
+def test_strided_input_and_expanded_gradient(strided):
+    args = arguments((6, 10, 16), 40)
+    x = args[0].detach()
+    if strided == "transposed":
+        x = x.transpose(0, 1)
+    elif strided == "rows apart":
+        x = torch.cat((x, x), -1)[..., :16]
+    else:
+        x = x[:1].expand(6, 10, 16)
+    dy = torch.randn(()) if strided == "expanded" else torch.randn(16, x.shape[1], x.shape[0]).permute(2, 1, 0)
+    check_against_fp64((x.requires_grad_(), *args[1:]), dropout_p=0.25, dy=dy)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_subset_of_requires_grad(gated):
+    names = [n for n in NAMES if gated or "gate" not in n]
+    for wanted in (*itertools.combinations(names, 1), ("x", "b2"), ("w1", "w2"), ("x", "w1", "w2")):
+        args = arguments((5, 8), 24, gated=gated)
+        for name, t in zip(NAMES, args, strict=True):
+            if t is not None:
+                t.requires_grad_(name in wanted)
+        check_against_fp64(args, "silu", dropout_p=0.1)
+
+
+@needs_native
+def test_one_node_that_saves_the_preactivation_only():
+    for gated, recompute in itertools.product((False, True), repeat=2):
+        args = arguments((6, 8), 50, gated=gated)
+        saved = []
+
+        def keep(t, saved=saved):
+            saved.append(tuple(t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = call(args, dropout_p=0.1, recompute=recompute)
+        assert type(y.grad_fn).__name__ == "_FeedForwardBackward"
+        assert {type(f).__name__ for f, _ in y.grad_fn.next_functions if f is not None} == {"AccumulateGrad"}
+        assert saved.count((6, 50)) == (0 if recompute else 1 + gated)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_recompute_is_equal_bit_for_bit(dtype):
+    args = arguments((40, 24), 96, dtype=dtype, gated=True)
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        y = call(args, dropout_p=0.3, recompute=recompute)
+        results.append((y, *gradients(y, args, torch.ones_like(y))))
+    assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("dropout_p", [1e-6, 0.1, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("cols", [1, 8, 13, 511, 512, 1100])
+def test_dropout_masks_are_the_reference_ones(dropout_p, cols):
+    rng = torch.tensor([-(2**62) + 12345, 2**33 + 7])
+    ones = torch.ones(5, cols)
+    expected = keep_factor(rng, dropout_p, ones.shape)
+    relu = ACTIVATIONS.index("relu")
+    hidden = torch.ops.fastattn.activation_fwd.native(ones, None, rng, dropout_p, relu)
+    dpreact, _, again, *_ = torch.ops.fastattn.activation_bwd.native(
+        ones, ones, None, rng, dropout_p, relu, True, False, False
+    )
+    for result in (hidden, dpreact, again):
+        assert torch.equal(result, expected.float())
+
+
+@needs_native
+def test_dropped_infinity_is_zero():
+    x = torch.full((4, 64), float("inf"))
+    hidden = torch.ops.fastattn.activation_fwd.native(x, None, torch.tensor([1, 2]), 0.5, ACTIVATIONS.index("relu"))
+    assert set(hidden.flatten().tolist()) == {0.0, float("inf")}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bias_gradient_does_not_depend_on_threads_and_repeats(dtype):
+    preact, gate, dhidden = (torch.randn(500, 136).to(dtype) for _ in range(3))
+    rng = torch.tensor([5, 6])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 1, 2):
+            torch.set_num_threads(n)
+            results.append(
+                torch.ops.fastattn.activation_bwd.native(dhidden, preact, gate, rng, 0.2, 0, True, True, True)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert_close(result, results[0], rtol=0, atol=0)
+    dpreact, dgate, _, dbias, dbias_gate = results[0]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for sums, summed in ((dbias, dpreact), (dbias_gate, dgate)):
+        assert_close(sums.double(), summed.double().sum(0), rtol=tolerance, atol=tolerance * 40)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_reads_nothing_outside_of_the_rows(dtype):
+    """Rows with NaN between and around them, pointers off their alignment."""
+    rng = torch.tensor([5, 6])
+    for cols, offset in ((1, 1), (15, 3), (37, 5), (64, 1)):
+        tensors = [torch.randn(35, cols).to(dtype) for _ in range(3)]
+        results = []
+        for dhidden, preact, gate in (tensors, [guarded(t, offset=offset, gap=3) for t in tensors]):
+            results.append(
+                (
+                    torch.ops.fastattn.activation_fwd.native(preact, gate, rng, 0.2, 0),
+                    *torch.ops.fastattn.activation_bwd.native(dhidden, preact, gate, rng, 0.2, 0, True, True, True),
+                )
+            )
+        assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@needs_native
+def test_opcheck():
+    rng = torch.tensor([1, 2])
+    for shape, dtype, gated in (((5, 12), torch.float32, True), ((2, 3, 9), torch.bfloat16, False)):
+        preact, gate, dhidden = (torch.randn(shape).to(dtype) for _ in range(3))
+        gate = gate if gated else None
+        torch.library.opcheck(torch.ops.fastattn.activation_fwd.native, (preact, gate, rng, 0.1, 0))
+        for needs in ((False, False, False), (True, True, True)):
+            torch.library.opcheck(
+                torch.ops.fastattn.activation_bwd.native, (dhidden, preact, gate, rng, 0.1, 1, *needs)
+            )
+
+
+@needs_native
+def test_raw_ops_reject_what_does_not_fit():
+    fwd, bwd = torch.ops.fastattn.activation_fwd.native, torch.ops.fastattn.activation_bwd.native
+    x = torch.ones(2, 4)
+    for bad in ((x.double(), None, None, 0.0, 0), (x, x[:1], None, 0.0, 0), (x, None, None, 0.0, 5)):
+        with pytest.raises(RuntimeError, match=r"must (be|have)"):
+            fwd(*bad)
+    with pytest.raises(RuntimeError, match="dhidden must have"):
+        bwd(x[:, :3], x, None, None, 0.0, 0, False, False, False)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic):
+    torch._dynamo.reset()
+
+    def step(*args):
+        return call(args, activation="gelu_tanh", dropout_p=0.1)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    args = arguments((3, 7, 16), 48, gated=True)
+    for run in range(2):
+        results = []
+        for f in (step, compiled):
+            torch.manual_seed(run)
+            y = f(*args)
+            results.append((y, *gradients(y, args, torch.ones_like(y))))
+        assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_double_backward_of_the_fp32_op(gated):
+    """Against fp64 autograd with the mask that the forward drew."""
+    args = arguments((4, 6), 16, gated=gated)
+    rng = drawn(5)
+    y = call(args, activation="gelu_tanh", dropout_p=0.4)
+    args64 = exact(*args)
+    y64 = plain(args64, "gelu_tanh", keep_factor(rng, 0.4, torch.Size((4, 16))))
+    dy = torch.randn(4, 6)
+    second = []
+    for output, inputs, grad in ((y, args, dy), (y64, args64, dy.double())):
+        leaves = [t for t in inputs if t is not None]
+        first = torch.autograd.grad(output, leaves, grad, create_graph=True)
+        penalty = sum(g.square().sum() for g in first)
+        second.append(torch.autograd.grad(penalty, [t for t in leaves if t.dim() > 1]))
+    for ours, wanted in zip(*second, strict=True):
+        assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_gradgradcheck(activation):
+    args = tuple(None if t is None else t.detach().double().requires_grad_() for t in arguments((3, 4), 5, gated=True))
+
+    def function(*args):
+        torch.manual_seed(1)
+        return call(args, activation=activation, dropout_p=0.2)
+
+    assert torch.autograd.gradcheck(function, args)
+    assert torch.autograd.gradgradcheck(function, args)
+
+
+def test_function_transforms_and_forward_mode_go_to_the_reference():
+    args = arguments((4, 6), 16)
+    y = call(args, activation="silu")
+    (dx,) = torch.autograd.grad(y.sum(), args[0])
+    detached = [None if t is None else t.detach() for t in args]
+    dx_func = torch.func.grad(lambda x: call((x, *detached[1:]), activation="silu").sum())(detached[0])
+    assert_close(dx_func, dx)
+    tangent = torch.randn(4, 6)
+    _, dual = torch.func.jvp(lambda x: call((x, *detached[1:]), activation="silu").sum(), (detached[0],), (tangent,))
+    assert_close(dual, (dx * tangent).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_equals_explicit_casts(dtype):
+    args = arguments((5, 8), 24, gated=True)
+    with torch.autocast("cpu", dtype=dtype):
+        y = call(args)
+    assert y.dtype == dtype
+    cast = [t.detach().to(dtype) for t in args]
+    assert torch.equal(y, call(cast))
+    grads = gradients(y, args, torch.ones_like(y))
+    assert all(g.dtype == torch.float32 for g in grads)
+    with torch.autocast("cpu", dtype=dtype):
+        assert call([t.detach().double() for t in args]).dtype == torch.float64
+
+
+def test_no_grad_and_inference_mode():
+    args = arguments((5, 8), 24)
+    expected = call(args)
+    with torch.no_grad():
+        assert_close(call(args), expected)
+    with torch.inference_mode():
+        assert_close(call(args), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "swish"}, r"activation must be one of gelu, gelu_tanh, relu, relu2, silu, got 'swish'"),
+        ({"dropout_p": 1.5}, r"between 0 and 1, got 1.5"),
+        ({"x": torch.tensor(1.0)}, r"at least one dimension, got torch.float32 \(\)"),
+        ({"x": torch.ones(2, 8, dtype=torch.int64)}, r"floating-point tensor .* got torch.int64"),
+        ({"x": torch.ones(2, 7)}, r"w1 must have shape \(24, 7\), .* got \(24, 8\)"),
+        ({"w1": torch.ones(24)}, r"two dimensions, got \(24,\) and \(8, 24\)"),
+        ({"w2": torch.ones(8, 23)}, r"w2 must have shape \(8, 24\), .* got \(8, 23\)"),
+        ({"b1": torch.ones(8)}, r"b1 must have shape \(24,\), .* got \(8,\)"),
+        ({"b2": torch.ones(24)}, r"b2 must have shape \(8,\), .* got \(24,\)"),
+        ({"w_gate": torch.ones(8, 24)}, r"w_gate must have shape \(24, 8\), .* got \(8, 24\)"),
+        ({"b_gate": torch.ones(24)}, r"b_gate was given without w_gate"),
+        ({"w1": torch.ones(24, 8).half()}, r"w1 must have the dtype of x, torch.float32, got torch.float16"),
+        ({"w2": torch.ones(8, 24, device="meta")}, r"w2 must be on the device of x, cpu, got meta"),
+        ({"backend": "cuda"}, r"backend must be one of native, triton, reference or auto, got 'cuda'"),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(changes, message):
+    x, w1, b1, w2, b2, *_ = arguments((2, 8), 24)
+    arguments_ = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2} | changes
+    with pytest.raises(ValueError, match=message):
+        fastattn.feed_forward(**arguments_)
+
+
+def test_named_backend_that_cannot_serve_raises_and_explain_says_why():
+    args = [None if t is None else t.detach().double() for t in arguments((2, 8), 24)][:5]
+    with pytest.raises(ValueError, match="cannot serve"):
+        fastattn.feed_forward(*args, backend="native")
+    text = fastattn.explain("feed_forward", *args)
+    assert "reference: runs" in text
+    assert "native: no: " in text
+
+
+@needs_native
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lower_instruction_sets(capability):
+    """The kernels' tests once more in a process of that capability; this one runs the best."""
+    selected = "activation_over_its_range or special_values or masks or repeats or outside or random_cases and 1]"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected],
+        env=os.environ | {"FASTATTN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "skipped" not in result.stdout.splitlines()[-1]
