@@ -170,9 +170,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 biases = (None,) * 3 if bias is None else bias.chunk(3)
                 projected = map(F.linear, (query, key, value), weight.chunk(3), biases)
         else:
-            if key.shape[:2] != value.shape[:2]:
+            if key.shape[:-1] != value.shape[:-1]:
                 raise AssertionError(
-                    f"key's sequence and batch dims {key.shape[:2]} do not match value's {value.shape[:2]}"
+                    f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
                 )
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             projected = map(F.linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))

@@ -54,7 +54,9 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
         (bools if attn_mask.dtype == torch.bool else floats).append(attn_mask)
     for mask in floats:
         if mask.dtype not in (torch.float32, dtype):
-            raise RuntimeError(f"a float mask must be float32 or {dtype} as the query, got {mask.dtype}")
+            raise RuntimeError(
+                f"Expected attn_mask dtype to be bool or float32 or to match query dtype {dtype}, got {mask.dtype}"
+            )
     mask = bools[0].logical_not() if bools else None
     bias = None if not floats else floats[0] if len(floats) == 1 else floats[0] + floats[1]
     return mask, bias
