@@ -1,6 +1,6 @@
 """A GPT-2 shaped language model: token and position embeddings, pre-norm blocks, a final norm, tied weights.
 
-Config: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", for the shape and the initialisation.
+Shape and initialisation: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
 import torch
@@ -46,9 +46,7 @@ class CausalLM(nn.Module):
         ValueError: sizes that do not fit together, or an unknown `layers`.
     """
 
-    def __init__(
-        self, vocab_size, *, n_layer, n_head, d_model, block_size, dropout=0.0, bias=True, layers="fastattn"
-    ):
+    def __init__(self, vocab_size, *, n_layer, n_head, d_model, block_size, dropout=0.0, bias=True, layers="fastattn"):
         super().__init__()
         if d_model % n_head:
             raise ValueError(f"d_model: expected a multiple of n_head, got d_model {d_model} and n_head {n_head}")

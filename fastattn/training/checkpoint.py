@@ -82,7 +82,8 @@ def check_new_run(run, overwrite):
 def check_run(run):
     """Raises UsageError unless `run` is the folder of a run."""
     if not run.is_dir():
-        raise UsageError(f"run {str(run)!r}: expected the folder of a run, got {'a file' if run.exists() else 'nothing'}")
+        got = "a file" if run.exists() else "nothing there"
+        raise UsageError(f"run {str(run)!r}: expected the folder of a run, got {got}")
     for name in ("config.yaml", "tokenizer.json", "data.json"):
         if not (run / name).is_file():
             raise UsageError(f"run {str(run)!r}: expected the folder of a run, got one without {name}")

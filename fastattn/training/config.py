@@ -159,11 +159,11 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):
-        at_least_1 = ["steps", "batch_size", "accumulate", "log_every", "evaluate_every", "keep", "devices", "num_nodes"]
-        if self.validation_windows is not None:
-            at_least_1.append("validation_windows")
-        for name in at_least_1:
+        counts = ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "keep", "devices", "num_nodes")
+        for name in counts:
             _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        windows = self.validation_windows
+        _expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
         for name in ("seed", "patience", "sample_tokens"):
             _expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _expect(bool(self.run), "run", "a folder name", self.run)

@@ -25,8 +25,8 @@ class TextData:
         self.summary = {"source": config.source, "characters": len(text), "sha256": fingerprint(text)}
         if expected and expected["sha256"] != self.summary["sha256"]:
             raise UsageError(
-                f"text {config.source!r}: expected the one this run was trained on ({expected['characters']} characters, "
-                f"sha256 {expected['sha256']}), got {len(text)} characters, sha256 {self.summary['sha256']}"
+                f"text {config.source!r}: expected the {expected['characters']} characters this run was trained on "
+                f"(sha256 {expected['sha256']}), got {len(text)} (sha256 {self.summary['sha256']})"
             )
         parts = split_text(text, config.validation_fraction, config.test_fraction)
         if tokenizer is None:

@@ -15,9 +15,17 @@ from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from .checkpoint import (
-    check_new_run, check_run, choose_checkpoint, create_run, read_summary, remove_leftovers, run_path,
-    save_checkpoint, warn, write_atomic,
-)  # fmt: skip
+    check_new_run,
+    check_run,
+    choose_checkpoint,
+    create_run,
+    read_summary,
+    remove_leftovers,
+    run_path,
+    save_checkpoint,
+    warn,
+    write_atomic,
+)
 from .config import UsageError
 from .data import TextData, random_batch
 from .evaluate import build_model, load_weights, pick_device, summed_loss
@@ -229,7 +237,8 @@ class Trainer:
     def must_stop(self, stop):
         number = stop.number
         if self.fabric.world_size > 1:  # all processes leave after the same step
-            number = int(self.fabric.all_reduce(torch.tensor(float(number), device=self.fabric.device), reduce_op="max"))
+            number = torch.tensor(number, device=self.fabric.device)
+            number = int(self.fabric.all_reduce(number, reduce_op="max"))
         return number
 
     def fit(self):
@@ -288,8 +297,8 @@ class Trainer:
             f"text: {summary['source']}, {summary['characters']:,} characters, sha256 {summary['sha256']}\n"
             f"tokens: {sizes}; vocabulary {self.data.tokenizer.vocab_size:,} ({config.data.tokenizer})\n"
             f"model: {self.raw_model.num_parameters():,} parameters, layers from {config.layers}\n"
-            f"device: {self.fabric.device}, {self.fabric.world_size} process(es), {torch.get_num_threads()} CPU threads, "
-            f"precision {config.precision}\n"
+            f"device: {self.fabric.device}, {self.fabric.world_size} process(es), "
+            f"{torch.get_num_threads()} CPU threads, precision {config.precision}\n"
             f"run: {self.run}" + (f", continued after step {self.step}" if self.step else ""),
             flush=True,
         )

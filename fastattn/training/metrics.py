@@ -14,14 +14,9 @@ def read_metrics(run):
     path = run / "metrics.csv"
     if not path.exists():
         return []
-    rows = []
     with open(path, newline="") as file:
-        for row in csv.DictReader(line for line in file if line.endswith("\n")):
-            try:
-                rows.append({name: float(cell) for name, cell in row.items() if cell})
-            except (TypeError, ValueError):
-                continue
-    return [row for row in rows if "step" in row]
+        lines = [line for line in file if line.endswith("\n")]
+    return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(lines)]
 
 
 class MetricsLog:

@@ -27,7 +27,7 @@ def read_text(source):
         return _read_file(_find_shakespeare())
     path = Path(source).expanduser()
     if not path.exists():
-        raise UsageError(f"text source: expected 'topics', 'shakespeare', a file or a folder, got {source!r} (not there)")
+        raise UsageError(f"text source: expected 'topics', 'shakespeare', a file or a folder, got no {source!r}")
     if not path.is_dir():
         return _read_file(path)
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
