@@ -41,21 +41,34 @@ def main(argv=None):
 
 def complain(message):
     line = " ".join(str(message).split())
-    print(f"fastattn: error: {line}", file=sys.stderr)
+    print(f"fastattn: error: {line if len(line) <= 500 else line[:500] + ' ...'}", file=sys.stderr)
     return 2
 
 
 def run_command(argv):
+    from fastattn.training.config import UsageError
+
+    try:
+        options = parse(build_parser(), argv)
+        command = options.subcommand
+        return COMMANDS[command](options[command], argv[argv.index(command) + 1 :]) or 0
+    except UsageError as error:
+        return complain(error)
+
+
+def parse(parser, argv):
+    """The parsed arguments; UsageError for what jsonargparse or the decoding of a config file refuses."""
     from jsonargparse import ArgumentError
 
     from fastattn.training.config import UsageError
 
     try:
-        options = build_parser().parse_args(argv)
-        command = options.subcommand
-        return COMMANDS[command](options[command], argv[argv.index(command) + 1 :]) or 0
-    except (ArgumentError, UsageError) as error:
-        return complain(error)
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        unknown = any(words in str(error) for words in ("not accept", "unrecognized", "Unexpected config"))
+        raise UsageError(f"{error}{'; expected the options that --help lists' if unknown else ''}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"config: expected UTF-8 text, got {error}") from None
 
 
 def build_parser():
@@ -114,15 +127,13 @@ def read_config(options):
 
 def stored_config(run):
     """The TrainConfig of a run folder."""
-    from jsonargparse import ArgumentError
-
     from fastattn.training.checkpoint import check_run
     from fastattn.training.config import UsageError
 
     check_run(run)
     try:
-        return read_config(train_parser().parse_args(["--config", str(run / "config.yaml")]))
-    except (ArgumentError, UsageError) as error:
+        return read_config(parse(train_parser(), ["--config", str(run / "config.yaml")]))
+    except UsageError as error:
         raise UsageError(f"{run / 'config.yaml'}: {error}") from None
 
 
@@ -135,7 +146,7 @@ def train(options, argv):
         run = Path(options.resume).expanduser().absolute()
         stored = stored_config(run)
         argv = ["--config", str(run / "config.yaml"), *argv, "--run", str(run)]
-        config = read_config(train_parser().parse_args(argv))
+        config = read_config(parse(train_parser(), argv))
         check_same_run(stored, config)
     else:
         config = read_config(options)

@@ -66,6 +66,8 @@ def create_run(run, files, overwrite):
 
 def check_new_run(run, overwrite):
     """Raises UsageError if `run` cannot become a new run: something is there that may not be replaced."""
+    if file := next((parent for parent in run.parents if parent.exists() and not parent.is_dir()), None):
+        raise UsageError(f"run {str(run)!r}: expected a folder inside folders, got the file {str(file)!r} on the way")
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         return
     if not run.is_dir():
