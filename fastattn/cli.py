@@ -41,7 +41,7 @@ def main(argv=None):
 
 def complain(message):
     line = " ".join(str(message).split())
-    print(f"fastattn: error: {line if len(line) <= 500 else line[:500] + ' ...'}", file=sys.stderr)
+    print(f"fastattn: error: {line}", file=sys.stderr)
     return 2
 
 
@@ -65,8 +65,10 @@ def parse(parser, argv):
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:
-        unknown = any(words in str(error) for words in ("not accept", "unrecognized", "Unexpected config"))
-        raise UsageError(f"{error}{'; expected the options that --help lists' if unknown else ''}") from None
+        text = str(error)
+        text = text if len(text) <= 300 else text[:300] + " ..."  # it may quote a whole file
+        unknown = any(words in text for words in ("not accept", "unrecognized", "Unexpected config"))
+        raise UsageError(f"{text}{'; expected the options that --help lists' if unknown else ''}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"config: expected UTF-8 text, got {error}") from None
 

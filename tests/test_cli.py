@@ -169,7 +169,7 @@ def test_config_mistakes(folder, capsys, line, expected):
         ([], ["subcommand", "train"]),
         (["trian"], ["invalid choice: 'trian'"]),
         (["train", "--config", "nothing.yaml"], ["nothing.yaml"]),
-        (["train", "--config", "text.txt"], ["Unexpected config: a rose"]),
+        (["train", "--config", "text.txt"], ["Unexpected config: a rose", "; expected the options"]),
         (["train", "--config", "binary"], ["config: expected UTF-8 text, got "]),
         (["train", "--config", "list.yaml"], ["Unexpected config: - 1 - 2"]),
         (["train", "--config", "config.yaml", "--model.n_layr", "3"], ["--model.n_layr", "--help"]),
