@@ -235,11 +235,11 @@ class Trainer:
             )
 
     def must_stop(self, stop):
-        number = stop.number
-        if self.fabric.world_size > 1:  # all processes leave after the same step
-            number = torch.tensor(number, device=self.fabric.device)
-            number = int(self.fabric.all_reduce(number, reduce_op="max"))
-        return number
+        if self.fabric.world_size == 1:
+            return stop.number
+        if self.step % self.config.log_every:  # asking the others waits for the device
+            return 0
+        return int(self.fabric.all_reduce(torch.tensor(stop.number, device=self.fabric.device), reduce_op="max"))
 
     def fit(self):
         config, fabric = self.config, self.fabric
