@@ -1,0 +1,228 @@
+"""The command line: fastattn train | evaluate | generate | info.
+
+Exit code 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault of ours (a traceback), and 128 + the
+signal's number for a training run that was asked to stop. torch is imported by the commands, never for --help.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+EXTRA = (  # what pip install 'fastattn[train]' brings, by import name
+    "jsonargparse lightning_fabric matplotlib numpy safetensors tensorboard tokenizers tqdm yaml"
+)
+
+
+def main(argv=None):
+    """Run one command.
+
+    Args:
+        argv: list of str, None for the process's own.
+
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return run_command(argv)
+    except BrokenPipeError:  # the reader of our output has left: nothing to tell, and nobody to tell it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except ImportError as error:
+        if (error.name or "?").partition(".")[0] not in EXTRA:
+            raise
+        return complain(f"expected the packages of pip install 'fastattn[train]', got no {error.name}")
+    except OSError as error:
+        return complain(error)
+
+
+def complain(message):
+    line = " ".join(str(message).split())
+    print(f"fastattn: error: {line}", file=sys.stderr)
+    return 2
+
+
+def run_command(argv):
+    from fastattn.training.config import UsageError
+
+    try:
+        options = parse(build_parser(), argv)
+        command = options.subcommand
+        return COMMANDS[command](options[command], argv[argv.index(command) + 1 :]) or 0
+    except UsageError as error:
+        return complain(error)
+
+
+def parse(parser, argv):
+    """The parsed arguments; UsageError for what jsonargparse or the decoding of a config file refuses."""
+    from jsonargparse import ArgumentError
+
+    from fastattn.training.config import UsageError
+
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        text = str(error)
+        text = text if len(text) <= 300 else text[:300] + " ..."  # it may quote a whole file
+        unknown = any(words in text for words in ("not accept", "unrecognized", "Unexpected config"))
+        raise UsageError(f"{text}{'; expected the options that --help lists' if unknown else ''}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"config: expected UTF-8 text, got {error}") from None
+
+
+def build_parser():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="fastattn", exit_on_error=False, description="Fused attention for PyTorch.")
+    commands = parser.add_subcommands(required=True, metavar="COMMAND")
+    commands.add_subcommand("train", train_parser(), help="train a language model on text")
+    run = ArgumentParser(exit_on_error=False, description="Loss of a trained model on a whole split, or another text.")
+    add_run_arguments(run)
+    run.add_argument("--split", type=str | None, help="train, validation or test; default: test where there is one")
+    run.add_argument("--data", type=str | None, help="another text to read whole: a source as for train")
+    run.add_argument("--json", action="store_true", help="print the report as JSON")
+    commands.add_subcommand("evaluate", run, help="loss, perplexity, bits per character on a whole split")
+    run = ArgumentParser(exit_on_error=False, description="Continue a prompt with a trained model.")
+    add_run_arguments(run)
+    run.add_argument("--prompt", type=str, required=True, help="text to continue")
+    run.add_argument("--max_new_tokens", type=int, default=300, help="tokens to add")
+    run.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    run.add_argument("--top_k", type=int | None, help="draw among the k most likely tokens only")
+    run.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    commands.add_subcommand("generate", run, help="text from a trained model")
+    info = ArgumentParser(exit_on_error=False, description="Versions, devices, backends, and why one is missing.")
+    commands.add_subcommand("info", info, help="versions, devices, backends and reasons")
+    return parser
+
+
+def train_parser():
+    from jsonargparse import ArgumentParser
+
+    from fastattn.training.config import TrainConfig
+
+    parser = ArgumentParser(exit_on_error=False, description="Train a language model on text.")
+    parser.add_argument("--config", action="config", help="YAML file; options after it win")
+    parser.add_argument("--resume", metavar="RUN", type=str | None, help="continue this run from its newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
+    parser.add_class_arguments(TrainConfig, as_group=False)
+    return parser
+
+
+def add_run_arguments(parser):
+    parser.add_argument("run", metavar="RUN", type=str, help="folder of a run")
+    parser.add_argument("--checkpoint", type=str, default="best", help="best, last or a step")
+    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--layers", type=str | None, help="fastattn or torch, other layers than in training")
+
+
+def read_config(options):
+    from fastattn.training.config import config_from_dict
+
+    values = options.as_dict()
+    for name in ("config", "resume", "overwrite"):
+        values.pop(name)
+    return config_from_dict(values)
+
+
+def stored_config(run):
+    """The TrainConfig of a run folder."""
+    from fastattn.training.checkpoint import check_run
+    from fastattn.training.config import UsageError
+
+    check_run(run)
+    try:
+        return read_config(parse(train_parser(), ["--config", str(run / "config.yaml")]))
+    except UsageError as error:
+        raise UsageError(f"{run / 'config.yaml'}: {error}") from None
+
+
+def train(options, argv):
+    from fastattn.training.config import UsageError
+
+    if options.resume is not None:
+        if options.overwrite:
+            raise UsageError("train: expected one of --resume and --overwrite, got both")
+        run = Path(options.resume).expanduser().absolute()
+        stored = stored_config(run)
+        argv = ["--config", str(run / "config.yaml"), *argv, "--run", str(run)]
+        config = read_config(parse(train_parser(), argv))
+        check_same_run(stored, config)
+    else:
+        config = read_config(options)
+    from fastattn.training.loop import train
+
+    return train(config, resume=options.resume is not None, overwrite=options.overwrite)
+
+
+def check_same_run(stored, config):
+    """Raises UsageError if a resumed run would read another text or build another model."""
+    from fastattn.training.config import UsageError
+
+    for section in ("model", "data"):
+        for name, value in vars(getattr(stored, section)).items():
+            if name != "source" and (got := getattr(getattr(config, section), name)) != value:
+                raise UsageError(f"{section}.{name}: expected {value!r} as in the run that is resumed, got {got!r}")
+
+
+def evaluate(options, _argv):
+    run = Path(options.run).expanduser().absolute()
+    config = stored_config(run)
+    check_run_options(options)
+    from fastattn.training.evaluate import evaluate_run
+
+    names = ("split", "data", "checkpoint", "accelerator", "layers")
+    report = evaluate_run(run, config, **{name: options[name] for name in names})
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    print(
+        f"{report['run']}, step {report['step']}\n"
+        f"{report['split']} split of {report['source']}: {report['tokens']:,} tokens\n"
+        f"loss                {report['loss']:.4f} nats a token\n"
+        f"perplexity          {report['perplexity']:.3f}\n"
+        f"bits per character  {report['bits_per_character']:.4f}\n"
+        f"tokens/s            {report['tokens_per_second']:,.0f}"
+    )
+
+
+def generate(options, _argv):
+    run = Path(options.run).expanduser().absolute()
+    config = stored_config(run)
+    check_run_options(options)
+    from fastattn.training.evaluate import load_run
+    from fastattn.training.generate import check_sampling, generate_tokens
+
+    check_sampling(options.max_new_tokens, options.temperature, options.top_k)
+    model, tokenizer, _ = load_run(
+        run, config, checkpoint=options.checkpoint, accelerator=options.accelerator, layers=options.layers
+    )
+    new = generate_tokens(
+        model,
+        tokenizer.encode(options.prompt),
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    print(options.prompt + tokenizer.decode(new))
+
+
+def check_run_options(options):
+    from fastattn.training.config import UsageError
+
+    for name, allowed in (("accelerator", ("auto", "cpu", "cuda")), ("layers", (None, "fastattn", "torch"))):
+        if options[name] not in allowed:
+            expected = ", ".join(filter(None, allowed))
+            raise UsageError(f"{name}: expected one of {expected}, got {options[name]!r}")
+
+
+def info(_options, _argv):
+    from fastattn._info import report
+
+    print(report())
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "generate": generate, "info": info}

@@ -1,0 +1,108 @@
+"""A GPT-2 shaped language model: token and position embeddings, pre-norm blocks, a final norm, tied weights.
+
+Shape and initialisation: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def layer_classes(layers):
+    """The encoder layer and the norm of fastattn.nn or of torch.nn.
+
+    Args:
+        layers: "fastattn" or "torch".
+
+    Returns:
+        (TransformerEncoderLayer class, LayerNorm class).
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if layers == "torch":
+        return nn.TransformerEncoderLayer, nn.LayerNorm
+    if layers == "fastattn":
+        import fastattn.nn
+
+        return fastattn.nn.TransformerEncoderLayer, fastattn.nn.LayerNorm
+    raise ValueError(f"layers: expected 'fastattn' or 'torch', got {layers!r}")
+
+
+class CausalLM(nn.Module):
+    """Predicts the next token from all tokens before it.
+
+    Parameters carry the same names, and one seed gives bitwise the same initial weights, for both values of `layers`.
+
+    Args:
+        vocab_size: number of distinct tokens.
+        n_layer, n_head, d_model: depth, heads of a layer, width; the feed-forward block is 4 * d_model wide.
+        block_size: longest sequence, in tokens.
+        dropout: probability on embeddings, attention weights, the feed-forward activation and both residual branches.
+        bias: whether linear layers and norms have biases.
+        layers: "fastattn" or "torch", who supplies the layers.
+
+    Raises:
+        ValueError: sizes that do not fit together, or an unknown `layers`.
+    """
+
+    def __init__(self, vocab_size, *, n_layer, n_head, d_model, block_size, dropout=0.0, bias=True, layers="fastattn"):
+        super().__init__()
+        if d_model % n_head:
+            raise ValueError(f"d_model: expected a multiple of n_head, got d_model {d_model} and n_head {n_head}")
+        encoder_layer, norm = layer_classes(layers)
+        self.block_size = block_size
+        self.token_embedding = nn.Embedding(vocab_size, d_model)
+        self.position_embedding = nn.Embedding(block_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            encoder_layer(
+                d_model, n_head, 4 * d_model, dropout, activation="gelu", batch_first=True, norm_first=True, bias=bias
+            )
+            for _ in range(n_layer)
+        )
+        self.norm = norm(d_model, bias=bias)
+        mask = None  # torch.nn wants a mask beside is_causal=True, True = ignore; fastattn.nn does without
+        if layers == "torch":
+            mask = torch.ones(block_size, block_size, dtype=torch.bool).triu(1)
+        self.register_buffer("causal_mask", mask, persistent=False)
+        self._init_weights(n_layer)
+
+    def _init_weights(self, n_layer):
+        """Normal 0.02, projections into the residual stream 0.02 / sqrt(2 n_layer), biases 0, norm weights 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                into_residual = name.endswith(("out_proj.weight", "linear2.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * n_layer) ** 0.5 if into_residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def num_parameters(self):
+        """Number of parameters without the position table, as the field counts them."""
+        return sum(p.numel() for p in self.parameters()) - self.position_embedding.weight.numel()
+
+    def forward(self, tokens, targets=None):
+        """Logits of the next token, or the mean loss when the next tokens are given.
+
+        Args:
+            tokens: (batch, seqlen) int64, seqlen at most block_size.
+            targets: None or (batch, seqlen) int64, the token that follows each of `tokens`.
+
+        Returns:
+            Logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats a token, fp32.
+
+        Raises:
+            ValueError: seqlen above block_size.
+        """
+        seqlen = tokens.shape[1]
+        if seqlen > self.block_size:
+            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {seqlen}")
+        x = self.token_embedding(tokens) + self.position_embedding.weight[:seqlen]
+        x = self.dropout(x)
+        mask = None if self.causal_mask is None else self.causal_mask[:seqlen, :seqlen]
+        for block in self.blocks:
+            x = block(x, src_mask=mask, is_causal=True)
+        logits = F.linear(self.norm(x), self.token_embedding.weight)  # the head is the embedding: tied without a copy
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

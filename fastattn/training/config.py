@@ -1,0 +1,183 @@
+"""What a user may set: plain dataclasses, one YAML file, checked before anything is touched."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class UsageError(ValueError):
+    """A user's mistake, told in one line: what was expected, what came."""
+
+
+def _expect(condition, name, expected, got):
+    if not condition:
+        raise UsageError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclass
+class DataConfig:
+    """Which text, and how it becomes tokens.
+
+    Args:
+        source: "topics" (reference prose inside Python's standard library), "shakespeare", a text file or a folder
+        tokenizer: one token a character, or byte-pair encoding trained on the training split
+        vocab_size: number of tokens of a bpe tokenizer; characters are counted instead
+        validation_fraction: part of the text for validation, after the training part
+        test_fraction: part of the text for the final test, at the end
+    """
+
+    source: str = "topics"
+    tokenizer: Literal["char", "bpe"] = "char"
+    vocab_size: int = 4096
+    validation_fraction: float = 0.05
+    test_fraction: float = 0.05
+
+    def __post_init__(self):
+        _expect(self.vocab_size > 256, "data.vocab_size", "more than the 256 bytes", self.vocab_size)
+        _expect(0 < self.validation_fraction < 1, "data.validation_fraction", "0 < x < 1", self.validation_fraction)
+        _expect(0 <= self.test_fraction < 1, "data.test_fraction", "0 <= x < 1", self.test_fraction)
+        held_out = self.validation_fraction + self.test_fraction
+        _expect(held_out < 1, "data", "validation_fraction + test_fraction below 1", held_out)
+
+
+@dataclass
+class ModelConfig:
+    """The shape of the model.
+
+    Args:
+        n_layer: number of blocks
+        n_head: attention heads of a block
+        d_model: width, a multiple of n_head
+        block_size: tokens the model sees at once
+        dropout: probability of dropping an element
+        bias: whether linear layers and norms have biases
+    """
+
+    n_layer: int = 4
+    n_head: int = 4
+    d_model: int = 128
+    block_size: int = 64
+    dropout: float = 0.0
+    bias: bool = True
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "d_model", "block_size"):
+            _expect(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
+        _expect(self.d_model % self.n_head == 0, "model.d_model", f"a multiple of n_head = {self.n_head}", self.d_model)
+        _expect(0 <= self.dropout < 1, "model.dropout", "0 <= x < 1", self.dropout)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, linear warm-up and a cosine down to the last step.
+
+    Args:
+        learning_rate: the highest, reached after the warm-up
+        min_learning_rate: the one of the last step
+        warmup_steps: steps from 0 to the highest
+        beta1: decay of the mean of gradients
+        beta2: decay of the mean of squared gradients
+        weight_decay: on matrices only
+        clip: largest norm of all gradients together, 0 = no clipping
+    """
+
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self):
+        _expect(self.learning_rate > 0, "optim.learning_rate", "more than 0", self.learning_rate)
+        _expect(
+            0 <= self.min_learning_rate <= self.learning_rate,
+            "optim.min_learning_rate",
+            f"0 to learning_rate = {self.learning_rate}",
+            self.min_learning_rate,
+        )
+        for name in ("warmup_steps", "weight_decay", "clip"):
+            _expect(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            _expect(0 <= getattr(self, name) < 1, f"optim.{name}", "0 <= x < 1", getattr(self, name))
+
+
+@dataclass
+class TrainConfig:
+    """Train a language model on text.
+
+    Args:
+        run: folder to create: config, tokenizer, checkpoints, metrics, loss curve, sample
+        layers: who supplies the layers of the model
+        steps: optimizer steps
+        batch_size: sequences of a step, over all devices and accumulation steps
+        accumulate: backward passes a step is divided into
+        seed: decides weights, batches and dropout
+        log_every: steps between two rows of metrics.csv
+        evaluate_every: steps between two validations; a checkpoint follows each
+        validation_windows: windows of block_size tokens to validate on, null = the whole split
+        keep: newest checkpoints to keep beside the best
+        patience: validations without a new best before training stops, 0 = never
+        sample_prompt: text that the sample at the end continues
+        sample_tokens: length of that sample, 0 = none
+        tensorboard: write TensorBoard logs beside metrics.csv
+        accelerator: auto takes a GPU when there is one
+        devices: number of devices
+        num_nodes: number of machines
+        strategy: ddp for several devices
+        precision: number format of parameters and arithmetic
+        compile: compile the model with torch.compile
+        deterministic: refuse operations that are not reproducible
+        data: the text and its tokens
+        model: the shape of the model
+        optim: AdamW and its learning rate
+    """
+
+    run: str = "runs/char_lm"
+    layers: Literal["fastattn", "torch"] = "fastattn"
+    steps: int = 2000
+    batch_size: int = 12
+    accumulate: int = 1
+    seed: int = 1337
+    log_every: int = 10
+    evaluate_every: int = 250
+    validation_windows: int | None = None
+    keep: int = 2
+    patience: int = 0
+    sample_prompt: str = "\n"
+    sample_tokens: int = 300
+    tensorboard: bool = True
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: Literal["auto", "ddp"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
+    compile: bool = False
+    deterministic: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self):
+        counts = ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "keep", "devices", "num_nodes")
+        for name in counts:
+            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        windows = self.validation_windows
+        _expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
+        for name in ("seed", "patience", "sample_tokens"):
+            _expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _expect(bool(self.run), "run", "a folder name", self.run)
+        _expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character", "")
+        parts = self.accumulate * self.devices * self.num_nodes
+        _expect(
+            self.batch_size % parts == 0,
+            "batch_size",
+            f"a multiple of accumulate * devices * num_nodes = {parts}",
+            self.batch_size,
+        )
+
+
+def config_from_dict(values):
+    """A TrainConfig from nested dictionaries whose keys and types a parser has already checked."""
+    sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
+    return TrainConfig(**{k: sections[k](**v) if k in sections else v for k, v in values.items()})

@@ -1,0 +1,80 @@
+"""The course of a run: metrics.csv, TensorBoard, and the loss curve drawn from the CSV."""
+
+import csv
+import io
+import math
+
+from .checkpoint import write_atomic
+
+COLUMNS = ("step", "train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second")
+
+
+def read_metrics(run):
+    """Rows of metrics.csv: list of {column: float}, empty cells left out, a torn last line left out."""
+    path = run / "metrics.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(lines)]
+
+
+class MetricsLog:
+    """Appends rows to metrics.csv and to TensorBoard; a resumed run first drops the rows past its checkpoint.
+
+    Args:
+        run: the folder of the run.
+        step: finished steps; later rows are dropped.
+        tensorboard: whether to write for TensorBoard too.
+    """
+
+    # Fabric's CSVLogger starts a new file, or appends after rows that a resumed run will write again
+    def __init__(self, run, step, tensorboard):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in read_metrics(run):
+            if row["step"] <= step:
+                writer.writerow({**row, "step": int(row["step"])})
+        write_atomic(run / "metrics.csv", text.getvalue())
+        self.file = open(run / "metrics.csv", "a", newline="", buffering=1)  # noqa: SIM115, closed by close()
+        self.writer = csv.DictWriter(self.file, COLUMNS, lineterminator="\n")
+        self.tensorboard = None
+        if tensorboard:
+            from lightning_fabric.loggers import TensorBoardLogger
+
+            purge = step + 1 if step else None
+            self.tensorboard = TensorBoardLogger(run, name="tensorboard", version="", purge_step=purge)
+
+    def log(self, step, **values):
+        self.writer.writerow({"step": step, **values})
+        if self.tensorboard:
+            self.tensorboard.log_metrics(values, step)
+
+    def close(self):
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.finalize("finished")
+
+
+def plot_losses(run):
+    """Draw RUN/loss.png from RUN/metrics.csv and return its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", title=run.name)
+    for name, style in (("train_loss", {"linewidth": 0.8, "alpha": 0.6}), ("validation_loss", {"marker": "o"})):
+        points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+        if points:
+            label = f"{name.replace('_', ' ')}, last {points[-1][1]:.4f}"
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    if axes.lines:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomic(run / "loss.png", picture.getvalue())
+    return run / "loss.png"

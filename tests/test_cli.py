@@ -1,0 +1,295 @@
+"""The command line: the way from text to text, and what it says to every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jsonargparse", reason="needs the packages of fastattn[train]")
+pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
+import torch
+
+from fastattn.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIG = """
+run: runs/small
+layers: torch
+steps: 4
+batch_size: 2
+evaluate_every: 2
+sample_prompt: a
+sample_tokens: 5
+tensorboard: false
+accelerator: cpu
+data: {source: text.txt, validation_fraction: 0.2, test_fraction: 0.2}
+model: {n_layer: 1, n_head: 2, d_model: 8, block_size: 8, dropout: 0.1}
+optim: {learning_rate: 1e-2, min_learning_rate: 1e-3, warmup_steps: 1}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a text and a config."""
+    (tmp_path / "text.txt").write_text("a rose is a rose is a rose. " * 20)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """The same with a trained run in runs/small."""
+    assert main(["train", "--config", "config.yaml"]) == 0
+    capsys.readouterr()
+    return folder / "runs" / "small"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(folder, capsys, arguments, *expected):
+    """Exit code 2, one line on stderr with all that is expected, and no file changed."""
+    before = contents(folder)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    out, error = capsys.readouterr()
+    lines = error.splitlines()
+    assert out == ""
+    assert len(lines) == 1, error
+    assert lines[0].startswith("fastattn: error: ")
+    for part in expected:
+        assert part in lines[0]
+    assert contents(folder) == before
+
+
+def test_train_evaluate_generate(folder, capsys):
+    assert main(["train", "--config", "config.yaml", "--steps", "6", "--model.d_model", "16"]) == 0
+    out, bar = capsys.readouterr()
+    run = folder / "runs" / "small"
+    for line in ("text: ", "tokens: train 336, validation 112, test 112; vocabulary 8 (char)", "what it writes:\n----", "----\na"):
+        assert line in out
+    assert [out.count(f"step {step}/6  validation loss") for step in (0, 2, 4, 6)] == [1, 1, 1, 1]
+    assert "6/6" in bar
+    assert "tokens/s" in bar
+    config = (run / "config.yaml").read_text()
+    assert "steps: 6\n" in config
+    assert "d_model: 16\n" in config
+    assert f"source: {folder.resolve() / 'text.txt'}\n" in config
+    for name in ("tokenizer.json", "data.json", "metrics.csv", "loss.png", "sample.txt"):
+        assert (run / name).stat().st_size > 0
+
+    assert main(["evaluate", str(run), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["split"], report["tokens"], report["source"]) == ("test", 104, str(folder.resolve() / "text.txt"))
+    assert main(["evaluate", str(run), "--split", "test"]) == 0
+    assert f"loss                {report['loss']:.4f} nats a token" in capsys.readouterr().out
+    (folder / "other.txt").write_text("a rose is " * 10)
+    assert main(["evaluate", str(run), "--data", "other.txt", "--checkpoint", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["split"], report["tokens"], report["step"]) == ("all", 96, 4)
+
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", str(run), "--prompt", "a ro", "--max_new_tokens", "12", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("a ro")
+    assert len(texts[0]) == 4 + 12 + 1
+    assert main(["generate", str(run), "--prompt", "a ro", "--temperature", "0", "--top_k", "3"]) == 0
+
+
+def test_other_layers_read_the_same_run(run, capsys):
+    losses = []
+    for layers in ("torch", "fastattn"):
+        assert main(["evaluate", str(run), "--layers", layers, "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_resume_with_more_steps(run, capsys):
+    assert main(["train", "--resume", "runs/small", "--steps", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "continued after step 4" in out
+    assert "step 6/6" in out
+    assert "steps: 6\n" in (run / "config.yaml").read_text()
+    assert main(["train", "--resume", "runs/small"]) == 0  # nothing left to do
+    assert "continued after step 6" in capsys.readouterr().out
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(run, capsys):
+    first = (run / "metrics.csv").read_text()
+    assert main(["train", "--config", "config.yaml", "--overwrite", "--seed", "3"]) == 0
+    assert (run / "metrics.csv").read_text() != first
+    assert [path.name for path in run.parent.iterdir()] == ["small"]
+    (run / "thesis.txt").write_text("years of work")
+    folder = run.parents[1]
+    arguments = ["train", "--config", "config.yaml", "--overwrite"]
+    assert_refused(folder, capsys, arguments, "expected a new folder, got one with 'thesis.txt', which no run writes")
+
+
+def yaml_with(folder, line):
+    (folder / "config.yaml").write_text(CONFIG + line + "\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("n_layr: 3", ["n_layr"]),
+        ("steps: many", ["steps", "int", "many"]),
+        ("steps: 0", ["steps: expected at least 1, got 0"]),
+        ("steps: [", ["config"]),
+        ("layers: jax", ["layers", "fastattn", "torch", "jax"]),
+        ("batch_size: 3\naccumulate: 2", ["batch_size: expected a multiple of", "= 2, got 3"]),
+        ("model: {n_layr: 3}", ["model.n_layr"]),
+        ("model: {n_head: 3, d_model: 8}", ["model.d_model: expected a multiple of n_head = 3, got 8"]),
+        ("model: {dropout: 1.5}", ["model.dropout: expected 0 <= x < 1, got 1.5"]),
+        ("data: {validation_fraction: 0.6, test_fraction: 0.5}", ["validation_fraction + test_fraction below 1"]),
+        ("data: {tokenizer: bpe, vocab_size: 100}", ["data.vocab_size: expected more than the 256 bytes, got 100"]),
+        ("optim: {min_learning_rate: 1}", ["optim.min_learning_rate: expected 0 to learning_rate = 0.001, got 1"]),
+        ("seed: -1", ["seed: expected at least 0, got -1"]),
+        ("precision: 16-mixed", ["precision: expected 32-true, bf16-mixed or bf16-true on a CPU, got '16-mixed'"]),
+        ("devices: 2", ["strategy: expected 'ddp' for 2 x 1 devices, got 'auto'"]),
+        ("sample_prompt: Q", ["vocabulary, got also 'Q'"]),
+        ("model: {block_size: 200}", ["more than block_size = 200 tokens in the validation split"]),
+    ],
+)
+def test_config_mistakes(folder, capsys, line, expected):
+    yaml_with(folder, line)
+    assert_refused(folder, capsys, ["train", "--config", "config.yaml"], *expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["subcommand", "train"]),
+        (["trian"], ["invalid choice: 'trian'"]),
+        (["train", "--config", "nothing.yaml"], ["nothing.yaml"]),
+        (["train", "--config", "text.txt"], ["Unexpected config: a rose", "; expected the options"]),
+        (["train", "--config", "binary"], ["config: expected UTF-8 text, got "]),
+        (["train", "--config", "list.yaml"], ["Unexpected config: - 1 - 2"]),
+        (["train", "--config", "config.yaml", "--model.n_layr", "3"], ["--model.n_layr", "--help"]),
+        (["train", "--config", "config.yaml", "--steps", "1.5"], ["steps", "1.5"]),
+        (["train", "--config", "config.yaml", "--data.source", "nothing.txt"], ["got no '", "nothing.txt'"]),
+        (["train", "--config", "config.yaml", "--data.source", "empty"], ["expected text, got an empty file"]),
+        (["train", "--config", "config.yaml", "--data.source", "binary"], ["expected text, got a binary file"]),
+        (["train", "--config", "config.yaml", "--data.source", "no_text"], ["expected files ending in .txt", "got none"]),
+        (["train", "--config", "config.yaml", "--run", "text.txt"], ["expected a folder or nothing, got a file"]),
+        (["train", "--config", "config.yaml", "--run", "."], ["which no run writes"]),
+        (["train", "--config", "config.yaml", "--run", "text.txt/run"], ["expected a folder inside folders, got the file"]),
+        (["train", "--resume", "nothing"], ["nothing': expected the folder of a run, got nothing there"]),
+        (["train", "--resume", "no_text"], ["expected the folder of a run, got one without config.yaml"]),
+        (["train", "--resume", "no_text", "--overwrite"], ["expected one of --resume and --overwrite, got both"]),
+        (["evaluate"], ["run"]),
+        (["evaluate", "nothing"], ["expected the folder of a run, got nothing there"]),
+        (["evaluate", "text.txt"], ["expected the folder of a run, got a file"]),
+        (["generate", "nothing", "--prompt", "a"], ["expected the folder of a run, got nothing there"]),
+        (["generate", "nothing"], ["prompt"]),
+    ],
+)
+def test_mistakes_before_there_is_a_run(folder, capsys, arguments, expected):
+    (folder / "empty").write_bytes(b"")
+    (folder / "binary").write_bytes(bytes(range(256)))
+    (folder / "list.yaml").write_text("- 1\n- 2\n")
+    (folder / "no_text").mkdir()
+    (folder / "no_text" / "picture.png").write_bytes(b"\x89PNG")
+    assert_refused(folder, capsys, arguments, *expected)
+
+
+def test_mistakes_with_a_run(run, capsys):
+    folder = run.parents[1]
+    (folder / "binary").write_bytes(b"\0\1")
+    (folder / "other.txt").write_text("quite another text" * 40)
+    for arguments, expected in [
+        (["train", "--config", "config.yaml"], ["got an existing run; continue it with --resume", "--overwrite"]),
+        (["train", "--resume", "runs/small", "--model.n_layer", "2"], ["model.n_layer: expected 1 as in the run", "got 2"]),
+        (["train", "--resume", "runs/small", "--data.source", "other.txt"], ["this run was trained on", "got 720"]),
+        (["evaluate", "runs/small", "--split", "nightly"], ["split: expected one of train, validation, test", "'nightly'"]),
+        (["evaluate", "runs/small", "--data", "binary"], ["expected text, got a binary file"]),
+        (["evaluate", "runs/small", "--data", "other.txt"], ["8 characters of the vocabulary, got also 'h' 'n'"]),
+        (["evaluate", "runs/small", "--data", "text.txt", "--split", "test"], ["split: expected none beside --data"]),
+        (["evaluate", "runs/small", "--checkpoint", "3"], ["a saved step (2, 4), got '3'"]),
+        (["evaluate", "runs/small", "--accelerator", "tpu"], ["expected one of auto, cpu, cuda, got 'tpu'"]),
+        (["evaluate", "runs/small", "--layers", "jax"], ["layers: expected one of fastattn, torch, got 'jax'"]),
+        (["generate", "runs/small", "--prompt", "rosé"], ["8 characters of the vocabulary, got also 'é'"]),
+        (["generate", "runs/small", "--prompt", ""], ["expected at least one token, got an empty text"]),
+        (["generate", "runs/small", "--prompt", "a", "--temperature", "-1"], ["temperature: expected 0 or more, got -1"]),
+        (["generate", "runs/small", "--prompt", "a", "--max_new_tokens", "x"], ["max_new_tokens", "int", "x"]),
+        (["generate", "runs/small", "--prompt", "a", "--top_k", "0"], ["top_k: expected at least 1, got 0"]),
+    ]:
+        assert_refused(folder, capsys, arguments, *expected)
+
+
+def test_damaged_run(run, capsys):
+    folder = run.parents[1]
+    newest = run / "checkpoints" / "step-00000004" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert main(["evaluate", "runs/small", "--checkpoint", "last", "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["step"] == 2
+    assert error.count("\n") == 1
+    assert "step-00000004 is damaged (model.safetensors differs from its sha256); using step-00000002" in error
+    (run / "checkpoints" / "step-00000002" / "meta.json").unlink()
+    for arguments in (["evaluate", "runs/small"], ["train", "--resume", "runs/small"]):
+        assert_refused(folder, capsys, arguments, "expected an undamaged one", "step-00000004", "step-00000002")
+    (run / "tokenizer.json").write_text("{")
+    assert_refused(folder, capsys, ["evaluate", "runs/small"], "tokenizer.json: expected a tokenizer")
+    (run / "config.yaml").write_text("nonsense: 1")
+    assert_refused(folder, capsys, ["evaluate", "runs/small"], "config.yaml", "nonsense")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that must be missing here")
+def test_cuda_without_a_gpu(run, capsys):
+    folder = run.parents[1]
+    expected = "accelerator: expected a CUDA GPU for 'cuda', got a machine without one"
+    arguments = ["train", "--config", "config.yaml", "--run", "runs/other", "--accelerator", "cuda"]
+    assert_refused(folder, capsys, arguments, expected)
+    assert_refused(folder, capsys, ["evaluate", "runs/small", "--accelerator", "cuda"], expected)
+
+
+def test_missing_package_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    monkeypatch.delitem(sys.modules, "fastattn.training.loop", raising=False)
+    expected = "expected the packages of pip install 'fastattn[train]', got no lightning_fabric"
+    assert_refused(folder, capsys, ["train", "--config", "config.yaml"], expected)
+
+
+def test_fault_of_ours_is_a_traceback(folder, monkeypatch):
+    monkeypatch.setattr("fastattn.cli.build_parser", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # Python ends with exit code 1
+        main(["train"])
+
+
+def test_recipes_are_valid(capsys):
+    from fastattn.cli import read_config, train_parser
+
+    recipes = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+    assert len(recipes) >= 2
+    configs = {path.stem: read_config(train_parser().parse_args(["--config", str(path)])) for path in recipes}
+    shakespeare = configs["shakespeare_char"]
+    assert (shakespeare.optim.learning_rate, shakespeare.optim.min_learning_rate) == (1e-3, 1e-4)
+    assert (shakespeare.steps, shakespeare.batch_size, shakespeare.seed, shakespeare.model.bias) == (2000, 12, 1337, False)
+    assert configs["char_lm"].data.source == "topics"
+    assert {config.layers for config in configs.values()} == {"fastattn"}
+
+
+def test_help_and_output_to_a_closed_pipe(run):
+    """As a process: help needs no training package; `fastattn generate | head` ends without a complaint."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    code = (
+        "import sys; from fastattn.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit as end: print(end.code, *(m in sys.modules for m in ('lightning_fabric', 'matplotlib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "--optim.learning_rate" in done.stdout
+    assert done.stdout.splitlines()[-1] == "0 False False"
+    command = [sys.executable, "-m", "fastattn", "generate", str(run), "--prompt", "a"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

@@ -1,0 +1,181 @@
+"""Text sources, splits, tokenizers, batches."""
+
+import sys
+
+import pytest
+
+pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]")
+import torch
+
+from fastattn.training import text as text_module
+from fastattn.training.config import DataConfig, UsageError
+from fastattn.training.data import TextData, random_batch, window_batches
+from fastattn.training.text import fingerprint, read_text, resolve_source, split_text
+from fastattn.training.tokenizer import BpeTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
+
+
+def test_topics_need_no_file():
+    text = read_text("topics")
+    assert 400_000 < len(text) < 600_000
+    assert text.startswith("assert\nThe \"assert\" statement\n")
+    if sys.version_info[:3] == (3, 11, 7):
+        assert (len(text), len(set(text)), fingerprint(text)) == (465_850, 103, "b25a9eaf18663901")
+
+
+def test_file_loses_byte_order_mark_and_carriage_returns(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthr\xc3\xa9e\n")
+    assert read_text(str(path)) == "one\ntwo\nthrée\n"
+
+
+def test_folder_is_read_in_order_of_names(tmp_path):
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.md").write_text("first")
+    (tmp_path / "c.bin").write_bytes(b"\0")
+    assert read_text(str(tmp_path)) == "first\nsecond"
+
+
+def test_shakespeare_is_found_in_the_named_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTATTN_DATA", str(tmp_path))
+    (tmp_path / "tinyshakespeare").mkdir()
+    (tmp_path / "tinyshakespeare" / "input.txt").write_text("First Citizen:\n")
+    assert read_text("shakespeare") == "First Citizen:\n"
+
+
+def test_shakespeare_missing_names_every_place(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTATTN_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(text_module, "__file__", str(tmp_path / "a" / "b" / "c" / "d.py"))
+    with pytest.raises(UsageError, match=r"expected tinyshakespeare.* in one of .*fastattn, .*shared.*data, got none"):
+        read_text("shakespeare")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected text, got an empty file"),
+        (b" \n\n", "expected text, got an empty file"),
+        (b"abc\0def", r"expected text, got a binary file \(zero at byte 3\)"),
+        (b"caf\xe9", "expected UTF-8, got byte 0xe9 at 3"),
+    ],
+)
+def test_file_that_is_no_text(tmp_path, content, message):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read_text(str(path))
+
+
+def test_unreadable_file_and_wrong_places(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="a file or a folder, got no '.*nothing.txt'"):
+        read_text(str(tmp_path / "nothing.txt"))
+    with pytest.raises(UsageError, match=r"expected files ending in \.txt, .* in folder '.*', got none"):
+        read_text(str(tmp_path))
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # the mode of a file does not stop root
+    with pytest.raises(UsageError, match=r"a\.txt': expected a readable file, got Permission denied"):
+        read_text(str(path))
+
+
+def test_a_run_remembers_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_source("topics") == "topics"
+    assert resolve_source("a.txt") == str(tmp_path.resolve() / "a.txt")
+
+
+def test_split_by_position():
+    text = "".join(map(chr, range(100, 1100)))
+    parts = split_text(text, 0.1, 0.05)
+    assert [len(parts[name]) for name in ("train", "validation", "test")] == [850, 100, 50]
+    assert parts["train"] + parts["validation"] + parts["test"] == text
+    assert split_text("x" * 1_115_394, 0.1, 0.0)["test"] == ""
+    assert len(split_text("x" * 1_115_394, 0.1, 0.0)["train"]) == 1_003_854  # the split of the published settings
+
+
+def test_char_tokenizer_round_trip(tmp_path):
+    tokenizer = build_tokenizer("char", "hello wörld\n\U0001f600", "", 0)
+    assert tokenizer.vocab_size == 11
+    assert tokenizer.characters == "\n dehlorwö\U0001f600"
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json())
+    loaded = load_tokenizer(path)
+    assert isinstance(loaded, CharTokenizer)
+    assert loaded.decode(loaded.encode("dröl\U0001f600")) == "dröl\U0001f600"
+    with pytest.raises(UsageError, match="vocabulary, got also 'x' 'z'"):
+        loaded.encode("hexz")
+
+
+def test_bpe_tokenizer_round_trip(tmp_path):
+    text = read_text("topics")[:60_000]
+    tokenizer = build_tokenizer("bpe", text, text[:50_000], 400)
+    assert tokenizer.vocab_size == 400
+    sample = text[50_000:] + "\U0001f600 never seen ü\n"
+    numbers = tokenizer.encode(sample)
+    assert tokenizer.decode(numbers) == sample
+    assert len(numbers) < 0.6 * len(sample)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json())
+    loaded = load_tokenizer(path)
+    assert isinstance(loaded, BpeTokenizer)
+    assert loaded.encode(sample) == numbers
+    assert BpeTokenizer.train(text[:50_000], 400).to_json() == tokenizer.to_json()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"type": "characters"}', '{"version": 3}'])
+def test_damaged_tokenizer(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(UsageError, match="tokenizer.json: expected a tokenizer, got"):
+        load_tokenizer(path)
+
+
+def test_data_refuses_another_text_and_short_splits(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("abcdefghij" * 20)
+    data = TextData(DataConfig(source=str(path), validation_fraction=0.2, test_fraction=0.1))
+    assert {name: len(tokens) for name, tokens in data.splits.items()} == {"train": 140, "validation": 40, "test": 20}
+    data.check_lengths(19)
+    with pytest.raises(UsageError, match="more than block_size = 20 tokens in the test split, got 20"):
+        data.check_lengths(20)
+    path.write_text("abcdefghij" * 21)
+    with pytest.raises(UsageError, match=r"expected the 200 characters .* got 210"):
+        TextData(DataConfig(source=str(path)), data.tokenizer, data.summary)
+
+
+def test_batch_is_a_function_of_seed_and_step():
+    tokens = torch.arange(1000, dtype=torch.int32)
+    inputs, targets = random_batch(tokens, 1337, 5, 12, 16)
+    assert inputs.shape == targets.shape == (12, 16)
+    assert inputs.dtype == targets.dtype == torch.int64
+    torch.manual_seed(99)
+    again = random_batch(tokens, 1337, 5, 12, 16)
+    assert torch.equal(inputs, again[0])
+    assert torch.equal(targets, inputs + 1)  # the text counts up
+    assert torch.equal(inputs, inputs[:, :1] + torch.arange(16))
+    assert not torch.equal(inputs, random_batch(tokens, 1337, 6, 12, 16)[0])
+    assert not torch.equal(inputs, random_batch(tokens, 1338, 5, 12, 16)[0])
+
+
+def test_batches_reach_both_ends_of_the_text():
+    tokens = torch.arange(12, dtype=torch.int32)
+    inputs, targets = random_batch(tokens, 0, 0, 500, 8)
+    assert set(inputs[:, 0].tolist()) == {0, 1, 2, 3}
+    assert targets.max() == 11
+
+
+def test_windows_cover_the_split_once():
+    tokens = torch.arange(111, dtype=torch.int32)
+    batches = list(window_batches(tokens, 10, windows_a_batch=4))
+    assert [len(inputs) for inputs, _ in batches] == [4, 4, 3]
+    assert torch.cat([inputs for inputs, _ in batches]).flatten().tolist() == list(range(110))
+    assert torch.cat([targets for _, targets in batches]).flatten().tolist() == list(range(1, 111))
+    assert sum(len(inputs) for inputs, _ in window_batches(tokens[:110], 10)) == 10  # the last target would be missing
+    assert sum(len(inputs) for inputs, _ in window_batches(tokens, 10, limit=5)) == 5
+    by_rank = [list(window_batches(tokens, 10, rank=rank, world_size=2, windows_a_batch=4)) for rank in range(2)]
+    assert sorted(torch.cat([i for part in by_rank for i, _ in part]).flatten().tolist()) == list(range(110))
