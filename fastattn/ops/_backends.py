@@ -55,7 +55,7 @@ def unavailable(backend, device):
 
 def registered_ops():
     """The names of all ops that a backend has registered."""
-    return sorted({op for op, _ in _refusals})
+    return sorted({op for op, _ in _registered})
 
 
 def refusal(op, backend, facts):
