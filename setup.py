@@ -150,11 +150,14 @@ def first_match(pattern, text):
 
 
 def job_count():
-    """MAX_JOBS, or one compiler per core we may use and per 2 GiB of free memory."""
-    if os.environ.get("MAX_JOBS"):
-        return max(1, int(os.environ["MAX_JOBS"]))
-    free_gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return max(1, min(len(os.sched_getaffinity(0)), int(free_gib // 2)))
+    """MAX_JOBS, or one compiler per core we may use and per 2 GiB of available memory."""
+    wanted = os.environ.get("MAX_JOBS") or "auto"
+    if wanted.isdigit():
+        return max(1, int(wanted))
+    if wanted != "auto":
+        raise SystemExit(f"{PACKAGE}: MAX_JOBS must be a number, got {wanted!r}")
+    available_kib = int(first_match(r"MemAvailable: *(\d+)", pathlib.Path("/proc/meminfo").read_text()) or 2**21)
+    return max(1, min(len(os.sched_getaffinity(0)), available_kib // 2**21))
 
 
 def arch_flags(stem, archs):

@@ -8,7 +8,7 @@ import platform
 import torch
 
 from fastattn import __version__, _native
-from fastattn.ops._backends import backends, registered_ops
+from fastattn.ops._backends import backends, missing, registered_ops
 
 _VARIABLES = ("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CXX", "MAX_JOBS", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
@@ -59,26 +59,13 @@ def _backends():
             yield f"{device} {name}", text
 
 
-def _serves(op, backend, device):
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    try:
-        return backend == "reference" or has_kernel(f"fastattn::{op}_fwd.{backend}", device.upper())
-    except RuntimeError:  # no such raw op
-        return False
-
-
 def _ops():
     for op in registered_ops():
-        yield (
-            op,
-            "   ".join(
-                f"{device}: "
-                + " > ".join(
-                    name for name, reason in state.items() if reason == "available" and _serves(op, name, device)
-                )
-                for device, state in backends().items()
-            ),
+        served = (
+            f"{device}: " + " > ".join(name for name in state if missing(op, name, device) is None)
+            for device, state in backends().items()
         )
+        yield op, "   ".join(served)
 
 
 def _build():

@@ -3,6 +3,7 @@
 # there already is used again. The other scripts call it.
 #
 #   scripts/setup_env.sh [EXTRAS]          extras of pyproject.toml, e.g. train,test
+#   scripts/setup_env.sh --torch-only      PyTorch without fastattn
 #
 # Environment: PYTHON (interpreter to start from), FASTATTN_VENV (default .venv), FASTATTN_TORCH (what pip shall
 # install as PyTorch), and everything setup.py reads.
@@ -85,6 +86,10 @@ if ! torch_version "$python" >/dev/null; then
   pip_install "$wanted"
 fi
 say "PyTorch $(torch_version "$python")"
+
+if [ "$extras" = --torch-only ]; then
+  exit
+fi
 
 say "fastattn${extras:+[$extras]}: packages it needs, and its kernels"
 pip_install "setuptools>=80" ninja "pybind11>=2.13"

@@ -58,17 +58,24 @@ def registered_ops():
     return sorted({op for op, _ in _registered})
 
 
+def missing(op, backend, device):
+    """Why no call of `op` can run on `backend` for tensors of a device type, or None."""
+    reason = unavailable(backend, device)
+    if reason is not None or backend == "reference":
+        return reason
+    _, raw = _registered.get((op, backend), (None, None))
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if raw is None or not has_kernel(f"fastattn::{raw}.{backend}", device.upper()):
+        return f"{op} has no {backend} kernel for {device} tensors"
+    return None
+
+
 def refusal(op, backend, facts):
     """Why `backend` cannot serve this call of `op`, or None."""
-    if backend == "reference":
-        return None
-    reason = unavailable(backend, facts[0])
-    if reason is not None:
+    reason = missing(op, backend, facts[0])
+    if reason is not None or backend == "reference":
         return reason
-    refuses, raw = _registered.get((op, backend), (None, None))
-    key = facts[0].upper()
-    if refuses is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{raw}.{backend}", key):
-        return f"{op} has no {backend} kernel for {facts[0]} tensors"
+    refuses, _ = _registered[op, backend]
     return refuses(facts)
 
 

@@ -1,0 +1,234 @@
+"""The compiled part: what was built and what it links, how the build degrades, and a package that works without it."""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import _native, reference
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = pathlib.Path(_native.__file__).parent
+FIRST_NORM = "import torch, fastattn; print(fastattn.layer_norm(torch.ones(2, 4)).tolist())"
+OF_NORM = str([[0.0] * 4] * 2)
+# counter, key, result: from the known-answer file that belongs to the paper
+PHILOX_ANSWERS = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+needs_cpu_library = pytest.mark.skipif(
+    not (PACKAGE / "_cpu.so").exists(), reason="the CPU library was not built: fastattn info says why"
+)
+needs_introspection = pytest.mark.skipif(
+    importlib.util.find_spec("fastattn._C") is None, reason="fastattn._C was not built for this Python"
+)
+
+
+def run(*command, cwd=ROOT, **environment):
+    """The finished process of a command; Python for a command that starts with an option."""
+    command = [sys.executable, *command] if command[0].startswith("-") or command[0].endswith(".py") else command
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")} | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def output_of(*command, **options):
+    result = run(*command, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def tool(name):
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    return name
+
+
+@pytest.fixture
+def source_tree(tmp_path):
+    """A copy of everything a build reads, without anything built."""
+    pytest.importorskip("setuptools", minversion="80", reason="building needs setuptools>=80")
+    pytest.importorskip("ninja", reason="building needs ninja")
+    for name in ("csrc", "fastattn", "kernels"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_build_info_names_what_is_there():
+    info = _native.build_info()
+    if not info:
+        pytest.skip("this checkout was never built")
+    for part in info["built"]:
+        assert (PACKAGE / part).exists(), part
+    for part, reason in info["not_built"].items():
+        assert not (PACKAGE / part).exists(), part
+        assert reason.strip(), part
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("library", ["_cpu.so", "_cuda.so"])
+def test_op_libraries_are_bound_to_no_python_and_to_no_torch_version(library):
+    if not (PACKAGE / library).exists():
+        pytest.skip(_native.build_info()["not_built"][library].partition("\n")[0])
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output_of(tool("readelf"), "-d", str(PACKAGE / library)))
+    assert "libtorch_cpu.so" in needed
+    assert ("libtorch_cuda.so" in needed) == (library == "_cuda.so")
+    assert not [name for name in needed if re.match(r"libpython|libc10|libcudart|libtorch\.so", name)]
+    undefined = output_of(tool("nm"), "-DC", "--undefined-only", str(PACKAGE / library))
+    assert not re.search(r"\b_?Py[A-Z_]|\b(at|c10|torch)::", undefined), undefined
+
+
+def test_no_function_compiled_for_a_newer_processor_can_be_linked_into_baseline_code():
+    objects = [path for isa in ("avx2", "avx512") for path in ROOT.glob(f"build/temp.*/csrc/cpu/*.{isa}*.o")]
+    if not objects:
+        pytest.skip("no objects of CPU kernels in build/: not built in this checkout")
+    for path in objects:
+        shared = re.findall(r" [WVu] .*", output_of(tool("nm"), "-C", str(path)))
+        assert not shared, (path.name, shared)
+
+
+@needs_cpu_library
+def test_kernels_run_on_the_threads_of_torch():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.ops.fastattn.parallel_chunks() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_cpu_library
+def test_cpu_capability_can_be_lowered(monkeypatch):
+    monkeypatch.delenv("FASTATTN_CPU_CAPABILITY", raising=False)
+    best = _native.CPU_CAPABILITIES.index(_native.cpu_capability())
+    for index, name in enumerate(_native.CPU_CAPABILITIES):
+        monkeypatch.setenv("FASTATTN_CPU_CAPABILITY", name)
+        assert _native.cpu_capability() == _native.CPU_CAPABILITIES[min(index, best)]
+
+
+def test_unknown_cpu_capability_raises(monkeypatch):
+    monkeypatch.setenv("FASTATTN_CPU_CAPABILITY", "avx1024")
+    message = "FASTATTN_CPU_CAPABILITY must be one of default, avx2, avx512, got 'avx1024'"
+    with pytest.raises(ValueError, match=message):
+        _native.load_backends()
+
+
+@needs_introspection
+def test_philox_of_the_kernels_is_the_published_one_and_the_reference():
+    import fastattn._C as _C
+
+    for counter, key, words in PHILOX_ANSWERS:
+        assert _C.philox(counter, key) == words
+    torch.manual_seed(0)
+    counters = torch.randint(2**32, (50, 4))
+    keys = torch.randint(2**32, (50, 2))
+    expected = torch.stack(reference.philox4x32(counters.unbind(1), keys.unbind(1)), dim=1)
+    found = [_C.philox(c, k) for c, k in zip(counters.tolist(), keys.tolist(), strict=True)]
+    assert found == expected.tolist()
+
+
+@needs_introspection
+def test_philox_refuses_what_is_no_32_bit_word():
+    import fastattn._C as _C
+
+    for counter in ([0, 0, 0], [0, 0, 0, 2**32], [0, 0, 0, -1]):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            _C.philox(counter, [0, 0])
+
+
+@needs_introspection
+@needs_cpu_library
+def test_introspection_and_ops_agree_on_the_cpu_capability():
+    import fastattn._C as _C
+
+    assert _C.cpu_capability() == _native.cpu_capability()
+
+
+def test_package_works_without_the_introspection_module():
+    code = "import sys; sys.modules['fastattn._C'] = None; " + FIRST_NORM
+    assert output_of("-W", "ignore", "-c", code + "; from fastattn._info import report; report()").strip() == OF_NORM
+
+
+def test_python_files_alone_work_and_say_what_is_missing(source_tree):
+    result = run("-W", "always", "-c", FIRST_NORM, cwd=source_tree, PYTHONPATH=str(source_tree))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == OF_NORM
+    assert "fastattn runs without its C++ kernels for the CPU: not built in this checkout" in result.stderr
+
+
+def test_failing_compiler_leaves_a_package_that_works_and_says_why(source_tree):
+    stale = source_tree / "fastattn/_cpu.so"
+    stale.write_bytes(b"a library of an older source")
+    output_of("setup.py", "-q", "build_ext", "--inplace", cwd=source_tree, CXX="false", FASTATTN_CUDA="0")
+    assert not stale.exists()
+    info = json.loads((source_tree / "fastattn/_build_info.json").read_text())
+    assert info["built"] == []
+    assert info["not_built"]["_cuda.so"] == "FASTATTN_CUDA=0"
+    torch_there = info["torch"] is not None
+    assert ("FAILED" if torch_there else "no torch headers") in info["not_built"]["_cpu.so"]
+    result = run("-W", "always", "-c", FIRST_NORM, cwd=source_tree, PYTHONPATH=str(source_tree))
+    assert result.stdout.strip() == OF_NORM
+    assert "fastattn runs without its C++ kernels for the CPU" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FASTATTN_NATIVE": "1", "CXX": "false"}, "_cpu.so: FAILED"),
+        ({"FASTATTN_NATIVE": "1", "CXX": "no-such-compiler"}, "no C++ compiler: no-such-compiler not found"),
+        ({"FASTATTN_NATIVE": "yes"}, "FASTATTN_NATIVE must be auto, 0 or 1, got 'yes'"),
+        ({"FASTATTN_CUDA": "1", "FASTATTN_NATIVE": "0"}, "_cuda.so: FASTATTN_NATIVE=0"),
+        ({"FASTATTN_CUDA_ARCHS": "80;sm_90"}, "FASTATTN_CUDA_ARCHS must look like 80;90a;100a, got 'sm_90'"),
+    ],
+)
+def test_build_stops_where_it_was_told_to(source_tree, environment, message):
+    result = run("setup.py", "-q", "build_ext", "--inplace", cwd=source_tree, **{"FASTATTN_CUDA": "0"} | environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_source_distribution_has_everything_a_build_reads(source_tree):
+    output_of("setup.py", "-q", "sdist", "-d", str(source_tree / "dist"), cwd=source_tree)
+    (archive,) = (source_tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {
+            pathlib.PurePosixPath(name).relative_to(archive.name.removesuffix(".tar.gz")) for name in tar.getnames()
+        }
+    patterns = ("csrc/**/*.*", "fastattn/**/*.py", "kernels/*.py", "setup.py", "build_backend.py", "pyproject.toml")
+    wanted = itertools.chain.from_iterable(source_tree.glob(pattern) for pattern in patterns)
+    missing = {path.relative_to(source_tree) for path in wanted} - {pathlib.Path(name) for name in names}
+    assert not missing
+
+
+def test_kernels_refuse_to_be_a_top_level_package():
+    result = run("-c", "import kernels")
+    assert result.returncode != 0
+    assert result.stderr.strip().endswith("ImportError: import the Triton kernels as fastattn.kernels, not as kernels")
+
+
+def test_version_is_the_installed_one():
+    try:
+        installed = importlib.metadata.version("fastattn")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("fastattn is not installed, it runs from a checkout")
+    assert installed == fastattn.__version__
