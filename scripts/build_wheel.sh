@@ -12,7 +12,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 echo "[wheel] building"
-FASTATTN_NATIVE=1 FASTATTN_CUDA=1 "$python" -m pip wheel --disable-pip-version-check --no-deps -w "$scratch" .
+FASTATTN_NATIVE=1 FASTATTN_CUDA=1 "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$scratch" .
 wheel=$(echo "$scratch"/fastattn-*.whl)
 case $wheel in
   *-py3-none-linux_*.whl) ;;
