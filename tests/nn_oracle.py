@@ -13,12 +13,14 @@ SLACK = 16  # units in the last place beside torch's own error: both sides round
 @contextlib.contextmanager
 def slow_path():
     """torch.nn without the fast path of inference, whose results differ (docs/torch-nn.md)."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    before = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_num_threads(1)  # tensors this small wait for a second thread longer than they compute
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        torch.set_num_threads(before[1])
 
 
 def pair(name, *args, seed=0, **kwargs):
