@@ -13,12 +13,14 @@ SLACK = 16  # units in the last place beside torch's own error: both sides round
 @contextlib.contextmanager
 def slow_path():
     """torch.nn without the fast path of inference, whose results differ (docs/torch-nn.md)."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    before = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_num_threads(1)  # tensors this small wait for a second thread longer than they compute
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        torch.set_num_threads(before[1])
 
 
 def pair(name, *args, seed=0, **kwargs):
@@ -43,7 +45,9 @@ def results(module, call, inputs, constant=()):
     leaves = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
     leaves |= dict(module.named_parameters())
     generator = torch.Generator().manual_seed(1)
-    scalar = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
+    scalar = sum(
+        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs
+    )
     grads = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
     named |= {f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True)}
     return named

@@ -14,8 +14,8 @@ def _apply(op, module, x, *affine):
         )
     if len(dims) == 1:
         return op(x, *affine, module.eps)
-    flat = x.reshape(*x.shape[: -len(dims)], -1) if x.numel() else x.new_empty(*x.shape[: -len(dims)], 0)
-    return op(flat, *(t if t is None else t.reshape(-1) for t in affine), module.eps).view(x.shape)
+    flat = x.flatten(-len(dims))
+    return op(flat, *(t if t is None else t.flatten() for t in affine), module.eps).view(x.shape)
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -141,7 +141,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
              max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
     """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None

@@ -191,7 +191,7 @@ def feed_forward(
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
     _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w1, b1, w2, b2, w_gate, b_gate = (
             t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, w1, b1, w2, b2, w_gate, b_gate)
