@@ -271,6 +271,11 @@ def test_cuda_without_a_gpu(run, capsys):
     assert_refused(folder, capsys, ["evaluate", "runs/small", "--accelerator", "cuda"], expected)
 
 
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
 def test_missing_package_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     monkeypatch.delitem(sys.modules, "fastattn.training.loop", raising=False)
