@@ -24,6 +24,9 @@ def main(argv=None):
         The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a text may hold what the terminal cannot show
     try:
         return run_command(argv)
     except BrokenPipeError:  # the reader of our output has left: nothing to tell, and nobody to tell it to
@@ -152,9 +155,9 @@ def train(options, argv):
         check_same_run(stored, config)
     else:
         config = read_config(options)
-    from fastattn.training.loop import train
+    from fastattn.training.loop import train as run_training
 
-    return train(config, resume=options.resume is not None, overwrite=options.overwrite)
+    return run_training(config, resume=options.resume is not None, overwrite=options.overwrite)
 
 
 def check_same_run(stored, config):

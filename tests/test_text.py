@@ -9,7 +9,7 @@ import torch
 
 from fastattn.training import text as text_module
 from fastattn.training.config import DataConfig, UsageError
-from fastattn.training.data import TextData, random_batch, window_batches
+from fastattn.training.data import TextData, random_batch, to_tokens, window_batches
 from fastattn.training.text import fingerprint, read_text, resolve_source, split_text
 from fastattn.training.tokenizer import BpeTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
 
@@ -17,7 +17,7 @@ from fastattn.training.tokenizer import BpeTokenizer, CharTokenizer, build_token
 def test_topics_need_no_file():
     text = read_text("topics")
     assert 400_000 < len(text) < 600_000
-    assert text.startswith("assert\nThe \"assert\" statement\n")
+    assert text.startswith('assert\nThe "assert" statement\n')
     if sys.version_info[:3] == (3, 11, 7):
         assert (len(text), len(set(text)), fingerprint(text)) == (465_850, 103, "b25a9eaf18663901")
 
@@ -68,7 +68,7 @@ def test_file_that_is_no_text(tmp_path, content, message):
 
 
 def test_unreadable_file_and_wrong_places(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="a file or a folder, got no '.*nothing.txt'"):
+    with pytest.raises(UsageError, match=r"a file or a folder, got no '.*nothing.txt'"):
         read_text(str(tmp_path / "nothing.txt"))
     with pytest.raises(UsageError, match=r"expected files ending in \.txt, .* in folder '.*', got none"):
         read_text(str(tmp_path))
@@ -127,11 +127,22 @@ def test_bpe_tokenizer_round_trip(tmp_path):
     assert BpeTokenizer.train(text[:50_000], 400).to_json() == tokenizer.to_json()
 
 
+def test_long_text_is_encoded_by_pieces():
+    text = read_text("topics")[:5000]
+    for kind in ("char", "bpe"):
+        tokenizer = build_tokenizer(kind, text, text, 300)
+        tokens = to_tokens(tokenizer, text, piece=7)
+        assert tokens.dtype == torch.int32
+        assert tokenizer.decode(tokens.tolist()) == text
+        assert to_tokens(tokenizer, text).tolist() == tokenizer.encode(text)
+    assert to_tokens(tokenizer, "").shape == (0,)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"type": "characters"}', '{"version": 3}'])
 def test_damaged_tokenizer(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
-    with pytest.raises(UsageError, match="tokenizer.json: expected a tokenizer, got"):
+    with pytest.raises(UsageError, match=r"tokenizer\.json: expected a tokenizer, got"):
         load_tokenizer(path)
 
 
@@ -143,6 +154,8 @@ def test_data_refuses_another_text_and_short_splits(tmp_path):
     data.check_lengths(19)
     with pytest.raises(UsageError, match="more than block_size = 20 tokens in the test split, got 20"):
         data.check_lengths(20)
+    with pytest.raises(UsageError, match="more than block_size = 4 tokens in the validation split, got 1"):
+        TextData(DataConfig(source=str(path), validation_fraction=0.001)).check_lengths(4)
     path.write_text("abcdefghij" * 21)
     with pytest.raises(UsageError, match=r"expected the 200 characters .* got 210"):
         TextData(DataConfig(source=str(path)), data.tokenizer, data.summary)

@@ -164,7 +164,8 @@ class TrainConfig:
             _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         windows = self.validation_windows
         _expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
-        for name in ("seed", "patience", "sample_tokens"):
+        _expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)
+        for name in ("patience", "sample_tokens"):
             _expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _expect(bool(self.run), "run", "a folder name", self.run)
         _expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character", "")

@@ -32,7 +32,9 @@ class TextData:
         if tokenizer is None:
             tokenizer = build_tokenizer(config.tokenizer, text, parts["train"], config.vocab_size)
         self.tokenizer = tokenizer
-        self.splits = {name: to_tokens(tokenizer, part) for name, part in parts.items() if part}
+        if not config.test_fraction:
+            del parts["test"]
+        self.splits = {name: to_tokens(tokenizer, part) for name, part in parts.items()}
 
     def check_lengths(self, block_size):
         """Raises UsageError unless every split holds a window of block_size tokens and the one that follows it."""
@@ -44,9 +46,10 @@ class TextData:
                 )
 
 
-def to_tokens(tokenizer, text):
-    """The text as int32 tensor (tokens,)."""
-    return torch.tensor(tokenizer.encode(text), dtype=torch.int32)
+def to_tokens(tokenizer, text, piece=2**20):
+    """The text as int32 tensor (tokens,), encoded by pieces of so many characters: a list of all would not fit."""
+    starts = range(0, max(1, len(text)), piece)
+    return torch.cat([torch.tensor(tokenizer.encode(text[s : s + piece]), dtype=torch.int32) for s in starts])
 
 
 def random_batch(tokens, seed, step, batch_size, block_size):

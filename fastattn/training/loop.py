@@ -251,7 +251,11 @@ class Trainer:
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, mininterval=interval)
         tokens_a_step = config.batch_size * config.model.block_size
         seconds, timed_steps, stopped, speed = 0.0, 0, 0, 0.0
-        with StopSignal() as stop, contextlib.closing(bar), contextlib.closing(log) if main else bar:
+        with (
+            StopSignal() as stop,
+            contextlib.closing(bar),
+            contextlib.closing(log) if main else contextlib.nullcontext(),
+        ):
             if self.step == 0:
                 self.report(self.validate(), None, log, bar)
             while self.step < config.steps and not stopped and not (config.patience and self.stale >= config.patience):
@@ -313,7 +317,8 @@ class Trainer:
             print(f"stopped early after step {self.step}: no better validation loss in {self.stale} validations")
         folder, meta = choose_checkpoint(self.run, "best")
         load_weights(self.raw_model, folder)
-        print(f"best validation loss {meta['validation_loss']:.4f} at step {meta['step']}")
+        if meta["validation_loss"] is not None:  # None: saved by a signal, then resumed with fewer steps
+            print(f"best validation loss {meta['validation_loss']:.4f} at step {meta['step']}")
         if self.config.sample_tokens:
             prompt = self.data.tokenizer.encode(self.config.sample_prompt)
             new = generate_tokens(self.raw_model, prompt, self.config.sample_tokens, seed=self.config.seed)
