@@ -43,7 +43,9 @@ def results(module, call, inputs, constant=()):
     leaves = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
     leaves |= dict(module.named_parameters())
     generator = torch.Generator().manual_seed(1)
-    scalar = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
+    scalar = sum(
+        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs
+    )
     grads = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
     named |= {f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True)}
     return named

@@ -71,7 +71,12 @@ def test_train_evaluate_generate(folder, capsys):
     assert main(["train", "--config", "config.yaml", "--steps", "6", "--model.d_model", "16"]) == 0
     out, bar = capsys.readouterr()
     run = folder / "runs" / "small"
-    for line in ("text: ", "tokens: train 336, validation 112, test 112; vocabulary 8 (char)", "what it writes:\n----", "----\na"):
+    for line in (
+        "text: ",
+        "tokens: train 336, validation 112, test 112; vocabulary 8 (char)",
+        "what it writes:\n----",
+        "----\na",
+    ):
         assert line in out
     assert [out.count(f"step {step}/6  validation loss") for step in (0, 2, 4, 6)] == [1, 1, 1, 1]
     assert "6/6" in bar
@@ -177,10 +182,16 @@ def test_config_mistakes(folder, capsys, line, expected):
         (["train", "--config", "config.yaml", "--data.source", "nothing.txt"], ["got no '", "nothing.txt'"]),
         (["train", "--config", "config.yaml", "--data.source", "empty"], ["expected text, got an empty file"]),
         (["train", "--config", "config.yaml", "--data.source", "binary"], ["expected text, got a binary file"]),
-        (["train", "--config", "config.yaml", "--data.source", "no_text"], ["expected files ending in .txt", "got none"]),
+        (
+            ["train", "--config", "config.yaml", "--data.source", "no_text"],
+            ["expected files ending in .txt", "got none"],
+        ),
         (["train", "--config", "config.yaml", "--run", "text.txt"], ["expected a folder or nothing, got a file"]),
         (["train", "--config", "config.yaml", "--run", "."], ["which no run writes"]),
-        (["train", "--config", "config.yaml", "--run", "text.txt/run"], ["expected a folder inside folders, got the file"]),
+        (
+            ["train", "--config", "config.yaml", "--run", "text.txt/run"],
+            ["expected a folder inside folders, got the file"],
+        ),
         (["train", "--resume", "nothing"], ["nothing': expected the folder of a run, got nothing there"]),
         (["train", "--resume", "no_text"], ["expected the folder of a run, got one without config.yaml"]),
         (["train", "--resume", "no_text", "--overwrite"], ["expected one of --resume and --overwrite, got both"]),
@@ -206,9 +217,15 @@ def test_mistakes_with_a_run(run, capsys):
     (folder / "other.txt").write_text("quite another text" * 40)
     for arguments, expected in [
         (["train", "--config", "config.yaml"], ["got an existing run; continue it with --resume", "--overwrite"]),
-        (["train", "--resume", "runs/small", "--model.n_layer", "2"], ["model.n_layer: expected 1 as in the run", "got 2"]),
+        (
+            ["train", "--resume", "runs/small", "--model.n_layer", "2"],
+            ["model.n_layer: expected 1 as in the run", "got 2"],
+        ),
         (["train", "--resume", "runs/small", "--data.source", "other.txt"], ["this run was trained on", "got 720"]),
-        (["evaluate", "runs/small", "--split", "nightly"], ["split: expected one of train, validation, test", "'nightly'"]),
+        (
+            ["evaluate", "runs/small", "--split", "nightly"],
+            ["split: expected one of train, validation, test", "'nightly'"],
+        ),
         (["evaluate", "runs/small", "--data", "binary"], ["expected text, got a binary file"]),
         (["evaluate", "runs/small", "--data", "other.txt"], ["8 characters of the vocabulary, got also 'h' 'n'"]),
         (["evaluate", "runs/small", "--data", "text.txt", "--split", "test"], ["split: expected none beside --data"]),
@@ -217,7 +234,10 @@ def test_mistakes_with_a_run(run, capsys):
         (["evaluate", "runs/small", "--layers", "jax"], ["layers: expected one of fastattn, torch, got 'jax'"]),
         (["generate", "runs/small", "--prompt", "rosé"], ["8 characters of the vocabulary, got also 'é'"]),
         (["generate", "runs/small", "--prompt", ""], ["expected at least one token, got an empty text"]),
-        (["generate", "runs/small", "--prompt", "a", "--temperature", "-1"], ["temperature: expected 0 or more, got -1"]),
+        (
+            ["generate", "runs/small", "--prompt", "a", "--temperature", "-1"],
+            ["temperature: expected 0 or more, got -1"],
+        ),
         (["generate", "runs/small", "--prompt", "a", "--max_new_tokens", "x"], ["max_new_tokens", "int", "x"]),
         (["generate", "runs/small", "--prompt", "a", "--top_k", "0"], ["top_k: expected at least 1, got 0"]),
     ]:
@@ -272,7 +292,12 @@ def test_recipes_are_valid(capsys):
     configs = {path.stem: read_config(train_parser().parse_args(["--config", str(path)])) for path in recipes}
     shakespeare = configs["shakespeare_char"]
     assert (shakespeare.optim.learning_rate, shakespeare.optim.min_learning_rate) == (1e-3, 1e-4)
-    assert (shakespeare.steps, shakespeare.batch_size, shakespeare.seed, shakespeare.model.bias) == (2000, 12, 1337, False)
+    assert (shakespeare.steps, shakespeare.batch_size, shakespeare.seed, shakespeare.model.bias) == (
+        2000,
+        12,
+        1337,
+        False,
+    )
     assert configs["char_lm"].data.source == "topics"
     assert {config.layers for config in configs.values()} == {"fastattn"}
 

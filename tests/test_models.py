@@ -39,7 +39,9 @@ def test_both_layers_give_the_same_loss_and_gradients(bias):
         loss.backward()
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
     for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("layers", LAYERS)

@@ -231,12 +231,30 @@ def errors():
         yield name, kind, text, (x, y, y), masks
     for name in ("key_padding_mask", "attn_mask"):
         mask = torch.zeros((N, S) if name == "key_padding_mask" else (L, S), dtype=torch.int64)
-        yield f"int {name}", AssertionError, f"only bool and floating types of {name} are supported", (x, y, y), {name: mask}
+        yield (
+            f"int {name}",
+            AssertionError,
+            f"only bool and floating types of {name} are supported",
+            (x, y, y),
+            {name: mask},
+        )
     for dtype in (torch.float64, torch.bfloat16):
         mask = torch.zeros(L, S, dtype=dtype)
-        yield f"{dtype} mask on fp32", RuntimeError, "Expected attn_mask dtype to be bool or float", (x, y, y), {"attn_mask": mask, "need_weights": False}
+        yield (
+            f"{dtype} mask on fp32",
+            RuntimeError,
+            "Expected attn_mask dtype to be bool or float",
+            (x, y, y),
+            {"attn_mask": mask, "need_weights": False},
+        )
     unbatched = {"attn_mask": torch.zeros(H + 1, L, S)}
-    yield "unbatched 3-D mask", AssertionError, "Expected `attn_mask` shape to be", (x[:, 0], y[:, 0], y[:, 0]), unbatched
+    yield (
+        "unbatched 3-D mask",
+        AssertionError,
+        "Expected `attn_mask` shape to be",
+        (x[:, 0], y[:, 0], y[:, 0]),
+        unbatched,
+    )
 
 
 @pytest.mark.parametrize(("kind", "text", "qkv", "masks"), [pytest.param(*e[1:], id=e[0]) for e in errors()])

@@ -17,7 +17,7 @@ from fastattn.training.tokenizer import BpeTokenizer, CharTokenizer, build_token
 def test_topics_need_no_file():
     text = read_text("topics")
     assert 400_000 < len(text) < 600_000
-    assert text.startswith("assert\nThe \"assert\" statement\n")
+    assert text.startswith('assert\nThe "assert" statement\n')
     if sys.version_info[:3] == (3, 11, 7):
         assert (len(text), len(set(text)), fingerprint(text)) == (465_850, 103, "b25a9eaf18663901")
 

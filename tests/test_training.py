@@ -23,7 +23,9 @@ from fastattn.training.loop import Trainer, learning_rate, train
 from fastattn.training.metrics import MetricsLog, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TEXT = "".join(f"{i} green bottles hanging on the wall, and if one fell there were {i - 1}.\n" for i in range(90, 0, -1))
+TEXT = "".join(
+    f"{i} green bottles hanging on the wall, and if one fell there were {i - 1}.\n" for i in range(90, 0, -1)
+)
 
 
 @pytest.fixture
@@ -358,7 +360,9 @@ def test_evaluation_is_the_loss_over_consecutive_windows(tmp_path, text_file):
 
 
 def test_bpe_run_and_its_bits_per_character(tmp_path, text_file):
-    data = DataConfig(source=str(text_file), tokenizer="bpe", vocab_size=300, validation_fraction=0.2, test_fraction=0.0)
+    data = DataConfig(
+        source=str(text_file), tokenizer="bpe", vocab_size=300, validation_fraction=0.2, test_fraction=0.0
+    )
     config = tiny_config(tmp_path / "run", text_file, data=data, steps=3)
     train(config)
     report = evaluate_run(tmp_path / "run", config, accelerator="cpu")
