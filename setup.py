@@ -40,6 +40,8 @@ CPU_VARIANTS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_VARIANTS["avx2"] = "-mavx2 -mfma -mf16c"
     CPU_VARIANTS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+# A file named *_avx512bf16.cpp is compiled for that instruction set only.
+CPU_VARIANT_OF_SUFFIX = {"_avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c"}
 
 # gcc 12 warns falsely inside its own AVX-512 headers; clang does not know the first of the two
 KERNEL_WARNINGS = "-Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-warning-option"
@@ -209,7 +211,10 @@ def write_cpu_library(ninja, torch_flags):
         if source.stem.endswith("ops"):
             objects.append(ninja.compile("cxx", source, torch_flags))
             continue
-        for variant, isa_flags in CPU_VARIANTS.items():
+        only = {suffix[1:]: flags for suffix, flags in CPU_VARIANT_OF_SUFFIX.items() if source.stem.endswith(suffix)}
+        if only and len(CPU_VARIANTS) == 1:
+            continue  # another processor family
+        for variant, isa_flags in (only or CPU_VARIANTS).items():
             flags = f"{include(ROOT / 'csrc', system=False)} -DCPU_CAPABILITY={variant} {isa_flags} {KERNEL_WARNINGS}"
             objects.append(ninja.compile("cxx", source, flags, variant))
     stub = ninja.stub("libtorch_cpu.so")

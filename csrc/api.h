@@ -1,6 +1,7 @@
 #pragma once
 // The interface between the op wrappers (LibTorch stable ABI) and the kernels (no torch header at all):
 // plain structs and raw pointers in, an error code out.
+#include <atomic>
 #include <cstdint>
 
 namespace fastattn {
@@ -94,5 +95,58 @@ constexpr int64_t kActivationBlockRows = 32;
 FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);    // rows
 FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);    // blocks of kActivationBlockRows rows
 FASTATTN_DECLARE_CPU(activation_dbias, ActivationArgs);  // columns
+
+// Attention. Sizes and strides count elements; the last stride is 1. Packed sequences: batch stride 0, row b of
+// cu_seqlens says where sequence b begins.
+struct HeadTensor {
+  void* data;
+  int64_t batch, head, row;
+};
+
+struct ScoreTensor {  // broadcast dimensions have stride 0; null: absent
+  const void* data;
+  int64_t batch, head, row, key;
+};
+
+struct AttentionArgs {
+  HeadTensor q, k, v, out, dout, dq, dk, dv;
+  float* lse;         // (batch, head, row): strides lse_batch, lse_head, 1
+  const float* dlse;  // as lse, or null
+  int64_t lse_batch, lse_head;
+  ScoreTensor mask, bias;
+  DType bias_dtype;
+  const int32_t *seqlens_k, *cu_seqlens_q, *cu_seqlens_k;
+  const float* alibi_slopes;
+  int64_t alibi_batch;
+  const float* sink;
+  int64_t batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;  // packed: seqlens are the longest
+  int64_t window_left, window_right;                                             // -1: unlimited
+  bool top_left;
+  float softcap, scale;
+  Dropout dropout;
+  DType dtype;
+  // backward
+  float* dsink_partial;        // (batch, head), or null
+  ScoreTensor dbias;           // strides as if broadcast dimensions had size 1; null: not wanted
+  bool dbias_separate;         // dbias is summed over dimensions: attention_dbias makes it, not attention_bwd
+  int64_t chunks;              // parts the keys of a head are divided into; each has its own fp32 dq in dq_partial
+  float* dq_partial;           // (chunk, batch, head, row, round_up(head_dim)) if chunks > 1
+  std::atomic<int64_t>* next;  // the task to take next; threads take them as they come, results do not depend on it
+  std::atomic<bool>* failed;   // out of memory
+};
+
+#define FASTATTN_DECLARE_ATTENTION(variant)                \
+  void attention_fwd_##variant(const AttentionArgs& args); \
+  void attention_bwd_##variant(const AttentionArgs& args); \
+  void attention_dbias_##variant(const AttentionArgs& args)
+
+FASTATTN_DECLARE_ATTENTION(default);
+FASTATTN_DECLARE_ATTENTION(avx2);
+FASTATTN_DECLARE_ATTENTION(avx512);
+FASTATTN_DECLARE_ATTENTION(avx512bf16);  // bf16 only
+
+void attention_reduce_dq_default(const AttentionArgs& args);
+void attention_reduce_dq_avx2(const AttentionArgs& args);
+void attention_reduce_dq_avx512(const AttentionArgs& args);
 
 }  // namespace fastattn

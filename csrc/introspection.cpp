@@ -28,7 +28,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler and language level of the native part.");
   m.def(
       "cpu_capability", [] { return std::string(fastattn::capability_name(fastattn::cpu_capability())); },
-      "The instruction set of the CPU kernels in use: default, avx2 or avx512.");
+      "The instruction set of the CPU kernels in use: default, avx2, avx512 or avx512bf16.");
   m.def("philox", &philox, pybind11::arg("counter"), pybind11::arg("key"),
         "The four words of Philox4x32-10 for a counter of four and a key of two 32-bit words.");
 }

@@ -11,7 +11,8 @@ import torch
 from fastattn.ops._backends import set_unavailable, unavailable
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-CPU_CAPABILITIES = ("default", "avx2", "avx512")  # in the order of CpuCapability in csrc/cpu/capability.h
+# in the order of CpuCapability in csrc/cpu/capability.h
+CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")
 _KERNEL_MODULES = ("norm",)
 
 
@@ -77,7 +78,7 @@ def load_backends():
 
 
 def cpu_capability():
-    """The instruction set of the CPU kernels in use ("default", "avx2" or "avx512"), or None without them."""
+    """The instruction set of the CPU kernels in use (a word of CPU_CAPABILITIES), or None without them."""
     if unavailable("native", "cpu") is not None:
         return None
     return CPU_CAPABILITIES[torch.ops.fastattn.cpu_capability()]

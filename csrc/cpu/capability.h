@@ -1,6 +1,6 @@
 #pragma once
 // The instruction set of the CPU kernels: the best one of this processor, or a lower one named by
-// FASTATTN_CPU_CAPABILITY (default, avx2, avx512). Include it only in files compiled with baseline flags.
+// FASTATTN_CPU_CAPABILITY (default, avx2, avx512, avx512bf16). Include it only in files compiled with baseline flags.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -10,10 +10,13 @@
 
 namespace fastattn {
 
-enum class CpuCapability { kDefault, kAvx2, kAvx512 };
+// avx512bf16 is avx512 with dot products of bfloat16; only kernels that gain by them have that variant.
+enum class CpuCapability { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
 
 inline const char* capability_name(CpuCapability capability) {
   switch (capability) {
+    case CpuCapability::kAvx512Bf16:
+      return "avx512bf16";
     case CpuCapability::kAvx512:
       return "avx512";
     case CpuCapability::kAvx2:
@@ -32,7 +35,7 @@ inline CpuCapability best_capability() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    return CpuCapability::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? CpuCapability::kAvx512Bf16 : CpuCapability::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return CpuCapability::kAvx2;
@@ -45,7 +48,7 @@ inline CpuCapability cpu_capability() {
   const CpuCapability best = best_capability();
   const char* wanted = std::getenv("FASTATTN_CPU_CAPABILITY");
   // the package has checked the word; here an unknown one means no limit
-  for (CpuCapability lower : {CpuCapability::kDefault, CpuCapability::kAvx2}) {
+  for (CpuCapability lower : {CpuCapability::kDefault, CpuCapability::kAvx2, CpuCapability::kAvx512}) {
     if (wanted && capability_name(lower) == std::string_view(wanted) && lower < best) {
       return lower;
     }

@@ -1,0 +1,50 @@
+// Attention on the CPU for float32, float16 and bfloat16, summed in fp32: see attention_fwd.h and attention_bwd.h.
+#include "attention_bwd.h"
+
+namespace fastattn {
+
+void FASTATTN_CPU_NAME(attention_fwd)(const AttentionArgs& args) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return forward<float, false>(args);
+    case DType::kBFloat16:
+      return forward<BF16, false>(args);
+    case DType::kFloat16:
+      return forward<FP16, false>(args);
+  }
+}
+
+void FASTATTN_CPU_NAME(attention_bwd)(const AttentionArgs& args) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return backward<float, false>(args);
+    case DType::kBFloat16:
+      return backward<BF16, false>(args);
+    case DType::kFloat16:
+      return backward<FP16, false>(args);
+  }
+}
+
+void FASTATTN_CPU_NAME(attention_dbias)(const AttentionArgs& args) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return bias_gradient<float, false>(args);
+    case DType::kBFloat16:
+      return bias_gradient<BF16, false>(args);
+    case DType::kFloat16:
+      return bias_gradient<FP16, false>(args);
+  }
+}
+
+void FASTATTN_CPU_NAME(attention_reduce_dq)(const AttentionArgs& args) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return reduce_dq<float>(args);
+    case DType::kBFloat16:
+      return reduce_dq<BF16>(args);
+    case DType::kFloat16:
+      return reduce_dq<FP16>(args);
+  }
+}
+
+}  // namespace fastattn

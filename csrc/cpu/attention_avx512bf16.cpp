@@ -1,0 +1,18 @@
+// Attention in bfloat16 by the dot products of AVX512-BF16: compiled for that instruction set only.
+#include "attention_bwd.h"
+
+namespace fastattn {
+
+void attention_fwd_avx512bf16(const AttentionArgs& args) {
+  forward<BF16, true>(args);
+}
+
+void attention_bwd_avx512bf16(const AttentionArgs& args) {
+  backward<BF16, true>(args);
+}
+
+void attention_dbias_avx512bf16(const AttentionArgs& args) {
+  bias_gradient<BF16, true>(args);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,305 @@
+// fastattn::attention_fwd and attention_bwd for CPU tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "check.h"
+#include "dispatch.h"
+
+namespace {
+
+using fastattn::AttentionArgs;
+using fastattn::DType;
+using fastattn::dtype_of;
+using fastattn::HeadTensor;
+using fastattn::ScoreTensor;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Kernel = void (*)(const AttentionArgs&);
+
+#if defined(__x86_64__)
+#define SELECT(name, dtype)                                                                        \
+  (dtype == DType::kBFloat16 && fastattn::cpu_capability() == fastattn::CpuCapability::kAvx512Bf16 \
+       ? static_cast<Kernel>(fastattn::name##_avx512bf16)                                          \
+       : static_cast<Kernel>(FASTATTN_SELECT_CPU(name)))
+#else
+#define SELECT(name, dtype) static_cast<Kernel>(FASTATTN_SELECT_CPU(name))
+#endif
+
+template <size_t N>
+Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// (batch, heads, seqlen, last), its first three dimensions nested as those of `like`; the fake does the same.
+Tensor empty_in_layout(const Tensor& like, int64_t last) {
+  std::array<int, 3> order{0, 1, 2};
+  if (like.stride(0) && like.stride(1) && like.stride(2)) {
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
+  }
+  std::array<int64_t, 4> sizes{like.size(0), like.size(1), like.size(2), last}, strides{0, 0, 0, 1};
+  int64_t stride = std::max<int64_t>(1, last);
+  for (int n = 2; n >= 0; --n) {
+    strides[order[n]] = stride;
+    stride *= std::max<int64_t>(1, sizes[order[n]]);
+  }
+  return empty_strided(sizes, strides, like.scalar_type());
+}
+
+Tensor inner_contiguous(const Tensor& t) {
+  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+HeadTensor heads(const Tensor& t, bool packed) {
+  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Dimensions of size 1 become stride 0.
+ScoreTensor scores(const Tensor& t) {
+  const auto stride = [&](int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); };
+  return {t.const_data_ptr(), stride(0), stride(1), stride(2), stride(3)};
+}
+
+void check_scores(const Tensor& t, const AttentionArgs& args, const char* name) {
+  const std::array<int64_t, 4> full{args.batch, args.n_heads, args.seqlen_q, args.seqlen_k};
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
+  for (int d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(t.size(d) == full[d] || t.size(d) == 1, name, " must have size 1 or ", full[d], " in dimension ", d,
+                    ", got ", t.size(d));
+  }
+}
+
+template <typename T>
+const T* vector_data(const OptionalTensor& t, ScalarType dtype, int64_t size, const char* name) {
+  if (!t) {
+    return nullptr;
+  }
+  STD_TORCH_CHECK(t->scalar_type() == dtype && t->numel() == size && t->is_contiguous(), name, " must be contiguous ",
+                  torch::headeronly::toString(dtype), " of ", size, " elements, got ",
+                  torch::headeronly::toString(t->scalar_type()), " of ", t->numel());
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
+// cu_seqlens rises from 0 to total; the longest sequence
+int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t total, const char* name) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(cu_seqlens[b + 1] >= cu_seqlens[b], name, " must not fall, got ", cu_seqlens[b + 1], " after ",
+                    cu_seqlens[b]);
+    most = std::max<int64_t>(most, cu_seqlens[b + 1] - cu_seqlens[b]);
+  }
+  STD_TORCH_CHECK(cu_seqlens[0] == 0 && cu_seqlens[batch] == total, name, " must rise from 0 to ", total, ", got ",
+                  cu_seqlens[0], " to ", cu_seqlens[batch]);
+  return most;
+}
+
+// The optional inputs as contiguous tensors, kept alive for the call.
+struct Inputs {
+  OptionalTensor bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng;
+  int64_t window_left, window_right;
+  bool top_left;
+  double softcap, dropout_p, scale;
+};
+
+OptionalTensor contiguous(const OptionalTensor& t) {
+  return t && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+}
+
+// Everything but the outputs, checked.
+AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, Inputs& in) {
+  for (const Tensor* t : {&q, &k, &v}) {
+    STD_TORCH_CHECK(t->dim() == 4, "attention: q, k and v must have 4 dimensions, got ", t->dim());
+    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), "attention: q, k and v must have one dtype");
+  }
+  STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) &&
+                      v.size(2) == k.size(2) && k.size(3) == q.size(3),
+                  "attention: q, k and v do not fit each other");
+  STD_TORCH_CHECK(q.size(1) == k.size(1) || (k.size(1) && q.size(1) % k.size(1) == 0),
+                  "attention: the heads of q must be a multiple of those of k, got ", q.size(1), " and ", k.size(1));
+  for (OptionalTensor* t : {&in.sink, &in.seqlens_k, &in.cu_seqlens_q, &in.cu_seqlens_k, &in.alibi_slopes, &in.rng}) {
+    *t = contiguous(*t);
+  }
+  const bool packed = in.cu_seqlens_q.has_value();
+  AttentionArgs args{};
+  args.dtype = dtype_of(q, "q");
+  args.batch = packed ? in.cu_seqlens_q->numel() - 1 : q.size(0);
+  args.n_heads = q.size(1);
+  args.n_kv_heads = k.size(1);
+  args.seqlen_q = q.size(2);
+  args.seqlen_k = k.size(2);
+  args.head_dim = q.size(3);
+  args.head_dim_v = v.size(3);
+  if (packed) {
+    STD_TORCH_CHECK(q.size(0) == 1 && !in.mask && !in.bias,
+                    "attention: packed sequences have batch 1, no mask or bias");
+    args.cu_seqlens_q = vector_data<int32_t>(in.cu_seqlens_q, ScalarType::Int, args.batch + 1, "cu_seqlens_q");
+    args.cu_seqlens_k = vector_data<int32_t>(in.cu_seqlens_k, ScalarType::Int, args.batch + 1, "cu_seqlens_k");
+    args.lse_head = args.seqlen_q;
+    args.seqlen_q = longest(args.cu_seqlens_q, args.batch, args.seqlen_q, "cu_seqlens_q");
+    args.seqlen_k = longest(args.cu_seqlens_k, args.batch, args.seqlen_k, "cu_seqlens_k");
+  } else {
+    args.lse_head = args.seqlen_q;
+    args.lse_batch = args.n_heads * args.seqlen_q;
+  }
+  if (in.mask) {
+    check_scores(*in.mask, args, "mask");
+    STD_TORCH_CHECK(in.mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+    args.mask = scores(*in.mask);
+  }
+  if (in.bias) {
+    check_scores(*in.bias, args, "bias");
+    args.bias_dtype = dtype_of(*in.bias, "bias");
+    args.bias = scores(*in.bias);
+  }
+  args.seqlens_k = vector_data<int32_t>(in.seqlens_k, ScalarType::Int, args.batch, "seqlens_k");
+  args.sink = vector_data<float>(in.sink, ScalarType::Float, args.n_heads, "sink");
+  if (in.alibi_slopes) {
+    args.alibi_batch = in.alibi_slopes->dim() == 2 ? args.n_heads : 0;
+    args.alibi_slopes = vector_data<float>(in.alibi_slopes, ScalarType::Float,
+                                           args.n_heads * (args.alibi_batch ? args.batch : 1), "alibi_slopes");
+  }
+  constexpr int64_t kFar = int64_t{1} << 40;  // as good as unlimited, and sums with it do not overflow
+  args.window_left = std::min(in.window_left, kFar);
+  args.window_right = std::min(in.window_right, kFar);
+  args.top_left = in.top_left;
+  args.softcap = static_cast<float>(in.softcap);
+  args.scale = static_cast<float>(in.scale);
+  args.dropout = fastattn::dropout_args(in.rng, in.dropout_p);
+  args.chunks = 1;
+  return args;
+}
+
+// Runs the kernel on torch's threads. They take tasks from a common counter, the first free one the next.
+void run(Kernel kernel, AttentionArgs& args, int64_t tasks) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  args.next = &next;
+  args.failed = &failed;
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) { kernel(args); });
+  STD_TORCH_CHECK(!failed, "attention: out of memory");
+}
+
+constexpr int64_t blocks_of(int64_t n) {
+  return (n + 63) / 64;
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                         OptionalTensor bias, OptionalTensor sink, OptionalTensor mask,
+                                         OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q,
+                                         OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes, OptionalTensor rng,
+                                         int64_t, int64_t, int64_t window_left, int64_t window_right, bool top_left,
+                                         double softcap, double dropout_p, double scale) {
+  const Tensor q = inner_contiguous(q_in), k = inner_contiguous(k_in), v = inner_contiguous(v_in);
+  Inputs in{bias, sink,        mask,         seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
+            rng,  window_left, window_right, top_left,  softcap,      dropout_p,    scale};
+  AttentionArgs args = arguments(q, k, v, in);
+  const bool packed = args.cu_seqlens_q;
+  const Tensor out = empty_in_layout(q_in, v.size(3));
+  const Tensor lse = empty_strided<3>(
+      {q.size(0), q.size(1), q.size(2)},
+      {std::max<int64_t>(1, q.size(1)) * std::max<int64_t>(1, q.size(2)), std::max<int64_t>(1, q.size(2)), 1},
+      ScalarType::Float);
+  args.q = heads(q, packed);
+  args.k = heads(k, packed);
+  args.v = heads(v, packed);
+  args.out = heads(out, packed);
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  run(SELECT(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+  return {out, lse};
+}
+
+// Parts of a head's keys that are worked on at the same time. Depends on sizes alone, never on the number of threads,
+// so that results do not either.
+int64_t key_chunks(const AttentionArgs& args) {
+  constexpr int64_t kTasks = 8, kMinTiles = 4;
+  const int64_t heads = std::max<int64_t>(1, args.batch * args.n_kv_heads);
+  return std::max<int64_t>(1, std::min((kTasks + heads - 1) / heads, blocks_of(args.seqlen_k) / kMinTiles));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    OptionalTensor dout, OptionalTensor dlse, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+    const Tensor& out_in, const Tensor& lse_in, OptionalTensor bias, OptionalTensor sink, OptionalTensor mask,
+    OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
+    OptionalTensor rng, int64_t, int64_t, int64_t window_left, int64_t window_right, bool top_left, double softcap,
+    double dropout_p, double scale, bool need_dbias) {
+  const Tensor q = inner_contiguous(q_in), k = inner_contiguous(k_in), v = inner_contiguous(v_in),
+               out = inner_contiguous(out_in),
+               d_o = dout ? inner_contiguous(*dout) : torch::stable::new_zeros(out, out.sizes()),
+               lse = torch::stable::contiguous(lse_in);
+  dlse = contiguous(dlse);
+  Inputs in{bias, sink,        mask,         seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
+            rng,  window_left, window_right, top_left,  softcap,      dropout_p,    scale};
+  AttentionArgs args = arguments(q, k, v, in);
+  const bool packed = args.cu_seqlens_q;
+  STD_TORCH_CHECK(out.dim() == 4 && d_o.dim() == 4 &&
+                      out.numel() == q.numel() / std::max<int64_t>(1, q.size(3)) * v.size(3) &&
+                      d_o.numel() == out.numel() && lse.numel() == q.size(0) * q.size(1) * q.size(2) &&
+                      (!dlse || dlse->numel() == lse.numel()),
+                  "attention: do, dlse, out and lse do not fit q and v");
+  STD_TORCH_CHECK(d_o.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type() &&
+                      lse.scalar_type() == ScalarType::Float && (!dlse || dlse->scalar_type() == ScalarType::Float),
+                  "attention: do and out must have the dtype of q, lse and dlse float32");
+  const Tensor dq = empty_in_layout(q_in, q.size(3)), dk = empty_in_layout(k_in, k.size(3)),
+               dv = empty_in_layout(v_in, v.size(3));
+  const Tensor dbias =
+      need_dbias ? torch::stable::new_zeros(*in.bias, in.bias->sizes()) : torch::stable::new_empty(q, {0});
+  const Tensor dsink = torch::stable::new_zeros(q, {in.sink ? args.n_heads : 0}, ScalarType::Float);
+  args.q = heads(q, packed);
+  args.k = heads(k, packed);
+  args.v = heads(v, packed);
+  args.out = heads(out, packed);
+  args.dout = heads(d_o, packed);
+  args.dq = heads(dq, packed);
+  args.dk = heads(dk, packed);
+  args.dv = heads(dv, packed);
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.dlse = dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr;
+  if (need_dbias) {
+    args.dbias = scores(dbias);
+    const std::array<int64_t, 4> full{args.batch, args.n_heads, args.seqlen_q, args.seqlen_k};
+    for (int d = 0; d < 4; ++d) {
+      args.dbias_separate = args.dbias_separate || dbias.size(d) != full[d];
+    }
+  }
+  const Tensor dsink_partial =
+      torch::stable::new_zeros(q, {in.sink ? args.batch * args.n_heads : 0}, ScalarType::Float);
+  args.dsink_partial = in.sink ? static_cast<float*>(dsink_partial.mutable_data_ptr()) : nullptr;
+  args.chunks = key_chunks(args);
+  const Tensor dq_partial = torch::stable::new_empty(
+      q,
+      {args.chunks > 1 ? args.chunks * args.batch * args.n_heads * args.seqlen_q * ((args.head_dim + 15) / 16 * 16)
+                       : 0},
+      ScalarType::Float);
+  args.dq_partial = static_cast<float*>(dq_partial.mutable_data_ptr());
+
+  run(SELECT(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * args.chunks);
+  if (args.chunks > 1) {
+    run(FASTATTN_SELECT_CPU(attention_reduce_dq), args, args.batch * args.n_heads);
+  }
+  if (need_dbias && args.dbias_separate && dbias.numel()) {
+    run(SELECT(attention_dbias, args.dtype), args, 1 << 20);
+  }
+  if (in.sink) {
+    float* total = static_cast<float*>(dsink.mutable_data_ptr());
+    for (int64_t n = 0; n < args.batch * args.n_heads; ++n) {
+      total[n % args.n_heads] += args.dsink_partial[n];
+    }
+  }
+  return {dq, dk, dv, dbias, dsink};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention_fwd.native", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd.native", TORCH_BOX(&attention_bwd));
+}

@@ -1,0 +1,352 @@
+#pragma once
+// What happens to a tile of scores between the two products of attention: bounds, mask, bias, ALiBi, softcap, dropout.
+// Scores are kept times log2(e), so that the softmax is made of 2^x.
+#include "../api.h"
+#include "attention_tile.h"
+
+namespace {
+
+using fastattn::AttentionArgs;
+using fastattn::DType;
+using fastattn::ScoreTensor;
+
+// Where sequence b lies and how its queries are aligned to its keys.
+struct Sequence {
+  int64_t len_q, len_k, off, q_start, k_start, index;
+
+  Sequence(const AttentionArgs& args, int64_t b)
+      : len_q(args.seqlen_q), len_k(args.seqlen_k), q_start(0), k_start(0), index(b) {
+    if (args.cu_seqlens_q) {
+      q_start = args.cu_seqlens_q[b];
+      k_start = args.cu_seqlens_k[b];
+      len_q = args.cu_seqlens_q[b + 1] - q_start;
+      len_k = args.cu_seqlens_k[b + 1] - k_start;
+    }
+    if (args.seqlens_k) {
+      const int64_t visible = args.seqlens_k[b];
+      len_k = visible < 0 ? 0 : visible < len_k ? visible : len_k;
+    }
+    off = args.top_left ? 0 : len_k - len_q;
+  }
+
+  template <typename T>
+  T* rows(const fastattn::HeadTensor& t, int64_t head, int64_t start) const {
+    return static_cast<T*>(t.data) + index * t.batch + head * t.head + start * t.row;
+  }
+  int64_t lse_offset(const AttentionArgs& args, int64_t head) const {
+    return index * args.lse_batch + head * args.lse_head + q_start;
+  }
+};
+
+inline Vec lanes_from(float first) {
+  alignas(64) static constexpr float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return Vec::load(kIota) + Vec::fill(first);
+}
+
+inline Vec tanh(Vec x) {
+  const Vec e = exp2<false>(abs(x) * Vec::fill(-2 * kLog2e));
+  Vec large = (Vec::fill(1.f) - e) / (Vec::fill(1.f) + e);
+  large = select(x < Vec::fill(0.f), -large, large);
+  const Vec s = x * x;  // Taylor: 1 - e would lose digits
+  Vec p = fma(Vec::fill(21844.f / 6081075), s, Vec::fill(-1382.f / 155925));
+  p = fma(p, s, Vec::fill(62.f / 2835));
+  p = fma(p, s, Vec::fill(-17.f / 315));
+  p = fma(p, s, Vec::fill(2.f / 15));
+  p = fma(p, s, Vec::fill(-1.f / 3));
+  return select(abs(x) < Vec::fill(0.3f), fma(p * s, x, x), large);
+}
+
+// dst[r][lane]: scale where halfword (first + r) % 8 of the Philox block of row + lane is kept, else 0; r < count.
+// Key and counter as reference.philox_keep has them.
+inline void keep_group(float* dst, uint32_t group, int first, int count, uint32_t row, uint32_t slab,
+                       const fastattn::Dropout& dropout) {
+  const uint64_t seed = static_cast<uint64_t>(dropout.rng[0]);
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  const uint32_t offset = static_cast<uint32_t>(dropout.rng[1]);
+#if defined(__AVX512F__)
+  using Word = __m512i;
+  const auto fill = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); };
+  const auto multiply = [](Word a, Word m, Word& high) {
+    const Word even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
+    high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  };
+  const auto mix = [](Word a, Word b, Word c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); };
+  Word c0 = fill(group), c2 = fill(slab), c3 = fill(offset);
+  Word c1 = _mm512_add_epi32(fill(row), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+#elif defined(__AVX2__)
+  using Word = __m256i;
+  const auto fill = [](uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); };
+  const auto multiply = [](Word a, Word m, Word& high) {
+    const Word even = _mm256_mul_epu32(a, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
+    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  };
+  const auto mix = [](Word a, Word b, Word c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); };
+  Word c0 = fill(group), c2 = fill(slab), c3 = fill(offset);
+  Word c1 = _mm256_add_epi32(fill(row), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+#else
+  typedef uint32_t Word __attribute__((vector_size(16)));
+  const auto fill = [](uint32_t x) { return Word{x, x, x, x}; };
+  const auto multiply = [](Word a, Word m, Word& high) {
+    for (int i = 0; i < 4; ++i) {
+      high[i] = static_cast<uint32_t>(uint64_t{a[i]} * m[i] >> 32);
+    }
+    return a * m;
+  };
+  const auto mix = [](Word a, Word b, Word c) { return a ^ b ^ c; };
+  Word c0 = fill(group), c2 = fill(slab), c3 = fill(offset);
+  Word c1 = fill(row) + Word{0, 1, 2, 3};
+#endif
+  for (int round = 0; round < 10; ++round) {
+    Word high0{}, high1{};
+    const Word low0 = multiply(c0, fill(0xD2511F53u), high0), low1 = multiply(c2, fill(0xCD9E8D57u), high1);
+    c0 = mix(high1, c1, fill(key0));
+    c2 = mix(high0, c3, fill(key1));
+    c1 = low1;
+    c3 = low0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  const Word words[4] = {c0, c1, c2, c3};
+  for (int r = 0; r < count; ++r) {
+    const int half = first + r;
+    const Word word = words[half / 2];
+    float* out = dst + r * kLanes;
+#if defined(__AVX512F__)
+    const Word value = half % 2 ? _mm512_srli_epi32(word, 16) : _mm512_and_si512(word, fill(0xffff));
+    _mm512_storeu_ps(out, _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(value, fill(dropout.threshold)),
+                                              _mm512_set1_ps(dropout.scale)));
+#elif defined(__AVX2__)
+    const Word value = half % 2 ? _mm256_srli_epi32(word, 16) : _mm256_and_si256(word, fill(0xffff));
+    const Word dropped = _mm256_cmpgt_epi32(fill(dropout.threshold), value);
+    _mm256_storeu_ps(out, _mm256_andnot_ps(_mm256_castsi256_ps(dropped), _mm256_set1_ps(dropout.scale)));
+#else
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t value = half % 2 ? word[i] >> 16 : word[i] & 0xffff;
+      out[i] = value >= dropout.threshold ? dropout.scale : 0.f;
+    }
+#endif
+  }
+}
+
+// The rules of one (batch, head), applied tile by tile: prepare() before the product, finish() after it.
+class Scores {
+ public:
+  static constexpr int64_t kArena = 4 * kLanes * kKeys;
+
+  Scores(const AttentionArgs& args, Arena& arena, bool backward)
+      : args_(args),
+        multiplier_(args.scale * kLog2e),
+        add_(arena.take(kLanes * kKeys)),
+        stage_(arena.take(kLanes * kKeys)),
+        keep_(arena.take(kLanes * kKeys)),
+        slope_of_cap_(arena.take(kLanes * kKeys)),
+        backward_(backward) {}
+
+  void select_head(const Sequence& sequence, int64_t head) {
+    sequence_ = &sequence;
+    const int64_t b = sequence.index;
+    mask_ = args_.mask.data
+                ? static_cast<const uint8_t*>(args_.mask.data) + b * args_.mask.batch + head * args_.mask.head
+                : nullptr;
+    bias_offset_ = b * args_.bias.batch + head * args_.bias.head;
+    slope_ = args_.alibi_slopes ? args_.alibi_slopes[b * args_.alibi_batch + head] * kLog2e : 0.f;
+    slab_ = static_cast<uint32_t>(b * args_.n_heads + head);
+  }
+
+  // The keys that some query of the block may see: [begin, end), empty if begin >= end.
+  void key_range(int64_t i0, int64_t rows, int64_t& begin, int64_t& end) const {
+    const Sequence& s = *sequence_;
+    begin = 0;
+    end = s.len_k;
+    if (args_.window_left >= 0 && i0 + s.off - args_.window_left > 0) {
+      begin = i0 + s.off - args_.window_left;
+    }
+    if (args_.window_right >= 0 && i0 + rows + s.off + args_.window_right < end) {
+      end = i0 + rows + s.off + args_.window_right;
+    }
+  }
+
+  // Look at the tile of queries i0.. and keys j0..; false if mask or bias hides all of it.
+  bool prepare(int64_t i0, int rows, int64_t j0, int keys) {
+    i0_ = i0;
+    j0_ = j0;
+    const int64_t diagonal = i0 + sequence_->off;
+    edge_ = (args_.window_right >= 0 && j0 + keys - 1 > diagonal + args_.window_right) ||
+            (args_.window_left >= 0 && j0 < diagonal + rows - 1 - args_.window_left);
+    kind_ = Kind::kNone;
+    seen_ = nullptr;
+    if (!mask_ && !args_.bias.data) {
+      return true;
+    }
+    const bool per_key = (!mask_ || args_.mask.row == 0) && (!args_.bias.data || args_.bias.row == 0);
+    if (mask_ && !args_.bias.data && args_.mask.key == 1) {  // many tiles of a mask are all one
+      int64_t visible = 0;
+      const int distinct = per_key ? 1 : rows;
+      for (int r = 0; r < distinct; ++r) {
+        const uint8_t* row = mask_ + (i0 + r) * args_.mask.row + j0;
+        int ones = 0;
+        for (int j = 0; j < keys; ++j) {
+          ones += row[j] != 0;
+        }
+        visible += ones;
+      }
+      if (visible == 0 || visible == int64_t{distinct} * keys) {
+        return visible != 0;
+      }
+    }
+    bool some = false, all = true;
+    if (per_key) {
+      additive_row(add_, i0, j0, keys);
+      for (int j = 0; j < keys; ++j) {
+        flags_[j] = !(add_[j] == -kInf);
+        some |= flags_[j];
+        all &= flags_[j];
+      }
+      kind_ = Kind::kPerKey;
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        additive_row(stage_ + r * kKeys, i0 + r, j0, keys);
+      }
+      const int width = static_cast<int>(round_up(rows, kVec));
+      for (int r = rows; r < width; ++r) {
+        for (int j = 0; j < kKeys; ++j) {
+          stage_[r * kKeys + j] = -kInf;
+        }
+      }
+      transpose(add_, kLanes, stage_, kKeys, width, keys);
+      for (int j = 0; j < keys; ++j) {
+        Vec most = Vec::fill(-kInf);
+        for (int x = 0; x < width; x += kVec) {
+          most = max(most, Vec::load(add_ + j * kLanes + x));
+        }
+        flags_[j] = !(most.max() == -kInf);
+        some |= flags_[j];
+        all &= flags_[j];
+      }
+      kind_ = Kind::kTile;
+    }
+    seen_ = all ? nullptr : flags_;
+    return some;
+  }
+
+  // Keys that some query of the tile sees, or null if all are.
+  const uint8_t* seen() const { return seen_; }
+  const float* slope_of_cap() const { return slope_of_cap_; }
+
+  // What a score must still be multiplied by after the product; finish() has then to be called if it is needed at all.
+  bool finish_needed() const {
+    return edge_ || kind_ != Kind::kNone || args_.softcap > 0 || slope_ != 0.f || multiplier_ <= 0;
+  }
+  float multiplier() const { return multiplier_; }
+
+  // Raw products s[key][lane] become scores times log2(e), -inf where invisible.
+  void finish(float* s, int keys, int lane_vecs) {
+    const float cap = args_.softcap;
+    const Vec multiplier = Vec::fill(cap > 0 ? args_.scale / cap : multiplier_), hidden = Vec::fill(-kInf);
+    const int64_t diagonal = i0_ + sequence_->off;
+    for (int r = 0; r < keys; ++r) {
+      const int64_t j = j0_ + r;
+      const float first = bound(args_.window_right >= 0 ? j - diagonal - args_.window_right : -1);
+      const float last = bound(args_.window_left >= 0 ? j - diagonal + args_.window_left : kLanes);
+      for (int x = 0; x < lane_vecs; ++x) {
+        float* at = s + r * kLanes + x * kVec;
+        Vec score = Vec::load(at) * multiplier;
+        if (cap > 0) {
+          const Vec t = tanh(score);
+          if (backward_) {
+            fnma(t, t, Vec::fill(1.f)).store(slope_of_cap_ + r * kLanes + x * kVec);
+          }
+          score = t * Vec::fill(cap * kLog2e);
+        }
+        if (kind_ != Kind::kNone) {
+          const Vec add = kind_ == Kind::kPerKey ? Vec::fill(add_[r]) : Vec::load(add_ + r * kLanes + x * kVec);
+          score = select(add < Vec::fill(-3.4028234e38f), hidden, score + add);
+        }
+        if (slope_ != 0.f) {
+          const Vec distance = lanes_from(static_cast<float>(diagonal - j + x * kVec));
+          score = fnma(Vec::fill(slope_), abs(distance), score);
+        }
+        if (edge_) {
+          const Vec lane = lanes_from(static_cast<float>(x * kVec));
+          score = select(lane < Vec::fill(first), hidden, score);
+          score = select(Vec::fill(last) < lane, hidden, score);
+        }
+        score.store(at);
+      }
+    }
+  }
+
+  // The tile of dropout factors, 0 or dropout.scale.
+  const float* keep(int keys, int lane_vecs) {
+    for (int r = 0; r < keys;) {
+      const int64_t j = j0_ + r;
+      const int first = static_cast<int>(j % 8);
+      const int count = 8 - first < keys - r ? 8 - first : keys - r;
+      for (int x = 0; x < lane_vecs; ++x) {
+        keep_group(keep_ + r * kLanes + x * kVec, static_cast<uint32_t>(j / 8), first, count,
+                   static_cast<uint32_t>(i0_ + x * kVec), slab_, args_.dropout);
+      }
+      r += count;
+    }
+    return keep_;
+  }
+
+ private:
+  enum class Kind { kNone, kPerKey, kTile };
+
+  static float bound(int64_t lane) { return static_cast<float>(lane < -1 ? -1 : lane > kLanes ? kLanes : lane); }
+
+  template <typename T>
+  void bias_row(float* dst, int64_t i, int64_t j0, int keys) const {
+    const ScoreTensor& t = args_.bias;
+    const T* src = static_cast<const T*>(t.data) + bias_offset_ + i * t.row + j0 * t.key;
+    if (t.key == 1) {
+      widen_row(dst, src, keys, kKeys);
+      for (int j = 0; j < kKeys; j += kVec) {
+        (Vec::load(dst + j) * Vec::fill(kLog2e)).store(dst + j);
+      }
+    } else {
+      for (int j = 0; j < kKeys; ++j) {
+        dst[j] = j < keys ? to_float(src[j * t.key]) * kLog2e : 0.f;
+      }
+    }
+  }
+
+  // What is added to the scores of query i and keys j0.., -inf where the mask hides; kKeys floats are written.
+  void additive_row(float* dst, int64_t i, int64_t j0, int keys) const {
+    if (!args_.bias.data) {
+      zero(dst, kKeys);
+    } else if (args_.bias_dtype == DType::kFloat32) {
+      bias_row<float>(dst, i, j0, keys);
+    } else if (args_.bias_dtype == DType::kBFloat16) {
+      bias_row<BF16>(dst, i, j0, keys);
+    } else {
+      bias_row<FP16>(dst, i, j0, keys);
+    }
+    if (mask_) {
+      const uint8_t* row = mask_ + i * args_.mask.row + j0 * args_.mask.key;
+      for (int j = 0; j < keys; ++j) {
+        dst[j] = row[j * args_.mask.key] ? dst[j] : -kInf;
+      }
+    }
+  }
+
+  const AttentionArgs& args_;
+  const Sequence* sequence_ = nullptr;
+  const float multiplier_;
+  float *add_, *stage_, *keep_, *slope_of_cap_;
+  const bool backward_;
+  const uint8_t* mask_ = nullptr;
+  int64_t bias_offset_ = 0;
+  float slope_ = 0.f;
+  uint32_t slab_ = 0;
+  int64_t i0_ = 0, j0_ = 0;
+  bool edge_ = false;
+  Kind kind_ = Kind::kNone;
+  const uint8_t* seen_ = nullptr;
+  uint8_t flags_[kKeys];
+};
+
+}  // namespace

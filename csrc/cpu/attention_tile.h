@@ -1,0 +1,350 @@
+#pragma once
+// Tiles of the attention kernels: a register-blocked product, transposes and packing. Score tiles lie transposed, keys
+// down and queries along the vector lanes, so that the softmax needs no horizontal step and the rows of K and V are
+// read by broadcasts as they lie in memory.
+//
+// A slot is 32 bits of an operand: one float, or with kPairs two bf16 that follow each other along the summed
+// dimension, which one dot-product instruction multiplies and adds in fp32.
+#include <cstdlib>
+
+#include "vec.h"
+
+namespace {
+
+constexpr int kLanes = 64;  // queries of a block
+constexpr int kKeys = 64;   // keys of a tile
+constexpr int kVec = Vec::kSize;
+constexpr int kLaneVecs = kLanes / kVec;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kInf = __builtin_inff();
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Memory of one thread for the time of one call, carved into 64-byte aligned pieces.
+class Arena {
+ public:
+  explicit Arena(int64_t floats) : base_(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4, 64) + 64))) {}
+  ~Arena() { std::free(base_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  float* take(int64_t floats) {
+    float* piece = base_ + used_;
+    used_ += round_up(floats, 16);
+    return piece;
+  }
+  bool failed() const { return base_ == nullptr; }
+
+ private:
+  float* base_;
+  int64_t used_ = 0;
+};
+
+template <bool kPairs>
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+#endif
+  static_assert(!kPairs || kVec == 16);
+  return fma(a, b, c);
+}
+
+enum class Start { kZero, kAdd, kScale };  // what a product is added to: nothing, c, c * factor[column]
+
+// c[r][x] = start + sum_k a(r, k) * b[k][x] for R rows and C vectors of columns; a(r, k) lies at a[r * lda + k], or at
+// a[k * lda + r] if kTransposed.
+template <bool kPairs, bool kTransposed, int R, int C>
+inline void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+                          int64_t ldc, Start start, const float* factor) {
+  Vec acc[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int x = 0; x < C; ++x) {
+      acc[r][x] = start == Start::kZero ? Vec::fill(0.f) : Vec::load(c + r * ldc + x * kVec);
+    }
+  }
+  if (start == Start::kScale) {
+#pragma GCC unroll 4
+    for (int x = 0; x < C; ++x) {
+      const Vec f = Vec::load(factor + x * kVec);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        acc[r][x] = acc[r][x] * f;
+      }
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[C];
+#pragma GCC unroll 4
+    for (int x = 0; x < C; ++x) {
+      row[x] = Vec::load(b + k * ldb + x * kVec);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec value = Vec::fill(kTransposed ? a[k * lda + r] : a[r * lda + k]);
+#pragma GCC unroll 4
+      for (int x = 0; x < C; ++x) {
+        acc[r][x] = multiply_add<kPairs>(value, row[x], acc[r][x]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int x = 0; x < C; ++x) {
+      acc[r][x].store(c + r * ldc + x * kVec);
+    }
+  }
+}
+
+template <bool kPairs, bool kTransposed, int R, int C>
+inline int64_t product_rows(int64_t r, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                            float* c, int64_t ldc, int64_t rows, Start start, const float* factor) {
+  for (; r + R <= rows; r += R) {
+    product_block<kPairs, kTransposed, R, C>(a + (kTransposed ? r : r * lda), lda, b, ldb, depth, c + r * ldc, ldc,
+                                             start, factor);
+  }
+  return r;
+}
+
+template <bool kPairs, bool kTransposed, int R, int C>
+void product_panel(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+                   int64_t rows, Start start, const float* factor) {
+  int64_t r = product_rows<kPairs, kTransposed, R, C>(0, a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+  r = product_rows<kPairs, kTransposed, 4, C>(r, a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+  r = product_rows<kPairs, kTransposed, 2, C>(r, a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+  product_rows<kPairs, kTransposed, 1, C>(r, a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+}
+
+// c (rows, cols) = start + a·b over `depth` slots; cols is rounded up to whole vectors, b and c must be that wide.
+template <bool kPairs, bool kTransposed>
+void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+             int64_t rows, int64_t cols, Start start, const float* factor = nullptr) {
+  constexpr int kPanel = kVec == 16 ? 4 : 2;  // 32 or 16 registers: accumulators, one row of b, one broadcast
+  int64_t vecs = (cols + kVec - 1) / kVec;
+  while (vecs > 0) {
+    const int width = vecs < kPanel ? static_cast<int>(vecs) : kPanel;
+    if constexpr (kVec == 16) {
+      if (width == 4) {
+        product_panel<kPairs, kTransposed, 6, 4>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+      } else if (width == 3) {
+        product_panel<kPairs, kTransposed, 8, 3>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+      } else if (width == 2) {
+        product_panel<kPairs, kTransposed, 12, 2>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+      } else {
+        product_panel<kPairs, kTransposed, 16, 1>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+      }
+    } else if (width == 2) {
+      product_panel<kPairs, kTransposed, 6, 2>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+    } else {
+      product_panel<kPairs, kTransposed, 8, 1>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+    }
+    b += width * kVec;
+    c += width * kVec;
+    factor = factor ? factor + width * kVec : nullptr;
+    vecs -= width;
+  }
+}
+
+// 2^x for x <= 128 or so: 0 below -126, NaN stays NaN. Relative error below 1e-7, in the short form below 3e-6.
+template <bool kShort>
+inline Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec n = round(x);
+  const Vec f = x - n;
+#else
+  const Vec y = max(Vec::fill(-126.f), x);
+  const Vec n = round(y);
+  const Vec f = y - n;
+#endif
+  Vec p;
+  if constexpr (kShort) {
+    p = fma(Vec::fill(0.009570102207362652f), f, Vec::fill(0.05591785907745361f));
+    p = fma(p, f, Vec::fill(0.240247443318367f));
+    p = fma(p, f, Vec::fill(0.6931217908859253f));
+    p = fma(p, f, Vec::fill(0.9999992847442627f));
+  } else {
+    p = fma(Vec::fill(0.0001534581242594868f), f, Vec::fill(0.0013399930903688073f));
+    p = fma(p, f, Vec::fill(0.009618489071726799f));
+    p = fma(p, f, Vec::fill(0.05550328642129898f));
+    p = fma(p, f, Vec::fill(0.24022646248340607f));
+    p = fma(p, f, Vec::fill(0.6931471824645996f));
+    p = fma(p, f, Vec::fill(1.f));
+  }
+#if defined(__AVX512F__)
+  // not (x < -126), so that NaN passes; the masked lanes, -inf among them, become 0
+  return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.f), _CMP_NLT_UQ), p.v, n.v)};
+#else
+  return select(x < Vec::fill(-126.f), Vec::fill(0.f), scale_by_power_of_2(p, n));
+#endif
+}
+
+// dst[c][r] = src[r][c] for kVec rows and columns
+inline void transpose_square(float* dst, int64_t ldd, const float* src, int64_t lds) {
+#if defined(__AVX512F__)
+  __m512 t[16], u[16];
+  for (int r = 0; r < 16; ++r) {
+    t[r] = _mm512_loadu_ps(src + r * lds);
+  }
+  for (int r = 0; r < 16; r += 2) {
+    u[r] = _mm512_unpacklo_ps(t[r], t[r + 1]);
+    u[r + 1] = _mm512_unpackhi_ps(t[r], t[r + 1]);
+  }
+  for (int r = 0; r < 16; r += 4) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512d a = _mm512_castps_pd(u[r + half]), b = _mm512_castps_pd(u[r + half + 2]);
+      t[r + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      t[r + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int c = 0; c < 4; ++c) {  // t[4 * g + c]: column 4 * lane + c of rows 4 * g .. 4 * g + 3
+    const __m512 a = _mm512_shuffle_f32x4(t[c], t[4 + c], 0x88), b = _mm512_shuffle_f32x4(t[c], t[4 + c], 0xdd);
+    const __m512 d = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0x88),
+                 e = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0xdd);
+    _mm512_storeu_ps(dst + c * ldd, _mm512_shuffle_f32x4(a, d, 0x88));
+    _mm512_storeu_ps(dst + (8 + c) * ldd, _mm512_shuffle_f32x4(a, d, 0xdd));
+    _mm512_storeu_ps(dst + (4 + c) * ldd, _mm512_shuffle_f32x4(b, e, 0x88));
+    _mm512_storeu_ps(dst + (12 + c) * ldd, _mm512_shuffle_f32x4(b, e, 0xdd));
+  }
+#elif defined(__AVX2__)
+  __m256 t[8], u[8];
+  for (int r = 0; r < 8; ++r) {
+    t[r] = _mm256_loadu_ps(src + r * lds);
+  }
+  for (int r = 0; r < 8; r += 2) {
+    u[r] = _mm256_unpacklo_ps(t[r], t[r + 1]);
+    u[r + 1] = _mm256_unpackhi_ps(t[r], t[r + 1]);
+  }
+  for (int r = 0; r < 8; r += 4) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256d a = _mm256_castps_pd(u[r + half]), b = _mm256_castps_pd(u[r + half + 2]);
+      t[r + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      t[r + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(dst + c * ldd, _mm256_permute2f128_ps(t[c], t[4 + c], 0x20));
+    _mm256_storeu_ps(dst + (4 + c) * ldd, _mm256_permute2f128_ps(t[c], t[4 + c], 0x31));
+  }
+#else
+  for (int r = 0; r < kVec; ++r) {
+    for (int c = 0; c < kVec; ++c) {
+      dst[c * ldd + r] = src[r * lds + c];
+    }
+  }
+#endif
+}
+
+// dst[c][r] = src[r][c]; both sizes are rounded up to whole vectors, and both sides must be that large
+inline void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; r += kVec) {
+    for (int64_t c = 0; c < cols; c += kVec) {
+      transpose_square(dst + c * ldd + r, ldd, src + r * lds + c, lds);
+    }
+  }
+}
+
+inline void zero(float* dst, int64_t floats) {
+  std::memset(dst, 0, floats * sizeof(float));
+}
+
+// fp32 rows from rows of T, zeros up to `width`
+template <typename T>
+inline void widen_row(float* dst, const T* src, int64_t cols, int64_t width) {
+  int64_t c = 0;
+  for (; c + kVec <= cols; c += kVec) {
+    Vec::load(src + c).store(dst + c);
+  }
+  if (c < cols) {
+    Vec::load(src + c, static_cast<int>(cols - c)).store(dst + c);
+    c += kVec;
+  }
+  for (; c < width; c += kVec) {
+    Vec::fill(0.f).store(dst + c);
+  }
+}
+
+template <typename T>
+inline void narrow_row(T* dst, const float* src, int64_t cols) {
+  int64_t c = 0;
+  for (; c + kVec <= cols; c += kVec) {
+    Vec::load(src + c).store(dst + c);
+  }
+  if (c < cols) {
+    Vec::load(src + c).store(dst + c, static_cast<int>(cols - c));
+  }
+}
+
+// The slots of a row of `cols` elements along that row, and the row itself, zeros up to `width` slots.
+template <bool kPairs>
+constexpr int64_t slots(int64_t cols) {
+  return kPairs ? (cols + 1) / 2 : cols;
+}
+
+template <bool kPairs, typename T>
+inline void slot_row(float* dst, const T* src, int64_t cols, int64_t width) {
+  if constexpr (kPairs) {
+    std::memcpy(dst, src, cols * sizeof(T));
+    std::memset(reinterpret_cast<T*>(dst) + cols, 0, width * sizeof(float) - cols * sizeof(T));
+  } else {
+    widen_row(dst, src, cols, width);
+  }
+}
+
+// Columns of slots: dst[slot][lane] of `rows` rows of T, zeros in the lanes up to the next whole vector.
+// `stage` holds kLanes rows of whole vectors.
+template <bool kPairs, typename T>
+void pack_lanes(float* dst, const T* src, int64_t stride, int64_t rows, int64_t cols, float* stage) {
+  const int64_t width = round_up(slots<kPairs>(cols), kVec);
+  for (int64_t r = 0; r < rows; ++r) {
+    slot_row<kPairs>(stage + r * width, src + r * stride, cols, width);
+  }
+  zero(stage + rows * width, (round_up(rows, kVec) - rows) * width);
+  transpose(dst, kLanes, stage, width, rows, width);
+}
+
+// Rows summed over, as the right operand or the transposed left one: dst[slot][column], a slot holding one row, or two
+// interleaved. Rows that `seen` rules out are zeros: what stands in them must not matter, NaN included.
+template <bool kPairs, typename T>
+void pack_depth(float* dst, int64_t ldd, const T* src, int64_t stride, int64_t rows, int64_t cols,
+                const uint8_t* seen) {
+  if constexpr (kPairs) {
+#if defined(__AVX512BF16__)
+    for (int64_t r = 0; r < rows; r += 2) {
+      const bool low = !seen || seen[r], high = r + 1 < rows && (!seen || seen[r + 1]);
+      float* out = dst + r / 2 * ldd;
+      for (int64_t c = 0; c < cols; c += 16) {
+        const __mmask16 part = cols - c < 16 ? static_cast<__mmask16>((1u << (cols - c)) - 1) : 0xffff;
+        const T* at = src + r * stride + c;
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(low ? part : 0, at));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(high ? part : 0, high ? at + stride : at));
+        _mm512_storeu_si512(out + c, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+      }
+    }
+#endif
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!seen || seen[r]) {
+        widen_row(dst + r * ldd, src + r * stride, cols, ldd);
+      } else {
+        zero(dst + r * ldd, ldd);
+      }
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+inline __m512i round_pairs(Vec low, Vec high) {  // 16 slots of two rows
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(interleave, both);
+}
+#endif
+
+}  // namespace
