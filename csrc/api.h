@@ -35,8 +35,8 @@ FASTATTN_DECLARE_CPU(dropout_fwd, DropoutArgs);  // rows
 struct NormFwdArgs {
   const void* x;         // (rows, cols), rows x_stride apart
   const void* residual;  // of r_dtype, or null
-  const float* weight;   // or null
-  const float* bias;     // or null
+  const void* weight;    // (cols) of weight_dtype, or null; the CPU kernels take fp32
+  const void* bias;      // (cols) of bias_dtype, or null; the CPU kernels take fp32
   void* y;               // of x_dtype, contiguous
   void* r;               // contiguous, or null: not wanted
   float* mean;           // (rows), null for rms or where not wanted
@@ -44,17 +44,17 @@ struct NormFwdArgs {
   int64_t rows, cols, x_stride, residual_stride;
   float eps;
   bool rms;
-  DType x_dtype, r_dtype;
+  DType x_dtype, r_dtype, weight_dtype, bias_dtype;
   Dropout dropout;
 };
 FASTATTN_DECLARE_CPU(norm_fwd, NormFwdArgs);  // rows
 
 struct NormBwdArgs {
-  const void* dy;       // of x_dtype, rows dy_stride apart
-  const void* dr_out;   // of r_dtype, or null
-  const void* r;        // rows r_stride apart
-  const float* weight;  // or null
-  const float* mean;    // null: rms
+  const void* dy;      // of x_dtype, rows dy_stride apart
+  const void* dr_out;  // of r_dtype, or null
+  const void* r;       // rows r_stride apart
+  const void* weight;  // of weight_dtype, or null; the CPU kernels take fp32
+  const float* mean;   // null: rms
   const float* rstd;
   void* dx;         // of x_dtype, contiguous
   void* dresidual;  // of r_dtype, contiguous, or null: the same as dx
@@ -67,6 +67,13 @@ struct NormBwdArgs {
 };
 FASTATTN_DECLARE_CPU(norm_bwd, NormBwdArgs);          // chunks
 FASTATTN_DECLARE_CPU(norm_bwd_columns, NormBwdArgs);  // columns, after all chunks
+
+// CUDA: launch on `stream`, a cudaStream_t of the current device; the result is a cudaError_t.
+int dropout_fwd_cuda(const DropoutArgs& args, void* stream);
+int norm_fwd_cuda(const NormFwdArgs& args, void* stream);
+int norm_bwd_cuda(const NormBwdArgs& args, void* stream);
+int64_t norm_bwd_chunks_cuda(const NormBwdArgs& args);  // what args.chunks must be; looks at sizes and dtypes
+const char* cuda_error_string(int error);
 
 // Feed-forward: the passes between the products. Rows of inputs lie a stride apart, outputs are contiguous; a null
 // pointer is an input that is absent or an output that nobody wants. Order of the names as in reference.ACTIVATIONS.

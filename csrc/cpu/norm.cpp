@@ -63,13 +63,13 @@ void forward_rows(const NormFwdArgs& args, int64_t begin, int64_t end) {
     Stats stats;
     if (plain) {
       stats = row_stats(x, cols, args.eps, args.rms);
-      normalise_row(x, args.weight, args.bias, y, cols, stats);
+      normalise_row(x, static_cast<const float*>(args.weight), static_cast<const float*>(args.bias), y, cols, stats);
     } else {
       const R* residual = static_cast<const R*>(args.residual);
       R* r = args.r ? static_cast<R*>(args.r) + row * cols : scratch;
       dropout_add_row(x, residual ? residual + row * args.residual_stride : nullptr, r, cols, row, args.dropout);
       stats = row_stats(r, cols, args.eps, args.rms);
-      normalise_row(r, args.weight, args.bias, y, cols, stats);
+      normalise_row(r, static_cast<const float*>(args.weight), static_cast<const float*>(args.bias), y, cols, stats);
     }
     if (args.mean) {
       args.mean[row] = stats.mean;
@@ -84,7 +84,7 @@ void forward_rows(const NormFwdArgs& args, int64_t begin, int64_t end) {
 template <typename X, typename R, int kRows>
 void backward_rows(const NormBwdArgs& args, int64_t row, float* dweight, float* dbias) {
   const int64_t cols = args.cols;
-  const float* weight = args.weight;
+  const float* weight = static_cast<const float*>(args.weight);
   const X* dy[kRows];
   const R* r[kRows];
   const R* dr_out[kRows];

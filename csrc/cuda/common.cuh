@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <type_traits>
 
 #include "api.h"
@@ -18,88 +19,115 @@ namespace {
 constexpr int kGroup = 8;
 constexpr int kMaxThreads = 512;
 
-// Eight values as they lie in memory.
-template <typename T>
-struct alignas(16) Group {
-  T value[kGroup];
-};
+// Stands for the type of a tensor whose dtype is known at run time only.
+struct Dynamic {};
 
-// The groups threadIdx.x, threadIdx.x + blockDim.x, ... of a row from column `start` on; zero from column `cols` on.
-// The loads of all groups are issued before the first is used.
+// The column of the first value in group `g` of this thread, in a tile that begins at column `start`.
+__device__ __forceinline__ int first_col(int start, int g) {
+  return start + (g * blockDim.x + threadIdx.x) * kGroup;
+}
+
+// The groups of this thread in a row of a tensor, as fp32; zero from column `cols` on. The loads of all groups are
+// issued before the first is used, and are 16 bytes wide if `aligned`.
 template <typename T, int kGroups>
-__device__ __forceinline__ void load_groups(Group<T> (&groups)[kGroups], const T* row, int cols, int start,
-                                            bool aligned) {
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    const int col = start + (g * blockDim.x + threadIdx.x) * kGroup;
+__device__ __forceinline__ void load_groups(float (&value)[kGroups][kGroup], const void* tensor, DType dtype,
+                                            int64_t offset, int cols, int start, bool aligned) {
+  if constexpr (std::is_same_v<T, Dynamic>) {  // a branch that all threads take alike
+    if (dtype == DType::kFloat32) {
+      load_groups<float>(value, tensor, dtype, offset, cols, start, aligned);
+    } else if (dtype == DType::kBFloat16) {
+      load_groups<__nv_bfloat16>(value, tensor, dtype, offset, cols, start, aligned);
+    } else {
+      load_groups<__half>(value, tensor, dtype, offset, cols, start, aligned);
+    }
+  } else {
+    const T* row = static_cast<const T*>(tensor) + offset;
+    constexpr int kVectors = kGroup * sizeof(T) / 16;
     if (aligned) {
-      uint4 raw[sizeof(Group<T>) / 16] = {};
-      if (col < cols) {
+      uint4 raw[kGroups][kVectors] = {};
 #pragma unroll
-        for (int i = 0; i < sizeof(raw) / 16; ++i) {
-          raw[i] = reinterpret_cast<const uint4*>(row + col)[i];
+      for (int g = 0; g < kGroups; ++g) {
+        const int col = first_col(start, g);
+        if (col < cols) {
+#pragma unroll
+          for (int i = 0; i < kVectors; ++i) {
+            raw[g][i] = reinterpret_cast<const uint4*>(row + col)[i];
+          }
         }
       }
-      memcpy(&groups[g], raw, sizeof(raw));
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        T group[kGroup];
+        memcpy(group, raw[g], sizeof(group));
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          value[g][i] = static_cast<float>(group[i]);
+        }
+      }
     } else {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        groups[g].value[i] = col + i < cols ? row[col + i] : T(0.f);
-      }
-    }
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void store_group(const float (&value)[kGroup], T* row, int cols, int col, bool aligned) {
-  Group<T> group;
+      for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    group.value[i] = static_cast<T>(value[i]);
-  }
-  if (aligned) {
-    if (col < cols) {
-      uint4 raw[sizeof(group) / 16];
-      memcpy(raw, &group, sizeof(raw));
-#pragma unroll
-      for (int i = 0; i < sizeof(raw) / 16; ++i) {
-        reinterpret_cast<uint4*>(row + col)[i] = raw[i];
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (col + i < cols) {
-        row[col + i] = group.value[i];
+        for (int i = 0; i < kGroup; ++i) {
+          const int col = first_col(start, g) + i;
+          value[g][i] = col < cols ? static_cast<float>(row[col]) : 0.f;
+        }
       }
     }
   }
 }
 
 template <typename T, int kGroups>
-__device__ __forceinline__ void load_as_float(float (&value)[kGroups][kGroup], const void* row, int cols, int start,
-                                              bool aligned) {
-  Group<T> groups[kGroups];
-  load_groups(groups, static_cast<const T*>(row), cols, start, aligned);
+__device__ __forceinline__ void store_groups(const float (&value)[kGroups][kGroup], void* tensor, DType dtype,
+                                             int64_t offset, int cols, int start, bool aligned) {
+  if constexpr (std::is_same_v<T, Dynamic>) {
+    if (dtype == DType::kFloat32) {
+      store_groups<float>(value, tensor, dtype, offset, cols, start, aligned);
+    } else if (dtype == DType::kBFloat16) {
+      store_groups<__nv_bfloat16>(value, tensor, dtype, offset, cols, start, aligned);
+    } else {
+      store_groups<__half>(value, tensor, dtype, offset, cols, start, aligned);
+    }
+  } else {
+    T* row = static_cast<T*>(tensor) + offset;
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
+    for (int g = 0; g < kGroups; ++g) {
+      const int col = first_col(start, g);
+      T group[kGroup];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      value[g][i] = static_cast<float>(groups[g].value[i]);
+      for (int i = 0; i < kGroup; ++i) {
+        group[i] = static_cast<T>(value[g][i]);
+      }
+      if (aligned) {
+        uint4 raw[kGroup * sizeof(T) / 16];
+        memcpy(raw, group, sizeof(raw));
+        if (col < cols) {
+#pragma unroll
+          for (int i = 0; i < sizeof(raw) / 16; ++i) {
+            reinterpret_cast<uint4*>(row + col)[i] = raw[i];
+          }
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          if (col + i < cols) {
+            row[col + i] = group[i];
+          }
+        }
+      }
     }
   }
 }
 
-// A weight or bias of any dtype. The branch is the same for all threads.
-template <int kGroups>
-__device__ __forceinline__ void load_parameter(float (&value)[kGroups][kGroup], const void* parameter, DType dtype,
-                                               int cols, int start, bool aligned) {
-  if (dtype == DType::kFloat32) {
-    load_as_float<float>(value, parameter, cols, start, aligned);
-  } else if (dtype == DType::kBFloat16) {
-    load_as_float<__nv_bfloat16>(value, parameter, cols, start, aligned);
+// The value that a store and a load would leave.
+template <typename T>
+__device__ __forceinline__ float rounded(float value, DType dtype) {
+  if constexpr (std::is_same_v<T, Dynamic>) {
+    return dtype == DType::kFloat32    ? value
+           : dtype == DType::kBFloat16 ? rounded<__nv_bfloat16>(value, dtype)
+                                       : rounded<__half>(value, dtype);
   } else {
-    load_as_float<__half>(value, parameter, cols, start, aligned);
+    return static_cast<float>(static_cast<T>(value));
   }
 }
 
@@ -120,8 +148,7 @@ class RowDropout {
     }
     const Philox4 counter = {
         {static_cast<uint32_t>(col / kGroup), static_cast<uint32_t>(row_), static_cast<uint32_t>(row_ >> 32), offset_}};
-    const Philox4 random =
-        philox4x32_10(counter, static_cast<uint32_t>(seed_), static_cast<uint32_t>(seed_ >> 32));
+    const Philox4 random = philox4x32_10(counter, static_cast<uint32_t>(seed_), static_cast<uint32_t>(seed_ >> 32));
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const uint32_t halfword = i % 2 ? random.word[i / 2] >> 16 : random.word[i / 2] & 0xffffu;
@@ -170,14 +197,14 @@ __device__ __forceinline__ void row_sum(float (&value)[kValues]) {
 }
 
 // Threads for rows of `cols` columns, `groups` groups to a thread: whole warps, or a power of two within a warp.
-inline dim3 row_block(int64_t cols, int groups, int threads) {
+inline dim3 row_block(int64_t cols, int groups, int threads, int max_lanes = kMaxThreads) {
   const int64_t wanted = (cols + kGroup * groups - 1) / (kGroup * groups);
   int lanes = 8;
   while (lanes < 32 && lanes < wanted) {
     lanes *= 2;
   }
   if (wanted > 32) {
-    lanes = static_cast<int>(std::min<int64_t>((wanted + 31) / 32 * 32, kMaxThreads));
+    lanes = static_cast<int>(std::min<int64_t>((wanted + 31) / 32 * 32, max_lanes));
   }
   return dim3(lanes, std::max(1, threads / lanes));
 }
@@ -188,16 +215,31 @@ inline bool is_aligned(std::initializer_list<const void*> pointers, std::initial
          std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size % kGroup == 0; });
 }
 
-// Call `body` with a value of the C++ type of `dtype`.
+inline unsigned blocks(int64_t count, unsigned per_block) {
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
+
+// The pairs of dtypes that models use: one dtype, or an fp32 residual stream beside half precision.
+inline bool is_common(DType x, DType r) {
+  return x == r || r == DType::kFloat32;
+}
+
+// Call body(x, r) with values of the C++ types of such a pair.
 template <typename Body>
-int with_type(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float());
-    case DType::kBFloat16:
-      return body(__nv_bfloat16());
-    default:
-      return body(__half());
+void with_common_types(DType x, DType r, Body body) {
+  const auto with_half = [&](auto half) {
+    if (r == DType::kFloat32) {
+      body(half, 0.f);
+    } else {
+      body(half, half);
+    }
+  };
+  if (x == DType::kFloat32) {
+    body(0.f, 0.f);
+  } else if (x == DType::kBFloat16) {
+    with_half(__nv_bfloat16());
+  } else {
+    with_half(__half());
   }
 }
 

@@ -8,9 +8,9 @@
 //
 // Forward: 8 to 512 threads own a row and hold it in registers; statistics are centred, in fp32. Backward: blocks stay
 // and walk over the rows; each thread adds up dweight and dbias of its columns, each block writes one row of fp32 sums,
-// a second kernel adds those in a fixed order: no atomics. Wide rows, and rare pairs of dtypes, are read again from the
-// cache instead of held. Saved: r and the fp32 statistics, never a mask. Limits: fewer than 2^31 columns.
-// Reference: fastattn.reference.norm
+// a second kernel adds those in a fixed order: no atomics. Rows that are wide, not aligned to 16 bytes, or of a rare
+// pair of dtypes are read again from the cache instead of held, by kernels without template parameters. Saved: r and
+// the fp32 statistics, never a mask. Limits: fewer than 2^31 columns. Reference: fastattn.reference.norm
 #include "common.cuh"
 
 namespace fastattn {
@@ -22,94 +22,92 @@ constexpr int kFwdCols = kMaxThreads * kGroup * 4;  // the widest rows that are 
 constexpr int kBwdCols = kMaxThreads * kGroup * 2;
 constexpr int kStripLanes = 32;
 
-// the pairs of dtypes that models use; the others run on the kernels for wide rows alone, which keeps the binary small
-template <typename X, typename R>
-constexpr bool kCommon = std::is_same_v<X, R> || std::is_same_v<R, float>;
-
+// r of one row, rounded; zero from column `cols` on. Without a residual its loads are masked, which needs no branch.
 template <typename X, typename R, int kGroups>
-__device__ __forceinline__ void load_r(Group<R> (&r)[kGroups], const NormFwdArgs& args, const RowDropout& dropout,
+__device__ __forceinline__ void load_r(float (&r)[kGroups][kGroup], const NormFwdArgs& args, const RowDropout& dropout,
                                        int64_t row, int cols, int start, bool aligned) {
-  Group<X> x[kGroups];
-  Group<R> residual[kGroups];
-  load_groups(x, static_cast<const X*>(args.x) + row * args.x_stride, cols, start, aligned);
-  if (args.residual != nullptr) {
-    load_groups(residual, static_cast<const R*>(args.residual) + row * args.residual_stride, cols, start, aligned);
-  }
+  float residual[kGroups][kGroup];
+  load_groups<X>(r, args.x, args.x_dtype, row * args.x_stride, cols, start, aligned);
+  load_groups<R>(residual, args.residual, args.r_dtype, row * args.residual_stride, args.residual != nullptr ? cols : 0,
+                 start, aligned);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    float value[kGroup];
+    dropout.apply(r[g], first_col(start, g));
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      value[i] = static_cast<float>(x[g].value[i]);
-    }
-    dropout.apply(value, start + (g * blockDim.x + threadIdx.x) * kGroup);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float sum = args.residual != nullptr ? value[i] + static_cast<float>(residual[g].value[i]) : value[i];
-      r[g].value[i] = static_cast<R>(sum);
+      r[g][i] = rounded<R>(r[g][i] + residual[g][i], args.r_dtype);
     }
   }
 }
 
-// the sum over the columns that are there of (r - mean)^power
-template <int kPower, typename R, int kGroups>
-__device__ __forceinline__ float moment(const Group<R> (&r)[kGroups], float mean, int cols, int start) {
+// r - mean in the columns that are there, and zero in the others
+__device__ __forceinline__ float centered(float r, float mean, int col, int cols) {
+  return col < cols ? r - mean : 0.f;
+}
+
+template <int kGroups>
+__device__ __forceinline__ float sum_of_squares(const float (&r)[kGroups][kGroup], float mean, int cols, int start) {
   float sum = 0.f;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int col = start + (g * blockDim.x + threadIdx.x) * kGroup;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const float centered = col + i < cols ? static_cast<float>(r[g].value[i]) - mean : 0.f;
-      sum += kPower == 1 ? centered : centered * centered;
+      const float value = centered(r[g][i], mean, first_col(start, g) + i, cols);
+      sum += value * value;
     }
   }
   return sum;
 }
 
-template <typename X, typename R, int kGroups>
-__device__ __forceinline__ void store_y_and_r(const Group<R> (&r)[kGroups], const NormFwdArgs& args, float mean,
-                                              float rstd, int64_t row, int cols, int start, bool aligned) {
-  float y[kGroups][kGroup];
-  float parameter[kGroups][kGroup];
+template <int kGroups>
+__device__ __forceinline__ float sum_of(const float (&r)[kGroups][kGroup]) {
+  float sum = 0.f;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    float value[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      value[i] = static_cast<float>(r[g].value[i]);
-      y[g][i] = (value[i] - mean) * rstd;
+      sum += r[g][i];
     }
-    if (args.r != nullptr) {
-      store_group(value, static_cast<R*>(args.r) + row * args.cols, cols,
-                  start + (g * blockDim.x + threadIdx.x) * kGroup, aligned);
+  }
+  return sum;
+}
+
+// y, in place of r
+template <typename X, typename R, int kGroups>
+__device__ __forceinline__ void store_r_and_y(float (&r)[kGroups][kGroup], const NormFwdArgs& args, float mean,
+                                              float rstd, int64_t row, int cols, int start, bool aligned) {
+  if (args.r != nullptr) {
+    store_groups<R>(r, args.r, args.r_dtype, row * args.cols, cols, start, aligned);
+  }
+  float weight[kGroups][kGroup];
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      r[g][i] = (r[g][i] - mean) * rstd;
     }
   }
   if (args.weight != nullptr) {
-    load_parameter(parameter, args.weight, args.weight_dtype, cols, start, aligned);
+    load_groups<Dynamic>(weight, args.weight, args.weight_dtype, 0, cols, start, aligned);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        y[g][i] *= parameter[g][i];
+        r[g][i] *= weight[g][i];
       }
     }
   }
   if (args.bias != nullptr) {
-    load_parameter(parameter, args.bias, args.bias_dtype, cols, start, aligned);
+    load_groups<Dynamic>(weight, args.bias, args.bias_dtype, 0, cols, start, aligned);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        y[g][i] += parameter[g][i];
+        r[g][i] += weight[g][i];
       }
     }
   }
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    store_group(y[g], static_cast<X*>(args.y) + row * args.cols, cols,
-                start + (g * blockDim.x + threadIdx.x) * kGroup, aligned);
-  }
+  store_groups<X>(r, args.y, args.x_dtype, row * args.cols, cols, start, aligned);
 }
 
 __device__ __forceinline__ void store_stats(const NormFwdArgs& args, float mean, float rstd, int64_t row) {
@@ -124,59 +122,57 @@ __device__ __forceinline__ void store_stats(const NormFwdArgs& args, float mean,
 }
 
 template <typename X, typename R, int kGroups>
-__global__ void __launch_bounds__(kMaxThreads) norm_fwd_kernel(NormFwdArgs args, bool aligned) {
+__global__ void __launch_bounds__(kMaxThreads) norm_fwd_kernel(NormFwdArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;  // the threads of a row that is not there idle
   const RowDropout dropout(args.dropout, row);
-
-  Group<R> r[kGroups];
-  load_r<X>(r, args, dropout, row, cols, 0, aligned);
+  float r[kGroups][kGroup];
+  load_r<X, R>(r, args, dropout, row, cols, 0, true);
 
   float mean = 0.f;
   if (!args.rms) {
-    float sum[1] = {moment<1>(r, 0.f, cols, 0)};
+    float sum[1] = {sum_of(r)};
     row_sum(sum);
     mean = sum[0] / args.cols;
   }
-  float squares[1] = {moment<2>(r, mean, cols, 0)};
+  float squares[1] = {sum_of_squares(r, mean, cols, 0)};
   row_sum(squares);
   const float rstd = rsqrtf(squares[0] / args.cols + args.eps);
 
   store_stats(args, mean, rstd, row);
-  store_y_and_r<X>(r, args, mean, rstd, row, cols, 0, aligned);
+  store_r_and_y<X, R>(r, args, mean, rstd, row, cols, 0, true);
 }
 
-// One block a row, which it walks over three times: mean, centred second moment, result.
-template <typename X, typename R>
+// Rows of any width, alignment and dtype, walked over three times: mean, centred second moment, result.
 __global__ void __launch_bounds__(kMaxThreads) norm_fwd_wide_kernel(NormFwdArgs args, bool aligned) {
-  const int64_t row = blockIdx.x;
-  const int cols = static_cast<int>(args.cols);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;
   const int step = blockDim.x * kGroup;
   const RowDropout dropout(args.dropout, row);
-  Group<R> r[1];
+  float r[1][kGroup];
 
   float mean = 0.f;
   if (!args.rms) {
     float sum[1] = {0.f};
     for (int64_t start = 0; start < cols; start += step) {
-      load_r<X>(r, args, dropout, row, cols, start, aligned);
-      sum[0] += moment<1>(r, 0.f, cols, start);
+      load_r<Dynamic, Dynamic>(r, args, dropout, row, cols, start, aligned);
+      sum[0] += sum_of(r);
     }
     row_sum(sum);
-    mean = sum[0] / cols;
+    mean = sum[0] / args.cols;
   }
   float squares[1] = {0.f};
   for (int64_t start = 0; start < cols; start += step) {
-    load_r<X>(r, args, dropout, row, cols, start, aligned);
-    squares[0] += moment<2>(r, mean, cols, start);
+    load_r<Dynamic, Dynamic>(r, args, dropout, row, cols, start, aligned);
+    squares[0] += sum_of_squares(r, mean, cols, start);
   }
   row_sum(squares);
-  const float rstd = rsqrtf(squares[0] / cols + args.eps);
+  const float rstd = rsqrtf(squares[0] / args.cols + args.eps);
 
   store_stats(args, mean, rstd, row);
   for (int64_t start = 0; start < cols; start += step) {
-    load_r<X>(r, args, dropout, row, cols, start, aligned);
-    store_y_and_r<X>(r, args, mean, rstd, row, cols, start, aligned);
+    load_r<Dynamic, Dynamic>(r, args, dropout, row, cols, start, aligned);
+    store_r_and_y<Dynamic, Dynamic>(r, args, mean, rstd, row, cols, start, aligned);
   }
 }
 
@@ -194,10 +190,10 @@ struct RowStats {
 };
 
 template <typename X, typename R, int kGroups>
-__device__ __forceinline__ void load_dy_and_r(Group<X> (&dy)[kGroups], Group<R> (&r)[kGroups], const NormBwdArgs& args,
-                                              int64_t row, int cols, int start, bool aligned) {
-  load_groups(dy, static_cast<const X*>(args.dy) + row * args.dy_stride, cols, start, aligned);
-  load_groups(r, static_cast<const R*>(args.r) + row * args.r_stride, cols, start, aligned);
+__device__ __forceinline__ void load_dy_and_r(float (&dy)[kGroups][kGroup], float (&r)[kGroups][kGroup],
+                                              const NormBwdArgs& args, int64_t row, int cols, int start, bool aligned) {
+  load_groups<X>(dy, args.dy, args.x_dtype, row * args.dy_stride, cols, start, aligned);
+  load_groups<R>(r, args.r, args.r_dtype, row * args.r_stride, cols, start, aligned);
 }
 
 // 1 without a weight
@@ -205,7 +201,7 @@ template <int kGroups>
 __device__ __forceinline__ void load_weight(float (&weight)[kGroups][kGroup], const NormBwdArgs& args, int start,
                                             bool aligned) {
   if (args.weight != nullptr) {
-    load_parameter(weight, args.weight, args.weight_dtype, static_cast<int>(args.cols), start, aligned);
+    load_groups<Dynamic>(weight, args.weight, args.weight_dtype, 0, static_cast<int>(args.cols), start, aligned);
     return;
   }
 #pragma unroll
@@ -217,38 +213,39 @@ __device__ __forceinline__ void load_weight(float (&weight)[kGroups][kGroup], co
   }
 }
 
-// dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out, and dx and dresidual from it
+// dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out in place of dy; dx and dresidual from it
 template <typename X, typename R, int kGroups>
-__device__ __forceinline__ void store_dr(const Group<X> (&dy)[kGroups], const Group<R> (&r)[kGroups],
+__device__ __forceinline__ void store_dr(float (&dy)[kGroups][kGroup], const float (&r)[kGroups][kGroup],
                                          const float (&weight)[kGroups][kGroup], const RowStats& stats, float mean_wdy,
                                          float mean_wdy_xhat, const NormBwdArgs& args, int64_t row, int cols, int start,
                                          bool aligned) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      dy[g][i] = (weight[g][i] * dy[g][i] - mean_wdy - stats.xhat(r[g][i]) * mean_wdy_xhat) * stats.rstd;
+    }
+  }
+  if (args.dr_out != nullptr) {
+    float dr_out[kGroups][kGroup];
+    load_groups<R>(dr_out, args.dr_out, args.r_dtype, row * args.dr_out_stride, cols, start, aligned);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        dy[g][i] += dr_out[g][i];
+      }
+    }
+  }
+  if (args.dresidual != nullptr) {
+    store_groups<R>(dy, args.dresidual, args.r_dtype, row * args.cols, cols, start, aligned);
+  }
   const RowDropout dropout(args.dropout, row);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int first = start + g * blockDim.x * kGroup;
-    const int col = first + threadIdx.x * kGroup;
-    float dr[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float wdy = weight[g][i] * static_cast<float>(dy[g].value[i]);
-      const float xhat = stats.xhat(static_cast<float>(r[g].value[i]));
-      dr[i] = (wdy - mean_wdy - xhat * mean_wdy_xhat) * stats.rstd;
-    }
-    if (args.dr_out != nullptr) {
-      float dr_out[1][kGroup];
-      load_as_float<R>(dr_out, static_cast<const R*>(args.dr_out) + row * args.dr_out_stride, cols, first, aligned);
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        dr[i] += dr_out[0][i];
-      }
-    }
-    if (args.dresidual != nullptr) {
-      store_group(dr, static_cast<R*>(args.dresidual) + row * args.cols, cols, col, aligned);
-    }
-    dropout.apply(dr, col);
-    store_group(dr, static_cast<X*>(args.dx) + row * args.cols, cols, col, aligned);
+    dropout.apply(dy[g], first_col(start, g));
   }
+  store_groups<X>(dy, args.dx, args.x_dtype, row * args.cols, cols, start, aligned);
 }
 
 // The sums over the rows of the block go to row `chunk` of args.sums: dweight or dbias, by `which`.
@@ -278,10 +275,17 @@ __device__ __forceinline__ void store_sums(const float (&sum)[kGroups][kGroup], 
   }
 }
 
+// Registers decide how many blocks share a multiprocessor: 80 in 768 threads, 128 in 512.
+template <int kGroups>
+constexpr int kBwdBlock = kGroups == 1 ? kBwdThreads : kMaxThreads;
+template <int kGroups>
+constexpr int kBwdResidentThreads = kGroups == 1 ? 768 : 512;
+
 template <typename X, typename R, int kGroups>
-__global__ void __launch_bounds__(kMaxThreads) norm_bwd_kernel(NormBwdArgs args, bool aligned) {
+__global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroups> / kBwdBlock<kGroups>)
+    norm_bwd_kernel(NormBwdArgs args) {
   float weight[kGroups][kGroup];
-  load_weight(weight, args, 0, aligned);
+  load_weight(weight, args, 0, true);
   float dweight[kGroups][kGroup] = {};
   float dbias[kGroups][kGroup] = {};
 
@@ -290,27 +294,26 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_kernel(NormBwdArgs args,
     const int64_t row = first + threadIdx.y;
     const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;
     const RowStats stats(args, row);
-    Group<X> dy[kGroups];
-    Group<R> r[kGroups];
-    load_dy_and_r(dy, r, args, row, cols, 0, aligned);
+    float dy[kGroups][kGroup];
+    float r[kGroups][kGroup];
+    load_dy_and_r<X, R>(dy, r, args, row, cols, 0, true);
 
     float sums[2] = {0.f, 0.f};  // wdy, wdy * xhat
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        const float value = static_cast<float>(dy[g].value[i]);
-        const float xhat = stats.xhat(static_cast<float>(r[g].value[i]));
-        const float wdy = weight[g][i] * value;
+        const float xhat = stats.xhat(r[g][i]);
+        const float wdy = weight[g][i] * dy[g][i];
         sums[0] += wdy;
         sums[1] += wdy * xhat;
-        dweight[g][i] += value * xhat;
-        dbias[g][i] += value;
+        dweight[g][i] += dy[g][i] * xhat;
+        dbias[g][i] += dy[g][i];
       }
     }
     row_sum(sums);
     const float mean_wdy = args.mean != nullptr ? sums[0] / args.cols : 0.f;
-    store_dr(dy, r, weight, stats, mean_wdy, sums[1] / args.cols, args, row, cols, 0, aligned);
+    store_dr<X, R>(dy, r, weight, stats, mean_wdy, sums[1] / args.cols, args, row, cols, 0, true);
   }
 
   if (args.dweight != nullptr) {
@@ -321,39 +324,37 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_kernel(NormBwdArgs args,
   }
 }
 
-// dx and dresidual of one row a block, read twice.
-template <typename X, typename R>
+// dx and dresidual of rows of any width, alignment and dtype, walked over twice.
 __global__ void __launch_bounds__(kMaxThreads) norm_bwd_wide_kernel(NormBwdArgs args, bool aligned) {
-  const int64_t row = blockIdx.x;
-  const int cols = static_cast<int>(args.cols);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;
   const int step = blockDim.x * kGroup;
   const RowStats stats(args, row);
-  Group<X> dy[1];
-  Group<R> r[1];
+  float dy[1][kGroup];
+  float r[1][kGroup];
   float weight[1][kGroup];
 
   float sums[2] = {0.f, 0.f};
   for (int64_t start = 0; start < cols; start += step) {
-    load_dy_and_r(dy, r, args, row, cols, start, aligned);
+    load_dy_and_r<Dynamic, Dynamic>(dy, r, args, row, cols, start, aligned);
     load_weight(weight, args, start, aligned);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const float wdy = weight[0][i] * static_cast<float>(dy[0].value[i]);
+      const float wdy = weight[0][i] * dy[0][i];
       sums[0] += wdy;
-      sums[1] += wdy * stats.xhat(static_cast<float>(r[0].value[i]));
+      sums[1] += wdy * stats.xhat(r[0][i]);
     }
   }
   row_sum(sums);
-  const float mean_wdy = args.mean != nullptr ? sums[0] / cols : 0.f;
+  const float mean_wdy = args.mean != nullptr ? sums[0] / args.cols : 0.f;
   for (int64_t start = 0; start < cols; start += step) {
-    load_dy_and_r(dy, r, args, row, cols, start, aligned);
+    load_dy_and_r<Dynamic, Dynamic>(dy, r, args, row, cols, start, aligned);
     load_weight(weight, args, start, aligned);
-    store_dr(dy, r, weight, stats, mean_wdy, sums[1] / cols, args, row, cols, start, aligned);
+    store_dr<Dynamic, Dynamic>(dy, r, weight, stats, mean_wdy, sums[1] / args.cols, args, row, cols, start, aligned);
   }
 }
 
-// dweight and dbias of wide rows: a block owns a strip of 256 columns in the rows of one chunk.
-template <typename X, typename R>
+// dweight and dbias beside the kernel above: a block owns a strip of 256 columns in the rows of one chunk.
 __global__ void __launch_bounds__(kBwdThreads) norm_bwd_strip_kernel(NormBwdArgs args, bool aligned) {
   const int start = blockIdx.x * kStripLanes * kGroup;
   float dweight[1][kGroup] = {};
@@ -361,14 +362,13 @@ __global__ void __launch_bounds__(kBwdThreads) norm_bwd_strip_kernel(NormBwdArgs
   for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < args.rows;
        row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
     const RowStats stats(args, row);
-    Group<X> dy[1];
-    Group<R> r[1];
-    load_dy_and_r(dy, r, args, row, static_cast<int>(args.cols), start, aligned);
+    float dy[1][kGroup];
+    float r[1][kGroup];
+    load_dy_and_r<Dynamic, Dynamic>(dy, r, args, row, static_cast<int>(args.cols), start, aligned);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const float value = static_cast<float>(dy[0].value[i]);
-      dweight[0][i] += value * stats.xhat(static_cast<float>(r[0].value[i]));
-      dbias[0][i] += value;
+      dweight[0][i] += dy[0][i] * stats.xhat(r[0][i]);
+      dbias[0][i] += dy[0][i];
     }
   }
   store_sums(dweight, args, blockIdx.y, 0, start);
@@ -406,67 +406,62 @@ __global__ void __launch_bounds__(1024) norm_bwd_columns_kernel(NormBwdArgs args
 }
 
 template <typename X, typename R>
-int launch_fwd(const NormFwdArgs& args, cudaStream_t stream) {
-  const bool aligned = is_aligned({args.x, args.residual, args.weight, args.bias, args.y, args.r},
-                                  {args.cols, args.x_stride, args.residual_stride});
-  if constexpr (kCommon<X, R>) {
-    if (args.cols <= kFwdCols) {
-      const int groups = args.cols <= 32 * kGroup ? 1 : args.cols <= 64 * kGroup ? 2 : 4;
-      const dim3 block = row_block(args.cols, groups, kFwdThreads);
-      const auto grid = static_cast<unsigned>((args.rows + block.y - 1) / block.y);
-      const auto kernel = groups == 1   ? norm_fwd_kernel<X, R, 1>
-                          : groups == 2 ? norm_fwd_kernel<X, R, 2>
-                                        : norm_fwd_kernel<X, R, 4>;
-      kernel<<<grid, block, 0, stream>>>(args, aligned);
-      return cudaGetLastError();
-    }
-  }
-  const dim3 block(row_block(args.cols, 1, 1).x);
-  norm_fwd_wide_kernel<X, R><<<static_cast<unsigned>(args.rows), block, 0, stream>>>(args, aligned);
-  return cudaGetLastError();
+void launch_fwd(const NormFwdArgs& args, cudaStream_t stream) {
+  const int groups = args.cols <= 32 * kGroup ? 1 : args.cols <= 64 * kGroup ? 2 : 4;
+  const dim3 block = row_block(args.cols, groups, kFwdThreads);
+  const auto kernel = groups == 1   ? norm_fwd_kernel<X, R, 1>
+                      : groups == 2 ? norm_fwd_kernel<X, R, 2>
+                                    : norm_fwd_kernel<X, R, 4>;
+  kernel<<<blocks(args.rows, block.y), block, 0, stream>>>(args);
 }
 
-bool bwd_is_held(const NormBwdArgs& args) {
-  const bool common = args.x_dtype == args.r_dtype || args.r_dtype == DType::kFloat32;
-  return common && args.cols <= kBwdCols;
+bool is_aligned(const NormBwdArgs& args) {
+  return is_aligned({args.dy, args.dr_out, args.r, args.weight, args.dx, args.dresidual},
+                    {args.cols, args.dy_stride, args.dr_out_stride, args.r_stride});
 }
 
-int bwd_groups(int64_t cols) { return cols <= kBwdCols / 2 ? 1 : 2; }
+bool is_held(const NormBwdArgs& args) {
+  return args.cols <= kBwdCols && is_common(args.x_dtype, args.r_dtype) && is_aligned(args);
+}
+
+int bwd_groups(const NormBwdArgs& args) {
+  return args.cols <= kBwdThreads * kGroup ? 1 : 2;
+}
 
 template <typename X, typename R>
-int launch_bwd(const NormBwdArgs& args, cudaStream_t stream) {
-  const bool aligned = is_aligned({args.dy, args.dr_out, args.r, args.weight, args.dx, args.dresidual},
-                                  {args.cols, args.dy_stride, args.dr_out_stride, args.r_stride});
-  const auto chunks = static_cast<unsigned>(args.chunks);
-  if constexpr (kCommon<X, R>) {
-    if (bwd_is_held(args)) {
-      const int groups = bwd_groups(args.cols);
-      const dim3 block = row_block(args.cols, groups, kBwdThreads);
-      const size_t shared = sizeof(float) * kGroup * groups * block.x * block.y;
-      const auto kernel = groups == 1 ? norm_bwd_kernel<X, R, 1> : norm_bwd_kernel<X, R, 2>;
-      kernel<<<chunks, block, shared, stream>>>(args, aligned);
-      return cudaGetLastError();
-    }
-  }
-  const dim3 block(row_block(args.cols, 1, 1).x);
-  norm_bwd_wide_kernel<X, R><<<static_cast<unsigned>(args.rows), block, 0, stream>>>(args, aligned);
+void launch_bwd(const NormBwdArgs& args, cudaStream_t stream) {
+  const int groups = bwd_groups(args);
+  const dim3 block = row_block(args.cols, groups, kBwdThreads);
+  const size_t shared = sizeof(float) * kGroup * groups * block.x * block.y;
+  const auto kernel = groups == 1 ? norm_bwd_kernel<X, R, 1> : norm_bwd_kernel<X, R, 2>;
+  kernel<<<static_cast<unsigned>(args.chunks), block, shared, stream>>>(args);
+}
+
+void launch_bwd_wide(const NormBwdArgs& args, cudaStream_t stream) {
+  const bool aligned = is_aligned(args);
+  const dim3 block = row_block(args.cols, 1, kFwdThreads);
+  norm_bwd_wide_kernel<<<blocks(args.rows, block.y), block, 0, stream>>>(args, aligned);
   if (args.sums != nullptr) {
     const dim3 strip(kStripLanes, kBwdThreads / kStripLanes);
-    const auto strips = static_cast<unsigned>((args.cols + kStripLanes * kGroup - 1) / (kStripLanes * kGroup));
-    const size_t shared = sizeof(float) * kGroup * kBwdThreads;
-    norm_bwd_strip_kernel<X, R><<<dim3(strips, chunks), strip, shared, stream>>>(args, aligned);
+    const dim3 grid(blocks(args.cols, kStripLanes * kGroup), static_cast<unsigned>(args.chunks));
+    norm_bwd_strip_kernel<<<grid, strip, sizeof(float) * kGroup * kBwdThreads, stream>>>(args, aligned);
   }
-  return cudaGetLastError();
 }
 
 }  // namespace
 
 int norm_fwd_cuda(const NormFwdArgs& args, void* stream) {
-  return with_type(args.x_dtype, [&](auto x) {
-    return with_type(args.r_dtype, [&](auto r) {
-      return launch_fwd<decltype(x), decltype(r)>(args, static_cast<cudaStream_t>(stream));
-    });
-  });
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const bool aligned = is_aligned({args.x, args.residual, args.weight, args.bias, args.y, args.r},
+                                  {args.cols, args.x_stride, args.residual_stride});
+  if (aligned && args.cols <= kFwdCols && is_common(args.x_dtype, args.r_dtype)) {
+    with_common_types(args.x_dtype, args.r_dtype,
+                      [&](auto x, auto r) { launch_fwd<decltype(x), decltype(r)>(args, cuda_stream); });
+  } else {
+    const dim3 block = row_block(args.cols, 1, kFwdThreads);
+    norm_fwd_wide_kernel<<<blocks(args.rows, block.y), block, 0, cuda_stream>>>(args, aligned);
+  }
+  return cudaGetLastError();
 }
 
 int64_t norm_bwd_chunks_cuda(const NormBwdArgs& args) {
@@ -474,31 +469,33 @@ int64_t norm_bwd_chunks_cuda(const NormBwdArgs& args) {
   int multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (bwd_is_held(args)) {
-    const int groups = bwd_groups(args.cols);
+  if (is_held(args)) {
+    const int groups = bwd_groups(args);
     const dim3 block = row_block(args.cols, groups, kBwdThreads);
-    const int resident = std::max(1u, 512 / (block.x * block.y));
-    return std::min<int64_t>((args.rows + block.y - 1) / block.y, static_cast<int64_t>(multiprocessors) * resident);
+    const int threads = groups == 1 ? kBwdResidentThreads<1> : kBwdResidentThreads<2>;
+    const int resident = std::max(1u, threads / (block.x * block.y));
+    return std::min<int64_t>(blocks(args.rows, block.y), static_cast<int64_t>(multiprocessors) * resident);
   }
-  const int64_t strips = (args.cols + kStripLanes * kGroup - 1) / (kStripLanes * kGroup);
-  const int64_t rows = kBwdThreads / kStripLanes;
-  return std::clamp<int64_t>(4 * multiprocessors / strips, 1, (args.rows + rows - 1) / rows);
+  const unsigned rows = kBwdThreads / kStripLanes;
+  return std::clamp<int64_t>(4 * multiprocessors / blocks(args.cols, kStripLanes * kGroup), 1, blocks(args.rows, rows));
 }
 
 int norm_bwd_cuda(const NormBwdArgs& args, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const int error = with_type(args.x_dtype, [&](auto x) {
-    return with_type(args.r_dtype,
-                     [&](auto r) { return launch_bwd<decltype(x), decltype(r)>(args, cuda_stream); });
-  });
-  if (error == cudaSuccess && args.sums != nullptr) {
-    const dim3 grid(static_cast<unsigned>((args.cols + 31) / 32), 2);
-    norm_bwd_columns_kernel<<<grid, dim3(32, 32), 0, cuda_stream>>>(args);
-    return cudaGetLastError();
+  if (is_held(args)) {
+    with_common_types(args.x_dtype, args.r_dtype,
+                      [&](auto x, auto r) { launch_bwd<decltype(x), decltype(r)>(args, cuda_stream); });
+  } else {
+    launch_bwd_wide(args, cuda_stream);
   }
-  return error;
+  if (args.sums != nullptr) {
+    norm_bwd_columns_kernel<<<dim3(blocks(args.cols, 32), 2), dim3(32, 32), 0, cuda_stream>>>(args);
+  }
+  return cudaGetLastError();
 }
 
-const char* cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+const char* cuda_error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 }  // namespace fastattn
