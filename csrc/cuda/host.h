@@ -1,0 +1,63 @@
+#pragma once
+// What the wrapper files of the CUDA ops share. Host code only, compiled by the C++ compiler without a CUDA header, so
+// it compiles and links on a machine with no GPU and with a CPU-only torch.
+#define USE_CUDA 1  // exposes aoti_torch_get_current_cuda_stream, which lives in libtorch_cuda.so
+#include <torch/csrc/stable/accelerator.h>
+
+#include "check.h"
+
+namespace fastattn {
+
+using torch::stable::accelerator::DeviceGuard;
+
+// The current cudaStream_t of the tensor's device. accelerator::getCurrentStream().id() is not a cudaStream_t.
+inline void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+inline void check_launch(int error, const char* op) {
+  STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
+}
+
+// An uninitialised contiguous tensor on the device of `like`.
+inline Tensor empty_beside(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  return empty_on(device_type, like.get_device_index(), sizes, dtype);
+}
+
+inline void check_device(const std::optional<Tensor>& tensor, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(!tensor || tensor->device() == like.device(), name, " must be on the device of the first operand, ",
+                  like.get_device_index(), ", got device ", tensor->get_device_index());
+}
+
+// A parameter as the kernels read it: contiguous, in its own dtype, or null.
+class Parameter {
+ public:
+  Parameter(const std::optional<Tensor>& tensor, const Tensor& like, int64_t cols, const char* name) {
+    if (!tensor) {
+      return;
+    }
+    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == cols, name, " must have shape (", cols, "), got ",
+                    tensor->numel(), " elements in ", tensor->dim(), " dimensions");
+    check_device(tensor, like, name);
+    dtype = dtype_of(*tensor, name);
+    held_ = tensor->is_contiguous() ? tensor : torch::stable::contiguous(*tensor);
+    data = held_->const_data_ptr();
+  }
+
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+
+ private:
+  std::optional<Tensor> held_;
+};
+
+inline void check_width(int64_t cols) {
+  constexpr int64_t kWidest = int64_t{1} << 30;
+  STD_TORCH_CHECK(cols <= kWidest, "the last dimension must have at most ", kWidest, " elements, got ", cols);
+}
+
+}  // namespace fastattn
