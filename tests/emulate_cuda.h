@@ -1,0 +1,209 @@
+#pragma once
+// CUDA on one CPU thread, for tests: every thread of a block is a fiber, and runs until it must wait for others.
+// Divergence that a GPU does not forgive - a barrier or a shuffle that some threads do not reach - is an error here.
+// Memory order, timing and several blocks at once are not emulated.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __forceinline__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+static uint3 threadIdx, blockIdx;
+static dim3 blockDim, gridDim;
+
+namespace emulated {
+
+constexpr size_t kStack = 256 * 1024;
+enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kDone };
+
+struct Fiber {
+  ucontext_t start;  // enters the fiber once; after that _longjmp switches, which makes no system call
+  jmp_buf at;
+  bool entered = false;
+  std::vector<char> stack;
+  State state;
+  uint3 index;
+  float exchanged;
+};
+
+static std::vector<Fiber> fibers;
+static size_t fiber_count, current;
+static ucontext_t start_of_scheduler;
+static jmp_buf scheduler;
+static std::function<void()> body;
+static std::vector<float> dynamic_shared;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulated CUDA: %s, block %u %u, thread %u %u\n", what, blockIdx.x, blockIdx.y,
+               fibers[current].index.x, fibers[current].index.y);
+  std::abort();
+}
+
+inline void wait(State state) {
+  Fiber& fiber = fibers[current];
+  fiber.state = state;
+  if (_setjmp(fiber.at) == 0) {
+    _longjmp(scheduler, 1);
+  }
+}
+
+inline void enter() {
+  while (true) {  // the fiber serves this thread of every block to come
+    body();
+    wait(State::kDone);
+  }
+}
+
+inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) == 0) {
+    if (fiber.entered) {
+      _longjmp(fiber.at, 1);
+    }
+    fiber.entered = true;
+    swapcontext(&start_of_scheduler, &fiber.start);
+  }
+}
+
+// Whether all threads in [begin, end) wait in `state`; those that do are released together.
+inline bool release(size_t begin, size_t end, State state) {
+  for (size_t i = begin; i < end; ++i) {
+    if (fibers[i].state != state) {
+      return false;
+    }
+  }
+  for (size_t i = begin; i < end; ++i) {
+    fibers[i].state = State::kRuns;
+  }
+  return true;
+}
+
+inline void run_block(size_t shared_bytes) {
+  fiber_count = size_t{blockDim.x} * blockDim.y * blockDim.z;
+  fibers.resize(1024);  // the most a block has; never moved while fibers live on it
+  dynamic_shared.assign(shared_bytes / sizeof(float) + 1, NAN);
+  for (size_t i = 0; i < fiber_count; ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.state = State::kRuns;
+    fiber.index = {static_cast<unsigned>(i) % blockDim.x, static_cast<unsigned>(i) / blockDim.x, 0};
+    if (!fiber.entered) {
+      fiber.stack.resize(kStack);
+      getcontext(&fiber.start);
+      fiber.start.uc_stack.ss_sp = fiber.stack.data();
+      fiber.start.uc_stack.ss_size = kStack;
+      makecontext(&fiber.start, enter, 0);
+    }
+  }
+  while (true) {
+    size_t ran = 0;
+    size_t done = 0;
+    for (current = 0; current < fiber_count; ++current) {
+      if (fibers[current].state == State::kRuns) {
+        threadIdx = fibers[current].index;
+        resume(fibers[current]);
+        ++ran;
+      }
+      done += fibers[current].state == State::kDone;
+    }
+    if (done == fiber_count) {
+      return;
+    }
+    bool released = release(0, fiber_count, State::kWaitsForBlock);
+    for (size_t begin = 0; begin < fiber_count; begin += 32) {
+      released = release(begin, std::min(begin + 32, fiber_count), State::kWaitsForWarp) || released;
+    }
+    if (ran == 0 && !released) {
+      current = 0;
+      fail("a barrier or a shuffle is not reached by all threads");
+    }
+  }
+}
+
+template <typename Kernel>
+struct Launch {
+  Kernel kernel;
+  dim3 grid, block;
+  size_t shared;
+
+  template <typename... Args>
+  void operator()(Args... args) const {
+    gridDim = grid;
+    blockDim = block;
+    body = [&] { kernel(args...); };
+    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
+      for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+          run_block(shared);
+        }
+      }
+    }
+  }
+};
+
+// kernel<<<grid, block, shared, stream>>>(args) is rewritten to launch(kernel, grid, block, shared, stream)(args).
+template <typename Kernel>
+Launch<Kernel> launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t) {
+  if (grid.x == 0 || grid.y == 0 || block.x * block.y * block.z > 1024 || block.x * block.y * block.z == 0) {
+    std::fprintf(stderr, "emulated CUDA: invalid launch, grid %u %u, block %u %u\n", grid.x, grid.y, block.x, block.y);
+    std::abort();
+  }
+  return {kernel, grid, block, shared};
+}
+
+}  // namespace emulated
+
+inline void __syncthreads() {
+  emulated::wait(emulated::State::kWaitsForBlock);
+}
+
+inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
+  using namespace emulated;
+  if (mask != 0xffffffffu || fiber_count % 32 != 0) {
+    fail("a shuffle of less than whole warps");
+  }
+  fibers[current].exchanged = value;
+  wait(State::kWaitsForWarp);
+  const float other = fibers[current ^ offset].exchanged;
+  wait(State::kWaitsForWarp);
+  return other;
+}
+
+inline float rsqrtf(float value) {
+  return 1.f / std::sqrt(value);
+}
+template <typename A, typename B>
+std::common_type_t<A, B> min(A a, B b) {
+  return std::min<std::common_type_t<A, B>>(a, b);
+}
+
+extern "C" {
+inline cudaError_t emulated_get_device(int* device) {
+  return *device = 0, cudaSuccess;
+}
+inline cudaError_t emulated_get_attribute(int* value, cudaDeviceAttr, int) {
+  return *value = 2, cudaSuccess;
+}
+}
+#define cudaGetDevice emulated_get_device
+#define cudaDeviceGetAttribute emulated_get_attribute  // a device of two multiprocessors
+#define cudaGetLastError() cudaSuccess
+#define cudaGetErrorString(error) "emulated"

@@ -1,0 +1,84 @@
+"""The CUDA kernels and their wrappers as CPU ops, to test what they compute where there is no GPU.
+
+The sources in csrc/cuda are compiled by the C++ compiler against emulate_cuda.h. Only the launch syntax, the dispatch
+key and the stream are rewritten; CUDA's headers are needed for its types.
+"""
+
+import glob
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_SOURCES = ("norm.cu", "dropout.cu", "norm_ops.cpp", "dropout_ops.cpp")
+_OPS = ("norm_infer", "norm_fwd", "norm_bwd", "dropout_fwd")
+_REWRITES = (
+    (r"(\w+(?:<[^;<>]*(?:\([^()]*\))?[^;<>]*>)?)\s*<<<(.*?)>>>\s*\(", r"emulated::launch(\1, \2)("),
+    (r"extern __shared__ float (\w+)\[\];", r"float* \1 = emulated::dynamic_shared.data();"),
+    (r"STABLE_TORCH_LIBRARY_IMPL\(fastattn, CUDA", "STABLE_TORCH_LIBRARY_IMPL(fastattn_emulated, CPU"),
+)
+_PRELUDE = """
+#define USE_CUDA 1
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include "emulate_cuda.h"
+#define aoti_torch_get_current_cuda_stream(device, stream) (*(stream) = nullptr, 0)
+namespace emulated { struct NoGuard { explicit NoGuard(int) {} }; }
+#define DeviceGuard NoGuard
+namespace torch::stable::accelerator { using emulated::NoGuard; }
+"""
+
+
+def cuda_headers():
+    """The include directory of a CUDA toolkit, or None."""
+    nvcc = shutil.which("nvcc")
+    roots = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and os.path.dirname(os.path.dirname(nvcc))]
+    found = [os.path.join(r, "include") for r in roots if r and os.path.exists(f"{r}/include/cuda_bf16.h")]
+    return found[0] if found else None
+
+
+def unavailable():
+    """Why the kernels cannot be emulated here, or None."""
+    if shutil.which("g++") is None:
+        return "no g++"
+    return None if cuda_headers() else "no CUDA headers"
+
+
+def load():
+    """Compile, load and return the ops: the namespace torch.ops.fastattn_emulated."""
+    import fastattn  # noqa: F401  (its schemas are copied)
+
+    source = _PRELUDE
+    for name in _SOURCES:
+        with open(os.path.join(ROOT, "csrc/cuda", name), encoding="utf-8") as file:
+            text = file.read()
+        for pattern, replacement in _REWRITES:
+            text = re.sub(pattern, replacement, text, flags=re.S)
+        source += f'#line 1 "{name}"\n{text}'
+    headers = [*glob.glob(os.path.join(ROOT, "csrc/**/*.*h"), recursive=True), *glob.glob(os.path.join(ROOT, "tests/emulate_cuda.*"))]
+    parts = [source.encode(), torch.__version__.encode(), *(open(path, "rb").read() for path in sorted(headers))]
+    digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    build = os.path.join(ROOT, "build")
+    library = os.path.join(build, f"emulated_{digest}.so")
+    if not os.path.exists(library):
+        os.makedirs(build, exist_ok=True)
+        command = ["g++", "-x", "c++", "-", "-o", f"{library}.{os.getpid()}", "-shared", "-fPIC", "-std=c++20", "-O1"]
+        command += ["-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        command += [f"-I{ROOT}/{folder}" for folder in ("csrc", "csrc/cuda", "tests")]
+        torch_dir = os.path.dirname(torch.__file__)
+        command += ["-isystem", f"{torch_dir}/include", "-isystem", cuda_headers()]
+        command += [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch_cpu"]
+        done = subprocess.run(command, input=source, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr[-6000:]
+        os.replace(f"{library}.{os.getpid()}", library)
+    definitions = torch.library.Library("fastattn_emulated", "DEF")
+    for op in _OPS:
+        schema = str(getattr(torch.ops.fastattn, op).native._schema)
+        definitions.define(schema.removeprefix("fastattn::"))
+    load.definitions = definitions  # they live as long as the library object
+    torch.ops.load_library(library)
+    return torch.ops.fastattn_emulated
