@@ -7,6 +7,7 @@ key and the stream are rewritten; CUDA's headers are needed for its types.
 import glob
 import hashlib
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -54,13 +55,19 @@ def load():
 
     source = _PRELUDE
     for name in _SOURCES:
-        with open(os.path.join(ROOT, "csrc/cuda", name), encoding="utf-8") as file:
-            text = file.read()
+        text = pathlib.Path(ROOT, "csrc/cuda", name).read_text(encoding="utf-8")
         for pattern, replacement in _REWRITES:
             text = re.sub(pattern, replacement, text, flags=re.S)
         source += f'#line 1 "{name}"\n{text}'
-    headers = [*glob.glob(os.path.join(ROOT, "csrc/**/*.*h"), recursive=True), *glob.glob(os.path.join(ROOT, "tests/emulate_cuda.*"))]
-    parts = [source.encode(), torch.__version__.encode(), *(open(path, "rb").read() for path in sorted(headers))]
+    headers = [
+        *glob.glob(os.path.join(ROOT, "csrc/**/*.*h"), recursive=True),
+        *glob.glob(os.path.join(ROOT, "tests/emulate_cuda.*")),
+    ]
+    parts = [
+        source.encode(),
+        torch.__version__.encode(),
+        *(pathlib.Path(path).read_bytes() for path in sorted(headers)),
+    ]
     digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     build = os.path.join(ROOT, "build")
     library = os.path.join(build, f"emulated_{digest}.so")

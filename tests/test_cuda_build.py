@@ -1,0 +1,122 @@
+"""What the CUDA compiler made of csrc/cuda: registers, spills, wide loads and stores, and what _cuda.so depends on.
+
+Read from the logs of ptxas and from the objects that `python setup.py build_ext --inplace` leaves in build/.
+"""
+
+import collections
+import glob
+import os
+import re
+import shutil
+import struct
+import subprocess
+
+import pytest
+
+import fastattn
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LIBRARY = os.path.join(os.path.dirname(fastattn.__file__), "_cuda.so")
+
+# kernel -> registers a thread may use, which is what the launchers count on to fill a multiprocessor
+CEILINGS = {
+    "norm_fwd_kernel<1>": 40,
+    "norm_fwd_kernel<2>": 64,
+    "norm_fwd_kernel<4>": 128,
+    "norm_fwd_wide_kernel": 64,
+    "norm_bwd_kernel<1>": 80,
+    "norm_bwd_kernel<2>": 128,
+    "norm_bwd_wide_kernel": 64,
+    "norm_bwd_strip_kernel": 64,
+    "norm_bwd_columns_kernel": 32,
+    "dropout_kernel": 64,
+}
+OURS = ("norm", "dropout")  # the .cu files this table speaks of
+
+
+def built(pattern):
+    paths = [p for name in OURS for p in glob.glob(os.path.join(ROOT, f"build/temp*/csrc/cuda/{name}.{pattern}"))]
+    if not paths:
+        pytest.skip("the CUDA kernels were not built in this checkout (python setup.py build_ext --inplace, with nvcc)")
+    return paths
+
+
+def kernel_name(mangled):
+    """The kernel of a mangled name, with the number of groups a thread holds where that is a template argument."""
+    name = next(n for n in sorted(CEILINGS, key=len, reverse=True) if n.partition("<")[0] in mangled)
+    base = name.partition("<")[0]
+    groups = re.search(rf"{base}I.*Li(\d)E", mangled)
+    return f"{base}<{groups.group(1)}>" if groups else base
+
+
+def entries():
+    pattern = re.compile(
+        r"Compiling entry function '(\S+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
+        r" (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.S,
+    )
+    for path in built("o.log"):
+        with open(path, encoding="utf-8") as file:
+            for mangled, arch, *numbers in pattern.findall(file.read()):
+                yield (kernel_name(mangled), arch, *map(int, numbers))
+
+
+def test_no_kernel_spills_and_registers_stay_below_their_ceiling():
+    worst = collections.defaultdict(int)
+    for name, arch, stack, stores, loads, registers in entries():
+        assert (stack, stores, loads) == (0, 0, 0), f"{name} {arch}: {stack} bytes of stack, {stores} spilled"
+        worst[name] = max(worst[name], registers)
+    assert set(worst) == set(CEILINGS)
+    over = {name: (used, CEILINGS[name]) for name, used in worst.items() if used > CEILINGS[name]}
+    assert not over, f"registers used, allowed: {over}"
+
+
+def cuobjdump():
+    triton = pytest.importorskip("triton.backends.nvidia", reason="Triton, whose wheel has cuobjdump, is not installed")
+    path = os.path.join(os.path.dirname(triton.__file__), "bin", "cuobjdump")
+    return path if os.path.exists(path) else shutil.which("cuobjdump") or pytest.skip("no cuobjdump")
+
+
+def test_held_rows_are_loaded_and_stored_16_bytes_at_a_time():
+    objects = [path for path in built("o") if path.endswith("norm.o")]
+    done = subprocess.run([cuobjdump(), "-sass", "-arch", "sm_90a", *objects], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = 0
+    for function in done.stdout.split("Function : ")[1:]:
+        mangled = function.split(maxsplit=1)[0]
+        name = kernel_name(mangled)
+        if not name.startswith(("norm_fwd_kernel", "norm_bwd_kernel")):
+            continue
+        seen += 1
+        code = re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*)", function)
+        wide = collections.Counter(op for op, suffix in code if ".128" in suffix)
+        narrow = [op + suffix for op, suffix in code if re.search(r"\.[US](8|16)\b", suffix)]
+        # x, residual, weight and bias in three dtypes; y and r
+        assert wide["LDG"] >= 4, f"{mangled}: {wide['LDG']} wide loads"
+        assert wide["STG"] >= 2, f"{mangled}: {wide['STG']} wide stores"
+        assert not narrow, f"{mangled}: {narrow}"
+    assert seen == 25  # 5 pairs of dtypes, 3 forward and 2 backward widths
+
+
+def needed_libraries(path):
+    """DT_NEEDED of a 64-bit little-endian ELF file."""
+    with open(path, "rb") as file:
+        data = file.read()
+    header_offset, header_size, header_count = (
+        struct.unpack_from("<Q", data, 40)[0],
+        struct.unpack_from("<H", data, 58)[0],
+        struct.unpack_from("<H", data, 60)[0],
+    )
+    sections = [struct.unpack_from("<IIQQQQIIQQ", data, header_offset + i * header_size) for i in range(header_count)]
+    dynamic = next(s for s in sections if s[1] == 6)
+    strings = sections[dynamic[6]][4]
+    tags = [struct.unpack_from("<qQ", data, dynamic[4] + i) for i in range(0, dynamic[5], 16)]
+    return [data[strings + v : data.index(b"\0", strings + v)].decode() for tag, v in tags if tag == 1]
+
+
+def test_cuda_library_needs_torch_but_no_cuda_runtime():
+    if not os.path.exists(LIBRARY):
+        pytest.skip("_cuda.so was not built")
+    needed = needed_libraries(LIBRARY)
+    assert "libtorch_cuda.so" in needed
+    assert not [name for name in needed if name.startswith(("libcudart", "libcuda.", "libc10", "libpython"))]

@@ -1,0 +1,230 @@
+"""The raw norm and dropout ops of the GPU kernels against the reference in fp64.
+
+triton: on a GPU, or on CPU tensors in a process with TRITON_INTERPRET=1. native: on a GPU. emulated: the sources of the
+native kernels and their wrappers, compiled for the CPU, where there is no GPU.
+"""
+
+import random
+
+import emulate_cuda
+import pytest
+import torch
+from memory_guard import guarded
+from oracle import BACKWARD, assert_accurate
+
+import fastattn
+from fastattn import reference
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+
+
+class Kernels:
+    def __init__(self, name, namespace, overload):
+        self.name = name
+        for op in ("norm_infer", "norm_fwd", "norm_bwd", "dropout_fwd"):
+            setattr(self, op, getattr(getattr(namespace, op), overload))
+
+
+@pytest.fixture(scope="module", params=[pytest.param("triton", marks=pytest.mark.interpreter), "native", "emulated"])
+def kernels(request):
+    if request.param == "emulated":
+        reason = emulate_cuda.unavailable()
+        if reason or DEVICE == "cuda":
+            pytest.skip(reason or "there is a GPU: the native kernels run on it")
+        return Kernels("emulated", emulate_cuda.load(), "native")
+    reason = fastattn.backends()[DEVICE][request.param]
+    if request.param == "native" and DEVICE == "cpu":
+        pytest.skip("no GPU")
+    if reason != "available":
+        pytest.skip(f"{request.param} cannot run here: {reason}")
+    return Kernels(request.param, torch.ops.fastattn, request.param)
+
+
+def skip_unreliable(kernels, *dtypes):
+    if kernels.name == "triton" and DEVICE == "cpu" and BF16 in dtypes:
+        pytest.skip("the interpreter truncates when it stores bf16")
+
+
+class Case:
+    """Operands of one call, and what the reference makes of them in fp64 and PyTorch in their own dtypes."""
+
+    def __init__(
+        self, rows, cols, x=FP32, residual=None, weight=FP32, bias=FP32, rms=False, p=0.0, dr_out=True, seed=0
+    ):
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape, dtype):
+            return None if dtype is None else torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+        self.x, self.residual = randn(rows, cols, dtype=x) * 3 + 1, randn(rows, cols, dtype=residual)
+        self.weight, self.bias = randn(cols, dtype=weight), randn(cols, dtype=None if rms else bias)
+        self.rng = torch.tensor([seed * 7919 - 2**45, 2**33 + seed], device=DEVICE) if p else None
+        self.rms, self.p = rms, p
+        self.plain = residual is None and not p
+        self.dy = randn(rows, cols, dtype=x)
+        self.dr_out = None if self.plain or not dr_out else randn(rows, cols, dtype=residual or x)
+
+    def arguments(self):
+        return self.x, self.residual, self.weight, self.bias, self.rng, self.p, EPS, self.rms
+
+    def expected(self, dtype=None):
+        """y, r and (dx, dresidual, dweight, dbias) of the reference, computed in `dtype` if given."""
+        leaves = [
+            None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
+            for t in (self.x, self.residual, self.weight, self.bias)
+        ]
+        x, residual, weight, bias = leaves
+        y, r = reference.norm(x, residual, weight, bias, eps=EPS, rms=self.rms, dropout_p=self.p, rng=self.rng)
+        outputs, douts = [y], [self.dy.to(y.dtype)]
+        if self.dr_out is not None:
+            outputs, douts = [y, r], [self.dy.to(y.dtype), self.dr_out.to(r.dtype)]
+        wanted = [t for t in leaves if t is not None]
+        grads = iter(torch.autograd.grad(outputs, wanted, douts, allow_unused=True))
+        dx, dresidual, dweight, dbias = [None if t is None else next(grads) for t in leaves]
+        return y.detach(), r.detach(), (dx, dresidual, dweight, dbias)
+
+    def statistics(self, r):
+        r = r.double()
+        mean = r.mean(-1)
+        rstd = ((r if self.rms else r - mean[:, None]).square().mean(-1) + EPS).rsqrt()
+        return (rstd[None] if self.rms else torch.stack((mean, rstd))).float()
+
+    def check(self, kernels):
+        y, r, stats = kernels.norm_fwd(*self.arguments())
+        assert torch.equal(kernels.norm_infer(*self.arguments()), y)
+        y64, r64, grads64 = self.expected(torch.float64)
+        y_own, r_own, grads_own = self.expected()
+        assert_accurate(y, y64, y_own, what="y")
+        if self.plain:
+            assert r.shape == (0,)
+        else:
+            assert_accurate(r, r64, r_own, what="r")
+        saved = self.x if self.plain else r
+        torch.testing.assert_close(stats, self.statistics(saved), rtol=1e-5, atol=1e-5)
+        grads = kernels.norm_bwd(
+            self.dy, self.dr_out, saved, self.weight, stats, self.rng, self.p, self.rms,
+            self.residual is not None, self.weight is not None, self.bias is not None,
+        )  # fmt: skip
+        names = ("dx", "dresidual", "dweight", "dbias")
+        for name, got, exact, own in zip(names, grads, grads64, grads_own, strict=True):
+            if exact is None:
+                assert got.shape == (0,), name
+            else:
+                own = own.to(got.dtype)  # dbias comes in the dtype of the weight
+                assert_accurate(got, exact, own, factor=BACKWARD, what=name)
+        return y, r, stats, *grads
+
+
+# widths on both sides of every boundary of the kernels' tables; 8192 < and 16384 < are walked over in pieces
+@pytest.mark.parametrize(
+    ("rows", "cols"),
+    [(1, 1), (3, 8), (17, 64), (5, 100), (9, 128), (7, 264), (6, 768), (5, 1000), (3, 1023), (3, 2048), (2, 2056),
+     (2, 4096), (2, 8200), (1, 16400)],
+)  # fmt: skip
+def test_widths(kernels, rows, cols):
+    Case(rows, cols, FP32, FP32, p=0.1, seed=cols).check(kernels)
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("p", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize(
+    ("x", "residual"),
+    [(FP32, None), (FP16, None), (BF16, None), (FP32, FP32), (FP16, FP16), (BF16, BF16), (FP16, FP32), (BF16, FP32),
+     (FP32, FP16), (FP16, BF16), (BF16, FP16)],
+)  # fmt: skip
+def test_dtypes(kernels, x, residual, p, rms):
+    skip_unreliable(kernels, x, residual)
+    Case(11, 136, x, residual, weight=residual or x, bias=FP32, rms=rms, p=p, seed=7).check(kernels)
+
+
+def test_random_cases(kernels):
+    for seed in range(20):
+        r = random.Random(seed)
+        x, residual, weight, bias = (r.choice(c) for c in ([FP32, FP16], [None, FP32, FP16], *[[None, FP32, FP16]] * 2))
+        rows, cols, rms = r.randint(8, 70), r.randint(1, 600), r.random() < 0.5
+        case = Case(rows, cols, x, residual, weight, bias, rms, r.choice([0.0, 0.1, 0.9]), r.random() < 0.5, seed)
+        try:
+            case.check(kernels)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {rows}x{cols} {x} {residual} {weight} {bias} rms={rms}") from error
+
+
+@pytest.mark.parametrize("cols", [96, 100])
+@pytest.mark.parametrize(("offset", "gap"), [(0, 8), (1, 3), (0, 0)])
+def test_nothing_outside_the_operands_is_read(kernels, cols, offset, gap):
+    case = Case(13, cols, FP32, FP32, p=0.1)
+    want = case.check(kernels)
+    for name in ("x", "residual", "dy", "dr_out"):
+        setattr(case, name, guarded(getattr(case, name), offset, gap))
+    case.weight, case.bias = (guarded(t[None], offset)[0] for t in (case.weight, case.bias))
+    for got, expected in zip(case.check(kernels), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # another path may round differently
+
+
+def test_expanded_operands(kernels):
+    case = Case(6, 64, FP32, FP32, p=0.1)
+    case.x, case.dy = case.x[:1].expand(6, 64), case.dy[:, :1].expand(6, 64)
+    case.residual = case.residual[:, ::2].repeat(1, 2).t().contiguous().t()
+    case.weight = case.weight[:1].expand(64)
+    y, r, stats = kernels.norm_fwd(*case.arguments())
+    dense = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in case.arguments()]
+    for got, want in zip((y, r, stats), kernels.norm_fwd(*dense), strict=True):
+        assert torch.equal(got, want)
+    rest = (stats, case.rng, case.p, case.rms, True, True, True)
+    got = kernels.norm_bwd(case.dy, case.dr_out.t().contiguous().t(), r, case.weight, *rest)
+    want = kernels.norm_bwd(case.dy.contiguous(), case.dr_out, r, case.weight.contiguous(), *rest)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (4, 0)])
+def test_empty(kernels, shape):
+    x, cols = torch.empty(shape, device=DEVICE), shape[-1]
+    rows = 0
+    weight = torch.ones(cols, device=DEVICE)
+    y, r, stats = kernels.norm_fwd(x, x, weight, None, None, 0.0, EPS, False)
+    assert (y.shape, r.shape, stats.shape) == (shape, shape, (2, rows))
+    grads = kernels.norm_bwd(x, None, r, weight, stats, None, 0.0, False, True, True, True)
+    assert [tuple(g.shape) for g in grads] == [shape, shape, (cols,), (cols,)]
+    assert not grads[2].any()
+    assert not grads[3].any()
+
+
+def test_more_dimensions_and_no_optional_gradient(kernels):
+    case = Case(12, 40, FP32, FP32)
+    flat = kernels.norm_fwd(*case.arguments())
+    shaped = kernels.norm_fwd(case.x.view(2, 3, 2, 40), case.residual.view(2, 3, 2, 40), *case.arguments()[2:])
+    assert shaped[0].shape == (2, 3, 2, 40)
+    assert torch.equal(shaped[0].view(12, 40), flat[0])
+    dx, *others = kernels.norm_bwd(case.dy, None, flat[1], case.weight, flat[2], None, 0.0, False, False, False, False)
+    assert [tuple(t.shape) for t in others] == [(0,)] * 3
+    full = kernels.norm_bwd(case.dy, None, flat[1], case.weight, flat[2], None, 0.0, False, True, True, True)
+    assert torch.equal(dx, full[0])
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(3, 8), (5, 100), (300, 7), (2, 4100)])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_dropout_keeps_what_the_reference_keeps(kernels, rows, cols, p):
+    rng = torch.tensor([-(2**40) + cols, 2**35 + 3], device=DEVICE)
+    out = kernels.dropout_fwd(torch.ones(rows, cols, device=DEVICE), None, rng, p)
+    row = torch.arange(rows, device=DEVICE)
+    keep = reference.philox_keep(rng, p, row, row >> 32, cols)
+    assert torch.equal(out, keep * torch.tensor(reference.dropout_scale(p), device=DEVICE))
+
+
+@pytest.mark.parametrize(("x", "residual"), [(FP32, FP32), (FP16, FP32), (FP32, FP16), (BF16, BF16)])
+def test_dropout_with_residual(kernels, x, residual):
+    skip_unreliable(kernels, x, residual)
+    case = Case(9, 72, x, residual, p=0.3)
+    args = case.x, case.p, case.residual, case.rng
+    exact = reference.dropout(case.x.double(), case.p, case.residual.double(), case.rng)
+    assert_accurate(kernels.dropout_fwd(case.x, case.residual, case.rng, case.p), exact, reference.dropout(*args))
+
+
+def test_rounding_of_r_comes_before_the_statistics(kernels):
+    case = Case(4, 64, FP32, FP16, p=0.1)
+    y, r, _ = kernels.norm_fwd(*case.arguments())
+    again = kernels.norm_infer(r.float(), None, case.weight, case.bias, None, 0.0, EPS, False)
+    torch.testing.assert_close(y, again, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,78 @@
+"""The Triton kernels of norm and dropout compile for the GPUs we name, without spills and with wide loads and stores.
+
+Every row of the kernels' tables is compiled once, with dtype and architecture rotating, the largest for every
+architecture. FASTATTN_AOT=all compiles every row for every dtype and architecture (some minutes).
+"""
+
+import itertools
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+import aot
+from fastattn.kernels import dropout, norm
+
+ARCHS = (80, 90, 100)
+DTYPES = (("*bf16", "*bf16"), ("*fp16", "*fp32"), ("*fp32", "*fp32"))  # of x and of the residual
+SIZES = dict.fromkeys(
+    ("rows", "cols", "x_stride", "residual_stride", "dy_stride", "dr_out_stride", "r_stride", "threshold", "programs"),
+    "i32",
+)
+FP32 = dict.fromkeys(("scale", "eps"), "fp32") | {"stats_ptr": "*fp32", "rng_ptr": "*i64"}
+PARTIALS = dict.fromkeys(("dweight_ptr", "dbias_ptr", "dweight_partials_ptr", "dbias_partials_ptr"), "*fp32")
+
+
+SUMS = ("norm_bwd_strip_kernel", "add_up_kernel")
+
+
+def config(module, kernel, arch, dtypes, num_warps, **constants):
+    x, r = dtypes
+    types = SIZES | FP32 | PARTIALS | dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"), x)
+    types |= dict.fromkeys(("residual_ptr", "r_ptr", "dr_out_ptr", "dresidual_ptr", "out_ptr"), r)
+    types |= dict.fromkeys(("weight_ptr", "bias_ptr"), "*fp32" if x == "*fp32" else x)
+    if kernel.startswith("norm_"):
+        constants["RMS"] = False
+    return {"module": module.__name__, "kernel": kernel, "arch": arch, "num_warps": num_warps, "types": types,
+            "constants": constants}  # fmt: skip
+
+
+def configs(everything):
+    """One function (arch, dtypes) -> configuration per row of the tables; the last of a table is its largest."""
+    tables = [
+        [lambda a, d, n=n, m=m, w=w: config(norm, "norm_fwd_kernel", a, d, w, BLOCK_M=m, BLOCK_N=n)
+         for n, (m, w) in norm.FORWARD.items()],
+        [lambda a, d, n=n, m=m, w=w: config(norm, "norm_bwd_kernel", a, d, w, BLOCK_M=m, BLOCK_N=n)
+         for n, (m, w) in norm.BACKWARD.items()],
+        [lambda a, d: config(norm, "norm_fwd_wide_kernel", a, d, norm.WIDE_WARPS, BLOCK_N=norm.WIDE_BLOCK_N)],
+        [lambda a, d: config(norm, "norm_bwd_wide_kernel", a, d, norm.WIDE_WARPS, BLOCK_N=norm.WIDE_BLOCK_N)],
+        [lambda a, d: config(norm, "norm_bwd_strip_kernel", a, d, norm.STRIP_WARPS, BLOCK_M=norm.STRIP_M,
+                             BLOCK_N=norm.STRIP_N)],
+        [lambda a, d: config(norm, "add_up_kernel", a, d, norm.SUM_WARPS, BLOCK_M=norm.SUM_M, BLOCK_N=norm.SUM_N)],
+        [lambda a, d, n=n: config(dropout, "dropout_kernel", a, d, dropout.WARPS, BLOCK_M=dropout.TILE // n, BLOCK_N=n)
+         for n in dropout.WIDTHS],
+    ]  # fmt: skip
+    if everything:
+        return [make(a, d) for table in tables for make in table for a in ARCHS for d in DTYPES]
+    archs, dtypes = itertools.cycle(ARCHS), itertools.cycle(DTYPES)
+    rows = [make(next(archs), next(dtypes)) for table in tables for make in table]
+    rows += [table[-1](a, DTYPES[0]) for table in tables[:2] for a in ARCHS]
+    return rows
+
+
+def test_every_configuration_compiles_without_spills_and_with_wide_accesses():
+    wanted = configs(os.environ.get("FASTATTN_AOT") == "all")
+    compiled = aot.compile_all(wanted, timeout=3000 if len(wanted) > 50 else 500)
+    assert len(compiled) == len(wanted)
+    failures = []
+    for c in compiled:
+        block = " ".join(f"{name}={value}" for name, value in c["constants"].items() if name.startswith("BLOCK"))
+        title = f"{c['kernel']} sm_{c['arch']} {c['types']['x_ptr']}/{c['types']['r_ptr']} {block}"
+        used = {name: c.get(name, 0) for name in ("registers", "stack", "LDG.128", "STG.128", "LDL", "STL")}
+        print(f"{title}: {used}")
+        spills = c["stack"] or c.get("STL") or c.get("LDL") or c["registers"] > 255
+        # sums over rows end with about one fp32 number a thread
+        narrow = not c.get("LDG.128") or not (c.get("STG.128") or c["kernel"] in SUMS)
+        if spills or narrow:
+            failures.append(f"{title}: {used}")
+    assert not failures, "\n".join(failures)
