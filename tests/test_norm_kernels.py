@@ -27,7 +27,7 @@ class Kernels:
             setattr(self, op, getattr(getattr(namespace, op), overload))
 
 
-@pytest.fixture(scope="module", params=[pytest.param("triton", marks=pytest.mark.interpreter), "native", "emulated"])
+@pytest.fixture(scope="module", params=["triton", "native", "emulated"])
 def kernels(request):
     if request.param == "emulated":
         reason = emulate_cuda.unavailable()

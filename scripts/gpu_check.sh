@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, on a machine that may have no network: what loads, tests, benchmarks, sanitizer.
+#
+#   scripts/gpu_check.sh [--force] [PART ...]      all parts by default, the most telling first:
+#     info       versions, device, which backends are there and why others are not
+#     tests      streams, graphs, sizes beyond 32 bits, and the ops' numbers on CUDA
+#     bench      norm side by side with PyTorch
+#     sanitizer  memcheck, racecheck, initcheck and synccheck on small cases
+#
+# Wheels in dist/ are used as they are (scripts/build_wheel.sh makes ours on a machine without a GPU; pytest and
+# pytest-benchmark may lie beside it); without them the kernels are built here, which takes nvcc, ninja and pybind11.
+# Each part ends within nine minutes. A part that passed is not run again unless --force is given. Results, one JSON and
+# one log a part, go to $OUT if that is set, else to benchmarks/results/gpu. PYTHON names the interpreter.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+python=${PYTHON:-python3}
+results=${OUT:-$root/benchmarks/results/gpu}
+site=${TMPDIR:-/tmp}/fastattn_gpu_check
+limit=540
+force=
+parts=()
+for argument in "$@"; do
+  case $argument in
+    --force) force=1 ;;
+    info | tests | bench | sanitizer) parts+=("$argument") ;;
+    *) echo "gpu_check: expected info, tests, bench, sanitizer or --force, got '$argument'" >&2 && exit 2 ;;
+  esac
+done
+[ ${#parts[@]} -gt 0 ] || parts=(info tests bench sanitizer)
+mkdir -p "$results"
+
+wheels=(dist/*.whl)
+if [ -e "${wheels[0]}" ]; then
+  "$python" -m pip install --quiet --no-deps --no-index --no-compile --upgrade --target "$site" "${wheels[@]}" || exit 1
+  export PYTHONPATH=$site
+else
+  "$python" setup.py -q build_ext --inplace || exit 1
+  export PYTHONPATH=$root
+fi
+export FASTATTN_REQUIRE=native,triton
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+status=0
+
+# run_part NAME COMMAND...: its log, and what a reader of the result needs to know
+run_part() {
+  local name=$1 code started=$SECONDS
+  shift
+  timeout "$limit" "$@" 2>&1 | tee "$results/$name.log"
+  code=${PIPESTATUS[0]}
+  "$python" -P - "$results/$name.json" "$name" "$code" $((SECONDS - started)) "$commit" <<'END'
+import json
+import sys
+
+import torch
+
+path, part, code, seconds, commit = sys.argv[1:]
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+facts = {"part": part, "exit_code": int(code), "seconds": int(seconds), "commit": commit, "gpu": gpu}
+with open(path, "w", encoding="utf-8") as file:
+    json.dump(facts | {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}, file)
+END
+  echo "gpu_check: $name ended with $code after $((SECONDS - started)) s"
+  [ "$code" -eq 0 ] || status=1
+}
+
+info() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader &&
+    "$python" -P -c 'import fastattn; from fastattn._info import report; print(report())' &&
+    "$python" -P -c '
+import fastattn, torch
+assert torch.cuda.is_available(), "torch sees no CUDA device"
+for name in ("native", "triton"):
+    reason = fastattn.backends()["cuda"][name]
+    assert reason == "available", f"{name}: {reason}"
+x = torch.randn(1000, 1024, device="cuda")
+for name in ("native", "triton"):
+    torch.testing.assert_close(fastattn.layer_norm(x, backend=name), torch.nn.functional.layer_norm(x, (1024,)))
+    print(name, "computes layer_norm")
+'
+}
+
+sanitizer() {
+  local tool code=0
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed" && return 1; }
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck initcheck synccheck; do
+    echo "[$tool]"
+    timeout 130 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -P -m pytest -q -p no:cacheprovider tests/test_norm_kernels.py \
+      -k "test_widths and (17-64 or 5-100 or 6-768 or 2-2056) or test_dropout_keeps and 5-100" || code=1
+  done
+  return $code
+}
+export -f info sanitizer
+export python
+
+for part in "${parts[@]}"; do
+  if [ -z "$force" ] && grep -qs '"exit_code": 0' "$results/$part.json" && grep -qs "\"$commit\"" "$results/$part.json"
+  then
+    echo "gpu_check: $part passed before"
+    continue
+  fi
+  case $part in
+    tests)
+      run_part tests "$python" -P -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_norm_kernels.py \
+        tests/test_norm.py -k "not cpu"
+      ;;
+    bench)
+      run_part bench "$python" -P -m pytest -q -p no:cacheprovider benchmarks/test_norm.py \
+        --benchmark-json "$results/bench_norm.json"
+      ;;
+    *) run_part "$part" bash -c "$part" ;;
+  esac
+done
+exit $status

@@ -1,0 +1,178 @@
+"""What only a GPU can show: streams, graphs, devices, sizes beyond 32 bits, and that nothing waits for the host.
+
+The numbers of the ops on CUDA tensors are tested in the files of the ops, whose fixtures include the device.
+"""
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+RAW = torch.ops.fastattn
+BACKENDS = ("native", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    reason = fastattn.backends()["cuda"][request.param]
+    if reason != "available":
+        pytest.skip(reason)
+    with fastattn.use_backend(request.param):
+        yield request.param
+
+
+def operands(rows=512, cols=1024, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    return randn(rows, cols), randn(rows, cols), randn(cols), randn(cols), randn(rows, cols)
+
+
+def step(x, residual, weight, bias, dy, rng, backend):
+    """Forward and backward on the raw ops."""
+    y, r, stats = getattr(RAW.norm_fwd, backend)(x, residual, weight, bias, rng, 0.1, 1e-5, False)
+    grads = getattr(RAW.norm_bwd, backend)(dy, dy, r, weight, stats, rng, 0.1, False, True, True, True)
+    dropped = getattr(RAW.dropout_fwd, backend)(x, residual, rng, 0.1)
+    return y, r, stats, *grads, dropped
+
+
+def new_rng(seed=1):
+    return torch.tensor([seed, seed + 2**34], device="cuda")
+
+
+def assert_same(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_automatic_choice_is_native():
+    x = torch.randn(4, 64, device="cuda")
+    assert "native: runs" in fastattn.explain("layer_norm", x)
+
+
+def test_other_stream(backend):
+    inputs = operands()
+    want = step(*inputs, new_rng(), backend)
+    stale = [torch.zeros_like(t) for t in inputs]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read the zeros
+        for old, new in zip(stale, inputs, strict=True):
+            old.copy_(new)
+        got = step(*stale, new_rng(), backend)
+    stream.synchronize()
+    assert_same(got, want)
+
+
+def test_graph_replay_with_new_inputs(backend):
+    static, rng = operands(), new_rng()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(*static, rng, backend)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(*static, rng, backend)
+    for seed in (2, 3):
+        fresh = operands(seed=seed)
+        for old, new in zip(static, fresh, strict=True):
+            old.copy_(new)
+        rng.copy_(new_rng(seed))
+        graph.replay()
+        assert_same(outputs, step(*fresh, new_rng(seed), backend))
+
+
+def test_graph_replay_draws_dropout_anew(backend):
+    x = torch.ones(256, 512, device="cuda")
+    fastattn.dropout(x, 0.5)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fastattn.dropout(x, 0.5)
+    masks = []
+    for _ in range(3):
+        graph.replay()
+        masks.append(out != 0)
+    assert all(0.45 < mask.float().mean() < 0.55 for mask in masks)
+    assert not torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[1], masks[2])
+
+
+def test_no_synchronisation(backend):
+    inputs, rng = operands(), new_rng()
+    step(*inputs, rng, backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*inputs, rng, backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_same_bits_in_fifty_runs(backend):
+    inputs = operands(3000, 1536)
+    want = step(*inputs, new_rng(), backend)
+    for _ in range(50):
+        assert_same(step(*inputs, new_rng(), backend), want)
+
+
+def test_memory_is_given_back(backend):
+    inputs, rng = operands(), new_rng()
+    step(*inputs, rng, backend)
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        step(*inputs, rng, backend)
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_backends_continue_each_other():
+    if any(fastattn.backends()["cuda"][name] != "available" for name in BACKENDS):
+        pytest.skip("needs both backends")
+    x, residual, weight, bias, dy = operands(dtype=torch.float32)
+    rng = new_rng()
+    saved = [getattr(RAW.norm_fwd, b)(x, residual, weight, bias, rng, 0.3, 1e-5, False)[1:] for b in BACKENDS]
+    results = [
+        getattr(RAW.norm_bwd, b)(dy, None, r, weight, stats, rng, 0.3, False, True, True, True)
+        for r, stats in saved
+        for b in BACKENDS
+    ]
+    keep = reference.philox_keep(rng, 0.3, torch.arange(512, device="cuda"), torch.zeros_like(rng[:1]), 1024)
+    for dx, dresidual, dweight, dbias in results:
+        assert torch.equal(dx != 0, keep & (dresidual != 0))
+        for got, want in zip((dx, dresidual, dweight, dbias), results[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_tensors_on_a_device_that_is_not_current(backend):
+    inputs = operands()
+    want = step(*inputs, new_rng(), backend)
+    other = [t.to("cuda:1") for t in inputs]
+    assert torch.cuda.current_device() == 0
+    got = step(*other, new_rng().to("cuda:1"), backend)
+    assert_same([t.cpu() for t in got], [t.cpu() for t in want])
+
+
+def test_more_than_two_to_the_31_elements(backend):
+    rows, cols = 2**25 + 3, 72  # 2.4e9 elements
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("less than 24 GiB of GPU memory free")
+    x = torch.randn(3, cols, device="cuda").bfloat16()
+    weight = torch.randn(cols, device="cuda").bfloat16()
+    many = x[:1].expand(rows, cols)
+    y, _, stats = getattr(RAW.norm_fwd, backend)(many, None, weight, None, None, 0.0, 1e-5, False)
+    assert torch.equal(y[-1], y[0])
+    assert torch.equal(y[rows // 2], y[0])
+    dx, *_ = getattr(RAW.norm_bwd, backend)(
+        many, None, many, weight, stats, None, 0.0, False, False, True, True
+    )  # dy = x
+    assert torch.equal(dx[-1], dx[0])
+    del y, dx
+    out = getattr(RAW.dropout_fwd, backend)(many, None, new_rng(), 0.5)
+    last = torch.arange(rows - 64, rows, device="cuda")
+    keep = reference.philox_keep(new_rng(), 0.5, last, torch.zeros_like(last), cols)
+    assert torch.equal(out[-64:] != 0, keep & (x[0] != 0))
