@@ -196,6 +196,14 @@ __device__ __forceinline__ void load_dy_and_r(float (&dy)[kGroups][kGroup], floa
   load_groups<R>(r, args.r, args.r_dtype, row * args.r_stride, cols, start, aligned);
 }
 
+// 0 without one, by masked loads instead of a branch
+template <typename R, int kGroups>
+__device__ __forceinline__ void load_dr_out(float (&dr_out)[kGroups][kGroup], const NormBwdArgs& args, int64_t row,
+                                            int cols, int start, bool aligned) {
+  load_groups<R>(dr_out, args.dr_out, args.r_dtype, row * args.dr_out_stride, args.dr_out != nullptr ? cols : 0, start,
+                 aligned);
+}
+
 // 1 without a weight
 template <int kGroups>
 __device__ __forceinline__ void load_weight(float (&weight)[kGroups][kGroup], const NormBwdArgs& args, int start,
@@ -216,25 +224,15 @@ __device__ __forceinline__ void load_weight(float (&weight)[kGroups][kGroup], co
 // dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out in place of dy; dx and dresidual from it
 template <typename X, typename R, int kGroups>
 __device__ __forceinline__ void store_dr(float (&dy)[kGroups][kGroup], const float (&r)[kGroups][kGroup],
-                                         const float (&weight)[kGroups][kGroup], const RowStats& stats, float mean_wdy,
-                                         float mean_wdy_xhat, const NormBwdArgs& args, int64_t row, int cols, int start,
-                                         bool aligned) {
+                                         const float (&dr_out)[kGroups][kGroup], const float (&weight)[kGroups][kGroup],
+                                         const RowStats& stats, float mean_wdy, float mean_wdy_xhat,
+                                         const NormBwdArgs& args, int64_t row, int cols, int start, bool aligned) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      dy[g][i] = (weight[g][i] * dy[g][i] - mean_wdy - stats.xhat(r[g][i]) * mean_wdy_xhat) * stats.rstd;
-    }
-  }
-  if (args.dr_out != nullptr) {
-    float dr_out[kGroups][kGroup];
-    load_groups<R>(dr_out, args.dr_out, args.r_dtype, row * args.dr_out_stride, cols, start, aligned);
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        dy[g][i] += dr_out[g][i];
-      }
+      const float centered = weight[g][i] * dy[g][i] - mean_wdy - stats.xhat(r[g][i]) * mean_wdy_xhat;
+      dy[g][i] = centered * stats.rstd + dr_out[g][i];
     }
   }
   if (args.dresidual != nullptr) {
@@ -296,7 +294,9 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
     const RowStats stats(args, row);
     float dy[kGroups][kGroup];
     float r[kGroups][kGroup];
+    float dr_out[kGroups][kGroup];
     load_dy_and_r<X, R>(dy, r, args, row, cols, 0, true);
+    load_dr_out<R>(dr_out, args, row, cols, 0, true);  // here, not where it is used: all loads of a row fly together
 
     float sums[2] = {0.f, 0.f};  // wdy, wdy * xhat
 #pragma unroll
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
     }
     row_sum(sums);
     const float mean_wdy = args.mean != nullptr ? sums[0] / args.cols : 0.f;
-    store_dr<X, R>(dy, r, weight, stats, mean_wdy, sums[1] / args.cols, args, row, cols, 0, true);
+    store_dr<X, R>(dy, r, dr_out, weight, stats, mean_wdy, sums[1] / args.cols, args, row, cols, 0, true);
   }
 
   if (args.dweight != nullptr) {
@@ -333,6 +333,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_wide_kernel(NormBwdArgs 
   float dy[1][kGroup];
   float r[1][kGroup];
   float weight[1][kGroup];
+  float dr_out[1][kGroup];
 
   float sums[2] = {0.f, 0.f};
   for (int64_t start = 0; start < cols; start += step) {
@@ -350,7 +351,9 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_wide_kernel(NormBwdArgs 
   for (int64_t start = 0; start < cols; start += step) {
     load_dy_and_r<Dynamic, Dynamic>(dy, r, args, row, cols, start, aligned);
     load_weight(weight, args, start, aligned);
-    store_dr<Dynamic, Dynamic>(dy, r, weight, stats, mean_wdy, sums[1] / args.cols, args, row, cols, start, aligned);
+    load_dr_out<Dynamic>(dr_out, args, row, cols, start, aligned);
+    store_dr<Dynamic, Dynamic>(dy, r, dr_out, weight, stats, mean_wdy, sums[1] / args.cols, args, row, cols, start,
+                               aligned);
   }
 }
 
