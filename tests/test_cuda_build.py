@@ -26,7 +26,7 @@ CEILINGS = {
     "norm_fwd_wide_kernel": 64,
     "norm_bwd_kernel<1>": 80,
     "norm_bwd_kernel<2>": 128,
-    "norm_bwd_wide_kernel": 64,
+    "norm_bwd_wide_kernel": 96,
     "norm_bwd_strip_kernel": 64,
     "norm_bwd_columns_kernel": 32,
     "dropout_kernel": 64,

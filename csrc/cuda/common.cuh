@@ -131,10 +131,10 @@ __device__ __forceinline__ float rounded(float value, DType dtype) {
   }
 }
 
-// The dropout of one row; (seed, offset) are read on the device, so that a CUDA graph draws anew in every replay.
-class RowDropout {
+// Dropout by position; (seed, offset) are read on the device, so that a CUDA graph draws anew in every replay.
+class DropoutMask {
  public:
-  __device__ RowDropout(const Dropout& dropout, int64_t row) : dropout_(dropout), row_(row) {
+  __device__ explicit DropoutMask(const Dropout& dropout) : dropout_(dropout) {
     if (dropout.rng != nullptr) {
       seed_ = static_cast<uint64_t>(dropout.rng[0]);
       offset_ = static_cast<uint32_t>(dropout.rng[1]);
@@ -142,12 +142,12 @@ class RowDropout {
   }
 
   // value = keep * scale * value for the eight columns from `col` on
-  __device__ __forceinline__ void apply(float (&value)[kGroup], int col) const {
+  __device__ __forceinline__ void apply(float (&value)[kGroup], int64_t row, int col) const {
     if (dropout_.rng == nullptr) {
       return;
     }
     const Philox4 counter = {
-        {static_cast<uint32_t>(col / kGroup), static_cast<uint32_t>(row_), static_cast<uint32_t>(row_ >> 32), offset_}};
+        {static_cast<uint32_t>(col / kGroup), static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), offset_}};
     const Philox4 random = philox4x32_10(counter, static_cast<uint32_t>(seed_), static_cast<uint32_t>(seed_ >> 32));
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -158,7 +158,6 @@ class RowDropout {
 
  private:
   const Dropout& dropout_;
-  int64_t row_;
   uint64_t seed_ = 0;
   uint32_t offset_ = 0;
 };

@@ -13,14 +13,14 @@ template <typename X, typename R>
 __global__ void __launch_bounds__(kThreads) dropout_kernel(DropoutArgs args, bool aligned) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;
-  const RowDropout dropout(args.dropout, row);
+  const DropoutMask dropout(args.dropout);
   for (int64_t start = 0; start < cols; start += blockDim.x * kGroup) {
     float out[1][kGroup];
     float residual[1][kGroup];
     load_groups<X>(out, args.x, args.x_dtype, row * args.x_stride, cols, start, aligned);
     load_groups<R>(residual, args.residual, args.out_dtype, row * args.residual_stride,
                    args.residual != nullptr ? cols : 0, start, aligned);
-    dropout.apply(out[0], first_col(start, 0));
+    dropout.apply(out[0], row, first_col(start, 0));
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       out[0][i] += residual[0][i];

@@ -24,7 +24,7 @@ constexpr int kStripLanes = 32;
 
 // r of one row, rounded; zero from column `cols` on. Without a residual its loads are masked, which needs no branch.
 template <typename X, typename R, int kGroups>
-__device__ __forceinline__ void load_r(float (&r)[kGroups][kGroup], const NormFwdArgs& args, const RowDropout& dropout,
+__device__ __forceinline__ void load_r(float (&r)[kGroups][kGroup], const NormFwdArgs& args, const DropoutMask& dropout,
                                        int64_t row, int cols, int start, bool aligned) {
   float residual[kGroups][kGroup];
   load_groups<X>(r, args.x, args.x_dtype, row * args.x_stride, cols, start, aligned);
@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_r(float (&r)[kGroups][kGroup], const NormFw
                  start, aligned);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    dropout.apply(r[g], first_col(start, g));
+    dropout.apply(r[g], row, first_col(start, g));
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       r[g][i] = rounded<R>(r[g][i] + residual[g][i], args.r_dtype);
@@ -125,7 +125,7 @@ template <typename X, typename R, int kGroups>
 __global__ void __launch_bounds__(kMaxThreads) norm_fwd_kernel(NormFwdArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;  // the threads of a row that is not there idle
-  const RowDropout dropout(args.dropout, row);
+  const DropoutMask dropout(args.dropout);
   float r[kGroups][kGroup];
   load_r<X, R>(r, args, dropout, row, cols, 0, true);
 
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_wide_kernel(NormFwdArgs 
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;
   const int step = blockDim.x * kGroup;
-  const RowDropout dropout(args.dropout, row);
+  const DropoutMask dropout(args.dropout);
   float r[1][kGroup];
 
   float mean = 0.f;
@@ -226,7 +226,8 @@ template <typename X, typename R, int kGroups>
 __device__ __forceinline__ void store_dr(float (&dy)[kGroups][kGroup], const float (&r)[kGroups][kGroup],
                                          const float (&dr_out)[kGroups][kGroup], const float (&weight)[kGroups][kGroup],
                                          const RowStats& stats, float mean_wdy, float mean_wdy_xhat,
-                                         const NormBwdArgs& args, int64_t row, int cols, int start, bool aligned) {
+                                         const NormBwdArgs& args, const DropoutMask& dropout, int64_t row, int cols,
+                                         int start, bool aligned) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -238,10 +239,9 @@ __device__ __forceinline__ void store_dr(float (&dy)[kGroups][kGroup], const flo
   if (args.dresidual != nullptr) {
     store_groups<R>(dy, args.dresidual, args.r_dtype, row * args.cols, cols, start, aligned);
   }
-  const RowDropout dropout(args.dropout, row);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    dropout.apply(dy[g], first_col(start, g));
+    dropout.apply(dy[g], row, first_col(start, g));
   }
   store_groups<X>(dy, args.dx, args.x_dtype, row * args.cols, cols, start, aligned);
 }
@@ -282,6 +282,7 @@ constexpr int kBwdResidentThreads = kGroups == 1 ? 768 : 512;
 template <typename X, typename R, int kGroups>
 __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroups> / kBwdBlock<kGroups>)
     norm_bwd_kernel(NormBwdArgs args) {
+  const DropoutMask dropout(args.dropout);
   float weight[kGroups][kGroup];
   load_weight(weight, args, 0, true);
   float dweight[kGroups][kGroup] = {};
@@ -313,7 +314,7 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
     }
     row_sum(sums);
     const float mean_wdy = args.mean != nullptr ? sums[0] / args.cols : 0.f;
-    store_dr<X, R>(dy, r, dr_out, weight, stats, mean_wdy, sums[1] / args.cols, args, row, cols, 0, true);
+    store_dr<X, R>(dy, r, dr_out, weight, stats, mean_wdy, sums[1] / args.cols, args, dropout, row, cols, 0, true);
   }
 
   if (args.dweight != nullptr) {
@@ -330,6 +331,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_wide_kernel(NormBwdArgs 
   const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;
   const int step = blockDim.x * kGroup;
   const RowStats stats(args, row);
+  const DropoutMask dropout(args.dropout);
   float dy[1][kGroup];
   float r[1][kGroup];
   float weight[1][kGroup];
@@ -352,8 +354,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_wide_kernel(NormBwdArgs 
     load_dy_and_r<Dynamic, Dynamic>(dy, r, args, row, cols, start, aligned);
     load_weight(weight, args, start, aligned);
     load_dr_out<Dynamic>(dr_out, args, row, cols, start, aligned);
-    store_dr<Dynamic, Dynamic>(dy, r, dr_out, weight, stats, mean_wdy, sums[1] / args.cols, args, row, cols, start,
-                               aligned);
+    store_dr<Dynamic, Dynamic>(dy, r, dr_out, weight, stats, mean_wdy, sums[1] / args.cols, args, dropout, row, cols,
+                               start, aligned);
   }
 }
 
