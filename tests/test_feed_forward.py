@@ -1,6 +1,7 @@
 import itertools
 import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -196,6 +197,17 @@ def test_compiles_to_one_graph(dynamic):
             y = f(*args)
             results.append((y, *gradients(y, args, torch.ones_like(y))))
         assert_close(results[1], results[0])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_inductor_compiles_products_of_any_size():
+    """Products above the size from which eager calls oneDNN, whose op inductor does not take."""
+    args = arguments((256, 256), 512)
+    compiled = torch.compile(lambda *args: call(args), fullgraph=True)
+    y = compiled(*args)
+    assert_close(y, call(args), rtol=1e-4, atol=1e-4)
+    expected = gradients(call(args), args, torch.ones_like(y))
+    assert_close(gradients(y, args, torch.ones_like(y)), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("gated", [False, True])
