@@ -16,13 +16,26 @@ Reference: fastattn.reference.norm; the backward with partial sums follows Trito
 import torch
 import triton
 import triton.language as tl
-
 from fastattn.kernels.common import (
-    as_rows, device_guard, dropout_constants, dropout_rows, persistent_programs, register,
+    as_rows,
+    device_guard,
+    dropout_constants,
+    dropout_rows,
+    persistent_programs,
+    register,
 )  # fmt: skip
 
 # columns rounded up to a power of two -> (BLOCK_M, num_warps); a wider row is looped over in blocks of the last width
-FORWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 8), 16384: (1, 16)}
+FORWARD = {
+    128: (16, 4),
+    256: (8, 4),
+    512: (4, 4),
+    1024: (2, 4),
+    2048: (1, 4),
+    4096: (1, 8),
+    8192: (1, 8),
+    16384: (1, 16),
+}
 BACKWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
 WIDE_BLOCK_N, WIDE_WARPS = 4096, 8
 STRIP_M, STRIP_N, STRIP_WARPS = 16, 256, 4  # dweight and dbias of wide rows
@@ -324,12 +337,8 @@ def norm_fwd(x, residual, weight, bias, rng, dropout_p, eps, rms):
     cols = x.shape[-1]
     plain = residual is None and rng is None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    r = torch.empty(
-        (0,) if plain else x.shape, dtype=x.dtype if residual is None else residual.dtype, device=x.device
-    )
-    stats = torch.empty(
-        (1 if rms else 2, x.numel() // cols if cols else 0), dtype=torch.float32, device=x.device
-    )
+    r = torch.empty((0,) if plain else x.shape, dtype=x.dtype if residual is None else residual.dtype, device=x.device)
+    stats = torch.empty((1 if rms else 2, x.numel() // cols if cols else 0), dtype=torch.float32, device=x.device)
     if y.numel():
         _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, y, None if plain else r, stats)
     return y, r, stats

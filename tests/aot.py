@@ -4,9 +4,9 @@ A process that used Triton's interpreter cannot compile, so tests run this file 
 
     python tests/aot.py '[{"kernel": "norm_fwd_kernel", ...}, ...]'      a JSON list of configurations; answers with one
 
-A configuration: module, kernel, arch, num_warps, types (name -> "*fp16", "i32", "fp32" ...), constants (name -> value,
-None for an absent pointer). Pointers and integers count as divisible by 16, as they are for usual sizes; without that
-loads are not vectorised.
+A configuration: module, kernel, arch, num_warps, num_stages (may be left out), types (name -> "*fp16", "i32", "fp32" ...,
+a list for a tuple), constants (name -> value, None for an absent pointer). Pointers and integers count as divisible by
+16, as they are for usual sizes; without that loads are not vectorised.
 """
 
 import collections
@@ -20,8 +20,8 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# global accesses with their width, shared memory, spills
-_INSTRUCTIONS = r"\b(LDG|STG)\.E(?:\.(?!SYS)[A-Z_]+)*?(?:\.(64|128|U8|U16|S8|S16))?(?:\.\w+)*\b|\b(LDS|STS|LDL|STL)\b"
+# global and shared accesses, spills, asynchronous copies, matrix products by generation
+_COUNTED = ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDGSTS", "UTMALDG", "HMMA", "HGMMA", "UTCHMMA")
 
 
 def resources(cubin):
@@ -39,7 +39,7 @@ def resources(cubin):
     counts = collections.Counter(
         ".".join([op.split(".")[0], *(part for part in op.split(".") if part in ("64", "128", "U8", "U16"))])
         for op in code
-        if op.split(".")[0] in ("LDG", "STG", "LDS", "STS", "LDL", "STL")
+        if op.split(".")[0] in _COUNTED
     )
     return {"registers": int(registers), "stack": int(stack), "instructions": len(code), **counts}
 
@@ -52,12 +52,20 @@ def compile_one(config):
 
     kernel = getattr(importlib.import_module(config["module"]), config["kernel"])
     names, constants = kernel.arg_names, config["constants"]
-    signature = {name: "constexpr" if name in constants else config["types"][name] for name in names}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] in "*i"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=divisible)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", config["arch"], 32), options={"num_warps": config["num_warps"]}
-    )
+    types = {name: tuple(t) if isinstance(t, list) else t for name, t in config["types"].items()}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    places = [
+        ((i, j), t)
+        for i, n in enumerate(names)
+        if n in types and n not in constants and isinstance(types[n], tuple)
+        for j, t in enumerate(types[n])
+    ]
+    places += [((i,), signature[n]) for i, n in enumerate(names) if isinstance(signature[n], str)]
+    divisible = {place: [["tt.divisibility", 16]] for place, t in places if t[0] in "*i"}
+    constants = {tuple(map(int, name.split("."))) if name[0].isdigit() else name: v for name, v in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    options = {name: config[name] for name in ("num_warps", "num_stages") if name in config}
+    compiled = triton.compile(source, target=GPUTarget("cuda", config["arch"], 32), options=options)
     return {**config, "shared": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
 
 
