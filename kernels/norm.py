@@ -1,3 +1,400 @@
-"""Norm."""
+"""LayerNorm and RMSNorm with the dropout and the residual add before them.
 
-import triton  # noqa: F401
+    r = keep * dropout_scale * x + residual       rounded to the dtype of the residual, or of x, before it is normalised
+    y = (r - mean) * rstd * weight + bias         rms: mean = 0
+    wdy = weight * dy,  xhat = (r - mean) * rstd
+    dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out           rms: without mean(wdy)
+    dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
+
+Forward: a program owns BLOCK_M rows, loads them once and keeps them; statistics are centred, in fp32. Backward:
+programs stay and walk over blocks of rows, each adds up its own dweight and dbias in fp32; a second kernel adds those
+of all programs, in a fixed order, without atomics. Rows too wide to be kept are read again from the cache.
+Saved: r and the fp32 statistics, never a mask. Limits: fewer than 2^31 columns.
+Reference: fastattn.reference.norm; the backward with partial sums follows Triton's tutorial 05.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastattn.kernels.common import (
+    as_rows,
+    device_guard,
+    dropout_constants,
+    dropout_rows,
+    persistent_programs,
+    register,
+)  # fmt: skip
+
+# columns rounded up to a power of two -> (BLOCK_M, num_warps); a wider row is looped over in blocks of the last width
+FORWARD = {
+    128: (16, 4),
+    256: (8, 4),
+    512: (4, 4),
+    1024: (2, 4),
+    2048: (1, 4),
+    4096: (1, 8),
+    8192: (1, 8),
+    16384: (1, 16),
+}
+BACKWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
+WIDE_BLOCK_N, WIDE_WARPS = 4096, 8
+STRIP_M, STRIP_N, STRIP_WARPS = 16, 256, 4  # dweight and dbias of wide rows
+SUM_M, SUM_N, SUM_WARPS = 128, 32, 4  # adding up the partial sums
+
+
+@triton.jit
+def _load_r(
+    x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, start, mask, BLOCK_N: tl.constexpr
+):
+    col = start + tl.arange(0, BLOCK_N)
+    r = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if rng_ptr is not None:
+        r = dropout_rows(r, rng_ptr, threshold, scale, row, start, BLOCK_N)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row[:, None] * residual_stride + col[None, :], mask=mask, other=0.0)
+        r = (r + residual.to(tl.float32)).to(residual_ptr.dtype.element_ty).to(tl.float32)
+    elif rng_ptr is not None:
+        r = r.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return r
+
+
+@triton.jit
+def _affine(y, weight_ptr, bias_ptr, col, cols):
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _store_stats(stats_ptr, mean, rstd, row, rows, RMS: tl.constexpr):
+    if not RMS:
+        tl.store(stats_ptr + row, mean, mask=row < rows)
+        stats_ptr += rows.to(tl.int64)
+    tl.store(stats_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def _load_stats(stats_ptr, row, rows, RMS: tl.constexpr):
+    mean = tl.zeros(row.shape, tl.float32)
+    if not RMS:
+        mean = tl.load(stats_ptr + row, mask=row < rows, other=0.0)
+        stats_ptr += rows.to(tl.int64)
+    return mean, tl.load(stats_ptr + row, mask=row < rows, other=0.0)
+
+
+@triton.jit
+def norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
+    rows, cols, x_stride, residual_stride, threshold, scale, eps,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+
+    r = _load_r(
+        x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, 0, mask, BLOCK_N
+    )  # (BLOCK_M, BLOCK_N)
+    if r_ptr is not None:
+        tl.store(r_ptr + row[:, None] * cols + col[None, :], r.to(r_ptr.dtype.element_ty), mask=mask)
+
+    # centred second moment from the registers: no cancellation
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    if not RMS:
+        mean = tl.sum(r, axis=1) / cols
+    centered = tl.where(mask, r - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols + eps)
+    if stats_ptr is not None:
+        _store_stats(stats_ptr, mean, rstd, row, rows, RMS)
+
+    y = _affine(centered * rstd[:, None], weight_ptr, bias_ptr, col, cols)
+    tl.store(y_ptr + row[:, None] * cols + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_fwd_wide_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
+    rows, cols, x_stride, residual_stride, threshold, scale, eps,
+    RMS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+
+    # three passes over a row that stays in the second-level cache: mean, centred second moment, result
+    mean = tl.zeros((1,), tl.float32)
+    if not RMS:
+        total = tl.zeros((1, BLOCK_N), tl.float32)
+        for start in range(0, cols, BLOCK_N):
+            mask = (start + tl.arange(0, BLOCK_N) < cols)[None, :]
+            r = _load_r(
+                x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, start, mask, BLOCK_N
+            )
+            total += tl.where(mask, r, 0.0)
+        mean = tl.sum(total, axis=1) / cols
+
+    squares = tl.zeros((1, BLOCK_N), tl.float32)
+    for start in range(0, cols, BLOCK_N):
+        mask = (start + tl.arange(0, BLOCK_N) < cols)[None, :]
+        r = _load_r(
+            x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, start, mask, BLOCK_N
+        )
+        centered = tl.where(mask, r - mean[:, None], 0.0)
+        squares += centered * centered
+    rstd = 1 / tl.sqrt(tl.sum(squares, axis=1) / cols + eps)
+    if stats_ptr is not None:
+        _store_stats(stats_ptr, mean, rstd, row, rows, RMS)
+
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        mask = (col < cols)[None, :]
+        r = _load_r(
+            x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, start, mask, BLOCK_N
+        )
+        if r_ptr is not None:
+            tl.store(r_ptr + row[:, None] * cols + col[None, :], r.to(r_ptr.dtype.element_ty), mask=mask)
+        y = _affine((r - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, col, cols)
+        tl.store(y_ptr + row[:, None] * cols + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_dy_xhat(dy_ptr, r_ptr, dy_stride, r_stride, mean, rstd, row, col, mask):
+    dy = tl.load(dy_ptr + row[:, None] * dy_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    r = tl.load(r_ptr + row[:, None] * r_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    return dy, (r - mean[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def _store_dr(
+    dr, dr_out_ptr, rng_ptr, dx_ptr, dresidual_ptr, cols, dr_out_stride, threshold, scale, row, start, mask,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    col = start + tl.arange(0, BLOCK_N)
+    if dr_out_ptr is not None:
+        dr += tl.load(dr_out_ptr + row[:, None] * dr_out_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if dresidual_ptr is not None:
+        offs = row[:, None] * cols + col[None, :]
+        tl.store(dresidual_ptr + offs, dr.to(dresidual_ptr.dtype.element_ty), mask=mask)
+    if rng_ptr is not None:
+        dr = dropout_rows(dr, rng_ptr, threshold, scale, row, start, BLOCK_N)
+    tl.store(dx_ptr + row[:, None] * cols + col[None, :], dr.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_bwd_kernel(
+    dy_ptr, dr_out_ptr, r_ptr, weight_ptr, stats_ptr, rng_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    col = tl.arange(0, BLOCK_N)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    for block in range(program, tl.cdiv(rows, BLOCK_M), programs):
+        row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & (col < cols)[None, :]
+        mean, rstd = _load_stats(stats_ptr, row, rows, RMS)
+        dy, xhat = _load_dy_xhat(dy_ptr, r_ptr, dy_stride, r_stride, mean, rstd, row, col, mask)
+        if dweight_ptr is not None:
+            dweight += dy * xhat
+        if dbias_ptr is not None:
+            dbias += dy
+
+        # dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd
+        wdy = _affine(dy, weight_ptr, None, col, cols)
+        dr = wdy - xhat * (tl.sum(wdy * xhat, axis=1) / cols)[:, None]
+        if not RMS:
+            dr -= (tl.sum(wdy, axis=1) / cols)[:, None]
+        _store_dr(
+            dr * rstd[:, None], dr_out_ptr, rng_ptr, dx_ptr, dresidual_ptr, cols, dr_out_stride, threshold, scale,
+            row, 0, mask, BLOCK_N,
+        )  # fmt: skip
+
+    offs = program.to(tl.int64) * cols + col
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + offs, tl.sum(dweight, axis=0), mask=col < cols)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + offs, tl.sum(dbias, axis=0), mask=col < cols)
+
+
+@triton.jit
+def norm_bwd_wide_kernel(
+    dy_ptr, dr_out_ptr, r_ptr, weight_ptr, stats_ptr, rng_ptr, dx_ptr, dresidual_ptr,
+    rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale,
+    RMS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    mean, rstd = _load_stats(stats_ptr, row, rows, RMS)
+
+    sum_wdy = tl.zeros((1, BLOCK_N), tl.float32)
+    sum_wdy_xhat = tl.zeros((1, BLOCK_N), tl.float32)
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        mask = (col < cols)[None, :]
+        dy, xhat = _load_dy_xhat(dy_ptr, r_ptr, dy_stride, r_stride, mean, rstd, row, col, mask)
+        wdy = _affine(dy, weight_ptr, None, col, cols)
+        sum_wdy += wdy
+        sum_wdy_xhat += wdy * xhat
+    mean_wdy_xhat = tl.sum(sum_wdy_xhat, axis=1) / cols
+    mean_wdy = tl.sum(sum_wdy, axis=1) / cols
+
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        mask = (col < cols)[None, :]
+        dy, xhat = _load_dy_xhat(dy_ptr, r_ptr, dy_stride, r_stride, mean, rstd, row, col, mask)
+        dr = _affine(dy, weight_ptr, None, col, cols) - xhat * mean_wdy_xhat[:, None]
+        if not RMS:
+            dr -= mean_wdy[:, None]
+        _store_dr(
+            dr * rstd[:, None], dr_out_ptr, rng_ptr, dx_ptr, dresidual_ptr, cols, dr_out_stride, threshold, scale,
+            row, start, mask, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def norm_bwd_strip_kernel(
+    dy_ptr, r_ptr, stats_ptr, dweight_ptr, dbias_ptr, rows, cols, dy_stride, r_stride,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(program, tl.cdiv(rows, BLOCK_M), programs):
+        row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & (col < cols)[None, :]
+        mean, rstd = _load_stats(stats_ptr, row, rows, RMS)
+        dy, xhat = _load_dy_xhat(dy_ptr, r_ptr, dy_stride, r_stride, mean, rstd, row, col, mask)
+        dweight += dy * xhat
+        dbias += dy
+    offs = program.to(tl.int64) * cols + col
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + offs, tl.sum(dweight, axis=0), mask=col < cols)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + offs, tl.sum(dbias, axis=0), mask=col < cols)
+
+
+@triton.jit
+def _add_up(partials_ptr, out_ptr, programs, cols, col, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, programs, BLOCK_M):
+        program = start + tl.arange(0, BLOCK_M)
+        offs = program[:, None].to(tl.int64) * cols + col[None, :]
+        total += tl.load(partials_ptr + offs, mask=(program < programs)[:, None] & (col < cols)[None, :], other=0.0)
+    tl.store(out_ptr + col, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=col < cols)
+
+
+@triton.jit
+def add_up_kernel(
+    dweight_partials_ptr, dbias_partials_ptr, dweight_ptr, dbias_ptr, programs, cols,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if dweight_ptr is not None:
+        _add_up(dweight_partials_ptr, dweight_ptr, programs, cols, col, BLOCK_M, BLOCK_N)
+    if dbias_ptr is not None:
+        _add_up(dbias_partials_ptr, dbias_ptr, programs, cols, col, BLOCK_M, BLOCK_N)
+
+
+def _block_n(cols):
+    return max(128, triton.next_power_of_2(cols))
+
+
+def _contiguous(t):
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, y, r, stats):
+    cols = x.shape[-1]
+    rows = x.numel() // cols
+    x, x_stride = as_rows(x)
+    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
+    rng, threshold, scale = dropout_constants(rng, dropout_p)
+    args = (
+        x, residual, _contiguous(weight), _contiguous(bias), rng, y, r, stats,
+        rows, cols, x_stride, residual_stride, threshold, scale, eps,
+    )  # fmt: skip
+    block_n = _block_n(cols)
+    with device_guard(x.device):
+        if block_n in FORWARD:
+            block_m, warps = FORWARD[block_n]
+            norm_fwd_kernel[(triton.cdiv(rows, block_m),)](
+                *args, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps
+            )
+        else:
+            norm_fwd_wide_kernel[(rows,)](*args, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
+
+
+def norm_infer(x, residual, weight, bias, rng, dropout_p, eps, rms):
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, y, None, None)
+    return y
+
+
+def norm_fwd(x, residual, weight, bias, rng, dropout_p, eps, rms):
+    cols = x.shape[-1]
+    plain = residual is None and rng is None
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    r = torch.empty((0,) if plain else x.shape, dtype=x.dtype if residual is None else residual.dtype, device=x.device)
+    stats = torch.empty((1 if rms else 2, x.numel() // cols if cols else 0), dtype=torch.float32, device=x.device)
+    if y.numel():
+        _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, y, None if plain else r, stats)
+    return y, r, stats
+
+
+def norm_bwd(dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_dresidual, need_dweight, need_dbias):
+    cols, device = dy.shape[-1], dy.device
+    rows = dy.numel() // cols if cols else 0
+    dtype = torch.float32 if weight is None else weight.dtype
+    new = torch.empty if rows else torch.zeros
+    dx = torch.empty(dy.shape, dtype=dy.dtype, device=device)
+    dresidual = torch.empty(dy.shape if separate_dresidual else (0,), dtype=r.dtype, device=device)
+    dweight = new(cols if need_dweight else 0, dtype=dtype, device=device)
+    dbias = new(cols if need_dbias else 0, dtype=dtype, device=device)
+    if not rows:
+        return dx, dresidual, dweight, dbias
+
+    dy, dy_stride = as_rows(dy)
+    r, r_stride = as_rows(r)
+    dr_out, dr_out_stride = (None, 0) if dr_out is None else as_rows(dr_out)
+    rng, threshold, scale = dropout_constants(rng, dropout_p)
+    inputs = (dy, dr_out, r, _contiguous(weight), stats, rng, dx, dresidual if separate_dresidual else None)
+    sizes = (rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale)
+    block_n = _block_n(cols)
+    held = block_n in BACKWARD
+    if held:
+        block_m, warps = BACKWARD[block_n]
+        programs = min(triton.cdiv(rows, block_m), persistent_programs(device, 16 // warps))
+    else:
+        strips = triton.cdiv(cols, STRIP_N)
+        programs = min(triton.cdiv(rows, STRIP_M), triton.cdiv(persistent_programs(device, 4), strips))
+    dweight_partials, dbias_partials = (
+        torch.empty((programs, cols), dtype=torch.float32, device=device) if needed else None
+        for needed in (need_dweight, need_dbias)
+    )
+    with device_guard(device):
+        if held:
+            norm_bwd_kernel[(programs,)](
+                *inputs, dweight_partials, dbias_partials, *sizes,
+                RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+            )  # fmt: skip
+        else:
+            norm_bwd_wide_kernel[(rows,)](*inputs, *sizes, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
+        if need_dweight or need_dbias:
+            if not held:
+                norm_bwd_strip_kernel[(strips, programs)](
+                    dy, r, stats, dweight_partials, dbias_partials, rows, cols, dy_stride, r_stride,
+                    RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=STRIP_N, num_warps=STRIP_WARPS,
+                )  # fmt: skip
+            add_up_kernel[(triton.cdiv(cols, SUM_N),)](
+                dweight_partials, dbias_partials, dweight if need_dweight else None, dbias if need_dbias else None,
+                programs, cols, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=SUM_WARPS,
+            )  # fmt: skip
+    return dx, dresidual, dweight, dbias
+
+
+register("norm_infer", norm_infer)
+register("norm_fwd", norm_fwd)
+register("norm_bwd", norm_bwd)

@@ -1,0 +1,98 @@
+"""What the kernels share: dropout from the Philox layout of the project, tensors as rows, per-device facts, launching.
+
+Dropout: Philox4x32-10 with key rng[0] and counter (column // 8, row, slab, rng[1]); halfword column % 8 of the four
+words, in little-endian order, drops its element if it is below the threshold. `fastattn.reference.philox_keep` is the
+specification; masks are equal to it bit for bit.
+"""
+
+import contextlib
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from fastattn.ops._register import implement
+from fastattn.reference import dropout_scale, dropout_threshold
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to show that partial sums are added up
+
+
+@triton.jit
+def dropout_halfwords(rng_ptr, row, slab, group):
+    """The 16-bit numbers that decide the columns of `group`.
+
+    Args:
+        row, slab: int64 (M,), low 32 bits used.
+        group: (G,), column // 8, consecutive.
+    Returns: uint32 (M, 8 * G), column 8 * group[0] first.
+    """
+    seed = tl.load(rng_ptr)
+    offset = tl.load(rng_ptr + 1)
+    zero = tl.zeros((row.shape[0], group.shape[0]), tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        zero + group[None, :].to(tl.uint32),
+        zero + row[:, None].to(tl.uint32),
+        zero + slab[:, None].to(tl.uint32),
+        zero + offset.to(tl.uint32),
+    )
+    # interleaving puts even positions first: halfword 2 * i is the low half of word i, 2 * i + 1 its high half
+    low = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
+    return tl.interleave(low, high)
+
+
+@triton.jit
+def dropout_rows(x, rng_ptr, threshold, scale, row, first_col, BLOCK_N: tl.constexpr):
+    """keep * scale * x for x (M, BLOCK_N) in fp32, whose rows are numbered by `row`, int64; first_col % 8 = 0."""
+    group = first_col // 8 + tl.arange(0, BLOCK_N // 8)
+    halfword = dropout_halfwords(rng_ptr, row, row >> 32, group)
+    return tl.where(halfword >= threshold, x * scale, 0.0)
+
+
+def dropout_constants(rng, dropout_p):
+    """(rng or None, threshold, scale) as kernel arguments; None where the threshold keeps everything."""
+    threshold = dropout_threshold(dropout_p) if rng is not None else 0
+    return (rng, threshold, dropout_scale(dropout_p)) if threshold else (None, 0, 1.0)
+
+
+def as_rows(t):
+    """(t or a contiguous copy where it does not collapse to rows of inner stride 1, elements from row to row)."""
+    if t.is_contiguous():
+        return t, t.shape[-1]
+    t = t.reshape(-1, t.shape[-1])
+    if t.shape[1] > 1 and t.stride(1) != 1:
+        t = t.contiguous()
+    return t, t.stride(0)
+
+
+@functools.cache
+def _multiprocessors(index):
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def persistent_programs(device, per_multiprocessor):
+    """Size of a grid whose programs loop: `per_multiprocessor` for each multiprocessor of the device."""
+    if device.type == "cpu":
+        return _INTERPRETED_PROGRAMS
+    return _multiprocessors(device.index) * per_multiprocessor
+
+
+_NO_GUARD = contextlib.nullcontext()
+
+
+def device_guard(device):
+    """Triton launches on the current device: make it that of the tensors."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(device)
+
+
+def register(name, function):
+    """`function` serves the raw op's triton overload on CUDA, and on CPU tensors in the interpreter."""
+    implement(name, "triton", "CUDA", function)
+    if INTERPRETED:
+        implement(name, "triton", "CPU", function)

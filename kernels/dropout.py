@@ -1,0 +1,56 @@
+"""Dropout with the residual add: out = keep * dropout_scale * x + residual, in the dtype of the residual, or of x.
+
+A program owns a tile of BLOCK_M rows and BLOCK_N columns. Nothing is saved: the backward is the same kernel without a
+residual. Limits: fewer than 2^31 columns. Reference: fastattn.reference.dropout.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastattn.kernels.common import as_rows, device_guard, dropout_constants, dropout_rows, register
+
+TILE, WARPS = 2048, 4  # elements of a tile; its width is that of the row, up to WIDTHS[1]
+WIDTHS = (64, 1024)
+
+
+@triton.jit
+def dropout_kernel(
+    x_ptr, residual_ptr, rng_ptr, out_ptr, rows, cols, x_stride, residual_stride, threshold, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(cols, BLOCK_N)
+    tile = tl.program_id(0)
+    row = (tile // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = (tile % column_tiles) * BLOCK_N
+    col = start + tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+
+    out = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if rng_ptr is not None:
+        out = dropout_rows(out, rng_ptr, threshold, scale, row, start, BLOCK_N)
+    if residual_ptr is not None:
+        offs = row[:, None] * residual_stride + col[None, :]
+        out += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row[:, None] * cols + col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def dropout_fwd(x, residual, rng, dropout_p):
+    out = torch.empty(x.shape, dtype=x.dtype if residual is None else residual.dtype, device=x.device)
+    if not out.numel():
+        return out
+    cols = x.shape[-1]
+    rows = x.numel() // cols
+    x, x_stride = as_rows(x)
+    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
+    rng, threshold, scale = dropout_constants(rng, dropout_p)
+    block_n = min(max(WIDTHS[0], triton.next_power_of_2(cols)), WIDTHS[1])
+    block_m = TILE // block_n
+    with device_guard(x.device):
+        dropout_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),)](
+            x, residual, rng, out, rows, cols, x_stride, residual_stride, threshold, scale,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
+register("dropout_fwd", dropout_fwd)
