@@ -353,8 +353,15 @@ class BuildNative(build_ext):
             "cxx": output_of(*shlex.split(CXX), "--version").partition("\n")[0] or None,
         }
 
+    def get_output_mapping(self):
+        """For editable installs that link file by file: where an installed package looks -> the file in this tree."""
+        if not self.inplace:
+            return {}
+        names = [name for name in (*self.parts, "_build_info.json") if (ROOT / PACKAGE / name).exists()]
+        return {str(pathlib.Path(self.build_lib, PACKAGE, name)): str(ROOT / PACKAGE / name) for name in names}
+
     def get_outputs(self):
-        return []
+        return list(self.get_output_mapping())
 
 
 class CleanBuild(build):

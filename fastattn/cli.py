@@ -86,7 +86,7 @@ def build_parser():
     add_run_arguments(run)
     run.add_argument("--split", type=str | None, help="train, validation or test; default: test where there is one")
     run.add_argument("--data", type=str | None, help="another text to read whole: a source as for train")
-    run.add_argument("--json", action="store_true", help="print the report as JSON")
+    run.add_argument("--json", action="store_true", help="print the report as JSON; RUN/report.json keeps the latest")
     commands.add_subcommand("evaluate", run, help="loss, perplexity, bits per character on a whole split")
     run = ArgumentParser(exit_on_error=False, description="Continue a prompt with a trained model.")
     add_run_arguments(run)
@@ -174,10 +174,12 @@ def evaluate(options, _argv):
     run = Path(options.run).expanduser().absolute()
     config = stored_config(run)
     check_run_options(options)
+    from fastattn.training.checkpoint import write_atomic
     from fastattn.training.evaluate import evaluate_run
 
     names = ("split", "data", "checkpoint", "accelerator", "layers")
     report = evaluate_run(run, config, **{name: options[name] for name in names})
+    write_atomic(run / "report.json", json.dumps(report, indent=1) + "\n")
     if options.json:
         print(json.dumps(report, indent=1))
         return

@@ -8,6 +8,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run=runs/demo
 
+if ! nvidia-smi -L >/dev/null 2>&1 && [ ! -e fastattn/_cuda.so ]; then
+  export FASTATTN_CUDA=${FASTATTN_CUDA:-0} # nothing here would run the CUDA kernels
+fi
 scripts/setup_env.sh train
 fastattn() {
   printf '\n$ fastattn %s\n' "$*"

@@ -60,9 +60,9 @@ make_venv() {
 pip_install() {
   if ! "$python" -m pip install --disable-pip-version-check "$@" >"$venv/setup.log" 2>&1; then
     tail -n 25 "$venv/setup.log" >&2
-    if grep -qE 'NewConnectionError|ConnectTimeout|Temporary failure in name resolution|Network is unreachable' \
+    if grep -qE 'NewConnectionError|Timeout|name resolution|Network is unreachable|from versions: none' \
       "$venv/setup.log"; then
-      die "pip reached no package registry: connect to the network, or set PIP_INDEX_URL or PIP_FIND_LINKS"
+      die "pip found no package registry, or nothing there for this Python: is there a network? (log: $venv/setup.log)"
     fi
     die "pip install $* failed: the reason is above, all of it in $venv/setup.log"
   fi

@@ -1,27 +1,88 @@
-"""Prints which fastattn and which backends the tests see, and insists on those that FASTATTN_REQUIRE names."""
+"""What is tested: the header says which package, which versions and which backends; the fixtures run a test on each.
+
+FASTATTN_REQUIRE=native,triton makes an absent backend a failure instead of a skip.
+"""
 
 import os
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they run on CPU tensors
+
 import fastattn
-from fastattn.ops._backends import BACKENDS
+from fastattn.ops._backends import BACKENDS, refusal, unavailable, use_backend
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pytest_report_header(config):
-    threads = torch.get_num_threads()
-    lines = [f"fastattn {fastattn.__version__} of {os.path.dirname(fastattn.__file__)}, torch {torch.__version__}"]
-    for device, state in fastattn.backends().items():
-        lines += [f"  {device} {name}: {reason}" for name, reason in state.items() if name != "reference"]
-    return [*lines, f"  {threads} threads" if threads > 1 else "  1 thread"]
+def _triton_version():
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return triton.__version__ + (" (interpreter)" if os.environ.get("TRITON_INTERPRET") == "1" else "")
 
 
-def pytest_sessionstart(session):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def pytest_report_header():
+    lines = [
+        f"fastattn {fastattn.__version__} from {os.path.dirname(fastattn.__file__)}",
+        f"torch {torch.__version__}, triton {_triton_version()}, {torch.get_num_threads()} threads",
+    ]
+    for device in DEVICES:
+        states = (f"{name}: {unavailable(name, device) or 'available'}" for name in BACKENDS)
+        lines.append(f"backends on {device}: " + "; ".join(states))
+    return lines
+
+
+def pytest_configure():
     for name in filter(None, os.environ.get("FASTATTN_REQUIRE", "").split(",")):
         if name not in BACKENDS:
-            raise pytest.UsageError(f"FASTATTN_REQUIRE must name some of {', '.join(BACKENDS)}, got {name!r}")
-        reason = fastattn.backends()[device][name]
-        if reason != "available":
-            raise pytest.UsageError(f"FASTATTN_REQUIRE={name}, but it is not there for {device} tensors: {reason}")
+            raise pytest.UsageError(f"FASTATTN_REQUIRE: expected names among {', '.join(BACKENDS)}, got {name!r}")
+        reasons = [unavailable(name, device) for device in DEVICES]
+        if None not in reasons:
+            raise pytest.UsageError(f"FASTATTN_REQUIRE={name}, but it is not available: {'; '.join(reasons)}")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+def _need(backend, device, op):
+    """Skip, or fail if FASTATTN_REQUIRE names it, where a backend cannot run the op that the test module names."""
+    reason = refusal(op, backend, (device, torch.float32)) if op else unavailable(backend, device)
+    if reason is not None:
+        required = backend in os.environ.get("FASTATTN_REQUIRE", "").split(",")
+        (pytest.fail if required and device == DEVICES[-1] else pytest.skip)(reason)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device):
+    """The test runs once on every backend that can run OP of its module, with that backend in force."""
+    _need(request.param, device, getattr(request.module, "OP", None))
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=("native", "triton"))
+def raw_backend(request, device):
+    """The name of a backend with raw ops, for tests that call these."""
+    _need(request.param, device, getattr(request.module, "OP", None))
+    return request.param
+
+
+@pytest.fixture
+def interpreted(request, device):
+    """Whether the backend under test is Triton's interpreter: slow, and its bfloat16 stores truncate."""
+    names = {"backend", "raw_backend"} & set(request.fixturenames)
+    return device == "cpu" and any(request.getfixturevalue(name) == "triton" for name in names)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request, interpreted):
+    if interpreted and request.param == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates bfloat16 where a device rounds")
+    return request.param

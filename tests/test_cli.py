@@ -97,6 +97,7 @@ def test_train_evaluate_generate(folder, capsys):
     assert main(["evaluate", str(run), "--data", "other.txt", "--checkpoint", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["split"], report["tokens"], report["step"]) == ("all", 96, 4)
+    assert json.loads((run / "report.json").read_text()) == report
 
     texts = []
     for seed in ("1", "1", "2"):

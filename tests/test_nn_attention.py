@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from nn_oracle import compare, pair, padding_mask, score_mask, slow_path
+from nn_oracle import compare, padding_mask, pair, score_mask, slow_path
 
 import fastattn
 from fastattn import nn, reference

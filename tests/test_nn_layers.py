@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from nn_oracle import compare, pair, padding_mask, score_mask, slow_path
+from nn_oracle import compare, padding_mask, pair, score_mask, slow_path
 
 from fastattn import nn, reference
 from fastattn.ops._random import draw_rng

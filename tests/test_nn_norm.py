@@ -59,7 +59,7 @@ def test_half_input_with_fp32_weights(name):
 @pytest.mark.parametrize(("dims", "shape"), [((8,), (2, 7)), ((5, 8), (2, 5, 7)), ((5, 8), (8,)), ((5, 8), (5, 2, 8))])
 def test_wrong_last_dimensions(name, dims, shape):
     for affine in (True, False):
-        with pytest.raises(RuntimeError, match="Given normalized_shape=.* expected input with shape"):
+        with pytest.raises(RuntimeError, match=r"Given normalized_shape=.* expected input with shape"):
             getattr(nn, name)(dims, elementwise_affine=affine)(torch.randn(shape))
         with pytest.raises((RuntimeError, ValueError)):  # ValueError: RMSNorm on too few dimensions
             getattr(torch.nn, name)(dims, elementwise_affine=affine)(torch.randn(shape))

@@ -144,6 +144,17 @@ def test_loss_falls_and_dropout_acts(tmp_path, text_file):
     assert float(first[1]) == pytest.approx(float(second[1]), abs=0.1)
 
 
+def test_both_layers_give_the_same_losses(tmp_path, text_file):
+    model = ModelConfig(n_layer=2, n_head=2, d_model=16, block_size=16, dropout=0.0)
+    for layers in ("torch", "fastattn"):
+        changes = {"layers": layers, "steps": 40, "evaluate_every": 20, "model": model, "sample_tokens": 0}
+        train(tiny_config(tmp_path / layers, text_file, **changes))
+    for name in ("train_loss", "validation_loss"):
+        theirs, ours = ([float(cell) for _, cell in column(tmp_path / run, name)] for run in ("torch", "fastattn"))
+        assert ours == pytest.approx(theirs, abs=1e-4)
+        assert theirs[-1] < 0.9 * theirs[0]
+
+
 def test_accumulation_gives_the_same_losses(tmp_path, text_file):
     model = ModelConfig(n_layer=2, n_head=2, d_model=16, block_size=16, dropout=0.0)
     for accumulate in (1, 4):

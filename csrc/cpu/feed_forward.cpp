@@ -197,7 +197,7 @@ void run_rows(const ActivationArgs& args, int64_t begin, int64_t end) {
     Row<T> row(args, r);
     for (int64_t chunk = 0; chunk < args.cols; chunk += kChunk) {
       const int64_t chunk_end = std::min(args.cols, chunk + kChunk);
-      if (args.dropout.rng && args.dropout.threshold) {
+      if (args.dropout.rng) {
         draw_keep(args.dropout, static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), chunk, chunk_end - chunk,
                   keep);
         row.keep = keep;

@@ -1,74 +1,55 @@
-// The raw ops of feed-forward on the CPU: shapes, allocation and the split over threads.
+// fastattn::activation_fwd and activation_bwd for CPU tensors: the passes of feed-forward between its products.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 
-#include "api.h"
-#include "check.h"
 #include "dispatch.h"
+#include "host.h"
 
 namespace {
 
 using fastattn::ActivationArgs;
-using fastattn::as_rows;
+using fastattn::empty_cpu;
 using fastattn::Rows;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 16384;  // elements that pay for waking a thread
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto sizes_a = a.sizes();
-  const auto sizes_b = b.sizes();
-  return std::equal(sizes_a.begin(), sizes_a.end(), sizes_b.begin(), sizes_b.end());
-}
-
-// What forward and backward share. Holds the rows alive, since they may be contiguous copies.
+// The arguments that forward and backward share. It holds the rows, which may be contiguous copies of the operands.
 struct Call {
   Rows preact;
-  std::optional<Rows> gate;
+  Rows gate;
   ActivationArgs args{};
 
   Call(const Tensor& x, const std::optional<Tensor>& gate_tensor, const std::optional<Tensor>& rng, double dropout_p,
        int64_t activation)
-      : preact(as_rows(x)) {
+      : preact(fastattn::as_rows(x)), gate(operand(gate_tensor, x, "gate")) {
     STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int>(fastattn::Activation::kSilu),
                     "activation must be between 0 and 4, got ", activation);
     args.preact = preact.tensor.const_data_ptr();
+    args.gate = gate_tensor ? gate.tensor.const_data_ptr() : nullptr;
     args.preact_stride = preact.stride;
+    args.gate_stride = gate.stride;
     args.rows = preact.rows;
     args.cols = preact.cols;
     args.dropout = fastattn::dropout_args(rng, dropout_p);
     args.activation = static_cast<fastattn::Activation>(activation);
     args.dtype = fastattn::dtype_of(x, "preact");
-    if (gate_tensor) {
-      gate = like_preact(*gate_tensor, x, "gate");
-      args.gate = gate->tensor.const_data_ptr();
-      args.gate_stride = gate->stride;
-    }
   }
 
-  static Rows like_preact(const Tensor& tensor, const Tensor& preact, const char* name) {
-    STD_TORCH_CHECK(same_shape(tensor, preact) && tensor.scalar_type() == preact.scalar_type(), name,
-                    " must have the shape and dtype of preact");
-    return as_rows(tensor);
+  static Rows operand(const std::optional<Tensor>& tensor, const Tensor& preact, const char* name) {
+    STD_TORCH_CHECK(!tensor || tensor->scalar_type() == preact.scalar_type(), name, " must have the dtype of preact");
+    return fastattn::as_rows_like(tensor, preact, name);
   }
-
-  int64_t blocks() const { return (args.rows + fastattn::kActivationBlockRows - 1) / fastattn::kActivationBlockRows; }
 };
 
 Tensor activation_fwd(const Tensor& preact, const std::optional<Tensor>& gate, const std::optional<Tensor>& rng,
                       double dropout_p, int64_t activation) {
   static const auto fn = FASTATTN_SELECT_CPU(activation_fwd);
   Call call(preact, gate, rng, dropout_p, activation);
-  Tensor hidden = torch::stable::new_empty(preact, preact.sizes());
+  Tensor hidden = empty_cpu(preact.sizes(), preact.scalar_type());
   call.args.hidden = hidden.mutable_data_ptr();
-  torch::stable::parallel_for(0, call.args.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, call.args.cols)),
-                              [&](int64_t begin, int64_t end) { fn(call.args, begin, end); });
+  fastattn::for_pieces(call.args.rows, call.args.cols, [&](int64_t begin, int64_t end) { fn(call.args, begin, end); });
   return hidden;
 }
 
@@ -81,41 +62,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_bwd(const Tensor& 
   static const auto dbias_fn = FASTATTN_SELECT_CPU(activation_dbias);
   Call call(preact, gate, rng, dropout_p, activation);
   ActivationArgs& args = call.args;
-  const Rows dhidden_rows = Call::like_preact(dhidden, preact, "dhidden");
+  const ScalarType dtype = preact.scalar_type();
+  const Rows dhidden_rows = Call::operand(dhidden, preact, "dhidden");
   args.dhidden = dhidden_rows.tensor.const_data_ptr();
   args.dhidden_stride = dhidden_rows.stride;
+  need_dbias_gate = need_dbias_gate && gate;
 
-  const int64_t none[] = {0};
-  const auto output = [&](bool wanted, void** pointer) {
-    Tensor tensor = wanted ? torch::stable::new_empty(preact, preact.sizes()) : torch::stable::new_empty(preact, none);
-    *pointer = wanted ? tensor.mutable_data_ptr() : nullptr;
+  const auto like_preact = [&](bool wanted, void** data) {
+    const int64_t nothing[] = {0};
+    Tensor tensor = wanted ? empty_cpu(preact.sizes(), dtype) : empty_cpu(nothing, dtype);
+    *data = wanted ? tensor.mutable_data_ptr() : nullptr;
     return tensor;
   };
-  Tensor dpreact = output(true, &args.dpreact);
-  Tensor dgate = output(gate.has_value(), &args.dgate);
-  Tensor hidden = output(need_hidden, &args.hidden);
+  Tensor dpreact = like_preact(true, &args.dpreact);
+  Tensor dgate = like_preact(gate.has_value(), &args.dgate);
+  Tensor hidden = like_preact(need_hidden, &args.hidden);
 
-  std::optional<Tensor> partials[2];
-  const auto bias_output = [&](bool wanted, std::optional<Tensor>& partial, float** partial_pointer, void** pointer) {
+  const int64_t blocks = (args.rows + fastattn::kActivationBlockRows - 1) / fastattn::kActivationBlockRows;
+  const int64_t partials[] = {blocks * (need_dbias + need_dbias_gate), args.cols};
+  Tensor partial = empty_cpu(partials, ScalarType::Float);
+  float* next = static_cast<float*>(partial.mutable_data_ptr());
+  const auto bias_gradient = [&](bool wanted, float** sums, void** data) {
     const int64_t size[] = {wanted ? args.cols : 0};
-    Tensor tensor = torch::stable::new_empty(preact, size);
+    Tensor tensor = empty_cpu(size, dtype);
     if (wanted) {
-      const int64_t partial_size[] = {call.blocks(), args.cols};
-      partial = torch::stable::new_empty(preact, partial_size, ScalarType::Float);
-      *partial_pointer = static_cast<float*>(partial->mutable_data_ptr());
-      *pointer = tensor.mutable_data_ptr();
+      *sums = next;
+      *data = tensor.mutable_data_ptr();
+      next += blocks * args.cols;
     }
     return tensor;
   };
-  Tensor dbias = bias_output(need_dbias, partials[0], &args.dbias_partial, &args.dbias);
-  Tensor dbias_gate = bias_output(need_dbias_gate && gate, partials[1], &args.dbias_gate_partial, &args.dbias_gate);
+  Tensor dbias = bias_gradient(need_dbias, &args.dbias_partial, &args.dbias);
+  Tensor dbias_gate = bias_gradient(need_dbias_gate, &args.dbias_gate_partial, &args.dbias_gate);
 
-  const int64_t block_elements = std::max<int64_t>(1, fastattn::kActivationBlockRows * args.cols);
-  torch::stable::parallel_for(0, call.blocks(), std::max<int64_t>(1, kGrain / block_elements),
-                              [&](int64_t begin, int64_t end) { fn(args, begin, end); });
-  if (args.dbias || args.dbias_gate) {
-    torch::stable::parallel_for(0, args.cols, std::max<int64_t>(64, kGrain / std::max<int64_t>(1, call.blocks())),
-                                [&](int64_t begin, int64_t end) { dbias_fn(args, begin, end); });
+  fastattn::for_pieces(blocks, fastattn::kActivationBlockRows * args.cols,
+                       [&](int64_t begin, int64_t end) { fn(args, begin, end); });
+  if (need_dbias || need_dbias_gate) {
+    fastattn::for_pieces(args.cols, std::max<int64_t>(1, blocks),
+                         [&](int64_t begin, int64_t end) { dbias_fn(args, begin, end); });
   }
   return {dpreact, dgate, hidden, dbias, dbias_gate};
 }

@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, const std:
   const Rows grad = fastattn::as_rows(dy);
   const Rows saved = fastattn::as_rows_like(r, dy, "r");
   const Rows added = fastattn::as_rows_like(dr_out, dy, "dr_out");
-  const int64_t rows = grad.rows;
   const int64_t cols = grad.cols;
+  const int64_t rows = cols ? grad.rows : 0;
   STD_TORCH_CHECK(
       stats.scalar_type() == ScalarType::Float && stats.is_contiguous() && stats.numel() == (rms ? rows : 2 * rows),
       "stats must be contiguous float32 of ", rms ? rows : 2 * rows, " elements, got ", stats.numel());

@@ -63,7 +63,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         Raises:
             AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
         """
-        m, cls, x = self._modules, type(self), tgt
+        m, cls, own, x = self._modules, type(self), self.__dict__, tgt
         if (
             cls._sa_block is not _TorchLayer._sa_block
             or cls._mha_block is not _TorchLayer._mha_block
@@ -72,7 +72,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             or not are_plain(
                 m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2", "dropout3"), ("norm1", "norm2", "norm3")
             )
-            or not self.__dict__.keys().isdisjoint(("_sa_block", "_mha_block", "_ff_block"))
+            or "_sa_block" in own
+            or "_mha_block" in own
+            or "_ff_block" in own
         ):
             # torch's forward has no fast path: it is the composition
             return super().forward(

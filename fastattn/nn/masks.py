@@ -78,12 +78,12 @@ def is_causal_mask(mask, hint, size):
     if hint is not None or mask is None:
         return hint is True
     if (
-        mask.shape != (size, size)
+        torch.compiler.is_compiling()
+        or mask.shape != (size, size)
         or type(mask) is not torch.Tensor
         or mask.requires_grad
         or mask.is_inference()
         or mask.is_meta
-        or torch.compiler.is_compiling()
         or needs_reference()
         or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
     ):

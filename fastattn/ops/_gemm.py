@@ -30,6 +30,7 @@ def _use_onednn(a, b, size):
         and a.dtype == torch.float32
         and a.is_cpu
         and a.numel() * b.numel() >= _ONEDNN_FROM * max(size, 1)
+        and not torch.compiler.is_compiling()  # inductor lowers this op for packed constant weights only
     )
 
 

@@ -43,11 +43,21 @@ def differentiate(function, inputs, grad_outputs):
         grad_outputs: one gradient or None per output.
     Returns: one gradient or None per input.
     """
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    pairs = [(o, g) for o, g in zip(function(*inputs), grad_outputs, strict=True) if g is not None and o.requires_grad]
-    outputs, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
+    wanted = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad]
+
+    def of_wanted(*tensors):
+        arguments = list(inputs)
+        for i, tensor in zip(wanted, tensors, strict=True):
+            arguments[i] = tensor
+        return function(*arguments)
+
+    # vjp takes the inputs as independent variables; torch.autograd.grad would follow the graph from one to another
+    outputs, vjp = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))
+    found = vjp(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grad_outputs, strict=True)))
+    grads = [None] * len(inputs)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
 
 
 # implemented by the CPU library, about itself: for tests and `fastattn info`

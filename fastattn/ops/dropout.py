@@ -59,6 +59,10 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
     Source: torch.nn.functional.dropout; the rate is exact to 1/65536.
     """
     check_dropout_p(dropout_p)
+    if not x.dim() or not x.is_floating_point():
+        raise ValueError(
+            f"dropout: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
+        )
     if residual is not None and (residual.shape != x.shape or residual.device != x.device):
         raise ValueError(
             f"dropout: residual must have the shape and device of x, {tuple(x.shape)} on {x.device},"

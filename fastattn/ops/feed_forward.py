@@ -93,6 +93,7 @@ class _FeedForward(torch.autograd.Function):
         )  # fmt: skip
         if need_dw2:
             dw2 = weight_grad(dy, hidden)
+            del hidden  # not needed at the peak
         if need_db2:
             db2 = dy.sum(0)
         if need_dw1:

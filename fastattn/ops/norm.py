@@ -102,18 +102,19 @@ class _Norm(torch.autograd.Function):
         separate = need_dresidual and (ctx.residual_dtype != ctx.x_dtype or (need_dx and rng is not None))
         if need_dresidual and not need_dx and not separate:
             rng = None
+        wide = weight
+        if need_dbias and weight is not None and weight.dtype != bias.dtype:
+            wide = weight.float()  # both gradients come in the dtype of the weight
         dx, dresidual, dweight, dbias = _bwd[backend](
-            dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate, need_dweight, need_dbias
+            dy, dr_out, r, wide, stats, rng, dropout_p, rms, separate, need_dweight, need_dbias
         )
-        if need_dresidual and not separate:
+        if not separate:
             dresidual = dx
-        if need_dbias and bias.dtype != dbias.dtype:
-            dbias = dbias.to(bias.dtype)
         return (
             dx if need_dx else None,
             dresidual if need_dresidual else None,
-            dweight if need_dweight else None,
-            dbias if need_dbias else None,
+            dweight.to(weight.dtype) if need_dweight else None,
+            dbias.to(bias.dtype) if need_dbias else None,
             None, None, None, None, None,
         )  # fmt: skip
 
@@ -136,32 +137,41 @@ def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
 
 
 def _check(name, x, weight, bias, residual, dropout_p):
-    cols = x.shape[-1] if x.dim() else None
-    if cols is None or not x.is_floating_point():
-        raise ValueError(
-            f"{name}: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
-        )
-    for label, t in (("weight", weight), ("bias", bias)):
-        if t is not None and (t.dim() != 1 or t.shape[0] != cols):
-            raise ValueError(
-                f"{name}: {label} must have shape ({cols},), the last dimension of x, got {tuple(t.shape)}"
-            )
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: {label} must be on the device of x, {x.device}, got {t.device}")
-    if residual is not None:
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"{name}: residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}"
-            )
-        if residual.device != x.device:
-            raise ValueError(f"{name}: residual must be on the device of x, {x.device}, got {residual.device}")
+    shape, device = x.shape, x.device
+    cols = shape[-1:]
+    if (
+        not cols
+        or not x.dtype.is_floating_point
+        or (weight is not None and (weight.shape != cols or weight.device != device))
+        or (bias is not None and (bias.shape != cols or bias.device != device))
+        or (residual is not None and (residual.shape != shape or residual.device != device))
+    ):
+        _complain(name, x, weight, bias, residual)
     if dropout_p:
         check_dropout_p(dropout_p)
 
 
+def _complain(name, x, weight, bias, residual):
+    if not x.dim() or not x.is_floating_point():
+        raise ValueError(
+            f"{name}: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
+        )
+    cols = (x.shape[-1],)
+    operands = (
+        ("weight", weight, cols, f"{cols}, the last dimension of x"),
+        ("bias", bias, cols, f"{cols}, the last dimension of x"),
+        ("residual", residual, x.shape, f"{tuple(x.shape)}, the shape of x"),
+    )
+    for label, t, shape, wanted in operands:
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name}: {label} must have shape {wanted}, got {tuple(t.shape)}")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: {label} must be on the device of x, {x.device}, got {t.device}")
+
+
 def _facts(x, residual, weight, bias):
     return (
-        x.device.type,
+        "cpu" if x.is_cpu else x.device.type,
         x.dtype,
         None if residual is None else residual.dtype,
         None if weight is None else weight.dtype,
@@ -176,18 +186,19 @@ def _norm(name, x, residual, weight, bias, eps, rms, dropout_p, return_residual,
     if eps is None:
         eps = torch.finfo(reference.accumulator(x.dtype)).eps
     rng = draw_rng(x.device) if dropout_p else None
+    plain = residual is None and rng is None
     runs = choose("norm", _facts(x, residual, weight, bias), backend)
     if runs == "reference" or needs_reference():
         y, r = reference.norm(x, residual, weight, bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
     elif grad_wanted(x, residual, weight, bias):
         y, r = _Norm.apply(x, residual, weight, bias, rng, dropout_p, eps, rms, runs)
-    elif return_residual and (residual is not None or rng is not None):
+    elif return_residual and not plain:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms)
     else:
-        y, r = _infer[runs](x, residual, weight, bias, rng, dropout_p, eps, rms), None
-    if not return_residual:
-        return y
-    return y, (x if residual is None and rng is None else r)
+        y = _infer[runs](x, residual, weight, bias, rng, dropout_p, eps, rms)
+    if return_residual:
+        return y, x if plain else r
+    return y
 
 
 def layer_norm(

@@ -1,6 +1,6 @@
 """The folder of a run and its checkpoints: whole after a kill at any moment.
 
-    RUN/config.yaml tokenizer.json data.json metrics.csv loss.png sample.txt tensorboard/
+    RUN/config.yaml tokenizer.json data.json metrics.csv loss.png sample.txt report.json tensorboard/
     RUN/checkpoints/step-00000250/{model.safetensors, state.pt, meta.json}
 
 Everything is written beside its final name, flushed to the disk and renamed: a reader finds all of it or nothing.
@@ -17,7 +17,8 @@ from pathlib import Path
 from .config import UsageError
 
 RUN_FILES = {
-    "config.yaml", "tokenizer.json", "data.json", "metrics.csv", "loss.png", "sample.txt", "tensorboard", "checkpoints",
+    "config.yaml", "tokenizer.json", "data.json", "metrics.csv", "loss.png", "sample.txt", "report.json",
+    "tensorboard", "checkpoints",
 }  # fmt: skip
 
 

@@ -283,6 +283,7 @@ class Trainer:
                     self.report(validation_loss, speed, log, bar)
                     self.save(validation_loss)
                 elif stopped:
+                    self.check_finite(float(loss), "training loss")
                     self.save(None)
         if main:
             self.finish(stopped)

@@ -1,0 +1,145 @@
+"""A call of norm with all it depends on, computed by fastattn, by the reference in fp64 and by plain PyTorch."""
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from oracle import BACKWARD, FP32_EPS, assert_accurate, exact
+
+import fastattn
+from fastattn import reference
+from fastattn.ops._random import draw_rng
+
+
+@dataclass
+class Case:
+    x: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    dy: torch.Tensor
+    dr_out: torch.Tensor | None
+    rms: bool = False
+    eps: float = 1e-5
+    dropout_p: float = 0.0
+    return_residual: bool = False
+    seed: int = 0
+
+    @property
+    def inputs(self):
+        return self.x, self.residual, self.weight, self.bias
+
+    def rng(self):
+        torch.manual_seed(self.seed)
+        return draw_rng(self.x.device) if self.dropout_p else None
+
+    def ours(self, inputs):
+        torch.manual_seed(self.seed)
+        x, residual, weight, bias = inputs
+        options = {"residual": residual, "dropout_p": self.dropout_p, "return_residual": self.return_residual}
+        if self.rms:
+            out = fastattn.rms_norm(x, weight, self.eps, **options)
+        else:
+            out = fastattn.layer_norm(x, weight, bias, self.eps, **options)
+        return out if self.return_residual else (out,)
+
+    def exact(self, inputs):
+        options = {"eps": self.eps, "rms": self.rms, "dropout_p": self.dropout_p, "rng": self.rng()}
+        return reference.norm(*inputs, **options)[: 1 + self.return_residual]
+
+    def eager(self, inputs):
+        """PyTorch's own ops in the dtype of x, the residual stream in its own."""
+        x, residual, weight, bias = inputs
+        r = x
+        if self.dropout_p:
+            row = torch.arange(x.numel() // x.shape[-1], device=x.device)
+            keep = reference.philox_keep(self.rng(), self.dropout_p, row, row >> 32, x.shape[-1]).view(x.shape)
+            r = torch.where(keep, x * reference.dropout_scale(self.dropout_p), 0.0)
+        if residual is not None:
+            r = (r + residual).to(residual.dtype)
+        weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+        if self.rms:
+            y = F.rms_norm(r.to(x.dtype), x.shape[-1:], weight, self.eps)
+        else:
+            y = F.layer_norm(r.to(x.dtype), x.shape[-1:], weight, bias, self.eps)
+        return (y, r)[: 1 + self.return_residual]
+
+    def check(self):
+        """y, r and every wanted gradient keep to the error rule."""
+        grads_in = [self.dy, self.dr_out][: 1 + self.return_residual]
+        results = []
+        for compute, inputs in ((self.ours, self.inputs), (self.exact, exact(*self.inputs)), (self.eager, self.inputs)):
+            outputs = compute(inputs)
+            leaves = [t for t in inputs if t is not None and t.requires_grad]
+            if not leaves:
+                results.append((outputs, ()))
+                continue
+            flowing = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads_in, strict=True) if o.requires_grad]
+            flowing_outputs, grad_outputs = zip(*flowing, strict=True)
+            results.append((outputs, torch.autograd.grad(flowing_outputs, leaves, grad_outputs, allow_unused=True)))
+        names = [n for n, t in zip(("x", "residual", "weight", "bias"), self.inputs, strict=True) if _wants_grad(t)]
+        for name, ours, ref, base in zip(("y", "r"), *(outputs for outputs, _ in results), strict=False):
+            assert_accurate(ours, ref, base, what=name)
+        slack = self.rounding_of_a_gradient() if self.x.numel() <= 100 else 0.0
+        for name, ours, ref, base in zip(names, *(grads for _, grads in results), strict=True):
+            assert_accurate(ours, ref, base, BACKWARD, f"gradient of {name}", slack)
+
+    def rounding_of_a_gradient(self):
+        """Some fp32 units of the terms that cancel in dr; for LayerNorm over one column nothing else is left."""
+        r = replace(self, return_residual=True).exact(exact(*self.inputs))[-1].detach()
+        square = (r if self.rms else r - r.mean(-1, keepdim=True)).square().mean(-1).min().item()
+        weight = 1.0 if self.weight is None else self.weight.detach().abs().max().item()
+        return 4 * FP32_EPS * self.dy.abs().max().item() * weight * (square + self.eps) ** -0.5
+
+
+def _wants_grad(tensor):
+    return tensor is not None and tensor.requires_grad
+
+
+def strided(tensor, style):
+    """The same values with other strides."""
+    if style == "columns":  # a slice of a wider tensor
+        wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), float("nan")).to(tensor)
+        return wide[..., 2:-3].copy_(tensor)
+    if style == "step":  # inner stride 2
+        return torch.stack((tensor, tensor), -1)[..., 0]
+    if style == "swapped":  # (a, b, cols) stored as (b, a, cols): rows do not collapse
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() == 3 else tensor
+    if style == "expanded" and tensor.dim() == 2:  # every row the same memory
+        return tensor[:1].expand_as(tensor)
+    return tensor
+
+
+STRIDES = ("contiguous", "contiguous", "columns", "step", "swapped", "expanded")
+
+
+def random_case(seed, dtypes, device="cpu"):
+    """A case of every kind, the same for the same seed."""
+    choose = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = choose.choice([(1,), (3,), (17,), (70,), (2, 3), (4, 1, 5), ()])
+    shape = (*shape, choose.choice([1, 7, 64, 500, 1023, 1500]))
+    dtype = choose.choice(dtypes)
+    residual_dtype = choose.choice([None, dtype, choose.choice(dtypes)])
+    rms = choose.random() < 0.5
+    dropout_p = choose.choice([0.0, 0.0, 0.1, 0.5])
+
+    def tensor(*size, dtype=dtype, shift=0.0, grad=None):
+        t = strided((torch.randn(*size, generator=generator) + shift).to(dtype).to(device), choose.choice(STRIDES))
+        return t.requires_grad_(choose.random() < 0.75 if grad is None else grad)
+
+    weighted, biased = choose.random() < 0.75, not rms and choose.random() < 0.75
+    return Case(
+        x=tensor(*shape, shift=choose.choice([0.0, 2.0])),
+        residual=None if residual_dtype is None else tensor(*shape, dtype=residual_dtype),
+        weight=tensor(shape[-1], dtype=choose.choice(dtypes), shift=1.0) if weighted else None,
+        bias=tensor(shape[-1], dtype=choose.choice(dtypes)) if biased else None,
+        dy=tensor(*shape, grad=False),
+        dr_out=tensor(*shape, dtype=residual_dtype or dtype, grad=False),
+        rms=rms,
+        eps=choose.choice([1e-5, 1e-3]),
+        dropout_p=dropout_p,
+        return_residual=choose.random() < 0.5,
+        seed=seed,
+    )

@@ -1,0 +1,163 @@
+"""Which backend runs: the automatic choice, the three ways to override it, and the reasons that are given."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.ops import _backends
+from fastattn.ops._backends import BACKENDS, choose, unavailable, use_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+FACTS = ("cpu", torch.float32, None, None, None)
+first_of_cpu = next(b for b in BACKENDS if unavailable(b, "cpu") is None)
+needs_native = pytest.mark.skipif(unavailable("native", "cpu") is not None, reason=str(unavailable("native", "cpu")))
+
+
+@pytest.fixture
+def no_override():
+    with use_backend("auto"):
+        yield
+
+
+def python(code, **environment):
+    """Run code in a fresh interpreter."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")}
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=inherited | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.usefixtures("no_override")
+class TestChoice:
+    @needs_native
+    def test_automatic(self):
+        assert choose("norm", FACTS) == "native"
+        assert choose("norm", ("cpu", torch.float64, None, None, None)) == "reference"
+        assert choose("norm", ("cpu", torch.float32, None, torch.float64, None)) == "reference"
+        assert choose("norm", ("meta", torch.float32, None, None, None)) == "reference"
+
+    def test_argument_before_context_before_environment(self, monkeypatch):
+        monkeypatch.setattr(_backends, "_override", "native")  # as FASTATTN_BACKEND=native leaves it
+        with use_backend("reference"):
+            assert choose("norm", FACTS) == "reference"
+            with use_backend("auto"):
+                assert choose("norm", FACTS) == first_of_cpu
+            assert choose("norm", FACTS, "reference") == "reference"
+            if first_of_cpu == "native":
+                assert choose("norm", FACTS, "native") == "native"
+        assert _backends._override == "native"
+
+    def test_the_context_ends_with_an_exception(self):
+        with pytest.raises(KeyError), use_backend("reference"):
+            raise KeyError
+        assert choose("norm", FACTS) == first_of_cpu
+
+    def test_results_are_those_of_the_named_backend(self):
+        x = torch.randn(3, 50)
+        with use_backend("reference"):
+            torch.manual_seed(0)
+            inside = fastattn.layer_norm(x, dropout_p=0.5)
+        torch.manual_seed(0)
+        assert torch.equal(inside, fastattn.layer_norm(x, dropout_p=0.5, backend="reference"))
+
+    def test_a_named_backend_that_cannot_serve_raises_with_the_reason(self, monkeypatch):
+        monkeypatch.setattr(_backends, "_unavailable", _backends._unavailable | {("triton", "cpu"): "it is Tuesday"})
+        monkeypatch.setattr(_backends, "_decisions", {})
+        with pytest.raises(ValueError, match="norm: backend 'triton' was asked for.*it is Tuesday"):
+            fastattn.layer_norm(torch.ones(2, 2), backend="triton")
+        with use_backend("triton"), pytest.raises(ValueError, match="it is Tuesday"):
+            fastattn.layer_norm(torch.ones(2, 2))
+
+    def test_unknown_names(self):
+        with pytest.raises(ValueError, match="backend must be one of native, triton, reference or auto, got 'cpu'"):
+            choose("norm", FACTS, "cpu")
+        with pytest.raises(ValueError, match="got 'fast'"), use_backend("fast"):
+            pass
+
+    def test_a_lost_backend_is_noticed(self, monkeypatch):
+        monkeypatch.setattr(_backends, "_unavailable", dict(_backends._unavailable))
+        choose("norm", FACTS)
+        for name in ("native", "triton"):
+            _backends.set_unavailable(name, "cpu", "gone")
+        assert choose("norm", FACTS) == "reference"
+        assert set(fastattn.backends()["cpu"].values()) == {"gone", "available"}
+        monkeypatch.undo()
+        _backends._decisions.clear()
+        assert choose("norm", FACTS) == first_of_cpu
+
+
+@pytest.mark.usefixtures("no_override")
+class TestExplain:
+    def test_every_backend_has_a_line_and_one_runs(self):
+        text = fastattn.explain("layer_norm", torch.ones(2, 3, dtype=torch.float64))
+        assert text.splitlines()[0] == "norm on cpu, float64"
+        for name in ("native", "triton"):
+            assert f"  {name}: no: " in text
+        assert text.endswith("  reference: runs")
+        if first_of_cpu == "native":
+            assert "native: no: it takes float32, bfloat16 and float16, got torch.float64" in text
+
+    def test_what_could_run_says_so(self):
+        text = fastattn.explain("rms_norm", torch.ones(2, 3))
+        assert f"{first_of_cpu}: runs" in text
+        if first_of_cpu != "reference":
+            assert "reference: could, but comes later in the order" in text
+        text = fastattn.explain("rms_norm", torch.ones(2, 3), backend="reference")
+        assert "reference: runs" in text
+        assert "reference asked for" in text
+
+    def test_unknown_op_and_bad_arguments(self):
+        with pytest.raises(ValueError, match="explain: op must be one of .*layer_norm.*got 'norms'"):
+            fastattn.explain("norms", torch.ones(2))
+        with pytest.raises(ValueError, match="weight must have shape"):
+            fastattn.explain("layer_norm", torch.ones(2, 3), torch.ones(2))
+
+
+def test_environment():
+    code = "import torch, fastattn; print(fastattn.explain('layer_norm', torch.ones(1, 2)))"
+    done = python(code, FASTATTN_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    assert "reference: runs" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FASTATTN_BACKEND", "cpp", "FASTATTN_BACKEND must be one of native, triton, reference or auto, got 'cpp'"),
+        ("FASTATTN_CPU_CAPABILITY", "sse", "FASTATTN_CPU_CAPABILITY must be one of default, avx2, avx512, got 'sse'"),
+    ],
+)
+def test_bad_environment(name, value, message):
+    done = python("import fastattn", **{name: value})
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_required_backends():
+    """FASTATTN_REQUIRE turns an absent backend into a failure of the whole run."""
+    command = "import sys, pytest; sys.exit(pytest.main(['-q', '--collect-only', 'tests/test_backends.py']))"
+    done = python(f"import os; os.chdir({str(ROOT)!r}); {command}", FASTATTN_REQUIRE="nativ")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "got 'nativ'" in done.stderr + done.stdout
+
+
+@needs_native
+def test_kernels_run_on_the_threads_of_torch():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.ops.fastattn.parallel_chunks() == 2
+        torch.set_num_threads(1)
+        assert torch.ops.fastattn.parallel_chunks() == 1
+    finally:
+        torch.set_num_threads(threads)

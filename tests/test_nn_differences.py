@@ -1,0 +1,304 @@
+"""The deliberate differences from torch.nn, one class per row of docs/torch-nn.md."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nn_oracle import pair, slow_path
+
+import fastattn.nn.attention
+import fastattn.nn.masks
+from fastattn import nn
+
+E, H, FF, N, L = 16, 4, 24, 3, 6
+
+
+def causal_mask(length=L, dtype=torch.float32):
+    return torch.nn.Transformer.generate_square_subsequent_mask(length, dtype=dtype)
+
+
+def lengths_mask(*lengths):
+    return torch.arange(L) >= torch.tensor(lengths)[:, None]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(N, L, E, generator=torch.Generator().manual_seed(0))
+
+
+class TestFloatMaskIsAdded:
+    def test_in_evaluation_too(self, x):
+        ours, theirs = pair("TransformerEncoderLayer", E, H, FF, batch_first=True)
+        ours.eval(), theirs.eval()
+        mask = torch.randn(L, L)
+        with slow_path(), torch.no_grad():
+            expected = theirs(x, mask)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x, mask), expected)
+
+
+class TestCausalHint:
+    def test_without_a_mask(self, x):
+        ours, theirs = pair("MultiheadAttention", E, H, batch_first=True)
+        for need_weights in (True, False):
+            got = ours(x, x, x, need_weights=need_weights, is_causal=True)
+            with slow_path():
+                expected = theirs(x, x, x, need_weights=need_weights, attn_mask=causal_mask())
+                with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+                    theirs(x, x, x, is_causal=True)
+            torch.testing.assert_close(got, expected)
+
+    def test_is_top_left_for_unequal_lengths(self, x):
+        ours, theirs = pair("MultiheadAttention", E, H, batch_first=True)
+        for queries in (x[:, :4], torch.cat((x, x), 1)):
+            mask = torch.ones(queries.shape[1], L, dtype=torch.bool).triu(1)
+            torch.testing.assert_close(ours(queries, x, x, is_causal=True)[0], theirs(queries, x, x, attn_mask=mask)[0])
+
+    @pytest.mark.parametrize("need_weights", [False, True])
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_is_trusted_on_every_path_and_joined_with_padding(self, x, padded, need_weights):
+        """The mask beside a hint is not read, whatever it holds, and may even be larger."""
+        ours, theirs = pair("MultiheadAttention", E, H, batch_first=True)
+        padding = lengths_mask(6, 4, 2) if padded else None
+        got = ours(x, x, x, padding, need_weights, torch.zeros(9, 9), is_causal=True)[0]
+        causal = torch.ones(L, L, dtype=torch.bool).triu(1)
+        torch.testing.assert_close(got, theirs(x, x, x, padding, True, causal)[0])
+
+    def test_appended_keys_stay_visible(self, x):
+        ours, theirs = pair("MultiheadAttention", E, H, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+        got = ours(x, x, x, is_causal=True, average_attn_weights=False)
+        expected = theirs(x, x, x, attn_mask=causal_mask(), average_attn_weights=False)
+        torch.testing.assert_close(got, expected)
+        assert (got[1][..., -2:] > 0).all()
+
+    def test_strict(self, x):
+        strict, theirs = pair("MultiheadAttention", E, H, batch_first=True)
+        strict.strict_torch = True
+        with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+            strict(x, x, x, need_weights=False, is_causal=True)
+        mask, padding = torch.randn(L, L), lengths_mask(6, 4, 2).float()
+        for pad, need_weights in ((None, False), (padding, False), (None, True)):
+            arguments = (x, x, x, pad, need_weights, mask)
+            with slow_path():
+                torch.testing.assert_close(strict(*arguments, is_causal=True)[0], theirs(*arguments, is_causal=True)[0])
+
+
+class TestFullyMaskedRows:
+    @pytest.mark.parametrize("kind", ["bool", "float"])
+    @pytest.mark.parametrize("need_weights", [False, True])
+    def test_give_zero_and_finite_gradients(self, x, need_weights, kind):
+        module = nn.MultiheadAttention(E, H, batch_first=True)
+        torch.nn.init.normal_(module.out_proj.bias)
+        padding = lengths_mask(6, 0, 2)
+        mask = torch.ones(L, L, dtype=torch.bool).triu(1)
+        mask[2] = True
+        if kind == "float":
+            padding, mask = (torch.zeros(m.shape).masked_fill(m, float("-inf")) for m in (padding, mask))
+        leaf = x.clone().requires_grad_()
+        out, weights = module(leaf, leaf, leaf, padding, need_weights, mask)
+        for dead in (out[1], out[:, 2]):
+            torch.testing.assert_close(dead, module.out_proj.bias.expand_as(dead))
+        if need_weights:
+            assert not weights[1].any()
+            assert not weights[:, 2].any()
+            torch.testing.assert_close(weights[0, 3].sum(), torch.tensor(1.0))
+        out.sum().backward()
+        assert all(p.grad.isfinite().all() for p in module.parameters())
+        assert leaf.grad.isfinite().all()
+
+    def test_whole_layer_stays_finite(self, x):
+        layer = nn.TransformerEncoderLayer(E, H, FF, batch_first=True)
+        for module in (layer, layer.eval()):
+            out = module(x, src_key_padding_mask=lengths_mask(0, 0, 3))
+            out.sum().backward()
+            assert out.isfinite().all()
+            assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+    def test_torch_gives_nan(self, x):
+        strict, theirs = pair("MultiheadAttention", E, H, batch_first=True)
+        strict.strict_torch = True
+        for module in (theirs, strict):
+            assert module(x, x, x, lengths_mask(6, 0, 2))[0][1].isnan().all()
+
+
+class TestPaddedRows:
+    @pytest.mark.parametrize("ours", [True, False])
+    def test_stay_finite(self, x, ours):
+        """Our stack leaves values there; torch's turns them to zero before the final norm."""
+        layer = nn.TransformerEncoderLayer(E, H, FF, batch_first=True).eval()
+        stack = (nn if ours else torch.nn).TransformerEncoder(layer, 2, nn.LayerNorm(E)).eval()
+        padding = lengths_mask(6, 4, 2)
+        with torch.no_grad():
+            out = stack(x, src_key_padding_mask=padding)
+            whole = torch.stack([stack(s[None, :n])[0, -1] for s, n in zip(x, (6, 4, 2), strict=True)])
+        assert out.isfinite().all()
+        torch.testing.assert_close(out[torch.arange(N), [5, 3, 1]], whole)
+        assert (out[padding] == 0).all() == (not ours)  # the norm of a zero row is its bias, 0 here
+
+
+class TestGelu:
+    def test_is_the_one_that_was_asked_for(self, x):
+        for approximate in ("none", "tanh"):
+            layer = nn.TransformerEncoderLayer(E, H, FF, 0.0, torch.nn.GELU(approximate), batch_first=True).eval()
+            h = layer.norm1(x + layer.self_attn(x, x, x)[0])
+            hidden = F.gelu(layer.linear1(h), approximate=approximate)
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x), layer.norm2(h + layer.linear2(hidden)), rtol=0, atol=2e-6)
+
+
+class TestOutProjection:
+    def test_is_called_as_a_module(self, x):
+        module = nn.MultiheadAttention(E, H, batch_first=True)
+        called = []
+        module.out_proj.register_forward_hook(lambda *args: called.append(True))
+        module(x, x, x)
+        assert called
+
+
+class TestCausalityDetection:
+    @pytest.fixture
+    def reads(self, monkeypatch):
+        """How often a mask was compared with the causal one, which is a wait for the device."""
+        count = []
+        compare = torch.Tensor.all
+
+        def counted(self, *args):
+            count.append(self.shape)
+            return compare(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, "all", counted)
+        return count
+
+    def test_once_per_mask_and_version(self, x, reads):
+        layer = nn.TransformerEncoderLayer(E, H, FF, 0.0, batch_first=True)
+        stack, mask = nn.TransformerEncoder(layer, 2), causal_mask()
+        causal = stack(x, mask)
+        stack(x, mask)
+        assert len(reads) == 1
+        mask[0, 1] = 0.0
+        assert not torch.allclose(stack(x, mask), causal)
+        assert len(reads) == 2
+        stack(x, mask, is_causal=False)
+        stack(x)
+        assert len(reads) == 2
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+    def test_result_is_the_same_either_way(self, x, dtype):
+        stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, FF, 0.0, batch_first=True), 1)
+        mask = torch.ones(L, L).triu(1).bool() if dtype == torch.bool else causal_mask()
+        assert fastattn.nn.masks.is_causal_mask(mask, None, L)
+        torch.testing.assert_close(stack(x, mask), stack(x, mask, is_causal=False))
+        decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, FF, 0.0, batch_first=True), 1)
+        torch.testing.assert_close(decoder(x, x, mask), decoder(x, x, mask, tgt_is_causal=False))
+
+    def test_what_is_not_read(self):
+        detect = fastattn.nn.masks.is_causal_mask
+        assert not detect(causal_mask().requires_grad_(), None, L)  # its gradient would be lost
+        assert not detect(causal_mask(), None, L + 1)
+        assert not detect(torch.zeros(L, L), None, L)
+        assert not detect(None, None, L)
+        assert detect(None, True, L)
+        with torch.inference_mode():
+            assert not detect(causal_mask(), None, L)  # without a version to remember
+
+
+class TestMixedMasks:
+    def test_kinds_mix_without_a_warning(self, x):
+        ours, theirs = pair("MultiheadAttention", E, H, batch_first=True)
+        padding = lengths_mask(6, 4, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = ours(x, x, x, padding, attn_mask=causal_mask())
+        with pytest.warns(UserWarning, match="mismatched"):
+            expected = theirs(x, x, x, padding, attn_mask=causal_mask())
+        torch.testing.assert_close(got, expected)
+
+    @pytest.mark.parametrize("need_weights", [False, True])
+    def test_fp32_mask_with_half_query(self, x, need_weights):
+        ours, theirs = pair("MultiheadAttention", E, H, batch_first=True)
+        ours.bfloat16()
+        half, mask = x.bfloat16(), torch.randn(L, L) * 3
+        got = ours(half, half, half, None, need_weights, mask)
+        expected = theirs(x, x, x, None, need_weights, mask)
+        assert got[0].dtype == torch.bfloat16
+        torch.testing.assert_close(got[0].float(), expected[0], rtol=0.05, atol=0.05)
+        if need_weights:
+            torch.testing.assert_close(got[1].float(), expected[1], rtol=0.05, atol=0.02)
+
+    @pytest.mark.parametrize("need_weights", [False, True])
+    def test_fp64_mask_raises(self, x, need_weights):
+        for module in pair("MultiheadAttention", E, H, batch_first=True):
+            with slow_path(), pytest.raises(RuntimeError, match="dtype"):
+                module(x, x, x, None, need_weights, torch.zeros(L, L, dtype=torch.float64))
+
+    def test_strict_warns(self, x):
+        module = nn.MultiheadAttention(E, H, batch_first=True, strict_torch=True)
+        with pytest.warns(UserWarning, match="mismatched"):
+            module(x, x, x, lengths_mask(6, 4, 2), attn_mask=causal_mask())
+
+
+class TestNestedTensors:
+    def test_accepted_without_warning_or_conversion(self, x):
+        layer = nn.TransformerEncoderLayer(E, H, FF)  # not batch_first: torch warns
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            stack = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True)
+            nn.Transformer(E, H, 1, 1, FF)
+        assert (stack.enable_nested_tensor, stack.use_nested_tensor) == (True, False)
+
+    def test_strict_warns_and_converts(self, x):
+        with pytest.warns(UserWarning, match="use_nested_tensor is False"):
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, FF), 1, strict_torch=True)
+        layer = nn.TransformerEncoderLayer(E, H, FF, batch_first=True)
+        stack = nn.TransformerEncoder(layer, 1, strict_torch=True).eval()
+        with torch.no_grad():
+            out = stack(x, src_key_padding_mask=lengths_mask(6, 4, 2))
+        assert (out[lengths_mask(6, 4, 2)] == 0).all()
+
+    @pytest.mark.parametrize("hooked", [False, True])
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_what_the_container_of_torch_hands_over(self, x, norm_first, hooked):
+        layer = nn.TransformerEncoderLayer(E, H, FF, batch_first=True, norm_first=norm_first).eval()
+        if hooked:
+            layer.linear2.register_forward_hook(lambda module, args, output: output * 1.5)
+        sequences = [s[:n] for s, n in zip(x, (6, 1, 3), strict=True)]
+        with torch.no_grad():
+            outputs = layer(torch.nested.nested_tensor(sequences)).unbind()
+            for output, sequence in zip(outputs, sequences, strict=True):
+                torch.testing.assert_close(output, layer(sequence))
+
+    def test_what_is_refused(self, x):
+        sequences = [s[:n] for s, n in zip(x, (6, 1, 3), strict=True)]
+        nested, jagged = (torch.nested.nested_tensor(sequences, layout=o) for o in (torch.strided, torch.jagged))
+        module = nn.MultiheadAttention(E, H, batch_first=True).eval()
+        out = module(nested, nested, nested, need_weights=False)[0]
+        torch.testing.assert_close(out.unbind()[2], module(*sequences[2:] * 3, need_weights=False)[0])
+        for t, options in ((jagged, {}), (nested, {"attn_mask": torch.zeros(6, 6)}), (nested, {"need_weights": True})):
+            with pytest.raises(AssertionError, match="does not support this NestedTensor"):
+                module(t, t, t, **{"need_weights": False, **options})
+        with pytest.raises(AssertionError, match="training is enabled"):
+            module.train()(nested, nested, nested, need_weights=False)
+
+
+class TestStrictInLayers:
+    def test_reaches_every_attention(self):
+        model = nn.Transformer(E, H, 1, 1, FF, batch_first=True, strict_torch=True)
+        attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+        assert len(attentions) == 3
+        assert all(m.strict_torch for m in (*attentions, model.encoder, model.decoder))
+        x = torch.randn(2, 3, E)
+        with pytest.raises(RuntimeError, match="Need attn_mask"):
+            model.encoder.layers[0](x, is_causal=True)
+        assert not any(getattr(m, "strict_torch", False) for m in nn.Transformer(E, H, 1, 1, FF).modules())
+
+    @pytest.mark.filterwarnings("ignore:Support for mismatched")
+    def test_follows_torch(self):
+        ours, theirs = pair("Transformer", E, H, 1, 1, FF, 0.0)
+        strict = nn.Transformer(E, H, 1, 1, FF, 0.0, strict_torch=True)
+        strict.load_state_dict(ours.state_dict())
+        src, tgt = torch.randn(5, 2, E), torch.randn(L, 2, E)
+        with slow_path():
+            for hint in (None, True, False):
+                arguments = {"tgt_mask": causal_mask(), "tgt_is_causal": hint}
+                torch.testing.assert_close(strict(src, tgt, **arguments), theirs(src, tgt, **arguments))

@@ -1,0 +1,240 @@
+"""layer_norm and rms_norm with dropout and residual: numbers, on every backend that is there."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory_guard import guarded
+from norm_cases import Case, random_case
+from oracle import assert_accurate, exact
+
+import fastattn
+from fastattn import reference
+from fastattn.ops._random import draw_rng
+
+OP = "norm"
+OPS = torch.ops.fastattn
+
+
+def case(shape, dtype=torch.float32, device="cpu", residual=None, weight=True, bias=True, shift=0.0, **options):
+    """A case whose operands all want gradients; residual is a dtype or None."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(*size, dtype=dtype, shift=0.0, grad=True):
+        return (torch.randn(*size, generator=generator) + shift).to(device, dtype).requires_grad_(grad)
+
+    cols = shape[-1]
+    return Case(
+        x=tensor(*shape, shift=shift),
+        residual=None if residual is None else tensor(*shape, dtype=residual),
+        weight=tensor(cols) if weight else None,
+        bias=tensor(cols) if bias and not options.get("rms") else None,
+        dy=tensor(*shape, grad=False),
+        dr_out=tensor(*shape, dtype=residual or dtype, grad=False),
+        **options,
+    )
+
+
+def forward_backward(c):
+    leaves = [t for t in c.inputs if t is not None]
+    outputs = c.ours(c.inputs)
+    grads = torch.autograd.grad(outputs, leaves, [c.dy, c.dr_out][: len(outputs)])
+    return (*outputs, *grads)
+
+
+def equal(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_random_cases(backend, device, interpreted, block):
+    """200 cases on a compiled backend, 50 on the reference, 30 in Triton's interpreter."""
+    dtypes = (torch.float32, torch.float16) if interpreted else (torch.float32, torch.bfloat16, torch.float16)
+    for seed in range(20 * block, 20 * block + (3 if interpreted else 5 if backend == "reference" else 20)):
+        c = random_case(seed, dtypes, device)
+        try:
+            c.check()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, x {c.x.dtype} {tuple(c.x.shape)}: {error}") from error
+
+
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_dtypes(backend, device, dtype, rms, fused):
+    options = {"residual": dtype, "dropout_p": 0.1, "return_residual": True} if fused else {}
+    case((50, 300), dtype, device, rms=rms, **options).check()
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 65536), (3, 40000), (4099, 1), (2000, 7), (150, 513)])
+def test_extreme_shapes(backend, device, interpreted, rows, cols):
+    if interpreted and rows > 200:
+        pytest.skip("thousands of programs take minutes in the interpreter")
+    case((rows, cols), device=device, residual=torch.float32, dropout_p=0.1, return_residual=True).check()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0,), (2, 0, 4)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_empty(backend, device, shape, fused):
+    options = {"residual": torch.float32, "dropout_p": 0.1, "return_residual": True} if fused else {}
+    c = case(shape, device=device, **options)
+    results = forward_backward(c)
+    inputs = [t for t in c.inputs if t is not None]
+    assert [r.shape for r in results] == [c.x.shape] * (1 + fused) + [t.shape for t in inputs]
+    assert all(not r.any() for r in results)  # the gradients of weight and bias have elements, and they are 0
+
+
+def test_constant_rows(backend, device):
+    x = torch.tensor([[5.0], [-3e4], [0.0]], device=device).expand(3, 100)
+    bias = torch.randn(100, device=device)
+    torch.testing.assert_close(
+        fastattn.layer_norm(x, torch.ones_like(bias), bias), bias.expand(3, 100), atol=2e-2, rtol=0
+    )
+    assert not fastattn.layer_norm(torch.zeros(2, 100, device=device)).any()
+    torch.testing.assert_close(fastattn.rms_norm(x[:2]), torch.sign(x[:2]))
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_rows_far_from_zero(backend, device, dtype, rms):
+    case((20, 777), dtype, device, rms=rms, shift=1e3).check()
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 10.0])
+def test_eps(backend, device, eps):
+    case((5, 64), device=device, eps=eps).check()
+    case((5, 64), device=device, eps=eps, rms=True).check()
+
+
+def test_default_eps_of_rms_norm(backend, device, dtype):
+    x = (torch.randn(4, 32, device=device) * 1e-4).to(dtype)
+    ours = fastattn.rms_norm(x)
+    assert_accurate(
+        ours, reference.norm(exact(x), eps=torch.finfo(torch.float32).eps, rms=True)[0], F.rms_norm(x, (32,))
+    )
+
+
+@pytest.mark.parametrize("mask", [m for m in itertools.product([False, True], repeat=4) if any(m)])
+def test_gradients_of_a_subset(backend, device, mask):
+    c = case((6, 40), device=device, residual=torch.float16, dropout_p=0.3, return_residual=True)
+    everything = forward_backward(c)[2:]
+    for tensor, wanted in zip(c.inputs, mask, strict=True):
+        tensor.requires_grad_(wanted)
+    wanted = [t for t in c.inputs if t.requires_grad]
+    flowing = [(o, g) for o, g in zip(c.ours(c.inputs), (c.dy, c.dr_out), strict=True) if o.requires_grad]
+    grads = torch.autograd.grad([o for o, _ in flowing], wanted, [g for _, g in flowing])
+    assert equal(grads, [g for g, m in zip(everything, mask, strict=True) if m])
+
+
+def test_only_one_output_used(backend, device):
+    c = case((6, 40), device=device, residual=torch.float32, return_residual=True)
+    y, r = c.ours(c.inputs)
+    (dx,) = torch.autograd.grad(r, c.x, c.dr_out, retain_graph=True)
+    assert torch.equal(dx, c.dr_out)
+    y0, _ = c.eager(c.inputs)
+    torch.testing.assert_close(torch.autograd.grad(y, c.x, c.dy), torch.autograd.grad(y0, c.x, c.dy))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_expanded_gradients(backend, device, fused):
+    options = {"residual": torch.float32, "dropout_p": 0.2, "return_residual": True} if fused else {}
+    c = case((9, 70), device=device, **options)
+    for row in (torch.randn(70, device=device), torch.randn(1, device=device)):
+        c.dy = c.dr_out = row.expand(9, 70)
+        strided = forward_backward(c)
+        c.dy = c.dr_out = row.expand(9, 70).contiguous()
+        assert equal(strided, forward_backward(c))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 5])
+@pytest.mark.parametrize("cols", [1, 7, 63, 100, 520])
+def test_reads_stay_inside(raw_backend, device, interpreted, offset, cols):
+    """Operands inside arenas of NaN give what plain ones give."""
+    if interpreted and cols not in (7, 100):
+        pytest.skip("two widths are enough in the interpreter")
+    infer, fwd, bwd = (getattr(getattr(OPS, name), raw_backend) for name in ("norm_infer", "norm_fwd", "norm_bwd"))
+    for dtype in (torch.float32, torch.float16):
+        x, residual, dy, dr_out = torch.randn(4, 5, cols, device=device).to(dtype)
+        weight, bias = torch.randn(2, cols, device=device).to(dtype)
+        rng = draw_rng(device)
+
+        def run(x, residual, dy, dr_out, weight, bias, rng=rng):
+            y, r, stats = fwd(x, residual, weight, bias, rng, 0.1, 1e-5, False)
+            grads = bwd(dy, dr_out, r, weight, stats, rng, 0.1, False, True, True, True)
+            plain = bwd(dy, None, x, weight, stats, None, 0.0, False, False, True, False)
+            return y, r, stats, *grads, *plain, infer(x, None, weight, bias, None, 0.0, 1e-5, False)
+
+        inside = [guarded(t, offset, gap=16) for t in (x, residual, dy, dr_out)]
+        inside += [guarded(t, offset) for t in (weight, bias)]
+        results = run(*inside)
+        assert not any(t.isnan().any() for t in results)
+        assert equal(results, run(x, residual, dy, dr_out, weight, bias))
+
+
+def test_same_bits_again_and_with_any_number_of_threads(device):
+    c = case((3000, 129), device=device, residual=torch.float32, dropout_p=0.1, return_residual=True)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(forward_backward(c))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dropout_p", [1e-6, 1e-5, 0.1, 0.5, 0.9, 0.99999, 1.0])
+@pytest.mark.parametrize("cols", [1, 9, 64, 1500])
+def test_dropout_mask(backend, device, cols, dropout_p):
+    x, residual = torch.ones(2, 3, cols, device=device), torch.zeros(2, 3, cols, device=device)
+    torch.manual_seed(5)
+    rng = draw_rng(x.device)
+    torch.manual_seed(5)
+    x.requires_grad_()
+    _, r = fastattn.layer_norm(x, residual=residual, dropout_p=dropout_p, return_residual=True)
+    (dx,) = torch.autograd.grad(r, x, torch.ones_like(r))
+    row = torch.arange(6, device=device)
+    keep = reference.philox_keep(rng, dropout_p, row, row >> 32, cols).view(x.shape)
+    assert torch.equal(r, keep * reference.dropout_scale(dropout_p))
+    assert torch.equal(dx, r)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_everything(backend, device, dropout_p):
+    x, residual = torch.randn(2, 5, 33, device=device)
+    x[0, 0] = float("nan") if dropout_p else 0.0  # a dropped NaN is gone
+    y, r = fastattn.layer_norm(x, residual=residual, dropout_p=dropout_p, return_residual=True)
+    assert torch.equal(r, residual if dropout_p else x + residual)
+    torch.testing.assert_close(y, F.layer_norm(r, (33,)))
+
+
+def test_cpu_instruction_sets():
+    """Every variant of the kernels that this processor runs keeps to the error rule and draws the same mask."""
+    if fastattn.backends()["cpu"]["native"] != "available":
+        pytest.skip(fastattn.backends()["cpu"]["native"])
+    script = """
+import sys, torch, fastattn
+from norm_cases import random_case
+with fastattn.use_backend("native"):
+    for seed in range(1000, 1015):
+        random_case(seed, (torch.float32, torch.bfloat16, torch.float16)).check()
+torch.manual_seed(0)
+print(fastattn.dropout(torch.ones(3, 1000), 0.3).ne(0).nonzero().sum(0).tolist())
+"""
+    here = Path(__file__).parent
+    printed = set()
+    for capability in ("default", "avx2", "avx512"):
+        environment = {
+            "FASTATTN_CPU_CAPABILITY": capability,
+            "PYTHONPATH": f"{here}:{here.parent}",
+            "OMP_NUM_THREADS": "2",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, cwd=here, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{capability}: {done.stderr}"
+        printed.add(done.stdout)
+    assert len(printed) == 1
