@@ -39,7 +39,8 @@ FORWARD = {
 BACKWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
 WIDE_BLOCK_N, WIDE_WARPS = 4096, 8
 STRIP_M, STRIP_N, STRIP_WARPS = 8, 512, 4  # dweight and dbias of wide rows
-SUM, SUM_WARPS = {True: (128, 32), False: (8, 512)}, 4  # adding up the partial sums of held and of wide rows: M, N
+SUM_M, SUM_N, SUM_WARPS = 128, 32, 4  # adding up the partial sums
+WIDE_SUM_M, WIDE_SUM_N = 8, 512
 
 
 @triton.jit
@@ -388,7 +389,7 @@ def norm_bwd(dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_dresidu
                     dy, r, stats, dweight_partials, dbias_partials, rows, cols, dy_stride, r_stride,
                     RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=STRIP_N, num_warps=STRIP_WARPS,
                 )  # fmt: skip
-            sum_m, sum_n = SUM[held]
+            sum_m, sum_n = (SUM_M, SUM_N) if held else (WIDE_SUM_M, WIDE_SUM_N)
             add_up_kernel[(triton.cdiv(cols, sum_n),)](
                 dweight_partials, dbias_partials, dweight if need_dweight else None, dbias if need_dbias else None,
                 programs, cols, BLOCK_M=sum_m, BLOCK_N=sum_n, num_warps=SUM_WARPS,

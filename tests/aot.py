@@ -4,8 +4,8 @@ A process that used Triton's interpreter cannot compile, so tests run this file 
 
     python tests/aot.py '[{"kernel": "norm_fwd_kernel", ...}, ...]'      a JSON list of configurations; answers with one
 
-A configuration: module, kernel, arch, num_warps, num_stages (may be left out), types (name -> "*fp16", "i32", "fp32" ...,
-a list for a tuple), constants (name -> value, None for an absent pointer). Pointers and integers count as divisible by
+A configuration: module, kernel, arch, num_warps, num_stages (may be left out), types (name -> "*fp16", "i32", "fp32", a
+list for a tuple), constants (name -> value, None for an absent pointer). Pointers and integers count as divisible by
 16, as they are for usual sizes; without that loads are not vectorised.
 """
 
