@@ -43,6 +43,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 # A file named *_avx512bf16.cpp is compiled for that instruction set only.
 CPU_VARIANT_OF_SUFFIX = {"_avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c"}
 
+
 # gcc 12 warns falsely inside its own AVX-512 headers; clang does not know the first of the two
 KERNEL_WARNINGS = "-Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-warning-option"
 

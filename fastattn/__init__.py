@@ -6,18 +6,42 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
     # a checkout keeps the Triton kernels one level up; an installed package holds them here
     __path__.append(os.path.dirname(__path__[0]))
 
+from fastattn import nn
 from fastattn._native import load_backends
+from fastattn.nn import (
+    FeedForward,
+    LayerNorm,
+    MultiheadAttention,
+    RMSNorm,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    replace,
+)
 from fastattn.ops import attention, dropout, explain, feed_forward, layer_norm, rms_norm, scaled_dot_product_attention
 from fastattn.ops._backends import backends, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
+    "FeedForward",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "attention",
     "backends",
     "dropout",
     "explain",
     "feed_forward",
     "layer_norm",
+    "nn",
+    "replace",
     "rms_norm",
     "scaled_dot_product_attention",
     "use_backend",

@@ -51,6 +51,8 @@ def complain(message):
 def run_command(argv):
     from fastattn.training.config import UsageError
 
+    if argv == ["info"]:  # needs none of the packages that the other commands need
+        return info(None, argv) or 0
     try:
         options = parse(build_parser(), argv)
         command = options.subcommand

@@ -3,8 +3,9 @@
 #
 #   scripts/test.sh [PYTEST_OPTIONS ...]   e.g. -k norm -x
 #
-# The environment variables of scripts/setup_env.sh hold here too. FASTATTN_REQUIRE (e.g. native,triton) names the
-# backends whose absence is a failure; by default those that were built.
+# Without a GPU the Triton kernels run in Triton's interpreter. The environment variables of scripts/setup_env.sh hold
+# here too; FASTATTN_REQUIRE (e.g. native,triton) names backends whose absence is a failure, by default the compiled one
+# if it was built. With CI set the benchmarks run too, once each and without timing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup_env.sh train,eval,test
@@ -20,8 +21,6 @@ if [ -z "${FASTATTN_REQUIRE+set}" ] && [ -e fastattn/_cpu.so ]; then
   export FASTATTN_REQUIRE=native
 fi
 check "${pytest[@]}" "$@"
-# Triton decides when it is imported whether it interprets, so its kernels are tested in a process of their own
-check env TRITON_INTERPRET=1 "${pytest[@]}" -m interpreter "$@"
 if [ -n "${CI:-}" ]; then
   check "${pytest[@]}" benchmarks --benchmark-disable
 fi

@@ -73,7 +73,7 @@ class TestChoice:
     def test_a_named_backend_that_cannot_serve_raises_with_the_reason(self, monkeypatch):
         monkeypatch.setattr(_backends, "_unavailable", _backends._unavailable | {("triton", "cpu"): "it is Tuesday"})
         monkeypatch.setattr(_backends, "_decisions", {})
-        with pytest.raises(ValueError, match="norm: backend 'triton' was asked for.*it is Tuesday"):
+        with pytest.raises(ValueError, match=r"norm: backend 'triton' was asked for.*it is Tuesday"):
             fastattn.layer_norm(torch.ones(2, 2), backend="triton")
         with use_backend("triton"), pytest.raises(ValueError, match="it is Tuesday"):
             fastattn.layer_norm(torch.ones(2, 2))
@@ -117,7 +117,7 @@ class TestExplain:
         assert "reference asked for" in text
 
     def test_unknown_op_and_bad_arguments(self):
-        with pytest.raises(ValueError, match="explain: op must be one of .*layer_norm.*got 'norms'"):
+        with pytest.raises(ValueError, match=r"explain: op must be one of .*layer_norm.*got 'norms'"):
             fastattn.explain("norms", torch.ones(2))
         with pytest.raises(ValueError, match="weight must have shape"):
             fastattn.explain("layer_norm", torch.ones(2, 3), torch.ones(2))
@@ -134,7 +134,7 @@ def test_environment():
     ("name", "value", "message"),
     [
         ("FASTATTN_BACKEND", "cpp", "FASTATTN_BACKEND must be one of native, triton, reference or auto, got 'cpp'"),
-        ("FASTATTN_CPU_CAPABILITY", "sse", "FASTATTN_CPU_CAPABILITY must be one of default, avx2, avx512, got 'sse'"),
+        ("FASTATTN_CPU_CAPABILITY", "sse", "FASTATTN_CPU_CAPABILITY must be one of default, avx2, avx512, avx512bf16, got 'sse'"),
     ],
 )
 def test_bad_environment(name, value, message):

@@ -102,7 +102,8 @@ def test_no_function_compiled_for_a_newer_processor_can_be_linked_into_baseline_
     if not objects:
         pytest.skip("no objects of CPU kernels in build/: not built in this checkout")
     for path in objects:
-        shared = re.findall(r" [WVu] .*", output_of(tool("nm"), "-C", str(path)))
+        # DW.ref.*: the address of the unwinder's function, data and no code
+        shared = re.findall(r" [WVu] (?!DW\.ref\.).*", output_of(tool("nm"), "-C", str(path)))
         assert not shared, (path.name, shared)
 
 
@@ -127,7 +128,7 @@ def test_cpu_capability_can_be_lowered(monkeypatch):
 
 def test_unknown_cpu_capability_raises(monkeypatch):
     monkeypatch.setenv("FASTATTN_CPU_CAPABILITY", "avx1024")
-    message = "FASTATTN_CPU_CAPABILITY must be one of default, avx2, avx512, got 'avx1024'"
+    message = f"FASTATTN_CPU_CAPABILITY must be one of {', '.join(_native.CPU_CAPABILITIES)}, got 'avx1024'"
     with pytest.raises(ValueError, match=message):
         _native.load_backends()
 

@@ -1,9 +1,12 @@
 """`fastattn info`: every backend and part with its state or the reason, whatever is missing."""
 
+import sys
+
 import torch
 
 import fastattn
 from fastattn import _info, _native
+from fastattn.cli import main
 from fastattn.ops._backends import missing, set_unavailable, unavailable
 
 
@@ -61,3 +64,10 @@ def test_environment_variables_that_matter_are_shown(monkeypatch):
     shown = section("\n" + _info.report(), "Environment variables")
     assert shown["FASTATTN_ANYTHING"].strip() == "17"
     assert shown["OMP_NUM_THREADS"].strip() == "1"
+
+
+def test_the_command_needs_none_of_the_training_packages(monkeypatch, capsys):
+    for name in ("jsonargparse", "lightning_fabric", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.startswith("Versions\n")

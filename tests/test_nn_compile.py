@@ -80,7 +80,7 @@ def test_training_with_dropout():
 
 def test_other_sequence_lengths_do_not_break_the_graph():
     layer = nn.TransformerEncoderLayer(E, H, FF, 0.0, batch_first=True)
-    fast = compiled(layer)
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (5, 7):
         x = torch.randn(N, length, E)
         torch.testing.assert_close(fast(x, is_causal=True), layer(x, is_causal=True))

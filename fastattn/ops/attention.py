@@ -172,9 +172,9 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
-    facts = (
+    facts = (  # `not ... <= 0`: a bool also where torch.compile traces the number as a symbol
         device, q.dtype, None if bias is None else bias.dtype, mask is not None, left >= 0 or right >= 0,
-        seqlens_k is not None, packed, alibi_slopes is not None, softcap > 0, sink is not None, dropout_p > 0,
+        seqlens_k is not None, packed, alibi_slopes is not None, not softcap <= 0, sink is not None, not dropout_p <= 0,
         n_heads != k.shape[1], head_dim != head_dim_v, head_dim > 256 or head_dim_v > 256,
     )  # fmt: skip
     rest = (
