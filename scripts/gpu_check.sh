@@ -103,8 +103,8 @@ for part in "${parts[@]}"; do
   fi
   case $part in
     tests)
-      run_part tests "$python" -P -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_norm_kernels.py \
-        tests/test_norm.py -k "not cpu"
+      run_part tests "$python" -P -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_*_kernels.py \
+        tests/test_norm.py tests/test_dropout.py -k "not cpu"
       ;;
     bench)
       run_part bench "$python" -P -m pytest -q -p no:cacheprovider benchmarks/test_norm.py \
