@@ -134,7 +134,11 @@ def test_environment():
     ("name", "value", "message"),
     [
         ("FASTATTN_BACKEND", "cpp", "FASTATTN_BACKEND must be one of native, triton, reference or auto, got 'cpp'"),
-        ("FASTATTN_CPU_CAPABILITY", "sse", "FASTATTN_CPU_CAPABILITY must be one of default, avx2, avx512, avx512bf16, got 'sse'"),
+        (
+            "FASTATTN_CPU_CAPABILITY",
+            "sse",
+            "FASTATTN_CPU_CAPABILITY must be one of default, avx2, avx512, avx512bf16, got 'sse'",
+        ),
     ],
 )
 def test_bad_environment(name, value, message):

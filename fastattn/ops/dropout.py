@@ -37,11 +37,11 @@ class _Dropout(torch.autograd.Function):
         dropout_p, backend, dtype = ctx.options
         dx = None
         if ctx.needs_input_grad[0]:
+            dx = dout.to(dtype)
             if torch.is_grad_enabled():  # create_graph=True
-                dx = reference.dropout(dout, dropout_p, rng=rng)
+                dx = reference.dropout(dx, dropout_p, rng=rng)
             else:
-                dx = _fwd[backend](dout, None, rng, dropout_p)
-            dx = dx.to(dtype)
+                dx = _fwd[backend](dx, None, rng, dropout_p)
         return dx, dout if ctx.needs_input_grad[1] else None, None, None, None
 
 
