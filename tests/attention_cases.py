@@ -109,11 +109,11 @@ def truth_and_baseline(monkeypatch, q, k, v, kwargs, seed=0):
     return truth, low | {"lse": baseline["lse"]}
 
 
-def assert_close_to(ours, truth, baseline, what, kwargs):
+def assert_close_to(ours, truth, baseline, what, kwargs, factor=1.0):
     """Twice the error of PyTorch's math, three times for gradients, eight times where bias, ALiBi or softcap are in.
 
-    Beside it 8 units in the last place of the largest value, in the dtype of out: delta is taken from the rounded out,
-    and sums are taken in another order. 1e-5 for lse, whatever the dtype.
+    Beside it some units in the last place of the largest value, in the dtype of out: delta is taken from the rounded
+    out, where PyTorch's softmax may cancel exactly, and sums are in another order. 1e-5 for lse, whatever the dtype.
     """
     wide = kwargs.get("bias") is not None or kwargs.get("alibi_slopes") is not None or kwargs["softcap"] > 0
     eps = torch.finfo(ours["out"].dtype).eps
@@ -126,9 +126,13 @@ def assert_close_to(ours, truth, baseline, what, kwargs):
         if not finite.any():
             continue
         got, base, expected = (t[finite].double() for t in (got, base, expected))
-        factor = 2.0 if name in ("out", "lse") else 8.0 if wide else 3.0
-        floor = 1e-5 if name == "lse" else 8 * eps * expected.abs().max().clamp(min=1.0)
+        times = factor * (2.0 if name in ("out", "lse") else 8.0 if wide else 3.0)
+        floor = (
+            1e-5
+            if name == "lse"
+            else (32 if ours["out"].dtype == torch.float32 else 8) * eps * expected.abs().max().clamp(min=1.0)
+        )
         if wide and name not in ("out", "lse"):
             floor = floor + 2e-4
-        error, allowed = (got - expected).abs().max(), factor * (base - expected).abs().max() + floor
+        error, allowed = (got - expected).abs().max(), times * (base - expected).abs().max() + floor
         assert error <= allowed, f"{what} {name}: error {error:.3g}, allowed {allowed:.3g} in {ours[name].dtype}"

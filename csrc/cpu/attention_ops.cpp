@@ -285,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (args.chunks > 1) {
     run(FASTATTN_SELECT_CPU(attention_reduce_dq), args, args.batch * args.n_heads);
   }
-  if (need_dbias && args.dbias_separate && dbias.numel()) {
+  if (need_dbias && args.dbias_separate && args.batch * args.n_heads * args.seqlen_q * args.seqlen_k > 0) {
     run(SELECT(attention_dbias, args.dtype), args, 1 << 20);
   }
   if (in.sink) {
