@@ -36,6 +36,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Facts = namedtuple(
     "Facts",
     "device dtype bias_dtype mask window seqlens_k packed alibi softcap sink dropout gqa unequal_head_dims wide_heads",
+    defaults=(None, *[False] * 11),
 )
 
 
