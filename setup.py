@@ -45,7 +45,7 @@ CPU_VARIANT_OF_SUFFIX = {"_avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx51
 
 
 # gcc 12 warns falsely inside its own AVX-512 headers; clang does not know the first of the two
-KERNEL_WARNINGS = "-Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-warning-option"
+KERNEL_FLAGS = "-fno-exceptions -Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-warning-option"
 
 # A file named *_sm90.cu is compiled for that architecture only: its instructions exist nowhere else. The wrappers learn
 # by FASTATTN_HAS_SM90 whether it was.
@@ -216,7 +216,7 @@ def write_cpu_library(ninja, torch_flags):
         if only and len(CPU_VARIANTS) == 1:
             continue  # another processor family
         for variant, isa_flags in (only or CPU_VARIANTS).items():
-            flags = f"{include(ROOT / 'csrc', system=False)} -DCPU_CAPABILITY={variant} {isa_flags} {KERNEL_WARNINGS}"
+            flags = f"{include(ROOT / 'csrc', system=False)} -DCPU_CAPABILITY={variant} {isa_flags} {KERNEL_FLAGS}"
             objects.append(ninja.compile("cxx", source, flags, variant))
     stub = ninja.stub("libtorch_cpu.so")
     # --no-as-needed: some distributions drop a library of which no symbol is taken, and the stub has none.

@@ -133,9 +133,11 @@ struct AttentionArgs {
   Dropout dropout;
   DType dtype;
   // backward
-  float* dsink_partial;        // (batch, head), or null
-  ScoreTensor dbias;           // strides as if broadcast dimensions had size 1; null: not wanted
-  bool dbias_separate;         // dbias is summed over dimensions: attention_dbias makes it, not attention_bwd
+  float* dsink_partial;  // (batch, head), or null
+  ScoreTensor dbias;     // strides as if broadcast dimensions had size 1; null: not wanted
+  // which tasks make dbias: those of the backward, one per key head and sequence or one for all sequences of a batch,
+  // or those of attention_dbias
+  enum class DbiasFrom { kSequence, kWholeBatch, kOwnPass } dbias_from;
   int64_t chunks;              // parts the keys of a head are divided into; each has its own fp32 dq in dq_partial
   float* dq_partial;           // (chunk, batch, head, row, round_up(head_dim)) if chunks > 1
   std::atomic<int64_t>* next;  // the task to take next; threads take them as they come, results do not depend on it

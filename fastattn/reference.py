@@ -176,7 +176,7 @@ def attention(
             alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng,
         )  # fmt: skip
     batch, n_heads, seqlen_q, head_dim = q.shape
-    seqlen_k, group = k.shape[2], n_heads // k.shape[1]
+    seqlen_k, group = k.shape[2], n_heads // max(k.shape[1], 1)
     acc = accumulator(q.dtype)
     scale = max(head_dim, 1) ** -0.5 if scale is None else scale
     if seqlens_k is not None:

@@ -164,24 +164,39 @@ inline int block_rows(const Sequence& sequence, int64_t i0) {
   return static_cast<int>(sequence.len_q - i0 < kLanes ? sequence.len_q - i0 : kLanes);
 }
 
-// ds[key][lane] of a tile -> rows of dbias
+// ds[key][lane] of a tile -> rows of dbias; with `add` (fp32 only) to what is there
 template <typename T>
 void store_dbias(const fastattn::ScoreTensor& t, int64_t offset, const float* ds, int64_t i0, int rows, int64_t j0,
-                 int keys, float* stage) {
+                 int keys, float* stage, bool add) {
   transpose(stage, kKeys, ds, kLanes, round_up(keys, kVec), round_up(rows, kVec));
   for (int r = 0; r < rows; ++r) {
-    narrow_row(static_cast<T*>(const_cast<void*>(t.data)) + offset + (i0 + r) * t.row + j0, stage + r * kKeys, keys);
+    T* dst = static_cast<T*>(const_cast<void*>(t.data)) + offset + (i0 + r) * t.row + j0;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      for (int j = 0; add && j < keys; ++j) {
+        stage[r * kKeys + j] += dst[j];
+      }
+    }
+    narrow_row(dst, stage + r * kKeys, keys);
   }
 }
 
 inline void store_dbias(const AttentionArgs& args, int64_t offset, const float* ds, int64_t i0, int rows, int64_t j0,
-                        int keys, float* stage) {
+                        int keys, float* stage, bool add) {
   if (args.bias_dtype == DType::kFloat32) {
-    store_dbias<float>(args.dbias, offset, ds, i0, rows, j0, keys, stage);
+    store_dbias<float>(args.dbias, offset, ds, i0, rows, j0, keys, stage, add);
   } else if (args.bias_dtype == DType::kBFloat16) {
-    store_dbias<BF16>(args.dbias, offset, ds, i0, rows, j0, keys, stage);
+    store_dbias<BF16>(args.dbias, offset, ds, i0, rows, j0, keys, stage, add);
   } else {
-    store_dbias<FP16>(args.dbias, offset, ds, i0, rows, j0, keys, stage);
+    store_dbias<FP16>(args.dbias, offset, ds, i0, rows, j0, keys, stage, add);
+  }
+}
+
+inline void zero_dbias(const AttentionArgs& args, int64_t offset, int64_t i0, int rows, int64_t j0, int keys) {
+  const int64_t size = args.bias_dtype == DType::kFloat32 ? 4 : 2;
+  for (int r = 0; r < rows; ++r) {
+    std::memset(
+        static_cast<char*>(const_cast<void*>(args.dbias.data)) + (offset + (i0 + r) * args.dbias.row + j0) * size, 0,
+        keys * size);
   }
 }
 
@@ -224,10 +239,17 @@ void backward(const AttentionArgs& args) {
   [[maybe_unused]] float* ds_rows = arena.take(kLanes * kKeys / 2);
   [[maybe_unused]] float* ds_depth = arena.take(kLanes * kKeys / 2);
 
-  const int64_t tasks = args.batch * args.n_kv_heads * args.chunks;
-  for (int64_t task; (task = args.next->fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+  const bool direct_dbias = args.dbias.data && args.dbias_from != AttentionArgs::DbiasFrom::kOwnPass;
+  // a dbias that the sequences of a batch share is summed in their order by one task
+  const int64_t batch_of_task = args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch ? args.batch : 1;
+  const int64_t tasks = args.batch / batch_of_task * args.n_kv_heads * args.chunks;
+  for (int64_t n = 0, task = 0;; ++n) {
+    if (n % batch_of_task == 0 && (task = args.next->fetch_add(1, std::memory_order_relaxed)) >= tasks) {
+      break;
+    }
     const int64_t chunk = task % args.chunks, kv = task / args.chunks % args.n_kv_heads;
-    const int64_t b = task / args.chunks / args.n_kv_heads;
+    const int64_t b = task / args.chunks / args.n_kv_heads + n % batch_of_task;
+    const bool first_of_task = n % batch_of_task == 0;
     const Sequence sequence(args, b);
     const T* k = sequence.rows<const T>(args.k, kv, sequence.k_start);
     const T* v = sequence.rows<const T>(args.v, kv, sequence.k_start);
@@ -258,6 +280,7 @@ void backward(const AttentionArgs& args) {
           zero(dk_tile, kKeys * width);
           zero(dv_tile, kKeys * width_v);
         }
+        const int tile_keys = static_cast<int>(last_key - j0 < kKeys ? last_key - j0 : kKeys);
         const int64_t end_key = j0 + kKeys < sequence.len_k ? j0 + kKeys : sequence.len_k;
         if (j0 < end_key) {
           tile.load_keys(k + j0 * args.k.row, v + j0 * args.v.row, static_cast<int>(end_key - j0));
@@ -269,13 +292,18 @@ void backward(const AttentionArgs& args) {
           begin = begin > j0 ? begin : j0;
           end = end < end_key ? end : end_key;
           const int keys = static_cast<int>(end - begin);
-          if (keys <= 0 || !scores.prepare(i0, rows, begin, keys)) {
+          const bool seen = keys > 0 && scores.prepare(i0, rows, begin, keys);
+          if (direct_dbias && first_of_task && (!seen || keys < tile_keys)) {
+            zero_dbias(args, b * args.dbias.batch + h * args.dbias.head, i0, rows, j0, tile_keys);
+          }
+          if (!seen) {
             continue;
           }
           const int64_t slot = i0 / kLanes, skip = begin - j0;
           tile.run(scores, queries, slot, skip, keys, rows);
-          if (args.dbias.data && !args.dbias_separate) {
-            store_dbias(args, b * args.dbias.batch + h * args.dbias.head, tile.ds, i0, rows, begin, keys, stage);
+          if (direct_dbias) {
+            store_dbias(args, b * args.dbias.batch + h * args.dbias.head, tile.ds, i0, rows, begin, keys, stage,
+                        !first_of_task);
           }
           if (args.softcap > 0) {
             for (int64_t at = 0; at < keys * kLanes; at += kVec) {
@@ -322,10 +350,9 @@ void backward(const AttentionArgs& args) {
                                 args.head_dim, rows, Start::kAdd);
         }
         if (g == group - 1) {
-          const int keys = static_cast<int>(last_key - j0 < kKeys ? last_key - j0 : kKeys);
-          store_rows(sequence.rows<T>(args.dk, kv, sequence.k_start + j0), args.dk.row, dk_tile, width, keys,
+          store_rows(sequence.rows<T>(args.dk, kv, sequence.k_start + j0), args.dk.row, dk_tile, width, tile_keys,
                      args.head_dim, args.scale);
-          store_rows(sequence.rows<T>(args.dv, kv, sequence.k_start + j0), args.dv.row, dv_tile, width_v, keys,
+          store_rows(sequence.rows<T>(args.dv, kv, sequence.k_start + j0), args.dv.row, dv_tile, width_v, tile_keys,
                      args.head_dim_v, 1.f);
         }
       }
@@ -366,9 +393,9 @@ void reduce_dq(const AttentionArgs& args) {
   }
 }
 
-// dbias summed over broadcast dimensions. One task is a part of one (batch, head) of dbias: a block of queries if it
-// has rows, else a tile of keys if it has columns, else all. It sums over its heads in order, so that no two tasks
-// meet.
+// dbias summed over dimensions in a pass of its own, which makes p and ds again. One task is a part of one (batch,
+// head) of dbias: a block of queries if it has rows, else a tile of keys if it has columns, else all. It sums over its
+// heads in order, so that no two tasks meet.
 template <typename T, bool kPairs>
 void bias_gradient(const AttentionArgs& args) {
   const int64_t group = args.n_heads / args.n_kv_heads;
@@ -443,7 +470,7 @@ void bias_gradient(const AttentionArgs& args) {
     const int64_t keys = !has_keys ? 1 : last_key < args.seqlen_k ? last_key - first_key : args.seqlen_k - first_key;
     for (int64_t j = 0; j < keys; j += kKeys) {
       store_dbias(args, offset, sum + j * kLanes, i0, rows, first_key + j,
-                  static_cast<int>(keys - j < kKeys ? keys - j : kKeys), stage);
+                  static_cast<int>(keys - j < kKeys ? keys - j : kKeys), stage, false);
     }
   }
 }

@@ -221,7 +221,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in,
 // so that results do not either.
 int64_t key_chunks(const AttentionArgs& args) {
   constexpr int64_t kTasks = 8, kMinTiles = 4;
-  const int64_t heads = std::max<int64_t>(1, args.batch * args.n_kv_heads);
+  const bool whole_batch = args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch;
+  const int64_t heads = std::max<int64_t>(1, (whole_batch ? 1 : args.batch) * args.n_kv_heads);
   return std::max<int64_t>(1, std::min((kTasks + heads - 1) / heads, blocks_of(args.seqlen_k) / kMinTiles));
 }
 
@@ -250,8 +251,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
                   "attention: do and out must have the dtype of q, lse and dlse float32");
   const Tensor dq = empty_in_layout(q_in, q.size(3)), dk = empty_in_layout(k_in, k.size(3)),
                dv = empty_in_layout(v_in, v.size(3));
-  const Tensor dbias =
-      need_dbias ? torch::stable::new_zeros(*in.bias, in.bias->sizes()) : torch::stable::new_empty(q, {0});
   const Tensor dsink = torch::stable::new_zeros(q, {in.sink ? args.n_heads : 0}, ScalarType::Float);
   args.q = heads(q, packed);
   args.k = heads(k, packed);
@@ -263,11 +262,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   args.dv = heads(dv, packed);
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   args.dlse = dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr;
-  if (need_dbias) {
+  const int64_t full = args.batch * args.n_heads * args.seqlen_q * args.seqlen_k;
+  Tensor dbias = need_dbias ? torch::stable::new_empty(*in.bias, in.bias->sizes()) : torch::stable::new_empty(q, {0});
+  if (need_dbias && full) {
     args.dbias = scores(dbias);
-    const std::array<int64_t, 4> full{args.batch, args.n_heads, args.seqlen_q, args.seqlen_k};
-    for (int d = 0; d < 4; ++d) {
-      args.dbias_separate = args.dbias_separate || dbias.size(d) != full[d];
+    if (dbias.numel() == full) {
+      args.dbias_from = AttentionArgs::DbiasFrom::kSequence;
+    } else if (dbias.numel() * args.batch == full && dbias.size(0) == 1 && args.bias_dtype == DType::kFloat32) {
+      args.dbias_from = AttentionArgs::DbiasFrom::kWholeBatch;
+    } else {
+      args.dbias_from = AttentionArgs::DbiasFrom::kOwnPass;
     }
   }
   const Tensor dsink_partial =
@@ -285,8 +289,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (args.chunks > 1) {
     run(FASTATTN_SELECT_CPU(attention_reduce_dq), args, args.batch * args.n_heads);
   }
-  if (need_dbias && args.dbias_separate && dbias.numel()) {
-    run(SELECT(attention_dbias, args.dtype), args, 1 << 20);
+  if (need_dbias && full == 0) {
+    torch::stable::zero_(dbias);
+  } else if (need_dbias && args.dbias_from == AttentionArgs::DbiasFrom::kOwnPass) {
+    const int64_t parts = std::max<int64_t>(dbias.size(2) > 1 ? blocks_of(args.seqlen_q) : 1,
+                                            dbias.size(3) > 1 ? blocks_of(args.seqlen_k) : 1);
+    run(SELECT(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
   }
   if (in.sink) {
     float* total = static_cast<float*>(dsink.mutable_data_ptr());

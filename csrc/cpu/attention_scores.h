@@ -206,16 +206,19 @@ class Scores {
       }
       kind_ = Kind::kPerKey;
     } else {
-      for (int r = 0; r < rows; ++r) {
-        additive_row(stage_ + r * kKeys, i0 + r, j0, keys);
-      }
+      additive_tile(i0, rows, j0, keys);
+      fetch_next(i0, rows, j0);
       const int width = static_cast<int>(round_up(rows, kVec));
-      for (int r = rows; r < width; ++r) {
-        for (int j = 0; j < kKeys; ++j) {
-          stage_[r * kKeys + j] = -kInf;
+      Vec least = Vec::fill(0.f);
+      for (int j = 0; j < keys; ++j) {
+        for (int x = 0; x < width; x += kVec) {
+          least = min(least, Vec::load(add_ + j * kLanes + x));
         }
       }
-      transpose(add_, kLanes, stage_, kKeys, width, keys);
+      kind_ = Kind::kTile;
+      if ((-least).max() < kInf) {  // no -inf: all is seen
+        return true;
+      }
       for (int j = 0; j < keys; ++j) {
         Vec most = Vec::fill(-kInf);
         for (int x = 0; x < width; x += kVec) {
@@ -225,7 +228,6 @@ class Scores {
         some |= flags_[j];
         all &= flags_[j];
       }
-      kind_ = Kind::kTile;
     }
     seen_ = all ? nullptr : flags_;
     return some;
@@ -262,7 +264,7 @@ class Scores {
         }
         if (kind_ != Kind::kNone) {
           const Vec add = kind_ == Kind::kPerKey ? Vec::fill(add_[r]) : Vec::load(add_ + r * kLanes + x * kVec);
-          score = select(add < Vec::fill(-3.4028234e38f), hidden, score + add);
+          score = select(add < Vec::fill(-3.4028234e38f), hidden, fma(add, Vec::fill(kLog2e), score));
         }
         if (slope_ != 0.f) {
           const Vec distance = lanes_from(static_cast<float>(diagonal - j + x * kVec));
@@ -304,12 +306,49 @@ class Scores {
     const T* src = static_cast<const T*>(t.data) + bias_offset_ + i * t.row + j0 * t.key;
     if (t.key == 1) {
       widen_row(dst, src, keys, kKeys);
-      for (int j = 0; j < kKeys; j += kVec) {
-        (Vec::load(dst + j) * Vec::fill(kLog2e)).store(dst + j);
-      }
     } else {
       for (int j = 0; j < kKeys; ++j) {
-        dst[j] = j < keys ? to_float(src[j * t.key]) * kLog2e : 0.f;
+        dst[j] = j < keys ? to_float(src[j * t.key]) : 0.f;
+      }
+    }
+  }
+
+  // The tile of a bias without a mask, whole blocks of fp32 straight from where it lies.
+  void additive_tile(int64_t i0, int rows, int64_t j0, int keys) {
+    const ScoreTensor& t = args_.bias;
+    if (!mask_ && args_.bias_dtype == DType::kFloat32 && t.key == 1 && rows == kLanes && keys == kKeys) {
+      const float* src = static_cast<const float*>(t.data) + bias_offset_ + i0 * t.row + j0;
+      transpose(add_, kLanes, src, t.row, kLanes, kKeys);
+      return;
+    }
+    for (int r = 0; r < rows; ++r) {
+      additive_row(stage_ + r * kKeys, i0 + r, j0, keys);
+    }
+    const int width = static_cast<int>(round_up(rows, kVec));
+    for (int r = rows; r < width; ++r) {
+      for (int j = 0; j < kKeys; ++j) {
+        stage_[r * kKeys + j] = -kInf;
+      }
+    }
+    transpose(add_, kLanes, stage_, kKeys, width, keys);
+  }
+
+  // Fetch the bias of the tile that comes next: its short rows lie too far apart for the processor to see it coming.
+  void fetch_next(int64_t i0, int rows, int64_t j0) const {
+    const ScoreTensor& t = args_.bias;
+    if (!t.data || t.key != 1) {
+      return;
+    }
+    const int64_t size = args_.bias_dtype == DType::kFloat32 ? 4 : 2;
+    i0 += backward_ ? kLanes : 0;
+    j0 += backward_ ? 0 : kKeys;
+    if (i0 + rows > sequence_->len_q || j0 + kKeys > sequence_->len_k) {
+      return;
+    }
+    const char* src = static_cast<const char*>(t.data) + (bias_offset_ + i0 * t.row + j0) * size;
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t at = 0; at < kKeys * size; at += 64) {
+        __builtin_prefetch(src + r * t.row * size + at);
       }
     }
   }

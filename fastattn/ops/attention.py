@@ -36,6 +36,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Facts = namedtuple(
     "Facts",
     "device dtype bias_dtype mask window seqlens_k packed alibi softcap sink dropout gqa unequal_head_dims wide_heads",
+    defaults=(None, *[False] * 11),
 )
 
 
@@ -137,6 +138,10 @@ class _Attention(torch.autograd.Function):
         )
 
 
+def _settled(condition):
+    return True if condition else False  # noqa: SIM210  bool() would leave symbolic what torch.compile made symbolic
+
+
 def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
              max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
     """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
@@ -172,10 +177,11 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     head_dim, head_dim_v = q.shape[3], v.shape[3]
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
-    facts = (  # `not ... <= 0`: a bool also where torch.compile traces the number as a symbol
+    facts = (
         device, q.dtype, None if bias is None else bias.dtype, mask is not None, left >= 0 or right >= 0,
-        seqlens_k is not None, packed, alibi_slopes is not None, not softcap <= 0, sink is not None, not dropout_p <= 0,
-        n_heads != k.shape[1], head_dim != head_dim_v, head_dim > 256 or head_dim_v > 256,
+        seqlens_k is not None, packed, alibi_slopes is not None, _settled(softcap > 0), sink is not None,
+        _settled(dropout_p > 0), _settled(n_heads != k.shape[1]), _settled(head_dim != head_dim_v),
+        _settled(head_dim > 256 or head_dim_v > 256),
     )  # fmt: skip
     rest = (
         mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None,
