@@ -161,7 +161,7 @@ def test_sdpa_grouped_heads_and_layout():
 )  # fmt: skip
 def test_sdpa_names_mistakes(change):
     arguments = dict(zip(("query", "key", "value"), qkv(), strict=True)) | change
-    with pytest.raises((ValueError, TypeError), match="scaled_dot_product_attention: .*got|dropout_p"):
+    with pytest.raises((ValueError, TypeError), match=r"scaled_dot_product_attention: .*got|dropout_p"):
         fastattn.scaled_dot_product_attention(**arguments)
 
 
