@@ -93,11 +93,8 @@ fi
 
 say "fastattn${extras:+[$extras]}: packages it needs, and its kernels"
 pip_install "setuptools>=80" ninja "pybind11>=2.13"
-if [ "${FASTATTN_NATIVE:-auto}" != 0 ] && [ -z "${CXX:-}" ] && ! command -v g++ c++ clang++ >/dev/null; then
-  # the Zig compiler is a clang with everything it needs, and comes as a Python package
-  say "no C++ compiler on this machine: taking one from the package registry (ziglang; its first use takes minutes)"
-  pip_install ziglang
-  export CXX="$python -m ziglang c++ -mcpu=baseline"
+if [ "${FASTATTN_NATIVE:-auto}" = auto ] && [ -z "${CXX:-}" ] && ! command -v g++ c++ clang++ >/dev/null; then
+  say "no C++ compiler: everything runs, on plain PyTorch (Debian, Ubuntu: apt-get install g++, then this script again)"
 fi
 pip_install --no-build-isolation -e ".${extras:+[$extras]}"
 "$python" - <<'END'
