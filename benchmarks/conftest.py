@@ -232,7 +232,8 @@ def pytest_terminal_summary(terminalreporter, config):
             group = record.group
             write(group)
         median = statistics.median(record.stats.data)
-        line = f"  {extra['implementation']:24s}{median * 1e6:12.1f} us {extra['ratio']:8.2f}x ({extra['ratio_of_minima']:.2f}x)"
+        line = f"  {extra['implementation']:24s}{median * 1e6:12.1f} us"
+        line += f"{extra['ratio']:8.2f}x ({extra['ratio_of_minima']:.2f}x)"
         if "gb_per_s" in extra:
             line += f"{extra['gb_per_s']:10.1f} GB/s {extra['percent_of_copy']:6.1f} % of copy"
         if "gflop_per_s" in extra:
