@@ -90,8 +90,15 @@ def refuses(facts):
     return None
 
 
-for _backend in ("native", "triton"):
-    register_backend("attention", _backend, refuses)
+def refuses_triton(facts):
+    """What the Triton kernels refuse."""
+    if Facts(*facts).wide_heads:
+        return "it takes head dims up to 256"
+    return refuses(facts)
+
+
+register_backend("attention", "native", refuses)
+register_backend("attention", "triton", refuses_triton)
 
 
 def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, max_seqlen_q,

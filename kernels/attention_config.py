@@ -1,0 +1,48 @@
+"""Block sizes, warps and stages of the attention kernels: a table, and no search when a kernel is called.
+
+A key is (architecture, kernel, bytes of an element, head_dim), its row the (BLOCK_M, BLOCK_N, num_warps, num_stages)
+for calls without a mask ("full"), with causal or a window ("causal") and with features that cost registers ("extra":
+mask, bias, ALiBi, softcap or dropout). Architecture 86 stands for all with about 100 KB of shared memory.
+"""
+
+import functools
+
+import torch
+from fastattn.kernels.attention_table import TABLE
+
+KERNELS = ("fwd", "dkdv", "dq", "dbias")
+HEAD_DIMS = (32, 64, 128, 256)
+VARIANTS = ("full", "causal", "extra")
+PREPROCESS = {"BLOCK_M": 64, "num_warps": 4}
+INTERPRETED = (64, 64, 4, 2)  # few large blocks: the interpreter takes its time per program and per operation
+
+
+def architecture(device):
+    """(the table's architecture, whether the device has TMA) for a device; the interpreter has architecture 0."""
+    if device.type == "cpu":
+        return 0, False
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return 80 if minor in (0, 7) else 86, False
+    return {9: 90, 10: 100}.get(major, 86), major >= 9
+
+
+def table_key(arch, kernel, element_size, head_dim):
+    """The row of the table that serves a head dim: the next larger one of HEAD_DIMS."""
+    if element_size == 4:
+        arch = 80  # products of fp32 run on the same units everywhere: one set of rows
+    return arch, kernel, element_size, next(d for d in HEAD_DIMS if head_dim <= d)
+
+
+@functools.cache
+def pick(kernel, device, dtype, head_dim, extra, windowed):
+    """(constants and options of a launch, whether TMA may be used) for one kind of call."""
+    arch, tma = architecture(device)
+    variant = 2 if extra else int(windowed)
+    row = INTERPRETED if arch == 0 else TABLE[table_key(arch, kernel, dtype.itemsize, head_dim)][variant]
+    return as_config(row), tma and dtype.itemsize == 2
+
+
+def as_config(row):
+    """A row of the table as the keyword arguments of a launch."""
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), row, strict=True))
