@@ -6,7 +6,7 @@ A process that used Triton's interpreter cannot compile, so tests run this file 
 
 A configuration: module, kernel, arch, num_warps, num_stages (may be left out), types (name -> "*fp16", "i32", "fp32", a
 list for a tuple), constants (name -> value, None for an absent pointer). Pointers and integers count as divisible by
-16, as they are for usual sizes; without that loads are not vectorised.
+16, as for usual sizes, where the kernel specialises on them; without that loads are not vectorised.
 """
 
 import collections
@@ -61,7 +61,11 @@ def compile_one(config):
         for j, t in enumerate(types[n])
     ]
     places += [((i,), signature[n]) for i, n in enumerate(names) if isinstance(signature[n], str)]
-    divisible = {place: [["tt.divisibility", 16]] for place, t in places if t[0] in "*i"}
+    divisible = {
+        place: [["tt.divisibility", 16]]
+        for place, t in places
+        if t[0] in "*i" and not kernel.params[place[0]].do_not_specialize
+    }
     constants = {tuple(map(int, name.split("."))) if name[0].isdigit() else name: v for name, v in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     options = {name: config[name] for name in ("num_warps", "num_stages") if name in config}

@@ -1,0 +1,163 @@
+"""Measures configurations of the Triton attention kernels on this GPU and rewrites kernels/attention_table.py.
+
+    python scripts/tune_attention.py                                      bfloat16, all kernels and head dims
+    python scripts/tune_attention.py --kernels fwd dq --head-dims 64 128 --dtypes bfloat16 float32
+    python scripts/tune_attention.py --dry-run                            print the table instead of writing it
+
+A row is replaced if a candidate is at least 2 % faster than it. A backward kernel is timed within the whole backward,
+of which the others stay as they are. Clocks should be locked and the GPU be idle.
+"""
+
+import argparse
+import itertools
+import pathlib
+import pprint
+
+TABLE_FILE = pathlib.Path(__file__).resolve().parent.parent / "kernels" / "attention_table.py"
+HEADER = '''"""Configurations of the attention kernels, rewritten by scripts/tune_attention.py.
+
+{origin}
+"""
+
+'''
+TOKENS, SEQLEN, WIDTH = 16384, 4096, 2048  # of the workload: batch * seqlen, seqlen, heads * head_dim
+MARGIN = 0.98
+
+
+def candidates(kernel, size, head_dim):
+    """Rows worth trying: tiles whose scores and accumulators have a chance to stay in registers."""
+    for block_m, block_n, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
+        threads = 32 * warps
+        owned = block_n if kernel == "dkdv" else block_m
+        accumulators = owned * head_dim * (2 if kernel == "dkdv" else 1) if kernel != "dbias" else block_m * block_n
+        held = (accumulators + block_m * block_n * (1 if kernel == "fwd" else 2)) / threads
+        moving = size * (block_m + block_n - owned) * head_dim * 2 * stages + size * owned * head_dim
+        if 16 <= held <= 224 and moving <= 227 * 1024:
+            yield block_m, block_n, warps, stages
+
+
+def tune(table, keys, variants, measure, report=print):
+    """The table with the fastest row for each key and variant.
+
+    Args:
+        table: (arch, kernel, element size, head_dim) -> one row per variant; not changed.
+        keys: the keys to measure; variants: index -> name of the variants to measure.
+        measure: (table, key, variant index) -> milliseconds of that row, or None if it cannot run.
+    """
+    best = dict(table)
+    for key in keys:
+        _, kernel, size, head_dim = key
+        for index, name in variants.items():
+            current = best[key]
+
+            def with_row(row, table=best, key=key, index=index):
+                rows = table[key]
+                return table | {key: (*rows[:index], row, *rows[index + 1 :])}
+
+            limit = measure(best, key, index)
+            chosen, time = current[index], limit
+            for row in candidates(kernel, size, head_dim):
+                if row == current[index]:
+                    continue
+                found = measure(with_row(row), key, index)
+                if found is not None and (time is None or found < time):
+                    chosen, time = row, found
+            if limit is None or (time is not None and time < MARGIN * limit):
+                best = with_row(chosen)
+            report(f"{key} {name}: {current[index]} {limit} ms -> {best[key][index]} {time} ms")
+    return best
+
+
+def table_source(table, origin):
+    """The text of attention_table.py."""
+    rows = "".join(f"    {key!r}: {pprint.pformat(table[key], width=110)},\n" for key in sorted(table))
+    return HEADER.format(origin=origin) + "# fmt: off\nTABLE = {\n" + rows + "}\n"
+
+
+class Workload:
+    """Times forward or backward of one kind of call under a given table."""
+
+    def __init__(self, device):
+        import torch
+        import triton.testing
+        from fastattn.kernels import attention, attention_config
+
+        self.torch, self.bench, self.device = torch, triton.testing.do_bench, device
+        self.table = attention_config.TABLE
+        self.caches = attention.plan_for, attention_config.pick
+        self.inputs = None, None
+
+    def prepare(self, key, variant):
+        _, _, size, head_dim = key
+        torch, dtype = self.torch, {2: self.torch.bfloat16, 4: self.torch.float32}[size]
+        batch, heads = TOKENS // SEQLEN, WIDTH // head_dim
+        q, k, v, do = (
+            torch.randn(batch, SEQLEN, heads, head_dim, device=self.device, dtype=dtype).transpose(1, 2)
+            for _ in range(4)
+        )
+        right = -1 if variant == 0 else 0
+        bias = rng = None
+        p = 0.0
+        if variant == 2:
+            rng, p = torch.tensor([1, 2], device=self.device), 0.1
+            bias = torch.randn(1, heads, SEQLEN, SEQLEN, device=self.device, dtype=dtype) if key[1] == "dbias" else None
+        rest = (bias, None, None, None, None, None, None, rng, SEQLEN, SEQLEN, -1, right, False, 0.0, p, head_dim**-0.5)
+        out, lse = torch.ops.fastattn.attention_fwd.triton(q, k, v, *rest)
+        return (q, k, v, *rest), (do, None, q, k, v, out, lse, *rest, bias is not None)
+
+    def measure(self, table, key, variant):
+        import triton.compiler
+        import triton.runtime.errors
+
+        if self.inputs[0] != (key, variant):
+            self.inputs = (key, variant), self.prepare(key, variant)
+        self.table.update(table)
+        for cache in self.caches:
+            cache.cache_clear()
+        forward, backward = self.inputs[1]
+        ops = self.torch.ops.fastattn
+        if key[1] == "fwd":
+            call = lambda: ops.attention_fwd.triton(*forward)  # noqa: E731
+        else:
+            call = lambda: ops.attention_bwd.triton(*backward)  # noqa: E731
+        try:
+            return self.bench(call, warmup=25, rep=100, return_mode="median")
+        except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError, RuntimeError):
+            return None  # does not fit this GPU, or does not compile for it
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", choices=("fwd", "dkdv", "dq", "dbias"), default=("fwd", "dkdv", "dq"))
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=(32, 64, 128, 256), default=(64, 128))
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16",))
+    parser.add_argument("--variants", nargs="+", choices=("full", "causal", "extra"), default=("full", "causal"))
+    parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
+    options = parser.parse_args(arguments)
+
+    import torch
+    from fastattn.kernels import attention_config as config
+
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device: there is nothing to measure")
+    device = torch.device("cuda")
+    arch, _ = config.architecture(device)
+    sizes = [{"bfloat16": 2, "float32": 4}[name] for name in options.dtypes]
+    keys = [
+        config.table_key(arch, kernel, size, head_dim)
+        for kernel, size, head_dim in itertools.product(options.kernels, sizes, options.head_dims)
+    ]
+    variants = {index: name for index, name in enumerate(config.VARIANTS) if name in options.variants}
+    table = tune(dict(config.TABLE), keys, variants, Workload(device).measure)
+    origin = (
+        f"Last measured: {torch.cuda.get_device_name(device)}, {len(keys)} rows; the others compile without spills."
+    )
+    text = table_source(table, origin)
+    if options.dry_run:
+        print(text)
+    else:
+        TABLE_FILE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

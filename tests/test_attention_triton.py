@@ -1,0 +1,410 @@
+"""The Triton kernels of attention against the reference in fp64: on a GPU, or on CPU tensors in the interpreter.
+
+The raw ops are called, so every case says exactly what reaches the kernels. The backward takes out and lse of the
+reference in half of the cases and those of the Triton forward in the others: any forward may precede it.
+"""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from oracle import BACKWARD, assert_accurate
+
+import fastattn
+from fastattn import reference
+from fastattn.ops.attention import _reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_reason = fastattn.backends()[DEVICE]["triton"]
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(_reason != "available", reason=f"the Triton backend cannot run here: {_reason}"),
+]
+
+forward = torch.ops.fastattn.attention_fwd.triton
+backward = torch.ops.fastattn.attention_bwd.triton
+
+
+class Case:
+    """Arguments of the raw ops. `mask` and `bias`: four letters, f = full, 1 = broadcast, per dimension."""
+
+    def __init__(self, *, batch=1, heads=2, kv_heads=None, sq=70, sk=90, d=32, dv=None, dtype=torch.float32, mask=None,
+                 bias=None, bias_dtype=None, sink=False, lengths=None, packed=None, slopes=0, p=0.0, left=-1, right=-1,
+                 top_left=False, softcap=0.0, scale=None, bshd=False, seed=0):  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator).to(DEVICE)
+
+        def tensor(shape):
+            if bshd:
+                return randn(shape[0], shape[2], shape[1], shape[3]).to(dtype).transpose(1, 2)
+            return randn(*shape).to(dtype)
+
+        def int32(values):
+            return None if values is None else torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+        ends_q, ends_k = packed or (None, None)
+        sequences = batch
+        if packed:
+            batch, sq, sk, sequences = 1, ends_q[-1], ends_k[-1], len(ends_q) - 1
+        kv_heads, dv = kv_heads or heads, dv or d
+        self.q, self.k = tensor((batch, heads, sq, d)), tensor((batch, kv_heads, sk, d))
+        self.v = tensor((batch, kv_heads, sk, dv))
+
+        def scores(letters):
+            full = (batch, heads, sq, sk)
+            return randn(*[n if letter == "f" else 1 for n, letter in zip(full, letters, strict=True)])
+
+        self.bias = None if bias is None else scores(bias).to(bias_dtype or dtype)
+        self.sink = randn(heads) if sink else None
+        self.mask = None if mask is None else scores(mask) > -0.3
+        self.lengths, self.cu_q, self.cu_k = int32(lengths), int32(ends_q), int32(ends_k)
+        self.slopes = None if slopes == 0 else randn(*((heads,), (sequences, heads))[slopes - 1]).abs()
+        self.rng = None if p == 0 else torch.tensor([seed - 2**40, 7 * seed + 2**33], device=DEVICE)
+        self.options = (sq, sk, left, right, top_left, softcap, p, d**-0.5 if scale is None else scale)
+        self.do = randn(batch, heads, sq, dv).to(dtype)
+        self.dlse = randn(batch, heads, sq)
+
+    def inputs(self):
+        return self.q, self.k, self.v, self.bias, self.sink
+
+    def rest(self):
+        return (self.mask, self.lengths, self.cu_q, self.cu_k, self.slopes, self.rng, *self.options)
+
+    def expected(self, convert=lambda t: t):
+        """(out, lse, gradients) of the reference, with None for inputs that are not there."""
+        leaves = [None if t is None else convert(t.detach()).clone().requires_grad_() for t in self.inputs()]
+        rest = [convert(t) if torch.is_tensor(t) and t.is_floating_point() else t for t in self.rest()]
+        out, lse = _reference(*leaves, *rest)
+        wanted = [t for t in leaves if t is not None]
+        finite = torch.where(lse == -math.inf, 0.0, lse)  # the lse of an empty row has no gradient
+        grads = iter(
+            torch.autograd.grad((out, finite), wanted, (convert(self.do), self.dlse.to(lse.dtype)), allow_unused=True)
+        )
+        return out.detach(), lse.detach(), [None if t is None else next(grads) for t in leaves]
+
+    def check(self, backward_of="triton"):
+        exact_out, exact_lse, exact_grads = self.expected(lambda t: t.double())
+        plain_out, plain_lse, plain_grads = self.expected()
+        out, lse = forward(*self.inputs(), *self.rest())
+        assert_accurate(out, exact_out, plain_out, what="out")
+        empty = exact_lse == -math.inf
+        assert torch.equal(lse == -math.inf, empty)
+        # p = exp(s - lse) with lse stored in fp32: no backward that keeps no scores is better than this
+        spacing = torch.finfo(torch.float32).eps * (1 + exact_lse[~empty].abs().amax().item() if not empty.all() else 1)
+        if not torch.allclose(lse[~empty].double(), exact_lse[~empty], rtol=0, atol=2 * spacing):
+            assert_accurate(lse[~empty], exact_lse[~empty], plain_lse[~empty], what="lse")
+        if backward_of == "reference":
+            out, lse = plain_out, plain_lse
+        grads = backward(
+            self.do, self.dlse, *self.inputs()[:3], out, lse, *self.inputs()[3:], *self.rest(), self.bias is not None
+        )
+        for name, got, exact, plain in zip(
+            ("dq", "dk", "dv", "dbias", "dsink"), grads, exact_grads, plain_grads, strict=True
+        ):
+            if exact is None:
+                continue
+            assert got.shape == exact.shape
+            allowed = 8 * spacing * exact.abs().amax().item() if exact.numel() else 0.0
+            if name in ("dbias", "dsink"):  # sums of ds, which sees the rounding of out through delta
+                rows = (self.do.double() * exact_out).square().sum(-1)
+                allowed += torch.finfo(self.q.dtype).eps * rows.sum().sqrt().item()
+            if not torch.allclose(got.double(), exact, rtol=0, atol=allowed):
+                assert_accurate(got, exact, plain, factor=BACKWARD, what=name)
+
+
+FEATURES = {
+    "plain": {},
+    "half": {"dtype": torch.float16, "sq": 129, "d": 64},
+    "one_query": {"sq": 1},
+    "one_key": {"sk": 1, "right": 0},
+    "bshd": {"bshd": True, "batch": 2},
+    "causal": {"right": 0},
+    "causal_top_left": {"right": 0, "top_left": True, "sq": 100, "sk": 40},
+    "causal_longer_queries": {"right": 0, "sq": 100, "sk": 40},
+    "window": {"left": 20, "right": 3, "sq": 140, "sk": 140},
+    "window_causal_top_left": {"left": 5, "right": 0, "top_left": True, "sq": 30, "sk": 150},
+    "window_left_only": {"left": 7},
+    "gqa": {"heads": 4, "kv_heads": 2, "right": 0},
+    "unequal_head_dims": {"d": 40, "dv": 24},
+    "head_dim_8": {"d": 8, "dtype": torch.float16},
+    "head_dim_200_256": {"d": 200, "dv": 256, "heads": 1, "sq": 40, "sk": 66},
+    "mask_full": {"mask": "ffff", "heads": 1},
+    "mask_keys": {"mask": "f11f", "batch": 2},
+    "mask_half": {"mask": "1fff", "heads": 1, "dtype": torch.float16},
+    "bias_full": {"bias": "ffff"},
+    "bias_over_batch": {"bias": "1fff", "batch": 2, "heads": 1},
+    "bias_keys": {"bias": "f11f", "batch": 2},
+    "bias_queries": {"bias": "11f1"},
+    "bias_scalar": {"bias": "1111", "right": 0},
+    "bias_fp32_half_q": {"bias": "1fff", "bias_dtype": torch.float32, "dtype": torch.float16},
+    "alibi": {"slopes": 1, "right": 0},
+    "alibi_per_batch": {"slopes": 2, "batch": 2, "heads": 1},
+    "softcap": {"softcap": 2.0},
+    "sink": {"sink": True},
+    "sink_and_empty_rows": {"sink": True, "lengths": [0, 50], "batch": 2},
+    "dropout": {"p": 0.17},
+    "dropout_causal": {"p": 0.5, "right": 0, "batch": 2, "heads": 1},
+    "lengths": {"lengths": [0, 37, 90], "batch": 3, "heads": 1, "right": 0},
+    "packed": {"packed": ([0, 70, 70, 100], [0, 50, 60, 130])},
+    "packed_everything": {"packed": ([0, 70, 70, 100], [0, 50, 60, 130]), "lengths": [20, 10, 60], "right": 0, "p": 0.2,
+                          "slopes": 2, "sink": True},
+    "negative_scale": {"scale": -0.2},
+    "zero_scale": {"scale": 0.0},
+    "no_keys": {"sk": 0},
+    "no_queries": {"sq": 0, "bias": "11f1"},
+    "no_batch": {"batch": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature(name):
+    Case(**FEATURES[name]).check("reference" if len(name) % 2 else "triton")
+
+
+def random_case(seed):
+    """Any features at once, at small sizes."""
+    draw = random.Random(seed)
+
+    def maybe(value, chance=0.3):
+        return value if draw.random() < chance else None
+
+    letters = ["".join(draw.choice("f1") for _ in range(4)) for _ in range(2)]
+    kv_heads = draw.choice([1, 1, 2])
+    options = {
+        "heads": kv_heads * draw.choice([1, 1, 2]),
+        "kv_heads": kv_heads,
+        "d": draw.choice([8, 16, 24, 40, 59, 64]),
+        "dv": draw.choice([None, None, 16, 48]),
+        "dtype": draw.choice([torch.float32, torch.float16]),
+        "sink": draw.random() < 0.25,
+        "slopes": draw.choice([0, 0, 0, 1, 2]),
+        "p": draw.choice([0.0, 0.0, 0.1, 0.5]),
+        "left": draw.choice([-1, -1, 0, 3, 20]),
+        "right": draw.choice([-1, -1, 0, 0, 5]),
+        "top_left": draw.random() < 0.3,
+        "softcap": draw.choice([0.0, 0.0, 0.0, 1.5]),
+        "seed": seed,
+    }
+    if options["top_left"]:  # belongs to causal
+        options["right"] = 0
+    if draw.random() < 0.25:
+        ends = [[0], [0]]
+        for _ in range(draw.choice([1, 2, 3])):
+            for side in ends:
+                side.append(side[-1] + draw.choice([0, 1, 17, 40, 66]))
+        options["packed"] = tuple(ends)
+        sequences = len(ends[0]) - 1
+    else:
+        sequences = options["batch"] = draw.choice([1, 2])
+        options["sq"], options["sk"] = (draw.choice([1, 9, 33, 64, 65, 97]) for _ in range(2))
+        options["mask"], options["bias"] = (maybe(letter) for letter in letters)
+        options["bshd"] = draw.random() < 0.5
+    options["lengths"] = maybe([draw.choice([0, 5, 31, 64, 200]) for _ in range(sequences)])
+    return options
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_combination(seed):
+    options = random_case(seed)
+    print(options)
+    Case(**options).check(("reference", "triton")[seed % 2])
+
+
+@pytest.fixture
+def launchers():
+    """The module with the launchers, to be patched: nothing that it planned before or in the test is kept."""
+    from fastattn.kernels import attention
+
+    attention.plan_for.cache_clear()
+    yield attention
+    attention.plan_for.cache_clear()
+
+
+@pytest.mark.parametrize("blocks", [(32, 64), (64, 16)])
+def test_block_shapes_do_not_matter(blocks, launchers, monkeypatch):
+    config = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(launchers, "pick", lambda kernel, *kind: (config, False))
+    Case(sq=75, sk=90, left=40, right=10, p=0.3, bias="f1ff", mask="11ff", heads=1).check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"right": 0}, {"d": 40, "dv": 24}, {"packed": ([0, 30, 70], [0, 65, 80])}, {"lengths": [50, 0], "batch": 2}],
+)
+def test_descriptors(options, launchers, monkeypatch):
+    """The TMA path, which the interpreter executes too."""
+    from fastattn.kernels import attention_bwd
+
+    pick, fit, used = launchers.pick, launchers.descriptors_fit, []
+    monkeypatch.setattr(launchers, "pick", lambda *kind: (pick(*kind)[0], True))
+    for module in (launchers, attention_bwd):
+        monkeypatch.setattr(module, "descriptors_fit", lambda *tensors: used.append(fit(*tensors)) or used[-1])
+    Case(heads=4, kv_heads=2, dtype=torch.float16, **options).check()
+    assert used == [True] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"right": 0, "batch": 2}, {"packed": ([0, 20, 50], [0, 33, 90])}])
+def test_dropout_mask_is_the_specified_one(options):
+    case = Case(heads=2, sk=90, d=16, dv=128, p=0.4, **options)
+    case.v = torch.zeros_like(case.v)  # its rows pick out single keys
+    packed = case.cu_q is not None
+    ends = list(zip(case.cu_q.tolist(), case.cu_k.tolist(), strict=True)) if packed else None
+    for j in range(case.v.shape[2]):
+        case.v[:, :, j, j - (max(k for _, k in ends if k <= j) if packed else 0)] = 1.0
+    out, _ = forward(*case.inputs(), *case.rest())
+    if not packed:
+        i = torch.arange(out.shape[2], device=DEVICE)
+        slab = torch.arange(out.shape[0] * 2, device=DEVICE).view(-1, 2, 1)
+        keep = reference.philox_keep(case.rng, 0.4, i, slab, 90)
+        visible = reference.attention_visible(
+            out.shape[2], 90, causal=case.options[3] == 0 and "bottom_right", device=DEVICE
+        )
+        assert torch.equal(out[..., :90] != 0, keep & visible)
+        return
+    for b, ((q0, k0), (q1, k1)) in enumerate(itertools.pairwise(ends)):
+        i, slab = torch.arange(q1 - q0, device=DEVICE), torch.arange(2 * b, 2 * b + 2, device=DEVICE)[:, None]
+        keep = reference.philox_keep(case.rng, 0.4, i, slab, k1 - k0)
+        assert torch.equal(out[0, :, q0:q1, : k1 - k0] != 0, keep)
+
+
+def test_dropout_of_everything():
+    case = Case(p=1.0, sq=20, sk=20)
+    out, lse = forward(*case.inputs(), *case.rest())
+    grads = backward(case.do, None, *case.inputs()[:3], out, lse, None, None, *case.rest(), False)
+    assert not any(t.any() for t in (out, *grads[:3]))
+
+
+UNSEEN = {
+    "mask": {"mask": "11ff"},
+    "mask_keys": {"mask": "f11f", "batch": 2},
+    "lengths": {"lengths": [33, 70], "batch": 2},
+    "causal_top_left": {"right": 0, "top_left": True, "sq": 20},
+    "window": {"left": 3, "right": 2, "sq": 10},
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_nan_in_unseen_keys_does_not_spread(name):
+    case = Case(heads=1, **UNSEEN[name])
+    if case.mask is not None:
+        case.mask[..., 5] = case.mask[..., 70:] = False
+    sq, sk, left, right, top_left = case.options[:5]
+    visible = reference.attention_visible(
+        sq, sk, mask=case.mask, causal="top_left" if top_left else False, window=(left, right),
+        seqlens_k=case.lengths, device=DEVICE,
+    )  # fmt: skip
+    unseen = ~visible.any(-2).expand(case.q.shape[0], 1, sk)
+    assert unseen.any()
+    case.k[unseen] = math.nan
+    case.v[unseen] = math.inf
+    case.check()
+
+
+def test_fully_masked_rows():
+    case = Case(mask="ffff", heads=1, batch=2)
+    case.mask[0, :, 3:50] = False
+    case.mask[1] = False
+    out, lse = forward(*case.inputs(), *case.rest())
+    rows = ~case.mask.any(-1)
+    assert (lse[rows] == -math.inf).all()
+    assert not out[rows].any()
+    dq, dk, dv, *_ = backward(case.do, case.dlse, *case.inputs()[:3], out, lse, None, None, *case.rest(), False)
+    assert not dq[rows].any()
+    assert not dk[1].any()
+    assert not dv[1].any()
+    case.check()
+
+
+def test_scores_far_below_zero_with_a_key_tail():
+    """The zeros that pad the last block of keys score far above lse: they must be masked before the exponential."""
+    case = Case(sk=70, heads=1, d=16)
+    case.q = case.q.abs() + 20
+    case.k = -case.k.abs() - 1
+    _, lse = forward(*case.inputs(), *case.rest())
+    assert lse.max() < -89
+    case.check("reference")
+
+
+def test_gradient_of_out_alone_and_of_lse_alone():
+    case = Case(heads=1, sink=True)
+    args = (*case.inputs()[:3], *forward(*case.inputs(), *case.rest()), *case.inputs()[3:], *case.rest(), False)
+    zero = backward(case.do, torch.zeros_like(case.dlse), *args)
+    none = backward(case.do, None, *args)
+    for a, b in zip(zero, none, strict=True):
+        assert torch.equal(a, b)
+    zero = backward(torch.zeros_like(case.do), case.dlse, *args)
+    none = backward(None, case.dlse, *args)
+    for a, b in zip(zero, none, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("how", ["expanded", "transposed", "unaligned"])
+def test_strides(how):
+    case = Case(batch=2, heads=2, sq=40, sk=70, d=16)
+    contiguous = [t.clone() for t in (case.q, case.k, case.v, case.do)]
+
+    def restride(t):
+        if how == "transposed":
+            return t.mT.contiguous().mT
+        wide = torch.zeros(*t.shape[:3], t.shape[3] + 5, dtype=t.dtype, device=t.device)
+        wide[..., 3:-2] = t
+        return wide[..., 3:-2]
+
+    if how == "expanded":
+        case.do = torch.full((), 0.5, device=DEVICE).expand_as(case.do)
+        case.k = case.k[:1, :1].expand_as(case.k)
+        case.v = case.v[:, :, :1].expand_as(case.v)
+        contiguous[1:] = [t.contiguous() for t in (case.k, case.v, case.do)]
+    else:
+        case.q, case.k, case.v, case.do = map(restride, contiguous)
+    out, lse = forward(*case.inputs(), *case.rest())
+    strided = backward(case.do, None, *case.inputs()[:3], out, lse, None, None, *case.rest(), False)
+    case.q, case.k, case.v, case.do = contiguous
+    expected, expected_lse = forward(*case.inputs(), *case.rest())
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    for got, want in zip(
+        strided, backward(case.do, None, *case.inputs()[:3], out, lse, None, None, *case.rest(), False), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_reruns_are_equal_bit_for_bit():
+    case = Case(batch=2, heads=2, kv_heads=1, bias="1fff", p=0.1, sink=True, right=0, sq=66, sk=66)
+    runs = []
+    for _ in range(2):
+        out, lse = forward(*case.inputs(), *case.rest())
+        grads = backward(case.do, case.dlse, *case.inputs()[:3], out, lse, *case.inputs()[3:], *case.rest(), True)
+        runs.append((out, lse, *grads))
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_offsets_beyond_32_bits():
+    """Rows of k and heads of v lie more than 2^31 elements apart, in memory that is reserved and hardly touched."""
+    d = 16
+    try:
+        base = torch.empty(2**31 + 16 * d, dtype=torch.float16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"4 GiB of address space are not to be had: {error}")
+    case = Case(heads=2, sq=5, sk=3, d=d, dtype=torch.float16)
+    near = case.k, case.v
+    far = base.as_strided((1, 2, 3, d), (0, d, 2**30, 1)), base.as_strided((1, 2, 3, d), (0, 2**31, d, 1), 4 * d)
+    results = []
+    for case.k, case.v in (near, tuple(t.copy_(source) for t, source in zip(far, near, strict=True))):
+        out, lse = forward(*case.inputs(), *case.rest())
+        grads = backward(case.do, None, *case.inputs()[:3], out, lse, None, None, *case.rest(), False)
+        results.append((out, lse, *grads))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_head_dims_above_256_are_refused():
+    q = torch.zeros(1, 1, 4, 264, device=DEVICE)
+    with pytest.raises(ValueError, match="256"):
+        fastattn.attention(q, q, q, backend="triton")
+    assert "256" in fastattn.explain("attention", q, q, q)
