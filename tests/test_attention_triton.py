@@ -14,12 +14,12 @@ from oracle import BACKWARD, assert_accurate
 
 import fastattn
 from fastattn import reference
+from fastattn.ops._backends import refusal
 from fastattn.ops.attention import _reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _reason = fastattn.backends()[DEVICE]["triton"]
 pytestmark = [
-    pytest.mark.interpreter,
     pytest.mark.skipif(_reason != "available", reason=f"the Triton backend cannot run here: {_reason}"),
 ]
 
@@ -271,6 +271,21 @@ def test_dropout_mask_is_the_specified_one(options):
         assert torch.equal(out[0, :, q0:q1, : k1 - k0] != 0, keep)
 
 
+@pytest.mark.parametrize("order", [("triton", "native"), ("native", "triton")])
+def test_forward_and_backward_on_different_backends(order):
+    reason = refusal("attention", "native", (DEVICE, torch.float32))
+    if reason is not None:
+        pytest.skip(f"the native backend cannot run here: {reason}")
+    case = Case(batch=2, heads=2, kv_heads=1, right=0, p=0.25, sink=True, bias="1fff", lengths=[90, 30], sq=40)
+    ops = torch.ops.fastattn
+    out, lse = getattr(ops.attention_fwd, order[0])(*case.inputs(), *case.rest())
+    args = case.do, case.dlse, *case.inputs()[:3], out, lse, *case.inputs()[3:], *case.rest(), True
+    exact_grads, plain_grads = case.expected(lambda t: t.double())[2], case.expected()[2]
+    for got, exact, plain in zip(getattr(ops.attention_bwd, order[1])(*args), exact_grads, plain_grads, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+        assert_accurate(got, exact, plain, factor=2 * BACKWARD)
+
+
 def test_dropout_of_everything():
     case = Case(p=1.0, sq=20, sk=20)
     out, lse = forward(*case.inputs(), *case.rest())
@@ -287,6 +302,7 @@ UNSEEN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, in the interpreter
 @pytest.mark.parametrize("name", UNSEEN)
 def test_nan_in_unseen_keys_does_not_spread(name):
     case = Case(heads=1, **UNSEEN[name])
@@ -319,6 +335,7 @@ def test_fully_masked_rows():
     case.check()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
 def test_scores_far_below_zero_with_a_key_tail():
     """The zeros that pad the last block of keys score far above lse: they must be masked before the exponential."""
     case = Case(sk=70, heads=1, d=16)
