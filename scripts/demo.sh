@@ -13,7 +13,7 @@ if ! nvidia-smi -L >/dev/null 2>&1 && [ ! -e fastattn/_cuda.so ]; then
 fi
 scripts/setup_env.sh train
 fastattn() {
-  printf '\n$ fastattn %s\n' "$*"
+  printf '\n$ fastattn' && printf ' %q' "$@" && echo
   "${FASTATTN_VENV:-.venv}/bin/fastattn" "$@"
 }
 fastattn train --config recipes/char_lm.yaml "$@" --run "$run" --overwrite
