@@ -125,11 +125,15 @@ def test_sigint_saves_and_a_second_one_interrupts(tmp_path, text_file, monkeypat
         interrupt_after(patch, 3, signal.SIGINT)
         assert train(tiny_config(tmp_path / "run", text_file)) == 130
     assert [folder.name for folder, _ in ckpt.find_checkpoints(tmp_path / "run")] == ["step-00000003"]
-    with loop.StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
+    try:
+        with loop.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_loss_falls_and_dropout_acts(tmp_path, text_file):
