@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_dtypes(backend, device, dtype, rms, fused):
     case((50, 300), dtype, device, rms=rms, **options).check()
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(1, 65536), (3, 40000), (4099, 1), (2000, 7), (150, 513)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 65536), (3, 40000), (9, 3000), (4099, 1), (2000, 7), (150, 513)])
 def test_extreme_shapes(backend, device, interpreted, rows, cols):
     if interpreted and rows > 200:
         pytest.skip("thousands of programs take minutes in the interpreter")
@@ -184,6 +185,19 @@ def test_same_bits_again_and_with_any_number_of_threads(device):
     finally:
         torch.set_num_threads(threads)
     assert all(equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_results(device, dtype):
+    """Results of 4 MiB and more are written past the caches: row by row the same bits as in a small call."""
+    rows, cols = (1100 if dtype == torch.float32 else 2100), 1024
+    c = case((rows, cols), dtype, device, residual=dtype, return_residual=True)
+    y, r, dx, dresidual, _, _ = forward_backward(c)
+    for first in (0, 500, rows - 40):
+        part = slice(first, first + 40)
+        x, residual = (t[part].detach().requires_grad_() for t in (c.x, c.residual))
+        small = replace(c, x=x, residual=residual, dy=c.dy[part], dr_out=c.dr_out[part])
+        assert equal(forward_backward(small)[:4], [t[part] for t in (y, r, dx, dresidual)])
 
 
 @pytest.mark.parametrize("dropout_p", [1e-6, 1e-5, 0.1, 0.5, 0.9, 0.99999, 1.0])

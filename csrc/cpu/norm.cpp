@@ -43,7 +43,7 @@ inline Stats row_stats(const R* r, int64_t cols, float eps, bool rms) {
 // next and next_residual: the rows that are read after this one.
 template <typename R, typename X>
 inline void normalise_row(const R* r, const float* weight, const float* bias, X* y, int64_t cols, Stats stats,
-                          const X* next, const R* next_residual) {
+                          const X* next, const R* next_residual, bool stream) {
   const Vec mean = Vec::fill(stats.mean);
   const Vec rstd = Vec::fill(stats.rstd);
   for_columns(cols, [&](int64_t i, auto lanes) {
@@ -53,7 +53,7 @@ inline void normalise_row(const R* r, const float* weight, const float* bias, X*
     }
     const Vec xhat = (load(r + i, lanes) - mean) * rstd;
     const Vec scaled = weight ? xhat * load(weight + i, lanes) : xhat;
-    store(bias ? scaled + load(bias + i, lanes) : scaled, y + i, lanes);
+    put(bias ? scaled + load(bias + i, lanes) : scaled, y + i, lanes, stream);
   });
 }
 
@@ -63,6 +63,7 @@ void forward_rows(const NormFwdArgs& args, int64_t begin, int64_t end) {
   const float* weight = static_cast<const float*>(args.weight);
   const float* bias = static_cast<const float*>(args.bias);
   const bool plain = !args.residual && !args.dropout.rng && !args.r;  // then r is x
+  const bool stream = streams(static_cast<const X*>(args.y), args.rows, cols);
   // inference does not keep r: one row of it is enough
   R* scratch = plain || args.r ? nullptr : static_cast<R*>(std::malloc(cols * sizeof(R)));
   for (int64_t row = begin; row < end; ++row) {
@@ -71,14 +72,14 @@ void forward_rows(const NormFwdArgs& args, int64_t begin, int64_t end) {
     Stats stats;
     if (plain) {
       stats = row_stats(x, cols, args.eps, args.rms);
-      normalise_row<X, X>(x, weight, bias, y, cols, stats, x + args.x_stride, nullptr);
+      normalise_row<X, X>(x, weight, bias, y, cols, stats, x + args.x_stride, nullptr, stream);
     } else {
       const R* residual = static_cast<const R*>(args.residual) + (args.residual ? row * args.residual_stride : 0);
       R* r = args.r ? static_cast<R*>(args.r) + row * cols : scratch;
       dropout_add_row(x, residual, r, cols, row, args.dropout);
       stats = row_stats(r, cols, args.eps, args.rms);
       normalise_row(r, weight, bias, y, cols, stats, x + args.x_stride,
-                    residual ? residual + args.residual_stride : nullptr);
+                    residual ? residual + args.residual_stride : nullptr, stream);
     }
     if (args.mean) {
       args.mean[row] = stats.mean;
@@ -88,6 +89,7 @@ void forward_rows(const NormFwdArgs& args, int64_t begin, int64_t end) {
     }
   }
   std::free(scratch);
+  end_of_streams();
 }
 
 template <typename X, typename R, int kRows>
@@ -122,6 +124,8 @@ void backward_rows(const NormBwdArgs& args, int64_t row, float* dweight, float* 
   }
 
   // dr, and what it becomes; the rows share the loads of weight, dweight and dbias
+  const bool stream_dx = streams(static_cast<const X*>(args.dx), args.rows, cols);
+  const bool stream_dresidual = streams(static_cast<const R*>(args.dresidual), args.rows, cols);
   const bool drops = args.dropout.rng != nullptr;
   const Vec scale = Vec::fill(args.dropout.scale);
   const Vec zero = Vec::fill(0.f);
@@ -149,9 +153,9 @@ void backward_rows(const NormBwdArgs& args, int64_t row, float* dweight, float* 
           dr = dr + load(dr_out[k] + i, lanes);
         }
         if (args.dresidual) {
-          store(dr, dresidual[k] + i, lanes);
+          put(dr, dresidual[k] + i, lanes, stream_dresidual);
         }
-        store(drops ? select(keep_mask(keep[k], j), dr * scale, zero) : dr, dx[k] + i, lanes);
+        put(drops ? select(keep_mask(keep[k], j), dr * scale, zero) : dr, dx[k] + i, lanes, stream_dx);
       }
       if (dweight) {
         store(dw, dweight + i, lanes);
@@ -183,6 +187,7 @@ void backward_chunk(const NormBwdArgs& args, int64_t chunk) {
   for (; row < end; ++row) {
     backward_rows<X, R, 1>(args, row, dweight, dbias);
   }
+  end_of_streams();
 }
 
 template <typename W>

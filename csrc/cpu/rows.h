@@ -33,6 +33,21 @@ template <typename T>
 inline void store(Vec v, T* p, First lanes) {
   v.store(p, lanes.n);
 }
+// Large results go past the caches: a store that allocates its line first reads it. Only where `streams` allows it.
+template <typename T>
+inline void put(Vec v, T* p, All, bool stream) {
+  stream ? v.stream(p) : v.store(p);
+}
+template <typename T>
+inline void put(Vec v, T* p, First lanes, bool) {
+  v.store(p, lanes.n);
+}
+template <typename T>
+inline bool streams(const T* out, int64_t rows, int64_t cols) {
+  constexpr int64_t kLargeBytes = 4 << 20;
+  return rows * cols * static_cast<int64_t>(sizeof(T)) >= kLargeBytes && cols * sizeof(T) % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
 inline Vec zero_rest(Vec v, All) {
   return v;
 }

@@ -94,6 +94,13 @@ struct Vec {
   void store(BF16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p)); }
   void store(FP16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p)); }
 
+  // past the caches; p is aligned to the vector
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  template <typename T>
+  void stream(T* p) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p));
+  }
+
   // the first n elements, 0 < n < kSize; the others load as 0
   static Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   template <typename T>
@@ -217,6 +224,13 @@ struct Vec {
   void store(FP16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
+  template <typename T>
+  void stream(T* p) const {
+    alignas(16) T lanes[kSize];
+    store(lanes);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
+  }
   FASTATTN_PARTIAL
 
   float sum() const {
@@ -301,6 +315,10 @@ struct Vec {
       p[i] = from_float<T>(v[i]);
     }
   }
+  template <typename T>
+  void stream(T* p) const {
+    store(p);
+  }
   FASTATTN_PARTIAL
 
   float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
@@ -357,6 +375,13 @@ inline Vec scale_by_power_of_2(Vec a, Vec n) {
 #endif
 #undef FASTATTN_PARTIAL
 #endif
+
+// After the last stream() of a thread.
+inline void end_of_streams() {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 
 inline Vec operator-(Vec a) {
   return Vec::fill(-0.f) - a;
