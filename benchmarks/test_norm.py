@@ -60,29 +60,26 @@ def test_norm(compare, op, form, dtype, rows, cols, direction):
     weight = torch.randn(cols, device=DEVICE, dtype=dtype, requires_grad=backward)
     bias = torch.randn(cols, device=DEVICE, dtype=dtype, requires_grad=backward)
     dy = torch.randn(rows, cols, dtype=dtype, device=DEVICE)
-    inputs = [t for t in (x, residual, weight, bias if op == "layer_norm" else None) if t is not None]
 
-    def call(fn, p):
+    def call(fn, p, x=x, residual=residual, weight=weight, bias=bias, dy=dy):
+        inputs = [t for t in (x, residual, weight, bias if op == "layer_norm" else None) if t is not None]
+
         def run():
             y = fn(x, weight, bias, residual, p)
-            if not backward:
-                return y
-            return y, *torch.autograd.grad(y, inputs, dy)
+            return (y, *torch.autograd.grad(y, inputs, dy)) if backward else y
 
         return run
 
-    names = ("torch", "fastattn")
-    fns = IMPLEMENTATIONS[op]
-    candidates = {name: call(fn, dropout_p) for name, fn in zip(names, fns, strict=True)}
-    verify = {name: call(fn, 0.0) for name, fn in zip(names, fns, strict=True)}
+    theirs, ours = IMPLEMENTATIONS[op]
+    # checked against fp32: PyTorch sums the weight gradients of half precision in half precision
+    in_fp32 = [None if t is None else t.float() for t in (x, residual, weight, bias, dy)]
     # forward: x -> y, with a residual also residual -> r when it is kept for the backward
     tensors = 2 + with_residual + (with_residual and backward)
     if backward:  # dy, r -> dx, and dresidual where dropout tells the two apart
         tensors += 3 + (dropout_p > 0)
-    # weight gradients sum over thousands of rows, in another order
     compare(
-        candidates,
-        verify=verify,
-        tolerance=TOLERANCE[dtype] * (rows**0.5 if backward else 1),
+        {"torch": call(theirs, dropout_p), "fastattn": call(ours, dropout_p)},
+        verify={"torch": call(theirs, 0.0, *in_fp32), "fastattn": call(ours, 0.0)},
+        tolerance=TOLERANCE[dtype] * (4 if backward else 1),  # sums over thousands of rows, in another order
         nbytes=tensors * dy.nbytes,
     )
