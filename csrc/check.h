@@ -93,7 +93,7 @@ inline Rows as_rows_like(const std::optional<Tensor>& tensor, const Tensor& like
   return as_rows(*tensor);
 }
 
-// An uninitialised contiguous tensor: a third of the cost of torch::stable::empty, which goes through the dispatcher.
+// An uninitialised contiguous tensor; torch::stable::empty would go through the dispatcher.
 inline Tensor empty_on(int32_t device_type, int32_t device_index, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                        ScalarType dtype) {
   constexpr size_t kMaxDims = 64;

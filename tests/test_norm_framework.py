@@ -103,6 +103,22 @@ def test_double_backward(backend, device, dropout_p, with_residual):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_double_backward_of_inputs_that_depend_on_each_other(backend, device):
+    x, *_ = operands(4, 12, device=device)
+
+    def second(function, x):
+        y = function(x, x.sin(), x[0] * x[1])
+        (dx,) = torch.autograd.grad(y, x, y.detach().cos(), create_graph=True)
+        return dx, *torch.autograd.grad(dx.square().sum(), x)
+
+    found = second(lambda x, r, w: fastattn.layer_norm(x, w, residual=r), x)
+    wanted = second(
+        lambda x, r, w: reference.norm(x, r, w, eps=1e-5, rms=False)[0], x.detach().double().requires_grad_()
+    )
+    for ours, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_functorch(backend, device):
     x, _, weight, bias = operands(6, 10, device=device, grad=False)
 
