@@ -9,6 +9,7 @@
 // are found by pointers to their rows, which makes pages, layouts and other rows of the batch one and the same.
 // The splits of a block leave unfinished rows; the last one to end combines them, always in the same order.
 #include <cmath>
+#include <type_traits>
 
 #include "attention_scores.h"
 
@@ -45,68 +46,90 @@ inline Vec lane_sums(const Vec* a) {
 #endif
 }
 
-// A vector of slots from a row of T: all of it, or the first n elements and zeros.
-template <bool kPairs, typename T>
-inline Vec load_slots(const T* p) {
-  if constexpr (kPairs) {
-    return Vec::load(reinterpret_cast<const float*>(p));
+// How a row of T is taken in: kCols elements are one load. bf16 is widened as even and odd elements, or multiplied in
+// pairs by kPairs; q and the sums of values are laid out accordingly, and place() says where a column then is.
+template <typename T, bool kPairs>
+struct Row {
+  static constexpr bool kHalves = std::is_same_v<T, BF16>;
+  static constexpr int kCols = kHalves ? 2 * kVec : kVec;
+  static constexpr int kKeyVecs = kPairs ? 1 : kCols / kVec;  // of a load of a key
+  static constexpr int kValueVecs = kCols / kVec;             // of a load of a value, with kPairs of two values
+
+  static constexpr int64_t width(int64_t cols) { return round_up(cols, kCols); }
+
+  // Where the sums of values have column c: unpacked pairs are interleaved by 4 lanes, halves by one.
+  static constexpr int64_t place(int64_t c) {
+    const int64_t in = c % kCols;
+    return c - in + (kPairs ? in / 4 % 2 * 16 + in / 8 * 4 + in % 4 : kHalves ? in % 2 * kVec + in / 2 : in);
   }
-  return Vec::load(p);
-}
-template <bool kPairs, typename T>
-inline Vec load_slots(const T* p, int n) {
+
+  static void load_key(const T* p, Vec* v) {
+    if constexpr (kPairs) {
+      v[0] = Vec::load(reinterpret_cast<const float*>(p));
+    } else if constexpr (kHalves) {
+      Vec::load_halves(p, v[0], v[1]);
+    } else {
+      v[0] = Vec::load(p);
+    }
+  }
+
+  static void load_value(const T* p, [[maybe_unused]] const T* second, Vec* v) {
+    if constexpr (kPairs) {
 #if defined(__AVX512BF16__)
-  if constexpr (kPairs) {
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16((1u << n) - 1, p))};
-  }
+      const __m512i a = _mm512_loadu_si512(p), b = second ? _mm512_loadu_si512(second) : _mm512_setzero_si512();
+      v[0] = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b))};
+      v[1] = {_mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b))};
 #endif
-  return Vec::load(p, n);
-}
-
-// Asks for a row of the tile to come: it is too far from the present one for the processor to see it coming.
-inline void fetch_row(const void* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) {
-    __builtin_prefetch(static_cast<const char*>(row) + at);
+    } else {
+      load_key(p, v);
+    }
   }
-}
 
-// s[r][j] = q[r]·k[j] for R rows and all keys of a tile, rounded up to whole vectors; `next` is fetched if not null.
+  // The last n columns of a row, n < kCols, and zeros.
+  struct Tail {
+    alignas(64) T data[kCols] = {};
+    Tail(const T* p, int n) { std::memcpy(data, p, n * sizeof(T)); }
+  };
+};
+
+// s[r][j] = q[r]·k[j] for R rows and all keys of a tile, rounded up to whole vectors. Meanwhile `next` is fetched, the
+// rows of the tile to come: they are too far away for the processor to see them coming.
 template <typename T, bool kPairs, int R>
 void score_rows(const float* q, int64_t width, const T* const* k, const T* const* next, int keys, int64_t cols,
                 float* s) {
-  constexpr int K = kVec / R, kStep = kPairs ? 2 * kVec : kVec;
-  const int64_t whole = cols / kStep;
-  const int rest = static_cast<int>(cols % kStep);
+  using In = Row<T, kPairs>;
+  constexpr int K = kVec / R;
+  const int64_t whole = cols / In::kCols;
+  const int rest = static_cast<int>(cols % In::kCols);
   for (int j = 0; j < keys; j += K) {
     Vec acc[kVec];
 #pragma GCC unroll 16
     for (int n = 0; n < kVec; ++n) {
       acc[n] = Vec::fill(0.f);
     }
-    const auto add = [&](int64_t x, auto load) {
-      Vec row[R];
+    const auto add = [&](const float* row, int n, const T* key) __attribute__((always_inline)) {
+      Vec v[In::kKeyVecs];
+      In::load_key(key, v);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        row[r] = Vec::load(q + r * width + x * kVec);
-      }
-#pragma GCC unroll 16
-      for (int n = 0; n < K; ++n) {
-        const Vec key = load(k[j + n] + x * kStep);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          acc[r * K + n] = multiply_add<kPairs>(key, row[r], acc[r * K + n]);
+#pragma GCC unroll 2
+        for (int x = 0; x < In::kKeyVecs; ++x) {
+          acc[r * K + n] = multiply_add<kPairs>(v[x], Vec::load(row + r * width + x * kVec), acc[r * K + n]);
         }
       }
     };
     for (int64_t x = 0; x < whole; ++x) {
-      add(x, [](const T* p) { return load_slots<kPairs>(p); });
+#pragma GCC unroll 16
+      for (int n = 0; n < K; ++n) {
+        __builtin_prefetch(next[j + n] + x * In::kCols);
+        add(q + x * In::kKeyVecs * kVec, n, k[j + n] + x * In::kCols);
+      }
     }
     if (rest) {
-      add(whole, [rest](const T* p) { return load_slots<kPairs>(p, rest); });
-    }
-    if (next) {
+#pragma GCC unroll 16
       for (int n = 0; n < K; ++n) {
-        fetch_row(next[j + n], cols * static_cast<int64_t>(sizeof(T)));
+        const typename In::Tail tail(k[j + n] + whole * In::kCols, rest);
+        add(q + whole * In::kKeyVecs * kVec, n, tail.data);
       }
     }
     alignas(64) float sums[kVec];
@@ -117,37 +140,13 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
   }
 }
 
-// Values are added up in units of columns: a vector, or with kPairs two, each lane a pair of two keys' values.
-// Unpacking such pairs leaves the columns of a unit in another order, which column_in_unit takes back at the very end.
-template <bool kPairs>
-constexpr int kUnit = kPairs ? 2 * kVec : kVec;
-
-template <bool kPairs>
-constexpr int column_in_unit(int column) {
-  return kPairs ? (column / 4 % 2) * 16 + column / 8 * 4 + column % 4 : column;
-}
-
-// The vectors of one unit of one key, with kPairs of two keys; the second may be null. `cols` < a whole unit: a tail.
-template <bool kPairs, bool kTail, typename T>
-inline void load_unit(const T* first, const T* second, int cols, Vec* v) {
-  if constexpr (kPairs) {
-#if defined(__AVX512BF16__)
-    const __mmask32 part = kTail ? (1u << cols) - 1 : ~0u;
-    const __m512i a = _mm512_maskz_loadu_epi16(part, first);
-    const __m512i b = second ? _mm512_maskz_loadu_epi16(part, second) : _mm512_setzero_si512();
-    v[0] = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b))};
-    v[1] = {_mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b))};
-#endif
-  } else {
-    v[0] = kTail ? Vec::load(first, cols) : Vec::load(first);
-  }
-}
-
-// o[r][..] = o[r][..] * alpha[r] + sum_j p[r][j] * v[j][..] for R rows and U units; without a start o is not read.
-template <typename T, bool kPairs, bool kTail, int R, int U>
-void add_values_block(const float* p, const T* const* v, const T* const* next, int64_t next_bytes, int keys,
-                      int64_t col, int tail, bool start, const float* alpha, float* o, int64_t width) {
-  constexpr int kVecs = U * kUnit<kPairs> / kVec, kStep = kPairs ? 2 : 1;
+// o[r][..] = o[r][..] * alpha[r] + sum_j p[r][j] * v[j][..] for R rows and U loads of a value from column `col` on; at
+// the start o is not read. A tail, of `rest` columns, is one load.
+template <typename T, bool kPairs, int R, int U>
+void add_values_block(const float* p, const T* const* v, const T* const* next, int keys, int64_t col, int rest,
+                      bool start, const float* alpha, float* o, int64_t width) {
+  using In = Row<T, kPairs>;
+  constexpr int kVecs = U * In::kValueVecs, kStep = kPairs ? 2 : 1;
   Vec acc[R][kVecs];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -156,12 +155,11 @@ void add_values_block(const float* p, const T* const* v, const T* const* next, i
       acc[r][x] = start ? Vec::fill(0.f) : Vec::load(o + r * width + x * kVec) * Vec::fill(alpha[r]);
     }
   }
-  const auto add = [&](int j, const T* first, const T* second) {
+  const auto add = [&](int j, const T* first, const T* second) __attribute__((always_inline)) {
     Vec value[kVecs];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
-      const int64_t at = col + u * kUnit<kPairs>;
-      load_unit<kPairs, kTail>(first + at, second ? second + at : nullptr, tail, value + u * kVecs / U);
+      In::load_value(first + u * In::kCols, second ? second + u * In::kCols : nullptr, value + u * In::kValueVecs);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -172,18 +170,30 @@ void add_values_block(const float* p, const T* const* v, const T* const* next, i
       }
     }
   };
-  int j = 0;
-  for (; j + kStep <= keys; j += kStep) {
-    add(j, v[j], kPairs ? v[j + 1] : nullptr);
-    if (next) {
-      fetch_row(next[j], next_bytes);
-      if (kPairs) {
-        fetch_row(next[j + 1], next_bytes);
-      }
+  const auto fetch = [&](int j) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      __builtin_prefetch(next[j] + col + u * In::kCols);
     }
-  }
-  if (j < keys) {
-    add(j, v[j], nullptr);
+  };
+  if (rest) {
+    for (int j = 0; j < keys; j += kStep) {
+      const bool both = kPairs && j + 1 < keys;
+      const typename In::Tail first(v[j] + col, rest), second(v[both ? j + 1 : j] + col, rest);
+      add(j, first.data, both ? second.data : nullptr);
+    }
+  } else {
+    int j = 0;
+    for (; j + kStep <= keys; j += kStep) {
+      fetch(j);
+      if constexpr (kPairs) {
+        fetch(j + 1);
+      }
+      add(j, v[j] + col, kPairs ? v[j + 1] + col : nullptr);
+    }
+    if (j < keys) {
+      add(j, v[j] + col, nullptr);
+    }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -198,18 +208,29 @@ template <typename T, bool kPairs, int R>
 void add_values(const float* p, const T* const* v, const T* const* next, int keys, int64_t cols, bool start,
                 const float* alpha, float* o, int64_t width) {
   // as many accumulators as hide the latency of a multiplication and leave registers for the values
-  constexpr int U = (kVec == 16 ? (R == 4 ? 4 : 8) : 8 / R) / (kPairs ? 2 : 1);
-  const int64_t bytes = cols * static_cast<int64_t>(sizeof(T));
+  using In = Row<T, kPairs>;
+  constexpr int kCols = In::kCols, U = (kVec == 16 ? (R == 4 ? 4 : 8) : 8 / R) / In::kValueVecs;
   int64_t col = 0;
-  for (; col + U * kUnit<kPairs> <= cols; col += U * kUnit<kPairs>, next = nullptr) {
-    add_values_block<T, kPairs, false, R, U>(p, v, next, bytes, keys, col, 0, start, alpha, o + col, width);
+  for (; col + U * kCols <= cols; col += U * kCols) {
+    add_values_block<T, kPairs, R, U>(p, v, next, keys, col, 0, start, alpha, o + col, width);
   }
-  for (; col + kUnit<kPairs> <= cols; col += kUnit<kPairs>, next = nullptr) {
-    add_values_block<T, kPairs, false, R, 1>(p, v, next, bytes, keys, col, 0, start, alpha, o + col, width);
+  for (; col < cols; col += kCols) {
+    const int rest = cols - col < kCols ? static_cast<int>(cols - col) : 0;
+    add_values_block<T, kPairs, R, 1>(p, v, next, keys, col, rest, start, alpha, o + col, width);
   }
-  if (col < cols) {
-    add_values_block<T, kPairs, true, R, 1>(p, v, next, bytes, keys, col, static_cast<int>(cols - col), start, alpha,
-                                            o + col, width);
+}
+
+// The row of a query as score_rows takes it.
+template <typename T, bool kPairs>
+inline void pack_row(float* dst, const T* src, int64_t cols) {
+  using In = Row<T, kPairs>;
+  for (int64_t c = 0; c < cols; c += In::kCols, dst += In::kKeyVecs * kVec) {
+    const typename In::Tail part(src + c, static_cast<int>(cols - c < In::kCols ? cols - c : In::kCols));
+    Vec v[In::kKeyVecs];
+    In::load_key(part.data, v);
+    for (int x = 0; x < In::kKeyVecs; ++x) {
+      v[x].store(dst + x * kVec);
+    }
   }
 }
 
@@ -372,8 +393,7 @@ void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* pa
     const float inverse = total == 0.f ? 0.f : 1.f / total;
     T* out = task.row<T>(args.out, r);
     for (int64_t c = 0; c < args.head_dim_v; ++c) {
-      constexpr int kWhole = kUnit<kPairs>;
-      out[c] = from_float<T>(sums[c / kWhole * kWhole + column_in_unit<kPairs>(c % kWhole)] * inverse);
+      out[c] = from_float<T>(sums[Row<T, kPairs>::place(c)] * inverse);
     }
     args.lse[(task.batch * args.n_heads + task.head(r)) * args.seqlen_q + task.query(r)] =
         total == 0.f ? -kInf : base * kLn2 + std::log(total);
@@ -399,20 +419,18 @@ void attend(const DecodeArgs& args, const DecodeTask& task, const float* q, int6
   for (int64_t j0 = task.from; j0 < task.to; j0 += kKeys) {
     const int64_t tile = (j0 - task.from) / kKeys % 2;
     const auto& now = found[tile];
-    const auto& next = found[1 - tile];
     const int keys_next = j0 + kKeys < task.to ? find(j0 + kKeys, found[1 - tile]) : 0;
-    // the last tile may be shorter: then nothing of it is fetched
-    const bool fetch = keys_next == kKeys;
+    // what is fetched must be there for as many keys as now: the last tile may be shorter
+    const auto& next = found[keys_next == kKeys ? 1 - tile : tile];
     for_row_groups(task.rows, [&](auto count, int r) {
-      score_rows<T, kPairs, count.value>(q + r * width_q, width_q, now[0], fetch && r == 0 ? next[0] : nullptr, keys,
-                                         args.head_dim, s + r * kKeys);
+      score_rows<T, kPairs, count.value>(q + r * width_q, width_q, now[0], next[0], keys, args.head_dim, s + r * kKeys);
     });
     for (int r = 0; r < task.rows; ++r) {
       softmax_row<kPairs>(args, task, r, j0, keys, s + r * kKeys, m + r, l + r, alpha + r);
     }
     for_row_groups(task.rows, [&](auto count, int r) {
-      add_values<T, kPairs, count.value>(s + r * kKeys, now[1], fetch && r == 0 ? next[1] : nullptr, keys,
-                                         args.head_dim_v, j0 == task.from, alpha + r, o + r * width, width);
+      add_values<T, kPairs, count.value>(s + r * kKeys, now[1], next[1], keys, args.head_dim_v, j0 == task.from,
+                                         alpha + r, o + r * width, width);
     });
     keys = keys_next;
   }
@@ -424,8 +442,8 @@ void decode(const DecodeArgs& args) {
   const int64_t rows = all_rows < fastattn::kDecodeRows ? all_rows : fastattn::kDecodeRows;
   const int64_t blocks = (all_rows + fastattn::kDecodeRows - 1) / fastattn::kDecodeRows;
   const int64_t tasks = args.batch * args.n_kv_heads * blocks * args.splits;
-  const int64_t width_q = round_up(slots<kPairs>(args.head_dim), kVec),
-                width = round_up(args.head_dim_v, kUnit<kPairs>);
+  const int64_t width_q = round_up(slots<kPairs>(args.head_dim), 2 * kVec),
+                width = Row<T, kPairs>::width(args.head_dim_v);
   const int64_t stride = fastattn::decode_partial(rows, args.head_dim_v);
   Arena arena(rows * (width_q + kKeys + 1) + width + stride + 5 * 16);
   if (arena.failed()) {
@@ -441,7 +459,7 @@ void decode(const DecodeArgs& args) {
   for (int64_t n; (n = args.next->fetch_add(1, std::memory_order_relaxed)) < tasks;) {
     const DecodeTask task(args, n);
     for (int r = 0; r < task.rows; ++r) {
-      slot_row<kPairs>(q + r * width_q, task.row<const T>(args.q, r), args.head_dim, width_q);
+      pack_row<T, kPairs>(q + r * width_q, task.row<const T>(args.q, r), args.head_dim);
     }
     float* o = args.splits > 1 ? args.partial + n * stride : own;
     float* m = o + task.rows * width;

@@ -90,6 +90,12 @@ struct Vec {
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const BF16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const FP16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // 2 * kSize elements in half the work of two loads: those with an even index, and those with an odd one
+  static void load_halves(const BF16* p, Vec& even, Vec& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BF16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p)); }
   void store(FP16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p)); }
@@ -208,6 +214,11 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
   }
   static Vec load(const FP16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static void load_halves(const BF16* p, Vec& even, Vec& odd) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(BF16* p) const {
     const __m256i bits = _mm256_castps_si256(v);
@@ -308,6 +319,10 @@ struct Vec {
   template <typename T>
   static Vec load(const T* p) {
     return {Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+  }
+  static void load_halves(const BF16* p, Vec& even, Vec& odd) {
+    even.v = Float4{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])};
+    odd.v = Float4{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])};
   }
   template <typename T>
   void store(T* p) const {
