@@ -77,10 +77,13 @@ def random_case(seed, dtypes=DTYPES, lengths=(1, 2, 5, 17, 63, 64, 65, 100, 129)
     return q, k, v, kwargs
 
 
-def results(q, k, v, kwargs, backend, seed=0, use_lse=True):
-    """out, lse and all gradients of a random cotangent, by name; lse -inf as it is, without a gradient."""
+def results(q, k, v, kwargs, backend, seed=0, use_lse=True, call=fastattn.attention):
+    """out, lse and all gradients of a random cotangent, by name; lse -inf as it is, without a gradient.
+
+    `call` stands for `fastattn.attention` where another entry is tested, and takes its arguments.
+    """
     torch.manual_seed(seed)  # the same (seed, offset) of dropout in every call
-    out, lse = fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=backend)
+    out, lse = call(q, k, v, **kwargs, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(1)
     loss = (out.double() * torch.randn(out.shape, generator=generator)).sum()
     if use_lse:
