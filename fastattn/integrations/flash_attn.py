@@ -103,8 +103,8 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise ValueError(
-            "flash_attn_varlen_func: block_table must be None, got a tensor: packed keys lie in one piece; a paged cache"
-            " is read by flash_attn_with_kvcache"
+            "flash_attn_varlen_func: block_table must be None, got a tensor: packed keys lie in one piece; a paged"
+            " cache is read by flash_attn_with_kvcache"
         )
     _check_layout("flash_attn_varlen_func", _PACKED, q=q, k=k, v=v)
     out, lse = attention(
@@ -151,8 +151,8 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (batch_cache, seqlen_cache, n_kv_heads, head_dim), with block_table (num_blocks, block_size,
             n_kv_heads, head_dim), blocks of 16 keys or more.
         k, v: (batch, seqlen_new, n_kv_heads, head_dim), written behind the cache_seqlens valid keys of each sequence.
-        rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2): k, whose position is cache_seqlens + i, is rotated before it
-            is written, and q likewise; without causal and window_size all queries stand at position cache_seqlens.
+        rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2): k, whose position is cache_seqlens + i, is rotated before
+            it is written, and q likewise; without causal and window_size all queries stand at position cache_seqlens.
         cache_seqlens: int32 (batch,) or an int for all: valid keys before this call; None = the whole cache is valid.
         cache_batch_idx: int32 (batch,): rows of the caches, distinct where k is given; not together with block_table.
         cache_leftpad: int32 (batch,): keys before it are invisible; positions count from the cache's beginning still.
