@@ -77,6 +77,22 @@ def random_case(seed, dtypes=DTYPES, lengths=(1, 2, 5, 17, 63, 64, 65, 100, 129)
     return q, k, v, kwargs
 
 
+def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    """A leaf of normal numbers, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
+
+
+def qkv(batch, n_heads, seqlen_q, seqlen_k, head_dim, dtype=torch.float32, kv_heads=None, head_dim_v=None, scale=1.0):
+    """q, k and v of a call; `scale` makes the scores large."""
+    kv_heads = kv_heads or n_heads
+    return (
+        normal(batch, n_heads, seqlen_q, head_dim, dtype=dtype, seed=1, scale=scale),
+        normal(batch, kv_heads, seqlen_k, head_dim, dtype=dtype, seed=2, scale=scale),
+        normal(batch, kv_heads, seqlen_k, head_dim_v or head_dim, dtype=dtype, seed=3),
+    )
+
+
 def results(q, k, v, kwargs, backend, seed=0, use_lse=True, call=fastattn.attention):
     """out, lse and all gradients of a random cotangent, by name; lse -inf as it is, without a gradient.
 
@@ -139,3 +155,10 @@ def assert_close_to(ours, truth, baseline, what, kwargs, factor=1.0):
             floor = floor + 2e-4
         error, allowed = (got - expected).abs().max(), times * (base - expected).abs().max() + floor
         assert error <= allowed, f"{what} {name}: error {error:.3g}, allowed {allowed:.3g} in {ours[name].dtype}"
+
+
+def check(monkeypatch, what, q, k, v, seed=0, factor=1.0, *, backend, **kwargs):
+    """One call of `fastattn.attention` with its gradients against the truth."""
+    kwargs = {"softcap": 0.0} | kwargs
+    truth, baseline = truth_and_baseline(monkeypatch, q, k, v, kwargs, seed)
+    assert_close_to(results(q, k, v, kwargs, backend, seed), truth, baseline, what, kwargs, factor)
