@@ -93,6 +93,11 @@ def qkv(batch, n_heads, seqlen_q, seqlen_k, head_dim, dtype=torch.float32, kv_he
     )
 
 
+def on(device, *values):
+    """Tensors, detached, on a device; one that requires grad becomes a new leaf. What is no tensor stays."""
+    return [t.detach().to(device).requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in values]
+
+
 def results(q, k, v, kwargs, backend, seed=0, use_lse=True, call=fastattn.attention):
     """out, lse and all gradients of a random cotangent, by name; lse -inf as it is, without a gradient.
 
@@ -101,9 +106,9 @@ def results(q, k, v, kwargs, backend, seed=0, use_lse=True, call=fastattn.attent
     torch.manual_seed(seed)  # the same (seed, offset) of dropout in every call
     out, lse = call(q, k, v, **kwargs, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(1)
-    loss = (out.double() * torch.randn(out.shape, generator=generator)).sum()
+    loss = (out.double() * torch.randn(out.shape, generator=generator).to(out.device)).sum()
     if use_lse:
-        weights = torch.randn(lse.shape, generator=generator)
+        weights = torch.randn(lse.shape, generator=generator).to(lse.device)
         loss = loss + torch.where(torch.isfinite(lse), lse.double(), 0.0).mul(weights).sum()
     leaves = {"q": q, "k": k, "v": v} | {
         name: kwargs[name] for name in ("bias", "sink") if kwargs.get(name) is not None
@@ -157,8 +162,10 @@ def assert_close_to(ours, truth, baseline, what, kwargs, factor=1.0):
         assert error <= allowed, f"{what} {name}: error {error:.3g}, allowed {allowed:.3g} in {ours[name].dtype}"
 
 
-def check(monkeypatch, what, q, k, v, seed=0, factor=1.0, *, backend, **kwargs):
-    """One call of `fastattn.attention` with its gradients against the truth."""
+def check(monkeypatch, what, q, k, v, seed=0, factor=1.0, *, backend, device="cpu", call=fastattn.attention, **kwargs):
+    """One call of `fastattn.attention`, or what stands for it, and its gradients against the truth."""
     kwargs = {"softcap": 0.0} | kwargs
+    q, k, v = on(device, q, k, v)
+    kwargs = dict(zip(kwargs, on(device, *kwargs.values()), strict=True))
     truth, baseline = truth_and_baseline(monkeypatch, q, k, v, kwargs, seed)
-    assert_close_to(results(q, k, v, kwargs, backend, seed), truth, baseline, what, kwargs, factor)
+    assert_close_to(results(q, k, v, kwargs, backend, seed, call=call), truth, baseline, what, kwargs, factor)

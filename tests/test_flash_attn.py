@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from attention_cases import DTYPES, assert_close_to, results, truth_and_baseline
+from attention_cases import DTYPES, check, normal, results
 
 import fastattn
 from fastattn import reference
@@ -37,11 +37,6 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature_is_that_of_flash_attn(name):
     assert str(inspect.signature(getattr(flash_attn, name))) == SIGNATURES[name]
-
-
-def normal(*shape, seed=0, dtype=torch.float32, grad=True):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
 
 
 def swapped(*tensors):
@@ -88,8 +83,8 @@ FEATURES = {
 }  # fmt: skip
 
 
-def check(monkeypatch, name, features, backend=None):
-    kwargs = {"softcap": 0.0} | FEATURES[features]
+def check_entry(monkeypatch, name, features, backend=None, device="cpu"):
+    kwargs = dict(FEATURES[features])
     dtype = torch.float16 if features == "causal" else torch.float32
     n_kv_heads = 2 if "qkv" in name else 1
     if "varlen" in name:
@@ -106,19 +101,18 @@ def check(monkeypatch, name, features, backend=None):
         seqlen_k = 33 if "qkv" in name else 50
         q = normal(3, 2, 33, 16, dtype=dtype)
         k, v = (normal(3, n_kv_heads, seqlen_k, 16, seed=n, dtype=dtype) for n in (1, 2))
-    truth, baseline = truth_and_baseline(monkeypatch, q, k, v, kwargs)
-    assert_close_to(results(q, k, v, kwargs, backend, call=entry(name)), truth, baseline, name, kwargs)
+    check(monkeypatch, name, q, k, v, backend=backend, device=device, call=entry(name), **kwargs)
 
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("name", list(SIGNATURES)[:-1])
 def test_values_and_gradients(name, features, monkeypatch):
-    check(monkeypatch, name, features)
+    check_entry(monkeypatch, name, features)
 
 
 @pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func"])
-def test_on_every_backend(name, backend, monkeypatch):
-    check(monkeypatch, name, "everything", backend)
+def test_on_every_backend(name, backend, device, monkeypatch):
+    check_entry(monkeypatch, name, "everything", backend, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,7 +134,7 @@ def test_every_bit_is_that_of_attention(name, dtype):
     [(2, 5, [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), (5, 2, [[0, 0], [0, 0], [0, 0], [1, 0], [1, 1]])],
 )
 def test_causal_is_aligned_bottom_right(seqlen_q, seqlen_k, visible):
-    q, k = (normal(1, n, 1, 8, seed=n, grad=False) for n in (seqlen_q, seqlen_k))
+    q, k = (normal(1, n, 1, 8, seed=n).detach() for n in (seqlen_q, seqlen_k))
     v = torch.eye(seqlen_k)[None, :, None]
     out, lse, _ = flash_attn.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     visible = torch.tensor(visible, dtype=torch.bool)
@@ -212,7 +206,7 @@ def test_attn_probs_are_lse_and_no_weights():
 
 def test_lse_of_causal_alibi_counts_the_distance():
     """flash-attn leaves a constant of the row out of it; the weights are the same."""
-    q, k, v = (normal(1, 5, 2, 8, seed=n, grad=False) for n in range(3))
+    q, k, v = (normal(1, 5, 2, 8, seed=n).detach() for n in range(3))
     slopes = torch.tensor([0.3, 0.7])
     lse = flash_attn.flash_attn_func(q, k, v, causal=True, alibi_slopes=slopes, return_attn_probs=True)[1]
     i, j = torch.arange(5)[:, None], torch.arange(5)
@@ -284,9 +278,9 @@ class TestKvCache:
     lengths = torch.tensor([9, 0, 25], dtype=torch.int32)
 
     def tensors(self, seqlen_q=3, seqlen_new=3, rows=3):
-        q = normal(3, seqlen_q, 4, 16, seed=1, grad=False)
-        caches = [normal(rows, 40, 2, 16, seed=seed, grad=False) for seed in (2, 3)]
-        new = [normal(3, seqlen_new, 2, 16, seed=seed, grad=False) for seed in (4, 5)]
+        q = normal(3, seqlen_q, 4, 16, seed=1).detach()
+        caches = [normal(rows, 40, 2, 16, seed=seed).detach() for seed in (2, 3)]
+        new = [normal(3, seqlen_new, 2, 16, seed=seed).detach() for seed in (4, 5)]
         return q, caches, new
 
     def expected(self, q, k_cache, v_cache, lengths, rows=range(3), leftpad=(0, 0, 0), causal=False, **options):
@@ -369,7 +363,7 @@ class TestKvCache:
         assert whole.shape == q.shape
 
     def test_steps_equal_one_causal_call(self):
-        q, k, v = (normal(2, 12, heads, 16, seed=n, grad=False) for n, heads in enumerate((4, 2, 2)))
+        q, k, v = (normal(2, 12, heads, 16, seed=n).detach() for n, heads in enumerate((4, 2, 2)))
         expected = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(5, 0))
         caches = [torch.full((2, 12, 2, 16), torch.nan) for _ in range(2)]
         done = 0
