@@ -20,7 +20,16 @@ from fastattn.nn import (
     TransformerEncoderLayer,
     replace,
 )
-from fastattn.ops import attention, dropout, explain, feed_forward, layer_norm, rms_norm, scaled_dot_product_attention
+from fastattn.ops import (
+    attention,
+    dropout,
+    explain,
+    feed_forward,
+    layer_norm,
+    rms_norm,
+    rotary_embedding,
+    scaled_dot_product_attention,
+)
 from fastattn.ops._backends import backends, use_backend
 
 __version__ = "0.1.0"
@@ -43,6 +52,7 @@ __all__ = [
     "nn",
     "replace",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "use_backend",
 ]
