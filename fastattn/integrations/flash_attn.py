@@ -10,6 +10,7 @@ import torch
 
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_decode import attention_decode
+from fastattn.ops.rotary import rotary_embedding
 
 _BATCHED = ("batch", "seqlen", "heads", "head_dim")
 _PACKED = ("total", "heads", "head_dim")
@@ -188,8 +189,6 @@ def flash_attn_with_kvcache(
     if k is not None:
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     if rotary_cos is not None:
-        from fastattn.ops.rotary import rotary_embedding
-
         end = cache_seqlens[:, None]
         positions_q, positions_k = (end + torch.arange(t.shape[2], device=q.device) for t in (q, k))
         if not causal and all(side in (-1, None) for side in window_size):
