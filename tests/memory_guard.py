@@ -25,14 +25,16 @@ def guarded(tensor, offset=0, gap=0):
 
 
 def far(tensor, dim):
-    """The same values with neighbours in `dim` 2^31 elements apart, or the test is skipped.
+    """The same values with the first and the last in `dim` 2^31 elements apart, or the test is skipped.
+
+    With three of them the stride fits 32 bits and the offset does not.
 
     The memory between them is reserved and never touched, which systems that promise more than they have allow.
     """
     shape = list(tensor.shape)
     strides = list(tensor[(slice(None),) * dim + (slice(1),)].contiguous().stride())
-    strides[dim] = 2**31
-    elements = 2**31 * (shape[dim] - 1) + math.prod(shape)
+    strides[dim] = 2**31 // (shape[dim] - 1)
+    elements = 2**31 + math.prod(shape)
     try:
         buffer = torch.empty(elements, dtype=tensor.dtype, device=tensor.device)
     except RuntimeError as error:

@@ -14,6 +14,7 @@ from memory_guard import far, guarded
 import fastattn
 from fastattn import reference
 from fastattn.ops._backends import unavailable
+from fastattn.ops.attention import _fwd, _reference
 
 REASON = unavailable("native", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no C++ kernels for the CPU: {REASON}")
@@ -168,10 +169,10 @@ def test_strides_layouts_and_memory(monkeypatch):
 @pytest.mark.parametrize("dim", range(3))
 @pytest.mark.parametrize("name", ["q", "k", "v", "mask", "bias", "do"])
 def test_offsets_beyond_two_to_the_31(name, dim):
-    """Neighbours in one dimension lie 2^31 elements apart, in memory that is reserved and hardly touched."""
-    q, k, v = (t.detach() for t in qkv(2, 2, 2, 2, 16, torch.float16))
-    tensors = {"q": q, "k": k, "v": v, "do": normal(2, 2, 2, 16).half(), "bias": normal(2, 2, 2, 2).half()}
-    tensors = {label: t.detach() for label, t in tensors.items()} | {"mask": torch.eye(2).bool().expand(2, 2, 2, 2)}
+    """One dimension is spread over 2^31 elements, in memory that is reserved and hardly touched."""
+    q, k, v = (t.detach() for t in qkv(3, 3, 3, 3, 16, torch.float16))
+    tensors = {"q": q, "k": k, "v": v, "do": normal(3, 3, 3, 16).half(), "bias": normal(3, 3, 3, 3).half()}
+    tensors = {label: t.detach() for label, t in tensors.items()} | {"mask": normal(3, 3, 3, 3, seed=1) > -0.3}
 
     def run(q, k, v, do, bias, mask):
         arguments = raw_arguments(q, k, v, bias, mask=mask)
@@ -244,6 +245,13 @@ def test_reruns_and_thread_counts_agree_bit_for_bit(name):
             assert all(got[name].equal(value) for name, value in expected.items()), f"repeat {repeat}"
     finally:
         torch.set_num_threads(before)
+
+
+def test_backward_continues_a_forward_of_the_reference(monkeypatch):
+    monkeypatch.setitem(_fwd, "native", _reference)
+    for seed in range(2000, 2040):
+        q, k, v, kwargs = random_case(seed, dtypes=(torch.float32,))
+        check(monkeypatch, f"seed {seed}", q, k, v, seed, **kwargs)
 
 
 def test_double_backward_goes_through_the_reference():
