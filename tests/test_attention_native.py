@@ -34,8 +34,8 @@ def test_random_combinations_of_features(part, monkeypatch):
 
 
 SHAPES = [
-    (113, 203, 32), (128, 217, 40), (113, 211, 59), (108, 256, 64), (256, 512, 80), (512, 256, 96), (1023, 1024, 111),
-    (1024, 1023, 128), (1, 203, 160), (203, 1, 192), (64, 130, 224), (130, 64, 256), (33, 70, 320),
+    (113, 203, 32), (128, 217, 40), (113, 211, 59), (108, 256, 64), (256, 512, 80), (512, 256, 96), (127, 128, 111),
+    (128, 127, 128), (1, 203, 160), (203, 1, 192), (64, 130, 224), (130, 64, 256), (33, 70, 320),
 ]  # fmt: skip
 VALUE_HEAD_DIMS = [(192, 128), (128, 192), (64, 256), (40, 111), (8, 320)]  # (head_dim, head_dim_v)
 
@@ -48,6 +48,13 @@ def test_fixed_shapes(dtype, monkeypatch):
     for head_dim, head_dim_v in VALUE_HEAD_DIMS:
         q, k, v = qkv(1, 4, 65, 130, head_dim, dtype, kv_heads=2, head_dim_v=head_dim_v)
         check(monkeypatch, f"{head_dim} {head_dim_v}", q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])  # in fp16 the products of PyTorch, our yardstick, take seconds
+def test_a_thousand_keys(dtype, monkeypatch):
+    for seqlen_q, seqlen_k in ((1023, 1024), (1024, 1023)):
+        q, k, v = qkv(1, 1, seqlen_q, seqlen_k, 64, dtype)
+        check(monkeypatch, f"{seqlen_q} {seqlen_k}", q, k, v, causal=True)
 
 
 def test_few_heads_divide_their_keys(monkeypatch):
@@ -249,7 +256,7 @@ def test_reruns_and_thread_counts_agree_bit_for_bit(name):
 
 def test_backward_continues_a_forward_of_the_reference(monkeypatch):
     monkeypatch.setitem(_fwd, "native", _reference)
-    for seed in range(2000, 2040):
+    for seed in range(2000, 2024):
         q, k, v, kwargs = random_case(seed, dtypes=(torch.float32,))
         check(monkeypatch, f"seed {seed}", q, k, v, seed, **kwargs)
 
