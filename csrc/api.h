@@ -144,6 +144,27 @@ struct AttentionArgs {
   std::atomic<bool>* failed;   // out of memory
 };
 
+// Rotary embedding of one tensor, or of two with one head_dim and one position per token. Packed sequences are one
+// batch.
+struct RotaryArgs {
+  HeadTensor x[2], out[2];  // out may be x
+  int64_t n_heads[2];       // 0: no second tensor
+  const void *cos, *sin;    // of table_dtype; row p for position p, table_batch apart from batch entry to batch entry
+  int64_t table_rows, table_row, table_batch;
+  const void*
+      positions;  // int64 if wide_positions, else int32, positions_batch apart; null: offset + index of the token
+  int64_t positions_batch, offset;
+  int64_t batch, seqlen, head_dim, rotary_dim;
+  bool wide_positions, interleaved, conjugate;  // conjugate: sin negated
+  DType dtype, table_dtype;
+};
+
+constexpr int64_t kRotaryTokens = 16;  // of a piece of the CPU kernel
+
+FASTATTN_DECLARE_CPU(rotary_fwd, RotaryArgs);  // pieces; every batch entry has ceil(seqlen / kRotaryTokens)
+
+int rotary_fwd_cuda(const RotaryArgs& args, void* stream);
+
 #define FASTATTN_DECLARE_ATTENTION(variant)                \
   void attention_fwd_##variant(const AttentionArgs& args); \
   void attention_bwd_##variant(const AttentionArgs& args); \

@@ -28,6 +28,7 @@ from fastattn.ops import (
     feed_forward,
     layer_norm,
     rms_norm,
+    rotary_embedding,
     scaled_dot_product_attention,
 )
 from fastattn.ops._backends import backends, use_backend
@@ -53,6 +54,7 @@ __all__ = [
     "nn",
     "replace",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "use_backend",
 ]

@@ -131,6 +131,39 @@ def feed_forward(x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=No
     return F.linear(dropout(hidden, dropout_p, rng=rng).to(x.dtype), w2, b2)
 
 
+def rotary_embedding(x, cos, sin, *, rotary_dim=None, positions=None, offset=0, interleaved=False):
+    """Rotates pairs of the first rotary_dim channels of x by the angles of its positions, copies the other channels.
+
+        y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin
+
+    A pair (x1, x2) is (x[d], x[d + rotary_dim / 2]); interleaved (x[2d], x[2d + 1]). The gradient: -sin for sin.
+
+    Args:
+        x: (batch, n_heads, seqlen, head_dim) or packed (total, n_heads, head_dim).
+        cos, sin: (rows, rotary_dim / 2), row p for position p; or (batch or 1, seqlen, rotary_dim / 2): one per token.
+        rotary_dim: 2 * cos.shape[-1] if None; columns of the tables past rotary_dim / 2 are not used.
+        positions: integers (seqlen,), (batch or 1, seqlen) or packed (total,); None counts from `offset`. One outside
+            of the table gives NaN.
+    Source: Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
+    """
+    rotary_dim = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
+    acc = accumulator(x.dtype)
+    cos, sin = (t[..., : rotary_dim // 2].to(acc) for t in (cos, sin))
+    if positions is not None:
+        inside = ((positions >= 0) & (positions < cos.shape[0]))[..., None]
+        row = torch.where(inside[..., 0], positions, 0)
+        cos, sin = (torch.where(inside, t[row], float("nan")) for t in (cos, sin))
+    elif cos.dim() == 2:
+        seqlen = x.shape[0 if x.dim() == 3 else 2]
+        cos, sin = (t[offset : offset + seqlen] for t in (cos, sin))
+    cos, sin = (t.unsqueeze(-2 if x.dim() == 3 else -3) for t in (cos, sin))
+
+    x1, x2 = x[..., :rotary_dim].unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(-1 if interleaved else -2)
+    x1, x2 = x1.to(acc), x2.to(acc)
+    y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1 if interleaved else -2).flatten(-2)
+    return torch.cat((y, x[..., rotary_dim:].to(acc)), -1).to(x.dtype)
+
+
 def attention_visible(seqlen_q, seqlen_k, *, mask=None, causal=False, window=(-1, -1), seqlens_k=None, device=None):
     """Which key each query sees: bool, broadcastable to (batch, heads, seqlen_q, seqlen_k).
 

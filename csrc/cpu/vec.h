@@ -175,6 +175,10 @@ inline Mask operator<(Vec a, Vec b) {
 inline Vec select(Mask mask, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(mask.m, b.v, a.v)};
 }  // mask ? a : b
+// lanes 1, 0, 3, 2, ...
+inline Vec swap_pairs(Vec a) {
+  return {_mm512_permute_ps(a.v, 0b10110001)};
+}
 // a * 2^n for a whole n
 inline Vec scale_by_power_of_2(Vec a, Vec n) {
   return {_mm512_scalef_ps(a.v, n.v)};
@@ -292,6 +296,9 @@ inline Mask operator<(Vec a, Vec b) {
 inline Vec select(Mask mask, Vec a, Vec b) {
   return {_mm256_blendv_ps(b.v, a.v, mask.m)};
 }
+inline Vec swap_pairs(Vec a) {
+  return {_mm256_permute_ps(a.v, 0b10110001)};
+}
 // a * 2^n in two steps, so that subnormal results are reached: |n| <= 252
 inline Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n.v);
@@ -380,6 +387,9 @@ inline Mask operator<(Vec a, Vec b) {
 }
 inline Vec select(Mask mask, Vec a, Vec b) {
   return {mask.m ? a.v : b.v};
+}
+inline Vec swap_pairs(Vec a) {
+  return {Float4{a.v[1], a.v[0], a.v[3], a.v[2]}};
 }
 inline Vec scale_by_power_of_2(Vec a, Vec n) {
   const Int4 whole = __builtin_convertvector(n.v, Int4);

@@ -5,6 +5,7 @@ from fastattn.ops import attention_decode as _attention_decode
 from fastattn.ops import dropout as _dropout
 from fastattn.ops import feed_forward as _feed_forward
 from fastattn.ops import norm as _norm
+from fastattn.ops import rotary as _rotary
 
 _EXPLAIN = {
     "attention": _attention.explain,
@@ -12,6 +13,7 @@ _EXPLAIN = {
     "feed_forward": _feed_forward.explain,
     "layer_norm": _norm.explain,
     "rms_norm": _norm.explain,
+    "rotary_embedding": _rotary.explain,
 }
 
 attention = _attention.attention
@@ -21,6 +23,7 @@ dropout = _dropout.dropout
 feed_forward = _feed_forward.feed_forward
 layer_norm = _norm.layer_norm
 rms_norm = _norm.rms_norm
+rotary_embedding = _rotary.rotary_embedding
 
 
 def explain(op, *args, **kwargs):

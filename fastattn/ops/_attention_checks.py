@@ -90,7 +90,11 @@ def check_per_head(name, label, t, q, shapes):
     """Raise unless `t` is a float tensor of one of `shapes`; returns it in fp32 (fp64 if q is)."""
     if not t.is_floating_point():
         raise TypeError(f"{name}: {label} must be float32, got {t.dtype}")
-    if tuple(t.shape) not in shapes:
+    # number by number: torch.compile finds no tuple of sizes equal where some are symbols and some are not
+    if not any(
+        t.dim() == len(shape) and all(have == want for have, want in zip(t.shape, shape, strict=True))
+        for shape in shapes
+    ):
         wanted = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{name}: {label} must have shape {wanted}, got {tuple(t.shape)}")
     if t.device != q.device:
