@@ -145,19 +145,15 @@ class _Attention(torch.autograd.Function):
         )
 
 
-def _settled(condition):
-    return True if condition else False  # noqa: SIM210  bool() would leave symbolic what torch.compile made symbolic
-
-
 def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
              max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
     """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
-    device = q.device.type
+    device = "cpu" if q.is_cpu else q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    batch, n_heads, seqlen_q, seqlen_k = check_qkv(name, q, k, v, packed)
+    batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v = check_qkv(name, q, k, v, packed)
     check_numbers(name, softcap, dropout_p, scale)
     left, right, top_left = resolve_window(name, causal, window)
     if deterministic not in (None, True, False):
@@ -181,14 +177,18 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
         alibi_slopes = check_per_head(name, "alibi_slopes", alibi_slopes, q, ((n_heads,), (batch, n_heads)))
     if sink is not None:
         sink = check_per_head(name, "sink", sink, q, ((n_heads,),))
-    head_dim, head_dim_v = q.shape[3], v.shape[3]
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
+    # conditions as expressions: bool() would leave symbolic what torch.compile made symbolic
     facts = (
         device, q.dtype, None if bias is None else bias.dtype, mask is not None, left >= 0 or right >= 0,
-        seqlens_k is not None, packed, alibi_slopes is not None, _settled(softcap > 0), sink is not None,
-        _settled(dropout_p > 0), _settled(n_heads != k.shape[1]), _settled(head_dim != head_dim_v),
-        _settled(head_dim > 256 or head_dim_v > 256),
+        seqlens_k is not None, packed, alibi_slopes is not None,
+        True if softcap > 0 else False,  # noqa: SIM210
+        sink is not None,
+        True if dropout_p > 0 else False,  # noqa: SIM210
+        True if n_heads != n_kv_heads else False,  # noqa: SIM210
+        True if head_dim != head_dim_v else False,  # noqa: SIM210
+        True if head_dim > 256 or head_dim_v > 256 else False,  # noqa: SIM210
     )  # fmt: skip
     rest = (
         mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None,
