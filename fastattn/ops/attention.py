@@ -28,7 +28,7 @@ from fastattn.ops._attention_checks import (
 )
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._random import draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference
+from fastattn.ops._register import define, differentiate, needs_reference, python_kernel
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,8 +77,17 @@ define(
     " bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     _attention_bwd_fake,
 )
-_fwd = {name: getattr(torch.ops.fastattn.attention_fwd, name) for name in ("native", "triton")}
-_bwd = {name: getattr(torch.ops.fastattn.attention_bwd, name) for name in ("native", "triton")}
+_ops = {
+    (direction, name): getattr(getattr(torch.ops.fastattn, f"attention_{direction}"), name)
+    for direction in ("fwd", "bwd")
+    for name in ("native", "triton")
+}
+
+
+def _raw(direction, backend, *tensors):
+    """The raw op, or its kernel where that is in Python and may be called directly."""
+    direct = python_kernel(f"attention_{direction}", backend, *tensors) if backend == "triton" else None
+    return direct or _ops[direction, backend]
 
 
 def refuses(facts):
@@ -118,7 +127,7 @@ def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, backend, *rest):
-        out, lse = _fwd[backend](q, k, v, bias, sink, *rest)
+        out, lse = _raw("fwd", backend, q, k, v)(q, k, v, bias, sink, *rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
         ctx.options = rest[6:]
@@ -134,7 +143,8 @@ class _Attention(torch.autograd.Function):
             grads = differentiate(lambda *inputs: _reference(*inputs, *rest), (q, k, v, bias, sink), (do, dlse))
             return *grads, *nothing
         need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
-        dq, dk, dv, dbias, dsink = _bwd[ctx.backend](do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias)
+        run = _raw("bwd", ctx.backend, q, k, v)
+        dq, dk, dv, dbias, dsink = run(do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias)
         return (
             dq if need_dq else None,
             dk if need_dk else None,
@@ -264,7 +274,7 @@ def _run(facts, q, k, v, bias, sink, rest, backend):
         return _reference(q, k, v, bias, sink, *rest)
     if grad_wanted(q, k, v, bias, sink):
         return _Attention.apply(q, k, v, bias, sink, runs, *rest)
-    return _fwd[runs](q, k, v, bias, sink, *rest)
+    return _raw("fwd", runs, q, k, v)(q, k, v, bias, sink, *rest)
 
 
 def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None,
