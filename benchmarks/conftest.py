@@ -48,8 +48,18 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cpu-time", action="store_true", help="processor time of one thread: ratios that a busy machine leaves alone"
+    )
+
+
 def pytest_configure(config):
-    if not CUDA and "OMP_NUM_THREADS" not in os.environ:
+    global TIMER
+    if not CUDA and config.getoption("--cpu-time"):
+        TIMER = time.process_time
+        torch.set_num_threads(1)
+    elif not CUDA and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
