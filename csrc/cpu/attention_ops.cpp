@@ -25,7 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 using Kernel = void (*)(const AttentionArgs&);
 
 #if defined(__x86_64__)
-bool has_bf16_products() {  // asked once: the instruction that tells costs microseconds in a virtual machine
+bool has_bf16_products() {  // asked once: a hypervisor intercepts the instruction that tells
   static const bool has = fastattn::cpu_capability() == fastattn::CpuCapability::kAvx512Bf16;
   return has;
 }
