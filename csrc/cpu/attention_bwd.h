@@ -7,7 +7,8 @@
 //
 // dQ of a block is the sum over the pieces that it sees, in their order. In fp32 it is summed where it ends up, and
 // tasks of one piece wait for their turn. In 16 bits a task of all pieces sums it in fp32 of its own; tasks of one
-// piece leave it to query_gradient, which makes p and ds again: so no buffer of the size of the inputs is ever needed.
+// piece leave it to query_gradient, which makes p and ds again. So where heads are few no buffer grows with seqlen, and
+// elsewhere none exceeds one head per thread.
 #include <thread>
 
 #include "attention_fwd.h"
