@@ -115,6 +115,8 @@ struct ScoreTensor {  // broadcast dimensions have stride 0; null: absent
   int64_t batch, head, row, key;
 };
 
+constexpr int64_t kAttentionPieceKeys = 256;  // the CPU backward sums dk and dv for that many keys at a time
+
 struct AttentionArgs {
   HeadTensor q, k, v, out, dout, dq, dk, dv;
   float* lse;         // (batch, head, row): strides lse_batch, lse_head, 1
@@ -138,10 +140,10 @@ struct AttentionArgs {
   // which tasks make dbias: those of the backward, one per key head and sequence or one for all sequences of a batch,
   // or those of attention_dbias
   enum class DbiasFrom { kSequence, kWholeBatch, kOwnPass } dbias_from;
-  int64_t chunks;              // parts the keys of a head are divided into; each has its own fp32 dq in dq_partial
-  float* dq_partial;           // (chunk, batch, head, row, round_up(head_dim)) if chunks > 1
-  std::atomic<int64_t>* next;  // the task to take next; threads take them as they come, results do not depend on it
-  std::atomic<bool>* failed;   // out of memory
+  bool split;  // pieces of a head's keys are tasks of their own; 16 bits: attention_dq makes dq then
+  std::atomic<int32_t>* dq_turns;  // (batch, head, block of queries): how many pieces dq has; fp32 and split only
+  std::atomic<int64_t>* next;      // the task to take next; threads take them as they come, results do not depend on it
+  std::atomic<bool>* failed;       // out of memory
 };
 
 // Rotary embedding of one tensor, or of two with one head_dim and one position per token. Packed sequences are one
@@ -168,16 +170,13 @@ int rotary_fwd_cuda(const RotaryArgs& args, void* stream);
 #define FASTATTN_DECLARE_ATTENTION(variant)                \
   void attention_fwd_##variant(const AttentionArgs& args); \
   void attention_bwd_##variant(const AttentionArgs& args); \
+  void attention_dq_##variant(const AttentionArgs& args);  \
   void attention_dbias_##variant(const AttentionArgs& args)
 
 FASTATTN_DECLARE_ATTENTION(default);
 FASTATTN_DECLARE_ATTENTION(avx2);
 FASTATTN_DECLARE_ATTENTION(avx512);
 FASTATTN_DECLARE_ATTENTION(avx512bf16);  // bf16 only
-
-void attention_reduce_dq_default(const AttentionArgs& args);
-void attention_reduce_dq_avx2(const AttentionArgs& args);
-void attention_reduce_dq_avx512(const AttentionArgs& args);
 
 // Attention on a cache of keys and values. A row of the cache is a page of page_size keys; without block_table each
 // sequence has one page.

@@ -58,13 +58,17 @@ def test_a_thousand_keys(dtype, monkeypatch):
 
 
 def test_few_heads_divide_their_keys(monkeypatch):
-    """Below eight heads the backward sums dq over chunks of keys."""
+    """Below eight heads the pieces of the keys are tasks: dq waits for its turn, or has a pass of its own."""
     q, k, v = qkv(1, 1, 70, 1100, 32)
     check(monkeypatch, "one head", q, k, v, causal=True)
     check(monkeypatch, "window", q, k, v, window=(300, 5), seqlens_k=torch.tensor([1000], dtype=torch.int32))
     q, k, v = (normal(n, 2, 16, seed=n) for n in (600, 700, 700))
     ends = torch.tensor([0, 20, 600]).int(), torch.tensor([0, 600, 700]).int()
     check(monkeypatch, "packed", q, k, v, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
+    for dtype in DTYPES:
+        q, k, v = qkv(1, 4, 130, 600, 24, dtype, kv_heads=2)
+        check(monkeypatch, f"{dtype}", q, k, v, causal=True, softcap=5.0, sink=normal(4), dropout_p=0.1)
+        check(monkeypatch, f"{dtype} bias", q, k, v, bias=normal(4, 130, 600, dtype=dtype), window=(200, 50))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -259,6 +263,60 @@ def test_backward_continues_a_forward_of_the_reference(monkeypatch):
     for seed in range(2000, 2024):
         q, k, v, kwargs = random_case(seed, dtypes=(torch.float32,))
         check(monkeypatch, f"seed {seed}", q, k, v, seed, **kwargs)
+
+
+PEAK_TEST = """
+import sys, torch, fastattn
+
+def pages(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
+
+def step(seqlen):
+    tensors = [torch.full((1, 1, seqlen, 32), 0.01, dtype=getattr(torch, sys.argv[1])) for _ in range(4)]
+    *inputs, do = tensors
+    out, lse = fastattn.attention(*(t.requires_grad_() for t in inputs), causal=True, return_lse=True, backend="native")
+    tensors += [out, lse, *torch.autograd.grad(out, inputs, do)]
+    return sum(t.nbytes for t in tensors)
+
+torch.set_num_threads(2)
+step(600)  # what stays resident once the code has run: libraries, threads, the arenas of the allocator
+with open("/proc/self/clear_refs", "w") as reset:
+    reset.write("5")
+before = pages("VmRSS")
+needed = step(16384)
+print((pages("VmHWM") - before) / needed)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux alone tells the peak of a process")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_is_that_of_the_tensors(dtype):
+    """Forward and backward at seqlen 16384: inputs, outputs, gradients and a tenth, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-c", PEAK_TEST, dtype]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert 0.9 < float(run.stdout) <= 1.1
+
+
+def test_backward_of_one_backend_after_forward_of_another():
+    q, k, v = qkv(2, 4, 70, 90, 16, kv_heads=2)
+    kwargs = {"causal": True, "dropout_p": 0.2}
+    torch.manual_seed(0)
+    ours, lse = fastattn.attention(q, k, v, **kwargs, return_lse=True, backend="native")
+    torch.manual_seed(0)
+    theirs, their_lse = fastattn.attention(q, k, v, **kwargs, return_lse=True, backend="reference")
+    expected = torch.autograd.grad(theirs.square().sum(), (q, k, v))
+    torch.manual_seed(0)
+    rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
+    got = torch.ops.fastattn.attention_bwd.native(
+        2 * theirs.detach(), None, q, k, v, theirs.detach(), their_lse.detach(), None, None, None, None, None, None,
+        None, rng, 70, 90, -1, 0, False, 0.0, 0.2, 0.25, False,
+    )  # fmt: skip
+    torch.testing.assert_close(got[:3], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, their_lse, atol=1e-5, rtol=1e-5)
 
 
 def test_double_backward_goes_through_the_reference():

@@ -12,10 +12,12 @@ import pytest
 import torch
 from memory_guard import far
 from oracle import BACKWARD, assert_accurate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import reference
 from fastattn.ops._backends import refusal
+from fastattn.ops._register import python_kernel
 from fastattn.ops.attention import _reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -447,3 +449,24 @@ def test_head_dims_above_256_are_refused():
     with pytest.raises(ValueError, match="256"):
         fastattn.attention(q, q, q, backend="triton")
     assert "256" in fastattn.explain("attention", q, q, q)
+
+
+def test_the_dispatcher_is_passed_by_only_where_nobody_looks_on():
+    class Watched(torch.Tensor):
+        pass
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    q, k, v = torch.randn(3, 1, 1, 4, 16, device=DEVICE)
+    assert python_kernel("attention_fwd", "triton", q, k, v) is not None
+    assert python_kernel("attention_fwd", "triton", q.as_subclass(Watched), k, v) is None
+    assert python_kernel("attention_fwd", "native", q, k, v) is None
+    expected = fastattn.attention(q, k, v, backend="triton")
+    with Watch():
+        got = fastattn.attention(q, k, v, backend="triton")
+    assert forward in seen
+    assert got.equal(expected)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "attention_host.h"
 #include "dispatch.h"
@@ -21,6 +22,7 @@ using fastattn::empty_strided;
 using fastattn::heads;
 using fastattn::inner_contiguous;
 using fastattn::OptionalTensor;
+using fastattn::kAttentionPieceKeys;
 using fastattn::ScoreTensor;
 using fastattn::vector_data;
 using torch::headeronly::ScalarType;
@@ -123,17 +125,20 @@ AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, Input
   args.softcap = static_cast<float>(in.softcap);
   args.scale = static_cast<float>(in.scale);
   args.dropout = fastattn::dropout_args(in.rng, in.dropout_p);
-  args.chunks = 1;
   return args;
 }
 
 // Runs the kernel on torch's threads. They take tasks from a common counter, the first free one the next.
 void run(Kernel kernel, AttentionArgs& args, int64_t tasks) {
+  constexpr int64_t kLeastWork = 1 << 17;  // multiplications that are worth waking a thread: some microseconds
+  const int64_t work = args.batch * args.n_heads * args.seqlen_q * args.seqlen_k * (args.head_dim + args.head_dim_v) /
+                       std::max<int64_t>(1, tasks);
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   args.next = &next;
   args.failed = &failed;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) { kernel(args); });
+  torch::stable::parallel_for(0, tasks, kLeastWork / std::max<int64_t>(1, work) + 1,
+                              [&](int64_t, int64_t) { kernel(args); });
   STD_TORCH_CHECK(!failed, "attention: out of memory");
 }
 
@@ -166,13 +171,12 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in,
   return {out, lse};
 }
 
-// Parts of a head's keys that are worked on at the same time. Depends on sizes alone, never on the number of threads,
-// so that results do not either.
-int64_t key_chunks(const AttentionArgs& args) {
-  constexpr int64_t kTasks = 8, kMinTiles = 4;
+// Whether tasks are pieces of a head's keys. Depends on sizes alone, never on the number of threads, so that results do
+// not either.
+bool splits_keys(const AttentionArgs& args) {
+  constexpr int64_t kManyTasks = 8;
   const bool whole_batch = args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch;
-  const int64_t heads = std::max<int64_t>(1, (whole_batch ? 1 : args.batch) * args.n_kv_heads);
-  return std::max<int64_t>(1, std::min((kTasks + heads - 1) / heads, blocks_of(args.seqlen_k) / kMinTiles));
+  return (whole_batch ? 1 : args.batch) * args.n_kv_heads < kManyTasks && args.seqlen_k > kAttentionPieceKeys;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
@@ -226,17 +230,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const Tensor dsink_partial =
       torch::stable::new_zeros(q, {in.sink ? args.batch * args.n_heads : 0}, ScalarType::Float);
   args.dsink_partial = in.sink ? static_cast<float*>(dsink_partial.mutable_data_ptr()) : nullptr;
-  args.chunks = key_chunks(args);
-  const Tensor dq_partial = torch::stable::new_empty(
-      q,
-      {args.chunks > 1 ? args.chunks * args.batch * args.n_heads * args.seqlen_q * ((args.head_dim + 15) / 16 * 16)
-                       : 0},
-      ScalarType::Float);
-  args.dq_partial = static_cast<float*>(dq_partial.mutable_data_ptr());
+  args.split = splits_keys(args);
+  const bool in_place = args.dtype == DType::kFloat32;
+  const int64_t query_tasks = args.batch * args.n_heads * blocks_of(args.seqlen_q);
+  std::vector<std::atomic<int32_t>> dq_turns(args.split && in_place ? query_tasks : 0);
+  args.dq_turns = dq_turns.data();
 
-  run(FASTATTN_SELECT_CPU_BF16(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * args.chunks);
-  if (args.chunks > 1) {
-    run(FASTATTN_SELECT_CPU(attention_reduce_dq), args, args.batch * args.n_heads);
+  const int64_t pieces = args.split ? (args.seqlen_k + kAttentionPieceKeys - 1) / kAttentionPieceKeys : 1;
+  run(FASTATTN_SELECT_CPU_BF16(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * pieces);
+  if (args.split && !in_place) {
+    run(FASTATTN_SELECT_CPU_BF16(attention_dq, args.dtype), args, query_tasks);
   }
   if (need_dbias && full == 0) {
     torch::stable::zero_(dbias);

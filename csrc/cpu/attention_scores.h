@@ -340,9 +340,8 @@ class Scores {
       return;
     }
     const int64_t size = args_.bias_dtype == DType::kFloat32 ? 4 : 2;
-    i0 += backward_ ? kLanes : 0;
-    j0 += backward_ ? 0 : kKeys;
-    if (i0 + rows > sequence_->len_q || j0 + kKeys > sequence_->len_k) {
+    j0 += kKeys;
+    if (j0 + kKeys > sequence_->len_k) {
       return;
     }
     const char* src = static_cast<const char*>(t.data) + (bias_offset_ + i0 * t.row + j0) * size;

@@ -308,6 +308,10 @@ inline Vec scale_by_power_of_2(Vec a, Vec n) {
   };
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
 }
+// the float whose sign and exponent are the lowest nine bits of a
+inline Vec exponent_from_low_bits(Vec a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
+}
 
 #else
 
@@ -395,6 +399,9 @@ inline Vec scale_by_power_of_2(Vec a, Vec n) {
   const Int4 whole = __builtin_convertvector(n.v, Int4);
   const Int4 half = whole >> 1;
   return {a.v * reinterpret_cast<Float4>((half + 127) << 23) * reinterpret_cast<Float4>((whole - half + 127) << 23)};
+}
+inline Vec exponent_from_low_bits(Vec a) {
+  return {reinterpret_cast<Float4>(reinterpret_cast<Int4>(a.v) << 23)};
 }
 
 #endif
