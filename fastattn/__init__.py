@@ -20,7 +20,16 @@ from fastattn.nn import (
     TransformerEncoderLayer,
     replace,
 )
-from fastattn.ops import attention, dropout, explain, feed_forward, layer_norm, rms_norm, scaled_dot_product_attention
+from fastattn.ops import (
+    attention,
+    dropout,
+    explain,
+    feed_forward,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    scaled_dot_product_attention,
+)
 from fastattn.ops._backends import backends, use_backend
 
 __version__ = "0.1.0"
@@ -40,6 +49,7 @@ __all__ = [
     "explain",
     "feed_forward",
     "layer_norm",
+    "linear_cross_entropy",
     "nn",
     "replace",
     "rms_norm",
