@@ -134,7 +134,7 @@ def feed_forward(x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=No
 def linear_cross_entropy(
     x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"
 ):
-    """F.cross_entropy(s, target) + z_loss * logsumexp(s)² a token, s = x·weightᵀ + bias or softcap * tanh(that / softcap).
+    """F.cross_entropy(s, target) + z_loss * logsumexp(s)², s = x·weightᵀ + bias, capped by softcap * tanh(s / softcap).
 
     An ignored token has loss and gradient 0; the mean is over the others, NaN with gradient 0 where there are none.
     Returns: () or, for reduction "none", the shape of target; in the accumulator's dtype.
@@ -143,9 +143,7 @@ def linear_cross_entropy(
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     labels = target.reshape(-1).long()
-    loss = F.cross_entropy(
-        logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
-    )
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
     kept = labels != ignore_index
     if z_loss:
         loss = loss + torch.where(kept, z_loss * torch.logsumexp(logits, -1).square(), 0.0)

@@ -2,7 +2,8 @@
 
     s = softcap * tanh(x / softcap), or x;  lse = log(sum_j exp(s_j));  p = exp(s - lse)
     loss = lse - (1 - smoothing) * s_target - smoothing * mean(s) + z_loss * lse²
-    dx = dloss * ((1 + 2 * z_loss * lse) * p - (1 - smoothing) * onehot(target) - smoothing / cols) * (1 - (s / softcap)²)
+    ds = dloss * ((1 + 2 * z_loss * lse) * p - (1 - smoothing) * onehot(target) - smoothing / cols)
+    dx = ds * (1 - (s / softcap)²)
 
 A program owns a row and goes over it twice in blocks of BLOCK_N columns: maximum and sum of exponentials together, the
 sum so far being scaled where the maximum grows; then the gradient, from a row that is still in the second-level cache.

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory_guard import guarded
-from oracle import BACKWARD, assert_accurate, exact
+from oracle import BACKWARD, FP32_EPS, assert_accurate, exact
 from torch.testing import assert_close
 
 import fastattn
@@ -46,9 +46,9 @@ def plain(x, weight, bias, target, ignore_index=-100, label_smoothing=0.0, z_los
     if z_loss:
         kept = target != ignore_index
         square = torch.where(kept, logits.logsumexp(-1).square(), 0.0)
-        loss = loss + z_loss * (square / (kept.sum() if reduction == "mean" else 1)).sum(
-            () if reduction == "none" else 0
-        )
+        if reduction != "none":
+            square = square.sum() / (kept.sum() if reduction == "mean" else 1)
+        loss = loss + z_loss * square
     return loss
 
 
@@ -58,7 +58,10 @@ def gradients(loss, inputs, dloss):
 
 
 def check_against_fp64(x, weight, bias, target, chunk_size=None, dloss=None, **options):
-    """Loss and gradients keep to the error rule; few numbers may be right in PyTorch by luck, hence the slack."""
+    """Loss and gradients keep to the error rule.
+
+    Where PyTorch is right by luck, a unit of what is subtracted is allowed: of logits, or of probabilities.
+    """
     inputs = (x, weight, bias)
     loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias, chunk_size=chunk_size, **options)
     assert loss.shape == (target.shape if options.get("reduction") == "none" else ())
@@ -68,8 +71,10 @@ def check_against_fp64(x, weight, bias, target, chunk_size=None, dloss=None, **o
     loss64 = plain(*inputs64, target, **options).view(loss.shape)
     baseline = plain(*inputs, target, **options).view(loss.shape)
     eps = torch.finfo(x.dtype).eps
-    size = loss64.detach().abs().max().item() if loss64.numel() else 0.0
+    logits = F.linear(*inputs64).detach()
+    size = max((t.detach().abs().max().item() for t in (logits, loss64) if t.numel()), default=0.0)
     assert_accurate(loss, loss64, baseline, what="loss", slack=eps * size)
+    largest_factor = max(t.detach().abs().max().item() for t in (x, weight, dloss) if t.numel())
     grads = (
         gradients(loss, inputs, dloss),
         gradients(loss64, inputs64, dloss.double()),
@@ -78,7 +83,7 @@ def check_against_fp64(x, weight, bias, target, chunk_size=None, dloss=None, **o
     names = [n for n, t in zip(("dx", "dweight", "dbias"), inputs, strict=True) if t is not None and t.requires_grad]
     for name, ours, wanted, base in zip(names, *grads, strict=True):
         largest = wanted.abs().max().item() if wanted.numel() else 0.0
-        assert_accurate(ours, wanted, base, BACKWARD, name, slack=2 * eps * largest)
+        assert_accurate(ours, wanted, base, BACKWARD, name, slack=2 * eps * largest + 4 * FP32_EPS * largest_factor)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -259,7 +264,7 @@ def test_only_what_is_wanted_is_computed(backend, device):
     nothing, only_x, only_weight = (False, False, False), (True, False, False), (False, True, False)
     expected = {"none": nothing, "x": only_x, "weight": only_weight, "nothing": nothing, "no_grad": nothing}
     if fastattn.explain(OP, x, weight, target).endswith("reference: runs"):
-        assert run_calls == dict.fromkeys(expected, [])
+        assert not any(run_calls.values())
     else:
         assert run_calls == {name: [flags] for name, flags in expected.items()}
 
@@ -304,9 +309,7 @@ def test_opcheck(raw_backend, device, interpreted):
     cross_entropy = getattr(torch.ops.fastattn.cross_entropy_fwd, raw_backend)
     whole = getattr(torch.ops.fastattn.linear_cross_entropy_fwd, raw_backend)
     for dtype in (torch.float32, torch.float16 if interpreted else torch.bfloat16):
-        x, weight, bias, target = (
-            t.detach() for t in arguments(6, 4, 12, dtype, biased=True, device=device)
-        )
+        x, weight, bias, target = (t.detach() for t in arguments(6, 4, 12, dtype, biased=True, device=device))
         dloss = torch.randn(6, device=device)
         torch.library.opcheck(cross_entropy, (x @ weight.t(), target, dloss, -100, 0.1, 0.1, 2.0, True))
         torch.library.opcheck(cross_entropy, (x @ weight.t(), target, None, -100, 0.0, 0.0, 0.0, False))
@@ -373,7 +376,9 @@ def test_half_precision_gradients_do_not_underflow(device):
     assert ((ours.double() - expected).norm() / expected.norm()).item() < 2e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none", "softcap": 2.0}, {"label_smoothing": 0.2, "z_loss": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none", "softcap": 2.0}, {"label_smoothing": 0.2, "z_loss": 0.1}]
+)
 def test_gradcheck_of_the_reference(options):
     x, weight, bias, target = arguments(5, 3, 6, biased=True)
     inputs = exact(x, weight, bias)
@@ -390,7 +395,10 @@ def test_gradcheck_of_the_reference(options):
 def test_double_backward_of_the_fp32_op(reduction, device):
     args = arguments(6, 4, 10, biased=True, device=device)
     second = []
-    for function, inputs in ((fastattn.linear_cross_entropy, args[:3]), (reference.linear_cross_entropy, exact(*args[:3]))):
+    for function, inputs in (
+        (fastattn.linear_cross_entropy, args[:3]),
+        (reference.linear_cross_entropy, exact(*args[:3])),
+    ):
         x, weight, bias = inputs
         loss = function(x, weight, args[3], bias=bias, reduction=reduction).sum()
         first = torch.autograd.grad(loss, inputs, create_graph=True)

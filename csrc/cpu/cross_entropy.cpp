@@ -2,14 +2,14 @@
 //
 //   s = softcap * tanh(x / softcap), or x;  lse = log(sum_j exp(s_j));  p = exp(s - lse)
 //   loss = lse - (1 - smoothing) * s_target - smoothing * mean(s) + z_loss * lse^2
-//   dx = dloss * ((1 + 2 * z_loss * lse) * p - (1 - smoothing) * onehot(target) - smoothing / cols) * (1 - (s /
-//   softcap)^2)
+//   ds = dloss * ((1 + 2 * z_loss * lse) * p - (1 - smoothing) * onehot(target) - smoothing / cols)
+//   dx = ds * (1 - (s / softcap)^2)
 //
 // A call owns rows. The first pass goes through a row in blocks that stay in the first cache: the maximum of a block,
 // then its sum of exponentials, the sum so far being scaled where the maximum grows. The second pass writes the
 // gradient. Differences to the maximum and to s_target are taken before anything is summed, so that large logits keep
-// their digits. An ignored row is not read. Everything is fp32 in registers. Reference: Milakov, Gimelshein, "Online
-// normalizer calculation for softmax", 2018.
+// their digits. An ignored row is not read. Everything is fp32 in registers.
+// Reference: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 #include <cfloat>
 #include <cmath>
 #include <cstring>

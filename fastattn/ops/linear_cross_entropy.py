@@ -147,7 +147,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if count is not None:
                 dloss = dloss / count.clamp_min(1)
             last = _is_last_backward()
-            grads = (_scaled(g, dloss, t, last) if need else None for g, t, need in zip(grads, inputs, needs, strict=True))
+            grads = (
+                _scaled(g, dloss, t, last) if need else None for g, t, need in zip(grads, inputs, needs, strict=True)
+            )
         dx, dweight, dbias = grads
         return None if dx is None else dx.view(x.shape), dweight, dbias, None, None, None, None, None
 
@@ -196,9 +198,7 @@ def _check_shape(label, tensor, shape, meaning, x):
             f"linear_cross_entropy: {label} must have shape {tuple(shape)}, {meaning}, got {tuple(tensor.shape)}"
         )
     if tensor.device != x.device:
-        raise ValueError(
-            f"linear_cross_entropy: {label} must be on the device of x, {x.device}, got {tensor.device}"
-        )
+        raise ValueError(f"linear_cross_entropy: {label} must be on the device of x, {x.device}, got {tensor.device}")
 
 
 def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size):
