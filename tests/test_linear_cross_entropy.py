@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from allocated import allocated_peak
 from memory_guard import guarded
 from oracle import BACKWARD, FP32_EPS, assert_accurate, exact
 from torch.testing import assert_close
@@ -460,18 +461,6 @@ def test_named_backend_that_cannot_serve_raises_and_explain_says_why():
     with pytest.raises(ValueError, match="cannot serve"):
         fastattn.linear_cross_entropy(*args, backend="native")
     assert "reference: runs" in fastattn.explain(OP, *args)
-
-
-def allocated_peak(step):
-    """Most bytes that PyTorch's CPU allocator had handed out during `step` beyond what it had before."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        results = step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak - sum(t.nbytes for t in results)
 
 
 @pytest.mark.skipif(unavailable("native", "cpu") is not None, reason=str(unavailable("native", "cpu")))
