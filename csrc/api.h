@@ -103,6 +103,19 @@ FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);    // rows
 FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);    // blocks of kActivationBlockRows rows
 FASTATTN_DECLARE_CPU(activation_dbias, ActivationArgs);  // columns
 
+// Softmax cross-entropy of rows of logits, which become their gradient where it is wanted.
+struct CrossEntropyArgs {
+  void* logits;           // (rows, cols), rows logits_stride apart
+  const int64_t* target;  // (rows): a column or ignore_index; anything else makes the row NaN
+  const float* dloss;     // (rows), or null: ones
+  float* loss;            // (rows)
+  int64_t rows, cols, logits_stride, ignore_index;
+  float label_smoothing, z_loss, softcap;  // softcap 0: none
+  bool need_grad;
+  DType dtype;
+};
+FASTATTN_DECLARE_CPU(cross_entropy_fwd, CrossEntropyArgs);  // rows
+
 // Attention. Sizes and strides count elements; the last stride is 1. Packed sequences: batch stride 0, row b of
 // cu_seqlens says where sequence b begins.
 struct HeadTensor {

@@ -164,6 +164,30 @@ def rotary_embedding(x, cos, sin, *, rotary_dim=None, positions=None, offset=0, 
     return torch.cat((y, x[..., rotary_dim:].to(acc)), -1).to(x.dtype)
 
 
+def linear_cross_entropy(
+    x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"
+):
+    """F.cross_entropy(s, target) + z_loss * logsumexp(s)², s = x·weightᵀ + bias, capped by softcap * tanh(s / softcap).
+
+    An ignored token has loss and gradient 0; the mean is over the others, NaN with gradient 0 where there are none.
+    Returns: () or, for reduction "none", the shape of target; in the accumulator's dtype.
+    """
+    logits = F.linear(x, weight, bias).to(accumulator(x.dtype)).view(target.numel(), weight.shape[0])
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    labels = target.reshape(-1).long()
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    kept = labels != ignore_index
+    if z_loss:
+        loss = loss + torch.where(kept, z_loss * torch.logsumexp(logits, -1).square(), 0.0)
+    if reduction == "none":
+        return loss.view(target.shape)
+    if reduction == "sum":
+        return loss.sum()
+    count = kept.sum()
+    return torch.where(count > 0, loss.sum() / count.clamp_min(1), float("nan"))
+
+
 def attention_visible(seqlen_q, seqlen_k, *, mask=None, causal=False, window=(-1, -1), seqlens_k=None, device=None):
     """Which key each query sees: bool, broadcastable to (batch, heads, seqlen_q, seqlen_k).
 

@@ -435,6 +435,19 @@ inline Vec exp(Vec x) {
   return scale_by_power_of_2(p, n);
 }
 
+inline Vec tanh(Vec x) {
+  const Vec e = exp(abs(x) * Vec::fill(-2.f));
+  Vec large = (Vec::fill(1.f) - e) / (Vec::fill(1.f) + e);
+  large = select(x < Vec::fill(0.f), -large, large);
+  const Vec s = x * x;  // Taylor: 1 - e would lose digits
+  Vec p = fma(Vec::fill(21844.f / 6081075), s, Vec::fill(-1382.f / 155925));
+  p = fma(p, s, Vec::fill(62.f / 2835));
+  p = fma(p, s, Vec::fill(-17.f / 315));
+  p = fma(p, s, Vec::fill(2.f / 15));
+  p = fma(p, s, Vec::fill(-1.f / 3));
+  return select(abs(x) < Vec::fill(0.3f), fma(p * s, x, x), large);
+}
+
 }  // namespace
 
 // The name of this file's variant of `name`: name_default, name_avx2 or name_avx512.

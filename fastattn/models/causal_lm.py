@@ -9,24 +9,28 @@ from torch import nn
 
 
 def layer_classes(layers):
-    """The encoder layer and the norm of fastattn.nn or of torch.nn.
+    """The encoder layer and the norm of fastattn.nn or of torch.nn, and the loss that goes with them.
 
     Args:
         layers: "fastattn" or "torch".
 
     Returns:
-        (TransformerEncoderLayer class, LayerNorm class).
+        (TransformerEncoderLayer class, LayerNorm class, function (x, weight, targets) -> mean cross-entropy).
 
     Raises:
         ValueError: for any other name.
     """
     if layers == "torch":
-        return nn.TransformerEncoderLayer, nn.LayerNorm
+        return nn.TransformerEncoderLayer, nn.LayerNorm, _linear_cross_entropy
     if layers == "fastattn":
         import fastattn.nn
 
-        return fastattn.nn.TransformerEncoderLayer, fastattn.nn.LayerNorm
+        return fastattn.nn.TransformerEncoderLayer, fastattn.nn.LayerNorm, fastattn.linear_cross_entropy
     raise ValueError(f"layers: expected 'fastattn' or 'torch', got {layers!r}")
+
+
+def _linear_cross_entropy(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight).flatten(0, 1).float(), targets.flatten())
 
 
 class CausalLM(nn.Module):
@@ -50,7 +54,7 @@ class CausalLM(nn.Module):
         super().__init__()
         if d_model % n_head:
             raise ValueError(f"d_model: expected a multiple of n_head, got d_model {d_model} and n_head {n_head}")
-        encoder_layer, norm = layer_classes(layers)
+        encoder_layer, norm, self.loss = layer_classes(layers)
         self.block_size = block_size
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(block_size, d_model)
@@ -102,7 +106,5 @@ class CausalLM(nn.Module):
         mask = None if self.causal_mask is None else self.causal_mask[:seqlen, :seqlen]
         for block in self.blocks:
             x = block(x, src_mask=mask, is_causal=True)
-        logits = F.linear(self.norm(x), self.token_embedding.weight)  # the head is the embedding: tied without a copy
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        x, head = self.norm(x), self.token_embedding.weight  # the head is the embedding: tied without a copy
+        return F.linear(x, head) if targets is None else self.loss(x, head, targets)
