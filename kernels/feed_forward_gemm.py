@@ -38,7 +38,8 @@ from fastattn.kernels.norm import SUM_M, SUM_N, SUM_WARPS, add_up_kernel
 from fastattn.ops import _gemm
 
 GROUP_M = 8
-DEFAULT = (128, 128, 64, 8, 3)  # where it is forced and the table says nothing
+# where it is forced and the table says nothing; the backward holds more of a tile at a time
+DEFAULT = {"fwd": (128, 128, 64, 8, 3), "bwd": (128, 64, 64, 8, 3)}
 INTERPRETED_ROW = (32, 32, 32, 4, 1)
 
 
@@ -169,8 +170,8 @@ def table_row(way, device, dtype, d_model, d_ff):
     return TABLE.get((architecture(device)[0], way, d_model, d_ff, dtype.itemsize))
 
 
-def _row(*key):
-    return table_row(*key) or (INTERPRETED_ROW if INTERPRETED else DEFAULT)
+def _row(way, *key):
+    return table_row(way, *key) or (INTERPRETED_ROW if INTERPRETED else DEFAULT[way])
 
 
 def fuses(way, device, dtype, d_model, d_ff):

@@ -31,7 +31,7 @@ CEILINGS = {
     "norm_bwd_columns_kernel": 32,
     "dropout_kernel": 64,
     "activation_fwd_kernel": 32,
-    "activation_fwd_kernel<gated>": 32,
+    "activation_fwd_kernel<gated>": 40,
     "activation_bwd_kernel": 64,
     "activation_bwd_kernel<gated>": 80,
     "activation_dbias_kernel": 32,
