@@ -87,11 +87,11 @@ struct ActivationArgs {
   void* hidden;
   void* dpreact;
   void* dgate;
-  float* dbias_partial;  // one row of sums per block of rows, reduced by activation_dbias
+  float* dbias_partial;  // one row of sums per block of rows, on CUDA per chunk, which are added in order
   float* dbias_gate_partial;
   void* dbias;
   void* dbias_gate;
-  int64_t rows, cols;
+  int64_t rows, cols, chunks;
   Dropout dropout;
   Activation activation;
   DType dtype;
@@ -102,6 +102,10 @@ constexpr int64_t kActivationBlockRows = 32;
 FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);    // rows
 FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);    // blocks of kActivationBlockRows rows
 FASTATTN_DECLARE_CPU(activation_dbias, ActivationArgs);  // columns
+
+int activation_fwd_cuda(const ActivationArgs& args, void* stream);
+int activation_bwd_cuda(const ActivationArgs& args, void* stream);
+int64_t activation_bwd_chunks_cuda(const ActivationArgs& args);  // what args.chunks must be; looks at sizes
 
 // Softmax cross-entropy of rows of logits, which become their gradient where it is wanted.
 struct CrossEntropyArgs {

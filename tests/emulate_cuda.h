@@ -190,6 +190,9 @@ inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
 inline float rsqrtf(float value) {
   return 1.f / std::sqrt(value);
 }
+inline float __fdividef(float a, float b) {
+  return b < 0x1p126f ? a / b : 0.f;
+}
 template <typename A, typename B>
 std::common_type_t<A, B> min(A a, B b) {
   return std::min<std::common_type_t<A, B>>(a, b);

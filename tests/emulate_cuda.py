@@ -4,6 +4,7 @@ The sources in csrc/cuda are compiled by the C++ compiler against emulate_cuda.h
 key and the stream are rewritten; CUDA's headers are needed for its types.
 """
 
+import functools
 import glob
 import hashlib
 import os
@@ -15,8 +16,8 @@ import subprocess
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_SOURCES = ("norm.cu", "dropout.cu", "norm_ops.cpp", "dropout_ops.cpp")
-_OPS = ("norm_infer", "norm_fwd", "norm_bwd", "dropout_fwd")
+_SOURCES = tuple(f"{name}{end}" for end in (".cu", "_ops.cpp") for name in ("norm", "dropout", "feed_forward"))
+_OPS = ("norm_infer", "norm_fwd", "norm_bwd", "dropout_fwd", "activation_fwd", "activation_bwd")
 _REWRITES = (
     (r"(\w+(?:<[^;<>]*(?:\([^()]*\))?[^;<>]*>)?)\s*<<<(.*?)>>>\s*\(", r"emulated::launch(\1, \2)("),
     (r"extern __shared__ float (\w+)\[\];", r"float* \1 = emulated::dynamic_shared.data();"),
@@ -49,6 +50,7 @@ def unavailable():
     return None if cuda_headers() else "no CUDA headers"
 
 
+@functools.cache
 def load():
     """Compile, load and return the ops: the namespace torch.ops.fastattn_emulated."""
     import fastattn  # noqa: F401  (its schemas are copied)

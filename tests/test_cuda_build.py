@@ -30,8 +30,13 @@ CEILINGS = {
     "norm_bwd_strip_kernel": 64,
     "norm_bwd_columns_kernel": 32,
     "dropout_kernel": 64,
+    "activation_fwd_kernel": 32,
+    "activation_fwd_kernel<gated>": 40,
+    "activation_bwd_kernel": 64,
+    "activation_bwd_kernel<gated>": 80,
+    "activation_dbias_kernel": 32,
 }
-OURS = ("norm", "dropout")  # the .cu files this table speaks of
+OURS = ("norm", "dropout", "feed_forward")  # the .cu files this table speaks of
 
 
 def built(pattern):
@@ -42,11 +47,11 @@ def built(pattern):
 
 
 def kernel_name(mangled):
-    """The kernel of a mangled name, with the number of groups a thread holds where that is a template argument."""
+    """The kernel of a mangled name, with the number of groups a thread holds or "gated" where a template says so."""
     name = next(n for n in sorted(CEILINGS, key=len, reverse=True) if n.partition("<")[0] in mangled)
     base = name.partition("<")[0]
-    groups = re.search(rf"{base}I.*Li(\d)E", mangled)
-    return f"{base}<{groups.group(1)}>" if groups else base
+    argument = re.search(rf"{base}I.*L(?:i(\d)|b1)E", mangled)
+    return f"{base}<{argument.group(1) or 'gated'}>" if argument else base
 
 
 def entries():
@@ -77,25 +82,49 @@ def cuobjdump():
     return path if os.path.exists(path) else shutil.which("cuobjdump") or pytest.skip("no cuobjdump")
 
 
-def test_held_rows_are_loaded_and_stored_16_bytes_at_a_time():
-    objects = [path for path in built("o") if path.endswith("norm.o")]
+def accesses(file):
+    """Of each kernel on sm_90a: its name, plain and mangled, 16-byte accesses by instruction, 8- and 16-bit ones."""
+    objects = [path for path in built("o") if path.endswith(f"/{file}.o")]
     done = subprocess.run([cuobjdump(), "-sass", "-arch", "sm_90a", *objects], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    seen = 0
     for function in done.stdout.split("Function : ")[1:]:
         mangled = function.split(maxsplit=1)[0]
-        name = kernel_name(mangled)
+        code = re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*)", function)
+        wide = collections.Counter(op for op, suffix in code if ".128" in suffix)
+        yield (
+            kernel_name(mangled),
+            mangled,
+            wide,
+            [op + suffix for op, suffix in code if re.search(r"\.[US](8|16)\b", suffix)],
+        )
+
+
+def test_held_rows_are_loaded_and_stored_16_bytes_at_a_time():
+    seen = 0
+    for name, mangled, wide, narrow in accesses("norm"):
         if not name.startswith(("norm_fwd_kernel", "norm_bwd_kernel")):
             continue
         seen += 1
-        code = re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*)", function)
-        wide = collections.Counter(op for op, suffix in code if ".128" in suffix)
-        narrow = [op + suffix for op, suffix in code if re.search(r"\.[US](8|16)\b", suffix)]
         # x, residual, weight and bias in three dtypes; y and r
         assert wide["LDG"] >= 4, f"{mangled}: {wide['LDG']} wide loads"
         assert wide["STG"] >= 2, f"{mangled}: {wide['STG']} wide stores"
         assert not narrow, f"{mangled}: {narrow}"
     assert seen == 25  # 5 pairs of dtypes, 3 forward and 2 backward widths
+
+
+def test_activation_passes_load_and_store_16_bytes_at_a_time_where_rows_are_aligned():
+    # inputs and outputs of the four kernels; an aligned group is one access in half precision, two in float
+    expected = {"fwd_kernel": (1, 1), "fwd_kernel<gated>": (2, 1), "bwd_kernel": (2, 2), "bwd_kernel<gated>": (3, 3)}
+    seen = collections.Counter()
+    for name, mangled, wide, _ in accesses("feed_forward"):
+        if name == "activation_dbias_kernel":
+            continue
+        loads, stores = expected[name.removeprefix("activation_")]
+        accesses_per_group = 2 if f"{name.partition('<')[0]}If" in mangled else 1
+        assert wide["LDG"] >= loads * accesses_per_group, f"{mangled}: {wide['LDG']} wide loads"
+        assert wide["STG"] >= stores * accesses_per_group, f"{mangled}: {wide['STG']} wide stores"
+        seen[name] += 1
+    assert set(seen.values()) == {15}  # 3 dtypes, 5 activations
 
 
 def needed_libraries(path):

@@ -6,15 +6,12 @@
 //                                                                            dgate = dact * preact * act'(gate)
 //              dbias = sum_rows(dpreact), dbias_gate = sum_rows(dgate), and hidden again for the gradient of w2
 //
-//   gelu       x * P(x), P the normal distribution                    slope P(x) + x * exp(-x^2 / 2) / sqrt(2 pi)
-//   gelu_tanh  x * s(2 sqrt(2 / pi) (x + 0.044715 x^3)), s = sigmoid, since (1 + tanh(z)) / 2 = s(2 z)
-//   silu       x * s(x)                                               slope s + x * s * (1 - s) * inner'
-//
 // The forward owns whole rows, the backward whole blocks of kActivationBlockRows rows with one partial row of sums
 // each, which activation_dbias adds in order: the sums do not depend on the number of threads. Everything is fp32 in
 // registers.
 #include <algorithm>
 
+#include "activations.h"
 #include "api.h"
 #include "philox_vec.h"
 #include "vec.h"
@@ -23,73 +20,6 @@ namespace fastattn {
 namespace {
 
 constexpr int64_t kChunk = 512;  // columns whose keep bits are drawn at a time
-
-// 1 / (1 + e^-x) and 1 minus it, both to full relative precision
-struct Sigmoid {
-  Vec value;
-  Vec complement;
-};
-
-inline Sigmoid sigmoid(Vec x) {
-  const Vec e = exp(-x);
-  const Vec value = Vec::fill(1.f) / (Vec::fill(1.f) + e);
-  return {value, min(Vec::fill(0x1p126f), e) * value};  // no inf * 0
-}
-
-// What an activation is at x, and its slope there.
-struct Point {
-  Vec value;
-  Vec slope;
-};
-
-struct Gelu {
-  static Point at(Vec x) {
-    // P(-a) = exp(-a^2 / 2) * q(1 / (1 + 0.4 a)) for a >= 0; q fitted to erfcx, relative error 9e-8
-    const Vec a = min(Vec::fill(15.f), abs(x));
-    const Vec t = Vec::fill(1.f) / fma(Vec::fill(0.4f), a, Vec::fill(1.f));
-    const Vec e = exp(Vec::fill(-0.5f) * a * a);
-    Vec q = Vec::fill(-0.03922225534915924f);
-    for (float c : {0.19896432757377625f, -0.3707125782966614f, 0.24802842736244202f, -0.010648469440639019f,
-                    0.15779447555541992f, 0.15591822564601898f, 0.15988917648792267f, -1.1282214472885244e-05f}) {
-      q = fma(q, t, Vec::fill(c));
-    }
-    const Vec tail = e * q;
-    const Vec p = select(x < Vec::fill(0.f), tail, Vec::fill(1.f) - tail);
-    return {x * p, fma(x * Vec::fill(0.3989422804f), e, p)};
-  }
-};
-
-struct GeluTanh {
-  static Point at(Vec x) {
-    const Vec c1 = Vec::fill(1.5957691216f);  // 2 sqrt(2 / pi)
-    const Vec c3 = Vec::fill(0.0713548163f);  // c1 * 0.044715
-    const Vec square = x * x;
-    const Sigmoid s = sigmoid(x * fma(c3, square, c1));
-    const Vec inner_slope = fma(Vec::fill(3.f) * c3, square, c1);
-    return {x * s.value, fma(x * inner_slope, s.value * s.complement, s.value)};
-  }
-};
-
-struct Relu {
-  static Point at(Vec x) {
-    const Vec zero = Vec::fill(0.f);
-    return {max(zero, x), select(zero < x, Vec::fill(1.f), zero)};
-  }
-};
-
-struct Relu2 {
-  static Point at(Vec x) {
-    const Vec r = max(Vec::fill(0.f), x);
-    return {r * r, r + r};
-  }
-};
-
-struct Silu {
-  static Point at(Vec x) {
-    const Sigmoid s = sigmoid(x);
-    return {x * s.value, fma(x, s.value * s.complement, s.value)};
-  }
-};
 
 // How a step reads and writes one vector: whole, or the first n elements at the end of a row.
 struct Whole {
@@ -165,7 +95,7 @@ struct Backward {
   template <typename T, typename Access>
   static void step(const Row<T>& row, int64_t i, Access access) {
     const Vec preact = access.load(row.preact + i);
-    const Point point = Act::at(row.gate ? access.load(row.gate + i) : preact);
+    const Point<Vec> point = Act::at(row.gate ? access.load(row.gate + i) : preact);
     Vec dact = access.load(row.dhidden + i);
     Vec hidden = row.gate ? point.value * preact : point.value;
     if (row.keep) {
@@ -216,18 +146,7 @@ void run_rows(const ActivationArgs& args, int64_t begin, int64_t end) {
 
 template <template <typename> class Pass, typename T>
 void run_activation(const ActivationArgs& args, int64_t begin, int64_t end) {
-  switch (args.activation) {
-    case Activation::kGelu:
-      return run_rows<Pass<Gelu>, T>(args, begin, end);
-    case Activation::kGeluTanh:
-      return run_rows<Pass<GeluTanh>, T>(args, begin, end);
-    case Activation::kRelu:
-      return run_rows<Pass<Relu>, T>(args, begin, end);
-    case Activation::kRelu2:
-      return run_rows<Pass<Relu2>, T>(args, begin, end);
-    case Activation::kSilu:
-      return run_rows<Pass<Silu>, T>(args, begin, end);
-  }
+  with_activation<Vec>(args.activation, [&](auto act) { run_rows<Pass<decltype(act)>, T>(args, begin, end); });
 }
 
 template <template <typename> class Pass>

@@ -4,49 +4,23 @@
 #include <optional>
 #include <tuple>
 
+#include "activation_call.h"
 #include "dispatch.h"
 #include "host.h"
 
 namespace {
 
 using fastattn::ActivationArgs;
+using fastattn::ActivationCall;
 using fastattn::empty_cpu;
 using fastattn::Rows;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The arguments that forward and backward share. It holds the rows, which may be contiguous copies of the operands.
-struct Call {
-  Rows preact;
-  Rows gate;
-  ActivationArgs args{};
-
-  Call(const Tensor& x, const std::optional<Tensor>& gate_tensor, const std::optional<Tensor>& rng, double dropout_p,
-       int64_t activation)
-      : preact(fastattn::as_rows(x)), gate(operand(gate_tensor, x, "gate")) {
-    STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int>(fastattn::Activation::kSilu),
-                    "activation must be between 0 and 4, got ", activation);
-    args.preact = preact.tensor.const_data_ptr();
-    args.gate = gate_tensor ? gate.tensor.const_data_ptr() : nullptr;
-    args.preact_stride = preact.stride;
-    args.gate_stride = gate.stride;
-    args.rows = preact.rows;
-    args.cols = preact.cols;
-    args.dropout = fastattn::dropout_args(rng, dropout_p);
-    args.activation = static_cast<fastattn::Activation>(activation);
-    args.dtype = fastattn::dtype_of(x, "preact");
-  }
-
-  static Rows operand(const std::optional<Tensor>& tensor, const Tensor& preact, const char* name) {
-    STD_TORCH_CHECK(!tensor || tensor->scalar_type() == preact.scalar_type(), name, " must have the dtype of preact");
-    return fastattn::as_rows_like(tensor, preact, name);
-  }
-};
-
 Tensor activation_fwd(const Tensor& preact, const std::optional<Tensor>& gate, const std::optional<Tensor>& rng,
                       double dropout_p, int64_t activation) {
   static const auto fn = FASTATTN_SELECT_CPU(activation_fwd);
-  Call call(preact, gate, rng, dropout_p, activation);
+  ActivationCall call(preact, gate, rng, dropout_p, activation);
   Tensor hidden = empty_cpu(preact.sizes(), preact.scalar_type());
   call.args.hidden = hidden.mutable_data_ptr();
   fastattn::for_pieces(call.args.rows, call.args.cols, [&](int64_t begin, int64_t end) { fn(call.args, begin, end); });
@@ -60,10 +34,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_bwd(const Tensor& 
                                                                   bool need_dbias_gate) {
   static const auto fn = FASTATTN_SELECT_CPU(activation_bwd);
   static const auto dbias_fn = FASTATTN_SELECT_CPU(activation_dbias);
-  Call call(preact, gate, rng, dropout_p, activation);
+  ActivationCall call(preact, gate, rng, dropout_p, activation);
   ActivationArgs& args = call.args;
   const ScalarType dtype = preact.scalar_type();
-  const Rows dhidden_rows = Call::operand(dhidden, preact, "dhidden");
+  const Rows dhidden_rows = ActivationCall::operand(dhidden, preact, "dhidden");
   args.dhidden = dhidden_rows.tensor.const_data_ptr();
   args.dhidden_stride = dhidden_rows.stride;
   need_dbias_gate = need_dbias_gate && gate;

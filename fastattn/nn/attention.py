@@ -155,10 +155,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         weight, bias, embed_dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         heads = (self.num_heads, self.head_dim)
         if query is key and key is value and self._qkv_same_embed_dim:
-            packed = F.linear(query, weight, bias).unflatten(-1, (3, *heads))
-            if not batched:
-                packed = packed[None]
-            return packed.permute((2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)).unbind(0)
+            # apart before they are permuted: the backward writes the gradient of the projection by one copy
+            projected = F.linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+            return self._heads_first(projected, batched, batch_first)
         if self._qkv_same_embed_dim:
             if key.shape != value.shape:
                 raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
@@ -176,9 +175,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 )
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             projected = map(F.linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
-        views = (t.unflatten(-1, heads) for t in projected)
-        if not batched:
-            views = (t[None] for t in views)
+        return self._heads_first((t.unflatten(-1, heads) for t in projected), batched, batch_first)
+
+    @staticmethod
+    def _heads_first(projected, batched, batch_first):
+        """(batch, heads, seqlen, head_dim) views of tensors whose last two dimensions are heads and head_dim."""
+        views = projected if batched else (t[None] for t in projected)
         return [t.transpose(1, 2) if batch_first else t.permute(1, 2, 0, 3) for t in views]
 
     def _see(self, q, k, v, attn_mask, key_padding_mask, is_causal):

@@ -100,6 +100,11 @@ def _decide(op, facts, wanted):
 _decide._dynamo_marked_constant = True
 
 
+def asked_for(backend=None):
+    """The backend that the argument, use_backend() or FASTATTN_BACKEND name, or None."""
+    return _override if backend is None else _checked(backend, "backend")
+
+
 def choose(op, facts, backend=None):
     """The backend that serves a call of `op`.
 
@@ -109,7 +114,7 @@ def choose(op, facts, backend=None):
     Raises:
         ValueError: the name is unknown, or that backend cannot serve the call; the message has the reason.
     """
-    return _decide(op, facts, _override if backend is None else _checked(backend, "backend"))
+    return _decide(op, facts, asked_for(backend))
 
 
 @contextlib.contextmanager
@@ -128,7 +133,7 @@ def use_backend(name):
 
 def explanation(op, facts, backend=None):
     """The text of `fastattn.explain` for one call."""
-    wanted = _override if backend is None else _checked(backend, "backend")
+    wanted = asked_for(backend)
     order = _ORDER.get(facts[0], ("reference",))
     reasons = {name: refusal(op, name, facts) for name in order}
     try:

@@ -19,6 +19,24 @@ def _is_onednn_faster():
         return False
 
 
+_fused = None
+
+
+def set_fused(fuses):
+    """Kernels that join a product of the feed-forward block with the pass after it say for which blocks they run.
+
+    Args:
+        fuses: ("fwd" or "bwd", device, dtype, d_model, d_ff) -> bool, or None: nowhere.
+    """
+    global _fused
+    _fused = fuses
+
+
+def is_fused(way, x, weight, d_model, d_ff):
+    """Whether the product with `weight` of forward or backward runs in one kernel with the pass after it."""
+    return _fused is not None and _fused(way, x.device, x.dtype, d_model, d_ff) and weight.numel() > 0
+
+
 _ONEDNN_IS_FASTER = _is_onednn_faster()
 _ONEDNN_FROM = 2**23  # multiplications
 _STRIP = 4096  # rows of a half-precision product on its way into an fp32 sum

@@ -6,7 +6,8 @@ y = w2·hidden + b2
 
 The products are the vendor library's. Ours are the two passes around the activation, the raw ops activation_fwd and
 activation_bwd; the second gives the gradients of preact, gate and their biases, and hidden again, so that x and the
-pre-activations are all that is saved.
+pre-activations are all that is saved. Where it was measured to be faster, a product in Triton does the pass in its
+epilogue: the raw ops linear_activation_fwd and linear_activation_bwd.
 """
 
 import math
@@ -14,8 +15,8 @@ import math
 import torch
 
 from fastattn import reference
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._gemm import as_autocast, input_grad, linear, weight_grad
+from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
+from fastattn.ops._gemm import as_autocast, input_grad, is_fused, linear, weight_grad
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import define, differentiate, needs_reference
 
@@ -48,8 +49,34 @@ define(
     " -> (Tensor dpreact, Tensor dgate, Tensor hidden, Tensor dbias, Tensor dbias_gate)",
     _activation_bwd_fake,
 )
+
+
+def _linear_activation_fwd_fake(x, w, bias, rng, dropout_p, activation, need_preact):
+    shape = (x.shape[0], w.shape[0])
+    return x.new_empty(shape if need_preact else (0,)), x.new_empty(shape)
+
+
+def _linear_activation_bwd_fake(dy, w, preact, rng, dropout_p, activation, need_hidden, need_dbias):
+    hidden = dy.new_empty(preact.shape if need_hidden else (0,))
+    return dy.new_empty(preact.shape), hidden, dy.new_empty(w.shape[1] if need_dbias else 0)
+
+
+define(
+    "linear_activation_fwd(Tensor x, Tensor w, Tensor? bias, Tensor? rng, float dropout_p, int activation,"
+    " bool need_preact) -> (Tensor preact, Tensor hidden)",
+    _linear_activation_fwd_fake,
+    backends=("triton",),
+)
+define(
+    "linear_activation_bwd(Tensor dy, Tensor w, Tensor preact, Tensor? rng, float dropout_p, int activation,"
+    " bool need_hidden, bool need_dbias) -> (Tensor dpreact, Tensor hidden, Tensor dbias)",
+    _linear_activation_bwd_fake,
+    backends=("triton",),
+)
 _fwd = {name: getattr(torch.ops.fastattn.activation_fwd, name) for name in ("native", "triton")}
 _bwd = {name: getattr(torch.ops.fastattn.activation_bwd, name) for name in ("native", "triton")}
+_linear_activation_fwd = torch.ops.fastattn.linear_activation_fwd.triton
+_linear_activation_bwd = torch.ops.fastattn.linear_activation_bwd.triton
 
 
 def _refuses(facts):
@@ -66,31 +93,36 @@ def _rows(x):
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
-        y, preact, gate = _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend)
+    def forward(ctx, x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend, fused):
+        y, preact, gate = _forward(
+            x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend, fused, not recompute
+        )
         ctx.save_for_backward(
             x, w1, b1, w2, b2, w_gate, b_gate, rng, None if recompute else preact, None if recompute else gate
         )
-        ctx.options = (dropout_p, activation, backend)
+        ctx.options = (dropout_p, activation, backend, fused)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, w1, b1, w2, b2, w_gate, b_gate, rng, preact, gate = ctx.saved_tensors
-        dropout_p, activation, backend = ctx.options
+        dropout_p, activation, backend, fused = ctx.options
         inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
         if torch.is_grad_enabled():  # create_graph=True
             grads = differentiate(_reference(rng, dropout_p, activation), inputs, (dy,))
-            return *grads, None, None, None, None, None
+            return *grads, None, None, None, None, None, None
         need_dx, need_dw1, need_db1, need_dw2, need_db2, need_dw_gate, need_db_gate = ctx.needs_input_grad[:7]
         x2, dy = _rows(x), _rows(dy)
         if preact is None:
             preact, gate = linear(x2, w1, b1), None if w_gate is None else linear(x2, w_gate, b_gate)
-        dx = dw1 = dw2 = db2 = dw_gate = None
-        dpreact, dgate, hidden, db1, db_gate = _bwd[backend](
-            input_grad(dy, w2), preact, gate, rng, dropout_p, ACTIVATIONS.index(activation),
-            need_dw2, need_db1, need_db_gate,
-        )  # fmt: skip
+        dx = dw1 = dw2 = db2 = dw_gate = dgate = db_gate = None
+        drop_and_act = (rng, dropout_p, ACTIVATIONS.index(activation))
+        if fused and is_fused("bwd", dy, w2, *w2.shape):
+            dpreact, hidden, db1 = _linear_activation_bwd(dy, w2, preact, *drop_and_act, need_dw2, need_db1)
+        else:
+            dpreact, dgate, hidden, db1, db_gate = _bwd[backend](
+                input_grad(dy, w2), preact, gate, *drop_and_act, need_dw2, need_db1, need_db_gate
+            )
         if need_dw2:
             dw2 = weight_grad(dy, hidden)
             del hidden  # not needed at the peak
@@ -106,14 +138,18 @@ class _FeedForward(torch.autograd.Function):
                 dx += input_grad(dgate, w_gate)
             dx = dx.view(x.shape)
         grads = (dx, dw1, db1 if need_db1 else None, dw2, db2, dw_gate, db_gate if need_db_gate else None)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
-def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend):
-    x2 = _rows(x)
-    preact = linear(x2, w1, b1)
-    gate = None if w_gate is None else linear(x2, w_gate, b_gate)
-    hidden = _fwd[backend](preact, gate, rng, dropout_p, ACTIVATIONS.index(activation))
+def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend, fused, need_preact):
+    x2, gate = _rows(x), None
+    drop_and_act = (rng, dropout_p, ACTIVATIONS.index(activation))
+    if fused and is_fused("fwd", x2, w1, x2.shape[1], w1.shape[0]):
+        preact, hidden = _linear_activation_fwd(x2, w1, b1, *drop_and_act, need_preact)
+    else:
+        preact = linear(x2, w1, b1)
+        gate = None if w_gate is None else linear(x2, w_gate, b_gate)
+        hidden = _fwd[backend](preact, gate, *drop_and_act)
     y = linear(hidden, w2, b2)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w2.shape[0]), preact, gate
 
@@ -170,6 +206,11 @@ def _facts(x):
     return x.device.type, x.dtype
 
 
+def _may_fuse(runs, w_gate, backend):
+    """Whether the fused products of Triton may serve: a gated block needs two, and somebody may want other kernels."""
+    return w_gate is None and (runs == "triton" or (runs == "native" and asked_for(backend) is None))
+
+
 def feed_forward(
     x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
 ):
@@ -199,9 +240,10 @@ def feed_forward(
     runs = choose("feed_forward", _facts(x), backend)
     if runs == "reference" or needs_reference():
         return _reference(rng, dropout_p, activation)(*inputs)[0]
+    fused = _may_fuse(runs, w_gate, backend)
     if grad_wanted(*inputs):
-        return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs)
-    return _forward(*inputs, rng, dropout_p, activation, runs)[0]
+        return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs, fused)
+    return _forward(*inputs, rng, dropout_p, activation, runs, fused, False)[0]
 
 
 def explain(
@@ -209,4 +251,12 @@ def explain(
 ):
     """What `feed_forward` would run for these arguments, and why not the others."""
     _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
-    return explanation("feed_forward", _facts(x), backend)
+    text = explanation("feed_forward", _facts(x), backend)
+    allowed = _may_fuse(choose("feed_forward", _facts(x), backend), w_gate, backend)
+    fused = [
+        name
+        for name, way, weight, sizes in (("forward", "fwd", w1, w1.shape[::-1]), ("backward", "bwd", w2, w2.shape))
+        if allowed and is_fused(way, x, weight, *sizes)
+    ]
+    products = " and ".join(fused) + " in one kernel with the pass after it" if fused else "the vendor library's"
+    return f"{text}\n  product beside the activation: {products}"
