@@ -22,7 +22,9 @@ OP = "norm"
 OPS = torch.ops.fastattn
 
 
-def case(shape, dtype=torch.float32, device="cpu", residual=None, weight=True, bias=True, shift=0.0, **options):
+def case(
+    shape, dtype=torch.float32, device="cpu", residual=None, weight=True, bias=True, x_bias=False, shift=0.0, **options
+):
     """A case whose operands all want gradients; residual is a dtype or None."""
     generator = torch.Generator().manual_seed(1)
 
@@ -35,6 +37,7 @@ def case(shape, dtype=torch.float32, device="cpu", residual=None, weight=True, b
         residual=None if residual is None else tensor(*shape, dtype=residual),
         weight=tensor(cols) if weight else None,
         bias=tensor(cols) if bias and not options.get("rms") else None,
+        x_bias=tensor(cols) if x_bias else None,
         dy=tensor(*shape, grad=False),
         dr_out=tensor(*shape, dtype=residual or dtype, grad=False),
         **options,
