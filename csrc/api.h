@@ -37,6 +37,7 @@ struct NormFwdArgs {
   const void* residual;  // of r_dtype, or null
   const void* weight;    // (cols) of weight_dtype, or null; the CPU kernels take fp32
   const void* bias;      // (cols) of bias_dtype, or null; the CPU kernels take fp32
+  const void* x_bias;    // (cols) of x_bias_dtype, or null; the CPU kernels take fp32
   void* y;               // of x_dtype, contiguous
   void* r;               // contiguous, or null: not wanted
   float* mean;           // (rows), null for rms or where not wanted
@@ -44,10 +45,12 @@ struct NormFwdArgs {
   int64_t rows, cols, x_stride, residual_stride;
   float eps;
   bool rms;
-  DType x_dtype, r_dtype, weight_dtype, bias_dtype;
+  DType x_dtype, r_dtype, weight_dtype, bias_dtype, x_bias_dtype;
   Dropout dropout;
 };
 FASTATTN_DECLARE_CPU(norm_fwd, NormFwdArgs);  // rows
+
+constexpr int kNormSums = 3;
 
 struct NormBwdArgs {
   const void* dy;      // of x_dtype, rows dy_stride apart
@@ -60,7 +63,8 @@ struct NormBwdArgs {
   void* dresidual;  // of r_dtype, contiguous, or null: the same as dx
   void* dweight;    // of weight_dtype, or null
   void* dbias;      // of weight_dtype, or null
-  float* sums;      // (chunks, 2, cols): dweight and dbias of the rows of each chunk
+  void* dx_bias;    // of weight_dtype, or null
+  float* sums;      // (chunks, kNormSums, cols): dweight, dbias and dx_bias of the rows of each chunk
   int64_t rows, cols, dy_stride, dr_out_stride, r_stride, rows_per_chunk, chunks;
   DType x_dtype, r_dtype, weight_dtype;
   Dropout dropout;

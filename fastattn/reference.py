@@ -83,13 +83,15 @@ def philox_keep(rng, dropout_p, row, slab, cols):
     return (halves >= dropout_threshold(dropout_p)).flatten(-3)[..., :cols]
 
 
-def dropout(x, dropout_p, residual=None, rng=None):
-    """residual + dropout(x) over the elements of x seen as (rows, columns), columns the last dimension.
+def dropout(x, dropout_p, residual=None, rng=None, x_bias=None):
+    """residual + dropout(x + x_bias) over the elements of x seen as (rows, columns), columns the last dimension.
 
-    The result has the dtype of the residual, or of x without one.
+    x + x_bias is not rounded. The result has the dtype of the residual, or of x without one.
     """
     acc = accumulator(x.dtype)
     out = x.to(acc)
+    if x_bias is not None:
+        out = out + x_bias
     if dropout_p > 0:
         cols = x.shape[-1]
         row = torch.arange(x.numel() // cols if cols else 0, device=x.device)
@@ -100,18 +102,20 @@ def dropout(x, dropout_p, residual=None, rng=None):
     return out.to(x.dtype if residual is None else residual.dtype)
 
 
-def norm(x, residual=None, weight=None, bias=None, *, eps, rms, dropout_p=0.0, rng=None):
-    """y = norm(r) * weight + bias with r = dropout(x) + residual, over the last dimension.
+def norm(x, residual=None, weight=None, bias=None, x_bias=None, *, eps, rms, dropout_p=0.0, rng=None):
+    """y = norm(r) * weight + bias with r = dropout(x + x_bias) + residual, over the last dimension.
 
     norm(r) = (r - mean(r)) * rsqrt(var(r) + eps), var biased; for rms: r * rsqrt(mean(r²) + eps).
     Returns: (y, r); y has the dtype of x, r the dtype of the residual, or of x without one.
     Source: torch.nn.functional.layer_norm and rms_norm.
     """
-    r = x if residual is None and dropout_p == 0 else dropout(x, dropout_p, residual, rng)
+    plain = residual is None and x_bias is None and dropout_p == 0
+    r = x if plain else dropout(x, dropout_p, residual, rng, x_bias)
     acc = accumulator(torch.promote_types(x.dtype, r.dtype))
     centered = r.to(acc)
     if not rms:
         centered = centered - centered.mean(-1, keepdim=True)
+        centered = centered - centered.mean(-1, keepdim=True)  # what rounding took from a mean far from 0
     y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * weight
