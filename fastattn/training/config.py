@@ -8,7 +8,7 @@ class UsageError(ValueError):
     """A user's mistake, told in one line: what was expected, what came."""
 
 
-def _expect(condition, name, expected, got):
+def expect(condition, name, expected, got):
     if not condition:
         raise UsageError(f"{name}: expected {expected}, got {got!r}")
 
@@ -19,24 +19,24 @@ class DataConfig:
 
     Args:
         source: "topics" (reference prose inside Python's standard library), "shakespeare", a text file or a folder
-        tokenizer: one token a character, or byte-pair encoding trained on the training split
+        tokenizer: one token a character or a byte, or byte-pair encoding trained on the training split
         vocab_size: number of tokens of a bpe tokenizer; characters are counted instead
         validation_fraction: part of the text for validation, after the training part
         test_fraction: part of the text for the final test, at the end
     """
 
     source: str = "topics"
-    tokenizer: Literal["char", "bpe"] = "char"
+    tokenizer: Literal["char", "byte", "bpe"] = "char"
     vocab_size: int = 4096
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
 
     def __post_init__(self):
-        _expect(self.vocab_size > 256, "data.vocab_size", "more than the 256 bytes", self.vocab_size)
-        _expect(0 < self.validation_fraction < 1, "data.validation_fraction", "0 < x < 1", self.validation_fraction)
-        _expect(0 <= self.test_fraction < 1, "data.test_fraction", "0 <= x < 1", self.test_fraction)
+        expect(self.vocab_size > 256, "data.vocab_size", "more than the 256 bytes", self.vocab_size)
+        expect(0 < self.validation_fraction < 1, "data.validation_fraction", "0 < x < 1", self.validation_fraction)
+        expect(0 <= self.test_fraction < 1, "data.test_fraction", "0 <= x < 1", self.test_fraction)
         held_out = self.validation_fraction + self.test_fraction
-        _expect(held_out < 1, "data", "validation_fraction + test_fraction below 1", held_out)
+        expect(held_out < 1, "data", "validation_fraction + test_fraction below 1", held_out)
 
 
 @dataclass
@@ -61,9 +61,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "d_model", "block_size"):
-            _expect(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
-        _expect(self.d_model % self.n_head == 0, "model.d_model", f"a multiple of n_head = {self.n_head}", self.d_model)
-        _expect(0 <= self.dropout < 1, "model.dropout", "0 <= x < 1", self.dropout)
+            expect(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
+        expect(self.d_model % self.n_head == 0, "model.d_model", f"a multiple of n_head = {self.n_head}", self.d_model)
+        expect(0 <= self.dropout < 1, "model.dropout", "0 <= x < 1", self.dropout)
 
 
 @dataclass
@@ -89,17 +89,17 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self):
-        _expect(self.learning_rate > 0, "optim.learning_rate", "more than 0", self.learning_rate)
-        _expect(
+        expect(self.learning_rate > 0, "optim.learning_rate", "more than 0", self.learning_rate)
+        expect(
             0 <= self.min_learning_rate <= self.learning_rate,
             "optim.min_learning_rate",
             f"0 to learning_rate = {self.learning_rate}",
             self.min_learning_rate,
         )
         for name in ("warmup_steps", "weight_decay", "clip"):
-            _expect(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
+            expect(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
         for name in ("beta1", "beta2"):
-            _expect(0 <= getattr(self, name) < 1, f"optim.{name}", "0 <= x < 1", getattr(self, name))
+            expect(0 <= getattr(self, name) < 1, f"optim.{name}", "0 <= x < 1", getattr(self, name))
 
 
 @dataclass
@@ -161,16 +161,16 @@ class TrainConfig:
     def __post_init__(self):
         counts = ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "keep", "devices", "num_nodes")
         for name in counts:
-            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         windows = self.validation_windows
-        _expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
-        _expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)
+        expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
+        expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)
         for name in ("patience", "sample_tokens"):
-            _expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _expect(bool(self.run), "run", "a folder name", self.run)
-        _expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character", "")
+            expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        expect(bool(self.run), "run", "a folder name", self.run)
+        expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character", "")
         parts = self.accumulate * self.devices * self.num_nodes
-        _expect(
+        expect(
             self.batch_size % parts == 0,
             "batch_size",
             f"a multiple of accumulate * devices * num_nodes = {parts}",
