@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .initialize import initialize
+
 
 def layer_classes(layers):
     """The encoder layer and the norm of fastattn.nn or of torch.nn.
@@ -40,13 +42,26 @@ class CausalLM(nn.Module):
         block_size: longest sequence, in tokens.
         dropout: probability on embeddings, attention weights, the feed-forward activation and both residual branches.
         bias: whether linear layers and norms have biases.
+        init: how matrices start, see `initialize`.
         layers: "fastattn" or "torch", who supplies the layers.
 
     Raises:
         ValueError: sizes that do not fit together, or an unknown `layers`.
     """
 
-    def __init__(self, vocab_size, *, n_layer, n_head, d_model, block_size, dropout=0.0, bias=True, layers="fastattn"):
+    def __init__(
+        self,
+        vocab_size,
+        *,
+        n_layer,
+        n_head,
+        d_model,
+        block_size,
+        dropout=0.0,
+        bias=True,
+        init="gpt2",
+        layers="fastattn",
+    ):
         super().__init__()
         if d_model % n_head:
             raise ValueError(f"d_model: expected a multiple of n_head, got d_model {d_model} and n_head {n_head}")
@@ -66,16 +81,7 @@ class CausalLM(nn.Module):
         if layers == "torch":
             mask = torch.ones(block_size, block_size, dtype=torch.bool).triu(1)
         self.register_buffer("causal_mask", mask, persistent=False)
-        self._init_weights(n_layer)
-
-    def _init_weights(self, n_layer):
-        """Normal 0.02, projections into the residual stream 0.02 / sqrt(2 n_layer), biases 0, norm weights 1."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                into_residual = name.endswith(("out_proj.weight", "linear2.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * n_layer) ** 0.5 if into_residual else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        initialize(self, init, n_layer)
 
     def num_parameters(self):
         """Number of parameters without the position table, as the field counts them."""

@@ -50,6 +50,7 @@ class ModelConfig:
         block_size: tokens the model sees at once
         dropout: probability of dropping an element
         bias: whether linear layers and norms have biases
+        init: how matrices start; gpt2 is normal with smaller projections into the residual stream
     """
 
     n_layer: int = 4
@@ -58,6 +59,7 @@ class ModelConfig:
     block_size: int = 64
     dropout: float = 0.0
     bias: bool = True
+    init: Literal["gpt2", "normal", "uniform", "xavier", "he"] = "gpt2"
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "d_model", "block_size"):
@@ -68,21 +70,27 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, linear warm-up and a cosine down to the last step.
+    """Which optimizer, and its learning rate: a linear warm-up, then a schedule.
 
     Args:
+        name: momentum and nesterov are sgd with momentum; adamw decays weights, adam adds the decay to gradients
+        schedule: after the warm-up; noam falls with 1 / sqrt(step)
         learning_rate: the highest, reached after the warm-up
-        min_learning_rate: the one of the last step
+        min_learning_rate: cosine and linear reach it in the last step, noam falls no further, constant ignores it
         warmup_steps: steps from 0 to the highest
-        beta1: decay of the mean of gradients
-        beta2: decay of the mean of squared gradients
+        momentum: of momentum and nesterov
+        beta1: decay of the mean of gradients, of adam and adamw
+        beta2: decay of the mean of squared gradients, of adam and adamw
         weight_decay: on matrices only
         clip: largest norm of all gradients together, 0 = no clipping
     """
 
+    name: Literal["sgd", "momentum", "nesterov", "adam", "adamw"] = "adamw"
+    schedule: Literal["constant", "cosine", "linear", "noam"] = "cosine"
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
     warmup_steps: int = 100
+    momentum: float = 0.9
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.1
@@ -98,7 +106,7 @@ class OptimConfig:
         )
         for name in ("warmup_steps", "weight_decay", "clip"):
             expect(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
-        for name in ("beta1", "beta2"):
+        for name in ("momentum", "beta1", "beta2"):
             expect(0 <= getattr(self, name) < 1, f"optim.{name}", "0 <= x < 1", getattr(self, name))
 
 
@@ -130,7 +138,7 @@ class TrainConfig:
         deterministic: refuse operations that are not reproducible
         data: the text and its tokens
         model: the shape of the model
-        optim: AdamW and its learning rate
+        optim: the optimizer and its learning rate
     """
 
     run: str = "runs/char_lm"
