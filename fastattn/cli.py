@@ -5,6 +5,7 @@ signal's number for a training run that was asked to stop. torch is imported by 
 signal's number for a training run that was asked to stop.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -99,6 +100,10 @@ def build_parser():
     run.add_argument("--max_new_tokens", type=int, default=300, help="tokens to add")
     run.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     run.add_argument("--top_k", type=int | None, help="draw among the k most likely tokens only")
+    run.add_argument("--top_p", type=float | None, help="draw among the likeliest tokens that reach this probability")
+    run.add_argument("--repetition_penalty", type=float, default=1.0, help="more than 1 avoids tokens already there")
+    run.add_argument("--beams", type=int, default=1, help="more than 1: the likeliest text of a beam search, not drawn")
+    run.add_argument("--stop", type=str | None, help="end before this text")
     run.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     commands.add_subcommand("generate", run, help="text from a trained model")
     commands.add_subcommand("data", ArgumentParser(), help="stats, clean, split, tokenize or vectorize documents")
@@ -226,21 +231,24 @@ def generate(options, _argv):
     config = stored_config(run)
     check_run_options(options)
     from fastattn.training.evaluate import load_run
-    from fastattn.training.generate import check_sampling, generate_tokens
+    from fastattn.training.generate import beam_search, check_sampling, stream_text, stream_tokens
 
-    check_sampling(options.max_new_tokens, options.temperature, options.top_k)
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    sampling = {name: options[name] for name in names}
+    check_sampling(options.max_new_tokens, beams=options.beams, **sampling)
     model, tokenizer, _ = load_run(
         run, config, checkpoint=options.checkpoint, accelerator=options.accelerator, layers=options.layers
     )
-    new = generate_tokens(
-        model,
-        tokenizer.encode(options.prompt),
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
-    print(options.prompt + tokenizer.decode(new))
+    prompt = tokenizer.encode(options.prompt)
+    if options.beams > 1:
+        numbers = beam_search(model, prompt, options.max_new_tokens, beams=options.beams)
+    else:
+        numbers = stream_tokens(model, prompt, options.max_new_tokens, seed=options.seed, **sampling)
+        numbers = itertools.chain([next(numbers)], numbers)  # a mistake shows before anything is printed
+    print(options.prompt, end="", flush=True)
+    for piece in stream_text(tokenizer, numbers, options.stop):
+        print(piece, end="", flush=True)
+    print()
 
 
 def check_run_options(options):
