@@ -158,4 +158,40 @@ void attention_reduce_dq_default(const AttentionArgs& args);
 void attention_reduce_dq_avx2(const AttentionArgs& args);
 void attention_reduce_dq_avx512(const AttentionArgs& args);
 
+// Attention on a cache of keys and values. A row of the cache is a page of page_size keys; without block_table each
+// sequence has one page.
+struct DecodeArgs {
+  HeadTensor q, k, v, out;         // k, v: batch is the stride from page to page
+  float* lse;                      // (batch, head, row), contiguous
+  const int32_t* cache_seqlens;    // valid keys without the seqlen_new that were appended
+  const int32_t* block_table;      // (batch, pages), or null
+  const int32_t* cache_batch_idx;  // the page of each sequence, or null: its own number
+  const int32_t* cache_leftpad;    // the first visible key, or null
+  const float* alibi_slopes;       // as in AttentionArgs
+  const float* sink;               // (n_heads), or null
+  int64_t alibi_batch, seqlen_new, page_size, pages;
+  int64_t batch, n_heads, n_kv_heads, seqlen_q, head_dim, head_dim_v;
+  int64_t window_left, window_right;  // -1: unlimited
+  float softcap, scale;
+  DType dtype;
+  int64_t splits;              // parts the keys of a sequence are divided into
+  float* partial;              // if splits > 1, decode_partial floats a task
+  std::atomic<int64_t>* next;  // the task to take next
+  std::atomic<int32_t>*
+      remaining;              // if splits > 1: splits that are still at work, per group of tasks; the last combines
+  std::atomic<bool>* failed;  // out of memory
+};
+
+constexpr int64_t kDecodeRows = 64;  // of a task: the queries of the heads that share a key head
+
+// Floats of the unfinished rows of a task: sums as wide as the widest vectors want them, maximum and total of each row.
+constexpr int64_t decode_partial(int64_t rows, int64_t head_dim_v) {
+  return rows * ((head_dim_v + 31) / 32 * 32 + 2);
+}
+
+void attention_decode_default(const DecodeArgs& args);
+void attention_decode_avx2(const DecodeArgs& args);
+void attention_decode_avx512(const DecodeArgs& args);
+void attention_decode_avx512bf16(const DecodeArgs& args);  // bf16 only
+
 }  // namespace fastattn

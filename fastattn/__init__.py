@@ -20,7 +20,16 @@ from fastattn.nn import (
     TransformerEncoderLayer,
     replace,
 )
-from fastattn.ops import attention, dropout, explain, feed_forward, layer_norm, rms_norm, scaled_dot_product_attention
+from fastattn.ops import (
+    attention,
+    attention_decode,
+    dropout,
+    explain,
+    feed_forward,
+    layer_norm,
+    rms_norm,
+    scaled_dot_product_attention,
+)
 from fastattn.ops._backends import backends, use_backend
 
 __version__ = "0.1.0"
@@ -35,6 +44,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "attention",
+    "attention_decode",
     "backends",
     "dropout",
     "explain",

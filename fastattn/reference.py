@@ -236,3 +236,49 @@ def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_s
     if not outs:
         return q.new_empty(0, n_heads, v.shape[-1]), q.new_empty(n_heads, 0, dtype=accumulator(q.dtype))
     return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def cache_append(cache, new, cache_seqlens, block_table=None, cache_batch_idx=None):
+    """Write new (batch, kv_heads, seqlen_new, last) into the cache in place, behind the valid keys of each sequence.
+
+    A cache is (cache_batch, kv_heads, max_seqlen, last), or with block_table (num_pages, kv_heads, page_size, last).
+    """
+    batch, _, seqlen_new, _ = new.shape
+    row = torch.arange(batch, device=new.device) if cache_batch_idx is None else cache_batch_idx.long()
+    position = cache_seqlens.long()[:, None] + torch.arange(seqlen_new, device=new.device)
+    if block_table is None:
+        row = row[:, None]
+    else:
+        row = block_table.long().gather(1, position // cache.shape[2])
+        position = position % cache.shape[2]
+    cache[row, :, position] = new.transpose(1, 2)
+
+
+def attention_decode(
+    q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
+    causal=True, window=(-1, -1), softcap=0.0, alibi_slopes=None, sink=None, scale=None,
+):  # fmt: skip
+    """`attention` on the keys and values of a cache, after k and v were appended to it; arguments as there.
+
+    The sequence of row b is cache[b], cache[cache_batch_idx[b]] or the pages block_table[b] one after another; its first
+    cache_seqlens[b] (+ new) keys count as seqlens_k, of which those before cache_leftpad[b] are invisible.
+    Returns: (out, lse), lse in the accumulator's dtype.
+    """
+    seqlens_k = cache_seqlens
+    if k is not None:
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache_append(cache, new, cache_seqlens, block_table, cache_batch_idx)
+        seqlens_k = cache_seqlens + k.shape[2]
+    keys, values = k_cache, v_cache
+    if block_table is not None:
+        pages = block_table.long().clamp(0, k_cache.shape[0] - 1)  # what stands behind the last page does not count
+        keys, values = (cache[pages].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))
+    elif cache_batch_idx is not None:
+        keys, values = (cache[cache_batch_idx.long()] for cache in (k_cache, v_cache))
+    mask = None
+    if cache_leftpad is not None:
+        mask = (torch.arange(keys.shape[2], device=q.device) >= cache_leftpad[:, None])[:, None, None]
+    return attention(
+        q, keys, values, mask=mask, causal=causal, window=window, seqlens_k=seqlens_k, alibi_slopes=alibi_slopes,
+        softcap=softcap, sink=sink, scale=scale,
+    )  # fmt: skip

@@ -7,61 +7,25 @@
 #include <array>
 #include <tuple>
 
-#include "check.h"
+#include "attention_host.h"
 #include "dispatch.h"
 
 namespace {
 
 using fastattn::AttentionArgs;
+using fastattn::contiguous;
 using fastattn::DType;
 using fastattn::dtype_of;
-using fastattn::HeadTensor;
+using fastattn::empty_in_layout;
+using fastattn::empty_strided;
+using fastattn::heads;
+using fastattn::inner_contiguous;
+using fastattn::OptionalTensor;
 using fastattn::ScoreTensor;
+using fastattn::vector_data;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Kernel = void (*)(const AttentionArgs&);
-
-#if defined(__x86_64__)
-#define SELECT(name, dtype)                                                                        \
-  (dtype == DType::kBFloat16 && fastattn::cpu_capability() == fastattn::CpuCapability::kAvx512Bf16 \
-       ? static_cast<Kernel>(fastattn::name##_avx512bf16)                                          \
-       : static_cast<Kernel>(FASTATTN_SELECT_CPU(name)))
-#else
-#define SELECT(name, dtype) static_cast<Kernel>(FASTATTN_SELECT_CPU(name))
-#endif
-
-template <size_t N>
-Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// (batch, heads, seqlen, last), its first three dimensions nested as those of `like`; the fake does the same.
-Tensor empty_in_layout(const Tensor& like, int64_t last) {
-  std::array<int, 3> order{0, 1, 2};
-  if (like.stride(0) && like.stride(1) && like.stride(2)) {
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
-  }
-  std::array<int64_t, 4> sizes{like.size(0), like.size(1), like.size(2), last}, strides{0, 0, 0, 1};
-  int64_t stride = std::max<int64_t>(1, last);
-  for (int n = 2; n >= 0; --n) {
-    strides[order[n]] = stride;
-    stride *= std::max<int64_t>(1, sizes[order[n]]);
-  }
-  return empty_strided(sizes, strides, like.scalar_type());
-}
-
-Tensor inner_contiguous(const Tensor& t) {
-  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
-
-HeadTensor heads(const Tensor& t, bool packed) {
-  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
-}
 
 // Dimensions of size 1 become stride 0.
 ScoreTensor scores(const Tensor& t) {
@@ -76,17 +40,6 @@ void check_scores(const Tensor& t, const AttentionArgs& args, const char* name) 
     STD_TORCH_CHECK(t.size(d) == full[d] || t.size(d) == 1, name, " must have size 1 or ", full[d], " in dimension ", d,
                     ", got ", t.size(d));
   }
-}
-
-template <typename T>
-const T* vector_data(const OptionalTensor& t, ScalarType dtype, int64_t size, const char* name) {
-  if (!t) {
-    return nullptr;
-  }
-  STD_TORCH_CHECK(t->scalar_type() == dtype && t->numel() == size && t->is_contiguous(), name, " must be contiguous ",
-                  torch::headeronly::toString(dtype), " of ", size, " elements, got ",
-                  torch::headeronly::toString(t->scalar_type()), " of ", t->numel());
-  return static_cast<const T*>(t->const_data_ptr());
 }
 
 // cu_seqlens rises from 0 to total; the longest sequence
@@ -109,10 +62,6 @@ struct Inputs {
   bool top_left;
   double softcap, dropout_p, scale;
 };
-
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
-}
 
 // Everything but the outputs, checked.
 AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, Inputs& in) {
@@ -213,7 +162,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in,
   args.v = heads(v, packed);
   args.out = heads(out, packed);
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  run(SELECT(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+  run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
   return {out, lse};
 }
 
@@ -285,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
       ScalarType::Float);
   args.dq_partial = static_cast<float*>(dq_partial.mutable_data_ptr());
 
-  run(SELECT(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * args.chunks);
+  run(FASTATTN_SELECT_CPU_BF16(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * args.chunks);
   if (args.chunks > 1) {
     run(FASTATTN_SELECT_CPU(attention_reduce_dq), args, args.batch * args.n_heads);
   }
@@ -294,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   } else if (need_dbias && args.dbias_from == AttentionArgs::DbiasFrom::kOwnPass) {
     const int64_t parts = std::max<int64_t>(dbias.size(2) > 1 ? blocks_of(args.seqlen_q) : 1,
                                             dbias.size(3) > 1 ? blocks_of(args.seqlen_k) : 1);
-    run(SELECT(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
+    run(FASTATTN_SELECT_CPU_BF16(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
   }
   if (in.sink) {
     float* total = static_cast<float*>(dsink.mutable_data_ptr());

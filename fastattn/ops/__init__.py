@@ -1,18 +1,21 @@
 """One module per op: the public function, its checks, the schema of its raw ops, and its backward."""
 
 from fastattn.ops import attention as _attention
+from fastattn.ops import attention_decode as _attention_decode
 from fastattn.ops import dropout as _dropout
 from fastattn.ops import feed_forward as _feed_forward
 from fastattn.ops import norm as _norm
 
 _EXPLAIN = {
     "attention": _attention.explain,
+    "attention_decode": _attention_decode.explain,
     "feed_forward": _feed_forward.explain,
     "layer_norm": _norm.explain,
     "rms_norm": _norm.explain,
 }
 
 attention = _attention.attention
+attention_decode = _attention_decode.attention_decode
 scaled_dot_product_attention = _attention.scaled_dot_product_attention
 dropout = _dropout.dropout
 feed_forward = _feed_forward.feed_forward
