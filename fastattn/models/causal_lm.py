@@ -66,7 +66,7 @@ class CausalLM(nn.Module):
         if d_model % n_head:
             raise ValueError(f"d_model: expected a multiple of n_head, got d_model {d_model} and n_head {n_head}")
         encoder_layer, norm = layer_classes(layers)
-        self.block_size = block_size
+        self.block_size, self.layers = block_size, layers
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(block_size, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -87,27 +87,32 @@ class CausalLM(nn.Module):
         """Number of parameters without the position table, as the field counts them."""
         return sum(p.numel() for p in self.parameters()) - self.position_embedding.weight.numel()
 
-    def forward(self, tokens, targets=None):
+    def forward(self, tokens, targets=None, cache=None):
         """Logits of the next token, or the mean loss when the next tokens are given.
 
         Args:
             tokens: (batch, seqlen) int64, seqlen at most block_size.
             targets: None or (batch, seqlen) int64, the token that follows each of `tokens`.
+            cache: None or a KeyValueCache, for evaluation without gradients: `tokens` follow those it has seen, and are
+                added to it.
 
         Returns:
             Logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats a token, fp32.
 
         Raises:
-            ValueError: seqlen above block_size.
+            ValueError: more than block_size tokens, those in the cache included.
         """
-        seqlen = tokens.shape[1]
-        if seqlen > self.block_size:
-            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {seqlen}")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:seqlen]
+        seqlen, start = tokens.shape[1], 0 if cache is None else cache.length
+        if start + seqlen > self.block_size:
+            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {start + seqlen}")
+        x = self.token_embedding(tokens) + self.position_embedding.weight[start : start + seqlen]
         x = self.dropout(x)
-        mask = None if self.causal_mask is None else self.causal_mask[:seqlen, :seqlen]
-        for block in self.blocks:
-            x = block(x, src_mask=mask, is_causal=True)
+        if cache is not None:
+            x = cache.run_blocks(self.blocks, x, use_torch=self.layers == "torch")
+        else:
+            mask = None if self.causal_mask is None else self.causal_mask[:seqlen, :seqlen]
+            for block in self.blocks:
+                x = block(x, src_mask=mask, is_causal=True)
         logits = F.linear(self.norm(x), self.token_embedding.weight)  # the head is the embedding: tied without a copy
         if targets is None:
             return logits

@@ -95,7 +95,9 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
             raise ValueError(f"{_NAME}: {label} must have last stride 1, got {t.stride(3)}")
     if block_table is not None:
         if cache_batch_idx is not None:
-            raise ValueError(f"{_NAME}: block_table and cache_batch_idx exclude each other: both name rows of the cache")
+            raise ValueError(
+                f"{_NAME}: block_table and cache_batch_idx exclude each other: both name rows of the cache"
+            )
         if block_table.dtype != torch.int32:
             raise TypeError(f"{_NAME}: block_table must be int32, got {block_table.dtype}")
         if block_table.dim() != 2 or block_table.shape[0] != batch:

@@ -20,6 +20,32 @@ def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repe
             raise UsageError(f"{expected}, got {got}")
 
 
+class _NextLogits:
+    """The logits after each of a batch of growing token rows, from a cache as long as they fit the model's window.
+
+    A window that moves gives every token another position: then all of it is read again, as without a cache.
+    """
+
+    def __init__(self, model, use_cache):
+        self.model = model
+        self.use_cache = use_cache and hasattr(model, "blocks")
+        self.cache = None
+
+    def __call__(self, tokens):
+        """tokens: (batch, n), those of the last call with one more each; returns (batch, vocab_size)."""
+        if not self.use_cache or tokens.shape[1] > self.model.block_size:
+            return self.model(tokens[:, -self.model.block_size :])[:, -1]
+        if self.cache is None:
+            from fastattn.models import KeyValueCache
+
+            self.cache = KeyValueCache(self.model, len(tokens))
+        return self.model(tokens[:, self.cache.length :], cache=self.cache)[:, -1]
+
+    def reorder(self, rows):
+        if self.cache is not None:
+            self.cache.reorder(rows)
+
+
 def next_token_probabilities(logits, seen=None, *, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0):
     """What the next token is drawn from.
 
@@ -57,7 +83,7 @@ def next_token_probabilities(logits, seen=None, *, temperature=1.0, top_k=None, 
 
 @torch.no_grad()
 def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None, top_p=None, repetition_penalty=1.0,
-                  stop=(), seed=0):  # fmt: skip
+                  stop=(), seed=0, use_cache=True):  # fmt: skip
     """Continue a prompt, token by token.
 
     Args:
@@ -67,6 +93,7 @@ def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None,
         temperature, top_k, top_p, repetition_penalty: as for next_token_probabilities.
         stop: tokens that end the text; they are not given out.
         seed: the same seed gives the same text.
+        use_cache: keep keys and values instead of reading everything again for each token.
 
     Yields:
         int: the new tokens, each as soon as it is drawn.
@@ -82,10 +109,11 @@ def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None,
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)
+    next_logits = _NextLogits(model, use_cache)
     try:
         for _ in range(max_new_tokens):
             probabilities = next_token_probabilities(
-                model(tokens[:, -model.block_size :])[:, -1], tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                next_logits(tokens), tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                 repetition_penalty=repetition_penalty,
             )  # fmt: skip
             chosen = torch.multinomial(probabilities, 1, generator=generator)
@@ -131,11 +159,11 @@ def stream_text(tokenizer, numbers, stop=None):
 
 
 @torch.no_grad()
-def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, stop=()):
+def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, stop=(), use_cache=True):
     """The most likely continuation that a beam of `beams` candidates finds.
 
     Args:
-        model, prompt, max_new_tokens, stop: as for stream_tokens.
+        model, prompt, max_new_tokens, stop, use_cache: as for stream_tokens.
         beams: candidates that are followed at a time.
         length_penalty: candidates are compared by log-probability / length ** length_penalty.
 
@@ -153,9 +181,10 @@ def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, s
     device = next(model.parameters()).device
     tokens = torch.tensor([prompt], device=device)
     scores = torch.zeros(1, device=device)
+    next_logits = _NextLogits(model, use_cache)
     finished = []  # (score a token ** length_penalty, new tokens)
     for length in range(1, max_new_tokens + 1):
-        log_p = model(tokens[:, -model.block_size :])[:, -1].float().log_softmax(-1)
+        log_p = next_logits(tokens).float().log_softmax(-1)
         vocab_size = log_p.shape[-1]
         total = (scores[:, None] + log_p).flatten()
         # so many that `beams` are left when all that end now are taken out
@@ -171,6 +200,7 @@ def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, s
         if not rows:
             break
         index = torch.tensor(rows, device=device)
+        next_logits.reorder(index // vocab_size)
         tokens = torch.cat([tokens[index // vocab_size], (index % vocab_size)[:, None]], 1)
         scores = torch.tensor(follow, device=device)
         # no candidate can overtake what has ended: log-probabilities only fall
