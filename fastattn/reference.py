@@ -321,7 +321,7 @@ def attention_decode(
 ):  # fmt: skip
     """`attention` on the keys and values of a cache, after k and v were appended to it; arguments as there.
 
-    The sequence of row b is cache[b], cache[cache_batch_idx[b]] or the pages block_table[b] one after another; its first
+    The sequence of row b is cache[b], cache[cache_batch_idx[b]] or the pages block_table[b] in a row; its first
     cache_seqlens[b] (+ new) keys count as seqlens_k, of which those before cache_leftpad[b] are invisible.
     Returns: (out, lse), lse in the accumulator's dtype.
     """

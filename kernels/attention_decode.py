@@ -3,10 +3,10 @@
     s   = scale * q·k;  s = softcap * tanh(s / softcap);  s = s - slope * |i + off - j|;  -inf where invisible
     lse = log(sum_j exp(s) [+ exp(sink)]);  out = exp(s - lse) · v = sum_n out_n * exp(lse_n - lse) over the splits n
 
-One program owns a split of the keys of one sequence and key head, and up to 64 rows: the queries of all heads that share
+One program owns a split of the keys of one sequence and key head, and up to 64 rows: queries of the heads that share
 that key head, so that the cache is read once. Lengths are known to the device alone: the number of splits follows from
 the size of the cache, and each program takes its share of the keys that its sequence really has. With one split it
-writes out and lse itself, else fp32 parts, which a second kernel adds up in a fixed order. A third one appends new keys.
+writes out and lse itself, else fp32 parts, which a second kernel adds up in a fixed order. A third appends new keys.
 
 Limits: head dims up to 256. Pages are read block by block where a block of keys lies in one page, else row by row.
 Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
@@ -32,7 +32,7 @@ from fastattn.kernels.common import device_guard, multiprocessors, register
 from fastattn.ops.attention import empty_in_layout
 
 MAX_ROWS, MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 64, 128, 16, 16
-# (bytes of an element, head dim) -> (keys of a block, warps, stages), the same for every architecture: 32 KB of keys and
+# (bytes of an element, head dim) -> (keys of a block, warps, stages), the same on every architecture: 32 KB of keys and
 # values in flight a stage. They compile without spills; not yet measured on hardware.
 CONFIGS = {
     (2, 32): (128, 4, 3), (2, 64): (128, 4, 3), (2, 128): (64, 4, 3), (2, 256): (32, 4, 3),

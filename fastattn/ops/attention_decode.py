@@ -95,7 +95,9 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
             raise ValueError(f"{_NAME}: {label} must have last stride 1, got {t.stride(3)}")
     if block_table is not None:
         if cache_batch_idx is not None:
-            raise ValueError(f"{_NAME}: block_table and cache_batch_idx exclude each other: both name rows of the cache")
+            raise ValueError(
+                f"{_NAME}: block_table and cache_batch_idx exclude each other: both name rows of the cache"
+            )
         if block_table.dtype != torch.int32:
             raise TypeError(f"{_NAME}: block_table must be int32, got {block_table.dtype}")
         if block_table.dim() != 2 or block_table.shape[0] != batch:
@@ -206,7 +208,7 @@ def attention_decode(
 ):  # fmt: skip
     """`attention` of a few queries on a cache of keys and values, contiguous or paged, which k and v extend in place.
 
-    Sequence b has length = cache_seqlens[b] + seqlen_new keys, and its last query stands at its last key: query i at key
+    Sequence b has length = cache_seqlens[b] + seqlen_new keys, and its last query stands at its last: query i at key
     i + length - seqlen_q. A row that sees no key gives 0 and lse -inf.
 
     Args:
@@ -238,7 +240,7 @@ def attention_decode(
             room for are dropped, and indices of rows and pages must be right.
         TypeError: a dtype does not fit. Under autocast q, k and v are cast to the dtype of the caches.
         RuntimeError: a gradient would be needed: there is no backward.
-    Source: Dao et al., "Flash-Decoding for long-context inference", 2023; the cache as in flash-attn's kvcache function.
+    Source: Dao et al., "Flash-Decoding for long-context inference", 2023; the cache as in flash-attn's kvcache.
     """
     facts, q, k, v, rest = _prepare(
         q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window, softcap,
