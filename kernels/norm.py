@@ -38,6 +38,8 @@ FORWARD = {
     16384: (1, 16),
 }
 BACKWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
+# with dx_bias a thread has a third sum: wider rows would spill, and only 12 warps of up to 144 registers fit, not 16
+BIASED_HELD, BIASED_WARPS = 4096, 12
 WIDE_BLOCK_N, WIDE_WARPS = 4096, 8
 STRIP_M, STRIP_N, STRIP_WARPS = 8, 512, 4  # dweight and dbias of wide rows
 SUM_M, SUM_N, SUM_WARPS = 128, 32, 4  # adding up the partial sums
@@ -301,7 +303,6 @@ def norm_bwd_strip_kernel(
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(program, tl.cdiv(rows, BLOCK_M), programs):
         row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (row < rows)[:, None] & (col < cols)[None, :]
@@ -309,14 +310,17 @@ def norm_bwd_strip_kernel(
         dy, xhat = _load_dy_xhat(dy_ptr, r_ptr, dy_stride, r_stride, mean, rstd, row, col, mask)
         dweight += dy * xhat
         dbias += dy
-        if dx_bias_ptr is not None:
-            dx_bias += tl.load(dx_ptr + row[:, None] * cols + col[None, :], mask=mask, other=0.0).to(tl.float32)
     offs = program.to(tl.int64) * cols + col
     if dweight_ptr is not None:
         tl.store(dweight_ptr + offs, tl.sum(dweight, axis=0), mask=col < cols)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + offs, tl.sum(dbias, axis=0), mask=col < cols)
-    if dx_bias_ptr is not None:
+    if dx_bias_ptr is not None:  # a loop of its own: three sums at once take twice the registers
+        dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block in range(program, tl.cdiv(rows, BLOCK_M), programs):
+            row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask = (row < rows)[:, None] & (col < cols)[None, :]
+            dx_bias += tl.load(dx_ptr + row[:, None] * cols + col[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_bias_ptr + offs, tl.sum(dx_bias, axis=0), mask=col < cols)
 
 
@@ -413,10 +417,11 @@ def norm_bwd(
     inputs = (dy, dr_out, r, _contiguous(weight), stats, rng, dx, dresidual if separate_dresidual else None)
     sizes = (rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale)
     block_n = _block_n(cols)
-    held = block_n in BACKWARD
+    held = block_n in BACKWARD and block_n <= (BIASED_HELD if need_dx_bias else block_n)
     if held:
         block_m, warps = BACKWARD[block_n]
-        programs = min(triton.cdiv(rows, block_m), persistent_programs(device, 16 // warps))
+        resident = BIASED_WARPS if need_dx_bias and warps == 4 else 16
+        programs = min(triton.cdiv(rows, block_m), persistent_programs(device, resident // warps))
     else:
         strips = triton.cdiv(cols, STRIP_N)
         programs = min(triton.cdiv(rows, STRIP_M), triton.cdiv(persistent_programs(device, 4), strips))

@@ -148,7 +148,7 @@ def test_constant_rows(backend, device, interpreted, cols):
         fastattn.layer_norm(x, torch.ones_like(bias), bias), bias.expand(5, cols), atol=1e-6, rtol=0
     )
     torch.testing.assert_close(fastattn.layer_norm(x, eps=1e-12), torch.zeros(5, cols, device=device))
-    torch.testing.assert_close(fastattn.rms_norm(x[:2]), torch.sign(x[:2]))
+    torch.testing.assert_close(fastattn.rms_norm(x[:2]), torch.sign(x[:2]), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("rms", [False, True])

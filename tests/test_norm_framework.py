@@ -149,7 +149,7 @@ def test_compile_without_a_graph_break(backend, device, interpreted, dynamic):
     torch._dynamo.reset()
 
     def block(x, residual, weight, bias):
-        y, r = fused(x * 2, residual, weight, bias, x_bias=bias)
+        y, r = fused(x * 2, residual, weight, bias, x_bias=bias.cos())
         return fastattn.rms_norm(y, weight) + r
 
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=dynamic)
