@@ -14,7 +14,7 @@ from memory_guard import far, guarded
 import fastattn
 from fastattn import reference
 from fastattn.ops._backends import unavailable
-from fastattn.ops.attention import _fwd, _reference
+from fastattn.ops.attention import _ops, _reference
 
 REASON = unavailable("native", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no C++ kernels for the CPU: {REASON}")
@@ -259,7 +259,7 @@ def test_reruns_and_thread_counts_agree_bit_for_bit(name):
 
 
 def test_backward_continues_a_forward_of_the_reference(monkeypatch):
-    monkeypatch.setitem(_fwd, "native", _reference)
+    monkeypatch.setitem(_ops, ("fwd", "native"), _reference)
     for seed in range(2000, 2024):
         q, k, v, kwargs = random_case(seed, dtypes=(torch.float32,))
         check(monkeypatch, f"seed {seed}", q, k, v, seed, **kwargs)

@@ -9,7 +9,7 @@ from attention_cases import DTYPES, check, normal, results
 import fastattn
 from fastattn import reference
 from fastattn.integrations import flash_attn
-from fastattn.ops.attention import _fwd
+from fastattn.ops.attention import _ops
 
 OP = "attention"
 
@@ -152,8 +152,8 @@ class TestLayouts:
     def inputs(self, monkeypatch):
         """The q, k and v that reach the raw op."""
         seen = []
-        raw = _fwd["native"]
-        monkeypatch.setitem(_fwd, "native", lambda *args: seen.extend(args[:3]) or raw(*args))
+        raw = _ops["fwd", "native"]
+        monkeypatch.setitem(_ops, ("fwd", "native"), lambda *args: seen.extend(args[:3]) or raw(*args))
         if fastattn.backends()["cpu"]["native"] != "available":
             pytest.skip("the native backend is not built")
         return seen
