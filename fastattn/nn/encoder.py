@@ -46,7 +46,7 @@ def block_and_bias(x, linear1, activation, dropout_module, linear2):
 
 
 def leaves_bias(linear):
-    """Whether the norm after `linear` adds its bias: where a gradient is wanted that its backward makes on the way."""
+    """Whether the norm after `linear` adds its bias: where its gradient is wanted, which that norm makes on the way."""
     return linear.bias is not None and torch.is_grad_enabled() and linear.bias.requires_grad
 
 
