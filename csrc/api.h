@@ -154,6 +154,12 @@ FASTATTN_DECLARE_ATTENTION(avx2);
 FASTATTN_DECLARE_ATTENTION(avx512);
 FASTATTN_DECLARE_ATTENTION(avx512bf16);  // bf16 only
 
+// CUDA on Hopper (csrc/cuda/attention_*_sm90.cu); packed: the tensors have batch 1
+struct AttentionCudaArgs : AttentionArgs {
+  int64_t rows_q, rows_k;  // of the tensors: the sum of the lengths if packed
+};
+int attention_fwd_sm90(const AttentionCudaArgs& args, void* stream);
+
 void attention_reduce_dq_default(const AttentionArgs& args);
 void attention_reduce_dq_avx2(const AttentionArgs& args);
 void attention_reduce_dq_avx512(const AttentionArgs& args);

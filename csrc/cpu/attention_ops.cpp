@@ -7,16 +7,19 @@
 #include <array>
 #include <tuple>
 
-#include "check.h"
+#include "attention_tensors.h"
 #include "dispatch.h"
 
 namespace {
 
 using fastattn::AttentionArgs;
+using fastattn::contiguous;
 using fastattn::DType;
 using fastattn::dtype_of;
-using fastattn::HeadTensor;
+using fastattn::empty_in_layout;
+using fastattn::heads;
 using fastattn::ScoreTensor;
+using fastattn::vector_data;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -31,36 +34,8 @@ using Kernel = void (*)(const AttentionArgs&);
 #define SELECT(name, dtype) static_cast<Kernel>(FASTATTN_SELECT_CPU(name))
 #endif
 
-template <size_t N>
-Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// (batch, heads, seqlen, last), its first three dimensions nested as those of `like`; the fake does the same.
-Tensor empty_in_layout(const Tensor& like, int64_t last) {
-  std::array<int, 3> order{0, 1, 2};
-  if (like.stride(0) && like.stride(1) && like.stride(2)) {
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
-  }
-  std::array<int64_t, 4> sizes{like.size(0), like.size(1), like.size(2), last}, strides{0, 0, 0, 1};
-  int64_t stride = std::max<int64_t>(1, last);
-  for (int n = 2; n >= 0; --n) {
-    strides[order[n]] = stride;
-    stride *= std::max<int64_t>(1, sizes[order[n]]);
-  }
-  return empty_strided(sizes, strides, like.scalar_type());
-}
-
 Tensor inner_contiguous(const Tensor& t) {
   return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
-
-HeadTensor heads(const Tensor& t, bool packed) {
-  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // Dimensions of size 1 become stride 0.
@@ -76,17 +51,6 @@ void check_scores(const Tensor& t, const AttentionArgs& args, const char* name) 
     STD_TORCH_CHECK(t.size(d) == full[d] || t.size(d) == 1, name, " must have size 1 or ", full[d], " in dimension ", d,
                     ", got ", t.size(d));
   }
-}
-
-template <typename T>
-const T* vector_data(const OptionalTensor& t, ScalarType dtype, int64_t size, const char* name) {
-  if (!t) {
-    return nullptr;
-  }
-  STD_TORCH_CHECK(t->scalar_type() == dtype && t->numel() == size && t->is_contiguous(), name, " must be contiguous ",
-                  torch::headeronly::toString(dtype), " of ", size, " elements, got ",
-                  torch::headeronly::toString(t->scalar_type()), " of ", t->numel());
-  return static_cast<const T*>(t->const_data_ptr());
 }
 
 // cu_seqlens rises from 0 to total; the longest sequence
@@ -110,21 +74,9 @@ struct Inputs {
   double softcap, dropout_p, scale;
 };
 
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
-}
-
 // Everything but the outputs, checked.
 AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, Inputs& in) {
-  for (const Tensor* t : {&q, &k, &v}) {
-    STD_TORCH_CHECK(t->dim() == 4, "attention: q, k and v must have 4 dimensions, got ", t->dim());
-    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), "attention: q, k and v must have one dtype");
-  }
-  STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) &&
-                      v.size(2) == k.size(2) && k.size(3) == q.size(3),
-                  "attention: q, k and v do not fit each other");
-  STD_TORCH_CHECK(q.size(1) == k.size(1) || (k.size(1) && q.size(1) % k.size(1) == 0),
-                  "attention: the heads of q must be a multiple of those of k, got ", q.size(1), " and ", k.size(1));
+  fastattn::check_qkv(q, k, v);
   for (OptionalTensor* t : {&in.sink, &in.seqlens_k, &in.cu_seqlens_q, &in.cu_seqlens_k, &in.alibi_slopes, &in.rng}) {
     *t = contiguous(*t);
   }
@@ -204,8 +156,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in,
   AttentionArgs args = arguments(q, k, v, in);
   const bool packed = args.cu_seqlens_q;
   const Tensor out = empty_in_layout(q_in, v.size(3));
-  const Tensor lse = empty_strided<3>(
-      {q.size(0), q.size(1), q.size(2)},
+  const Tensor lse = fastattn::empty_strided<3>(
+      q, {q.size(0), q.size(1), q.size(2)},
       {std::max<int64_t>(1, q.size(1)) * std::max<int64_t>(1, q.size(2)), std::max<int64_t>(1, q.size(2)), 1},
       ScalarType::Float);
   args.q = heads(q, packed);
