@@ -21,8 +21,8 @@ ROWS = (
     ("norm_infer", "norm_fwd", "norm_bwd", "dropout_fwd"),
 )
 ATTENTION = (
-    ("attention_fwd_sm90.cu", "error.cu", "attention_ops.cpp"),
-    ("attention_fwd",),
+    ("attention_fwd_sm90.cu", "attention_dkdv_sm90.cu", "attention_dq_sm90.cu", "error.cu", "attention_ops.cpp"),
+    ("attention_fwd", "attention_bwd"),
 )
 _REWRITES = (
     (r"(\w+(?:<[^;<>]*(?:\([^()]*\))?[^;<>]*>)?)\s*<<<(.*?)>>>\s*\(", r"emulated::launch(\1, \2)("),

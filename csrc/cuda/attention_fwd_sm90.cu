@@ -34,11 +34,10 @@ struct FwdConfig {
 template <typename T, int kHeadDim>
 struct FwdShared {
   using Config = FwdConfig<kHeadDim>;
-  using KeyTile = TileOf<T, Config::kBlockN, kHeadDim>;
   TileOf<T, Config::kBlockM, kHeadDim> q;  // in the end out
-  KeyTile k[Config::kStages], v[Config::kStages];
-  Barrier q_full, q_empty;
-  Barrier k_full[Config::kStages], k_empty[Config::kStages], v_full[Config::kStages], v_empty[Config::kStages];
+  TileOf<T, Config::kBlockN, kHeadDim> k[Config::kStages], v[Config::kStages];
+  Pipe<1> q_pipe;
+  Pipe<Config::kStages> k_pipe, v_pipe;
   Barrier v_arrived;  // a tile of values that still has to be cleared
 };
 
@@ -54,46 +53,26 @@ struct FwdArgs {
 };
 
 template <int kHeadDim>
-struct FwdTile {
-  static constexpr int kBlockM = FwdConfig<kHeadDim>::kBlockM;
-  int batch, head, row;  // row: within the sequence
-  Sequence sequence;
-  Blocks keys;
-
-  __device__ FwdTile(const FwdArgs& args, int64_t index)
-      : batch(args.order.place(index).head / args.shape.n_heads),
-        head(args.order.place(index).head % args.shape.n_heads),
-        row(args.order.place(index).row_block * kBlockM),
-        sequence(args.shape, batch),
-        keys(visible_blocks(sequence.of_queries, row, smaller(row + kBlockM, sequence.q_len) - 1,
-                            FwdConfig<kHeadDim>::kBlockN)) {}
-  __device__ bool exists() const { return row < sequence.q_len; }
-};
+using FwdTile = QueryTile<FwdConfig<kHeadDim>::kBlockM, FwdConfig<kHeadDim>::kBlockN>;
 
 // One warp. Loads what fwd_consume takes, in the same order.
 template <typename T, int kHeadDim>
-__device__ void fwd_produce(FwdShared<T, kHeadDim>& shared, const FwdArgs& args) {
+__device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim>& shared, const FwdArgs& args) {
   using Config = FwdConfig<kHeadDim>;
   const bool leader = threadIdx.x % 32 == 0;
-  Ring<Config::kStages> ring;
-  int q_parity = 0, v_parity = 0;
-  for (int64_t round = 0;; ++round) {
-    const int64_t index = TileOrder::tile(round, blockIdx.x, gridDim.x);
-    if (index >= args.order.count()) {
-      return;
-    }
-    const FwdTile<kHeadDim> tile(args, index);
-    if (!tile.exists()) {
-      continue;
-    }
+  Ring<1> queries;
+  Ring<Config::kStages> ring;  // keys and values go round together
+  int v_parity = 0;
+  each_tile<FwdTile<kHeadDim>>(args.shape, args.order, [&](const FwdTile<kHeadDim>& tile) {
     const Sequence& sequence = tile.sequence;
     const int kv_head = tile.head / args.shape.group();
     const auto load_q = [&] {
-      shared.q_empty.wait(q_parity ^ 1);
-      q_parity ^= 1;
+      shared.q_pipe.wait_empty(queries);
+      queries.next();
       if (leader) {
-        shared.q_full.arrive_expecting(shared.q.kBytes);
-        shared.q.load(args.q_map, sequence.q_begin + tile.row, tile.head, sequence.index, shared.q_full);
+        Barrier& full = shared.q_pipe.full[0];
+        full.arrive_expecting(shared.q.kBytes);
+        shared.q.load(args.q_map, sequence.q_begin + tile.row, tile.head, sequence.index, full);
       }
     };
     for (int n = tile.keys.end - 1; n >= tile.keys.begin; --n) {
@@ -101,17 +80,19 @@ __device__ void fwd_produce(FwdShared<T, kHeadDim>& shared, const FwdArgs& args)
       const int row = sequence.k_begin + first;
       auto& k = shared.k[ring.stage];
       auto& v = shared.v[ring.stage];
-      shared.k_empty[ring.stage].wait(ring.parity ^ 1);
+      shared.k_pipe.wait_empty(ring);
       if (leader) {
-        shared.k_full[ring.stage].arrive_expecting(k.kBytes);
-        k.load(args.k_map, row, kv_head, sequence.index, shared.k_full[ring.stage]);
+        Barrier& full = shared.k_pipe.full[ring.stage];
+        full.arrive_expecting(k.kBytes);
+        k.load(args.k_map, row, kv_head, sequence.index, full);
       }
       if (n == tile.keys.end - 1) {
         load_q();  // after the keys: those need not wait until the tile before is written
       }
-      shared.v_empty[ring.stage].wait(ring.parity ^ 1);
+      shared.v_pipe.wait_empty(ring);
       const bool ragged = args.shape.ragged_keys() && first + Config::kBlockN > sequence.k_len;
-      Barrier& arrived = ragged ? shared.v_arrived : shared.v_full[ring.stage];
+      Barrier& full = shared.v_pipe.full[ring.stage];
+      Barrier& arrived = ragged ? shared.v_arrived : full;
       if (leader) {
         arrived.arrive_expecting(v.kBytes);
         v.load(args.v_map, row, kv_head, sequence.index, arrived);
@@ -121,14 +102,14 @@ __device__ void fwd_produce(FwdShared<T, kHeadDim>& shared, const FwdArgs& args)
         v_parity ^= 1;
         v.clear_from(sequence.k_len - first);
         fence_async();
-        arrive_warp(shared.v_full[ring.stage]);
+        arrive_warp(full);
       }
       ring.next();
     }
     if (tile.keys.begin == tile.keys.end) {
       load_q();
     }
-  }
+  });
 }
 
 // The scores of a block of keys become p, and the sums follow; shrink is by how much what was summed before shrinks.
@@ -158,44 +139,40 @@ __device__ __forceinline__ void softmax_step(float (&s)[kScores], float (&row_ma
 
 // One warpgroup: 64 queries of every tile.
 template <typename T, int kHeadDim>
-__device__ void fwd_consume(FwdShared<T, kHeadDim>& shared, const FwdArgs& args, int slab) {
+__device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim>& shared, const FwdArgs& args, int slab) {
   using Config = FwdConfig<kHeadDim>;
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   const int thread = threadIdx.x % kWarpgroup;
-  const uint32_t q = shared.q.slab_address(slab);
+  Ring<1> queries;
   Ring<Config::kStages> keys, values;
-  int q_parity = 0;
-  for (int64_t round = 0;; ++round) {
-    const int64_t index = TileOrder::tile(round, blockIdx.x, gridDim.x);
-    if (index >= args.order.count()) {
-      return;
-    }
-    const FwdTile<kHeadDim> tile(args, index);
-    if (!tile.exists()) {
-      continue;
-    }
+  each_tile<FwdTile<kHeadDim>>(args.shape, args.order, [&](const FwdTile<kHeadDim>& tile) {
     const Sequence& sequence = tile.sequence;
     const int row = tile.row + slab * kSlab;
     float o[kHeadDim / 2] = {};
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {}, shrink[2];
-    shared.q_full.wait(q_parity);
-    q_parity ^= 1;
+    shared.q_pipe.wait_full(queries);
+    queries.next();
     if (tile.keys.begin < tile.keys.end) {
       float s[kBlockN / 2];
       uint32_t p[kBlockN / 16][4];
       const auto issue_scores = [&] {
-        shared.k_full[keys.stage].wait(keys.parity);
+        shared.k_pipe.wait_full(keys);
         wgmma_begin();
-        issue_abt<T, kHeadDim, kBlockM, kBlockN>(s, q, shared.k[keys.stage].address());
+        issue_abt<T, kHeadDim, kBlockM, kBlockN>(s, shared.q.slab_address(slab), shared.k[keys.stage].address());
       };
       const auto issue_values = [&] {
-        shared.v_full[values.stage].wait(values.parity);
+        shared.v_pipe.wait_full(values);
         wgmma_begin();
         issue_ab<T, kBlockN>(o, p, shared.v[values.stage].address());
       };
-      const auto softmax = [&](int n, auto masked) {
+      const auto end_values = [&] {
+        wgmma_wait<0>();
+        shared.v_pipe.release(values.stage);
+        values.next();
+      };
+      const auto softmax = [&](int n, auto masked) {  // once the scores are there
         constexpr bool kMasked = decltype(masked)::value;
-        arrive_warp(shared.k_empty[keys.stage]);
+        shared.k_pipe.release(keys.stage);
         keys.next();
         if (args.negative) {
 #pragma unroll
@@ -210,12 +187,10 @@ __device__ void fwd_consume(FwdShared<T, kHeadDim>& shared, const FwdArgs& args,
       };
       const auto step = [&](int n, auto masked) {
         issue_scores();
-        issue_values();
+        issue_values();  // of the block before
         wgmma_wait<1>();
         softmax(n, masked);
-        wgmma_wait<0>();
-        arrive_warp(shared.v_empty[values.stage]);
-        values.next();
+        end_values();
         to_operand<T>(p, s);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) {
@@ -239,9 +214,7 @@ __device__ void fwd_consume(FwdShared<T, kHeadDim>& shared, const FwdArgs& args,
         step(n, masked);
       }
       issue_values();
-      wgmma_wait<0>();
-      arrive_warp(shared.v_empty[values.stage]);
-      values.next();
+      end_values();
     }
     float factor[2];
 #pragma unroll
@@ -258,11 +231,11 @@ __device__ void fwd_consume(FwdShared<T, kHeadDim>& shared, const FwdArgs& args,
     for (int i = 0; i < kHeadDim / 2; ++i) {
       o[i] *= factor[row_of(i)];
     }
-    const Target out{args.out_map, args.out, {0, sequence.q_begin + row, tile.head, sequence.index},
-                     sequence.q_len - row, !args.shape.packed()};
-    store_slab<T>(o, shared.q, slab, out, 1 + slab);
-    arrive_warp(shared.q_empty);
-  }
+    const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
+    store_slab<T>(o, shared.q, slab,
+                  Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()}, 1 + slab);
+    shared.q_pipe.release(0);
+  });
 }
 
 template <typename T, int kHeadDim>
@@ -272,38 +245,24 @@ __global__ void __launch_bounds__(FwdConfig<kHeadDim>::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<FwdShared<T, kHeadDim>*>(shared_memory);
   if (threadIdx.x == 0) {
-    constexpr int kArrivals = Config::kConsumers * kWarps;
-    shared.q_full.init(1);
-    shared.q_empty.init(kArrivals);
+    shared.q_pipe.init(Config::kConsumers);
+    shared.k_pipe.init(Config::kConsumers);
+    shared.v_pipe.init(Config::kConsumers);
     shared.v_arrived.init(1);
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      shared.k_full[stage].init(1);
-      shared.k_empty[stage].init(kArrivals);
-      shared.v_full[stage].init(1);
-      shared.v_empty[stage].init(kArrivals);
-    }
     Barrier::publish();
   }
   __syncthreads();
-  const int warpgroup = threadIdx.x / kWarpgroup;
-  if (warpgroup == 0) {
-    give_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) {
-      fwd_produce<T, kHeadDim>(shared, args);
-    }
-  } else {
-    take_registers<Config::kConsumerRegisters>();
-    fwd_consume<T, kHeadDim>(shared, args, warpgroup - 1);
-  }
+  split_roles<Config::kProducerRegisters, Config::kConsumerRegisters>(
+      [&] { fwd_produce<T, kHeadDim>(shared, args); },
+      [&](int slab) { fwd_consume<T, kHeadDim>(shared, args, slab); });
 }
 
 template <typename T, int kHeadDim>
-cudaError_t launch(const AttentionCudaArgs& in, cudaStream_t stream) {
+cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
   using Config = FwdConfig<kHeadDim>;
   FwdArgs args{};
   args.shape = attention_shape(in);
-  args.order = {blocks_of(args.shape.seqlen_q, Config::kBlockM), args.shape.batch * args.shape.n_heads,
-                heads_per_set(args.shape, kHeadDim), true};
+  args.order = query_order(args.shape, Config::kBlockM, kHeadDim);
   args.out = in.out;
   args.lse = in.lse;
   args.lse_batch = in.lse_batch;
@@ -330,7 +289,7 @@ cudaError_t launch(const AttentionCudaArgs& in, cudaStream_t stream) {
 
 int attention_fwd_sm90(const AttentionCudaArgs& args, void* stream) {
   return with_half_and_head_dim(args, [&](auto value, auto head_dim) {
-    return launch<decltype(value), head_dim>(args, static_cast<cudaStream_t>(stream));
+    return launch_fwd<decltype(value), head_dim>(args, static_cast<cudaStream_t>(stream));
   });
 }
 

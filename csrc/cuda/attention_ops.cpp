@@ -120,9 +120,60 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    OptionalTensor dout_in, OptionalTensor dlse_in, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out_in, const Tensor& lse_in, OptionalTensor bias, OptionalTensor sink, OptionalTensor mask,
+    OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
+    OptionalTensor, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left, int64_t window_right,
+    bool top_left, double softcap, double dropout_p, double scale, bool need_dbias) {
+  const fastattn::DeviceGuard guard(q.get_device_index());
+  refuse(bias, sink, mask, alibi_slopes, softcap, dropout_p);
+  STD_TORCH_CHECK(!need_dbias, "attention: there is no bias to have a gradient");
+  Call call(q, k, v, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left, window_right,
+            top_left, scale);
+  AttentionCudaArgs& args = call.args;
+  const bool packed = args.cu_seqlens_q != nullptr;
+  Tensor dq = empty_in_layout(q, q.size(3)), dk = empty_in_layout(k, k.size(3)), dv = empty_in_layout(v, v.size(3));
+  const Tensor nothing = empty_beside(q, {0}, q.scalar_type()), no_dsink = empty_beside(q, {0}, ScalarType::Float);
+  if (call.empty()) {
+    for (Tensor* t : {&dq, &dk, &dv}) {
+      torch::stable::zero_(*t);
+    }
+    return {dq, dk, dv, nothing, no_dsink};
+  }
+  const Tensor out = mappable(out_in),
+               dout = dout_in ? mappable(*dout_in) : torch::stable::new_zeros(out, out.sizes()),
+               lse = torch::stable::contiguous(lse_in);
+  const OptionalTensor dlse = fastattn::contiguous(dlse_in);
+  STD_TORCH_CHECK(out.dim() == 4 && out.numel() == q.numel() && dout.numel() == q.numel() &&
+                      lse.numel() == q.size(0) * q.size(1) * q.size(2) && (!dlse || dlse->numel() == lse.numel()),
+                  "attention: do, dlse, out and lse do not fit q and v");
+  STD_TORCH_CHECK(dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type() &&
+                      lse.scalar_type() == ScalarType::Float && (!dlse || dlse->scalar_type() == ScalarType::Float),
+                  "attention: do and out must have the dtype of q, lse and dlse float32");
+  args.stats_head = fastattn::attention_stats_rows_sm90(args);
+  args.stats_batch = packed ? 0 : args.n_heads * args.stats_head;
+  const Tensor stats = empty_beside(q, {2, q.size(0), args.n_heads, args.stats_head}, ScalarType::Float);
+  args.lse2 = static_cast<float*>(stats.mutable_data_ptr());
+  args.delta = args.lse2 + stats.numel() / 2;
+  args.out = heads(out, packed);
+  args.dout = heads(dout, packed);
+  args.dq = heads(dq, packed);
+  args.dk = heads(dk, packed);
+  args.dv = heads(dv, packed);
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.dlse = dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr;
+  void* stream = fastattn::current_stream(q);
+  fastattn::check_launch(fastattn::attention_stats_sm90(args, stream), "attention_bwd");
+  fastattn::check_launch(fastattn::attention_dkdv_sm90(args, stream), "attention_bwd");
+  fastattn::check_launch(fastattn::attention_dq_sm90(args, stream), "attention_bwd");
+  return {dq, dk, dv, nothing, no_dsink};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("attention_fwd.native", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd.native", TORCH_BOX(&attention_bwd));
 }
 #endif

@@ -1,6 +1,7 @@
 #pragma once
 // What the attention kernels for Hopper share: tiles in, products, masks, tiles out.
 #include "cuda/sm90/attention_tiles.cuh"
+#include "cuda/sm90/pipe.cuh"
 #include "cuda/sm90/tma.cuh"
 #include "cuda/sm90/warpgroup.cuh"
 #include "cuda/sm90/wgmma.cuh"
@@ -11,7 +12,36 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kSlab = 64;                              // rows of a tile that one warpgroup works on
 constexpr int kSlabBytes = kSlab * kRowBytes;          // of one panel
-constexpr int kWarps = 4;                              // of a warpgroup
+
+// The kernels' frame: warpgroup 0 loads, with one warp; the others compute, each with the registers it gave up.
+template <int kProducerRegisters, int kConsumerRegisters, typename Produce, typename Consume>
+__device__ __forceinline__ void split_roles(Produce produce, Consume consume) {
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  if (warpgroup == 0) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x < 32) {
+      produce();
+    }
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume(warpgroup - 1);
+  }
+}
+
+// body(tile) for every tile of this block, in the same order in every role
+template <typename Tile, typename Body>
+__device__ __forceinline__ void each_tile(const AttentionShape& shape, const TileOrder& order, Body body) {
+  for (int64_t round = 0;; ++round) {
+    const int64_t index = TileOrder::tile(round, blockIdx.x, gridDim.x);
+    if (index >= order.count()) {
+      return;
+    }
+    const Tile tile(shape, order, index);
+    if (tile.exists()) {
+      body(tile);
+    }
+  }
+}
 
 template <typename T, int kRows, int kHeadDim>
 struct alignas(kAtomBytes) TileOf {
@@ -42,14 +72,6 @@ struct alignas(kAtomBytes) TileOf {
     }
   }
 };
-
-// One thread of every warp arrives once all its lanes are here.
-__device__ __forceinline__ void arrive_warp(Barrier& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) {
-    barrier.arrive();
-  }
-}
 
 // d = A * Bᵀ: 64 rows of a tile of kRowsA rows from address `a`, and a tile of kRowsB rows; issued, not awaited
 template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kAccumulators>

@@ -90,9 +90,9 @@ FASTATTN_HOST_DEVICE Blocks visible_blocks(const Band& band, int first, int last
   return blocks;
 }
 
-// The order of work: heads (of all sequences) in sets whose keys and values stay in the L2 cache, within a set the last
-// rows first, which under a causal mask see most, within a row the heads. Blocks of the grid take tiles forwards and
-// backwards in turn, so that none gets the longest of every round.
+// The order of work: heads (of all sequences) in sets whose streamed operands stay in the L2 cache, within a set the rows
+// that see most first, within a row the heads. Blocks of the grid take tiles forwards and backwards in turn, so that none
+// gets the longest of every round.
 struct TileOrder {
   int row_blocks, heads, set;  // set: heads that go together
   bool last_first;
@@ -117,13 +117,55 @@ struct TileOrder {
   }
 };
 
-// How many heads have keys and values of together at most 32 MiB: whole groups of query heads that share them.
-FASTATTN_HOST_DEVICE int heads_per_set(const AttentionShape& shape, int head_dim) {
+// kRows queries of one head and the blocks of kBlock keys that they see
+template <int kRows, int kBlock>
+struct QueryTile {
+  int batch, head, row;  // row: within the sequence
+  Sequence sequence;
+  Blocks keys;
+
+  FASTATTN_HOST_DEVICE QueryTile(const AttentionShape& shape, const TileOrder& order, int64_t index)
+      : batch(order.place(index).head / shape.n_heads),
+        head(order.place(index).head % shape.n_heads),
+        row(order.place(index).row_block * kRows),
+        sequence(shape, batch),
+        keys(visible_blocks(sequence.of_queries, row, smaller(row + kRows, sequence.q_len) - 1, kBlock)) {}
+  FASTATTN_HOST_DEVICE bool exists() const { return row < sequence.q_len; }
+};
+
+// kRows keys of one key head and the blocks of kBlock queries that see them, in every query head of the group
+template <int kRows, int kBlock>
+struct KeyTile {
+  int batch, kv_head, row;
+  Sequence sequence;
+  Blocks queries;
+
+  FASTATTN_HOST_DEVICE KeyTile(const AttentionShape& shape, const TileOrder& order, int64_t index)
+      : batch(order.place(index).head / shape.n_kv_heads),
+        kv_head(order.place(index).head % shape.n_kv_heads),
+        row(order.place(index).row_block * kRows),
+        sequence(shape, batch),
+        queries(visible_blocks(sequence.of_keys, row, smaller(row + kRows, sequence.k_len) - 1, kBlock)) {}
+  FASTATTN_HOST_DEVICE bool exists() const { return row < sequence.k_rows; }
+};
+
+// Heads that go together in the order of work: the keys and values of all, or the queries and gradients that the
+// backward streams instead, are at most 32 MiB; whole groups of query heads that share keys.
+FASTATTN_HOST_DEVICE int kv_heads_per_set(const AttentionShape& shape, int streamed_rows, int head_dim) {
   constexpr int64_t kCache = 32 << 20;
-  const int64_t bytes = larger(1, shape.seqlen_k) * int64_t{head_dim} * 2 * 2;
-  const int64_t kv_heads = larger(1, static_cast<int>(kCache / bytes));
-  const int64_t heads = kv_heads * shape.group(), all = int64_t{shape.batch} * shape.n_heads;
-  return static_cast<int>(heads < all ? heads : all);
+  const int64_t bytes = larger(1, streamed_rows) * int64_t{head_dim} * 2 * 2;
+  const int64_t heads = kCache / bytes, all = int64_t{shape.batch} * shape.n_kv_heads;
+  return static_cast<int>(heads < 1 ? 1 : heads < all ? heads : all);
+}
+
+// Queries last to first: under a causal mask the last ones see most. Keys first to last.
+FASTATTN_HOST_DEVICE TileOrder query_order(const AttentionShape& shape, int rows, int head_dim) {
+  return {blocks_of(shape.seqlen_q, rows), shape.batch * shape.n_heads,
+          kv_heads_per_set(shape, shape.seqlen_k, head_dim) * shape.group(), true};
+}
+FASTATTN_HOST_DEVICE TileOrder key_order(const AttentionShape& shape, int rows, int head_dim) {
+  return {blocks_of(shape.seqlen_k, rows), shape.batch * shape.n_kv_heads,
+          kv_heads_per_set(shape, shape.seqlen_q * shape.group(), head_dim), false};
 }
 
 }  // namespace fastattn::sm90

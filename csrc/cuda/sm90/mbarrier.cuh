@@ -42,18 +42,4 @@ class Barrier {
   uint64_t state_;
 };
 
-// Where a ring of stages stands: which stage is next, and the parity of the phase in which it is filled.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  int parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 }  // namespace fastattn::sm90

@@ -47,17 +47,4 @@ class Barrier {
 };
 static_assert(sizeof(Barrier) == 8);
 
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  int parity = 0;
-
-  void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 }  // namespace fastattn::sm90

@@ -155,11 +155,11 @@ inline void wgmma_begin() {
 }
 inline void wgmma_commit() {
   ++emulated::in_flight[emulated::current].groups;
-  emulated::in_flight[emulated::current].fenced = false;
 }
 template <int kGroups>
 void wgmma_wait() {
   emulated::wait(emulated::State::kWaitsForWarp);
+  emulated::in_flight[emulated::current].fenced = false;  // what follows may touch registers
   emulated::deliver(kGroups);
 }
 
