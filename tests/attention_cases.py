@@ -82,9 +82,9 @@ def results(q, k, v, kwargs, backend, seed=0, use_lse=True):
     torch.manual_seed(seed)  # the same (seed, offset) of dropout in every call
     out, lse = fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(1)
-    loss = (out.double() * torch.randn(out.shape, generator=generator)).sum()
+    loss = (out.double() * torch.randn(out.shape, generator=generator).to(out.device)).sum()
     if use_lse:
-        weights = torch.randn(lse.shape, generator=generator)
+        weights = torch.randn(lse.shape, generator=generator).to(lse.device)
         loss = loss + torch.where(torch.isfinite(lse), lse.double(), 0.0).mul(weights).sum()
     leaves = {"q": q, "k": k, "v": v} | {
         name: kwargs[name] for name in ("bias", "sink") if kwargs.get(name) is not None

@@ -215,6 +215,26 @@ inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
   return other;
 }
 
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  static_assert(sizeof(T) == sizeof(float));
+  using namespace emulated;
+  if (mask != 0xffffffffu || fiber_count % 32 != 0) {
+    fail("a shuffle of less than whole warps");
+  }
+  std::memcpy(&fibers[current].exchanged, &value, sizeof(value));
+  wait(State::kWaitsForWarp);
+  std::memcpy(&value, &fibers[current / 32 * 32 + lane].exchanged, sizeof(value));
+  wait(State::kWaitsForWarp);
+  return value;
+}
+
+inline unsigned atomicAdd(unsigned* to, unsigned value) {
+  const unsigned before = *to;
+  *to += value;
+  return before;
+}
+
 inline float rsqrtf(float value) {
   return 1.f / std::sqrt(value);
 }
@@ -236,3 +256,4 @@ inline cudaError_t emulated_get_attribute(int* value, cudaDeviceAttr, int) {
 #define cudaGetLastError() cudaSuccess
 #define cudaGetErrorString(error) "emulated"
 #define cudaFuncSetAttribute(kernel, attribute, value) cudaSuccess
+#define cudaMemsetAsync(to, value, bytes, stream) (std::memset(to, value, bytes), cudaSuccess)

@@ -62,17 +62,16 @@ def unavailable():
     return None if cuda_headers() else "no CUDA headers"
 
 
-def load(sources_and_ops=ROWS):
-    """Compile, load and return the ops: the namespace torch.ops.fastattn_emulated."""
-    import fastattn  # noqa: F401  (its schemas are copied)
+def rewritten(path):
+    """The source of a .cu file or a wrapper as C++ against emulate_cuda.h."""
+    text = pathlib.Path(ROOT, path).read_text(encoding="utf-8")
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text, flags=re.S)
+    return f'#line 1 "{path}"\n{text}'
 
-    sources, ops = sources_and_ops
-    source = _PRELUDE
-    for name in sources:
-        text = pathlib.Path(ROOT, "csrc/cuda", name).read_text(encoding="utf-8")
-        for pattern, replacement in _REWRITES:
-            text = re.sub(pattern, replacement, text, flags=re.S)
-        source += f'#line 1 "{name}"\n{text}'
+
+def compile_library(source, flags=(), with_torch=True):
+    """Compile C++ against emulate_cuda.h, once per content: the path of the library in build/."""
     headers = [
         *glob.glob(os.path.join(ROOT, "csrc/**/*.*h"), recursive=True),
         *glob.glob(os.path.join(ROOT, "tests/emulate_cuda.*")),
@@ -80,6 +79,7 @@ def load(sources_and_ops=ROWS):
     ]
     parts = [
         source.encode(),
+        " ".join(flags).encode(),
         torch.__version__.encode(),
         *(pathlib.Path(path).read_bytes() for path in sorted(headers)),
     ]
@@ -89,14 +89,25 @@ def load(sources_and_ops=ROWS):
     if not os.path.exists(library):
         os.makedirs(build, exist_ok=True)
         command = ["g++", "-x", "c++", "-", "-o", f"{library}.{os.getpid()}", "-shared", "-fPIC", "-std=c++20", "-O1"]
-        command += ["-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        command += ["-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020b000000000000", *flags]
         command += [f"-I{ROOT}/{folder}" for folder in ("tests/emulated", "csrc", "csrc/cuda", "tests")]
-        torch_dir = os.path.dirname(torch.__file__)
-        command += ["-isystem", f"{torch_dir}/include", "-isystem", cuda_headers()]
-        command += [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch_cpu"]
+        command += ["-isystem", cuda_headers()]
+        if with_torch:
+            torch_dir = os.path.dirname(torch.__file__)
+            command += ["-isystem", f"{torch_dir}/include"]
+            command += [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch_cpu"]
         done = subprocess.run(command, input=source, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr[-6000:]
         os.replace(f"{library}.{os.getpid()}", library)
+    return library
+
+
+def load(sources_and_ops=ROWS):
+    """Compile, load and return the ops: the namespace torch.ops.fastattn_emulated."""
+    import fastattn  # noqa: F401  (its schemas are copied)
+
+    sources, ops = sources_and_ops
+    library = compile_library(_PRELUDE + "".join(rewritten(f"csrc/cuda/{name}") for name in sources))
     definitions = torch.library.Library("fastattn_emulated", "FRAGMENT")
     for op in ops:
         schema = str(getattr(torch.ops.fastattn, op).native._schema)

@@ -24,6 +24,7 @@ struct DkdvShared {
   TileOf<T, kQueries, kHeadDim> q[kQueryStages], dout[kQueryStages];
   alignas(16) float lse2[kQueryStages][kQueries];
   alignas(16) float delta[kQueryStages][kQueries];
+  TileQueue tiles;
   Pipe<1> tile_pipe;
   Pipe<kQueryStages> pipe;
   Barrier arrived;  // a block that still has to be cleared
@@ -37,7 +38,7 @@ __device__ __forceinline__ void dkdv_produce(DkdvShared<T, kHeadDim>& shared, co
   Ring<1> tiles;
   Ring<kQueryStages> ring;
   int arrived_parity = 0;
-  each_tile<DkdvTile>(args.shape, args.order, [&](const DkdvTile& tile) {
+  take_tiles<DkdvTile>(shared.tiles, args.tile_counter, args.shape, args.order, [&](const DkdvTile& tile) {
     const Sequence& sequence = tile.sequence;
     shared.tile_pipe.wait_empty(tiles);
     tiles.next();
@@ -47,9 +48,10 @@ __device__ __forceinline__ void dkdv_produce(DkdvShared<T, kHeadDim>& shared, co
       shared.k.load(args.k, sequence.k_begin + tile.row, tile.kv_head, sequence.index, full);
       shared.v.load(args.v, sequence.k_begin + tile.row, tile.kv_head, sequence.index, full);
     }
-    for (int g = 0; g < args.shape.group(); ++g) {
-      const int head = tile.kv_head * args.shape.group() + g;
-      const int64_t stats = args.stats(tile.batch, head, sequence);
+    const int end = (tile.kv_head + 1) * args.shape.group();
+#pragma unroll 1  // few registers are left to this warp
+    for (int head = end - args.shape.group(); head < end; ++head) {
+#pragma unroll 1
       for (int m = tile.queries.begin; m < tile.queries.end; ++m) {
         const int first = m * kQueries, stage = ring.stage;
         const int valid = sequence.q_len - first;
@@ -59,8 +61,9 @@ __device__ __forceinline__ void dkdv_produce(DkdvShared<T, kHeadDim>& shared, co
                       {0, sequence.q_begin + first, head, sequence.index}, valid,
                       args.shape.packed() && valid < kQueries, shared.pipe.full[stage], shared.arrived, arrived_parity,
                       2 * (shared.q[0].kBytes + kStatsBytes), [&](Barrier& barrier) {
-                        bulk_load(shared.lse2[stage], args.lse2 + stats + first, kStatsBytes, barrier);
-                        bulk_load(shared.delta[stage], args.delta + stats + first, kStatsBytes, barrier);
+                        const int64_t stats = args.stats(tile.batch, head, sequence) + first;
+                        bulk_load(shared.lse2[stage], args.lse2 + stats, kStatsBytes, barrier);
+                        bulk_load(shared.delta[stage], args.delta + stats, kStatsBytes, barrier);
                       });
       }
     }
@@ -72,7 +75,7 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim>& shared, co
   const int thread = threadIdx.x % kWarpgroup;
   Ring<1> tiles;
   Ring<kQueryStages> ring;
-  each_tile<DkdvTile>(args.shape, args.order, [&](const DkdvTile& tile) {
+  follow_tiles<DkdvTile>(shared.tiles, args.shape, args.order, [&](const DkdvTile& tile) {
     const Sequence& sequence = tile.sequence;
     const int row = tile.row + slab * kSlab;
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
@@ -132,6 +135,7 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dkdv_sm90_kernel(con
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<DkdvShared<T, kHeadDim>*>(shared_memory);
   if (threadIdx.x == 0) {
+    shared.tiles.pipe.init(kBwdConsumers);
     shared.tile_pipe.init(kBwdConsumers);
     shared.pipe.init(kBwdConsumers);
     shared.arrived.init(1);
@@ -147,6 +151,7 @@ template <typename T, int kHeadDim>
 cudaError_t launch_dkdv(const AttentionCudaArgs& in, cudaStream_t stream) {
   BwdArgs args = bwd_args(in);
   args.order = key_order(args.shape, kTile, kHeadDim);
+  args.tile_counter = in.tile_counters;
   const MapMaker make(in);
   if (const cudaError_t error = make({{&args.q, in.q, MapMaker::kQueries, kQueries},
                                       {&args.dout, in.dout, MapMaker::kQueries, kQueries},

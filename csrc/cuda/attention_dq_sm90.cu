@@ -24,14 +24,18 @@ struct StatsArgs {
   int64_t lse_batch, lse_head;
   float *lse2, *delta;
   int64_t stats_batch, stats_head;
+  uint32_t* tile_counters;
   unsigned blocks;  // of a head
 };
 
 constexpr int kStatsThreads = 256;
 
-// Eight threads a row. A row that sees nothing, or is only there to fill the workspace, gets inf and 0: then p = ds = 0.
+// Eight threads a row; the counters of the two kernels to come are set to 0. A row that sees nothing, or is only there to fill the workspace, gets inf and 0: then p = ds = 0.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kStatsThreads) attention_stats_sm90_kernel(StatsArgs args) {
+  if (blockIdx.x == 0 && threadIdx.x < 2) {
+    args.tile_counters[threadIdx.x] = 0;
+  }
   const unsigned of_all = blockIdx.x / args.blocks;  // not the y of the grid, which ends at 65535
   const int head = of_all % args.shape.n_heads, batch = of_all / args.shape.n_heads;
   const Sequence sequence(args.shape, batch);
@@ -82,6 +86,7 @@ template <typename T, int kHeadDim>
 struct DqShared {
   TileOf<T, kTile, kHeadDim> q, dout;  // in the end q is dq
   TileOf<T, kKeys, kHeadDim> k[kKeyStages<kHeadDim>], v[kKeyStages<kHeadDim>];
+  TileQueue tiles;
   Pipe<1> tile_pipe;
   Pipe<kKeyStages<kHeadDim>> pipe;
   Barrier arrived;  // a block that still has to be cleared
@@ -94,7 +99,7 @@ __device__ __forceinline__ void dq_produce(DqShared<T, kHeadDim>& shared, const 
   Ring<1> tiles;
   Ring<kKeyStages<kHeadDim>> ring;
   int arrived_parity = 0;
-  each_tile<DqTile>(args.shape, args.order, [&](const DqTile& tile) {
+  take_tiles<DqTile>(shared.tiles, args.tile_counter, args.shape, args.order, [&](const DqTile& tile) {
     const Sequence& sequence = tile.sequence;
     shared.tile_pipe.wait_empty(tiles);
     tiles.next();
@@ -121,7 +126,7 @@ __device__ __forceinline__ void dq_consume(DqShared<T, kHeadDim>& shared, const 
   const int thread = threadIdx.x % kWarpgroup;
   Ring<1> tiles;
   Ring<kKeyStages<kHeadDim>> ring;
-  each_tile<DqTile>(args.shape, args.order, [&](const DqTile& tile) {
+  follow_tiles<DqTile>(shared.tiles, args.shape, args.order, [&](const DqTile& tile) {
     const Sequence& sequence = tile.sequence;
     const int row = tile.row + slab * kSlab;
     float dq[kHeadDim / 2] = {};
@@ -178,6 +183,7 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dq_sm90_kernel(const
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<DqShared<T, kHeadDim>*>(shared_memory);
   if (threadIdx.x == 0) {
+    shared.tiles.pipe.init(kBwdConsumers);
     shared.tile_pipe.init(kBwdConsumers);
     shared.pipe.init(kBwdConsumers);
     shared.arrived.init(1);
@@ -192,6 +198,7 @@ template <typename T, int kHeadDim>
 cudaError_t launch_dq(const AttentionCudaArgs& in, cudaStream_t stream) {
   BwdArgs args = bwd_args(in);
   args.order = query_order(args.shape, kTile, kHeadDim);
+  args.tile_counter = in.tile_counters + 1;
   const MapMaker make(in);
   if (const cudaError_t error = make({{&args.q, in.q, MapMaker::kQueries, kTile},
                                       {&args.dout, in.dout, MapMaker::kQueries, kTile},
@@ -212,7 +219,7 @@ cudaError_t launch_dq(const AttentionCudaArgs& in, cudaStream_t stream) {
 template <typename T, int kHeadDim>
 cudaError_t launch_stats(const AttentionCudaArgs& in, cudaStream_t stream) {
   StatsArgs args{attention_shape(in), in.out, in.dout, in.lse, in.dlse, in.lse_batch, in.lse_head, in.lse2, in.delta,
-                 in.stats_batch, in.stats_head};
+                 in.stats_batch, in.stats_head, in.tile_counters};
   args.blocks = blocks_of(args.shape.seqlen_q, kStatsRows) * (kStatsRows * 8 / kStatsThreads);
   const auto grid = static_cast<unsigned>(in.batch * in.n_heads * args.blocks);
   attention_stats_sm90_kernel<T, kHeadDim><<<grid, kStatsThreads, 0, stream>>>(args);

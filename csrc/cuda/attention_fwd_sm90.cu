@@ -6,7 +6,7 @@
 //                                      l = shrink l + sum p,  o = shrink o + p·v
 //   out = o / l,  lse = (m + log2 l) / log2(e)
 //
-// A block of threads stays and takes one tile of queries after another. Its first warpgroup loads: queries once a tile,
+// A block of threads stays and takes one tile of queries after another, the longest first. Its first warpgroup loads: queries once a tile,
 // keys and values through rings of stages. Each of the others works on 64 queries, whose o stays in registers; p goes
 // from accumulators to operand without leaving its thread. The products of the scores of one block run while those of
 // the values of the block before do, and under both the softmax of the other warpgroups. Saved: out and lse.
@@ -23,8 +23,8 @@ using namespace sm90;
 template <int kHeadDim>
 struct FwdConfig {
   static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
-  static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 240;
-  static constexpr int kProducerRegisters = kHeadDim == 64 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 232;
+  static constexpr int kProducerRegisters = kHeadDim == 64 ? 32 : 40;
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   static constexpr int kBlockM = kConsumers * kSlab;
   static constexpr int kBlockN = 128;
@@ -36,6 +36,7 @@ struct FwdShared {
   using Config = FwdConfig<kHeadDim>;
   TileOf<T, Config::kBlockM, kHeadDim> q;  // in the end out
   TileOf<T, Config::kBlockN, kHeadDim> k[Config::kStages], v[Config::kStages];
+  TileQueue tiles;
   Pipe<1> q_pipe;
   Pipe<Config::kStages> k_pipe, v_pipe;
   Barrier v_arrived;  // a tile of values that still has to be cleared
@@ -45,6 +46,7 @@ struct FwdArgs {
   CUtensorMap q_map, k_map, v_map, out_map;
   AttentionShape shape;
   TileOrder order;
+  uint32_t* tile_counter;
   HeadTensor out;
   float* lse;
   int64_t lse_batch, lse_head;
@@ -63,7 +65,7 @@ __device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim>& shared, cons
   Ring<1> queries;
   Ring<Config::kStages> ring;  // keys and values go round together
   int v_parity = 0;
-  each_tile<FwdTile<kHeadDim>>(args.shape, args.order, [&](const FwdTile<kHeadDim>& tile) {
+  take_tiles<FwdTile<kHeadDim>>(shared.tiles, args.tile_counter, args.shape, args.order, [&](const auto& tile) {
     const Sequence& sequence = tile.sequence;
     const int kv_head = tile.head / args.shape.group();
     const auto load_q = [&] {
@@ -75,6 +77,7 @@ __device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim>& shared, cons
         shared.q.load(args.q_map, sequence.q_begin + tile.row, tile.head, sequence.index, full);
       }
     };
+#pragma unroll 1  // few registers are left to this warp
     for (int n = tile.keys.end - 1; n >= tile.keys.begin; --n) {
       const int first = n * Config::kBlockN;
       const int row = sequence.k_begin + first;
@@ -145,7 +148,7 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim>& shared, cons
   const int thread = threadIdx.x % kWarpgroup;
   Ring<1> queries;
   Ring<Config::kStages> keys, values;
-  each_tile<FwdTile<kHeadDim>>(args.shape, args.order, [&](const FwdTile<kHeadDim>& tile) {
+  follow_tiles<FwdTile<kHeadDim>>(shared.tiles, args.shape, args.order, [&](const auto& tile) {
     const Sequence& sequence = tile.sequence;
     const int row = tile.row + slab * kSlab;
     float o[kHeadDim / 2] = {};
@@ -245,6 +248,7 @@ __global__ void __launch_bounds__(FwdConfig<kHeadDim>::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<FwdShared<T, kHeadDim>*>(shared_memory);
   if (threadIdx.x == 0) {
+    shared.tiles.pipe.init(Config::kConsumers);
     shared.q_pipe.init(Config::kConsumers);
     shared.k_pipe.init(Config::kConsumers);
     shared.v_pipe.init(Config::kConsumers);
@@ -263,6 +267,7 @@ cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
   FwdArgs args{};
   args.shape = attention_shape(in);
   args.order = query_order(args.shape, Config::kBlockM, kHeadDim);
+  args.tile_counter = in.tile_counters;
   args.out = in.out;
   args.lse = in.lse;
   args.lse_batch = in.lse_batch;
@@ -279,6 +284,9 @@ cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
   const auto kernel = attention_fwd_sm90_kernel<T, kHeadDim>;
   constexpr int kShared = sizeof(FwdShared<T, kHeadDim>);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
+    return error;
+  }
+  if (const cudaError_t error = cudaMemsetAsync(args.tile_counter, 0, sizeof(uint32_t), stream)) {
     return error;
   }
   kernel<<<resident_blocks(args.order.count()), Config::kThreads, kShared, stream>>>(args);

@@ -116,6 +116,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   }
   call.args.out = heads(out, call.args.cu_seqlens_q != nullptr);
   call.args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const Tensor counter = empty_beside(q, {1}, ScalarType::Int);
+  call.args.tile_counters = static_cast<uint32_t*>(counter.mutable_data_ptr());
   fastattn::check_launch(fastattn::attention_fwd_sm90(call.args, fastattn::current_stream(q)), "attention_fwd");
   return {out, lse};
 }
@@ -156,6 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const Tensor stats = empty_beside(q, {2, q.size(0), args.n_heads, args.stats_head}, ScalarType::Float);
   args.lse2 = static_cast<float*>(stats.mutable_data_ptr());
   args.delta = args.lse2 + stats.numel() / 2;
+  const Tensor counters = empty_beside(q, {2}, ScalarType::Int);
+  args.tile_counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
   args.out = heads(out, packed);
   args.dout = heads(dout, packed);
   args.dq = heads(dq, packed);

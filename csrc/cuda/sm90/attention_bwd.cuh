@@ -7,7 +7,7 @@ namespace fastattn::sm90 {
 
 constexpr int kBwdConsumers = 2;
 constexpr int kBwdThreads = (kBwdConsumers + 1) * kWarpgroup;
-constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 constexpr int kTile = kBwdConsumers * kSlab;  // rows that stay: keys for dk and dv, queries for dq
 static_assert(kStatsRows % kTile == 0);
 
@@ -16,6 +16,7 @@ struct BwdArgs {
   CUtensorMap dq, dk, dv;     // boxes of 64 rows
   AttentionShape shape;
   TileOrder order;
+  uint32_t* tile_counter;
   HeadTensor dq_rows, dk_rows, dv_rows;
   const float *lse2, *delta;  // (batch, head, row) in rows of the workspace; rows that see nothing or do not exist: inf, 0
   int64_t stats_batch, stats_head;

@@ -28,11 +28,49 @@ __device__ __forceinline__ void split_roles(Produce produce, Consume consume) {
   }
 }
 
-// body(tile) for every tile of this block, in the same order in every role
+// The tiles of a block of threads: which is next is known when one is done, from a counter that all blocks share. It
+// starts at 0; the first tile of every block is that of its own number. The warp that loads takes them, ahead of the
+// others by what its stages hold.
+struct TileQueue {
+  Pipe<2> pipe;
+  uint32_t index[2];
+};
+
+// The warp that loads: body(tile) for every tile of this block
 template <typename Tile, typename Body>
-__device__ __forceinline__ void each_tile(const AttentionShape& shape, const TileOrder& order, Body body) {
-  for (int64_t round = 0;; ++round) {
-    const int64_t index = TileOrder::tile(round, blockIdx.x, gridDim.x);
+__device__ __forceinline__ void take_tiles(TileQueue& queue, uint32_t* counter, const AttentionShape& shape,
+                                           const TileOrder& order, Body body) {
+  const bool leader = threadIdx.x % 32 == 0;
+  Ring<2> ring;
+  uint32_t index = blockIdx.x;
+  while (true) {
+    queue.pipe.wait_empty(ring);
+    if (leader) {
+      queue.index[ring.stage] = index;
+      queue.pipe.full[ring.stage].arrive();
+    }
+    ring.next();
+    if (index >= order.count()) {
+      return;
+    }
+    const Tile tile(shape, order, index);
+    if (tile.exists()) {
+      body(tile);
+    }
+    index = __shfl_sync(0xffffffffu, leader ? gridDim.x + atomicAdd(counter, 1u) : 0, 0);
+  }
+}
+
+// The others: body(tile) for the same tiles
+template <typename Tile, typename Body>
+__device__ __forceinline__ void follow_tiles(TileQueue& queue, const AttentionShape& shape, const TileOrder& order,
+                                             Body body) {
+  Ring<2> ring;
+  while (true) {
+    queue.pipe.wait_full(ring);
+    const uint32_t index = queue.index[ring.stage];
+    queue.pipe.release(ring.stage);
+    ring.next();
     if (index >= order.count()) {
       return;
     }
@@ -64,6 +102,7 @@ struct alignas(kAtomBytes) TileOf {
   // NaN would be NaN.
   __device__ __forceinline__ void clear_from(int valid) {
     const int lane = threadIdx.x % 32;
+#pragma unroll 1
     for (int row = valid + lane / 8; row < kRows; row += 4) {
 #pragma unroll
       for (int col = 0; col < kHeadDim; col += kPanelCols) {

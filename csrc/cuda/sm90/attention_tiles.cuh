@@ -91,8 +91,7 @@ FASTATTN_HOST_DEVICE Blocks visible_blocks(const Band& band, int first, int last
 }
 
 // The order of work: heads (of all sequences) in sets whose streamed operands stay in the L2 cache, within a set the rows
-// that see most first, within a row the heads. Blocks of the grid take tiles forwards and backwards in turn, so that none
-// gets the longest of every round.
+// that see most first, within a row the heads.
 struct TileOrder {
   int row_blocks, heads, set;  // set: heads that go together
   bool last_first;
@@ -109,11 +108,6 @@ struct TileOrder {
     const int together = smaller(set, heads - first);
     const int block = rest / together;
     return {last_first ? row_blocks - 1 - block : block, first + rest % together};
-  }
-
-  // The tile that block `block` of `grid` works on in a round; count() or more: it is done
-  static FASTATTN_HOST_DEVICE int64_t tile(int64_t round, int block, int grid) {
-    return round * grid + (round % 2 ? grid - 1 - block : block);
   }
 };
 
