@@ -56,8 +56,8 @@ static jmp_buf scheduler;
 static std::function<void()> body;
 alignas(1024) static unsigned char dynamic_shared[kMostShared];
 
-// Units that work beside the threads: called in every round, says whether it did something; `urgent` if no thread can run
-// before it does. At the end of a block it has nothing left to do.
+// Units that work beside the threads: called in every round, says whether it did something; `urgent` if no thread can
+// run before it does. At the end of a block it has nothing left to do.
 static std::function<bool(bool urgent)> engine = [](bool) { return false; };
 static std::function<void()> end_of_block = [] {};
 
@@ -115,7 +115,7 @@ inline bool release(size_t begin, size_t end, State state) {
 
 inline void run_block(size_t shared_bytes) {
   fiber_count = size_t{blockDim.x} * blockDim.y * blockDim.z;
-  fibers.resize(1024);  // the most a block has; never moved while fibers live on it
+  fibers.resize(1024);                              // the most a block has; never moved while fibers live on it
   std::memset(dynamic_shared, 0xff, shared_bytes);  // NaN in every type
   for (size_t i = 0; i < fiber_count; ++i) {
     Fiber& fiber = fibers[i];

@@ -1,5 +1,5 @@
-// One kernel per building block of csrc/cuda/sm90, for what a run on hardware must show before the attention kernels are
-// worth a try. Called through ctypes with plain pointers by tests/test_sm90_units.py, on a GPU or in the emulation.
+// One kernel per building block of csrc/cuda/sm90, for what a run on hardware must show before the attention kernels
+// are worth a try. Called through ctypes with plain pointers by tests/test_sm90_units.py, on a GPU or in the emulation.
 #include "cuda/sm90/attention_common.cuh"
 #include "cuda/sm90/attention_host.h"
 
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   for (int step = 0; step < kK / 16; ++step) {
     for (int reg = 0; reg < 4; ++reg) {
       const int row = operand_row(threadIdx.x, reg), col = step * 16 + operand_col(threadIdx.x, reg, 0);
-      operand[step][reg] = pack<__nv_bfloat16>(static_cast<float>(a[row * kK + col]),
-                                               static_cast<float>(a[row * kK + col + 1]));
+      operand[step][reg] =
+          pack<__nv_bfloat16>(static_cast<float>(a[row * kK + col]), static_cast<float>(a[row * kK + col + 1]));
     }
   }
   float acc[kN / 2] = {};
@@ -219,7 +219,8 @@ __attribute__((visibility("default"))) uint64_t unit_descriptor(bool k_is_inner,
 
 // The tiles of a call in the order of work: shape = (batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right,
 // top_left), out per tile = (batch, head, row, begin, full_begin, full_end, end). Returns how many there are.
-__attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_keys, int head_dim, int* out, int room) {
+__attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_keys, int head_dim, int* out,
+                                                      int room) {
   const AttentionShape s{nullptr,  nullptr,  nullptr,  shape[0], shape[1],     shape[2],
                          shape[3], shape[4], shape[5], shape[6], shape[7] != 0};
   const TileOrder order = of_keys ? key_order(s, 128, head_dim) : query_order(s, 128, head_dim);

@@ -142,9 +142,8 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dkdv_sm90_kernel(con
     Barrier::publish();
   }
   __syncthreads();
-  split_roles<kProducerRegisters, kConsumerRegisters>(
-      [&] { dkdv_produce<T, kHeadDim>(shared, args); },
-      [&](int slab) { dkdv_consume<T, kHeadDim>(shared, args, slab); });
+  split_roles<kProducerRegisters, kConsumerRegisters>([&] { dkdv_produce<T, kHeadDim>(shared, args); },
+                                                      [&](int slab) { dkdv_consume<T, kHeadDim>(shared, args, slab); });
 }
 
 template <typename T, int kHeadDim>

@@ -5,9 +5,9 @@
 //
 // A block of threads takes one tile of 128 queries after another, over the keys it sees, so dq stays in registers: no
 // atomics, and the same bits in every run, for 7 products of the two halves where one kernel would need 5. While one of
-// the two warpgroups makes ds the products of the other run: with a product of its own kept running besides, the compiler
-// runs out of registers and waits after every one.
-// Reference: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
+// the two warpgroups makes ds the products of the other run: with a product of its own kept running besides, the
+// compiler runs out of registers and waits after every one. Reference: Dao, "FlashAttention-2: faster attention with
+// better parallelism and work partitioning", 2023.
 #include "cuda/sm90/attention_bwd.cuh"
 
 namespace fastattn {
@@ -30,7 +30,8 @@ struct StatsArgs {
 
 constexpr int kStatsThreads = 256;
 
-// Eight threads a row; the counters of the two kernels to come are set to 0. A row that sees nothing, or is only there to fill the workspace, gets inf and 0: then p = ds = 0.
+// Eight threads a row; the counters of the two kernels to come are set to 0. A row that sees nothing, or is only there
+// to fill the workspace, gets inf and 0: then p = ds = 0.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kStatsThreads) attention_stats_sm90_kernel(StatsArgs args) {
   if (blockIdx.x == 0 && threadIdx.x < 2) {
@@ -172,8 +173,8 @@ __device__ __forceinline__ void dq_consume(DqShared<T, kHeadDim>& shared, const 
       value *= args.scale;
     }
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
-    store_slab<T>(dq, shared.q, slab,
-                  Target{args.dq, args.dq_rows, at, sequence.q_len - row, !args.shape.packed()}, 1 + slab);
+    store_slab<T>(dq, shared.q, slab, Target{args.dq, args.dq_rows, at, sequence.q_len - row, !args.shape.packed()},
+                  1 + slab);
     shared.tile_pipe.release(0);
   });
 }
@@ -190,8 +191,8 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dq_sm90_kernel(const
     Barrier::publish();
   }
   __syncthreads();
-  split_roles<kProducerRegisters, kConsumerRegisters>(
-      [&] { dq_produce<T, kHeadDim>(shared, args); }, [&](int slab) { dq_consume<T, kHeadDim>(shared, args, slab); });
+  split_roles<kProducerRegisters, kConsumerRegisters>([&] { dq_produce<T, kHeadDim>(shared, args); },
+                                                      [&](int slab) { dq_consume<T, kHeadDim>(shared, args, slab); });
 }
 
 template <typename T, int kHeadDim>
@@ -218,8 +219,8 @@ cudaError_t launch_dq(const AttentionCudaArgs& in, cudaStream_t stream) {
 
 template <typename T, int kHeadDim>
 cudaError_t launch_stats(const AttentionCudaArgs& in, cudaStream_t stream) {
-  StatsArgs args{attention_shape(in), in.out, in.dout, in.lse, in.dlse, in.lse_batch, in.lse_head, in.lse2, in.delta,
-                 in.stats_batch, in.stats_head, in.tile_counters};
+  StatsArgs args{attention_shape(in), in.out,  in.dout,  in.lse,         in.dlse,       in.lse_batch,
+                 in.lse_head,         in.lse2, in.delta, in.stats_batch, in.stats_head, in.tile_counters};
   args.blocks = blocks_of(args.shape.seqlen_q, kStatsRows) * (kStatsRows * 8 / kStatsThreads);
   const auto grid = static_cast<unsigned>(in.batch * in.n_heads * args.blocks);
   attention_stats_sm90_kernel<T, kHeadDim><<<grid, kStatsThreads, 0, stream>>>(args);

@@ -6,11 +6,12 @@
 //                                      l = shrink l + sum p,  o = shrink o + p·v
 //   out = o / l,  lse = (m + log2 l) / log2(e)
 //
-// A block of threads stays and takes one tile of queries after another, the longest first. Its first warpgroup loads: queries once a tile,
-// keys and values through rings of stages. Each of the others works on 64 queries, whose o stays in registers; p goes
-// from accumulators to operand without leaving its thread. The products of the scores of one block run while those of
-// the values of the block before do, and under both the softmax of the other warpgroups. Saved: out and lse.
-// Reference: Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
+// A block of threads stays and takes one tile of queries after another, the longest first. Its first warpgroup loads:
+// queries once a tile, keys and values through rings of stages. Each of the others works on 64 queries, whose o stays
+// in registers; p goes from accumulators to operand without leaving its thread. The products of the scores of one block
+// run while those of the values of the block before do, and under both the softmax of the other warpgroups. Saved: out
+// and lse. Reference: Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision",
+// 2024.
 #include "cuda/sm90/attention_common.cuh"
 #include "cuda/sm90/attention_host.h"
 
@@ -19,7 +20,7 @@ namespace {
 
 using namespace sm90;
 
-// Three warpgroups of 160 registers hold s, p and o of head dim 64; head dim 128 needs 240 registers, so two.
+// Three warpgroups of 160 registers hold s, p and o of head dim 64; head dim 128 needs 64 registers more, so two.
 template <int kHeadDim>
 struct FwdConfig {
   static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
@@ -235,8 +236,8 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim>& shared, cons
       o[i] *= factor[row_of(i)];
     }
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
-    store_slab<T>(o, shared.q, slab,
-                  Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()}, 1 + slab);
+    store_slab<T>(o, shared.q, slab, Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()},
+                  1 + slab);
     shared.q_pipe.release(0);
   });
 }
@@ -257,8 +258,7 @@ __global__ void __launch_bounds__(FwdConfig<kHeadDim>::kThreads, 1)
   }
   __syncthreads();
   split_roles<Config::kProducerRegisters, Config::kConsumerRegisters>(
-      [&] { fwd_produce<T, kHeadDim>(shared, args); },
-      [&](int slab) { fwd_consume<T, kHeadDim>(shared, args, slab); });
+      [&] { fwd_produce<T, kHeadDim>(shared, args); }, [&](int slab) { fwd_consume<T, kHeadDim>(shared, args, slab); });
 }
 
 template <typename T, int kHeadDim>

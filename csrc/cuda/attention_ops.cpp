@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                                          OptionalTensor sink, OptionalTensor mask, OptionalTensor seqlens_k,
                                          OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
                                          OptionalTensor alibi_slopes, OptionalTensor, int64_t max_seqlen_q,
-                                         int64_t max_seqlen_k, int64_t window_left, int64_t window_right,
-                                         bool top_left, double softcap, double dropout_p, double scale) {
+                                         int64_t max_seqlen_k, int64_t window_left, int64_t window_right, bool top_left,
+                                         double softcap, double dropout_p, double scale) {
   const fastattn::DeviceGuard guard(q.get_device_index());
   refuse(bias, sink, mask, alibi_slopes, softcap, dropout_p);
   Call call(q, k, v, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left, window_right,
@@ -143,8 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     }
     return {dq, dk, dv, nothing, no_dsink};
   }
-  const Tensor out = mappable(out_in),
-               dout = dout_in ? mappable(*dout_in) : torch::stable::new_zeros(out, out.sizes()),
+  const Tensor out = mappable(out_in), dout = dout_in ? mappable(*dout_in) : torch::stable::new_zeros(out, out.sizes()),
                lse = torch::stable::contiguous(lse_in);
   const OptionalTensor dlse = fastattn::contiguous(dlse_in);
   STD_TORCH_CHECK(out.dim() == 4 && out.numel() == q.numel() && dout.numel() == q.numel() &&

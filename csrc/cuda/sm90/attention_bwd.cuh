@@ -18,7 +18,7 @@ struct BwdArgs {
   TileOrder order;
   uint32_t* tile_counter;
   HeadTensor dq_rows, dk_rows, dv_rows;
-  const float *lse2, *delta;  // (batch, head, row) in rows of the workspace; rows that see nothing or do not exist: inf, 0
+  const float *lse2, *delta;  // (batch, head, row) of the workspace; rows that see nothing or do not exist: inf, 0
   int64_t stats_batch, stats_head;
   float scale, scale_log2;
 

@@ -10,8 +10,8 @@ namespace fastattn::sm90 {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kSlab = 64;                              // rows of a tile that one warpgroup works on
-constexpr int kSlabBytes = kSlab * kRowBytes;          // of one panel
+constexpr int kSlab = 64;                      // rows of a tile that one warpgroup works on
+constexpr int kSlabBytes = kSlab * kRowBytes;  // of one panel
 
 // The kernels' frame: warpgroup 0 loads, with one warp; the others compute, each with the registers it gave up.
 template <int kProducerRegisters, int kConsumerRegisters, typename Produce, typename Consume>
@@ -193,8 +193,8 @@ struct Target {
   bool clipped;  // what lies past `valid` is outside of the tensor, where the copy engine does not write
 };
 
-// One warpgroup: writes its accumulators by way of its rows of a tile of kRows rows, which it must own. Returns when the
-// tile may be overwritten, except that lanes of a warp may still be on their way.
+// One warpgroup: writes its accumulators by way of its rows of a tile of kRows rows, which it must own. Returns when
+// the tile may be overwritten, except that lanes of a warp may still be on their way.
 template <typename T, int kHeadDim, int kRows>
 __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], TileOf<T, kRows, kHeadDim>& tile, int slab,
                                            const Target& to, int barrier) {

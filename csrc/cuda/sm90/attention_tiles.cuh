@@ -6,8 +6,8 @@
 
 namespace fastattn::sm90 {
 
-constexpr int kFar = 1 << 29;     // an unlimited side of a window
-constexpr int kStatsRows = 128;   // rows of lse and delta in the workspace of the backward are a multiple of this
+constexpr int kFar = 1 << 29;    // an unlimited side of a window
+constexpr int kStatsRows = 128;  // rows of lse and delta in the workspace of the backward are a multiple of this
 
 struct AttentionShape {
   const int32_t *seqlens_k, *cu_seqlens_q, *cu_seqlens_k;
@@ -40,11 +40,11 @@ struct Band {
 };
 
 struct Sequence {
-  int index;                              // along the batch dimension of the tensors: 0 if packed
-  int q_begin, q_len;                     // first row and number of rows
-  int k_begin, k_len, k_rows;             // k_len of the k_rows are visible
-  int stats_begin;                        // row in the workspace of the backward
-  Band of_queries, of_keys;               // what a query sees of the keys, and a key of the queries
+  int index;                   // along the batch dimension of the tensors: 0 if packed
+  int q_begin, q_len;          // first row and number of rows
+  int k_begin, k_len, k_rows;  // k_len of the k_rows are visible
+  int stats_begin;             // row in the workspace of the backward
+  Band of_queries, of_keys;    // what a query sees of the keys, and a key of the queries
 
   FASTATTN_HOST_DEVICE Sequence(const AttentionShape& shape, int b)
       : index(b), q_begin(0), q_len(shape.seqlen_q), k_begin(0), k_rows(shape.seqlen_k), stats_begin(0) {
@@ -90,8 +90,8 @@ FASTATTN_HOST_DEVICE Blocks visible_blocks(const Band& band, int first, int last
   return blocks;
 }
 
-// The order of work: heads (of all sequences) in sets whose streamed operands stay in the L2 cache, within a set the rows
-// that see most first, within a row the heads.
+// The order of work: heads (of all sequences) in sets whose streamed operands stay in the L2 cache, within a set the
+// rows that see most first, within a row the heads.
 struct TileOrder {
   int row_blocks, heads, set;  // set: heads that go together
   bool last_first;

@@ -30,11 +30,11 @@ __device__ __forceinline__ void wgmma_wait() {
 #define FASTATTN_TEXT_32                                                                                \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21," \
   " %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTATTN_TEXT_64                                                                                              \
-  FASTATTN_TEXT_32                                                                                                    \
+#define FASTATTN_TEXT_64                                                                                            \
+  FASTATTN_TEXT_32                                                                                                  \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53," \
   " %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTATTN_LIST_8(d, i)                                                                              \
+#define FASTATTN_LIST_8(d, i)                                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define FASTATTN_LIST_32(d, i) \
@@ -42,18 +42,17 @@ __device__ __forceinline__ void wgmma_wait() {
 #define FASTATTN_LIST_64(d) FASTATTN_LIST_32(d, 0), FASTATTN_LIST_32(d, 32)
 
 // `accumulate` is a predicate; then come the signs of A and B, and which operands are MN-major
-#define FASTATTN_WGMMA_SS(n, type, text, list, a, b, accumulate)                              \
-  asm volatile(                                                                               \
-      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" accumulate                       \
-      ", 0;\n"                                                                                \
-      "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" text "}, %" a ", %" b \
-      ", accumulate, 1, 1, 0, 0;\n}\n"                                                        \
-      : list                                                                                  \
-      : "l"(desc_a), "l"(desc_b), "r"(static_cast<int>(accumulates)))
-#define FASTATTN_WGMMA_RS(n, type, text, list, a0, a1, a2, a3, b)                                \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" text "}, {%" a0 \
-               ", %" a1 ", %" a2 ", %" a3 "}, %" b ", 1, 1, 1, 1;\n"                             \
-               : list                                                                            \
+#define FASTATTN_WGMMA_SS(n, type, text, list, a, b, accumulate)                                         \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" accumulate                         \
+               ", 0;\n"                                                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" text "}, %" a ", %" b \
+               ", accumulate, 1, 1, 0, 0;\n}\n"                                                          \
+               : list                                                                                    \
+               : "l"(desc_a), "l"(desc_b), "r"(static_cast<int>(accumulates)))
+#define FASTATTN_WGMMA_RS(n, type, text, list, a0, a1, a2, a3, b)                                                    \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" text "}, {%" a0 ", %" a1 ", %" a2 \
+               ", %" a3 "}, %" b ", 1, 1, 1, 1;\n"                                                                   \
+               : list                                                                                                \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b))
 
 // d = [d +] A * Bᵀ with both operands in shared memory, K-major

@@ -1,6 +1,6 @@
 #pragma once
-// Stands in for csrc/cuda/sm90/shared.cuh. A thread that wrote for the asynchronous units and comes to a barrier without
-// the fence is an error.
+// Stands in for csrc/cuda/sm90/shared.cuh. A thread that wrote for the asynchronous units and comes to a barrier
+// without the fence is an error.
 #include "emulate_cuda.h"
 
 namespace emulated {

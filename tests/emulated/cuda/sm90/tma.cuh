@@ -1,6 +1,6 @@
 #pragma once
-// Stands in for csrc/cuda/sm90/tma.cuh. Copies happen some time after they are asked for, in any order; until then their
-// target holds NaN. The encoder checks what the driver's documentation demands of a tensor map.
+// Stands in for csrc/cuda/sm90/tma.cuh. Copies happen some time after they are asked for, in any order; until then
+// their target holds NaN. The encoder checks what the driver's documentation demands of a tensor map.
 #include <cuda.h>
 
 #include "cuda/sm90/mbarrier.cuh"
@@ -156,7 +156,5 @@ inline void bulk_load(void* to, const void* from, int bytes, Barrier& barrier) {
   emulated::loads.push_back({{}, 0, 0, 0, 0, shared_address(to), &barrier, static_cast<const char*>(from), bytes});
   std::memset(to, 0xff, bytes);
 }
-
-inline void prefetch_map(const CUtensorMap&) {}
 
 }  // namespace fastattn::sm90

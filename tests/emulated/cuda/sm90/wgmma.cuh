@@ -1,7 +1,7 @@
 #pragma once
-// Stands in for csrc/cuda/sm90/wgmma.cuh. Operands are read through the descriptors as the PTX ISA defines them, without
-// the index functions of the kernels. Products are delivered at the wait; until then accumulators hold NaN, and shared
-// memory that changes, or an accumulator that is written, between instruction and wait is an error.
+// Stands in for csrc/cuda/sm90/wgmma.cuh. Operands are read through the descriptors as the PTX ISA defines them,
+// without the index functions of the kernels. Products are delivered at the wait; until then accumulators hold NaN, and
+// shared memory that changes, or an accumulator that is written, between instruction and wait is an error.
 #include "cuda/sm90/fragment.cuh"
 #include "cuda/sm90/shared.cuh"
 
