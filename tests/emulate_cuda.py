@@ -15,8 +15,8 @@ import subprocess
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_SOURCES = ("norm.cu", "dropout.cu", "norm_ops.cpp", "dropout_ops.cpp")
-_OPS = ("norm_infer", "norm_fwd", "norm_bwd", "dropout_fwd")
+_SOURCES = ("norm.cu", "dropout.cu", "rotary.cu", "norm_ops.cpp", "dropout_ops.cpp", "rotary_ops.cpp")
+_OPS = ("norm_infer", "norm_fwd", "norm_bwd", "dropout_fwd", "rotary_fwd", "rotary_fwd_")
 _REWRITES = (
     (r"(\w+(?:<[^;<>]*(?:\([^()]*\))?[^;<>]*>)?)\s*<<<(.*?)>>>\s*\(", r"emulated::launch(\1, \2)("),
     (r"extern __shared__ float (\w+)\[\];", r"float* \1 = emulated::dynamic_shared.data();"),
