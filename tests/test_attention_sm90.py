@@ -118,6 +118,15 @@ def test_lengths_around_a_tile(head_dim, monkeypatch):
         check(monkeypatch, f"{seqlen_q} {seqlen_k} {causal}", q, k, v, causal=causal)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_blocks_than_stages(head_dim, monkeypatch):
+    """Every ring goes round more than once within a tile, and goes on in the next."""
+    q, k, v = qkv(1, 2, 1, 70, 1400 if head_dim == 64 else 700, head_dim)
+    check(monkeypatch, "many keys", q, k, v)
+    q, k, v = qkv(1, 2, 1, 400, 70, head_dim)
+    check(monkeypatch, "many queries", q, k, v)
+
+
 def test_packed_sequences_are_what_each_is_alone():
     """Bit for bit, with NaN in the tensors wherever no sequence lies."""
     lens_q, lens_k = (130, 0, 70, 1), (200, 64, 0, 129)
