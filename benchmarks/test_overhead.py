@@ -50,6 +50,17 @@ def test_layer_norm_forward_backward(compare, tiny):
     )
 
 
+def test_attention_decode(compare):
+    q, k, v = torch.randn(3, 1, 2, 1, 8, device=DEVICE)
+    length = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    compare(
+        {
+            "torch": repeated(lambda: F.scaled_dot_product_attention(q, k, v)),
+            "fastattn": repeated(lambda: fastattn.attention_decode(q, k, v, cache_seqlens=length)),
+        }
+    )
+
+
 def test_attention_without_grad(compare):
     q, k, v = torch.randn(3, 1, 2, 4, 8, device=DEVICE)
     compare(

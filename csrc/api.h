@@ -224,6 +224,7 @@ struct DecodeArgs {
 };
 
 constexpr int64_t kDecodeRows = 64;  // of a task: the queries of the heads that share a key head
+constexpr int kDecodeKeys = 128;     // of a tile
 
 // Floats of the unfinished rows of a task: sums as wide as the widest vectors want them, maximum and total of each row.
 constexpr int64_t decode_partial(int64_t rows, int64_t head_dim_v) {

@@ -17,6 +17,8 @@ namespace {
 
 using fastattn::DecodeArgs;
 
+constexpr int kTileKeys = fastattn::kDecodeKeys;
+
 // The sums over the lanes of kVec vectors, as one vector.
 inline Vec lane_sums(const Vec* a) {
 #if defined(__AVX512F__)
@@ -118,9 +120,10 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
         }
       }
     };
-    for (int64_t x = 0; x < whole; ++x) {
+    // key by key, as they lie in memory: reading eight at a time the processor's own prefetching gave 10 GB/s, not 14
 #pragma GCC unroll 16
-      for (int n = 0; n < K; ++n) {
+    for (int n = 0; n < K; ++n) {
+      for (int64_t x = 0; x < whole; ++x) {
         __builtin_prefetch(next[j + n] + x * In::kCols);
         add(q + x * In::kKeyVecs * kVec, n, k[j + n] + x * In::kCols);
       }
@@ -135,7 +138,7 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
     alignas(64) float sums[kVec];
     lane_sums(acc).store(sums);
     for (int r = 0; r < R; ++r) {
-      std::memcpy(s + r * kKeys + j, sums + r * K, K * sizeof(float));
+      std::memcpy(s + r * kTileKeys + j, sums + r * K, K * sizeof(float));
     }
   }
 }
@@ -163,7 +166,7 @@ void add_values_block(const float* p, const T* const* v, const T* const* next, i
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec weight = Vec::fill(p[r * kKeys + j / kStep]);
+      const Vec weight = Vec::fill(p[r * kTileKeys + j / kStep]);
 #pragma GCC unroll 8
       for (int x = 0; x < kVecs; ++x) {
         acc[r][x] = multiply_add<kPairs>(weight, value[x], acc[r][x]);
@@ -273,8 +276,8 @@ struct DecodeTask {
     const int64_t low = query(0) + off - args.window_left, high = query(rows - 1) + off + args.window_right + 1;
     begin = args.window_left >= 0 && low > begin ? low : begin;
     end = args.window_right >= 0 && high < end ? high : end;
-    const int64_t tiles = end > begin ? (end - begin + kKeys - 1) / kKeys : 0;
-    const int64_t keys = (tiles + args.splits - 1) / args.splits * kKeys;
+    const int64_t tiles = end > begin ? (end - begin + kTileKeys - 1) / kTileKeys : 0;
+    const int64_t keys = (tiles + args.splits - 1) / args.splits * kTileKeys;
     from = begin + split * keys;
     to = from + keys < end ? from + keys : end;
   }
@@ -313,7 +316,9 @@ template <bool kPairs>
 void softmax_row(const DecodeArgs& args, const DecodeTask& task, int r, int64_t j0, int keys, float* s, float* m,
                  float* l, float* alpha) {
   const int64_t position = task.query(r) + task.off - j0;  // of the query, counted from the first key of the tile
-  const auto bound = [](int64_t lane) { return static_cast<float>(lane < -1 ? -1 : lane > kKeys ? kKeys : lane); };
+  const auto bound = [](int64_t lane) {
+    return static_cast<float>(lane < -1 ? -1 : lane > kTileKeys ? kTileKeys : lane);
+  };
   const int64_t high =
       args.window_right >= 0 && position + args.window_right + 1 < keys ? position + args.window_right + 1 : keys;
   const float low = bound(args.window_left >= 0 ? position - args.window_left : -1), last = bound(high - 1);
@@ -408,28 +413,29 @@ void attend(const DecodeArgs& args, const DecodeTask& task, const float* q, int6
     m[r] = -kInf;
     l[r] = 0.f;
   }
-  const T* found[2][2][kKeys];  // [tile][k or v]
-  const auto find = [&](int64_t j0, const T*(&rows)[2][kKeys]) {
-    const int keys = static_cast<int>(task.to - j0 < kKeys ? task.to - j0 : kKeys);
+  const T* found[2][2][kTileKeys];  // [tile][k or v]
+  const auto find = [&](int64_t j0, const T*(&rows)[2][kTileKeys]) {
+    const int keys = static_cast<int>(task.to - j0 < kTileKeys ? task.to - j0 : kTileKeys);
     find_rows(args, args.k, task, j0, keys, rows[0]);
     find_rows(args, args.v, task, j0, keys, rows[1]);
     return keys;
   };
   int keys = task.from < task.to ? find(task.from, found[0]) : 0;
-  for (int64_t j0 = task.from; j0 < task.to; j0 += kKeys) {
-    const int64_t tile = (j0 - task.from) / kKeys % 2;
+  for (int64_t j0 = task.from; j0 < task.to; j0 += kTileKeys) {
+    const int64_t tile = (j0 - task.from) / kTileKeys % 2;
     const auto& now = found[tile];
-    const int keys_next = j0 + kKeys < task.to ? find(j0 + kKeys, found[1 - tile]) : 0;
+    const int keys_next = j0 + kTileKeys < task.to ? find(j0 + kTileKeys, found[1 - tile]) : 0;
     // what is fetched must be there for as many keys as now: the last tile may be shorter
-    const auto& next = found[keys_next == kKeys ? 1 - tile : tile];
+    const auto& next = found[keys_next == kTileKeys ? 1 - tile : tile];
     for_row_groups(task.rows, [&](auto count, int r) {
-      score_rows<T, kPairs, count.value>(q + r * width_q, width_q, now[0], next[0], keys, args.head_dim, s + r * kKeys);
+      score_rows<T, kPairs, count.value>(q + r * width_q, width_q, now[0], next[0], keys, args.head_dim,
+                                         s + r * kTileKeys);
     });
     for (int r = 0; r < task.rows; ++r) {
-      softmax_row<kPairs>(args, task, r, j0, keys, s + r * kKeys, m + r, l + r, alpha + r);
+      softmax_row<kPairs>(args, task, r, j0, keys, s + r * kTileKeys, m + r, l + r, alpha + r);
     }
     for_row_groups(task.rows, [&](auto count, int r) {
-      add_values<T, kPairs, count.value>(s + r * kKeys, now[1], next[1], keys, args.head_dim_v, j0 == task.from,
+      add_values<T, kPairs, count.value>(s + r * kTileKeys, now[1], next[1], keys, args.head_dim_v, j0 == task.from,
                                          alpha + r, o + r * width, width);
     });
     keys = keys_next;
@@ -445,13 +451,13 @@ void decode(const DecodeArgs& args) {
   const int64_t width_q = round_up(slots<kPairs>(args.head_dim), 2 * kVec),
                 width = Row<T, kPairs>::width(args.head_dim_v);
   const int64_t stride = fastattn::decode_partial(rows, args.head_dim_v);
-  Arena arena(rows * (width_q + kKeys + 1) + width + stride + 5 * 16);
+  Arena arena(rows * (width_q + kTileKeys + 1) + width + stride + 5 * 16);
   if (arena.failed()) {
     *args.failed = true;
     return;
   }
   float* q = arena.take(rows * width_q);
-  float* s = arena.take(rows * kKeys);
+  float* s = arena.take(rows * kTileKeys);
   float* alpha = arena.take(rows);
   float* sums = arena.take(width);
   float* own = arena.take(stride);

@@ -66,7 +66,7 @@ Cache locate(const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor&
 // Into how many parts the keys of a sequence are divided: so many that large machines have work for every thread, each
 // long enough to be worth its start. Depends on sizes and lengths alone, so that results do not depend on threads.
 int64_t choose_splits(const DecodeArgs& args, int64_t tasks, int64_t wanted) {
-  constexpr int64_t kTasks = 64, kMinKeys = 256, kTile = 64;
+  constexpr int64_t kTasks = 64, kMinKeys = 256;
   int64_t longest = 0, all = 0;
   for (int64_t b = 0; b < args.batch; ++b) {
     int64_t keys = args.cache_seqlens[b] + args.seqlen_new;
@@ -76,7 +76,7 @@ int64_t choose_splits(const DecodeArgs& args, int64_t tasks, int64_t wanted) {
     longest = std::max(longest, keys);
     all += keys;
   }
-  const int64_t split = wanted > 0 ? std::max(kTile, (longest + wanted - 1) / wanted)
+  const int64_t split = wanted > 0 ? std::max<int64_t>(fastattn::kDecodeKeys, (longest + wanted - 1) / wanted)
                                    : std::max(kMinKeys, all * (tasks / std::max<int64_t>(1, args.batch)) / kTasks);
   return std::max<int64_t>(1, (longest + split - 1) / split);
 }

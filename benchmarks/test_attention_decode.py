@@ -1,0 +1,95 @@
+"""attention_decode beside F.scaled_dot_product_attention on the same cache, one new query a sequence.
+
+nbytes is the cache that must be read; "copy" moves as many bytes in the same rounds, half read and half written.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+
+import fastattn
+
+# batch, query heads, key heads, keys, head_dim
+SHAPES = (
+    [(1, 32, 32, 4096, 128), (1, 32, 8, 8192, 128), (8, 32, 8, 2048, 128), (1, 8, 8, 512, 64)]
+    if DEVICE == "cpu"
+    else [(1, 32, 8, 16384, 128), (16, 32, 8, 8192, 128), (64, 32, 8, 1024, 128), (1, 16, 16, 1024, 64)]
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+PAGE_SIZE = 64
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def inputs(shape, dtype, seqlen_q=1):
+    batch, n_heads, n_kv_heads, seqlen, head_dim = shape
+    torch.manual_seed(0)
+    q = torch.randn(batch, n_heads, seqlen_q, head_dim, dtype=dtype, device=DEVICE)
+    k, v = torch.randn(2, batch, n_kv_heads, seqlen, head_dim, dtype=dtype, device=DEVICE)
+    return q, k, v, torch.full((batch,), seqlen, dtype=torch.int32, device=DEVICE)
+
+
+def side_by_side(compare, q, k, v, candidates):
+    gqa = q.shape[1] != k.shape[1]
+    candidates = {"torch": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)} | candidates
+    nbytes = k.nbytes + v.nbytes
+    half = torch.ones(nbytes // 8, device=DEVICE)
+    target = torch.empty_like(half)
+    compare(
+        candidates | {"copy": lambda: target.copy_(half)},
+        verify=candidates,
+        tolerance=TOLERANCE[q.dtype],
+        nbytes=nbytes,
+    )
+
+
+@dtypes
+@shapes
+def test_contiguous(compare, shape, dtype):
+    q, k, v, lengths = inputs(shape, dtype)
+    side_by_side(compare, q, k, v, {"fastattn": lambda: fastattn.attention_decode(q, k, v, cache_seqlens=lengths)})
+
+
+@dtypes
+def test_paged(compare, dtype):
+    q, k, v, lengths = inputs(SHAPES[2], dtype)
+    batch, n_kv_heads, seqlen, head_dim = k.shape
+    pages = seqlen // PAGE_SIZE
+    order = torch.randperm(batch * pages, device=DEVICE)
+    caches = []
+    for t in (k, v):
+        split = t.view(batch, n_kv_heads, pages, PAGE_SIZE, head_dim).transpose(1, 2).flatten(0, 1)
+        caches.append(torch.empty_like(split, memory_format=torch.contiguous_format))
+        caches[-1][order] = split
+    table = order.view(batch, pages).int()
+
+    def paged():
+        return fastattn.attention_decode(q, *caches, cache_seqlens=lengths, block_table=table)
+
+    side_by_side(compare, q, k, v, {"fastattn": paged})
+
+
+@dtypes
+def test_append(compare, dtype):
+    """A step of generation: the newest key and value go into the cache first, in PyTorch by index_copy_."""
+    q, k, v, lengths = inputs(SHAPES[1], dtype)
+    new_k, new_v = k[:, :, -1:].clone(), v[:, :, -1:].clone()
+    last, before = (lengths - 1).long(), lengths - 1
+    gqa = q.shape[1] != k.shape[1]
+
+    def torch_step():
+        k.index_copy_(2, last, new_k)
+        v.index_copy_(2, last, new_v)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+
+    compare(
+        {
+            "torch": torch_step,
+            "fastattn": lambda: fastattn.attention_decode(q, k, v, k=new_k, v=new_v, cache_seqlens=before),
+        },
+        tolerance=TOLERANCE[dtype],
+        nbytes=k.nbytes + v.nbytes,
+    )

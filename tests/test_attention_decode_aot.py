@@ -1,0 +1,99 @@
+"""The Triton kernels of attention_decode compile for the GPUs we name, without spills and with wide reads of the cache.
+
+By default bf16 of head dim 128 in every form and each other row once; FASTATTN_AOT=all compiles every row of the table in
+every form, with 16 and 64 rows, for sm_80, sm_90 and sm_100.
+"""
+
+import importlib
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+import aot
+from fastattn.kernels.attention_decode import APPEND_ROWS, COMBINE_SPLITS, CONFIGS, MAX_ROWS
+
+MODULE = "fastattn.kernels.attention_decode"
+ARCHS = (80, 90, 100)
+SHARED_MEMORY = 101_376  # of the smallest architecture with the products we use, 86
+INT32 = ("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad")
+FP32 = ("slopes", "sink", "lse", "part_lse", "parts")
+ELEMENTS = ("q", "k", "v", "out", "k_cache", "v_cache")
+FORMS = {  # features of a call
+    "plain": (),
+    "split": ("SPLIT",),
+    "pages": ("SPLIT", "block_table", "WHOLE_PAGES", "cache_leftpad"),
+    "small pages": ("SPLIT", "block_table"),
+    "features": ("cache_batch_idx", "slopes", "sink", "HAS_LEFT", "SOFTCAP"),
+}
+
+
+def config(kernel, arch, head_dim, dtype, launch, features, **constants):
+    """The configuration for aot.compile_one of a kernel with some features."""
+    names = getattr(importlib.import_module(MODULE), kernel).arg_names
+    types = dict.fromkeys(names, "i32") | dict.fromkeys(INT32, "*i32") | dict.fromkeys(FP32, "*fp32")
+    types |= dict.fromkeys(ELEMENTS, f"*{dtype}") | dict.fromkeys(("softcap", "scale"), "fp32")
+    types |= {name: ["i32"] * 3 for name in names if name.endswith("_strides")}
+    if "SPLIT" in features:
+        types["out"] = "*fp32"
+    constants |= {"HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim, "BLOCK_D": head_dim, "BLOCK_DV": head_dim}
+    constants |= {name: name in features for name in ("SPLIT", "WHOLE_PAGES", "HAS_LEFT", "SOFTCAP")}
+    constants |= {"HAS_RIGHT": True, "PRECISION": "ieee"}
+    constants |= {name: None for name in (*INT32[1:], "slopes", "sink") if name not in features}
+    return {
+        "module": MODULE, "kernel": kernel, "arch": arch, **launch, "types": {n: types[n] for n in names},
+        "constants": {name: value for name, value in constants.items() if name in names},
+        "title": f"{kernel} sm_{arch} {dtype} head_dim {head_dim} {constants} {' '.join(features)}",
+    }  # fmt: skip
+
+
+def split(arch, size, head_dim, form, rows):
+    block_n, num_warps, num_stages = CONFIGS[size, head_dim]
+    launch = {"num_warps": num_warps, "num_stages": num_stages}
+    dtype = {2: "bf16", 4: "fp32"}[size]
+    return config(
+        "attention_decode_split", arch, head_dim, dtype, launch, FORMS[form], BLOCK_M=rows, BLOCK_N=block_n
+    )  # fmt: skip
+
+
+def everything():
+    for arch in ARCHS:
+        for size, head_dim in CONFIGS:
+            for form in FORMS:
+                yield from (split(arch, size, head_dim, form, rows) for rows in (16, MAX_ROWS))
+
+
+def sample():
+    yield from (split(ARCHS[n % 3], 2, 128, form, 16) for n, form in enumerate(FORMS))
+    yield from (split(arch, 2, 128, "split", 16) for arch in ARCHS)
+    for n, (size, head_dim) in enumerate(CONFIGS):
+        yield split(ARCHS[n % 3], size, head_dim, "split", MAX_ROWS)
+
+
+def others():
+    features = ("sink", "block_table")
+    for head_dim in (64, 256):
+        launch = {"num_warps": 4, "num_stages": 3}
+        yield config("attention_decode_combine", 90, head_dim, "bf16", launch, features, BLOCK_S=COMBINE_SPLITS)
+        yield config("attention_decode_append", 90, head_dim, "bf16", launch, features, BLOCK_N=APPEND_ROWS)
+
+
+def test_configurations_compile_without_spills_and_with_wide_loads():
+    all_of_them = os.environ.get("FASTATTN_AOT") == "all"
+    wanted = list({c["title"]: c for c in [*(everything() if all_of_them else sample()), *others()]}.values())
+    compiled = aot.compile_all(wanted, timeout=7200 if all_of_them else 500)
+    assert len(compiled) == len(wanted)
+    failures = []
+    for c in compiled:
+        counts = {
+            name: c.get(name, 0)
+            for name in ("registers", "stack", "shared", "LDG", "LDG.64", "LDG.128", "LDGSTS.128", "LDGSTS", "HMMA")
+        }
+        print(f"{c['title']}: {counts}")
+        decode = c["kernel"] == "attention_decode_split"
+        # keys and values come in 16 bytes a thread, through shared memory where a loop is pipelined
+        narrow = not (c.get("LDG.128") or c.get("LDGSTS.128"))
+        idle = decode and "bf16" in c["title"] and not c.get("HMMA") and not c.get("HGMMA") and not c.get("UTCHMMA")
+        if c["stack"] > 16 or c.get("STL") or c["shared"] > SHARED_MEMORY or narrow or idle:
+            failures.append(f"{c['title']}: {counts}")
+    assert not failures, "\n".join(failures)
