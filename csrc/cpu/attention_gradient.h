@@ -1,0 +1,235 @@
+#pragma once
+// What the passes of the attention backward share: a block of queries, packed, and the gradient of one tile of scores.
+//
+//   p = 2^(s - lse),  ds = p ∘ (dp - delta),  with s = K·Qᵀ, dp = V·dOᵀ
+#include "attention_fwd.h"
+
+namespace {
+
+inline int block_rows(const Sequence& sequence, int64_t i0) {
+  return static_cast<int>(sequence.len_q - i0 < kLanes ? sequence.len_q - i0 : kLanes);
+}
+
+// A block of queries of one head, packed: transposed for the products over head_dim, in depth order for those over
+// queries, with lse and delta = rowsum(do ∘ out) - dlse. Lanes past the end have lse inf, so that their p is 0.
+template <typename T, bool kPairs>
+class QueryBlock {
+ public:
+  static int64_t floats(const AttentionArgs& args) {
+    const int64_t width = round_up(args.head_dim, kVec), width_v = round_up(args.head_dim_v, kVec);
+    return kLanes * (2 * (width + width_v + 1) + (width > width_v ? width : width_v));
+  }
+
+  QueryBlock(const AttentionArgs& args, Arena& arena)
+      : args_(args),
+        width_(round_up(args.head_dim, kVec)),
+        width_v_(round_up(args.head_dim_v, kVec)),
+        q_t_(arena.take(kLanes * width_)),
+        do_t_(arena.take(kLanes * width_v_)),
+        q_depth_(arena.take(kLanes * width_)),
+        do_depth_(arena.take(kLanes * width_v_)),
+        lse_(arena.take(kLanes)),
+        delta_(arena.take(kLanes)),
+        stage_(arena.take(kLanes * (width_ > width_v_ ? width_ : width_v_))) {}
+
+  // Pack the block that begins at query i0.
+  void load(const Sequence& sequence, int64_t h, int64_t i0, bool for_products_over_queries) {
+    const int rows = block_rows(sequence, i0);
+    const int64_t start = sequence.q_start + i0;
+    q_ = sequence.rows<const T>(args_.q, h, start);
+    do_ = sequence.rows<const T>(args_.dout, h, start);
+    const T* out = sequence.rows<const T>(args_.out, h, start);
+    const int64_t lse_at = sequence.lse_offset(args_, h) + i0;
+    pack_lanes<kPairs>(q_t_, q_, args_.q.row, rows, args_.head_dim, stage_);
+    pack_lanes<kPairs>(do_t_, do_, args_.dout.row, rows, args_.head_dim_v, stage_);
+    if (for_products_over_queries) {
+      if (!direct(args_.head_dim)) {
+        pack_depth<kPairs>(q_depth_, width_, q_, args_.q.row, rows, args_.head_dim, nullptr);
+      }
+      if (!direct(args_.head_dim_v)) {
+        pack_depth<kPairs>(do_depth_, width_v_, do_, args_.dout.row, rows, args_.head_dim_v, nullptr);
+      }
+    }
+    for (int r = 0; r < kLanes; ++r) {
+      lse_[r] = kInf;
+      delta_[r] = 0.f;
+    }
+    for (int r = 0; r < rows; ++r) {
+      const float value = args_.lse[lse_at + r];
+      lse_[r] = value == -kInf ? kInf : value * kLog2e;
+      const T *row_do = do_ + r * args_.dout.row, *row_out = out + r * args_.out.row;
+      Vec sum = Vec::fill(0.f);
+      int64_t d = 0;
+      for (; d + kVec <= args_.head_dim_v; d += kVec) {
+        sum = fma(Vec::load(row_do + d), Vec::load(row_out + d), sum);
+      }
+      if (const int rest = static_cast<int>(args_.head_dim_v - d)) {
+        sum = fma(Vec::load(row_do + d, rest), Vec::load(row_out + d, rest), sum);
+      }
+      delta_[r] = sum.sum() - (args_.dlse ? args_.dlse[lse_at + r] : 0.f);
+    }
+  }
+
+  const float* q_t() const { return q_t_; }
+  const float* do_t() const { return do_t_; }
+  const float* lse() const { return lse_; }
+  const float* delta() const { return delta_; }
+
+  // The right operand of a product over queries.
+  const float* q_depth(int64_t& ld) const { return depth(q_, args_.q.row, args_.head_dim, q_depth_, width_, ld); }
+  const float* do_depth(int64_t& ld) const {
+    return depth(do_, args_.dout.row, args_.head_dim_v, do_depth_, width_v_, ld);
+  }
+
+ private:
+  static bool direct(int64_t cols) { return sizeof(T) == sizeof(float) && cols % kVec == 0; }
+  static const float* depth(const T* rows, int64_t stride, int64_t cols, const float* packed, int64_t width,
+                            int64_t& ld) {
+    if (direct(cols)) {
+      ld = stride;
+      return reinterpret_cast<const float*>(rows);
+    }
+    ld = width;
+    return packed;
+  }
+
+  const AttentionArgs& args_;
+  const int64_t width_, width_v_;
+  const T *q_ = nullptr, *do_ = nullptr;
+  float *q_t_, *do_t_, *q_depth_, *do_depth_, *lse_, *delta_, *stage_;
+};
+
+// p and ds of one tile: p with dropout, ds before the slope of the cap.
+template <typename T, bool kPairs>
+class TileGradient {
+ public:
+  static int64_t floats(const AttentionArgs& args, int64_t keys) {
+    const int64_t width = round_up(args.head_dim, kVec), width_v = round_up(args.head_dim_v, kVec);
+    return 2 * kLanes * kKeys + copied(keys) * (width + width_v) + kKeys * width + 3 * kSlots;
+  }
+
+  // load_keys takes at most `keys`
+  TileGradient(const AttentionArgs& args, Arena& arena, int64_t keys)
+      : p(arena.take(kLanes * kKeys)),
+        ds(arena.take(kLanes * kKeys)),
+        args_(args),
+        k_copy_(arena.take(copied(keys) * round_up(args.head_dim, kVec))),
+        v_copy_(arena.take(copied(keys) * round_up(args.head_dim_v, kVec))),
+        k_depth_(arena.take(kKeys * round_up(args.head_dim, kVec))),
+        p_slots_(arena.take(kSlots)),
+        ds_slots_(arena.take(kSlots)),
+        ds_depth_(arena.take(kSlots)) {}
+
+  void load_keys(const T* k, const T* v, int keys) {
+    rows_k_ = k;
+    k_ = left_rows<T, kPairs>(k, args_.k.row, keys, args_.head_dim, k_copy_, ldk_);
+    v_ = left_rows<T, kPairs>(v, args_.v.row, keys, args_.head_dim_v, v_copy_, ldv_);
+  }
+
+  // Keys skip.. of the loaded ones against a block; scores.prepare() has been called for them.
+  void run(Scores& scores, const QueryBlock<T, kPairs>& block, int64_t skip, int keys, int rows) {
+    const int lane_vecs = (rows + kVec - 1) / kVec;
+    product<kPairs, false>(k_ + skip * ldk_, ldk_, block.q_t(), kLanes, slots<kPairs>(args_.head_dim), p, kLanes, keys,
+                           rows, Start::kZero);
+    product<kPairs, false>(v_ + skip * ldv_, ldv_, block.do_t(), kLanes, slots<kPairs>(args_.head_dim_v), ds, kLanes,
+                           keys, rows, Start::kZero);
+    float c = scores.multiplier();
+    if (scores.finish_needed()) {
+      scores.finish(p, keys, lane_vecs);
+      c = 1.f;
+    }
+    const float* keep = args_.dropout.rng ? scores.keep(keys, lane_vecs) : nullptr;
+    for (int x = 0; x < lane_vecs * kVec; x += kVec) {
+      const Vec factor = Vec::fill(c), base = -Vec::load(block.lse() + x), delta = Vec::load(block.delta() + x);
+      for (int r = 0; r < keys; ++r) {
+        float *at_p = p + r * kLanes + x, *at_ds = ds + r * kLanes + x;
+        Vec weight = exp2<kPairs>(fma(Vec::load(at_p), factor, base)), dp = Vec::load(at_ds);
+        const Vec unkept = weight;
+        if (keep) {
+          const Vec kept = Vec::load(keep + r * kLanes + x);
+          dp = dp * kept;
+          weight = weight * kept;
+        }
+        weight.store(at_p);
+        // where p is 0, dp may be anything: the value of a key that is not seen
+        select(unkept < Vec::fill(1e-45f), Vec::fill(0.f), unkept * (dp - delta)).store(at_ds);
+      }
+    }
+  }
+
+  // ds past the cap
+  void multiply_by_slope_of_cap(const Scores& scores, int keys) {
+    for (int64_t at = 0; args_.softcap > 0 && at < keys * kLanes; at += kVec) {
+      (Vec::load(ds + at) * Vec::load(scores.slope_of_cap() + at)).store(ds + at);
+    }
+  }
+
+  // dv += p·do, dk += ds·q for the keys of run()
+  void add_to_keys(const QueryBlock<T, kPairs>& block, int keys, int rows, float* dk, int64_t width, float* dv,
+                   int64_t width_v) {
+    int64_t ld_left, ld;
+    const float* right = block.do_depth(ld);
+    const float* left = lanes_in_slots(p, keys, rows, p_slots_, ld_left);
+    product<kPairs, false>(left, ld_left, right, ld, slots<kPairs>(rows), dv, width_v, keys, args_.head_dim_v,
+                           Start::kAdd);
+    right = block.q_depth(ld);
+    left = lanes_in_slots(ds, keys, rows, ds_slots_, ld_left);
+    product<kPairs, false>(left, ld_left, right, ld, slots<kPairs>(rows), dk, width, keys, args_.head_dim, Start::kAdd);
+  }
+
+  // dqᵀ += kᵀ·ds for the keys skip.. of run()
+  void add_to_queries(const Scores& scores, int64_t skip, int keys, int rows, float* dq_t) {
+    const float* right = ds;
+    if constexpr (kPairs) {
+#if defined(__AVX512BF16__)
+      for (int r = 0; r < keys; r += 2) {
+        for (int at = r * kLanes; at < r * kLanes + rows; at += kVec) {
+          const Vec high = r + 1 < keys ? Vec::load(ds + at + kLanes) : Vec::fill(0.f);
+          _mm512_storeu_si512(ds_depth_ + at - r / 2 * kLanes, round_pairs(Vec::load(ds + at), high));
+        }
+      }
+      right = ds_depth_;
+#endif
+    }
+    int64_t ld = ldk_;
+    const float* left = k_ + skip * ldk_;
+    if (kPairs || scores.seen()) {
+      left = left_depth<T, kPairs>(rows_k_ + skip * args_.k.row, args_.k.row, keys, args_.head_dim, scores.seen(),
+                                   k_depth_, ld);
+    }
+    product<kPairs, true>(left, ld, right, kLanes, slots<kPairs>(keys), dq_t, kLanes, args_.head_dim, rows,
+                          Start::kAdd);
+  }
+
+  float *p, *ds;
+
+ private:
+  static constexpr int64_t kSlots = kPairs ? kLanes * kKeys / 2 : 0;
+  static int64_t copied(int64_t keys) { return sizeof(T) == sizeof(float) ? 0 : keys; }
+
+  // A tile [key][lane] as the left operand of a product over lanes.
+  static const float* lanes_in_slots(const float* tile, int keys, int rows, float* copy, int64_t& ld) {
+    ld = kLanes;
+    if constexpr (kPairs) {
+#if defined(__AVX512BF16__)
+      ld = kLanes / 2;
+      for (int r = 0; r < keys; ++r) {
+        for (int x = 0; x < rows; x += kVec) {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(copy + r * ld + x / 2),
+                              reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(Vec::load(tile + r * kLanes + x).v)));
+        }
+      }
+      return copy;
+#endif
+    }
+    return tile;
+  }
+
+  const AttentionArgs& args_;
+  float *k_copy_, *v_copy_, *k_depth_, *p_slots_, *ds_slots_, *ds_depth_;
+  const T* rows_k_ = nullptr;
+  const float *k_ = nullptr, *v_ = nullptr;
+  int64_t ldk_ = 0, ldv_ = 0;
+};
+
+}  // namespace
