@@ -48,8 +48,18 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cpu-time", action="store_true", help="processor time of one thread: ratios that a busy machine leaves alone"
+    )
+
+
 def pytest_configure(config):
-    if not CUDA and "OMP_NUM_THREADS" not in os.environ:
+    global TIMER
+    if not CUDA and config.getoption("--cpu-time"):
+        TIMER = time.process_time
+        torch.set_num_threads(1)
+    elif not CUDA and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
@@ -91,10 +101,12 @@ def copy_rate(nbytes):
 
 @functools.cache
 def gemm_rate(dtype):
-    """FLOP per second of a large square product in PyTorch."""
+    """FLOP per second of a large square product in PyTorch; on a CPU without products of `dtype`, that in fp32."""
     n = 8192 if CUDA else 1024
     a, b = torch.randn(2, n, n, dtype=dtype, device=DEVICE)
-    return 2 * n**3 / fastest(lambda: a @ b)
+    if dtype == torch.float32:
+        return 2 * n**3 / fastest(lambda: a @ b)
+    return max(2 * n**3 / fastest(lambda: a @ b, rounds=3), 0 if CUDA else gemm_rate(torch.float32))
 
 
 class Candidate:

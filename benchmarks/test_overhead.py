@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from conftest import DEVICE, verify_equal
 
 import fastattn
 
@@ -58,3 +58,52 @@ def test_attention_without_grad(compare):
             "fastattn": repeated(lambda: fastattn.attention(q, k, v)),
         }
     )
+
+
+class NoLaunch:
+    """Stands for a Triton kernel that is prepared but, while `skips`, not launched."""
+
+    skips = False
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.skip if NoLaunch.skips else self.kernel[grid]
+
+    def skip(self, *args, **kwargs):
+        return None
+
+
+@pytest.mark.skipif(
+    fastattn.backends()[DEVICE]["triton"] != "available",
+    reason="the Triton backend takes CPU tensors only under TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_triton_attention_host_time_without_launch(compare, monkeypatch, direction):
+    """What Python does before Triton's own launch, which is left out: `fwd` a call, `bwd` autograd's backward of it.
+
+    The row of PyTorch is its CPU or GPU op as it is: a scale for the speed of the machine.
+    """
+    from fastattn.kernels import attention as forward
+    from fastattn.kernels import attention_bwd as backward
+
+    monkeypatch.setattr(forward, "attention_fwd", NoLaunch(forward.attention_fwd))
+    for name in ("attention_preprocess", "attention_dkdv", "attention_dq"):
+        monkeypatch.setattr(backward, name, NoLaunch(getattr(backward, name)))
+    q, k, v = torch.randn(3, 2, 4, 64, 32, device=DEVICE)
+    inputs = [t.requires_grad_(direction == "bwd") for t in (q, k, v)]
+    calls = {
+        "torch": lambda: F.scaled_dot_product_attention(q, k, v),
+        "fastattn": lambda: fastattn.attention(q, k, v, backend="triton"),
+    }
+    if direction == "bwd":
+        outs = {name: call() for name, call in calls.items()}
+        do = torch.ones_like(q)
+        calls = {
+            name: lambda out=out: torch.autograd.grad(out, inputs, do, retain_graph=True) for name, out in outs.items()
+        }
+    verify_equal({name: call() for name, call in calls.items()}, 1e-3)
+    monkeypatch.setattr(NoLaunch, "skips", True)
+    candidates = {name: repeated(call) for name, call in calls.items()}
+    compare(candidates, verify={"torch": candidates["torch"]})

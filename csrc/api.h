@@ -37,6 +37,7 @@ struct NormFwdArgs {
   const void* residual;  // of r_dtype, or null
   const void* weight;    // (cols) of weight_dtype, or null; the CPU kernels take fp32
   const void* bias;      // (cols) of bias_dtype, or null; the CPU kernels take fp32
+  const void* x_bias;    // (cols) of x_bias_dtype, or null; the CPU kernels take fp32
   void* y;               // of x_dtype, contiguous
   void* r;               // contiguous, or null: not wanted
   float* mean;           // (rows), null for rms or where not wanted
@@ -44,10 +45,12 @@ struct NormFwdArgs {
   int64_t rows, cols, x_stride, residual_stride;
   float eps;
   bool rms;
-  DType x_dtype, r_dtype, weight_dtype, bias_dtype;
+  DType x_dtype, r_dtype, weight_dtype, bias_dtype, x_bias_dtype;
   Dropout dropout;
 };
 FASTATTN_DECLARE_CPU(norm_fwd, NormFwdArgs);  // rows
+
+constexpr int kNormSums = 3;
 
 struct NormBwdArgs {
   const void* dy;      // of x_dtype, rows dy_stride apart
@@ -60,7 +63,8 @@ struct NormBwdArgs {
   void* dresidual;  // of r_dtype, contiguous, or null: the same as dx
   void* dweight;    // of weight_dtype, or null
   void* dbias;      // of weight_dtype, or null
-  float* sums;      // (chunks, 2, cols): dweight and dbias of the rows of each chunk
+  void* dx_bias;    // of weight_dtype, or null
+  float* sums;      // (chunks, kNormSums, cols): dweight, dbias and dx_bias of the rows of each chunk
   int64_t rows, cols, dy_stride, dr_out_stride, r_stride, rows_per_chunk, chunks;
   DType x_dtype, r_dtype, weight_dtype;
   Dropout dropout;
@@ -107,6 +111,19 @@ int activation_fwd_cuda(const ActivationArgs& args, void* stream);
 int activation_bwd_cuda(const ActivationArgs& args, void* stream);
 int64_t activation_bwd_chunks_cuda(const ActivationArgs& args);  // what args.chunks must be; looks at sizes
 
+// Softmax cross-entropy of rows of logits, which become their gradient where it is wanted.
+struct CrossEntropyArgs {
+  void* logits;           // (rows, cols), rows logits_stride apart
+  const int64_t* target;  // (rows): a column or ignore_index; anything else makes the row NaN
+  const float* dloss;     // (rows), or null: ones
+  float* loss;            // (rows)
+  int64_t rows, cols, logits_stride, ignore_index;
+  float label_smoothing, z_loss, softcap;  // softcap 0: none
+  bool need_grad;
+  DType dtype;
+};
+FASTATTN_DECLARE_CPU(cross_entropy_fwd, CrossEntropyArgs);  // rows
+
 // Attention. Sizes and strides count elements; the last stride is 1. Packed sequences: batch stride 0, row b of
 // cu_seqlens says where sequence b begins.
 struct HeadTensor {
@@ -118,6 +135,8 @@ struct ScoreTensor {  // broadcast dimensions have stride 0; null: absent
   const void* data;
   int64_t batch, head, row, key;
 };
+
+constexpr int64_t kAttentionPieceKeys = 256;  // the CPU backward sums dk and dv for that many keys at a time
 
 struct AttentionArgs {
   HeadTensor q, k, v, out, dout, dq, dk, dv;
@@ -142,15 +161,37 @@ struct AttentionArgs {
   // which tasks make dbias: those of the backward, one per key head and sequence or one for all sequences of a batch,
   // or those of attention_dbias
   enum class DbiasFrom { kSequence, kWholeBatch, kOwnPass } dbias_from;
-  int64_t chunks;              // parts the keys of a head are divided into; each has its own fp32 dq in dq_partial
-  float* dq_partial;           // (chunk, batch, head, row, round_up(head_dim)) if chunks > 1
-  std::atomic<int64_t>* next;  // the task to take next; threads take them as they come, results do not depend on it
-  std::atomic<bool>* failed;   // out of memory
+  bool split;  // pieces of a head's keys are tasks of their own; 16 bits: attention_dq makes dq then
+  std::atomic<int32_t>* dq_turns;  // (batch, head, block of queries): how many pieces dq has; fp32 and split only
+  std::atomic<int64_t>* next;      // the task to take next; threads take them as they come, results do not depend on it
+  std::atomic<bool>* failed;       // out of memory
 };
+
+// Rotary embedding of one tensor, or of two with one head_dim and one position per token. Packed sequences are one
+// batch.
+struct RotaryArgs {
+  HeadTensor x[2], out[2];  // out may be x
+  int64_t n_heads[2];       // 0: no second tensor
+  const void *cos, *sin;    // of table_dtype; row p for position p, table_batch apart from batch entry to batch entry
+  int64_t table_rows, table_row, table_batch;
+  const void*
+      positions;  // int64 if wide_positions, else int32, positions_batch apart; null: offset + index of the token
+  int64_t positions_batch, offset;
+  int64_t batch, seqlen, head_dim, rotary_dim;
+  bool wide_positions, interleaved, conjugate;  // conjugate: sin negated
+  DType dtype, table_dtype;
+};
+
+constexpr int64_t kRotaryTokens = 16;  // of a piece of the CPU kernel
+
+FASTATTN_DECLARE_CPU(rotary_fwd, RotaryArgs);  // pieces; every batch entry has ceil(seqlen / kRotaryTokens)
+
+int rotary_fwd_cuda(const RotaryArgs& args, void* stream);
 
 #define FASTATTN_DECLARE_ATTENTION(variant)                \
   void attention_fwd_##variant(const AttentionArgs& args); \
   void attention_bwd_##variant(const AttentionArgs& args); \
+  void attention_dq_##variant(const AttentionArgs& args);  \
   void attention_dbias_##variant(const AttentionArgs& args)
 
 FASTATTN_DECLARE_ATTENTION(default);
@@ -158,8 +199,40 @@ FASTATTN_DECLARE_ATTENTION(avx2);
 FASTATTN_DECLARE_ATTENTION(avx512);
 FASTATTN_DECLARE_ATTENTION(avx512bf16);  // bf16 only
 
-void attention_reduce_dq_default(const AttentionArgs& args);
-void attention_reduce_dq_avx2(const AttentionArgs& args);
-void attention_reduce_dq_avx512(const AttentionArgs& args);
+// Attention on a cache of keys and values. A row of the cache is a page of page_size keys; without block_table each
+// sequence has one page.
+struct DecodeArgs {
+  HeadTensor q, k, v, out;         // k, v: batch is the stride from page to page
+  float* lse;                      // (batch, head, row), contiguous
+  const int32_t* cache_seqlens;    // valid keys without the seqlen_new that were appended
+  const int32_t* block_table;      // (batch, pages), or null
+  const int32_t* cache_batch_idx;  // the page of each sequence, or null: its own number
+  const int32_t* cache_leftpad;    // the first visible key, or null
+  const float* alibi_slopes;       // as in AttentionArgs
+  const float* sink;               // (n_heads), or null
+  int64_t alibi_batch, seqlen_new, page_size, pages;
+  int64_t batch, n_heads, n_kv_heads, seqlen_q, head_dim, head_dim_v;
+  int64_t window_left, window_right;  // -1: unlimited
+  float softcap, scale;
+  DType dtype;
+  int64_t splits;              // parts the keys of a sequence are divided into
+  float* partial;              // if splits > 1, decode_partial floats a task
+  std::atomic<int64_t>* next;  // the task to take next
+  std::atomic<int32_t>*
+      remaining;              // if splits > 1: splits that are still at work, per group of tasks; the last combines
+  std::atomic<bool>* failed;  // out of memory
+};
+
+constexpr int64_t kDecodeRows = 64;  // of a task: the queries of the heads that share a key head
+
+// Floats of the unfinished rows of a task: sums as wide as the widest vectors want them, maximum and total of each row.
+constexpr int64_t decode_partial(int64_t rows, int64_t head_dim_v) {
+  return rows * ((head_dim_v + 31) / 32 * 32 + 2);
+}
+
+void attention_decode_default(const DecodeArgs& args);
+void attention_decode_avx2(const DecodeArgs& args);
+void attention_decode_avx512(const DecodeArgs& args);
+void attention_decode_avx512bf16(const DecodeArgs& args);  // bf16 only
 
 }  // namespace fastattn

@@ -20,7 +20,18 @@ from fastattn.nn import (
     TransformerEncoderLayer,
     replace,
 )
-from fastattn.ops import attention, dropout, explain, feed_forward, layer_norm, rms_norm, scaled_dot_product_attention
+from fastattn.ops import (
+    attention,
+    attention_decode,
+    dropout,
+    explain,
+    feed_forward,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rotary_embedding,
+    scaled_dot_product_attention,
+)
 from fastattn.ops._backends import backends, use_backend
 
 __version__ = "0.1.0"
@@ -35,14 +46,17 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "attention",
+    "attention_decode",
     "backends",
     "dropout",
     "explain",
     "feed_forward",
     "layer_norm",
+    "linear_cross_entropy",
     "nn",
     "replace",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "use_backend",
 ]

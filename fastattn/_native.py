@@ -13,7 +13,9 @@ from fastattn.ops._backends import set_unavailable, unavailable
 _HERE = os.path.dirname(os.path.abspath(__file__))
 # in the order of CpuCapability in csrc/cpu/capability.h
 CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")
-_KERNEL_MODULES = ("attention_bwd", "dropout", "feed_forward", "feed_forward_gemm", "norm")
+_KERNEL_MODULES = (
+    "attention_bwd", "attention_decode", "cross_entropy", "dropout", "feed_forward", "feed_forward_gemm", "norm",
+)  # fmt: skip
 
 
 @functools.lru_cache

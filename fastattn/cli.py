@@ -1,9 +1,11 @@
-"""The command line: fastattn train | evaluate | generate | info.
+"""The command line: fastattn train | evaluate | generate | data | info.
 
 Exit code 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault of ours (a traceback), and 128 + the
 signal's number for a training run that was asked to stop. torch is imported by the commands, never for --help.
+signal's number for a training run that was asked to stop.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -54,6 +56,8 @@ def run_command(argv):
     if argv == ["info"]:  # needs none of the packages that the other commands need
         return info(None, argv) or 0
     try:
+        if argv[:1] == ["data"]:  # its parser knows all options of all steps: only those who prepare data wait for it
+            return data(argv[1:]) or 0
         options = parse(build_parser(), argv)
         command = options.subcommand
         return COMMANDS[command](options[command], argv[argv.index(command) + 1 :]) or 0
@@ -96,8 +100,13 @@ def build_parser():
     run.add_argument("--max_new_tokens", type=int, default=300, help="tokens to add")
     run.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     run.add_argument("--top_k", type=int | None, help="draw among the k most likely tokens only")
+    run.add_argument("--top_p", type=float | None, help="draw among the likeliest tokens that reach this probability")
+    run.add_argument("--repetition_penalty", type=float, default=1.0, help="more than 1 avoids tokens already there")
+    run.add_argument("--beams", type=int, default=1, help="more than 1: the likeliest text of a beam search, not drawn")
+    run.add_argument("--stop", type=str | None, help="end before this text")
     run.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     commands.add_subcommand("generate", run, help="text from a trained model")
+    commands.add_subcommand("data", ArgumentParser(), help="stats, clean, split, tokenize or vectorize documents")
     info = ArgumentParser(exit_on_error=False, description="Versions, devices, backends, and why one is missing.")
     commands.add_subcommand("info", info, help="versions, devices, backends and reasons")
     return parser
@@ -113,6 +122,28 @@ def train_parser():
     parser.add_argument("--resume", metavar="RUN", type=str | None, help="continue this run from its newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_class_arguments(TrainConfig, as_group=False)
+    return parser
+
+
+def data_parser():
+    from jsonargparse import ArgumentParser
+
+    from fastattn.training import prepare
+
+    parser = ArgumentParser(
+        prog="fastattn data", exit_on_error=False, description="Prepare documents; prints its report as JSON."
+    )
+    commands = parser.add_subcommands(required=True, metavar="WHAT")
+    for name in ("stats", "clean", "split", "tokenize", "vectorize"):
+        function = getattr(prepare, f"data_{name}")
+        summary = function.__doc__.partition("\n")[0]
+        command = ArgumentParser(exit_on_error=False, description=summary)
+        command.add_argument(
+            "source", metavar="SOURCE", type=str, help="table, text file, folder, hf:NAME or known set"
+        )
+        command.add_class_arguments(prepare.SourceConfig, as_group=False, skip={"source"})
+        command.add_function_arguments(function, as_group=False, skip={"documents"})
+        commands.add_subcommand(name, command, help=summary)
     return parser
 
 
@@ -200,21 +231,24 @@ def generate(options, _argv):
     config = stored_config(run)
     check_run_options(options)
     from fastattn.training.evaluate import load_run
-    from fastattn.training.generate import check_sampling, generate_tokens
+    from fastattn.training.generate import beam_search, check_sampling, stream_text, stream_tokens
 
-    check_sampling(options.max_new_tokens, options.temperature, options.top_k)
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    sampling = {name: options[name] for name in names}
+    check_sampling(options.max_new_tokens, beams=options.beams, **sampling)
     model, tokenizer, _ = load_run(
         run, config, checkpoint=options.checkpoint, accelerator=options.accelerator, layers=options.layers
     )
-    new = generate_tokens(
-        model,
-        tokenizer.encode(options.prompt),
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
-    print(options.prompt + tokenizer.decode(new))
+    prompt = tokenizer.encode(options.prompt)
+    if options.beams > 1:
+        numbers = beam_search(model, prompt, options.max_new_tokens, beams=options.beams)
+    else:
+        numbers = stream_tokens(model, prompt, options.max_new_tokens, seed=options.seed, **sampling)
+        numbers = itertools.chain([next(numbers)], numbers)  # a mistake shows before anything is printed
+    print(options.prompt, end="", flush=True)
+    for piece in stream_text(tokenizer, numbers, options.stop):
+        print(piece, end="", flush=True)
+    print()
 
 
 def check_run_options(options):
@@ -224,6 +258,19 @@ def check_run_options(options):
         if options[name] not in allowed:
             expected = ", ".join(filter(None, allowed))
             raise UsageError(f"{name}: expected one of {expected}, got {options[name]!r}")
+
+
+def data(argv):
+    from dataclasses import fields
+
+    from fastattn.training import prepare
+
+    options = parse(data_parser(), argv)
+    name = options.subcommand
+    sections = {"columns": prepare.Columns, "cleaning": prepare.CleanConfig}
+    values = {k: sections[k](**v) if k in sections else v for k, v in options[name].as_dict().items()}
+    documents = prepare.SourceConfig(**{f.name: values.pop(f.name) for f in fields(prepare.SourceConfig)})
+    print(json.dumps(getattr(prepare, f"data_{name}")(documents, **values), indent=1, ensure_ascii=False))
 
 
 def info(_options, _argv):

@@ -83,13 +83,15 @@ def philox_keep(rng, dropout_p, row, slab, cols):
     return (halves >= dropout_threshold(dropout_p)).flatten(-3)[..., :cols]
 
 
-def dropout(x, dropout_p, residual=None, rng=None):
-    """residual + dropout(x) over the elements of x seen as (rows, columns), columns the last dimension.
+def dropout(x, dropout_p, residual=None, rng=None, x_bias=None):
+    """residual + dropout(x + x_bias) over the elements of x seen as (rows, columns), columns the last dimension.
 
-    The result has the dtype of the residual, or of x without one.
+    x + x_bias is not rounded. The result has the dtype of the residual, or of x without one.
     """
     acc = accumulator(x.dtype)
     out = x.to(acc)
+    if x_bias is not None:
+        out = out + x_bias
     if dropout_p > 0:
         cols = x.shape[-1]
         row = torch.arange(x.numel() // cols if cols else 0, device=x.device)
@@ -100,18 +102,20 @@ def dropout(x, dropout_p, residual=None, rng=None):
     return out.to(x.dtype if residual is None else residual.dtype)
 
 
-def norm(x, residual=None, weight=None, bias=None, *, eps, rms, dropout_p=0.0, rng=None):
-    """y = norm(r) * weight + bias with r = dropout(x) + residual, over the last dimension.
+def norm(x, residual=None, weight=None, bias=None, x_bias=None, *, eps, rms, dropout_p=0.0, rng=None):
+    """y = norm(r) * weight + bias with r = dropout(x + x_bias) + residual, over the last dimension.
 
     norm(r) = (r - mean(r)) * rsqrt(var(r) + eps), var biased; for rms: r * rsqrt(mean(r²) + eps).
     Returns: (y, r); y has the dtype of x, r the dtype of the residual, or of x without one.
     Source: torch.nn.functional.layer_norm and rms_norm.
     """
-    r = x if residual is None and dropout_p == 0 else dropout(x, dropout_p, residual, rng)
+    plain = residual is None and x_bias is None and dropout_p == 0
+    r = x if plain else dropout(x, dropout_p, residual, rng, x_bias)
     acc = accumulator(torch.promote_types(x.dtype, r.dtype))
     centered = r.to(acc)
     if not rms:
         centered = centered - centered.mean(-1, keepdim=True)
+        centered = centered - centered.mean(-1, keepdim=True)  # what rounding took from a mean far from 0
     y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * weight
@@ -129,6 +133,63 @@ def feed_forward(x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=No
     else:
         hidden = ACTIVATIONS[activation](F.linear(x, w_gate, b_gate).to(acc)) * up
     return F.linear(dropout(hidden, dropout_p, rng=rng).to(x.dtype), w2, b2)
+
+
+def rotary_embedding(x, cos, sin, *, rotary_dim=None, positions=None, offset=0, interleaved=False):
+    """Rotates pairs of the first rotary_dim channels of x by the angles of its positions, copies the other channels.
+
+        y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin
+
+    A pair (x1, x2) is (x[d], x[d + rotary_dim / 2]); interleaved (x[2d], x[2d + 1]). The gradient: -sin for sin.
+
+    Args:
+        x: (batch, n_heads, seqlen, head_dim) or packed (total, n_heads, head_dim).
+        cos, sin: (rows, rotary_dim / 2), row p for position p; or (batch or 1, seqlen, rotary_dim / 2): one per token.
+        rotary_dim: 2 * cos.shape[-1] if None; columns of the tables past rotary_dim / 2 are not used.
+        positions: integers (seqlen,), (batch or 1, seqlen) or packed (total,); None counts from `offset`. One outside
+            of the table gives NaN.
+    Source: Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
+    """
+    rotary_dim = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
+    acc = accumulator(x.dtype)
+    cos, sin = (t[..., : rotary_dim // 2].to(acc) for t in (cos, sin))
+    if positions is not None:
+        inside = ((positions >= 0) & (positions < cos.shape[0]))[..., None]
+        row = torch.where(inside[..., 0], positions, 0)
+        cos, sin = (torch.where(inside, t[row], float("nan")) for t in (cos, sin))
+    elif cos.dim() == 2:
+        seqlen = x.shape[0 if x.dim() == 3 else 2]
+        cos, sin = (t[offset : offset + seqlen] for t in (cos, sin))
+    cos, sin = (t.unsqueeze(-2 if x.dim() == 3 else -3) for t in (cos, sin))
+
+    x1, x2 = x[..., :rotary_dim].unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(-1 if interleaved else -2)
+    x1, x2 = x1.to(acc), x2.to(acc)
+    y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1 if interleaved else -2).flatten(-2)
+    return torch.cat((y, x[..., rotary_dim:].to(acc)), -1).to(x.dtype)
+
+
+def linear_cross_entropy(
+    x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"
+):
+    """F.cross_entropy(s, target) + z_loss * logsumexp(s)², s = x·weightᵀ + bias, capped by softcap * tanh(s / softcap).
+
+    An ignored token has loss and gradient 0; the mean is over the others, NaN with gradient 0 where there are none.
+    Returns: () or, for reduction "none", the shape of target; in the accumulator's dtype.
+    """
+    logits = F.linear(x, weight, bias).to(accumulator(x.dtype)).view(target.numel(), weight.shape[0])
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    labels = target.reshape(-1).long()
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    kept = labels != ignore_index
+    if z_loss:
+        loss = loss + torch.where(kept, z_loss * torch.logsumexp(logits, -1).square(), 0.0)
+    if reduction == "none":
+        return loss.view(target.shape)
+    if reduction == "sum":
+        return loss.sum()
+    count = kept.sum()
+    return torch.where(count > 0, loss.sum() / count.clamp_min(1), float("nan"))
 
 
 def attention_visible(seqlen_q, seqlen_k, *, mask=None, causal=False, window=(-1, -1), seqlens_k=None, device=None):
@@ -236,3 +297,49 @@ def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_s
     if not outs:
         return q.new_empty(0, n_heads, v.shape[-1]), q.new_empty(n_heads, 0, dtype=accumulator(q.dtype))
     return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def cache_append(cache, new, cache_seqlens, block_table=None, cache_batch_idx=None):
+    """Write new (batch, kv_heads, seqlen_new, last) into the cache in place, behind the valid keys of each sequence.
+
+    A cache is (cache_batch, kv_heads, max_seqlen, last), or with block_table (num_pages, kv_heads, page_size, last).
+    """
+    batch, _, seqlen_new, _ = new.shape
+    row = torch.arange(batch, device=new.device) if cache_batch_idx is None else cache_batch_idx.long()
+    position = cache_seqlens.long()[:, None] + torch.arange(seqlen_new, device=new.device)
+    if block_table is None:
+        row = row[:, None]
+    else:
+        row = block_table.long().gather(1, position // cache.shape[2])
+        position = position % cache.shape[2]
+    cache[row, :, position] = new.transpose(1, 2)
+
+
+def attention_decode(
+    q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
+    causal=True, window=(-1, -1), softcap=0.0, alibi_slopes=None, sink=None, scale=None,
+):  # fmt: skip
+    """`attention` on the keys and values of a cache, after k and v were appended to it; arguments as there.
+
+    The sequence of row b is cache[b], cache[cache_batch_idx[b]] or the pages block_table[b] in a row; its first
+    cache_seqlens[b] (+ new) keys count as seqlens_k, of which those before cache_leftpad[b] are invisible.
+    Returns: (out, lse), lse in the accumulator's dtype.
+    """
+    seqlens_k = cache_seqlens
+    if k is not None:
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache_append(cache, new, cache_seqlens, block_table, cache_batch_idx)
+        seqlens_k = cache_seqlens + k.shape[2]
+    keys, values = k_cache, v_cache
+    if block_table is not None:
+        pages = block_table.long().clamp(0, k_cache.shape[0] - 1)  # what stands behind the last page does not count
+        keys, values = (cache[pages].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))
+    elif cache_batch_idx is not None:
+        keys, values = (cache[cache_batch_idx.long()] for cache in (k_cache, v_cache))
+    mask = None
+    if cache_leftpad is not None:
+        mask = (torch.arange(keys.shape[2], device=q.device) >= cache_leftpad[:, None])[:, None, None]
+    return attention(
+        q, keys, values, mask=mask, causal=causal, window=window, seqlens_k=seqlens_k, alibi_slopes=alibi_slopes,
+        softcap=softcap, sink=sink, scale=scale,
+    )  # fmt: skip

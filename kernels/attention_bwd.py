@@ -352,8 +352,8 @@ def launch_bwd(do, dlse, q, k, v, out, lse, bias, *rest):
     with device_guard(q.device):
         rows = triton.cdiv(plan.total_q, PREPROCESS["BLOCK_M"])
         programs = rows * plan.n_heads * q.shape[0]
-        partial = (q.shape[0] * rows, 0 if sink is None else plan.n_heads)
-        dsink = torch.empty(partial, dtype=torch.float32, device=q.device)
+        partial = 0 if sink is None else (q.shape[0] * rows, plan.n_heads)
+        dsink = q.new_empty(partial, dtype=torch.float32)
         if programs:
             attention_preprocess[(programs,)](
                 out, do, lse, dlse, sink, delta, lse2, dsink, out.stride()[:3], strides[3], plan.n_heads, plan.total_q,
@@ -385,7 +385,7 @@ def launch_bwd(do, dlse, q, k, v, out, lse, bias, *rest):
             dbias = q.new_empty(0)
         elif not fused:
             dbias = launch_dbias(plan, inputs, features, strides)
-    return dq, dk, dv, dbias, dsink.sum(0)
+    return dq, dk, dv, dbias, dsink if sink is None else dsink.sum(0)
 
 
 register("attention_bwd", launch_bwd)

@@ -74,11 +74,16 @@ def _multiprocessors(index):
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def multiprocessors(device):
+    """How many multiprocessors a device has; the interpreter counts as one."""
+    return 1 if device.type == "cpu" else _multiprocessors(device.index)
+
+
 def persistent_programs(device, per_multiprocessor):
     """Size of a grid whose programs loop: `per_multiprocessor` for each multiprocessor of the device."""
     if device.type == "cpu":
         return _INTERPRETED_PROGRAMS
-    return _multiprocessors(device.index) * per_multiprocessor
+    return multiprocessors(device) * per_multiprocessor
 
 
 _NO_GUARD = contextlib.nullcontext()

@@ -1,14 +1,15 @@
-"""LayerNorm and RMSNorm with the dropout and the residual add before them.
+"""LayerNorm and RMSNorm with the bias, the dropout and the residual add before them.
 
-    r = keep * dropout_scale * x + residual       rounded to the dtype of the residual, or of x, before it is normalised
-    y = (r - mean) * rstd * weight + bias         rms: mean = 0
+    r = keep * dropout_scale * (x + x_bias) + residual        rounded to the dtype of the residual, or of x, at once
+    y = (r - mean) * rstd * weight + bias                     rms: mean = 0
     wdy = weight * dy,  xhat = (r - mean) * rstd
     dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out           rms: without mean(wdy)
     dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
+    dx_bias = sum_rows(dx)
 
 Forward: a program owns BLOCK_M rows, loads them once and keeps them; statistics are centred, in fp32. Backward:
-programs stay and walk over blocks of rows, each adds up its own dweight and dbias in fp32; a second kernel adds those
-of all programs, in a fixed order, without atomics. Rows too wide to be kept are read again from the cache.
+programs stay and walk over blocks of rows, each adds up its own dweight, dbias and dx_bias in fp32; a second kernel
+adds those of all programs, in a fixed order, without atomics. Rows too wide to be kept are read again from the cache.
 Saved: r and the fp32 statistics, never a mask. Limits: fewer than 2^31 columns.
 Reference: fastattn.reference.norm; the backward with partial sums follows Triton's tutorial 05.
 """
@@ -37,6 +38,8 @@ FORWARD = {
     16384: (1, 16),
 }
 BACKWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
+# with dx_bias a thread has a third sum: wider rows would spill, and only 12 warps of up to 144 registers fit, not 16
+BIASED_HELD, BIASED_WARPS = 4096, 12
 WIDE_BLOCK_N, WIDE_WARPS = 4096, 8
 STRIP_M, STRIP_N, STRIP_WARPS = 8, 512, 4  # dweight and dbias of wide rows
 SUM_M, SUM_N, SUM_WARPS = 128, 32, 4  # adding up the partial sums
@@ -45,16 +48,19 @@ WIDE_SUM_M, WIDE_SUM_N = 8, 512
 
 @triton.jit
 def _load_r(
-    x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, start, mask, BLOCK_N: tl.constexpr
-):
+    x_ptr, x_bias_ptr, residual_ptr, rng_ptr, cols, x_stride, residual_stride, threshold, scale, row, start, mask,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
     col = start + tl.arange(0, BLOCK_N)
     r = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if x_bias_ptr is not None:
+        r += tl.load(x_bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
     if rng_ptr is not None:
         r = dropout_rows(r, rng_ptr, threshold, scale, row, start, BLOCK_N)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row[:, None] * residual_stride + col[None, :], mask=mask, other=0.0)
         r = (r + residual.to(tl.float32)).to(residual_ptr.dtype.element_ty).to(tl.float32)
-    elif rng_ptr is not None:
+    elif rng_ptr is not None or x_bias_ptr is not None:
         r = r.to(x_ptr.dtype.element_ty).to(tl.float32)
     return r
 
@@ -86,8 +92,19 @@ def _load_stats(stats_ptr, row, rows, RMS: tl.constexpr):
 
 
 @triton.jit
+def _finish_stats(mean, centered_sum, square_sum, cols, eps, RMS: tl.constexpr):
+    """(mean, rstd) from the sums of r - mean and of its square: the first is what rounding took from the mean."""
+    variance = square_sum / cols
+    if not RMS:
+        rest = centered_sum / cols
+        mean += rest
+        variance = tl.maximum(variance - rest * rest, 0.0)
+    return mean, 1 / tl.sqrt(variance + eps)
+
+
+@triton.jit
 def norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
+    x_ptr, x_bias_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
     rows, cols, x_stride, residual_stride, threshold, scale, eps,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +113,19 @@ def norm_fwd_kernel(
     mask = (row < rows)[:, None] & (col < cols)[None, :]
 
     r = _load_r(
-        x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, 0, mask, BLOCK_N
+        x_ptr,
+        x_bias_ptr,
+        residual_ptr,
+        rng_ptr,
+        cols,
+        x_stride,
+        residual_stride,
+        threshold,
+        scale,
+        row,
+        0,
+        mask,
+        BLOCK_N,
     )  # (BLOCK_M, BLOCK_N)
     if r_ptr is not None:
         tl.store(r_ptr + row[:, None] * cols + col[None, :], r.to(r_ptr.dtype.element_ty), mask=mask)
@@ -106,17 +135,17 @@ def norm_fwd_kernel(
     if not RMS:
         mean = tl.sum(r, axis=1) / cols
     centered = tl.where(mask, r - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centered * centered, axis=1) / cols + eps)
+    mean, rstd = _finish_stats(mean, tl.sum(centered, axis=1), tl.sum(centered * centered, axis=1), cols, eps, RMS)
     if stats_ptr is not None:
         _store_stats(stats_ptr, mean, rstd, row, rows, RMS)
 
-    y = _affine(centered * rstd[:, None], weight_ptr, bias_ptr, col, cols)
+    y = _affine((r - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, col, cols)
     tl.store(y_ptr + row[:, None] * cols + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def norm_fwd_wide_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
+    x_ptr, x_bias_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
     rows, cols, x_stride, residual_stride, threshold, scale, eps,
     RMS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -129,20 +158,24 @@ def norm_fwd_wide_kernel(
         for start in range(0, cols, BLOCK_N):
             mask = (start + tl.arange(0, BLOCK_N) < cols)[None, :]
             r = _load_r(
-                x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, start, mask, BLOCK_N
-            )
+                x_ptr, x_bias_ptr, residual_ptr, rng_ptr, cols, x_stride, residual_stride, threshold, scale, row, start,
+                mask, BLOCK_N,
+            )  # fmt: skip
             total += tl.where(mask, r, 0.0)
         mean = tl.sum(total, axis=1) / cols
 
+    rest = tl.zeros((1, BLOCK_N), tl.float32)
     squares = tl.zeros((1, BLOCK_N), tl.float32)
     for start in range(0, cols, BLOCK_N):
         mask = (start + tl.arange(0, BLOCK_N) < cols)[None, :]
         r = _load_r(
-            x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, start, mask, BLOCK_N
-        )
+            x_ptr, x_bias_ptr, residual_ptr, rng_ptr, cols, x_stride, residual_stride, threshold, scale, row, start,
+            mask, BLOCK_N,
+        )  # fmt: skip
         centered = tl.where(mask, r - mean[:, None], 0.0)
+        rest += centered
         squares += centered * centered
-    rstd = 1 / tl.sqrt(tl.sum(squares, axis=1) / cols + eps)
+    mean, rstd = _finish_stats(mean, tl.sum(rest, axis=1), tl.sum(squares, axis=1), cols, eps, RMS)
     if stats_ptr is not None:
         _store_stats(stats_ptr, mean, rstd, row, rows, RMS)
 
@@ -150,8 +183,9 @@ def norm_fwd_wide_kernel(
         col = start + tl.arange(0, BLOCK_N)
         mask = (col < cols)[None, :]
         r = _load_r(
-            x_ptr, residual_ptr, rng_ptr, x_stride, residual_stride, threshold, scale, row, start, mask, BLOCK_N
-        )
+            x_ptr, x_bias_ptr, residual_ptr, rng_ptr, cols, x_stride, residual_stride, threshold, scale, row, start,
+            mask, BLOCK_N,
+        )  # fmt: skip
         if r_ptr is not None:
             tl.store(r_ptr + row[:, None] * cols + col[None, :], r.to(r_ptr.dtype.element_ty), mask=mask)
         y = _affine((r - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, col, cols)
@@ -170,6 +204,7 @@ def _store_dr(
     dr, dr_out_ptr, rng_ptr, dx_ptr, dresidual_ptr, cols, dr_out_stride, threshold, scale, row, start, mask,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Stores dresidual and dx; returns dx in fp32."""
     col = start + tl.arange(0, BLOCK_N)
     if dr_out_ptr is not None:
         dr += tl.load(dr_out_ptr + row[:, None] * dr_out_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -179,18 +214,20 @@ def _store_dr(
     if rng_ptr is not None:
         dr = dropout_rows(dr, rng_ptr, threshold, scale, row, start, BLOCK_N)
     tl.store(dx_ptr + row[:, None] * cols + col[None, :], dr.to(dx_ptr.dtype.element_ty), mask=mask)
+    return dr
 
 
 @triton.jit
 def norm_bwd_kernel(
-    dy_ptr, dr_out_ptr, r_ptr, weight_ptr, stats_ptr, rng_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
-    rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale,
+    dy_ptr, dr_out_ptr, r_ptr, weight_ptr, stats_ptr, rng_ptr, dx_ptr, dresidual_ptr,
+    dweight_ptr, dbias_ptr, dx_bias_ptr, rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     col = tl.arange(0, BLOCK_N)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     for block in range(program, tl.cdiv(rows, BLOCK_M), programs):
         row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -207,16 +244,20 @@ def norm_bwd_kernel(
         dr = wdy - xhat * (tl.sum(wdy * xhat, axis=1) / cols)[:, None]
         if not RMS:
             dr -= (tl.sum(wdy, axis=1) / cols)[:, None]
-        _store_dr(
+        dx = _store_dr(
             dr * rstd[:, None], dr_out_ptr, rng_ptr, dx_ptr, dresidual_ptr, cols, dr_out_stride, threshold, scale,
             row, 0, mask, BLOCK_N,
         )  # fmt: skip
+        if dx_bias_ptr is not None:
+            dx_bias += dx
 
     offs = program.to(tl.int64) * cols + col
     if dweight_ptr is not None:
         tl.store(dweight_ptr + offs, tl.sum(dweight, axis=0), mask=col < cols)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + offs, tl.sum(dbias, axis=0), mask=col < cols)
+    if dx_bias_ptr is not None:
+        tl.store(dx_bias_ptr + offs, tl.sum(dx_bias, axis=0), mask=col < cols)
 
 
 @triton.jit
@@ -255,7 +296,7 @@ def norm_bwd_wide_kernel(
 
 @triton.jit
 def norm_bwd_strip_kernel(
-    dy_ptr, r_ptr, stats_ptr, dweight_ptr, dbias_ptr, rows, cols, dy_stride, r_stride,
+    dy_ptr, r_ptr, dx_ptr, stats_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr, rows, cols, dy_stride, r_stride,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(1), tl.num_programs(1)
@@ -274,6 +315,13 @@ def norm_bwd_strip_kernel(
         tl.store(dweight_ptr + offs, tl.sum(dweight, axis=0), mask=col < cols)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + offs, tl.sum(dbias, axis=0), mask=col < cols)
+    if dx_bias_ptr is not None:  # a loop of its own: three sums at once take twice the registers
+        dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block in range(program, tl.cdiv(rows, BLOCK_M), programs):
+            row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask = (row < rows)[:, None] & (col < cols)[None, :]
+            dx_bias += tl.load(dx_ptr + row[:, None] * cols + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_bias_ptr + offs, tl.sum(dx_bias, axis=0), mask=col < cols)
 
 
 @triton.jit
@@ -288,7 +336,8 @@ def _add_up(partials_ptr, out_ptr, programs, cols, col, BLOCK_M: tl.constexpr, B
 
 @triton.jit
 def add_up_kernel(
-    dweight_partials_ptr, dbias_partials_ptr, dweight_ptr, dbias_ptr, programs, cols,
+    dweight_partials_ptr, dbias_partials_ptr, dx_bias_partials_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr,
+    programs, cols,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -296,6 +345,8 @@ def add_up_kernel(
         _add_up(dweight_partials_ptr, dweight_ptr, programs, cols, col, BLOCK_M, BLOCK_N)
     if dbias_ptr is not None:
         _add_up(dbias_partials_ptr, dbias_ptr, programs, cols, col, BLOCK_M, BLOCK_N)
+    if dx_bias_ptr is not None:
+        _add_up(dx_bias_partials_ptr, dx_bias_ptr, programs, cols, col, BLOCK_M, BLOCK_N)
 
 
 def _block_n(cols):
@@ -306,14 +357,14 @@ def _contiguous(t):
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
-def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, y, r, stats):
+def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, stats):
     cols = x.shape[-1]
     rows = x.numel() // cols
     x, x_stride = as_rows(x)
     residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
     args = (
-        x, residual, _contiguous(weight), _contiguous(bias), rng, y, r, stats,
+        x, _contiguous(x_bias), residual, _contiguous(weight), _contiguous(bias), rng, y, r, stats,
         rows, cols, x_stride, residual_stride, threshold, scale, eps,
     )  # fmt: skip
     block_n = _block_n(cols)
@@ -327,35 +378,37 @@ def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, y, r, stats):
             norm_fwd_wide_kernel[(rows,)](*args, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
 
 
-def norm_infer(x, residual, weight, bias, rng, dropout_p, eps, rms):
+def norm_infer(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
-        _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, y, None, None)
+        _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, None, None)
     return y
 
 
-def norm_fwd(x, residual, weight, bias, rng, dropout_p, eps, rms):
+def norm_fwd(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
     cols = x.shape[-1]
-    plain = residual is None and rng is None
+    plain = residual is None and rng is None and x_bias is None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = torch.empty((0,) if plain else x.shape, dtype=x.dtype if residual is None else residual.dtype, device=x.device)
     stats = torch.empty((1 if rms else 2, x.numel() // cols if cols else 0), dtype=torch.float32, device=x.device)
     if y.numel():
-        _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, y, None if plain else r, stats)
+        _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, None if plain else r, stats)
     return y, r, stats
 
 
-def norm_bwd(dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_dresidual, need_dweight, need_dbias):
+def norm_bwd(
+    dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_dresidual, need_dweight, need_dbias, need_dx_bias=False
+):
     cols, device = dy.shape[-1], dy.device
     rows = dy.numel() // cols if cols else 0
     dtype = torch.float32 if weight is None else weight.dtype
     new = torch.empty if rows else torch.zeros
     dx = torch.empty(dy.shape, dtype=dy.dtype, device=device)
     dresidual = torch.empty(dy.shape if separate_dresidual else (0,), dtype=r.dtype, device=device)
-    dweight = new(cols if need_dweight else 0, dtype=dtype, device=device)
-    dbias = new(cols if need_dbias else 0, dtype=dtype, device=device)
+    needed = (need_dweight, need_dbias, need_dx_bias)
+    sums = [new(cols if wanted else 0, dtype=dtype, device=device) for wanted in needed]
     if not rows:
-        return dx, dresidual, dweight, dbias
+        return dx, dresidual, *sums
 
     dy, dy_stride = as_rows(dy)
     r, r_stride = as_rows(r)
@@ -364,37 +417,36 @@ def norm_bwd(dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_dresidu
     inputs = (dy, dr_out, r, _contiguous(weight), stats, rng, dx, dresidual if separate_dresidual else None)
     sizes = (rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale)
     block_n = _block_n(cols)
-    held = block_n in BACKWARD
+    held = block_n in BACKWARD and block_n <= (BIASED_HELD if need_dx_bias else block_n)
     if held:
         block_m, warps = BACKWARD[block_n]
-        programs = min(triton.cdiv(rows, block_m), persistent_programs(device, 16 // warps))
+        resident = BIASED_WARPS if need_dx_bias and warps == 4 else 16
+        programs = min(triton.cdiv(rows, block_m), persistent_programs(device, resident // warps))
     else:
         strips = triton.cdiv(cols, STRIP_N)
         programs = min(triton.cdiv(rows, STRIP_M), triton.cdiv(persistent_programs(device, 4), strips))
-    dweight_partials, dbias_partials = (
-        torch.empty((programs, cols), dtype=torch.float32, device=device) if needed else None
-        for needed in (need_dweight, need_dbias)
-    )
+    partials = [
+        torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None for wanted in needed
+    ]
     with device_guard(device):
         if held:
             norm_bwd_kernel[(programs,)](
-                *inputs, dweight_partials, dbias_partials, *sizes,
-                RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+                *inputs, *partials, *sizes, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps
             )  # fmt: skip
         else:
             norm_bwd_wide_kernel[(rows,)](*inputs, *sizes, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
-        if need_dweight or need_dbias:
+        if any(needed):
             if not held:
                 norm_bwd_strip_kernel[(strips, programs)](
-                    dy, r, stats, dweight_partials, dbias_partials, rows, cols, dy_stride, r_stride,
+                    dy, r, dx, stats, *partials, rows, cols, dy_stride, r_stride,
                     RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=STRIP_N, num_warps=STRIP_WARPS,
                 )  # fmt: skip
             sum_m, sum_n = (SUM_M, SUM_N) if held else (WIDE_SUM_M, WIDE_SUM_N)
             add_up_kernel[(triton.cdiv(cols, sum_n),)](
-                dweight_partials, dbias_partials, dweight if need_dweight else None, dbias if need_dbias else None,
-                programs, cols, BLOCK_M=sum_m, BLOCK_N=sum_n, num_warps=SUM_WARPS,
+                *partials, *(t if wanted else None for t, wanted in zip(sums, needed, strict=True)), programs, cols,
+                BLOCK_M=sum_m, BLOCK_N=sum_n, num_warps=SUM_WARPS,
             )  # fmt: skip
-    return dx, dresidual, dweight, dbias
+    return dx, dresidual, *sums
 
 
 register("norm_infer", norm_infer)

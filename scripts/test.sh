@@ -8,7 +8,7 @@
 # if it was built. With CI set the benchmarks run too, once each and without timing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scripts/setup_env.sh train,eval,test
+scripts/setup_env.sh train,eval,words,test
 pytest=("${FASTATTN_VENV:-.venv}/bin/python" -m pytest)
 status=0
 

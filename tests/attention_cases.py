@@ -77,14 +77,38 @@ def random_case(seed, dtypes=DTYPES, lengths=(1, 2, 5, 17, 63, 64, 65, 100, 129)
     return q, k, v, kwargs
 
 
-def results(q, k, v, kwargs, backend, seed=0, use_lse=True):
-    """out, lse and all gradients of a random cotangent, by name; lse -inf as it is, without a gradient."""
+def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    """A leaf of normal numbers, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
+
+
+def qkv(batch, n_heads, seqlen_q, seqlen_k, head_dim, dtype=torch.float32, kv_heads=None, head_dim_v=None, scale=1.0):
+    """q, k and v of a call; `scale` makes the scores large."""
+    kv_heads = kv_heads or n_heads
+    return (
+        normal(batch, n_heads, seqlen_q, head_dim, dtype=dtype, seed=1, scale=scale),
+        normal(batch, kv_heads, seqlen_k, head_dim, dtype=dtype, seed=2, scale=scale),
+        normal(batch, kv_heads, seqlen_k, head_dim_v or head_dim, dtype=dtype, seed=3),
+    )
+
+
+def on(device, *values):
+    """Tensors, detached, on a device; one that requires grad becomes a new leaf. What is no tensor stays."""
+    return [t.detach().to(device).requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in values]
+
+
+def results(q, k, v, kwargs, backend, seed=0, use_lse=True, call=fastattn.attention):
+    """out, lse and all gradients of a random cotangent, by name; lse -inf as it is, without a gradient.
+
+    `call` stands for `fastattn.attention` where another entry is tested, and takes its arguments.
+    """
     torch.manual_seed(seed)  # the same (seed, offset) of dropout in every call
-    out, lse = fastattn.attention(q, k, v, **kwargs, return_lse=True, backend=backend)
+    out, lse = call(q, k, v, **kwargs, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(1)
-    loss = (out.double() * torch.randn(out.shape, generator=generator)).sum()
+    loss = (out.double() * torch.randn(out.shape, generator=generator).to(out.device)).sum()
     if use_lse:
-        weights = torch.randn(lse.shape, generator=generator)
+        weights = torch.randn(lse.shape, generator=generator).to(lse.device)
         loss = loss + torch.where(torch.isfinite(lse), lse.double(), 0.0).mul(weights).sum()
     leaves = {"q": q, "k": k, "v": v} | {
         name: kwargs[name] for name in ("bias", "sink") if kwargs.get(name) is not None
@@ -136,3 +160,12 @@ def assert_close_to(ours, truth, baseline, what, kwargs, factor=1.0):
             floor = floor + 2e-4
         error, allowed = (got - expected).abs().max(), times * (base - expected).abs().max() + floor
         assert error <= allowed, f"{what} {name}: error {error:.3g}, allowed {allowed:.3g} in {ours[name].dtype}"
+
+
+def check(monkeypatch, what, q, k, v, seed=0, factor=1.0, *, backend, device="cpu", call=fastattn.attention, **kwargs):
+    """One call of `fastattn.attention`, or what stands for it, and its gradients against the truth."""
+    kwargs = {"softcap": 0.0} | kwargs
+    q, k, v = on(device, q, k, v)
+    kwargs = dict(zip(kwargs, on(device, *kwargs.values()), strict=True))
+    truth, baseline = truth_and_baseline(monkeypatch, q, k, v, kwargs, seed)
+    assert_close_to(results(q, k, v, kwargs, backend, seed, call=call), truth, baseline, what, kwargs, factor)

@@ -4,6 +4,7 @@ The sources in csrc/cuda are compiled by the C++ compiler against emulate_cuda.h
 key and the stream are rewritten; CUDA's headers are needed for its types.
 """
 
+import ctypes
 import functools
 import glob
 import hashlib
@@ -89,5 +90,6 @@ def load():
         schema = str(getattr(torch.ops.fastattn, op).native._schema)
         definitions.define(schema.removeprefix("fastattn::"))
     load.definitions = definitions  # they live as long as the library object
+    load.launches = ctypes.CDLL(library).emulated_launches
     torch.ops.load_library(library)
     return torch.ops.fastattn_emulated

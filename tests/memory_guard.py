@@ -1,11 +1,12 @@
 """Out-of-bounds reads caught without a sanitizer: operands inside arenas of NaN.
 
 A read outside of `guarded(tensor)` turns a result into NaN. A read that strays into the next row of the same tensor is
-caught only with a `gap`.
+caught only with a `gap`. Offsets that do not fit 32 bits are shown by `far`.
 """
 
 import math
 
+import pytest
 import torch
 
 PADDING = 4096
@@ -21,3 +22,21 @@ def guarded(tensor, offset=0, gap=0):
     length = 2 * PADDING + offset + math.prod(shape[:-1]) * row
     buffer = torch.full((length,), float("nan"), dtype=tensor.dtype, device=tensor.device)
     return buffer.as_strided(shape, strides, PADDING + offset).copy_(tensor)
+
+
+def far(tensor, dim):
+    """The same values with the first and the last in `dim` 2^31 elements apart, or the test is skipped.
+
+    With three of them the stride fits 32 bits and the offset does not.
+
+    The memory between them is reserved and never touched, which systems that promise more than they have allow.
+    """
+    shape = list(tensor.shape)
+    strides = list(tensor[(slice(None),) * dim + (slice(1),)].contiguous().stride())
+    strides[dim] = 2**31 // (shape[dim] - 1)
+    elements = 2**31 + math.prod(shape)
+    try:
+        buffer = torch.empty(elements, dtype=tensor.dtype, device=tensor.device)
+    except RuntimeError as error:
+        pytest.skip(f"{elements * tensor.element_size() / 2**30:.1f} GiB of address space are not to be had: {error}")
+    return buffer.as_strided(shape, strides).copy_(tensor)

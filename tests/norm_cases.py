@@ -18,6 +18,7 @@ class Case:
     residual: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+    x_bias: torch.Tensor | None
     dy: torch.Tensor
     dr_out: torch.Tensor | None
     rms: bool = False
@@ -28,7 +29,7 @@ class Case:
 
     @property
     def inputs(self):
-        return self.x, self.residual, self.weight, self.bias
+        return self.x, self.residual, self.weight, self.bias, self.x_bias
 
     def rng(self):
         torch.manual_seed(self.seed)
@@ -36,8 +37,9 @@ class Case:
 
     def ours(self, inputs):
         torch.manual_seed(self.seed)
-        x, residual, weight, bias = inputs
-        options = {"residual": residual, "dropout_p": self.dropout_p, "return_residual": self.return_residual}
+        x, residual, weight, bias, x_bias = inputs
+        options = {"x_bias": x_bias, "residual": residual, "dropout_p": self.dropout_p}
+        options["return_residual"] = self.return_residual
         if self.rms:
             out = fastattn.rms_norm(x, weight, self.eps, **options)
         else:
@@ -50,12 +52,12 @@ class Case:
 
     def eager(self, inputs):
         """PyTorch's own ops in the dtype of x, the residual stream in its own."""
-        x, residual, weight, bias = inputs
-        r = x
+        x, residual, weight, bias, x_bias = inputs
+        r = x if x_bias is None else x + x_bias.to(x.dtype)
         if self.dropout_p:
             row = torch.arange(x.numel() // x.shape[-1], device=x.device)
             keep = reference.philox_keep(self.rng(), self.dropout_p, row, row >> 32, x.shape[-1]).view(x.shape)
-            r = torch.where(keep, x * reference.dropout_scale(self.dropout_p), 0.0)
+            r = torch.where(keep, r * reference.dropout_scale(self.dropout_p), 0.0)
         if residual is not None:
             r = (r + residual).to(residual.dtype)
         weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
@@ -78,7 +80,8 @@ class Case:
             flowing = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads_in, strict=True) if o.requires_grad]
             flowing_outputs, grad_outputs = zip(*flowing, strict=True)
             results.append((outputs, torch.autograd.grad(flowing_outputs, leaves, grad_outputs, allow_unused=True)))
-        names = [n for n, t in zip(("x", "residual", "weight", "bias"), self.inputs, strict=True) if _wants_grad(t)]
+        labels = ("x", "residual", "weight", "bias", "x_bias")
+        names = [n for n, t in zip(labels, self.inputs, strict=True) if _wants_grad(t)]
         for name, ours, ref, base in zip(("y", "r"), *(outputs for outputs, _ in results), strict=False):
             assert_accurate(ours, ref, base, what=name)
         slack = self.rounding_of_a_gradient() if self.x.numel() <= 100 else 0.0
@@ -135,6 +138,7 @@ def random_case(seed, dtypes, device="cpu"):
         residual=None if residual_dtype is None else tensor(*shape, dtype=residual_dtype),
         weight=tensor(shape[-1], dtype=choose.choice(dtypes), shift=1.0) if weighted else None,
         bias=tensor(shape[-1], dtype=choose.choice(dtypes)) if biased else None,
+        x_bias=tensor(shape[-1], dtype=choose.choice(dtypes)) if choose.random() < 0.5 else None,
         dy=tensor(*shape, grad=False),
         dr_out=tensor(*shape, dtype=residual_dtype or dtype, grad=False),
         rms=rms,

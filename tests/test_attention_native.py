@@ -1,57 +1,43 @@
 """The C++ attention kernels against the reference in fp64, feature by feature and at random."""
 
+import functools
 import os
 import subprocess
 import sys
 
+import attention_cases
 import pytest
 import torch
-from attention_cases import DTYPES, assert_close_to, random_case, results, truth_and_baseline
-from memory_guard import guarded
+from attention_cases import DTYPES, normal, qkv, random_case, results
+from memory_guard import far, guarded
 
 import fastattn
 from fastattn import reference
 from fastattn.ops._backends import unavailable
+from fastattn.ops.attention import _ops, _reference
 
 REASON = unavailable("native", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no C++ kernels for the CPU: {REASON}")
 
-SEEDS = 240
+SEEDS = 500
 PARTS = 8  # pytest shows where it is
 
 
-def check(monkeypatch, what, q, k, v, seed=0, factor=1.0, **kwargs):
-    kwargs = {"softcap": 0.0} | kwargs
-    truth, baseline = truth_and_baseline(monkeypatch, q, k, v, kwargs, seed)
-    assert_close_to(results(q, k, v, kwargs, "native", seed), truth, baseline, what, kwargs, factor)
-
-
-def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
-
-
-def qkv(batch, n_heads, seqlen_q, seqlen_k, head_dim, dtype=torch.float32, kv_heads=None, scale=1.0):
-    kv_heads = kv_heads or n_heads
-    return (
-        normal(batch, n_heads, seqlen_q, head_dim, dtype=dtype, seed=1, scale=scale),
-        normal(batch, kv_heads, seqlen_k, head_dim, dtype=dtype, seed=2, scale=scale),
-        normal(batch, kv_heads, seqlen_k, head_dim, dtype=dtype, seed=3),
-    )
+check = functools.partial(attention_cases.check, backend="native")
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_combinations_of_features(part, monkeypatch):
     for seed in range(part, SEEDS, PARTS):
         q, k, v, kwargs = random_case(seed)
-        truth, baseline = truth_and_baseline(monkeypatch, q, k, v, kwargs, seed)
-        assert_close_to(results(q, k, v, kwargs, "native", seed), truth, baseline, f"seed {seed}", kwargs)
+        check(monkeypatch, f"seed {seed}", q, k, v, seed, **kwargs)
 
 
 SHAPES = [
     (113, 203, 32), (128, 217, 40), (113, 211, 59), (108, 256, 64), (256, 512, 80), (512, 256, 96), (127, 128, 111),
     (128, 127, 128), (1, 203, 160), (203, 1, 192), (64, 130, 224), (130, 64, 256), (33, 70, 320),
 ]  # fmt: skip
+VALUE_HEAD_DIMS = [(192, 128), (128, 192), (64, 256), (40, 111), (8, 320)]  # (head_dim, head_dim_v)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,16 +45,30 @@ def test_fixed_shapes(dtype, monkeypatch):
     for n, (seqlen_q, seqlen_k, head_dim) in enumerate(SHAPES):
         q, k, v = qkv(1, 2, seqlen_q, seqlen_k, head_dim, dtype, kv_heads=1 + n % 2)
         check(monkeypatch, f"{seqlen_q} {seqlen_k} {head_dim}", q, k, v, causal=(False, True, "top_left")[n % 3])
+    for head_dim, head_dim_v in VALUE_HEAD_DIMS:
+        q, k, v = qkv(1, 4, 65, 130, head_dim, dtype, kv_heads=2, head_dim_v=head_dim_v)
+        check(monkeypatch, f"{head_dim} {head_dim_v}", q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])  # in fp16 the products of PyTorch, our yardstick, take seconds
+def test_a_thousand_keys(dtype, monkeypatch):
+    for seqlen_q, seqlen_k in ((1023, 1024), (1024, 1023)):
+        q, k, v = qkv(1, 1, seqlen_q, seqlen_k, 64, dtype)
+        check(monkeypatch, f"{seqlen_q} {seqlen_k}", q, k, v, causal=True)
 
 
 def test_few_heads_divide_their_keys(monkeypatch):
-    """Below eight heads the backward sums dq over chunks of keys."""
+    """Below eight heads the pieces of the keys are tasks: dq waits for its turn, or has a pass of its own."""
     q, k, v = qkv(1, 1, 70, 1100, 32)
     check(monkeypatch, "one head", q, k, v, causal=True)
     check(monkeypatch, "window", q, k, v, window=(300, 5), seqlens_k=torch.tensor([1000], dtype=torch.int32))
     q, k, v = (normal(n, 2, 16, seed=n) for n in (600, 700, 700))
     ends = torch.tensor([0, 20, 600]).int(), torch.tensor([0, 600, 700]).int()
     check(monkeypatch, "packed", q, k, v, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
+    for dtype in DTYPES:
+        q, k, v = qkv(1, 4, 130, 600, 24, dtype, kv_heads=2)
+        check(monkeypatch, f"{dtype}", q, k, v, causal=True, softcap=5.0, sink=normal(4), dropout_p=0.1)
+        check(monkeypatch, f"{dtype} bias", q, k, v, bias=normal(4, 130, 600, dtype=dtype), window=(200, 50))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,12 +78,6 @@ def test_every_broadcast_of_a_bias_gets_its_gradient(dtype, monkeypatch):
         shape = [full if pattern >> n & 1 else 1 for n, full in enumerate((2, 2, 70, 65))]
         bias = normal(*shape, dtype=torch.float32 if pattern % 2 else dtype, seed=pattern)
         check(monkeypatch, f"bias {shape}", q, k, v, bias=bias, causal=pattern % 3 == 0)
-    alone = normal(70, 65)
-    q, k, v = (t.detach() for t in (q, k, v))
-    got = results(q, k, v, {"bias": alone}, "native", use_lse=False)
-    expected = results(q, k, v, {"bias": alone}, "reference", use_lse=False)
-    assert set(got) == {"out", "lse", "dbias"}  # only the bias requires grad
-    torch.testing.assert_close(got["dbias"], expected["dbias"], atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,14 +177,22 @@ def test_strides_layouts_and_memory(monkeypatch):
     check(monkeypatch, "expanded", q, (shared + k.detach()[:1, :1]).requires_grad_(), shared.requires_grad_())
 
 
-def test_offsets_beyond_two_gigabytes():
-    """Rows 2^31 elements apart, of which only the first and the last are real memory that is read."""
-    q, k, v = (t.detach() for t in qkv(1, 1, 4, 2, 16))
-    far = torch.empty(2**31 + 16, dtype=torch.float16)  # reserved by the system, touched at both ends only
-    k_far = far.as_strided((1, 1, 2, 16), (1, 1, 2**31, 1))
-    k_far.copy_(k)
-    out = fastattn.attention(q.half(), k_far, v.half(), backend="native")
-    assert out.equal(fastattn.attention(q.half(), k.half(), v.half(), backend="native"))
+@pytest.mark.parametrize("dim", range(3))
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "bias", "do"])
+def test_offsets_beyond_two_to_the_31(name, dim):
+    """One dimension is spread over 2^31 elements, in memory that is reserved and hardly touched."""
+    q, k, v = (t.detach() for t in qkv(3, 3, 3, 3, 16, torch.float16))
+    tensors = {"q": q, "k": k, "v": v, "do": normal(3, 3, 3, 16).half(), "bias": normal(3, 3, 3, 3).half()}
+    tensors = {label: t.detach() for label, t in tensors.items()} | {"mask": normal(3, 3, 3, 3, seed=1) > -0.3}
+
+    def run(q, k, v, do, bias, mask):
+        arguments = raw_arguments(q, k, v, bias, mask=mask)
+        out, lse = torch.ops.fastattn.attention_fwd.native(*arguments)
+        bwd = torch.ops.fastattn.attention_bwd.native(do, None, *arguments[:3], out, lse, *arguments[3:], True)
+        return out, lse, *bwd
+
+    got = run(**(tensors | {name: far(tensors[name], dim)}))
+    assert all(a.equal(b) for a, b in zip(got, run(**tensors), strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)])
@@ -225,19 +227,77 @@ def test_dropout_keeps_exactly_what_the_reference_keeps(dtype):
         assert (out != 0).equal(keep & visible)
 
 
-def test_reruns_and_thread_counts_agree_bit_for_bit():
-    q, k, v = qkv(1, 4, 150, 700, 32, kv_heads=2)
-    kwargs = {"causal": True, "dropout_p": 0.1, "bias": normal(4, 150, 700), "sink": normal(4)}
+RERUNS = {
+    "grouped heads, a bias of the batch": lambda: (
+        qkv(1, 4, 150, 300, 32, kv_heads=2), {"causal": True, "bias": normal(4, 150, 300), "sink": normal(4)}
+    ),
+    "one head, its keys divided": lambda: (qkv(1, 1, 70, 1100, 16), {"window": (400, -1), "softcap": 3.0}),
+    "a bias summed over everything": lambda: (
+        qkv(2, 3, 66, 130, 16, torch.bfloat16), {"bias": normal(1, 130), "alibi_slopes": torch.rand(3)}
+    ),
+    "packed": lambda: (
+        [normal(n, 2, 16, seed=n) for n in (600, 700, 700)],
+        {"cu_seqlens_q": torch.tensor([0, 20, 600]).int(), "cu_seqlens_k": torch.tensor([0, 600, 700]).int()},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RERUNS)
+def test_reruns_and_thread_counts_agree_bit_for_bit(name):
+    inputs, kwargs = RERUNS[name]()
+    kwargs["dropout_p"] = 0.1
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = results(q, k, v, kwargs, "native")
+        expected = results(*inputs, kwargs, "native")
         torch.set_num_threads(2)
         for repeat in range(20):
-            got = results(q, k, v, kwargs, "native")
+            got = results(*inputs, kwargs, "native")
             assert all(got[name].equal(value) for name, value in expected.items()), f"repeat {repeat}"
     finally:
         torch.set_num_threads(before)
+
+
+def test_backward_continues_a_forward_of_the_reference(monkeypatch):
+    monkeypatch.setitem(_ops, ("fwd", "native"), _reference)
+    for seed in range(2000, 2024):
+        q, k, v, kwargs = random_case(seed, dtypes=(torch.float32,))
+        check(monkeypatch, f"seed {seed}", q, k, v, seed, **kwargs)
+
+
+PEAK_TEST = """
+import sys, torch, fastattn
+
+def pages(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
+
+def step(seqlen):
+    tensors = [torch.full((1, 1, seqlen, 32), 0.01, dtype=getattr(torch, sys.argv[1])) for _ in range(4)]
+    *inputs, do = tensors
+    out, lse = fastattn.attention(*(t.requires_grad_() for t in inputs), causal=True, return_lse=True, backend="native")
+    tensors += [out, lse, *torch.autograd.grad(out, inputs, do)]
+    return sum(t.nbytes for t in tensors)
+
+torch.set_num_threads(2)
+step(600)  # what stays resident once the code has run: libraries, threads, the arenas of the allocator
+with open("/proc/self/clear_refs", "w") as reset:
+    reset.write("5")
+before = pages("VmRSS")
+needed = step(16384)
+print((pages("VmHWM") - before) / needed)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux alone tells the peak of a process")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_is_that_of_the_tensors(dtype):
+    """Forward and backward at seqlen 16384: inputs, outputs, gradients and a tenth, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-c", PEAK_TEST, dtype]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert 0.9 < float(run.stdout) <= 1.1
 
 
 def test_backward_of_one_backend_after_forward_of_another():
@@ -272,17 +332,28 @@ def test_double_backward_goes_through_the_reference():
     torch.testing.assert_close(second("native"), second("reference"), atol=1e-4, rtol=1e-4)
 
 
-def raw_arguments(q, k, v, bias=None, sink=None, mask=None, window_right=-1):
-    rest = (None, None, None, None, None, q.shape[2], k.shape[2], -1, window_right, False, 0.0, 0.0, 0.25)
-    return q, k, v, bias, sink, mask, *rest
+def raw_arguments(q, k, v, bias=None, sink=None, mask=None, seqlens_k=None, ends=(None, None), alibi_slopes=None,
+                  rng=None, window=(-1, -1), top_left=False, softcap=0.0, dropout_p=0.0):  # fmt: skip
+    rest = (alibi_slopes, rng, q.shape[2], k.shape[2], *window, top_left, softcap, dropout_p, 0.25)
+    return q, k, v, bias, sink, mask, seqlens_k, *ends, *rest
+
+
+def opcheck_cases():
+    q, k, v = (t.detach() for t in qkv(2, 4, 7, 9, 16, kv_heads=2, head_dim_v=8))
+    swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    packed = [t.transpose(0, 1).reshape(1, t.shape[1], -1, t.shape[3]) for t in (q, k, v)]
+    bias, sink, mask = normal(4, 7, 9).detach()[None], normal(4).detach(), torch.rand(2, 1, 7, 9) > 0.9
+    ends = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 3, 3, 14], [0, 4, 9, 18])]
+    drop = {"rng": torch.tensor([3, 4]), "dropout_p": 0.3}
+    yield raw_arguments(q, k, v, bias, sink, mask, softcap=2.0)
+    yield raw_arguments(*swapped, window=(-1, 0), top_left=True, **drop)
+    yield raw_arguments(q, k, v, seqlens_k=torch.tensor([9, 0]).int(), alibi_slopes=torch.rand(2, 4), window=(3, 1))
+    yield raw_arguments(*packed, sink=sink, ends=ends, window=(-1, 0), alibi_slopes=torch.rand(4), **drop)
+    yield raw_arguments(q.bfloat16(), k[:, :, :0].bfloat16(), v[:, :, :0].bfloat16(), torch.zeros(1, 1, 7, 1))
 
 
 def test_raw_ops_pass_opcheck():
-    q, k, v = (t.detach() for t in qkv(2, 4, 7, 9, 16, kv_heads=2))
-    v = v[..., :8]
-    swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
-    bias, sink, mask = normal(4, 7, 9).detach()[None], normal(4).detach(), torch.rand(2, 1, 7, 9) > 0.9
-    for arguments in (raw_arguments(q, k, v, bias, sink, mask), raw_arguments(*swapped, window_right=0)):
+    for arguments in opcheck_cases():
         torch.library.opcheck(torch.ops.fastattn.attention_fwd.native, arguments)
         out, lse = torch.ops.fastattn.attention_fwd.native(*arguments)
         need_dbias = arguments[3] is not None
@@ -305,33 +376,76 @@ def test_raw_ops_check_their_arguments():
             torch.ops.fastattn.attention_fwd.native(*bad)
 
 
+def everything(q, k, v, bias, sink, mask):
+    return fastattn.attention(
+        q * 2, k, v, bias=bias, sink=sink, mask=mask, causal=True, window=(6, 0), softcap=3.0,
+        alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4]), return_lse=True,
+    )  # fmt: skip
+
+
+def everything_packed(q, k, v, ends_q, ends_k, seqlens_k):
+    return fastattn.attention(
+        q * 2, k, v, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k, seqlens_k=seqlens_k, causal=True, dropout_p=0.3,
+        return_lse=True,
+    )  # fmt: skip
+
+
+def compiled_arguments(call, seqlen):
+    if call is everything_packed:
+        ends = [torch.tensor([0, 3, n], dtype=torch.int32) for n in (seqlen, seqlen + 2)]
+        tensors = [normal(n, heads, 16, seed=n) for n, heads in ((seqlen, 4), (seqlen + 2, 2), (seqlen + 2, 2))]
+        return *tensors, *ends, torch.tensor([2, 3], dtype=torch.int32)
+    mask = torch.rand(seqlen, 9, generator=torch.Generator().manual_seed(0)) > 0.2
+    return *qkv(2, 4, seqlen, 9, 16, kv_heads=2), normal(seqlen, 9), normal(4), mask
+
+
+@pytest.mark.parametrize("call", [everything, everything_packed])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(dynamic):
+def test_compiles_without_a_graph_break(dynamic, call):
     torch._dynamo.reset()
-
-    def call(q, k, v, bias):
-        with fastattn.use_backend("native"):
-            return fastattn.attention(q * 2, k, v, bias=bias, causal=True, return_lse=True)
-
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for seqlen in (7, 12):
-        q, k, v = qkv(2, 4, seqlen, 9, 16, kv_heads=2)
-        bias = normal(seqlen, 9)
-        got, expected = (f(q, k, v, bias) for f in (compiled, call))
-        torch.testing.assert_close(got, expected)
-        grads = (torch.autograd.grad(o.square().sum() + lse.sum(), (q, k, v, bias)) for o, lse in (got, expected))
-        torch.testing.assert_close(*grads)
+    with fastattn.use_backend("native"):
+        for seqlen in (7, 12):
+            arguments = compiled_arguments(call, seqlen)
+            leaves = [t for t in arguments if t.requires_grad]
+            outcomes = []
+            for function in (compiled, call):
+                torch.manual_seed(0)
+                out, lse = function(*arguments)
+                loss = out.square().sum() + torch.where(lse.isfinite(), lse, 0.0).sum()
+                outcomes.append((out, lse, torch.autograd.grad(loss, leaves)))
+            torch.testing.assert_close(*outcomes)
+
+
+@pytest.mark.parametrize("call", [everything, everything_packed])
+def test_exports_with_dynamic_lengths(call):
+    class Module(torch.nn.Module):
+        def forward(self, *arguments):
+            return call(*arguments)
+
+    with fastattn.use_backend("native"), torch.no_grad():
+        example, other = (compiled_arguments(call, seqlen) for seqlen in (7, 12))
+        dynamic = {"arguments": tuple(
+            {d: torch.export.Dim.AUTO for d in range(a.dim()) if a.shape[d] != b.shape[d]}
+            for a, b in zip(example, other, strict=True)
+        )}  # fmt: skip
+        program = torch.export.export(Module(), example, dynamic_shapes=dynamic)
+        assert any("attention_fwd.native" in str(node.target) for node in program.graph.nodes)
+        for arguments in (example, other):
+            torch.manual_seed(0)
+            expected = call(*arguments)
+            torch.manual_seed(0)
+            torch.testing.assert_close(program.module()(*arguments), expected)
 
 
 CAPABILITY_TEST = """
 import sys, torch, fastattn
 sys.path.insert(0, sys.argv[1])
-from attention_cases import assert_close_to, random_case, results, truth_and_baseline
+from attention_cases import check, random_case
 import pytest
 for seed in range(1000, 1016):
     q, k, v, kwargs = random_case(seed)
-    truth, baseline = truth_and_baseline(pytest.MonkeyPatch(), q, k, v, kwargs, seed)
-    assert_close_to(results(q, k, v, kwargs, "native", seed), truth, baseline, f"seed {seed}", kwargs)
+    check(pytest.MonkeyPatch(), f"seed {seed}", q, k, v, seed, backend="native", **kwargs)
 print(fastattn._native.cpu_capability())
 """
 

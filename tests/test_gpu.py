@@ -176,3 +176,64 @@ def test_more_than_two_to_the_31_elements(backend):
     last = torch.arange(rows - 64, rows, device="cuda")
     keep = reference.philox_keep(new_rng(), 0.5, last, torch.zeros_like(last), cols)
     assert torch.equal(out[-64:] != 0, keep & (x[0] != 0))
+
+
+def loss_step(x, weight, target, backend, reduction="mean"):
+    """Loss, dx and dweight of linear_cross_entropy over several chunks."""
+    loss = fastattn.linear_cross_entropy(x, weight, target, reduction=reduction, chunk_size=100, backend=backend)
+    return loss, *torch.autograd.grad(loss, (x, weight), torch.ones_like(loss))
+
+
+def loss_operands(dtype=torch.bfloat16, seed=0):
+    x, *_ = operands(256, 128, dtype, seed)
+    weight, *_ = operands(5000, 128, dtype, seed + 1)
+    target = torch.randint(5000, (256,), generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+    return x.requires_grad_(), weight.requires_grad_(), target
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_linear_cross_entropy_adds_chunks_in_fp32(dtype):
+    x, weight, target = loss_operands(dtype)
+    loss, dx, dweight = loss_step(x, weight, target, "triton")
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = reference.linear_cross_entropy(*wide, target)
+    tolerance = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-3  # TF32 is off by default
+    for got, want in zip((loss, dx, dweight), (expected, *torch.autograd.grad(expected, wide)), strict=True):
+        assert ((got.double() - want).norm() / want.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_does_not_synchronise(reduction):
+    args = loss_operands()
+    loss_step(*args, "triton", reduction)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_step(*args, "triton", reduction)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_linear_cross_entropy_target_out_of_range_is_nan():
+    x, weight, target = loss_operands()
+    target[3] = 5000
+    loss = fastattn.linear_cross_entropy(x, weight, target, reduction="none", backend="triton")
+    assert loss.isnan().nonzero().tolist() == [[3]]
+
+
+def test_linear_cross_entropy_peak_memory():
+    """At most 15 % of F.linear and F.cross_entropy beyond inputs and gradients."""
+    x = torch.randn(16384, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(50304, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(50304, (16384,), device="cuda")
+    functions = (
+        lambda: fastattn.linear_cross_entropy(x, weight, target),
+        lambda: torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight), target),
+    )
+    peaks = []
+    for function in functions:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        grads = torch.autograd.grad(function(), (x, weight))
+        peaks.append(torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads))
+        del grads
+    assert peaks[0] < 0.15 * peaks[1]

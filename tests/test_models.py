@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn.models import CausalLM
+from fastattn.models import CausalLM, KeyValueCache
 from fastattn.training.config import UsageError
-from fastattn.training.generate import generate_tokens
+from fastattn.training.generate import beam_search, generate_tokens
 
 LAYERS = ("torch", "fastattn")
 
@@ -135,6 +135,35 @@ def test_learns_a_tiny_text_by_heart(layers):
     assert first == pytest.approx(torch.log(torch.tensor(20.0)).item(), abs=0.3)
     assert loss.item() < 0.05
     assert generate_tokens(model, inputs[0, :3].tolist(), 13, temperature=0) == text[0, 3:16].tolist()
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_cached_logits_are_those_of_the_whole_sequence(layers):
+    model = make_model(layers).eval()
+    tokens = random_tokens(3, 16)
+    with torch.no_grad():
+        whole = model(tokens)
+        for steps in ([16], [1] * 16, [5, 1, 1, 4, 5]):
+            cache = KeyValueCache(model, 3)
+            parts = [model(part, cache=cache) for part in tokens.split(steps, 1)]
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+        cache = KeyValueCache(model, 3)
+        model(tokens[:, :9], cache=cache)
+        cache.reorder(torch.tensor([2, 0, 0]))
+        rows = tokens[[2, 0, 0]]
+        torch.testing.assert_close(model(rows[:, 9:], cache=cache), whole[[2, 0, 0], 9:], rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="at most block_size = 16 in a row, got 17"):
+            model(tokens[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_generation_with_and_without_cache_is_equal(layers):
+    model = make_model(layers)
+    for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}):
+        with_cache, without = (generate_tokens(model, [1, 2], 30, use_cache=use, **options) for use in (True, False))
+        assert with_cache == without  # 32 tokens: twice the window
+    with_cache, without = (beam_search(model, [1, 2], 20, beams=3, use_cache=use) for use in (True, False))
+    assert with_cache == without
 
 
 def test_generation_follows_seed_temperature_and_top_k():

@@ -53,6 +53,43 @@ def test_untouched_layer_is_fused(name, norm_first, fused):
     assert len(fused) == len(x) + (not norm_first)  # a pre-norm layer ends with the residual add alone
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_norm_adds_the_biases_before_it_where_they_want_gradients(name, norm_first, monkeypatch):
+    """out_proj of every attention, and linear2 unless the layer ends without a norm; a hooked child keeps its own."""
+    ours, theirs, x = build(name, norm_first=norm_first)
+    added, layer_norm = [], fastattn.nn.encoder.layer_norm
+
+    def noted(*args, x_bias=None, **options):
+        added.append(x_bias)
+        return layer_norm(*args, x_bias=x_bias, **options)
+
+    monkeypatch.setattr(fastattn.nn.encoder, "layer_norm", noted)
+    attentions = [m for m in ours.modules() if isinstance(m, torch.nn.MultiheadAttention)]
+    wanted = [m.out_proj.bias for m in attentions] + ([] if norm_first else [ours.linear2.bias])
+
+    def of_one_call():
+        added.clear()
+        out = ours(*x)
+        return out, [bias for bias in added if bias is not None]
+
+    out, biases = of_one_call()
+    assert [id(bias) for bias in biases] == [id(bias) for bias in wanted]
+    with slow_path():
+        expected = theirs(*x)
+    torch.testing.assert_close(out, expected)
+    found = torch.autograd.grad(out.square().sum(), list(ours.parameters()))
+    torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), list(theirs.parameters())))
+    with torch.no_grad():
+        assert of_one_call()[1] == []
+    handle = attentions[0].out_proj.register_forward_hook(lambda *args: None)
+    assert len(of_one_call()[1]) == len(wanted) - 1
+    handle.remove()
+    for bias in wanted:
+        bias.requires_grad_(False)
+    assert of_one_call()[1] == []
+
+
 class Doubled:
     """A block doubled, in the way a user's subclass would."""
 

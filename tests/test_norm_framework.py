@@ -14,45 +14,48 @@ OPS = torch.ops.fastattn
 pytestmark = pytest.mark.filterwarnings("ignore:.*jit.*deprecated:DeprecationWarning")
 
 
-def operands(*shape, dtype=torch.float32, device="cpu", grad=True):
+def operands(*shape, dtype=torch.float32, device="cpu", grad=True, count=4):
     generator = torch.Generator().manual_seed(0)
-    shapes = (shape, shape, shape[-1:], shape[-1:])
+    shapes = (shape, shape, shape[-1:], shape[-1:], shape[-1:])[:count]
     return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_(grad) for s in shapes]
 
 
-def fused(x, residual, weight, bias, dropout_p=0.0):
-    return fastattn.layer_norm(x, weight, bias, residual=residual, dropout_p=dropout_p, return_residual=True)
+def fused(x, residual, weight, bias, dropout_p=0.0, x_bias=None):
+    return fastattn.layer_norm(
+        x, weight, bias, x_bias=x_bias, residual=residual, dropout_p=dropout_p, return_residual=True
+    )
 
 
 @pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rms", [False, True])
-def test_raw_ops_keep_their_schema(raw_backend, device, rms, plain):
+def test_raw_ops_keep_their_schema(raw_backend, device, rms, biased, plain):
     infer, fwd, bwd = (getattr(getattr(OPS, name), raw_backend) for name in ("norm_infer", "norm_fwd", "norm_bwd"))
-    x, residual, weight, bias = operands(3, 2, 20, device=device, grad=False)
-    bias = None if rms else bias
+    x, residual, weight, bias, x_bias = operands(3, 2, 20, device=device, grad=False, count=5)
+    bias, x_bias = None if rms else bias, x_bias if biased else None
     residual, rng, dropout_p = (None, None, 0.0) if plain else (residual.half(), draw_rng(x.device), 0.3)
-    arguments = (x, residual, weight, bias, rng, dropout_p, 1e-5, rms)
+    arguments = (x, residual, weight, bias, rng, dropout_p, 1e-5, rms, x_bias)
     torch.library.opcheck(infer, arguments)
     torch.library.opcheck(fwd, arguments)
     y, r, stats = fwd(*arguments)
     assert torch.equal(y, infer(*arguments))
-    dr_out = None if plain else torch.randn_like(r)
-    saved = (x if plain else r, weight, stats, rng, dropout_p, rms)
-    torch.library.opcheck(bwd, (torch.randn_like(y), dr_out, *saved, not plain, True, not rms))
+    dr_out = torch.randn_like(r) if r.numel() else None
+    saved = (r if r.numel() else x, weight, stats, rng, dropout_p, rms)
+    torch.library.opcheck(bwd, (torch.randn_like(y), dr_out, *saved, not plain, True, not rms, biased))
     torch.library.opcheck(bwd, (torch.randn_like(y), None, *saved, False, False, False))
 
 
 def test_backward_of_another_backend(device):
     """What one backend saves, another understands."""
     names = [name for name in ("native", "triton") if missing(OP, name, device) is None]
-    x, residual, weight, bias = operands(6, 40, device=device, grad=False)
+    x, residual, weight, bias, x_bias = operands(6, 40, device=device, grad=False, count=5)
     dy, rng = torch.randn_like(x), draw_rng(x.device)
     results = []
     for forward in names:
         for backward in names:
-            _, r, stats = getattr(OPS.norm_fwd, forward)(x, residual, weight, bias, rng, 0.2, 1e-5, False)
+            _, r, stats = getattr(OPS.norm_fwd, forward)(x, residual, weight, bias, rng, 0.2, 1e-5, False, x_bias)
             bwd = getattr(OPS.norm_bwd, backward)
-            results.append(bwd(dy, dy, r, weight, stats, rng, 0.2, False, True, True, True))
+            results.append(bwd(dy, dy, r, weight, stats, rng, 0.2, False, True, True, True, True))
     if len(results) < 2:
         pytest.skip(f"one raw backend on {device}: {names}")
     for other in results[1:]:
@@ -61,42 +64,42 @@ def test_backward_of_another_backend(device):
 
 def test_gradcheck_in_fp64():
     torch.manual_seed(0)
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (3, 5), (5,), (5,))]
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (3, 5), (5,), (5,), (5,))]
 
-    def seeded(x, residual, weight, bias):
+    def seeded(x, residual, weight, bias, x_bias):
         torch.manual_seed(1)
-        return fused(x, residual, weight, bias, 0.4)
+        return fused(x, residual, weight, bias, 0.4, x_bias)
 
     assert torch.autograd.gradcheck(seeded, inputs)
     assert torch.autograd.gradgradcheck(seeded, inputs)
-    assert torch.autograd.gradgradcheck(lambda x, _, w, b: fastattn.rms_norm(x, w) * b.sum(), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, r, w, b, xb: fastattn.rms_norm(x, w, x_bias=xb) * b.sum(), inputs)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_double_backward(backend, device, dropout_p, with_residual):
+@pytest.mark.parametrize("with_x_bias", [False, True])
+def test_double_backward(backend, device, dropout_p, with_residual, with_x_bias):
     """create_graph=True on the kernels: second derivatives as those of the reference in fp64."""
-    inputs = operands(4, 12, device=device)
+    inputs = operands(4, 12, device=device, count=5)
 
     def second(function, inputs):
-        x, residual, weight, bias = inputs
-        if not with_residual:
-            residual = None
-        leaves = [t for t in (x, residual, weight, bias) if t is not None]
-        y, r = function(x, residual, weight, bias)
+        x, residual, weight, bias, x_bias = inputs
+        residual, x_bias = residual if with_residual else None, x_bias if with_x_bias else None
+        leaves = [t for t in (x, residual, weight, bias, x_bias) if t is not None]
+        y, r = function(x, residual, weight, bias, x_bias)
         outputs = (y, r) if r is not x else (y,)
         first = torch.autograd.grad(outputs, leaves, [o.detach().cos() for o in outputs], create_graph=True)
         penalty = sum(g.square().sum() for g in first) + y.sin().sum()
         return *first, *torch.autograd.grad(penalty, leaves)
 
-    def ours(x, residual, weight, bias):
+    def ours(x, residual, weight, bias, x_bias):
         torch.manual_seed(3)
-        return fused(x, residual, weight, bias, dropout_p)
+        return fused(x, residual, weight, bias, dropout_p, x_bias)
 
-    def exact(x, residual, weight, bias):
+    def exact(x, residual, weight, bias, x_bias):
         torch.manual_seed(3)
         rng = draw_rng(x.device) if dropout_p else None
-        return reference.norm(x, residual, weight, bias, eps=1e-5, rms=False, dropout_p=dropout_p, rng=rng)
+        return reference.norm(x, residual, weight, bias, x_bias, eps=1e-5, rms=False, dropout_p=dropout_p, rng=rng)
 
     twins = [t.detach().double().requires_grad_() for t in inputs]
     for found, wanted in zip(second(ours, inputs), second(exact, twins), strict=True):
@@ -146,7 +149,7 @@ def test_compile_without_a_graph_break(backend, device, interpreted, dynamic):
     torch._dynamo.reset()
 
     def block(x, residual, weight, bias):
-        y, r = fused(x * 2, residual, weight, bias)
+        y, r = fused(x * 2, residual, weight, bias, x_bias=bias.cos())
         return fastattn.rms_norm(y, weight) + r
 
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -254,6 +257,18 @@ BAD_CALLS = {
         lambda: fastattn.layer_norm(X, W, torch.ones(1)),
         r"bias must have shape \(6,\), .* got \(1,\)",
     ),
+    "x_bias of the shape of x": (
+        lambda: fastattn.rms_norm(X, x_bias=X),
+        r"x_bias must have shape \(6,\), the last dimension of x, got \(2, 6\)",
+    ),
+    "x_bias elsewhere": (
+        lambda: fastattn.layer_norm(X, x_bias=W.to("meta")),
+        "x_bias must be on the device of x, cpu, got meta",
+    ),
+    "fp64 x_bias on a kernel": (
+        lambda: fastattn.layer_norm(X, x_bias=W.double(), backend="native"),
+        "cannot serve this call: it takes float32, bfloat16 and float16, got torch.float64",
+    ),
     "residual of another shape": (
         lambda: fastattn.layer_norm(X, residual=torch.ones(6)),
         r"residual must have shape \(2, 6\), the shape of x, got \(6,\)",
@@ -300,6 +315,7 @@ def test_raw_ops_check_again(device):
     for arguments, message in (
         ((x, None, weight[:5], None, None, 0.0, 1e-5, False), "weight"),
         ((x, x[:2], weight, None, None, 0.0, 1e-5, False), "residual"),
+        ((x, None, weight, None, None, 0.0, 1e-5, False, weight[:5]), "x_bias"),
         ((x.double(), None, None, None, None, 0.0, 1e-5, False), "x must be float32, bfloat16 or float16"),
         ((x, None, weight, None, torch.zeros(1, dtype=torch.int64, device=device), 0.5, 1e-5, False), "rng"),
     ):

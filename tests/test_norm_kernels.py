@@ -26,6 +26,27 @@ class Kernels:
         for op in ("norm_infer", "norm_fwd", "norm_bwd", "dropout_fwd"):
             setattr(self, op, getattr(getattr(namespace, op), overload))
 
+    def counted(self, monkeypatch):
+        """A function that tells how many kernels were launched since it was called last."""
+        if self.name == "emulated":
+            emulate_cuda.load.launches()
+            return emulate_cuda.load.launches
+        from triton.runtime import interpreter
+
+        launched, launch = [], interpreter.GridExecutor.__call__
+
+        def noted(*args, **kwargs):
+            launched.append(True)
+            return launch(*args, **kwargs)
+
+        def launches():
+            count = len(launched)
+            launched.clear()
+            return count
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
+        return launches
+
 
 @pytest.fixture(scope="module", params=["triton", "native", "emulated"])
 def kernels(request):
@@ -51,8 +72,9 @@ class Case:
     """Operands of one call, and what the reference makes of them in fp64 and PyTorch in their own dtypes."""
 
     def __init__(
-        self, rows, cols, x=FP32, residual=None, weight=FP32, bias=FP32, rms=False, p=0.0, dr_out=True, seed=0
-    ):
+        self, rows, cols, x=FP32, residual=None, weight=FP32, bias=FP32, rms=False, p=0.0, dr_out=True, seed=0,
+        x_bias=None,
+    ):  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape, dtype):
@@ -61,29 +83,28 @@ class Case:
         self.x, self.residual = randn(rows, cols, dtype=x) * 3 + 1, randn(rows, cols, dtype=residual)
         self.weight, self.bias = randn(cols, dtype=weight), randn(cols, dtype=None if rms else bias)
         self.rng = torch.tensor([seed * 7919 - 2**45, 2**33 + seed], device=DEVICE) if p else None
+        self.x_bias = randn(cols, dtype=x_bias)
         self.rms, self.p = rms, p
-        self.plain = residual is None and not p
+        self.plain = residual is None and x_bias is None and not p
         self.dy = randn(rows, cols, dtype=x)
         self.dr_out = None if self.plain or not dr_out else randn(rows, cols, dtype=residual or x)
 
     def arguments(self):
-        return self.x, self.residual, self.weight, self.bias, self.rng, self.p, EPS, self.rms
+        return self.x, self.residual, self.weight, self.bias, self.rng, self.p, EPS, self.rms, self.x_bias
 
     def expected(self, dtype=None):
-        """y, r and (dx, dresidual, dweight, dbias) of the reference, computed in `dtype` if given."""
+        """y, r and (dx, dresidual, dweight, dbias, dx_bias) of the reference, computed in `dtype` if given."""
         leaves = [
             None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
-            for t in (self.x, self.residual, self.weight, self.bias)
+            for t in (self.x, self.residual, self.weight, self.bias, self.x_bias)
         ]
-        x, residual, weight, bias = leaves
-        y, r = reference.norm(x, residual, weight, bias, eps=EPS, rms=self.rms, dropout_p=self.p, rng=self.rng)
+        y, r = reference.norm(*leaves, eps=EPS, rms=self.rms, dropout_p=self.p, rng=self.rng)
         outputs, douts = [y], [self.dy.to(y.dtype)]
         if self.dr_out is not None:
             outputs, douts = [y, r], [self.dy.to(y.dtype), self.dr_out.to(r.dtype)]
         wanted = [t for t in leaves if t is not None]
         grads = iter(torch.autograd.grad(outputs, wanted, douts, allow_unused=True))
-        dx, dresidual, dweight, dbias = [None if t is None else next(grads) for t in leaves]
-        return y.detach(), r.detach(), (dx, dresidual, dweight, dbias)
+        return y.detach(), r.detach(), [None if t is None else next(grads) for t in leaves]
 
     def statistics(self, r):
         r = r.double()
@@ -105,14 +126,16 @@ class Case:
         torch.testing.assert_close(stats, self.statistics(saved), rtol=1e-5, atol=1e-5)
         grads = kernels.norm_bwd(
             self.dy, self.dr_out, saved, self.weight, stats, self.rng, self.p, self.rms,
-            self.residual is not None, self.weight is not None, self.bias is not None,
+            self.residual is not None, self.weight is not None, self.bias is not None, self.x_bias is not None,
         )  # fmt: skip
-        names = ("dx", "dresidual", "dweight", "dbias")
+        names = ("dx", "dresidual", "dweight", "dbias", "dx_bias")
         for name, got, exact, own in zip(names, grads, grads64, grads_own, strict=True):
             if exact is None:
                 assert got.shape == (0,), name
             else:
-                own = own.to(got.dtype)  # dbias comes in the dtype of the weight
+                if name == "dx_bias":  # as PyTorch makes it: from dx in its own dtype
+                    own = grads_own[0].float().sum(0)
+                own = own.to(got.dtype)  # dbias and dx_bias come in the dtype of the weight
                 assert_accurate(got, exact, own, factor=BACKWARD, what=name)
         return y, r, stats, *grads
 
@@ -121,12 +144,48 @@ class Case:
 @pytest.mark.parametrize(
     ("rows", "cols"),
     [(1, 1), (3, 8), (17, 64), (5, 100), (9, 128), (7, 264), (6, 768), (5, 1000), (3, 1023), (3, 2048), (2, 2056),
-     (2, 4096), (2, 8200), (1, 16400)],
+     (2, 4096), (2, 8200), (1, 16400), (2, 65536), (1, 65537)],
 )  # fmt: skip
 def test_widths(kernels, rows, cols):
     if cols > 10000:
-        skip_interpreted(kernels, "slow in the interpreter, where test_norm.py has one such width")
+        skip_interpreted(kernels, "slow in the interpreter, where test_norm.py has such widths")
     Case(rows, cols, FP32, FP32, p=0.1, seed=cols).check(kernels)
+    Case(rows, cols, FP32, FP32, p=0.1, seed=cols, x_bias=FP32).check(kernels)
+
+
+def test_x_bias_changes_nothing_else(kernels):
+    """Gradients beside dx_bias keep their bits, with and without it, on held and on wide rows."""
+    for cols in (96, 2056, 8200):
+        case = Case(40 if cols < 100 else 3, cols, FP32, FP32, p=0.1, x_bias=FP32)
+        _, r, stats = kernels.norm_fwd(*case.arguments())
+        rest = (case.dy, case.dr_out, r, case.weight, stats, case.rng, case.p, False, True, True, True)
+        *plain, none = kernels.norm_bwd(*rest)
+        *beside, dx_bias = kernels.norm_bwd(*rest, True)
+        assert none.shape == (0,)
+        assert all(torch.equal(a, b) for a, b in zip(plain, beside, strict=True))
+        torch.testing.assert_close(dx_bias.double(), plain[0].double().sum(0), rtol=1e-5, atol=1e-5)
+        (alone,) = (t for t in kernels.norm_bwd(*rest[:8], False, False, False, True)[1:] if t.numel())
+        assert torch.equal(alone, dx_bias)
+
+
+@pytest.mark.parametrize("x_bias", [None, FP32])
+@pytest.mark.parametrize("cols", [100, 1024, 4096, 20000])
+def test_number_of_launches(kernels, monkeypatch, x_bias, cols):
+    """One forward; backward one, and one that adds up the sums over rows; rows too wide to be held take one more."""
+    if DEVICE == "cuda":
+        pytest.skip("launches are counted in the emulation and in the interpreter")
+    case = Case(3, cols, FP16, FP32, p=0.1, x_bias=x_bias)
+    launches = kernels.counted(monkeypatch)
+    _, r, stats = kernels.norm_fwd(*case.arguments())
+    assert launches() == 1
+    kernels.norm_infer(*case.arguments())
+    assert launches() == 1
+    rest = (case.dy, case.dr_out, r, case.weight, stats, case.rng, case.p, False, True)
+    kernels.norm_bwd(*rest, True, True, x_bias is not None)
+    held = cols <= 4096 and (kernels.name == "triton" or cols % 8 == 0)
+    assert launches() == (2 if held else 3)
+    kernels.norm_bwd(*rest, False, False, False)
+    assert launches() == 1
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
@@ -139,29 +198,34 @@ def test_widths(kernels, rows, cols):
 def test_dtypes(kernels, x, residual, p, rms):
     skip_interpreted(kernels, "test_norm.py has these in the interpreter")
     Case(11, 136, x, residual, weight=residual or x, bias=FP32, rms=rms, p=p, seed=7).check(kernels)
+    Case(11, 136, x, residual, weight=residual or x, bias=x, rms=rms, p=p, seed=8, x_bias=x).check(kernels)
 
 
 def test_random_cases(kernels):
     skip_interpreted(kernels, "test_norm.py has these in the interpreter")
     for seed in range(20):
         r = random.Random(seed)
-        x, residual, weight, bias = (r.choice(c) for c in ([FP32, FP16], [None, FP32, FP16], *[[None, FP32, FP16]] * 2))
+        x = r.choice([FP32, FP16])
+        residual, weight, bias, x_bias = (r.choice([None, FP32, FP16]) for _ in range(4))
         rows, cols, rms = r.randint(8, 70), r.randint(1, 600), r.random() < 0.5
-        case = Case(rows, cols, x, residual, weight, bias, rms, r.choice([0.0, 0.1, 0.9]), r.random() < 0.5, seed)
+        p, dr_out = r.choice([0.0, 0.1, 0.9]), r.random() < 0.5
+        case = Case(rows, cols, x, residual, weight, bias, rms, p, dr_out, seed, x_bias)
         try:
             case.check(kernels)
         except AssertionError as error:
-            raise AssertionError(f"seed {seed}: {rows}x{cols} {x} {residual} {weight} {bias} rms={rms}") from error
+            raise AssertionError(
+                f"seed {seed}: {rows}x{cols} {x} {residual} {weight} {bias} {x_bias} rms={rms}"
+            ) from error
 
 
 @pytest.mark.parametrize("cols", [96, 100])
 @pytest.mark.parametrize(("offset", "gap"), [(0, 8), (1, 3), (0, 0)])
 def test_nothing_outside_the_operands_is_read(kernels, cols, offset, gap):
-    case = Case(13, cols, FP32, FP32, p=0.1)
+    case = Case(13, cols, FP32, FP32, p=0.1, x_bias=FP32)
     want = case.check(kernels)
     for name in ("x", "residual", "dy", "dr_out"):
         setattr(case, name, guarded(getattr(case, name), offset, gap))
-    case.weight, case.bias = (guarded(t[None], offset)[0] for t in (case.weight, case.bias))
+    case.weight, case.bias, case.x_bias = (guarded(t[None], offset)[0] for t in (case.weight, case.bias, case.x_bias))
     for got, expected in zip(case.check(kernels), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # another path may round differently
 
@@ -175,7 +239,7 @@ def test_expanded_operands(kernels):
     dense = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in case.arguments()]
     for got, want in zip((y, r, stats), kernels.norm_fwd(*dense), strict=True):
         assert torch.equal(got, want)
-    rest = (stats, case.rng, case.p, case.rms, True, True, True)
+    rest = (stats, case.rng, case.p, case.rms, True, True, True, True)
     got = kernels.norm_bwd(case.dy, case.dr_out.t().contiguous().t(), r, case.weight, *rest)
     want = kernels.norm_bwd(case.dy.contiguous(), case.dr_out, r, case.weight.contiguous(), *rest)
     for a, b in zip(got, want, strict=True):
@@ -189,10 +253,9 @@ def test_empty(kernels, shape):
     weight = torch.ones(cols, device=DEVICE)
     y, r, stats = kernels.norm_fwd(x, x, weight, None, None, 0.0, EPS, False)
     assert (y.shape, r.shape, stats.shape) == (shape, shape, (2, rows))
-    grads = kernels.norm_bwd(x, None, r, weight, stats, None, 0.0, False, True, True, True)
-    assert [tuple(g.shape) for g in grads] == [shape, shape, (cols,), (cols,)]
-    assert not grads[2].any()
-    assert not grads[3].any()
+    grads = kernels.norm_bwd(x, None, r, weight, stats, None, 0.0, False, True, True, True, True)
+    assert [tuple(g.shape) for g in grads] == [shape, shape, (cols,), (cols,), (cols,)]
+    assert not any(g.any() for g in grads[2:])
 
 
 def test_more_dimensions_and_no_optional_gradient(kernels):
@@ -202,7 +265,7 @@ def test_more_dimensions_and_no_optional_gradient(kernels):
     assert shaped[0].shape == (2, 3, 2, 40)
     assert torch.equal(shaped[0].view(12, 40), flat[0])
     dx, *others = kernels.norm_bwd(case.dy, None, flat[1], case.weight, flat[2], None, 0.0, False, False, False, False)
-    assert [tuple(t.shape) for t in others] == [(0,)] * 3
+    assert [tuple(t.shape) for t in others] == [(0,)] * 4
     full = kernels.norm_bwd(case.dy, None, flat[1], case.weight, flat[2], None, 0.0, False, True, True, True)
     assert torch.equal(dx, full[0])
 

@@ -11,7 +11,7 @@ from fastattn.training import text as text_module
 from fastattn.training.config import DataConfig, UsageError
 from fastattn.training.data import TextData, random_batch, to_tokens, window_batches
 from fastattn.training.text import fingerprint, read_text, resolve_source, split_text
-from fastattn.training.tokenizer import BpeTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
+from fastattn.training.tokenizer import CharTokenizer, LearntTokenizer, build_tokenizer, load_tokenizer
 
 
 def test_topics_need_no_file():
@@ -113,7 +113,7 @@ def test_char_tokenizer_round_trip(tmp_path):
 
 def test_bpe_tokenizer_round_trip(tmp_path):
     text = read_text("topics")[:60_000]
-    tokenizer = build_tokenizer("bpe", text, text[:50_000], 400)
+    tokenizer = build_tokenizer("bpe", [text], text[:50_000].splitlines(keepends=True), 400)
     assert tokenizer.vocab_size == 400
     sample = text[50_000:] + "\U0001f600 never seen ü\n"
     numbers = tokenizer.encode(sample)
@@ -122,15 +122,15 @@ def test_bpe_tokenizer_round_trip(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json())
     loaded = load_tokenizer(path)
-    assert isinstance(loaded, BpeTokenizer)
+    assert isinstance(loaded, LearntTokenizer)
     assert loaded.encode(sample) == numbers
-    assert BpeTokenizer.train(text[:50_000], 400).to_json() == tokenizer.to_json()
+    assert LearntTokenizer.train("bpe", text[:50_000].splitlines(keepends=True), 400).to_json() == tokenizer.to_json()
 
 
 def test_long_text_is_encoded_by_pieces():
     text = read_text("topics")[:5000]
     for kind in ("char", "bpe"):
-        tokenizer = build_tokenizer(kind, text, text, 300)
+        tokenizer = build_tokenizer(kind, [text], text.splitlines(keepends=True), 300)
         tokens = to_tokens(tokenizer, text, piece=7)
         assert tokens.dtype == torch.int32
         assert tokenizer.decode(tokens.tolist()) == text

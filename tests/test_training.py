@@ -19,7 +19,7 @@ from fastattn.training import checkpoint as ckpt
 from fastattn.training import loop
 from fastattn.training.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UsageError
 from fastattn.training.evaluate import evaluate_run, load_run, summed_loss
-from fastattn.training.loop import Trainer, learning_rate, train
+from fastattn.training.loop import Trainer, train
 from fastattn.training.metrics import MetricsLog, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -307,29 +307,6 @@ def die_before(n):
 
     for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree")):
         setattr(owner, name, counted(getattr(owner, name)))
-
-
-def test_schedule():
-    optim = OptimConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=9)
-    rates = [learning_rate(step, 100, optim) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[8] == pytest.approx(0.9)
-    assert rates[9] == pytest.approx(1.0)
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[100] == pytest.approx(0.1)
-    middle = learning_rate(60, 111, optim)
-    assert middle == pytest.approx(0.55)
-    flat = OptimConfig(learning_rate=1.0, min_learning_rate=1.0, warmup_steps=0)
-    assert [learning_rate(step, 3, flat) for step in range(3)] == [1.0, 1.0, 1.0]
-
-
-def test_weight_decay_is_on_matrices_only():
-    model = torch.nn.TransformerEncoderLayer(8, 2, 16)
-    decayed, others = loop.build_optimizer(model, OptimConfig(weight_decay=0.3), fused=False).param_groups
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
-    assert {p.dim() for p in decayed["params"]} == {2}
-    assert {p.dim() for p in others["params"]} == {1}
-    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
 def test_early_stopping(tmp_path, text_file, capsys):

@@ -20,7 +20,9 @@ SIZES = dict.fromkeys(
     "i32",
 )
 FP32 = dict.fromkeys(("scale", "eps"), "fp32") | {"stats_ptr": "*fp32", "rng_ptr": "*i64"}
-PARTIALS = dict.fromkeys(("dweight_ptr", "dbias_ptr", "dweight_partials_ptr", "dbias_partials_ptr"), "*fp32")
+PARTIALS = dict.fromkeys(
+    (f"{name}{kind}_ptr" for name in ("dweight", "dbias", "dx_bias") for kind in ("", "_partials")), "*fp32"
+)
 
 
 SUMS = ("norm_bwd_strip_kernel", "add_up_kernel")
@@ -30,9 +32,11 @@ def config(module, kernel, arch, dtypes, num_warps, **constants):
     x, r = dtypes
     types = SIZES | FP32 | PARTIALS | dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"), x)
     types |= dict.fromkeys(("residual_ptr", "r_ptr", "dr_out_ptr", "dresidual_ptr", "out_ptr"), r)
-    types |= dict.fromkeys(("weight_ptr", "bias_ptr"), "*fp32" if x == "*fp32" else x)
+    types |= dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr"), "*fp32" if x == "*fp32" else x)
     if kernel.startswith("norm_"):
         constants["RMS"] = False
+    if kernel == "norm_bwd_kernel" and constants["BLOCK_N"] > norm.BIASED_HELD:
+        constants["dx_bias_ptr"] = None
     return {"module": module.__name__, "kernel": kernel, "arch": arch, "num_warps": num_warps, "types": types,
             "constants": constants}  # fmt: skip
 

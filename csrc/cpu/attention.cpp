@@ -36,15 +36,8 @@ void FASTATTN_CPU_NAME(attention_dbias)(const AttentionArgs& args) {
   }
 }
 
-void FASTATTN_CPU_NAME(attention_reduce_dq)(const AttentionArgs& args) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return reduce_dq<float>(args);
-    case DType::kBFloat16:
-      return reduce_dq<BF16>(args);
-    case DType::kFloat16:
-      return reduce_dq<FP16>(args);
-  }
+void FASTATTN_CPU_NAME(attention_dq)(const AttentionArgs& args) {
+  return args.dtype == DType::kBFloat16 ? query_gradient<BF16, false>(args) : query_gradient<FP16, false>(args);
 }
 
 }  // namespace fastattn

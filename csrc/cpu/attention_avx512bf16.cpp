@@ -11,6 +11,10 @@ void attention_bwd_avx512bf16(const AttentionArgs& args) {
   backward<BF16, true>(args);
 }
 
+void attention_dq_avx512bf16(const AttentionArgs& args) {
+  query_gradient<BF16, true>(args);
+}
+
 void attention_dbias_avx512bf16(const AttentionArgs& args) {
   bias_gradient<BF16, true>(args);
 }

@@ -6,62 +6,28 @@
 #include <algorithm>
 #include <array>
 #include <tuple>
+#include <vector>
 
-#include "check.h"
+#include "attention_host.h"
 #include "dispatch.h"
 
 namespace {
 
 using fastattn::AttentionArgs;
+using fastattn::contiguous;
 using fastattn::DType;
 using fastattn::dtype_of;
-using fastattn::HeadTensor;
+using fastattn::empty_in_layout;
+using fastattn::empty_strided;
+using fastattn::heads;
+using fastattn::inner_contiguous;
+using fastattn::kAttentionPieceKeys;
+using fastattn::OptionalTensor;
 using fastattn::ScoreTensor;
+using fastattn::vector_data;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Kernel = void (*)(const AttentionArgs&);
-
-#if defined(__x86_64__)
-#define SELECT(name, dtype)                                                                        \
-  (dtype == DType::kBFloat16 && fastattn::cpu_capability() == fastattn::CpuCapability::kAvx512Bf16 \
-       ? static_cast<Kernel>(fastattn::name##_avx512bf16)                                          \
-       : static_cast<Kernel>(FASTATTN_SELECT_CPU(name)))
-#else
-#define SELECT(name, dtype) static_cast<Kernel>(FASTATTN_SELECT_CPU(name))
-#endif
-
-template <size_t N>
-Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// (batch, heads, seqlen, last), its first three dimensions nested as those of `like`; the fake does the same.
-Tensor empty_in_layout(const Tensor& like, int64_t last) {
-  std::array<int, 3> order{0, 1, 2};
-  if (like.stride(0) && like.stride(1) && like.stride(2)) {
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
-  }
-  std::array<int64_t, 4> sizes{like.size(0), like.size(1), like.size(2), last}, strides{0, 0, 0, 1};
-  int64_t stride = std::max<int64_t>(1, last);
-  for (int n = 2; n >= 0; --n) {
-    strides[order[n]] = stride;
-    stride *= std::max<int64_t>(1, sizes[order[n]]);
-  }
-  return empty_strided(sizes, strides, like.scalar_type());
-}
-
-Tensor inner_contiguous(const Tensor& t) {
-  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-}
-
-HeadTensor heads(const Tensor& t, bool packed) {
-  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
-}
 
 // Dimensions of size 1 become stride 0.
 ScoreTensor scores(const Tensor& t) {
@@ -76,17 +42,6 @@ void check_scores(const Tensor& t, const AttentionArgs& args, const char* name) 
     STD_TORCH_CHECK(t.size(d) == full[d] || t.size(d) == 1, name, " must have size 1 or ", full[d], " in dimension ", d,
                     ", got ", t.size(d));
   }
-}
-
-template <typename T>
-const T* vector_data(const OptionalTensor& t, ScalarType dtype, int64_t size, const char* name) {
-  if (!t) {
-    return nullptr;
-  }
-  STD_TORCH_CHECK(t->scalar_type() == dtype && t->numel() == size && t->is_contiguous(), name, " must be contiguous ",
-                  torch::headeronly::toString(dtype), " of ", size, " elements, got ",
-                  torch::headeronly::toString(t->scalar_type()), " of ", t->numel());
-  return static_cast<const T*>(t->const_data_ptr());
 }
 
 // cu_seqlens rises from 0 to total; the longest sequence
@@ -109,10 +64,6 @@ struct Inputs {
   bool top_left;
   double softcap, dropout_p, scale;
 };
-
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
-}
 
 // Everything but the outputs, checked.
 AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, Inputs& in) {
@@ -174,17 +125,20 @@ AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, Input
   args.softcap = static_cast<float>(in.softcap);
   args.scale = static_cast<float>(in.scale);
   args.dropout = fastattn::dropout_args(in.rng, in.dropout_p);
-  args.chunks = 1;
   return args;
 }
 
 // Runs the kernel on torch's threads. They take tasks from a common counter, the first free one the next.
 void run(Kernel kernel, AttentionArgs& args, int64_t tasks) {
+  constexpr int64_t kLeastWork = 1 << 17;  // multiplications that are worth waking a thread: some microseconds
+  const int64_t work = args.batch * args.n_heads * args.seqlen_q * args.seqlen_k * (args.head_dim + args.head_dim_v) /
+                       std::max<int64_t>(1, tasks);
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   args.next = &next;
   args.failed = &failed;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) { kernel(args); });
+  torch::stable::parallel_for(0, tasks, kLeastWork / std::max<int64_t>(1, work) + 1,
+                              [&](int64_t, int64_t) { kernel(args); });
   STD_TORCH_CHECK(!failed, "attention: out of memory");
 }
 
@@ -213,17 +167,16 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in,
   args.v = heads(v, packed);
   args.out = heads(out, packed);
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  run(SELECT(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+  run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
   return {out, lse};
 }
 
-// Parts of a head's keys that are worked on at the same time. Depends on sizes alone, never on the number of threads,
-// so that results do not either.
-int64_t key_chunks(const AttentionArgs& args) {
-  constexpr int64_t kTasks = 8, kMinTiles = 4;
+// Whether tasks are pieces of a head's keys. Depends on sizes alone, never on the number of threads, so that results do
+// not either.
+bool splits_keys(const AttentionArgs& args) {
+  constexpr int64_t kManyTasks = 8;
   const bool whole_batch = args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch;
-  const int64_t heads = std::max<int64_t>(1, (whole_batch ? 1 : args.batch) * args.n_kv_heads);
-  return std::max<int64_t>(1, std::min((kTasks + heads - 1) / heads, blocks_of(args.seqlen_k) / kMinTiles));
+  return (whole_batch ? 1 : args.batch) * args.n_kv_heads < kManyTasks && args.seqlen_k > kAttentionPieceKeys;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
@@ -277,24 +230,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const Tensor dsink_partial =
       torch::stable::new_zeros(q, {in.sink ? args.batch * args.n_heads : 0}, ScalarType::Float);
   args.dsink_partial = in.sink ? static_cast<float*>(dsink_partial.mutable_data_ptr()) : nullptr;
-  args.chunks = key_chunks(args);
-  const Tensor dq_partial = torch::stable::new_empty(
-      q,
-      {args.chunks > 1 ? args.chunks * args.batch * args.n_heads * args.seqlen_q * ((args.head_dim + 15) / 16 * 16)
-                       : 0},
-      ScalarType::Float);
-  args.dq_partial = static_cast<float*>(dq_partial.mutable_data_ptr());
+  args.split = splits_keys(args);
+  const bool in_place = args.dtype == DType::kFloat32;
+  const int64_t query_tasks = args.batch * args.n_heads * blocks_of(args.seqlen_q);
+  std::vector<std::atomic<int32_t>> dq_turns(args.split && in_place ? query_tasks : 0);
+  args.dq_turns = dq_turns.data();
 
-  run(SELECT(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * args.chunks);
-  if (args.chunks > 1) {
-    run(FASTATTN_SELECT_CPU(attention_reduce_dq), args, args.batch * args.n_heads);
+  const int64_t pieces = args.split ? (args.seqlen_k + kAttentionPieceKeys - 1) / kAttentionPieceKeys : 1;
+  run(FASTATTN_SELECT_CPU_BF16(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * pieces);
+  if (args.split && !in_place) {
+    run(FASTATTN_SELECT_CPU_BF16(attention_dq, args.dtype), args, query_tasks);
   }
   if (need_dbias && full == 0) {
     torch::stable::zero_(dbias);
   } else if (need_dbias && args.dbias_from == AttentionArgs::DbiasFrom::kOwnPass) {
     const int64_t parts = std::max<int64_t>(dbias.size(2) > 1 ? blocks_of(args.seqlen_q) : 1,
                                             dbias.size(3) > 1 ? blocks_of(args.seqlen_k) : 1);
-    run(SELECT(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
+    run(FASTATTN_SELECT_CPU_BF16(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
   }
   if (in.sink) {
     float* total = static_cast<float*>(dsink.mutable_data_ptr());

@@ -43,19 +43,6 @@ inline Vec lanes_from(float first) {
   return Vec::load(kIota) + Vec::fill(first);
 }
 
-inline Vec tanh(Vec x) {
-  const Vec e = exp2<false>(abs(x) * Vec::fill(-2 * kLog2e));
-  Vec large = (Vec::fill(1.f) - e) / (Vec::fill(1.f) + e);
-  large = select(x < Vec::fill(0.f), -large, large);
-  const Vec s = x * x;  // Taylor: 1 - e would lose digits
-  Vec p = fma(Vec::fill(21844.f / 6081075), s, Vec::fill(-1382.f / 155925));
-  p = fma(p, s, Vec::fill(62.f / 2835));
-  p = fma(p, s, Vec::fill(-17.f / 315));
-  p = fma(p, s, Vec::fill(2.f / 15));
-  p = fma(p, s, Vec::fill(-1.f / 3));
-  return select(abs(x) < Vec::fill(0.3f), fma(p * s, x, x), large);
-}
-
 // dst[r][lane]: scale where halfword (first + r) % 8 of the Philox block of row + lane is kept, else 0; r < count.
 // Key and counter as reference.philox_keep has them.
 inline void keep_group(float* dst, uint32_t group, int first, int count, uint32_t row, uint32_t slab,
@@ -340,9 +327,8 @@ class Scores {
       return;
     }
     const int64_t size = args_.bias_dtype == DType::kFloat32 ? 4 : 2;
-    i0 += backward_ ? kLanes : 0;
-    j0 += backward_ ? 0 : kKeys;
-    if (i0 + rows > sequence_->len_q || j0 + kKeys > sequence_->len_k) {
+    j0 += kKeys;
+    if (j0 + kKeys > sequence_->len_k) {
       return;
     }
     const char* src = static_cast<const char*>(t.data) + (bias_offset_ + i0 * t.row + j0) * size;

@@ -151,16 +151,17 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t d
   }
 }
 
-// 2^x for x <= 128 or so: 0 below -126, NaN stays NaN. Relative error below 1e-7, in the short form below 3e-6.
+// 2^x for x <= 128 or so: 0 below -126.5, NaN stays NaN. Relative error below 1e-7, in the short form below 3e-6.
 template <bool kShort>
 inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   const Vec n = round(x);
   const Vec f = x - n;
 #else
-  const Vec y = max(Vec::fill(-126.f), x);
-  const Vec n = round(y);
-  const Vec f = y - n;
+  // the sum rounds to a whole number, and its lowest bits are then the exponent of 2^n; that of 2^-127 makes a 0
+  const Vec y = max(Vec::fill(-127.f), x), magic = Vec::fill(0x1.8p23f + 127);
+  const Vec shifted = y + magic;
+  const Vec f = y - (shifted - magic);
 #endif
   Vec p;
   if constexpr (kShort) {
@@ -177,10 +178,10 @@ inline Vec exp2(Vec x) {
     p = fma(p, f, Vec::fill(1.f));
   }
 #if defined(__AVX512F__)
-  // not (x < -126), so that NaN passes; the masked lanes, -inf among them, become 0
-  return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.f), _CMP_NLT_UQ), p.v, n.v)};
+  // not (x < -126.5), so that NaN passes; the masked lanes, -inf among them, become 0
+  return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.5f), _CMP_NLT_UQ), p.v, n.v)};
 #else
-  return select(x < Vec::fill(-126.f), Vec::fill(0.f), scale_by_power_of_2(p, n));
+  return p * exponent_from_low_bits(shifted);
 #endif
 }
 

@@ -22,3 +22,14 @@
 #else
 #define FASTATTN_SELECT_CPU(name) (fastattn::name##_default)
 #endif
+
+// The same for kernels that have a variant of their own for bfloat16.
+#if defined(__x86_64__)
+#define FASTATTN_SELECT_CPU_BF16(name, dtype)                                                                    \
+  ([](fastattn::DType type) {                                                                                    \
+    static const bool dots = fastattn::cpu_capability() == fastattn::CpuCapability::kAvx512Bf16;                 \
+    return dots && type == fastattn::DType::kBFloat16 ? fastattn::name##_avx512bf16 : FASTATTN_SELECT_CPU(name); \
+  }(dtype))
+#else
+#define FASTATTN_SELECT_CPU_BF16(name, dtype) FASTATTN_SELECT_CPU(name)
+#endif

@@ -14,7 +14,7 @@ void FASTATTN_CPU_NAME(dropout_fwd)(const DropoutArgs& args, int64_t begin, int6
       using R = decltype(out_type);
       for (int64_t row = begin; row < end; ++row) {
         const R* residual = static_cast<const R*>(args.residual);
-        dropout_add_row(static_cast<const X*>(args.x) + row * args.x_stride,
+        dropout_add_row(static_cast<const X*>(args.x) + row * args.x_stride, nullptr,
                         residual ? residual + row * args.residual_stride : nullptr,
                         static_cast<R*>(args.out) + row * args.cols, args.cols, row, args.dropout);
       }

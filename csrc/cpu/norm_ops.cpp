@@ -57,15 +57,17 @@ class Parameter {
 // Runs the forward; the caller has set y, and r, mean and rstd where it wants them.
 void forward(fastattn::NormFwdArgs args, const Tensor& x, const std::optional<Tensor>& residual,
              const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& rng,
-             double dropout_p, double eps, bool rms) {
+             double dropout_p, double eps, bool rms, const std::optional<Tensor>& x_bias) {
   const Rows in = fastattn::as_rows(x);
   const Rows added = fastattn::as_rows_like(residual, x, "residual");
   const Parameter weights(weight, in.cols, "weight");
   const Parameter biases(bias, in.cols, "bias");
+  const Parameter x_biases(x_bias, in.cols, "x_bias");
   args.x = in.tensor.const_data_ptr();
   args.residual = residual ? added.tensor.const_data_ptr() : nullptr;
   args.weight = weights.data;
   args.bias = biases.data;
+  args.x_bias = x_biases.data;
   args.rows = in.rows;
   args.cols = in.cols;
   args.x_stride = in.stride;
@@ -81,18 +83,19 @@ void forward(fastattn::NormFwdArgs args, const Tensor& x, const std::optional<Te
 
 Tensor norm_infer(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& rng, double dropout_p, double eps,
-                  bool rms) {
+                  bool rms, const std::optional<Tensor>& x_bias) {
   const Tensor y = fastattn::empty_cpu(x.sizes(), x.scalar_type());
   fastattn::NormFwdArgs args{};
   args.y = y.mutable_data_ptr();
-  forward(args, x, residual, weight, bias, rng, dropout_p, eps, rms);
+  forward(args, x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias);
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_fwd(const Tensor& x, const std::optional<Tensor>& residual,
                                             const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                            const std::optional<Tensor>& rng, double dropout_p, double eps, bool rms) {
-  const bool plain = !residual && !rng;  // then r is x
+                                            const std::optional<Tensor>& rng, double dropout_p, double eps, bool rms,
+                                            const std::optional<Tensor>& x_bias) {
+  const bool plain = !residual && !rng && !x_bias;  // then r is x
   const int64_t cols = x.dim() ? x.size(x.dim() - 1) : 0;
   const int64_t rows = cols ? x.numel() / cols : 0;
   const Tensor y = fastattn::empty_cpu(x.sizes(), x.scalar_type());
@@ -104,15 +107,15 @@ std::tuple<Tensor, Tensor, Tensor> norm_fwd(const Tensor& x, const std::optional
   args.r = plain ? nullptr : r.mutable_data_ptr();
   args.rstd = static_cast<float*>(stats.mutable_data_ptr()) + (rms ? 0 : rows);
   args.mean = rms ? nullptr : static_cast<float*>(stats.mutable_data_ptr());
-  forward(args, x, residual, weight, bias, rng, dropout_p, eps, rms);
+  forward(args, x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias);
   return {y, r, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, const std::optional<Tensor>& dr_out,
-                                                    const Tensor& r, const std::optional<Tensor>& weight,
-                                                    const Tensor& stats, const std::optional<Tensor>& rng,
-                                                    double dropout_p, bool rms, bool separate_dresidual,
-                                                    bool need_dweight, bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, const std::optional<Tensor>& dr_out,
+                                                            const Tensor& r, const std::optional<Tensor>& weight,
+                                                            const Tensor& stats, const std::optional<Tensor>& rng,
+                                                            double dropout_p, bool rms, bool separate_dresidual,
+                                                            bool need_dweight, bool need_dbias, bool need_dx_bias) {
   constexpr int64_t kMaxChunks = 64;
   constexpr int64_t kMinRows = 32;  // a chunk reads dy and r that many times as often as it writes its sums
   const Rows grad = fastattn::as_rows(dy);
@@ -131,6 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, const std:
       separate_dresidual ? fastattn::empty_cpu(dy.sizes(), r.scalar_type()) : fastattn::empty_cpu({0}, r.scalar_type());
   const Tensor dweight = fastattn::empty_cpu({need_dweight ? cols : 0}, weight_type);
   const Tensor dbias = fastattn::empty_cpu({need_dbias ? cols : 0}, weight_type);
+  const Tensor dx_bias = fastattn::empty_cpu({need_dx_bias ? cols : 0}, weight_type);
 
   fastattn::NormBwdArgs args{};
   args.dy = grad.tensor.const_data_ptr();
@@ -144,6 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, const std:
   args.dresidual = separate_dresidual ? dresidual.mutable_data_ptr() : nullptr;
   args.dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr;
   args.dbias = need_dbias ? dbias.mutable_data_ptr() : nullptr;
+  args.dx_bias = need_dx_bias ? dx_bias.mutable_data_ptr() : nullptr;
   args.rows = rows;
   args.cols = cols;
   args.dy_stride = grad.stride;
@@ -155,8 +160,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, const std:
   args.r_dtype = dtype_of(r, "r");
   args.weight_dtype = weight ? dtype_of(*weight, "weight") : fastattn::DType::kFloat32;
   args.dropout = fastattn::dropout_args(rng, dropout_p);
-  const bool needs_sums = need_dweight || need_dbias;
-  const Tensor sums = fastattn::empty_cpu({needs_sums ? args.chunks * 2 * cols : 0}, ScalarType::Float);
+  const bool needs_sums = need_dweight || need_dbias || need_dx_bias;
+  const Tensor sums =
+      fastattn::empty_cpu({needs_sums ? args.chunks * fastattn::kNormSums * cols : 0}, ScalarType::Float);
   args.sums = static_cast<float*>(sums.mutable_data_ptr());
 
   const auto chunks = FASTATTN_SELECT_CPU(norm_bwd);
@@ -167,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, const std:
     fastattn::for_pieces(cols, std::max<int64_t>(1, args.chunks),
                          [&](int64_t begin, int64_t end) { columns(args, begin, end); });
   }
-  return {dx, dresidual, dweight, dbias};
+  return {dx, dresidual, dweight, dbias, dx_bias};
 }
 
 }  // namespace

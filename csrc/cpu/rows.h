@@ -104,15 +104,18 @@ inline Sums<kSums> sum_columns(int64_t cols, Add add) {
 // Columns whose keep bits are drawn together.
 constexpr int64_t kDropBlock = 512;
 
-// out = keep * scale * x + residual for one row; residual may be null, dropout may be off.
+// out = keep * scale * (x + x_bias) + residual for one row; x_bias and residual may be null, dropout may be off.
 template <typename X, typename R>
-inline void dropout_add_row(const X* x, const R* residual, R* out, int64_t cols, int64_t row,
+inline void dropout_add_row(const X* x, const float* x_bias, const R* residual, R* out, int64_t cols, int64_t row,
                             const fastattn::Dropout& dropout) {
   const Vec zero = Vec::fill(0.f);
+  const auto biased = [&](int64_t i, auto lanes) {
+    const Vec v = load(x + i, lanes);
+    return x_bias ? v + load(x_bias + i, lanes) : v;
+  };
   const auto add_residual = [&](Vec v, int64_t i, auto lanes) { return residual ? v + load(residual + i, lanes) : v; };
   if (!dropout.rng) {
-    for_columns(cols,
-                [&](int64_t i, auto lanes) { store(add_residual(load(x + i, lanes), i, lanes), out + i, lanes); });
+    for_columns(cols, [&](int64_t i, auto lanes) { store(add_residual(biased(i, lanes), i, lanes), out + i, lanes); });
     return;
   }
   const Vec scale = Vec::fill(dropout.scale);
@@ -121,7 +124,7 @@ inline void dropout_add_row(const X* x, const R* residual, R* out, int64_t cols,
     const int64_t n = cols - first < kDropBlock ? cols - first : kDropBlock;
     draw_keep(dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), first, n, keep);
     for_columns(n, [&](int64_t i, auto lanes) {
-      const Vec dropped = select(keep_mask(keep, i), load(x + first + i, lanes) * scale, zero);
+      const Vec dropped = select(keep_mask(keep, i), biased(first + i, lanes) * scale, zero);
       store(add_residual(dropped, first + i, lanes), out + first + i, lanes);
     });
   }

@@ -90,6 +90,12 @@ struct Vec {
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const BF16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const FP16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // 2 * kSize elements in half the work of two loads: those with an even index, and those with an odd one
+  static void load_halves(const BF16* p, Vec& even, Vec& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BF16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p)); }
   void store(FP16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p)); }
@@ -169,6 +175,10 @@ inline Mask operator<(Vec a, Vec b) {
 inline Vec select(Mask mask, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(mask.m, b.v, a.v)};
 }  // mask ? a : b
+// lanes 1, 0, 3, 2, ...
+inline Vec swap_pairs(Vec a) {
+  return {_mm512_permute_ps(a.v, 0b10110001)};
+}
 // a * 2^n for a whole n
 inline Vec scale_by_power_of_2(Vec a, Vec n) {
   return {_mm512_scalef_ps(a.v, n.v)};
@@ -208,6 +218,11 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
   }
   static Vec load(const FP16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static void load_halves(const BF16* p, Vec& even, Vec& odd) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(BF16* p) const {
     const __m256i bits = _mm256_castps_si256(v);
@@ -281,6 +296,9 @@ inline Mask operator<(Vec a, Vec b) {
 inline Vec select(Mask mask, Vec a, Vec b) {
   return {_mm256_blendv_ps(b.v, a.v, mask.m)};
 }
+inline Vec swap_pairs(Vec a) {
+  return {_mm256_permute_ps(a.v, 0b10110001)};
+}
 // a * 2^n in two steps, so that subnormal results are reached: |n| <= 252
 inline Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n.v);
@@ -289,6 +307,10 @@ inline Vec scale_by_power_of_2(Vec a, Vec n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
   };
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
+}
+// the float whose sign and exponent are the lowest nine bits of a
+inline Vec exponent_from_low_bits(Vec a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
 
 #else
@@ -308,6 +330,10 @@ struct Vec {
   template <typename T>
   static Vec load(const T* p) {
     return {Float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+  }
+  static void load_halves(const BF16* p, Vec& even, Vec& odd) {
+    even.v = Float4{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])};
+    odd.v = Float4{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])};
   }
   template <typename T>
   void store(T* p) const {
@@ -366,10 +392,16 @@ inline Mask operator<(Vec a, Vec b) {
 inline Vec select(Mask mask, Vec a, Vec b) {
   return {mask.m ? a.v : b.v};
 }
+inline Vec swap_pairs(Vec a) {
+  return {Float4{a.v[1], a.v[0], a.v[3], a.v[2]}};
+}
 inline Vec scale_by_power_of_2(Vec a, Vec n) {
   const Int4 whole = __builtin_convertvector(n.v, Int4);
   const Int4 half = whole >> 1;
   return {a.v * reinterpret_cast<Float4>((half + 127) << 23) * reinterpret_cast<Float4>((whole - half + 127) << 23)};
+}
+inline Vec exponent_from_low_bits(Vec a) {
+  return {reinterpret_cast<Float4>(reinterpret_cast<Int4>(a.v) << 23)};
 }
 
 #endif
@@ -401,6 +433,19 @@ inline Vec exp(Vec x) {
   p = fma(p, f, Vec::fill(5.0000001201e-1f));
   p = fma(p, f * f, f + Vec::fill(1.f));
   return scale_by_power_of_2(p, n);
+}
+
+inline Vec tanh(Vec x) {
+  const Vec e = exp(abs(x) * Vec::fill(-2.f));
+  Vec large = (Vec::fill(1.f) - e) / (Vec::fill(1.f) + e);
+  large = select(x < Vec::fill(0.f), -large, large);
+  const Vec s = x * x;  // Taylor: 1 - e would lose digits
+  Vec p = fma(Vec::fill(21844.f / 6081075), s, Vec::fill(-1382.f / 155925));
+  p = fma(p, s, Vec::fill(62.f / 2835));
+  p = fma(p, s, Vec::fill(-17.f / 315));
+  p = fma(p, s, Vec::fill(2.f / 15));
+  p = fma(p, s, Vec::fill(-1.f / 3));
+  return select(abs(x) < Vec::fill(0.3f), fma(p * s, x, x), large);
 }
 
 }  // namespace

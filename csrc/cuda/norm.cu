@@ -1,16 +1,17 @@
-// LayerNorm and RMSNorm with the dropout and the residual add before them.
+// LayerNorm and RMSNorm with the bias, the dropout and the residual add before them.
 //
-//   r = keep * dropout_scale * x + residual      rounded to the dtype of the residual, or of x, before it is normalised
-//   y = (r - mean) * rstd * weight + bias        rms: mean = 0
+//   r = keep * dropout_scale * (x + x_bias) + residual        rounded to the dtype of the residual, or of x, at once
+//   y = (r - mean) * rstd * weight + bias                     rms: mean = 0
 //   wdy = weight * dy,  xhat = (r - mean) * rstd
 //   dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out          rms: without mean(wdy)
 //   dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
+//   dx_bias = sum_rows(dx)
 //
 // Forward: 8 to 512 threads own a row and hold it in registers; statistics are centred, in fp32. Backward: blocks stay
-// and walk over the rows; each thread adds up dweight and dbias of its columns, each block writes one row of fp32 sums,
-// a second kernel adds those in a fixed order: no atomics. Rows that are wide, not aligned to 16 bytes, or of a rare
-// pair of dtypes are read again from the cache instead of held, by kernels without template parameters. Saved: r and
-// the fp32 statistics, never a mask. Limits: fewer than 2^31 columns. Reference: fastattn.reference.norm
+// and walk over the rows; each thread adds up dweight, dbias and dx_bias of its columns, each block writes rows of fp32
+// sums, a second kernel adds those in a fixed order: no atomics. Rows that are wide, not aligned to 16 bytes, or of a
+// rare pair of dtypes are read again from the cache instead of held, by kernels without template parameters. Saved: r
+// and the fp32 statistics, never a mask. Limits: fewer than 2^31 columns. Reference: fastattn.reference.norm
 #include "common.cuh"
 
 namespace fastattn {
@@ -32,6 +33,14 @@ __device__ __forceinline__ void load_r(float (&r)[kGroups][kGroup], const NormFw
                  start, aligned);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
+    if (args.x_bias != nullptr) {
+      float x_bias[1][kGroup];
+      load_groups<Dynamic>(x_bias, args.x_bias, args.x_bias_dtype, 0, cols, start + g * blockDim.x * kGroup, aligned);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        r[g][i] += x_bias[0][i];
+      }
+    }
     dropout.apply(r[g], row, first_col(start, g));
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -45,18 +54,26 @@ __device__ __forceinline__ float centered(float r, float mean, int col, int cols
   return col < cols ? r - mean : 0.f;
 }
 
+// adds r - mean and its square to the two sums
 template <int kGroups>
-__device__ __forceinline__ float sum_of_squares(const float (&r)[kGroups][kGroup], float mean, int cols, int start) {
-  float sum = 0.f;
+__device__ __forceinline__ void add_centered(float (&sums)[2], const float (&r)[kGroups][kGroup], float mean, int cols,
+                                             int start) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const float value = centered(r[g][i], mean, first_col(start, g) + i, cols);
-      sum += value * value;
+      sums[0] += value;
+      sums[1] += value * value;
     }
   }
-  return sum;
+}
+
+// rstd from those sums over the row. The first is what rounding took from the mean; with it a constant row becomes 0.
+__device__ __forceinline__ float finish_stats(float& mean, const float (&sums)[2], const NormFwdArgs& args) {
+  const float rest = args.rms ? 0.f : sums[0] / args.cols;
+  mean += rest;
+  return rsqrtf(fmaxf(sums[1] / args.cols - rest * rest, 0.f) + args.eps);
 }
 
 template <int kGroups>
@@ -135,9 +152,10 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_kernel(NormFwdArgs args)
     row_sum(sum);
     mean = sum[0] / args.cols;
   }
-  float squares[1] = {sum_of_squares(r, mean, cols, 0)};
-  row_sum(squares);
-  const float rstd = rsqrtf(squares[0] / args.cols + args.eps);
+  float sums[2] = {0.f, 0.f};
+  add_centered(sums, r, mean, cols, 0);
+  row_sum(sums);
+  const float rstd = finish_stats(mean, sums, args);
 
   store_stats(args, mean, rstd, row);
   store_r_and_y<X, R>(r, args, mean, rstd, row, cols, 0, true);
@@ -161,13 +179,13 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_wide_kernel(NormFwdArgs 
     row_sum(sum);
     mean = sum[0] / args.cols;
   }
-  float squares[1] = {0.f};
+  float sums[2] = {0.f, 0.f};
   for (int64_t start = 0; start < cols; start += step) {
     load_r<Dynamic, Dynamic>(r, args, dropout, row, cols, start, aligned);
-    squares[0] += sum_of_squares(r, mean, cols, start);
+    add_centered(sums, r, mean, cols, start);
   }
-  row_sum(squares);
-  const float rstd = rsqrtf(squares[0] / args.cols + args.eps);
+  row_sum(sums);
+  const float rstd = finish_stats(mean, sums, args);
 
   store_stats(args, mean, rstd, row);
   for (int64_t start = 0; start < cols; start += step) {
@@ -221,7 +239,7 @@ __device__ __forceinline__ void load_weight(float (&weight)[kGroups][kGroup], co
   }
 }
 
-// dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out in place of dy; dx and dresidual from it
+// dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out; dresidual from it, and dx, which stays in dy
 template <typename X, typename R, int kGroups>
 __device__ __forceinline__ void store_dr(float (&dy)[kGroups][kGroup], const float (&r)[kGroups][kGroup],
                                          const float (&dr_out)[kGroups][kGroup], const float (&weight)[kGroups][kGroup],
@@ -246,20 +264,32 @@ __device__ __forceinline__ void store_dr(float (&dy)[kGroups][kGroup], const flo
   store_groups<X>(dy, args.dx, args.x_dtype, row * args.cols, cols, start, aligned);
 }
 
-// The sums over the rows of the block go to row `chunk` of args.sums: dweight or dbias, by `which`.
+// Registers decide how many blocks share a multiprocessor: 80 in 768 threads, 128 in 512.
 template <int kGroups>
-__device__ __forceinline__ void store_sums(const float (&sum)[kGroups][kGroup], const NormBwdArgs& args, int chunk,
-                                           int which, int start) {
-  extern __shared__ float buffer[];  // (blockDim.y, kGroups, kGroup, blockDim.x): no bank conflicts
-  float* out = args.sums + (static_cast<int64_t>(chunk) * 2 + which) * args.cols;
-  __syncthreads();
+constexpr int kBwdBlock = kGroups == 1 ? kBwdThreads : kMaxThreads;
+template <int kGroups>
+constexpr int kBwdResidentThreads = kGroups == 1 ? 768 : 512;
+
+// A place in shared memory for each value that a thread holds: (kGroups, kGroup, thread), without bank conflicts.
+// dweight and dbias come here at the end; dx_bias grows here, where registers are scarce.
+template <int kGroups, typename Action>
+__device__ __forceinline__ void for_places(Action action) {
+  extern __shared__ float buffer[];
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      buffer[((threadIdx.y * kGroups + g) * kGroup + i) * blockDim.x + threadIdx.x] = sum[g][i];
+      action(buffer[(g * kGroup + i) * kBwdBlock<kGroups> + threadIdx.y * blockDim.x + threadIdx.x], g, i);
     }
   }
+}
+
+// The sums over the rows of the block, from shared memory to row `chunk` of args.sums: those of dweight, dbias or
+// dx_bias, by `which`.
+template <int kGroups>
+__device__ __forceinline__ void add_places(const NormBwdArgs& args, int chunk, int which, int start) {
+  extern __shared__ float buffer[];
+  float* out = args.sums + (static_cast<int64_t>(chunk) * kNormSums + which) * args.cols;
   __syncthreads();
   const int width = min(static_cast<int64_t>(kGroups * kGroup * blockDim.x), args.cols - start);
   for (int col = threadIdx.y * blockDim.x + threadIdx.x; col < width; col += blockDim.x * blockDim.y) {
@@ -267,17 +297,19 @@ __device__ __forceinline__ void store_sums(const float (&sum)[kGroups][kGroup], 
     const int slot = col / kGroup / blockDim.x * kGroup + col % kGroup;
     float total = 0.f;
     for (int y = 0; y < blockDim.y; ++y) {
-      total += buffer[(y * kGroups * kGroup + slot) * blockDim.x + thread];
+      total += buffer[slot * kBwdBlock<kGroups> + y * blockDim.x + thread];
     }
     out[start + col] = total;
   }
+  __syncthreads();
 }
 
-// Registers decide how many blocks share a multiprocessor: 80 in 768 threads, 128 in 512.
 template <int kGroups>
-constexpr int kBwdBlock = kGroups == 1 ? kBwdThreads : kMaxThreads;
-template <int kGroups>
-constexpr int kBwdResidentThreads = kGroups == 1 ? 768 : 512;
+__device__ __forceinline__ void store_sums(const float (&sum)[kGroups][kGroup], const NormBwdArgs& args, int chunk,
+                                           int which, int start) {
+  for_places<kGroups>([&](float& place, int g, int i) { place = sum[g][i]; });
+  add_places<kGroups>(args, chunk, which, start);
+}
 
 template <typename X, typename R, int kGroups>
 __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroups> / kBwdBlock<kGroups>)
@@ -287,6 +319,9 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
   load_weight(weight, args, 0, true);
   float dweight[kGroups][kGroup] = {};
   float dbias[kGroups][kGroup] = {};
+  if (args.dx_bias != nullptr) {
+    for_places<kGroups>([](float& place, int, int) { place = 0.f; });
+  }
 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
        first += static_cast<int64_t>(gridDim.x) * blockDim.y) {  // the same number of turns for all threads
@@ -315,8 +350,14 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
     row_sum(sums);
     const float mean_wdy = args.mean != nullptr ? sums[0] / args.cols : 0.f;
     store_dr<X, R>(dy, r, dr_out, weight, stats, mean_wdy, sums[1] / args.cols, args, dropout, row, cols, 0, true);
+    if (args.dx_bias != nullptr) {
+      for_places<kGroups>([&](float& place, int g, int i) { place += dy[g][i]; });
+    }
   }
 
+  if (args.dx_bias != nullptr) {
+    add_places<kGroups>(args, blockIdx.x, 2, 0);
+  }
   if (args.dweight != nullptr) {
     store_sums(dweight, args, blockIdx.x, 0, 0);
   }
@@ -359,11 +400,14 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_wide_kernel(NormBwdArgs 
   }
 }
 
-// dweight and dbias beside the kernel above: a block owns a strip of 256 columns in the rows of one chunk.
+// dweight, dbias and dx_bias after the kernel above: a block owns a strip of 256 columns in the rows of one chunk.
 __global__ void __launch_bounds__(kBwdThreads) norm_bwd_strip_kernel(NormBwdArgs args, bool aligned) {
   const int start = blockIdx.x * kStripLanes * kGroup;
   float dweight[1][kGroup] = {};
   float dbias[1][kGroup] = {};
+  if (args.dx_bias != nullptr) {
+    for_places<1>([](float& place, int, int) { place = 0.f; });
+  }
   for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < args.rows;
        row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
     const RowStats stats(args, row);
@@ -375,20 +419,27 @@ __global__ void __launch_bounds__(kBwdThreads) norm_bwd_strip_kernel(NormBwdArgs
       dweight[0][i] += dy[0][i] * stats.xhat(r[0][i]);
       dbias[0][i] += dy[0][i];
     }
+    if (args.dx_bias != nullptr) {
+      load_groups<Dynamic>(dy, args.dx, args.x_dtype, row * args.cols, static_cast<int>(args.cols), start, aligned);
+      for_places<1>([&](float& place, int, int i) { place += dy[0][i]; });
+    }
+  }
+  if (args.dx_bias != nullptr) {
+    add_places<1>(args, blockIdx.y, 2, start);
   }
   store_sums(dweight, args, blockIdx.y, 0, start);
   store_sums(dbias, args, blockIdx.y, 1, start);
 }
 
-// dweight (blockIdx.y = 0) and dbias (1): the sum of the chunks' sums, 32 columns a block.
+// dweight (blockIdx.y = 0), dbias (1) and dx_bias (2): the sum of the chunks' sums, 32 columns a block.
 __global__ void __launch_bounds__(1024) norm_bwd_columns_kernel(NormBwdArgs args) {
-  void* out = blockIdx.y == 0 ? args.dweight : args.dbias;
+  void* out = blockIdx.y == 0 ? args.dweight : blockIdx.y == 1 ? args.dbias : args.dx_bias;
   const int64_t col = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   float total = 0.f;
   if (out != nullptr && col < args.cols) {
 #pragma unroll 4
     for (int64_t chunk = threadIdx.y; chunk < args.chunks; chunk += 32) {
-      total += args.sums[(chunk * 2 + blockIdx.y) * args.cols + col];
+      total += args.sums[(chunk * kNormSums + blockIdx.y) * args.cols + col];
     }
   }
   __shared__ float partial[32][33];
@@ -437,7 +488,7 @@ template <typename X, typename R>
 void launch_bwd(const NormBwdArgs& args, cudaStream_t stream) {
   const int groups = bwd_groups(args);
   const dim3 block = row_block(args.cols, groups, kBwdThreads);
-  const size_t shared = sizeof(float) * kGroup * groups * block.x * block.y;
+  const size_t shared = sizeof(float) * kGroup * groups * (groups == 1 ? kBwdBlock<1> : kBwdBlock<2>);
   const auto kernel = groups == 1 ? norm_bwd_kernel<X, R, 1> : norm_bwd_kernel<X, R, 2>;
   kernel<<<static_cast<unsigned>(args.chunks), block, shared, stream>>>(args);
 }
@@ -457,7 +508,7 @@ void launch_bwd_wide(const NormBwdArgs& args, cudaStream_t stream) {
 
 int norm_fwd_cuda(const NormFwdArgs& args, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const bool aligned = is_aligned({args.x, args.residual, args.weight, args.bias, args.y, args.r},
+  const bool aligned = is_aligned({args.x, args.x_bias, args.residual, args.weight, args.bias, args.y, args.r},
                                   {args.cols, args.x_stride, args.residual_stride});
   if (aligned && args.cols <= kFwdCols && is_common(args.x_dtype, args.r_dtype)) {
     with_common_types(args.x_dtype, args.r_dtype,
@@ -494,7 +545,8 @@ int norm_bwd_cuda(const NormBwdArgs& args, void* stream) {
     launch_bwd_wide(args, cuda_stream);
   }
   if (args.sums != nullptr) {
-    norm_bwd_columns_kernel<<<dim3(blocks(args.cols, 32), 2), dim3(32, 32), 0, cuda_stream>>>(args);
+    norm_bwd_columns_kernel<<<dim3(blocks(args.cols, 32), args.dx_bias != nullptr ? 3 : 2), dim3(32, 32), 0,
+                              cuda_stream>>>(args);
   }
   return cudaGetLastError();
 }

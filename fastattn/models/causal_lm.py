@@ -7,26 +7,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .initialize import initialize
+
 
 def layer_classes(layers):
-    """The encoder layer and the norm of fastattn.nn or of torch.nn.
+    """The encoder layer and the norm of fastattn.nn or of torch.nn, and the loss that goes with them.
 
     Args:
         layers: "fastattn" or "torch".
 
     Returns:
-        (TransformerEncoderLayer class, LayerNorm class).
+        (TransformerEncoderLayer class, LayerNorm class, function (x, weight, targets) -> mean cross-entropy).
 
     Raises:
         ValueError: for any other name.
     """
     if layers == "torch":
-        return nn.TransformerEncoderLayer, nn.LayerNorm
+        return nn.TransformerEncoderLayer, nn.LayerNorm, _linear_cross_entropy
     if layers == "fastattn":
         import fastattn.nn
 
-        return fastattn.nn.TransformerEncoderLayer, fastattn.nn.LayerNorm
+        return fastattn.nn.TransformerEncoderLayer, fastattn.nn.LayerNorm, fastattn.linear_cross_entropy
     raise ValueError(f"layers: expected 'fastattn' or 'torch', got {layers!r}")
+
+
+def _linear_cross_entropy(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight).flatten(0, 1).float(), targets.flatten())
 
 
 class CausalLM(nn.Module):
@@ -40,18 +46,31 @@ class CausalLM(nn.Module):
         block_size: longest sequence, in tokens.
         dropout: probability on embeddings, attention weights, the feed-forward activation and both residual branches.
         bias: whether linear layers and norms have biases.
+        init: how matrices start, see `initialize`.
         layers: "fastattn" or "torch", who supplies the layers.
 
     Raises:
         ValueError: sizes that do not fit together, or an unknown `layers`.
     """
 
-    def __init__(self, vocab_size, *, n_layer, n_head, d_model, block_size, dropout=0.0, bias=True, layers="fastattn"):
+    def __init__(
+        self,
+        vocab_size,
+        *,
+        n_layer,
+        n_head,
+        d_model,
+        block_size,
+        dropout=0.0,
+        bias=True,
+        init="gpt2",
+        layers="fastattn",
+    ):
         super().__init__()
         if d_model % n_head:
             raise ValueError(f"d_model: expected a multiple of n_head, got d_model {d_model} and n_head {n_head}")
-        encoder_layer, norm = layer_classes(layers)
-        self.block_size = block_size
+        encoder_layer, norm, self.loss = layer_classes(layers)
+        self.block_size, self.layers = block_size, layers
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(block_size, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -66,43 +85,37 @@ class CausalLM(nn.Module):
         if layers == "torch":
             mask = torch.ones(block_size, block_size, dtype=torch.bool).triu(1)
         self.register_buffer("causal_mask", mask, persistent=False)
-        self._init_weights(n_layer)
-
-    def _init_weights(self, n_layer):
-        """Normal 0.02, projections into the residual stream 0.02 / sqrt(2 n_layer), biases 0, norm weights 1."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                into_residual = name.endswith(("out_proj.weight", "linear2.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * n_layer) ** 0.5 if into_residual else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        initialize(self, init, n_layer)
 
     def num_parameters(self):
         """Number of parameters without the position table, as the field counts them."""
         return sum(p.numel() for p in self.parameters()) - self.position_embedding.weight.numel()
 
-    def forward(self, tokens, targets=None):
+    def forward(self, tokens, targets=None, cache=None):
         """Logits of the next token, or the mean loss when the next tokens are given.
 
         Args:
             tokens: (batch, seqlen) int64, seqlen at most block_size.
             targets: None or (batch, seqlen) int64, the token that follows each of `tokens`.
+            cache: None or a KeyValueCache, for evaluation without gradients: `tokens` follow those it has seen, and are
+                added to it.
 
         Returns:
             Logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats a token, fp32.
 
         Raises:
-            ValueError: seqlen above block_size.
+            ValueError: more than block_size tokens, those in the cache included.
         """
-        seqlen = tokens.shape[1]
-        if seqlen > self.block_size:
-            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {seqlen}")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:seqlen]
+        seqlen, start = tokens.shape[1], 0 if cache is None else cache.length
+        if start + seqlen > self.block_size:
+            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {start + seqlen}")
+        x = self.token_embedding(tokens) + self.position_embedding.weight[start : start + seqlen]
         x = self.dropout(x)
-        mask = None if self.causal_mask is None else self.causal_mask[:seqlen, :seqlen]
-        for block in self.blocks:
-            x = block(x, src_mask=mask, is_causal=True)
-        logits = F.linear(self.norm(x), self.token_embedding.weight)  # the head is the embedding: tied without a copy
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        if cache is not None:
+            x = cache.run_blocks(self.blocks, x, use_torch=self.layers == "torch")
+        else:
+            mask = None if self.causal_mask is None else self.causal_mask[:seqlen, :seqlen]
+            for block in self.blocks:
+                x = block(x, src_mask=mask, is_causal=True)
+        x, head = self.norm(x), self.token_embedding.weight  # the head is the embedding: tied without a copy
+        return F.linear(x, head) if targets is None else self.loss(x, head, targets)

@@ -115,10 +115,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        check_mask_dtype(key_padding_mask, "key_padding_mask")
-        check_mask_dtype(attn_mask, "attn_mask")
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal), None
+        out, weights = self.attend(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+        return self.out_proj(out), weights
+
+    def attend(
+        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+        is_causal=False,
+    ):  # fmt: skip
+        """What `forward` hands to out_proj, and the weights or None; arguments as there."""
+        check_mask_dtype(key_padding_mask, "key_padding_mask")
+        check_mask_dtype(attn_mask, "attn_mask")
         batched = _check_dims(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
@@ -140,7 +150,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             out, weights = attention(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p), None
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
-        return self.out_proj(out if batched else out[0]), weights
+        return out if batched else out[0], weights
 
     def _strict_hint(self, attn_mask, key_padding_mask):
         if attn_mask is None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.encoder import add_and_norm, add_then_norm, are_plain, sequence_length
+from fastattn.nn.encoder import add_and_norm, add_then_norm, are_plain, attend, block_and_bias, sequence_length
 from fastattn.nn.feed_forward import block
 from fastattn.nn.masks import is_causal_mask
 from fastattn.nn.norm import LayerNorm
@@ -82,28 +82,22 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
                 memory_is_causal,
             )  # fmt: skip
 
-        def attend(x):
-            return self.self_attn(
-                x, x, x, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, need_weights=False,
-                is_causal=tgt_is_causal,
-            )[0]  # fmt: skip
+        def self_attend(x):
+            return attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
 
         def cross_attend(x):
-            return self.multihead_attn(
-                x, memory, memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask, need_weights=False,
-                is_causal=memory_is_causal,
-            )[0]  # fmt: skip
+            return attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
 
         if self.norm_first:
             h = layer_norm(x, m["norm1"].weight, m["norm1"].bias, m["norm1"].eps)
-            h, x = add_then_norm(attend(h), x, m["dropout1"], m["norm2"])
-            h, x = add_then_norm(cross_attend(h), x, m["dropout2"], m["norm3"])
+            h, x = add_then_norm(*self_attend(h), x, m["dropout1"], m["norm2"])
+            h, x = add_then_norm(*cross_attend(h), x, m["dropout2"], m["norm3"])
             h = block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])
             return dropout(h, dropout_p(m["dropout3"]), residual=x)
-        x = add_and_norm(attend(x), x, m["dropout1"], m["norm1"])
-        x = add_and_norm(cross_attend(x), x, m["dropout2"], m["norm2"])
-        h = block(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
-        return add_and_norm(h, x, m["dropout3"], m["norm3"])
+        x = add_and_norm(*self_attend(x), x, m["dropout1"], m["norm1"])
+        x = add_and_norm(*cross_attend(x), x, m["dropout2"], m["norm2"])
+        h = block_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
+        return add_and_norm(*h, x, m["dropout3"], m["norm3"])
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):

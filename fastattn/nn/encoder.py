@@ -9,6 +9,7 @@ as long as each of them is what torch.nn makes it; otherwise, or if a subclass o
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.nn.attention import MultiheadAttention, pack, unpack
 from fastattn.nn.feed_forward import block
@@ -20,19 +21,46 @@ from fastattn.ops import dropout, layer_norm
 _TorchLayer = torch.nn.TransformerEncoderLayer
 
 
-def add_and_norm(x, residual, dropout_module, norm):
-    """norm(residual + dropout(x)) in the dtype of the residual: what a post-norm sub-layer ends with."""
+def add_and_norm(x, x_bias, residual, dropout_module, norm):
+    """norm(residual + dropout(x + x_bias)) in the dtype of the residual: what a post-norm sub-layer ends with."""
     if x.dtype != residual.dtype:  # autocast: the op returns the dtype of x, torch that of the sum
         x = x.to(residual.dtype)
-    return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual, dropout_p=dropout_p(dropout_module))
-
-
-def add_then_norm(x, residual, dropout_module, norm):
-    """(norm(r), r) with r = residual + dropout(x): from one pre-norm sub-layer to the next."""
     return layer_norm(
-        x, norm.weight, norm.bias, norm.eps, residual=residual, dropout_p=dropout_p(dropout_module),
+        x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module)
+    )
+
+
+def add_then_norm(x, x_bias, residual, dropout_module, norm):
+    """(norm(r), r) with r = residual + dropout(x + x_bias): from one pre-norm sub-layer to the next."""
+    return layer_norm(
+        x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module),
         return_residual=True,
     )  # fmt: skip
+
+
+def block_and_bias(x, linear1, activation, dropout_module, linear2):
+    """(out, x_bias): the feed-forward block, and the bias of linear2 if the norm that follows is to add it."""
+    if leaves_bias(linear2):
+        return block(x, linear1, activation, dropout_module, linear2, last_bias=False), linear2.bias
+    return block(x, linear1, activation, dropout_module, linear2), None
+
+
+def leaves_bias(linear):
+    """Whether the norm after `linear` adds its bias: where its gradient is wanted, which that norm makes on the way."""
+    return linear.bias is not None and torch.is_grad_enabled() and linear.bias.requires_grad
+
+
+def attend(attn, query, memory, attn_mask, key_padding_mask, is_causal):
+    """(out, x_bias): attention from query to memory, and the bias of out_proj if the norm that follows is to add it."""
+    masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+    if (
+        is_plain(attn, MultiheadAttention)
+        and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear)
+        and leaves_bias(attn.out_proj)
+    ):
+        out, _ = attn.attend(query, memory, memory, need_weights=False, **masks)
+        return F.linear(out, attn.out_proj.weight), attn.out_proj.bias
+    return attn(query, memory, memory, need_weights=False, **masks)[0], None
 
 
 def are_plain(modules, linears, dropouts, norms):
@@ -101,24 +129,18 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if src.is_nested:
             return self._nested(src, src_mask, src_key_padding_mask, is_causal)
 
-        def attend(x):
-            return self.self_attn(
-                x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, need_weights=False,
-                is_causal=is_causal,
-            )[0]  # fmt: skip
+        return self._fused(src, lambda x: attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal))
 
-        return self._fused(src, attend)
-
-    def _fused(self, x, attend):
+    def _fused(self, x, self_attend):
         m = self._modules
         if self.norm_first:
             h = layer_norm(x, m["norm1"].weight, m["norm1"].bias, m["norm1"].eps)
-            h, x = add_then_norm(attend(h), x, m["dropout1"], m["norm2"])
+            h, x = add_then_norm(*self_attend(h), x, m["dropout1"], m["norm2"])
             h = block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])
             return dropout(h, dropout_p(m["dropout2"]), residual=x)
-        x = add_and_norm(attend(x), x, m["dropout1"], m["norm1"])
-        h = block(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
-        return add_and_norm(h, x, m["dropout2"], m["norm2"])
+        x = add_and_norm(*self_attend(x), x, m["dropout1"], m["norm1"])
+        h = block_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
+        return add_and_norm(*h, x, m["dropout2"], m["norm2"])
 
     def _composed(self, x, src_mask, src_key_padding_mask, is_causal):
         if self.norm_first:
@@ -135,7 +157,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
         rows, lengths, cu_seqlens = pack(src)
         longest = max(lengths, default=0)
-        return unpack(self._fused(rows, lambda x: attn.forward_packed(x, cu_seqlens, longest, is_causal)), lengths)
+        out = self._fused(rows, lambda x: (attn.forward_packed(x, cu_seqlens, longest, is_causal), None))
+        return unpack(out, lengths)
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):

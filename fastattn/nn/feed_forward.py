@@ -27,13 +27,17 @@ def activation_name(activation):
     return "silu" if activation is F.silu else None
 
 
-def block(x, linear1, activation, dropout, linear2):
-    """linear2(dropout(activation(linear1(x)))), by the fused op if it knows the activation; the children are plain."""
-    name = activation_name(activation)
+def block(x, linear1, activation, dropout, linear2, last_bias=True):
+    """linear2(dropout(activation(linear1(x)))), by the fused op if it knows the activation; the children are plain.
+
+    Args:
+        last_bias: False leaves the bias of linear2 to the norm that follows.
+    """
+    name, bias = activation_name(activation), linear2.bias if last_bias else None
     if name is None:
-        return linear2(dropout(activation(linear1(x))))
+        return F.linear(dropout(activation(linear1(x))), linear2.weight, bias)
     return feed_forward(
-        x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, activation=name, dropout_p=dropout_p(dropout)
+        x, linear1.weight, linear1.bias, linear2.weight, bias, activation=name, dropout_p=dropout_p(dropout)
     )
 
 

@@ -8,7 +8,42 @@ from fastattn.ops._random import check_dropout_p
 
 
 def check_qkv(name, q, k, v, packed):
-    """Raise unless q, k and v fit each other; returns (batch or None if packed, n_heads, seqlen_q, seqlen_k)."""
+    """Raise unless q, k and v fit each other.
+
+    Returns: (batch or None if packed, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v).
+    """
+    shape_q, shape_k, shape_v, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
+    dims = 3 if packed else 4
+    if (
+        not len(shape_q) == len(shape_k) == len(shape_v) == dims
+        or not dtype.is_floating_point
+        or not dtype == k.dtype == v.dtype
+        or not device == k.device == v.device
+    ):
+        _complain(name, q, k, v, packed)
+    if packed:
+        (seqlen_q, n_heads, head_dim), (seqlen_k, n_kv_heads, head_dim_k) = shape_q, shape_k
+        batch = batch_k = batch_v = None
+        seqlen_v, heads_v, head_dim_v = shape_v
+    else:
+        (batch, n_heads, seqlen_q, head_dim), (batch_k, n_kv_heads, seqlen_k, head_dim_k) = shape_q, shape_k
+        batch_v, heads_v, seqlen_v, head_dim_v = shape_v
+        if batch != batch_k:
+            raise ValueError(f"{name}: q, k and v must have one batch size, got {batch}, {batch_k}, {batch_v}")
+    if batch_v != batch_k or heads_v != n_kv_heads or seqlen_v != seqlen_k:
+        raise ValueError(
+            f"{name}: k and v must agree in all but the last dimension, got {tuple(shape_k)} and {tuple(shape_v)}"
+        )
+    if head_dim != head_dim_k:
+        raise ValueError(f"{name}: q and k must have one head_dim, got {head_dim} and {head_dim_k}")
+    if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
+        raise ValueError(
+            f"{name}: the heads of q must be a multiple of those of k and v, got {n_heads} and {n_kv_heads}"
+        )
+    return batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v
+
+
+def _complain(name, q, k, v, packed):
     for label, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != (3 if packed else 4):
             layout = "(total, heads, head_dim) with cu_seqlens" if packed else "(batch, heads, seqlen, head_dim)"
@@ -19,25 +54,6 @@ def check_qkv(name, q, k, v, packed):
             raise TypeError(f"{name}: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
         if t.device != q.device:
             raise ValueError(f"{name}: q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
-    if packed:
-        (seqlen_q, n_heads, head_dim), (seqlen_k, n_kv_heads, head_dim_k) = q.shape, k.shape
-        fits, batch = v.shape[0] == seqlen_k and v.shape[1] == n_kv_heads, None
-    else:
-        (batch, n_heads, seqlen_q, head_dim), (batch_k, n_kv_heads, seqlen_k, head_dim_k) = q.shape, k.shape
-        fits = v.shape[:3] == k.shape[:3]
-        if batch != batch_k:
-            raise ValueError(f"{name}: q, k and v must have one batch size, got {batch}, {batch_k}, {v.shape[0]}")
-    if not fits:
-        raise ValueError(
-            f"{name}: k and v must agree in all but the last dimension, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if head_dim != head_dim_k:
-        raise ValueError(f"{name}: q and k must have one head_dim, got {head_dim} and {head_dim_k}")
-    if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
-        raise ValueError(
-            f"{name}: the heads of q must be a multiple of those of k and v, got {n_heads} and {n_kv_heads}"
-        )
-    return batch, n_heads, seqlen_q, seqlen_k
 
 
 def check_scores(name, label, t, q, full):
@@ -90,7 +106,11 @@ def check_per_head(name, label, t, q, shapes):
     """Raise unless `t` is a float tensor of one of `shapes`; returns it in fp32 (fp64 if q is)."""
     if not t.is_floating_point():
         raise TypeError(f"{name}: {label} must be float32, got {t.dtype}")
-    if tuple(t.shape) not in shapes:
+    # number by number: torch.compile finds no tuple of sizes equal where some are symbols and some are not
+    if not any(
+        t.dim() == len(shape) and all(have == want for have, want in zip(t.shape, shape, strict=True))
+        for shape in shapes
+    ):
         wanted = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{name}: {label} must have shape {wanted}, got {tuple(t.shape)}")
     if t.device != q.device:

@@ -39,6 +39,7 @@ def is_fused(way, x, weight, d_model, d_ff):
 
 _ONEDNN_IS_FASTER = _is_onednn_faster()
 _ONEDNN_FROM = 2**23  # multiplications
+_STRIP = 4096  # rows of a half-precision product on its way into an fp32 sum
 
 
 def _use_onednn(a, b, size):
@@ -75,3 +76,23 @@ def weight_grad(dy, x):
     if dy.shape[1] <= x.shape[1] and _use_onednn(dy, x, dy.shape[0]):
         return _onednn(dy.t(), x.t())
     return dy.t() @ x
+
+
+def add_weight_grad(total, dy, x):
+    """total (n, k), fp32, += dyᵀ (n, rows) · x (rows, k), of any dtype."""
+    if dy.dtype == total.dtype:
+        total.addmm_(dy.t(), x)
+    elif dy.is_cuda:
+        torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
+    else:  # no such product on a CPU
+        for strip, sums in zip(dy.split(_STRIP, 1), total.split(_STRIP), strict=True):
+            sums += strip.t() @ x
+
+
+def as_autocast(*tensors):
+    """The tensors or None in the dtype in which autocast, where it is enabled, has products computed; fp64 stays."""
+    x = tensors[0]
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

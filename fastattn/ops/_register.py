@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 _library = torch.library.Library("fastattn", "DEF")
-_fakes = {}
+_python_kernels = {}  # (name, backend, device type) -> function
 
 
 def define(schema, fake, backends=("native", "triton")):
@@ -27,6 +27,21 @@ def define(schema, fake, backends=("native", "triton")):
 def implement(name, backend, device, function):
     """Register a Python function as the kernel of `fastattn::<name>.<backend>` for device "CPU" or "CUDA"."""
     _library.impl(f"{name}.{backend}", function, device)
+    _python_kernels[name, backend, device.lower()] = function
+
+
+def python_kernel(name, backend, *tensors):
+    """The function that `fastattn::<name>.<backend>` would end in, where it may be called without the dispatcher.
+
+    Passing twenty arguments to a kernel in Python through the dispatcher takes longer than preparing a launch. None
+    where there is no such kernel, or where somebody looks on: a compiler, a dispatch mode, a subclass of Tensor.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    for t in tensors:
+        if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
+            return None
+    return _python_kernels.get((name, backend, tensors[0].device.type))
 
 
 def needs_reference():

@@ -28,7 +28,7 @@ from fastattn.ops._attention_checks import (
 )
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._random import draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference
+from fastattn.ops._register import define, differentiate, needs_reference, python_kernel
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,8 +77,17 @@ define(
     " bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     _attention_bwd_fake,
 )
-_fwd = {name: getattr(torch.ops.fastattn.attention_fwd, name) for name in ("native", "triton")}
-_bwd = {name: getattr(torch.ops.fastattn.attention_bwd, name) for name in ("native", "triton")}
+_ops = {
+    (direction, name): getattr(getattr(torch.ops.fastattn, f"attention_{direction}"), name)
+    for direction in ("fwd", "bwd")
+    for name in ("native", "triton")
+}
+
+
+def _raw(direction, backend, *tensors):
+    """The raw op, or its kernel where that is in Python and may be called directly."""
+    direct = python_kernel(f"attention_{direction}", backend, *tensors) if backend == "triton" else None
+    return direct or _ops[direction, backend]
 
 
 def refuses(facts):
@@ -118,7 +127,7 @@ def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, backend, *rest):
-        out, lse = _fwd[backend](q, k, v, bias, sink, *rest)
+        out, lse = _raw("fwd", backend, q, k, v)(q, k, v, bias, sink, *rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
         ctx.options = rest[6:]
@@ -134,7 +143,8 @@ class _Attention(torch.autograd.Function):
             grads = differentiate(lambda *inputs: _reference(*inputs, *rest), (q, k, v, bias, sink), (do, dlse))
             return *grads, *nothing
         need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
-        dq, dk, dv, dbias, dsink = _bwd[ctx.backend](do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias)
+        run = _raw("bwd", ctx.backend, q, k, v)
+        dq, dk, dv, dbias, dsink = run(do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias)
         return (
             dq if need_dq else None,
             dk if need_dk else None,
@@ -145,19 +155,15 @@ class _Attention(torch.autograd.Function):
         )
 
 
-def _settled(condition):
-    return True if condition else False  # noqa: SIM210  bool() would leave symbolic what torch.compile made symbolic
-
-
 def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
              max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
     """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
-    device = q.device.type
+    device = "cpu" if q.is_cpu else q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    batch, n_heads, seqlen_q, seqlen_k = check_qkv(name, q, k, v, packed)
+    batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v = check_qkv(name, q, k, v, packed)
     check_numbers(name, softcap, dropout_p, scale)
     left, right, top_left = resolve_window(name, causal, window)
     if deterministic not in (None, True, False):
@@ -181,14 +187,18 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
         alibi_slopes = check_per_head(name, "alibi_slopes", alibi_slopes, q, ((n_heads,), (batch, n_heads)))
     if sink is not None:
         sink = check_per_head(name, "sink", sink, q, ((n_heads,),))
-    head_dim, head_dim_v = q.shape[3], v.shape[3]
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
+    # conditions as expressions: bool() would leave symbolic what torch.compile made symbolic
     facts = (
         device, q.dtype, None if bias is None else bias.dtype, mask is not None, left >= 0 or right >= 0,
-        seqlens_k is not None, packed, alibi_slopes is not None, _settled(softcap > 0), sink is not None,
-        _settled(dropout_p > 0), _settled(n_heads != k.shape[1]), _settled(head_dim != head_dim_v),
-        _settled(head_dim > 256 or head_dim_v > 256),
+        seqlens_k is not None, packed, alibi_slopes is not None,
+        True if softcap > 0 else False,  # noqa: SIM210
+        sink is not None,
+        True if dropout_p > 0 else False,  # noqa: SIM210
+        True if n_heads != n_kv_heads else False,  # noqa: SIM210
+        True if head_dim != head_dim_v else False,  # noqa: SIM210
+        True if head_dim > 256 or head_dim_v > 256 else False,  # noqa: SIM210
     )  # fmt: skip
     rest = (
         mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None,
@@ -264,7 +274,7 @@ def _run(facts, q, k, v, bias, sink, rest, backend):
         return _reference(q, k, v, bias, sink, *rest)
     if grad_wanted(q, k, v, bias, sink):
         return _Attention.apply(q, k, v, bias, sink, runs, *rest)
-    return _fwd[runs](q, k, v, bias, sink, *rest)
+    return _raw("fwd", runs, q, k, v)(q, k, v, bias, sink, *rest)
 
 
 def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None,

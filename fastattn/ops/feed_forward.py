@@ -16,7 +16,7 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
-from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
+from fastattn.ops._gemm import as_autocast, input_grad, is_fused, linear, weight_grad
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import define, differentiate, needs_reference
 
@@ -233,11 +233,7 @@ def feed_forward(
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
     _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w1, b1, w2, b2, w_gate, b_gate = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, w1, b1, w2, b2, w_gate, b_gate)
-        )
+    x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
     rng = draw_rng(x.device) if dropout_p else None
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)

@@ -1,10 +1,11 @@
-"""LayerNorm and RMSNorm with the dropout and the residual add before them in the same pass.
+"""LayerNorm and RMSNorm with the bias, the dropout and the residual add before them in the same pass.
 
-r = dropout(x) + residual                                   r is stored: the backward and pre-norm layers need it
+r = dropout(x + x_bias) + residual                          r is stored: the backward and pre-norm layers need it
 y = (r - mean) * rstd * weight + bias                       rms: mean = 0, no bias
 wdy = weight * dy,  xhat = (r - mean) * rstd
 dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out        rms: without mean(wdy)
 dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
+dx_bias = sum_rows(dx)
 """
 
 import torch
@@ -17,18 +18,20 @@ from fastattn.ops._register import define, differentiate, needs_reference
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _norm_infer_fake(x, residual, weight, bias, rng, dropout_p, eps, rms):
+def _norm_infer_fake(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
     return x.new_empty(x.shape)
 
 
-def _norm_fwd_fake(x, residual, weight, bias, rng, dropout_p, eps, rms):
+def _norm_fwd_fake(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    plain = residual is None and rng is None
+    plain = residual is None and rng is None and x_bias is None
     r = x.new_empty((0,) if plain else x.shape, dtype=x.dtype if residual is None else residual.dtype)
     return x.new_empty(x.shape), r, x.new_empty((1 if rms else 2, rows), dtype=torch.float32)
 
 
-def _norm_bwd_fake(dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_dresidual, need_dweight, need_dbias):
+def _norm_bwd_fake(
+    dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_dresidual, need_dweight, need_dbias, need_dx_bias=False
+):  # fmt: skip
     dtype = torch.float32 if weight is None else weight.dtype
     cols = dy.shape[-1]
     return (
@@ -36,27 +39,29 @@ def _norm_bwd_fake(dy, dr_out, r, weight, stats, rng, dropout_p, rms, separate_d
         r.new_empty(dy.shape if separate_dresidual else (0,)),
         dy.new_empty(cols if need_dweight else 0, dtype=dtype),
         dy.new_empty(cols if need_dbias else 0, dtype=dtype),
+        dy.new_empty(cols if need_dx_bias else 0, dtype=dtype),
     )
 
 
 # y alone, in the dtype of x and contiguous: what a call without gradients pays for
 define(
     "norm_infer(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
-    " bool rms) -> Tensor",
+    " bool rms, Tensor? x_bias=None) -> Tensor",
     _norm_infer_fake,
 )
-# r is empty, (0,), where it would be x: without residual and rng. stats: fp32 (2, rows) mean and rstd; rms (1, rows)
+# r is empty, (0,), where it would be x: without residual, rng and x_bias. stats: fp32 (2, rows), mean and rstd;
+# for rms (1, rows)
 define(
     "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
-    " bool rms) -> (Tensor y, Tensor r, Tensor stats)",
+    " bool rms, Tensor? x_bias=None) -> (Tensor y, Tensor r, Tensor stats)",
     _norm_fwd_fake,
 )
 # dx = dropout backward of dr, in the dtype of dy; dresidual = dr in the dtype of r, (0,) unless asked for separately;
-# dweight and dbias in the dtype of the weight, fp32 without one, (0,) where not needed
+# dweight, dbias and dx_bias in the dtype of the weight, fp32 without one, (0,) where not needed
 define(
     "norm_bwd(Tensor dy, Tensor? dr_out, Tensor r, Tensor? weight, Tensor stats, Tensor? rng, float dropout_p,"
-    " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias, bool need_dx_bias=False)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
     _norm_bwd_fake,
 )
 _infer, _fwd, _bwd = (
@@ -78,35 +83,42 @@ for _backend in ("native", "triton"):
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, rng, dropout_p, eps, rms, backend):
-        plain = residual is None and rng is None
-        y, r, stats = _fwd[backend](x, residual, weight, bias, rng, dropout_p, eps, rms)
+    def forward(ctx, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend):
+        plain = residual is None and rng is None and x_bias is None
+        y, r, stats = _fwd[backend](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if plain else r, weight, bias, stats, rng)
         ctx.options = (dropout_p, eps, rms, backend)
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.x_dtype = x.dtype
+        ctx.dtypes = (
+            x.dtype,
+            None if residual is None else residual.dtype,
+            None if x_bias is None else x_bias.dtype,
+        )
         return (y, None) if plain else (y, r)
 
     @staticmethod
     def backward(ctx, dy, dr_out):
         r, weight, bias, stats, rng = ctx.saved_tensors
         dropout_p, _, rms, backend = ctx.options
-        need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad[:4]
+        x_dtype, residual_dtype, x_bias_dtype = ctx.dtypes
+        need_dx, need_dresidual, need_dweight, need_dbias, need_dx_bias = ctx.needs_input_grad[:5]
         if dy is None:
-            dy = torch.zeros(r.shape, dtype=ctx.x_dtype, device=r.device)
+            dy = torch.zeros(r.shape, dtype=x_dtype, device=r.device)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng)
             return *grads, None, None, None, None, None
         # one gradient serves x and residual unless dropout or the dtype tells them apart
-        separate = need_dresidual and (ctx.residual_dtype != ctx.x_dtype or (need_dx and rng is not None))
-        if need_dresidual and not need_dx and not separate:
+        before_dropout = need_dx or need_dx_bias
+        separate = need_dresidual and (residual_dtype != x_dtype or (before_dropout and rng is not None))
+        if need_dresidual and not before_dropout and not separate:
             rng = None
         wide = weight
-        if need_dbias and weight is not None and weight.dtype != bias.dtype:
-            wide = weight.float()  # both gradients come in the dtype of the weight
-        dx, dresidual, dweight, dbias = _bwd[backend](
-            dy, dr_out, r, wide, stats, rng, dropout_p, rms, separate, need_dweight, need_dbias
+        if weight is not None and (
+            (need_dbias and bias.dtype != weight.dtype) or (need_dx_bias and x_bias_dtype != weight.dtype)
+        ):
+            wide = weight.float()  # the sums over rows come in the dtype of the weight
+        dx, dresidual, dweight, dbias, dx_bias = _bwd[backend](
+            dy, dr_out, r, wide, stats, rng, dropout_p, rms, separate, need_dweight, need_dbias, need_dx_bias
         )
         if not separate:
             dresidual = dx
@@ -115,6 +127,7 @@ class _Norm(torch.autograd.Function):
             dresidual if need_dresidual else None,
             dweight.to(weight.dtype) if need_dweight else None,
             dbias.to(bias.dtype) if need_dbias else None,
+            dx_bias.to(x_bias_dtype) if need_dx_bias else None,
             None, None, None, None, None,
         )  # fmt: skip
 
@@ -122,21 +135,23 @@ class _Norm(torch.autograd.Function):
 def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
     # r hangs in the graph, as the input or as this node's own output: what is differentiated again flows through it
     dropout_p, eps, rms, _ = ctx.options
+    x_dtype, _, x_bias_dtype = ctx.dtypes
     leaf = r if r.requires_grad else r.detach().requires_grad_()
 
     def normalise(r, weight, bias):
         y, _ = reference.norm(r, None, weight, bias, eps=eps, rms=rms)
-        return (y.to(ctx.x_dtype),)
+        return (y.to(x_dtype),)
 
     dr, dweight, dbias = differentiate(normalise, (leaf, weight, bias), (dy,))
     if dr_out is not None:
         dr = dr + dr_out
-    dx = reference.dropout(dr.to(ctx.x_dtype), dropout_p if rng is not None else 0.0, rng=rng)
-    need_dx, need_dresidual = ctx.needs_input_grad[:2]
-    return dx if need_dx else None, dr if need_dresidual else None, dweight, dbias
+    dx = reference.dropout(dr.to(x_dtype), dropout_p if rng is not None else 0.0, rng=rng)
+    need_dx, need_dresidual, _, _, need_dx_bias = ctx.needs_input_grad[:5]
+    dx_bias = dx.flatten(0, -2).sum(0, dtype=reference.accumulator(x_dtype)).to(x_bias_dtype) if need_dx_bias else None
+    return dx if need_dx else None, dr if need_dresidual else None, dweight, dbias, dx_bias
 
 
-def _check(name, x, weight, bias, residual, dropout_p):
+def _check(name, x, weight, bias, x_bias, residual, dropout_p):
     shape, device = x.shape, x.device
     cols = shape[-1:]
     if (
@@ -144,14 +159,15 @@ def _check(name, x, weight, bias, residual, dropout_p):
         or not x.dtype.is_floating_point
         or (weight is not None and (weight.shape != cols or weight.device != device))
         or (bias is not None and (bias.shape != cols or bias.device != device))
+        or (x_bias is not None and (x_bias.shape != cols or x_bias.device != device))
         or (residual is not None and (residual.shape != shape or residual.device != device))
     ):
-        _complain(name, x, weight, bias, residual)
+        _complain(name, x, weight, bias, x_bias, residual)
     if dropout_p:
         check_dropout_p(dropout_p)
 
 
-def _complain(name, x, weight, bias, residual):
+def _complain(name, x, weight, bias, x_bias, residual):
     if not x.dim() or not x.is_floating_point():
         raise ValueError(
             f"{name}: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
@@ -160,6 +176,7 @@ def _complain(name, x, weight, bias, residual):
     operands = (
         ("weight", weight, cols, f"{cols}, the last dimension of x"),
         ("bias", bias, cols, f"{cols}, the last dimension of x"),
+        ("x_bias", x_bias, cols, f"{cols}, the last dimension of x"),
         ("residual", residual, x.shape, f"{tuple(x.shape)}, the shape of x"),
     )
     for label, t, shape, wanted in operands:
@@ -169,69 +186,80 @@ def _complain(name, x, weight, bias, residual):
             raise ValueError(f"{name}: {label} must be on the device of x, {x.device}, got {t.device}")
 
 
-def _facts(x, residual, weight, bias):
+def _facts(x, residual, weight, bias, x_bias):
     return (
         "cpu" if x.is_cpu else x.device.type,
         x.dtype,
         None if residual is None else residual.dtype,
         None if weight is None else weight.dtype,
         None if bias is None else bias.dtype,
+        None if x_bias is None else x_bias.dtype,
     )
 
 
-def _norm(name, x, residual, weight, bias, eps, rms, dropout_p, return_residual, backend):
-    _check(name, x, weight, bias, residual, dropout_p)
+def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
+    _check(name, x, weight, bias, x_bias, residual, dropout_p)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x = x.float()  # torch's autocast runs layer_norm in fp32 on CUDA and leaves the dtype alone on CPU
     if eps is None:
         eps = torch.finfo(reference.accumulator(x.dtype)).eps
     rng = draw_rng(x.device) if dropout_p else None
-    plain = residual is None and rng is None
-    runs = choose("norm", _facts(x, residual, weight, bias), backend)
+    plain = residual is None and rng is None and x_bias is None
+    runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
     if runs == "reference" or needs_reference():
-        y, r = reference.norm(x, residual, weight, bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
-    elif grad_wanted(x, residual, weight, bias):
-        y, r = _Norm.apply(x, residual, weight, bias, rng, dropout_p, eps, rms, runs)
+        y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
+    elif grad_wanted(x, residual, weight, bias, x_bias):
+        y, r = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
     elif return_residual and not plain:
-        y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms)
+        y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     else:
-        y = _infer[runs](x, residual, weight, bias, rng, dropout_p, eps, rms)
+        y = _infer[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     if return_residual:
         return y, x if plain else r
     return y
 
 
 def layer_norm(
-    x, weight=None, bias=None, eps=1e-5, *, residual=None, dropout_p=0.0, return_residual=False, backend=None
-):
-    """LayerNorm over the last dimension of dropout(x) + residual.
+    x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
+    backend=None,
+):  # fmt: skip
+    """LayerNorm over the last dimension of dropout(x + x_bias) + residual.
 
     Args:
         x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides.
         weight, bias: (d_model,), any float dtype, or None.
         eps: added to the variance.
+        x_bias: (d_model,), any float dtype, or None: the bias of the linear layer that made x without adding it. The
+            sum is not rounded, and the backward makes the gradient of x_bias in the pass that makes that of x.
         residual: like x, of any float dtype (an fp32 stream beside bf16 activations is usual), or None.
         dropout_p: probability with which elements of x become 0; drawn anew in every call.
-        return_residual: also return dropout(x) + residual, which has the dtype of the residual.
+        return_residual: also return dropout(x + x_bias) + residual, which has the dtype of the residual.
         backend: "native", "triton" or "reference" instead of the automatic choice.
-    Returns: y like x; with return_residual (y, dropout(x) + residual).
+    Returns: y like x; with return_residual (y, dropout(x + x_bias) + residual).
     Raises:
         ValueError: shapes, devices or dropout_p do not fit, or the named backend cannot serve the call.
     Source: torch.nn.functional.layer_norm; statistics in fp32, biased variance.
     """
-    return _norm("layer_norm", x, residual, weight, bias, eps, False, dropout_p, return_residual, backend)
+    return _norm(
+        "layer_norm", x, residual, weight, bias, x_bias, eps, False, dropout_p, return_residual, backend
+    )  # fmt: skip
 
 
-def rms_norm(x, weight=None, eps=None, *, residual=None, dropout_p=0.0, return_residual=False, backend=None):
-    """RMSNorm over the last dimension of dropout(x) + residual: r * rsqrt(mean(r²) + eps) * weight.
+def rms_norm(
+    x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
+):
+    """RMSNorm over the last dimension of dropout(x + x_bias) + residual: r * rsqrt(mean(r²) + eps) * weight.
 
     Args, Returns and Raises as for `layer_norm`; eps None is the epsilon of the accumulator: 1.19e-7, for fp64 2.2e-16.
     Source: torch.nn.functional.rms_norm.
     """
-    return _norm("rms_norm", x, residual, weight, None, eps, True, dropout_p, return_residual, backend)
+    return _norm("rms_norm", x, residual, weight, None, x_bias, eps, True, dropout_p, return_residual, backend)
 
 
-def explain(x, weight=None, bias=None, eps=None, *, residual=None, dropout_p=0.0, return_residual=False, backend=None):
+def explain(
+    x, weight=None, bias=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
+    backend=None,
+):  # fmt: skip
     """What `layer_norm` or `rms_norm` would run for these arguments, and why not the others."""
-    _check("norm", x, weight, bias, residual, dropout_p)
-    return explanation("norm", _facts(x, residual, weight, bias), backend)
+    _check("norm", x, weight, bias, x_bias, residual, dropout_p)
+    return explanation("norm", _facts(x, residual, weight, bias, x_bias), backend)

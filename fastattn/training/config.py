@@ -8,7 +8,7 @@ class UsageError(ValueError):
     """A user's mistake, told in one line: what was expected, what came."""
 
 
-def _expect(condition, name, expected, got):
+def expect(condition, name, expected, got):
     if not condition:
         raise UsageError(f"{name}: expected {expected}, got {got!r}")
 
@@ -19,24 +19,24 @@ class DataConfig:
 
     Args:
         source: "topics" (reference prose inside Python's standard library), "shakespeare", a text file or a folder
-        tokenizer: one token a character, or byte-pair encoding trained on the training split
+        tokenizer: one token a character or a byte, or byte-pair encoding trained on the training split
         vocab_size: number of tokens of a bpe tokenizer; characters are counted instead
         validation_fraction: part of the text for validation, after the training part
         test_fraction: part of the text for the final test, at the end
     """
 
     source: str = "topics"
-    tokenizer: Literal["char", "bpe"] = "char"
+    tokenizer: Literal["char", "byte", "bpe"] = "char"
     vocab_size: int = 4096
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
 
     def __post_init__(self):
-        _expect(self.vocab_size > 256, "data.vocab_size", "more than the 256 bytes", self.vocab_size)
-        _expect(0 < self.validation_fraction < 1, "data.validation_fraction", "0 < x < 1", self.validation_fraction)
-        _expect(0 <= self.test_fraction < 1, "data.test_fraction", "0 <= x < 1", self.test_fraction)
+        expect(self.vocab_size > 256, "data.vocab_size", "more than the 256 bytes", self.vocab_size)
+        expect(0 < self.validation_fraction < 1, "data.validation_fraction", "0 < x < 1", self.validation_fraction)
+        expect(0 <= self.test_fraction < 1, "data.test_fraction", "0 <= x < 1", self.test_fraction)
         held_out = self.validation_fraction + self.test_fraction
-        _expect(held_out < 1, "data", "validation_fraction + test_fraction below 1", held_out)
+        expect(held_out < 1, "data", "validation_fraction + test_fraction below 1", held_out)
 
 
 @dataclass
@@ -50,6 +50,7 @@ class ModelConfig:
         block_size: tokens the model sees at once
         dropout: probability of dropping an element
         bias: whether linear layers and norms have biases
+        init: how matrices start; gpt2 is normal with smaller projections into the residual stream
     """
 
     n_layer: int = 4
@@ -58,48 +59,55 @@ class ModelConfig:
     block_size: int = 64
     dropout: float = 0.0
     bias: bool = True
+    init: Literal["gpt2", "normal", "uniform", "xavier", "he"] = "gpt2"
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "d_model", "block_size"):
-            _expect(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
-        _expect(self.d_model % self.n_head == 0, "model.d_model", f"a multiple of n_head = {self.n_head}", self.d_model)
-        _expect(0 <= self.dropout < 1, "model.dropout", "0 <= x < 1", self.dropout)
+            expect(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
+        expect(self.d_model % self.n_head == 0, "model.d_model", f"a multiple of n_head = {self.n_head}", self.d_model)
+        expect(0 <= self.dropout < 1, "model.dropout", "0 <= x < 1", self.dropout)
 
 
 @dataclass
 class OptimConfig:
-    """AdamW, linear warm-up and a cosine down to the last step.
+    """Which optimizer, and its learning rate: a linear warm-up, then a schedule.
 
     Args:
+        name: momentum and nesterov are sgd with momentum; adamw decays weights, adam adds the decay to gradients
+        schedule: after the warm-up; noam falls with 1 / sqrt(step)
         learning_rate: the highest, reached after the warm-up
-        min_learning_rate: the one of the last step
+        min_learning_rate: cosine and linear reach it in the last step, noam falls no further, constant ignores it
         warmup_steps: steps from 0 to the highest
-        beta1: decay of the mean of gradients
-        beta2: decay of the mean of squared gradients
+        momentum: of momentum and nesterov
+        beta1: decay of the mean of gradients, of adam and adamw
+        beta2: decay of the mean of squared gradients, of adam and adamw
         weight_decay: on matrices only
         clip: largest norm of all gradients together, 0 = no clipping
     """
 
+    name: Literal["sgd", "momentum", "nesterov", "adam", "adamw"] = "adamw"
+    schedule: Literal["constant", "cosine", "linear", "noam"] = "cosine"
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
     warmup_steps: int = 100
+    momentum: float = 0.9
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.1
     clip: float = 1.0
 
     def __post_init__(self):
-        _expect(self.learning_rate > 0, "optim.learning_rate", "more than 0", self.learning_rate)
-        _expect(
+        expect(self.learning_rate > 0, "optim.learning_rate", "more than 0", self.learning_rate)
+        expect(
             0 <= self.min_learning_rate <= self.learning_rate,
             "optim.min_learning_rate",
             f"0 to learning_rate = {self.learning_rate}",
             self.min_learning_rate,
         )
         for name in ("warmup_steps", "weight_decay", "clip"):
-            _expect(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
-        for name in ("beta1", "beta2"):
-            _expect(0 <= getattr(self, name) < 1, f"optim.{name}", "0 <= x < 1", getattr(self, name))
+            expect(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
+        for name in ("momentum", "beta1", "beta2"):
+            expect(0 <= getattr(self, name) < 1, f"optim.{name}", "0 <= x < 1", getattr(self, name))
 
 
 @dataclass
@@ -130,7 +138,7 @@ class TrainConfig:
         deterministic: refuse operations that are not reproducible
         data: the text and its tokens
         model: the shape of the model
-        optim: AdamW and its learning rate
+        optim: the optimizer and its learning rate
     """
 
     run: str = "runs/char_lm"
@@ -161,16 +169,16 @@ class TrainConfig:
     def __post_init__(self):
         counts = ("steps", "batch_size", "accumulate", "log_every", "evaluate_every", "keep", "devices", "num_nodes")
         for name in counts:
-            _expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         windows = self.validation_windows
-        _expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
-        _expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)
+        expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
+        expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)
         for name in ("patience", "sample_tokens"):
-            _expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _expect(bool(self.run), "run", "a folder name", self.run)
-        _expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character", "")
+            expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        expect(bool(self.run), "run", "a folder name", self.run)
+        expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character", "")
         parts = self.accumulate * self.devices * self.num_nodes
-        _expect(
+        expect(
             self.batch_size % parts == 0,
             "batch_size",
             f"a multiple of accumulate * devices * num_nodes = {parts}",

@@ -30,7 +30,9 @@ class TextData:
             )
         parts = split_text(text, config.validation_fraction, config.test_fraction)
         if tokenizer is None:
-            tokenizer = build_tokenizer(config.tokenizer, text, parts["train"], config.vocab_size)
+            tokenizer = build_tokenizer(
+                config.tokenizer, [text], parts["train"].splitlines(keepends=True), config.vocab_size
+            )
         self.tokenizer = tokenizer
         if not config.test_fraction:
             del parts["test"]

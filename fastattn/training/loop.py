@@ -31,6 +31,7 @@ from .data import TextData, random_batch
 from .evaluate import build_model, load_weights, pick_device, summed_loss
 from .generate import generate_tokens
 from .metrics import MetricsLog, plot_losses
+from .optim import build_optimizer, learning_rate
 from .text import resolve_source
 from .tokenizer import load_tokenizer
 
@@ -108,23 +109,6 @@ def open_run(run, config, data, resume, overwrite):
         files["tokenizer.json"] = data.tokenizer.to_json()
         files["data.json"] = json.dumps(data.summary)
         create_run(run, files, overwrite)
-
-
-def learning_rate(step, steps, optim):
-    """Linear warm-up, then a cosine to min_learning_rate at the last step; `step` counts from 0."""
-    if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / (optim.warmup_steps + 1)
-    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return optim.min_learning_rate + cosine * (optim.learning_rate - optim.min_learning_rate)
-
-
-def build_optimizer(model, optim, fused):
-    """AdamW with weight decay on matrices (and embeddings) only."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), fused=fused)
 
 
 def dropout_seed(seed, step, rank):

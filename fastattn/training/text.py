@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from .builtin import topics
 from .config import UsageError
 
 SUFFIXES = (".txt", ".text", ".md", ".rst")  # of the files that are read from a folder
@@ -22,9 +23,9 @@ def read_text(source):
         UsageError: nothing there, not readable, not text, or empty.
     """
     if source == "topics":
-        return _topics()
+        return topics()
     if source == "shakespeare":
-        return _read_file(_find_shakespeare())
+        return _read_file(find_data("tinyshakespeare", "input.txt"))
     path = Path(source).expanduser()
     if not path.exists():
         raise UsageError(f"text source: expected 'topics', 'shakespeare', a file or a folder, got no {source!r}")
@@ -65,18 +66,13 @@ def fingerprint(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _topics():
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise UsageError(
-            f"text source 'topics': expected pydoc_data in Python's standard library, got {error}; name a text file"
-        ) from None
-    return "".join(f"{key}\n{topics[key]}\n" for key in sorted(topics))
+def find_data(*name):
+    """The path of a file of a named set: in FASTATTN_DATA, the user's cache, or beside a checkout.
 
-
-def _find_shakespeare():
-    name = Path("tinyshakespeare", "input.txt")
+    Raises:
+        UsageError: it is in none of them.
+    """
+    name = Path(*name)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folders = [Path(cache, "fastattn"), Path(__file__).resolve().parents[3] / "shared" / "data"]
     if os.environ.get("FASTATTN_DATA"):
@@ -85,18 +81,24 @@ def _find_shakespeare():
         if (folder / name).is_file():
             return folder / name
     raise UsageError(
-        f"text source 'shakespeare': expected {name} in one of {', '.join(map(str, folders))}, got none; "
+        f"data {name.parts[0]!r}: expected {name} in one of {', '.join(map(str, folders))}, got none; "
         "set FASTATTN_DATA, name the file itself, or use 'topics', which needs no file"
     )
 
 
-def _read_file(path):
+def read_bytes(path):
+    """The bytes of a file; UsageError if it is not readable or holds nothing but white space."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"text file {str(path)!r}: expected a readable file, got {error.strerror}") from None
     if not content.strip():
         raise UsageError(f"text file {str(path)!r}: expected text, got an empty file")
+    return content
+
+
+def decode_text(content, path):
+    """Bytes of the file `path` as text, lines ended by "\\n"; UsageError if they are not UTF-8."""
     if b"\0" in content:
         raise UsageError(f"text file {str(path)!r}: expected text, got a binary file (zero at byte {content.index(0)})")
     try:
@@ -106,3 +108,7 @@ def _read_file(path):
             f"text file {str(path)!r}: expected UTF-8, got byte 0x{content[error.start]:02x} at {error.start}"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_file(path):
+    return decode_text(read_bytes(path), path)

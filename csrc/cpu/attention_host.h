@@ -1,0 +1,58 @@
+#pragma once
+// What the wrappers of the attention ops share: tensors as the kernels take them, and outputs in the layout of q.
+#include <array>
+
+#include "host.h"
+
+namespace fastattn {
+
+using OptionalTensor = std::optional<Tensor>;
+
+template <size_t N>
+Tensor empty_strided(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// (batch, heads, seqlen, last), its first three dimensions nested as those of `like`; the fake does the same.
+inline Tensor empty_in_layout(const Tensor& like, int64_t last) {
+  std::array<int, 3> order{0, 1, 2};
+  if (like.stride(0) && like.stride(1) && like.stride(2)) {
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
+  }
+  std::array<int64_t, 4> sizes{like.size(0), like.size(1), like.size(2), last}, strides{0, 0, 0, 1};
+  int64_t stride = std::max<int64_t>(1, last);
+  for (int n = 2; n >= 0; --n) {
+    strides[order[n]] = stride;
+    stride *= std::max<int64_t>(1, sizes[order[n]]);
+  }
+  return empty_strided(sizes, strides, like.scalar_type());
+}
+
+inline Tensor inner_contiguous(const Tensor& t) {
+  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline HeadTensor heads(const Tensor& t, bool packed = false) {
+  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
+}
+
+template <typename T>
+const T* vector_data(const OptionalTensor& t, ScalarType dtype, int64_t size, const char* name) {
+  if (!t) {
+    return nullptr;
+  }
+  STD_TORCH_CHECK(t->scalar_type() == dtype && t->numel() == size && t->is_contiguous(), name, " must be contiguous ",
+                  torch::headeronly::toString(dtype), " of ", size, " elements, got ",
+                  torch::headeronly::toString(t->scalar_type()), " of ", t->numel());
+  return static_cast<const T*>(t->const_data_ptr());
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+}
+
+}  // namespace fastattn

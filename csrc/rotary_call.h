@@ -1,0 +1,140 @@
+#pragma once
+// From the tensors of a rotary op to RotaryArgs, for the wrappers of both devices.
+#include <algorithm>
+#include <array>
+#include <optional>
+
+#include "check.h"
+
+namespace fastattn {
+
+// The form of a tensor as the kernels see it: (batch, heads, tokens, head_dim); packed is a batch of one.
+inline HeadTensor rotary_strides(const Tensor& t) {
+  void* data = const_cast<void*>(t.const_data_ptr());
+  return t.dim() == 4 ? HeadTensor{data, t.stride(0), t.stride(1), t.stride(2)}
+                      : HeadTensor{data, 0, t.stride(1), t.stride(0)};
+}
+
+// Uninitialised, of the shape of `like` and its dimensions nested as there; the fake of the op does the same.
+inline Tensor rotary_empty_like(const Tensor& like, int32_t device_type, int32_t device_index) {
+  if (like.dim() == 3) {
+    return empty_on(device_type, device_index, like.sizes(), like.scalar_type());
+  }
+  std::array<int, 3> order{0, 1, 2};
+  if (like.stride(0) && like.stride(1) && like.stride(2)) {
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
+  }
+  std::array<int64_t, 4> strides{0, 0, 0, 1};
+  int64_t stride = std::max<int64_t>(1, like.size(3));
+  for (int n = 2; n >= 0; --n) {
+    strides[order[n]] = stride;
+    stride *= std::max<int64_t>(1, like.size(order[n]));
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, like.sizes().data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type())),
+                               device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// The arguments of a call, checked, `out` still to be set; keeps the copies alive that some of them point to.
+class RotaryCall {
+ public:
+  RotaryCall(const Tensor& q, const std::optional<Tensor>& k, const Tensor& cos, const Tensor& sin,
+             const std::optional<Tensor>& positions, int64_t offset, int64_t rotary_dim, bool interleaved,
+             bool conjugate) {
+    const int64_t dims = q.dim();
+    STD_TORCH_CHECK(dims == 3 || dims == 4, "rotary: q must have 3 or 4 dimensions, got ", dims);
+    args.batch = dims == 4 ? q.size(0) : 1;
+    args.seqlen = dims == 4 ? q.size(2) : q.size(0);
+    args.head_dim = q.size(dims - 1);
+    args.rotary_dim = rotary_dim;
+    STD_TORCH_CHECK(rotary_dim > 0 && rotary_dim % 2 == 0 && rotary_dim <= args.head_dim,
+                    "rotary: rotary_dim must be even, above 0 and at most ", args.head_dim, ", got ", rotary_dim);
+    args.dtype = dtype_of(q, "q");
+    add(0, q);
+    if (k) {
+      STD_TORCH_CHECK(k->dim() == dims && k->size(0) == q.size(0) && k->size(dims - 1) == args.head_dim &&
+                          k->size(dims - 2) == (dims == 4 ? args.seqlen : k->size(1)),
+                      "rotary: k must have the shape of q but for its heads, got ", k->numel(), " elements in ",
+                      k->dim(), " dimensions");
+      STD_TORCH_CHECK(k->scalar_type() == q.scalar_type() && k->device() == q.device(),
+                      "rotary: k must have the dtype and device of q");
+      add(1, *k);
+    }
+    set_tables(q, cos, sin);
+    args.offset = offset;
+    if (positions) {
+      set_positions(q, *positions);
+    } else {
+      STD_TORCH_CHECK(offset >= 0 && offset + args.seqlen <= args.table_rows, "rotary: positions ", offset, " to ",
+                      offset + args.seqlen - 1, " must lie within the ", args.table_rows, " rows of cos");
+    }
+    args.interleaved = interleaved;
+    args.conjugate = conjugate;
+  }
+
+  // Sets `out` to q and k themselves.
+  void write_in_place(const Tensor& q, const std::optional<Tensor>& k) {
+    STD_TORCH_CHECK(args.x[0].data == q.const_data_ptr() && (!k || args.x[1].data == k->const_data_ptr()),
+                    "rotary: in place takes tensors whose last stride is 1");
+    args.out[0] = args.x[0];
+    args.out[1] = args.x[1];
+  }
+
+  RotaryArgs args{};
+
+ private:
+  void add(int which, const Tensor& t) {
+    const int64_t last = t.dim() - 1;
+    const bool inner_contiguous = t.numel() == 0 || t.stride(last) == 1;
+    held_[which] = inner_contiguous ? t : torch::stable::contiguous(t);
+    args.x[which] = rotary_strides(held_[which]);
+    args.n_heads[which] = t.size(1);
+  }
+
+  void set_tables(const Tensor& q, const Tensor& cos, const Tensor& sin) {
+    const int64_t dims = cos.dim();
+    STD_TORCH_CHECK(dims == 2 || dims == 3, "rotary: cos must have 2 or 3 dimensions, got ", dims);
+    STD_TORCH_CHECK(sin.dim() == dims && std::equal(cos.sizes().begin(), cos.sizes().end(), sin.sizes().begin()) &&
+                        sin.scalar_type() == cos.scalar_type(),
+                    "rotary: sin must have the shape and dtype of cos");
+    STD_TORCH_CHECK(cos.device() == q.device() && sin.device() == q.device(),
+                    "rotary: cos and sin must be on the device of q");
+    STD_TORCH_CHECK(cos.size(dims - 1) >= args.rotary_dim / 2, "rotary: cos must have at least ", args.rotary_dim / 2,
+                    " columns, got ", cos.size(dims - 1));
+    STD_TORCH_CHECK(dims == 2 || ((cos.size(0) == 1 || cos.size(0) == args.batch) && cos.size(1) == args.seqlen),
+                    "rotary: cos must have ", args.batch, " or 1 rows of ", args.seqlen, " tokens");
+    const bool as_is = cos.stride(dims - 1) == 1 && sin.stride(dims - 1) == 1 &&
+                       std::equal(cos.strides().begin(), cos.strides().end(), sin.strides().begin());
+    held_[2] = as_is ? cos : torch::stable::contiguous(cos);
+    held_[3] = as_is ? sin : torch::stable::contiguous(sin);
+    args.cos = held_[2].const_data_ptr();
+    args.sin = held_[3].const_data_ptr();
+    args.table_rows = cos.size(dims - 2);
+    args.table_row = held_[2].stride(dims - 2);
+    args.table_batch = dims == 3 && cos.size(0) > 1 ? held_[2].stride(0) : 0;
+    args.table_dtype = dtype_of(cos, "cos");
+  }
+
+  void set_positions(const Tensor& q, const Tensor& positions) {
+    const int64_t dims = positions.dim();
+    STD_TORCH_CHECK((dims == 1 || (dims == 2 && (positions.size(0) == 1 || positions.size(0) == args.batch))) &&
+                        positions.size(dims - 1) == args.seqlen,
+                    "rotary: positions must have ", args.batch, " or 1 rows of ", args.seqlen, ", got ",
+                    positions.numel(), " elements");
+    STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Long || positions.scalar_type() == ScalarType::Int,
+                    "rotary: positions must be int32 or int64, got ",
+                    torch::headeronly::toString(positions.scalar_type()));
+    STD_TORCH_CHECK(positions.device() == q.device(), "rotary: positions must be on the device of q");
+    held_[4] = positions.is_contiguous() ? positions : torch::stable::contiguous(positions);
+    args.positions = held_[4].const_data_ptr();
+    args.positions_batch = dims == 2 && positions.size(0) > 1 ? args.seqlen : 0;
+    args.wide_positions = positions.scalar_type() == ScalarType::Long;
+  }
+
+  std::array<Tensor, 5> held_;
+};
+
+}  // namespace fastattn

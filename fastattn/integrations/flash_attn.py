@@ -1,0 +1,205 @@
+"""The functions of flash-attn 2.8 on our kernels: the same arguments in the same order, with the same meaning.
+
+    from fastattn.integrations.flash_attn import flash_attn_func  # instead of: from flash_attn import flash_attn_func
+
+Tensors are (batch, seqlen, heads, head_dim), packed sequences (total, heads, head_dim), and reach the kernels as views.
+causal and window_size are aligned bottom-right. What differs, and the tests that show it: docs/flash-attn.md.
+"""
+
+import torch
+
+from fastattn.ops.attention import attention
+from fastattn.ops.attention_decode import attention_decode
+from fastattn.ops.rotary import rotary_embedding
+
+_BATCHED = ("batch", "seqlen", "heads", "head_dim")
+_PACKED = ("total", "heads", "head_dim")
+
+
+def _check_layout(name, layout, **tensors):
+    """Raise unless every tensor has the dimensions of `layout`, where a number stands for itself."""
+    for label, t in tensors.items():
+        if t.dim() != len(layout) or any(
+            isinstance(want, int) and have != want for have, want in zip(t.shape, layout, strict=True)
+        ):
+            raise ValueError(f"{name}: {label} must be ({', '.join(map(str, layout))}), got shape {tuple(t.shape)}")
+
+
+def flash_attn_func(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`attention` under the signature of flash-attn.
+
+    Args:
+        q: (batch, seqlen_q, n_heads, head_dim), float32, bfloat16 or float16.
+        k: (batch, seqlen_k, n_kv_heads, head_dim), v: (batch, seqlen_k, n_kv_heads, head_dim_v).
+        dropout_p: applied always, also in evaluation.
+        softmax_scale: default 1/sqrt(head_dim).
+        causal: query i sees keys up to i + seqlen_k - seqlen_q.
+        window_size: (left, right): keys i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right, -1 = all.
+        softcap: scores become softcap * tanh(score / softcap); 0 = off.
+        alibi_slopes: float32 (n_heads,) or (batch, n_heads): slope * |i + seqlen_k - seqlen_q - j| is subtracted.
+        deterministic: every backward pass is deterministic, whatever stands here.
+        return_attn_probs: return (out, softmax_lse, None); softmax_lse is float32 (batch, n_heads, seqlen_q) and
+            differentiable. The weights, S_dmask in flash-attn, are never stored.
+    Returns: out (batch, seqlen_q, n_heads, head_dim_v) in the layout of q.
+    Raises:
+        ValueError, TypeError: as `attention`.
+    Source: flash-attn 2.8, `flash_attn_func`.
+    """
+    _check_layout("flash_attn_func", _BATCHED, q=q, k=k, v=v)
+    out, lse = attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal, window=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=softmax_scale, deterministic=deterministic,
+        return_lse=True,
+    )  # fmt: skip
+    out = out.transpose(1, 2)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_kvpacked_func(
+    q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_func` with keys and values in one tensor (batch, seqlen_k, 2, n_kv_heads, head_dim)."""
+    _check_layout("flash_attn_kvpacked_func", ("batch", "seqlen", 2, "heads", "head_dim"), kv=kv)
+    return flash_attn_func(
+        q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_func` with all three in one tensor (batch, seqlen, 3, n_heads, head_dim)."""
+    _check_layout("flash_attn_qkvpacked_func", ("batch", "seqlen", 3, "heads", "head_dim"), qkv=qkv)
+    return flash_attn_func(
+        *qkv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    block_table=None,
+):  # fmt: skip
+    """`flash_attn_func` on sequences behind one another, each aligned by its own lengths.
+
+    Args:
+        q: (total_q, n_heads, head_dim); k: (total_k, n_kv_heads, head_dim), v: (total_k, n_kv_heads, head_dim_v).
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1];
+            empty ones are served.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
+        block_table: must be None.
+        The others are as in `flash_attn_func`.
+    Returns: out (total_q, n_heads, head_dim_v); with return_attn_probs (out, softmax_lse, None), softmax_lse float32
+        (n_heads, total_q), as since flash-attn 2.6.
+    Raises:
+        ValueError, TypeError: as `attention`.
+    Source: flash-attn 2.8, `flash_attn_varlen_func`.
+    """
+    if block_table is not None:
+        raise ValueError(
+            "flash_attn_varlen_func: block_table must be None, got a tensor: packed keys lie in one piece; a paged"
+            " cache is read by flash_attn_with_kvcache"
+        )
+    _check_layout("flash_attn_varlen_func", _PACKED, q=q, k=k, v=v)
+    out, lse = attention(
+        q, k, v, causal=causal, window=window_size, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, softcap=softcap, alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p, scale=softmax_scale, deterministic=deterministic, return_lse=True,
+    )  # fmt: skip
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_varlen_kvpacked_func(
+    q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_varlen_func` with keys and values in one tensor (total_k, 2, n_kv_heads, head_dim)."""
+    _check_layout("flash_attn_varlen_kvpacked_func", ("total", 2, "heads", "head_dim"), kv=kv)
+    return flash_attn_varlen_func(
+        q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_varlen_func` with all three in one tensor (total, 3, n_heads, head_dim)."""
+    _check_layout("flash_attn_varlen_qkvpacked_func", ("total", 3, "heads", "head_dim"), qkv=qkv)
+    return flash_attn_varlen_func(
+        *qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
+    cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
+):  # fmt: skip
+    """`attention_decode` under the signature of flash-attn: attention on a cache, which k and v extend in place.
+
+    Args:
+        q: (batch, seqlen_q, n_heads, head_dim), float32, bfloat16 or float16.
+        k_cache, v_cache: (batch_cache, seqlen_cache, n_kv_heads, head_dim), with block_table (num_blocks, block_size,
+            n_kv_heads, head_dim), blocks of 16 keys or more.
+        k, v: (batch, seqlen_new, n_kv_heads, head_dim), written behind the cache_seqlens valid keys of each sequence.
+        rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2): k, whose position is cache_seqlens + i, is rotated before
+            it is written, and q likewise; without causal and window_size all queries stand at position cache_seqlens.
+        cache_seqlens: int32 (batch,) or an int for all: valid keys before this call; None = the whole cache is valid.
+        cache_batch_idx: int32 (batch,): rows of the caches, distinct where k is given; not together with block_table.
+        cache_leftpad: int32 (batch,): keys before it are invisible; positions count from the cache's beginning still.
+        block_table: int32 (batch, max_blocks): block n of sequence b is block_table[b, n].
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`, aligned to the last valid
+            key, the new ones included.
+        rotary_interleaved: rotate dimensions 0 and 1, 2 and 3, ..., else 0 and rotary_dim / 2, 1 and ....
+        num_splits: parts of the keys that are worked on side by side; 0 = chosen.
+        return_softmax_lse: return (out, softmax_lse) with softmax_lse float32 (batch, n_heads, seqlen_q).
+    Returns: out (batch, seqlen_q, n_heads, head_dim_v) in the layout of q.
+    Raises:
+        ValueError, TypeError, RuntimeError: as `attention_decode`; k without cache_seqlens, rotary_cos without
+            rotary_sin, or either without k.
+    Source: flash-attn 2.8, `flash_attn_with_kvcache`.
+    """
+    name = "flash_attn_with_kvcache"
+    _check_layout(name, _BATCHED, q=q, k_cache=k_cache, v_cache=v_cache)
+    if (k is None) != (v is None):
+        raise ValueError(f"{name}: k and v must be given together, got only {'v' if k is None else 'k'}")
+    if k is not None:
+        _check_layout(name, _BATCHED, k=k, v=v)
+        if cache_seqlens is None:
+            raise ValueError(f"{name}: k and v need cache_seqlens, where they are written, got None")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError(f"{name}: rotary_cos and rotary_sin must be given together")
+    if rotary_cos is not None and k is None:
+        raise ValueError(f"{name}: rotary_cos and rotary_sin need k and v: the keys of the cache are rotated already")
+    if cache_seqlens is None:
+        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if not isinstance(cache_seqlens, torch.Tensor):
+        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    q, k_cache, v_cache = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
+    if k is not None:
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if rotary_cos is not None:
+        end = cache_seqlens[:, None]
+        positions_q, positions_k = (end + torch.arange(t.shape[2], device=q.device) for t in (q, k))
+        if not causal and all(side in (-1, None) for side in window_size):
+            positions_q = end.expand_as(positions_q)
+        tables = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
+        q = rotary_embedding(q, positions=positions_q, **tables)
+        k = rotary_embedding(k, positions=positions_k, **tables)
+    result = attention_decode(
+        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, block_table=block_table,
+        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, causal=causal, window=window_size,
+        softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale, num_splits=num_splits,
+        return_lse=return_softmax_lse,
+    )  # fmt: skip
+    return (result[0].transpose(1, 2), result[1]) if return_softmax_lse else result.transpose(1, 2)

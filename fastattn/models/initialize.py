@@ -1,0 +1,41 @@
+"""How the weights of a model start."""
+
+from torch import nn
+
+SCHEMES = ("gpt2", "normal", "uniform", "xavier", "he")
+# where a layer writes into the residual stream: the last projection of attention and of the feed-forward block
+_INTO_RESIDUAL = ("out_proj.weight", "linear2.weight")
+
+
+def initialize(model, scheme, n_layer=1):
+    """Fill the matrices of a model by a scheme, its biases with 0; norm weights stay 1.
+
+    Args:
+        model: nn.Module.
+        scheme: "gpt2": normal with standard deviation 0.02, divided by sqrt(2 n_layer) for projections into the
+            residual stream; "normal": 0.02 everywhere; "uniform": -0.04 to 0.04; "xavier": uniform within
+            sqrt(6 / (rows + columns)); "he": normal with sqrt(2 / columns). Embeddings are always normal with 0.02.
+        n_layer: residual layers of the model.
+
+    Raises:
+        ValueError: an unknown scheme.
+    Sources: Radford et al. 2019, "Language models are unsupervised multitask learners"; Glorot and Bengio 2010,
+        "Understanding the difficulty of training deep feedforward neural networks"; He et al. 2015, "Delving deep into
+        rectifiers".
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            if "bias" in name.rpartition(".")[2]:
+                nn.init.zeros_(parameter)
+        elif id(parameter) in embeddings or scheme in ("gpt2", "normal"):
+            smaller = scheme == "gpt2" and name.endswith(_INTO_RESIDUAL)
+            nn.init.normal_(parameter, std=0.02 / (2 * n_layer) ** 0.5 if smaller else 0.02)
+        elif scheme == "uniform":
+            nn.init.uniform_(parameter, -0.04, 0.04)
+        elif scheme == "xavier":
+            nn.init.xavier_uniform_(parameter)
+        else:
+            nn.init.kaiming_normal_(parameter)

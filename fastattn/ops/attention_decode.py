@@ -1,0 +1,276 @@
+"""Attention of a few new queries on a cache of keys and values, which it can extend in place.
+
+    s    = scale * q·k;  s = softcap * tanh(s / softcap);  s = s - slope * |i + off - j|;  -inf where invisible
+    lse  = log(sum_j exp(s) [+ exp(sink)]),  out = exp(s - lse) · v,     off = valid keys - seqlen_q
+
+The cache is far larger than all else, so every byte of it is read once: the query heads that share a key head are rows
+of one tile, and the keys of a sequence are divided into splits that run at the same time and are combined by their lse.
+Two raw ops: attention_decode_append writes new keys and values into the cache, attention_decode_fwd only reads it.
+"""
+
+from collections import namedtuple
+
+import torch
+
+from fastattn import reference
+from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
+from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._register import define, needs_reference
+from fastattn.ops.attention import empty_in_layout
+
+MIN_PAGE_SIZE = 16
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_NAME = "attention_decode"
+
+# what a backend may refuse by; sizes stay out, so that decisions are cached
+Facts = namedtuple("Facts", "device dtype wide_heads", defaults=(False,))
+
+
+def _attention_decode_fwd_fake(q, k_cache, v_cache, *_):
+    return empty_in_layout(q, v_cache.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+define(
+    "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
+    " Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, Tensor? sink, SymInt seqlen_new,"
+    " SymInt window_left, SymInt window_right, float softcap, float scale, SymInt num_splits)"
+    " -> (Tensor out, Tensor lse)",
+    _attention_decode_fwd_fake,
+)
+define(
+    "attention_decode_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens,"
+    " Tensor? block_table, Tensor? cache_batch_idx) -> ()",
+    lambda *_: None,
+)
+_fwd = {name: getattr(torch.ops.fastattn.attention_decode_fwd, name) for name in ("native", "triton")}
+_append = {name: getattr(torch.ops.fastattn.attention_decode_append, name) for name in ("native", "triton")}
+
+
+def refuses(facts):
+    """What every compiled backend refuses."""
+    dtype = facts[1]
+    return None if dtype in _FLOATS else f"it takes float32, bfloat16 and float16, got {dtype}"
+
+
+def refuses_triton(facts):
+    """What the Triton kernels refuse."""
+    return "it takes head dims up to 256" if Facts(*facts).wide_heads else refuses(facts)
+
+
+register_backend(_NAME, "native", refuses)
+register_backend(_NAME, "triton", refuses_triton)
+
+
+def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
+    """Raise unless the tensors fit each other; returns how many keys a sequence has room for."""
+    for label, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if t.dim() != 4:
+            raise ValueError(f"{_NAME}: {label} must have 4 dimensions, got shape {tuple(t.shape)}")
+    if not q.is_floating_point():
+        raise TypeError(f"{_NAME}: q must have a floating-point dtype, got {q.dtype}")
+    if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
+        raise TypeError(
+            f"{_NAME}: q and the caches must have one dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
+        )
+    if k_cache.device != q.device or v_cache.device != q.device:
+        raise ValueError(
+            f"{_NAME}: q and the caches must be on one device, got {q.device}, {k_cache.device}, {v_cache.device}"
+        )
+    batch, n_heads, _, head_dim = q.shape
+    cache_batch, n_kv_heads, capacity, head_dim_k = k_cache.shape
+    head_dim_v = v_cache.shape[3]
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(
+            f"{_NAME}: the caches must agree in all but the last dimension, got {tuple(k_cache.shape)} and"
+            f" {tuple(v_cache.shape)}"
+        )
+    if head_dim != head_dim_k:
+        raise ValueError(f"{_NAME}: q and k_cache must have one head_dim, got {head_dim} and {head_dim_k}")
+    if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
+        raise ValueError(
+            f"{_NAME}: the heads of q must be a multiple of those of the caches, got {n_heads} and {n_kv_heads}"
+        )
+    for label, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if t.stride(3) != 1 and t.shape[3] > 1:
+            raise ValueError(f"{_NAME}: {label} must have last stride 1, got {t.stride(3)}")
+    if block_table is not None:
+        if cache_batch_idx is not None:
+            raise ValueError(
+                f"{_NAME}: block_table and cache_batch_idx exclude each other: both name rows of the cache"
+            )
+        if block_table.dtype != torch.int32:
+            raise TypeError(f"{_NAME}: block_table must be int32, got {block_table.dtype}")
+        if block_table.dim() != 2 or block_table.shape[0] != batch:
+            raise ValueError(
+                f"{_NAME}: block_table must be (batch, pages_per_sequence) with batch {batch}, got"
+                f" {tuple(block_table.shape)}"
+            )
+        if block_table.device != q.device:
+            raise ValueError(f"{_NAME}: block_table must be on the device of q, {q.device}, got {block_table.device}")
+        if capacity < MIN_PAGE_SIZE or cache_batch == 0:
+            raise ValueError(
+                f"{_NAME}: with block_table the caches must be (num_pages, n_kv_heads, page_size, head_dim) with at"
+                f" least 1 page of at least {MIN_PAGE_SIZE} keys, got {tuple(k_cache.shape)}"
+            )
+        capacity *= block_table.shape[1]
+    elif cache_batch_idx is not None:
+        check_int32(_NAME, "cache_batch_idx", cache_batch_idx, q, batch)
+    elif cache_batch != batch:
+        raise ValueError(
+            f"{_NAME}: q and the caches must have one batch size without block_table and cache_batch_idx, got {batch}"
+            f" and {cache_batch}"
+        )
+    if (k is None) != (v is None):
+        raise ValueError(f"{_NAME}: k and v must be given together, got only {'v' if k is None else 'k'}")
+    if k is not None:
+        wanted = batch, n_kv_heads, k.shape[2] if k.dim() == 4 else "seqlen_new"
+        for label, t, last in (("k", k, head_dim), ("v", v, head_dim_v)):
+            if tuple(t.shape) != (*wanted, last):
+                shape = ", ".join(map(str, (*wanted, last)))
+                raise ValueError(f"{_NAME}: {label} must have shape ({shape}), got {tuple(t.shape)}")
+            if t.dtype != q.dtype:
+                raise TypeError(f"{_NAME}: {label} must have the dtype of q, {q.dtype}, got {t.dtype}")
+            if t.device != q.device:
+                raise ValueError(f"{_NAME}: {label} must be on the device of q, {q.device}, got {t.device}")
+    return capacity
+
+
+def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity):
+    """Raise where a length or an index leaves the cache: on the CPU only, where looking costs no synchronisation."""
+    lengths = cache_seqlens.tolist()
+    if lengths and (min(lengths) < 0 or max(lengths) + seqlen_new > capacity):
+        new = f" with {seqlen_new} new keys" if seqlen_new else ""
+        raise ValueError(f"{_NAME}: cache_seqlens must be from 0 to {capacity - seqlen_new}{new}, got {lengths}")
+    rows = k_cache.shape[0]
+    if cache_batch_idx is not None:
+        found = cache_batch_idx.tolist()
+        if found and (min(found) < 0 or max(found) >= rows):
+            raise ValueError(f"{_NAME}: cache_batch_idx must be from 0 to {rows - 1}, got {found}")
+        if seqlen_new and len(set(found)) != len(found):
+            raise ValueError(f"{_NAME}: cache_batch_idx must be distinct where k and v are appended, got {found}")
+    if block_table is not None:
+        page_size = k_cache.shape[2]
+        for pages, length in zip(block_table.tolist(), lengths, strict=True):
+            used = pages[: -(-(length + seqlen_new) // page_size)]
+            if used and (min(used) < 0 or max(used) >= rows):
+                raise ValueError(f"{_NAME}: block_table must name pages from 0 to {rows - 1}, got {used}")
+
+
+def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window,
+             softcap, alibi_slopes, sink, scale, num_splits):  # fmt: skip
+    """Check, cast and bring into the form of the raw ops: (facts, q, k, v, the rest of attention_decode_fwd)."""
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # the caches are updated in place: they set the dtype
+        dtype = k_cache.dtype
+        q, k, v = (t.to(dtype) if t is not None and t.is_floating_point() else t for t in (q, k, v))
+    capacity = _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx)
+    batch, n_heads, _, head_dim = q.shape
+    check_int32(_NAME, "cache_seqlens", cache_seqlens, q, batch)
+    if cache_leftpad is not None:
+        check_int32(_NAME, "cache_leftpad", cache_leftpad, q, batch)
+    check_numbers(_NAME, softcap, 0.0, scale)
+    left, right, top_left = resolve_window(_NAME, causal, window)
+    if top_left:
+        raise ValueError(f'{_NAME}: causal must be False, True or "bottom_right", got "top_left"')
+    if isinstance(num_splits, float) or num_splits < 0:
+        raise ValueError(f"{_NAME}: num_splits must be an integer of at least 0 (chosen by size), got {num_splits!r}")
+    if alibi_slopes is not None:
+        alibi_slopes = check_per_head(_NAME, "alibi_slopes", alibi_slopes, q, ((n_heads,), (batch, n_heads)))
+    if sink is not None:
+        sink = check_per_head(_NAME, "sink", sink, q, ((n_heads,),))
+    seqlen_new = 0 if k is None else k.shape[2]
+    if device == "cpu" and not torch.compiler.is_compiling():
+        _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity)
+    if scale is None:
+        scale = head_dim**-0.5 if head_dim else 1.0
+    wide = True if head_dim > 256 or v_cache.shape[3] > 256 else False  # noqa: SIM210  bool() would stay symbolic
+    rest = (
+        cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink, seqlen_new, left, right,
+        float(softcap), float(scale), num_splits,
+    )  # fmt: skip
+    return (device, q.dtype, wide), q, k, v, rest
+
+
+def _reference(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes,
+               sink, seqlen_new, window_left, window_right, softcap, scale, num_splits):  # fmt: skip
+    """The reference under the arguments of the raw ops."""
+    return reference.attention_decode(
+        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, block_table=block_table,
+        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, causal=False, window=(window_left, window_right),
+        softcap=softcap, alibi_slopes=alibi_slopes, sink=sink, scale=scale,
+    )  # fmt: skip
+
+
+def attention_decode(
+    q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
+    causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,
+    backend=None,
+):  # fmt: skip
+    """`attention` of a few queries on a cache of keys and values, contiguous or paged, which k and v extend in place.
+
+    Sequence b has length = cache_seqlens[b] + seqlen_new keys, and its last query stands at its last: query i at key
+    i + length - seqlen_q. A row that sees no key gives 0 and lse -inf.
+
+    Args:
+        q: (batch, n_heads, seqlen_q, head_dim), float32, bfloat16 or float16 (float64 runs on the reference).
+        k_cache: (batch, n_kv_heads, max_seqlen, head_dim), v_cache: (batch, n_kv_heads, max_seqlen, head_dim_v), any
+            strides with last stride 1, so a (batch, max_seqlen, n_kv_heads, head_dim) cache is a transposed view. With
+            block_table (num_pages, n_kv_heads, page_size, ...), page_size at least 16.
+        k: (batch, n_kv_heads, seqlen_new, head_dim), v: (batch, n_kv_heads, seqlen_new, head_dim_v), together or not at
+            all: written into the caches behind the valid keys before anything else happens. cache_seqlens stays as it
+            is; add seqlen_new to it for the next call.
+        cache_seqlens: int32 (batch,), valid keys before this call.
+        block_table: int32 (batch, pages_per_sequence): page n of sequence b is block_table[b, n]; entries behind the
+            last valid key are not looked at.
+        cache_batch_idx: int32 (batch,): row b of q uses row cache_batch_idx[b] of the caches, whose batch may be
+            larger then; distinct rows where k and v are given. Not together with block_table.
+        cache_leftpad: int32 (batch,): keys before it are invisible. Distances between queries and keys do not change.
+        causal: True or "bottom_right": no key behind the query's own position is visible; False: all are.
+        window: (left, right) as in `attention`; -1 = unlimited.
+        softcap, alibi_slopes, sink, scale: as in `attention`.
+        num_splits: into how many parts the keys of a sequence are divided; 0 = chosen from sizes (on a GPU that of the
+            cache, as lengths are not known to the host), never from the number of threads.
+        return_lse: also return the log-sum-exp of each row.
+        backend: "native", "triton" or "reference" instead of the automatic choice.
+    Returns: out (batch, n_heads, seqlen_q, head_dim_v) in the layout of q; with return_lse (out, lse), lse float32
+        (batch, n_heads, seqlen_q).
+    Raises:
+        ValueError: shapes, devices, lengths or numbers do not fit, or the named backend cannot serve the call. Lengths
+            and indices are looked at on the CPU only: on a GPU that would wait for it. There keys that the cache has no
+            room for are dropped, and indices of rows and pages must be right.
+        TypeError: a dtype does not fit. Under autocast q, k and v are cast to the dtype of the caches.
+        RuntimeError: a gradient would be needed: there is no backward.
+    Source: Dao et al., "Flash-Decoding for long-context inference", 2023; the cache as in flash-attn's kvcache.
+    """
+    facts, q, k, v, rest = _prepare(
+        q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window, softcap,
+        alibi_slopes, sink, scale, num_splits,
+    )  # fmt: skip
+    if grad_wanted(q, k_cache, v_cache, k, v, sink):
+        raise RuntimeError(
+            f"{_NAME}: there is no backward, and an input requires grad: call it under torch.no_grad() or"
+            " torch.inference_mode(), or use attention"
+        )
+    runs = choose(_NAME, facts, backend)
+    if runs == "reference" or needs_reference():
+        out, lse = _reference(q, k_cache, v_cache, k, v, *rest)
+    else:
+        if k is not None:
+            _append[runs](k_cache, v_cache, k, v, *rest[:3])
+            if not torch.compiler.is_compiling() and not k_cache.is_inference():
+                torch.autograd.graph.increment_version((k_cache, v_cache))
+        out, lse = _fwd[runs](q, k_cache, v_cache, *rest)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
+    causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,
+    backend=None,
+):  # fmt: skip
+    """What `attention_decode` would run for these arguments, and why not the others; nothing is appended."""
+    facts, *_ = _prepare(
+        q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window, softcap,
+        alibi_slopes, sink, scale, num_splits,
+    )  # fmt: skip
+    return explanation(_NAME, facts, backend)

@@ -1,0 +1,284 @@
+"""Cross-entropy of a linear layer's outputs that never holds the logits of all tokens.
+
+s = x·weightᵀ + bias;  s = softcap * tanh(s / softcap);  lse = log(sum_j exp(s_j));  p = exp(s - lse)
+loss = lse - (1 - label_smoothing) * s_target - label_smoothing * mean(s) + z_loss * lse²
+ds = dloss * ((1 + 2 * z_loss * lse) * p - (1 - label_smoothing) * onehot(target) - label_smoothing / vocab)
+ds = ds * (1 - (s / softcap)²)
+dx = ds·weight,  dweight = dsᵀ·x,  dbias = sum_tokens(ds)
+
+Tokens are taken in chunks. The products are the vendor library's; between them the raw op cross_entropy_fwd makes the
+losses of a chunk and replaces its logits by ds. Sum and mean have one dloss for all tokens, so that ds, and with it all
+gradients, are made in the forward for dloss = 1 and multiplied in the backward; without reduction the backward goes
+through the chunks again with the true dloss. The chunks run inside of one op, which torch.compile takes as a whole.
+"""
+
+import math
+
+import torch
+
+from fastattn import reference
+from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._gemm import add_weight_grad, as_autocast, input_grad, linear
+from fastattn.ops._register import define, differentiate, implement, needs_reference
+
+REDUCTIONS = ("none", "mean", "sum")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MIN_CHUNK = 256
+
+
+def _cross_entropy_fwd_fake(logits, target, dloss, ignore_index, label_smoothing, z_loss, softcap, need_grad):
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+def _linear_cross_entropy_fwd_fake(
+    x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, need_dx, need_dweight,
+    need_dbias,
+):  # fmt: skip
+    return (
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(weight.shape if need_dweight else (0,), dtype=torch.float32),
+        x.new_empty(weight.shape[0] if need_dbias else 0, dtype=torch.float32),
+    )
+
+
+# loss: fp32 (rows). logits (rows, vocab) become their gradient for dloss, fp32 (rows) or None for ones, if need_grad.
+# A target that is neither a column nor ignore_index makes loss and gradient of its row NaN.
+define(
+    "cross_entropy_fwd(Tensor(a!) logits, Tensor target, Tensor? dloss, int ignore_index, float label_smoothing,"
+    " float z_loss, float softcap, bool need_grad) -> Tensor",
+    _cross_entropy_fwd_fake,
+)
+# x (tokens, d_model), target int64 (tokens); dx in the dtype of x, the sums over tokens in fp32; (0,) where not needed.
+# chunk_size 0: by the sizes
+define(
+    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss, int ignore_index,"
+    " float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx, bool need_dweight,"
+    " bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
+    _linear_cross_entropy_fwd_fake,
+)
+_fwd = {name: getattr(torch.ops.fastattn.linear_cross_entropy_fwd, name) for name in ("native", "triton")}
+
+
+def default_chunk_size(tokens, d_model, vocab):
+    """Tokens of a chunk whose logits are about as large as x, but enough of them to keep the products busy."""
+    return max(math.ceil(tokens * d_model / vocab), _MIN_CHUNK)
+
+
+def _implementation(backend):
+    cross_entropy_fwd = getattr(torch.ops.fastattn.cross_entropy_fwd, backend)
+
+    def function(
+        x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, need_dx,
+        need_dweight, need_dbias,
+    ):  # fmt: skip
+        tokens, (vocab, d_model) = x.shape[0], weight.shape
+        need_grad = need_dx or need_dweight or need_dbias
+        new = {"dtype": torch.float32, "device": x.device}
+        loss = torch.empty(tokens, **new)
+        dx = torch.empty(x.shape if need_dx else (0,), dtype=x.dtype, device=x.device)
+        dweight = torch.zeros(weight.shape if need_dweight else (0,), **new)
+        dbias = torch.zeros(vocab if need_dbias else 0, **new)
+        if x.is_cpu:
+            _check_range(target, vocab, ignore_index)
+        chunks = math.ceil(tokens / (chunk_size or default_chunk_size(tokens, d_model, vocab)))
+        for chunk in range(chunks):  # of equal size, give or take one
+            rows = slice(tokens * chunk // chunks, tokens * (chunk + 1) // chunks)
+            logits = linear(x[rows], weight, bias)
+            loss[rows] = cross_entropy_fwd(
+                logits, target[rows], None if dloss is None else dloss[rows], ignore_index, label_smoothing, z_loss,
+                softcap, need_grad,
+            )  # fmt: skip
+            if need_dx:
+                dx[rows] = input_grad(logits, weight)
+            if need_dweight:
+                add_weight_grad(dweight, logits, x[rows])
+            if need_dbias:
+                dbias += logits.sum(0, dtype=torch.float32)
+            del logits  # before the next are made
+        return loss, dx, dweight, dbias
+
+    return function
+
+
+def _check_range(target, vocab, ignore_index):
+    bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]
+    if bad.numel():
+        raise IndexError(
+            f"linear_cross_entropy: target must be between 0 and {vocab - 1} or ignore_index {ignore_index},"
+            f" got {bad[0].item()}"
+        )
+
+
+def _refuses(facts):
+    return None if facts[1] in _FLOATS else f"it takes float32, bfloat16 and float16, got {facts[1]}"
+
+
+for _backend in ("native", "triton"):
+    register_backend("linear_cross_entropy", _backend, _refuses, raw="cross_entropy_fwd")
+    for _device in ("CPU", "CUDA"):
+        implement("linear_cross_entropy_fwd", _backend, _device, _implementation(_backend))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """options: ignore_index, label_smoothing, z_loss, softcap."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, target, options, reduction, chunk_size, backend):
+        needs = (False,) * 3 if reduction == "none" else ctx.needs_input_grad[:3]
+        loss, *grads = _fwd[backend](*_flat(x, weight, bias, target), None, *options, chunk_size, *needs)
+        loss, count = _reduce(loss, target, options[0], reduction)
+        ctx.save_for_backward(x, weight, bias, target, count, *grads)
+        ctx.options = (options, reduction, chunk_size, backend)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, weight, bias, target, count, *grads = ctx.saved_tensors
+        options, reduction, chunk_size, backend = ctx.options
+        inputs, needs = (x, weight, bias), ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = differentiate(_reference(target, options, reduction), inputs, (dloss,))
+        elif reduction == "none":
+            dloss = dloss.reshape(-1).float().contiguous()
+            _, *grads = _fwd[backend](*_flat(x, weight, bias, target), dloss, *options, chunk_size, *needs)
+            grads = (g.to(t.dtype) if need else None for g, t, need in zip(grads, inputs, needs, strict=True))
+        else:
+            if count is not None:
+                dloss = dloss / count.clamp_min(1)
+            last = _is_last_backward()
+            grads = (
+                _scaled(g, dloss, t, last) if need else None for g, t, need in zip(grads, inputs, needs, strict=True)
+            )
+        dx, dweight, dbias = grads
+        return None if dx is None else dx.view(x.shape), dweight, dbias, None, None, None, None, None
+
+
+def _flat(x, weight, bias, target):
+    return x.reshape(target.numel(), weight.shape[1]), weight, bias, target.reshape(-1).long()
+
+
+def _reduce(loss, target, ignore_index, reduction):
+    """The result, and for the mean the number of tokens it is taken over."""
+    if reduction == "none":
+        return loss.view(target.shape), None
+    if reduction == "sum":
+        return loss.sum(), None
+    count = (target != ignore_index).sum()
+    return loss.sum() / count, count
+
+
+def _is_last_backward():
+    """Whether what this node saved is freed after the backward that runs: without retain_graph."""
+    return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _scaled(grad, scale, like, last):
+    """grad * scale in the dtype of `like`; in the memory of grad, which may be as large as the weight, if it can be."""
+    wide = grad if last and grad.dtype == torch.float32 else grad.to(torch.float32, copy=True)
+    return wide.mul_(scale).to(like.dtype)
+
+
+def _reference(target, options, reduction):
+    ignore_index, label_smoothing, z_loss, softcap = options
+
+    def function(x, weight, bias):
+        loss = reference.linear_cross_entropy(
+            x, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+            softcap=softcap, reduction=reduction,
+        )  # fmt: skip
+        return (loss,)
+
+    return function
+
+
+def _check_shape(label, tensor, shape, meaning, x):
+    if tensor.shape != shape:
+        raise ValueError(
+            f"linear_cross_entropy: {label} must have shape {tuple(shape)}, {meaning}, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != x.device:
+        raise ValueError(f"linear_cross_entropy: {label} must be on the device of x, {x.device}, got {tensor.device}")
+
+
+def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size):
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"linear_cross_entropy: x must be a floating-point tensor with at least one dimension, got {x.dtype}"
+            f" {tuple(x.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"linear_cross_entropy: weight must have shape (vocab, d_model), got {tuple(weight.shape)}")
+    _check_shape("weight", weight, (weight.shape[0], x.shape[-1]), "(vocab, last dimension of x)", x)
+    if bias is not None:
+        _check_shape("bias", bias, weight.shape[:1], "the first dimension of weight", x)
+    if target.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"linear_cross_entropy: target must be int64 or int32, got {target.dtype}")
+    _check_shape("target", target, x.shape[:-1], "x without its last dimension", x)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"linear_cross_entropy: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    for label, value in (("z_loss", z_loss), ("softcap", softcap)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"linear_cross_entropy: {label} must be 0 or a positive number, got {value}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"linear_cross_entropy: chunk_size must be at least 1, got {chunk_size}")
+
+
+def _check_dtypes(x, weight, bias):
+    for label, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"linear_cross_entropy: {label} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+def _facts(x):
+    return x.device.type, x.dtype
+
+
+def linear_cross_entropy(
+    x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
+    chunk_size=None, backend=None,
+):  # fmt: skip
+    """Cross-entropy between x·weightᵀ + bias and target, in memory that does not grow with tokens times vocabulary.
+
+    Args:
+        x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides. Under autocast
+            x, weight and bias are cast to the autocast dtype; otherwise their dtypes must agree.
+        weight: (vocab, d_model), as nn.Linear stores it. bias: (vocab,) or None.
+        target: (...,) of x, int64 or int32: the true class of every token, or ignore_index.
+        ignore_index: tokens with this target have loss and gradient 0 and do not count in the mean.
+        label_smoothing: share of the target's probability that is spread evenly over the vocabulary.
+        z_loss: adds z_loss * lse² to the loss of a token, lse = logsumexp of its logits; reduced like the rest.
+        softcap: logits become softcap * tanh(logits / softcap); 0 for none.
+        reduction: "mean" over the tokens that are not ignored (NaN with gradient 0 if all are), "sum" or "none".
+        chunk_size: tokens whose logits exist at the same time; None: chosen by the sizes.
+        backend: "native", "triton" or "reference" instead of the automatic choice.
+    Returns: (), or the shape of target for reduction "none"; float32, for float64 float64.
+    Raises:
+        ValueError: shapes, dtypes, devices or options do not fit, or the named backend cannot serve the call.
+        IndexError: a target is neither in the vocabulary nor ignore_index. On a GPU, where looking would wait for the
+            device, the loss is NaN instead.
+    Source: torch.nn.functional.cross_entropy; z_loss as in Chowdhery et al., "PaLM" (2022).
+    """
+    _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
+    x, weight, bias = as_autocast(x, weight, bias)
+    _check_dtypes(x, weight, bias)
+    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+    runs = choose("linear_cross_entropy", _facts(x), backend)
+    if runs == "reference" or needs_reference():
+        return _reference(target, options, reduction)(x, weight, bias)[0]
+    chunk_size = chunk_size or 0
+    if grad_wanted(x, weight, bias):
+        return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
+    loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
+    return _reduce(loss, target, ignore_index, reduction)[0]
+
+
+def explain(
+    x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
+    chunk_size=None, backend=None,
+):  # fmt: skip
+    """What `linear_cross_entropy` would run for these arguments, and why not the others."""
+    _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
+    return explanation("linear_cross_entropy", _facts(x), backend)

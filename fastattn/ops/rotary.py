@@ -1,0 +1,249 @@
+"""Rotary position embedding of one tensor, or of q and k in one launch.
+
+    y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin       dx1 = dy1 * cos + dy2 * sin,  dx2 = dy2 * cos - dy1 * sin
+
+The backward is the same op with the angle negated, `conjugate`; it is differentiable in turn. Nothing of x is saved.
+"""
+
+from collections import namedtuple
+
+import torch
+
+from fastattn import reference
+from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._register import define, needs_reference
+from fastattn.ops.attention import empty_in_layout
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Facts = namedtuple("Facts", "device dtype table_dtype table_grad", defaults=(torch.float32, False))
+
+
+def _empty_like(x):
+    return x.new_empty(x.shape) if x.dim() == 3 else empty_in_layout(x, x.shape[-1])
+
+
+def _rotary_fwd_fake(q, k, *_):
+    return _empty_like(q), q.new_empty(0) if k is None else _empty_like(k)
+
+
+# q, k: (batch, heads, seqlen, head_dim) or, a batch of one, (total, heads, head_dim), of any strides. cos, sin: (rows,
+# columns), or (batch or 1, seqlen, columns) without positions and offset; the first rotary_dim / 2 columns count.
+# positions: integers (seqlen,) or (batch or 1, seqlen); without them the position of a token is its index plus offset.
+_INPUTS = (
+    "Tensor cos, Tensor sin, Tensor? positions, SymInt offset, SymInt rotary_dim, bool interleaved, bool conjugate"
+)
+# results in the layout of q and k; the second is (0,) without k
+define(f"rotary_fwd(Tensor q, Tensor? k, {_INPUTS}) -> (Tensor, Tensor)", _rotary_fwd_fake)
+define(f"rotary_fwd_(Tensor(a!) q, Tensor(b!)? k, {_INPUTS}) -> ()", lambda *_: None)
+_fwd, _fwd_ = (
+    {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
+    for op in ("rotary_fwd", "rotary_fwd_")
+)
+
+
+def _refuses(facts):
+    _, dtype, table_dtype, table_grad = Facts(*facts)
+    if dtype not in _FLOATS:
+        return f"it takes float32, bfloat16 and float16, got {dtype}"
+    if table_dtype not in (torch.float32, dtype):
+        return f"it takes cos and sin in float32 or the dtype of x, {dtype}, got {table_dtype}"
+    return "it makes no gradient for cos and sin" if table_grad else None
+
+
+for _backend in ("native", "triton"):
+    register_backend("rotary", _backend, _refuses)
+
+
+def _reference(xs, cos, sin, positions, offset, rotary_dim, interleaved):
+    return tuple(
+        reference.rotary_embedding(
+            x, cos, sin, rotary_dim=rotary_dim, offset=offset, interleaved=interleaved,
+            positions=positions if positions is None or x.dim() == 4 else positions.flatten(),
+        )
+        for x in xs
+    )  # fmt: skip
+
+
+class _Rotary(torch.autograd.Function):
+    # q comes first: where autograd follows a change of a view it takes the first tensor for the one that changes
+    @staticmethod
+    def forward(ctx, q, k, backend, inplace, cos, sin, positions, offset, rotary_dim, interleaved, conjugate):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.options = (backend, offset, rotary_dim, interleaved, conjugate)
+        if inplace:
+            ctx.mark_dirty(q)
+        xs = (q,) if k is None else (q, k)
+        return _launch(backend, inplace, xs, cos, sin, positions, offset, rotary_dim, interleaved, conjugate)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        backend, offset, rotary_dim, interleaved, conjugate = ctx.options
+        present = tuple(g for g in grads if g is not None)
+        rest = (*ctx.saved_tensors, offset, rotary_dim, interleaved, not conjugate)
+        rotated = iter(_run(backend, False, present, *rest) if present else ())
+        dq, dk = [None if g is None else next(rotated) for g in (*grads, None)[:2]]
+        return dq, dk, None, None, None, None, None, None, None, None, None
+
+
+def _launch(backend, inplace, xs, *rest):
+    k = xs[1] if len(xs) == 2 else None
+    if inplace:
+        _fwd_[backend](xs[0], k, *rest)
+        return xs
+    return _fwd[backend](xs[0], k, *rest)[: len(xs)]
+
+
+def _run(backend, inplace, xs, *rest):
+    """The kernels, under autograd where it must see them."""
+    if not grad_wanted(*xs):
+        if inplace:
+            torch.autograd.graph.increment_version([x for x in xs if not x.is_inference()])
+        return _launch(backend, inplace, xs, *rest)
+    if inplace:  # autograd follows a function that changes views only if it changes one
+        return tuple(_Rotary.apply(x, None, backend, True, *rest)[0] for x in xs)
+    return _Rotary.apply(xs[0], xs[1] if len(xs) == 2 else None, backend, False, *rest)
+
+
+def _complain(expected, got):
+    raise ValueError(f"rotary_embedding: {expected}, got {got}")
+
+
+def _check_inputs(xs, inplace):
+    """(batch, seqlen, head_dim) of one or two tensors that fit each other."""
+    first = xs[0]
+    dims = first.dim()
+    if dims not in (3, 4):
+        _complain("x must be (batch, n_heads, seqlen, head_dim) or (total, n_heads, head_dim)", tuple(first.shape))
+    for x in xs:
+        if not x.is_floating_point():
+            raise TypeError(f"rotary_embedding: x must have a floating-point dtype, got {x.dtype}")
+        if inplace and 0 in x.stride() and x.numel() > 1 and any(
+            step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)
+        ):  # fmt: skip
+            _complain("an expanded x cannot be rotated in place", f"strides {x.stride()}")
+    if len(xs) == 2:
+        a, b = first.shape, xs[1].shape
+        if len(a) != len(b) or a[0] != b[0] or a[2:] != b[2:]:
+            _complain("the two tensors must agree in all but the number of heads", f"{tuple(a)} and {tuple(b)}")
+        if xs[1].dtype != first.dtype or xs[1].device != first.device:
+            _complain(
+                "the two tensors must have one dtype and device",
+                f"{first.dtype} on {first.device} and {xs[1].dtype} on {xs[1].device}",
+            )
+    return (1, *first.shape[::2]) if dims == 3 else (first.shape[0], *first.shape[2:])
+
+
+def _check_tables(x, cos, sin, batch, seqlen, head_dim, interleaved):
+    """rotary_dim, from the form of the tables."""
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        _complain(
+            "cos and sin must have one shape and dtype",
+            f"{tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}",
+        )
+    if cos.device != x.device or sin.device != x.device:
+        _complain(f"cos and sin must be on the device of x, {x.device}", f"{cos.device} and {sin.device}")
+    if not cos.is_floating_point():
+        raise TypeError(f"rotary_embedding: cos and sin must have a floating-point dtype, got {cos.dtype}")
+    dims, width = cos.dim(), cos.shape[-1] if cos.dim() else 0
+    if dims == 2 and 0 < 2 * width <= head_dim:
+        return 2 * width
+    doubled = (dims == 2 and width == head_dim) or (dims == 3 and width <= head_dim)
+    if not doubled or width % 2 or not width:
+        _complain(
+            f"cos and sin must be (max_seqlen, rotary_dim / 2), (seqlen, {head_dim}) or (batch, seqlen, rotary_dim)"
+            f" with an even rotary_dim of at most head_dim = {head_dim}",
+            tuple(cos.shape),
+        )
+    if interleaved:
+        _complain("interleaved takes tables (max_seqlen, rotary_dim / 2): doubled ones are ambiguous", tuple(cos.shape))
+    if dims == 3 and (cos.shape[0] not in (1, batch) or cos.shape[1] != seqlen):
+        _complain(f"cos and sin must have {batch} or 1 rows of {seqlen} tokens, as x", tuple(cos.shape))
+    return width
+
+
+def _check_positions(x, positions, cos, batch, seqlen):
+    """(positions or None, offset)."""
+    if cos.dim() == 3:
+        if positions is not None:
+            _complain("positions must be None where cos and sin have a row per token", f"{positions!r}")
+        return None, 0
+    rows = cos.shape[0]
+    if not isinstance(positions, torch.Tensor):
+        offset = 0 if positions is None else positions
+        if isinstance(offset, (bool, float)):
+            raise TypeError(f"rotary_embedding: positions must be None, an int or an integer tensor, got {offset!r}")
+        if offset < 0 or offset + seqlen > rows:
+            _complain(f"positions must lie within the {rows} rows of cos", f"{offset} to {offset + seqlen - 1}")
+        return None, offset
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rotary_embedding: positions must be int32 or int64, got {positions.dtype}")
+    if positions.device != x.device:
+        _complain(f"positions must be on the device of x, {x.device}", positions.device)
+    shape = tuple(positions.shape)
+    if shape not in ((seqlen,), (1, seqlen), (batch, seqlen)):
+        _complain(f"positions must have shape ({seqlen},) or ({batch}, {seqlen}), as the tokens of x", shape)
+    if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling() and not needs_reference():
+        low, high = (int(bound) for bound in positions.aminmax())
+        if low < 0 or high >= rows:
+            _complain(f"positions must lie within the {rows} rows of cos", f"{low} to {high}")
+    return positions, 0
+
+
+def _prepare(x, cos, sin, positions, interleaved, inplace):
+    """Check: (facts, tensors, the rest of the raw op's arguments but conjugate)."""
+    xs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+    if len(xs) not in (1, 2):
+        _complain("x must be a tensor or a pair of tensors", f"{len(xs)} tensors")
+    first = xs[0]
+    batch, seqlen, head_dim = _check_inputs(xs, inplace)
+    rotary_dim = _check_tables(first, cos, sin, batch, seqlen, head_dim, interleaved)
+    positions, offset = _check_positions(first, positions, cos, batch, seqlen)
+    facts = ("cpu" if first.is_cpu else first.device.type, first.dtype, cos.dtype, grad_wanted(cos, sin))
+    return facts, xs, (cos, sin, positions, offset, rotary_dim, bool(interleaved))
+
+
+def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
+    """Rotary position embedding: rotates pairs of the first rotary_dim channels, copies the others.
+
+    Computed in float32 and rounded once to the dtype of x, also under autocast, which changes nothing here. cos and sin
+    get a gradient on the reference only, where such a call runs by itself.
+
+    Args:
+        x: (batch, n_heads, seqlen, head_dim) as `attention` takes it, or packed (total, n_heads, head_dim); float32,
+            bfloat16 or float16 (float64 runs on the reference); any strides, so a transposed (batch, seqlen, heads,
+            head_dim) or a slice of a projection costs no copy. A pair (q, k), which may differ in n_heads, takes one
+            launch.
+        cos, sin: (max_seqlen, rotary_dim / 2), a row per position, float32 or the dtype of x; rotary_dim <= head_dim.
+            Or Hugging Face's doubled form, of which the first half is read: (batch or 1, seqlen, rotary_dim), always
+            taken for it, or (max_seqlen, head_dim), which cannot be another. Not with interleaved.
+        positions: row of the tables for each token: None, 0 to seqlen - 1; an int, that much later; or int32 or int64
+            (seqlen,), (batch, seqlen), packed (total,). Packed sequences each begin anew only if positions say so. On a
+            GPU, where a check would wait, a position outside of the tables gives NaN.
+        interleaved: pairs are channels (2d, 2d + 1) instead of (d, d + rotary_dim / 2).
+        inplace: write over x and return it; with gradients a pair then takes two launches.
+        backend: "native", "triton" or "reference" instead of the automatic choice.
+    Returns: like x, in its layout (of the reference contiguous); for a pair a tuple.
+    Raises:
+        ValueError: shapes, devices or positions do not fit, or the named backend cannot serve the call.
+        TypeError: a dtype does not fit.
+    Source: Su et al., "RoFormer", 2021; half-split pairs as in GPT-NeoX and Hugging Face, interleaved as in GPT-J.
+    """
+    facts, xs, rest = _prepare(x, cos, sin, positions, interleaved, inplace)
+    runs = choose("rotary", facts, backend)
+    by_reference = runs == "reference" or needs_reference()
+    # what the kernels cannot write in place is copied back; torch.compile removes that copy where it can
+    copies = inplace and (by_reference or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
+    if by_reference:
+        out = _reference(xs, *rest)
+    else:
+        out = _run(runs, inplace and not copies, xs, *rest, False)
+    if copies:
+        out = tuple(t.copy_(rotated) for t, rotated in zip(xs, out, strict=True))
+    return tuple(out) if isinstance(x, (tuple, list)) else out[0]
+
+
+def explain(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
+    """What `rotary_embedding` would run for these arguments, and why not the others."""
+    facts, *_ = _prepare(x, cos, sin, positions, interleaved, inplace)
+    return explanation("rotary", facts, backend)

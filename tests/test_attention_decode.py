@@ -1,0 +1,425 @@
+"""attention_decode: what a cache means, what is refused, and every backend against the reference in fp64."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import DTYPES
+from decode_cases import random_case
+from memory_guard import guarded
+from oracle import exact
+
+import fastattn
+from fastattn import reference
+from fastattn.ops._backends import unavailable
+
+OP = "attention_decode"
+NATIVE = unavailable("native", "cpu")
+needs_native = pytest.mark.skipif(NATIVE is not None, reason=f"no C++ kernels for the CPU: {NATIVE}")
+SEEDS, PARTS = 240, 8  # pytest shows where it is
+FEW_SEEDS = 24  # in the interpreter
+# small shapes for the interpreter, whose bfloat16 truncates
+SMALL = {
+    "dtypes": (torch.float32, torch.float16), "lengths": (0, 1, 7, 40, 65), "head_dims": (8, 16, 31, 64),
+    "groups": (1, 2, 3, 8), "seqlens_q": (1, 1, 3, 17),
+}  # fmt: skip
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def call(dtype=torch.float32, batch=2, n_heads=4, kv_heads=2, seqlen_q=1, capacity=24, head_dim=8, seed=0):
+    q = normal(batch, n_heads, seqlen_q, head_dim, seed=seed, dtype=dtype)
+    k_cache, v_cache = (normal(batch, kv_heads, capacity, head_dim, seed=seed + n, dtype=dtype) for n in (1, 2))
+    return q, k_cache, v_cache
+
+
+def to(device, *values):
+    return [v.to(device) if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def check(seed, backend, monkeypatch, device="cpu", **shapes):
+    """One random call: out, lse and both caches."""
+    q, k_cache, v_cache, kwargs = random_case(seed, **shapes)
+    names, what = list(kwargs), f"seed {seed}"
+    truth_caches, low_caches = exact(k_cache, v_cache), [k_cache.clone(), v_cache.clone()]
+    truth_kwargs = dict(zip(names, exact(*kwargs.values()), strict=True))
+    truth, truth_lse = fastattn.attention_decode(
+        exact(q), *truth_caches, **truth_kwargs, return_lse=True, backend="reference"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "accumulator", lambda dtype: dtype)
+        low = fastattn.attention_decode(q, *low_caches, **kwargs, backend="reference")
+    caches = to(device, k_cache, v_cache)
+    kwargs = dict(zip(names, to(device, *kwargs.values()), strict=True))
+    out, lse = fastattn.attention_decode(q.to(device), *caches, **kwargs, return_lse=True, backend=backend)
+    assert out.dtype == q.dtype, what
+    assert lse.dtype == torch.float32, what
+    empty = truth_lse == -math.inf
+    assert torch.equal(lse.cpu() == -math.inf, empty), f"{what}: -inf elsewhere than expected"
+    assert (out.cpu()[empty] == 0).all(), what
+    lse_error = (lse.cpu().double() - truth_lse)[~empty].abs().max().item() if not empty.all() else 0.0
+    assert lse_error <= 1e-5 * (1 + truth_lse[~empty].abs().max().item() if not empty.all() else 1), f"{what}: lse"
+    units = (32 if q.dtype == torch.float32 else 8) * torch.finfo(q.dtype).eps
+    allowed = 2 * (low.double() - truth).abs().max() + units * truth.abs().max().clamp(min=1.0)
+    error = (out.cpu().double() - truth).abs().max()
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} in {q.dtype}"
+    for ours, expected in zip(
+        caches, low_caches, strict=True
+    ):  # appended bit for bit, all else untouched, NaN included
+        assert torch.equal(ours.cpu().nan_to_num(nan=77.0), expected.nan_to_num(nan=77.0)), f"{what}: cache"
+
+
+@needs_native
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_calls_native(part, monkeypatch):
+    for seed in range(part, SEEDS, PARTS):
+        check(seed, "native", monkeypatch)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_calls_triton(part, monkeypatch, device):
+    if unavailable("triton", device):
+        pytest.skip(unavailable("triton", device))
+    for seed in range(1000 + part, 1000 + (FEW_SEEDS if device == "cpu" else SEEDS), 4):
+        check(seed, "triton", monkeypatch, device, **(SMALL if device == "cpu" else {}))
+
+
+def test_is_attention_on_the_valid_keys(backend, device):
+    """Every feature beside `attention` on the cache cut to its valid keys, sequence by sequence."""
+    q, k_cache, v_cache = to(device, *call(seqlen_q=3))
+    lengths, leftpad = int32(20, 9), int32(2, 0)
+    features = [
+        {}, {"causal": False}, {"window": (4, 0)}, {"causal": False, "window": (3, 2)}, {"softcap": 2.0},
+        {"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4], device=device)}, {"sink": normal(4).to(device)},
+        {"scale": 0.7},
+    ]  # fmt: skip
+    for kwargs in features:
+        out, lse = fastattn.attention_decode(
+            q, k_cache, v_cache, cache_seqlens=lengths.to(device), cache_leftpad=leftpad.to(device), return_lse=True,
+            **kwargs,
+        )  # fmt: skip
+        for b in range(2):
+            keys = slice(leftpad[b].item(), lengths[b].item())
+            expected = fastattn.attention(
+                q[b : b + 1], k_cache[b : b + 1, :, keys], v_cache[b : b + 1, :, keys], return_lse=True,
+                backend="reference", **({"causal": True} | kwargs),
+            )  # fmt: skip
+            torch.testing.assert_close((out[b : b + 1], lse[b : b + 1]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_step_by_step_equals_one_causal_call(backend, device):
+    seqlen, page_size = 40, 16
+    q, k, v = (normal(2, heads, seqlen, 16, seed=n).to(device) for n, heads in enumerate((4, 2, 2)))
+    expected = fastattn.attention(q, k, v, causal=True, backend="reference")
+    table = int32(5, 1, 3, 0, 2, 4).view(2, 3).to(device)
+    for paged in (False, True):
+        shape = (6, 2, page_size, 16) if paged else (2, 2, seqlen + 3, 16)
+        caches = [torch.full(shape, math.nan, device=device) for _ in range(2)]
+        lengths = int32(0, 0).to(device)
+        for first, last in ((0, 17), *((n, n + 1) for n in range(17, 23)), (23, 40)):
+            new = (k[:, :, first:last], v[:, :, first:last])
+            out = fastattn.attention_decode(
+                q[:, :, first:last], *caches, k=new[0], v=new[1], cache_seqlens=lengths,
+                block_table=table if paged else None,
+            )  # fmt: skip
+            torch.testing.assert_close(out, expected[:, :, first:last], atol=1e-5, rtol=1e-5)
+            lengths += last - first
+
+
+def test_split_counts_agree(backend, device):
+    """Splits change the order of sums only: 1e-5."""
+    q, k_cache, v_cache = to(device, *call(capacity=700, head_dim=16, n_heads=6, kv_heads=2))
+    lengths, sink = int32(700, 130).to(device), normal(6).to(device)
+    results = [
+        fastattn.attention_decode(
+            q, k_cache, v_cache, cache_seqlens=lengths, sink=sink, num_splits=splits, return_lse=True
+        )
+        for splits in (1, 0, 2, 3, 7, 1000)
+    ]
+    for out, lse in results[1:]:
+        torch.testing.assert_close((out, lse), results[0], atol=1e-5, rtol=1e-5)
+
+
+def test_very_negative_scores(backend, device):
+    """lse << -89: a key past the end must not come back as exp(0 - lse)."""
+    q, k_cache, v_cache = to(device, *call(capacity=70, head_dim=16))
+    q, k_cache = q.abs() * 10, -k_cache.abs() * 10
+    lengths = int32(65, 3).to(device)
+    for splits in (1, 3):
+        out, lse = fastattn.attention_decode(
+            q, k_cache, v_cache, cache_seqlens=lengths, num_splits=splits, return_lse=True
+        )
+        expected, expected_lse = fastattn.attention_decode(
+            q.double(), k_cache.double(), v_cache.double(), cache_seqlens=lengths, return_lse=True, backend="reference"
+        )
+        assert (expected_lse < -100).all()
+        torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-6)
+
+
+def test_empty_sizes(backend, device):
+    for change in ({"batch": 0}, {"n_heads": 0, "kv_heads": 0}, {"seqlen_q": 0}, {"capacity": 0}):
+        q, k_cache, v_cache = to(device, *call(**change))
+        lengths = torch.zeros(q.shape[0], dtype=torch.int32, device=device)
+        out, lse = fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=lengths, return_lse=True)
+        assert out.shape == q.shape
+        assert (out == 0).all()
+        assert (lse == -math.inf).all()
+    q, k_cache, v_cache = to(device, *call())
+    new = k_cache[:, :, :0]
+    out = fastattn.attention_decode(q, k_cache, v_cache, k=new, v=new, cache_seqlens=int32(3, 4).to(device))
+    assert out.equal(fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4).to(device)))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_and_memory(dtype):
+    """Misaligned caches with gaps, surrounded by NaN; the same numbers whatever the layout."""
+    q, k_cache, v_cache = call(dtype, capacity=130, head_dim=40, seqlen_q=2)
+    kwargs = {"cache_seqlens": int32(130, 77), "backend": "native"}
+    expected = fastattn.attention_decode(q, k_cache, v_cache, **kwargs)
+    for change in (
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: guarded(t, offset=3),
+        lambda t: guarded(t, offset=1, gap=5),
+    ):
+        assert fastattn.attention_decode(change(q), change(k_cache), change(v_cache), **kwargs).equal(expected)
+    inner = torch.stack((q, q), -1)[..., 0]
+    assert fastattn.attention_decode(inner, k_cache, v_cache, **kwargs).equal(expected)
+    bshd = q.transpose(1, 2).contiguous().transpose(1, 2)
+    out = fastattn.attention_decode(bshd, k_cache, v_cache, **kwargs)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@needs_native
+def test_reruns_and_thread_counts_agree_bit_for_bit():
+    q, k_cache, v_cache = call(capacity=3000, head_dim=64, n_heads=8)
+    kwargs = {"cache_seqlens": int32(3000, 1700), "return_lse": True, "backend": "native"}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = fastattn.attention_decode(q, k_cache, v_cache, **kwargs)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            for _ in range(20):
+                got = fastattn.attention_decode(q, k_cache, v_cache, **kwargs)
+                assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_many_queries_and_wide_heads(monkeypatch):
+    """Rows beyond one block, and a head dim that only the CPU takes."""
+    q, k_cache, v_cache = call(seqlen_q=150, capacity=400, head_dim=320, n_heads=6, kv_heads=2)
+    for window in (None, (100, 0)):
+        kwargs = {"cache_seqlens": int32(400, 160), "window": window}
+        out = fastattn.attention_decode(q, k_cache, v_cache, **kwargs, backend="native")
+        expected = fastattn.attention_decode(q, k_cache, v_cache, **kwargs, backend="reference")
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+def test_offsets_beyond_two_gigabytes():
+    """Cache rows 2^31 elements apart, of which only both ends are memory that is touched."""
+    q, k_cache, v_cache = call(torch.float16, batch=1, n_heads=1, kv_heads=1, capacity=2, head_dim=16)
+    far = torch.empty(2**31 + 16, dtype=torch.float16).as_strided((1, 1, 2, 16), (1, 1, 2**31, 1))
+    far[:, :, :1] = k_cache[:, :, :1]
+    out = fastattn.attention_decode(
+        q, far, v_cache, k=k_cache[:, :, 1:], v=v_cache[:, :, 1:].clone(), cache_seqlens=int32(1), backend="native"
+    )
+    assert far[:, :, 1:].equal(k_cache[:, :, 1:])
+    assert out.equal(fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(2), backend="native"))
+
+
+def bad(message, error=ValueError, **change):
+    return pytest.param(change, error, message, id=message[:40])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        bad(r"q must have 4 dimensions, got shape \(2, 4, 8\)", q=torch.ones(2, 4, 8)),
+        bad("q must have a floating-point dtype", TypeError, q=torch.ones(2, 4, 1, 8, dtype=torch.int32)),
+        bad("one dtype, got torch.float16", TypeError, q=torch.ones(2, 4, 1, 8, dtype=torch.float16)),
+        bad("caches must agree in all but the last", v_cache=torch.ones(2, 2, 23, 8)),
+        bad("one head_dim, got 9 and 8", q=torch.ones(2, 4, 1, 9)),
+        bad("multiple of those of the caches, got 3 and 2", q=torch.ones(2, 3, 1, 8)),
+        bad("one batch size .* got 3 and 2", q=torch.ones(3, 4, 1, 8)),
+        bad("k_cache must have last stride 1, got 24", k_cache=torch.ones(2, 2, 8, 24).transpose(2, 3)),
+        bad("cache_seqlens must be int32, got torch.int64", TypeError, cache_seqlens=torch.tensor([1, 2])),
+        bad(r"cache_seqlens must have shape \(2,\), got \(1,\)", cache_seqlens=int32(1)),
+        bad(r"cache_seqlens must be from 0 to 24, got \[25, 1\]", cache_seqlens=int32(25, 1)),
+        bad(r"from 0 to 24, got \[-1, 1\]", cache_seqlens=int32(-1, 1)),
+        bad(
+            r"from 0 to 21 with 3 new keys, got \[22, 1\]", cache_seqlens=int32(22, 1), k=torch.ones(2, 2, 3, 8),
+            v=torch.ones(2, 2, 3, 8),
+        ),
+        bad("given together, got only k", k=torch.ones(2, 2, 1, 8)),
+        bad(
+            r"v must have shape \(2, 2, 1, 8\), got \(2, 2, 1, 7\)", k=torch.ones(2, 2, 1, 8),
+            v=torch.ones(2, 2, 1, 7),
+        ),
+        bad("k must have the dtype of q", TypeError, k=torch.ones(2, 2, 1, 8).half(), v=torch.ones(2, 2, 1, 8)),
+        bad("exclude each other", block_table=int32(0, 1).view(2, 1), cache_batch_idx=int32(0, 1)),
+        bad("block_table must be int32", TypeError, block_table=torch.zeros(2, 1, dtype=torch.int64)),
+        bad(r"\(batch, pages_per_sequence\) with batch 2, got \(3, 1\)", block_table=int32(0, 1, 1).view(3, 1)),
+        bad(
+            "at least 1 page of at least 16 keys", block_table=int32(0, 1).view(2, 1),
+            k_cache=torch.ones(2, 2, 8, 8), v_cache=torch.ones(2, 2, 8, 8),
+        ),
+        bad(r"pages from 0 to 1, got \[2\]", block_table=int32(0, 2).view(2, 1)),
+        bad(r"cache_batch_idx must be from 0 to 1, got \[0, 2\]", cache_batch_idx=int32(0, 2)),
+        bad(
+            r"must be distinct .* got \[1, 1\]", cache_batch_idx=int32(1, 1), k=torch.ones(2, 2, 1, 8),
+            v=torch.ones(2, 2, 1, 8),
+        ),
+        bad("cache_leftpad must be int32", TypeError, cache_leftpad=torch.zeros(2)),
+        bad('causal must be False, True or "bottom_right", got "top_left"', causal="top_left"),
+        bad(r"pair \(left, right\), got 3", window=3),
+        bad("softcap must be .* got -1.0", softcap=-1.0),
+        bad("num_splits must be an integer of at least 0 .* got -1", num_splits=-1),
+        bad(r"alibi_slopes must have shape \(4,\) or \(2, 4\)", alibi_slopes=torch.ones(3)),
+        bad("got 'cudnn'", backend="cudnn"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(change, error, message):
+    arguments = dict(zip(("q", "k_cache", "v_cache"), call(), strict=True)) | {"cache_seqlens": int32(3, 4)} | change
+    with pytest.raises(error, match=message):
+        fastattn.attention_decode(
+            arguments.pop("q"), arguments.pop("k_cache"), arguments.pop("v_cache"), **arguments
+        )  # fmt: skip
+
+
+def test_a_wanted_gradient_is_refused():
+    q, k_cache, v_cache = call()
+    q.requires_grad_()
+    with pytest.raises(RuntimeError, match="no backward"):
+        fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4))
+    with torch.no_grad():
+        assert not fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4)).requires_grad
+
+
+def test_autograd_and_inference_mode_learn_of_the_append(backend, device):
+    q, k_cache, v_cache = to(device, *call())
+    new, lengths = k_cache[:, :, :1].clone(), int32(3, 4).to(device)
+    before = k_cache._version, v_cache._version
+    fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=lengths)
+    assert (k_cache._version, v_cache._version) == before
+    fastattn.attention_decode(q, k_cache, v_cache, k=new, v=new, cache_seqlens=lengths)
+    assert k_cache._version > before[0]
+    assert v_cache._version > before[1]
+    with torch.inference_mode():
+        ours = k_cache.clone(), v_cache.clone()
+        fastattn.attention_decode(q, *ours, k=new, v=new, cache_seqlens=lengths)
+        fastattn.attention_decode(q, k_cache, v_cache, k=new, v=new, cache_seqlens=lengths)
+        assert ours[0].equal(k_cache)
+
+
+def test_autocast_follows_the_cache():
+    q, k_cache, v_cache = call(torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
+        out = fastattn.attention_decode(q.float(), k_cache, v_cache, cache_seqlens=int32(3, 4))
+    assert out.equal(fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4)))
+
+
+def test_fp64_runs_on_the_reference_and_explain_says_so():
+    q, k_cache, v_cache = call(torch.float64)
+    assert fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4)).dtype == torch.float64
+    text = fastattn.explain("attention_decode", q, k_cache, v_cache, cache_seqlens=int32(3, 4))
+    assert "reference: runs" in text
+    assert "got torch.float64" in text or "not built" in text
+
+
+def test_raw_ops_pass_opcheck(raw_backend, device):
+    q, k_cache, v_cache = to(device, *call(capacity=20, head_dim=16))
+    new, lengths = k_cache[:, :, :2].clone(), int32(3, 18).to(device)
+    nothing = (None,) * 5
+    raw = torch.ops.fastattn
+    for arguments in ((q, k_cache, v_cache, lengths, *nothing, 0, -1, 0, 0.0, 0.25, 0),
+                      (q.transpose(1, 2).contiguous().transpose(1, 2), k_cache, v_cache[..., :8], lengths, *nothing,
+                       2, 4, 0, 2.0, 0.25, 3)):  # fmt: skip
+        torch.library.opcheck(getattr(raw.attention_decode_fwd, raw_backend), arguments)
+    torch.library.opcheck(
+        getattr(raw.attention_decode_append, raw_backend), (k_cache, v_cache, new, new, lengths, None, None)
+    )
+
+
+@needs_native
+def test_raw_ops_check_their_arguments():
+    q, k_cache, v_cache = call()
+    nothing = (None,) * 5
+
+    def fwd(q=q, k=k_cache, v=v_cache, lengths=(3, 4), table=None):
+        torch.ops.fastattn.attention_decode_fwd.native(
+            q, k, v, int32(*lengths), table, *nothing[1:], 0, -1, 0, 0.0, 0.25, 0
+        )
+
+    for change in (
+        {"q": q[0]}, {"q": q.half()}, {"k": k_cache[:, :1]}, {"lengths": (3, 25)}, {"lengths": (-1, 4)},
+        {"lengths": (3,)}, {"table": int32(0, 9).view(2, 1)}, {"v": v_cache.transpose(2, 3)},
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            fwd(**change)
+    with pytest.raises(RuntimeError):
+        torch.ops.fastattn.attention_decode_append.native(
+            k_cache, v_cache, k_cache[:, :, :1], v_cache[:, :, :1], int32(24, 0), None, None
+        )
+
+
+@needs_native
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
+    """The mutation is functionalised: caches and outputs of the compiled call are those of the eager one."""
+    torch._dynamo.reset()
+
+    def step(q, k_cache, v_cache, k, v, lengths):
+        with fastattn.use_backend("native"):
+            out, lse = fastattn.attention_decode(
+                q * 2, k_cache, v_cache, k=k * 2, v=v, cache_seqlens=lengths, return_lse=True
+            )
+            again = fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=lengths + k.shape[2])
+        return out, lse, again, k_cache.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for capacity in (24, 40):
+        q, k_cache, v_cache = call(capacity=capacity)
+        new, lengths = normal(2, 2, 2, 8, seed=9), int32(3, 17)
+        caches = [(k_cache.clone(), v_cache.clone()) for _ in range(2)]
+        got, expected = (
+            f(q, *c, new, new + 1, lengths) for f, c in zip((compiled, step), caches, strict=True)
+        )  # fmt: skip
+        torch.testing.assert_close(got, expected)
+        assert all(a.equal(b) for a, b in zip(*caches, strict=True))
+        assert not caches[0][0].equal(k_cache)
+
+
+CAPABILITY_TEST = """
+import sys, torch, fastattn, pytest
+sys.path.insert(0, sys.argv[1])
+from test_attention_decode import check
+for seed in range(2000, 2040):
+    check(seed, "native", pytest.MonkeyPatch())
+print(fastattn._native.cpu_capability())
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_lower_instruction_sets(capability):
+    """The one in use is tested above; a machine that lacks one runs the next lower, and says so."""
+    environment = os.environ | {"FASTATTN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-c", CAPABILITY_TEST, os.path.dirname(__file__)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    words = fastattn._native.CPU_CAPABILITIES
+    assert words.index(run.stdout.strip()) <= words.index(capability)

@@ -1,0 +1,519 @@
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from allocated import allocated_peak
+from memory_guard import guarded
+from oracle import BACKWARD, FP32_EPS, assert_accurate, exact
+from torch.testing import assert_close
+
+import fastattn
+from fastattn import reference
+from fastattn.ops._backends import unavailable, use_backend
+from fastattn.ops.linear_cross_entropy import REDUCTIONS, default_chunk_size
+
+OP = "linear_cross_entropy"
+OPTIONS = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")
+
+
+def arguments(tokens, d_model, vocab, dtype=torch.float32, biased=False, device="cpu", seed=0, scale=2.0):
+    """x, weight, bias, leaves that require grad, and target; every fifth token is ignored (-100)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (tokens,) if isinstance(tokens, int) else tokens
+
+    def leaf(*size, scale=1.0):
+        return (torch.randn(size, generator=generator) * scale).to(device, dtype).requires_grad_()
+
+    x, weight = leaf(*shape, d_model), leaf(vocab, d_model, scale=scale * d_model**-0.5)
+    target = torch.randint(vocab, shape, generator=generator)
+    target.view(-1)[::5] = -100
+    return x, weight, leaf(vocab) if biased else None, target.to(device)
+
+
+def plain(x, weight, bias, target, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
+    """As a user writes it: products in the dtype of x, the rest in fp32 or fp64."""
+    logits = F.linear(x, weight, bias).flatten(0, -2)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    target = target.flatten().long()
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    loss = F.cross_entropy(logits, target, reduction=reduction, **options)
+    if z_loss:
+        kept = target != ignore_index
+        square = torch.where(kept, logits.logsumexp(-1).square(), 0.0)
+        if reduction != "none":
+            square = square.sum() / (kept.sum() if reduction == "mean" else 1)
+        loss = loss + z_loss * square
+    return loss
+
+
+def gradients(loss, inputs, dloss):
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    return torch.autograd.grad(loss, wanted, dloss)
+
+
+def check_against_fp64(x, weight, bias, target, chunk_size=None, dloss=None, **options):
+    """Loss and gradients keep to the error rule.
+
+    Where PyTorch is right by luck, a unit of what is subtracted is allowed: of logits, or of probabilities.
+    """
+    inputs = (x, weight, bias)
+    loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias, chunk_size=chunk_size, **options)
+    assert loss.shape == (target.shape if options.get("reduction") == "none" else ())
+    assert loss.dtype == torch.float32
+    dloss = torch.randn(loss.shape, device=x.device) if dloss is None else dloss.expand(loss.shape)
+    inputs64 = exact(*inputs)
+    loss64 = plain(*inputs64, target, **options).view(loss.shape)
+    baseline = plain(*inputs, target, **options).view(loss.shape)
+    eps = torch.finfo(x.dtype).eps
+    logits = F.linear(*inputs64).detach()
+    size = max((t.detach().abs().max().item() for t in (logits, loss64) if t.numel()), default=0.0)
+    assert_accurate(loss, loss64, baseline, what="loss", slack=eps * size)
+    largest_factor = max(t.detach().abs().max().item() for t in (x, weight, dloss) if t.numel())
+    grads = (
+        gradients(loss, inputs, dloss),
+        gradients(loss64, inputs64, dloss.double()),
+        gradients(baseline, inputs, dloss),
+    )
+    names = [n for n, t in zip(("dx", "dweight", "dbias"), inputs, strict=True) if t is not None and t.requires_grad]
+    for name, ours, wanted, base in zip(names, *grads, strict=True):
+        largest = wanted.abs().max().item() if wanted.numel() else 0.0
+        assert_accurate(ours, wanted, base, BACKWARD, name, slack=2 * eps * largest + 4 * FP32_EPS * largest_factor)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_options_freely_combined(seed, dtype, backend, device, interpreted):
+    pick = random.Random(seed)
+    tokens = pick.choice((1, 3, 17, (2, 5), (3, 1, 4), 40))
+    vocab = pick.choice((1, 2, 7, 33, 1000, 1025) if interpreted else (1, 2, 7, 33, 1000, 1025, 5003))
+    args = arguments(tokens, pick.choice((1, 4, 16, 33)), vocab, dtype, pick.random() < 0.5, device, seed)
+    for t in args[:3]:
+        if t is not None and pick.random() < 0.2:
+            t.requires_grad_(False)
+    args[0].requires_grad_(args[0].requires_grad or not args[1].requires_grad)
+    target = args[3]
+    ignore_index = pick.choice((-100, vocab - 1, 2**40))
+    if ignore_index != -100:
+        target = torch.where(target < 0, vocab - 1, target)
+        target.view(-1)[0] = 0 if vocab > 1 else target.view(-1)[0]
+    if (target == ignore_index).all():
+        ignore_index = -100
+    if pick.random() < 0.3 and ignore_index < 2**31:
+        target = target.int()
+    check_against_fp64(
+        *args[:3],
+        target,
+        ignore_index=ignore_index,
+        label_smoothing=pick.choice((0.0, 0.1, 1.0)),
+        z_loss=pick.choice((0.0, 1e-3, 0.1)),
+        softcap=pick.choice((0.0, 1.0, 30.0)),
+        reduction=pick.choice(REDUCTIONS),
+        chunk_size=pick.choice((None, 1, 2, 7, 16, 1000)) if not interpreted else pick.choice((None, 7, 1000)),
+    )
+
+
+def test_large_odd_vocabulary(dtype, backend, device, interpreted):
+    vocab = 5003 if interpreted else 50257
+    check_against_fp64(*arguments(9, 6, vocab, dtype, True, device), chunk_size=4, label_smoothing=0.1, z_loss=1e-3)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 6, 11, 12, 13, 100, None])
+def test_chunk_boundaries(chunk_size, backend, device):
+    """Twelve tokens: chunks that divide them, that do not, and that hold them all."""
+    args = arguments(12, 8, 50, biased=True, device=device)
+    for reduction in ("mean", "none"):
+        check_against_fp64(*args, chunk_size=chunk_size, reduction=reduction)
+
+
+def test_default_chunk():
+    assert default_chunk_size(4096, 512, 50257) * 50257 < 8 * 4096 * 512  # near x where x allows it
+    assert default_chunk_size(2**15, 4096, 128_256) == 1047
+    assert default_chunk_size(0, 8, 3) >= 1
+
+
+def test_bf16_over_many_chunks(device):
+    """256 chunks that all add to the same weights: an fp32 sum stays right where a bf16 sum stops growing."""
+    x, weight, _, target = arguments(1024, 8, 16, torch.bfloat16, device=device)
+    x = x.detach().abs()
+    dweights = []
+    for chunk_size in (4, 1024):
+        loss = fastattn.linear_cross_entropy(x, weight, target, chunk_size=chunk_size, reduction="sum")
+        dweights.append(torch.autograd.grad(loss, weight)[0].double())
+    weight64 = exact(weight)
+    expected = torch.autograd.grad(plain(x.double(), weight64, None, target, reduction="sum"), weight64)[0]
+    errors = [((d - expected).norm() / expected.norm()).item() for d in dweights]
+    assert errors[0] < 1.5 * errors[1] + 1e-3, errors
+
+
+def test_all_ignored_and_no_tokens(backend, device):
+    for tokens in (6, 0):
+        x, weight, bias, target = arguments(tokens, 4, 10, biased=True, device=device)
+        target.fill_(-100)
+        for reduction, expected in (("mean", float("nan")), ("sum", 0.0), ("none", 0.0)):
+            loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction, z_loss=0.1)
+            assert_close(loss, torch.full_like(loss, expected), equal_nan=True)
+            assert loss.shape == ((tokens,) if reduction == "none" else ())
+            if tokens:
+                grads = gradients(loss, (x, weight, bias), torch.ones_like(loss))
+                assert all((g == 0).all() for g in grads)
+                torch_loss = plain(x, weight, bias, target, reduction=reduction)
+                assert_close(loss, torch_loss, equal_nan=True)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_large_logits(label_smoothing, backend, device):
+    """Logits of 1e4 either way: the digits of the differences are not lost in those of the logits."""
+    for sign in (1, -1):
+        x = torch.full((4, 1), 1.0, device=device, requires_grad=True)
+        weight = (sign * 1e4 + torch.arange(300.0, device=device)[:, None] % 7).requires_grad_()
+        target = torch.tensor([0, 3, 6, 299], device=device)
+        check_against_fp64(x, weight, None, target, label_smoothing=label_smoothing)
+        loss = fastattn.linear_cross_entropy(x, weight, target, label_smoothing=label_smoothing)
+        assert_close(loss.double(), plain(*exact(x, weight), None, target, label_smoothing=label_smoothing))
+    x = torch.tensor([[1e4], [-1e4]], device=device)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], device=device, requires_grad=True)
+    loss = fastattn.linear_cross_entropy(x, weight, torch.tensor([0, 0], device=device), reduction="none")
+    assert loss.tolist() == [0.0, 2e4]
+
+
+def test_vocabulary_masked_by_the_bias(backend, device):
+    """Bias -inf takes a token out, whole blocks of them too."""
+    x, weight, _, _ = arguments(5, 4, 3000, device=device)
+    bias = torch.full((3000,), float("-inf"), device=device)
+    bias[2900:2950] = 0.0
+    target = torch.arange(2900, 2905, device=device)
+    loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias)
+    assert_close(loss, plain(x, weight, bias, target))
+    grads = gradients(loss, (x, weight), None)
+    assert_close(grads, gradients(plain(x, weight, bias, target), (x, weight), None))
+
+
+@pytest.mark.parametrize("style", ["transposed", "rows apart", "expanded"])
+def test_strides(style, backend, device):
+    x, weight, _, target = arguments((6, 10), 16, 40, device=device)
+    x = x.detach()
+    if style == "transposed":
+        x, target = x.transpose(0, 1), target.t()
+    elif style == "rows apart":
+        x = torch.cat((x, x), -1)[..., :16]
+    else:
+        x = x[:1].expand(6, 10, 16)
+    weight = weight.detach().t().contiguous().t()
+    for reduction in REDUCTIONS:
+        dloss = torch.randn((), device=device)  # expands with stride 0
+        check_against_fp64(
+            x.requires_grad_(), weight.requires_grad_(), None, target, chunk_size=7, dloss=dloss, reduction=reduction
+        )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_twice(reduction, backend, device):
+    """The second time the same, and the third, which frees the graph, as well; nothing is scaled twice."""
+    x, weight, bias, target = arguments(12, 8, 30, biased=True, device=device)
+    loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction, chunk_size=5)
+    dloss = torch.full_like(loss, 3.0)
+    results = [torch.autograd.grad(loss, (x, weight, bias), dloss, retain_graph=kept) for kept in (True, True, False)]
+    assert_close(results[1], results[0], rtol=0, atol=0)
+    assert_close(results[2], results[0], rtol=0, atol=0)
+    assert results[0][1].data_ptr() != results[1][1].data_ptr()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (x, weight, bias), dloss)
+
+
+def test_accumulates_over_two_losses(backend, device):
+    x, weight, _, target = arguments(12, 8, 30, device=device)
+    first, second = (fastattn.linear_cross_entropy(x, weight, target, softcap=s) for s in (0.0, 2.0))
+    (first + 2 * second).backward()
+    expected = plain(x, weight, None, target) + 2 * plain(x, weight, None, target, softcap=2.0)
+    assert_close((x.grad, weight.grad), torch.autograd.grad(expected, (x, weight)))
+
+
+def test_only_what_is_wanted_is_computed(backend, device):
+    x, weight, bias, target = arguments(8, 4, 20, biased=True, device=device)
+    calls = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "linear_cross_entropy_fwd" in str(func):
+                calls.append(args[-3:])
+            return func(*args, **(kwargs or {}))
+
+    def run(*inputs, **options):
+        calls.clear()
+        with Spy():
+            x, weight, bias = inputs
+            return fastattn.linear_cross_entropy(x, weight, target, bias=bias, **options)
+
+    run(x, weight, bias, reduction="none")
+    run_calls = {"none": list(calls)}
+    for name, inputs in {
+        "x": (x, weight.detach(), bias.detach()),
+        "weight": (x.detach(), weight, None),
+        "nothing": (x.detach(), weight.detach(), None),
+    }.items():
+        run(*inputs)
+        run_calls[name] = list(calls)
+    with torch.no_grad():
+        run(x, weight, bias)
+    run_calls["no_grad"] = list(calls)
+    nothing, only_x, only_weight = (False, False, False), (True, False, False), (False, True, False)
+    expected = {"none": nothing, "x": only_x, "weight": only_weight, "nothing": nothing, "no_grad": nothing}
+    if fastattn.explain(OP, x, weight, target).endswith("reference: runs"):
+        assert not any(run_calls.values())
+    else:
+        assert run_calls == {name: [flags] for name, flags in expected.items()}
+
+
+def test_forward_on_one_backend_backward_on_another(device):
+    names = [n for n in ("native", "triton", "reference") if unavailable(n, device) is None]
+    x, weight, bias, target = arguments(10, 8, 70, biased=True, device=device)
+    results = []
+    for forward in names:
+        for backward in names:
+            with use_backend(forward):
+                loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias, softcap=3.0, reduction="none")
+            with use_backend(backward):
+                results.append((loss, *torch.autograd.grad(loss.square().sum(), (x, weight, bias))))
+    for result in results[1:]:
+        assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_raw_op_guards_its_rows(raw_backend, device, dtype, interpreted):
+    """Rows with NaN between and around them; the gap is not written either."""
+    op = getattr(torch.ops.fastattn.cross_entropy_fwd, raw_backend)
+    for cols, offset in ((1, 1), (7, 3), (40, 5), (1500, 0)):
+        values = torch.randn(5, cols, device=device).to(dtype)
+        target = torch.tensor([0, cols - 1, -1, cols // 2, 0], device=device)
+        dloss = torch.randn(5, device=device)
+        logits, plain_logits = guarded(values, offset=offset, gap=3), values.clone()
+        options = (-1, 0.1, 0.01, 5.0, True)
+        assert_close(op(logits, target, dloss, *options), op(plain_logits, target, dloss, *options), rtol=0, atol=0)
+        assert_close(logits, plain_logits, rtol=0, atol=0)
+        assert (plain_logits[2] == 0).all()
+        assert logits.as_strided((5, 3), (cols + 3, 1), logits.storage_offset() + cols).isnan().all()
+
+
+def test_raw_op_out_of_range_target_is_nan(raw_backend, device):
+    op = getattr(torch.ops.fastattn.cross_entropy_fwd, raw_backend)
+    logits = torch.randn(4, 9, device=device)
+    loss = op(logits, torch.tensor([9, -1, 2**40, 3], device=device), None, -100, 0.0, 0.0, 0.0, True)
+    assert loss.isnan().tolist() == logits.isnan().all(1).tolist() == [True, True, True, False]
+
+
+def test_opcheck(raw_backend, device, interpreted):
+    cross_entropy = getattr(torch.ops.fastattn.cross_entropy_fwd, raw_backend)
+    whole = getattr(torch.ops.fastattn.linear_cross_entropy_fwd, raw_backend)
+    for dtype in (torch.float32, torch.float16 if interpreted else torch.bfloat16):
+        x, weight, bias, target = (t.detach() for t in arguments(6, 4, 12, dtype, biased=True, device=device))
+        dloss = torch.randn(6, device=device)
+        torch.library.opcheck(cross_entropy, (x @ weight.t(), target, dloss, -100, 0.1, 0.1, 2.0, True))
+        torch.library.opcheck(cross_entropy, (x @ weight.t(), target, None, -100, 0.0, 0.0, 0.0, False))
+        options = (-100, 0.1, 0.1, 0.0, 4)
+        torch.library.opcheck(whole, (x, weight, bias, target, dloss, *options, True, True, True))
+        torch.library.opcheck(whole, (x, weight, None, target, None, *options, False, False, False))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic, reduction, device):
+    torch._dynamo.reset()
+
+    def step(x, weight, bias, target):
+        return fastattn.linear_cross_entropy(
+            x, weight, target, bias=bias, softcap=5.0, label_smoothing=0.1, reduction=reduction, chunk_size=4
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens in (10, 13):
+        args = arguments(tokens, 8, 30, biased=True, device=device)
+        results = []
+        for f in (step, compiled):
+            loss = f(*args)
+            results.append((loss, *gradients(loss, args[:3], torch.ones_like(loss))))
+        assert_close(results[1], results[0])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_inductor(device):
+    torch._dynamo.reset()
+    args = arguments(20, 8, 30, device=device)[:2]
+    target = arguments(20, 8, 30, device=device)[3]
+    compiled = torch.compile(lambda x, w: fastattn.linear_cross_entropy(2 * x, w, target), fullgraph=True)
+    loss, expected = compiled(*args), fastattn.linear_cross_entropy(2 * args[0], args[1], target)
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, args), torch.autograd.grad(expected, args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, device):
+    """Products in the autocast dtype, the loss in fp32, as F.linear and F.cross_entropy under autocast."""
+    x, weight, bias, target = arguments(12, 8, 30, biased=True, device=device)
+    with torch.autocast(device, dtype=dtype):
+        loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias)
+        expected = F.cross_entropy(F.linear(x, weight, bias), target)
+        with_double = fastattn.linear_cross_entropy(x.double(), weight.double(), target)
+    assert loss.dtype == expected.dtype == torch.float32
+    assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    tolerance = 8 * torch.finfo(dtype).eps
+    grads = torch.autograd.grad(loss, (x, weight, bias))
+    assert all(g.dtype == torch.float32 for g in grads)
+    assert_close(grads, torch.autograd.grad(expected, (x, weight, bias)), rtol=tolerance, atol=tolerance)
+    assert with_double.dtype == torch.float64
+
+
+def test_half_precision_gradients_do_not_underflow(device):
+    """A mean over many tokens with a large vocabulary: the softmax over their number is below the smallest fp16."""
+    x, weight, _, target = arguments(2000, 4, 4000, torch.float16, device=device, scale=0.1)
+    loss = fastattn.linear_cross_entropy(x, weight, target, chunk_size=500)
+    (ours,) = torch.autograd.grad(loss, weight, torch.tensor(2.0**12, device=device))
+    weight64 = exact(weight)
+    (expected,) = torch.autograd.grad(2.0**12 * plain(x.double(), weight64, None, target), weight64)
+    assert ((ours.double() - expected).norm() / expected.norm()).item() < 2e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none", "softcap": 2.0}, {"label_smoothing": 0.2, "z_loss": 0.1}]
+)
+def test_gradcheck_of_the_reference(options):
+    x, weight, bias, target = arguments(5, 3, 6, biased=True)
+    inputs = exact(x, weight, bias)
+    inputs = tuple(t.requires_grad_() for t in inputs)
+
+    def function(x, weight, bias):
+        return fastattn.linear_cross_entropy(x, weight, target, bias=bias, **options)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_of_the_fp32_op(reduction, device):
+    args = arguments(6, 4, 10, biased=True, device=device)
+    second = []
+    for function, inputs in (
+        (fastattn.linear_cross_entropy, args[:3]),
+        (reference.linear_cross_entropy, exact(*args[:3])),
+    ):
+        x, weight, bias = inputs
+        loss = function(x, weight, args[3], bias=bias, reduction=reduction).sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    for ours, wanted in zip(*second, strict=True):
+        assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_function_transforms_and_forward_mode_go_to_the_reference():
+    x, weight, _, target = arguments(6, 4, 10)
+    (dx,) = torch.autograd.grad(fastattn.linear_cross_entropy(x, weight, target), x)
+    weight = weight.detach()
+
+    def function(x):
+        return fastattn.linear_cross_entropy(x, weight, target)
+
+    assert_close(torch.func.grad(function)(x.detach()), dx)
+    tangent = torch.randn(6, 4)
+    _, dual = torch.func.jvp(function, (x.detach(),), (tangent,))
+    assert_close(dual, (dx * tangent).sum())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.tensor(1.0)}, r"at least one dimension, got torch.float32 \(\)"),
+        ({"x": torch.ones(3, 4, dtype=torch.int64)}, r"floating-point tensor .* got torch.int64"),
+        ({"weight": torch.ones(4)}, r"weight must have shape \(vocab, d_model\), got \(4,\)"),
+        ({"weight": torch.ones(0, 4)}, r"weight must have shape \(vocab, d_model\), got \(0, 4\)"),
+        ({"weight": torch.ones(9, 5)}, r"weight must have shape \(9, 4\), .* got \(9, 5\)"),
+        ({"weight": torch.ones(9, 4).half()}, r"weight must have the dtype of x, torch.float32, got torch.float16"),
+        ({"weight": torch.ones(9, 4, device="meta")}, r"weight must be on the device of x, cpu, got meta"),
+        ({"bias": torch.ones(4)}, r"bias must have shape \(9,\), .* got \(4,\)"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must have shape \(3,\), .* got \(2,\)"),
+        ({"target": torch.zeros(3)}, r"target must be int64 or int32, got torch.float32"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be between 0 and 1, got 1.5"),
+        ({"z_loss": -1.0}, r"z_loss must be 0 or a positive number, got -1.0"),
+        ({"softcap": float("nan")}, r"softcap must be 0 or a positive number, got nan"),
+        ({"reduction": "avg"}, r"reduction must be one of none, mean, sum, got 'avg'"),
+        ({"chunk_size": 0}, r"chunk_size must be at least 1, got 0"),
+        ({"backend": "cuda"}, r"backend must be one of native, triton, reference or auto, got 'cuda'"),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(changes, message):
+    given = {"x": torch.ones(3, 4), "weight": torch.ones(9, 4), "target": torch.zeros(3, dtype=torch.int64)} | changes
+    with pytest.raises(ValueError, match=message):
+        fastattn.linear_cross_entropy(**given)
+
+
+@pytest.mark.parametrize("wrong", [9, -1, 2**31 - 1])
+def test_target_out_of_range(wrong, backend):
+    target = torch.tensor([0, wrong, -100])
+    with pytest.raises(IndexError, match=str(wrong)):
+        fastattn.linear_cross_entropy(torch.ones(3, 4), torch.ones(9, 4), target)
+
+
+def test_named_backend_that_cannot_serve_raises_and_explain_says_why():
+    args = torch.ones(3, 4).double(), torch.ones(9, 4).double(), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="cannot serve"):
+        fastattn.linear_cross_entropy(*args, backend="native")
+    assert "reference: runs" in fastattn.explain(OP, *args)
+
+
+@pytest.mark.skipif(unavailable("native", "cpu") is not None, reason=str(unavailable("native", "cpu")))
+def test_peak_memory():
+    """Beyond inputs and gradients at most 15 % of what F.linear and F.cross_entropy need, forward and backward."""
+    x, weight, _, target = arguments(2048, 16, 50257)
+
+    def step(function):
+        return lambda: torch.autograd.grad(function(x, weight), (x, weight))
+
+    ours = allocated_peak(step(lambda x, weight: fastattn.linear_cross_entropy(x, weight, target)))
+    unfused = allocated_peak(step(lambda x, weight: F.cross_entropy(F.linear(x, weight), target)))
+    assert unfused > 2 * 2048 * 50257 * 4  # the measurement sees the logits and their gradient
+    assert ours < 0.15 * unfused, f"{ours / 2**20:.0f} MiB of {unfused / 2**20:.0f}"
+
+
+@pytest.mark.skipif(unavailable("native", "cpu") is not None, reason=str(unavailable("native", "cpu")))
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lower_instruction_sets(capability):
+    selected = "native and (combined or large_logits or guards or masked) and not triton"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected]
+    environment = os.environ | {"FASTATTN_CPU_CAPABILITY": capability}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+def test_triton_kernel_compiles_without_spills():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from aot import compile_all
+    from fastattn.kernels.cross_entropy import WARPS
+
+    sizes = dict.fromkeys(("cols", "logits_stride", "ignore_index"), "i32")
+    numbers = dict.fromkeys(("smoothing", "z_loss", "softcap"), "fp32")
+    configs = []
+    for arch in (80, 90, 100):
+        for (block_n, warps), dtype, softcap in zip(
+            WARPS.items(), ("*fp16", "*bf16", "*bf16"), (False, True, True), strict=True
+        ):
+            configs.append(
+                {
+                    "module": "fastattn.kernels.cross_entropy",
+                    "kernel": "cross_entropy_kernel",
+                    "arch": arch,
+                    "num_warps": warps,
+                    "types": sizes | numbers
+                    | {"logits_ptr": dtype, "target_ptr": "*i64", "dloss_ptr": "*fp32", "loss_ptr": "*fp32"},
+                    "constants": {"SOFTCAP": softcap, "NEED_GRAD": True, "BLOCK_N": block_n},
+                }
+            )  # fmt: skip
+        configs.append(configs[-1] | {"types": configs[-1]["types"] | {"logits_ptr": "*fp32"}})
+    for result in compile_all(configs):
+        what = {key: result[key] for key in ("arch", "types", "constants", "registers", "stack")}
+        assert result["stack"] == 0, f"spills: {what}"
+        assert result["registers"] <= 128, what
+        assert result.get("LDG.128", 0) >= 2, f"narrow loads: {what}"
+        assert result.get("STG.128", 0) >= 1, f"narrow stores: {what}"
