@@ -197,7 +197,7 @@ def activation_bwd(dhidden, preact, gate, rng, dropout_p, activation, need_hidde
         )  # fmt: skip
         if need_dbias or need_dbias_gate:
             add_up_kernel[(triton.cdiv(cols, SUM_N),)](
-                *partials, dbias if need_dbias else None, dbias_gate if need_dbias_gate else None,
+                *partials, None, dbias if need_dbias else None, dbias_gate if need_dbias_gate else None, None,
                 programs, cols, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=SUM_WARPS,
             )  # fmt: skip
     return dpreact, dgate, hidden, dbias, dbias_gate

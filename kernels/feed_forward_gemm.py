@@ -235,8 +235,9 @@ def linear_activation_bwd(dy, w, preact, rng, dropout_p, activation, need_hidden
     if need_dbias:
         with device_guard(device):
             add_up_kernel[(triton.cdiv(cols, SUM_N),)](
-                partial, None, dbias, None, tiles_m, cols, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=SUM_WARPS
-            )
+                partial, None, None, dbias, None, None, tiles_m, cols,
+                BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=SUM_WARPS,
+            )  # fmt: skip
     return dpreact, hidden, dbias
 
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import fastattn
 from fastattn import reference
+from fastattn.ops import _gemm
 from fastattn.ops.feed_forward import ACTIVATIONS
 
 # the tests of the kernels run again in processes of their own, on another backend or instruction set
@@ -208,6 +209,24 @@ def test_inductor_compiles_products_of_any_size():
     assert_close(y, call(args), rtol=1e-4, atol=1e-4)
     expected = gradients(call(args), args, torch.ones_like(y))
     assert_close(gradients(y, args, torch.ones_like(y)), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_half_products_where_the_processor_has_none(dtype, monkeypatch):
+    """They are computed in fp32 and rounded once; small ones stay torch's."""
+    monkeypatch.setattr(_gemm, "_SLOW_HALVES", frozenset({dtype}))
+    x, w, dy = (torch.randn(size).to(dtype) for size in ((64, 256), (512, 256), (64, 512)))
+    bias = torch.randn(512).to(dtype)
+    for product, operands, exact64 in (
+        (_gemm.linear, (x, w, bias), x.double() @ w.double().t() + bias.double()),
+        (_gemm.input_grad, (dy, w), dy.double() @ w.double()),
+        (_gemm.weight_grad, (dy, x), dy.double().t() @ x.double()),
+    ):
+        result = product(*operands)
+        assert result.dtype == dtype
+        assert_close(result.double(), exact64, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-4)
+    assert not _gemm._use_fp32(x[:1], w, 256)
+    assert not _gemm._use_fp32(x, w.float(), 256)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn.ops._backends import unavailable
 
-VIEWS = {"view", "t", "transpose", "permute", "unbind", "detach", "_unsafe_view", "unsqueeze", "squeeze", "alias"}
-PRODUCTS = ("addmm", "mm", "_linear_pointwise")
+VIEWS = {"view", "t", "transpose", "permute", "unbind", "detach", "_unsafe_view", "empty", "empty_strided", "new_empty"}
+PRODUCTS = ("addmm", "mm", "_linear_pointwise", "linear")
 
 
 class Counted(TorchDispatchMode):
@@ -48,14 +48,13 @@ def test_ops_of_a_training_step(norm_first, backend):
             y.backward(dy)
     passes = {"norm_fwd": 2, "activation_fwd": 1} | ({"dropout_fwd": 1} if norm_first else {})
     # each dropout draws its seed and offset
-    empty = {name: forward.ops.pop(name) for name in ("empty", "empty_strided", "new_empty") if name in forward.ops}
-    assert forward.ops == {"attention_fwd": 1, "product": 4, "randint": 4} | passes, empty
+    assert forward.ops == {"attention_fwd": 1, "product": 4, "randint": 4} | passes
 
     passes = {"norm_bwd": 2, "activation_bwd": 1} | ({"dropout_fwd": 1} if norm_first else {})
     for name, count in ({"attention_bwd": 1, "product": 8} | passes).items():
         assert backward.ops.pop(name) == count, name
-    # the gradients of three biases, of a sum each; of q, k and v together; of what feeds two branches
-    most = {"sum": 3, "stack": 1, "add": 1 if norm_first else 2, "empty": 99, "empty_strided": 99, "new_empty": 99}
+    # bias gradients that no norm makes: of in_proj, and before the last dropout; q, k and v together; two branches
+    most = {"sum": 2 if norm_first else 1, "stack": 1, "add": 1 if norm_first else 2}
     assert not backward.ops - collections.Counter(most), backward.ops
 
 
