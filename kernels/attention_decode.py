@@ -112,7 +112,7 @@ def attention_decode_split(q, k, v, out, lse, cache_seqlens, block_table, cache_
     # the share of this split in the blocks of keys that some row sees
     first_query = start_m // group
     queries = (start_m + BLOCK_M - 1) // group + 1 - first_query
-    first, first_full, end_full, end = key_blocks(
+    first, _, _, end = key_blocks(
         first_query, queries, BLOCK_N, seqlen_q, length, off, window_left, window_right, HAS_LEFT, HAS_RIGHT
     )  # all blocks are treated as edges: comparisons are free beside the reads
     first = tl.minimum(tl.maximum(first, begin // BLOCK_N), end)
@@ -137,7 +137,7 @@ def attention_decode_split(q, k, v, out, lse, cache_seqlens, block_table, cache_
         k_rows = cache_rows(rows, inside, batch, k_strides[2], k_strides[0], block_table, pages, page_size, BLOCK_N,
                             WHOLE_PAGES)  # fmt: skip
         qk = tl.dot(q_tile, tl.trans(load_rows(k, k_rows, inside, HEAD_DIM, BLOCK_D)), input_precision=PRECISION)
-        s, capped = tile_scores(qk, i, j, off, seqlen_q, length, scale, softcap, None, q_strides, slope, SOFTCAP, ALIBI)
+        s, _ = tile_scores(qk, i, j, off, seqlen_q, length, scale, softcap, None, q_strides, slope, SOFTCAP, ALIBI)
         visible = visible_tile(i, j, off, seqlen_q, length, window_left, window_right, None, q_strides, HAS_LEFT,
                                HAS_RIGHT, True)  # fmt: skip
         s = tl.where(visible & (j >= begin), s, float("-inf"))

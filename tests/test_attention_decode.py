@@ -72,7 +72,8 @@ def check(seed, backend, monkeypatch, device="cpu", **shapes):
     allowed = 2 * (low.double() - truth).abs().max() + units * truth.abs().max().clamp(min=1.0)
     error = (out.cpu().double() - truth).abs().max()
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} in {q.dtype}"
-    for ours, expected in zip(caches, low_caches, strict=True):  # appended bit for bit, all else untouched, NaN included
+    # what is appended and all else, NaN included, bit for bit
+    for ours, expected in zip(caches, low_caches, strict=True):
         assert torch.equal(ours.cpu().nan_to_num(nan=77.0), expected.nan_to_num(nan=77.0)), f"{what}: cache"
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels of attention_decode compile for the GPUs we name, without spills and with wide reads of the cache.
 
-By default bf16 of head dim 128 in every form and each other row once; FASTATTN_AOT=all compiles every row of the table in
+By default bf16 of head dim 128 in every form, other rows once; FASTATTN_AOT=all compiles every row of the table in
 every form, with 16 and 64 rows, for sm_80, sm_90 and sm_100.
 """
 
