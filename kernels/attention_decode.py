@@ -31,13 +31,24 @@ from fastattn.kernels.common import device_guard, multiprocessors, register
 
 from fastattn.ops.attention import empty_in_layout
 
-MAX_ROWS, MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 64, 128, 16, 16
-# (bytes of an element, head dim) -> (keys of a block, warps, stages), the same on every architecture: 32 KB of keys and
-# values in flight a stage. They compile without spills; not yet measured on hardware.
+MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 128, 16, 16
+# (bytes of an element, head dim, most rows) -> (keys of a block, warps, stages), the same for every architecture: about
+# 32 KB of keys and values a stage for few rows. They compile without spills; not yet measured on hardware.
 CONFIGS = {
-    (2, 32): (128, 4, 3), (2, 64): (128, 4, 3), (2, 128): (64, 4, 3), (2, 256): (32, 4, 3),
-    (4, 32): (64, 4, 2), (4, 64): (64, 4, 2), (4, 128): (32, 4, 2), (4, 256): (16, 4, 2),
+    (2, 32, 16): (128, 4, 3), (2, 64, 16): (128, 4, 3), (2, 128, 16): (64, 4, 3), (2, 256, 16): (32, 4, 3),
+    (2, 32, 64): (64, 4, 3), (2, 64, 64): (64, 4, 3), (2, 128, 64): (32, 8, 3), (2, 256, 64): (16, 8, 2),
+    (4, 32, 16): (64, 4, 2), (4, 64, 16): (64, 4, 2), (4, 128, 16): (32, 8, 2), (4, 256, 16): (16, 8, 2),
 }  # fmt: skip
+
+
+def configuration(element_size, head_dim, rows, paged):
+    """(rows of a tile, keys of a block, warps, stages) for a key head with so many rows."""
+    block_m = 16 if rows <= 16 or element_size == 4 else 32 if rows <= 32 else 64
+    head_dim = next(d for d in (32, 64, 128, 256) if head_dim <= d)
+    block_n, num_warps, num_stages = CONFIGS[element_size, head_dim, 16 if block_m == 16 else 64]
+    if paged:  # the number of a page must be there before its keys are asked for: else fewer blocks are on their way
+        num_stages = 2 * num_stages - 1
+    return block_m, block_n, num_warps, num_stages
 
 
 @triton.jit
@@ -271,14 +282,14 @@ class Plan:
         head_dim_v, v_strides = v_cache[0][3], v_cache[1]
         group = n_heads // max(n_kv_heads, 1)
         capacity = page_size * (pages or 1)
-        widest = max(head_dim, head_dim_v)
-        block_n, num_warps, num_stages = CONFIGS[dtype.itemsize, next(d for d in (32, 64, 128, 256) if widest <= d)]
+        block_m, block_n, num_warps, num_stages = configuration(
+            dtype.itemsize, max(head_dim, head_dim_v), group * seqlen_q, pages is not None
+        )
         whole_pages = False
         if pages is not None:  # smaller blocks, if that keeps each in one page
             fitting = next((n for n in (block_n, block_n // 2, block_n // 4) if n >= 16 and page_size % n == 0), 0)
             whole_pages = fitting >= min(32, block_n)
             block_n = fitting if whole_pages else block_n
-        block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(group * seqlen_q)))
         blocks_m = triton.cdiv(group * seqlen_q, block_m)
         programs, blocks = batch * n_kv_heads * blocks_m, max(1, triton.cdiv(capacity, block_n))
         # two programs of four warps share a multiprocessor

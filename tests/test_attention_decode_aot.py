@@ -1,7 +1,7 @@
 """The Triton kernels of attention_decode compile for the GPUs we name, without spills and with wide reads of the cache.
 
-By default bf16 of head dim 128 in every form, other rows once; FASTATTN_AOT=all compiles every row of the table in
-every form, with 16 and 64 rows, for sm_80, sm_90 and sm_100.
+By default bf16 of head dim 128 in every form and each row of the table once; FASTATTN_AOT=all compiles every row in
+every form for sm_80, sm_90 and sm_100.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import aot
-from fastattn.kernels.attention_decode import APPEND_ROWS, COMBINE_SPLITS, CONFIGS, MAX_ROWS
+from fastattn.kernels.attention_decode import APPEND_ROWS, COMBINE_SPLITS, CONFIGS, configuration
 
 MODULE = "fastattn.kernels.attention_decode"
 ARCHS = (80, 90, 100)
@@ -43,31 +43,30 @@ def config(kernel, arch, head_dim, dtype, launch, features, **constants):
     return {
         "module": MODULE, "kernel": kernel, "arch": arch, **launch, "types": {n: types[n] for n in names},
         "constants": {name: value for name, value in constants.items() if name in names},
-        "title": f"{kernel} sm_{arch} {dtype} head_dim {head_dim} {constants} {' '.join(features)}",
+        "title": f"{kernel} sm_{arch} {dtype} head_dim {head_dim} {' '.join(features)} {tuple(launch.values())} "
+        + " ".join(f"{name}={value}" for name, value in constants.items() if name in ("BLOCK_M", "BLOCK_N")),
     }  # fmt: skip
 
 
 def split(arch, size, head_dim, form, rows):
-    block_n, num_warps, num_stages = CONFIGS[size, head_dim]
+    paged = "block_table" in FORMS[form]
+    block_m, block_n, num_warps, num_stages = configuration(size, head_dim, rows, paged)
     launch = {"num_warps": num_warps, "num_stages": num_stages}
-    dtype = {2: "bf16", 4: "fp32"}[size]
     return config(
-        "attention_decode_split", arch, head_dim, dtype, launch, FORMS[form], BLOCK_M=rows, BLOCK_N=block_n
+        "attention_decode_split", arch, head_dim, {2: "bf16", 4: "fp32"}[size], launch, FORMS[form], BLOCK_M=block_m,
+        BLOCK_N=block_n,
     )  # fmt: skip
 
 
 def everything():
     for arch in ARCHS:
-        for size, head_dim in CONFIGS:
-            for form in FORMS:
-                yield from (split(arch, size, head_dim, form, rows) for rows in (16, MAX_ROWS))
+        for size, head_dim, rows in CONFIGS:
+            yield from (split(arch, size, head_dim, form, rows) for form in FORMS)
 
 
 def sample():
     yield from (split(ARCHS[n % 3], 2, 128, form, 16) for n, form in enumerate(FORMS))
-    yield from (split(arch, 2, 128, "split", 16) for arch in ARCHS)
-    for n, (size, head_dim) in enumerate(CONFIGS):
-        yield split(ARCHS[n % 3], size, head_dim, "split", MAX_ROWS)
+    yield from (split(ARCHS[n % 3], *row[:2], "split", row[2]) for n, row in enumerate(CONFIGS))
 
 
 def others():

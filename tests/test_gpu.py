@@ -237,3 +237,75 @@ def test_linear_cross_entropy_peak_memory():
         peaks.append(torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads))
         del grads
     assert peaks[0] < 0.15 * peaks[1]
+
+
+def decode_call(dtype=torch.bfloat16, seed=0):
+    """attention_decode on shuffled pages that it appends to; the caches are the caller's."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    q, k, v = randn(4, 16, 1, 128), randn(4, 4, 1, 128), randn(4, 4, 1, 128)
+    caches = [randn(40, 4, 64, 128) for _ in range(2)]
+    table = torch.randperm(40, generator=generator, device="cuda").view(4, 10).int()
+    lengths = torch.tensor([600, 1, 64, 317], dtype=torch.int32, device="cuda")
+    return (q, *caches), {"k": k, "v": v, "cache_seqlens": lengths, "block_table": table, "return_lse": True}
+
+
+def need_triton():
+    reason = fastattn.backends()["cuda"]["triton"]
+    if reason != "available":
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decode_numbers(dtype):
+    need_triton()
+    inputs, kwargs = decode_call(dtype)
+    exact = [t.double() for t in inputs], {n: t.double() if n in "kv" else t for n, t in kwargs.items()}
+    want, want_lse = fastattn.attention_decode(*exact[0], **exact[1], backend="reference")
+    for splits in (0, 1, 5):
+        out, lse = fastattn.attention_decode(*inputs, **kwargs, num_splits=splits, backend="triton")
+        torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-4)
+        for ours, expected in zip(inputs[1:], exact[0][1:], strict=True):
+            assert torch.equal(ours.double(), expected)
+
+
+def test_decode_in_a_graph_without_synchronisation_takes_new_lengths():
+    need_triton()
+    inputs, kwargs = decode_call()
+    fastattn.attention_decode(*inputs, **kwargs, backend="triton")  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fastattn.attention_decode(*inputs, **kwargs, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = fastattn.attention_decode(*inputs, **kwargs, backend="triton")
+    for step in range(3):
+        kwargs["cache_seqlens"] += step
+        graph.replay()
+        assert_same(outputs, fastattn.attention_decode(*inputs, **kwargs, backend="triton"))
+
+
+def test_decode_gives_the_same_bits_in_fifty_runs():
+    need_triton()
+    inputs, kwargs = decode_call()
+    want = fastattn.attention_decode(*inputs, **kwargs, backend="triton")
+    for _ in range(50):
+        assert_same(fastattn.attention_decode(*inputs, **kwargs, backend="triton"), want)
+
+
+def test_decode_drops_what_the_cache_has_no_room_for():
+    need_triton()
+    (q, k_cache, v_cache), kwargs = decode_call()
+    kwargs["cache_seqlens"] = torch.tensor([640, 639, 0, 700], dtype=torch.int32, device="cuda")
+    before = k_cache.clone()
+    out, _ = fastattn.attention_decode(q, k_cache, v_cache, **kwargs, backend="triton")
+    assert out.isfinite().all()
+    changed = (k_cache != before).any(-1).any(1).sum()
+    assert changed == 2  # one key of sequence 1, one of sequence 2
