@@ -123,7 +123,7 @@ def attention_decode_split(q, k, v, out, lse, cache_seqlens, block_table, cache_
     # the share of this split in the blocks of keys that some row sees
     first_query = start_m // group
     queries = (start_m + BLOCK_M - 1) // group + 1 - first_query
-    first, _, _, end = key_blocks(
+    first, first_full, end_full, end = key_blocks(  # noqa: RUF059  the loop below would carry a `_`
         first_query, queries, BLOCK_N, seqlen_q, length, off, window_left, window_right, HAS_LEFT, HAS_RIGHT
     )  # all blocks are treated as edges: comparisons are free beside the reads
     first = tl.minimum(tl.maximum(first, begin // BLOCK_N), end)
