@@ -15,6 +15,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")
 _KERNEL_MODULES = (
     "attention_bwd", "attention_decode", "cross_entropy", "dropout", "feed_forward", "feed_forward_gemm", "norm",
+    "rotary",
 )  # fmt: skip
 
 

@@ -17,8 +17,19 @@ import subprocess
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_SOURCES = tuple(f"{name}{end}" for end in (".cu", "_ops.cpp") for name in ("norm", "dropout", "feed_forward"))
-_OPS = ("norm_infer", "norm_fwd", "norm_bwd", "dropout_fwd", "activation_fwd", "activation_bwd")
+_SOURCES = tuple(
+    f"{name}{end}" for end in (".cu", "_ops.cpp") for name in ("norm", "dropout", "feed_forward", "rotary")
+)
+_OPS = (
+    "norm_infer",
+    "norm_fwd",
+    "norm_bwd",
+    "dropout_fwd",
+    "activation_fwd",
+    "activation_bwd",
+    "rotary_fwd",
+    "rotary_fwd_",
+)
 _REWRITES = (
     (r"(\w+(?:<[^;<>]*(?:\([^()]*\))?[^;<>]*>)?)\s*<<<(.*?)>>>\s*\(", r"emulated::launch(\1, \2)("),
     (r"extern __shared__ float (\w+)\[\];", r"float* \1 = emulated::dynamic_shared.data();"),

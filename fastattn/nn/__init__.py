@@ -6,6 +6,7 @@ from fastattn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from fastattn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.norm import LayerNorm, RMSNorm
+from fastattn.nn.rotary import RotaryEmbedding
 from fastattn.nn.transformer import Transformer
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "RotaryEmbedding",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

@@ -1,0 +1,61 @@
+// fastattn::rotary_fwd and rotary_fwd_ for CUDA tensors.
+#include "host.h"  // before every other header: it switches on what they declare for CUDA
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "rotary_call.h"
+
+namespace {
+
+using fastattn::RotaryArgs;
+using fastattn::RotaryCall;
+using torch::stable::Tensor;
+
+void run(const RotaryArgs& args, const Tensor& q) {
+  constexpr int64_t kMostTokens = (int64_t{1} << 31) - 1;
+  STD_TORCH_CHECK(args.batch * args.seqlen <= kMostTokens, "rotary: at most ", kMostTokens, " tokens, got ",
+                  args.batch * args.seqlen);
+  STD_TORCH_CHECK(args.table_dtype == args.dtype || args.table_dtype == fastattn::DType::kFloat32,
+                  "rotary: cos and sin must be float32 or of the dtype of q");
+  fastattn::check_width(args.head_dim);
+  if (args.batch * args.seqlen * (args.n_heads[0] + args.n_heads[1]) > 0) {
+    fastattn::check_launch(fastattn::rotary_fwd_cuda(args, fastattn::current_stream(q)), "rotary_fwd");
+  }
+}
+
+std::tuple<Tensor, Tensor> rotary_fwd(const Tensor& q, const std::optional<Tensor>& k, const Tensor& cos,
+                                      const Tensor& sin, const std::optional<Tensor>& positions, int64_t offset,
+                                      int64_t rotary_dim, bool interleaved, bool conjugate) {
+  const int32_t index = q.get_device_index();
+  const fastattn::DeviceGuard guard(index);
+  RotaryCall call(q, k, cos, sin, positions, offset, rotary_dim, interleaved, conjugate);
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &type));
+  const Tensor out_q = fastattn::rotary_empty_like(q, type, index);
+  const Tensor out_k =
+      k ? fastattn::rotary_empty_like(*k, type, index) : fastattn::empty_beside(q, {0}, q.scalar_type());
+  call.args.out[0] = fastattn::rotary_strides(out_q);
+  if (k) {
+    call.args.out[1] = fastattn::rotary_strides(out_k);
+  }
+  run(call.args, q);
+  return {out_q, out_k};
+}
+
+void rotary_fwd_(Tensor q, std::optional<Tensor> k, const Tensor& cos, const Tensor& sin,
+                 const std::optional<Tensor>& positions, int64_t offset, int64_t rotary_dim, bool interleaved,
+                 bool conjugate) {
+  const fastattn::DeviceGuard guard(q.get_device_index());
+  RotaryCall call(q, k, cos, sin, positions, offset, rotary_dim, interleaved, conjugate);
+  call.write_in_place(q, k);
+  run(call.args, q);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("rotary_fwd.native", TORCH_BOX(&rotary_fwd));
+  m.impl("rotary_fwd_.native", TORCH_BOX(&rotary_fwd_));
+}

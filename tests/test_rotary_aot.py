@@ -1,0 +1,57 @@
+"""The Triton rotary kernel compiles for the GPUs we name: no spills, wide loads and stores, x in registers alone.
+
+Half-split and interleaved, head dims 32 to 256 with all or a quarter of the channels rotated; dtype and architecture
+rotate. FASTATTN_AOT=all compiles every combination.
+"""
+
+import itertools
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+import aot
+from fastattn.kernels import rotary
+
+ARCHS = (80, 90, 100)
+DTYPES = (("*bf16", "*fp32"), ("*fp16", "*fp16"), ("*fp32", "*fp32"))  # of x and of the tables
+SIZES = [
+    *(f"{t}_{stride}" for t in ("q", "k", "out_q", "out_k") for stride in ("batch", "head", "row")),
+    *("table_batch", "table_row", "table_rows", "positions_batch", "offset"),
+    *("tokens", "seqlen", "q_heads", "k_heads", "half", "head_dim"),
+]
+
+
+def config(arch, dtypes, head_dim, rotary_dim, interleaved):
+    x, table = dtypes
+    types = dict.fromkeys(SIZES, "i32") | {"positions_ptr": "*i64", "cos_ptr": table, "sin_ptr": table}
+    types |= dict.fromkeys(("q_ptr", "k_ptr", "out_q_ptr", "out_k_ptr"), x)
+    names = ("BLOCK_M", "BLOCK_H", "BLOCK_HALF", "BLOCK_REST")
+    constants = dict(zip(names, rotary.blocks(32, rotary_dim // 2, head_dim - rotary_dim), strict=True))
+    constants |= {"INTERLEAVED": interleaved, "CONJUGATE": False}
+    return {"module": rotary.__name__, "kernel": "rotary_kernel", "arch": arch, "num_warps": rotary.WARPS,
+            "types": types, "constants": constants}  # fmt: skip
+
+
+def configs(everything):
+    forms = [(d, r, i) for d in (32, 64, 128, 256) for r in (d, d // 4) for i in (False, True)]
+    if everything:
+        return [config(a, d, *form) for form in forms for a in ARCHS for d in DTYPES]
+    archs, dtypes = itertools.cycle(ARCHS), itertools.cycle(DTYPES[:1] * 3 + DTYPES)
+    return [config(next(archs), next(dtypes), *form) for form in forms]
+
+
+def test_every_configuration_compiles_without_spills_and_with_wide_accesses():
+    compiled = aot.compile_all(configs(os.environ.get("FASTATTN_AOT") == "all"), timeout=3000)
+    failures = []
+    for c in compiled:
+        shape = " ".join(f"{name}={value}" for name, value in c["constants"].items())
+        title = f"sm_{c['arch']} {c['types']['q_ptr']}/{c['types']['cos_ptr']} {shape}"
+        used = {n: v for n, v in c.items() if n in ("registers", "stack", "shared") or n[:3] in ("LDG", "STG")}
+        print(f"{title}: {used}")
+        spills = c["stack"] or c.get("STL") or c.get("LDL")
+        narrow = not c.get("LDG.128") or not c.get("STG.128") or c.get("LDG.U16") or c.get("STG.U16")
+        tables = 2 * 4 * c["constants"]["BLOCK_M"] * c["constants"]["BLOCK_HALF"]  # may change their layout; x must not
+        if spills or narrow or c["shared"] > tables:
+            failures.append(f"{title}: {used}")
+    assert not failures, "\n".join(failures)
