@@ -35,8 +35,9 @@ CEILINGS = {
     "activation_bwd_kernel": 64,
     "activation_bwd_kernel<gated>": 80,
     "activation_dbias_kernel": 32,
+    "rotary_kernel": 128,
 }
-OURS = ("norm", "dropout", "feed_forward")  # the .cu files this table speaks of
+OURS = ("norm", "dropout", "feed_forward", "rotary")  # the .cu files this table speaks of
 
 
 def built(pattern):
@@ -50,6 +51,8 @@ def kernel_name(mangled):
     """The kernel of a mangled name, with the number of groups a thread holds or "gated" where a template says so."""
     name = next(n for n in sorted(CEILINGS, key=len, reverse=True) if n.partition("<")[0] in mangled)
     base = name.partition("<")[0]
+    if not any(n.startswith(f"{base}<") for n in CEILINGS):
+        return base
     argument = re.search(rf"{base}I.*L(?:i(\d)|b1)E", mangled)
     return f"{base}<{argument.group(1) or 'gated'}>" if argument else base
 
@@ -149,3 +152,12 @@ def test_cuda_library_needs_torch_but_no_cuda_runtime():
     needed = needed_libraries(LIBRARY)
     assert "libtorch_cuda.so" in needed
     assert not [name for name in needed if name.startswith(("libcudart", "libcuda.", "libc10", "libpython"))]
+
+
+def test_rotary_loads_and_stores_16_bytes_at_a_time_where_rows_are_aligned():
+    seen = 0
+    for _, mangled, wide, _ in accesses("rotary"):
+        seen += 1
+        assert wide["LDG"] >= 2, f"{mangled}: {wide['LDG']} wide loads"
+        assert wide["STG"] >= 2, f"{mangled}: {wide['STG']} wide stores"
+    assert seen == 10  # 5 pairs of dtypes, interleaved or not
