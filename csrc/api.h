@@ -236,4 +236,17 @@ void attention_decode_avx2(const DecodeArgs& args);
 void attention_decode_avx512(const DecodeArgs& args);
 void attention_decode_avx512bf16(const DecodeArgs& args);  // bf16 only
 
+// CUDA on Hopper (csrc/cuda/attention_*_sm90.cu); packed: the tensors have batch 1
+struct AttentionCudaArgs : AttentionArgs {
+  int64_t rows_q, rows_k;  // of the tensors: the sum of the lengths if packed
+  float *lse2, *delta;     // workspace of the backward: (batch, head, row), strides stats_batch, stats_head, 1
+  int64_t stats_batch, stats_head;
+  uint32_t* tile_counters;  // workspace: 1 word for the forward, 2 for the backward
+};
+int64_t attention_stats_rows_sm90(const AttentionCudaArgs& args);  // what stats_head must be
+int attention_fwd_sm90(const AttentionCudaArgs& args, void* stream);
+int attention_stats_sm90(const AttentionCudaArgs& args, void* stream);  // lse2, delta and counters, before the next two
+int attention_dkdv_sm90(const AttentionCudaArgs& args, void* stream);
+int attention_dq_sm90(const AttentionCudaArgs& args, void* stream);
+
 }  // namespace fastattn

@@ -4,6 +4,8 @@
 #   scripts/gpu_check.sh [--force] [PART ...]      all parts by default, the most telling first:
 #     info       versions, device, which backends are there and why others are not
 #     tests      streams, graphs, sizes beyond 32 bits, and the ops' numbers on CUDA
+#     hopper     compute capability 9.0: the building blocks of the attention kernels, then those kernels
+#     attention  their speed beside PyTorch's backends, FlexAttention and Triton
 #     bench      norm side by side with PyTorch
 #     sanitizer  memcheck, racecheck, initcheck and synccheck on small cases
 #
@@ -23,11 +25,11 @@ parts=()
 for argument in "$@"; do
   case $argument in
     --force) force=1 ;;
-    info | tests | bench | sanitizer) parts+=("$argument") ;;
-    *) echo "gpu_check: expected info, tests, bench, sanitizer or --force, got '$argument'" >&2 && exit 2 ;;
+    info | tests | hopper | attention | bench | sanitizer) parts+=("$argument") ;;
+    *) echo "gpu_check: expected info, tests, hopper, attention, bench, sanitizer or --force, got '$argument'" >&2 && exit 2 ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(info tests bench sanitizer)
+[ ${#parts[@]} -gt 0 ] || parts=(info tests hopper attention bench sanitizer)
 mkdir -p "$results"
 
 wheels=(dist/*.whl)
@@ -92,7 +94,21 @@ sanitizer() {
   done
   return $code
 }
-export -f info sanitizer
+
+# What a deadlock would hang gets a process and a time limit of its own.
+hopper() {
+  local capability code=0
+  capability=$("$python" -P -c 'import torch; print(*torch.cuda.get_device_capability())')
+  [ "$capability" = "9 0" ] || { echo "compute capability $capability: these kernels are for 9 0" && return 0; }
+  local pytest=("$python" -P -m pytest -q -x -p no:cacheprovider)
+  timeout 120 "${pytest[@]}" tests/test_sm90_units.py || return 1
+  for name in lengths stages random packed hidden nothing strides empty same_bits backward_after raw nan_in; do
+    echo "[$name]"
+    timeout 60 "${pytest[@]}" tests/test_attention_sm90.py -k "$name" || code=1
+  done
+  return $code
+}
+export -f info sanitizer hopper
 export python
 
 for part in "${parts[@]}"; do
@@ -105,6 +121,10 @@ for part in "${parts[@]}"; do
     tests)
       run_part tests "$python" -P -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_*_kernels.py \
         tests/test_norm.py tests/test_dropout.py tests/test_attention_decode.py::test_random_calls_triton -k "not cpu"
+      ;;
+    attention)
+      run_part attention "$python" -P -m pytest -q -s -p no:cacheprovider benchmarks/test_attention_gpu.py \
+        --benchmark-json "$results/bench_attention_gpu.json"
       ;;
     bench)
       run_part bench "$python" -P -m pytest -q -p no:cacheprovider benchmarks/test_norm.py \

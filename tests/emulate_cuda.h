@@ -1,7 +1,7 @@
 #pragma once
 // CUDA on one CPU thread, for tests: every thread of a block is a fiber, and runs until it must wait for others.
 // Divergence that a GPU does not forgive - a barrier or a shuffle that some threads do not reach - is an error here.
-// Memory order, timing and several blocks at once are not emulated.
+// Memory order, timing and several blocks at once are not emulated. What Hopper adds is in emulated/cuda/sm90.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -28,6 +28,7 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 static uint3 threadIdx, blockIdx;
 static dim3 blockDim, gridDim;
@@ -35,7 +36,8 @@ static dim3 blockDim, gridDim;
 namespace emulated {
 
 constexpr size_t kStack = 256 * 1024;
-enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kDone };
+constexpr size_t kMostShared = 227 * 1024;
+enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kWaitsForEvent, kDone };
 
 struct Fiber {
   ucontext_t start;  // enters the fiber once; after that _longjmp switches, which makes no system call
@@ -45,6 +47,7 @@ struct Fiber {
   State state;
   uint3 index;
   float exchanged;
+  std::function<bool()> event;  // what a thread that waits for an event waits for
 };
 
 static std::vector<Fiber> fibers;
@@ -52,8 +55,13 @@ static size_t fiber_count, current;
 static ucontext_t start_of_scheduler;
 static jmp_buf scheduler;
 static std::function<void()> body;
-static std::vector<float> dynamic_shared;
 static int launches;
+alignas(1024) static unsigned char dynamic_shared[kMostShared];
+
+// Units that work beside the threads: called in every round, says whether it did something; `urgent` if no thread can
+// run before it does. At the end of a block it has nothing left to do.
+static std::function<bool(bool urgent)> engine = [](bool) { return false; };
+static std::function<void()> end_of_block = [] {};
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulated CUDA: %s, block %u %u, thread %u %u\n", what, blockIdx.x, blockIdx.y,
@@ -66,6 +74,14 @@ inline void wait(State state) {
   fiber.state = state;
   if (_setjmp(fiber.at) == 0) {
     _longjmp(scheduler, 1);
+  }
+}
+
+// Returns once `event` holds.
+inline void wait_until(std::function<bool()> event) {
+  if (!event()) {
+    fibers[current].event = std::move(event);
+    wait(State::kWaitsForEvent);
   }
 }
 
@@ -101,8 +117,8 @@ inline bool release(size_t begin, size_t end, State state) {
 
 inline void run_block(size_t shared_bytes) {
   fiber_count = size_t{blockDim.x} * blockDim.y * blockDim.z;
-  fibers.resize(1024);  // the most a block has; never moved while fibers live on it
-  dynamic_shared.assign(shared_bytes / sizeof(float) + 1, NAN);
+  fibers.resize(1024);                              // the most a block has; never moved while fibers live on it
+  std::memset(dynamic_shared, 0xff, shared_bytes);  // NaN in every type
   for (size_t i = 0; i < fiber_count; ++i) {
     Fiber& fiber = fibers[i];
     fiber.state = State::kRuns;
@@ -119,7 +135,11 @@ inline void run_block(size_t shared_bytes) {
     size_t ran = 0;
     size_t done = 0;
     for (current = 0; current < fiber_count; ++current) {
-      if (fibers[current].state == State::kRuns) {
+      Fiber& fiber = fibers[current];
+      if (fiber.state == State::kWaitsForEvent && fiber.event()) {
+        fiber.state = State::kRuns;
+      }
+      if (fiber.state == State::kRuns) {
         threadIdx = fibers[current].index;
         resume(fibers[current]);
         ++ran;
@@ -127,15 +147,18 @@ inline void run_block(size_t shared_bytes) {
       done += fibers[current].state == State::kDone;
     }
     if (done == fiber_count) {
-      return;
+      return end_of_block();
     }
     bool released = release(0, fiber_count, State::kWaitsForBlock);
     for (size_t begin = 0; begin < fiber_count; begin += 32) {
       released = release(begin, std::min(begin + 32, fiber_count), State::kWaitsForWarp) || released;
     }
-    if (ran == 0 && !released) {
+    if (!engine(ran == 0 && !released) && ran == 0 && !released) {
       current = 0;
-      fail("a barrier or a shuffle is not reached by all threads");
+      while (fibers[current].state == State::kDone) {
+        ++current;
+      }
+      fail("a barrier or a shuffle is not reached by all threads, or nothing is left that could end a wait");
     }
   }
 }
@@ -164,7 +187,8 @@ struct Launch {
 // kernel<<<grid, block, shared, stream>>>(args) is rewritten to launch(kernel, grid, block, shared, stream)(args).
 template <typename Kernel>
 Launch<Kernel> launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t) {
-  if (grid.x == 0 || grid.y == 0 || block.x * block.y * block.z > 1024 || block.x * block.y * block.z == 0) {
+  if (grid.x == 0 || grid.y == 0 || block.x * block.y * block.z > 1024 || block.x * block.y * block.z == 0 ||
+      shared > kMostShared) {
     std::fprintf(stderr, "emulated CUDA: invalid launch, grid %u %u, block %u %u\n", grid.x, grid.y, block.x, block.y);
     std::abort();
   }
@@ -178,6 +202,10 @@ inline void __syncthreads() {
   emulated::wait(emulated::State::kWaitsForBlock);
 }
 
+inline void __syncwarp() {
+  emulated::wait(emulated::State::kWaitsForWarp);
+}
+
 inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
   using namespace emulated;
   if (mask != 0xffffffffu || fiber_count % 32 != 0) {
@@ -188,6 +216,26 @@ inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
   const float other = fibers[current ^ offset].exchanged;
   wait(State::kWaitsForWarp);
   return other;
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  static_assert(sizeof(T) == sizeof(float));
+  using namespace emulated;
+  if (mask != 0xffffffffu || fiber_count % 32 != 0) {
+    fail("a shuffle of less than whole warps");
+  }
+  std::memcpy(&fibers[current].exchanged, &value, sizeof(value));
+  wait(State::kWaitsForWarp);
+  std::memcpy(&value, &fibers[current / 32 * 32 + lane].exchanged, sizeof(value));
+  wait(State::kWaitsForWarp);
+  return value;
+}
+
+inline unsigned atomicAdd(unsigned* to, unsigned value) {
+  const unsigned before = *to;
+  *to += value;
+  return before;
 }
 
 inline float rsqrtf(float value) {
@@ -217,3 +265,5 @@ inline cudaError_t emulated_get_attribute(int* value, cudaDeviceAttr, int) {
 #define cudaDeviceGetAttribute emulated_get_attribute  // a device of two multiprocessors
 #define cudaGetLastError() cudaSuccess
 #define cudaGetErrorString(error) "emulated"
+#define cudaFuncSetAttribute(kernel, attribute, value) cudaSuccess
+#define cudaMemsetAsync(to, value, bytes, stream) (std::memset(to, value, bytes), cudaSuccess)

@@ -17,26 +17,36 @@ import subprocess
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_SOURCES = tuple(
-    f"{name}{end}" for end in (".cu", "_ops.cpp") for name in ("norm", "dropout", "feed_forward", "rotary")
+# per library: the sources, in one translation unit each library, and the ops they register
+_ROWS = ("norm", "dropout", "feed_forward", "rotary")
+ROWS = (
+    ("error.cu", *(f"{name}{end}" for end in (".cu", "_ops.cpp") for name in _ROWS)),
+    (
+        "norm_infer",
+        "norm_fwd",
+        "norm_bwd",
+        "dropout_fwd",
+        "activation_fwd",
+        "activation_bwd",
+        "rotary_fwd",
+        "rotary_fwd_",
+    ),
 )
-_OPS = (
-    "norm_infer",
-    "norm_fwd",
-    "norm_bwd",
-    "dropout_fwd",
-    "activation_fwd",
-    "activation_bwd",
-    "rotary_fwd",
-    "rotary_fwd_",
+ATTENTION = (
+    ("attention_fwd_sm90.cu", "attention_dkdv_sm90.cu", "attention_dq_sm90.cu", "error.cu", "attention_ops.cpp"),
+    ("attention_fwd", "attention_bwd"),
 )
 _REWRITES = (
     (r"(\w+(?:<[^;<>]*(?:\([^()]*\))?[^;<>]*>)?)\s*<<<(.*?)>>>\s*\(", r"emulated::launch(\1, \2)("),
-    (r"extern __shared__ float (\w+)\[\];", r"float* \1 = emulated::dynamic_shared.data();"),
+    (
+        r"extern __shared__ (?:__align__\(\d+\) )?(float|unsigned char) (\w+)\[\];",
+        r"\1* \2 = reinterpret_cast<\1*>(emulated::dynamic_shared);",
+    ),
     (r"STABLE_TORCH_LIBRARY_IMPL\(fastattn, CUDA", "STABLE_TORCH_LIBRARY_IMPL(fastattn_emulated, CPU"),
 )
 _PRELUDE = """
 #define USE_CUDA 1
+#define FASTATTN_HAS_SM90
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include "emulate_cuda.h"
@@ -45,6 +55,8 @@ namespace emulated { struct NoGuard { explicit NoGuard(int) {} }; }
 #define DeviceGuard NoGuard
 namespace torch::stable::accelerator { using emulated::NoGuard; }
 """
+
+_definitions = []
 
 
 def cuda_headers():
@@ -62,23 +74,24 @@ def unavailable():
     return None if cuda_headers() else "no CUDA headers"
 
 
-@functools.cache
-def load():
-    """Compile, load and return the ops: the namespace torch.ops.fastattn_emulated."""
-    import fastattn  # noqa: F401  (its schemas are copied)
+def rewritten(path):
+    """The source of a .cu file or a wrapper as C++ against emulate_cuda.h."""
+    text = pathlib.Path(ROOT, path).read_text(encoding="utf-8")
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text, flags=re.S)
+    return f'#line 1 "{path}"\n{text}'
 
-    source = _PRELUDE
-    for name in _SOURCES:
-        text = pathlib.Path(ROOT, "csrc/cuda", name).read_text(encoding="utf-8")
-        for pattern, replacement in _REWRITES:
-            text = re.sub(pattern, replacement, text, flags=re.S)
-        source += f'#line 1 "{name}"\n{text}'
+
+def compile_library(source, flags=(), with_torch=True):
+    """Compile C++ against emulate_cuda.h, once per content: the path of the library in build/."""
     headers = [
         *glob.glob(os.path.join(ROOT, "csrc/**/*.*h"), recursive=True),
         *glob.glob(os.path.join(ROOT, "tests/emulate_cuda.*")),
+        *glob.glob(os.path.join(ROOT, "tests/emulated/**/*.cuh"), recursive=True),
     ]
     parts = [
         source.encode(),
+        " ".join(flags).encode(),
         torch.__version__.encode(),
         *(pathlib.Path(path).read_bytes() for path in sorted(headers)),
     ]
@@ -88,19 +101,32 @@ def load():
     if not os.path.exists(library):
         os.makedirs(build, exist_ok=True)
         command = ["g++", "-x", "c++", "-", "-o", f"{library}.{os.getpid()}", "-shared", "-fPIC", "-std=c++20", "-O1"]
-        command += ["-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-        command += [f"-I{ROOT}/{folder}" for folder in ("csrc", "csrc/cuda", "tests")]
-        torch_dir = os.path.dirname(torch.__file__)
-        command += ["-isystem", f"{torch_dir}/include", "-isystem", cuda_headers()]
-        command += [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch_cpu"]
+        command += ["-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020b000000000000", *flags]
+        command += [f"-I{ROOT}/{folder}" for folder in ("tests/emulated", "csrc", "csrc/cuda", "tests")]
+        command += ["-isystem", cuda_headers()]
+        if with_torch:
+            torch_dir = os.path.dirname(torch.__file__)
+            command += ["-isystem", f"{torch_dir}/include"]
+            command += [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch_cpu"]
         done = subprocess.run(command, input=source, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr[-6000:]
         os.replace(f"{library}.{os.getpid()}", library)
-    definitions = torch.library.Library("fastattn_emulated", "DEF")
-    for op in _OPS:
+    return library
+
+
+@functools.cache
+def load(sources_and_ops=ROWS):
+    """Compile, load and return the ops: the namespace torch.ops.fastattn_emulated."""
+    import fastattn  # noqa: F401  (its schemas are copied)
+
+    sources, ops = sources_and_ops
+    library = compile_library(_PRELUDE + "".join(rewritten(f"csrc/cuda/{name}") for name in sources))
+    definitions = torch.library.Library("fastattn_emulated", "FRAGMENT")
+    for op in ops:
         schema = str(getattr(torch.ops.fastattn, op).native._schema)
         definitions.define(schema.removeprefix("fastattn::"))
-    load.definitions = definitions  # they live as long as the library object
-    load.launches = ctypes.CDLL(library).emulated_launches
+    _definitions.append(definitions)  # they live as long as the library object
+    if sources_and_ops is ROWS:
+        load.launches = ctypes.CDLL(library).emulated_launches
     torch.ops.load_library(library)
     return torch.ops.fastattn_emulated

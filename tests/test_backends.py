@@ -165,3 +165,52 @@ def test_kernels_run_on_the_threads_of_torch():
         assert torch.ops.fastattn.parallel_chunks() == 1
     finally:
         torch.set_num_threads(threads)
+
+
+def hopper(monkeypatch, capability=(9, 0)):
+    """As on a GPU of that capability with every kernel built."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(_backends, "missing", lambda op, backend, device: None)
+    monkeypatch.setattr(_backends, "_decisions", {})
+
+
+def attention_facts(**facts):
+    from fastattn.ops.attention import Facts
+
+    return tuple(Facts(**{"device": "cuda", "dtype": torch.bfloat16, "head_dim_64_or_128": True} | facts))
+
+
+def test_kernels_that_no_hardware_has_run_are_used_only_where_they_are_named(monkeypatch, no_override):
+    hopper(monkeypatch)
+    facts = attention_facts()
+    assert choose("attention", facts) == "triton"
+    assert 'native: not yet run on hardware: name backend="native" to use it' in _backends.explanation(
+        "attention", facts
+    )
+    assert choose("attention", facts, "native") == "native"
+    with use_backend("native"):
+        assert choose("attention", facts) == "native"
+    assert choose("norm", ("cuda", torch.float32)) == "native"  # the order of other ops stands
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
+        ({"head_dim_64_or_128": False}, "it takes head dims 64 and 128, the same for q, k and v"),
+        ({"unequal_head_dims": True}, "it takes head dims 64 and 128, the same for q, k and v"),
+        ({"mask": True, "dropout": True}, "it takes no mask, no dropout"),
+        ({"bias_dtype": torch.float32}, "it takes no bias"),
+        ({"alibi": True, "softcap": True, "sink": True}, "it takes no ALiBi, no softcap, no sink"),
+    ],
+)
+def test_what_native_attention_refuses_on_cuda(facts, reason, monkeypatch):
+    hopper(monkeypatch)
+    with pytest.raises(ValueError, match=f"cannot serve this call: {reason}"):
+        choose("attention", attention_facts(**facts), "native")
+
+
+def test_native_attention_on_another_gpu(monkeypatch):
+    hopper(monkeypatch, (8, 6))
+    with pytest.raises(ValueError, match=r"it takes GPUs of compute capability 9\.0, this one has 8\.6"):
+        choose("attention", attention_facts(), "native")

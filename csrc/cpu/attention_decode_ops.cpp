@@ -8,8 +8,9 @@
 #include <memory>
 #include <tuple>
 
-#include "attention_host.h"
+#include "attention_tensors.h"
 #include "dispatch.h"
+#include "host.h"
 
 namespace {
 

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "attention_host.h"
+#include "attention_tensors.h"
 #include "dispatch.h"
 
 namespace {
@@ -18,7 +18,6 @@ using fastattn::contiguous;
 using fastattn::DType;
 using fastattn::dtype_of;
 using fastattn::empty_in_layout;
-using fastattn::empty_strided;
 using fastattn::heads;
 using fastattn::inner_contiguous;
 using fastattn::kAttentionPieceKeys;
@@ -67,15 +66,7 @@ struct Inputs {
 
 // Everything but the outputs, checked.
 AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, Inputs& in) {
-  for (const Tensor* t : {&q, &k, &v}) {
-    STD_TORCH_CHECK(t->dim() == 4, "attention: q, k and v must have 4 dimensions, got ", t->dim());
-    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), "attention: q, k and v must have one dtype");
-  }
-  STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) &&
-                      v.size(2) == k.size(2) && k.size(3) == q.size(3),
-                  "attention: q, k and v do not fit each other");
-  STD_TORCH_CHECK(q.size(1) == k.size(1) || (k.size(1) && q.size(1) % k.size(1) == 0),
-                  "attention: the heads of q must be a multiple of those of k, got ", q.size(1), " and ", k.size(1));
+  fastattn::check_qkv(q, k, v);
   for (OptionalTensor* t : {&in.sink, &in.seqlens_k, &in.cu_seqlens_q, &in.cu_seqlens_k, &in.alibi_slopes, &in.rng}) {
     *t = contiguous(*t);
   }
@@ -158,8 +149,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in,
   AttentionArgs args = arguments(q, k, v, in);
   const bool packed = args.cu_seqlens_q;
   const Tensor out = empty_in_layout(q_in, v.size(3));
-  const Tensor lse = empty_strided<3>(
-      {q.size(0), q.size(1), q.size(2)},
+  const Tensor lse = fastattn::empty_strided<3>(
+      q, {q.size(0), q.size(1), q.size(2)},
       {std::max<int64_t>(1, q.size(1)) * std::max<int64_t>(1, q.size(2)), std::max<int64_t>(1, q.size(2)), 1},
       ScalarType::Float);
   args.q = heads(q, packed);

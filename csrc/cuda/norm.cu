@@ -551,8 +551,4 @@ int norm_bwd_cuda(const NormBwdArgs& args, void* stream) {
   return cudaGetLastError();
 }
 
-const char* cuda_error_string(int error) {
-  return cudaGetErrorString(static_cast<cudaError_t>(error));
-}
-
 }  // namespace fastattn

@@ -14,6 +14,9 @@ BACKENDS = ("native", "triton", "reference")
 # per device, the order in which backends are asked; the reference comes last and takes everything
 _ORDER = {"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")}
 
+# kernels that are built but that no benchmark has put into the order: they run where they are named, and only there
+_ON_REQUEST = {("attention", "native", "cuda"): "not yet run on hardware"}
+
 _registered = {}  # (op, backend) -> (facts -> reason or None, name of its raw op)
 _unavailable = {}  # (backend, device type) -> reason
 _decisions = {}  # (op, facts, wanted) -> backend
@@ -84,7 +87,9 @@ def _decide(op, facts, wanted):
     if decision is None:
         if wanted is None:
             decision = next(
-                b for b in _ORDER.get(facts[0], ("reference",)) if b == "reference" or refusal(op, b, facts) is None
+                b
+                for b in _ORDER.get(facts[0], ("reference",))
+                if b == "reference" or ((op, b, facts[0]) not in _ON_REQUEST and refusal(op, b, facts) is None)
             )
         else:
             reason = refusal(op, wanted, facts)
@@ -148,6 +153,8 @@ def explanation(op, facts, backend=None):
             text = "runs"
         elif reasons[name] is not None:
             text = f"no: {reasons[name]}"
+        elif wanted is None and (op, name, facts[0]) in _ON_REQUEST:
+            text = f'{_ON_REQUEST[op, name, facts[0]]}: name backend="{name}" to use it'
         else:
             text = "could, but comes later in the order" if wanted is None else "could, but was not asked for"
         lines.append(f"  {name}: {text}")

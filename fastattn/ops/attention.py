@@ -35,8 +35,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # what a backend may refuse by; sizes stay out, so that decisions are cached
 Facts = namedtuple(
     "Facts",
-    "device dtype bias_dtype mask window seqlens_k packed alibi softcap sink dropout gqa unequal_head_dims wide_heads",
-    defaults=(None, *[False] * 11),
+    "device dtype bias_dtype mask window seqlens_k packed alibi softcap sink dropout gqa unequal_head_dims wide_heads"
+    " head_dim_64_or_128",
+    defaults=(None, *[False] * 12),
 )
 
 
@@ -106,7 +107,25 @@ def refuses_triton(facts):
     return refuses(facts)
 
 
-register_backend("attention", "native", refuses)
+def refuses_native(facts):
+    """What the C++ kernels refuse: on CUDA there are those for Hopper, which serve the plain cases."""
+    facts = Facts(*facts)
+    if facts.device != "cuda":
+        return refuses(facts)
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return f"it takes GPUs of compute capability 9.0, this one has {'.'.join(map(str, capability))}"
+    if facts.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, got {facts.dtype}"
+    if not facts.head_dim_64_or_128 or facts.unequal_head_dims:
+        return "it takes head dims 64 and 128, the same for q, k and v"
+    refused = {"mask": facts.mask, "bias": facts.bias_dtype is not None, "ALiBi": facts.alibi,
+               "softcap": facts.softcap, "sink": facts.sink, "dropout": facts.dropout}  # fmt: skip
+    refused = [name for name, wanted in refused.items() if wanted]
+    return f"it takes no {', no '.join(refused)}" if refused else None
+
+
+register_backend("attention", "native", refuses_native)
 register_backend("attention", "triton", refuses_triton)
 
 
@@ -199,6 +218,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
         True if n_heads != n_kv_heads else False,  # noqa: SIM210
         True if head_dim != head_dim_v else False,  # noqa: SIM210
         True if head_dim > 256 or head_dim_v > 256 else False,  # noqa: SIM210
+        True if head_dim == 64 or head_dim == 128 else False,  # noqa: SIM210
     )  # fmt: skip
     rest = (
         mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None,

@@ -1,0 +1,71 @@
+"""Attention on a GPU beside each backend of PyTorch by name, FlexAttention and our kernels, all in one run.
+
+SDPA is pinned to one backend a candidate, so that every row says what really ran; ours are named too. TFLOP/s count 4
+of a forward and 10 of a backward per score and column, of what is visible.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CUDA
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastattn
+
+pytestmark = pytest.mark.skipif(not CUDA, reason="no GPU")
+
+SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+SHAPES = [(16, 16, seqlen, head_dim) for head_dim in (64, 128) for seqlen in (1024, 4096)]
+SHAPES += [(2, 16, 16384, head_dim) for head_dim in (64, 128)]
+
+
+def flex(q, k, v, causal):
+    """FlexAttention compiled for these sizes."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention)
+    mask = None
+    if causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device="cuda")
+    return lambda: compiled(q, k, v, block_mask=mask)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_attention_by_backend(compare, shape, causal, direction):
+    batch, n_heads, seqlen, head_dim = shape
+    backward = direction == "bwd"
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, do = (
+        torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_(backward) for _ in range(4)
+    )
+
+    def pinned(which):
+        def call():
+            with sdpa_kernel(which):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        return call
+
+    forwards = {f"sdpa {name}": pinned(which) for name, which in SDPA.items()}
+    forwards["flex"] = flex(q, k, v, causal)
+    for name in ("native", "triton"):
+        forwards[f"fastattn {name}"] = lambda name=name: fastattn.attention(q, k, v, causal=causal, backend=name)
+    candidates = {}
+    for name, forward in forwards.items():
+        try:
+            out = forward()
+        except Exception as error:  # a backend that cannot: its row is missing, and the log says why
+            print(f"{name} left out: {str(error).splitlines()[0]}")
+            continue
+        candidates[name] = forward
+        if backward:
+            candidates[name] = lambda out=out: torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
+    visible = 0.5 if causal else 1.0
+    compare(
+        candidates,
+        tolerance=5e-2,
+        flops=(10 if backward else 4) * batch * n_heads * seqlen**2 * head_dim * visible,
+        dtype=torch.bfloat16,
+    )

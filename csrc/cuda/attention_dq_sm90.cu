@@ -1,0 +1,248 @@
+// Attention for Hopper, backward, second half: dq of what attention_fwd_sm90.cu serves, and before both halves delta.
+//
+//   delta = rowsum(do ∘ out) - dlse,  lse2 = lse log2(e)
+//   p = exp2(c q·k - lse2),  dp = do·v,  ds = p ∘ (dp - delta),  dq = scale ds·k        c = scale log2(e)
+//
+// A block of threads takes one tile of 128 queries after another, over the keys it sees, so dq stays in registers: no
+// atomics, and the same bits in every run, for 7 products of the two halves where one kernel would need 5. While one of
+// the two warpgroups makes ds the products of the other run: with a product of its own kept running besides, the
+// compiler runs out of registers and waits after every one. Reference: Dao, "FlashAttention-2: faster attention with
+// better parallelism and work partitioning", 2023.
+#include "cuda/sm90/attention_bwd.cuh"
+
+namespace fastattn {
+namespace {
+
+using namespace sm90;
+
+// ---- delta and lse2, in rows of the workspace
+
+struct StatsArgs {
+  AttentionShape shape;
+  HeadTensor out, dout;
+  const float *lse, *dlse;
+  int64_t lse_batch, lse_head;
+  float *lse2, *delta;
+  int64_t stats_batch, stats_head;
+  uint32_t* tile_counters;
+  unsigned blocks;  // of a head
+};
+
+constexpr int kStatsThreads = 256;
+
+// Eight threads a row; the counters of the two kernels to come are set to 0. A row that sees nothing, or is only there
+// to fill the workspace, gets inf and 0: then p = ds = 0.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kStatsThreads) attention_stats_sm90_kernel(StatsArgs args) {
+  if (blockIdx.x == 0 && threadIdx.x < 2) {
+    args.tile_counters[threadIdx.x] = 0;
+  }
+  const unsigned of_all = blockIdx.x / args.blocks;  // not the y of the grid, which ends at 65535
+  const int head = of_all % args.shape.n_heads, batch = of_all / args.shape.n_heads;
+  const Sequence sequence(args.shape, batch);
+  const int row = blockIdx.x % args.blocks * (kStatsThreads / 8) + threadIdx.x / 8;
+  const bool exists = row < sequence.q_len;
+  float delta = 0.f;
+  float lse = -INFINITY;
+  if (exists) {
+    const auto row_of_tensor = [&](const HeadTensor& t) {
+      return static_cast<const T*>(t.data) + sequence.index * t.batch + head * t.head +
+             (sequence.q_begin + row) * t.row;
+    };
+#pragma unroll
+    for (int col = threadIdx.x % 8 * 8; col < kHeadDim; col += 64) {
+      T out[8], dout[8];
+      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(row_of_tensor(args.out) + col);
+      *reinterpret_cast<uint4*>(dout) = *reinterpret_cast<const uint4*>(row_of_tensor(args.dout) + col);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        delta += static_cast<float>(out[i]) * static_cast<float>(dout[i]);
+      }
+    }
+    const int64_t at = batch * args.lse_batch + head * args.lse_head + sequence.q_begin + row;
+    lse = args.lse[at];
+    if (threadIdx.x % 8 == 0 && args.dlse != nullptr) {
+      delta -= args.dlse[at];
+    }
+  }
+#pragma unroll
+  for (int lane = 4; lane > 0; lane /= 2) {
+    delta += __shfl_xor_sync(0xffffffffu, delta, lane);
+  }
+  if (threadIdx.x % 8 == 0 && row < blocks_of(sequence.q_len, kStatsRows) * kStatsRows) {
+    const int64_t at = batch * args.stats_batch + head * args.stats_head + sequence.stats_begin + row;
+    args.lse2[at] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+    args.delta[at] = lse == -INFINITY ? 0.f : delta;
+  }
+}
+
+// ---- dq
+
+constexpr int kKeys = 128;  // a block: two accumulators of 64 registers beside dq
+
+template <int kHeadDim>
+constexpr int kKeyStages = kHeadDim == 64 ? 4 : 2;
+
+template <typename T, int kHeadDim>
+struct DqShared {
+  TileOf<T, kTile, kHeadDim> q, dout;  // in the end q is dq
+  TileOf<T, kKeys, kHeadDim> k[kKeyStages<kHeadDim>], v[kKeyStages<kHeadDim>];
+  TileQueue tiles;
+  Pipe<1> tile_pipe;
+  Pipe<kKeyStages<kHeadDim>> pipe;
+  Barrier arrived;  // a block that still has to be cleared
+};
+
+using DqTile = QueryTile<kTile, kKeys>;
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void dq_produce(DqShared<T, kHeadDim>& shared, const BwdArgs& args) {
+  Ring<1> tiles;
+  Ring<kKeyStages<kHeadDim>> ring;
+  int arrived_parity = 0;
+  take_tiles<DqTile>(shared.tiles, args.tile_counter, args.shape, args.order, [&](const DqTile& tile) {
+    const Sequence& sequence = tile.sequence;
+    shared.tile_pipe.wait_empty(tiles);
+    tiles.next();
+    if (threadIdx.x % 32 == 0) {
+      Barrier& full = shared.tile_pipe.full[0];
+      full.arrive_expecting(2 * shared.q.kBytes);
+      shared.q.load(args.q, sequence.q_begin + tile.row, tile.head, sequence.index, full);
+      shared.dout.load(args.dout, sequence.q_begin + tile.row, tile.head, sequence.index, full);
+    }
+    for (int n = tile.keys.begin; n < tile.keys.end; ++n) {
+      const int stage = ring.stage, valid = sequence.k_len - n * kKeys;
+      shared.pipe.wait_empty(ring);
+      ring.next();
+      produce_block(shared.k[stage], shared.v[stage], args.k, args.v,
+                    {0, sequence.k_begin + n * kKeys, tile.head / args.shape.group(), sequence.index}, valid,
+                    args.shape.ragged_keys() && valid < kKeys, shared.pipe.full[stage], shared.arrived, arrived_parity,
+                    2 * shared.k[0].kBytes, [](Barrier&) {});
+    }
+  });
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void dq_consume(DqShared<T, kHeadDim>& shared, const BwdArgs& args, int slab) {
+  const int thread = threadIdx.x % kWarpgroup;
+  Ring<1> tiles;
+  Ring<kKeyStages<kHeadDim>> ring;
+  follow_tiles<DqTile>(shared.tiles, args.shape, args.order, [&](const DqTile& tile) {
+    const Sequence& sequence = tile.sequence;
+    const int row = tile.row + slab * kSlab;
+    float dq[kHeadDim / 2] = {};
+    float lse2[2], delta[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t at = args.stats(tile.batch, tile.head, sequence) + row + accumulator_row(thread, 2 * r);
+      lse2[r] = args.lse2[at];
+      delta[r] = args.delta[at];
+    }
+    shared.tile_pipe.wait_full(tiles);
+    tiles.next();
+    for (int n = tile.keys.begin; n < tile.keys.end; ++n) {
+      const int stage = ring.stage;
+      float s[kKeys / 2], dp[kKeys / 2];
+      uint32_t ds[kKeys / 16][4];
+      shared.pipe.wait_full(ring);
+      ring.next();
+      wgmma_begin();
+      issue_abt<T, kHeadDim, kTile, kKeys>(s, shared.q.slab_address(slab), shared.k[stage].address());
+      issue_abt<T, kHeadDim, kTile, kKeys>(dp, shared.dout.slab_address(slab), shared.v[stage].address());
+      wgmma_wait<1>();
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        s[i] = exp2_fast(s[i] * args.scale_log2 - lse2[row_of(i)]);
+      }
+      wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        s[i] *= dp[i] - delta[row_of(i)];
+      }
+      if (n < tile.keys.full_begin || n >= tile.keys.full_end) {
+        mask(s, sequence.of_queries, row, n * kKeys, 0.f);
+      }
+      to_operand<T>(ds, s);
+      wgmma_begin();
+      issue_ab<T, kKeys>(dq, ds, shared.k[stage].address());
+      wgmma_wait<0>();
+      shared.pipe.release(stage);
+    }
+#pragma unroll
+    for (float& value : dq) {
+      value *= args.scale;
+    }
+    const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
+    store_slab<T>(dq, shared.q, slab, Target{args.dq, args.dq_rows, at, sequence.q_len - row, !args.shape.packed()},
+                  1 + slab);
+    shared.tile_pipe.release(0);
+  });
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kBwdThreads, 1) attention_dq_sm90_kernel(const __grid_constant__ BwdArgs args) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& shared = *reinterpret_cast<DqShared<T, kHeadDim>*>(shared_memory);
+  if (threadIdx.x == 0) {
+    shared.tiles.pipe.init(kBwdConsumers);
+    shared.tile_pipe.init(kBwdConsumers);
+    shared.pipe.init(kBwdConsumers);
+    shared.arrived.init(1);
+    Barrier::publish();
+  }
+  __syncthreads();
+  split_roles<kProducerRegisters, kConsumerRegisters>([&] { dq_produce<T, kHeadDim>(shared, args); },
+                                                      [&](int slab) { dq_consume<T, kHeadDim>(shared, args, slab); });
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_dq(const AttentionCudaArgs& in, cudaStream_t stream) {
+  BwdArgs args = bwd_args(in);
+  args.order = query_order(args.shape, kTile, kHeadDim);
+  args.tile_counter = in.tile_counters + 1;
+  const MapMaker make(in);
+  if (const cudaError_t error = make({{&args.q, in.q, MapMaker::kQueries, kTile},
+                                      {&args.dout, in.dout, MapMaker::kQueries, kTile},
+                                      {&args.k, in.k, MapMaker::kKeys, kKeys},
+                                      {&args.v, in.v, MapMaker::kKeys, kKeys},
+                                      {&args.dq, in.dq, MapMaker::kQueries, kSlab}})) {
+    return error;
+  }
+  const auto kernel = attention_dq_sm90_kernel<T, kHeadDim>;
+  constexpr int kShared = sizeof(DqShared<T, kHeadDim>);
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
+    return error;
+  }
+  kernel<<<resident_blocks(args.order.count()), kBwdThreads, kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_stats(const AttentionCudaArgs& in, cudaStream_t stream) {
+  StatsArgs args{attention_shape(in), in.out,  in.dout,  in.lse,         in.dlse,       in.lse_batch,
+                 in.lse_head,         in.lse2, in.delta, in.stats_batch, in.stats_head, in.tile_counters};
+  args.blocks = blocks_of(args.shape.seqlen_q, kStatsRows) * (kStatsRows * 8 / kStatsThreads);
+  const auto grid = static_cast<unsigned>(in.batch * in.n_heads * args.blocks);
+  attention_stats_sm90_kernel<T, kHeadDim><<<grid, kStatsThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int64_t attention_stats_rows_sm90(const AttentionCudaArgs& args) {
+  return stats_rows(args.cu_seqlens_q != nullptr, args.rows_q, args.batch);
+}
+
+int attention_stats_sm90(const AttentionCudaArgs& args, void* stream) {
+  return with_half_and_head_dim(args, [&](auto value, auto head_dim) {
+    return launch_stats<decltype(value), head_dim>(args, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int attention_dq_sm90(const AttentionCudaArgs& args, void* stream) {
+  return with_half_and_head_dim(args, [&](auto value, auto head_dim) {
+    return launch_dq<decltype(value), head_dim>(args, static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace fastattn

@@ -1,0 +1,304 @@
+// Attention for Hopper, forward: head dims 64 and 128 in half precision, with causal mask, window, grouped heads, cross
+// lengths, seqlens_k and packed sequences. Everything else is served by Triton.
+//
+//   s = c q·k with c = scale * log2(e), -inf where invisible
+//   per block of keys, last to first:  m' = max(m, max s),  p = exp2(s - m'),  shrink = exp2(m - m')
+//                                      l = shrink l + sum p,  o = shrink o + p·v
+//   out = o / l,  lse = (m + log2 l) / log2(e)
+//
+// A block of threads stays and takes one tile of queries after another, the longest first. Its first warpgroup loads:
+// queries once a tile, keys and values through rings of stages. Each of the others works on 64 queries, whose o stays
+// in registers; p goes from accumulators to operand without leaving its thread. The products of the scores of one block
+// run while those of the values of the block before do, and under both the softmax of the other warpgroups. Saved: out
+// and lse. Reference: Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision",
+// 2024.
+#include "cuda/sm90/attention_common.cuh"
+#include "cuda/sm90/attention_host.h"
+
+namespace fastattn {
+namespace {
+
+using namespace sm90;
+
+// Three warpgroups of 160 registers hold s, p and o of head dim 64; head dim 128 needs 64 registers more, so two.
+template <int kHeadDim>
+struct FwdConfig {
+  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
+  static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 232;
+  static constexpr int kProducerRegisters = kHeadDim == 64 ? 32 : 40;
+  static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
+  static constexpr int kBlockM = kConsumers * kSlab;
+  static constexpr int kBlockN = 128;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+};
+
+template <typename T, int kHeadDim>
+struct FwdShared {
+  using Config = FwdConfig<kHeadDim>;
+  TileOf<T, Config::kBlockM, kHeadDim> q;  // in the end out
+  TileOf<T, Config::kBlockN, kHeadDim> k[Config::kStages], v[Config::kStages];
+  TileQueue tiles;
+  Pipe<1> q_pipe;
+  Pipe<Config::kStages> k_pipe, v_pipe;
+  Barrier v_arrived;  // a tile of values that still has to be cleared
+};
+
+struct FwdArgs {
+  CUtensorMap q_map, k_map, v_map, out_map;
+  AttentionShape shape;
+  TileOrder order;
+  uint32_t* tile_counter;
+  HeadTensor out;
+  float* lse;
+  int64_t lse_batch, lse_head;
+  float scale_log2;  // positive; the sign of the scale apart
+  bool negative;
+};
+
+template <int kHeadDim>
+using FwdTile = QueryTile<FwdConfig<kHeadDim>::kBlockM, FwdConfig<kHeadDim>::kBlockN>;
+
+// One warp. Loads what fwd_consume takes, in the same order.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim>& shared, const FwdArgs& args) {
+  using Config = FwdConfig<kHeadDim>;
+  const bool leader = threadIdx.x % 32 == 0;
+  Ring<1> queries;
+  Ring<Config::kStages> ring;  // keys and values go round together
+  int v_parity = 0;
+  take_tiles<FwdTile<kHeadDim>>(shared.tiles, args.tile_counter, args.shape, args.order, [&](const auto& tile) {
+    const Sequence& sequence = tile.sequence;
+    const int kv_head = tile.head / args.shape.group();
+    const auto load_q = [&] {
+      shared.q_pipe.wait_empty(queries);
+      queries.next();
+      if (leader) {
+        Barrier& full = shared.q_pipe.full[0];
+        full.arrive_expecting(shared.q.kBytes);
+        shared.q.load(args.q_map, sequence.q_begin + tile.row, tile.head, sequence.index, full);
+      }
+    };
+#pragma unroll 1  // few registers are left to this warp
+    for (int n = tile.keys.end - 1; n >= tile.keys.begin; --n) {
+      const int first = n * Config::kBlockN;
+      const int row = sequence.k_begin + first;
+      auto& k = shared.k[ring.stage];
+      auto& v = shared.v[ring.stage];
+      shared.k_pipe.wait_empty(ring);
+      if (leader) {
+        Barrier& full = shared.k_pipe.full[ring.stage];
+        full.arrive_expecting(k.kBytes);
+        k.load(args.k_map, row, kv_head, sequence.index, full);
+      }
+      if (n == tile.keys.end - 1) {
+        load_q();  // after the keys: those need not wait until the tile before is written
+      }
+      shared.v_pipe.wait_empty(ring);
+      const bool ragged = args.shape.ragged_keys() && first + Config::kBlockN > sequence.k_len;
+      Barrier& full = shared.v_pipe.full[ring.stage];
+      Barrier& arrived = ragged ? shared.v_arrived : full;
+      if (leader) {
+        arrived.arrive_expecting(v.kBytes);
+        v.load(args.v_map, row, kv_head, sequence.index, arrived);
+      }
+      if (ragged) {
+        arrived.wait(v_parity);
+        v_parity ^= 1;
+        v.clear_from(sequence.k_len - first);
+        fence_async();
+        arrive_warp(full);
+      }
+      ring.next();
+    }
+    if (tile.keys.begin == tile.keys.end) {
+      load_q();
+    }
+  });
+}
+
+// The scores of a block of keys become p, and the sums follow; shrink is by how much what was summed before shrinks.
+template <bool kMasked, int kScores>
+__device__ __forceinline__ void softmax_step(float (&s)[kScores], float (&row_max)[2], float (&row_sum)[2],
+                                             float (&shrink)[2], float scale_log2) {
+  float next[2] = {row_max[0], row_max[1]};
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    next[row_of(i)] = fmaxf(next[row_of(i)], s[i]);
+  }
+  float shift[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    next[r] = row_maximum(next[r]);
+    shift[r] = kMasked && next[r] == -INFINITY ? 0.f : next[r] * scale_log2;  // nothing seen yet: exp2(-inf - 0)
+    shrink[r] = exp2_fast(row_max[r] * scale_log2 - shift[r]);
+    row_max[r] = next[r];
+    row_sum[r] *= shrink[r];
+  }
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    s[i] = exp2_fast(s[i] * scale_log2 - shift[row_of(i)]);
+    row_sum[row_of(i)] += s[i];
+  }
+}
+
+// One warpgroup: 64 queries of every tile.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim>& shared, const FwdArgs& args, int slab) {
+  using Config = FwdConfig<kHeadDim>;
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  const int thread = threadIdx.x % kWarpgroup;
+  Ring<1> queries;
+  Ring<Config::kStages> keys, values;
+  follow_tiles<FwdTile<kHeadDim>>(shared.tiles, args.shape, args.order, [&](const auto& tile) {
+    const Sequence& sequence = tile.sequence;
+    const int row = tile.row + slab * kSlab;
+    float o[kHeadDim / 2] = {};
+    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {}, shrink[2];
+    shared.q_pipe.wait_full(queries);
+    queries.next();
+    if (tile.keys.begin < tile.keys.end) {
+      float s[kBlockN / 2];
+      uint32_t p[kBlockN / 16][4];
+      const auto issue_scores = [&] {
+        shared.k_pipe.wait_full(keys);
+        wgmma_begin();
+        issue_abt<T, kHeadDim, kBlockM, kBlockN>(s, shared.q.slab_address(slab), shared.k[keys.stage].address());
+      };
+      const auto issue_values = [&] {
+        shared.v_pipe.wait_full(values);
+        wgmma_begin();
+        issue_ab<T, kBlockN>(o, p, shared.v[values.stage].address());
+      };
+      const auto end_values = [&] {
+        wgmma_wait<0>();
+        shared.v_pipe.release(values.stage);
+        values.next();
+      };
+      const auto softmax = [&](int n, auto masked) {  // once the scores are there
+        constexpr bool kMasked = decltype(masked)::value;
+        shared.k_pipe.release(keys.stage);
+        keys.next();
+        if (args.negative) {
+#pragma unroll
+          for (float& score : s) {
+            score = -score;
+          }
+        }
+        if constexpr (kMasked) {
+          mask(s, sequence.of_queries, row, n * kBlockN, -INFINITY);
+        }
+        softmax_step<kMasked>(s, row_max, row_sum, shrink, args.scale_log2);
+      };
+      const auto step = [&](int n, auto masked) {
+        issue_scores();
+        issue_values();  // of the block before
+        wgmma_wait<1>();
+        softmax(n, masked);
+        end_values();
+        to_operand<T>(p, s);
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) {
+          o[i] *= shrink[row_of(i)];
+        }
+      };
+      const std::true_type masked;
+      const std::false_type mask_free;
+      int n = tile.keys.end - 1;
+      issue_scores();
+      wgmma_wait<0>();
+      softmax(n, masked);
+      to_operand<T>(p, s);
+      for (--n; n >= tile.keys.full_end; --n) {
+        step(n, masked);
+      }
+      for (; n >= tile.keys.full_begin; --n) {
+        step(n, mask_free);
+      }
+      for (; n >= tile.keys.begin; --n) {
+        step(n, masked);
+      }
+      issue_values();
+      end_values();
+    }
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float total = row_total(row_sum[r]);
+      factor[r] = total == 0.f ? 0.f : 1.f / total;
+      const int i = row + accumulator_row(thread, 2 * r);
+      if (thread % 4 == 0 && i < sequence.q_len) {
+        args.lse[tile.batch * args.lse_batch + tile.head * args.lse_head + sequence.q_begin + i] =
+            total == 0.f ? -INFINITY : row_max[r] * args.scale_log2 * kLn2 + logf(total);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      o[i] *= factor[row_of(i)];
+    }
+    const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
+    store_slab<T>(o, shared.q, slab, Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()},
+                  1 + slab);
+    shared.q_pipe.release(0);
+  });
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(FwdConfig<kHeadDim>::kThreads, 1)
+    attention_fwd_sm90_kernel(const __grid_constant__ FwdArgs args) {
+  using Config = FwdConfig<kHeadDim>;
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& shared = *reinterpret_cast<FwdShared<T, kHeadDim>*>(shared_memory);
+  if (threadIdx.x == 0) {
+    shared.tiles.pipe.init(Config::kConsumers);
+    shared.q_pipe.init(Config::kConsumers);
+    shared.k_pipe.init(Config::kConsumers);
+    shared.v_pipe.init(Config::kConsumers);
+    shared.v_arrived.init(1);
+    Barrier::publish();
+  }
+  __syncthreads();
+  split_roles<Config::kProducerRegisters, Config::kConsumerRegisters>(
+      [&] { fwd_produce<T, kHeadDim>(shared, args); }, [&](int slab) { fwd_consume<T, kHeadDim>(shared, args, slab); });
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
+  using Config = FwdConfig<kHeadDim>;
+  FwdArgs args{};
+  args.shape = attention_shape(in);
+  args.order = query_order(args.shape, Config::kBlockM, kHeadDim);
+  args.tile_counter = in.tile_counters;
+  args.out = in.out;
+  args.lse = in.lse;
+  args.lse_batch = in.lse_batch;
+  args.lse_head = in.lse_head;
+  args.scale_log2 = fmaxf(fabsf(in.scale) * kLog2e, FLT_MIN);  // above 0, so that -inf stays -inf
+  args.negative = in.scale < 0;
+  const MapMaker make(in);
+  if (const cudaError_t error = make({{&args.q_map, in.q, MapMaker::kQueries, Config::kBlockM},
+                                      {&args.out_map, in.out, MapMaker::kQueries, kSlab},
+                                      {&args.k_map, in.k, MapMaker::kKeys, Config::kBlockN},
+                                      {&args.v_map, in.v, MapMaker::kKeys, Config::kBlockN}})) {
+    return error;
+  }
+  const auto kernel = attention_fwd_sm90_kernel<T, kHeadDim>;
+  constexpr int kShared = sizeof(FwdShared<T, kHeadDim>);
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
+    return error;
+  }
+  if (const cudaError_t error = cudaMemsetAsync(args.tile_counter, 0, sizeof(uint32_t), stream)) {
+    return error;
+  }
+  kernel<<<resident_blocks(args.order.count()), Config::kThreads, kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int attention_fwd_sm90(const AttentionCudaArgs& args, void* stream) {
+  return with_half_and_head_dim(args, [&](auto value, auto head_dim) {
+    return launch_fwd<decltype(value), head_dim>(args, static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace fastattn

@@ -1,0 +1,68 @@
+#pragma once
+// What the two kernels of attention's backward for Hopper share: their arguments, sizes, and the loads of a block.
+#include "cuda/sm90/attention_common.cuh"
+#include "cuda/sm90/attention_host.h"
+
+namespace fastattn::sm90 {
+
+constexpr int kBwdConsumers = 2;
+constexpr int kBwdThreads = (kBwdConsumers + 1) * kWarpgroup;
+constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+constexpr int kTile = kBwdConsumers * kSlab;  // rows that stay: keys for dk and dv, queries for dq
+static_assert(kStatsRows % kTile == 0);
+
+struct BwdArgs {
+  CUtensorMap q, dout, k, v;  // boxes of the rows that stay or stream, as the kernel needs them
+  CUtensorMap dq, dk, dv;     // boxes of 64 rows
+  AttentionShape shape;
+  TileOrder order;
+  uint32_t* tile_counter;
+  HeadTensor dq_rows, dk_rows, dv_rows;
+  const float *lse2, *delta;  // (batch, head, row) of the workspace; rows that see nothing or do not exist: inf, 0
+  int64_t stats_batch, stats_head;
+  float scale, scale_log2;
+
+  __device__ int64_t stats(int batch, int head, const Sequence& sequence) const {
+    return batch * stats_batch + head * stats_head + sequence.stats_begin;
+  }
+};
+
+// One warp: loads a block of two tiles, `bytes` with what `more` loads beside them, and clears rows from `valid` on if
+// they may belong to another sequence.
+template <typename Tile, typename More>
+__device__ __forceinline__ void produce_block(Tile& a, Tile& b, const CUtensorMap& a_map, const CUtensorMap& b_map,
+                                              Coordinates at, int valid, bool ragged, Barrier& full, Barrier& arrived,
+                                              int& arrived_parity, int bytes, More more) {
+  Barrier& barrier = ragged ? arrived : full;
+  if (threadIdx.x % 32 == 0) {
+    barrier.arrive_expecting(bytes);
+    a.load(a_map, at.row, at.head, at.batch, barrier);
+    b.load(b_map, at.row, at.head, at.batch, barrier);
+    more(barrier);
+  }
+  if (ragged) {
+    barrier.wait(arrived_parity);
+    arrived_parity ^= 1;
+    a.clear_from(valid);
+    b.clear_from(valid);
+    fence_async();
+    arrive_warp(full);
+  }
+}
+
+inline BwdArgs bwd_args(const AttentionCudaArgs& in) {
+  BwdArgs args{};
+  args.shape = attention_shape(in);
+  args.dq_rows = in.dq;
+  args.dk_rows = in.dk;
+  args.dv_rows = in.dv;
+  args.lse2 = in.lse2;
+  args.delta = in.delta;
+  args.stats_batch = in.stats_batch;
+  args.stats_head = in.stats_head;
+  args.scale = in.scale;
+  args.scale_log2 = in.scale * kLog2e;
+  return args;
+}
+
+}  // namespace fastattn::sm90

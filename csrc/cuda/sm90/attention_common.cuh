@@ -1,0 +1,228 @@
+#pragma once
+// What the attention kernels for Hopper share: tiles in, products, masks, tiles out.
+#include "cuda/sm90/attention_tiles.cuh"
+#include "cuda/sm90/pipe.cuh"
+#include "cuda/sm90/tma.cuh"
+#include "cuda/sm90/warpgroup.cuh"
+#include "cuda/sm90/wgmma.cuh"
+
+namespace fastattn::sm90 {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kSlab = 64;                      // rows of a tile that one warpgroup works on
+constexpr int kSlabBytes = kSlab * kRowBytes;  // of one panel
+
+// The kernels' frame: warpgroup 0 loads, with one warp; the others compute, each with the registers it gave up.
+template <int kProducerRegisters, int kConsumerRegisters, typename Produce, typename Consume>
+__device__ __forceinline__ void split_roles(Produce produce, Consume consume) {
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  if (warpgroup == 0) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x < 32) {
+      produce();
+    }
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume(warpgroup - 1);
+  }
+}
+
+// The tiles of a block of threads: which is next is known when one is done, from a counter that all blocks share. It
+// starts at 0; the first tile of every block is that of its own number. The warp that loads takes them, ahead of the
+// others by what its stages hold.
+struct TileQueue {
+  Pipe<2> pipe;
+  uint32_t index[2];
+};
+
+// The warp that loads: body(tile) for every tile of this block
+template <typename Tile, typename Body>
+__device__ __forceinline__ void take_tiles(TileQueue& queue, uint32_t* counter, const AttentionShape& shape,
+                                           const TileOrder& order, Body body) {
+  const bool leader = threadIdx.x % 32 == 0;
+  Ring<2> ring;
+  uint32_t index = blockIdx.x;
+  while (true) {
+    queue.pipe.wait_empty(ring);
+    if (leader) {
+      queue.index[ring.stage] = index;
+      queue.pipe.full[ring.stage].arrive();
+    }
+    ring.next();
+    if (index >= order.count()) {
+      return;
+    }
+    const Tile tile(shape, order, index);
+    if (tile.exists()) {
+      body(tile);
+    }
+    index = __shfl_sync(0xffffffffu, leader ? gridDim.x + atomicAdd(counter, 1u) : 0, 0);
+  }
+}
+
+// The others: body(tile) for the same tiles
+template <typename Tile, typename Body>
+__device__ __forceinline__ void follow_tiles(TileQueue& queue, const AttentionShape& shape, const TileOrder& order,
+                                             Body body) {
+  Ring<2> ring;
+  while (true) {
+    queue.pipe.wait_full(ring);
+    const uint32_t index = queue.index[ring.stage];
+    queue.pipe.release(ring.stage);
+    ring.next();
+    if (index >= order.count()) {
+      return;
+    }
+    const Tile tile(shape, order, index);
+    if (tile.exists()) {
+      body(tile);
+    }
+  }
+}
+
+template <typename T, int kRows, int kHeadDim>
+struct alignas(kAtomBytes) TileOf {
+  static constexpr int kBytes = kRows * kHeadDim * 2;
+  unsigned char bytes[kBytes];
+
+  __device__ __forceinline__ uint32_t address() const { return shared_address(bytes); }
+  // the address from which a warpgroup's rows begin, in every panel
+  __device__ __forceinline__ uint32_t slab_address(int slab) const { return address() + slab * kSlabBytes; }
+
+  // One thread: copy rows from `row` on.
+  __device__ __forceinline__ void load(const CUtensorMap& map, int row, int head, int batch, Barrier& barrier) {
+#pragma unroll
+    for (int col = 0; col < kHeadDim; col += kPanelCols) {
+      tma_load(bytes + col * 2 * kRows, map, {col, row, head, batch}, barrier);
+    }
+  }
+
+  // One warp: zeros from row `valid` on. What the copy brought there belongs to another sequence, and zero times its
+  // NaN would be NaN.
+  __device__ __forceinline__ void clear_from(int valid) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int row = valid + lane / 8; row < kRows; row += 4) {
+#pragma unroll
+      for (int col = 0; col < kHeadDim; col += kPanelCols) {
+        store_for_async(bytes + col * 2 * kRows + row * kRowBytes + lane % 8 * 16, uint4{0, 0, 0, 0});
+      }
+    }
+  }
+};
+
+// d = A * Bᵀ: 64 rows of a tile of kRowsA rows from address `a`, and a tile of kRowsB rows; issued, not awaited
+template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kAccumulators>
+__device__ __forceinline__ void issue_abt(float (&d)[kAccumulators], uint32_t a, uint32_t b) {
+  static_assert(kAccumulators * 2 == kRowsB);
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    wgmma_ss<T>(d, k_major(a, kRowsA, step), k_major(b, kRowsB, step), step > 0);
+  }
+  wgmma_commit();
+}
+
+// d += A * B: A in registers, B a tile of kRowsB rows; issued, not awaited
+template <typename T, int kRowsB, int kAccumulators>
+__device__ __forceinline__ void issue_ab(float (&d)[kAccumulators], const uint32_t (&a)[kRowsB / 16][4], uint32_t b) {
+#pragma unroll
+  for (int step = 0; step < kRowsB / 16; ++step) {
+    wgmma_rs<T>(d, a[step], mn_major(b, kRowsB, step));
+  }
+  wgmma_commit();
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, sizeof(word));
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, sizeof(word));
+  }
+  return word;
+}
+
+// Accumulators, rounded, as the A operand of a product over their columns
+template <typename T, int kAccumulators>
+__device__ __forceinline__ void to_operand(uint32_t (&a)[kAccumulators / 8][4], const float (&s)[kAccumulators]) {
+#pragma unroll
+  for (int i = 0; i < kAccumulators / 2; ++i) {
+    a[i / 4][i % 4] = pack<T>(s[2 * i], s[2 * i + 1]);
+  }
+}
+
+// Sets to `value` what the band hides. The tile's first row and column are at `row` and `col` of the two sides.
+template <int kAccumulators>
+__device__ __forceinline__ void mask(float (&s)[kAccumulators], const Band& band, int row, int col, float value) {
+  const int thread = threadIdx.x % kWarpgroup;
+  int low[2], high[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int x = row + accumulator_row(thread, 2 * r);
+    const int first = col + accumulator_col(thread, 0);
+    low[r] = band.low(x) - first;
+    high[r] = band.high(x) - first;
+  }
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) {
+    const int c = accumulator_col(0, i);
+    s[i] = c < low[row_of(i)] || c > high[row_of(i)] ? value : s[i];
+  }
+}
+
+// Sum and maximum over the four threads that share a row
+__device__ __forceinline__ float row_total(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+__device__ __forceinline__ float row_maximum(float value) {
+  value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
+  return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+}
+
+// Where a warpgroup's 64 rows of a result go
+struct Target {
+  const CUtensorMap& map;  // boxes of 64 rows
+  const HeadTensor& rows;
+  Coordinates at;
+  int valid;     // rows that may be written, more than 64 counts as 64
+  bool clipped;  // what lies past `valid` is outside of the tensor, where the copy engine does not write
+};
+
+// One warpgroup: writes its accumulators by way of its rows of a tile of kRows rows, which it must own. Returns when
+// the tile may be overwritten, except that lanes of a warp may still be on their way.
+template <typename T, int kHeadDim, int kRows>
+__device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], TileOf<T, kRows, kHeadDim>& tile, int slab,
+                                           const Target& to, int barrier) {
+  const int thread = threadIdx.x % kWarpgroup;
+  unsigned char* rows = tile.bytes + slab * kSlabBytes;
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; i += 2) {
+    store_for_async(rows + tile_offset(accumulator_row(thread, i), accumulator_col(thread, i), kRows),
+                    pack<T>(acc[i], acc[i + 1]));
+  }
+  fence_async();
+  meet(barrier, kWarpgroup);
+  if (to.clipped || to.valid >= kSlab) {
+    if (thread == 0) {
+#pragma unroll
+      for (int col = 0; col < kHeadDim; col += kPanelCols) {
+        tma_store(to.map, {col, to.at.row, to.at.head, to.at.batch}, rows + col * 2 * kRows);
+      }
+      tma_stores_read();
+    }
+  } else {
+    T* first = static_cast<T*>(to.rows.data) + to.at.batch * to.rows.batch + to.at.head * to.rows.head;
+    for (int chunk = thread; chunk < to.valid * (kHeadDim / 8); chunk += kWarpgroup) {
+      const int row = chunk / (kHeadDim / 8), col = chunk % (kHeadDim / 8) * 8;
+      *reinterpret_cast<uint4*>(first + (to.at.row + row) * to.rows.row + col) =
+          *reinterpret_cast<const uint4*>(rows + tile_offset(row, col, kRows));
+    }
+  }
+}
+
+}  // namespace fastattn::sm90

@@ -1,0 +1,84 @@
+#pragma once
+// What the launchers of the attention kernels for Hopper share: sizes, tensor maps, the size of the grid. Host code.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <initializer_list>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/sm90/attention_tiles.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace fastattn::sm90 {
+
+inline AttentionShape attention_shape(const AttentionCudaArgs& args) {
+  const auto side = [](int64_t window) {
+    return window < 0 ? kFar : static_cast<int>(std::min<int64_t>(window, kFar));
+  };
+  return {args.seqlens_k,
+          args.cu_seqlens_q,
+          args.cu_seqlens_k,
+          static_cast<int>(args.batch),
+          static_cast<int>(args.n_heads),
+          static_cast<int>(args.n_kv_heads),
+          static_cast<int>(args.seqlen_q),
+          static_cast<int>(args.seqlen_k),
+          side(args.window_left),
+          side(args.window_right),
+          args.top_left};
+}
+
+// Tensor maps of operands that share the sizes of a call.
+class MapMaker {
+ public:
+  enum Side { kQueries, kKeys };
+  struct Wanted {
+    CUtensorMap* map;
+    const HeadTensor& tensor;
+    Side side;
+    int box_rows;
+  };
+
+  explicit MapMaker(const AttentionCudaArgs& args) : args_(args) {}
+
+  cudaError_t operator()(std::initializer_list<Wanted> all) const {
+    const int64_t batch = args_.cu_seqlens_q != nullptr ? 1 : args_.batch;
+    for (const Wanted& wanted : all) {
+      const bool queries = wanted.side == kQueries;
+      const cudaError_t error =
+          make_map(wanted.map, args_.dtype, wanted.tensor, batch, queries ? args_.n_heads : args_.n_kv_heads,
+                   queries ? args_.rows_q : args_.rows_k, args_.head_dim, wanted.box_rows);
+      if (error != cudaSuccess) {
+        return error;
+      }
+    }
+    return cudaSuccess;
+  }
+
+ private:
+  const AttentionCudaArgs& args_;
+};
+
+// Blocks that stay: one on every multiprocessor, or one a tile where there are fewer.
+inline unsigned resident_blocks(int64_t tiles) {
+  int device = 0;
+  int multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors));
+}
+
+// body(a value of the dtype, the head dim as a constant)
+template <typename Body>
+cudaError_t with_half_and_head_dim(const AttentionCudaArgs& args, Body body) {
+  const auto with_head_dim = [&](auto value) {
+    return args.head_dim == 64 ? body(value, std::integral_constant<int, 64>())
+                               : body(value, std::integral_constant<int, 128>());
+  };
+  return args.dtype == DType::kBFloat16 ? with_head_dim(__nv_bfloat16()) : with_head_dim(__half());
+}
+
+}  // namespace fastattn::sm90

@@ -1,0 +1,165 @@
+#pragma once
+// Which tiles of attention there are, in which order they are worked on, and which blocks of the other side each one
+// sees. Index arithmetic only, for host and device. Positions and window sides are below 2^29, so that sums fit.
+#include "api.h"
+#include "cuda/sm90/swizzle.cuh"
+
+namespace fastattn::sm90 {
+
+constexpr int kFar = 1 << 29;    // an unlimited side of a window
+constexpr int kStatsRows = 128;  // rows of lse and delta in the workspace of the backward are a multiple of this
+
+struct AttentionShape {
+  const int32_t *seqlens_k, *cu_seqlens_q, *cu_seqlens_k;
+  int batch, n_heads, n_kv_heads, seqlen_q, seqlen_k;  // packed: the longest
+  int left, right;                                     // of the window
+  bool top_left;
+
+  FASTATTN_HOST_DEVICE int group() const { return n_heads / n_kv_heads; }
+  // Whether keys that a tensor map would read lie behind those of a sequence
+  FASTATTN_HOST_DEVICE bool ragged_keys() const { return cu_seqlens_k != nullptr || seqlens_k != nullptr; }
+  FASTATTN_HOST_DEVICE bool packed() const { return cu_seqlens_q != nullptr; }
+};
+
+FASTATTN_HOST_DEVICE constexpr int smaller(int a, int b) {
+  return a < b ? a : b;
+}
+FASTATTN_HOST_DEVICE constexpr int larger(int a, int b) {
+  return a > b ? a : b;
+}
+FASTATTN_HOST_DEVICE constexpr int blocks_of(int length, int block) {
+  return (length + block - 1) / block;
+}
+
+// Row x of one side sees positions low(x) to high(x) of the other, which has `length` of them.
+struct Band {
+  int off, left, right, length;
+
+  FASTATTN_HOST_DEVICE int low(int x) const { return x + off - left; }
+  FASTATTN_HOST_DEVICE int high(int x) const { return smaller(length - 1, x + off + right); }
+};
+
+struct Sequence {
+  int index;                   // along the batch dimension of the tensors: 0 if packed
+  int q_begin, q_len;          // first row and number of rows
+  int k_begin, k_len, k_rows;  // k_len of the k_rows are visible
+  int stats_begin;             // row in the workspace of the backward
+  Band of_queries, of_keys;    // what a query sees of the keys, and a key of the queries
+
+  FASTATTN_HOST_DEVICE Sequence(const AttentionShape& shape, int b)
+      : index(b), q_begin(0), q_len(shape.seqlen_q), k_begin(0), k_rows(shape.seqlen_k), stats_begin(0) {
+    if (shape.packed()) {
+      index = 0;
+      q_begin = shape.cu_seqlens_q[b];
+      q_len = shape.cu_seqlens_q[b + 1] - q_begin;
+      k_begin = shape.cu_seqlens_k[b];
+      k_rows = shape.cu_seqlens_k[b + 1] - k_begin;
+      stats_begin = (q_begin / kStatsRows + b) * kStatsRows;  // every sequence begins at a multiple
+    }
+    k_len = shape.seqlens_k != nullptr ? larger(0, smaller(shape.seqlens_k[b], k_rows)) : k_rows;
+    const int off = shape.top_left ? 0 : k_len - q_len;
+    of_queries = {off, shape.left, shape.right, k_len};
+    of_keys = {-off, shape.right, shape.left, q_len};
+  }
+};
+
+// Rows of the workspace that all sequences together need
+FASTATTN_HOST_DEVICE int64_t stats_rows(bool packed, int64_t total_or_seqlen_q, int64_t batch) {
+  return packed ? (total_or_seqlen_q / kStatsRows + batch) * kStatsRows
+                : (total_or_seqlen_q + kStatsRows - 1) / kStatsRows * kStatsRows;
+}
+
+// Blocks begin to end - 1 are seen by some row; of these full_begin to full_end - 1 by every row in every position.
+struct Blocks {
+  int begin, full_begin, full_end, end;
+};
+
+// What rows first to last see, in blocks of `block` positions
+FASTATTN_HOST_DEVICE Blocks visible_blocks(const Band& band, int first, int last, int block) {
+  const int low = larger(0, band.low(first)), high = band.high(last);
+  if (first > last || low > high) {
+    return {0, 0, 0, 0};
+  }
+  Blocks blocks;
+  blocks.begin = low / block;
+  blocks.end = high / block + 1;
+  blocks.full_begin = smaller(blocks_of(larger(0, band.low(last)), block), blocks.end);
+  blocks.full_end = larger(0, band.high(first) + 1) / block;
+  blocks.full_begin = larger(blocks.full_begin, blocks.begin);
+  blocks.full_end = larger(smaller(blocks.full_end, blocks.end), blocks.full_begin);
+  return blocks;
+}
+
+// The order of work: heads (of all sequences) in sets whose streamed operands stay in the L2 cache, within a set the
+// rows that see most first, within a row the heads.
+struct TileOrder {
+  int row_blocks, heads, set;  // set: heads that go together
+  bool last_first;
+
+  struct Place {
+    int row_block, head;
+  };
+  FASTATTN_HOST_DEVICE int64_t count() const { return int64_t{row_blocks} * heads; }
+
+  FASTATTN_HOST_DEVICE Place place(int64_t tile) const {
+    const int64_t per_set = int64_t{row_blocks} * set;
+    const int first = static_cast<int>(tile / per_set) * set;
+    const int rest = static_cast<int>(tile % per_set);
+    const int together = smaller(set, heads - first);
+    const int block = rest / together;
+    return {last_first ? row_blocks - 1 - block : block, first + rest % together};
+  }
+};
+
+// kRows queries of one head and the blocks of kBlock keys that they see
+template <int kRows, int kBlock>
+struct QueryTile {
+  int batch, head, row;  // row: within the sequence
+  Sequence sequence;
+  Blocks keys;
+
+  FASTATTN_HOST_DEVICE QueryTile(const AttentionShape& shape, const TileOrder& order, int64_t index)
+      : batch(order.place(index).head / shape.n_heads),
+        head(order.place(index).head % shape.n_heads),
+        row(order.place(index).row_block * kRows),
+        sequence(shape, batch),
+        keys(visible_blocks(sequence.of_queries, row, smaller(row + kRows, sequence.q_len) - 1, kBlock)) {}
+  FASTATTN_HOST_DEVICE bool exists() const { return row < sequence.q_len; }
+};
+
+// kRows keys of one key head and the blocks of kBlock queries that see them, in every query head of the group
+template <int kRows, int kBlock>
+struct KeyTile {
+  int batch, kv_head, row;
+  Sequence sequence;
+  Blocks queries;
+
+  FASTATTN_HOST_DEVICE KeyTile(const AttentionShape& shape, const TileOrder& order, int64_t index)
+      : batch(order.place(index).head / shape.n_kv_heads),
+        kv_head(order.place(index).head % shape.n_kv_heads),
+        row(order.place(index).row_block * kRows),
+        sequence(shape, batch),
+        queries(visible_blocks(sequence.of_keys, row, smaller(row + kRows, sequence.k_len) - 1, kBlock)) {}
+  FASTATTN_HOST_DEVICE bool exists() const { return row < sequence.k_rows; }
+};
+
+// Heads that go together in the order of work: the keys and values of all, or the queries and gradients that the
+// backward streams instead, are at most 32 MiB; whole groups of query heads that share keys.
+FASTATTN_HOST_DEVICE int kv_heads_per_set(const AttentionShape& shape, int streamed_rows, int head_dim) {
+  constexpr int64_t kCache = 32 << 20;
+  const int64_t bytes = larger(1, streamed_rows) * int64_t{head_dim} * 2 * 2;
+  const int64_t heads = kCache / bytes, all = int64_t{shape.batch} * shape.n_kv_heads;
+  return static_cast<int>(heads < 1 ? 1 : heads < all ? heads : all);
+}
+
+// Queries last to first: under a causal mask the last ones see most. Keys first to last.
+FASTATTN_HOST_DEVICE TileOrder query_order(const AttentionShape& shape, int rows, int head_dim) {
+  return {blocks_of(shape.seqlen_q, rows), shape.batch * shape.n_heads,
+          kv_heads_per_set(shape, shape.seqlen_k, head_dim) * shape.group(), true};
+}
+FASTATTN_HOST_DEVICE TileOrder key_order(const AttentionShape& shape, int rows, int head_dim) {
+  return {blocks_of(shape.seqlen_k, rows), shape.batch * shape.n_kv_heads,
+          kv_heads_per_set(shape, shape.seqlen_q * shape.group(), head_dim), false};
+}
+
+}  // namespace fastattn::sm90

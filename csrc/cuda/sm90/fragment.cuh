@@ -1,0 +1,33 @@
+#pragma once
+// Which thread of a warpgroup holds which element of a wgmma operand. Index functions only, for host and device.
+//
+// A thread holds two rows, 8 apart, of the 64; four threads share a row, two neighbouring columns in every eight each.
+// The accumulators of 16 columns are, once rounded, the A operand of a K step of 16: no exchange between threads.
+//
+// PTX ISA: wgmma "Register Fragments and Shared Memory Matrix Layouts", accumulator D and matrix A for .m64nNk16.
+#include "cuda/sm90/swizzle.cuh"
+
+namespace fastattn::sm90 {
+
+// Element i of the accumulators of `thread` (0 to 127)
+FASTATTN_HOST_DEVICE constexpr int accumulator_row(int thread, int i) {
+  return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+}
+FASTATTN_HOST_DEVICE constexpr int accumulator_col(int thread, int i) {
+  return i / 4 * 8 + thread % 4 * 2 + i % 2;
+}
+
+// Which of the thread's two rows accumulator i belongs to
+FASTATTN_HOST_DEVICE constexpr int row_of(int i) {
+  return i / 2 % 2;
+}
+
+// Register `reg` (0 to 3) of the A operand holds these two columns of the row, `half` 0 in its lower bits
+FASTATTN_HOST_DEVICE constexpr int operand_row(int thread, int reg) {
+  return thread / 32 * 16 + thread % 32 / 4 + reg % 2 * 8;
+}
+FASTATTN_HOST_DEVICE constexpr int operand_col(int thread, int reg, int half) {
+  return reg / 2 * 8 + thread % 4 * 2 + half;
+}
+
+}  // namespace fastattn::sm90

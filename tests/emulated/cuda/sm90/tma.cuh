@@ -1,0 +1,160 @@
+#pragma once
+// Stands in for csrc/cuda/sm90/tma.cuh. Copies happen some time after they are asked for, in any order; until then
+// their target holds NaN. The encoder checks what the driver's documentation demands of a tensor map.
+#include <cuda.h>
+
+#include "cuda/sm90/mbarrier.cuh"
+
+namespace emulated {
+
+struct Map {
+  char* data;
+  uint64_t size[4], stride[3];  // in elements and bytes
+  uint32_t rows;                // of a box
+};
+static_assert(sizeof(Map) <= sizeof(CUtensorMap));
+
+inline CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* size,
+                       const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* step,
+                       CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                       CUtensorMapFloatOOBfill fill) {
+  bool valid = rank == 4 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  valid = valid && (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
+  for (int d = 0; d < 4; ++d) {
+    valid = valid && size[d] > 0 && size[d] <= uint64_t{1} << 32 && box[d] > 0 && box[d] <= 256 && step[d] == 1;
+    valid = valid && (d == 3 || (stride[d] > 0 && stride[d] % 16 == 0 && stride[d] < uint64_t{1} << 40));
+  }
+  valid = valid && box[0] == 64 && box[2] == 1 && box[3] == 1;  // 128 bytes, the widest that is swizzled
+  valid = valid && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  if (!valid || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  Map map{static_cast<char*>(data), {size[0], size[1], size[2], size[3]}, {stride[0], stride[1], stride[2]}, box[1]};
+  std::memcpy(out, &map, sizeof(map));
+  return CUDA_SUCCESS;
+}
+
+struct Copy {
+  Map map;
+  int col, row, head, batch;
+  uint32_t shared;
+  fastattn::sm90::Barrier* barrier;  // of a load
+  const char* from;                  // plain: `bytes` from here
+  int bytes;
+
+  void run() const {
+    if (from != nullptr) {
+      std::memcpy(dynamic_shared + shared, from, bytes);
+    } else {
+      each([](uint16_t* inside, uint16_t* here) { *here = inside != nullptr ? *inside : 0; });
+    }
+    if (barrier != nullptr) {
+      barrier->complete(bytes);
+    }
+  }
+  void store() const {
+    each([](uint16_t* inside, uint16_t* here) {
+      if (inside != nullptr) {
+        *inside = *here;
+      }
+    });
+  }
+
+ private:
+  template <typename Body>
+  void each(Body body) const {
+    for (uint32_t r = 0; r < map.rows; ++r) {
+      for (int c = 0; c < 64; ++c) {
+        const int64_t at[] = {col + c, int64_t{row} + r, head, batch};
+        bool inside = true;
+        for (int d = 0; d < 4; ++d) {
+          inside = inside && at[d] >= 0 && at[d] < static_cast<int64_t>(map.size[d]);
+        }
+        char* element = map.data + at[0] * 2;
+        for (int d = 1; d < 4; ++d) {
+          element += at[d] * static_cast<int64_t>(map.stride[d - 1]);
+        }
+        body(inside ? reinterpret_cast<uint16_t*>(element) : nullptr,
+             shared_pointer<uint16_t>(swizzled(shared + r * 128 + c * 2)));
+      }
+    }
+  }
+};
+
+static std::vector<Copy> loads, stores;
+
+inline bool run_loads(bool urgent) {
+  static uint32_t random = 1;
+  random = random * 1664525 + 1013904223;
+  if (loads.empty() || (!urgent && random >> 30 != 0)) {
+    return false;
+  }
+  const size_t chosen = (random >> 8) % loads.size();
+  const Copy copy = loads[chosen];
+  loads.erase(loads.begin() + chosen);
+  copy.run();
+  return true;
+}
+
+inline void check_idle() {
+  if (!loads.empty() || !stores.empty()) {
+    current = 0;
+    fail("a block ended while copies were running");
+  }
+}
+
+inline const bool engine_is_set = (engine = run_loads, end_of_block = check_idle, true);
+
+inline cudaError_t entry_point(const char*, void** function, unsigned, uint64_t,
+                               cudaDriverEntryPointQueryResult* found) {
+  *function = reinterpret_cast<void*>(&encode);
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+}  // namespace emulated
+#define cudaGetDriverEntryPointByVersion emulated::entry_point
+
+namespace fastattn::sm90 {
+
+struct Coordinates {
+  int col, row, head, batch;
+};
+
+inline emulated::Copy tensor_copy(const CUtensorMap& map, Coordinates at, const void* shared, Barrier* barrier) {
+  emulated::Copy copy{{}, at.col, at.row, at.head, at.batch, shared_address(shared), barrier, nullptr, 0};
+  std::memcpy(&copy.map, &map, sizeof(copy.map));
+  copy.bytes = static_cast<int>(copy.map.rows * 128);
+  if (copy.shared % 1024 != 0) {
+    emulated::fail("a tile in shared memory that does not begin at a multiple of 1024");
+  }
+  return copy;
+}
+
+inline void tma_load(void* to, const CUtensorMap& map, Coordinates at, Barrier& barrier) {
+  emulated::loads.push_back(tensor_copy(map, at, to, &barrier));
+  std::memset(to, 0xff, emulated::loads.back().bytes);
+}
+
+inline void tma_store(const CUtensorMap& map, Coordinates at, const void* from) {
+  emulated::stores.push_back(tensor_copy(map, at, from, nullptr));
+}
+inline void tma_stores_read() {
+  for (int i = 0; i < 3; ++i) {  // others have time to do what they must not
+    emulated::wait(emulated::State::kRuns);
+  }
+  for (const emulated::Copy& copy : emulated::stores) {
+    copy.store();
+  }
+  emulated::stores.clear();
+}
+
+inline void bulk_load(void* to, const void* from, int bytes, Barrier& barrier) {
+  if (shared_address(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
+    emulated::fail("a bulk copy that is not aligned to 16 bytes");
+  }
+  emulated::loads.push_back({{}, 0, 0, 0, 0, shared_address(to), &barrier, static_cast<const char*>(from), bytes});
+  std::memset(to, 0xff, bytes);
+}
+
+}  // namespace fastattn::sm90

@@ -1,0 +1,250 @@
+"""The attention kernels for Hopper through the public function: on such a GPU, or their sources in the emulation.
+
+The rule for numbers is that of the other backends. Emulated products and copies happen as late as they may, operands
+are read through the descriptors, and what changes meanwhile is an error: passing says more than equal numbers.
+"""
+
+import importlib
+import random
+
+import emulate_cuda
+import pytest
+import torch
+from attention_cases import assert_close_to, results, truth_and_baseline
+from memory_guard import guarded
+from test_sm90_units import DEVICE, HOPPER
+
+import fastattn
+from fastattn import reference
+
+BF16, FP16 = torch.bfloat16, torch.float16
+attention_module = importlib.import_module("fastattn.ops.attention")  # fastattn.ops.attention is the function
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    reason = emulate_cuda.unavailable()
+    if reason:
+        pytest.skip(reason)
+    return emulate_cuda.load(emulate_cuda.ATTENTION)
+
+
+@pytest.fixture(autouse=True)
+def native(request, monkeypatch):
+    """backend="native" is the CUDA kernel: elsewhere than on its GPU the emulated ops stand in for those of the CPU."""
+    if HOPPER:
+        reason = fastattn.backends()["cuda"]["native"]
+        return reason == "available" or pytest.skip(reason)
+    ops = request.getfixturevalue("emulated")
+    monkeypatch.setitem(attention_module._fwd, "native", ops.attention_fwd.native)
+    monkeypatch.setitem(attention_module._bwd, "native", ops.attention_bwd.native)
+    return None
+
+
+def on_device(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().to(DEVICE).requires_grad_(value.requires_grad)
+
+
+def run(q, k, v, kwargs, use_lse=True):
+    moved = results(*map(on_device, (q, k, v)), {n: on_device(t) for n, t in kwargs.items()}, "native", 0, use_lse)
+    return {name: t.cpu() for name, t in moved.items()}
+
+
+def check(monkeypatch, what, q, k, v, **kwargs):
+    kwargs = {"softcap": 0.0} | kwargs
+    truth, baseline = truth_and_baseline(monkeypatch, q, k, v, kwargs)
+    got = run(q, k, v, kwargs)
+    assert_close_to(got, truth, baseline, what, kwargs)
+    return got
+
+
+def normal(*shape, dtype=BF16, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def qkv(batch, n_heads, kv_heads, seqlen_q, seqlen_k, head_dim, dtype=BF16):
+    return (
+        normal(batch, n_heads, seqlen_q, head_dim, dtype=dtype, seed=1),
+        normal(batch, kv_heads, seqlen_k, head_dim, dtype=dtype, seed=2),
+        normal(batch, kv_heads, seqlen_k, head_dim, dtype=dtype, seed=3),
+    )
+
+
+def random_call(seed):
+    rng = random.Random(seed)
+    dtype, kv_heads, group = rng.choice((BF16, FP16)), rng.choice((1, 1, 2)), rng.choice((1, 1, 2, 3))
+    head_dim = 128 if seed % 4 == 3 else 64
+    lengths = (1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 256, 300)
+    kwargs = {
+        "causal": rng.choice((False, True, True, "top_left")),
+        "window": rng.choice((None, None, (0, 0), (20, 3), (70, -1), (-1, 40), (200, 130))),
+        "scale": rng.choice((None, None, 0.5, -0.2, 0.0)),
+    }
+    if rng.random() < 0.25:
+        lens = [[rng.choice((0, 1, 5, 64, 130, 200)) for _ in range(3)] for _ in range(2)]
+        q, k, v = (
+            normal(sum(lens[side]), heads, head_dim, dtype=dtype, seed=seed + n)
+            for n, (side, heads) in enumerate(((0, kv_heads * group), (1, kv_heads), (1, kv_heads)))
+        )
+        kwargs |= {
+            name: torch.tensor([0, *side]).cumsum(0).int()
+            for name, side in zip(("cu_seqlens_q", "cu_seqlens_k"), lens, strict=True)
+        }
+        tops = lens[1]
+    else:
+        batch = rng.choice((1, 2))
+        q, k, v = qkv(batch, kv_heads * group, kv_heads, rng.choice(lengths), rng.choice(lengths), head_dim, dtype)
+        tops = [k.shape[2]] * batch
+    if rng.random() < 0.3:
+        kwargs["seqlens_k"] = torch.tensor([rng.randint(0, top) for top in tops], dtype=torch.int32)
+    return q, k, v, kwargs
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_calls(part, monkeypatch):
+    for seed in range(part, 24, 4):
+        q, k, v, kwargs = random_call(seed)
+        check(monkeypatch, f"seed {seed}", q, k, v, **kwargs)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lengths_around_a_tile(head_dim, monkeypatch):
+    for seqlen_q, seqlen_k, causal in (
+        (1, 1, False), (192, 128, True), (193, 257, True), (128, 129, "top_left"), (65, 384, False), (300, 40, True),
+    ):  # fmt: skip
+        q, k, v = qkv(1, 1, 1, seqlen_q, seqlen_k, head_dim)
+        check(monkeypatch, f"{seqlen_q} {seqlen_k} {causal}", q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_blocks_than_stages(head_dim, monkeypatch):
+    """Every ring goes round more than once within a tile, and goes on in the next."""
+    q, k, v = qkv(1, 2, 1, 70, 1400 if head_dim == 64 else 700, head_dim)
+    check(monkeypatch, "many keys", q, k, v)
+    q, k, v = qkv(1, 2, 1, 400, 70, head_dim)
+    check(monkeypatch, "many queries", q, k, v)
+
+
+def test_packed_sequences_are_what_each_is_alone():
+    """Bit for bit, with NaN in the tensors wherever no sequence lies."""
+    lens_q, lens_k = (130, 0, 70, 1), (200, 64, 0, 129)
+    ends_q, ends_k = (torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k))
+    tensors = [normal(sum(n), heads, 64, seed=heads) for n, heads in ((lens_q, 2), (lens_k, 1), (lens_k, 1))]
+    kwargs = {"cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k, "causal": True, "softcap": 0.0}
+    together = run(*tensors, kwargs, use_lse=False)
+    generator = torch.Generator().manual_seed(1)
+    do = torch.randn(together["out"].shape, generator=generator)
+    for b in range(4):
+        rows_q, rows_k = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
+        alone = [
+            on_device(t[rows].detach().transpose(0, 1)[None].requires_grad_())
+            for t, rows in zip(tensors, (rows_q, rows_k, rows_k), strict=True)
+        ]
+        out = fastattn.attention(*alone, causal=True, backend="native")
+        grads = torch.autograd.grad(out.double(), alone, do[rows_q].transpose(0, 1)[None].double().to(DEVICE))
+        for name, rows, got in zip(
+            ("out", "dq", "dk", "dv"), (rows_q, rows_q, rows_k, rows_k), (out, *grads), strict=True
+        ):
+            assert torch.equal(together[name][rows].transpose(0, 1)[None], got.detach().cpu()), f"{name} of {b}"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_stands_in_hidden_keys_does_not_matter(bad):
+    lengths = torch.tensor([65, 3], dtype=torch.int32)
+    q, k, v = qkv(2, 2, 1, 70, 130, 64)
+    hidden = (torch.arange(130) >= lengths[:, None]).view(2, 1, 130, 1)
+    dirty = [t.detach().masked_fill(hidden, bad).requires_grad_() for t in (k, v)]
+    kwargs = {"seqlens_k": lengths, "softcap": 0.0}
+    clean = run(q, k, v, kwargs)
+    for name, value in run(q, *dirty, kwargs).items():
+        assert torch.equal(value, clean[name]), name
+    assert (clean["dk"].masked_select(hidden) == 0).all()
+
+
+def test_nan_in_one_packed_sequence_stays_there():
+    ends = torch.tensor([0, 70, 150], dtype=torch.int32)
+    q, k, v = (normal(150, 1, 64, seed=n) for n in range(3))
+    kwargs = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "softcap": 0.0}
+    clean = run(q, k, v, kwargs, use_lse=False)
+    second = (torch.arange(150) >= 70).view(150, 1, 1)
+    dirty = [t.detach().masked_fill(second, torch.nan).requires_grad_() for t in (q, k, v)]
+    for name, value in run(*dirty, kwargs, use_lse=False).items():
+        rows = value if name != "lse" else value.transpose(0, 1)
+        assert torch.equal(rows[:70], (clean[name] if name != "lse" else clean[name].transpose(0, 1))[:70]), name
+
+
+def test_rows_that_see_nothing():
+    got = run(*qkv(1, 1, 1, 200, 70, 64), {"causal": True, "softcap": 0.0})  # bottom-right: 130 rows see no key
+    assert (got["lse"][:, :, :130] == -torch.inf).all()
+    assert (got["out"][:, :, :130] == 0).all()
+    assert (got["dq"][:, :, :130] == 0).all()
+    assert all(t.isfinite().all() for name, t in got.items() if name != "lse")
+
+
+def test_strides_and_memory():
+    base = [t.detach() for t in qkv(2, 2, 1, 70, 90, 64)]
+    kwargs = {"causal": True, "softcap": 0.0}
+    expected = run(*(t.requires_grad_() for t in base), kwargs)
+    with torch.no_grad():
+        variants = {
+            "BSHD": [t.transpose(1, 2).contiguous().transpose(1, 2) for t in base],
+            "aligned gaps": [torch.cat((t, t * torch.nan), -1)[..., :64] for t in base],
+            "unaligned": [guarded(t, offset=3) for t in base],
+            "inner stride 2": [torch.stack((t, t), -1)[..., 0] for t in base],
+        }
+    for what, inputs in variants.items():
+        got = run(*(t.detach().requires_grad_() for t in inputs), kwargs)
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), f"{what} {name}"
+    q, k, v = (on_device(t.detach().requires_grad_()) for t in base)
+    out = fastattn.attention(q, k, v, causal=True, backend="native")
+    one = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)  # gradients of stride 0
+    other = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    wide = base[1].detach()[:1, :, :1].expand(2, 1, 90, 64)  # stride 0 in batch and rows
+    got = fastattn.attention(q.detach(), wide.to(DEVICE), v.detach(), backend="native")
+    assert torch.equal(got, fastattn.attention(q.detach(), wide.contiguous().to(DEVICE), v.detach(), backend="native"))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)])
+def test_empty_sizes(shape):
+    batch, n_heads, seqlen_q, seqlen_k = shape
+    q, k, v = qkv(batch, n_heads, n_heads, seqlen_q, seqlen_k, 64)
+    got, expected = run(q, k, v, {}), results(q, k, v, {}, "reference")
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_same_bits_again():
+    q, k, v = qkv(1, 2, 1, 200, 300, 64)
+    expected = run(q, k, v, {"causal": True})
+    for _ in range(250 if HOPPER else 1):
+        for name, value in run(q, k, v, {"causal": True}).items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_backward_after_the_forward_of_another_backend():
+    q, k, v = (on_device(t) for t in qkv(1, 2, 1, 70, 90, 64))
+    out, lse = reference.attention(q, k, v, causal=True)
+    do = torch.ones_like(out)
+    expected = torch.autograd.grad(out, (q, k, v), do)
+    rest = (None, None, None, None, None, None, None, None, 70, 90, -1, 0, False, 0.0, 0.0, 0.125)
+    got = attention_module._bwd["native"](do, None, q, k, v, out.detach(), lse.detach(), *rest, False)
+    for a, b in zip(got, expected, strict=False):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+
+
+def test_raw_op_refuses_what_it_does_not_serve():
+    q, k, v = (on_device(t.detach()) for t in qkv(1, 2, 1, 8, 8, 64))
+    rest = [None, None, None, None, None, None, None, None, 8, 8, -1, -1, False, 0.0, 0.0, 0.125]
+    sink = torch.zeros(2, device=DEVICE)
+    for place, value in ((0, q), (1, sink), (2, q.bool()), (6, sink), (13, 5.0), (14, 0.1)):
+        bad = [*rest]
+        bad[place] = value
+        with pytest.raises(RuntimeError, match="takes no bias, sink, mask, ALiBi slopes, softcap or dropout"):
+            attention_module._fwd["native"](q, k, v, *bad)
+    for inputs in ((q[..., :32], k[..., :32], v[..., :32]), (q.float(), k.float(), v.float()), (q, k, v[..., :32])):
+        with pytest.raises(RuntimeError, match="half precision and head dims 64 and 128"):
+            attention_module._fwd["native"](*inputs, *rest)

@@ -1,0 +1,242 @@
+"""The building blocks of the kernels for Hopper, each against a model of its own: tests/sm90_units.cu.
+
+On a GPU of compute capability 9.0 the blocks themselves run; elsewhere their software versions in tests/emulated, and
+the index functions, which are the same. The models here are written from the PTX ISA and share no code with them.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+
+import emulate_cuda
+import pytest
+import torch
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+DEVICE = "cuda" if HOPPER else "cpu"
+
+
+def on_hardware():
+    """The units compiled by nvcc, or a skip."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.path.exists(nvcc):
+        pytest.skip("no nvcc to compile the units with")
+    library = os.path.join(emulate_cuda.ROOT, f"build/sm90_units.{os.getpid()}.so")
+    os.makedirs(os.path.dirname(library), exist_ok=True)
+    command = [nvcc, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-o", library]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", f"-I{emulate_cuda.ROOT}/csrc"]
+    done = subprocess.run([*command, f"{emulate_cuda.ROOT}/tests/sm90_units.cu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return library
+
+
+def emulated(*flags):
+    reason = emulate_cuda.unavailable()
+    if reason:
+        pytest.skip(reason)
+    return emulate_cuda.compile_library(emulate_cuda.rewritten("tests/sm90_units.cu"), flags, with_torch=False)
+
+
+@pytest.fixture(scope="module")
+def units():
+    return ctypes.CDLL(on_hardware() if HOPPER else emulated())
+
+
+def call(function, *arguments):
+    """Call a unit with tensors and numbers; its error code is 0."""
+    converted = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+    assert function(*converted) == 0
+    if HOPPER:
+        torch.cuda.synchronize()
+
+
+def integers(*shape, seed=0):
+    """Small integers in bf16, whose products and sums are exact."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 9, shape, generator=generator).to(DEVICE, torch.bfloat16)
+
+
+def test_which_element_a_thread_holds(units):
+    """PTX ISA, fragments of .m64nNk16: groupID = lane / 4, threadID_in_group = lane % 4."""
+    found = (ctypes.c_int * 5)()
+    accumulators, operands = set(), set()
+    for thread in range(128):
+        warp, group, in_group = thread // 32, thread % 32 // 4, thread % 4
+        for i in range(64):
+            units.unit_index(thread, i, found)
+            row = warp * 16 + group + (8 if i % 4 >= 2 else 0)
+            assert tuple(found[:2]) == (row, 8 * (i // 4) + 2 * in_group + i % 2)
+            accumulators.add(tuple(found[:2]))
+            if i < 4:  # a0..a7, two in a register: rows group, group + 8, group, group + 8; the last four 8 columns on
+                a_row, a_col = warp * 16 + group + 8 * (i in (1, 3)), 2 * in_group + 8 * (i >= 2)
+                assert tuple(found[2:5]) == (a_row, a_col, a_col + 1)
+                operands.update({(found[2], found[3]), (found[2], found[4])})
+    assert len(accumulators) == 64 * 128  # every element in one thread
+    assert len(operands) == 64 * 16
+
+
+def swizzle_128(address):
+    """Bits 4 to 6 of a byte address xor bits 7 to 9."""
+    return address ^ (address >> 3 & 0b1110000)
+
+
+@pytest.mark.parametrize("rows", [64, 128, 192])
+def test_where_an_element_of_a_tile_lies(units, rows):
+    offsets = [units.unit_tile_offset(row, col, rows) for row in range(rows) for col in range(128)]
+    expected = [
+        swizzle_128(col // 64 * rows * 128 + row * 128 + col % 64 * 2) for row in range(rows) for col in range(128)
+    ]
+    assert offsets == expected
+    assert sorted(offsets) == list(range(0, rows * 256, 2))
+    for col in range(0, 128, 8):  # eight rows of a column of 16-byte chunks meet all 32 banks
+        assert len({units.unit_tile_offset(row, col, rows) % 128 // 16 for row in range(8)}) == 8
+
+
+@pytest.mark.parametrize("rows", [64, 128, 192])
+def test_descriptors_address_the_tile(units, rows):
+    """The canonical layouts of the PTX ISA with 128-byte swizzling, T = 8 elements of 16 bits:
+
+    K-major ((8,m),(T,2k)):((8T,SBO),(1,T)), MN-major ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO)).
+    """
+    units.unit_descriptor.restype = ctypes.c_uint64
+    units.unit_descriptor.argtypes = [ctypes.c_bool, ctypes.c_uint32, ctypes.c_int, ctypes.c_int]
+    tile = 3 * 1024
+
+    def fields(*arguments):
+        bits = units.unit_descriptor(*arguments)
+        assert bits >> 62 == 1
+        assert bits >> 46 & 0xFFFF == 0
+        return tuple((bits >> shift & 0x3FFF) * 16 for shift in (0, 16, 32))
+
+    for step in range(8):  # K = 128
+        start, _, stride = fields(True, tile, rows, step)
+        for mn in range(rows):
+            for k in range(16):
+                address = swizzle_128(start + mn % 8 * 128 + mn // 8 * stride + k * 2)
+                assert address == tile + units.unit_tile_offset(mn, step * 16 + k, rows)
+    for step in range(rows // 16):  # N = 128
+        start, leading, stride = fields(False, tile, rows, step)
+        for mn in range(128):
+            for k in range(16):
+                offset = mn % 8 * 2 + mn // 8 % 8 * 16 + mn // 64 * leading + k % 8 * 128 + k // 8 * stride
+                assert swizzle_128(start + offset) == tile + units.unit_tile_offset(step * 16 + k, mn, rows)
+
+
+@pytest.mark.parametrize("at", [(0, 0, 0), (64, 2, 1), (90, 1, 0)])  # the last reaches over the end: zeros, not written
+def test_tma_loads_swizzled_and_stores_back(units, at):
+    batch, heads, rows = 2, 3, 100
+    source = integers(batch, rows, heads, 128)
+    target = torch.full_like(source, 9)
+    dump = torch.empty(64 * 128, dtype=torch.bfloat16, device=DEVICE)
+    call(units.unit_tma, source, target, dump, batch, heads, rows, *at)
+    row, head, index = at
+    expected = torch.zeros(64, 128, dtype=torch.bfloat16)
+    there = source[index, row : row + 64, head].cpu()
+    expected[: len(there)] = there
+    places = [[swizzle_128(c // 64 * 64 * 128 + r * 128 + c % 64 * 2) // 2 for c in range(128)] for r in range(64)]
+    assert torch.equal(dump.cpu()[torch.tensor(places)], expected)
+    after = torch.full_like(source, 9).cpu()
+    after[index, row : row + 64, head] = there
+    assert torch.equal(target.cpu(), after)
+
+
+@pytest.mark.parametrize("in_registers", [False, True], ids=["ss", "rs"])
+@pytest.mark.parametrize("k", [64, 128])
+@pytest.mark.parametrize("n", [64, 128])
+def test_wgmma_multiplies(units, n, k, in_registers):
+    a, b = integers(64, k), integers(*((k, n) if in_registers else (n, k)), seed=1)
+    d = torch.full((64, n), torch.nan, device=DEVICE)
+    call(units.unit_wgmma, a, b, d, n, k, ctypes.c_bool(in_registers))
+    assert torch.equal(d, a.float() @ (b.float() if in_registers else b.float().T))
+
+
+def test_pipe_roles_and_named_barriers(units):
+    values = torch.randn(400, device=DEVICE)
+    out = torch.zeros_like(values)
+    call(units.unit_pipe, values, out, values.numel())
+    torch.testing.assert_close(out, 6 * values)
+
+
+SHAPES = [  # batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right, top_left
+    (2, 4, 2, 700, 900, 2**29, 0, 0), (1, 3, 1, 900, 300, 2**29, 0, 0), (2, 2, 2, 300, 900, 2**29, 0, 1),
+    (1, 2, 1, 1000, 1000, 100, 30, 0), (3, 2, 1, 129, 640, 0, 0, 0), (1, 1, 1, 1, 5000, 2**29, 2**29, 0),
+    (40, 16, 4, 257, 257, 2**29, 0, 0),
+]  # fmt: skip
+
+
+def schedule(units, shape, of_keys=False, head_dim=128):
+    """(tiles, 7): batch, head, row, and of the blocks of the other side begin, full_begin, full_end, end."""
+    room = 10_000
+    found = (ctypes.c_int * (7 * room))()
+    count = units.unit_tiles((ctypes.c_int * 8)(*shape), ctypes.c_bool(of_keys), head_dim, found, room)
+    assert count <= room
+    return torch.tensor(found[: 7 * count]).view(count, 7)
+
+
+@pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_schedule_visits_every_tile_once_and_every_visible_pair(shape, of_keys, units):
+    batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right, top_left = shape
+    tiles = schedule(units, shape, of_keys)
+    length, heads = (seqlen_k, n_kv_heads) if of_keys else (seqlen_q, n_heads)
+    assert len({tuple(t) for t in tiles[:, :3].tolist()}) == len(tiles) == batch * heads * -(-length // 128)
+    off = 0 if top_left else seqlen_k - seqlen_q
+    i, j = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k)
+    visible = (j <= i + off + right) & (j >= i + off - left)
+    block = 64 if of_keys else 128
+    visible = visible.T if of_keys else visible
+    for row, begin, full_begin, full_end, end in {tuple(t) for t in tiles[:, 2:].tolist()}:
+        rows = visible[row : row + 128]
+        some = [rows[:, n : n + block].any().item() for n in range(0, rows.shape[1], block)]
+        every = [
+            rows[:, n : n + block].all().item() and n + block <= rows.shape[1] for n in range(0, rows.shape[1], block)
+        ]
+        assert all(begin <= n < end for n, seen in enumerate(some) if seen)
+        assert (begin == end) == (not any(some))
+        assert all(every[full_begin:full_end])
+        assert sum(every[begin:end]) == full_end - full_begin  # none is masked without need
+
+
+def test_schedule_takes_the_longest_tiles_of_a_set_first_and_balances_the_blocks(units):
+    tiles = schedule(units, (4, 16, 16, 4096, 4096, 2**29, 0, 0))  # causal
+    work = (tiles[:, 6] - tiles[:, 3]).tolist()
+    heads = (tiles[:, 0] * 16 + tiles[:, 1]).view(4, 512)
+    for group in range(4):  # 16 heads of 4096 positions are 32 MiB of keys and values
+        assert set(heads[group].tolist()) == set(range(16 * group, 16 * group + 16))
+    assert work == 4 * [length for length in range(32, 0, -1) for _ in range(16)]
+    done_at = [0] * 132  # 132 multiprocessors, each of which takes the next tile when it has done one
+    for length in work:
+        done_at[done_at.index(min(done_at))] += length
+    assert max(done_at) <= 1.02 * sum(work) / 132
+
+
+PLANTED = {
+    "PLANT_NO_FENCE": "reached without fence_async",
+    "PLANT_WRITE_IN_FLIGHT": "shared memory changed while a product read it",
+    "PLANT_USE_BEFORE_WAIT": "an accumulator was written while a product ran",
+    "PLANT_NO_EMPTY": "",  # wrong numbers, or an mbarrier with more arrivals than it was made for
+}
+
+
+@pytest.mark.skipif(HOPPER, reason="about the emulation")
+@pytest.mark.parametrize("fault", PLANTED)
+def test_the_emulation_finds_what_hardware_would_not_forgive(fault):
+    library = emulated(f"-D{fault}")
+    unit = "pipe" if fault == "PLANT_NO_EMPTY" else "wgmma"
+    script = f"""
+import ctypes, torch
+units = ctypes.CDLL({library!r})
+pointer = lambda t: ctypes.c_void_p(t.data_ptr())
+a, d = torch.ones(128, 128, dtype=torch.bfloat16), torch.zeros(128, 128)
+if {unit!r} == "wgmma":
+    units.unit_wgmma(pointer(a), pointer(a), pointer(d), 64, 64, ctypes.c_bool(False))
+else:
+    values, out = torch.arange(400.0), torch.zeros(400)
+    units.unit_pipe(pointer(values), pointer(out), 400)
+    assert torch.equal(out, 6 * values), "wrong numbers"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert PLANTED[fault] in done.stderr, done.stderr
