@@ -36,8 +36,8 @@ def native(request, monkeypatch):
         reason = fastattn.backends()["cuda"]["native"]
         return reason == "available" or pytest.skip(reason)
     ops = request.getfixturevalue("emulated")
-    monkeypatch.setitem(attention_module._fwd, "native", ops.attention_fwd.native)
-    monkeypatch.setitem(attention_module._bwd, "native", ops.attention_bwd.native)
+    monkeypatch.setitem(attention_module._ops, ("fwd", "native"), ops.attention_fwd.native)
+    monkeypatch.setitem(attention_module._ops, ("bwd", "native"), ops.attention_bwd.native)
     return None
 
 
@@ -231,7 +231,7 @@ def test_backward_after_the_forward_of_another_backend():
     do = torch.ones_like(out)
     expected = torch.autograd.grad(out, (q, k, v), do)
     rest = (None, None, None, None, None, None, None, None, 70, 90, -1, 0, False, 0.0, 0.0, 0.125)
-    got = attention_module._bwd["native"](do, None, q, k, v, out.detach(), lse.detach(), *rest, False)
+    got = attention_module._ops["bwd", "native"](do, None, q, k, v, out.detach(), lse.detach(), *rest, False)
     for a, b in zip(got, expected, strict=False):
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 
@@ -244,7 +244,7 @@ def test_raw_op_refuses_what_it_does_not_serve():
         bad = [*rest]
         bad[place] = value
         with pytest.raises(RuntimeError, match="takes no bias, sink, mask, ALiBi slopes, softcap or dropout"):
-            attention_module._fwd["native"](q, k, v, *bad)
+            attention_module._ops["fwd", "native"](q, k, v, *bad)
     for inputs in ((q[..., :32], k[..., :32], v[..., :32]), (q.float(), k.float(), v.float()), (q, k, v[..., :32])):
         with pytest.raises(RuntimeError, match="half precision and head dims 64 and 128"):
-            attention_module._fwd["native"](*inputs, *rest)
+            attention_module._ops["fwd", "native"](*inputs, *rest)
