@@ -2,7 +2,6 @@
 
 Exit code 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault of ours (a traceback), and 128 + the
 signal's number for a training run that was asked to stop. torch is imported by the commands, never for --help.
-signal's number for a training run that was asked to stop.
 """
 
 import itertools
