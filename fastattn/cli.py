@@ -1,4 +1,4 @@
-"""The command line: fastattn train | evaluate | generate | data | info.
+"""The command line: fastattn train | finetune | evaluate | compare | generate | predict | data | info.
 
 Exit code 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault of ours (a traceback), and 128 + the
 signal's number for a training run that was asked to stop. torch is imported by the commands, never for --help.
@@ -86,14 +86,24 @@ def build_parser():
 
     parser = ArgumentParser(prog="fastattn", exit_on_error=False, description="Fused attention for PyTorch.")
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
-    commands.add_subcommand("train", train_parser(), help="train a language model on text")
-    run = ArgumentParser(exit_on_error=False, description="Loss of a trained model on a whole split, or another text.")
+    commands.add_subcommand("train", train_parser(), help="train a model on text")
+    commands.add_subcommand("finetune", train_parser(), help="train with --start: from the weights of another model")
+    run = ArgumentParser(exit_on_error=False, description="Scores of a trained model on a whole split.")
     add_run_arguments(run)
     run.add_argument("--split", type=str | None, help="train, validation or test; default: test where there is one")
-    run.add_argument("--data", type=str | None, help="another text to read whole: a source as for train")
+    run.add_argument("--data", type=str | None, help="task lm: another text to read whole, a source as for train")
+    run.add_argument("--beams", type=int, default=1, help="task translate: more than 1 searches with so many beams")
     run.add_argument("--json", action="store_true", help="print the report as JSON; RUN/report.json keeps the latest")
-    commands.add_subcommand("evaluate", run, help="loss, perplexity, bits per character on a whole split")
-    run = ArgumentParser(exit_on_error=False, description="Continue a prompt with a trained model.")
+    commands.add_subcommand("evaluate", run, help="scores on a whole split: report.json, report.md and pictures")
+    run = ArgumentParser(exit_on_error=False, description="Runs, or checkpoints of them, side by side.")
+    run.add_argument("runs", metavar="RUN", type=str, nargs="+", help="folder of a run, or RUN@STEP")
+    run.add_argument("--output", type=str | None, help="folder for compare.md and compare.png")
+    commands.add_subcommand("compare", run, help="scores of several runs side by side")
+    run = ArgumentParser(exit_on_error=False, description="Classes that a trained classifier gives to texts.")
+    add_run_arguments(run)
+    run.add_argument("texts", metavar="TEXT", type=str, nargs="+", help="text to classify")
+    commands.add_subcommand("predict", run, help="the class of a text")
+    run = ArgumentParser(exit_on_error=False, description="Continue a prompt, or translate it, with a trained model.")
     add_run_arguments(run)
     run.add_argument("--prompt", type=str, required=True, help="text to continue")
     run.add_argument("--max_new_tokens", type=int, default=300, help="tokens to add")
@@ -116,7 +126,7 @@ def train_parser():
 
     from fastattn.training.config import TrainConfig
 
-    parser = ArgumentParser(exit_on_error=False, description="Train a language model on text.")
+    parser = ArgumentParser(exit_on_error=False, description="Train a model on text.")
     parser.add_argument("--config", action="config", help="YAML file; options after it win")
     parser.add_argument("--resume", metavar="RUN", type=str | None, help="continue this run from its newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
@@ -192,10 +202,21 @@ def train(options, argv):
     return run_training(config, resume=options.resume is not None, overwrite=options.overwrite)
 
 
+def finetune(options, argv):
+    from fastattn.training.config import UsageError
+
+    if options.start is None and options.resume is None:
+        raise UsageError("finetune: expected --start FOLDER, a run or a Hugging Face model to begin from, got none")
+    return train(options, argv)
+
+
 def check_same_run(stored, config):
     """Raises UsageError if a resumed run would read another text or build another model."""
     from fastattn.training.config import UsageError
 
+    for name in ("task", "trained", "lora_rank"):
+        if (got := getattr(config, name)) != (value := getattr(stored, name)):
+            raise UsageError(f"{name}: expected {value!r} as in the run that is resumed, got {got!r}")
     for section in ("model", "data"):
         for name, value in vars(getattr(stored, section)).items():
             if name != "source" and (got := getattr(getattr(config, section), name)) != value:
@@ -206,35 +227,63 @@ def evaluate(options, _argv):
     run = Path(options.run).expanduser().absolute()
     config = stored_config(run)
     check_run_options(options)
-    from fastattn.training.checkpoint import write_atomic
+    from fastattn.training.config import UsageError
     from fastattn.training.evaluate import evaluate_run
+    from fastattn.training.report import summary_lines, write_report
 
-    names = ("split", "data", "checkpoint", "accelerator", "layers")
-    report = evaluate_run(run, config, **{name: options[name] for name in names})
-    write_atomic(run / "report.json", json.dumps(report, indent=1) + "\n")
-    if options.json:
-        print(json.dumps(report, indent=1))
-        return
-    print(
-        f"{report['run']}, step {report['step']}\n"
-        f"{report['split']} split of {report['source']}: {report['tokens']:,} tokens\n"
-        f"loss                {report['loss']:.4f} nats a token\n"
-        f"perplexity          {report['perplexity']:.3f}\n"
-        f"bits per character  {report['bits_per_character']:.4f}\n"
-        f"tokens/s            {report['tokens_per_second']:,.0f}"
-    )
+    special = {"data": ("lm", None, "text"), "beams": ("translate", 1, "beams")}
+    given = {}
+    for name, (task, default, argument) in special.items():
+        if config.task == task:
+            given[argument] = options[name]
+        elif options[name] != default:
+            raise UsageError(f"{name}: expected for task {task} only, got a run of task {config.task}")
+    names = ("split", "checkpoint", "accelerator", "layers")
+    report = evaluate_run(run, config, **{name: options[name] for name in names}, **given)
+    write_report(run, report)
+    print(json.dumps(report, indent=1) if options.json else "\n".join(summary_lines(report)))
+
+
+def compare(options, _argv):
+    from fastattn.training.compare import compare_runs
+
+    print(compare_runs(options.runs, options.output))
+
+
+def predict(options, _argv):
+    from fastattn.training.config import UsageError
+
+    run = Path(options.run).expanduser().absolute()
+    config = stored_config(run)
+    check_run_options(options)
+    if config.task != "classify":
+        raise UsageError(f"run {str(run)!r}: expected one of task classify, got {config.task}")
+    from fastattn.training.evaluate import load_task
+
+    model, task = load_task(run, config, options.checkpoint, options.accelerator, options.layers)
+    for text, row in zip(options.texts, task.predict(model, options.texts).tolist(), strict=True):
+        chance, name = max(zip(row, task.names, strict=True))
+        print(f"{name}\t{chance:.3f}\t{text}")
 
 
 def generate(options, _argv):
     run = Path(options.run).expanduser().absolute()
     config = stored_config(run)
     check_run_options(options)
-    from fastattn.training.evaluate import load_run
+    from fastattn.training.config import UsageError
+    from fastattn.training.evaluate import load_run, load_task
     from fastattn.training.generate import beam_search, check_sampling, stream_text, stream_tokens
+
+    if config.task not in ("lm", "translate"):
+        raise UsageError(f"run {str(run)!r}: expected one of task lm or translate, got {config.task}")
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     sampling = {name: options[name] for name in names}
     check_sampling(options.max_new_tokens, beams=options.beams, **sampling)
+    if config.task == "translate":
+        model, task = load_task(run, config, options.checkpoint, options.accelerator, options.layers)
+        print(*task.translate(model, [options.prompt], beams=options.beams))
+        return
     model, tokenizer, _ = load_run(
         run, config, checkpoint=options.checkpoint, accelerator=options.accelerator, layers=options.layers
     )
@@ -278,4 +327,12 @@ def info(_options, _argv):
     print(report())
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "generate": generate, "info": info}
+COMMANDS = {
+    "train": train,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "compare": compare,
+    "generate": generate,
+    "predict": predict,
+    "info": info,
+}

@@ -143,12 +143,16 @@ def test_named_sets(name, sizes, classes):
 
 
 def test_docstrings_by_package():
-    documents = read_one("docstring_classes")
-    assert set(documents.labels) == set(DOCSTRING_CLASSES)
-    assert len(documents) > 1000
-    assert len(set(documents.texts)) == len(documents)
-    assert min(map(len, documents.texts)) > 20
-    assert set(documents.texts) <= set(read_one("docstrings").texts)
+    parts = read_documents("docstring_classes")
+    assert not shared_texts(parts)
+    assert all(set(part.labels) == set(DOCSTRING_CLASSES) for part in parts.values())
+    texts = [text for part in parts.values() for text in part.texts]
+    assert len(set(texts)) == len(texts) > 1000
+    assert min(map(len, texts)) > 20
+    assert set(texts) <= set(read_one("docstrings").texts)
+    pretraining = set(read_one("docstring_text").texts)
+    assert pretraining >= set(parts["train"].texts)
+    assert not pretraining & {*parts["validation"].texts, *parts["test"].texts}
 
 
 def test_hangul_holds_out_syllables():

@@ -8,8 +8,9 @@ pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]"
 import torch
 
 from fastattn.training import text as text_module
-from fastattn.training.config import DataConfig, UsageError
-from fastattn.training.data import TextData, random_batch, to_tokens, window_batches
+from fastattn.training.config import DataConfig, ModelConfig, TrainConfig, UsageError
+from fastattn.training.data import random_starts, to_tokens, window_starts
+from fastattn.training.tasks import make_task
 from fastattn.training.text import fingerprint, read_text, resolve_source, split_text
 from fastattn.training.tokenizer import CharTokenizer, LearntTokenizer, build_tokenizer, load_tokenizer
 
@@ -146,49 +147,56 @@ def test_damaged_tokenizer(tmp_path, content):
         load_tokenizer(path)
 
 
+def task_of(path, block_size=4, expected=None, **data):
+    config = TrainConfig(data=DataConfig(source=str(path), **data), model=ModelConfig(block_size=block_size))
+    return make_task(config, expected=expected)
+
+
 def test_data_refuses_another_text_and_short_splits(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("abcdefghij" * 20)
-    data = TextData(DataConfig(source=str(path), validation_fraction=0.2, test_fraction=0.1))
-    assert {name: len(tokens) for name, tokens in data.splits.items()} == {"train": 140, "validation": 40, "test": 20}
-    data.check_lengths(19)
+    fractions = {"validation_fraction": 0.2, "test_fraction": 0.1}
+    task = task_of(path, 19, **fractions)
+    assert task.sizes == {"train": "140 tokens", "validation": "40 tokens", "test": "20 tokens"}
     with pytest.raises(UsageError, match="more than block_size = 20 tokens in the test split, got 20"):
-        data.check_lengths(20)
+        task_of(path, 20, **fractions)
     with pytest.raises(UsageError, match="more than block_size = 4 tokens in the validation split, got 1"):
-        TextData(DataConfig(source=str(path), validation_fraction=0.001)).check_lengths(4)
+        task_of(path, validation_fraction=0.001)
     path.write_text("abcdefghij" * 21)
     with pytest.raises(UsageError, match=r"expected the 200 characters .* got 210"):
-        TextData(DataConfig(source=str(path)), data.tokenizer, data.summary)
+        task_of(path, expected=task.summary)
 
 
 def test_batch_is_a_function_of_seed_and_step():
-    tokens = torch.arange(1000, dtype=torch.int32)
-    inputs, targets = random_batch(tokens, 1337, 5, 12, 16)
-    assert inputs.shape == targets.shape == (12, 16)
-    assert inputs.dtype == targets.dtype == torch.int64
+    starts = random_starts(1000, 1337, 5, 12, 16)
+    assert starts.shape == (12,)
     torch.manual_seed(99)
-    again = random_batch(tokens, 1337, 5, 12, 16)
-    assert torch.equal(inputs, again[0])
-    assert torch.equal(targets, inputs + 1)  # the text counts up
-    assert torch.equal(inputs, inputs[:, :1] + torch.arange(16))
-    assert not torch.equal(inputs, random_batch(tokens, 1337, 6, 12, 16)[0])
-    assert not torch.equal(inputs, random_batch(tokens, 1338, 5, 12, 16)[0])
+    assert torch.equal(starts, random_starts(1000, 1337, 5, 12, 16))
+    assert not torch.equal(starts, random_starts(1000, 1337, 6, 12, 16))
+    assert not torch.equal(starts, random_starts(1000, 1338, 5, 12, 16))
 
 
 def test_batches_reach_both_ends_of_the_text():
-    tokens = torch.arange(12, dtype=torch.int32)
-    inputs, targets = random_batch(tokens, 0, 0, 500, 8)
-    assert set(inputs[:, 0].tolist()) == {0, 1, 2, 3}
-    assert targets.max() == 11
+    assert set(random_starts(12, 0, 0, 500, 8).tolist()) == {0, 1, 2, 3}
 
 
 def test_windows_cover_the_split_once():
-    tokens = torch.arange(111, dtype=torch.int32)
-    batches = list(window_batches(tokens, 10, windows_a_batch=4))
-    assert [len(inputs) for inputs, _ in batches] == [4, 4, 3]
-    assert torch.cat([inputs for inputs, _ in batches]).flatten().tolist() == list(range(110))
-    assert torch.cat([targets for _, targets in batches]).flatten().tolist() == list(range(1, 111))
-    assert sum(len(inputs) for inputs, _ in window_batches(tokens[:110], 10)) == 10  # the last target would be missing
-    assert sum(len(inputs) for inputs, _ in window_batches(tokens, 10, limit=5)) == 5
-    by_rank = [list(window_batches(tokens, 10, rank=rank, world_size=2, windows_a_batch=4)) for rank in range(2)]
-    assert sorted(torch.cat([i for part in by_rank for i, _ in part]).flatten().tolist()) == list(range(110))
+    batches = list(window_starts(111, 10, windows_a_batch=4))
+    assert list(map(len, batches)) == [4, 4, 3]
+    assert torch.cat(batches).tolist() == list(range(0, 110, 10))
+    assert sum(map(len, window_starts(110, 10))) == 10  # the last target would be missing
+    assert sum(map(len, window_starts(111, 10, limit=5))) == 5
+    by_rank = [list(window_starts(111, 10, rank=rank, world_size=2, windows_a_batch=4)) for rank in range(2)]
+    assert sorted(torch.cat([starts for part in by_rank for starts in part]).tolist()) == list(range(0, 110, 10))
+
+
+def test_rows_are_windows_and_what_follows(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(map(chr, range(1000, 1400))))
+    task = task_of(path, 16)
+    inputs, targets = task.train_rows(3)
+    assert inputs.shape == targets.shape == (12, 16)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(targets, inputs + 1)  # the text counts up
+    assert torch.equal(inputs, inputs[:, :1] + torch.arange(16))
+    assert torch.cat([rows[0] for rows in task.rows("train")]).flatten().tolist() == list(range(352))

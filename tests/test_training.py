@@ -18,9 +18,10 @@ import torch
 from fastattn.training import checkpoint as ckpt
 from fastattn.training import loop
 from fastattn.training.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UsageError
-from fastattn.training.evaluate import evaluate_run, load_run, summed_loss
+from fastattn.training.evaluate import evaluate_part, evaluate_run, load_run
 from fastattn.training.loop import Trainer, train
 from fastattn.training.metrics import MetricsLog, read_metrics
+from fastattn.training.tasks import make_task
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT = "".join(
@@ -347,7 +348,8 @@ def test_evaluation_is_the_loss_over_consecutive_windows(tmp_path, text_file):
     assert report["perplexity"] == pytest.approx(math.exp(mean), abs=1e-3)
     assert report["bits_per_character"] == pytest.approx(mean / math.log(2), abs=1e-4)
     model.train()
-    assert sum(summed_loss(model, torch.tensor(numbers), 16)) == pytest.approx(sum(losses) + len(losses), abs=1e-2)
+    total, _, count = evaluate_part(model, make_task(config, tokenizer), "test")
+    assert (total, count) == (pytest.approx(sum(losses), abs=1e-2), len(losses))
     assert model.training
 
 
@@ -367,14 +369,14 @@ def test_bpe_run_and_its_bits_per_character(tmp_path, text_file):
 def test_validation_windows_and_tensorboard(tmp_path, text_file, monkeypatch):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     counts = []
-    summed = loop.summed_loss
+    evaluated = loop.evaluate_part
 
     def counted(*arguments, **options):
-        total, count = summed(*arguments, **options)
-        counts.append(count)
-        return total, count
+        sums = evaluated(*arguments, **options)
+        counts.append(sums[2])
+        return sums
 
-    monkeypatch.setattr(loop, "summed_loss", counted)
+    monkeypatch.setattr(loop, "evaluate_part", counted)
     train(tiny_config(tmp_path / "run", text_file, steps=2, validation_windows=3, tensorboard=True))
     assert counts == [48, 48]
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))

@@ -13,6 +13,7 @@ import numpy as np
 
 from .config import UsageError
 from .documents import Documents
+from .split import split_documents
 
 DOCSTRING_CLASSES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "urllib", "xml")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -58,7 +59,10 @@ def docstrings():
 
 
 def docstring_classes():
-    """Docstrings of eight packages, labelled with the package: longer than 20 characters, found in one package only."""
+    """Docstrings of eight packages, labelled with the package: longer than 20 characters, found in one package only.
+
+    In parts of 70, 10 and 20 % of every package, so that `docstring_text` can leave out what is tested on.
+    """
     packages = {}
     for package, text in _docstrings():
         packages.setdefault(text, set()).add(package)
@@ -68,7 +72,16 @@ def docstring_classes():
         if len(names) == 1 and names <= set(DOCSTRING_CLASSES) and len(text) > 20
     ]
     texts, labels = map(list, zip(*chosen, strict=True))
-    return {"all": Documents(texts, labels=labels)}
+    return split_documents(Documents(texts, labels=labels), 0.1, 0.2, seed=0)
+
+
+def docstring_text():
+    """The articles of help() by paragraphs and all docstrings, without those that docstring_classes tests on."""
+    parts = docstring_classes()
+    tested = {text for name in ("validation", "test") for text in parts[name].texts}
+    articles = [piece for piece in topics().split("\n\n") if piece.strip()]
+    texts = dict.fromkeys([*articles, *(text for _, text in _docstrings() if text not in tested)])
+    return {"all": Documents(list(texts))}
 
 
 def _romanised(syllable):

@@ -93,15 +93,15 @@ def check_run(run):
 
 
 def read_summary(run):
-    """The summary of the text that a run was trained on (data.json)."""
+    """The summary of the data that a run was trained on (data.json)."""
     try:
         summary = json.loads((run / "data.json").read_text())
-        return {name: summary[name] for name in ("source", "characters", "sha256")}
+        return {**summary, **{name: summary[name] for name in ("source", "characters", "sha256")}}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run / 'data.json'}: expected source, characters and sha256, got {error}") from None
 
 
-def save_checkpoint(run, step, model, state, validation_loss, keep):
+def save_checkpoint(run, step, model, state, validation, keep):
     """Write a checkpoint, then delete all but the best and the newest ones.
 
     Args:
@@ -109,7 +109,7 @@ def save_checkpoint(run, step, model, state, validation_loss, keep):
         step: finished steps.
         model: the module whose weights are saved.
         state: what resuming needs besides, loadable with weights_only=True.
-        validation_loss: None if this step was not validated.
+        validation: {"validation_loss": ..., "score": ...}, the best has the lowest score; None if not validated.
         keep: number of newest checkpoints to keep.
     """
     import torch
@@ -123,7 +123,7 @@ def save_checkpoint(run, step, model, state, validation_loss, keep):
         save_model(model, str(temporary / "model.safetensors"))
         torch.save(state, temporary / "state.pt")
         shutil.copymode(temporary / "state.pt", temporary / "model.safetensors")  # safetensors makes it private
-        meta = {"step": step, "validation_loss": validation_loss}
+        meta = {"step": step, "validation_loss": None, **(validation or {})}
         meta["sha256"] = {name: _flush_and_hash(temporary / name) for name in ("model.safetensors", "state.pt")}
         write_atomic(temporary / "meta.json", json.dumps(meta))
         if folder.exists():  # a damaged one that training has passed again
@@ -142,9 +142,9 @@ def find_checkpoints(run):
 
 
 def best_checkpoint(run):
-    """(folder, meta) of the lowest validation loss; None if none was validated."""
+    """(folder, meta) of the lowest score; None if none was validated."""
     validated = [(f, m) for f, m in find_checkpoints(run) if m and m["validation_loss"] is not None]
-    return min(validated, key=lambda checkpoint: checkpoint[1]["validation_loss"], default=None)
+    return min(validated, key=lambda item: item[1].get("score", item[1]["validation_loss"]), default=None)
 
 
 def choose_checkpoint(run, which="last", needed=("model.safetensors",)):

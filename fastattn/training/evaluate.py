@@ -1,44 +1,40 @@
-"""The loss of a model on a whole split, and the report of a run."""
+"""A trained model from its run, its loss on a part of the data, and the report of a run."""
 
-import math
-import time
 from contextlib import nullcontext
 
 import torch
 
 from .checkpoint import check_run, choose_checkpoint, read_summary
 from .config import UsageError
-from .data import TextData, to_tokens, window_batches
-from .text import read_text
+from .tasks import TASKS, make_task
 from .tokenizer import load_tokenizer
 
 
 @torch.no_grad()
-def summed_loss(model, tokens, block_size, *, limit=None, rank=0, world_size=1, autocast=nullcontext):
-    """Cross-entropy over the consecutive windows of a split, dropout off.
+def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autocast=nullcontext):
+    """Losses and right predictions over a part, dropout off.
 
     Args:
-        model: a CausalLM; left in the mode it was in.
-        tokens: (n,) int32.
-        block_size: tokens in a window.
-        limit: None or the number of windows to read.
-        rank, world_size: which part of the windows is this process's.
+        model: of the task; left in the mode it was in.
+        task: Task.
+        part: "train", "validation" or "test".
+        limit: None or the number of windows of text to read.
+        rank, world_size: which share of the part is this process's.
         autocast: gives the context to run the model in.
 
     Returns:
-        (sum of the losses in nats, number of predicted tokens).
+        (sum of the losses in nats, right predictions, predictions).
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for inputs, targets in window_batches(tokens, block_size, limit, rank, world_size):
+    total, right, count = 0.0, 0, 0
+    for rows in task.rows(part, limit, rank, world_size):
         with autocast():
-            loss = model(inputs.to(device), targets.to(device))
-        total += loss.double().item() * targets.numel()
-        count += targets.numel()
+            sums = task.sums(model, rows, device)
+        total, right, count = total + sums[0], right + sums[1], count + sums[2]
     model.train(was_training)
-    return total, count
+    return total, right, count
 
 
 def pick_device(accelerator):
@@ -70,16 +66,25 @@ def load_run(run, config, *, checkpoint="best", accelerator="auto", layers=None)
     chosen = choose_checkpoint(run, checkpoint)
     if chosen is None:
         raise UsageError(f"run {str(run)!r}: expected a checkpoint, got none yet; continue it with --resume {run}")
-    model = build_model(config, tokenizer, layers)
+    model = build_model(config, tokenizer, read_summary(run), layers)
     load_weights(model, chosen[0])
     return model.to(device).eval(), tokenizer, chosen[1]["step"]
 
 
-def build_model(config, tokenizer, layers=None):
-    """The CausalLM that a TrainConfig describes, on the CPU."""
-    from fastattn.models import CausalLM
+def load_task(run, config, checkpoint="best", accelerator="auto", layers=None):
+    """(model, task without data) of a run, for texts that come later; as load_run."""
+    model, tokenizer, _ = load_run(run, config, checkpoint=checkpoint, accelerator=accelerator, layers=layers)
+    return model, TASKS[config.task].without_data(config, tokenizer, read_summary(run))
 
-    return CausalLM(tokenizer.vocab_size, layers=layers or config.layers, **vars(config.model))
+
+def build_model(config, tokenizer, summary, layers=None):
+    """The model that a TrainConfig describes, on the CPU; `summary`: data.json of the run."""
+    model = TASKS[config.task].build_model(config, tokenizer, summary, layers)
+    if config.trained == "lora":
+        from .lora import add_lora
+
+        add_lora(model, config.lora_rank)
+    return model
 
 
 def load_weights(model, folder):
@@ -93,48 +98,31 @@ def load_weights(model, folder):
         raise UsageError(f"{folder}: expected weights of the model in config.yaml, got {text[:200]}") from None
 
 
-def evaluate_run(run, config, *, split=None, data=None, checkpoint="best", accelerator="auto", layers=None):
-    """The whole split in consecutive non-overlapping windows of block_size tokens.
+def evaluate_run(run, config, *, split=None, checkpoint="best", accelerator="auto", layers=None, **options):
+    """The scores of a run on a whole part of its data.
 
     Args:
         run, config, checkpoint, accelerator, layers: as for load_run.
         split: "train", "validation", "test"; None is "test" where the run has one, else "validation".
-        data: None for the run's own text, or another source, read whole.
+        options: of the task's report: text for lm, another text that is read whole; beams for translate.
 
     Returns:
-        dict: loss in nats a token, perplexity, bits_per_character, and what they were measured on.
+        dict: the scores of the task, and what they were measured on.
 
     Raises:
-        UsageError: as load_run; a split the run does not have; a text that is too short or has unknown characters.
+        UsageError: as load_run; a split the run does not have; data that are not those of the run.
     """
     model, tokenizer, step = load_run(run, config, checkpoint=checkpoint, accelerator=accelerator, layers=layers)
-    if data is not None:
-        if split is not None:
-            raise UsageError(f"split: expected none beside --data, which is read whole, got {split!r}")
-        split, source, tokens = "all", data, to_tokens(tokenizer, read_text(data))
+    if options.get("text") is not None and split is not None:
+        raise UsageError(f"split: expected none beside --data, which is read whole, got {split!r}")
+    task = make_task(config, tokenizer, read_summary(run))
+    split = split or ("test" if "test" in task.sizes else "validation")
+    if split not in task.sizes:
+        raise UsageError(f"split: expected one of {', '.join(task.sizes)} of this run, got {split!r}")
+    scores = task.report(model, split, **options)
+    if options.get("text") is not None:
+        source, split = options["text"], "all"
     else:
         source = config.data.source
-        splits = TextData(config.data, tokenizer, read_summary(run)).splits
-        split = split or ("test" if "test" in splits else "validation")
-        if split not in splits:
-            raise UsageError(f"split: expected one of {', '.join(splits)} of this run, got {split!r}")
-        tokens = splits[split]
-    block_size = config.model.block_size
-    if len(tokens) <= block_size:
-        raise UsageError(f"text {source!r}: expected more than block_size = {block_size} tokens, got {len(tokens)}")
-    start = time.perf_counter()
-    total, count = summed_loss(model, tokens, block_size)
-    seconds = time.perf_counter() - start
-    characters = len(tokenizer.decode(tokens[1 : count + 1].tolist()))
-    return {
-        "run": str(run),
-        "step": step,
-        "source": source,
-        "split": split,
-        "tokens": count,
-        "characters": characters,
-        "loss": total / count,
-        "perplexity": math.exp(total / count),
-        "bits_per_character": total / math.log(2) / characters,
-        "tokens_per_second": count / seconds,
-    }
+    facts = {"run": str(run), "task": config.task, "step": step, "source": source, "split": split}
+    return {**facts, "parameters": model.num_parameters(), **scores}

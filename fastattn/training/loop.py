@@ -1,4 +1,4 @@
-"""The training loop: batches from (seed, step), AdamW, validation, checkpoints, exact resume."""
+"""The training loop: batches from (seed, step), an optimizer, validation, checkpoints, exact resume."""
 
 import contextlib
 import dataclasses
@@ -27,12 +27,13 @@ from .checkpoint import (
     write_atomic,
 )
 from .config import UsageError
-from .data import TextData, random_batch
-from .evaluate import build_model, load_weights, pick_device, summed_loss
-from .generate import generate_tokens
+from .evaluate import build_model, evaluate_part, load_weights, pick_device
 from .metrics import MetricsLog, plot_losses
-from .optim import build_optimizer, learning_rate
+from .optim import average_of, build_optimizer, learning_rate
+from .start import load_start, start_tokenizer
+from .tasks import make_task
 from .text import resolve_source
+from .throughput import flops_per_token, peak_flops
 from .tokenizer import load_tokenizer
 
 
@@ -52,6 +53,10 @@ def train(config, *, resume=False, overwrite=False):
     """
     run = run_path(config.run)
     config.data.source = resolve_source(config.data.source)
+    if config.data.target_source is not None:
+        config.data.target_source = resolve_source(config.data.target_source)
+    if config.start is not None:
+        config.start = str(run_path(config.start))
     check_devices(config)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -63,14 +68,14 @@ def train(config, *, resume=False, overwrite=False):
         strategy=config.strategy,
         precision=config.precision,
     )
-    data = prepare_run(run, config, resume, overwrite) if fabric.global_rank == 0 else None
+    task = prepare_run(run, config, resume, overwrite) if fabric.global_rank == 0 else None
     fabric.launch()
     if fabric.global_rank == 0:
-        open_run(run, config, data, resume, overwrite)
+        open_run(run, config, task, resume, overwrite)
     fabric.barrier()
-    if data is None:
-        data = TextData(config.data, load_tokenizer(run / "tokenizer.json"), read_summary(run))
-    return Trainer(run, config, data, fabric).fit()
+    if task is None:
+        task = make_task(config, load_tokenizer(run / "tokenizer.json"), read_summary(run))
+    return Trainer(run, config, task, fabric).fit()
 
 
 def check_devices(config):
@@ -85,7 +90,7 @@ def check_devices(config):
 
 
 def prepare_run(run, config, resume, overwrite):
-    """Everything a user can get wrong, checked before anything is written; returns the TextData."""
+    """Everything a user can get wrong, checked before anything is written; returns the Task."""
     tokenizer, expected = None, None
     if resume:
         check_run(run)
@@ -93,27 +98,40 @@ def prepare_run(run, config, resume, overwrite):
         choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
     else:
         check_new_run(run, overwrite)
-    data = TextData(config.data, tokenizer, expected)
-    data.check_lengths(config.model.block_size)
-    if config.sample_tokens:
-        data.tokenizer.encode(config.sample_prompt)
-    return data
+        if config.start is not None:
+            tokenizer = start_tokenizer(config.start)
+    task = make_task(config, tokenizer, expected)
+    if config.epochs is not None:
+        config.steps = max(1, round(config.epochs * task.steps_an_epoch))
+    task.check_sample()
+    if config.start is not None and not resume:
+        load_start(task.build_model(config, task.tokenizer, task.summary), config)  # tells what does not fit
+    return task
 
 
-def open_run(run, config, data, resume, overwrite):
+def open_run(run, config, task, resume, overwrite):
     files = {"config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)}
     if resume:
         remove_leftovers(run)
         write_atomic(run / "config.yaml", files["config.yaml"])
     else:
-        files["tokenizer.json"] = data.tokenizer.to_json()
-        files["data.json"] = json.dumps(data.summary)
+        files["tokenizer.json"] = task.tokenizer.to_json()
+        files["data.json"] = json.dumps(task.summary)
         create_run(run, files, overwrite)
 
 
 def dropout_seed(seed, step, rank):
     """Dropout of a step depends on (seed, step, rank) alone, so resuming needs no generator state."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def train_only(model, what):
+    """Leave gradients to all weights, to those of the head, or to the head and the low-rank additions."""
+    if what == "all":
+        return
+    kept = ("head.", "classifier.", *(("lora_",) if what == "lora" else ()))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in f".{name}" for part in kept))
 
 
 class StopSignal:
@@ -141,54 +159,75 @@ class StopSignal:
 class Trainer:
     """One run in one process: the state that decides the next step, and the loop over steps."""
 
-    def __init__(self, run, config, data, fabric):
-        self.run, self.config, self.data, self.fabric = run, config, data, fabric
+    def __init__(self, run, config, task, fabric):
+        self.run, self.config, self.task, self.fabric = run, config, task, fabric
         torch.manual_seed(config.seed)
-        self.raw_model = build_model(config, data.tokenizer)
+        chosen = choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
+        self.raw_model = build_model(config, task.tokenizer, task.summary)
+        if chosen is None:
+            task.initialize(self.raw_model)
+            if config.start is not None:
+                load_start(self.raw_model, config)
+        train_only(self.raw_model, config.trained)
         # a gradient scaler and fused optimizers exclude each other in Fabric's clipping
         optimizer = build_optimizer(self.raw_model, config.optim, fused=config.precision != "16-mixed")
         model = torch.compile(self.raw_model) if config.compile else self.raw_model
         self.model, self.optimizer = fabric.setup(model, optimizer)
-        self.step, self.best_loss, self.stale = 0, math.inf, 0
-        if chosen := choose_checkpoint(run, needed=("model.safetensors", "state.pt")):
+        self.average = average_of(self.raw_model, config.optim.ema)
+        self.step, self.best_score, self.stale, self.seconds = 0, math.inf, 0, 0.0
+        self.flops_per_token = flops_per_token(self.raw_model, config.model)
+        self.peak = peak_flops(fabric.device, config.precision) if fabric.is_global_zero else None
+        if chosen:
             self.load(chosen[0])
 
+    @property
+    def judged_model(self):
+        """The model that is validated and saved: the average of weights where there is one."""
+        return self.average.module if self.average else self.raw_model
+
     def load(self, folder):
-        load_weights(self.raw_model, folder)
+        load_weights(self.judged_model, folder)
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        if self.average:
+            self.raw_model.load_state_dict(state["weights"])
+            self.average.n_averaged.copy_(state["n_averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        self.step, self.best_loss, self.stale = state["step"], state["best_loss"], state["stale"]
+        self.step, self.stale, self.seconds = state["step"], state["stale"], state["seconds"]
+        self.best_score = state["best_score"]
 
-    def save(self, validation_loss):
+    def save(self, validation):
         if self.fabric.is_global_zero:
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "step": self.step,
-                "best_loss": self.best_loss,
+                "best_score": self.best_score,
                 "stale": self.stale,
+                "seconds": self.seconds,
             }
-            save_checkpoint(self.run, self.step, self.raw_model, state, validation_loss, self.config.keep)
+            if self.average:
+                state |= {"weights": self.raw_model.state_dict(), "n_averaged": self.average.n_averaged}
+            save_checkpoint(self.run, self.step, self.judged_model, state, validation, self.config.keep)
         self.fabric.barrier()
 
     def train_step(self):
         """One optimizer step; returns the loss of its whole batch and the norm of the gradients."""
-        config, fabric = self.config, self.fabric
+        config, fabric, task = self.config, self.fabric, self.task
         rate = learning_rate(self.step, config.steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        inputs, targets = random_batch(
-            self.data.splits["train"], config.seed, self.step, config.batch_size, config.model.block_size
-        )
+        batch = task.train_rows(self.step)
         torch.manual_seed(dropout_seed(config.seed, self.step, fabric.global_rank))
         part = config.batch_size // (config.accumulate * fabric.world_size)
-        total = torch.zeros((), device=fabric.device)
+        total, count = torch.zeros((), device=fabric.device), task.count(batch)
         for number in range(config.accumulate):
             start = (number * fabric.world_size + fabric.global_rank) * part
-            mine = fabric.to_device((inputs[start : start + part], targets[start : start + part]))
+            rows = tuple(tensor[start : start + part] for tensor in batch)
+            # the mean over the whole batch, however its predictions are spread; processes are averaged
+            weight = task.count(rows) * fabric.world_size / max(1, count)
             with fabric.no_backward_sync(self.model, enabled=number < config.accumulate - 1):
-                loss = self.model(*mine) / config.accumulate
+                loss = self.model(*fabric.to_device(task.inputs(rows))) * weight
                 fabric.backward(loss)
             total += loss.detach()
         norm = None
@@ -198,18 +237,28 @@ class Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average:
+            self.average.update_parameters(self.raw_model)
         self.step += 1
         return total, norm
 
     def validate(self):
-        total, count = summed_loss(
-            self.raw_model, self.data.splits["validation"], self.config.model.block_size,
-            limit=self.config.validation_windows, rank=self.fabric.global_rank, world_size=self.fabric.world_size,
-            autocast=self.fabric.autocast,
+        """{"validation_loss", "validation_accuracy" if the task has one, "score", of which the best is the lowest}."""
+        fabric = self.fabric
+        sums = evaluate_part(
+            self.judged_model, self.task, "validation", limit=self.config.validation_windows,
+            rank=fabric.global_rank, world_size=fabric.world_size, autocast=fabric.autocast,
         )  # fmt: skip
-        sums = torch.tensor([total, count], dtype=torch.float64, device=self.fabric.device)
-        total, count = self.fabric.all_reduce(sums, reduce_op="sum").tolist()
-        return total / count
+        sums = torch.tensor(sums, dtype=torch.float64, device=fabric.device)
+        total, right, count = fabric.all_reduce(sums, reduce_op="sum").tolist()
+        values = {"validation_loss": total / max(1, count)}
+        if self.task.has_accuracy:
+            values["validation_accuracy"] = right / max(1, count)
+        self.check_finite(values["validation_loss"], "validation loss")
+        values["score"] = (
+            1 - values["validation_accuracy"] if self.config.select == "accuracy" else total / max(1, count)
+        )
+        return values
 
     def check_finite(self, loss, name):
         if not math.isfinite(loss):
@@ -233,7 +282,6 @@ class Trainer:
         log = MetricsLog(self.run, self.step, config.tensorboard) if main else None
         interval = 0.2 if os.isatty(2) else 10.0  # seconds; a log file wants few lines
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, mininterval=interval)
-        tokens_a_step = config.batch_size * config.model.block_size
         seconds, timed_steps, stopped, speed = 0.0, 0, 0, 0.0
         with (
             StopSignal() as stop,
@@ -250,22 +298,24 @@ class Trainer:
                     loss = fabric.all_reduce(loss, reduce_op="mean").item()  # waits for the device
                     self.check_finite(loss, "training loss")
                 seconds, timed_steps = seconds + time.perf_counter() - start, timed_steps + 1
+                self.seconds += time.perf_counter() - start
                 if log_now and main:
-                    speed = tokens_a_step * timed_steps / seconds
+                    speed = self.task.tokens_a_step * timed_steps / seconds
                     seconds, timed_steps = 0.0, 0
                     rate = learning_rate(self.step - 1, config.steps, config.optim)
                     norm = None if norm is None else float(norm)
-                    log.log(self.step, train_loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_second=speed)
-                    bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+                    log.log(
+                        self.step, train_loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_second=speed,
+                        mfu=self.utilization(speed), seconds=self.seconds,
+                    )  # fmt: skip
+                    bar.set_postfix_str(f"loss {loss:.4f}, {self.shown(speed)}", refresh=False)
                 bar.update()
                 if self.step % config.evaluate_every == 0 or self.step == config.steps:
-                    validation_loss = self.validate()
-                    self.check_finite(validation_loss, "validation loss")
-                    improved = validation_loss < self.best_loss
-                    self.best_loss = min(validation_loss, self.best_loss)
-                    self.stale = 0 if improved else self.stale + 1
-                    self.report(validation_loss, speed, log, bar)
-                    self.save(validation_loss)
+                    validation = self.validate()
+                    self.stale = 0 if validation["score"] < self.best_score else self.stale + 1
+                    self.best_score = min(validation["score"], self.best_score)
+                    self.report(validation, speed, log, bar)
+                    self.save(validation)
                 elif stopped:
                     self.check_finite(float(loss), "training loss")
                     self.save(None)
@@ -273,19 +323,34 @@ class Trainer:
             self.finish(stopped)
         return 128 + stopped if stopped else 0
 
-    def report(self, validation_loss, speed, log, bar):
+    def utilization(self, tokens_per_second):
+        """The model's arithmetic a second over that of the devices' matrix products (MFU); None where unknown."""
+        if self.peak is None:
+            return None
+        return tokens_per_second * self.flops_per_token / (self.peak * self.fabric.world_size)
+
+    def shown(self, speed):
+        utilization = self.utilization(speed)
+        return f"{speed:,.0f} tokens/s" + ("" if utilization is None else f", MFU {utilization:.0%}")
+
+    def report(self, validation, speed, log, bar):
         if log:
-            log.log(self.step, validation_loss=validation_loss)
-            speed = f"  {speed:,.0f} tokens/s" if speed else ""
-            bar.write(f"step {self.step}/{self.config.steps}  validation loss {validation_loss:.4f}{speed}")
+            values = {name: value for name, value in validation.items() if name != "score"}
+            log.log(self.step, **values)
+            speed = f"  {self.shown(speed)}" if speed else ""
+            told = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+            bar.write(f"step {self.step}/{self.config.steps}  {told}{speed}")
 
     def describe(self):
-        config, summary = self.config, self.data.summary
-        sizes = ", ".join(f"{name} {len(tokens):,}" for name, tokens in self.data.splits.items())
+        config, summary, task = self.config, self.task.summary, self.task
+        sizes = ", ".join(f"{name} {size}" for name, size in task.sizes.items())
+        trained = sum(p.numel() for p in self.raw_model.parameters() if p.requires_grad)
         print(
             f"text: {summary['source']}, {summary['characters']:,} characters, sha256 {summary['sha256']}\n"
-            f"tokens: {sizes}; vocabulary {self.data.tokenizer.vocab_size:,} ({config.data.tokenizer})\n"
-            f"model: {self.raw_model.num_parameters():,} parameters, layers from {config.layers}\n"
+            f"data: {sizes}; vocabulary {task.tokenizer.vocab_size:,}\n"
+            f"model: {self.raw_model.num_parameters():,} parameters"
+            + ("" if config.trained == "all" else f", {trained:,} of them trained")
+            + f", layers from {config.layers}\n"
             f"device: {self.fabric.device}, {self.fabric.world_size} process(es), "
             f"{torch.get_num_threads()} CPU threads, precision {config.precision}\n"
             f"run: {self.run}" + (f", continued after step {self.step}" if self.step else ""),
@@ -299,15 +364,14 @@ class Trainer:
             warn(f"stopped by {name} after step {self.step}, saved; continue with: fastattn train --resume {self.run}")
             return
         if self.step < self.config.steps:
-            print(f"stopped early after step {self.step}: no better validation loss in {self.stale} validations")
+            print(f"stopped early after step {self.step}: no better validation in {self.stale} validations")
         folder, meta = choose_checkpoint(self.run, "best")
-        load_weights(self.raw_model, folder)
+        load_weights(self.judged_model, folder)
         if meta["validation_loss"] is not None:  # None: saved by a signal, then resumed with fewer steps
-            print(f"best validation loss {meta['validation_loss']:.4f} at step {meta['step']}")
-        if self.config.sample_tokens:
-            prompt = self.data.tokenizer.encode(self.config.sample_prompt)
-            new = generate_tokens(self.raw_model, prompt, self.config.sample_tokens, seed=self.config.seed)
-            text = self.config.sample_prompt + self.data.tokenizer.decode(new)
+            accuracy = f", accuracy {meta['validation_accuracy']:.4f}" if "validation_accuracy" in meta else ""
+            print(f"best validation loss {meta['validation_loss']:.4f}{accuracy} at step {meta['step']}")
+        if text := self.task.sample(self.judged_model):
             write_atomic(self.run / "sample.txt", text)
             print(f"what it writes:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
-        print(f"loss curve: {plot}\nnext: fastattn evaluate {self.run}; fastattn generate {self.run} --prompt TEXT")
+        following = self.task.next_command.format(run=self.run)
+        print(f"loss curve: {plot}\nnext: fastattn evaluate {self.run}; {following}")

@@ -6,7 +6,10 @@ import math
 
 from .checkpoint import write_atomic
 
-COLUMNS = ("step", "train_loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second")
+COLUMNS = (
+    "step", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "grad_norm", "tokens_per_second",
+    "mfu", "seconds",
+)  # fmt: skip
 
 
 def read_metrics(run):

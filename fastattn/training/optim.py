@@ -45,3 +45,10 @@ def build_optimizer(model, optim, fused):
     return torch.optim.SGD(
         groups, lr=optim.learning_rate, momentum=momentum, nesterov=optim.name == "nesterov", fused=fused
     )
+
+
+def average_of(model, decay):
+    """The exponential moving average of a model's weights (AveragedModel), None for a decay of 0."""
+    if not decay:
+        return None
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))

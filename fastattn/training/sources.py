@@ -3,32 +3,14 @@
 import csv
 import gzip
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import builtin
-from .config import UsageError
+from .config import Columns, UsageError
 from .documents import PARTS, Documents
 from .text import SUFFIXES, decode_text, find_data, read_bytes
 
 TABLES = {".csv": ",", ".tsv": "\t"}
-
-
-@dataclass
-class Columns:
-    """Which columns of a table are read.
-
-    Args:
-        text: name of the column with the text
-        label: name of the column with the class, null = none
-        target: name of the column with the target text, null = none
-        names: names of the columns of a table that has no header line, empty = the first line names them
-    """
-
-    text: str = "text"
-    label: str | None = None
-    target: str | None = None
-    names: list[str] = field(default_factory=list)
 
 
 def read_documents(source, columns=None, *, target_source=None, unit="line"):
@@ -215,6 +197,14 @@ def _clinc150():
     }
 
 
+def _clinc150_text():
+    """The unlabelled Wikipedia sentences and the questions of the training part; validation: its questions."""
+    parts = _clinc150()
+    sentences = [line.strip() for line in _content(find_data("clinc150", "all_wiki_sents.txt")).split("\n")]
+    text = [*filter(None, sentences), *parts["train"].texts]
+    return {"train": Documents(list(dict.fromkeys(text))), "validation": Documents(parts["validation"].texts)}
+
+
 def _multi30k():
     files = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
     folder = find_data("multi30k", "train.en.gz").parent
@@ -226,13 +216,15 @@ def _python_docs_es():
     return {"all": _read_path(find_data("python_docs_es", "en-es.tsv.gz"), columns, "line")}
 
 
-NAMED_SETS = {  # the first three are made from what Python itself carries
+NAMED_SETS = {  # the first four are made from what Python itself carries
     "docstrings": builtin.docstrings,
+    "docstring_text": builtin.docstring_text,
     "docstring_classes": builtin.docstring_classes,
     "hangul": builtin.hangul,
     "sst2": _sst2,
     "sms_spam": _sms_spam,
     "clinc150": _clinc150,
+    "clinc150_text": _clinc150_text,
     "multi30k": _multi30k,
     "python_docs_es": _python_docs_es,
 }

@@ -39,7 +39,10 @@ def read_text(source):
 
 def resolve_source(source):
     """The source as a run should remember it: a name stays, a path becomes absolute."""
-    return source if source in ("topics", "shakespeare") else str(Path(source).expanduser().resolve())
+    from .sources import NAMED_SETS
+
+    is_name = source in ("topics", "shakespeare", *NAMED_SETS) or source.startswith("hf:")
+    return source if is_name else str(Path(source).expanduser().resolve())
 
 
 def split_text(text, validation_fraction, test_fraction):

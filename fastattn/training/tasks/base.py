@@ -1,0 +1,180 @@
+"""What the training loop asks of a task, and what tasks on documents have in common."""
+
+import hashlib
+import json
+
+import torch
+import torch.nn.functional as F
+
+from ..batches import IGNORED, LengthBatches, by_length, limit_documents
+from ..config import UsageError
+from ..documents import PARTS
+from ..sources import read_documents
+from ..split import split_documents
+from ..tokenizer import BEGIN, END, SPECIALS, build_tokenizer
+
+SPLIT_SEED = 0  # the parts of a source are the same whatever seed a run has, so that runs can be compared
+
+
+class Task:
+    """The interface; `rows` are tuples of tensors whose first dimension is the batch, on the CPU.
+
+    Attributes:
+        tokenizer: as of build_tokenizer.
+        summary: what data.json keeps: source, characters, sha256, and what a model's shape follows from.
+        sizes: {part: text}, how much of it there is.
+        steps_an_epoch: batches in a pass over the training part.
+        tokens_a_step: tokens that a step reads, on average.
+    """
+
+    next_command = "fastattn generate {run} --prompt TEXT"  # what to do with a trained model
+    has_accuracy = False  # whether `sums` counts right predictions
+
+    def train_rows(self, step):
+        """The batch of a step, config.batch_size rows: a pure function of (seed, step)."""
+        raise NotImplementedError
+
+    def rows(self, part, limit=None, rank=0, world_size=1):
+        """Yields all of a part in batches, in an order that never changes; those of this process."""
+        raise NotImplementedError
+
+    def inputs(self, rows):
+        """The arguments for which the model returns the mean loss over `count(rows)` predictions."""
+        return rows
+
+    def count(self, rows):
+        return rows[-1].numel()
+
+    @staticmethod
+    def build_model(config, tokenizer, summary, layers=None):
+        """The model of a TrainConfig, on the CPU; `summary`: data.json."""
+        raise NotImplementedError
+
+    def initialize(self, model):
+        """What a new model of this task starts with beside its own initial weights."""
+
+    def check_sample(self):
+        """Raises UsageError if `sample` could not be made."""
+
+    def sample(self, model):
+        """What the best model writes at the end of training: text, "" for nothing."""
+        return ""
+
+    def sums(self, model, rows, device):
+        """(loss summed over predictions in nats, right predictions, predictions) of a model in evaluation mode."""
+        count = self.count(rows)
+        loss = model(*_to(self.inputs(rows), device))
+        return loss.double().item() * count, 0, count
+
+    def report(self, model, part, **options):
+        """Scores of a model on a part: dict for report.json."""
+        raise NotImplementedError
+
+
+def _to(values, device):
+    return tuple(value.to(device) if torch.is_tensor(value) else value for value in values)
+
+
+def summed_loss_of_logits(logits, targets):
+    """(summed cross-entropy in nats, right predictions, predictions); targets of -100 do not count."""
+    wanted = targets != IGNORED
+    logits, targets = logits[wanted].float(), targets[wanted]
+    loss = F.cross_entropy(logits, targets, reduction="sum").double().item()
+    return loss, int((logits.argmax(-1) == targets).sum()), len(targets)
+
+
+def shape_of(config, layers=None):
+    """The arguments that all models share, from a TrainConfig."""
+    shape = dict(vars(config.model))
+    for name in ("body", "pooling", "embedding"):
+        del shape[name]
+    return {**shape, "label_smoothing": config.optim.label_smoothing, "layers": layers or config.layers}
+
+
+class DocumentTask(Task):
+    """A task on documents in three parts, read in batches of about equal length.
+
+    A source that is published in parts keeps them; what is missing is drawn from the training part.
+    """
+
+    tokenize_targets = False
+
+    @classmethod
+    def without_data(cls, config, tokenizer, summary):
+        """A task that can do with texts what a model has learnt, without the data it was learnt from."""
+        task = cls.__new__(cls)
+        task.config, task.tokenizer, task.summary = config, tokenizer, summary
+        task.specials = {name: task.special(name) for name in SPECIALS}
+        return task
+
+    def __init__(self, config, tokenizer=None):
+        self.config = config
+        self.parts = self.read_parts(config.data)
+        texts = [text for part in self.parts.values() for text in part.texts]
+        self.tokenizer = tokenizer or self.learn_tokenizer(config.data)
+        self.summary = {
+            "source": config.data.source,
+            "characters": sum(map(len, texts)),
+            "sha256": hashlib.sha256(
+                json.dumps([[p.texts, p.labels, p.targets] for p in self.parts.values()]).encode()
+            ).hexdigest()[:16],
+        }
+        self.specials = {name: self.special(name) for name in SPECIALS}
+        self.prepare()
+        self.sizes = {name: f"{len(self.examples[name]):,} documents" for name in self.examples}
+        lengths = self.lengths("train")
+        self.train_batches = LengthBatches(lengths, config.batch_size, config.seed)
+        self.steps_an_epoch = self.train_batches.batches_an_epoch
+        self.tokens_a_step = round(config.batch_size * sum(lengths) / max(1, len(lengths)))
+
+    def read_parts(self, data):
+        parts = read_documents(data.source, data.columns, target_source=data.target_source, unit=data.unit)
+        if "all" in parts:
+            parts = split_documents(parts["all"], data.validation_fraction, data.test_fraction, SPLIT_SEED)
+        elif "train" not in parts:
+            raise UsageError(f"source {data.source!r}: expected a training part, got {', '.join(parts)}")
+        elif "validation" not in parts:
+            parts = parts | split_documents(parts["train"], data.validation_fraction, 0.0, SPLIT_SEED)
+        if data.train_limit is not None:
+            parts["train"] = limit_documents(parts["train"], data.train_limit)
+        return {name: parts[name] for name in PARTS if name in parts}
+
+    def learn_tokenizer(self, data):
+        def texts(parts):
+            for part in parts:
+                yield from part.texts
+                if self.tokenize_targets:
+                    yield from part.targets
+
+        return build_tokenizer(
+            data.tokenizer, texts(self.parts.values()), texts([self.parts["train"]]), data.vocab_size, SPECIALS
+        )
+
+    def special(self, name):
+        number = self.tokenizer.number_of(name)
+        if number is None:
+            raise UsageError(f"tokenizer: expected the token {name} for task {self.config.task}, got none")
+        return number
+
+    def encode(self, text):
+        """Token numbers of a text between the tokens that begin and end it, cut to block_size."""
+        numbers = self.tokenizer.encode(text)[: max(0, self.config.model.block_size - 2)]
+        return [self.specials[BEGIN], *numbers, self.specials[END]]
+
+    def prepare(self):
+        """Set self.examples: {part: list}, whatever `collate` makes rows from."""
+        raise NotImplementedError
+
+    def lengths(self, part):
+        raise NotImplementedError
+
+    def collate(self, part, indices, key):
+        """The rows of these examples; `key`: two ints that decide what is drawn."""
+        raise NotImplementedError
+
+    def train_rows(self, step):
+        return self.collate("train", self.train_batches[step].tolist(), (self.config.seed, step))
+
+    def rows(self, part, limit=None, rank=0, world_size=1):
+        for indices in by_length(self.lengths(part), 64, rank, world_size):
+            yield self.collate(part, indices, (0, indices[0]))

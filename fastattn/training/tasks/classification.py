@@ -1,0 +1,86 @@
+"""The class of a document."""
+
+import torch
+
+from ..batches import by_length, pad
+from ..config import UsageError
+from ..tokenizer import PAD
+from .base import DocumentTask, shape_of, summed_loss_of_logits
+
+
+class Classification(DocumentTask):
+    """Rows (tokens, lengths, classes); the classes are those of the training part, in alphabetical order."""
+
+    has_accuracy = True
+    next_command = "fastattn predict {run} TEXT"
+
+    def prepare(self):
+        source = self.config.data.source
+        if any(part.labels is None for part in self.parts.values()):
+            raise UsageError(
+                f"source {source!r}: expected labels, got none; name their column with --data.columns.label"
+            )
+        names = sorted(set(self.parts["train"].labels))
+        if len(names) < 2:
+            raise UsageError(f"source {source!r}: expected at least two classes, got only {names[0]!r}")
+        numbers = {name: number for number, name in enumerate(names)}
+        for name, part in self.parts.items():
+            if unknown := sorted(set(part.labels) - numbers.keys()):
+                raise UsageError(
+                    f"source {source!r}: expected classes of the training part in the {name} part, got {unknown[0]!r}"
+                )
+        self.summary["labels"] = names
+        self.examples = {name: list(map(self.encode, part.texts)) for name, part in self.parts.items()}
+        self.classes = {name: [numbers[label] for label in part.labels] for name, part in self.parts.items()}
+
+    def lengths(self, part):
+        return list(map(len, self.examples[part]))
+
+    def collate(self, part, indices, key):
+        chosen = [self.examples[part][i] for i in indices]
+        lengths = torch.tensor(list(map(len, chosen)))
+        return pad(chosen, self.specials[PAD]), lengths, torch.tensor([self.classes[part][i] for i in indices])
+
+    @staticmethod
+    def build_model(config, tokenizer, summary, layers=None):
+        from fastattn.models import Classifier
+
+        shape = shape_of(config, layers)
+        del shape["tied"]
+        return Classifier(
+            tokenizer.vocab_size, len(summary["labels"]), body=config.model.body, pooling=config.model.pooling, **shape
+        )
+
+    def sums(self, model, rows, device):
+        tokens, lengths, classes = (tensor.to(device) for tensor in rows)
+        return summed_loss_of_logits(model(tokens, lengths), classes)
+
+    def initialize(self, model):
+        if self.config.model.embedding == "word2vec":
+            from ..vectors import initialize_embedding, word2vec
+
+            vectors = word2vec(self.parts["train"].texts, self.config.model.d_model, seed=self.config.seed)
+            initialize_embedding(model.token_embedding, self.tokenizer, vectors)
+
+    @property
+    def names(self):
+        return self.summary["labels"]
+
+    @torch.no_grad()
+    def predict(self, model, texts):
+        """Probabilities (texts, classes) fp32 on the CPU."""
+        device = next(model.parameters()).device
+        encoded = list(map(self.encode, texts))
+        lengths = list(map(len, encoded))
+        result = torch.empty(len(texts), len(self.names))
+        for indices in by_length(lengths, 64):
+            tokens = pad([encoded[i] for i in indices], self.specials[PAD]).to(device)
+            logits = model(tokens, torch.tensor([lengths[i] for i in indices], device=device))
+            result[indices] = logits.float().softmax(-1).cpu()
+        return result
+
+    def report(self, model, part):
+        from ..scores import classification_scores
+
+        probabilities = self.predict(model, self.parts[part].texts).numpy()
+        return classification_scores(self.classes[part], probabilities.argmax(-1), probabilities, self.names)

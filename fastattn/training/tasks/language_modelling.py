@@ -1,0 +1,156 @@
+"""The next token of a text, of tokens on disk, or of documents packed into rows."""
+
+import hashlib
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..batches import IGNORED
+from ..config import UsageError
+from ..data import TextData, random_starts, to_tokens, window_starts
+from ..documents import PARTS
+from ..generate import generate_tokens
+from ..text import read_text
+from ..token_file import SUFFIX, open_tokens
+from ..tokenizer import END, UNKNOWN, build_tokenizer, load_tokenizer
+from .base import DocumentTask, Task, shape_of
+
+
+class LanguageModelling(Task):
+    """Rows of block_size tokens: random windows to learn from, consecutive ones to evaluate on.
+
+    A row is (tokens, the tokens that follow them), and with config.data.packed the number of each token's document:
+    attention stays within a document, and its last token has no target.
+    """
+
+    def __init__(self, config, tokenizer=None):
+        self.config, data = config, config.data
+        self.ends = {}
+        folder = Path(data.source).expanduser()
+        if (folder / f"train{SUFFIX}").is_file():
+            self._open_folder(folder)
+        elif data.packed:
+            self._pack_documents(data, tokenizer)
+        else:
+            text = TextData(data, tokenizer)
+            self.tokenizer, self.splits, self.summary = text.tokenizer, text.splits, text.summary
+        block_size = config.model.block_size
+        for name, tokens in self.splits.items():
+            if len(tokens) <= block_size:
+                raise UsageError(
+                    f"text {data.source!r}: expected more than block_size = {block_size} tokens in the {name} split, "
+                    f"got {len(tokens)}"
+                )
+        self.sizes = {name: f"{len(tokens):,} tokens" for name, tokens in self.splits.items()}
+        self.tokens_a_step = config.batch_size * block_size
+        self.steps_an_epoch = max(1, len(self.splits["train"]) // self.tokens_a_step)
+
+    def _open_folder(self, folder):
+        self.tokenizer = load_tokenizer(folder / "tokenizer.json")
+        self.splits = {p: open_tokens(folder / f"{p}{SUFFIX}") for p in PARTS if (folder / f"{p}{SUFFIX}").exists()}
+        if "validation" not in self.splits:
+            raise UsageError(
+                f"tokens {str(folder)!r}: expected validation{SUFFIX} beside train{SUFFIX}, got none; tokenize the "
+                "folder that `fastattn data split` wrote"
+            )
+        if self.config.data.packed:
+            for name in self.splits:
+                self.ends[name] = torch.from_numpy(np.fromfile(folder / f"{name}.ends", "<i8"))
+        content = b"".join(self.splits[name][:1_000_000].numpy().tobytes() for name in self.splits)
+        self.summary = {
+            "source": str(folder),
+            "characters": sum(map(len, self.splits.values())),
+            "sha256": hashlib.sha256(content).hexdigest()[:16],
+        }
+
+    def _pack_documents(self, data, tokenizer):
+        parts = DocumentTask.read_parts(self, data)
+        texts = [text for part in parts.values() for text in part.texts]
+        specials = [UNKNOWN, END] if data.tokenizer in ("word", "wordpiece") else [END]
+        self.tokenizer = tokenizer or build_tokenizer(
+            data.tokenizer, texts, parts["train"].texts, data.vocab_size, specials
+        )
+        end = self.tokenizer.number_of(END)
+        if end is None:
+            raise UsageError(f"tokenizer: expected the token {END} for packed documents, got none")
+        self.splits = {}
+        for name, part in parts.items():
+            numbers = [torch.tensor([*self.tokenizer.encode(text), end], dtype=torch.int32) for text in part.texts]
+            self.splits[name] = torch.cat(numbers)
+            self.ends[name] = torch.tensor([len(n) for n in numbers]).cumsum(0)
+        self.summary = {
+            "source": data.source,
+            "characters": sum(map(len, texts)),
+            "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
+        }
+
+    def _windows(self, part, starts):
+        positions = starts[:, None] + torch.arange(self.config.model.block_size + 1)
+        tokens = self.splits[part][positions].long()
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if not self.config.data.packed:
+            return inputs, targets
+        documents = torch.searchsorted(self.ends[part], positions, right=True)
+        inside = documents[:, 1:] == documents[:, :-1]
+        return inputs, targets.masked_fill(~inside, IGNORED), documents[:, :-1]
+
+    def train_rows(self, step):
+        config, tokens = self.config, self.splits["train"]
+        starts = random_starts(len(tokens), config.seed, step, config.batch_size, config.model.block_size)
+        return self._windows("train", starts)
+
+    def rows(self, part, limit=None, rank=0, world_size=1):
+        for starts in window_starts(len(self.splits[part]), self.config.model.block_size, limit, rank, world_size):
+            yield self._windows(part, starts)
+
+    def count(self, rows):
+        return int((rows[1] != IGNORED).sum()) if self.config.data.packed else rows[1].numel()
+
+    def inputs(self, rows):
+        if not self.config.data.packed:
+            return rows
+        tokens, targets, documents = rows
+        first = torch.ones_like(documents, dtype=torch.bool)
+        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        starts = first.flatten().nonzero()[:, 0]
+        cu_seqlens = torch.cat([starts, torch.tensor([tokens.numel()])]).int()
+        return tokens, targets, None, cu_seqlens
+
+    @staticmethod
+    def build_model(config, tokenizer, summary, layers=None):
+        from fastattn.models import CausalLM
+
+        return CausalLM(tokenizer.vocab_size, **shape_of(config, layers))
+
+    def check_sample(self):
+        if self.config.sample_tokens:
+            self.tokenizer.encode(self.config.sample_prompt)
+
+    def sample(self, model):
+        if not self.config.sample_tokens:
+            return ""
+        prompt = self.tokenizer.encode(self.config.sample_prompt)
+        new = generate_tokens(model, prompt, self.config.sample_tokens, seed=self.config.seed)
+        return self.config.sample_prompt + self.tokenizer.decode(new)
+
+    def report(self, model, part, *, text=None):
+        """Loss over a whole part, or over another text that is read whole, in windows of block_size tokens."""
+        from ..evaluate import evaluate_part
+        from ..scores import language_scores
+
+        if text is not None:
+            block_size, tokens = self.config.model.block_size, to_tokens(self.tokenizer, read_text(text))
+            if len(tokens) <= block_size:
+                raise UsageError(
+                    f"text {text!r}: expected more than block_size = {block_size} tokens, got {len(tokens)}"
+                )
+            self.splits, part, self.ends = {"all": tokens}, "all", {"all": torch.tensor([len(tokens)])}
+        start = time.perf_counter()
+        total, _, count = evaluate_part(model, self, part)
+        seconds = time.perf_counter() - start
+        read = math.floor((len(self.splits[part]) - 1) / self.config.model.block_size) * self.config.model.block_size
+        characters = len(self.tokenizer.decode(self.splits[part][1 : read + 1].tolist()))
+        return {**language_scores(total, count, characters), "tokens_per_second": read / seconds}

@@ -1,0 +1,62 @@
+"""Tokens under a mask, from the tokens on both sides: what an encoder is pretrained with."""
+
+import math
+
+import torch
+
+from ..batches import IGNORED, draw_masks, pad
+from ..config import UsageError
+from ..tokenizer import BEGIN, END, MASK, PAD
+from .base import DocumentTask, shape_of, summed_loss_of_logits
+
+
+class MaskedLanguageModelling(DocumentTask):
+    """Rows (tokens, lengths, targets), other masks in every epoch; those of validation never change.
+
+    Documents longer than block_size are cut into pieces.
+    """
+
+    has_accuracy = True
+    next_command = "fastattn train --task classify --start {run} --data.source SOURCE --run NEW"
+
+    def prepare(self):
+        longest = self.config.model.block_size - 2
+        if longest < 1:
+            raise UsageError(f"model.block_size: expected at least 3 for masked_lm, got {longest + 2}")
+        self.examples = {}
+        for name, part in self.parts.items():
+            encoded = (self.tokenizer.encode(text) for text in part.texts)
+            self.examples[name] = [
+                [self.specials[BEGIN], *numbers[start : start + longest], self.specials[END]]
+                for numbers in encoded
+                for start in range(0, len(numbers), longest)
+            ]
+
+    def lengths(self, part):
+        return list(map(len, self.examples[part]))
+
+    def collate(self, part, indices, key):
+        chosen = [self.examples[part][i] for i in indices]
+        tokens, lengths = pad(chosen, self.specials[PAD]), torch.tensor(list(map(len, chosen)))
+        specials = list(self.specials.values())
+        tokens, targets = draw_masks(tokens, lengths, specials, self.specials[MASK], self.tokenizer.vocab_size, key)
+        return tokens, lengths, targets
+
+    def count(self, rows):
+        return int((rows[2] != IGNORED).sum())
+
+    @staticmethod
+    def build_model(config, tokenizer, summary, layers=None):
+        from fastattn.models import MaskedLM
+
+        return MaskedLM(tokenizer.vocab_size, **shape_of(config, layers))
+
+    def sums(self, model, rows, device):
+        tokens, lengths, targets = (tensor.to(device) for tensor in rows)
+        return summed_loss_of_logits(model(tokens, lengths), targets)
+
+    def report(self, model, part):
+        from ..evaluate import evaluate_part
+
+        loss, right, count = evaluate_part(model, self, part)
+        return {"loss": loss / count, "perplexity": math.exp(loss / count), "accuracy": right / count, "tokens": count}

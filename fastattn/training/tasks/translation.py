@@ -1,0 +1,84 @@
+"""What a document becomes: a translation, a spelling, a summary."""
+
+import torch
+
+from ..batches import IGNORED, by_length, pad
+from ..config import UsageError
+from ..tokenizer import BEGIN, END, PAD
+from .base import DocumentTask, shape_of
+
+
+class Translation(DocumentTask):
+    """Rows (source, its lengths, target behind the token that begins it, target before the token that ends it).
+
+    One vocabulary serves both languages.
+    """
+
+    tokenize_targets = True
+
+    def prepare(self):
+        if any(part.targets is None for part in self.parts.values()):
+            raise UsageError(
+                f"source {self.config.data.source!r}: expected targets, got none; name their column with "
+                "--data.columns.target or their file with --data.target_source"
+            )
+        self.examples = {
+            name: [
+                (self.encode(text)[1:], self.encode(target)) for text, target in zip(p.texts, p.targets, strict=True)
+            ]
+            for name, p in self.parts.items()
+        }
+
+    def lengths(self, part):
+        return [len(source) + len(target) for source, target in self.examples[part]]
+
+    def collate(self, part, indices, key):
+        sources, targets = zip(*(self.examples[part][i] for i in indices), strict=True)
+        lengths = torch.tensor(list(map(len, sources)))
+        target_in = pad([target[:-1] for target in targets], self.specials[PAD])
+        return pad(sources, self.specials[PAD]), lengths, target_in, pad([t[1:] for t in targets], IGNORED)
+
+    def count(self, rows):
+        return int((rows[3] != IGNORED).sum())
+
+    @staticmethod
+    def build_model(config, tokenizer, summary, layers=None):
+        from fastattn.models import Seq2Seq
+
+        return Seq2Seq(tokenizer.vocab_size, **shape_of(config, layers))
+
+    def translate(self, model, texts, *, beams=1, length_penalty=1.0):
+        """The texts as the model writes them: list of str."""
+        device = next(model.parameters()).device
+        encoded = [self.encode(text)[1:] for text in texts]
+        lengths = list(map(len, encoded))
+        result = [""] * len(texts)
+        for indices in by_length(lengths, 64):
+            written = model.generate(
+                pad([encoded[i] for i in indices], self.specials[PAD]).to(device),
+                torch.tensor([lengths[i] for i in indices], device=device),
+                begin=self.specials[BEGIN], end=self.specials[END], beams=beams, length_penalty=length_penalty,
+                max_new_tokens=min(self.config.model.block_size - 1, 2 * max(lengths[i] for i in indices) + 10),
+            )  # fmt: skip
+            for i, numbers in zip(indices, written, strict=True):
+                result[i] = self.tokenizer.decode(numbers)
+        return result
+
+    def sample(self, model):
+        part = self.parts["validation"].select(range(min(5, len(self.parts["validation"]))))
+        written = self.translate(model, part.texts)
+        return "".join(f"{text}\n  -> {target}\n" for text, target in zip(part.texts, written, strict=True))
+
+    def report(self, model, part, *, beams=1):
+        from ..evaluate import evaluate_part
+        from ..scores import translation_scores
+
+        loss, _, count = evaluate_part(model, self, part)
+        documents = self.parts[part]
+        written = self.translate(model, documents.texts, beams=beams)
+        examples = [
+            {"source": source, "written": text, "reference": target}
+            for source, text, target in list(zip(documents.texts, written, documents.targets, strict=True))[:5]
+        ]
+        scores = translation_scores(written, documents.targets)
+        return {"loss": loss / count, "beams": beams, **scores, "examples": examples}

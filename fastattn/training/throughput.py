@@ -1,0 +1,42 @@
+"""How much of a device's arithmetic a training run uses (model FLOPs utilization, MFU)."""
+
+import time
+
+import torch
+
+# dense bf16 and fp16 products of a device, FLOP/s, by the makers' data sheets; sparse figures are twice these
+PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def flops_per_token(model, shape):
+    """Operations of a training step for each token.
+
+    6 a weight of a matrix, 12 * d_model * block_size a layer of attention. Looking up an embedding costs nothing, an
+    output layer counts also when it is tied to the embedding.
+
+    Args:
+        model: nn.Module.
+        shape: ModelConfig.
+    Source: Chowdhery et al. 2022, "PaLM: scaling language modeling with pathways", appendix B.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings)
+    if hasattr(model, "token_embedding") and getattr(model, "tied", False):
+        weights += model.token_embedding.weight.numel()
+    attention = shape.n_layer * shape.d_model * shape.block_size if shape.body == "transformer" else 0
+    return 6 * weights + 12 * attention
+
+
+def peak_flops(device, precision):
+    """FLOP/s of matrix products: a GPU's by its data sheet, a CPU's measured (about 0.1 s); None for an unknown GPU."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+        return peak if precision != "32-true" else None
+    n, best = 768, float("inf")
+    a, b = torch.rand(n, n), torch.rand(n, n)
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
