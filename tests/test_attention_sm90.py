@@ -102,9 +102,9 @@ def random_call(seed):
     return q, k, v, kwargs
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(8))
 def test_random_calls(part, monkeypatch):
-    for seed in range(part, 24, 4):
+    for seed in range(part, 24, 8):
         q, k, v, kwargs = random_call(seed)
         check(monkeypatch, f"seed {seed}", q, k, v, **kwargs)
 
