@@ -20,8 +20,10 @@ check() {
 if [ -z "${FASTATTN_REQUIRE+set}" ] && [ -e fastattn/_cpu.so ]; then
   export FASTATTN_REQUIRE=native
 fi
-check "${pytest[@]}" "$@"
+# a file stays on one worker, so that what its tests share is made once
+parallel=(-n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile)
+check "${pytest[@]}" "${parallel[@]}" "$@"
 if [ -n "${CI:-}" ]; then
-  check "${pytest[@]}" benchmarks --benchmark-disable
+  check "${pytest[@]}" benchmarks --benchmark-disable "${parallel[@]}"
 fi
 exit "$status"
