@@ -21,6 +21,7 @@ if [ -z "${FASTATTN_REQUIRE+set}" ] && [ -e fastattn/_cpu.so ]; then
   export FASTATTN_REQUIRE=native
 fi
 # a file stays on one worker, so that what its tests share is made once
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests of several threads ask for them
 parallel=(-n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile)
 check "${pytest[@]}" "${parallel[@]}" "$@"
 if [ -n "${CI:-}" ]; then
