@@ -102,7 +102,7 @@ hopper() {
   [ "$capability" = "9 0" ] || { echo "compute capability $capability: these kernels are for 9 0" && return 0; }
   local pytest=("$python" -P -m pytest -q -x -p no:cacheprovider)
   timeout 120 "${pytest[@]}" tests/test_sm90_units.py || return 1
-  for name in lengths stages random packed hidden nothing strides empty same_bits backward_after raw nan_in; do
+  for name in lengths stages random packed columns hidden nothing strides empty same_bits backward_after raw nan_in; do
     echo "[$name]"
     timeout 60 "${pytest[@]}" tests/test_attention_sm90.py -k "$name" || code=1
   done

@@ -20,8 +20,11 @@ check() {
 if [ -z "${FASTATTN_REQUIRE+set}" ] && [ -e fastattn/_cpu.so ]; then
   export FASTATTN_REQUIRE=native
 fi
-check "${pytest[@]}" "$@"
+# a file stays on one worker, so that what its tests share is made once
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests of several threads ask for them
+parallel=(-n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile)
+check "${pytest[@]}" "${parallel[@]}" "$@"
 if [ -n "${CI:-}" ]; then
-  check "${pytest[@]}" benchmarks --benchmark-disable
+  check "${pytest[@]}" benchmarks --benchmark-disable "${parallel[@]}"
 fi
 exit "$status"

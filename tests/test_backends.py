@@ -177,7 +177,7 @@ def hopper(monkeypatch, capability=(9, 0)):
 def attention_facts(**facts):
     from fastattn.ops.attention import Facts
 
-    return tuple(Facts(**{"device": "cuda", "dtype": torch.bfloat16, "head_dim_64_or_128": True} | facts))
+    return tuple(Facts(**{"device": "cuda", "dtype": torch.bfloat16, "hopper_head_dim": True} | facts))
 
 
 def test_kernels_that_no_hardware_has_run_are_used_only_where_they_are_named(monkeypatch, no_override):
@@ -197,8 +197,8 @@ def test_kernels_that_no_hardware_has_run_are_used_only_where_they_are_named(mon
     ("facts", "reason"),
     [
         ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
-        ({"head_dim_64_or_128": False}, "it takes head dims 64 and 128, the same for q, k and v"),
-        ({"unequal_head_dims": True}, "it takes head dims 64 and 128, the same for q, k and v"),
+        ({"hopper_head_dim": False}, "it takes head dims 64, 96 and 128, the same for q, k and v"),
+        ({"unequal_head_dims": True}, "it takes head dims 64, 96 and 128, the same for q, k and v"),
         ({"mask": True, "dropout": True}, "it takes no mask, no dropout"),
         ({"bias_dtype": torch.float32}, "it takes no bias"),
         ({"alibi": True, "softcap": True, "sink": True}, "it takes no ALiBi, no softcap, no sink"),

@@ -117,6 +117,18 @@ inline void keep_group(float* dst, uint32_t group, int first, int count, uint32_
   }
 }
 
+// f(T{}) for the storage type of `dtype`
+template <typename F>
+inline void with_storage_type(DType dtype, F&& f) {
+  if (dtype == DType::kFloat32) {
+    f(float{});
+  } else if (dtype == DType::kBFloat16) {
+    f(BF16{});
+  } else {
+    f(FP16{});
+  }
+}
+
 // The rules of one (batch, head), applied tile by tile: prepare() before the product, finish() after it.
 class Scores {
  public:
@@ -183,8 +195,8 @@ class Scores {
         return visible != 0;
       }
     }
-    bool some = false, all = true;
     if (per_key) {
+      bool some = false, all = true;
       additive_row(add_, i0, j0, keys);
       for (int j = 0; j < keys; ++j) {
         flags_[j] = !(add_[j] == -kInf);
@@ -192,35 +204,19 @@ class Scores {
         all &= flags_[j];
       }
       kind_ = Kind::kPerKey;
-    } else {
-      additive_tile(i0, rows, j0, keys);
-      fetch_next(i0, rows, j0);
-      const int width = static_cast<int>(round_up(rows, kVec));
-      Vec least = Vec::fill(0.f);
-      for (int j = 0; j < keys; ++j) {
-        for (int x = 0; x < width; x += kVec) {
-          least = min(least, Vec::load(add_ + j * kLanes + x));
-        }
-      }
-      kind_ = Kind::kTile;
-      if ((-least).max() < kInf) {  // no -inf: all is seen
-        return true;
-      }
-      for (int j = 0; j < keys; ++j) {
-        Vec most = Vec::fill(-kInf);
-        for (int x = 0; x < width; x += kVec) {
-          most = max(most, Vec::load(add_ + j * kLanes + x));
-        }
-        flags_[j] = !(most.max() == -kInf);
-        some |= flags_[j];
-        all &= flags_[j];
-      }
+      seen_ = all ? nullptr : flags_;
+      return some;
     }
-    seen_ = all ? nullptr : flags_;
-    return some;
+    if (adds_directly(i0, rows, j0, keys)) {
+      kind_ = Kind::kDirect;
+      return true;
+    }
+    additive_tile(i0, rows, j0, keys);
+    kind_ = Kind::kTile;
+    return find_seen(rows, keys);
   }
 
-  // Keys that some query of the tile sees, or null if all are.
+  // Keys that some query of the tile sees, or null if all are; after finish().
   const uint8_t* seen() const { return seen_; }
   const float* slope_of_cap() const { return slope_of_cap_; }
 
@@ -233,7 +229,15 @@ class Scores {
   // Raw products s[key][lane] become scores times log2(e), -inf where invisible.
   void finish(float* s, int keys, int lane_vecs) {
     const float cap = args_.softcap;
-    const Vec multiplier = Vec::fill(cap > 0 ? args_.scale / cap : multiplier_), hidden = Vec::fill(-kInf);
+    if (kind_ == Kind::kDirect) {
+      with_storage_type(args_.bias_dtype, [&](auto type) { multiply_and_add_bias<decltype(type)>(s); });
+      if (slope_ == 0.f && !edge_) {
+        return;
+      }
+    }
+    const bool adds = kind_ == Kind::kPerKey || kind_ == Kind::kTile;
+    const Vec multiplier = Vec::fill(kind_ == Kind::kDirect ? 1.f : cap > 0 ? args_.scale / cap : multiplier_);
+    const Vec hidden = Vec::fill(-kInf);
     const int64_t diagonal = i0_ + sequence_->off;
     for (int r = 0; r < keys; ++r) {
       const int64_t j = j0_ + r;
@@ -249,9 +253,9 @@ class Scores {
           }
           score = t * Vec::fill(cap * kLog2e);
         }
-        if (kind_ != Kind::kNone) {
-          const Vec add = kind_ == Kind::kPerKey ? Vec::fill(add_[r]) : Vec::load(add_ + r * kLanes + x * kVec);
-          score = select(add < Vec::fill(-3.4028234e38f), hidden, fma(add, Vec::fill(kLog2e), score));
+        if (adds) {
+          score =
+              add_or_hide(score, kind_ == Kind::kPerKey ? Vec::fill(add_[r]) : Vec::load(add_ + r * kLanes + x * kVec));
         }
         if (slope_ != 0.f) {
           const Vec distance = lanes_from(static_cast<float>(diagonal - j + x * kVec));
@@ -283,14 +287,15 @@ class Scores {
   }
 
  private:
-  enum class Kind { kNone, kPerKey, kTile };
+  // what mask and bias add: nothing, one number a key, the tile add_, or a bias that is read where it is added
+  enum class Kind { kNone, kPerKey, kTile, kDirect };
 
   static float bound(int64_t lane) { return static_cast<float>(lane < -1 ? -1 : lane > kLanes ? kLanes : lane); }
 
   template <typename T>
   void bias_row(float* dst, int64_t i, int64_t j0, int keys) const {
     const ScoreTensor& t = args_.bias;
-    const T* src = static_cast<const T*>(t.data) + bias_offset_ + i * t.row + j0 * t.key;
+    const T* src = bias_at<T>(i, j0);
     if (t.key == 1) {
       widen_row(dst, src, keys, kKeys);
     } else {
@@ -300,14 +305,85 @@ class Scores {
     }
   }
 
-  // The tile of a bias without a mask, whole blocks of fp32 straight from where it lies.
-  void additive_tile(int64_t i0, int rows, int64_t j0, int keys) {
+  static Vec add_or_hide(Vec score, Vec add) {
+    return select(add < Vec::fill(-3.4028234e38f), Vec::fill(-kInf), fma(add, Vec::fill(kLog2e), score));
+  }
+
+  // Whole tiles of a bias in rows of memory need no copy. A tile that begins with -inf may be hidden altogether, which
+  // must be known before the product.
+  bool adds_directly(int64_t i0, int rows, int64_t j0, int keys) const {
     const ScoreTensor& t = args_.bias;
-    if (!mask_ && args_.bias_dtype == DType::kFloat32 && t.key == 1 && rows == kLanes && keys == kKeys) {
-      const float* src = static_cast<const float*>(t.data) + bias_offset_ + i0 * t.row + j0;
-      transpose(add_, kLanes, src, t.row, kLanes, kKeys);
-      return;
+    if (mask_ || args_.softcap > 0 || t.key != 1 || rows != kLanes || keys != kKeys) {
+      return false;
     }
+    float corner;
+    with_storage_type(args_.bias_dtype, [&](auto type) { corner = to_float(*bias_at<decltype(type)>(i0, j0)); });
+    return corner != -kInf;
+  }
+
+  template <typename T>
+  const T* bias_at(int64_t i, int64_t j) const {
+    return static_cast<const T*>(args_.bias.data) + bias_offset_ + i * args_.bias.row + j * args_.bias.key;
+  }
+
+  template <typename T>
+  void multiply_and_add_bias(float* s) {
+    const T* bias = bias_at<T>(i0_, j0_);
+    const Vec multiplier = Vec::fill(multiplier_);
+    Vec least = Vec::fill(0.f);
+    const auto apply = [&](float* at, Vec add) __attribute__((always_inline)) {
+      add_or_hide(Vec::load(at) * multiplier, add).store(at);
+      least = min(add, least);  // a NaN leaves it as it is
+    };
+    const bool more = j0_ + 2 * kKeys <= sequence_->len_k;
+    constexpr int kSlots = kKeys * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(float));
+    for (int r = 0; r < kLanes; r += kVec) {
+      for (int slot = 0; slot < kSlots; slot += kVec) {
+        Vec t[kVec];
+        constexpr int kKeysOfSlot = kKeys / kSlots;
+        const T* square = bias + r * args_.bias.row + slot * kKeysOfSlot;
+        load_transposed(t, square, args_.bias.row);
+        // the tile that comes next: its short rows lie too far apart for the processor to see it coming
+        for (int x = 0; more && x < kVec; ++x) {
+          __builtin_prefetch(square + x * args_.bias.row + kKeys, 0, 2);
+        }
+#pragma GCC unroll 16
+        for (int x = 0; x < kVec; ++x) {
+          float* at = s + (slot + x) * kKeysOfSlot * kLanes + r;
+          if constexpr (kKeysOfSlot == 1) {
+            apply(at, t[x]);
+          } else {
+            Vec even, odd;
+            t[x].template halves<T>(even, odd);
+            apply(at, even);
+            apply(at + kLanes, odd);
+          }
+        }
+      }
+    }
+    if ((-least).max() == kInf) {
+      additive_tile(i0_, kLanes, j0_, kKeys);
+      find_seen(kLanes, kKeys);
+    }
+  }
+
+  // From the tile add_; false if no key is seen.
+  bool find_seen(int rows, int keys) {
+    bool some = false, all = true;
+    for (int j = 0; j < keys; ++j) {
+      Vec most = Vec::fill(-kInf);
+      for (int x = 0; x < rows; x += kVec) {
+        most = max(most, Vec::load(add_ + j * kLanes + x));
+      }
+      flags_[j] = !(most.max() == -kInf);
+      some |= flags_[j];
+      all &= flags_[j];
+    }
+    seen_ = all ? nullptr : flags_;
+    return some;
+  }
+
+  void additive_tile(int64_t i0, int rows, int64_t j0, int keys) {
     for (int r = 0; r < rows; ++r) {
       additive_row(stage_ + r * kKeys, i0 + r, j0, keys);
     }
@@ -320,35 +396,12 @@ class Scores {
     transpose(add_, kLanes, stage_, kKeys, width, keys);
   }
 
-  // Fetch the bias of the tile that comes next: its short rows lie too far apart for the processor to see it coming.
-  void fetch_next(int64_t i0, int rows, int64_t j0) const {
-    const ScoreTensor& t = args_.bias;
-    if (!t.data || t.key != 1) {
-      return;
-    }
-    const int64_t size = args_.bias_dtype == DType::kFloat32 ? 4 : 2;
-    j0 += kKeys;
-    if (j0 + kKeys > sequence_->len_k) {
-      return;
-    }
-    const char* src = static_cast<const char*>(t.data) + (bias_offset_ + i0 * t.row + j0) * size;
-    for (int r = 0; r < rows; ++r) {
-      for (int64_t at = 0; at < kKeys * size; at += 64) {
-        __builtin_prefetch(src + r * t.row * size + at);
-      }
-    }
-  }
-
   // What is added to the scores of query i and keys j0.., -inf where the mask hides; kKeys floats are written.
   void additive_row(float* dst, int64_t i, int64_t j0, int keys) const {
     if (!args_.bias.data) {
       zero(dst, kKeys);
-    } else if (args_.bias_dtype == DType::kFloat32) {
-      bias_row<float>(dst, i, j0, keys);
-    } else if (args_.bias_dtype == DType::kBFloat16) {
-      bias_row<BF16>(dst, i, j0, keys);
     } else {
-      bias_row<FP16>(dst, i, j0, keys);
+      with_storage_type(args_.bias_dtype, [&](auto type) { bias_row<decltype(type)>(dst, i, j0, keys); });
     }
     if (mask_) {
       const uint8_t* row = mask_ + i * args_.mask.row + j0 * args_.mask.key;

@@ -185,59 +185,84 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
-// dst[c][r] = src[r][c] for kVec rows and columns
-inline void transpose_square(float* dst, int64_t ldd, const float* src, int64_t lds) {
+// t[c][r] = t[r][c], in registers
+[[gnu::always_inline]] inline void transpose_square(Vec (&t)[kVec]) {
 #if defined(__AVX512F__)
-  __m512 t[16], u[16];
-  for (int r = 0; r < 16; ++r) {
-    t[r] = _mm512_loadu_ps(src + r * lds);
-  }
+  Vec u[16];
   for (int r = 0; r < 16; r += 2) {
-    u[r] = _mm512_unpacklo_ps(t[r], t[r + 1]);
-    u[r + 1] = _mm512_unpackhi_ps(t[r], t[r + 1]);
+    u[r].v = _mm512_unpacklo_ps(t[r].v, t[r + 1].v);
+    u[r + 1].v = _mm512_unpackhi_ps(t[r].v, t[r + 1].v);
   }
   for (int r = 0; r < 16; r += 4) {
     for (int half = 0; half < 2; ++half) {
-      const __m512d a = _mm512_castps_pd(u[r + half]), b = _mm512_castps_pd(u[r + half + 2]);
-      t[r + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      t[r + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      const __m512d a = _mm512_castps_pd(u[r + half].v), b = _mm512_castps_pd(u[r + half + 2].v);
+      t[r + 2 * half].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      t[r + 2 * half + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
     }
   }
   for (int c = 0; c < 4; ++c) {  // t[4 * g + c]: column 4 * lane + c of rows 4 * g .. 4 * g + 3
-    const __m512 a = _mm512_shuffle_f32x4(t[c], t[4 + c], 0x88), b = _mm512_shuffle_f32x4(t[c], t[4 + c], 0xdd);
-    const __m512 d = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0x88),
-                 e = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0xdd);
-    _mm512_storeu_ps(dst + c * ldd, _mm512_shuffle_f32x4(a, d, 0x88));
-    _mm512_storeu_ps(dst + (8 + c) * ldd, _mm512_shuffle_f32x4(a, d, 0xdd));
-    _mm512_storeu_ps(dst + (4 + c) * ldd, _mm512_shuffle_f32x4(b, e, 0x88));
-    _mm512_storeu_ps(dst + (12 + c) * ldd, _mm512_shuffle_f32x4(b, e, 0xdd));
+    const __m512 a = _mm512_shuffle_f32x4(t[c].v, t[4 + c].v, 0x88), b = _mm512_shuffle_f32x4(t[c].v, t[4 + c].v, 0xdd);
+    const __m512 d = _mm512_shuffle_f32x4(t[8 + c].v, t[12 + c].v, 0x88),
+                 e = _mm512_shuffle_f32x4(t[8 + c].v, t[12 + c].v, 0xdd);
+    t[c].v = _mm512_shuffle_f32x4(a, d, 0x88);
+    t[8 + c].v = _mm512_shuffle_f32x4(a, d, 0xdd);
+    t[4 + c].v = _mm512_shuffle_f32x4(b, e, 0x88);
+    t[12 + c].v = _mm512_shuffle_f32x4(b, e, 0xdd);
   }
 #elif defined(__AVX2__)
-  __m256 t[8], u[8];
-  for (int r = 0; r < 8; ++r) {
-    t[r] = _mm256_loadu_ps(src + r * lds);
-  }
+  Vec u[8];
   for (int r = 0; r < 8; r += 2) {
-    u[r] = _mm256_unpacklo_ps(t[r], t[r + 1]);
-    u[r + 1] = _mm256_unpackhi_ps(t[r], t[r + 1]);
+    u[r].v = _mm256_unpacklo_ps(t[r].v, t[r + 1].v);
+    u[r + 1].v = _mm256_unpackhi_ps(t[r].v, t[r + 1].v);
   }
   for (int r = 0; r < 8; r += 4) {
     for (int half = 0; half < 2; ++half) {
-      const __m256d a = _mm256_castps_pd(u[r + half]), b = _mm256_castps_pd(u[r + half + 2]);
-      t[r + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-      t[r + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+      const __m256d a = _mm256_castps_pd(u[r + half].v), b = _mm256_castps_pd(u[r + half + 2].v);
+      t[r + 2 * half].v = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      t[r + 2 * half + 1].v = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
     }
   }
   for (int c = 0; c < 4; ++c) {
-    _mm256_storeu_ps(dst + c * ldd, _mm256_permute2f128_ps(t[c], t[4 + c], 0x20));
-    _mm256_storeu_ps(dst + (4 + c) * ldd, _mm256_permute2f128_ps(t[c], t[4 + c], 0x31));
+    const __m256 low = t[c].v, high = t[4 + c].v;
+    t[c].v = _mm256_permute2f128_ps(low, high, 0x20);
+    t[4 + c].v = _mm256_permute2f128_ps(low, high, 0x31);
   }
 #else
   for (int r = 0; r < kVec; ++r) {
-    for (int c = 0; c < kVec; ++c) {
-      dst[c * ldd + r] = src[r * lds + c];
+    for (int c = 0; c < r; ++c) {
+      const float swapped = t[r].v[c];
+      t[r].v[c] = t[c].v[r];
+      t[c].v[r] = swapped;
     }
   }
+#endif
+}
+
+// t[c] = slot c of kVec rows
+template <typename T>
+[[gnu::always_inline]] inline void load_transposed(Vec (&t)[kVec], const T* src, int64_t stride) {
+  const auto row = [&](int r) { return reinterpret_cast<const float*>(src + r * stride); };
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  for (int c = 0; c < 8; c += 4) {  // loads of halves save the exchange of halves and leave registers free
+    __m256 u[4];
+    for (int r = 0; r < 4; ++r) {
+      u[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row(r) + c)), _mm_loadu_ps(row(r + 4) + c), 1);
+    }
+    for (int half = 0; half < 2; ++half) {
+      const auto unpack = [&](int r) {
+        return _mm256_castps_pd(half ? _mm256_unpackhi_ps(u[r], u[r + 1]) : _mm256_unpacklo_ps(u[r], u[r + 1]));
+      };
+      const __m256d a = unpack(0), b = unpack(2);
+      t[c + 2 * half].v = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      t[c + 2 * half + 1].v = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+#else
+#pragma GCC unroll 16
+  for (int r = 0; r < kVec; ++r) {
+    t[r] = Vec::load(row(r));
+  }
+  transpose_square(t);
 #endif
 }
 
@@ -245,7 +270,11 @@ inline void transpose_square(float* dst, int64_t ldd, const float* src, int64_t 
 inline void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; r += kVec) {
     for (int64_t c = 0; c < cols; c += kVec) {
-      transpose_square(dst + c * ldd + r, ldd, src + r * lds + c, lds);
+      Vec t[kVec];
+      load_transposed(t, src + r * lds + c, lds);
+      for (int x = 0; x < kVec; ++x) {
+        t[x].store(dst + (c + x) * ldd + r);
+      }
     }
   }
 }

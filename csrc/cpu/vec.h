@@ -6,6 +6,7 @@
 // Storage types: float, BF16, FP16. Loads widen to fp32, stores round to nearest even and keep NaN.
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -91,10 +92,18 @@ struct Vec {
   static Vec load(const BF16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const FP16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   // 2 * kSize elements in half the work of two loads: those with an even index, and those with an odd one
-  static void load_halves(const BF16* p, Vec& even, Vec& odd) {
-    const __m512i both = _mm512_loadu_si512(p);
-    even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  static void load_halves(const BF16* p, Vec& even, Vec& odd) { Vec{_mm512_loadu_ps(p)}.halves<BF16>(even, odd); }
+  // the same for lanes that hold two elements of 16 bits
+  template <typename T>
+  void halves(Vec& even, Vec& odd) const {
+    const __m512i both = _mm512_castps_si512(v);
+    if constexpr (std::is_same_v<T, BF16>) {
+      even.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+      odd.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    } else {
+      even.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
+      odd.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+    }
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BF16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p)); }
@@ -219,9 +228,20 @@ struct Vec {
   }
   static Vec load(const FP16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   static void load_halves(const BF16* p, Vec& even, Vec& odd) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+    Vec{_mm256_loadu_ps(reinterpret_cast<const float*>(p))}.halves<BF16>(even, odd);
+  }
+  template <typename T>
+  void halves(Vec& even, Vec& odd) const {
+    const __m256i both = _mm256_castps_si256(v);
+    if constexpr (std::is_same_v<T, BF16>) {
+      even.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+      odd.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+    } else {
+      const __m256i low = _mm256_and_si256(both, _mm256_set1_epi32(0xffff)), high = _mm256_srli_epi32(both, 16);
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0b11011000);
+      even.v = _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+      odd.v = _mm256_cvtph_ps(_mm256_extracti128_si256(packed, 1));
+    }
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(BF16* p) const {
@@ -334,6 +354,15 @@ struct Vec {
   static void load_halves(const BF16* p, Vec& even, Vec& odd) {
     even.v = Float4{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])};
     odd.v = Float4{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])};
+  }
+  template <typename T>
+  void halves(Vec& even, Vec& odd) const {
+    T lanes[2 * kSize];
+    std::memcpy(lanes, &v, sizeof(v));
+    for (int i = 0; i < kSize; ++i) {
+      even.v[i] = to_float(lanes[2 * i]);
+      odd.v[i] = to_float(lanes[2 * i + 1]);
+    }
   }
   template <typename T>
   void store(T* p) const {

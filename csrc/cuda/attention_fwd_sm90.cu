@@ -1,5 +1,5 @@
-// Attention for Hopper, forward: head dims 64 and 128 in half precision, with causal mask, window, grouped heads, cross
-// lengths, seqlens_k and packed sequences. Everything else is served by Triton.
+// Attention for Hopper, forward: head dims 64, 96 and 128 in half precision, with causal mask, window, grouped heads,
+// cross lengths, seqlens_k and packed sequences. Everything else is served by Triton.
 //
 //   s = c q·k with c = scale * log2(e), -inf where invisible
 //   per block of keys, last to first:  m' = max(m, max s),  p = exp2(s - m'),  shrink = exp2(m - m')
@@ -236,7 +236,8 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim>& shared, cons
       o[i] *= factor[row_of(i)];
     }
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
-    store_slab<T>(o, shared.q, slab, Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()},
+    store_slab<T>(o, shared.q, slab,
+                  Target{args.out_map, args.out, at, sequence.q_len - row, args.shape.head_dim, !args.shape.packed()},
                   1 + slab);
     shared.q_pipe.release(0);
   });

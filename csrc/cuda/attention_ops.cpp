@@ -63,9 +63,9 @@ struct Call {
     args.head_dim = args.head_dim_v = q.size(3);
     args.lse_head = args.rows_q;
     args.lse_batch = packed ? 0 : args.n_heads * args.rows_q;
-    STD_TORCH_CHECK(args.dtype != fastattn::DType::kFloat32 && (args.head_dim == 64 || args.head_dim == 128) &&
-                        v.size(3) == args.head_dim,
-                    "attention: the CUDA kernel takes half precision and head dims 64 and 128, got ", q.size(3),
+    const bool has_tiles = args.head_dim == 64 || args.head_dim == 96 || args.head_dim == 128;
+    STD_TORCH_CHECK(args.dtype != fastattn::DType::kFloat32 && has_tiles && v.size(3) == args.head_dim,
+                    "attention: the CUDA kernel takes half precision and head dims 64, 96 and 128, got ", q.size(3),
                     " and ", v.size(3));
     STD_TORCH_CHECK(!packed || q.size(0) == 1, "attention: packed sequences have batch 1, got ", q.size(0));
     constexpr int64_t kLongest = int64_t{1} << 29, kMostHeads = int64_t{1} << 31;

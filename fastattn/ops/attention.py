@@ -36,7 +36,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Facts = namedtuple(
     "Facts",
     "device dtype bias_dtype mask window seqlens_k packed alibi softcap sink dropout gqa unequal_head_dims wide_heads"
-    " head_dim_64_or_128",
+    " hopper_head_dim",
     defaults=(None, *[False] * 12),
 )
 
@@ -117,8 +117,8 @@ def refuses_native(facts):
         return f"it takes GPUs of compute capability 9.0, this one has {'.'.join(map(str, capability))}"
     if facts.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, got {facts.dtype}"
-    if not facts.head_dim_64_or_128 or facts.unequal_head_dims:
-        return "it takes head dims 64 and 128, the same for q, k and v"
+    if not facts.hopper_head_dim or facts.unequal_head_dims:
+        return "it takes head dims 64, 96 and 128, the same for q, k and v"
     refused = {"mask": facts.mask, "bias": facts.bias_dtype is not None, "ALiBi": facts.alibi,
                "softcap": facts.softcap, "sink": facts.sink, "dropout": facts.dropout}  # fmt: skip
     refused = [name for name, wanted in refused.items() if wanted]
@@ -218,7 +218,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
         True if n_heads != n_kv_heads else False,  # noqa: SIM210
         True if head_dim != head_dim_v else False,  # noqa: SIM210
         True if head_dim > 256 or head_dim_v > 256 else False,  # noqa: SIM210
-        True if head_dim == 64 or head_dim == 128 else False,  # noqa: SIM210
+        True if head_dim == 64 or head_dim == 96 or head_dim == 128 else False,  # noqa: SIM210
     )  # fmt: skip
     rest = (
         mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None,

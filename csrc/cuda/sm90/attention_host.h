@@ -28,7 +28,8 @@ inline AttentionShape attention_shape(const AttentionCudaArgs& args) {
           static_cast<int>(args.seqlen_k),
           side(args.window_left),
           side(args.window_right),
-          args.top_left};
+          args.top_left,
+          static_cast<int>(args.head_dim)};
 }
 
 // Tensor maps of operands that share the sizes of a call.
@@ -71,7 +72,8 @@ inline unsigned resident_blocks(int64_t tiles) {
   return static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors));
 }
 
-// body(a value of the dtype, the head dim as a constant)
+// body(a value of the dtype, the head dim of the tiles as a constant). Head dim 96 takes tiles of 128: the copy engine
+// fills the columns that the tensors do not have with zeros, and does not write them.
 template <typename Body>
 cudaError_t with_half_and_head_dim(const AttentionCudaArgs& args, Body body) {
   const auto with_head_dim = [&](auto value) {
