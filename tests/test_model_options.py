@@ -1,4 +1,4 @@
-"""CausalLM under every option: both kinds of layers agree, no token sees the future, caches and packing change nothing."""
+"""CausalLM under every option: both kinds of layers agree, the future is hidden, caches and packing change nothing."""
 
 import pytest
 import torch

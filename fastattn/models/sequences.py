@@ -16,7 +16,7 @@ class Sequences:
         causal: whether a token sees those after it, False, or not, True.
         lengths: None or (batch,) int64: what a row holds from there on is padding that no token sees.
         cu_seqlens: None or (n + 1,) int32: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1] of the rows laid
-            end to end, none crosses the end of a row; a token sees its own document alone, and positions restart with each.
+            end to end, none crosses the end of a row; a token sees its own document, and positions restart with each.
         start: position of the first token: how many are in a cache before it.
         rotary: None or a RotaryEmbedding.
         alibi_slopes: None or (n_head,).
@@ -28,6 +28,9 @@ class Sequences:
         self.device = tokens.device
         self.use_torch, self.causal, self.cu_seqlens, self.start = layers == "torch", causal, cu_seqlens, start
         self.lengths = None if lengths is None else lengths.to(torch.int32)
+        self.padding = None  # (batch, seqlen) bool, True where there is no token, as torch.nn takes it
+        if lengths is not None:
+            self.padding = torch.arange(self.seqlen, device=self.device) >= self.lengths[:, None]
         self.rotary = rotary
         self.alibi_slopes = None if alibi_slopes is None else alibi_slopes.float()
         self.flat = cu_seqlens is not None and not self.use_torch  # attention takes all rows as one
@@ -37,13 +40,6 @@ class Sequences:
             document = torch.searchsorted(cu_seqlens[1:], token, right=True)
             self.positions = (token - cu_seqlens[document]).view(tokens.shape)
             self._document = document.view(tokens.shape)
-
-    @property
-    def padding(self):
-        """(batch, seqlen) bool, True where there is no token, as torch.nn takes it; None without lengths."""
-        if self.lengths is None:
-            return None
-        return torch.arange(self.seqlen, device=self.device) >= self.lengths[:, None]
 
     @property
     def mask(self):
@@ -87,13 +83,15 @@ class Sequences:
                 q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=simple and self.causal,
                 enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
-        packed = {}
+        which = {"seqlens_k": self.lengths}
         if self.flat:
-            packed = {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens,
-                      "max_seqlen_q": self.seqlen, "max_seqlen_k": self.seqlen}  # fmt: skip
+            which = {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens,
+                     "max_seqlen_q": self.seqlen, "max_seqlen_k": self.seqlen}  # fmt: skip
+        elif self.lengths is not None and self.alibi_slopes is not None and not self.causal:
+            which = {"mask": ~self.padding[:, None, None]}  # distances would count from the last of seqlens_k
         return attention(
-            q, k, v, causal="top_left" if self.causal else False, seqlens_k=self.lengths, dropout_p=dropout_p,
-            alibi_slopes=self.alibi_slopes, **packed,
+            q, k, v, causal="top_left" if self.causal else False, dropout_p=dropout_p, alibi_slopes=self.alibi_slopes,
+            **which,
         )  # fmt: skip
 
     def layer_masks(self, n_head):
