@@ -3,119 +3,41 @@
 Shape and initialisation: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
+from .backbone import Backbone, Head, num_parameters
 from .initialize import initialize
 
 
-def layer_classes(layers):
-    """The encoder layer and the norm of fastattn.nn or of torch.nn, and the loss that goes with them.
-
-    Args:
-        layers: "fastattn" or "torch".
-
-    Returns:
-        (TransformerEncoderLayer class, LayerNorm class, function (x, weight, targets) -> mean cross-entropy).
-
-    Raises:
-        ValueError: for any other name.
-    """
-    if layers == "torch":
-        return nn.TransformerEncoderLayer, nn.LayerNorm, _linear_cross_entropy
-    if layers == "fastattn":
-        import fastattn.nn
-
-        return fastattn.nn.TransformerEncoderLayer, fastattn.nn.LayerNorm, fastattn.linear_cross_entropy
-    raise ValueError(f"layers: expected 'fastattn' or 'torch', got {layers!r}")
-
-
-def _linear_cross_entropy(x, weight, targets):
-    return F.cross_entropy(F.linear(x, weight).flatten(0, 1).float(), targets.flatten())
-
-
-class CausalLM(nn.Module):
+class CausalLM(Backbone):
     """Predicts the next token from all tokens before it.
-
-    Parameters carry the same names, and one seed gives bitwise the same initial weights, for both values of `layers`.
 
     Args:
         vocab_size: number of distinct tokens.
-        n_layer, n_head, d_model: depth, heads of a layer, width; the feed-forward block is 4 * d_model wide.
-        block_size: longest sequence, in tokens.
-        dropout: probability on embeddings, attention weights, the feed-forward activation and both residual branches.
-        bias: whether linear layers and norms have biases.
+        tied: whether the output layer is the embedding.
         init: how matrices start, see `initialize`.
-        layers: "fastattn" or "torch", who supplies the layers.
-
+        label_smoothing: share of a target's probability that is spread over the vocabulary, in training mode alone.
+        shape: the arguments of `Backbone`.
     Raises:
-        ValueError: sizes that do not fit together, or an unknown `layers`.
+        ValueError: as `Backbone`, and label_smoothing or init out of range.
     """
 
-    def __init__(
-        self,
-        vocab_size,
-        *,
-        n_layer,
-        n_head,
-        d_model,
-        block_size,
-        dropout=0.0,
-        bias=True,
-        init="gpt2",
-        layers="fastattn",
-    ):
-        super().__init__()
-        if d_model % n_head:
-            raise ValueError(f"d_model: expected a multiple of n_head, got d_model {d_model} and n_head {n_head}")
-        encoder_layer, norm, self.loss = layer_classes(layers)
-        self.block_size, self.layers = block_size, layers
-        self.token_embedding = nn.Embedding(vocab_size, d_model)
-        self.position_embedding = nn.Embedding(block_size, d_model)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            encoder_layer(
-                d_model, n_head, 4 * d_model, dropout, activation="gelu", batch_first=True, norm_first=True, bias=bias
-            )
-            for _ in range(n_layer)
-        )
-        self.norm = norm(d_model, bias=bias)
-        mask = None  # torch.nn wants a mask beside is_causal=True, True = ignore; fastattn.nn does without
-        if layers == "torch":
-            mask = torch.ones(block_size, block_size, dtype=torch.bool).triu(1)
-        self.register_buffer("causal_mask", mask, persistent=False)
-        initialize(self, init, n_layer)
+    num_parameters = num_parameters
 
-    def num_parameters(self):
-        """Number of parameters without the position table, as the field counts them."""
-        return sum(p.numel() for p in self.parameters()) - self.position_embedding.weight.numel()
+    def __init__(self, vocab_size, *, tied=True, init="gpt2", label_smoothing=0.0, **shape):
+        super().__init__(vocab_size, **shape)
+        self.head = Head(vocab_size, self.d_model, tied, label_smoothing, self.layers)
+        initialize(self, init, len(self.blocks))
 
-    def forward(self, tokens, targets=None, cache=None):
+    def forward(self, tokens, targets=None, cache=None, cu_seqlens=None):
         """Logits of the next token, or the mean loss when the next tokens are given.
 
         Args:
-            tokens: (batch, seqlen) int64, seqlen at most block_size.
-            targets: None or (batch, seqlen) int64, the token that follows each of `tokens`.
-            cache: None or a KeyValueCache, for evaluation without gradients: `tokens` follow those it has seen, and are
-                added to it.
-
-        Returns:
-            Logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats a token, fp32.
-
+            tokens, cache, cu_seqlens: as for `Backbone`; cache and cu_seqlens exclude each other.
+            targets: None or (batch, seqlen) int64, the token that follows each of `tokens`, -100 where none counts.
+        Returns: logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats a token, fp32.
         Raises:
-            ValueError: more than block_size tokens, those in the cache included.
+            ValueError: as `Backbone`.
         """
-        seqlen, start = tokens.shape[1], 0 if cache is None else cache.length
-        if start + seqlen > self.block_size:
-            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {start + seqlen}")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[start : start + seqlen]
-        x = self.dropout(x)
-        if cache is not None:
-            x = cache.run_blocks(self.blocks, x, use_torch=self.layers == "torch")
-        else:
-            mask = None if self.causal_mask is None else self.causal_mask[:seqlen, :seqlen]
-            for block in self.blocks:
-                x = block(x, src_mask=mask, is_causal=True)
-        x, head = self.norm(x), self.token_embedding.weight  # the head is the embedding: tied without a copy
-        return F.linear(x, head) if targets is None else self.loss(x, head, targets)
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("cu_seqlens: expected None beside a cache, which holds one document a row")
+        x = super().forward(tokens, causal=True, cu_seqlens=cu_seqlens, cache=cache)
+        return self.head(x, self.token_embedding, targets)

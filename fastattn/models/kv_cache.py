@@ -1,58 +1,93 @@
 """Keys and values of the tokens a model has read, so that a new token costs one row instead of the whole sequence."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
+from fastattn.ops import attention_decode
+
+from .block import compose, merge_heads, project
+
 
 class KeyValueCache:
-    """The cache of a CausalLM for a batch of equally long sequences.
+    """The cache of a Backbone, such as a CausalLM or the decoder of a Seq2Seq, for equally long sequences.
 
     Args:
-        model: a CausalLM, whose block_size is the most tokens the cache holds.
+        model: whose block_size is the most tokens the cache holds.
         batch: number of sequences.
+        memory, memory_lengths: None or (batch, seqlen_memory, d_model) and (batch,) int64, what cross-attention sees:
+            its keys and values are computed here, once.
     """
 
-    def __init__(self, model, batch):
+    def __init__(self, model, batch, memory=None, memory_lengths=None):
         attn = model.blocks[0].self_attn
         weight = attn.out_proj.weight
-        shape = (len(model.blocks), batch, attn.num_heads, model.block_size, attn.head_dim)
+        n_kv_head = getattr(attn, "num_kv_heads", attn.num_heads)
+        shape = (len(model.blocks), batch, n_kv_head, model.block_size, attn.head_dim)
         self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.v = torch.zeros_like(self.k)
         self.length = 0
+        self.memory = [None] * len(model.blocks)
+        if memory is not None:
+            self.memory = [project(block.multihead_attn, memory, "kv") for block in model.blocks]
+            self.memory_lengths = memory_lengths.to(torch.int32)
+            self.memory_rows = torch.arange(batch, dtype=torch.int32, device=memory.device)
 
     def reorder(self, rows):
         """Row i of the batch becomes row rows[i]; there may be more or fewer of them than before."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
+        if self.memory[0] is not None:  # its keys and values stay where they are
+            self.memory_rows, self.memory_lengths = self.memory_rows[rows], self.memory_lengths[rows]
 
-    def run_blocks(self, blocks, x, use_torch):
+    def run_blocks(self, blocks, x, sequences):
         """The blocks of a model on new rows, which see everything cached before them and each other causally.
 
         Args:
-            blocks: pre-norm encoder layers, of torch.nn or fastattn.nn.
+            blocks: of the model.
             x: (batch, seqlen, d_model), the embedded new tokens.
-            use_torch: attention by torch instead of fastattn.attention_decode.
+            sequences: their Sequences, causal and with start = self.length.
         Returns: like x.
         """
-        seqlen = x.shape[1]
+        use_torch = sequences.use_torch
         lengths = torch.full(x.shape[:1], self.length, dtype=torch.int32, device=x.device)
-        for k_cache, v_cache, block in zip(self.k, self.v, blocks, strict=True):
-            attn = block.self_attn
-            qkv = F.linear(block.norm1(x), attn.in_proj_weight, attn.in_proj_bias)
-            q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind()
-            if use_torch:
-                out = self._torch_attention(q, k, v, k_cache, v_cache)
-            else:
-                from fastattn import attention_decode
 
-                out = attention_decode(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths)
-            x = x + attn.out_proj(out.transpose(1, 2).flatten(2))
-            x = x + block.linear2(block.activation(block.linear1(block.norm2(x))))
-        self.length += seqlen
+        def self_attend(x, attn, k_cache, v_cache):
+            q, k, v = project(attn, x)
+            q, k = sequences.rotate(q, k)
+            if use_torch:
+                end = self.length + q.shape[2]
+                k_cache[:, :, self.length : end] = k
+                v_cache[:, :, self.length : end] = v
+                out = _torch_attention(q, k_cache[:, :, :end], v_cache[:, :, :end], sequences.mask)
+            else:
+                slopes = sequences.alibi_slopes
+                out = attention_decode(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, alibi_slopes=slopes)
+            return attn.out_proj(merge_heads(out))
+
+        for block, k, v, memory in zip(blocks, self.k, self.v, self.memory, strict=True):
+            attends = [partial(self_attend, attn=block.self_attn, k_cache=k, v_cache=v)]
+            if memory is not None:
+                attends.append(
+                    partial(self._cross_attend, attn=block.multihead_attn, memory=memory, use_torch=use_torch)
+                )
+            x = compose(block, x, *attends)
+        self.length += x.shape[1]
         return x
 
-    def _torch_attention(self, q, k, v, k_cache, v_cache):
-        seqlen, end = q.shape[2], self.length + q.shape[2]
-        k_cache[:, :, self.length : end] = k
-        v_cache[:, :, self.length : end] = v
-        mask = torch.ones(seqlen, end, dtype=torch.bool, device=q.device).tril(self.length)
-        return F.scaled_dot_product_attention(q, k_cache[:, :, :end], v_cache[:, :, :end], attn_mask=mask)
+    def _cross_attend(self, x, attn, memory, use_torch):
+        (q,), (k, v) = project(attn, x, "q"), memory
+        if use_torch:
+            seen = torch.arange(k.shape[2], device=k.device) < self.memory_lengths[:, None]
+            rows = self.memory_rows.long()
+            out = _torch_attention(q, k[rows], v[rows], seen[:, None, None])
+        else:
+            out = attention_decode(
+                q, k, v, cache_seqlens=self.memory_lengths, cache_batch_idx=self.memory_rows, causal=False
+            )
+        return attn.out_proj(merge_heads(out))
+
+
+def _torch_attention(q, k, v, mask):
+    mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

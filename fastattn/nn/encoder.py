@@ -119,17 +119,35 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             # code of the user gets float masks, as from torch
             src_mask = as_float_mask(src_mask, src.dtype)
             src_key_padding_mask = as_float_mask(src_key_padding_mask, src.dtype)
-        if (
-            overridden
-            or cls._ff_block is not _TorchLayer._ff_block
-            or "_ff_block" in own
-            or not are_plain(m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2"), ("norm1", "norm2"))
-        ):
+        if overridden or not self._ff_is_plain():
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
         if src.is_nested:
             return self._nested(src, src_mask, src_key_padding_mask, is_causal)
 
         return self._fused(src, lambda x: attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal))
+
+    def forward_packed(self, x, cu_seqlens, max_seqlen, is_causal=False):
+        """Encode sequences that lie one after the other, without padding; an overridden _sa_block is not called.
+
+        Args:
+            x: (total, d_model).
+            cu_seqlens, max_seqlen, is_causal: as in `MultiheadAttention.forward_packed`.
+        Returns: (total, d_model).
+        """
+
+        def self_attend(x):
+            return self.self_attn.forward_packed(x, cu_seqlens, max_seqlen, is_causal)
+
+        if self._ff_is_plain():
+            return self._fused(x, lambda x: (self_attend(x), None))
+        return self._add_sublayers(x, lambda x: self.dropout1(self_attend(x)))
+
+    def _ff_is_plain(self):
+        """Whether all but self-attention is what torch.nn makes it."""
+        plain = are_plain(
+            self._modules, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2"), ("norm1", "norm2")
+        )
+        return plain and type(self)._ff_block is _TorchLayer._ff_block and "_ff_block" not in self.__dict__
 
     def _fused(self, x, self_attend):
         m = self._modules
@@ -143,10 +161,15 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return add_and_norm(*h, x, m["dropout2"], m["norm2"])
 
     def _composed(self, x, src_mask, src_key_padding_mask, is_causal):
+        return self._add_sublayers(
+            x, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
+        )  # fmt: skip
+
+    def _add_sublayers(self, x, sa_block):
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
+            x = x + sa_block(self.norm1(x))
             return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+        x = self.norm1(x + sa_block(x))
         return self.norm2(x + self._ff_block(x))
 
     def _nested(self, src, src_mask, src_key_padding_mask, is_causal):
@@ -156,9 +179,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if not (packable and src_key_padding_mask is None and is_plain(attn, MultiheadAttention)):
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
         rows, lengths, cu_seqlens = pack(src)
-        longest = max(lengths, default=0)
-        out = self._fused(rows, lambda x: (attn.forward_packed(x, cu_seqlens, longest, is_causal), None))
-        return unpack(out, lengths)
+        return unpack(self.forward_packed(rows, cu_seqlens, max(lengths, default=0), is_causal), lengths)
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):

@@ -2,6 +2,8 @@
 
 import torch
 
+from fastattn.models import KeyValueCache, search
+
 from .config import UsageError
 
 
@@ -36,8 +38,6 @@ class _NextLogits:
         if not self.use_cache or tokens.shape[1] > self.model.block_size:
             return self.model(tokens[:, -self.model.block_size :])[:, -1]
         if self.cache is None:
-            from fastattn.models import KeyValueCache
-
             self.cache = KeyValueCache(self.model, len(tokens))
         return self.model(tokens[:, self.cache.length :], cache=self.cache)[:, -1]
 
@@ -178,37 +178,9 @@ def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, s
         raise UsageError("prompt: expected at least one token, got an empty text")
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    tokens = torch.tensor([prompt], device=device)
-    scores = torch.zeros(1, device=device)
-    next_logits = _NextLogits(model, use_cache)
-    finished = []  # (score a token ** length_penalty, new tokens)
-    for length in range(1, max_new_tokens + 1):
-        log_p = next_logits(tokens).float().log_softmax(-1)
-        vocab_size = log_p.shape[-1]
-        total = (scores[:, None] + log_p).flatten()
-        # so many that `beams` are left when all that end now are taken out
-        best = total.topk(min(total.numel(), beams * (1 + len(stop))))
-        rows, follow = [], []
-        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            parent, token = divmod(index, vocab_size)
-            if token in stop:
-                finished.append((score / length**length_penalty, tokens[parent, len(prompt) :].tolist()))
-            elif len(rows) < beams:
-                rows.append(index)
-                follow.append(score)
-        if not rows:
-            break
-        index = torch.tensor(rows, device=device)
-        next_logits.reorder(index // vocab_size)
-        tokens = torch.cat([tokens[index // vocab_size], (index % vocab_size)[:, None]], 1)
-        scores = torch.tensor(follow, device=device)
-        # no candidate can overtake what has ended: log-probabilities only fall
-        if len(finished) >= beams and max(finished)[0] >= max(follow) / max_new_tokens**length_penalty:
-            break
-    finished += [
-        (score / (tokens.shape[1] - len(prompt)) ** length_penalty, row[len(prompt) :].tolist())
-        for score, row in zip(scores.tolist(), tokens, strict=True)
-    ]
+    tokens = torch.tensor([prompt], device=next(model.parameters()).device)
+    found = search.beam_search(
+        _NextLogits(model, use_cache), tokens, max_new_tokens, beams=beams, length_penalty=length_penalty, stop=stop
+    )
     model.train(was_training)
-    return max(finished, key=lambda candidate: candidate[0])[1]
+    return found[0]

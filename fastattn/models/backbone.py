@@ -1,0 +1,243 @@
+"""What all transformer models share: embeddings with positions, blocks, the output layer and its loss."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastattn.nn import LayerNorm, RotaryEmbedding
+from fastattn.ops import linear_cross_entropy
+
+from .block import FEED_FORWARDS, make_block, run_block
+from .sequences import Sequences
+
+POSITIONS = ("learned", "sinusoidal", "rotary", "alibi")
+
+
+def sinusoids(block_size, d_model):
+    """(block_size, d_model): sines of the position at wavelengths from 2π to 20000π, then the cosines.
+
+    Source: Vaswani et al., "Attention is all you need", 2017, section 3.5, where the two alternate.
+    """
+    frequency = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+    angle = torch.outer(torch.arange(block_size, dtype=torch.float64), frequency)
+    return torch.cat([angle.sin(), angle.cos()], 1).float()
+
+
+def alibi_slopes(n_head):
+    """(n_head,): 2^(-8 h / n) for heads h = 1 to n, n a power of two; for other n_head slopes between those fill up.
+
+    Source: Press et al., "Train short, test long", 2022, and their implementation for other numbers of heads.
+    """
+    n = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * h / n) for h in range(1, n + 1)]
+    return torch.tensor(slopes + [2 ** (-4 * h / n) for h in range(1, 2 * (n_head - n), 2)])
+
+
+def check_choice(name, value, choices):
+    """Raise ValueError unless value is among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+class Backbone(nn.Module):
+    """A transformer without an output layer.
+
+    Parameters carry the same names, and one seed gives bitwise the same initial weights, for both values of `layers`.
+
+    Args:
+        vocab_size: number of distinct tokens.
+        n_layer, n_head, d_model: depth, heads of a layer, width.
+        block_size: longest sequence, in tokens.
+        n_kv_head: heads of keys and values, each for n_head / n_kv_head heads of queries; None: n_head.
+        d_ff: width of the hidden layer, None: 4 * d_model; gated or not.
+        dropout: probability on embeddings, attention weights, the feed-forward activation and the residual branches.
+        bias: whether linear layers and norms have biases.
+        positions: "learned" or "sinusoidal" are added to the embeddings (these times sqrt(d_model) for the latter),
+            "rotary" turns queries and keys, "alibi" lowers scores in proportion to the distance.
+        norm_first: pre-norm with a norm at the end; False: post-norm with one on the embeddings, as BERT has it.
+        feed_forward: activation "gelu" (erf), "gelu_tanh", "relu" or "silu", or gated "swiglu", "geglu" or "reglu".
+        checkpointing: keep only the input of each block in training and compute the block again in the backward.
+        layers: "fastattn" or "torch", who supplies the layers.
+        cross: whether the blocks attend to a memory too, as a decoder's.
+        token_embedding: None or the nn.Embedding of another model, to share it.
+    Raises:
+        ValueError: sizes that do not fit together, or an unknown name.
+    Sources: Vaswani et al. 2017; Devlin et al., "BERT", 2019 (post-norm); Radford et al., "Language models are
+        unsupervised multitask learners", 2019 (pre-norm); Su et al., "RoFormer", 2021; Press et al., "Train short, test
+        long", 2022; Shazeer, "GLU variants improve transformer", 2020; Ainslie et al., "GQA", 2023.
+    """
+
+    def __init__(
+        self, vocab_size, *, n_layer, n_head, d_model, block_size, n_kv_head=None, d_ff=None, dropout=0.0, bias=True,
+        positions="learned", norm_first=True, feed_forward="gelu", checkpointing=False, layers="fastattn", cross=False,
+        token_embedding=None,
+    ):  # fmt: skip
+        super().__init__()
+        n_kv_head = n_head if n_kv_head is None else n_kv_head
+        if d_model % n_head:
+            raise ValueError(f"d_model: expected a multiple of n_head, got d_model {d_model} and n_head {n_head}")
+        if n_kv_head < 1 or n_head % n_kv_head:
+            raise ValueError(f"n_kv_head: expected a divisor of n_head = {n_head}, got {n_kv_head}")
+        check_choice("layers", layers, ("fastattn", "torch"))
+        check_choice("positions", positions, POSITIONS)
+        check_choice("feed_forward", feed_forward, FEED_FORWARDS)
+        width = {"rotary": d_model // n_head, "sinusoidal": d_model}.get(positions, 0)
+        if width % 2:
+            name = "d_model" if positions == "sinusoidal" else "d_model / n_head"
+            raise ValueError(f"{name}: expected an even number for {positions} positions, got {width}")
+        self.block_size, self.d_model, self.layers, self.norm_first = block_size, d_model, layers, norm_first
+        self.checkpointing = checkpointing
+        self.token_embedding = nn.Embedding(vocab_size, d_model) if token_embedding is None else token_embedding
+        self.position_embedding = nn.Embedding(block_size, d_model) if positions == "learned" else None
+        self.rotary = RotaryEmbedding(width, max_seqlen=block_size) if positions == "rotary" else None
+        self.register_buffer(
+            "sinusoids", sinusoids(block_size, d_model) if positions == "sinusoidal" else None, persistent=False
+        )
+        self.register_buffer(
+            "alibi_slopes", alibi_slopes(n_head) if positions == "alibi" else None, persistent=False
+        )  # fmt: skip
+        self.dropout = nn.Dropout(dropout)
+        own = positions in ("rotary", "alibi")
+        self.blocks = nn.ModuleList(
+            make_block(d_model, n_head, n_kv_head, d_ff or 4 * d_model, dropout, bias, norm_first, feed_forward, own,
+                       cross, layers)
+            for _ in range(n_layer)
+        )  # fmt: skip
+        self.norm = (nn.LayerNorm if layers == "torch" else LayerNorm)(d_model, bias=bias)
+
+    def forward(self, tokens, *, causal=False, lengths=None, cu_seqlens=None, memory=None, memory_lengths=None,
+                cache=None):  # fmt: skip
+        """The last hidden states of tokens.
+
+        Args:
+            tokens: (batch, seqlen) int64, seqlen at most block_size.
+            causal: whether a token sees only those before it and itself.
+            lengths: None or (batch,) int64: tokens of a row from there on are padding, which no other token sees.
+            cu_seqlens: None or (n + 1,) int32, the ends of the documents in the rows laid end to end, 0 first: they see
+                nothing of each other, and positions restart at each. Every row ends with the end of a document.
+            memory, memory_lengths: (batch, seqlen_memory, d_model), what the blocks attend to besides, and (batch,).
+            cache: None or a KeyValueCache, for evaluation without gradients: `tokens` follow those it has seen, and are
+                added to it; it holds the memory as well.
+        Returns: (batch, seqlen, d_model).
+        Raises:
+            ValueError: too many tokens, those in the cache included, or lengths that do not fit them; values of lengths
+                and cu_seqlens are looked at on the CPU only, where that waits for nothing.
+        """
+        batch, seqlen = tokens.shape
+        start = 0 if cache is None else cache.length
+        if start + seqlen > self.block_size:
+            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {start + seqlen}")
+        check_lengths(lengths, tokens)
+        check_documents(cu_seqlens, tokens)
+        sequences = Sequences(
+            self.layers, tokens, causal=causal, lengths=lengths, cu_seqlens=cu_seqlens, start=start,
+            rotary=self.rotary, alibi_slopes=self.alibi_slopes,
+        )  # fmt: skip
+        x = self._embed(tokens, sequences.positions)
+        if cache is not None:
+            x = cache.run_blocks(self.blocks, x, sequences)
+            return self.norm(x) if self.norm_first else x
+        memory_sequences = None
+        if memory is not None:
+            memory_sequences = Sequences(self.layers, memory[:, :, 0], lengths=memory_lengths)
+        if sequences.flat:
+            x = x.flatten(0, 1)
+        for block in self.blocks:
+            arguments = (block, x, sequences, memory, memory_sequences)
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(run_block, *arguments, use_reentrant=False)
+            else:
+                x = run_block(*arguments)
+        return (self.norm(x) if self.norm_first else x).view(batch, seqlen, self.d_model)
+
+    def _embed(self, tokens, positions):
+        """positions: of the first token of all rows, or (batch, seqlen) of each."""
+        x = self.token_embedding(tokens)
+        table = self.sinusoids
+        if table is not None:
+            x = x * self.d_model**0.5
+        elif self.position_embedding is not None:
+            table = self.position_embedding.weight
+        if table is not None:
+            rows = isinstance(positions, int)
+            x = x + (table[positions : positions + tokens.shape[1]] if rows else F.embedding(positions, table))
+        return self.dropout(x if self.norm_first else self.norm(x))
+
+
+def check_lengths(lengths, tokens, name="lengths"):
+    """Raise ValueError unless there is a length from 1 to seqlen for every row of tokens, or lengths is None."""
+    if lengths is None:
+        return
+    batch, seqlen = tokens.shape
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"{name}: expected shape ({batch},), one for each row, got {tuple(lengths.shape)}")
+    if lengths.is_cpu and batch and not torch.compiler.is_compiling():
+        low, high = (x.item() for x in lengths.aminmax())
+        if low < 1 or high > seqlen:
+            raise ValueError(f"{name}: expected from 1 to {seqlen}, got {low if low < 1 else high}")
+
+
+def check_documents(cu_seqlens, tokens):
+    """Raise ValueError unless cu_seqlens divides the rows of tokens into documents, or is None."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens: expected int32 of shape (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
+        ends, seqlen = cu_seqlens.tolist(), tokens.shape[1]
+        missing = set(range(0, tokens.numel() + 1, seqlen)) - set(ends)
+        if missing or ends != sorted(ends) or ends[0] != 0 or ends[-1] != tokens.numel():
+            raise ValueError(
+                f"cu_seqlens: expected ends of documents from 0 to {tokens.numel()}, in order and with the end of every"
+                f" row of {seqlen} tokens, got {ends if len(ends) < 20 else [*ends[:20], '...']}"
+            )
+
+
+class Head(nn.Module):
+    """From hidden states to the vocabulary: logits, or the mean cross-entropy of the targets.
+
+    Args:
+        vocab_size, d_model: rows and columns of the matrix.
+        tied: whether it is the embedding's.
+        label_smoothing: share of a target's probability that is spread over the vocabulary, in training mode alone.
+        layers: "fastattn" or "torch".
+    Raises:
+        ValueError: label_smoothing out of range.
+    Source: Press and Wolf, "Using the output embedding to improve language models", 2017; Szegedy et al., "Rethinking
+        the Inception architecture", 2016, for label smoothing.
+    """
+
+    def __init__(self, vocab_size, d_model, tied, label_smoothing, layers):
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected 0 <= x < 1, got {label_smoothing}")
+        self.label_smoothing = label_smoothing
+        self.loss = _linear_cross_entropy if layers == "torch" else linear_cross_entropy
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(self, x, embedding, targets=None):
+        """x: (..., d_model), embedding: the nn.Embedding, targets: None or (...,) int64 with -100 where none counts.
+
+        Returns: logits (..., vocab_size), or the loss in nats, fp32; 0 if no target counts.
+        """
+        weight = embedding.weight if self.weight is None else self.weight
+        if targets is None:
+            return F.linear(x, weight)
+        smoothing = self.label_smoothing if self.training else 0.0
+        total = self.loss(x, weight, targets, label_smoothing=smoothing, reduction="sum")
+        return total / (targets != -100).sum().clamp_min(1)
+
+
+def _linear_cross_entropy(x, weight, targets, **options):
+    return F.cross_entropy(F.linear(x, weight).view(-1, len(weight)).float(), targets.flatten(), **options)
+
+
+def num_parameters(model):
+    """Number of parameters without the position tables, as the field counts them."""
+    tables = [m.position_embedding for m in model.modules() if getattr(m, "position_embedding", None) is not None]
+    return sum(p.numel() for p in model.parameters()) - sum(table.weight.numel() for table in tables)

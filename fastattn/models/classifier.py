@@ -1,0 +1,123 @@
+"""From a text to one of a few classes: a transformer, a recurrent or a convolutional network, or a bag of words."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from .backbone import Backbone, check_choice, check_lengths, num_parameters
+from .initialize import initialize
+
+BODIES = ("transformer", "lstm", "gru", "cnn", "bag_of_words")
+_WIDTHS = (3, 4, 5)
+
+
+class Classifier(nn.Module):
+    """Gives a text, padded on the right, one of n_classes classes.
+
+    Args:
+        vocab_size, n_classes: number of distinct tokens and of classes.
+        body: "transformer": a `Backbone` named encoder as in MaskedLM; "lstm" or "gru": n_layer bidirectional layers,
+            d_model wide each way; "cnn": d_model filters each of 3, 4 and 5 tokens, the maximum over the text;
+            "bag_of_words": a weight for each pair of token and class, summed over the distinct tokens of the text.
+        pooling: what the transformer's states become one by, "mean" or "first".
+        init: as for `CausalLM`; with "gpt2" recurrent and convolutional layers start as torch.nn makes them.
+        label_smoothing: share of a target's probability that is spread over the classes, in training mode alone.
+        shape: the arguments of `Backbone`; dropout also stands before the output layer.
+    Raises:
+        ValueError: as `Backbone`, an unknown body or pooling, or label_smoothing out of range.
+    Sources: Devlin et al., "BERT", 2019; Graves and Schmidhuber, "Framewise phoneme classification with bidirectional
+        LSTM", 2005; Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014 (GRU); Kim,
+        "Convolutional neural networks for sentence classification", 2014.
+    """
+
+    num_parameters = num_parameters
+
+    def __init__(
+        self, vocab_size, n_classes, *, body="transformer", pooling="mean", init="gpt2", label_smoothing=0.0, **shape
+    ):
+        super().__init__()
+        check_choice("body", body, BODIES)
+        check_choice("pooling", pooling, ("mean", "first"))
+        if pooling != "mean" and body != "transformer":
+            raise ValueError(f"pooling: expected 'mean' with the body {body!r}, got {pooling!r}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected 0 <= x < 1, got {label_smoothing}")
+        self.body, self.pooling, self.label_smoothing = body, pooling, label_smoothing
+        self.block_size, d_model, dropout = shape["block_size"], shape["d_model"], shape.get("dropout", 0.0)
+        features = d_model
+        if body == "transformer":
+            self.encoder = Backbone(vocab_size, **shape)
+        elif body == "bag_of_words":
+            self.token_embedding, features = nn.Embedding(vocab_size, n_classes), 0
+        else:
+            self.token_embedding = nn.Embedding(vocab_size, d_model)
+        if body in ("lstm", "gru"):
+            rnn, features = {"lstm": nn.LSTM, "gru": nn.GRU}[body], 2 * d_model
+            n_layer = shape["n_layer"]
+            between = dropout if n_layer > 1 else 0.0  # torch.nn warns of what it has no use for
+            self.rnn = rnn(d_model, d_model, n_layer, batch_first=True, dropout=between, bidirectional=True)
+        elif body == "cnn":
+            self.convolutions = nn.ModuleList(nn.Conv1d(d_model, d_model, width) for width in _WIDTHS)
+            features = len(_WIDTHS) * d_model
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(features, n_classes) if features else None
+        self.bias = None if features else nn.Parameter(torch.zeros(n_classes))
+        as_torch = init == "gpt2" and body in ("lstm", "gru", "cnn")
+        for module in self.children() if not as_torch else (self.token_embedding, self.head):
+            initialize(module, init, shape["n_layer"])
+
+    def forward(self, tokens, lengths, targets=None):
+        """Logits of the classes, or the mean loss.
+
+        Args:
+            tokens: (batch, seqlen) int64, padded on the right, seqlen at most block_size.
+            lengths: (batch,) int64, tokens of each row, at least 1.
+            targets: None or (batch,) int64, the true classes.
+        Returns: logits (batch, n_classes); with targets their mean cross-entropy in nats, fp32.
+        Raises:
+            ValueError: as `Backbone`.
+        """
+        if tokens.shape[1] > self.block_size:
+            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {tokens.shape[1]}")
+        check_lengths(lengths, tokens)
+        features = getattr(self, f"_{self.body}", self._recurrent)(tokens, lengths)
+        logits = features + self.bias if self.head is None else self.head(self.dropout(features))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing * self.training)
+
+    def _transformer(self, tokens, lengths):
+        x = self.encoder(tokens, lengths=lengths)
+        return x[:, 0] if self.pooling == "first" else _mean(x, lengths)
+
+    def _recurrent(self, tokens, lengths):
+        x = self.dropout(self.token_embedding(tokens))
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        x, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=tokens.shape[1])
+        return _mean(x, lengths)
+
+    def _cnn(self, tokens, lengths):
+        valid = _valid(tokens, lengths)[..., None]
+        x = (self.token_embedding(tokens) * valid).mT  # zeros follow the text however far it is padded
+        maxima = []
+        for width, conv in zip(_WIDTHS, self.convolutions, strict=True):
+            windows = conv(F.pad(x, ((width - 1) // 2, width // 2)))  # as many as tokens
+            maxima.append(windows.masked_fill(~valid.mT, -torch.inf).amax(-1))
+        return torch.cat(maxima, 1).relu()
+
+    def _bag_of_words(self, tokens, lengths):
+        # in order, padding last: a token is new where it differs from the one before
+        ordered = tokens.masked_fill(~_valid(tokens, lengths), self.token_embedding.num_embeddings).sort(1).values
+        new = ordered < self.token_embedding.num_embeddings
+        new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+        return (self.token_embedding(ordered * new) * new[..., None]).sum(1)
+
+
+def _valid(tokens, lengths):
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+def _mean(x, lengths):
+    """(batch, features): the mean of x (batch, seqlen, features) over the first `lengths` of seqlen."""
+    return (x * _valid(x, lengths)[..., None]).sum(1) / lengths[:, None]

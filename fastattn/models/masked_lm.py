@@ -1,0 +1,79 @@
+"""An encoder that predicts tokens hidden in a text, and its weights for other models."""
+
+from collections import namedtuple
+
+import torch
+from torch import nn
+
+from .backbone import Backbone, Head, num_parameters
+from .initialize import initialize
+
+
+class MaskedLM(nn.Module):
+    """Predicts the tokens at chosen positions from all other tokens of the text.
+
+    Args:
+        vocab_size, tied, init, label_smoothing: as for `CausalLM`.
+        shape: the arguments of `Backbone`.
+    Raises:
+        ValueError: as `CausalLM`.
+    Source: Devlin et al., "BERT: pre-training of deep bidirectional transformers for language understanding", 2019.
+    """
+
+    num_parameters = num_parameters
+
+    def __init__(self, vocab_size, *, tied=True, init="gpt2", label_smoothing=0.0, **shape):
+        super().__init__()
+        self.encoder = Backbone(vocab_size, **shape)
+        self.block_size, self.layers = self.encoder.block_size, self.encoder.layers
+        self.head = Head(vocab_size, self.encoder.d_model, tied, label_smoothing, self.layers)
+        initialize(self, init, len(self.encoder.blocks))
+
+    def forward(self, tokens, lengths, targets=None):
+        """Logits of every token, or the mean loss of those to be predicted.
+
+        Args:
+            tokens: (batch, seqlen) int64, what is to be predicted replaced; padded on the right.
+            lengths: (batch,) int64, tokens of each row, at least 1.
+            targets: None or (batch, seqlen) int64, -100 where nothing is predicted: the head skips these positions.
+        Returns: logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats, fp32, 0 if there are
+            none.
+        Raises:
+            ValueError: as `Backbone`.
+        """
+        x = self.encoder(tokens, lengths=lengths)
+        if targets is not None:
+            predicted = targets != -100
+            x, targets = x[predicted], targets[predicted]
+        return self.head(x, self.encoder.token_embedding, targets)
+
+
+# names: of parameters loaded, of those of the model's encoder that the state lacks, of those of the state not used
+LoadedEncoder = namedtuple("LoadedEncoder", "loaded missing unused")
+
+
+@torch.no_grad()
+def load_encoder(model, state_dict):
+    """Copy pretrained weights into the encoder of a model, by name.
+
+    Args:
+        model: a Classifier with the body "transformer", a MaskedLM or a Seq2Seq.
+        state_dict: {name: tensor} of one of these; what is not in its encoder is not used.
+    Returns: LoadedEncoder(loaded, missing, unused), lists of names.
+    Raises:
+        ValueError: the model or the state has no encoder, or a shape differs; then nothing was copied.
+    """
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
+    loaded = [name for name in own if name in state_dict]
+    if not loaded:
+        whose = "parameters of an encoder in the state" if own else "a model with an encoder"
+        raise ValueError(f"load_encoder: expected {whose}, got none: {', '.join(list(state_dict)[:3])}, ...")
+    for name in loaded:
+        if own[name].shape != state_dict[name].shape:
+            raise ValueError(
+                f"load_encoder: expected {name} of shape {tuple(own[name].shape)}, got {tuple(state_dict[name].shape)}"
+            )
+    for name in loaded:
+        own[name].copy_(state_dict[name])
+    missing, unused = [name for name in own if name not in state_dict], [name for name in state_dict if name not in own]
+    return LoadedEncoder(loaded, missing, unused)
