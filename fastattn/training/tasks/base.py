@@ -144,7 +144,7 @@ class DocumentTask(Task):
             for part in parts:
                 yield from part.texts
                 if self.tokenize_targets:
-                    yield from part.targets
+                    yield from part.targets or ()
 
         return build_tokenizer(
             data.tokenizer, texts(self.parts.values()), texts([self.parts["train"]]), data.vocab_size, SPECIALS
