@@ -157,8 +157,7 @@ def test_double_backward_of_a_layer():
     assert torch.autograd.gradgradcheck(layer, x)
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("norm_first", "is_causal"), [(True, True), (False, False)])
 def test_packed_sequences(norm_first, is_causal):
     layer = nn.TransformerEncoderLayer(E, H, FF, 0.0, batch_first=True, norm_first=norm_first)
     x, cu_seqlens = torch.randn(9, E), torch.tensor([0, 4, 4, 9], dtype=torch.int32)
