@@ -73,7 +73,7 @@ class Sequences:
         return tuple(reference.rotary_embedding(x, self.rotary.cos, self.rotary.sin, **where) for x in (q, k))
 
     def attend(self, q, k, v, dropout_p):
-        """Attention of q, of these or other tokens, on k and v; shapes as for `rotate`, k and v may have fewer heads."""
+        """Attention of q, of these or others, on k and v; shapes as for `rotate`, k and v may have fewer heads."""
         if self.use_torch:
             simple = self.lengths is None and self.cu_seqlens is None and self.alibi_slopes is None
             mask = None if simple else self.mask if self.mask.dtype == torch.bool else self.mask.to(q.dtype)
