@@ -140,6 +140,37 @@ def test_positions_are_those_of_the_papers():
 
 
 @layers
+def test_what_is_added_to_the_embeddings(layers):
+    tokens, inputs = random_tokens(2, 16), []
+    for positions in ("learned", "sinusoidal", "rotary", "alibi"):
+        model = build(CausalLM, layers, positions=positions)
+        model.blocks[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        model(tokens)
+        expected = model.token_embedding(tokens)
+        if positions == "learned":
+            expected = expected + model.position_embedding.weight
+        elif positions == "sinusoidal":
+            expected = expected * 32**0.5 + sinusoids(16, 32)
+        assert torch.equal(inputs.pop(), expected)
+
+
+@layers
+def test_the_norm_stands_at_the_end_or_on_the_embeddings(layers):
+    tokens = random_tokens(2, 16)
+    for norm_first in (True, False):
+        model, seen = build(CausalLM, layers, norm_first=norm_first), {}
+        for name in ("norm", "blocks.0", "blocks.1", "head"):
+            model.get_submodule(name).register_forward_hook(
+                lambda module, args, out, name=name, seen=seen: seen.__setitem__(name, (args[0], out))
+            )
+        model(tokens)
+        before, after = ("blocks.1", "head") if norm_first else (None, "blocks.0")
+        assert torch.equal(seen["norm"][1], seen[after][0])
+        assert before is None or torch.equal(seen[before][1], seen["norm"][0])
+        assert norm_first or torch.equal(seen["blocks.1"][1], seen["head"][0])
+
+
+@layers
 def test_rotary_scores_depend_on_distances_alone(layers):
     q, k = torch.randn(2, 1, 2, 6, 8).unbind()
     tokens, rotary = random_tokens(1, 6), RotaryEmbedding(8, max_seqlen=16)

@@ -155,3 +155,18 @@ def test_double_backward_of_a_layer():
     layer = nn.TransformerEncoderLayer(4, 2, 6, 0.0, "gelu", norm_first=True, dtype=torch.float64)
     x = torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(layer, x)
+
+
+@pytest.mark.parametrize(("norm_first", "is_causal"), [(True, True), (False, False)])
+def test_packed_sequences(norm_first, is_causal):
+    layer = nn.TransformerEncoderLayer(E, H, FF, 0.0, batch_first=True, norm_first=norm_first)
+    x, cu_seqlens = torch.randn(9, E), torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    packed = layer.forward_packed(x, cu_seqlens, 5, is_causal)
+    torch.testing.assert_close(packed[:4], layer(x[None, :4], is_causal=is_causal)[0])
+    torch.testing.assert_close(packed[4:], layer(x[None, 4:], is_causal=is_causal)[0])
+    forward = torch.compile(layer.forward_packed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(forward(x, cu_seqlens, 5, is_causal), packed)
+    layer.linear1.register_forward_hook(lambda module, args, out: 2 * out)  # then the children are called
+    slow = layer.forward_packed(x, cu_seqlens, 5, is_causal)
+    torch.testing.assert_close(slow[4:], layer(x[None, 4:], is_causal=is_causal)[0])
+    assert not torch.allclose(slow, packed)

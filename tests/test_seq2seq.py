@@ -107,7 +107,7 @@ def test_cached_search_is_the_uncached(layers, options):
 
 @layers
 def test_greedy_takes_the_most_likely_token_until_the_end(layers):
-    model, source = talkative(layers), random_tokens(4, 12)
+    model, source = talkative(layers, dropout=0.3), random_tokens(4, 12)
     lengths = torch.arange(5, 9)
     found = model.generate(source, lengths, begin=BEGIN, end=END, max_new_tokens=16)
     ended = 0
@@ -123,8 +123,8 @@ def test_greedy_takes_the_most_likely_token_until_the_end(layers):
         assert numbers == expected
     assert 0 < ended < 4
     assert len(set(map(tuple, found))) > 1
-    model.train()
-    model.generate(source, lengths, begin=BEGIN, end=END, max_new_tokens=1)
+    model.train()  # which it stays, but nothing is dropped
+    assert model.generate(source, lengths, begin=BEGIN, end=END, max_new_tokens=16) == found
     assert model.training
 
 
@@ -135,18 +135,20 @@ def test_a_wide_beam_is_exhaustive_search(length_penalty):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10)
-    source, lengths, longest, end = torch.randint(4, (2, 5)), torch.tensor([5, 2]), 3, 3
+    source, lengths, longest, end = torch.randint(4, (8, 5)), torch.randint(1, 6, (8,)), 3, 3
     found = model.generate(
         source, lengths, begin=0, end=end, max_new_tokens=longest, beams=64, length_penalty=length_penalty
     )
-    for row in range(2):
+    for row in range(8):
         candidates = []
         for n in range(longest + 1):
-            for numbers in itertools.product(range(3), repeat=n):
-                path = [*numbers, end] if n < longest else list(numbers)
-                logits = model(source[row : row + 1], lengths[row : row + 1], torch.tensor([[0, *path[:-1]]]))
-                log_p = logits.log_softmax(-1)[0, torch.arange(len(path)), torch.tensor(path)]
-                candidates.append((log_p.sum().item() / len(path) ** length_penalty, list(numbers)))
+            texts = list(itertools.product(range(3), repeat=n))
+            paths = torch.tensor([[0, *numbers, end] for numbers in texts])[:, : longest + 1]
+            many = len(texts), -1
+            logits = model(source[row].expand(many), lengths[row].expand(many[0]), paths[:, :-1])
+            log_p = logits.log_softmax(-1).gather(-1, paths[:, 1:, None]).sum((1, 2))
+            scores = (log_p / (paths.shape[1] - 1) ** length_penalty).tolist()
+            candidates += [(score, list(numbers)) for score, numbers in zip(scores, texts, strict=True)]
         assert found[row] == max(candidates)[1]
 
 

@@ -126,8 +126,7 @@ class Backbone(nn.Module):
             ValueError: too many tokens, those in the cache included, or lengths that do not fit them; values of lengths
                 and cu_seqlens are looked at on the CPU only, where that waits for nothing.
         """
-        batch, seqlen = tokens.shape
-        start = 0 if cache is None else cache.length
+        seqlen, start = tokens.shape[1], 0 if cache is None else cache.length
         if start + seqlen > self.block_size:
             raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {start + seqlen}")
         check_lengths(lengths, tokens)
@@ -139,8 +138,12 @@ class Backbone(nn.Module):
         x = self._embed(tokens, sequences.positions)
         if cache is not None:
             x = cache.run_blocks(self.blocks, x, sequences)
-            return self.norm(x) if self.norm_first else x
-        memory_sequences = None
+        else:
+            x = self._run_blocks(x, sequences, memory, memory_lengths)
+        return self.norm(x) if self.norm_first else x
+
+    def _run_blocks(self, x, sequences, memory, memory_lengths):
+        shape, memory_sequences = x.shape, None
         if memory is not None:
             memory_sequences = Sequences(self.layers, memory[:, :, 0], lengths=memory_lengths)
         if sequences.flat:
@@ -151,7 +154,7 @@ class Backbone(nn.Module):
                 x = checkpoint(run_block, *arguments, use_reentrant=False)
             else:
                 x = run_block(*arguments)
-        return (self.norm(x) if self.norm_first else x).view(batch, seqlen, self.d_model)
+        return x.reshape(shape)
 
     def _embed(self, tokens, positions):
         """positions: of the first token of all rows, or (batch, seqlen) of each."""

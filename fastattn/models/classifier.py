@@ -103,8 +103,8 @@ class Classifier(nn.Module):
         maxima = []
         for width, conv in zip(_WIDTHS, self.convolutions, strict=True):
             windows = conv(F.pad(x, ((width - 1) // 2, width // 2)))  # as many as tokens
-            maxima.append(windows.masked_fill(~valid.mT, -torch.inf).amax(-1))
-        return torch.cat(maxima, 1).relu()
+            maxima.append((windows.relu() * valid.mT).amax(-1))
+        return torch.cat(maxima, 1)
 
     def _bag_of_words(self, tokens, lengths):
         # in order, padding last: a token is new where it differs from the one before

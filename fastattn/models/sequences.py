@@ -13,7 +13,7 @@ class Sequences:
     Args:
         layers: "fastattn" or "torch".
         tokens: (batch, seqlen), for its shape and device.
-        causal: whether a token sees those after it, False, or not, True.
+        causal: whether a token sees none of those after it.
         lengths: None or (batch,) int64: what a row holds from there on is padding that no token sees.
         cu_seqlens: None or (n + 1,) int32: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1] of the rows laid
             end to end, none crosses the end of a row; a token sees its own document, and positions restart with each.
@@ -24,8 +24,7 @@ class Sequences:
 
     def __init__(self, layers, tokens, *, causal=False, lengths=None, cu_seqlens=None, start=0, rotary=None,
                  alibi_slopes=None):  # fmt: skip
-        self.batch, self.seqlen = tokens.shape
-        self.device = tokens.device
+        self.seqlen, self.device = tokens.shape[1], tokens.device
         self.use_torch, self.causal, self.cu_seqlens, self.start = layers == "torch", causal, cu_seqlens, start
         self.lengths = None if lengths is None else lengths.to(torch.int32)
         self.padding = None  # (batch, seqlen) bool, True where there is no token, as torch.nn takes it
@@ -74,8 +73,7 @@ class Sequences:
         return tuple(reference.rotary_embedding(x, self.rotary.cos, self.rotary.sin, **where) for x in (q, k))
 
     def attend(self, q, k, v, dropout_p):
-        """Attention of q, of these or of other tokens, on k and v of these; shapes as for `rotate`, k and v may have
-        fewer heads."""
+        """Attention of q, of these or others, on k and v; shapes as for `rotate`, k and v may have fewer heads."""
         if self.use_torch:
             simple = self.lengths is None and self.cu_seqlens is None and self.alibi_slopes is None
             mask = None if simple else self.mask if self.mask.dtype == torch.bool else self.mask.to(q.dtype)
