@@ -63,6 +63,7 @@ def table_of(text, title=None):
     lines = (text if title is None else text.split(f"## {title}\n\n")[1]).split("\n\n")
     rows = next(block for block in lines if block.startswith("|")).strip().split("\n")
     assert set(rows[1]) <= set("|-: ")
+    assert rows[1].count("|") == rows[0].count("|")
     rows = [row.strip("|").split(" | ") for row in (rows[0], *rows[2:])]
     assert len({len(row) for row in rows}) == 1
     return {row[0].strip(): [entry.strip() for entry in row[1:]] for row in rows}
@@ -231,6 +232,7 @@ def test_runs_side_by_side(tmp_path):
     words = rows[str(baseline)]
     assert (words["architecture"], words["parameters"], words["steps"], words["loss"]) == ("words", "7", "–", "–")
     assert 0 < float(words["accuracy"]) < 1
+    assert text.split("\n")[1].startswith("| --- | --- | ---: | --- | ---: |")  # numbers to the right
     assert (output / "comparison.md").read_text().startswith(text)
     read_png(output / "comparison.png")
 

@@ -157,6 +157,7 @@ def _plot_validation(path, curves):
     for name, curve in curves.items():
         if curve:
             lowest = min(loss for _, loss in curve)
+            name = name if len(name) <= 40 else f"…{name[-39:]}"  # paths differ at their ends
             axes.plot(*zip(*curve, strict=True), marker=".", label=f"{lowest:.4f}  {label(name, 40)}")
     if axes.lines:
         axes.legend(title="lowest, run")

@@ -76,8 +76,10 @@ def confusions(confusion, names):
 
 
 def table(header, rows):
-    """A Markdown table; the columns after the first are aligned to the right."""
-    rule = ("---", *["---:"] * (len(header) - 1))
+    """A Markdown table; columns of numbers are aligned to the right."""
+    rows = [tuple(row) for row in rows]
+    columns = zip(header, *rows, strict=True)
+    rule = ("---" if any(isinstance(value, str) for value in column[1:]) else "---:" for column in columns)
     lines = [map(cell, header), rule, *(map(cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
