@@ -96,8 +96,8 @@ def build_parser():
     run.add_argument("--json", action="store_true", help="print the report as JSON; RUN/report.json keeps the latest")
     commands.add_subcommand("evaluate", run, help="scores on a whole split: report.json, report.md and pictures")
     run = ArgumentParser(exit_on_error=False, description="Runs, or checkpoints of them, side by side.")
-    run.add_argument("runs", metavar="RUN", type=str, nargs="+", help="folder of a run, or RUN@STEP")
-    run.add_argument("--output", type=str | None, help="folder for compare.md and compare.png")
+    run.add_argument("runs", metavar="RUN", type=str, nargs="+", help="folder of a run, or RUN@STEP, RUN@best, RUN@last")
+    run.add_argument("--output", type=str | None, help="folder for comparison.md and comparison.png")
     commands.add_subcommand("compare", run, help="scores of several runs side by side")
     run = ArgumentParser(exit_on_error=False, description="Classes that a trained classifier gives to texts.")
     add_run_arguments(run)
@@ -229,7 +229,7 @@ def evaluate(options, _argv):
     check_run_options(options)
     from fastattn.training.config import UsageError
     from fastattn.training.evaluate import evaluate_run
-    from fastattn.training.report import summary_lines, write_report
+    from fastattn.training.report import cell, report_json, write_report
 
     special = {"data": ("lm", None, "text"), "beams": ("translate", 1, "beams")}
     given = {}
@@ -241,7 +241,12 @@ def evaluate(options, _argv):
     names = ("split", "checkpoint", "accelerator", "layers")
     report = evaluate_run(run, config, **{name: options[name] for name in names}, **given)
     write_report(run, report)
-    print(json.dumps(report, indent=1) if options.json else "\n".join(summary_lines(report)))
+    if options.json:
+        print(report_json(report), end="")
+        return
+    scores = {name: value for name, value in report.items() if not isinstance(value, (list, dict))}
+    width = max(map(len, scores)) + 2
+    print("\n".join(f"{name:{width}}{cell(value)}" for name, value in scores.items()))
 
 
 def compare(options, _argv):

@@ -216,7 +216,7 @@ def test_baseline_of_bad_documents(train, test, message):
 )
 def test_baseline_reaches_its_recorded_accuracy(source, tfidf, accuracy):
     if source == "clinc150" and not os.environ.get("FASTATTN_SLOW"):
-        pytest.skip("150 classes take up to half a minute; FASTATTN_SLOW=1 runs them")
+        pytest.skip("150 classes take about a minute; FASTATTN_SLOW=1 runs them")
     try:
         parts = read_documents(source)
     except UsageError as error:

@@ -1,6 +1,7 @@
 """The folder of a run and its checkpoints: whole after a kill at any moment.
 
-    RUN/config.yaml tokenizer.json data.json metrics.csv loss.png sample.txt report.json tensorboard/
+    RUN/config.yaml tokenizer.json data.json metrics.csv loss.png sample.txt tensorboard/
+    RUN/report.json report.md confusion.png calibration.png attention.png, and those of one step in reports/STEP/
     RUN/checkpoints/step-00000250/{model.safetensors, state.pt, meta.json}
 
 Everything is written beside its final name, flushed to the disk and renamed: a reader finds all of it or nothing.
@@ -17,8 +18,8 @@ from pathlib import Path
 from .config import UsageError
 
 RUN_FILES = {
-    "config.yaml", "tokenizer.json", "data.json", "metrics.csv", "loss.png", "sample.txt", "report.json",
-    "tensorboard", "checkpoints",
+    "config.yaml", "tokenizer.json", "data.json", "metrics.csv", "loss.png", "sample.txt", "report.json", "report.md",
+    "confusion.png", "calibration.png", "attention.png", "reports", "tensorboard", "checkpoints",
 }  # fmt: skip
 
 

@@ -174,7 +174,7 @@ class Trainer:
         model = torch.compile(self.raw_model) if config.compile else self.raw_model
         self.model, self.optimizer = fabric.setup(model, optimizer)
         self.average = average_of(self.raw_model, config.optim.ema)
-        self.step, self.best_score, self.stale, self.seconds = 0, math.inf, 0, 0.0
+        self.step, self.best_score, self.stale = 0, math.inf, 0
         self.flops_per_token = flops_per_token(self.raw_model, config.model)
         self.peak = peak_flops(fabric.device, config.precision) if fabric.is_global_zero else None
         if chosen:
@@ -193,8 +193,7 @@ class Trainer:
             self.average.n_averaged.copy_(state["n_averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        self.step, self.stale, self.seconds = state["step"], state["stale"], state["seconds"]
-        self.best_score = state["best_score"]
+        self.step, self.best_score, self.stale = state["step"], state["best_score"], state["stale"]
 
     def save(self, validation):
         if self.fabric.is_global_zero:
@@ -204,7 +203,6 @@ class Trainer:
                 "step": self.step,
                 "best_score": self.best_score,
                 "stale": self.stale,
-                "seconds": self.seconds,
             }
             if self.average:
                 state |= {"weights": self.raw_model.state_dict(), "n_averaged": self.average.n_averaged}
@@ -298,16 +296,15 @@ class Trainer:
                     loss = fabric.all_reduce(loss, reduce_op="mean").item()  # waits for the device
                     self.check_finite(loss, "training loss")
                 seconds, timed_steps = seconds + time.perf_counter() - start, timed_steps + 1
-                self.seconds += time.perf_counter() - start
                 if log_now and main:
                     speed = self.task.tokens_a_step * timed_steps / seconds
-                    seconds, timed_steps = 0.0, 0
                     rate = learning_rate(self.step - 1, config.steps, config.optim)
                     norm = None if norm is None else float(norm)
                     log.log(
                         self.step, train_loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_second=speed,
-                        mfu=self.utilization(speed), seconds=self.seconds,
+                        mfu=self.utilization(speed), seconds=seconds,
                     )  # fmt: skip
+                    seconds, timed_steps = 0.0, 0
                     bar.set_postfix_str(f"loss {loss:.4f}, {self.shown(speed)}", refresh=False)
                 bar.update()
                 if self.step % config.evaluate_every == 0 or self.step == config.steps:

@@ -5,7 +5,9 @@ import io
 import math
 
 from .checkpoint import write_atomic
+from .figures import label, new_figure, save_png
 
+# seconds: of training since the row before that has it, without validation and checkpoints
 COLUMNS = (
     "step", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "grad_norm", "tokens_per_second",
     "mfu", "seconds",
@@ -62,22 +64,16 @@ class MetricsLog:
 
 def plot_losses(run):
     """Draw RUN/loss.png from RUN/metrics.csv and return its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_metrics(run)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", title=run.name)
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", title=label(run.name, 60))
     for name, style in (("train_loss", {"linewidth": 0.8, "alpha": 0.6}), ("validation_loss", {"marker": "o"})):
         points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
         if points:
-            label = f"{name.replace('_', ' ')}, last {points[-1][1]:.4f}"
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            text = f"{name.replace('_', ' ')}, last {points[-1][1]:.4f}"
+            axes.plot(*zip(*points, strict=True), label=text, **style)
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomic(run / "loss.png", picture.getvalue())
+    save_png(figure, run / "loss.png")
     return run / "loss.png"
