@@ -96,7 +96,9 @@ def build_parser():
     run.add_argument("--json", action="store_true", help="print the report as JSON; RUN/report.json keeps the latest")
     commands.add_subcommand("evaluate", run, help="scores on a whole split: report.json, report.md and pictures")
     run = ArgumentParser(exit_on_error=False, description="Runs, or checkpoints of them, side by side.")
-    run.add_argument("runs", metavar="RUN", type=str, nargs="+", help="folder of a run, or RUN@STEP, RUN@best, RUN@last")
+    run.add_argument(
+        "runs", metavar="RUN", type=str, nargs="+", help="folder of a run, or RUN@STEP, RUN@best, RUN@last"
+    )
     run.add_argument("--output", type=str | None, help="folder for comparison.md and comparison.png")
     commands.add_subcommand("compare", run, help="scores of several runs side by side")
     run = ArgumentParser(exit_on_error=False, description="Classes that a trained classifier gives to texts.")

@@ -190,7 +190,7 @@ def test_two_processes_give_the_same_losses(tmp_path, text_file):
 def test_best_and_newest_checkpoints_stay(tmp_path):
     model = torch.nn.Linear(2, 2)
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5], 1):
-        ckpt.save_checkpoint(tmp_path, step, model, {"step": step}, loss, keep=2)
+        ckpt.save_checkpoint(tmp_path, step, model, {"step": step}, {"validation_loss": loss}, keep=2)
     assert [meta["step"] for _, meta in ckpt.find_checkpoints(tmp_path)] == [2, 4, 5]
     assert ckpt.choose_checkpoint(tmp_path, "best")[1]["step"] == 2
     assert ckpt.choose_checkpoint(tmp_path, "last")[1]["step"] == 5

@@ -3,8 +3,18 @@
 import numpy as np
 import torch
 
+from .config import UsageError
 from .text import fingerprint, read_text, split_text
 from .tokenizer import build_tokenizer
+
+
+def check_summary(summary, expected):
+    """Raises UsageError unless the data with this summary are those of the summary `expected`, which may be None."""
+    if expected and expected["sha256"] != summary["sha256"]:
+        raise UsageError(
+            f"text {summary['source']!r}: expected the {expected['characters']} characters this run was trained on "
+            f"(sha256 {expected['sha256']}), got {summary['characters']} (sha256 {summary['sha256']})"
+        )
 
 
 class TextData:
@@ -13,14 +23,16 @@ class TextData:
     Args:
         config: DataConfig, says which text and how to cut it.
         tokenizer: None builds one from the text.
+        expected: None or the summary of the text that a run was trained on.
 
     Raises:
-        UsageError: no usable text, or characters unknown to the tokenizer.
+        UsageError: no usable text, characters unknown to the tokenizer, or another text than expected.
     """
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config, tokenizer=None, expected=None):
         text = read_text(config.source)
         self.summary = {"source": config.source, "characters": len(text), "sha256": fingerprint(text)}
+        check_summary(self.summary, expected)
         parts = split_text(text, config.validation_fraction, config.test_fraction)
         if tokenizer is None:
             tokenizer = build_tokenizer(

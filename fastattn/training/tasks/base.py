@@ -1,6 +1,5 @@
 """What the training loop asks of a task, and what tasks on documents have in common."""
 
-import hashlib
 import json
 
 import torch
@@ -8,9 +7,11 @@ import torch.nn.functional as F
 
 from ..batches import IGNORED, LengthBatches, by_length, limit_documents
 from ..config import UsageError
+from ..data import check_summary
 from ..documents import PARTS
 from ..sources import read_documents
 from ..split import split_documents
+from ..text import fingerprint
 from ..tokenizer import BEGIN, END, SPECIALS, build_tokenizer
 
 SPLIT_SEED = 0  # the parts of a source are the same whatever seed a run has, so that runs can be compared
@@ -107,18 +108,17 @@ class DocumentTask(Task):
         task.specials = {name: task.special(name) for name in SPECIALS}
         return task
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config, tokenizer=None, expected=None):
         self.config = config
         self.parts = self.read_parts(config.data)
         texts = [text for part in self.parts.values() for text in part.texts]
-        self.tokenizer = tokenizer or self.learn_tokenizer(config.data)
         self.summary = {
             "source": config.data.source,
             "characters": sum(map(len, texts)),
-            "sha256": hashlib.sha256(
-                json.dumps([[p.texts, p.labels, p.targets] for p in self.parts.values()]).encode()
-            ).hexdigest()[:16],
+            "sha256": fingerprint(json.dumps([[p.texts, p.labels, p.targets] for p in self.parts.values()])),
         }
+        check_summary(self.summary, expected)
+        self.tokenizer = tokenizer or self.learn_tokenizer(config.data)
         self.specials = {name: self.special(name) for name in SPECIALS}
         self.prepare()
         self.sizes = {name: f"{len(self.examples[name]):,} documents" for name in self.examples}

@@ -10,10 +10,10 @@ import torch
 
 from ..batches import IGNORED
 from ..config import UsageError
-from ..data import TextData, random_starts, to_tokens, window_starts
+from ..data import TextData, check_summary, random_starts, to_tokens, window_starts
 from ..documents import PARTS
 from ..generate import generate_tokens
-from ..text import read_text
+from ..text import fingerprint, read_text
 from ..token_file import SUFFIX, open_tokens
 from ..tokenizer import END, UNKNOWN, build_tokenizer, load_tokenizer
 from .base import DocumentTask, Task, shape_of
@@ -26,16 +26,17 @@ class LanguageModelling(Task):
     attention stays within a document, and its last token has no target.
     """
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config, tokenizer=None, expected=None):
         self.config, data = config, config.data
         self.ends = {}
         folder = Path(data.source).expanduser()
         if (folder / f"train{SUFFIX}").is_file():
             self._open_folder(folder)
+            check_summary(self.summary, expected)
         elif data.packed:
-            self._pack_documents(data, tokenizer)
+            self._pack_documents(data, tokenizer, expected)
         else:
-            text = TextData(data, tokenizer)
+            text = TextData(data, tokenizer, expected)
             self.tokenizer, self.splits, self.summary = text.tokenizer, text.splits, text.summary
         block_size = config.model.block_size
         for name, tokens in self.splits.items():
@@ -66,9 +67,15 @@ class LanguageModelling(Task):
             "sha256": hashlib.sha256(content).hexdigest()[:16],
         }
 
-    def _pack_documents(self, data, tokenizer):
+    def _pack_documents(self, data, tokenizer, expected):
         parts = DocumentTask.read_parts(self, data)
         texts = [text for part in parts.values() for text in part.texts]
+        self.summary = {
+            "source": data.source,
+            "characters": sum(map(len, texts)),
+            "sha256": fingerprint("\0".join(texts)),
+        }
+        check_summary(self.summary, expected)
         specials = [UNKNOWN, END] if data.tokenizer in ("word", "wordpiece") else [END]
         self.tokenizer = tokenizer or build_tokenizer(
             data.tokenizer, texts, parts["train"].texts, data.vocab_size, specials
@@ -81,11 +88,6 @@ class LanguageModelling(Task):
             numbers = [torch.tensor([*self.tokenizer.encode(text), end], dtype=torch.int32) for text in part.texts]
             self.splits[name] = torch.cat(numbers)
             self.ends[name] = torch.tensor([len(n) for n in numbers]).cumsum(0)
-        self.summary = {
-            "source": data.source,
-            "characters": sum(map(len, texts)),
-            "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
-        }
 
     def _windows(self, part, starts):
         positions = starts[:, None] + torch.arange(self.config.model.block_size + 1)
@@ -153,4 +155,9 @@ class LanguageModelling(Task):
         seconds = time.perf_counter() - start
         read = math.floor((len(self.splits[part]) - 1) / self.config.model.block_size) * self.config.model.block_size
         characters = len(self.tokenizer.decode(self.splits[part][1 : read + 1].tolist()))
-        return {**language_scores(total, count, characters), "tokens_per_second": read / seconds}
+        return {
+            "tokens": count,
+            "characters": characters,
+            **language_scores(total, count, characters),
+            "tokens_per_second": read / seconds,
+        }
