@@ -205,7 +205,7 @@ def make_run(folder, losses=((0, 4.0), (10, 3.0), (20, 3.5)), report=None, **con
     model = {"n_layer": 2, "n_head": 4, "d_model": 64, **config}
     (folder / "config.yaml").write_text(json.dumps({"layers": "torch", "model": model}))
     for step, loss in losses[1:]:
-        save_checkpoint(folder, step, torch.nn.Linear(3, 5), {}, loss, keep=9)
+        save_checkpoint(folder, step, torch.nn.Linear(3, 5), {}, {"validation_loss": loss}, keep=9)
     if report is not None:
         write_report(folder, report)
     return folder

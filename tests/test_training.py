@@ -238,7 +238,7 @@ model = torch.nn.Linear(512, 512)
 print("ready", flush=True)
 for step in range(1, 10**6):
     torch.nn.init.constant_(model.weight, step)
-    save_checkpoint(Path(sys.argv[1]), step, model, {"step": step}, 1 / step, keep=2)
+    save_checkpoint(Path(sys.argv[1]), step, model, {"step": step}, {"validation_loss": 1 / step}, keep=2)
 """
 
 
@@ -252,7 +252,7 @@ def test_kill_during_saving_leaves_a_loadable_run(tmp_path):
         command = [sys.executable, "-c", SAVE_FOREVER, str(run)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
             process.stdout.readline()
-            while not ckpt.find_checkpoints(run):
+            while not ckpt.find_checkpoints(run) and process.poll() is None:
                 time.sleep(0.001)
             time.sleep(0.1 + 0.037 * trial)
             process.kill()
@@ -270,7 +270,7 @@ def test_death_at_every_file_operation_leaves_a_loadable_run(tmp_path):
     """A child dies before its n-th fsync, rename or removal while it saves step 4 to a run that has 1 (best), 2, 3."""
     model = torch.nn.Linear(2, 2)
     for step in (1, 2, 3):
-        ckpt.save_checkpoint(tmp_path / "run", step, model, {"step": step}, float(step), keep=2)
+        ckpt.save_checkpoint(tmp_path / "run", step, model, {"step": step}, {"validation_loss": float(step)}, keep=2)
     seen = []
     for n in range(1, 100):
         run = tmp_path / str(n)
@@ -278,7 +278,7 @@ def test_death_at_every_file_operation_leaves_a_loadable_run(tmp_path):
         child = os.fork()
         if child == 0:
             die_before(n)
-            ckpt.save_checkpoint(run, 4, model, {"step": 4}, 4.0, keep=2)
+            ckpt.save_checkpoint(run, 4, model, {"step": 4}, {"validation_loss": 4.0}, keep=2)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         folder, meta = ckpt.choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
@@ -316,7 +316,7 @@ def test_early_stopping(tmp_path, text_file, capsys):
     assert train(config) == 0
     assert [int(step) for step, _ in column(tmp_path / "run", "validation_loss")] == [0, 2, 4, 6, 8]
     output = capsys.readouterr().out
-    assert "stopped early after step 8: no better validation loss in 3 validations" in output
+    assert "stopped early after step 8: no better validation in 3 validations" in output
     assert "at step 2\n" in output
 
 
