@@ -81,6 +81,37 @@ def test_every_broadcast_of_a_bias_gets_its_gradient(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_tiles_of_a_bias(dtype, monkeypatch):
+    """64 queries by 64 keys without a mask: the bias is added where it lies, also from rows an odd stride apart."""
+    q, k, v = qkv(2, 4, 130, 200, 16, dtype, kv_heads=2)
+    for batch in (1, 2):
+        bias = normal(batch, 4, 130, 201, dtype=dtype).detach()[..., :200].requires_grad_()
+        assert bias.stride(2) == 201
+        for kwargs in ({}, {"causal": True, "alibi_slopes": torch.rand(4)}, {"window": (90, 20), "dropout_p": 0.1}):
+            check(monkeypatch, f"{batch} {list(kwargs)}", q, k, v, bias=bias, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32])
+def test_minus_infinity_in_whole_tiles_of_a_bias(bias_dtype, dtype):
+    """Keys that a tile hides in part or as a whole, at its beginning or not, with NaN standing in them."""
+    clean = [t.detach() for t in qkv(1, 2, 128, 192, 16, dtype)]
+    hidden = torch.zeros(192, dtype=torch.bool)
+    hidden[[3, 70, 71]] = True
+    hidden[128:] = True
+    bias = normal(2, 128, 192, dtype=bias_dtype or dtype).detach()
+    bias[..., 5:64, 40] = -torch.inf
+    bias = bias.masked_fill(hidden, -torch.inf).requires_grad_()
+    dirty = [clean[0]] + [t.masked_fill(hidden.view(192, 1), torch.nan) for t in clean[1:]]
+    got, expected = (
+        results(*(t.clone().requires_grad_() for t in inputs), {"bias": bias}, backend)
+        for inputs, backend in ((dirty, "native"), (clean, "reference"))
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-5 if dtype == torch.float32 else 5e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_see_nothing(dtype):
     q, k, v = qkv(2, 2, 66, 70, 16, dtype)
     mask = torch.ones(2, 1, 66, 70, dtype=torch.bool)
@@ -230,6 +261,9 @@ def test_dropout_keeps_exactly_what_the_reference_keeps(dtype):
 RERUNS = {
     "grouped heads, a bias of the batch": lambda: (
         qkv(1, 4, 150, 300, 32, kv_heads=2), {"causal": True, "bias": normal(4, 150, 300), "sink": normal(4)}
+    ),
+    "the same in 16 bits": lambda: (
+        qkv(3, 2, 130, 300, 32, torch.bfloat16), {"bias": normal(2, 130, 300, dtype=torch.bfloat16)}
     ),
     "one head, its keys divided": lambda: (qkv(1, 1, 70, 1100, 16), {"window": (400, -1), "softcap": 3.0}),
     "a bias summed over everything": lambda: (
@@ -441,11 +475,14 @@ def test_exports_with_dynamic_lengths(call):
 CAPABILITY_TEST = """
 import sys, torch, fastattn
 sys.path.insert(0, sys.argv[1])
-from attention_cases import check, random_case
+from attention_cases import DTYPES, check, normal, qkv, random_case
 import pytest
 for seed in range(1000, 1016):
     q, k, v, kwargs = random_case(seed)
     check(pytest.MonkeyPatch(), f"seed {seed}", q, k, v, seed, backend="native", **kwargs)
+for dtype in DTYPES:
+    q, k, v = qkv(2, 1, 64, 128, 8, dtype)
+    check(pytest.MonkeyPatch(), "bias", q, k, v, backend="native", bias=normal(1, 64, 128, dtype=dtype))
 print(fastattn._native.cpu_capability())
 """
 

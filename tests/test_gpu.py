@@ -239,6 +239,19 @@ def test_linear_cross_entropy_peak_memory():
     assert peaks[0] < 0.15 * peaks[1]
 
 
+def test_attention_memory_is_that_of_the_tensors():
+    """Forward and backward at seqlen 16384: inputs, outputs, gradients and a tenth."""
+    q, k, v, do = torch.randn(4, 1, 8, 16384, 64, device="cuda", dtype=torch.bfloat16)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, lse = fastattn.attention(*inputs, causal=True, return_lse=True)
+    grads = torch.autograd.grad(out, inputs, do)
+    tensors = sum(t.nbytes for t in (*inputs, do, out, lse, *grads))
+    made = sum(t.nbytes for t in (out, lse, *grads))
+    assert torch.cuda.max_memory_allocated() - before - made <= 0.1 * tensors
+
+
 def decode_call(dtype=torch.bfloat16, seed=0):
     """attention_decode on shuffled pages that it appends to; the caches are the caller's."""
     generator = torch.Generator("cuda").manual_seed(seed)

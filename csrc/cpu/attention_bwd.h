@@ -17,41 +17,59 @@ namespace {
 
 using fastattn::kAttentionPieceKeys;
 
-// ds[key][lane] of a tile -> rows of dbias; with `add` (fp32 only) to what is there
+// ds[key][lane] of a tile -> rows of T; with `add` to what is there
 template <typename T>
-void store_dbias(const fastattn::ScoreTensor& t, int64_t offset, const float* ds, int64_t i0, int rows, int64_t j0,
-                 int keys, float* stage, bool add) {
-  transpose(stage, kKeys, ds, kLanes, round_up(keys, kVec), round_up(rows, kVec));
-  for (int r = 0; r < rows; ++r) {
-    T* dst = static_cast<T*>(const_cast<void*>(t.data)) + offset + (i0 + r) * t.row + j0;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      for (int j = 0; add && j < keys; ++j) {
-        stage[r * kKeys + j] += dst[j];
+void store_transposed(T* dst, int64_t stride, const float* ds, int rows, int keys, bool add) {
+  for (int r = 0; r < rows; r += kVec) {
+    for (int j = 0; j < keys; j += kVec) {
+      Vec t[kVec];
+      load_transposed(t, ds + j * kLanes + r, kLanes);
+      const int rest = keys - j < kVec ? keys - j : 0;
+      for (int x = 0; x < kVec && r + x < rows; ++x) {
+        T* at = dst + (r + x) * stride + j;
+        if (rest) {
+          (add ? t[x] + Vec::load(at, rest) : t[x]).store(at, rest);
+        } else {
+          (add ? t[x] + Vec::load(at) : t[x]).store(at);
+        }
       }
     }
-    narrow_row(dst, stage + r * kKeys, keys);
   }
 }
 
-inline void store_dbias(const AttentionArgs& args, int64_t offset, const float* ds, int64_t i0, int rows, int64_t j0,
-                        int keys, float* stage, bool add) {
-  if (args.bias_dtype == DType::kFloat32) {
-    store_dbias<float>(args.dbias, offset, ds, i0, rows, j0, keys, stage, add);
-  } else if (args.bias_dtype == DType::kBFloat16) {
-    store_dbias<BF16>(args.dbias, offset, ds, i0, rows, j0, keys, stage, add);
-  } else {
-    store_dbias<FP16>(args.dbias, offset, ds, i0, rows, j0, keys, stage, add);
-  }
-}
+// The rows of one head's dbias, or of their sum in fp32.
+struct DbiasRows {
+  void* data;
+  int64_t stride;
+  DType dtype;
 
-inline void zero_dbias(const AttentionArgs& args, int64_t offset, int64_t i0, int rows, int64_t j0, int64_t keys) {
-  const int64_t size = args.bias_dtype == DType::kFloat32 ? 4 : 2;
-  for (int r = 0; r < rows; ++r) {
-    std::memset(
-        static_cast<char*>(const_cast<void*>(args.dbias.data)) + (offset + (i0 + r) * args.dbias.row + j0) * size, 0,
-        keys * size);
+  DbiasRows(const AttentionArgs& args, int64_t b, int64_t h) : stride(args.dbias.row), dtype(args.bias_dtype) {
+    const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+    data = static_cast<char*>(const_cast<void*>(args.dbias.data)) + (b * args.dbias.batch + h * args.dbias.head) * size;
   }
-}
+  DbiasRows(float* sum, int64_t cols) : data(sum), stride(cols), dtype(DType::kFloat32) {}
+
+  void store(const float* ds, int64_t i0, int rows, int64_t j0, int keys, bool add) const {
+    with_storage_type(dtype, [&](auto type) {
+      store_transposed(static_cast<decltype(type)*>(data) + i0 * stride + j0, stride, ds, rows, keys, add);
+    });
+  }
+  void zero(int64_t i0, int rows, int64_t j0, int64_t keys) const {
+    with_storage_type(dtype, [&](auto type) {
+      for (int r = 0; r < rows; ++r) {
+        std::memset(static_cast<void*>(static_cast<decltype(type)*>(data) + (i0 + r) * stride + j0), 0,
+                    keys * sizeof(type));
+      }
+    });
+  }
+  void narrow(const float* sum, int64_t cols, int64_t rows, int64_t j0, int64_t keys) const {
+    with_storage_type(dtype, [&](auto type) {
+      for (int64_t i = 0; i < rows; ++i) {
+        narrow_row(static_cast<decltype(type)*>(data) + i * stride + j0, sum + i * cols + j0, keys);
+      }
+    });
+  }
+};
 
 // fp32 rows (rows, width) times factor -> T
 template <typename T>
@@ -99,8 +117,12 @@ void backward(const AttentionArgs& args) {
   const int64_t kept = group > 1 && !args.split ? pieces : 1;  // whose dk and dv wait for further heads
   const bool makes_dq = kInPlace || !args.split;
   const int64_t dq_sum_rows = makes_dq && !kInPlace ? blocks * kLanes : 0;
+  const bool whole_batch = args.dbias.data && args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch;
+  const int64_t dbias_floats = args.seqlen_q * args.seqlen_k;
+  const int64_t dbias_sums = whole_batch && args.bias_dtype != DType::kFloat32 ? group : 0;
   Arena arena(Scores::kArena + QueryBlock<T, kPairs>::floats(args) + TileGradient<T, kPairs>::floats(args, piece_keys) +
-              dq_sum_rows * width + kept * piece_keys * (width + width_v) + 2 * kLanes * width + kLanes * kKeys);
+              round_up(dbias_sums * dbias_floats, 16) + 16 + dq_sum_rows * width +
+              kept * piece_keys * (width + width_v) + 2 * kLanes * width);
   if (arena.failed()) {
     *args.failed = true;
     return;
@@ -113,11 +135,11 @@ void backward(const AttentionArgs& args) {
   float* dv = arena.take(kept * piece_keys * width_v);
   float* dq_t = arena.take(kLanes * width);
   float* dq_rows = arena.take(kLanes * width);
-  float* stage = arena.take(kLanes * kKeys);
+  float* dbias_sum = dbias_sums ? arena.take(dbias_sums * dbias_floats + kVec) : nullptr;
 
   const bool direct_dbias = args.dbias.data && args.dbias_from != AttentionArgs::DbiasFrom::kOwnPass;
-  // a dbias that the sequences of a batch share is summed in their order by one task
-  const int64_t batch_of_task = args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch ? args.batch : 1;
+  // a dbias that the sequences of a batch share is summed in their order by one task, in 16 bits in memory of its own
+  const int64_t batch_of_task = whole_batch ? args.batch : 1;
   const int64_t slabs = args.batch / batch_of_task * args.n_kv_heads;
   for (int64_t n = 0, task = 0;; ++n) {
     if (n % batch_of_task == 0 &&
@@ -136,7 +158,8 @@ void backward(const AttentionArgs& args) {
 
     for (int64_t g = 0; g < group; ++g) {
       const int64_t h = kv * group + g;
-      const int64_t dbias_offset = b * args.dbias.batch + h * args.dbias.head;
+      const DbiasRows dbias_of_head(args, b, h);
+      const DbiasRows dbias = dbias_sum ? DbiasRows(dbias_sum + g * dbias_floats, args.seqlen_k) : dbias_of_head;
       float dsink = 0.f;
       scores.select_head(sequence, h);
       for (int64_t piece = first_piece; piece <= last_piece; ++piece) {
@@ -159,15 +182,14 @@ void backward(const AttentionArgs& args) {
         for (int64_t i0 = 0; i0 < sequence.len_q; i0 += kLanes) {
           const int rows = block_rows(sequence, i0);
           int64_t begin, end;
-          scores.key_range(i0, rows, begin, end);
+          scores.key_range(i0, rows, 0, sequence.len_k, begin, end);
           // the piece that begins the sum of dq; the first one if the block sees no key
           const int64_t starts_dq = begin < end ? begin / kAttentionPieceKeys : 0;
-          begin = begin > first_key ? begin : first_key;
-          end = end < end_key ? end : end_key;
+          scores.key_range(i0, rows, first_key, end_key, begin, end);
           if (direct_dbias && first_of_task) {
             const int64_t split = begin < end ? begin : last_key;
-            zero_dbias(args, dbias_offset, i0, rows, first_key, split - first_key);
-            zero_dbias(args, dbias_offset, i0, rows, begin < end ? end : last_key, begin < end ? last_key - end : 0);
+            dbias.zero(i0, rows, first_key, split - first_key);
+            dbias.zero(i0, rows, begin < end ? end : last_key, begin < end ? last_key - end : 0);
           }
           [[maybe_unused]] T* dq = sequence.rows<T>(args.dq, h, sequence.q_start + i0);
           if (makes_dq && piece == starts_dq) {
@@ -194,13 +216,13 @@ void backward(const AttentionArgs& args) {
             const int64_t skip = j0 - first_key;
             if (!scores.prepare(i0, rows, j0, keys)) {
               if (direct_dbias && first_of_task) {
-                zero_dbias(args, dbias_offset, i0, rows, j0, keys);
+                dbias.zero(i0, rows, j0, keys);
               }
               continue;
             }
             tile.run(scores, block, skip, keys, rows);
             if (direct_dbias) {
-              store_dbias(args, dbias_offset, tile.ds, i0, rows, j0, keys, stage, !first_of_task);
+              dbias.store(tile.ds, i0, rows, j0, keys, !first_of_task);
             }
             tile.multiply_by_slope_of_cap(scores, keys);
             tile.add_to_keys(block, keys, rows, dk_piece + skip * width, width, dv_piece + skip * width_v, width_v);
@@ -225,6 +247,9 @@ void backward(const AttentionArgs& args) {
           } else {
             add_rows(dq_sum + i0 * width, width, dq_rows, width, rows, width, 1.f);
           }
+        }
+        if (dbias_sum && n % batch_of_task == batch_of_task - 1) {
+          dbias_of_head.narrow(dbias_sum + g * dbias_floats, args.seqlen_k, args.seqlen_q, first_key, stored_keys);
         }
         if (g == group - 1) {
           store_rows(sequence.rows<T>(args.dk, kv, sequence.k_start + first_key), args.dk.row, dk_piece, width,
@@ -273,7 +298,7 @@ void query_gradient(const AttentionArgs& args) {
     const T* v = sequence.rows<const T>(args.v, h / group, sequence.k_start);
     int64_t begin, end;
     scores.select_head(sequence, h);
-    scores.key_range(i0, rows, begin, end);
+    scores.key_range(i0, rows, 0, sequence.len_k, begin, end);
     block.load(sequence, h, i0, false);
     zero(dq_t, kLanes * width);
     for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
@@ -304,7 +329,7 @@ void bias_gradient(const AttentionArgs& args) {
   const int64_t parts = has_rows ? blocks : has_keys ? tiles : 1;
   const int64_t sums = has_keys ? (has_rows ? tiles * kKeys : kKeys) : 1;
   Arena arena(Scores::kArena + QueryBlock<T, kPairs>::floats(args) + TileGradient<T, kPairs>::floats(args, kKeys) +
-              (round_up(sums, kVec) + kKeys) * kLanes);
+              round_up(sums, kVec) * kLanes);
   if (arena.failed()) {
     *args.failed = true;
     return;
@@ -313,7 +338,6 @@ void bias_gradient(const AttentionArgs& args) {
   QueryBlock<T, kPairs> block(args, arena);
   TileGradient<T, kPairs> tile(args, arena, kKeys);
   float* sum = arena.take(round_up(sums, kVec) * kLanes);  // [key][lane]
-  float* stage = arena.take(kLanes * kKeys);
 
   for (int64_t task; (task = args.next->fetch_add(1, std::memory_order_relaxed)) < slabs_b * slabs_h * parts;) {
     const int64_t part = task % parts, slab_h = task / parts % slabs_h, slab_b = task / parts / slabs_h;
@@ -334,9 +358,7 @@ void bias_gradient(const AttentionArgs& args) {
           const int rows = block_rows(sequence, i0);
           block.load(sequence, h, i0, false);
           int64_t begin, end;
-          scores.key_range(i0, rows, begin, end);
-          begin = begin > first_key ? begin : first_key;
-          end = end < last_key ? end : last_key;
+          scores.key_range(i0, rows, first_key, last_key, begin, end);
           for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
             const int keys = static_cast<int>(end - j0 < kKeys ? end - j0 : kKeys);
             if (!scores.prepare(i0, rows, j0, keys)) {
@@ -354,7 +376,6 @@ void bias_gradient(const AttentionArgs& args) {
         }
       }
     }
-    const int64_t offset = slab_b * args.dbias.batch + slab_h * args.dbias.head;
     if (!has_rows) {  // sum over the lanes as well
       for (int64_t r = 0; r < sums; ++r) {
         Vec total = Vec::fill(0.f);
@@ -368,8 +389,9 @@ void bias_gradient(const AttentionArgs& args) {
     const int rows = has_rows ? static_cast<int>(args.seqlen_q - i0 < kLanes ? args.seqlen_q - i0 : kLanes) : 1;
     const int64_t keys = !has_keys ? 1 : last_key < args.seqlen_k ? last_key - first_key : args.seqlen_k - first_key;
     for (int64_t j = 0; j < keys; j += kKeys) {
-      store_dbias(args, offset, sum + j * kLanes, i0, rows, first_key + j,
-                  static_cast<int>(keys - j < kKeys ? keys - j : kKeys), stage, false);
+      DbiasRows(args, slab_b, slab_h)
+          .store(sum + j * kLanes, i0, rows, first_key + j, static_cast<int>(keys - j < kKeys ? keys - j : kKeys),
+                 false);
     }
   }
 }

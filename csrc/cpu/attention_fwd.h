@@ -123,7 +123,7 @@ void forward(const AttentionArgs& args) {
 
     bool first = true;
     int64_t begin, end;
-    scores.key_range(i0, rows, begin, end);
+    scores.key_range(i0, rows, 0, sequence.len_k, begin, end);
     for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
       const int keys = static_cast<int>(end - j0 < kKeys ? end - j0 : kKeys);
       if (!scores.prepare(i0, rows, j0, keys)) {

@@ -154,17 +154,19 @@ class Scores {
     slab_ = static_cast<uint32_t>(b * args_.n_heads + head);
   }
 
-  // The keys that some query of the block may see: [begin, end), empty if begin >= end.
-  void key_range(int64_t i0, int64_t rows, int64_t& begin, int64_t& end) const {
+  // The keys of [first, last) that some query of the block may see: [begin, end), empty if begin >= end.
+  void key_range(int64_t i0, int64_t rows, int64_t first, int64_t last, int64_t& begin, int64_t& end) {
     const Sequence& s = *sequence_;
-    begin = 0;
-    end = s.len_k;
-    if (args_.window_left >= 0 && i0 + s.off - args_.window_left > 0) {
+    begin = first;
+    end = last < s.len_k ? last : s.len_k;
+    if (args_.window_left >= 0 && i0 + s.off - args_.window_left > begin) {
       begin = i0 + s.off - args_.window_left;
     }
     if (args_.window_right >= 0 && i0 + rows + s.off + args_.window_right < end) {
       end = i0 + rows + s.off + args_.window_right;
     }
+    begin_ = begin;
+    end_ = end;
   }
 
   // Look at the tile of queries i0.. and keys j0..; false if mask or bias hides all of it.
@@ -335,7 +337,8 @@ class Scores {
       add_or_hide(Vec::load(at) * multiplier, add).store(at);
       least = min(add, least);  // a NaN leaves it as it is
     };
-    const bool more = j0_ + 2 * kKeys <= sequence_->len_k;
+    // Fetch the tile that comes next: its short rows lie too far apart for the processor to see it coming.
+    const int64_t to_next = j0_ + kKeys < end_ ? kKeys : kLanes * args_.bias.row + begin_ - j0_;
     constexpr int kSlots = kKeys * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(float));
     for (int r = 0; r < kLanes; r += kVec) {
       for (int slot = 0; slot < kSlots; slot += kVec) {
@@ -343,9 +346,8 @@ class Scores {
         constexpr int kKeysOfSlot = kKeys / kSlots;
         const T* square = bias + r * args_.bias.row + slot * kKeysOfSlot;
         load_transposed(t, square, args_.bias.row);
-        // the tile that comes next: its short rows lie too far apart for the processor to see it coming
-        for (int x = 0; more && x < kVec; ++x) {
-          __builtin_prefetch(square + x * args_.bias.row + kKeys, 0, 2);
+        for (int x = 0; x < kVec; ++x) {
+          __builtin_prefetch(square + x * args_.bias.row + to_next, 0, 2);
         }
 #pragma GCC unroll 16
         for (int x = 0; x < kVec; ++x) {
@@ -420,7 +422,7 @@ class Scores {
   int64_t bias_offset_ = 0;
   float slope_ = 0.f;
   uint32_t slab_ = 0;
-  int64_t i0_ = 0, j0_ = 0;
+  int64_t begin_ = 0, end_ = 0, i0_ = 0, j0_ = 0;
   bool edge_ = false;
   Kind kind_ = Kind::kNone;
   const uint8_t* seen_ = nullptr;
