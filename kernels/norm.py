@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from fastattn.kernels.common import (
+    INTERPRETED,
     as_rows,
     device_guard,
     dropout_constants,
@@ -42,6 +43,7 @@ BACKWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 
 BIASED_HELD, BIASED_WARPS = 4096, 12
 WIDE_BLOCK_N, WIDE_WARPS = 4096, 8
 STRIP_M, STRIP_N, STRIP_WARPS = 8, 512, 4  # dweight and dbias of wide rows
+INTERPRETED_STRIP_N = 4096  # where a program costs as much whatever its width
 SUM_M, SUM_N, SUM_WARPS = 128, 32, 4  # adding up the partial sums
 WIDE_SUM_M, WIDE_SUM_N = 8, 512
 
@@ -423,7 +425,8 @@ def norm_bwd(
         resident = BIASED_WARPS if need_dx_bias and warps == 4 else 16
         programs = min(triton.cdiv(rows, block_m), persistent_programs(device, resident // warps))
     else:
-        strips = triton.cdiv(cols, STRIP_N)
+        strip_n = INTERPRETED_STRIP_N if INTERPRETED else STRIP_N
+        strips = triton.cdiv(cols, strip_n)
         programs = min(triton.cdiv(rows, STRIP_M), triton.cdiv(persistent_programs(device, 4), strips))
     partials = [
         torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None for wanted in needed
@@ -439,7 +442,7 @@ def norm_bwd(
             if not held:
                 norm_bwd_strip_kernel[(strips, programs)](
                     dy, r, dx, stats, *partials, rows, cols, dy_stride, r_stride,
-                    RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=STRIP_N, num_warps=STRIP_WARPS,
+                    RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=strip_n, num_warps=STRIP_WARPS,
                 )  # fmt: skip
             sum_m, sum_n = (SUM_M, SUM_N) if held else (WIDE_SUM_M, WIDE_SUM_N)
             add_up_kernel[(triton.cdiv(cols, sum_n),)](

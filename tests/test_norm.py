@@ -79,8 +79,8 @@ def test_dtypes(backend, device, dtype, rms, fused):
     [(1, 65536), (2, 65535), (1, 65537), (3, 40000), (9, 3000), (4099, 1), (2000, 7), (150, 513)],
 )  # fmt: skip
 def test_extreme_shapes(backend, device, interpreted, rows, cols):
-    if interpreted and rows > 200:
-        pytest.skip("thousands of programs take minutes in the interpreter")
+    if interpreted and (rows > 100 or cols in (40000, 65536)):
+        pytest.skip("slow in the interpreter, and the kernels take the other widths the same way")
     fused = {"residual": torch.float32, "x_bias": True, "dropout_p": 0.1, "return_residual": True}
     case((rows, cols), device=device, **fused).check()
     if not interpreted or cols == 65535:
@@ -298,14 +298,15 @@ def test_cpu_instruction_sets():
 import sys, torch, fastattn
 from norm_cases import random_case
 with fastattn.use_backend("native"):
-    for seed in range(1000, 1015):
+    for seed in range(1000, 1005):
         random_case(seed, (torch.float32, torch.bfloat16, torch.float16)).check()
 torch.manual_seed(0)
 print(fastattn.dropout(torch.ones(3, 1000), 0.3).ne(0).nonzero().sum(0).tolist())
 """
     here = Path(__file__).parent
     printed = set()
-    for capability in ("default", "avx2", "avx512"):
+    above = ("avx512",) if torch.backends.cpu.get_cpu_capability() == "AVX512" else ()
+    for capability in ("default", "avx2", *above):
         environment = os.environ | {"FASTATTN_CPU_CAPABILITY": capability, "PYTHONPATH": f"{here}:{here.parent}"}
         done = subprocess.run(
             [sys.executable, "-c", script], env=environment, cwd=here, capture_output=True, text=True, check=False
