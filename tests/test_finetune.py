@@ -189,6 +189,29 @@ def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_tokens_on_disk_must_be_those_of_the_start(folder, tmp_path):
+    from fastattn.training.prepare import SourceConfig, data_split, data_tokenize
+
+    data_split(SourceConfig(str(folder / "documents.jsonl")), str(tmp_path / "split"))
+    data_tokenize(SourceConfig(str(tmp_path / "split")), str(tmp_path / "tokens"), "byte")
+    data = {"source": str(tmp_path / "tokens")}
+    with pytest.raises(UsageError, match="expected tokens of the model's own tokenizer, got another's"):
+        train(config_for("lm", tmp_path / "run", folder, folder / "lm", data=data))
+    assert train(config_for("lm", tmp_path / "bytes", folder, data=data)) == 0
+    assert train(config_for("lm", tmp_path / "run", folder, tmp_path / "bytes", data=data)) == 0
+
+
+def test_low_rank_additions_in_an_average_of_weights(folder, tmp_path):
+    config = config_for("lm", tmp_path / "run", folder, folder / "lm", trained="lora", lora_rank=2)
+    config.optim.ema = 0.5
+    assert train(config) == 0
+    model, tokenizer, _ = load_run(tmp_path / "run", config, checkpoint="last", accelerator="cpu")
+    metas = [json.loads(path.read_text()) for path in (tmp_path / "run").rglob("meta.json")]
+    loss, _, count = loop.evaluate_part(model, make_task(config, tokenizer), "validation")
+    expected = next(meta["validation_loss"] for meta in metas if meta["step"] == 4)
+    assert loss / count == pytest.approx(expected, abs=1e-5)
+
+
 def test_nothing_but_all_learns_without_a_start(tmp_path):
     with pytest.raises(UsageError, match="trained: expected 'all' without start, got 'lora'"):
         TrainConfig(run=str(tmp_path), trained="lora")

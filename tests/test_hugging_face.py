@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("safetensors", reason="needs the packages of fastattn[train]")
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from fastattn.integrations.hugging_face import load_hugging_face, read_config
@@ -176,6 +177,76 @@ def make_up(folder, kind, vocab_size=40, **options):
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return tensors
+
+
+def layer_norm(t, name, x, eps):
+    return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"], eps)
+
+
+def linear(t, name, x):
+    return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+
+def attend(q, k, v, causal=False, n_head=2):
+    """Scaled dot-product attention with the softmax written out; (batch, seqlen, d)."""
+    q, k, v = (y.unflatten(-1, (n_head, -1)).transpose(1, 2) for y in (q, k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+
+
+def bert(t, x):
+    """States of the last layer (Devlin et al. 2019), from the tensors of a checkpoint."""
+    t = {name.removeprefix("bert."): value for name, value in t.items()}
+    h = t["embeddings.word_embeddings.weight"][x] + t["embeddings.token_type_embeddings.weight"][0]
+    h = layer_norm(t, "embeddings.LayerNorm", h + t["embeddings.position_embeddings.weight"][: x.shape[1]], 1e-12)
+    for layer in ("encoder.layer.0", "encoder.layer.1"):
+        q, k, v = (linear(t, f"{layer}.attention.self.{part}", h) for part in ("query", "key", "value"))
+        a = linear(t, f"{layer}.attention.output.dense", attend(q, k, v))
+        h = layer_norm(t, f"{layer}.attention.output.LayerNorm", h + a, 1e-12)
+        a = linear(t, f"{layer}.output.dense", F.gelu(linear(t, f"{layer}.intermediate.dense", h)))
+        h = layer_norm(t, f"{layer}.output.LayerNorm", h + a, 1e-12)
+    return h
+
+
+def gpt2(t, x):
+    """Logits (Radford et al. 2019), from the tensors of a checkpoint, whose matrices stand (columns, rows)."""
+    t = {name.removeprefix("transformer."): value for name, value in t.items()}
+    h = t["wte.weight"][x] + t["wpe.weight"][: x.shape[1]]
+    for block in ("h.0", "h.1"):
+
+        def conv1d(name, x, block=block):
+            return x @ t[f"{block}.{name}.weight"] + t[f"{block}.{name}.bias"]
+
+        a = attend(*conv1d("attn.c_attn", layer_norm(t, f"{block}.ln_1", h, 1e-5)).chunk(3, -1), causal=True)
+        h = h + conv1d("attn.c_proj", a)
+        a = F.gelu(conv1d("mlp.c_fc", layer_norm(t, f"{block}.ln_2", h, 1e-5)), approximate="tanh")
+        h = h + conv1d("mlp.c_proj", a)
+    return layer_norm(t, "ln_f", h, 1e-5) @ t["wte.weight"].T
+
+
+@pytest.mark.parametrize("layers", ["torch", "fastattn"])
+@torch.no_grad()
+def test_logits_are_those_of_the_formulas(tmp_path, layers):
+    """What transformers is not needed for: the same computed from the tensors by the papers' formulas."""
+    x, lengths = tokens(), torch.full((3,), 16)
+    t = make_up(tmp_path / "mlm", "bert")
+    head = "cls.predictions.transform"
+    y = layer_norm(t, f"{head}.LayerNorm", F.gelu(linear(t, f"{head}.dense", bert(t, x))), 1e-12)
+    expected = y @ t["bert.embeddings.word_embeddings.weight"].T + t["cls.predictions.bias"]
+    logits = load_hugging_face(tmp_path / "mlm", layers=layers)(x, lengths)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    t = make_up(tmp_path / "classes", "bert", n_classes=3)
+    expected = linear(t, "classifier", linear(t, "bert.pooler.dense", bert(t, x)[:, 0]).tanh())
+    logits = load_hugging_face(tmp_path / "classes", layers=layers)(x, lengths)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    t = make_up(tmp_path / "body", "bert", head=False)
+    states = load_hugging_face(tmp_path / "body", layers=layers)(x, lengths=lengths)
+    torch.testing.assert_close(states, bert(t, x), rtol=1e-4, atol=1e-4)
+    t = make_up(tmp_path / "gpt2", "gpt2")
+    logits = load_hugging_face(tmp_path / "gpt2", layers=layers)(x)
+    torch.testing.assert_close(logits, gpt2(t, x), rtol=1e-4, atol=1e-4)
 
 
 def test_first_token_type_is_in_the_positions(tmp_path):
