@@ -212,6 +212,12 @@ def test_low_rank_additions_in_an_average_of_weights(folder, tmp_path):
     assert loss / count == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_run_does_not_overwrite_its_start(folder):
+    with pytest.raises(UsageError, match=r"run .*lm': expected another folder than that of start, got the same"):
+        train(config_for("lm", folder / "lm", folder, folder / "lm"), overwrite=True)
+    assert best_weights(folder / "lm")
+
+
 def test_nothing_but_all_learns_without_a_start(tmp_path):
     with pytest.raises(UsageError, match="trained: expected 'all' without start, got 'lora'"):
         TrainConfig(run=str(tmp_path), trained="lora")

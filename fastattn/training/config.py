@@ -271,9 +271,7 @@ class TrainConfig:
         expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)
         for name in ("patience", "sample_tokens"):
             expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        expect(
-            self.trained == "all" or self.start is not None, "trained", "'all' without start", self.trained
-        )  # fmt: skip
+        expect(self.trained == "all" or self.start is not None, "trained", "'all' without start", self.trained)
         expect(bool(self.run), "run", "a folder name", self.run)
         expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character", "")
         parts = self.accumulate * self.devices * self.num_nodes

@@ -99,6 +99,8 @@ def prepare_run(run, config, resume, overwrite):
         choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
     else:
         check_new_run(run, overwrite)
+        if config.start == str(run):
+            raise UsageError(f"run {config.run!r}: expected another folder than that of start, got the same")
         if config.start is not None:
             tokenizer = start_tokenizer(config)
     task = make_task(config, tokenizer, expected)

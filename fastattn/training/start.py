@@ -3,8 +3,8 @@
 from collections import namedtuple
 from pathlib import Path
 
-from .checkpoint import check_run
-from .config import UsageError, config_from_dict, expect
+from .checkpoint import check_run, read_summary
+from .config import ModelConfig, UsageError, config_from_dict, expect
 from .tokenizer import load_tokenizer
 
 # task; labels: of a classifier, else None; model: its ModelConfig; read_weights: () → {name: tensor}
@@ -78,7 +78,8 @@ def load_start(model, config, labels=None):
     for name, value in weights.items():
         if name in own and name.endswith(_BY_TOKEN_OR_POSITION) and len(value) > len(own[name]):
             weights[name] = value[: len(own[name])]
-    _check_names(weights, own, same, config.start)
+    weights = {name: value for name, value in weights.items() if name in own or not name.startswith("pooler.")}
+    _check_tensors(weights, own, ("head.", "pooler.") if same else ("head.", "pooler.", "decoder."), config.start)
     model.load_state_dict(weights, strict=False)
     return [name for name, _ in model.named_parameters() if name not in weights]
 
@@ -94,19 +95,17 @@ def _matching_start(config):
     return start
 
 
-def _check_names(weights, own, same, start):
-    """Raises UsageError if weights of the start would be lost, or parts of the model that it should have stay new."""
-    unused = [name for name in weights if name not in own and not name.startswith("pooler.")]
-    lacking = [n for n in own if n not in weights and n.startswith("encoder.")]
-    if same:
-        lacking = [n for n in own if n not in weights and not n.startswith(("head.", "pooler."))]
-    for name in [name for name in weights if name not in own]:
-        del weights[name]
-    other = [name for name in weights if weights[name].shape != own[name].shape]
-    if unused or lacking or other:
-        got = f"{unused[0]}, for which it has no place" if unused else f"no {lacking[0]}" if lacking else ""
-        if not got:
-            got = f"{other[0]} {tuple(weights[other[0]].shape)} for {tuple(own[other[0]].shape)}"
+def _check_tensors(weights, own, may_be_new, start):
+    """Raises UsageError if weights would be lost, have another shape, or what may not be new would stay as it is."""
+    for name in [*weights, *own]:
+        if name not in own:
+            got = f"{name}, for which it has no place"
+        elif name in weights and weights[name].shape != own[name].shape:
+            got = f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
+        elif name not in weights and not name.startswith(may_be_new):
+            got = f"no {name}"
+        else:
+            continue
         raise UsageError(f"start {start!r}: expected weights of the model in this config, got {got}")
 
 
@@ -123,7 +122,6 @@ def _run_start(folder):
         config = config_from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{folder / 'config.yaml'}: expected the config of a run, got {error}") from None
-    from .checkpoint import read_summary
 
     def read_weights():
         from .evaluate import load_run
@@ -135,8 +133,6 @@ def _run_start(folder):
 
 def _hugging_face_start(folder):
     from fastattn.integrations import hugging_face
-
-    from .config import ModelConfig
 
     try:
         task, labels, shape = hugging_face.read_config(folder)
