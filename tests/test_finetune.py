@@ -238,8 +238,10 @@ def test_only_the_head_learns(folder, tmp_path, monkeypatch, task):
     assert changed
 
 
-@pytest.mark.parametrize("layers", ["torch", "fastattn"])
-@pytest.mark.parametrize(("start", "task"), [("lm", "lm"), ("masked_lm", "classify"), ("translate", "translate")])
+@pytest.mark.parametrize(
+    ("start", "task", "layers"),
+    [("lm", "lm", "fastattn"), ("masked_lm", "classify", "torch"), ("translate", "translate", "fastattn")],
+)
 def test_low_rank_additions(folder, tmp_path, monkeypatch, capsys, start, task, layers):
     """Only they and the head change; resuming is exact; what is loaded is the plain model of the same losses."""
     options = {"trained": "lora", "lora_rank": 2, "layers": layers, "steps": 6, "evaluate_every": 3}
