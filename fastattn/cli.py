@@ -123,7 +123,8 @@ def build_parser():
     return parser
 
 
-def train_parser():
+def train_parser(model_options=()):
+    """The parser of a TrainConfig; `model_options`: {name: value}, defaults of its model."""
     from jsonargparse import ArgumentParser
 
     from fastattn.training.config import TrainConfig
@@ -133,6 +134,7 @@ def train_parser():
     parser.add_argument("--resume", metavar="RUN", type=str | None, help="continue this run from its newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_class_arguments(TrainConfig, as_group=False)
+    parser.set_defaults({f"model.{name}": value for name, value in dict(model_options).items()})
     return parser
 
 
@@ -198,6 +200,10 @@ def train(options, argv):
         config = read_config(parse(train_parser(), argv))
         check_same_run(stored, config)
     else:
+        if options.start is not None:  # the shape is that of the start unless the user says otherwise
+            from fastattn.training.start import start_model_options
+
+            options = parse(train_parser(start_model_options(options.start)), argv)
         config = read_config(options)
     from fastattn.training.loop import train as run_training
 

@@ -22,6 +22,8 @@ OPTIONS = {
     "geglu": {"feed_forward": "geglu"},
     "reglu, no bias": {"feed_forward": "reglu", "bias": False},
     "Llama": {"positions": "rotary", "n_kv_head": 2, "feed_forward": "swiglu", "bias": False, "d_ff": 48},
+    "eps": {"norm_eps": 0.1},
+    "eps, post-norm, silu": {"norm_eps": 0.1, "norm_first": False, "feed_forward": "silu"},
     "smoothed": {"label_smoothing": 0.1},
 }
 

@@ -35,6 +35,24 @@ def test_masked_lm_of_both_layers_agrees(options):
     )
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_masked_lm_with_a_transform_of_both_layers_agrees(tied):
+    tokens, targets = random_tokens(3, 16), masked_targets()
+    changes = {"head_transform": True, "norm_first": False, "norm_eps": 1e-3, "label_smoothing": 0.1, "tied": tied}
+    assert_both_layers_agree(
+        lambda layers: build(MaskedLM, layers, **changes),
+        lambda model, with_targets: (
+            model(tokens, LENGTHS, targets) if with_targets else model(tokens, torch.tensor([16, 16, 16]))
+        ),
+    )
+    model = build(MaskedLM, "torch", **changes).eval()
+    x = torch.randn(2, 32)
+    weight = model.encoder.token_embedding.weight if tied else model.head.weight
+    y = F.layer_norm(F.gelu(F.linear(x, model.head.dense.weight, model.head.dense.bias)), (32,), eps=1e-3)
+    torch.nn.init.normal_(model.head.bias)
+    torch.testing.assert_close(model.head(x, model.encoder.token_embedding), y @ weight.T + model.head.bias)
+
+
 @options
 @layers
 def test_padding_does_not_change_a_masked_lm(layers, options):
@@ -90,7 +108,7 @@ def classifier(body, layers="fastattn", n_classes=5, **changes):
 @bodies
 def test_classifier_of_both_layers_agrees(body):
     tokens, targets = random_tokens(3, 16), torch.tensor([0, 4, 2])
-    for pooling in ("mean", "first") if body == "transformer" else ("mean",):
+    for pooling in ("mean", "first", "pooler") if body == "transformer" else ("mean",):
         assert_both_layers_agree(
             lambda layers, pooling=pooling: classifier(body, layers, pooling=pooling),
             lambda model, with_targets: model(tokens, LENGTHS, targets if with_targets else None),
@@ -222,7 +240,7 @@ def test_what_does_not_fit_an_encoder_is_told_and_changes_nothing():
     ("changes", "message"),
     [
         ({"body": "mlp"}, "body: expected 'transformer' or .*, got 'mlp'"),
-        ({"pooling": "max"}, "pooling: expected 'mean' or 'first', got 'max'"),
+        ({"pooling": "max"}, "pooling: expected 'mean' or 'first' or 'pooler', got 'max'"),
         ({"body": "gru", "pooling": "first"}, "pooling: expected 'mean' with the body 'gru', got 'first'"),
         ({"label_smoothing": -0.1}, "label_smoothing: expected 0 <= x < 1, got -0.1"),
     ],

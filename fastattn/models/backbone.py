@@ -59,6 +59,7 @@ class Backbone(nn.Module):
             "rotary" turns queries and keys, "alibi" lowers scores in proportion to the distance.
         norm_first: pre-norm with a norm at the end; False: post-norm with one on the embeddings, as BERT has it.
         feed_forward: activation "gelu" (erf), "gelu_tanh", "relu" or "silu", or gated "swiglu", "geglu" or "reglu".
+        norm_eps: what norms add to the variance.
         checkpointing: keep only the input of each block in training and compute the block again in the backward.
         layers: "fastattn" or "torch", who supplies the layers.
         cross: whether the blocks attend to a memory too, as a decoder's.
@@ -72,8 +73,8 @@ class Backbone(nn.Module):
 
     def __init__(
         self, vocab_size, *, n_layer, n_head, d_model, block_size, n_kv_head=None, d_ff=None, dropout=0.0, bias=True,
-        positions="learned", norm_first=True, feed_forward="gelu", checkpointing=False, layers="fastattn", cross=False,
-        token_embedding=None,
+        positions="learned", norm_first=True, feed_forward="gelu", norm_eps=1e-5, checkpointing=False,
+        layers="fastattn", cross=False, token_embedding=None,
     ):  # fmt: skip
         super().__init__()
         n_kv_head = n_head if n_kv_head is None else n_kv_head
@@ -102,11 +103,11 @@ class Backbone(nn.Module):
         self.dropout = nn.Dropout(dropout)
         own = positions in ("rotary", "alibi")
         self.blocks = nn.ModuleList(
-            make_block(d_model, n_head, n_kv_head, d_ff or 4 * d_model, dropout, bias, norm_first, feed_forward, own,
-                       cross, layers)
+            make_block(d_model, n_head, n_kv_head, d_ff or 4 * d_model, dropout, bias, norm_first, feed_forward,
+                       norm_eps, own, cross, layers)
             for _ in range(n_layer)
         )  # fmt: skip
-        self.norm = (nn.LayerNorm if layers == "torch" else LayerNorm)(d_model, bias=bias)
+        self.norm = (nn.LayerNorm if layers == "torch" else LayerNorm)(d_model, norm_eps, bias=bias)
 
     def forward(self, tokens, *, causal=False, lengths=None, cu_seqlens=None, memory=None, memory_lengths=None,
                 cache=None):  # fmt: skip
@@ -209,19 +210,25 @@ class Head(nn.Module):
         tied: whether it is the embedding's.
         label_smoothing: share of a target's probability that is spread over the vocabulary, in training mode alone.
         layers: "fastattn" or "torch".
+        transform: None, or the norm_eps of a layer before the matrix, x = norm(gelu(dense(x))), which has a bias then.
     Raises:
         ValueError: label_smoothing out of range.
     Source: Press and Wolf, "Using the output embedding to improve language models", 2017; Szegedy et al., "Rethinking
-        the Inception architecture", 2016, for label smoothing.
+        the Inception architecture", 2016, for label smoothing; Devlin et al., "BERT", 2019, for the transform.
     """
 
-    def __init__(self, vocab_size, d_model, tied, label_smoothing, layers):
+    def __init__(self, vocab_size, d_model, tied, label_smoothing, layers, transform=None):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected 0 <= x < 1, got {label_smoothing}")
         self.label_smoothing = label_smoothing
         self.loss = _linear_cross_entropy if layers == "torch" else linear_cross_entropy
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, d_model))
+        self.dense = self.norm = self.bias = None
+        if transform is not None:
+            self.dense = nn.Linear(d_model, d_model)
+            self.norm = (nn.LayerNorm if layers == "torch" else LayerNorm)(d_model, transform)
+            self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x, embedding, targets=None):
         """x: (..., d_model), embedding: the nn.Embedding, targets: None or (...,) int64 with -100 where none counts.
@@ -229,15 +236,17 @@ class Head(nn.Module):
         Returns: logits (..., vocab_size), or the loss in nats, fp32; 0 if no target counts.
         """
         weight = embedding.weight if self.weight is None else self.weight
+        if self.dense is not None:
+            x = self.norm(F.gelu(self.dense(x)))
         if targets is None:
-            return F.linear(x, weight)
+            return F.linear(x, weight, self.bias)
         smoothing = self.label_smoothing if self.training else 0.0
-        total = self.loss(x, weight, targets, label_smoothing=smoothing, reduction="sum")
+        total = self.loss(x, weight, targets, bias=self.bias, label_smoothing=smoothing, reduction="sum")
         return total / (targets != -100).sum().clamp_min(1)
 
 
-def _linear_cross_entropy(x, weight, targets, **options):
-    return F.cross_entropy(F.linear(x, weight).view(-1, len(weight)).float(), targets.flatten(), **options)
+def _linear_cross_entropy(x, weight, targets, *, bias, **options):
+    return F.cross_entropy(F.linear(x, weight, bias).view(-1, len(weight)).float(), targets.flatten(), **options)
 
 
 def num_parameters(model):

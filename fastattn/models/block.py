@@ -24,17 +24,21 @@ FEED_FORWARDS = {
 }  # fmt: skip
 
 
-def make_block(d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, feed_forward, own, cross, layers):
+def make_block(
+    d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, feed_forward, norm_eps, own, cross, layers
+):  # fmt: skip
     """A block of `layers`, with cross-attention if `cross`; `own`: one that torch.nn lacks, for its attention."""
     activation, gated = FEED_FORWARDS[feed_forward]
     if own or gated or n_kv_head != n_head or activation not in ("gelu", "relu"):
-        return Block(d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, activation, gated, cross, layers)
+        return Block(
+            d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, activation, gated, norm_eps, cross, layers
+        )
     if layers == "torch":
         layer = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
     else:
         layer = TransformerDecoderLayer if cross else TransformerEncoderLayer
     return layer(
-        d_model, n_head, d_ff, dropout, activation=activation, batch_first=True, norm_first=norm_first, bias=bias
+        d_model, n_head, d_ff, dropout, activation, norm_eps, batch_first=True, norm_first=norm_first, bias=bias
     )
 
 
@@ -125,12 +129,15 @@ class Block(nn.Module):
         norm_first: pre-norm.
         activation, gated: of the feed-forward block, linear2(dropout(activation(linear1(x)))), or with gate
             linear2(dropout(activation(gate(x)) * linear1(x))).
+        norm_eps: what norms add to the variance.
         cross: whether there is cross-attention.
         layers: "fastattn" or "torch".
     Source: Shazeer, "GLU variants improve transformer", 2020, for the gates.
     """
 
-    def __init__(self, d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, activation, gated, cross, layers):
+    def __init__(
+        self, d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, activation, gated, norm_eps, cross, layers
+    ):  # fmt: skip
         super().__init__()
         self.use_torch, self.norm_first = layers == "torch", norm_first
         self.activation_name, self.activation = activation, reference.ACTIVATIONS[activation]
@@ -144,7 +151,7 @@ class Block(nn.Module):
         norm = nn.LayerNorm if self.use_torch else LayerNorm
         self.numbers = range(1, 4 if cross else 3)
         for number in self.numbers:
-            setattr(self, f"norm{number}", norm(d_model, bias=bias))
+            setattr(self, f"norm{number}", norm(d_model, norm_eps, bias=bias))
             setattr(self, f"dropout{number}", nn.Dropout(dropout))
 
     def forward(self, x, sequences, memory=None, memory_sequences=None):

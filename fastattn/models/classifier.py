@@ -20,7 +20,8 @@ class Classifier(nn.Module):
         body: "transformer": a `Backbone` named encoder as in MaskedLM; "lstm" or "gru": n_layer bidirectional layers,
             d_model wide each way; "cnn": d_model filters each of 3, 4 and 5 tokens, the maximum over the text;
             "bag_of_words": a weight for each pair of token and class, summed over the distinct tokens of the text.
-        pooling: what the transformer's states become one by, "mean" or "first".
+        pooling: what the transformer's states become one by: "mean", "first", or "pooler", tanh(linear(first)) as in
+            BERT.
         init: as for `CausalLM`; with "gpt2" recurrent and convolutional layers start as torch.nn makes them.
         label_smoothing: share of a target's probability that is spread over the classes, in training mode alone.
         shape: the arguments of `Backbone`; dropout also stands before the output layer.
@@ -38,7 +39,7 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         check_choice("body", body, BODIES)
-        check_choice("pooling", pooling, ("mean", "first"))
+        check_choice("pooling", pooling, ("mean", "first", "pooler"))
         if pooling != "mean" and body != "transformer":
             raise ValueError(f"pooling: expected 'mean' with the body {body!r}, got {pooling!r}")
         if not 0 <= label_smoothing < 1:
@@ -48,6 +49,7 @@ class Classifier(nn.Module):
         features = d_model
         if body == "transformer":
             self.encoder = Backbone(vocab_size, **shape)
+            self.pooler = nn.Linear(d_model, d_model) if pooling == "pooler" else None
         elif body == "bag_of_words":
             self.token_embedding, features = nn.Embedding(vocab_size, n_classes), 0
         else:
@@ -89,7 +91,9 @@ class Classifier(nn.Module):
 
     def _transformer(self, tokens, lengths):
         x = self.encoder(tokens, lengths=lengths)
-        return x[:, 0] if self.pooling == "first" else _mean(x, lengths)
+        if self.pooling == "mean":
+            return _mean(x, lengths)
+        return x[:, 0] if self.pooler is None else self.pooler(x[:, 0]).tanh()
 
     def _recurrent(self, tokens, lengths):
         x = self.dropout(self.token_embedding(tokens))

@@ -14,6 +14,7 @@ class MaskedLM(nn.Module):
 
     Args:
         vocab_size, tied, init, label_smoothing: as for `CausalLM`.
+        head_transform: whether a layer with GELU and norm stands before the output layer, which has a bias then.
         shape: the arguments of `Backbone`.
     Raises:
         ValueError: as `CausalLM`.
@@ -22,11 +23,12 @@ class MaskedLM(nn.Module):
 
     num_parameters = num_parameters
 
-    def __init__(self, vocab_size, *, tied=True, init="gpt2", label_smoothing=0.0, **shape):
+    def __init__(self, vocab_size, *, tied=True, init="gpt2", label_smoothing=0.0, head_transform=False, **shape):
         super().__init__()
         self.encoder = Backbone(vocab_size, **shape)
         self.block_size, self.layers = self.encoder.block_size, self.encoder.layers
-        self.head = Head(vocab_size, self.encoder.d_model, tied, label_smoothing, self.layers)
+        transform = self.encoder.norm.eps if head_transform else None
+        self.head = Head(vocab_size, self.encoder.d_model, tied, label_smoothing, self.layers, transform)
         initialize(self, init, len(self.encoder.blocks))
 
     def forward(self, tokens, lengths, targets=None):

@@ -90,7 +90,9 @@ class ModelConfig:
         norm_first: norms before each sub-layer (pre-norm), not after it
         feed_forward: activation, or gate (swiglu, geglu, reglu), of the feed-forward block
         tied: the output layer's weights are the embedding's
-        pooling: a classifier of a transformer takes the mean of all positions, or the first
+        norm_eps: what norms add to the variance
+        head_transform: a masked_lm has a layer with GELU and norm before the output layer, as BERT
+        pooling: a classifier of a transformer takes the mean of all positions, or the first, or BERT's layer on that
         init: how matrices start; gpt2 is normal with smaller projections into the residual stream
         embedding: how the token embedding of a classifier starts: like the rest, or from word2vec of the training texts
         checkpointing: compute activations again in the backward pass instead of keeping them
@@ -109,7 +111,9 @@ class ModelConfig:
     norm_first: bool = True
     feed_forward: Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "reglu"] = "gelu"
     tied: bool = True
-    pooling: Literal["mean", "first"] = "mean"
+    norm_eps: float = 1e-5
+    head_transform: bool = False
+    pooling: Literal["mean", "first", "pooler"] = "mean"
     init: Literal["gpt2", "normal", "uniform", "xavier", "he"] = "gpt2"
     embedding: Literal["random", "word2vec"] = "random"
     checkpointing: bool = False
@@ -127,6 +131,7 @@ class ModelConfig:
         )
         expect(self.d_ff is None or self.d_ff >= 1, "model.d_ff", "null or at least 1", self.d_ff)
         expect(0 <= self.dropout < 1, "model.dropout", "0 <= x < 1", self.dropout)
+        expect(self.norm_eps > 0, "model.norm_eps", "more than 0", self.norm_eps)
 
 
 @dataclass
@@ -266,6 +271,7 @@ class TrainConfig:
         expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)
         for name in ("patience", "sample_tokens"):
             expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        expect(self.trained == "all" or self.start is not None, "trained", "'all' without start", self.trained)
         expect(bool(self.run), "run", "a folder name", self.run)
         expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character", "")
         parts = self.accumulate * self.devices * self.num_nodes

@@ -6,6 +6,7 @@ import torch
 
 from .checkpoint import check_run, choose_checkpoint, read_summary
 from .config import UsageError
+from .lora import add_lora, merge_lora
 from .tasks import TASKS, make_task
 from .tokenizer import load_tokenizer
 
@@ -66,8 +67,11 @@ def load_run(run, config, *, checkpoint="best", accelerator="auto", layers=None)
     chosen = choose_checkpoint(run, checkpoint)
     if chosen is None:
         raise UsageError(f"run {str(run)!r}: expected a checkpoint, got none yet; continue it with --resume {run}")
-    model = build_model(config, tokenizer, read_summary(run), layers)
+    model = TASKS[config.task].build_model(config, tokenizer, read_summary(run), layers)
+    if config.trained == "lora":
+        add_lora(model, config.lora_rank)
     load_weights(model, chosen[0])
+    merge_lora(model)
     return model.to(device).eval(), tokenizer, chosen[1]["step"]
 
 
@@ -75,16 +79,6 @@ def load_task(run, config, checkpoint="best", accelerator="auto", layers=None):
     """(model, task without data) of a run, for texts that come later; as load_run."""
     model, tokenizer, _ = load_run(run, config, checkpoint=checkpoint, accelerator=accelerator, layers=layers)
     return model, TASKS[config.task].without_data(config, tokenizer, read_summary(run))
-
-
-def build_model(config, tokenizer, summary, layers=None):
-    """The model that a TrainConfig describes, on the CPU; `summary`: data.json of the run."""
-    model = TASKS[config.task].build_model(config, tokenizer, summary, layers)
-    if config.trained == "lora":
-        from .lora import add_lora
-
-        add_lora(model, config.lora_rank)
-    return model
 
 
 def load_weights(model, folder):

@@ -27,7 +27,8 @@ from .checkpoint import (
     write_atomic,
 )
 from .config import UsageError
-from .evaluate import build_model, evaluate_part, load_weights, pick_device
+from .evaluate import evaluate_part, load_weights, pick_device
+from .lora import train_only
 from .metrics import MetricsLog, plot_losses
 from .optim import average_of, build_optimizer, learning_rate
 from .start import load_start, start_tokenizer
@@ -98,14 +99,20 @@ def prepare_run(run, config, resume, overwrite):
         choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
     else:
         check_new_run(run, overwrite)
+        if config.start == str(run):
+            raise UsageError(f"run {config.run!r}: expected another folder than that of start, got the same")
         if config.start is not None:
-            tokenizer = start_tokenizer(config.start)
+            tokenizer = start_tokenizer(config)
     task = make_task(config, tokenizer, expected)
     if config.epochs is not None:
         config.steps = max(1, round(config.epochs * task.steps_an_epoch))
     task.check_sample()
     if config.start is not None and not resume:
-        load_start(task.build_model(config, task.tokenizer, task.summary), config)  # tells what does not fit
+        model = task.build_model(config, task.tokenizer, task.summary)  # tells what does not fit
+        new = load_start(model, config, task.summary.get("labels"))
+        train_only(model, config.trained, config.lora_rank)
+        if new:
+            warn(f"start {config.start}: all weights taken over but {', '.join(new[:6])}{' ...' if new[6:] else ''}")
     return task
 
 
@@ -123,15 +130,6 @@ def open_run(run, config, task, resume, overwrite):
 def dropout_seed(seed, step, rank):
     """Dropout of a step depends on (seed, step, rank) alone, so resuming needs no generator state."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
-
-
-def train_only(model, what):
-    """Leave gradients to all weights, to those of the head, or to the head and the low-rank additions."""
-    if what == "all":
-        return
-    kept = ("head.", "classifier.", *(("lora_",) if what == "lora" else ()))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in f".{name}" for part in kept))
 
 
 class StopSignal:
@@ -163,12 +161,12 @@ class Trainer:
         self.run, self.config, self.task, self.fabric = run, config, task, fabric
         torch.manual_seed(config.seed)
         chosen = choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
-        self.raw_model = build_model(config, task.tokenizer, task.summary)
-        if chosen is None:
+        self.raw_model = task.build_model(config, task.tokenizer, task.summary)
+        if chosen is None and config.start is not None:
+            load_start(self.raw_model, config, task.summary.get("labels"))
+        elif chosen is None:
             task.initialize(self.raw_model)
-            if config.start is not None:
-                load_start(self.raw_model, config)
-        train_only(self.raw_model, config.trained)
+        train_only(self.raw_model, config.trained, config.lora_rank)
         # a gradient scaler and fused optimizers exclude each other in Fabric's clipping
         optimizer = build_optimizer(self.raw_model, config.optim, fused=config.precision != "16-mixed")
         model = torch.compile(self.raw_model) if config.compile else self.raw_model

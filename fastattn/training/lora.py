@@ -1,8 +1,12 @@
-"""Low-rank additions to weights that stay as they are (LoRA)."""
+"""Which weights of a model learn: all, its head, or its head and low-rank additions to the others (LoRA)."""
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from .config import UsageError
+
+HEADS = ("head.", "pooler.")  # what stands behind the states of a model
 
 
 class LowRank(nn.Module):
@@ -19,6 +23,24 @@ class LowRank(nn.Module):
 
     def forward(self, weight):
         return torch.addmm(weight, self.lora_b, self.lora_a)
+
+
+def train_only(model, what, rank):
+    """Leave gradients to all weights ("all"), to the head ("head"), or to it and to low-rank additions ("lora").
+
+    Raises:
+        UsageError: a model without what is to learn.
+    """
+    if what == "all":
+        return
+    if what == "lora" and not add_lora(model, rank):
+        raise UsageError("trained: expected a transformer for 'lora', got a model without blocks")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(HEADS) or ".lora_" in name)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            "trained: expected a head with weights of its own for 'head', got none; with --model.tied false it has some"
+        )
 
 
 def add_lora(model, rank):

@@ -10,6 +10,7 @@ from .config import UsageError
 
 KINDS = ("char", "byte", "word", "bpe", "wordpiece")
 PAD, UNKNOWN, BEGIN, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+END_OF_TEXT = "<|endoftext|>"  # all that GPT-2 has
 SPECIALS = (PAD, UNKNOWN, BEGIN, END, MASK)  # what models that read padded sentences need
 
 
@@ -80,6 +81,8 @@ class LearntTokenizer:
     """A tokenizer of the `tokenizers` library: words, byte-pair encoding or WordPiece."""
 
     def __init__(self, tokenizer):
+        tokenizer.no_truncation()  # published ones may cut a text at 512 tokens, or fill it up
+        tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
 

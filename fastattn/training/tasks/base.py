@@ -87,7 +87,7 @@ def summed_loss_of_logits(logits, targets):
 def shape_of(config, layers=None):
     """The arguments that all models share, from a TrainConfig."""
     shape = dict(vars(config.model))
-    for name in ("body", "pooling", "embedding"):
+    for name in ("body", "pooling", "embedding", "head_transform"):
         del shape[name]
     return {**shape, "label_smoothing": config.optim.label_smoothing, "layers": layers or config.layers}
 

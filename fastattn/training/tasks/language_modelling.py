@@ -15,7 +15,7 @@ from ..documents import PARTS
 from ..generate import generate_tokens
 from ..text import fingerprint, read_text
 from ..token_file import SUFFIX, open_tokens
-from ..tokenizer import END, UNKNOWN, build_tokenizer, load_tokenizer
+from ..tokenizer import END, END_OF_TEXT, UNKNOWN, build_tokenizer, load_tokenizer
 from .base import DocumentTask, Task, shape_of
 
 
@@ -31,7 +31,7 @@ class LanguageModelling(Task):
         self.ends = {}
         folder = Path(data.source).expanduser()
         if (folder / f"train{SUFFIX}").is_file():
-            self._open_folder(folder)
+            self._open_folder(folder, tokenizer)
             check_summary(self.summary, expected)
         elif data.packed:
             self._pack_documents(data, tokenizer, expected)
@@ -49,8 +49,10 @@ class LanguageModelling(Task):
         self.tokens_a_step = config.batch_size * block_size
         self.steps_an_epoch = max(1, len(self.splits["train"]) // self.tokens_a_step)
 
-    def _open_folder(self, folder):
+    def _open_folder(self, folder, tokenizer):
         self.tokenizer = load_tokenizer(folder / "tokenizer.json")
+        if tokenizer is not None and tokenizer.to_json() != self.tokenizer.to_json():
+            raise UsageError(f"tokens {str(folder)!r}: expected tokens of the model's own tokenizer, got another's")
         self.splits = {p: open_tokens(folder / f"{p}{SUFFIX}") for p in PARTS if (folder / f"{p}{SUFFIX}").exists()}
         if "validation" not in self.splits:
             raise UsageError(
@@ -82,7 +84,9 @@ class LanguageModelling(Task):
         )
         end = self.tokenizer.number_of(END)
         if end is None:
-            raise UsageError(f"tokenizer: expected the token {END} for packed documents, got none")
+            end = self.tokenizer.number_of(END_OF_TEXT)
+        if end is None:
+            raise UsageError(f"tokenizer: expected the token {END} or {END_OF_TEXT} for packed documents, got none")
         self.splits = {}
         for name, part in parts.items():
             numbers = [torch.tensor([*self.tokenizer.encode(text), end], dtype=torch.int32) for text in part.texts]

@@ -17,7 +17,7 @@ class MaskedLanguageModelling(DocumentTask):
     """
 
     has_accuracy = True
-    next_command = "fastattn train --task classify --start {run} --data.source SOURCE --run NEW"
+    next_command = "fastattn finetune --start {run} --task classify --data.source SOURCE --run NEW"
 
     def prepare(self):
         longest = self.config.model.block_size - 2
@@ -49,7 +49,7 @@ class MaskedLanguageModelling(DocumentTask):
     def build_model(config, tokenizer, summary, layers=None):
         from fastattn.models import MaskedLM
 
-        return MaskedLM(tokenizer.vocab_size, **shape_of(config, layers))
+        return MaskedLM(tokenizer.vocab_size, head_transform=config.model.head_transform, **shape_of(config, layers))
 
     def sums(self, model, rows, device):
         tokens, lengths, targets = (tensor.to(device) for tensor in rows)

@@ -1,0 +1,221 @@
+"""BERT and GPT-2 checkpoints of Hugging Face in the models of fastattn: the folder is read, transformers is not needed.
+
+What a checkpoint has and our models have not is folded into their weights: BERT's first token type is added to every
+position, queries, keys and values become one matrix. Token types other than the first are not supported.
+"""
+
+import json
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
+    "swish": "silu",
+}  # fmt: skip
+
+# name in a checkpoint, without the model's prefix → ours; {} is the number of a block
+_BERT = {
+    "embeddings.word_embeddings.weight": "encoder.token_embedding.weight",
+    "embeddings.position_embeddings.weight": "encoder.position_embedding.weight",
+    "embeddings.LayerNorm": "encoder.norm",
+    "encoder.layer.{}.attention.output.dense": "encoder.blocks.{}.self_attn.out_proj",
+    "encoder.layer.{}.attention.output.LayerNorm": "encoder.blocks.{}.norm1",
+    "encoder.layer.{}.intermediate.dense": "encoder.blocks.{}.linear1",
+    "encoder.layer.{}.output.dense": "encoder.blocks.{}.linear2",
+    "encoder.layer.{}.output.LayerNorm": "encoder.blocks.{}.norm2",
+    "pooler.dense": "pooler",
+    "cls.predictions.transform.dense": "head.dense",
+    "cls.predictions.transform.LayerNorm": "head.norm",
+    "cls.predictions.bias": "head.bias",
+    "cls.predictions.decoder.bias": "head.bias",  # the same, or where they differ the one that is used
+    "classifier": "head",
+}
+_GPT2 = {
+    "wte.weight": "token_embedding.weight",
+    "wpe.weight": "position_embedding.weight",
+    "ln_f": "norm",
+    "h.{}.ln_1": "blocks.{}.norm1",
+    "h.{}.ln_2": "blocks.{}.norm2",
+    "h.{}.attn.c_attn.weight": "blocks.{}.self_attn.in_proj_weight",
+    "h.{}.attn.c_attn.bias": "blocks.{}.self_attn.in_proj_bias",
+    "h.{}.attn.c_proj": "blocks.{}.self_attn.out_proj",
+    "h.{}.mlp.c_fc": "blocks.{}.linear1",
+    "h.{}.mlp.c_proj": "blocks.{}.linear2",
+}
+# computed, or of what we have no use for
+_IGNORED = re.compile(r".*\.(position_ids|attn\.bias|attn\.masked_bias)|cls\.seq_rel.*")
+
+
+def load_hugging_face(folder, *, layers="fastattn"):
+    """The model of a folder with config.json and model.safetensors or pytorch_model.bin.
+
+    Args:
+        folder: its path.
+        layers: as for the models.
+    Returns: in evaluation mode, fp32: a CausalLM of GPT-2; of BERT a Classifier if the folder has a classifier's
+        weights, else a MaskedLM if it has that head, else a Backbone.
+    Raises:
+        ValueError: no such folder or files, another architecture, or an option of it that our models lack.
+    """
+    from fastattn.models import CausalLM, Classifier, MaskedLM
+    from fastattn.models.backbone import Backbone
+
+    task, labels, shape = read_config(folder)
+    weights = read_weights(folder)
+    vocab_size = len(weights["token_embedding.weight" if task == "lm" else "encoder.token_embedding.weight"])
+    head_transform, pooling = shape.pop("head_transform"), shape.pop("pooling")
+    tied = {"tied": shape.pop("tied")}
+    if task == "lm":
+        model = CausalLM(vocab_size, layers=layers, **tied, **shape)
+    elif task == "classify":
+        model = Classifier(vocab_size, len(labels), pooling=pooling, layers=layers, **shape)
+    elif head_transform:
+        model = MaskedLM(vocab_size, layers=layers, head_transform=True, **tied, **shape)
+    else:
+        model = Backbone(vocab_size, layers=layers, **shape)
+        weights = {name.removeprefix("encoder."): value for name, value in weights.items()}
+    unused = {name for name in weights if name.startswith("pooler.")} - model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in weights.items() if name not in unused})
+    return model.eval()
+
+
+def read_config(folder):
+    """What a folder holds.
+
+    Returns: (task, labels, shape): "lm" of GPT-2, "classify" of a BERT with a classifier, "masked_lm" of any other; a
+        classifier's labels in the order of their numbers, else None; and the arguments of our model, with
+        head_transform and pooling as in fastattn.training.
+    Raises:
+        ValueError: as `load_hugging_face`.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the config of a Hugging Face model, got {error!r}") from None
+    if kind not in ("bert", "gpt2"):
+        raise ValueError(f"{path}: expected model_type 'bert' or 'gpt2', got {kind!r}")
+    needed = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+    if kind == "gpt2":
+        needed = {"add_cross_attention": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    for name, value in needed.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{path}: expected {name} {value!r}, got {config[name]!r}")
+    activation = config.get("hidden_act" if kind == "bert" else "activation_function", "gelu")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{path}: expected one of the activations {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    shape = {"feed_forward": _ACTIVATIONS[activation], "positions": "learned", "bias": True}
+    names = _tensor_names(folder)
+    try:
+        if kind == "gpt2":
+            shape |= {
+                "n_layer": config["n_layer"], "n_head": config["n_head"], "d_model": config["n_embd"],
+                "d_ff": config.get("n_inner") or 4 * config["n_embd"], "block_size": config["n_positions"],
+                "dropout": config.get("resid_pdrop", 0.1), "norm_first": True,
+                "norm_eps": config.get("layer_norm_epsilon", 1e-5), "head_transform": False, "pooling": "mean",
+            }  # fmt: skip
+            return (
+                "lm",
+                None,
+                {**shape, "tied": "lm_head.weight" not in names or config.get("tie_word_embeddings", True)},
+            )
+        has_head = "cls.predictions.bias" in names
+        if has_head and activation != "gelu":
+            raise ValueError(
+                f"{path}: expected hidden_act 'gelu' with a masked language model's head, got {activation!r}"
+            )
+        shape |= {
+            "n_layer": config["num_hidden_layers"], "n_head": config["num_attention_heads"],
+            "d_model": config["hidden_size"], "d_ff": config["intermediate_size"],
+            "block_size": config["max_position_embeddings"], "dropout": config.get("hidden_dropout_prob", 0.1),
+            "norm_first": False, "norm_eps": config.get("layer_norm_eps", 1e-12), "head_transform": has_head,
+            "pooling": "pooler" if any("pooler.dense" in name for name in names) else "first",
+            "tied": config.get("tie_word_embeddings", True),
+        }  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"{path}: expected {error.args[0]}, got none") from None
+    if "classifier.weight" not in names:
+        return "masked_lm", None, shape
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return "classify", [labels[number] for number in sorted(labels, key=int)], shape
+
+
+def read_weights(folder):
+    """{name: fp32 tensor} of a folder, in the names and shapes of our models: encoder, pooler and head of a BERT.
+
+    Raises:
+        ValueError: as `load_hugging_face`, or a tensor that no part of our models stands for.
+    """
+    task, _, shape = read_config(folder)
+    names, prefix = (_GPT2, "transformer.") if task == "lm" else (_BERT, "bert.")
+    weights, parts = {}, {}
+    for name, value in sorted(_read_tensors(folder).items()):
+        value = value.float()
+        plain = name.removeprefix(prefix).replace(".gamma", ".weight").replace(".beta", ".bias")
+        block = re.search(r"(?:h|layer)\.(\d+)\.", plain)
+        general = plain if block is None else plain.replace(f".{block[1]}.", ".{}.", 1)
+        stem, _, leaf = general.rpartition(".")
+        if part := re.fullmatch(r"encoder\.layer\.\{\}\.attention\.self\.(query|key|value)\.(weight|bias)", general):
+            parts[int(block[1]), part[2], part[1]] = value
+        elif general in names or stem in names:
+            ours = names[general] if general in names else f"{names[stem]}.{leaf}"
+            if task == "lm" and block is not None and value.dim() == 2:  # Conv1D: (columns, rows)
+                value = value.T
+            weights[ours.format(block[1] if block else "")] = value.contiguous()
+        elif plain in ("lm_head.weight", "cls.predictions.decoder.weight"):
+            if not shape["tied"]:
+                weights["head.weight"] = value
+        elif plain == "embeddings.token_type_embeddings.weight":
+            parts["types"] = value
+        elif not _IGNORED.fullmatch(plain):
+            raise ValueError(f"{folder}: expected the tensors of a BERT or GPT-2, got also {name}")
+    types = parts.pop("types", None)
+    if types is not None:
+        weights["encoder.position_embedding.weight"] = weights["encoder.position_embedding.weight"] + types[0]
+    for number, leaf in {key[:2] for key in parts}:
+        heads = [parts[number, leaf, part] for part in ("query", "key", "value")]
+        weights[f"encoder.blocks.{number}.self_attn.in_proj_{leaf}"] = torch.cat(heads)
+    return weights
+
+
+def _weight_file(folder):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise ValueError(f"{folder}: expected model.safetensors or pytorch_model.bin, got neither")
+
+
+def _tensor_names(folder):
+    path = _weight_file(folder)
+    with _told(path):
+        if path.suffix == ".bin":
+            return set(torch.load(path, map_location="cpu", weights_only=True))
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+
+
+def _read_tensors(folder):
+    path = _weight_file(folder)
+    with _told(path):
+        if path.suffix == ".bin":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        from safetensors.torch import load_file
+
+        return load_file(path)
+
+
+@contextmanager
+def _told(path):
+    """Whatever classes safetensors and pickle raise becomes a ValueError."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: expected weights, got {type(error).__name__}: {error}") from None

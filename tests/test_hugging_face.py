@@ -1,0 +1,439 @@
+"""BERT and GPT-2 folders: the same logits as transformers, and fine-tuning from them; nothing is downloaded."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("safetensors", reason="needs the packages of fastattn[train]")
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from fastattn.integrations.hugging_face import load_hugging_face, read_config
+from fastattn.models import CausalLM, Classifier, MaskedLM
+from fastattn.models.backbone import Backbone
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LENGTHS = torch.tensor([11, 16, 2])
+VALID = torch.arange(16) < LENGTHS[:, None]
+SHAPES = {
+    "Bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+             "max_position_embeddings": 16, "vocab_size": 40},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 40, "bos_token_id": 1,
+             "eos_token_id": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """The package, imported without this repository on the path: it takes our kernels folder for another package."""
+    path = list(sys.path)
+    sys.path[:] = [p for p in path if Path(p or ".").resolve() != REPOSITORY]
+    try:
+        package = pytest.importorskip("transformers", reason="transformers is not installed")
+        for name in ("BertModel", "GPT2Model"):
+            getattr(package, name)
+    finally:
+        sys.path[:] = path
+    return package
+
+
+def save_model(transformers, name, folder, **changes):
+    """A model of transformers with random weights, larger than it starts them, and its folder."""
+    family = "Bert" if name.startswith("Bert") else "GPT2"
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**{**SHAPES[family], **changes}))
+    for parameter in model.parameters():
+        parameter.data += 0.15 * torch.randn_like(parameter)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def tokens():
+    return torch.randint(40, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layers", ["torch", "fastattn"])
+@pytest.mark.parametrize(
+    ("name", "changes", "kind"),
+    [
+        ("BertModel", {}, Backbone),
+        ("BertForMaskedLM", {}, MaskedLM),
+        ("BertForMaskedLM", {"tie_word_embeddings": False}, MaskedLM),
+        ("BertForPreTraining", {"layer_norm_eps": 0.1}, MaskedLM),
+        ("BertForSequenceClassification", {"num_labels": 3, "hidden_act": "gelu_new"}, Classifier),
+        ("GPT2Model", {}, CausalLM),
+        ("GPT2LMHeadModel", {}, CausalLM),
+        ("GPT2LMHeadModel", {"tie_word_embeddings": False, "n_inner": 40, "layer_norm_epsilon": 0.1}, CausalLM),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) if isinstance(value, dict) else "",
+)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(transformers, tmp_path, name, changes, kind, layers):
+    theirs, x = save_model(transformers, name, tmp_path, **changes), tokens()
+    ours = load_hugging_face(tmp_path, layers=layers)
+    assert type(ours) is kind
+    if kind is CausalLM:
+        if name == "GPT2Model":
+            expected, logits = theirs(x).last_hidden_state, Backbone.forward(ours, x, causal=True)
+        else:
+            expected, logits = theirs(x).logits, ours(x)
+    else:
+        out = theirs(x, attention_mask=VALID.long())
+        if kind is Backbone:
+            expected, logits = out.last_hidden_state[VALID], ours(x, lengths=LENGTHS)[VALID]
+        elif kind is Classifier:
+            expected, logits = out.logits, ours(x, LENGTHS)
+        else:
+            expected = (out.prediction_logits if name == "BertForPreTraining" else out.logits)[VALID]
+            logits = ours(x, LENGTHS)[VALID]
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_older_files_hold_the_same(transformers, tmp_path):
+    """pytorch_model.bin, gamma and beta for weight and bias of norms, buffers beside the weights, no prefix."""
+    for name in ("BertForMaskedLM", "GPT2LMHeadModel"):
+        new, old = tmp_path / name, tmp_path / f"old {name}"
+        save_model(transformers, name, new)
+        old.mkdir()
+        shutil.copy(new / "config.json", old)
+        values = {}
+        for key, value in load_file(new / "model.safetensors").items():
+            if "LayerNorm" in key:
+                key = key.replace(".weight", ".gamma").replace(".bias", ".beta")
+            values[key.removeprefix("transformer.")] = value
+        if name == "BertForMaskedLM":
+            values["bert.embeddings.position_ids"] = torch.arange(16)[None]
+            values["cls.predictions.decoder.weight"] = values["bert.embeddings.word_embeddings.weight"]
+            values["cls.predictions.decoder.bias"] = values["cls.predictions.bias"]
+        else:
+            values["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+            values["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        torch.save(values, old / "pytorch_model.bin")
+        inputs = (tokens(),) if name == "GPT2LMHeadModel" else (tokens(), LENGTHS)
+        assert torch.equal(load_hugging_face(old)(*inputs), load_hugging_face(new)(*inputs))
+
+
+def made_up_tensors(kind, vocab_size, d=16, n_layer=2, block_size=24, n_classes=None, head=True):
+    """Random tensors with the names and shapes of a checkpoint, and its config.json."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+
+    def add(name, rows, *columns, bias=True):
+        tensors[f"{name}.weight"] = 0.1 * torch.randn(rows, *columns, generator=generator) + (not columns)
+        if bias:
+            tensors[f"{name}.bias"] = 0.1 * torch.randn(rows, generator=generator)
+
+    if kind == "gpt2":
+        add("transformer.wte", vocab_size, d, bias=False)
+        add("transformer.wpe", block_size, d, bias=False)
+        add("transformer.ln_f", d)
+        for block in range(n_layer):
+            for name, columns, rows in (
+                ("attn.c_attn", d, 3 * d),
+                ("attn.c_proj", d, d),
+                ("mlp.c_fc", d, 4 * d),
+                ("mlp.c_proj", 4 * d, d),
+            ):
+                tensors[f"transformer.h.{block}.{name}.weight"] = 0.1 * torch.randn(columns, rows, generator=generator)
+                tensors[f"transformer.h.{block}.{name}.bias"] = 0.1 * torch.randn(rows, generator=generator)
+            add(f"transformer.h.{block}.ln_1", d)
+            add(f"transformer.h.{block}.ln_2", d)
+        return tensors, {"model_type": "gpt2", "n_layer": n_layer, "n_head": 2, "n_embd": d, "n_positions": block_size,
+                         "activation_function": "gelu_new", "resid_pdrop": 0.0}  # fmt: skip
+    for name, rows in (("word", vocab_size), ("position", block_size), ("token_type", 2)):
+        add(f"bert.embeddings.{name}_embeddings", rows, d, bias=False)
+    add("bert.embeddings.LayerNorm", d)
+    for block in range(n_layer):
+        layer = f"bert.encoder.layer.{block}"
+        for name in ("self.query", "self.key", "self.value", "output.dense"):
+            add(f"{layer}.attention.{name}", d, d)
+        add(f"{layer}.intermediate.dense", 3 * d, d)
+        add(f"{layer}.output.dense", d, 3 * d)
+        add(f"{layer}.attention.output.LayerNorm", d)
+        add(f"{layer}.output.LayerNorm", d)
+    add("bert.pooler.dense", d, d)
+    if n_classes:
+        add("classifier", n_classes, d)
+    elif head:
+        add("cls.predictions.transform.dense", d, d)
+        add("cls.predictions.transform.LayerNorm", d)
+        tensors["cls.predictions.bias"] = torch.randn(vocab_size, generator=generator)
+    config = {"model_type": "bert", "num_hidden_layers": n_layer, "num_attention_heads": 2, "hidden_size": d,
+              "intermediate_size": 3 * d, "max_position_embeddings": block_size, "hidden_dropout_prob": 0}  # fmt: skip
+    if n_classes:
+        config["id2label"] = {str(number): f"class {number}" for number in range(n_classes)}
+    return tensors, config
+
+
+def make_up(folder, kind, vocab_size=40, **options):
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, config = made_up_tensors(kind, vocab_size, **options)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def layer_norm(t, name, x, eps):
+    return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"], eps)
+
+
+def linear(t, name, x):
+    return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+
+def attend(q, k, v, causal=False, n_head=2):
+    """Scaled dot-product attention with the softmax written out; (batch, seqlen, d)."""
+    q, k, v = (y.unflatten(-1, (n_head, -1)).transpose(1, 2) for y in (q, k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+
+
+def bert(t, x):
+    """States of the last layer (Devlin et al. 2019), from the tensors of a checkpoint."""
+    t = {name.removeprefix("bert."): value for name, value in t.items()}
+    h = t["embeddings.word_embeddings.weight"][x] + t["embeddings.token_type_embeddings.weight"][0]
+    h = layer_norm(t, "embeddings.LayerNorm", h + t["embeddings.position_embeddings.weight"][: x.shape[1]], 1e-12)
+    for layer in ("encoder.layer.0", "encoder.layer.1"):
+        q, k, v = (linear(t, f"{layer}.attention.self.{part}", h) for part in ("query", "key", "value"))
+        a = linear(t, f"{layer}.attention.output.dense", attend(q, k, v))
+        h = layer_norm(t, f"{layer}.attention.output.LayerNorm", h + a, 1e-12)
+        a = linear(t, f"{layer}.output.dense", F.gelu(linear(t, f"{layer}.intermediate.dense", h)))
+        h = layer_norm(t, f"{layer}.output.LayerNorm", h + a, 1e-12)
+    return h
+
+
+def gpt2(t, x):
+    """Logits (Radford et al. 2019), from the tensors of a checkpoint, whose matrices stand (columns, rows)."""
+    t = {name.removeprefix("transformer."): value for name, value in t.items()}
+    h = t["wte.weight"][x] + t["wpe.weight"][: x.shape[1]]
+    for block in ("h.0", "h.1"):
+
+        def conv1d(name, x, block=block):
+            return x @ t[f"{block}.{name}.weight"] + t[f"{block}.{name}.bias"]
+
+        a = attend(*conv1d("attn.c_attn", layer_norm(t, f"{block}.ln_1", h, 1e-5)).chunk(3, -1), causal=True)
+        h = h + conv1d("attn.c_proj", a)
+        a = F.gelu(conv1d("mlp.c_fc", layer_norm(t, f"{block}.ln_2", h, 1e-5)), approximate="tanh")
+        h = h + conv1d("mlp.c_proj", a)
+    return layer_norm(t, "ln_f", h, 1e-5) @ t["wte.weight"].T
+
+
+@pytest.mark.parametrize("layers", ["torch", "fastattn"])
+@torch.no_grad()
+def test_logits_are_those_of_the_formulas(tmp_path, layers):
+    """What transformers is not needed for: the same computed from the tensors by the papers' formulas."""
+    x, lengths = tokens(), torch.full((3,), 16)
+    t = make_up(tmp_path / "mlm", "bert")
+    head = "cls.predictions.transform"
+    y = layer_norm(t, f"{head}.LayerNorm", F.gelu(linear(t, f"{head}.dense", bert(t, x))), 1e-12)
+    expected = y @ t["bert.embeddings.word_embeddings.weight"].T + t["cls.predictions.bias"]
+    logits = load_hugging_face(tmp_path / "mlm", layers=layers)(x, lengths)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    t = make_up(tmp_path / "classes", "bert", n_classes=3)
+    expected = linear(t, "classifier", linear(t, "bert.pooler.dense", bert(t, x)[:, 0]).tanh())
+    logits = load_hugging_face(tmp_path / "classes", layers=layers)(x, lengths)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    t = make_up(tmp_path / "body", "bert", head=False)
+    states = load_hugging_face(tmp_path / "body", layers=layers)(x, lengths=lengths)
+    torch.testing.assert_close(states, bert(t, x), rtol=1e-4, atol=1e-4)
+    t = make_up(tmp_path / "gpt2", "gpt2")
+    logits = load_hugging_face(tmp_path / "gpt2", layers=layers)(x)
+    torch.testing.assert_close(logits, gpt2(t, x), rtol=1e-4, atol=1e-4)
+
+
+def test_first_token_type_is_in_the_positions(tmp_path):
+    tensors = make_up(tmp_path, "bert")
+    x = load_hugging_face(tmp_path).encoder.position_embedding.weight[5]
+    expected = (
+        tensors["bert.embeddings.position_embeddings.weight"][5]
+        + tensors["bert.embeddings.token_type_embeddings.weight"][0]
+    )
+    assert torch.equal(x, expected)
+
+
+def test_what_a_folder_holds(tmp_path):
+    for name, kind, options, task, labels, pooling in (
+        ("mlm", "bert", {}, "masked_lm", None, "pooler"),
+        ("body", "bert", {"head": False}, "masked_lm", None, "pooler"),
+        ("classes", "bert", {"n_classes": 2}, "classify", ["class 0", "class 1"], "pooler"),
+        ("gpt2", "gpt2", {}, "lm", None, "mean"),
+    ):
+        make_up(tmp_path / name, kind, **options)
+        found = read_config(tmp_path / name)
+        assert found[:2] == (task, labels)
+        assert found[2]["pooling"] == pooling
+        assert found[2]["head_transform"] == (name == "mlm")
+        assert found[2]["norm_eps"] == (1e-5 if kind == "gpt2" else 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("bert", {"model_type": "t5"}, "expected model_type 'bert' or 'gpt2', got 't5'"),
+        ("bert", {"is_decoder": True}, "expected is_decoder False, got True"),
+        ("bert", {"position_embedding_type": "relative_key"}, "expected position_embedding_type 'absolute'"),
+        ("bert", {"hidden_act": "mish"}, "expected one of the activations gelu, .*, got 'mish'"),
+        ("bert", {"hidden_act": "relu"}, "expected hidden_act 'gelu' with a masked language model's head, got 'relu'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "expected scale_attn_by_inverse_layer_idx False, got True"),
+        ("gpt2", {"n_embd": None}, "expected n_embd, got none"),
+        ("gpt2", "config.json", "expected the config of a Hugging Face model, got FileNotFoundError"),
+        ("gpt2", "model.safetensors", "expected model.safetensors or pytorch_model.bin, got neither"),
+        ("gpt2", {"tensor": "transformer.h.0.adapter.weight"}, "got also transformer.h.0.adapter.weight"),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, kind, changes, expected):
+    tensors = make_up(tmp_path, kind)
+    if isinstance(changes, str):
+        (tmp_path / changes).unlink()
+    elif "tensor" in changes:
+        save_file({**tensors, changes["tensor"]: torch.zeros(2)}, tmp_path / "model.safetensors")
+    else:
+        config = {**json.loads((tmp_path / "config.json").read_text()), **changes}
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(ValueError, match=expected):
+        load_hugging_face(tmp_path)
+
+
+def test_a_damaged_file_and_code_in_a_file_are_refused(tmp_path):
+    make_up(tmp_path, "gpt2")
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"model.safetensors: expected weights, got"):
+        load_hugging_face(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"x": Path("x")}, tmp_path / "pytorch_model.bin")  # unpickling would call what the file names
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: expected weights, got UnpicklingError"):
+        load_hugging_face(tmp_path)
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Documents with labels, a text, and tokenizers as they are published: other numbers, cut and filled up."""
+    pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
+    pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]")
+    from fastattn.training.tokenizer import LearntTokenizer
+
+    texts = [f"the {'good' if i % 2 else 'bad'} film number {i} of {i % 7} actors" for i in range(80)]
+    rows = [{"text": text, "label": f"class {i % 2}"} for i, text in enumerate(texts)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    bert = LearntTokenizer.train("wordpiece", texts, 90, ("[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))
+    gpt2 = LearntTokenizer.train("bpe", texts, 300, ("<|endoftext|>",))
+    for name, kind, tokenizer, options in (
+        ("bert", "bert", bert, {}),
+        ("classes", "bert", bert, {"n_classes": 2}),
+        ("gpt2", "gpt2", gpt2, {}),
+    ):
+        vocab_size = tokenizer.vocab_size + 4 * (name == "gpt2")  # rows that no token has, as published ones do
+        make_up(tmp_path / name, kind, vocab_size, **options)
+        tokenizer.tokenizer.enable_truncation(8)
+        tokenizer.tokenizer.enable_padding(length=8)
+        (tmp_path / name / "tokenizer.json").write_text(tokenizer.to_json())
+    (tmp_path / "common.yaml").write_text(COMMON)
+    return tmp_path
+
+
+COMMON = """
+tensorboard: false
+accelerator: cpu
+steps: 4
+evaluate_every: 2
+batch_size: 4
+sample_tokens: 4
+sample_prompt: the
+data: {validation_fraction: 0.2, test_fraction: 0}
+optim: {warmup_steps: 1}
+"""
+
+
+def command(documents):
+    return ["finetune", "--config", str(documents / "common.yaml")]
+
+
+@pytest.mark.parametrize("trained", ["all", "head", "lora"])
+def test_bert_to_a_classifier(documents, capsys, trained):
+    from fastattn.cli import main
+
+    run = documents / "run"
+    source = ["--data.source", str(documents / "documents.jsonl"), "--data.columns.label", "label"]
+    arguments = [
+        *command(documents),
+        "--start",
+        str(documents / "bert"),
+        "--task",
+        "classify",
+        "--run",
+        str(run),
+        *source,
+    ]
+    assert main([*arguments, "--trained", trained]) == 0
+    error = capsys.readouterr().err
+    assert "all weights taken over but head.weight, head.bias" in error
+    stored = load_file(run / "checkpoints" / "step-00000004" / "model.safetensors")
+    start = load_file(documents / "bert" / "model.safetensors")
+    same = torch.equal(stored["encoder.token_embedding.weight"], start["bert.embeddings.word_embeddings.weight"])
+    assert same == (trained != "all")
+    assert not torch.equal(stored["pooler.weight"], start["bert.pooler.dense.weight"])
+    assert main(["predict", str(run), "the good film"]) == 0
+    assert capsys.readouterr().out.startswith("class ")
+
+
+def test_the_head_of_a_bert_classifier_goes_on(documents, capsys):
+    from fastattn.cli import main
+
+    source = ["--data.source", str(documents / "documents.jsonl"), "--data.columns.label", "label"]
+    arguments = [*command(documents), "--start", str(documents / "classes"), "--task", "classify", *source]
+    assert main([*arguments, "--run", str(documents / "run")]) == 0
+    assert "all weights taken over" not in capsys.readouterr().err
+
+
+def test_bert_as_a_masked_lm(documents, capsys):
+    from fastattn.cli import main
+
+    source = ["--data.source", str(documents / "documents.jsonl")]
+    arguments = [*command(documents), "--start", str(documents / "bert"), "--task", "masked_lm", *source]
+    assert main([*arguments, "--run", str(documents / "run")]) == 0
+    assert "all weights taken over" not in capsys.readouterr().err
+    assert main([*arguments, "--run", str(documents / "other"), "--model.head_transform", "false"]) == 2
+    assert "got head.bias, for which it has no place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("packed", ["true", "false"])
+def test_gpt2_on_other_text(documents, capsys, packed):
+    from fastattn.cli import main
+
+    run = documents / "run"
+    source = ["--data.source", str(documents / "text.txt"), "--data.packed", packed, "--model.block_size", "10"]
+    arguments = [*command(documents), "--start", str(documents / "gpt2"), *source, "--run", str(run)]
+    assert main(arguments) == 0
+    out, error = capsys.readouterr()
+    assert "all weights taken over" not in error
+    losses = [
+        float(line.split("validation loss ")[1].split()[0]) for line in out.splitlines() if line.startswith("step ")
+    ]
+    assert losses[-1] < losses[0]
+    assert (run / "sample.txt").read_text().startswith("the")
+    assert main(["generate", str(run), "--prompt", "the good", "--max_new_tokens", "5"]) == 0
+
+
+def test_a_hugging_face_folder_that_does_not_fit(documents, capsys):
+    from fastattn.cli import main
+
+    base = ["--data.source", str(documents / "text.txt"), "--run", str(documents / "run")]
+    (documents / "bert" / "tokenizer.json").unlink()
+    for start, options, expected in (
+        ("bert", ["--task", "masked_lm"], "expected a tokenizer.json beside the weights, got none"),
+        ("gpt2", ["--task", "masked_lm"], "expected a model for task masked_lm, got one of lm"),
+        ("gpt2", ["--model.block_size", "25"], "position_embedding.weight (24, 16) for (25, 16)"),
+        ("gpt2", ["--model.norm_eps", "1e-6"], "model.norm_eps: expected 1e-05 as in"),
+    ):
+        assert main([*command(documents), "--start", str(documents / start), *options, *base]) == 2
+        assert expected in capsys.readouterr().err
+        assert not (documents / "run").exists()
