@@ -162,7 +162,7 @@ def yaml_with(folder, line):
         ("optim: {min_learning_rate: 1}", ["optim.min_learning_rate: expected 0 to learning_rate = 0.001, got 1"]),
         ("seed: -1", ["seed: expected 0 <= seed < 2**63, got -1"]),
         ("precision: 16-mixed", ["precision: expected 32-true, bf16-mixed or bf16-true on a CPU, got '16-mixed'"]),
-        ("devices: 2", ["strategy: expected 'ddp' for 2 x 1 devices, got 'auto'"]),
+        ("devices: 2", ["strategy: expected 'ddp' or 'fsdp' for 2 x 1 devices, got 'auto'"]),
         ("sample_prompt: Q", ["vocabulary, got also 'Q'"]),
         ("model: {block_size: 200}", ["more than block_size = 200 tokens in the validation split"]),
     ],

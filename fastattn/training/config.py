@@ -203,7 +203,7 @@ class TrainConfig:
         accelerator: auto takes a GPU when there is one
         devices: number of devices
         num_nodes: number of machines
-        strategy: ddp for several devices
+        strategy: for several devices; ddp keeps all weights on each, fsdp a part of them
         precision: number format of parameters and arithmetic
         compile: compile the model with torch.compile
         deterministic: refuse operations that are not reproducible
@@ -235,7 +235,7 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
     num_nodes: int = 1
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     compile: bool = False
     deterministic: bool = False
@@ -261,6 +261,11 @@ class TrainConfig:
         expect(
             self.select == "loss" or self.task in ("masked_lm", "classify"), "select", "loss for this task", self.select
         )
+        if self.strategy == "fsdp":
+            expect(self.model.body == "transformer", "strategy", f"ddp for the body {self.model.body}", "fsdp")
+            expect(self.trained != "lora", "trained", "all or head with the strategy fsdp", self.trained)
+            expect(not self.optim.ema, "optim.ema", "0 with the strategy fsdp", self.optim.ema)
+            expect(self.precision != "16-mixed", "precision", "another with the strategy fsdp", self.precision)
         windows = self.validation_windows
         expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
         expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)

@@ -19,6 +19,7 @@ from .checkpoint import (
     check_run,
     choose_checkpoint,
     create_run,
+    load_state,
     read_summary,
     remove_leftovers,
     run_path,
@@ -30,6 +31,7 @@ from .config import UsageError
 from .evaluate import build_model, evaluate_part, load_weights, pick_device
 from .metrics import MetricsLog, plot_losses
 from .optim import average_of, build_optimizer, learning_rate
+from .sharding import divide, gather, sharded_strategy
 from .start import load_start, start_tokenizer
 from .tasks import make_task
 from .text import resolve_source
@@ -65,7 +67,7 @@ def train(config, *, resume=False, overwrite=False):
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        strategy=sharded_strategy(config.devices * config.num_nodes) if config.strategy == "fsdp" else config.strategy,
         precision=config.precision,
     )
     task = prepare_run(run, config, resume, overwrite) if fabric.global_rank == 0 else None
@@ -85,8 +87,16 @@ def check_devices(config):
         raise UsageError(f"devices: expected at most {torch.cuda.device_count()} on this machine, got {config.devices}")
     if device.type == "cpu" and config.precision == "16-mixed":
         raise UsageError("precision: expected 32-true, bf16-mixed or bf16-true on a CPU, got '16-mixed'")
-    if config.devices * config.num_nodes > 1 and config.strategy != "ddp":
-        raise UsageError(f"strategy: expected 'ddp' for {config.devices} x {config.num_nodes} devices, got 'auto'")
+    if config.devices * config.num_nodes > 1 and config.strategy == "auto":
+        raise UsageError(
+            f"strategy: expected 'ddp' or 'fsdp' for {config.devices} x {config.num_nodes} devices, got 'auto'"
+        )
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if started not in (None, config.devices * config.num_nodes):
+        raise UsageError(
+            f"devices: expected devices * num_nodes = {started}, the processes that torchrun started, "
+            f"got {config.devices} * {config.num_nodes}"
+        )
 
 
 def prepare_run(run, config, resume, overwrite):
@@ -168,37 +178,50 @@ class Trainer:
             task.initialize(self.raw_model)
             if config.start is not None:
                 load_start(self.raw_model, config)
+        else:
+            load_weights(self.raw_model, chosen[0])
         train_only(self.raw_model, config.trained)
+        self.flops_per_token = flops_per_token(self.raw_model, config.model)
+        model = torch.compile(self.raw_model) if config.compile else self.raw_model
+        self.model = fabric.setup_module(model)
         # a gradient scaler and fused optimizers exclude each other in Fabric's clipping
         optimizer = build_optimizer(self.raw_model, config.optim, fused=config.precision != "16-mixed")
-        model = torch.compile(self.raw_model) if config.compile else self.raw_model
-        self.model, self.optimizer = fabric.setup(model, optimizer)
+        self.optimizer = fabric.setup_optimizers(optimizer)
         self.average = average_of(self.raw_model, config.optim.ema)
         self.step, self.best_score, self.stale = 0, math.inf, 0
-        self.flops_per_token = flops_per_token(self.raw_model, config.model)
         self.peak = peak_flops(fabric.device, config.precision) if fabric.is_global_zero else None
         if chosen:
-            self.load(chosen[0])
+            self.load_state(chosen[0])
 
     @property
     def judged_model(self):
         """The model that is validated and saved: the average of weights where there is one."""
         return self.average.module if self.average else self.raw_model
 
-    def load(self, folder):
-        load_weights(self.judged_model, folder)
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    @property
+    def sharded(self):
+        return self.config.strategy == "fsdp"
+
+    def load_state(self, folder):
+        state = load_state(folder)
         if self.average:
             self.raw_model.load_state_dict(state["weights"])
             self.average.n_averaged.copy_(state["n_averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(divide(optimizer, self.optimizer) if self.sharded else optimizer)
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.step, self.best_score, self.stale = state["step"], state["best_score"], state["stale"]
 
     def save(self, validation):
+        model, optimizer = self.judged_model, self.optimizer.optimizer.state_dict()
+        if self.sharded:
+            weights, optimizer = gather(model.state_dict()), gather(optimizer)
         if self.fabric.is_global_zero:
+            if self.sharded:
+                model = build_model(self.config, self.task.tokenizer, self.task.summary)
+                model.load_state_dict(weights)
             state = {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "step": self.step,
                 "best_score": self.best_score,
@@ -206,7 +229,7 @@ class Trainer:
             }
             if self.average:
                 state |= {"weights": self.raw_model.state_dict(), "n_averaged": self.average.n_averaged}
-            save_checkpoint(self.run, self.step, self.judged_model, state, validation, self.config.keep)
+            save_checkpoint(self.run, self.step, model, state, validation, self.config.keep)
         self.fabric.barrier()
 
     def train_step(self):
@@ -233,6 +256,7 @@ class Trainer:
             norm = fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=config.optim.clip, error_if_nonfinite=False
             )
+            norm = gather(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
@@ -246,6 +270,7 @@ class Trainer:
         sums = evaluate_part(
             self.judged_model, self.task, "validation", limit=self.config.validation_windows,
             rank=fabric.global_rank, world_size=fabric.world_size, autocast=fabric.autocast,
+            anywhere=self.maximum if self.sharded else None,
         )  # fmt: skip
         sums = torch.tensor(sums, dtype=torch.float64, device=fabric.device)
         total, right, count = fabric.all_reduce(sums, reduce_op="sum").tolist()
@@ -265,12 +290,16 @@ class Trainer:
                 f"try a learning rate below {self.config.optim.learning_rate}"
             )
 
+    def maximum(self, number):
+        """The greatest int or bool of all processes."""
+        return int(self.fabric.all_reduce(torch.tensor(int(number), device=self.fabric.device), reduce_op="max"))
+
     def must_stop(self, stop):
         if self.fabric.world_size == 1:
             return stop.number
         if self.step % self.config.log_every:  # asking the others waits for the device
             return 0
-        return int(self.fabric.all_reduce(torch.tensor(stop.number, device=self.fabric.device), reduce_op="max"))
+        return self.maximum(stop.number)
 
     def fit(self):
         config, fabric = self.config, self.fabric
@@ -363,11 +392,12 @@ class Trainer:
         if self.step < self.config.steps:
             print(f"stopped early after step {self.step}: no better validation in {self.stale} validations")
         folder, meta = choose_checkpoint(self.run, "best")
-        load_weights(self.judged_model, folder)
         if meta["validation_loss"] is not None:  # None: saved by a signal, then resumed with fewer steps
             accuracy = f", accuracy {meta['validation_accuracy']:.4f}" if "validation_accuracy" in meta else ""
             print(f"best validation loss {meta['validation_loss']:.4f}{accuracy} at step {meta['step']}")
-        if text := self.task.sample(self.judged_model):
+        model = build_model(self.config, self.task.tokenizer, self.task.summary)
+        load_weights(model, folder)
+        if text := self.task.sample(model.to(self.fabric.device).eval()):
             write_atomic(self.run / "sample.txt", text)
             print(f"what it writes:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
         following = self.task.next_command.format(run=self.run)
