@@ -108,11 +108,15 @@ def test_a_full_disk_is_told_in_one_line_and_breaks_no_checkpoint(tmp_path, text
     """No file may grow beyond `limit` bytes; the weights have 29 kB, the state has 70."""
     resource = pytest.importorskip("resource", reason="this system has no limit on the size of files")
     run = tmp_path / "run"
-    train(tiny_config(tmp_path / "whole", text_file, sample_tokens=0))
+
+    def config(name):
+        return tiny_config(tmp_path / name, text_file, steps=12, evaluate_every=4, sample_tokens=0)
+
+    train(config("whole"))
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 13)
-        train(tiny_config(run, text_file, sample_tokens=0))
-    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*")if path.is_file()}
+        interrupt_after(patch, 6)
+        train(config("run"))
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     capsys.readouterr()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -121,11 +125,11 @@ def test_a_full_disk_is_told_in_one_line_and_breaks_no_checkpoint(tmp_path, text
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith(f"fastattn: error: checkpoint '{run}/checkpoints/step-00000020': expected")
+    assert error.splitlines()[-1].startswith(f"fastattn: error: checkpoint '{run}/checkpoints/step-00000008': expected")
     assert "Traceback" not in error
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before
     assert main(["train", "--resume", str(run)]) == 0
-    assert_same_run(tmp_path / "whole", run, 30)
+    assert_same_run(tmp_path / "whole", run, 12)
 
 
 def test_a_full_disk_at_the_start_leaves_nothing(tmp_path, text_file, monkeypatch):
@@ -153,8 +157,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, text_file, capsys
     run, trace = tmp_path / "run", tmp_path / "trace"
     train(tiny_config(run, text_file, steps=2, sample_tokens=0))
     folder, meta = ckpt.choose_checkpoint(run)
-    (folder / "state.pt").write_bytes(pickle.dumps(Malicious(trace)))
-    for write in (lambda path: path.write_bytes(pickle.dumps(Malicious(trace))), lambda path: torch.save(Malicious(trace), path)):
+    (folder / "state.pt").write_bytes(pickle.dumps(Malicious(trace), protocol=2))
+    for write in (
+        lambda path: path.write_bytes(pickle.dumps(Malicious(trace), protocol=2)),
+        lambda path: torch.save(Malicious(trace), path),
+    ):
         write(folder / "state.pt")
         meta["sha256"]["state.pt"] = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
         (folder / "meta.json").write_text(json.dumps(meta))
@@ -164,11 +171,15 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, text_file, capsys
         assert len(error) == 1
         assert error[0].startswith(f"fastattn: error: {folder}: expected a state of plain numbers and tensors, got ")
         assert not trace.exists()
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Malicious(trace)))
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Malicious(trace), protocol=2))
     meta["sha256"]["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
     capsys.readouterr()
-    for command in (["train", "--resume", str(run), "--steps", "4"], ["evaluate", str(run)], ["generate", str(run), "--prompt", "9"]):
+    for command in (
+        ["train", "--resume", str(run), "--steps", "4"],
+        ["evaluate", str(run)],
+        ["generate", str(run), "--prompt", "9"],
+    ):
         assert main(command) == 2
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 1

@@ -9,6 +9,7 @@ import torch
 from training_cases import (
     DOCUMENT_TASKS,
     TEXT,
+    WORDS,
     assert_same_run,
     can_fork,
     column,
@@ -125,6 +126,19 @@ def test_best_checkpoint_by_accuracy(tmp_path, table, monkeypatch, capsys):
     assert "best validation loss 0.7500, accuracy 0.3750 at step 6" in capsys.readouterr().out
     with pytest.raises(UsageError, match="select: expected loss for this task, got 'accuracy'"):
         table_config("translate", run, table, select="accuracy")
+
+
+@pytest.mark.parametrize("body", ["transformer", "cnn"])
+def test_word_vectors_start_the_embedding_of_a_classifier(tmp_path, table, body):
+    pytest.importorskip("gensim", reason="gensim is not installed")
+    embeddings = {}
+    for kind in ("random", "word2vec"):
+        model = tiny_model(body=body, embedding=kind)
+        train(table_config("classify", tmp_path / kind, table, steps=1, evaluate_every=1, model=model))
+        saved = weights(tmp_path / kind, 1)
+        embeddings[kind] = saved[next(name for name in saved if name.endswith("token_embedding.weight"))]
+    changed = (embeddings["random"] - embeddings["word2vec"]).abs().amax(1) > 0.01
+    assert len(WORDS) <= changed.sum() < len(changed)  # the words that are frequent enough
 
 
 @pytest.mark.parametrize("task", TASKS)

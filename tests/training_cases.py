@@ -121,11 +121,15 @@ def _train(config, environment, options):
     sys.exit(train(config, **options))
 
 
-def start_two(config, **options):
-    """Two such processes on one run."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_two(config, **options):
+    """Two such processes on one run."""
+    port = free_port()
     return [start_training(config, rank=rank, world_size=2, port=port, **options) for rank in (0, 1)]
 
 

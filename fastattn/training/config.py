@@ -125,6 +125,13 @@ class ModelConfig:
             f"null or a divisor of n_head = {self.n_head}",
             shared,
         )
+        rotates = self.positions == "rotary" and self.body == "transformer"
+        width = self.d_model // self.n_head
+        expect(not rotates or width % 2 == 0, "model.d_model / n_head", "an even number for rotary positions", width)
+        pooled = self.pooling == "mean" or self.body == "transformer"
+        expect(pooled, "model.pooling", f"mean for the body {self.body}", self.pooling)
+        embedded = self.embedding == "random" or self.body != "bag_of_words"
+        expect(embedded, "model.embedding", "random for the body bag_of_words", self.embedding)
         expect(self.d_ff is None or self.d_ff >= 1, "model.d_ff", "null or at least 1", self.d_ff)
         expect(0 <= self.dropout < 1, "model.dropout", "0 <= x < 1", self.dropout)
 
@@ -261,6 +268,10 @@ class TrainConfig:
         expect(
             self.select == "loss" or self.task in ("masked_lm", "classify"), "select", "loss for this task", self.select
         )
+        if self.task != "classify":
+            for name, value in (("body", "transformer"), ("pooling", "mean"), ("embedding", "random")):
+                got = getattr(self.model, name)
+                expect(got == value, f"model.{name}", f"{value} for the task {self.task}", got)
         if self.strategy == "fsdp":
             expect(self.model.body == "transformer", "strategy", f"ddp for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "all or head with the strategy fsdp", self.trained)

@@ -184,8 +184,9 @@ class Trainer:
         self.flops_per_token = flops_per_token(self.raw_model, config.model)
         model = torch.compile(self.raw_model) if config.compile else self.raw_model
         self.model = fabric.setup_module(model)
-        # a gradient scaler and fused optimizers exclude each other in Fabric's clipping
-        optimizer = build_optimizer(self.raw_model, config.optim, fused=config.precision != "16-mixed")
+        # a gradient scaler and fused optimizers exclude each other in Fabric's clipping; shards have no fused SGD
+        fused = config.precision != "16-mixed" and (not self.sharded or config.optim.name in ("adam", "adamw"))
+        optimizer = build_optimizer(self.raw_model, config.optim, fused)
         self.optimizer = fabric.setup_optimizers(optimizer)
         self.average = average_of(self.raw_model, config.optim.ema)
         self.step, self.best_score, self.stale = 0, math.inf, 0
@@ -370,10 +371,14 @@ class Trainer:
     def describe(self):
         config, summary, task = self.config, self.task.summary, self.task
         sizes = ", ".join(f"{name} {size}" for name, size in task.sizes.items())
+        vocabulary = f"{task.tokenizer.vocab_size:,}"
+        learnt = config.start is None and config.data.tokenizer in ("word", "bpe", "wordpiece")
+        if learnt and task.tokenizer.vocab_size < config.data.vocab_size:
+            vocabulary += f", fewer than the {config.data.vocab_size:,} asked for"
         trained = sum(p.numel() for p in self.raw_model.parameters() if p.requires_grad)
         print(
             f"text: {summary['source']}, {summary['characters']:,} characters, sha256 {summary['sha256']}\n"
-            f"data: {sizes}; vocabulary {task.tokenizer.vocab_size:,}\n"
+            f"data: {sizes}; vocabulary {vocabulary}\n"
             f"model: {self.raw_model.num_parameters():,} parameters"
             + ("" if config.trained == "all" else f", {trained:,} of them trained")
             + f", layers from {config.layers}\n"
