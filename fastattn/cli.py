@@ -6,6 +6,7 @@ signal's number for a training run that was asked to stop. torch is imported by 
 
 import itertools
 import json
+import operator
 import os
 import sys
 from pathlib import Path
@@ -219,16 +220,19 @@ def finetune(options, argv):
 
 
 def check_same_run(stored, config):
-    """Raises UsageError if a resumed run would read another text or build another model."""
+    """Raises UsageError if a resumed run would read another text, build another model or need another state."""
     from fastattn.training.config import UsageError
 
-    for name in ("task", "trained", "lora_rank"):
-        if (got := getattr(config, name)) != (value := getattr(stored, name)):
-            raise UsageError(f"{name}: expected {value!r} as in the run that is resumed, got {got!r}")
-    for section in ("model", "data"):
-        for name, value in vars(getattr(stored, section)).items():
-            if name != "source" and (got := getattr(getattr(config, section), name)) != value:
-                raise UsageError(f"{section}.{name}: expected {value!r} as in the run that is resumed, got {got!r}")
+    for section, names in (
+        ("", ("task", "trained", "lora_rank", "select")),
+        ("optim.", ("name", "ema")),
+        ("model.", vars(stored.model)),
+        ("data.", [name for name in vars(stored.data) if name != "source"]),
+    ):
+        for name in names:
+            value, got = map(operator.attrgetter(section + name), (stored, config))
+            if got != value:
+                raise UsageError(f"{section}{name}: expected {value!r} as in the run that is resumed, got {got!r}")
 
 
 def evaluate(options, _argv):

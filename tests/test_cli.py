@@ -162,7 +162,7 @@ def yaml_with(folder, line):
         ("optim: {min_learning_rate: 1}", ["optim.min_learning_rate: expected 0 to learning_rate = 0.001, got 1"]),
         ("seed: -1", ["seed: expected 0 <= seed < 2**63, got -1"]),
         ("precision: 16-mixed", ["precision: expected 32-true, bf16-mixed or bf16-true on a CPU, got '16-mixed'"]),
-        ("devices: 2", ["strategy: expected 'ddp' for 2 x 1 devices, got 'auto'"]),
+        ("devices: 2", ["strategy: expected 'ddp' or 'fsdp' for 2 x 1 devices, got 'auto'"]),
         ("sample_prompt: Q", ["vocabulary, got also 'Q'"]),
         ("model: {block_size: 200}", ["more than block_size = 200 tokens in the validation split"]),
     ],
@@ -246,6 +246,64 @@ def test_mistakes_with_a_run(run, capsys):
         (["generate", "runs/small", "--prompt", "a", "--top_k", "0"], ["top_k: expected at least 1, got 0"]),
     ]:
         assert_refused(folder, capsys, arguments, *expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "arguments", "expected"),
+    [
+        ("classify", "empty.jsonl", "", ["empty.jsonl': expected text, got an empty file"]),
+        ("classify", "one_class.jsonl", "", ["expected at least two classes, got only 'x'"]),
+        ("classify", "good.jsonl", "--data.columns.label kind", ["line 1: expected a column 'kind', got text, label"]),
+        ("translate", "good.jsonl", "", ["line 1: expected a column 'target', got text, label"]),
+        ("masked_lm", "latin.jsonl", "", ["latin.jsonl': expected UTF-8, got byte 0xe9 at 13"]),
+        ("classify", "missing.jsonl", "", ["line 21: expected a value in column 'label', got nothing"]),
+        ("classify", "no_labels.jsonl", "", ["line 1: expected a column 'label', got text"]),
+        ("classify", "good.jsonl", "--data.columns.label null", ["expected labels, got none; name their column"]),
+        ("classify", "good.jsonl", "--data.train_limit 2 --batch_size 4", ["at most the 2 training documents"]),
+        ("classify", "few.jsonl", "", ["expected documents in every part, got none for validation of 3"]),
+        ("masked_lm", "good.jsonl", "--data.vocab_size 5", ["expected more than the 5 special tokens, got 5"]),
+        ("masked_lm", "good.jsonl", "--model.block_size 2", ["model.block_size: expected at least 3 for documents"]),
+        ("lm", "good.jsonl", "--data.packed true --model.block_size 90", ["more than block_size = 90 tokens in the "]),
+        ("lm", "good.jsonl", "--model.body lstm", ["model.body: expected transformer for the task lm, got 'lstm'"]),
+        ("classify", "good.jsonl", "--model.body gru --model.pooling first", ["model.pooling: expected mean for the "]),
+        ("lm", "good.jsonl", "--model.positions rotary --model.d_model 6", ["an even number for rotary positions"]),
+    ],
+)  # fmt: skip
+def test_mistakes_in_documents(folder, capsys, task, name, arguments, expected):
+    def write(name, rows):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="latin-1")
+
+    good = [{"text": f"a {i}", "label": "xy"[i % 2]} for i in range(40)]
+    write("good", good)
+    write("few", good[:3])
+    write("empty", [])
+    write("one_class", good[::2])
+    write("missing", [*good[:20], {"text": "b", "label": " "}])
+    write("no_labels", [{"text": row["text"]} for row in good])
+    (folder / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    columns = {"classify": "--data.columns.label label", "translate": "--data.columns.target target"}
+    options = f"--task {task} --data.source {name} --data.tokenizer word {columns.get(task, '')} {arguments}"
+    assert_refused(folder, capsys, ["train", "--config", "config.yaml", *options.split()], *expected)
+
+
+def test_a_vocabulary_that_the_text_does_not_fill_is_told(folder, capsys):
+    text = "\n".join(f"{i} roses and {i} thorns" for i in range(30))
+    (folder / "text.txt").write_text(text)
+    options = ["--task", "masked_lm", "--data.tokenizer", "wordpiece", "--data.vocab_size", "5000"]
+    assert main(["train", "--config", "config.yaml", *options]) == 0
+    assert re.search(r"; vocabulary \d\d, fewer than the 5,000 asked for\n", capsys.readouterr().out)
+
+
+def test_what_makes_another_run_is_not_resumed(run, capsys):
+    for options, expected in [
+        ("--task masked_lm", "task: expected 'lm' as in the run that is resumed, got 'masked_lm'"),
+        ("--trained head --start runs/small", "trained: expected 'all' as in the run that is resumed, got 'head'"),
+        ("--data.tokenizer byte", "data.tokenizer: expected 'char' as in the run that is resumed, got 'byte'"),
+        ("--data.packed true", "data.packed: expected False as in the run that is resumed, got True"),
+        ("--optim.ema 0.9", "optim.ema: expected 0.0 as in the run that is resumed, got 0.9"),
+        ("--optim.name sgd", "optim.name: expected 'adamw' as in the run that is resumed, got 'sgd'"),
+    ]:
+        assert_refused(run.parents[1], capsys, ["train", "--resume", "runs/small", *options.split()], expected)
 
 
 def test_damaged_run(run, capsys):

@@ -5,25 +5,14 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]")
+pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
 import torch
+from training_cases import WORDS, write_table
 
 from fastattn.training.batches import IGNORED, LengthBatches, by_length, draw_masks, limit_documents, pad
 from fastattn.training.config import Columns, DataConfig, ModelConfig, TrainConfig, UsageError
 from fastattn.training.documents import Documents
 from fastattn.training.tasks import make_task
-
-WORDS = ["red", "green", "blue", "black", "white", "one", "two", "three", "four", "five", "six", "seven", "eight"]
-
-
-def write_table(path, n=120, seed=0):
-    generator = np.random.default_rng(seed)
-    rows = []
-    for i in range(n):
-        words = generator.choice(WORDS, generator.integers(2, 9)).tolist()
-        rows.append({"text": f"{i} " + " ".join(words), "label": words[0], "target": " ".join(reversed(words))})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
 
 
 @pytest.fixture

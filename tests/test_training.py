@@ -1,6 +1,5 @@
 """The loop: exact resume, checkpoints that survive kills and damage, schedule, accumulation, several processes."""
 
-import csv
 import math
 import os
 import shutil
@@ -14,19 +13,17 @@ import pytest
 
 pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
 import torch
+from training_cases import TEXT, assert_same_run, column, interrupt_after, tiny_config, weights
 
 from fastattn.training import checkpoint as ckpt
 from fastattn.training import loop
-from fastattn.training.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UsageError
+from fastattn.training.config import DataConfig, ModelConfig, OptimConfig, UsageError
 from fastattn.training.evaluate import evaluate_part, evaluate_run, load_run
 from fastattn.training.loop import Trainer, train
 from fastattn.training.metrics import MetricsLog, read_metrics
 from fastattn.training.tasks import make_task
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TEXT = "".join(
-    f"{i} green bottles hanging on the wall, and if one fell there were {i - 1}.\n" for i in range(90, 0, -1)
-)
 
 
 @pytest.fixture
@@ -34,50 +31,6 @@ def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-def tiny_config(run, text_file, **changes):
-    sections = {
-        "data": DataConfig(source=str(text_file), validation_fraction=0.1, test_fraction=0.1),
-        "model": ModelConfig(n_layer=2, n_head=2, d_model=16, block_size=16, dropout=0.2),
-        "optim": OptimConfig(learning_rate=5e-3, min_learning_rate=5e-4, warmup_steps=5),
-    }
-    values = {"steps": 30, "batch_size": 4, "log_every": 1, "evaluate_every": 10, "sample_tokens": 20, "seed": 7}
-    values.update(layers="torch", tensorboard=False, accelerator="cpu", sample_prompt="9")
-    return TrainConfig(run=str(run), **{**sections, **values, **changes})
-
-
-def column(run, name):
-    """Cells of a column of metrics.csv as text, so that equal means equal to the last bit."""
-    with open(run / "metrics.csv", newline="") as file:
-        return [(row["step"], row[name]) for row in csv.DictReader(file) if row[name]]
-
-
-def weights(run, step):
-    from safetensors.torch import load_file
-
-    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
-
-
-def assert_same_run(first, second, step):
-    for name in ("train_loss", "validation_loss", "learning_rate", "grad_norm"):
-        assert column(first, name) == column(second, name)
-        assert len(column(first, name)) > 2
-    expected = weights(first, step)
-    for name, value in weights(second, step).items():
-        assert torch.equal(value, expected[name]), name
-
-
-def interrupt_after(monkeypatch, step, number=signal.SIGTERM):
-    """The process gets a signal during this step."""
-    train_step = Trainer.train_step
-
-    def interrupted(self):
-        if self.step == step - 1:
-            os.kill(os.getpid(), number)
-        return train_step(self)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
 
 
 @pytest.mark.parametrize("layers", ["torch", "fastattn"])

@@ -112,8 +112,12 @@ def save_checkpoint(run, step, model, state, validation, keep):
         state: what resuming needs besides, loadable with weights_only=True.
         validation: {"validation_loss": ..., "score": ...}, the best has the lowest score; None if not validated.
         keep: number of newest checkpoints to keep.
+
+    Raises:
+        OSError: it could not be written; the others are as they were.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_model
 
     folder = run / "checkpoints" / f"step-{step:08d}"
@@ -121,8 +125,11 @@ def save_checkpoint(run, step, model, state, validation, keep):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_model(model, str(temporary / "model.safetensors"))
-        torch.save(state, temporary / "state.pt")
+        try:
+            save_model(model, str(temporary / "model.safetensors"))
+            torch.save(state, temporary / "state.pt")
+        except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError to them
+            raise OSError(f"checkpoint {str(folder)!r}: expected room to write it, got {error}") from error
         shutil.copymode(temporary / "state.pt", temporary / "model.safetensors")  # safetensors makes it private
         meta = {"step": step, "validation_loss": None, **(validation or {})}
         meta["sha256"] = {name: _flush_and_hash(temporary / name) for name in ("model.safetensors", "state.pt")}
@@ -182,6 +189,19 @@ def choose_checkpoint(run, which="last", needed=("model.safetensors",)):
     if damages:
         raise UsageError(f"checkpoint: expected an undamaged one in {str(run)!r}, got {'; '.join(damages)}")
     return None
+
+
+def load_state(folder):
+    """The state of a checkpoint; UsageError if there is more in it than plain values: no code of a file is run."""
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"{folder}: expected a state of plain numbers and tensors, got {text[:200]}") from None
 
 
 def remove_leftovers(run):

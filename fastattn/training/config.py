@@ -129,6 +129,13 @@ class ModelConfig:
             f"null or a divisor of n_head = {self.n_head}",
             shared,
         )
+        rotates = self.positions == "rotary" and self.body == "transformer"
+        width = self.d_model // self.n_head
+        expect(not rotates or width % 2 == 0, "model.d_model / n_head", "an even number for rotary positions", width)
+        pooled = self.pooling == "mean" or self.body == "transformer"
+        expect(pooled, "model.pooling", f"mean for the body {self.body}", self.pooling)
+        embedded = self.embedding == "random" or self.body != "bag_of_words"
+        expect(embedded, "model.embedding", "random for the body bag_of_words", self.embedding)
         expect(self.d_ff is None or self.d_ff >= 1, "model.d_ff", "null or at least 1", self.d_ff)
         expect(0 <= self.dropout < 1, "model.dropout", "0 <= x < 1", self.dropout)
         expect(self.norm_eps > 0, "model.norm_eps", "more than 0", self.norm_eps)
@@ -208,7 +215,7 @@ class TrainConfig:
         accelerator: auto takes a GPU when there is one
         devices: number of devices
         num_nodes: number of machines
-        strategy: ddp for several devices
+        strategy: for several devices; ddp keeps all weights on each, fsdp a part of them
         precision: number format of parameters and arithmetic
         compile: compile the model with torch.compile
         deterministic: refuse operations that are not reproducible
@@ -240,7 +247,7 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
     num_nodes: int = 1
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     compile: bool = False
     deterministic: bool = False
@@ -266,6 +273,15 @@ class TrainConfig:
         expect(
             self.select == "loss" or self.task in ("masked_lm", "classify"), "select", "loss for this task", self.select
         )
+        if self.task != "classify":
+            for name, value in (("body", "transformer"), ("embedding", "random")):
+                got = getattr(self.model, name)
+                expect(got == value, f"model.{name}", f"{value} for the task {self.task}", got)
+        if self.strategy == "fsdp":
+            expect(self.model.body == "transformer", "strategy", f"ddp for the body {self.model.body}", "fsdp")
+            expect(self.trained != "lora", "trained", "all or head with the strategy fsdp", self.trained)
+            expect(not self.optim.ema, "optim.ema", "0 with the strategy fsdp", self.optim.ema)
+            expect(self.precision != "16-mixed", "precision", "another with the strategy fsdp", self.precision)
         windows = self.validation_windows
         expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
         expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)

@@ -12,7 +12,7 @@ from .tokenizer import load_tokenizer
 
 
 @torch.no_grad()
-def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autocast=nullcontext):
+def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autocast=nullcontext, anywhere=None):
     """Losses and right predictions over a part, dropout off.
 
     Args:
@@ -22,6 +22,7 @@ def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autoca
         limit: None or the number of windows of text to read.
         rank, world_size: which share of the part is this process's.
         autocast: gives the context to run the model in.
+        anywhere: None, or tells whether something is true in any process: all run a sharded model equally often.
 
     Returns:
         (sum of the losses in nats, right predictions, predictions).
@@ -30,10 +31,15 @@ def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autoca
     model.eval()
     device = next(model.parameters()).device
     total, right, count = 0.0, 0, 0
-    for rows in task.rows(part, limit, rank, world_size):
+    own = task.rows(part, limit, rank, world_size)
+    while True:
+        rows = next(own, None)
+        if not (anywhere or bool)(rows is not None):
+            break
         with autocast():
-            sums = task.sums(model, rows, device)
-        total, right, count = total + sums[0], right + sums[1], count + sums[2]
+            sums = task.sums(model, next(task.rows(part, limit)) if rows is None else rows, device)
+        if rows is not None:
+            total, right, count = total + sums[0], right + sums[1], count + sums[2]
     model.train(was_training)
     return total, right, count
 
@@ -83,11 +89,12 @@ def load_task(run, config, checkpoint="best", accelerator="auto", layers=None):
 
 def load_weights(model, folder):
     """Fill a model from a checkpoint folder; UsageError if the weights are those of another shape."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_model
 
     try:
         load_model(model, str(folder / "model.safetensors"), strict=True)
-    except RuntimeError as error:
+    except (SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise UsageError(f"{folder}: expected weights of the model in config.yaml, got {text[:200]}") from None
 

@@ -19,6 +19,7 @@ from .checkpoint import (
     check_run,
     choose_checkpoint,
     create_run,
+    load_state,
     read_summary,
     remove_leftovers,
     run_path,
@@ -27,10 +28,11 @@ from .checkpoint import (
     write_atomic,
 )
 from .config import UsageError
-from .evaluate import evaluate_part, load_weights, pick_device
+from .evaluate import evaluate_part, load_run, load_weights, pick_device
 from .lora import train_only
 from .metrics import MetricsLog, plot_losses
 from .optim import average_of, build_optimizer, learning_rate
+from .sharding import divide, gather, sharded_strategy
 from .start import load_start, start_tokenizer
 from .tasks import make_task
 from .text import resolve_source
@@ -66,7 +68,7 @@ def train(config, *, resume=False, overwrite=False):
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        strategy=sharded_strategy(config.devices * config.num_nodes) if config.strategy == "fsdp" else config.strategy,
         precision=config.precision,
     )
     task = prepare_run(run, config, resume, overwrite) if fabric.global_rank == 0 else None
@@ -86,8 +88,16 @@ def check_devices(config):
         raise UsageError(f"devices: expected at most {torch.cuda.device_count()} on this machine, got {config.devices}")
     if device.type == "cpu" and config.precision == "16-mixed":
         raise UsageError("precision: expected 32-true, bf16-mixed or bf16-true on a CPU, got '16-mixed'")
-    if config.devices * config.num_nodes > 1 and config.strategy != "ddp":
-        raise UsageError(f"strategy: expected 'ddp' for {config.devices} x {config.num_nodes} devices, got 'auto'")
+    if config.devices * config.num_nodes > 1 and config.strategy == "auto":
+        raise UsageError(
+            f"strategy: expected 'ddp' or 'fsdp' for {config.devices} x {config.num_nodes} devices, got 'auto'"
+        )
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if started not in (None, config.devices * config.num_nodes):
+        raise UsageError(
+            f"devices: expected devices * num_nodes = {started}, the processes that torchrun started, "
+            f"got {config.devices} * {config.num_nodes}"
+        )
 
 
 def prepare_run(run, config, resume, overwrite):
@@ -167,36 +177,50 @@ class Trainer:
         elif chosen is None:
             task.initialize(self.raw_model)
         train_only(self.raw_model, config.trained, config.lora_rank)
-        # a gradient scaler and fused optimizers exclude each other in Fabric's clipping
-        optimizer = build_optimizer(self.raw_model, config.optim, fused=config.precision != "16-mixed")
+        if chosen is not None:
+            load_weights(self.raw_model, chosen[0])
+        self.flops_per_token = flops_per_token(self.raw_model, config.model)
         model = torch.compile(self.raw_model) if config.compile else self.raw_model
-        self.model, self.optimizer = fabric.setup(model, optimizer)
+        self.model = fabric.setup_module(model)
+        # a gradient scaler and fused optimizers exclude each other in Fabric's clipping; shards have no fused SGD
+        fused = config.precision != "16-mixed" and (not self.sharded or config.optim.name in ("adam", "adamw"))
+        optimizer = build_optimizer(self.raw_model, config.optim, fused)
+        self.optimizer = fabric.setup_optimizers(optimizer)
         self.average = average_of(self.raw_model, config.optim.ema)
         self.step, self.best_score, self.stale = 0, math.inf, 0
-        self.flops_per_token = flops_per_token(self.raw_model, config.model)
         self.peak = peak_flops(fabric.device, config.precision) if fabric.is_global_zero else None
         if chosen:
-            self.load(chosen[0])
+            self.load_state(chosen[0])
 
     @property
     def judged_model(self):
         """The model that is validated and saved: the average of weights where there is one."""
         return self.average.module if self.average else self.raw_model
 
-    def load(self, folder):
-        load_weights(self.judged_model, folder)
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    @property
+    def sharded(self):
+        return self.config.strategy == "fsdp"
+
+    def load_state(self, folder):
+        state = load_state(folder)
         if self.average:
             self.raw_model.load_state_dict(state["weights"])
             self.average.n_averaged.copy_(state["n_averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(divide(optimizer, self.optimizer) if self.sharded else optimizer)
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.step, self.best_score, self.stale = state["step"], state["best_score"], state["stale"]
 
     def save(self, validation):
+        model, optimizer = self.judged_model, self.optimizer.optimizer.state_dict()
+        if self.sharded:
+            weights, optimizer = gather(model.state_dict()), gather(optimizer)
         if self.fabric.is_global_zero:
+            if self.sharded:
+                model = self.task.build_model(self.config, self.task.tokenizer, self.task.summary)
+                model.load_state_dict(weights)
             state = {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "precision": self.fabric.strategy.precision.state_dict(),
                 "step": self.step,
                 "best_score": self.best_score,
@@ -204,7 +228,7 @@ class Trainer:
             }
             if self.average:
                 state |= {"weights": self.raw_model.state_dict(), "n_averaged": self.average.n_averaged}
-            save_checkpoint(self.run, self.step, self.judged_model, state, validation, self.config.keep)
+            save_checkpoint(self.run, self.step, model, state, validation, self.config.keep)
         self.fabric.barrier()
 
     def train_step(self):
@@ -231,6 +255,7 @@ class Trainer:
             norm = fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=config.optim.clip, error_if_nonfinite=False
             )
+            norm = gather(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
@@ -244,6 +269,7 @@ class Trainer:
         sums = evaluate_part(
             self.judged_model, self.task, "validation", limit=self.config.validation_windows,
             rank=fabric.global_rank, world_size=fabric.world_size, autocast=fabric.autocast,
+            anywhere=self.maximum if self.sharded else None,
         )  # fmt: skip
         sums = torch.tensor(sums, dtype=torch.float64, device=fabric.device)
         total, right, count = fabric.all_reduce(sums, reduce_op="sum").tolist()
@@ -263,12 +289,16 @@ class Trainer:
                 f"try a learning rate below {self.config.optim.learning_rate}"
             )
 
+    def maximum(self, number):
+        """The greatest int or bool of all processes."""
+        return int(self.fabric.all_reduce(torch.tensor(int(number), device=self.fabric.device), reduce_op="max"))
+
     def must_stop(self, stop):
         if self.fabric.world_size == 1:
             return stop.number
         if self.step % self.config.log_every:  # asking the others waits for the device
             return 0
-        return int(self.fabric.all_reduce(torch.tensor(stop.number, device=self.fabric.device), reduce_op="max"))
+        return self.maximum(stop.number)
 
     def fit(self):
         config, fabric = self.config, self.fabric
@@ -339,10 +369,14 @@ class Trainer:
     def describe(self):
         config, summary, task = self.config, self.task.summary, self.task
         sizes = ", ".join(f"{name} {size}" for name, size in task.sizes.items())
+        vocabulary = f"{task.tokenizer.vocab_size:,}"
+        learnt = config.start is None and config.data.tokenizer in ("word", "bpe", "wordpiece")
+        if learnt and task.tokenizer.vocab_size < config.data.vocab_size:
+            vocabulary += f", fewer than the {config.data.vocab_size:,} asked for"
         trained = sum(p.numel() for p in self.raw_model.parameters() if p.requires_grad)
         print(
             f"text: {summary['source']}, {summary['characters']:,} characters, sha256 {summary['sha256']}\n"
-            f"data: {sizes}; vocabulary {task.tokenizer.vocab_size:,}\n"
+            f"data: {sizes}; vocabulary {vocabulary}\n"
             f"model: {self.raw_model.num_parameters():,} parameters"
             + ("" if config.trained == "all" else f", {trained:,} of them trained")
             + f", layers from {config.layers}\n"
@@ -360,12 +394,12 @@ class Trainer:
             return
         if self.step < self.config.steps:
             print(f"stopped early after step {self.step}: no better validation in {self.stale} validations")
-        folder, meta = choose_checkpoint(self.run, "best")
-        load_weights(self.judged_model, folder)
+        _, meta = choose_checkpoint(self.run, "best")
         if meta["validation_loss"] is not None:  # None: saved by a signal, then resumed with fewer steps
             accuracy = f", accuracy {meta['validation_accuracy']:.4f}" if "validation_accuracy" in meta else ""
             print(f"best validation loss {meta['validation_loss']:.4f}{accuracy} at step {meta['step']}")
-        if text := self.task.sample(self.judged_model):
+        model, _, _ = load_run(self.run, self.config, accelerator=self.config.accelerator)
+        if text := self.task.sample(model):
             write_atomic(self.run / "sample.txt", text)
             print(f"what it writes:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
         following = self.task.next_command.format(run=self.run)

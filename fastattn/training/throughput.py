@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from fastattn.models.backbone import Head
+
 # dense bf16 and fp16 products of a device, FLOP/s, by the makers' data sheets; sparse figures are twice these
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
@@ -12,7 +14,8 @@ def flops_per_token(model, shape):
     """Operations of a training step for each token.
 
     6 a weight of a matrix, 12 * d_model * block_size a layer of attention. Looking up an embedding costs nothing, an
-    output layer counts also when it is tied to the embedding.
+    output layer counts also when it is tied to the embedding. Half the tokens of a translator pass its encoder, half
+    its decoder.
 
     Args:
         model: nn.Module.
@@ -21,8 +24,11 @@ def flops_per_token(model, shape):
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings)
-    if hasattr(model, "token_embedding") and getattr(model, "tied", False):
-        weights += model.token_embedding.weight.numel()
+    head = getattr(model, "head", None)
+    if isinstance(head, Head) and head.weight is None:
+        weights += next(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    if hasattr(model, "decoder"):
+        weights //= 2
     attention = shape.n_layer * shape.d_model * shape.block_size if shape.body == "transformer" else 0
     return 6 * weights + 12 * attention
 

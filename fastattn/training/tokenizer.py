@@ -91,12 +91,16 @@ class LearntTokenizer:
         """Learn from an iterable of texts; `specials` must hold the unknown token unless kind is "bpe".
 
         Raises:
-            UsageError: a word or WordPiece vocabulary without the unknown token.
+            UsageError: a word or WordPiece vocabulary without the unknown token, or no room beside special tokens.
         """
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
         if kind != "bpe" and UNKNOWN not in specials:
             raise UsageError(f"tokenizer {kind!r}: expected special tokens with {UNKNOWN}, got {list(specials)}")
+        if vocab_size <= len(specials):
+            raise UsageError(
+                f"data.vocab_size: expected more than the {len(specials)} special tokens, got {vocab_size}"
+            )
         options = {"vocab_size": vocab_size, "special_tokens": list(specials), "show_progress": False}
         if kind == "bpe":
             tokenizer = Tokenizer(models.BPE())

@@ -110,6 +110,8 @@ class DocumentTask(Task):
 
     def __init__(self, config, tokenizer=None, expected=None):
         self.config = config
+        if config.model.block_size < 3:
+            raise UsageError(f"model.block_size: expected at least 3 for documents, got {config.model.block_size}")
         self.parts = self.read_parts(config.data)
         texts = [text for part in self.parts.values() for text in part.texts]
         self.summary = {
@@ -158,7 +160,7 @@ class DocumentTask(Task):
 
     def encode(self, text):
         """Token numbers of a text between the tokens that begin and end it, cut to block_size."""
-        numbers = self.tokenizer.encode(text)[: max(0, self.config.model.block_size - 2)]
+        numbers = self.tokenizer.encode(text)[: self.config.model.block_size - 2]
         return [self.specials[BEGIN], *numbers, self.specials[END]]
 
     def prepare(self):

@@ -60,7 +60,8 @@ class Classification(DocumentTask):
             from ..vectors import initialize_embedding, word2vec
 
             vectors = word2vec(self.parts["train"].texts, self.config.model.d_model, seed=self.config.seed)
-            initialize_embedding(model.token_embedding, self.tokenizer, vectors)
+            body = getattr(model, "encoder", model)
+            initialize_embedding(body.token_embedding, self.tokenizer, vectors)
 
     @property
     def names(self):

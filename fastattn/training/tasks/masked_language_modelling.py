@@ -5,7 +5,6 @@ import math
 import torch
 
 from ..batches import IGNORED, draw_masks, pad
-from ..config import UsageError
 from ..tokenizer import BEGIN, END, MASK, PAD
 from .base import DocumentTask, shape_of, summed_loss_of_logits
 
@@ -21,8 +20,6 @@ class MaskedLanguageModelling(DocumentTask):
 
     def prepare(self):
         longest = self.config.model.block_size - 2
-        if longest < 1:
-            raise UsageError(f"model.block_size: expected at least 3 for masked_lm, got {longest + 2}")
         self.examples = {}
         for name, part in self.parts.items():
             encoded = (self.tokenizer.encode(text) for text in part.texts)

@@ -1,0 +1,187 @@
+"""Training that is killed: at random moments, one process of two, on a full disk; each time it goes on."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import time
+
+import pytest
+
+pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
+import torch
+from training_cases import (
+    TEXT,
+    assert_same_run,
+    can_fork,
+    column,
+    interrupt_after,
+    numbers,
+    start_training,
+    start_two,
+    tiny_config,
+    tiny_model,
+    train_two,
+)
+
+from fastattn.cli import main
+from fastattn.training import checkpoint as ckpt
+from fastattn.training.loop import train
+
+needs_fork = pytest.mark.skipif(not can_fork, reason="this system cannot fork")
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def last_step(run):
+    """The step of the newest whole checkpoint."""
+    chosen = ckpt.choose_checkpoint(run, needed=("model.safetensors", "state.pt")) if run.exists() else None
+    return chosen[1]["step"] if chosen else 0
+
+
+def wait_for(process, condition):
+    end = time.monotonic() + 60
+    while not condition() and process.is_alive() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+@needs_fork
+def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(tmp_path, text_file):
+    steps, every, run, chance = 90, 3, tmp_path / "run", random.Random(3)
+
+    def config(run):
+        model = tiny_model(dropout=0.2)
+        return tiny_config(run, text_file, steps=steps, evaluate_every=every, sample_tokens=0, model=model)
+
+    assert train(config(tmp_path / "whole")) == 0
+    reached = []
+    for trial in range(20):
+        process = start_training(config(run), resume=run.exists())
+        if trial % 2:  # half of them right after a checkpoint, where files are moved and deleted
+            before = last_step(run)
+            wait_for(process, lambda before=before: last_step(run) > before)
+        process.join(chance.uniform(0, 0.02 if trial % 2 else 0.3))
+        process.kill()
+        process.join()
+        reached.append(last_step(run))
+        seen = [int(step) for step, _ in column(run, "train_loss")] if (run / "metrics.csv").exists() else []
+        assert not seen or seen[-1] - reached[-1] <= every
+    assert reached == sorted(reached)
+    assert 10 * every <= reached[-1] < steps
+    assert train(config(run), resume=True) == 0
+    assert_same_run(tmp_path / "whole", run, steps)
+    assert not list(run.rglob("*.tmp"))
+
+
+@needs_fork
+def test_a_killed_worker_leaves_a_checkpoint_that_resumes(tmp_path, text_file):
+    def config(name, devices=2):
+        changes = {"strategy": "ddp" if devices == 2 else "auto", "devices": devices, "sample_tokens": 0}
+        model = tiny_model(dropout=0.0)
+        return tiny_config(tmp_path / name, text_file, steps=40, evaluate_every=4, model=model, **changes)
+
+    train_two(config("whole"))
+    first, second = start_two(config("run"))
+    wait_for(second, lambda: last_step(tmp_path / "run") >= 8)
+    second.kill()
+    first.join(60)
+    assert first.exitcode == 1  # the other one has gone: nothing to do but end
+    assert 8 <= last_step(tmp_path / "run") < 40
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    train_two(config("run"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 40)
+    train(config("alone", devices=1), resume=True)
+    for name in ("train_loss", "validation_loss"):
+        assert numbers(tmp_path / "alone", name) == pytest.approx(numbers(tmp_path / "whole", name), abs=1e-5)
+
+
+@pytest.mark.parametrize("limit", [20_000, 50_000], ids=["weights", "state"])
+def test_a_full_disk_is_told_in_one_line_and_breaks_no_checkpoint(tmp_path, text_file, monkeypatch, capsys, limit):
+    """No file may grow beyond `limit` bytes; the weights have 29 kB, the state has 70."""
+    resource = pytest.importorskip("resource", reason="this system has no limit on the size of files")
+    run = tmp_path / "run"
+
+    def config(name):
+        return tiny_config(tmp_path / name, text_file, steps=12, evaluate_every=4, sample_tokens=0)
+
+    train(config("whole"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        train(config("run"))
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        assert main(["train", "--resume", str(run)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(f"fastattn: error: checkpoint '{run}/checkpoints/step-00000008': expected")
+    assert "Traceback" not in error
+    assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before
+    assert main(["train", "--resume", str(run)]) == 0
+    assert_same_run(tmp_path / "whole", run, 12)
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(tmp_path, text_file, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(tiny_config(tmp_path / "run", text_file))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
+
+
+class Malicious:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, text_file, capsys):
+    """Even when whoever made it has given it the right sha256."""
+    run, trace = tmp_path / "run", tmp_path / "trace"
+    train(tiny_config(run, text_file, steps=2, sample_tokens=0))
+    folder, meta = ckpt.choose_checkpoint(run)
+    (folder / "state.pt").write_bytes(pickle.dumps(Malicious(trace), protocol=2))
+    for write in (
+        lambda path: path.write_bytes(pickle.dumps(Malicious(trace), protocol=2)),
+        lambda path: torch.save(Malicious(trace), path),
+    ):
+        write(folder / "state.pt")
+        meta["sha256"]["state.pt"] = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
+        (folder / "meta.json").write_text(json.dumps(meta))
+        capsys.readouterr()
+        assert main(["train", "--resume", str(run), "--steps", "4"]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1
+        assert error[0].startswith(f"fastattn: error: {folder}: expected a state of plain numbers and tensors, got ")
+        assert not trace.exists()
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Malicious(trace), protocol=2))
+    meta["sha256"]["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    capsys.readouterr()
+    for command in (
+        ["train", "--resume", str(run), "--steps", "4"],
+        ["evaluate", str(run)],
+        ["generate", str(run), "--prompt", "9"],
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1
+        assert "expected weights of the model in config.yaml, got " in error[0]
+    assert not trace.exists()

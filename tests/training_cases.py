@@ -1,0 +1,140 @@
+"""Small training runs: their text and settings, what they leave behind, and runs in processes of their own."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+
+import numpy as np
+import torch
+
+from fastattn.training.config import Columns, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from fastattn.training.loop import Trainer, train
+
+TEXT = "".join(
+    f"{i} green bottles hanging on the wall, and if one fell there were {i - 1}.\n" for i in range(90, 0, -1)
+)
+WORDS = ["red", "green", "blue", "black", "white", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+DOCUMENT_TASKS = ("masked_lm", "classify", "translate")
+
+
+def tiny_model(**changes):
+    return ModelConfig(**{"n_layer": 2, "n_head": 2, "d_model": 16, "block_size": 16, "dropout": 0.0, **changes})
+
+
+def tiny_config(run, text_file, **changes):
+    sections = {
+        "data": DataConfig(source=str(text_file), validation_fraction=0.1, test_fraction=0.1),
+        "model": tiny_model(dropout=0.2),
+        "optim": OptimConfig(learning_rate=5e-3, min_learning_rate=5e-4, warmup_steps=5),
+    }
+    values = {"steps": 30, "batch_size": 4, "log_every": 1, "evaluate_every": 10, "sample_tokens": 20, "seed": 7}
+    values.update(layers="torch", tensorboard=False, accelerator="cpu", sample_prompt="9")
+    return TrainConfig(run=str(run), **{**sections, **values, **changes})
+
+
+def write_table(path, n=120, seed=0):
+    """Documents of words, whose class is their first word and whose translation is the words in reverse."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        words = generator.choice(WORDS, generator.integers(2, 9)).tolist()
+        rows.append({"text": f"{i} " + " ".join(words), "label": words[0], "target": " ".join(reversed(words))})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def table_config(task, run, table, **changes):
+    """A tiny_config of a task on documents, or of lm on packed ones, for a table of write_table."""
+    columns = Columns(label="label", target="target")
+    data = DataConfig(
+        source=str(table), tokenizer="word", validation_fraction=0.2, test_fraction=0.0, columns=columns,
+        packed=task == "lm",
+    )  # fmt: skip
+    values = {"task": task, "data": data, "model": tiny_model(), "batch_size": 8, "sample_tokens": 0}
+    return tiny_config(run, table, **{**values, **changes})
+
+
+def column(run, name):
+    """Cells of a column of metrics.csv as text, so that equal means equal to the last bit."""
+    with open(run / "metrics.csv", newline="") as file:
+        return [(row["step"], row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def numbers(run, name="train_loss"):
+    return [float(cell) for _, cell in column(run, name)]
+
+
+def weights(run, step):
+    from safetensors.torch import load_file
+
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def assert_same_run(first, second, step):
+    for name in ("train_loss", "validation_loss", "learning_rate", "grad_norm"):
+        assert column(first, name) == column(second, name)
+        assert len(column(first, name)) > 2
+    expected = weights(first, step)
+    for name, value in weights(second, step).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def interrupt_after(monkeypatch, step, number=signal.SIGTERM):
+    """The process gets a signal during this step."""
+    train_step = Trainer.train_step
+
+    def interrupted(self):
+        if self.step == step - 1:
+            os.kill(os.getpid(), number)
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+
+
+if can_fork := hasattr(os, "fork"):
+    # its children begin where the packages are imported already and no thread has been started
+    FORKS = multiprocessing.get_context("forkserver")
+    FORKS.set_forkserver_preload(
+        ["fastattn.training.loop", "fastattn.models", "matplotlib.figure", "safetensors.torch"]
+    )
+
+
+def start_training(config, *, rank=0, world_size=1, port=0, **options):
+    """A process that trains; with a world_size, as torchrun would start the one of this rank."""
+    environment = {"OMP_NUM_THREADS": "1"}
+    if world_size > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        names |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        environment |= {name: str(value) for name, value in names.items()}
+    process = FORKS.Process(target=_train, args=(config, environment, options), daemon=True)
+    process.start()
+    return process
+
+
+def _train(config, environment, options):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.exit(train(config, **options))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_two(config, **options):
+    """Two such processes on one run."""
+    port = free_port()
+    return [start_training(config, rank=rank, world_size=2, port=port, **options) for rank in (0, 1)]
+
+
+def train_two(config, **options):
+    processes = start_two(config, **options)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
