@@ -1,4 +1,5 @@
-"""The command line: fastattn train | finetune | evaluate | compare | generate | predict | data | info.
+"""The command line: fastattn train | finetune | evaluate | compare | baseline | generate | predict |
+data | info.
 
 Exit code 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault of ours (a traceback), and 128 + the
 signal's number for a training run that was asked to stop. torch is imported by the commands, never for --help.
@@ -94,7 +95,9 @@ def build_parser():
     run.add_argument("--split", type=str | None, help="train, validation or test; default: test where there is one")
     run.add_argument("--data", type=str | None, help="task lm: another text to read whole, a source as for train")
     run.add_argument("--beams", type=int, default=1, help="task translate: more than 1 searches with so many beams")
-    run.add_argument("--json", action="store_true", help="print the report as JSON; RUN/report.json keeps the latest")
+    run.add_argument("--attention", metavar="TEXT", type=str | None, help="draw what the last block looks at in TEXT")
+    run.add_argument("--output", type=str | None, help="folder for the report; default: RUN, or RUN/reports/STEP")
+    run.add_argument("--json", action="store_true", help="print the report as JSON")
     commands.add_subcommand("evaluate", run, help="scores on a whole split: report.json, report.md and pictures")
     run = ArgumentParser(exit_on_error=False, description="Runs, or checkpoints of them, side by side.")
     run.add_argument(
@@ -102,6 +105,7 @@ def build_parser():
     )
     run.add_argument("--output", type=str | None, help="folder for comparison.md and comparison.png")
     commands.add_subcommand("compare", run, help="scores of several runs side by side")
+    commands.add_subcommand("baseline", baseline_parser(), help="what counted words and a linear classifier reach")
     run = ArgumentParser(exit_on_error=False, description="Classes that a trained classifier gives to texts.")
     add_run_arguments(run)
     run.add_argument("texts", metavar="TEXT", type=str, nargs="+", help="text to classify")
@@ -136,6 +140,21 @@ def train_parser(model_options=()):
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_class_arguments(TrainConfig, as_group=False)
     parser.set_defaults({f"model.{name}": value for name, value in dict(model_options).items()})
+    return parser
+
+
+def baseline_parser():
+    from jsonargparse import ArgumentParser
+
+    from fastattn.training.config import DataConfig
+
+    parser = ArgumentParser(exit_on_error=False, description="Scores of logistic regression on the words of a text.")
+    parser.add_class_arguments(DataConfig, "data", skip={"tokenizer", "vocab_size", "packed"})
+    parser.add_argument("--tfidf", action="store_true", help="weigh words by how few documents have them")
+    parser.add_argument("--max_ngram", type=int, default=1, help="count up to so many words in a row too")
+    parser.add_argument("--split", type=str | None, help="validation or test; default: test where there is one")
+    parser.add_argument("--output", type=str | None, help="folder for the report, which compare reads like a run")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
 
@@ -239,9 +258,10 @@ def evaluate(options, _argv):
     run = Path(options.run).expanduser().absolute()
     config = stored_config(run)
     check_run_options(options)
+    from fastattn.training.checkpoint import run_path
     from fastattn.training.config import UsageError
-    from fastattn.training.evaluate import evaluate_run
-    from fastattn.training.report import cell, report_json, write_report
+    from fastattn.training.evaluate import draw_attention, evaluate_run
+    from fastattn.training.report import write_report
 
     special = {"data": ("lm", None, "text"), "beams": ("translate", 1, "beams")}
     given = {}
@@ -250,15 +270,47 @@ def evaluate(options, _argv):
             given[argument] = options[name]
         elif options[name] != default:
             raise UsageError(f"{name}: expected for task {task} only, got a run of task {config.task}")
-    names = ("split", "checkpoint", "accelerator", "layers")
-    report = evaluate_run(run, config, **{name: options[name] for name in names}, **given)
-    write_report(run, report)
-    if options.json:
+    where = {name: options[name] for name in ("checkpoint", "accelerator", "layers")}
+    report = evaluate_run(run, config, split=options.split, **where, **given)
+    if options.output is not None:
+        folder = run_path(options.output)
+    else:
+        folder = run if options.checkpoint == "best" else run / "reports" / str(report["step"])
+    if options.attention is not None:
+        draw_attention(run, config, options.attention, folder / "attention.png", **where)
+    write_report(folder, report)
+    print_report(report, options.json)
+
+
+def print_report(report, as_json):
+    from fastattn.training.report import cell, report_json
+
+    if as_json:
         print(report_json(report), end="")
         return
     scores = {name: value for name, value in report.items() if not isinstance(value, (list, dict))}
     width = max(map(len, scores)) + 2
     print("\n".join(f"{name:{width}}{cell(value)}" for name, value in scores.items()))
+
+
+def baseline(options, _argv):
+    from fastattn.training.baseline import bag_of_words_baseline
+    from fastattn.training.checkpoint import run_path
+    from fastattn.training.config import Columns, DataConfig, UsageError
+    from fastattn.training.report import write_report
+    from fastattn.training.tasks.base import read_parts
+
+    data = options.data.as_dict()
+    data = DataConfig(**{**data, "columns": Columns(**data["columns"])})
+    parts = read_parts(data)
+    split = options.split or ("test" if "test" in parts else "validation")
+    if split not in parts:
+        raise UsageError(f"split: expected one of {', '.join(parts)} of this source, got {split!r}")
+    scores = bag_of_words_baseline(parts["train"], parts[split], tfidf=options.tfidf, max_ngram=options.max_ngram)
+    report = {"source": data.source, "split": split, **scores}
+    if options.output is not None:
+        write_report(run_path(options.output), report)
+    print_report(report, options.json)
 
 
 def compare(options, _argv):
@@ -349,6 +401,7 @@ COMMANDS = {
     "finetune": finetune,
     "evaluate": evaluate,
     "compare": compare,
+    "baseline": baseline,
     "generate": generate,
     "predict": predict,
     "info": info,

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("jsonargparse", reason="needs the packages of fastattn[train]")
 pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
 import torch
+from training_cases import write_table
 
 from fastattn.cli import main
 
@@ -100,7 +101,12 @@ def test_train_evaluate_generate(folder, capsys):
     assert main(["evaluate", str(run), "--data", "other.txt", "--checkpoint", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["split"], report["tokens"], report["step"]) == ("all", 96, 4)
-    assert json.loads((run / "report.json").read_text()) == report
+    assert json.loads((run / "reports" / "4" / "report.json").read_text()) == report
+    arguments = ["evaluate", str(run), "--output", "elsewhere", "--attention", "a rose"]
+    assert main(arguments) == 0
+    assert (folder / "elsewhere" / "attention.png").stat().st_size > 0
+    assert "attention.png" in (folder / "elsewhere" / "report.md").read_text()
+    capsys.readouterr()
 
     texts = []
     for seed in ("1", "1", "2"):
@@ -118,6 +124,35 @@ def test_other_layers_read_the_same_run(run, capsys):
         assert main(["evaluate", str(run), "--layers", layers, "--json"]) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_baseline_and_a_classifier_in_one_table(folder, capsys):
+    write_table(folder / "table.jsonl")
+    data = ["--data.source", "table.jsonl", "--data.columns.label", "label", "--data.validation_fraction", "0.2"]
+    assert main(["baseline", *data, "--output", "words", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((folder / "words" / "report.json").read_text())
+    assert (report["split"], report["examples"]) == ("test", 6)
+    assert main(["baseline", *data, "--split", "validation", "--tfidf", "--max_ngram", "2"]) == 0
+    assert re.search("^examples +24$", capsys.readouterr().out, re.MULTILINE)
+    options = [
+        "--config",
+        "config.yaml",
+        "--task",
+        "classify",
+        "--data.tokenizer",
+        "word",
+        "--data.test_fraction",
+        "0.05",
+    ]
+    assert main(["train", *options, *data]) == 0
+    assert main(["evaluate", "runs/small", "--attention", "a b"]) == 0
+    capsys.readouterr()
+    assert main(["compare", "runs/small", "words"]) == 0
+    out = capsys.readouterr().out
+    assert "bag of words of words, logistic regression" in out
+    assert f"| {report['accuracy']:.4f} |" in out
+    assert_refused(folder, capsys, ["baseline", *data, "--split", "tests"], "split: expected one of train, validation")
 
 
 def test_resume_with_more_steps(run, capsys):

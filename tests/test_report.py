@@ -299,6 +299,25 @@ def test_attention_maps_are_the_softmax_of_the_scores(layers):
         assert torch.equal(model(tokens), after)  # no hook is left behind
 
 
+@pytest.mark.parametrize("layers", ["fastattn", "torch"])
+@pytest.mark.parametrize("options", [{"positions": "rotary", "n_kv_head": 1}, {"positions": "alibi"}])
+def test_attention_maps_of_our_own_blocks(layers, options):
+    torch.manual_seed(0)
+    model = CausalLM(11, n_layer=1, n_head=2, d_model=8, block_size=16, layers=layers, init="xavier", **options).eval()
+    tokens = torch.randint(11, (1, 7))
+    (weights,) = attention_maps(model, tokens)
+    seen = []
+    attention = model.blocks[0].self_attn
+    attention.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        model(tokens)
+        x, output = seen[0]
+        heads = options.get("n_kv_head", 2)
+        v = (x[0] @ attention.in_proj_weight[-4 * heads :].mT).unflatten(-1, (heads, 4)).transpose(0, 1)
+        values = (weights @ v).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(attention.out_proj(values), output[0], rtol=1e-4, atol=1e-5)
+
+
 def test_attention_maps_of_cross_attention():
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(torch.nn.TransformerDecoderLayer(8, 2, 16, batch_first=True) for _ in range(2))

@@ -142,6 +142,26 @@ def test_packed_rows_keep_documents_apart(table):
     assert task.count(rows) == int((targets != IGNORED).sum()) < targets.numel()
 
 
+@pytest.mark.parametrize(
+    ("task", "queries", "keys"),
+    [
+        ("lm", ["red", "blue"], ["red", "blue"]),
+        ("masked_lm", ["[CLS]", "red", "blue", "[SEP]"], ["[CLS]", "red", "blue", "[SEP]"]),
+        ("classify", ["[CLS]", "red", "blue", "[SEP]"], ["[CLS]", "red", "blue", "[SEP]"]),
+        ("translate", None, ["red", "blue", "[SEP]"]),
+    ],
+)
+def test_attention_of_a_text(table, task, queries, keys):
+    config = config_for(task, table, packed=task == "lm")
+    task = make_task(config)
+    model = task.build_model(config, task.tokenizer, task.summary)
+    weights, rows, columns = task.attention(model, "red blue")
+    assert columns == keys
+    assert rows == queries or (queries is None and rows[0] == "[CLS]")
+    assert weights.shape == (4, len(rows), len(columns))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+
+
 def test_tokens_on_disk(table, tmp_path):
     from fastattn.training.prepare import SourceConfig, data_split, data_tokenize
 

@@ -111,12 +111,21 @@ class Attention(nn.Module):
 
     def forward(self, x, sequences, memory=None):
         """x attends to itself, or to memory, whose `sequences` they are then; x as for `run_block`, returns like x."""
+        q, k, v = self._heads(x, sequences, memory)
+        return self.out_proj(merge_heads(sequences.attend(q, k, v, self.dropout if self.training else 0.0)))
+
+    def weights(self, x, sequences, memory=None):
+        """(batch, n_head, seqlen_q, seqlen_k): what forward weights the values with, without dropout."""
+        q, k, _ = self._heads(x, sequences, memory)
+        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * self.head_dim**-0.5
+        mask = sequences.mask
+        return (scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask).softmax(-1)
+
+    def _heads(self, x, sequences, memory):
         if memory is None:
             q, k, v = project(self, x)
-            q, k = sequences.rotate(q, k)
-        else:
-            (q,), (k, v) = project(self, x, "q"), project(self, memory, "kv")
-        return self.out_proj(merge_heads(sequences.attend(q, k, v, self.dropout if self.training else 0.0)))
+            return *sequences.rotate(q, k), v
+        return *project(self, x, "q"), *project(self, memory, "kv")
 
 
 class Block(nn.Module):

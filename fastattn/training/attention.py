@@ -2,6 +2,8 @@
 
 import torch
 
+from fastattn.models.block import Attention
+
 from .config import UsageError
 
 
@@ -12,7 +14,7 @@ def attention_maps(model, *inputs, blocks=None, name="self_attn", **options):
     Args:
         model: calls its blocks; left in the mode it was in.
         inputs, options: what model(...) takes, with a batch of one, for example tokens (1, seqlen).
-        blocks: encoder or decoder layers, of torch.nn or fastattn.nn; None: model.blocks.
+        blocks: encoder or decoder layers, of torch.nn, fastattn.nn or fastattn.models; None: model.blocks.
         name: of their attention, "multihead_attn" for that of decoder layers to the encoder's output.
 
     Returns:
@@ -23,17 +25,20 @@ def attention_maps(model, *inputs, blocks=None, name="self_attn", **options):
     """
     blocks = getattr(model, "blocks", ()) if blocks is None else blocks
     attentions = [getattr(block, name, None) for block in blocks]
-    if not attentions or not all(isinstance(attention, torch.nn.MultiheadAttention) for attention in attentions):
+    known = (torch.nn.MultiheadAttention, Attention)
+    if not attentions or not all(isinstance(attention, known) for attention in attentions):
         kinds = ", ".join(sorted({type(attention).__name__ for attention in attentions})) or "no blocks"
         raise UsageError(f"attention map: expected blocks whose {name} is a MultiheadAttention, got {kinds}")
     maps = [None] * len(attentions)
 
-    def want_weights(_module, arguments, keywords):
+    def want_weights(module, arguments, keywords):
+        if isinstance(module, Attention):
+            return None
         return arguments, {**keywords, "need_weights": True, "average_attn_weights": False}
 
     def keep(number):
-        def hook(_module, _arguments, output):
-            maps[number] = output[1]
+        def hook(module, arguments, output):
+            maps[number] = module.weights(*arguments) if isinstance(module, Attention) else output[1]
 
         return hook
 

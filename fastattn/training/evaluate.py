@@ -87,6 +87,24 @@ def load_task(run, config, checkpoint="best", accelerator="auto", layers=None):
     return model, TASKS[config.task].without_data(config, tokenizer, read_summary(run))
 
 
+def draw_attention(run, config, text, path, **options):
+    """Draw what the heads of the last block look at while a trained model reads a text.
+
+    Args:
+        run, config, options: as for load_run.
+        text: a document; of a translation it is the source, and the decoder's attention to it is drawn.
+        path: of the PNG.
+
+    Raises:
+        UsageError: as load_run; a model without attention.
+    """
+    from .figures import plot_attention
+
+    model, task = load_task(run, config, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_attention(path, *task.attention(model, text))
+
+
 def load_weights(model, folder):
     """Fill a model from a checkpoint folder; UsageError if the weights are those of another shape."""
     from safetensors import SafetensorError

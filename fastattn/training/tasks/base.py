@@ -31,6 +31,13 @@ class Task:
     next_command = "fastattn generate {run} --prompt TEXT"  # what to do with a trained model
     has_accuracy = False  # whether `sums` counts right predictions
 
+    @classmethod
+    def without_data(cls, config, tokenizer, summary):
+        """A task that can do with texts what a model has learnt, without the data it was learnt from."""
+        task = cls.__new__(cls)
+        task.config, task.tokenizer, task.summary = config, tokenizer, summary
+        return task
+
     def train_rows(self, step):
         """The batch of a step, config.batch_size rows: a pure function of (seed, step)."""
         raise NotImplementedError
@@ -71,6 +78,13 @@ class Task:
         """Scores of a model on a part: dict for report.json."""
         raise NotImplementedError
 
+    def attention(self, model, text):
+        """What the last block looks at: (weights (n_head, seqlen_q, seqlen_k), texts of queries, texts of keys)."""
+        raise NotImplementedError
+
+    def token_texts(self, numbers):
+        return [self.tokenizer.decode([number]) or self.tokenizer.token_of(number) for number in numbers]
+
 
 def _to(values, device):
     return tuple(value.to(device) if torch.is_tensor(value) else value for value in values)
@@ -92,6 +106,20 @@ def shape_of(config, layers=None):
     return {**shape, "label_smoothing": config.optim.label_smoothing, "layers": layers or config.layers}
 
 
+def read_parts(data):
+    """{part: Documents} of a DataConfig: train, validation and mostly test; UsageError as read_documents."""
+    parts = read_documents(data.source, data.columns, target_source=data.target_source, unit=data.unit)
+    if "all" in parts:
+        parts = split_documents(parts["all"], data.validation_fraction, data.test_fraction, SPLIT_SEED)
+    elif "train" not in parts:
+        raise UsageError(f"source {data.source!r}: expected a training part, got {', '.join(parts)}")
+    elif "validation" not in parts:
+        parts = parts | split_documents(parts["train"], data.validation_fraction, 0.0, SPLIT_SEED)
+    if data.train_limit is not None:
+        parts["train"] = limit_documents(parts["train"], data.train_limit)
+    return {name: parts[name] for name in PARTS if name in parts}
+
+
 class DocumentTask(Task):
     """A task on documents in three parts, read in batches of about equal length.
 
@@ -102,9 +130,7 @@ class DocumentTask(Task):
 
     @classmethod
     def without_data(cls, config, tokenizer, summary):
-        """A task that can do with texts what a model has learnt, without the data it was learnt from."""
-        task = cls.__new__(cls)
-        task.config, task.tokenizer, task.summary = config, tokenizer, summary
+        task = super().without_data(config, tokenizer, summary)
         task.specials = {name: task.special(name) for name in SPECIALS}
         return task
 
@@ -112,7 +138,7 @@ class DocumentTask(Task):
         self.config = config
         if config.model.block_size < 3:
             raise UsageError(f"model.block_size: expected at least 3 for documents, got {config.model.block_size}")
-        self.parts = self.read_parts(config.data)
+        self.parts = read_parts(config.data)
         texts = [text for part in self.parts.values() for text in part.texts]
         self.summary = {
             "source": config.data.source,
@@ -129,18 +155,6 @@ class DocumentTask(Task):
         self.steps_an_epoch = self.train_batches.batches_an_epoch
         self.tokens_a_step = round(config.batch_size * sum(lengths) / max(1, len(lengths)))
 
-    def read_parts(self, data):
-        parts = read_documents(data.source, data.columns, target_source=data.target_source, unit=data.unit)
-        if "all" in parts:
-            parts = split_documents(parts["all"], data.validation_fraction, data.test_fraction, SPLIT_SEED)
-        elif "train" not in parts:
-            raise UsageError(f"source {data.source!r}: expected a training part, got {', '.join(parts)}")
-        elif "validation" not in parts:
-            parts = parts | split_documents(parts["train"], data.validation_fraction, 0.0, SPLIT_SEED)
-        if data.train_limit is not None:
-            parts["train"] = limit_documents(parts["train"], data.train_limit)
-        return {name: parts[name] for name in PARTS if name in parts}
-
     def learn_tokenizer(self, data):
         def texts(parts):
             for part in parts:
@@ -151,6 +165,16 @@ class DocumentTask(Task):
         return build_tokenizer(
             data.tokenizer, texts(self.parts.values()), texts([self.parts["train"]]), data.vocab_size, SPECIALS
         )
+
+    def attention(self, model, text):
+        from ..attention import attention_maps
+
+        numbers = self.encode(text)
+        tokens = torch.tensor([numbers], device=next(model.parameters()).device)
+        lengths = torch.tensor([len(numbers)], device=tokens.device)
+        blocks = getattr(getattr(model, "encoder", None), "blocks", ())
+        maps = attention_maps(model, tokens, lengths, blocks=blocks)
+        return maps[-1], self.token_texts(numbers), self.token_texts(numbers)
 
     def special(self, name):
         number = self.tokenizer.number_of(name)

@@ -16,7 +16,7 @@ from ..generate import generate_tokens
 from ..text import fingerprint, read_text
 from ..token_file import SUFFIX, open_tokens
 from ..tokenizer import END, END_OF_TEXT, UNKNOWN, build_tokenizer, load_tokenizer
-from .base import DocumentTask, Task, shape_of
+from .base import Task, read_parts, shape_of
 
 
 class LanguageModelling(Task):
@@ -70,7 +70,7 @@ class LanguageModelling(Task):
         }
 
     def _pack_documents(self, data, tokenizer, expected):
-        parts = DocumentTask.read_parts(self, data)
+        parts = read_parts(data)
         texts = [text for part in parts.values() for text in part.texts]
         self.summary = {
             "source": data.source,
@@ -141,6 +141,15 @@ class LanguageModelling(Task):
         prompt = self.tokenizer.encode(self.config.sample_prompt)
         new = generate_tokens(model, prompt, self.config.sample_tokens, seed=self.config.seed)
         return self.config.sample_prompt + self.tokenizer.decode(new)
+
+    def attention(self, model, text):
+        from ..attention import attention_maps
+
+        numbers = self.tokenizer.encode(text)[: self.config.model.block_size]
+        if not numbers:
+            raise UsageError("attention: expected a text of at least one token, got none")
+        maps = attention_maps(model, torch.tensor([numbers], device=next(model.parameters()).device))
+        return maps[-1], self.token_texts(numbers), self.token_texts(numbers)
 
     def report(self, model, part, *, text=None):
         """Loss over a whole part, or over another text that is read whole, in windows of block_size tokens."""

@@ -69,6 +69,18 @@ class Translation(DocumentTask):
         written = self.translate(model, part.texts)
         return "".join(f"{text}\n  -> {target}\n" for text, target in zip(part.texts, written, strict=True))
 
+    def attention(self, model, text):
+        """Of the decoder, on the source, while it writes the translation that `translate` gives."""
+        from ..attention import attention_maps
+
+        device = next(model.parameters()).device
+        source, target = self.encode(text)[1:], self.encode(self.translate(model, [text])[0])[:-1]
+        tokens, lengths, target_in = (torch.tensor(x, device=device) for x in ([source], [len(source)], [target]))
+        maps = attention_maps(
+            model, tokens, lengths, target_in, blocks=model.decoder.blocks, name="multihead_attn"
+        )  # fmt: skip
+        return maps[-1], self.token_texts(target), self.token_texts(source)
+
     def report(self, model, part, *, beams=1):
         from ..evaluate import evaluate_part
         from ..scores import translation_scores
