@@ -72,10 +72,10 @@ def qkv(batch, n_heads, kv_heads, seqlen_q, seqlen_k, head_dim, dtype=BF16):
     )
 
 
-def random_call(seed):
+def random_call(seed, head_dim=None):
     rng = random.Random(seed)
     dtype, kv_heads, group = rng.choice((BF16, FP16)), rng.choice((1, 1, 2)), rng.choice((1, 1, 2, 3))
-    head_dim = 128 if seed % 4 == 3 else 64
+    head_dim = head_dim or (64, 96, 64, 128)[seed % 4]
     lengths = (1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 256, 300)
     kwargs = {
         "causal": rng.choice((False, True, True, "top_left")),
@@ -116,6 +116,20 @@ def test_lengths_around_a_tile(head_dim, monkeypatch):
     ):  # fmt: skip
         q, k, v = qkv(1, 1, 1, seqlen_q, seqlen_k, head_dim)
         check(monkeypatch, f"{seqlen_q} {seqlen_k} {causal}", q, k, v, causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [192, 256])
+def test_head_dims_with_a_forward_only(head_dim, monkeypatch):
+    """Blocks of 112 and 64 keys; the gradients are those of another backend."""
+    for seed in range(4):
+        q, k, v, kwargs = random_call(seed, head_dim)
+        truth, baseline = truth_and_baseline(monkeypatch, q, k, v, {"softcap": 0.0} | kwargs)
+        moved = {name: on_device(t) for name, t in kwargs.items()}
+        with torch.no_grad():
+            got = fastattn.attention(*map(on_device, (q, k, v)), **moved, return_lse=True, backend="native")
+        named = dict(zip(("out", "lse"), (t.cpu() for t in got), strict=True))
+        truth = {name: truth[name] for name in named}
+        assert_close_to(named, truth, baseline, f"head dim {head_dim}, seed {seed}", {"softcap": 0.0})
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -256,5 +270,5 @@ def test_raw_op_refuses_what_it_does_not_serve():
         with pytest.raises(RuntimeError, match="takes no bias, sink, mask, ALiBi slopes, softcap or dropout"):
             attention_module._ops["fwd", "native"](q, k, v, *bad)
     for inputs in ((q[..., :32], k[..., :32], v[..., :32]), (q.float(), k.float(), v.float()), (q, k, v[..., :32])):
-        with pytest.raises(RuntimeError, match="half precision and head dims 64, 96 and 128"):
+        with pytest.raises(RuntimeError, match="half precision and head dims 64, 96, 128, 192 and 256"):
             attention_module._ops["fwd", "native"](*inputs, *rest)

@@ -197,8 +197,8 @@ def test_kernels_that_no_hardware_has_run_are_used_only_where_they_are_named(mon
     ("facts", "reason"),
     [
         ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
-        ({"hopper_head_dim": False}, "it takes head dims 64, 96 and 128, the same for q, k and v"),
-        ({"unequal_head_dims": True}, "it takes head dims 64, 96 and 128, the same for q, k and v"),
+        ({"hopper_head_dim": False}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
+        ({"unequal_head_dims": True}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
         ({"mask": True, "dropout": True}, "it takes no mask, no dropout"),
         ({"bias_dtype": torch.float32}, "it takes no bias"),
         ({"alibi": True, "softcap": True, "sink": True}, "it takes no ALiBi, no softcap, no sink"),
@@ -208,6 +208,44 @@ def test_what_native_attention_refuses_on_cuda(facts, reason, monkeypatch):
     hopper(monkeypatch)
     with pytest.raises(ValueError, match=f"cannot serve this call: {reason}"):
         choose("attention", attention_facts(**facts), "native")
+
+
+def decode_facts(**facts):
+    from fastattn.ops.attention_decode import Facts
+
+    return tuple(Facts(**{"device": "cuda", "dtype": torch.bfloat16, "hopper_head_dim": True} | facts))
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
+        ({"hopper_head_dim": False}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
+        ({"odd_strides": True}, "it takes no caches with strides that are no multiples of 16 bytes"),
+        ({"odd_pages": True}, "it takes no pages that are no multiple of 64 keys"),
+        ({"leftpad": True, "alibi": True}, "it takes no cache leftpad, no ALiBi"),
+        ({"softcap": True, "sink": True}, "it takes no softcap, no sink"),
+    ],
+)
+def test_what_native_attention_decode_refuses_on_cuda(facts, reason, monkeypatch, no_override):
+    hopper(monkeypatch)
+    assert choose("attention_decode", decode_facts()) == "triton"
+    assert choose("attention_decode", decode_facts(), "native") == "native"
+    with pytest.raises(ValueError, match=f"cannot serve this call: {reason}"):
+        choose("attention_decode", decode_facts(**facts), "native")
+
+
+@pytest.mark.parametrize(("runs", "above", "expected"), [
+    ("native", True, "triton"), ("native", False, "native"), ("triton", True, "triton"),
+])  # fmt: skip
+def test_gradients_of_head_dims_that_native_only_has_a_forward_for(runs, above, expected, monkeypatch):
+    from fastattn.ops.attention import _backward_backend, _explanation
+
+    hopper(monkeypatch)
+    told = "native has no backward above head dim 128" in _explanation(attention_facts(above_128=above), runs)
+    assert told == above
+    assert _backward_backend(runs, attention_facts(above_128=above)) == expected
+    assert _backward_backend(runs, attention_facts(device="cpu", above_128=above)) == runs
 
 
 def test_native_attention_on_another_gpu(monkeypatch):

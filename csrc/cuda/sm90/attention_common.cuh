@@ -155,23 +155,29 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[kAccumulators / 8][4], 
   }
 }
 
-// Sets to `value` what the band hides. The tile's first row and column are at `row` and `col` of the two sides.
+// Sets to `value` what the band hides from the thread's two rows, which stand at `rows` of their side. The tile's first
+// column is at `col` of the other.
 template <int kAccumulators>
-__device__ __forceinline__ void mask(float (&s)[kAccumulators], const Band& band, int row, int col, float value) {
-  const int thread = threadIdx.x % kWarpgroup;
+__device__ __forceinline__ void mask_rows(float (&s)[kAccumulators], const Band& band, const int (&rows)[2], int col,
+                                          float value) {
   int low[2], high[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int x = row + accumulator_row(thread, 2 * r);
-    const int first = col + accumulator_col(thread, 0);
-    low[r] = band.low(x) - first;
-    high[r] = band.high(x) - first;
+    const int first = col + accumulator_col(threadIdx.x % kWarpgroup, 0);
+    low[r] = band.low(rows[r]) - first;
+    high[r] = band.high(rows[r]) - first;
   }
 #pragma unroll
   for (int i = 0; i < kAccumulators; ++i) {
     const int c = accumulator_col(0, i);
     s[i] = c < low[row_of(i)] || c > high[row_of(i)] ? value : s[i];
   }
+}
+// The tile's first row is at `row`.
+template <int kAccumulators>
+__device__ __forceinline__ void mask(float (&s)[kAccumulators], const Band& band, int row, int col, float value) {
+  const int thread = threadIdx.x % kWarpgroup;
+  mask_rows(s, band, {row + accumulator_row(thread, 0), row + accumulator_row(thread, 2)}, col, value);
 }
 
 // Sum and maximum over the four threads that share a row
@@ -182,6 +188,31 @@ __device__ __forceinline__ float row_total(float value) {
 __device__ __forceinline__ float row_maximum(float value) {
   value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
   return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+}
+
+// The scores of a block of keys become p, and the sums follow; shrink is by how much what was summed before shrinks.
+template <bool kMasked, int kScores>
+__device__ __forceinline__ void softmax_step(float (&s)[kScores], float (&row_max)[2], float (&row_sum)[2],
+                                             float (&shrink)[2], float scale_log2) {
+  float next[2] = {row_max[0], row_max[1]};
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    next[row_of(i)] = fmaxf(next[row_of(i)], s[i]);
+  }
+  float shift[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    next[r] = row_maximum(next[r]);
+    shift[r] = kMasked && next[r] == -INFINITY ? 0.f : next[r] * scale_log2;  // nothing seen yet: exp2(-inf - 0)
+    shrink[r] = exp2_fast(row_max[r] * scale_log2 - shift[r]);
+    row_max[r] = next[r];
+    row_sum[r] *= shrink[r];
+  }
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    s[i] = exp2_fast(s[i] * scale_log2 - shift[row_of(i)]);
+    row_sum[row_of(i)] += s[i];
+  }
 }
 
 // Where a warpgroup's 64 rows of a result go
