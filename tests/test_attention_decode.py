@@ -10,10 +10,8 @@ import torch
 from attention_cases import DTYPES
 from decode_cases import check_call, random_case, to
 from memory_guard import guarded
-from oracle import exact
 
 import fastattn
-from fastattn import reference
 from fastattn.ops._backends import unavailable
 
 OP = "attention_decode"

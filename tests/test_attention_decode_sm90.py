@@ -134,7 +134,7 @@ def test_raw_ops_refuse_what_they_do_not_serve():
             fwd(q, k, v, lengths, *bad)
     with pytest.raises(RuntimeError, match="half precision and head dims 64, 96, 128, 192 and 256, got 32 and 32"):
         fwd(q[..., :32], k[..., :32], v[..., :32], lengths, *rest)
-    with pytest.raises(RuntimeError, match="strides that are multiples of 8 elements .* got strides"):
+    with pytest.raises(RuntimeError, match=r"strides that are multiples of 8 elements .* got strides"):
         fwd(q, torch.cat((k, k[..., :1]), -1)[..., :64], v, lengths, *rest)
     table = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(RuntimeError, match="pages of a multiple of 64 keys, got 300"):
