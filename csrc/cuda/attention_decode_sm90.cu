@@ -134,7 +134,7 @@ __device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, 
     for (float& score : s) {
       score = args.negative ? -score : score;
     }
-    mask_rows(s, tile.band, query, n * kKeys, -INFINITY);
+    mask_rows(s, tile.band, [&](int r) { return query[r]; }, n * kKeys, -INFINITY);
     softmax_step<true>(s, row_max, row_sum, shrink, args.scale_log2);
     to_operand<T>(p, s);
 #pragma unroll

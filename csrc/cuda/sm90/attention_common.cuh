@@ -155,17 +155,18 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[kAccumulators / 8][4], 
   }
 }
 
-// Sets to `value` what the band hides from the thread's two rows, which stand at `rows` of their side. The tile's first
-// column is at `col` of the other.
-template <int kAccumulators>
-__device__ __forceinline__ void mask_rows(float (&s)[kAccumulators], const Band& band, const int (&rows)[2], int col,
+// Sets to `value` what the band hides from the thread's rows, of which row_at(0) and row_at(1) are the places. The
+// tile's first column is at `col` of the other side.
+template <int kAccumulators, typename RowAt>
+__device__ __forceinline__ void mask_rows(float (&s)[kAccumulators], const Band& band, RowAt row_at, int col,
                                           float value) {
   int low[2], high[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    const int x = row_at(r);
     const int first = col + accumulator_col(threadIdx.x % kWarpgroup, 0);
-    low[r] = band.low(rows[r]) - first;
-    high[r] = band.high(rows[r]) - first;
+    low[r] = band.low(x) - first;
+    high[r] = band.high(x) - first;
   }
 #pragma unroll
   for (int i = 0; i < kAccumulators; ++i) {
@@ -177,7 +178,7 @@ __device__ __forceinline__ void mask_rows(float (&s)[kAccumulators], const Band&
 template <int kAccumulators>
 __device__ __forceinline__ void mask(float (&s)[kAccumulators], const Band& band, int row, int col, float value) {
   const int thread = threadIdx.x % kWarpgroup;
-  mask_rows(s, band, {row + accumulator_row(thread, 0), row + accumulator_row(thread, 2)}, col, value);
+  mask_rows(s, band, [&](int r) { return row + accumulator_row(thread, 2 * r); }, col, value);
 }
 
 // Sum and maximum over the four threads that share a row
