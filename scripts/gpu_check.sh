@@ -5,7 +5,8 @@
 #     info       versions, device, which backends are there and why others are not
 #     hopper     compute capability 9.0: the building blocks of the attention kernels, those kernels, and memcheck and
 #                racecheck of some of their calls
-#     attention  their speed beside PyTorch's backends, FlexAttention and Triton, forward, backward and on a cache
+#     attention  their speed beside PyTorch's backends, FlexAttention and Triton
+#     decode     the same on a cache
 #     tests      streams, graphs, sizes beyond 32 bits, and the ops' numbers on CUDA
 #     bench      norm side by side with PyTorch
 #     sanitizer  memcheck, racecheck, initcheck and synccheck on small cases
@@ -22,15 +23,16 @@ results=${OUT:-$root/benchmarks/results/gpu}
 site=${TMPDIR:-/tmp}/fastattn_gpu_check
 limit=540
 force=
+all=(info hopper attention decode tests bench sanitizer)
 parts=()
 for argument in "$@"; do
   case $argument in
     --force) force=1 ;;
-    info | hopper | attention | tests | bench | sanitizer) parts+=("$argument") ;;
-    *) echo "gpu_check: expected info, hopper, attention, tests, bench, sanitizer or --force, got '$argument'" >&2 && exit 2 ;;
+    info | hopper | attention | decode | tests | bench | sanitizer) parts+=("$argument") ;;
+    *) echo "gpu_check: expected ${all[*]} or --force, got '$argument'" >&2 && exit 2 ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(info hopper attention tests bench sanitizer)
+[ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
 mkdir -p "$results"
 
 wheels=(dist/*.whl)
@@ -138,7 +140,11 @@ for part in "${parts[@]}"; do
       ;;
     attention)
       run_part attention "$python" -P -m pytest -q -s -p no:cacheprovider benchmarks/test_attention_gpu.py \
-        benchmarks/test_attention_decode.py --benchmark-json "$results/bench_attention_gpu.json"
+        --benchmark-json "$results/bench_attention_gpu.json"
+      ;;
+    decode)
+      run_part decode "$python" -P -m pytest -q -s -p no:cacheprovider benchmarks/test_attention_decode.py \
+        --benchmark-json "$results/bench_attention_decode.json"
       ;;
     bench)
       run_part bench "$python" -P -m pytest -q -p no:cacheprovider benchmarks/test_norm.py \
