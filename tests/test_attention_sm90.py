@@ -16,6 +16,7 @@ from test_sm90_units import DEVICE, HOPPER
 
 import fastattn
 from fastattn import reference
+from fastattn.ops._backends import unavailable
 
 BF16, FP16 = torch.bfloat16, torch.float16
 attention_module = importlib.import_module("fastattn.ops.attention")  # fastattn.ops.attention is the function
@@ -132,6 +133,16 @@ def test_head_dims_with_a_forward_only(head_dim, monkeypatch):
         assert_close_to(named, truth, baseline, f"head dim {head_dim}, seed {seed}", {"softcap": 0.0})
 
 
+def test_gradients_where_native_has_a_forward_only(monkeypatch):
+    """They are those of the Triton kernels, from the out and lse of this forward."""
+    reason = unavailable("triton", DEVICE)
+    if reason:
+        pytest.skip(reason)
+    if not HOPPER:  # the device of the call says so there
+        monkeypatch.setattr(attention_module, "_backward_backend", lambda runs, facts: "triton")
+    check(monkeypatch, "head dim 192", *qkv(1, 2, 1, 20, 30, 192, FP16), causal=True)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_more_blocks_than_stages(head_dim, monkeypatch):
     """Every ring goes round more than once within a tile, and goes on in the next."""
@@ -241,8 +252,9 @@ def test_empty_sizes(shape):
         assert torch.equal(got[name], value), name
 
 
-def test_same_bits_again():
-    q, k, v = qkv(1, 2, 1, 200, 300, 64)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_same_bits_again(head_dim):
+    q, k, v = qkv(1, 2, 1, 200, 300, head_dim)
     expected = run(q, k, v, {"causal": True})
     for _ in range(250 if HOPPER else 1):
         for name, value in run(q, k, v, {"causal": True}).items():

@@ -69,21 +69,22 @@ __device__ __forceinline__ void split_produce(SplitShared<T, kHeadDim>& shared, 
       }
     }
     const int page = __shfl_sync(0xffffffffu, pages, next), row = n % args.blocks_per_page * kKeys;
-    auto& k = shared.k[ring.stage];
-    auto& v = shared.v[ring.stage];
-    Barrier& full = shared.v_pipe.full[ring.stage];
-    const int valid = tile.band.length - n * kKeys;
-    Barrier& arrived = valid < kKeys ? shared.v_arrived : full;
+    const int stage = ring.stage, valid = tile.band.length - n * kKeys;
     shared.k_pipe.wait_empty(ring);
-    shared.v_pipe.wait_empty(ring);
     if (lane == 0) {
-      shared.k_pipe.full[ring.stage].arrive_expecting(k.kBytes);
-      k.load(args.k_map, row, tile.kv_head, page, shared.k_pipe.full[ring.stage]);
+      shared.k_pipe.full[stage].arrive_expecting(shared.k[stage].kBytes);
+      shared.k[stage].load(args.k_map, row, tile.kv_head, page, shared.k_pipe.full[stage]);
+    }
+    shared.v_pipe.wait_empty(ring);
+    auto& v = shared.v[stage];
+    Barrier& full = shared.v_pipe.full[stage];
+    if (lane == 0) {
+      Barrier& arrived = valid < kKeys ? shared.v_arrived : full;
       arrived.arrive_expecting(v.kBytes);
       v.load(args.v_map, row, tile.kv_head, page, arrived);
     }
     if (valid < kKeys) {  // the last block of the sequence: what lies behind was never written
-      arrived.wait(0);
+      shared.v_arrived.wait(0);
       v.clear_from(valid);
       fence_async();
       arrive_warp(full);

@@ -1,5 +1,5 @@
-// Attention for Hopper, forward: head dims 64, 96, 128, 192 and 256 in half precision, with causal mask, window, grouped
-// heads, cross lengths, seqlens_k and packed sequences. Everything else is served by Triton.
+// Attention for Hopper, forward: head dims 64, 96, 128, 192 and 256 in half precision, with causal mask, window,
+// grouped heads, cross lengths, seqlens_k and packed sequences. Everything else is served by Triton.
 //
 //   s = c q·k with c = scale * log2(e), -inf where invisible
 //   per block of keys, last to first:  m' = max(m, max s),  p = exp2(s - m'),  shrink = exp2(m - m')
