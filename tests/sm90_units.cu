@@ -207,12 +207,13 @@ __attribute__((visibility("default"))) int unit_wgmma(const __nv_bfloat16* a, co
       {false, 128, 64, unit_wgmma_ss_kernel<128, 64>},  {false, 128, 128, unit_wgmma_ss_kernel<128, 128>},
       {true, 64, 64, unit_wgmma_rs_kernel<64, 64>},     {true, 64, 128, unit_wgmma_rs_kernel<64, 128>},
       {true, 128, 64, unit_wgmma_rs_kernel<128, 64>},   {true, 128, 128, unit_wgmma_rs_kernel<128, 128>},
+      {true, 96, 128, unit_wgmma_rs_kernel<96, 128>},   {false, 64, 96, unit_wgmma_ss_kernel<64, 96>},
       {true, 192, 112, unit_wgmma_rs_kernel<192, 112>}, {true, 256, 64, unit_wgmma_rs_kernel<256, 64>},
   };
   for (const Unit& unit : units) {
     if (unit.a_in_registers == a_in_registers && unit.n == n && unit.k == k) {
       const auto kernel = unit.kernel;
-      const int shared = (64 + n) * k * 2;
+      const int shared = (64 + n) * ((k + 63) / 64 * 64) * 2;
       if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
         return static_cast<int>(error);
       }

@@ -177,7 +177,7 @@ def test_packed_sequences_are_what_each_is_alone(head_dim):
 
 
 def test_columns_past_head_dim_96_are_neither_read_nor_written():
-    """Tiles are 128 wide: with NaN behind every row of the inputs the results are those of dense ones."""
+    """Tiles are 128 wide in memory: with NaN behind every row of the inputs the results are those of dense ones."""
     base = [t.detach() for t in qkv(1, 2, 1, 70, 90, 96)]
     gaps = [torch.cat((t, t * torch.nan), -1)[..., :96] for t in base]
     expected = run(*(t.requires_grad_() for t in base), {"causal": True})

@@ -160,8 +160,9 @@ def test_maps_that_were_made_before_are_those_that_would_be_made_now(units):
 
 
 @pytest.mark.parametrize(("n", "k", "in_registers"), [
-    (64, 64, False), (64, 128, False), (64, 256, False), (112, 192, False), (128, 64, False), (128, 128, False),
-    (64, 64, True), (64, 128, True), (128, 64, True), (128, 128, True), (192, 112, True), (256, 64, True),
+    (64, 64, False), (64, 96, False), (64, 128, False), (64, 256, False), (112, 192, False), (128, 64, False),
+    (128, 128, False), (64, 64, True), (64, 128, True), (96, 128, True), (128, 64, True), (128, 128, True),
+    (192, 112, True), (256, 64, True),
 ])  # fmt: skip
 def test_wgmma_multiplies(units, n, k, in_registers):
     a, b = integers(64, k), integers(*((k, n) if in_registers else (n, k)), seed=1)

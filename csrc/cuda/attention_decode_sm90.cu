@@ -45,7 +45,6 @@ struct SplitArgs {
   int blocks_per_page;
   HeadTensor q, out;
   float *lse, *partial, *partial_lse;
-  int head_dim;
   float scale_log2;  // positive
   bool negative;     // the scale
 };
@@ -104,7 +103,7 @@ __device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, 
   for (int chunk = thread; chunk < kSlab * kHeadDim / 8; chunk += kWarpgroup) {
     const int row = chunk / (kHeadDim / 8), col = chunk % (kHeadDim / 8) * 8, place = tile.row + row;
     uint4 words{0, 0, 0, 0};
-    if (place < shape.rows() && col < args.head_dim) {
+    if (place < shape.rows()) {
       const T* from = static_cast<const T*>(args.q.data) + tile.batch * args.q.batch +
                       (first_head + place % group) * args.q.head + place / group * args.q.row;
       words = *reinterpret_cast<const uint4*>(from + col);
@@ -165,15 +164,12 @@ __device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, 
     if (thread % 4 == 0) {
       (whole ? args.lse : args.partial_lse)[part] = lse;
     }
-    float* to_part = args.partial + part * args.head_dim;
+    float* to_part = args.partial + part * kHeadDim;
     T* to =
         static_cast<T*>(args.out.data) + tile.batch * args.out.batch + head * args.out.head + query[r] * args.out.row;
 #pragma unroll
     for (int i = 2 * r; i < kHeadDim / 2; i += 4) {
       const int col = accumulator_col(thread, i);
-      if (kHeadDim == 128 && col >= args.head_dim) {  // head dim 96
-        continue;
-      }
       if (whole) {
         *reinterpret_cast<uint32_t*>(to + col) = pack<T>(o[i] * factor, o[i + 1] * factor);
       } else {
@@ -341,7 +337,6 @@ cudaError_t launch_split(const DecodeCudaArgs& in, cudaStream_t stream) {
   args.lse = in.lse;
   args.partial = in.partial;
   args.partial_lse = in.partial_lse;
-  args.head_dim = static_cast<int>(in.head_dim);
   args.scale_log2 = positive_scale_log2(in.scale);
   args.negative = in.scale < 0;
   for (const auto& [map, cache] : {std::pair{&args.k_map, &in.k}, {&args.v_map, &in.v}}) {

@@ -212,8 +212,7 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim>& shared, cons
       o[i] *= factor[row_of(i)];
     }
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
-    store_slab<T>(o, shared.q, slab,
-                  Target{args.out_map, args.out, at, sequence.q_len - row, args.shape.head_dim, !args.shape.packed()},
+    store_slab<T>(o, shared.q, slab, Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()},
                   1 + slab);
     shared.q_pipe.release(0);
   });

@@ -81,9 +81,11 @@ __device__ __forceinline__ void follow_tiles(TileQueue& queue, const AttentionSh
   }
 }
 
+// Of head dim 96 the copy engine fills what the second panel has beyond the tensor with zeros, and does not write it;
+// no product reads it.
 template <typename T, int kRows, int kHeadDim>
 struct alignas(kAtomBytes) TileOf {
-  static constexpr int kBytes = kRows * kHeadDim * 2;
+  static constexpr int kBytes = kRows * kRowBytes * ((kHeadDim + kPanelCols - 1) / kPanelCols);
   unsigned char bytes[kBytes];
 
   __device__ __forceinline__ uint32_t address() const { return shared_address(bytes); }
@@ -222,7 +224,6 @@ struct Target {
   const HeadTensor& rows;
   Coordinates at;
   int valid;     // rows that may be written, more than 64 counts as 64
-  int cols;      // of the tensor
   bool clipped;  // what lies past `valid` is outside of the tensor, where the copy engine does not write
 };
 
@@ -252,9 +253,6 @@ __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], Til
     T* first = static_cast<T*>(to.rows.data) + to.at.batch * to.rows.batch + to.at.head * to.rows.head;
     for (int chunk = thread; chunk < to.valid * (kHeadDim / 8); chunk += kWarpgroup) {
       const int row = chunk / (kHeadDim / 8), col = chunk % (kHeadDim / 8) * 8;
-      if (kHeadDim == 128 && col >= to.cols) {  // head dim 96
-        continue;
-      }
       *reinterpret_cast<uint4*>(first + (to.at.row + row) * to.rows.row + col) =
           *reinterpret_cast<const uint4*>(rows + tile_offset(row, col, kRows));
     }

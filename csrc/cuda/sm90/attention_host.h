@@ -34,8 +34,7 @@ inline AttentionShape attention_shape(const AttentionCudaArgs& args) {
           static_cast<int>(args.seqlen_k),
           window_side(args.window_left),
           window_side(args.window_right),
-          args.top_left,
-          static_cast<int>(args.head_dim)};
+          args.top_left};
 }
 
 // Tensor maps of operands that share the sizes of a call.
@@ -82,26 +81,27 @@ inline unsigned resident_blocks(int64_t tiles) {
   return static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
 }
 
-// body(a value of the dtype, the head dim of the tiles as a constant). Head dim 96 takes tiles of 128: the copy engine
-// fills the columns that the tensors do not have with zeros, and does not write them.
-template <typename Body>
-cudaError_t with_half_and_head_dim(const AttentionCudaArgs& args, Body body) {
+// body(a value of the dtype, the head dim as a constant), for head dims 64, 96 and 128
+template <typename Args, typename Body>
+cudaError_t with_half_and_head_dim(const Args& args, Body body) {
   const auto with_head_dim = [&](auto value) {
-    return args.head_dim == 64 ? body(value, std::integral_constant<int, 64>())
-                               : body(value, std::integral_constant<int, 128>());
+    return args.head_dim == 64   ? body(value, std::integral_constant<int, 64>())
+           : args.head_dim == 96 ? body(value, std::integral_constant<int, 96>())
+                                 : body(value, std::integral_constant<int, 128>());
   };
   return args.dtype == DType::kBFloat16 ? with_head_dim(__nv_bfloat16()) : with_head_dim(__half());
 }
 
-// The same for kernels that also have tiles of 192 and 256
+// For 192 and 256 too
 template <typename Args, typename Body>
 cudaError_t with_half_and_any_head_dim(const Args& args, Body body) {
   const auto with_head_dim = [&](auto value) {
-    return args.head_dim == 64    ? body(value, std::integral_constant<int, 64>())
-           : args.head_dim <= 128 ? body(value, std::integral_constant<int, 128>())
-           : args.head_dim == 192 ? body(value, std::integral_constant<int, 192>())
-                                  : body(value, std::integral_constant<int, 256>());
+    return args.head_dim == 192 ? body(value, std::integral_constant<int, 192>())
+                                : body(value, std::integral_constant<int, 256>());
   };
+  if (args.head_dim <= 128) {
+    return with_half_and_head_dim(args, body);
+  }
   return args.dtype == DType::kBFloat16 ? with_head_dim(__nv_bfloat16()) : with_head_dim(__half());
 }
 

@@ -17,7 +17,6 @@ struct AttentionShape {
   int batch, n_heads, n_kv_heads, seqlen_q, seqlen_k;  // packed: the longest
   int left, right;                                     // of the window
   bool top_left;
-  int head_dim;  // of the tensors: tiles may be wider
 
   FASTATTN_HOST_DEVICE int group() const { return n_heads / n_kv_heads; }
   // Whether keys that a tensor map would read lie behind those of a sequence

@@ -30,10 +30,9 @@ __device__ __forceinline__ void wgmma_wait() {
 #define FASTATTN_TEXT_32                                                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTATTN_TEXT_56                                                                                        \
-  FASTATTN_TEXT_32                                                                                              \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
-  "%53, %54, %55"
+#define FASTATTN_TEXT_48 \
+  FASTATTN_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FASTATTN_TEXT_56 FASTATTN_TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define FASTATTN_TEXT_64 FASTATTN_TEXT_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTATTN_TEXT_96                                                                                        \
   FASTATTN_TEXT_64                                                                                              \
@@ -48,7 +47,8 @@ __device__ __forceinline__ void wgmma_wait() {
       "+f"(d[i + 7])
 #define FASTATTN_LIST_16(d, i) FASTATTN_LIST_8(d, i), FASTATTN_LIST_8(d, i + 8)
 #define FASTATTN_LIST_32(d, i) FASTATTN_LIST_16(d, i), FASTATTN_LIST_16(d, i + 16)
-#define FASTATTN_LIST_56(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_16(d, i + 32), FASTATTN_LIST_8(d, i + 48)
+#define FASTATTN_LIST_48(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_16(d, i + 32)
+#define FASTATTN_LIST_56(d, i) FASTATTN_LIST_48(d, i), FASTATTN_LIST_8(d, i + 48)
 #define FASTATTN_LIST_64(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_32(d, i + 32)
 #define FASTATTN_LIST_96(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_32(d, i + 64)
 #define FASTATTN_LIST_128(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_64(d, i + 64)
@@ -89,15 +89,18 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kAccumulators], uint64_t des
 // d += A * B with A in registers and B in shared memory, MN-major
 template <typename T, int kAccumulators>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kAccumulators], const uint32_t (&a)[4], uint64_t desc_b) {
-  static_assert(kAccumulators == 32 || kAccumulators == 64 || kAccumulators == 96 || kAccumulators == 128,
-                "N is 64, 128, 192 or 256");
+  static_assert(
+      kAccumulators == 32 || kAccumulators == 48 || kAccumulators == 64 || kAccumulators == 96 || kAccumulators == 128,
+      "N is 64, 96, 128, 192 or 256");
   FASTATTN_CASE(RS, 64, 32, 32, 33, 34, 35, 36)
+  FASTATTN_CASE(RS, 96, 48, 48, 49, 50, 51, 52)
   FASTATTN_CASE(RS, 128, 64, 64, 65, 66, 67, 68)
   FASTATTN_CASE(RS, 192, 96, 96, 97, 98, 99, 100)
   FASTATTN_CASE(RS, 256, 128, 128, 129, 130, 131, 132)
 }
 
 #undef FASTATTN_TEXT_32
+#undef FASTATTN_TEXT_48
 #undef FASTATTN_TEXT_56
 #undef FASTATTN_TEXT_64
 #undef FASTATTN_TEXT_96
@@ -105,6 +108,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kAccumulators], const uint32
 #undef FASTATTN_LIST_8
 #undef FASTATTN_LIST_16
 #undef FASTATTN_LIST_32
+#undef FASTATTN_LIST_48
 #undef FASTATTN_LIST_56
 #undef FASTATTN_LIST_64
 #undef FASTATTN_LIST_96
