@@ -222,7 +222,7 @@ def decode_facts(**facts):
     [
         ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
         ({"hopper_head_dim": False}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
-        ({"odd_strides": True}, "it takes no caches with strides that are no multiples of 16 bytes"),
+        ({"odd_strides": True}, "it takes no caches with strides other than multiples of 16 bytes"),
         ({"odd_pages": True}, "it takes no pages that are no multiple of 64 keys"),
         ({"leftpad": True, "alibi": True}, "it takes no cache leftpad, no ALiBi"),
         ({"softcap": True, "sink": True}, "it takes no softcap, no sink"),
@@ -266,11 +266,13 @@ def test_facts_of_a_decode_call_on_cuda(fake_hopper):
     q, k, lengths = on_cuda(2, 8, 1, 128), on_cuda(2, 2, 320, 128), on_cuda(2, dtype=torch.int32)
     table = on_cuda(2, 1, dtype=torch.int32)
     gap = torch.empty_strided(k.shape, (2 * 320 * 129, 320 * 129, 129, 1), dtype=k.dtype, device="cuda")
+    expanded = torch.empty_strided(k.shape, (0, 320 * 128, 128, 1), dtype=k.dtype, device="cuda")
     page, new = on_cuda(2, 2, 48, 128), on_cuda(2, 2, 1, 128)
     for reason, change in {
         'not yet run on hardware: name backend="native"': {},
         "no: it takes head dims": {"v_cache": on_cuda(2, 2, 320, 64)},
         "no: it takes no caches with strides": {"v_cache": gap},
+        "no: it takes no caches with": {"k_cache": expanded},
         "no: it takes no pages": {"k_cache": page, "v_cache": page, "block_table": table},
         "no: it takes no cache leftpad": {"cache_leftpad": lengths},
         "no: it takes no ALiBi, no softcap, no sink": {

@@ -282,7 +282,8 @@ def attention(
         scale: default 1/sqrt(head_dim).
         return_lse: also return the log-sum-exp of each row, differentiable.
         deterministic: None follows torch.use_deterministic_algorithms; all backward passes are deterministic today.
-        backend: "native", "triton" or "reference" instead of the automatic choice.
+        backend: "native", "triton" or "reference" instead of the automatic choice. On CUDA native has no backward above
+            head dim 128: Triton makes the gradients there.
     Returns: out (batch, n_heads, seqlen_q, head_dim_v) in the layout of q, packed (total_q, n_heads, head_dim_v); with
         return_lse (out, lse), lse float32 (batch, n_heads, seqlen_q), packed (n_heads, total_q).
     Raises:

@@ -67,7 +67,7 @@ def refuses_native(facts):
     if facts.device != "cuda":
         return refuses(facts)
     return hopper_refuses(
-        facts.dtype, facts.hopper_head_dim, caches_with_strides_that_are_no_multiples_of_16_bytes=facts.odd_strides,
+        facts.dtype, facts.hopper_head_dim, caches_with_strides_other_than_multiples_of_16_bytes=facts.odd_strides,
         pages_that_are_no_multiple_of_64_keys=facts.odd_pages, cache_leftpad=facts.leftpad, ALiBi=facts.alibi,
         softcap=facts.softcap, sink=facts.sink,
     )  # fmt: skip
@@ -209,8 +209,9 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
         tiles = True if head_dim in HOPPER_HEAD_DIMS and v_cache.shape[3] == head_dim else False  # noqa: SIM210
         odd_strides = False
         for t in (k_cache, v_cache):
-            if t.storage_offset() % 8 or t.stride(0) % 8 or t.stride(1) % 8 or t.stride(2) % 8:
-                odd_strides = True
+            for stride in t.stride()[:3]:
+                if stride == 0 or stride % 8 or t.storage_offset() % 8:
+                    odd_strides = True
         facts += (
             tiles, odd_strides,
             True if block_table is not None and k_cache.shape[2] % HOPPER_KEYS else False,  # noqa: SIM210

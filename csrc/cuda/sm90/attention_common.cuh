@@ -8,8 +8,6 @@
 
 namespace fastattn::sm90 {
 
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kSlab = 64;                      // rows of a tile that one warpgroup works on
 constexpr int kSlabBytes = kSlab * kRowBytes;  // of one panel
 

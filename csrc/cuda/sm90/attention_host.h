@@ -20,7 +20,7 @@ inline int window_side(int64_t window) {
 
 // Above 0, so that -inf stays -inf; the kernels turn the scores if the scale is negative.
 inline float positive_scale_log2(float scale) {
-  return std::fmax(std::fabs(scale) * 1.4426950408889634f, FLT_MIN);
+  return std::fmax(std::fabs(scale) * kLog2e, FLT_MIN);
 }
 
 inline AttentionShape attention_shape(const AttentionCudaArgs& args) {

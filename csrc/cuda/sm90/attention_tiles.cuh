@@ -9,6 +9,8 @@
 
 namespace fastattn::sm90 {
 
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kFar = 1 << 29;    // an unlimited side of a window
 constexpr int kStatsRows = 128;  // rows of lse and delta in the workspace of the backward are a multiple of this
 
