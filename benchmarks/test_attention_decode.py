@@ -32,6 +32,21 @@ def inputs(shape, dtype, seqlen_q=1):
     return q, k, v, torch.full((batch,), seqlen, dtype=torch.int32, device=DEVICE)
 
 
+def ours(call):
+    """What to time of fastattn: call(backend) of the automatic choice; on a GPU of every backend that can, by name."""
+    if DEVICE == "cpu":
+        return {"fastattn": lambda: call(None)}
+    candidates = {}
+    for name in ("native", "triton"):
+        try:
+            call(name)
+        except Exception as error:  # its row is missing, and the log says why
+            print(f"{name} left out: {str(error).splitlines()[0]}")
+            continue
+        candidates[f"fastattn {name}"] = lambda name=name: call(name)
+    return candidates
+
+
 def side_by_side(compare, q, k, v, candidates):
     gqa = q.shape[1] != k.shape[1]
     candidates = {"torch": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)} | candidates
@@ -50,7 +65,10 @@ def side_by_side(compare, q, k, v, candidates):
 @shapes
 def test_contiguous(compare, shape, dtype):
     q, k, v, lengths = inputs(shape, dtype)
-    side_by_side(compare, q, k, v, {"fastattn": lambda: fastattn.attention_decode(q, k, v, cache_seqlens=lengths)})
+    side_by_side(
+        compare, q, k, v,
+        ours(lambda backend: fastattn.attention_decode(q, k, v, cache_seqlens=lengths, backend=backend)),
+    )  # fmt: skip
 
 
 @dtypes
@@ -66,10 +84,10 @@ def test_paged(compare, dtype):
         caches[-1][order] = split
     table = order.view(batch, pages).int()
 
-    def paged():
-        return fastattn.attention_decode(q, *caches, cache_seqlens=lengths, block_table=table)
+    def paged(backend):
+        return fastattn.attention_decode(q, *caches, cache_seqlens=lengths, block_table=table, backend=backend)
 
-    side_by_side(compare, q, k, v, {"fastattn": paged})
+    side_by_side(compare, q, k, v, ours(paged))
 
 
 @dtypes
@@ -86,10 +104,10 @@ def test_append(compare, dtype):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
 
     compare(
-        {
-            "torch": torch_step,
-            "fastattn": lambda: fastattn.attention_decode(q, k, v, k=new_k, v=new_v, cache_seqlens=before),
-        },
+        {"torch": torch_step}
+        | ours(
+            lambda backend: fastattn.attention_decode(q, k, v, k=new_k, v=new_v, cache_seqlens=before, backend=backend)
+        ),
         tolerance=TOLERANCE[dtype],
         nbytes=k.nbytes + v.nbytes,
     )

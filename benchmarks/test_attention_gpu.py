@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not CUDA, reason="no GPU")
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 SHAPES = [(16, 16, seqlen, head_dim) for head_dim in (64, 128) for seqlen in (1024, 4096)]
 SHAPES += [(2, 16, 16384, head_dim) for head_dim in (64, 128)]
+SHAPES += [(16, 16, 4096, 96), (8, 16, 4096, 192), (8, 16, 4096, 256)]
 
 
 def flex(q, k, v, causal):
@@ -51,6 +52,9 @@ def test_attention_by_backend(compare, shape, causal, direction):
     forwards = {f"sdpa {name}": pinned(which) for name, which in SDPA.items()}
     forwards["flex"] = flex(q, k, v, causal)
     for name in ("native", "triton"):
+        if name == "native" and backward and head_dim > 128:
+            print("fastattn native left out: its backward ends at head dim 128, and triton has a row of its own")
+            continue
         forwards[f"fastattn {name}"] = lambda name=name: fastattn.attention(q, k, v, causal=causal, backend=name)
     candidates = {}
     for name, forward in forwards.items():

@@ -249,4 +249,16 @@ int attention_stats_sm90(const AttentionCudaArgs& args, void* stream);  // lse2,
 int attention_dkdv_sm90(const AttentionCudaArgs& args, void* stream);
 int attention_dq_sm90(const AttentionCudaArgs& args, void* stream);
 
+// Neither leftpad, ALiBi, softcap nor sink; pages hold whole blocks of kDecodeKeysSm90. partial: (split, batch, head,
+// row, head_dim) if there are several splits, and partial_lse without the last.
+struct DecodeCudaArgs : DecodeArgs {
+  int64_t cache_rows;
+  HeadTensor k_new, v_new;  // of seqlen_new keys, to be appended
+  float* partial_lse;
+};
+constexpr int kDecodeKeysSm90 = 64;
+int64_t attention_decode_splits_sm90(const DecodeCudaArgs& args, int64_t wanted);  // what args.splits must be
+int attention_decode_fwd_sm90(const DecodeCudaArgs& args, void* stream);
+int attention_decode_append_sm90(const DecodeCudaArgs& args, void* stream);
+
 }  // namespace fastattn

@@ -3,9 +3,11 @@
 #
 #   scripts/gpu_check.sh [--force] [PART ...]      all parts by default, the most telling first:
 #     info       versions, device, which backends are there and why others are not
-#     tests      streams, graphs, sizes beyond 32 bits, and the ops' numbers on CUDA
-#     hopper     compute capability 9.0: the building blocks of the attention kernels, then those kernels
+#     hopper     compute capability 9.0: the building blocks of the attention kernels, those kernels, and memcheck and
+#                racecheck of some of their calls
 #     attention  their speed beside PyTorch's backends, FlexAttention and Triton
+#     decode     the same on a cache
+#     tests      streams, graphs, sizes beyond 32 bits, and the ops' numbers on CUDA
 #     bench      norm side by side with PyTorch
 #     sanitizer  memcheck, racecheck, initcheck and synccheck on small cases
 #
@@ -21,15 +23,16 @@ results=${OUT:-$root/benchmarks/results/gpu}
 site=${TMPDIR:-/tmp}/fastattn_gpu_check
 limit=540
 force=
+all=(info hopper attention decode tests bench sanitizer)
 parts=()
 for argument in "$@"; do
   case $argument in
     --force) force=1 ;;
-    info | tests | hopper | attention | bench | sanitizer) parts+=("$argument") ;;
-    *) echo "gpu_check: expected info, tests, hopper, attention, bench, sanitizer or --force, got '$argument'" >&2 && exit 2 ;;
+    info | hopper | attention | decode | tests | bench | sanitizer) parts+=("$argument") ;;
+    *) echo "gpu_check: expected ${all[*]} or --force, got '$argument'" >&2 && exit 2 ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(info tests hopper attention bench sanitizer)
+[ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
 mkdir -p "$results"
 
 wheels=(dist/*.whl)
@@ -102,9 +105,22 @@ hopper() {
   [ "$capability" = "9 0" ] || { echo "compute capability $capability: these kernels are for 9 0" && return 0; }
   local pytest=("$python" -P -m pytest -q -x -p no:cacheprovider)
   timeout 120 "${pytest[@]}" tests/test_sm90_units.py || return 1
-  for name in lengths stages random packed columns hidden nothing strides empty same_bits backward_after raw nan_in; do
+  for name in lengths stages random forward_only packed columns hidden nothing strides empty same_bits backward_after \
+    raw nan_in gradients; do
     echo "[$name]"
     timeout 60 "${pytest[@]}" tests/test_attention_sm90.py -k "$name" || code=1
+  done
+  for name in random every_query stages split_counts strides empty raw; do
+    echo "[decode $name]"
+    timeout 60 "${pytest[@]}" tests/test_attention_decode_sm90.py -k "$name" || code=1
+  done
+  [ $code -eq 0 ] || return 1
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed" && return 1; }
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck; do
+    echo "[$tool]"
+    timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" tests/test_attention_sm90.py \
+      tests/test_attention_decode_sm90.py -k "lengths or nothing or forward_only and 256 or split_counts" || code=1
   done
   return $code
 }
@@ -125,6 +141,10 @@ for part in "${parts[@]}"; do
     attention)
       run_part attention "$python" -P -m pytest -q -s -p no:cacheprovider benchmarks/test_attention_gpu.py \
         --benchmark-json "$results/bench_attention_gpu.json"
+      ;;
+    decode)
+      run_part decode "$python" -P -m pytest -q -s -p no:cacheprovider benchmarks/test_attention_decode.py \
+        --benchmark-json "$results/bench_attention_decode.json"
       ;;
     bench)
       run_part bench "$python" -P -m pytest -q -p no:cacheprovider benchmarks/test_norm.py \

@@ -36,6 +36,10 @@ ATTENTION = (
     ("attention_fwd_sm90.cu", "attention_dkdv_sm90.cu", "attention_dq_sm90.cu", "error.cu", "attention_ops.cpp"),
     ("attention_fwd", "attention_bwd"),
 )
+DECODE = (
+    ("attention_decode_sm90.cu", "error.cu", "attention_decode_ops.cpp"),
+    ("attention_decode_fwd", "attention_decode_append"),
+)
 _REWRITES = (
     (r"(\w+(?:<[^;<>]*(?:\([^()]*\))?[^;<>]*>)?)\s*<<<(.*?)>>>\s*\(", r"emulated::launch(\1, \2)("),
     (

@@ -1,5 +1,7 @@
 // One kernel per building block of csrc/cuda/sm90, for what a run on hardware must show before the attention kernels
 // are worth a try. Called through ctypes with plain pointers by tests/test_sm90_units.py, on a GPU or in the emulation.
+#include <cstring>
+
 #include "cuda/sm90/attention_common.cuh"
 #include "cuda/sm90/attention_host.h"
 
@@ -178,23 +180,48 @@ __attribute__((visibility("default"))) int unit_tma(void* from, void* to, uint16
   return cudaGetLastError();
 }
 
+// Whether a map that may come from those made before is the one that is made now, to the last bit: arguments are
+// (byte offset of the data, strides of batch, head and row, batch, heads, rows, head_dim, rows of a box, dtype).
+__attribute__((visibility("default"))) int unit_map(char* data, const int64_t* from) {
+  const HeadTensor tensor{data + from[0], from[1], from[2], from[3]};
+  const auto dtype = static_cast<DType>(from[9]);
+  CUtensorMap one{}, other{};
+  const auto error = make_map(&one, dtype, tensor, from[4], from[5], from[6], from[7], from[8]);
+  if (error != encode_map(&other, dtype, tensor, from[4], from[5], from[6], from[7], from[8])) {
+    return -1;
+  }
+  return error != cudaSuccess ? static_cast<int>(error) : std::memcmp(&one, &other, sizeof(one)) == 0 ? 0 : -2;
+}
+
+// The products that the attention kernels use: scores of head dim k by ss, values of k keys by rs
 __attribute__((visibility("default"))) int unit_wgmma(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d, int n,
                                                       int k, bool a_in_registers) {
-  const auto run = [&](auto size_n, auto size_k) {
-    constexpr int kN = size_n, kK = size_k;
-    const auto ss = unit_wgmma_ss_kernel<kN, kK>;
-    const auto rs = unit_wgmma_rs_kernel<kN, kK>;
-    const auto kernel = a_in_registers ? rs : ss;
-    constexpr int kShared = (64 + kN) * kK * 2;
-    if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
-      return static_cast<int>(error);
-    }
-    kernel<<<1, kWarpgroup, kShared, nullptr>>>(a, b, d);
-    return static_cast<int>(cudaGetLastError());
+  struct Unit {
+    bool a_in_registers;
+    int n, k;
+    void (*kernel)(const __nv_bfloat16*, const __nv_bfloat16*, float*);
   };
-  const std::integral_constant<int, 64> small;
-  const std::integral_constant<int, 128> large;
-  return n == 64 ? (k == 64 ? run(small, small) : run(small, large)) : k == 64 ? run(large, small) : run(large, large);
+  const Unit units[] = {
+      {false, 64, 64, unit_wgmma_ss_kernel<64, 64>},    {false, 64, 128, unit_wgmma_ss_kernel<64, 128>},
+      {false, 64, 256, unit_wgmma_ss_kernel<64, 256>},  {false, 112, 192, unit_wgmma_ss_kernel<112, 192>},
+      {false, 128, 64, unit_wgmma_ss_kernel<128, 64>},  {false, 128, 128, unit_wgmma_ss_kernel<128, 128>},
+      {true, 64, 64, unit_wgmma_rs_kernel<64, 64>},     {true, 64, 128, unit_wgmma_rs_kernel<64, 128>},
+      {true, 128, 64, unit_wgmma_rs_kernel<128, 64>},   {true, 128, 128, unit_wgmma_rs_kernel<128, 128>},
+      {true, 96, 128, unit_wgmma_rs_kernel<96, 128>},   {false, 64, 96, unit_wgmma_ss_kernel<64, 96>},
+      {true, 192, 112, unit_wgmma_rs_kernel<192, 112>}, {true, 256, 64, unit_wgmma_rs_kernel<256, 64>},
+  };
+  for (const Unit& unit : units) {
+    if (unit.a_in_registers == a_in_registers && unit.n == n && unit.k == k) {
+      const auto kernel = unit.kernel;
+      const int shared = (64 + n) * ((k + 63) / 64 * 64) * 2;
+      if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
+        return static_cast<int>(error);
+      }
+      kernel<<<1, kWarpgroup, shared, nullptr>>>(a, b, d);
+      return static_cast<int>(cudaGetLastError());
+    }
+  }
+  return -1;
 }
 
 __attribute__((visibility("default"))) int unit_pipe(const float* in, float* out, int count) {
@@ -218,25 +245,52 @@ __attribute__((visibility("default"))) uint64_t unit_descriptor(bool k_is_inner,
 }
 
 // The tiles of a call in the order of work: shape = (batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right,
-// top_left), out per tile = (batch, head, row, begin, full_begin, full_end, end). Returns how many there are.
-__attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_keys, int head_dim, int* out,
-                                                      int room) {
+// top_left), out per tile = (batch, head, row, begin, full_begin, full_end, end). Returns how many there are, at most
+// `room`. Tiles of `rows` in blocks of `block`, as the kernels have them.
+__attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_keys, int rows, int block, int head_dim,
+                                                      int* out, int room) {
   const AttentionShape s{nullptr,  nullptr,  nullptr,  shape[0], shape[1],     shape[2],
                          shape[3], shape[4], shape[5], shape[6], shape[7] != 0};
-  const TileOrder order = of_keys ? key_order(s, 128, head_dim) : query_order(s, 128, head_dim);
+  const TileOrder order = of_keys ? key_order(s, rows, head_dim) : query_order(s, rows, head_dim);
   for (int64_t index = 0; index < std::min<int64_t>(order.count(), room); ++index) {
     const auto write = [&](int batch, int head, int row, const Blocks& b) {
       const int values[] = {batch, head, row, b.begin, b.full_begin, b.full_end, b.end};
       std::copy(values, values + 7, out + 7 * index);
     };
+    const auto write_queries = [&](const auto& tile) { write(tile.batch, tile.head, tile.row, tile.keys); };
     if (of_keys) {
       const KeyTile<128, 64> tile(s, order, index);
       write(tile.batch, tile.kv_head, tile.row, tile.queries);
+    } else if (rows == 192) {
+      write_queries(QueryTile<192, 128>(s, order, index));
+    } else if (block == 128) {
+      write_queries(QueryTile<128, 128>(s, order, index));
+    } else if (block == 112) {
+      write_queries(QueryTile<128, 112>(s, order, index));
     } else {
-      const QueryTile<128, 128> tile(s, order, index);
-      write(tile.batch, tile.head, tile.row, tile.keys);
+      write_queries(QueryTile<128, 64>(s, order, index));
     }
   }
   return static_cast<int>(order.count());
+}
+
+// The same for a cache: shape = (batch, n_heads, n_kv_heads, seqlen_q, seqlen_new, capacity, left, right, splits), out
+// per block of threads = (split, batch, key head, row, begin, end)
+__attribute__((visibility("default"))) int unit_decode_tiles(const int* shape, const int32_t* lengths, int* out,
+                                                             int room) {
+  const DecodeShape s{lengths,  shape[0], shape[1], shape[2], shape[3],
+                      shape[4], shape[5], shape[6], shape[7], shape[8]};
+  using Tile = DecodeTile<kSlab, kDecodeKeysSm90>;
+  const int tiles = s.batch * s.n_kv_heads * Tile::row_blocks(s);
+  for (int index = 0; index < std::min(tiles * s.splits, room); ++index) {
+    const int split = index / tiles;
+    const Tile tile(s, index % tiles, split);
+    const int values[] = {split, tile.batch, tile.kv_head, tile.row, tile.keys.begin, tile.keys.end};
+    std::copy(values, values + 6, out + 6 * index);
+  }
+  return tiles * s.splits;
+}
+__attribute__((visibility("default"))) int unit_choose_splits(int tiles, int key_blocks, int slots, int most) {
+  return choose_splits(tiles, key_blocks, slots, most);
 }
 }

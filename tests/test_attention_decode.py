@@ -8,12 +8,10 @@ import sys
 import pytest
 import torch
 from attention_cases import DTYPES
-from decode_cases import random_case
+from decode_cases import check_call, random_case, to
 from memory_guard import guarded
-from oracle import exact
 
 import fastattn
-from fastattn import reference
 from fastattn.ops._backends import unavailable
 
 OP = "attention_decode"
@@ -42,39 +40,9 @@ def call(dtype=torch.float32, batch=2, n_heads=4, kv_heads=2, seqlen_q=1, capaci
     return q, k_cache, v_cache
 
 
-def to(device, *values):
-    return [v.to(device) if isinstance(v, torch.Tensor) else v for v in values]
-
-
 def check(seed, backend, monkeypatch, device="cpu", **shapes):
     """One random call: out, lse and both caches."""
-    q, k_cache, v_cache, kwargs = random_case(seed, **shapes)
-    names, what = list(kwargs), f"seed {seed}"
-    truth_caches, low_caches = exact(k_cache, v_cache), [k_cache.clone(), v_cache.clone()]
-    truth_kwargs = dict(zip(names, exact(*kwargs.values()), strict=True))
-    truth, truth_lse = fastattn.attention_decode(
-        exact(q), *truth_caches, **truth_kwargs, return_lse=True, backend="reference"
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(reference, "accumulator", lambda dtype: dtype)
-        low = fastattn.attention_decode(q, *low_caches, **kwargs, backend="reference")
-    caches = to(device, k_cache, v_cache)
-    kwargs = dict(zip(names, to(device, *kwargs.values()), strict=True))
-    out, lse = fastattn.attention_decode(q.to(device), *caches, **kwargs, return_lse=True, backend=backend)
-    assert out.dtype == q.dtype, what
-    assert lse.dtype == torch.float32, what
-    empty = truth_lse == -math.inf
-    assert torch.equal(lse.cpu() == -math.inf, empty), f"{what}: -inf elsewhere than expected"
-    assert (out.cpu()[empty] == 0).all(), what
-    lse_error = (lse.cpu().double() - truth_lse)[~empty].abs().max().item() if not empty.all() else 0.0
-    assert lse_error <= 1e-5 * (1 + truth_lse[~empty].abs().max().item() if not empty.all() else 1), f"{what}: lse"
-    units = (32 if q.dtype == torch.float32 else 8) * torch.finfo(q.dtype).eps
-    allowed = 2 * (low.double() - truth).abs().max() + units * truth.abs().max().clamp(min=1.0)
-    error = (out.cpu().double() - truth).abs().max()
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} in {q.dtype}"
-    # what is appended and all else, NaN included, bit for bit
-    for ours, expected in zip(caches, low_caches, strict=True):
-        assert torch.equal(ours.cpu().nan_to_num(nan=77.0), expected.nan_to_num(nan=77.0)), f"{what}: cache"
+    check_call(f"seed {seed}", random_case(seed, **shapes), backend, monkeypatch, device)
 
 
 @needs_native

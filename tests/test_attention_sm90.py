@@ -16,6 +16,7 @@ from test_sm90_units import DEVICE, HOPPER
 
 import fastattn
 from fastattn import reference
+from fastattn.ops._backends import unavailable
 
 BF16, FP16 = torch.bfloat16, torch.float16
 attention_module = importlib.import_module("fastattn.ops.attention")  # fastattn.ops.attention is the function
@@ -72,10 +73,10 @@ def qkv(batch, n_heads, kv_heads, seqlen_q, seqlen_k, head_dim, dtype=BF16):
     )
 
 
-def random_call(seed):
+def random_call(seed, head_dim=None):
     rng = random.Random(seed)
     dtype, kv_heads, group = rng.choice((BF16, FP16)), rng.choice((1, 1, 2)), rng.choice((1, 1, 2, 3))
-    head_dim = 128 if seed % 4 == 3 else 64
+    head_dim = head_dim or (64, 96, 64, 128)[seed % 4]
     lengths = (1, 2, 63, 64, 65, 127, 128, 129, 191, 193, 256, 300)
     kwargs = {
         "causal": rng.choice((False, True, True, "top_left")),
@@ -118,6 +119,30 @@ def test_lengths_around_a_tile(head_dim, monkeypatch):
         check(monkeypatch, f"{seqlen_q} {seqlen_k} {causal}", q, k, v, causal=causal)
 
 
+@pytest.mark.parametrize("head_dim", [192, 256])
+def test_head_dims_with_a_forward_only(head_dim, monkeypatch):
+    """Blocks of 112 and 64 keys; the gradients are those of another backend."""
+    for seed in range(4):
+        q, k, v, kwargs = random_call(seed, head_dim)
+        truth, baseline = truth_and_baseline(monkeypatch, q, k, v, {"softcap": 0.0} | kwargs)
+        moved = {name: on_device(t) for name, t in kwargs.items()}
+        with torch.no_grad():
+            got = fastattn.attention(*map(on_device, (q, k, v)), **moved, return_lse=True, backend="native")
+        named = dict(zip(("out", "lse"), (t.cpu() for t in got), strict=True))
+        truth = {name: truth[name] for name in named}
+        assert_close_to(named, truth, baseline, f"head dim {head_dim}, seed {seed}", {"softcap": 0.0})
+
+
+def test_gradients_where_native_has_a_forward_only(monkeypatch):
+    """They are those of the Triton kernels, from the out and lse of this forward."""
+    reason = unavailable("triton", DEVICE)
+    if reason:
+        pytest.skip(reason)
+    if not HOPPER:  # the device of the call says so there
+        monkeypatch.setattr(attention_module, "_backward_backend", lambda runs, facts: "triton")
+    check(monkeypatch, "head dim 192", *qkv(1, 2, 1, 20, 30, 192, FP16), causal=True)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_more_blocks_than_stages(head_dim, monkeypatch):
     """Every ring goes round more than once within a tile, and goes on in the next."""
@@ -152,7 +177,7 @@ def test_packed_sequences_are_what_each_is_alone(head_dim):
 
 
 def test_columns_past_head_dim_96_are_neither_read_nor_written():
-    """Tiles are 128 wide: with NaN behind every row of the inputs the results are those of dense ones."""
+    """Tiles are 128 wide in memory: with NaN behind every row of the inputs the results are those of dense ones."""
     base = [t.detach() for t in qkv(1, 2, 1, 70, 90, 96)]
     gaps = [torch.cat((t, t * torch.nan), -1)[..., :96] for t in base]
     expected = run(*(t.requires_grad_() for t in base), {"causal": True})
@@ -227,8 +252,9 @@ def test_empty_sizes(shape):
         assert torch.equal(got[name], value), name
 
 
-def test_same_bits_again():
-    q, k, v = qkv(1, 2, 1, 200, 300, 64)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_same_bits_again(head_dim):
+    q, k, v = qkv(1, 2, 1, 200, 300, head_dim)
     expected = run(q, k, v, {"causal": True})
     for _ in range(250 if HOPPER else 1):
         for name, value in run(q, k, v, {"causal": True}).items():
@@ -256,5 +282,5 @@ def test_raw_op_refuses_what_it_does_not_serve():
         with pytest.raises(RuntimeError, match="takes no bias, sink, mask, ALiBi slopes, softcap or dropout"):
             attention_module._ops["fwd", "native"](q, k, v, *bad)
     for inputs in ((q[..., :32], k[..., :32], v[..., :32]), (q.float(), k.float(), v.float()), (q, k, v[..., :32])):
-        with pytest.raises(RuntimeError, match="half precision and head dims 64, 96 and 128"):
+        with pytest.raises(RuntimeError, match="half precision and head dims 64, 96, 128, 192 and 256"):
             attention_module._ops["fwd", "native"](*inputs, *rest)

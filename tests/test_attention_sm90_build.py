@@ -12,9 +12,13 @@ import subprocess
 import pytest
 from test_cuda_build import ROOT, cuobjdump
 
-# at least: products of 64 x N x 16 in the forward's first block, its three loops and its last product, and in a block
-# of the backward kernels, for head dim 64
-PRODUCTS = {"attention_fwd": 4 * 4 + 4 * 8, "attention_dkdv": 4 + 4 + 4 + 4, "attention_dq": 4 + 4 + 8}
+# at least: products of 64 x N x 16 of head dim 64 in the forward's first block, its three loops and its last product,
+# and in a block of the other kernels; of the widest forward fewer keys make fewer of the second kind
+PRODUCTS = {"attention_fwd": 4 * 4 + 4 * 4, "attention_dkdv": 4 * 4, "attention_dq": 4 + 4 + 8, "attention_decode": 8}
+LOADS = {"attention_fwd": 3, "attention_dkdv": 4, "attention_dq": 4, "attention_decode": 2}  # tensors, per 64 columns
+# kernels of two dtypes and the head dims 64, 96, 128, for the forward alone and decode 192 and 256 too
+SEEN = {"attention_fwd": 10, "attention_dkdv": 6, "attention_dq": 6, "attention_decode": 10}
+PLAIN = ("attention_stats", "attention_combine", "attention_append")  # without products
 
 
 def built(pattern):
@@ -34,7 +38,21 @@ def test_nothing_is_spilled_and_no_product_waits_for_another_without_need():
         for stack, stores, loads in re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log):
             assert (stack, stores, loads) == ("0", "0", "0"), path
             kernels += 1
-    assert kernels == 16  # forward, dk and dv, dq, stats; two dtypes, two head dims
+    assert kernels == sum(SEEN.values()) + 6 + 2 + 1
+
+
+def test_two_blocks_of_the_decode_kernel_share_a_multiprocessor():
+    """160 threads each, registers handed out by eight a thread, 65536 in all; from head dim 192 on one block."""
+    found = {}
+    for path in built("o.log"):
+        with open(path, encoding="utf-8") as file:
+            log = file.read()
+        for head_dim, used in re.findall(r"decode_sm90_kernel\w*Li(\d+)E.*?Used (\d+) registers", log, re.S):
+            found[int(head_dim)] = max(int(used), found.get(int(head_dim), 0))
+    assert set(found) == {64, 96, 128, 192, 256}
+    for head_dim, used in found.items():
+        blocks = 2 if head_dim <= 128 else 1
+        assert blocks * 160 * -(-used // 8) * 8 <= 65536, f"head dim {head_dim}: {used} registers"
 
 
 def test_kernels_use_the_tensor_cores_and_the_copy_engine():
@@ -45,14 +63,15 @@ def test_kernels_use_the_tensor_cores_and_the_copy_engine():
         for function in done.stdout.split("Function : ")[1:]:
             mangled = function.split(maxsplit=1)[0]
             name = re.search(r"(attention_[a-z]+)_sm90_kernel", mangled).group(1)
-            if name == "attention_stats":
+            if name in PLAIN:
                 continue
             seen[name] += 1
             code = collections.Counter(re.findall(r"\b(HGMMA|HMMA|UTMALDG|UTMASTG|USETMAXREG|STL|LDL)\b", function))
-            panels = 2 if "Li128E" in mangled else 1
+            panels = -(-int(re.search(r"Li(\d+)E", mangled).group(1)) // 64)
             assert code["HGMMA"] >= PRODUCTS[name], f"{mangled}: {code}"
-            assert code["UTMALDG"] >= 3 * panels, f"{mangled}: {code}"
-            assert code["UTMASTG"] >= panels, f"{mangled}: {code}"
-            assert code["USETMAXREG"] == 2, f"{mangled}: {code}"
+            assert code["UTMALDG"] >= LOADS[name] * panels, f"{mangled}: {code}"
+            roles = name != "attention_decode"  # which stores few rows itself, and does not divide registers
+            assert code["UTMASTG"] >= roles * panels, f"{mangled}: {code}"
+            assert code["USETMAXREG"] == 2 * roles, f"{mangled}: {code}"
             assert not code["HMMA"] + code["STL"] + code["LDL"], f"{mangled}: {code}"
-    assert seen == {"attention_fwd": 4, "attention_dkdv": 4, "attention_dq": 4}
+    assert seen == SEEN

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 from fastattn.ops import _backends
@@ -197,8 +198,8 @@ def test_kernels_that_no_hardware_has_run_are_used_only_where_they_are_named(mon
     ("facts", "reason"),
     [
         ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
-        ({"hopper_head_dim": False}, "it takes head dims 64, 96 and 128, the same for q, k and v"),
-        ({"unequal_head_dims": True}, "it takes head dims 64, 96 and 128, the same for q, k and v"),
+        ({"hopper_head_dim": False}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
+        ({"unequal_head_dims": True}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
         ({"mask": True, "dropout": True}, "it takes no mask, no dropout"),
         ({"bias_dtype": torch.float32}, "it takes no bias"),
         ({"alibi": True, "softcap": True, "sink": True}, "it takes no ALiBi, no softcap, no sink"),
@@ -208,6 +209,93 @@ def test_what_native_attention_refuses_on_cuda(facts, reason, monkeypatch):
     hopper(monkeypatch)
     with pytest.raises(ValueError, match=f"cannot serve this call: {reason}"):
         choose("attention", attention_facts(**facts), "native")
+
+
+def decode_facts(**facts):
+    from fastattn.ops.attention_decode import Facts
+
+    return tuple(Facts(**{"device": "cuda", "dtype": torch.bfloat16, "hopper_head_dim": True} | facts))
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
+        ({"hopper_head_dim": False}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
+        ({"odd_strides": True}, "it takes no caches with strides other than multiples of 16 bytes"),
+        ({"odd_pages": True}, "it takes no pages that are no multiple of 64 keys"),
+        ({"leftpad": True, "alibi": True}, "it takes no cache leftpad, no ALiBi"),
+        ({"softcap": True, "sink": True}, "it takes no softcap, no sink"),
+    ],
+)
+def test_what_native_attention_decode_refuses_on_cuda(facts, reason, monkeypatch, no_override):
+    hopper(monkeypatch)
+    assert choose("attention_decode", decode_facts()) == "triton"
+    assert choose("attention_decode", decode_facts(), "native") == "native"
+    with pytest.raises(ValueError, match=f"cannot serve this call: {reason}"):
+        choose("attention_decode", decode_facts(**facts), "native")
+
+
+@pytest.mark.parametrize(("runs", "above", "expected"), [
+    ("native", True, "triton"), ("native", False, "native"), ("triton", True, "triton"),
+])  # fmt: skip
+def test_gradients_of_head_dims_that_native_only_has_a_forward_for(runs, above, expected, monkeypatch):
+    from fastattn.ops.attention import _backward_backend, _explanation
+
+    hopper(monkeypatch)
+    told = "native has no backward above head dim 128" in _explanation(attention_facts(above_128=above), runs)
+    assert told == above
+    assert _backward_backend(runs, attention_facts(above_128=above)) == expected
+    assert _backward_backend(runs, attention_facts(device="cpu", above_128=above)) == runs
+
+
+def on_cuda(*shape, dtype=torch.bfloat16):
+    """A tensor without memory, which says that it is on a GPU."""
+    return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
+@pytest.fixture
+def fake_hopper(monkeypatch, no_override):
+    hopper(monkeypatch)
+    with FakeTensorMode():
+        yield
+
+
+def test_facts_of_a_decode_call_on_cuda(fake_hopper):
+    """The whole way from the arguments to the reason."""
+    q, k, lengths = on_cuda(2, 8, 1, 128), on_cuda(2, 2, 320, 128), on_cuda(2, dtype=torch.int32)
+    table = on_cuda(2, 1, dtype=torch.int32)
+    gap = torch.empty_strided(k.shape, (2 * 320 * 129, 320 * 129, 129, 1), dtype=k.dtype, device="cuda")
+    expanded = torch.empty_strided(k.shape, (0, 320 * 128, 128, 1), dtype=k.dtype, device="cuda")
+    page, new = on_cuda(2, 2, 48, 128), on_cuda(2, 2, 1, 128)
+    for reason, change in {
+        'not yet run on hardware: name backend="native"': {},
+        "no: it takes head dims": {"v_cache": on_cuda(2, 2, 320, 64)},
+        "no: it takes no caches with strides": {"v_cache": gap},
+        "no: it takes no caches with": {"k_cache": expanded},
+        "no: it takes no pages": {"k_cache": page, "v_cache": page, "block_table": table},
+        "no: it takes no cache leftpad": {"cache_leftpad": lengths},
+        "no: it takes no ALiBi, no softcap, no sink": {
+            "alibi_slopes": on_cuda(8, dtype=torch.float32), "softcap": 1.0, "sink": on_cuda(8, dtype=torch.float32),
+        },
+    }.items():  # fmt: skip
+        arguments = {"k_cache": k, "v_cache": k, "cache_seqlens": lengths} | change
+        text = fastattn.explain("attention_decode", q, **arguments)
+        assert f"native: {reason}" in text
+        assert "triton: runs" in text
+    with torch.no_grad():
+        out = fastattn.attention_decode(q, k, k, k=new, v=new, cache_seqlens=lengths, backend="native")
+    assert out.shape == q.shape
+
+
+def test_gradients_of_wide_heads_on_cuda(fake_hopper):
+    for head_dim, elsewhere in ((128, False), (192, True), (256, True)):
+        q = on_cuda(1, 2, 70, head_dim)
+        text = fastattn.explain("attention", q, q, q, backend="native")
+        assert "native: runs" in text
+        assert ("triton makes the gradients" in text) == elsewhere
+    text = fastattn.explain("attention", *[on_cuda(1, 2, 70, 80)] * 3)
+    assert "native: no: it takes head dims 64, 96, 128, 192, 256" in text
 
 
 def test_native_attention_on_another_gpu(monkeypatch):

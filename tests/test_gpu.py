@@ -8,6 +8,7 @@ import torch
 
 import fastattn
 from fastattn import reference
+from fastattn.ops._backends import refusal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 RAW = torch.ops.fastattn
@@ -252,6 +253,35 @@ def test_attention_memory_is_that_of_the_tensors():
     assert torch.cuda.max_memory_allocated() - before - made <= 0.1 * tensors
 
 
+def test_attention_in_a_graph_without_synchronisation_takes_new_inputs(attention_backend):
+    """Forward and backward; the counters of tiles that the kernels for Hopper take must begin anew in every replay."""
+    q, k, v = torch.randn(3, 2, 4, 700, 64, device="cuda", dtype=torch.bfloat16).unbind()
+
+    def step():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = fastattn.attention(*leaves, causal=True, backend=attention_backend)
+        return out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for t in (q, k, v):
+            t.normal_()
+        graph.replay()
+        assert_same(outputs, step())
+
+
 def decode_call(dtype=torch.bfloat16, seed=0):
     """attention_decode on shuffled pages that it appends to; the caches are the caller's."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -266,59 +296,56 @@ def decode_call(dtype=torch.bfloat16, seed=0):
     return (q, *caches), {"k": k, "v": v, "cache_seqlens": lengths, "block_table": table, "return_lse": True}
 
 
-def need_triton():
-    reason = fastattn.backends()["cuda"]["triton"]
-    if reason != "available":
-        pytest.skip(reason)
+@pytest.fixture(params=BACKENDS)
+def attention_backend(request):
+    """A backend that serves attention and attention_decode in bf16 at head dims 64 and 128."""
+    reason = refusal("attention_decode", request.param, ("cuda", torch.bfloat16, False, True))
+    return pytest.skip(reason) if reason else request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_decode_numbers(dtype):
-    need_triton()
+def test_decode_numbers(dtype, attention_backend):
     inputs, kwargs = decode_call(dtype)
     exact = [t.double() for t in inputs], {n: t.double() if n in "kv" else t for n, t in kwargs.items()}
     want, want_lse = fastattn.attention_decode(*exact[0], **exact[1], backend="reference")
     for splits in (0, 1, 5):
-        out, lse = fastattn.attention_decode(*inputs, **kwargs, num_splits=splits, backend="triton")
+        out, lse = fastattn.attention_decode(*inputs, **kwargs, num_splits=splits, backend=attention_backend)
         torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-4)
         for ours, expected in zip(inputs[1:], exact[0][1:], strict=True):
             assert torch.equal(ours.double(), expected)
 
 
-def test_decode_in_a_graph_without_synchronisation_takes_new_lengths():
-    need_triton()
+def test_decode_in_a_graph_without_synchronisation_takes_new_lengths(attention_backend):
     inputs, kwargs = decode_call()
-    fastattn.attention_decode(*inputs, **kwargs, backend="triton")  # compiles
+    fastattn.attention_decode(*inputs, **kwargs, backend=attention_backend)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fastattn.attention_decode(*inputs, **kwargs, backend="triton")
+        fastattn.attention_decode(*inputs, **kwargs, backend=attention_backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = fastattn.attention_decode(*inputs, **kwargs, backend="triton")
+        outputs = fastattn.attention_decode(*inputs, **kwargs, backend=attention_backend)
     for step in range(3):
         kwargs["cache_seqlens"] += step
         graph.replay()
-        assert_same(outputs, fastattn.attention_decode(*inputs, **kwargs, backend="triton"))
+        assert_same(outputs, fastattn.attention_decode(*inputs, **kwargs, backend=attention_backend))
 
 
-def test_decode_gives_the_same_bits_in_fifty_runs():
-    need_triton()
+def test_decode_gives_the_same_bits_in_fifty_runs(attention_backend):
     inputs, kwargs = decode_call()
-    want = fastattn.attention_decode(*inputs, **kwargs, backend="triton")
+    want = fastattn.attention_decode(*inputs, **kwargs, backend=attention_backend)
     for _ in range(50):
-        assert_same(fastattn.attention_decode(*inputs, **kwargs, backend="triton"), want)
+        assert_same(fastattn.attention_decode(*inputs, **kwargs, backend=attention_backend), want)
 
 
-def test_decode_drops_what_the_cache_has_no_room_for():
-    need_triton()
+def test_decode_drops_what_the_cache_has_no_room_for(attention_backend):
     (q, k_cache, v_cache), kwargs = decode_call()
     kwargs["cache_seqlens"] = torch.tensor([640, 639, 0, 700], dtype=torch.int32, device="cuda")
     before = k_cache.clone()
-    out, _ = fastattn.attention_decode(q, k_cache, v_cache, **kwargs, backend="triton")
+    out, _ = fastattn.attention_decode(q, k_cache, v_cache, **kwargs, backend=attention_backend)
     assert out.isfinite().all()
     changed = (k_cache != before).any(-1).any(1).sum()
     assert changed == 2  # one key of sequence 1, one of sequence 2

@@ -6,6 +6,7 @@ the index functions, which are the same. The models here are written from the PT
 
 import ctypes
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def swizzle_128(address):
     return address ^ (address >> 3 & 0b1110000)
 
 
-@pytest.mark.parametrize("rows", [64, 128, 192])
+@pytest.mark.parametrize("rows", [64, 112, 128, 192])
 def test_where_an_element_of_a_tile_lies(units, rows):
     offsets = [units.unit_tile_offset(row, col, rows) for row in range(rows) for col in range(128)]
     expected = [
@@ -94,7 +95,7 @@ def test_where_an_element_of_a_tile_lies(units, rows):
         assert len({units.unit_tile_offset(row, col, rows) % 128 // 16 for row in range(8)}) == 8
 
 
-@pytest.mark.parametrize("rows", [64, 128, 192])
+@pytest.mark.parametrize("rows", [64, 112, 128, 192])
 def test_descriptors_address_the_tile(units, rows):
     """The canonical layouts of the PTX ISA with 128-byte swizzling, T = 8 elements of 16 bits:
 
@@ -142,9 +143,27 @@ def test_tma_loads_swizzled_and_stores_back(units, at):
     assert torch.equal(target.cpu(), after)
 
 
-@pytest.mark.parametrize("in_registers", [False, True], ids=["ss", "rs"])
-@pytest.mark.parametrize("k", [64, 128])
-@pytest.mark.parametrize("n", [64, 128])
+def test_maps_that_were_made_before_are_those_that_would_be_made_now(units):
+    """More different maps than are kept, in an order that meets both kept and lost ones; faulty ones are not kept."""
+    memory = torch.zeros(2**16, dtype=torch.bfloat16, device=DEVICE)
+    rng = random.Random(0)
+    calls = [
+        (16 * rng.randrange(4), 8192, 128 * rng.choice((1, 16)), 128 * rng.choice((1, 4)), 2, 4, rng.choice((8, 16)),
+         rng.choice((64, 96, 128)), rng.choice((64, 128)), rng.choice((1, 2)))
+        for _ in range(300)
+    ]  # fmt: skip
+    assert len(set(calls)) > 100
+    bad = (8, *calls[0][1:])  # not at a multiple of 16 bytes
+    for arguments in (*calls, bad, calls[0], bad, *calls[:100], *reversed(calls)):
+        code = units.unit_map(ctypes.c_void_p(memory.data_ptr()), (ctypes.c_int64 * 10)(*arguments))
+        assert (code > 0) if arguments == bad else (code == 0), arguments
+
+
+@pytest.mark.parametrize(("n", "k", "in_registers"), [
+    (64, 64, False), (64, 96, False), (64, 128, False), (64, 256, False), (112, 192, False), (128, 64, False),
+    (128, 128, False), (64, 64, True), (64, 128, True), (96, 128, True), (128, 64, True), (128, 128, True),
+    (192, 112, True), (256, 64, True),
+])  # fmt: skip
 def test_wgmma_multiplies(units, n, k, in_registers):
     a, b = integers(64, k), integers(*((k, n) if in_registers else (n, k)), seed=1)
     d = torch.full((64, n), torch.nan, device=DEVICE)
@@ -166,29 +185,37 @@ SHAPES = [  # batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right, top_l
 ]  # fmt: skip
 
 
-def schedule(units, shape, of_keys=False, head_dim=128):
+# kernel: whether tiles are of keys, their rows, and the block of the other side
+TILES = {
+    "forward 64": (False, 192, 128), "forward 128, dq": (False, 128, 128), "forward 192": (False, 128, 112),
+    "forward 256": (False, 128, 64), "dk and dv": (True, 128, 64),
+}  # fmt: skip
+
+
+def schedule(units, shape, kind, head_dim=128):
     """(tiles, 7): batch, head, row, and of the blocks of the other side begin, full_begin, full_end, end."""
     room = 10_000
     found = (ctypes.c_int * (7 * room))()
-    count = units.unit_tiles((ctypes.c_int * 8)(*shape), ctypes.c_bool(of_keys), head_dim, found, room)
+    of_keys, rows, block = TILES[kind]
+    count = units.unit_tiles((ctypes.c_int * 8)(*shape), ctypes.c_bool(of_keys), rows, block, head_dim, found, room)
     assert count <= room
     return torch.tensor(found[: 7 * count]).view(count, 7)
 
 
-@pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("kind", TILES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_schedule_visits_every_tile_once_and_every_visible_pair(shape, of_keys, units):
+def test_schedule_visits_every_tile_once_and_every_visible_pair(shape, kind, units):
     batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right, top_left = shape
-    tiles = schedule(units, shape, of_keys)
+    of_keys, size, block = TILES[kind]
+    tiles = schedule(units, shape, kind)
     length, heads = (seqlen_k, n_kv_heads) if of_keys else (seqlen_q, n_heads)
-    assert len({tuple(t) for t in tiles[:, :3].tolist()}) == len(tiles) == batch * heads * -(-length // 128)
+    assert len({tuple(t) for t in tiles[:, :3].tolist()}) == len(tiles) == batch * heads * -(-length // size)
     off = 0 if top_left else seqlen_k - seqlen_q
     i, j = torch.arange(seqlen_q)[:, None], torch.arange(seqlen_k)
     visible = (j <= i + off + right) & (j >= i + off - left)
-    block = 64 if of_keys else 128
     visible = visible.T if of_keys else visible
     for row, begin, full_begin, full_end, end in {tuple(t) for t in tiles[:, 2:].tolist()}:
-        rows = visible[row : row + 128]
+        rows = visible[row : row + size]
         some = [rows[:, n : n + block].any().item() for n in range(0, rows.shape[1], block)]
         every = [
             rows[:, n : n + block].all().item() and n + block <= rows.shape[1] for n in range(0, rows.shape[1], block)
@@ -199,17 +226,60 @@ def test_schedule_visits_every_tile_once_and_every_visible_pair(shape, of_keys, 
         assert sum(every[begin:end]) == full_end - full_begin  # none is masked without need
 
 
-def test_schedule_takes_the_longest_tiles_of_a_set_first_and_balances_the_blocks(units):
-    tiles = schedule(units, (4, 16, 16, 4096, 4096, 2**29, 0, 0))  # causal
+@pytest.mark.parametrize("kind", ["forward 128, dq", "dk and dv"])
+def test_schedule_takes_the_longest_tiles_of_a_set_first_and_balances_the_blocks(kind, units):
+    tiles = schedule(units, (4, 16, 16, 4096, 4096, 2**29, 0, 0), kind)  # causal
     work = (tiles[:, 6] - tiles[:, 3]).tolist()
     heads = (tiles[:, 0] * 16 + tiles[:, 1]).view(4, 512)
     for group in range(4):  # 16 heads of 4096 positions are 32 MiB of keys and values
         assert set(heads[group].tolist()) == set(range(16 * group, 16 * group + 16))
-    assert work == 4 * [length for length in range(32, 0, -1) for _ in range(16)]
+    step = 128 // TILES[kind][2]  # blocks that a tile sees less than the one before
+    assert work == 4 * [length for length in range(32 * step, 0, -step) for _ in range(16)]
     done_at = [0] * 132  # 132 multiprocessors, each of which takes the next tile when it has done one
     for length in work:
         done_at[done_at.index(min(done_at))] += length
     assert max(done_at) <= 1.02 * sum(work) / 132
+
+
+@pytest.mark.parametrize(("shape", "lengths"), [
+    # batch, n_heads, n_kv_heads, seqlen_q, seqlen_new, capacity, left, right, splits
+    ((3, 8, 2, 1, 0, 1000, 2**29, 0, 7), (1000, 64, 1)), ((2, 4, 4, 16, 2, 500, 2**29, 0, 3), (0, 498)),
+    ((2, 40, 2, 16, 0, 3000, 2**29, 0, 5), (3000, 77)), ((1, 2, 1, 4, 0, 5000, 300, 0, 4), (4000,)),
+    ((2, 1, 1, 5, 0, 700, 2**29, 2**29, 128), (700, 3)),
+])  # fmt: skip
+def test_splits_of_a_cache_share_every_visible_block_evenly(shape, lengths, units):
+    batch, n_heads, n_kv_heads, seqlen_q, seqlen_new, capacity, left, right, splits = shape
+    room = 10_000
+    found = (ctypes.c_int * (6 * room))()
+    count = units.unit_decode_tiles((ctypes.c_int * 9)(*shape), (ctypes.c_int32 * batch)(*lengths), found, room)
+    group = n_heads // n_kv_heads
+    rows = range(0, group * seqlen_q, 64)
+    assert count == splits * batch * n_kv_heads * len(rows) <= room
+    shares = {}
+    for split, b, kv_head, row, begin, end in torch.tensor(found[: 6 * count]).view(count, 6).tolist():
+        shares.setdefault((b, kv_head, row), {})[split] = range(begin, end)
+    assert set(shares) == {(b, h, row) for b in range(batch) for h in range(n_kv_heads) for row in rows}
+    for (b, _, row), share in shares.items():
+        length = min(lengths[b] + seqlen_new, capacity)
+        off = length - seqlen_q
+        seen = {
+            key // 64
+            for place in range(row, min(row + 64, group * seqlen_q))
+            for key in range(max(0, place // group + off - left), min(length, place // group + off + right + 1))
+        }
+        assert sorted(n for part in share.values() for n in part) == sorted(seen)
+        assert sorted(share) == list(range(splits))
+        sizes = [len(part) for part in share.values()]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_number_of_splits_is_that_of_the_triton_kernel(units):
+    decode = pytest.importorskip("fastattn.kernels.attention_decode", reason="Triton is not installed")
+    for tiles in (1, 2, 7, 8, 32, 100, 131, 211, 500):
+        for key_blocks in (1, 4, 5, 16, 100, 1000):
+            for slots in (4, 132, 264):
+                expected = decode.choose_splits(tiles, key_blocks, slots)
+                assert units.unit_choose_splits(tiles, key_blocks, slots, decode.MAX_SPLITS) == expected
 
 
 PLANTED = {

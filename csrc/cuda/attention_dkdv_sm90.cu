@@ -124,8 +124,8 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim>& shared, co
     const Coordinates at{0, sequence.k_begin + row, tile.kv_head, sequence.index};
     const int valid = sequence.k_rows - row;
     const bool clipped = !args.shape.packed();
-    store_slab<T>(dk, shared.k, slab, Target{args.dk, args.dk_rows, at, valid, args.shape.head_dim, clipped}, 1 + slab);
-    store_slab<T>(dv, shared.v, slab, Target{args.dv, args.dv_rows, at, valid, args.shape.head_dim, clipped}, 1 + slab);
+    store_slab<T>(dk, shared.k, slab, Target{args.dk, args.dk_rows, at, valid, clipped}, 1 + slab);
+    store_slab<T>(dv, shared.v, slab, Target{args.dv, args.dv_rows, at, valid, clipped}, 1 + slab);
     shared.tile_pipe.release(0);
   });
 }

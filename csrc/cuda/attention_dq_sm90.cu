@@ -51,9 +51,6 @@ __global__ void __launch_bounds__(kStatsThreads) attention_stats_sm90_kernel(Sta
     };
 #pragma unroll
     for (int col = threadIdx.x % 8 * 8; col < kHeadDim; col += 64) {
-      if (col >= args.shape.head_dim) {
-        break;
-      }
       T out[8], dout[8];
       *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(row_of_tensor(args.out) + col);
       *reinterpret_cast<uint4*>(dout) = *reinterpret_cast<const uint4*>(row_of_tensor(args.dout) + col);
@@ -176,8 +173,7 @@ __device__ __forceinline__ void dq_consume(DqShared<T, kHeadDim>& shared, const 
       value *= args.scale;
     }
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
-    store_slab<T>(dq, shared.q, slab,
-                  Target{args.dq, args.dq_rows, at, sequence.q_len - row, args.shape.head_dim, !args.shape.packed()},
+    store_slab<T>(dq, shared.q, slab, Target{args.dq, args.dq_rows, at, sequence.q_len - row, !args.shape.packed()},
                   1 + slab);
     shared.tile_pipe.release(0);
   });

@@ -1,5 +1,5 @@
-// Attention for Hopper, forward: head dims 64, 96 and 128 in half precision, with causal mask, window, grouped heads,
-// cross lengths, seqlens_k and packed sequences. Everything else is served by Triton.
+// Attention for Hopper, forward: head dims 64, 96, 128, 192 and 256 in half precision, with causal mask, window,
+// grouped heads, cross lengths, seqlens_k and packed sequences. Everything else is served by Triton.
 //
 //   s = c q·k with c = scale * log2(e), -inf where invisible
 //   per block of keys, last to first:  m' = max(m, max s),  p = exp2(s - m'),  shrink = exp2(m - m')
@@ -20,7 +20,8 @@ namespace {
 
 using namespace sm90;
 
-// Three warpgroups of 160 registers hold s, p and o of head dim 64; head dim 128 needs 64 registers more, so two.
+// Three warpgroups of 160 registers hold s, p and o of head dim 64; wider heads need two with more registers each, and
+// beyond 128 fewer keys at a time: two stages of them are what shared memory has room for.
 template <int kHeadDim>
 struct FwdConfig {
   static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
@@ -28,7 +29,7 @@ struct FwdConfig {
   static constexpr int kProducerRegisters = kHeadDim == 64 ? 32 : 40;
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   static constexpr int kBlockM = kConsumers * kSlab;
-  static constexpr int kBlockN = 128;
+  static constexpr int kBlockN = kHeadDim <= 128 ? 128 : kHeadDim == 192 ? 112 : 64;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 };
 
@@ -51,8 +52,8 @@ struct FwdArgs {
   HeadTensor out;
   float* lse;
   int64_t lse_batch, lse_head;
-  float scale_log2;  // positive; the sign of the scale apart
-  bool negative;
+  float scale_log2;  // positive
+  bool negative;     // the scale
 };
 
 template <int kHeadDim>
@@ -114,31 +115,6 @@ __device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim>& shared, cons
       load_q();
     }
   });
-}
-
-// The scores of a block of keys become p, and the sums follow; shrink is by how much what was summed before shrinks.
-template <bool kMasked, int kScores>
-__device__ __forceinline__ void softmax_step(float (&s)[kScores], float (&row_max)[2], float (&row_sum)[2],
-                                             float (&shrink)[2], float scale_log2) {
-  float next[2] = {row_max[0], row_max[1]};
-#pragma unroll
-  for (int i = 0; i < kScores; ++i) {
-    next[row_of(i)] = fmaxf(next[row_of(i)], s[i]);
-  }
-  float shift[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    next[r] = row_maximum(next[r]);
-    shift[r] = kMasked && next[r] == -INFINITY ? 0.f : next[r] * scale_log2;  // nothing seen yet: exp2(-inf - 0)
-    shrink[r] = exp2_fast(row_max[r] * scale_log2 - shift[r]);
-    row_max[r] = next[r];
-    row_sum[r] *= shrink[r];
-  }
-#pragma unroll
-  for (int i = 0; i < kScores; ++i) {
-    s[i] = exp2_fast(s[i] * scale_log2 - shift[row_of(i)]);
-    row_sum[row_of(i)] += s[i];
-  }
 }
 
 // One warpgroup: 64 queries of every tile.
@@ -236,8 +212,7 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim>& shared, cons
       o[i] *= factor[row_of(i)];
     }
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
-    store_slab<T>(o, shared.q, slab,
-                  Target{args.out_map, args.out, at, sequence.q_len - row, args.shape.head_dim, !args.shape.packed()},
+    store_slab<T>(o, shared.q, slab, Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()},
                   1 + slab);
     shared.q_pipe.release(0);
   });
@@ -273,7 +248,7 @@ cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
   args.lse = in.lse;
   args.lse_batch = in.lse_batch;
   args.lse_head = in.lse_head;
-  args.scale_log2 = fmaxf(fabsf(in.scale) * kLog2e, FLT_MIN);  // above 0, so that -inf stays -inf
+  args.scale_log2 = positive_scale_log2(in.scale);
   args.negative = in.scale < 0;
   const MapMaker make(in);
   if (const cudaError_t error = make({{&args.q_map, in.q, MapMaker::kQueries, Config::kBlockM},
@@ -297,7 +272,7 @@ cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
 }  // namespace
 
 int attention_fwd_sm90(const AttentionCudaArgs& args, void* stream) {
-  return with_half_and_head_dim(args, [&](auto value, auto head_dim) {
+  return with_half_and_any_head_dim(args, [&](auto value, auto head_dim) {
     return launch_fwd<decltype(value), head_dim>(args, static_cast<cudaStream_t>(stream));
   });
 }

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "attention_tensors.h"
+#include "mappable.h"
 
 #ifdef FASTATTN_HAS_SM90
 namespace {
@@ -16,25 +17,11 @@ using fastattn::dtype_of;
 using fastattn::empty_beside;
 using fastattn::empty_in_layout;
 using fastattn::heads;
+using fastattn::mappable;
 using fastattn::vector_data;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// The tensor itself where the copy engine can read it, else a contiguous copy: 16-byte aligned, no dimension expanded,
-// strides multiples of 16 bytes and below 2^40.
-Tensor mappable(const Tensor& t) {
-  bool fits = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t d = 0; d < 3; ++d) {
-    fits = fits && (t.size(d) <= 1 || (t.stride(d) > 0 && t.stride(d) % 8 == 0 && t.stride(d) < int64_t{1} << 39));
-  }
-  if (fits) {
-    return t;
-  }
-  const Tensor copy = empty_beside(t, t.sizes(), t.scalar_type());
-  torch::stable::copy_(const_cast<Tensor&>(copy), t);
-  return copy;
-}
 
 // The arguments of a call, and what must live as long as it runs.
 struct Call {
@@ -63,10 +50,7 @@ struct Call {
     args.head_dim = args.head_dim_v = q.size(3);
     args.lse_head = args.rows_q;
     args.lse_batch = packed ? 0 : args.n_heads * args.rows_q;
-    const bool has_tiles = args.head_dim == 64 || args.head_dim == 96 || args.head_dim == 128;
-    STD_TORCH_CHECK(args.dtype != fastattn::DType::kFloat32 && has_tiles && v.size(3) == args.head_dim,
-                    "attention: the CUDA kernel takes half precision and head dims 64, 96 and 128, got ", q.size(3),
-                    " and ", v.size(3));
+    fastattn::check_tiles("attention", args.dtype, args.head_dim, v.size(3));
     STD_TORCH_CHECK(!packed || q.size(0) == 1, "attention: packed sequences have batch 1, got ", q.size(0));
     constexpr int64_t kLongest = int64_t{1} << 29, kMostHeads = int64_t{1} << 31;
     STD_TORCH_CHECK(args.rows_q < kLongest && args.rows_k < kLongest && args.batch * args.n_heads < kMostHeads,
@@ -134,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Call call(q, k, v, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left, window_right,
             top_left, scale);
   AttentionCudaArgs& args = call.args;
+  STD_TORCH_CHECK(args.head_dim <= 128, "attention: the CUDA backward takes head dims up to 128, got ", args.head_dim);
   const bool packed = args.cu_seqlens_q != nullptr;
   Tensor dq = empty_in_layout(q, q.size(3)), dk = empty_in_layout(k, k.size(3)), dv = empty_in_layout(v, v.size(3));
   const Tensor nothing = empty_beside(q, {0}, q.scalar_type()), no_dsink = empty_beside(q, {0}, ScalarType::Float);

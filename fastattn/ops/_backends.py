@@ -14,8 +14,12 @@ BACKENDS = ("native", "triton", "reference")
 # per device, the order in which backends are asked; the reference comes last and takes everything
 _ORDER = {"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")}
 
-# kernels that are built but that no benchmark has put into the order: they run where they are named, and only there
-_ON_REQUEST = {("attention", "native", "cuda"): "not yet run on hardware"}
+# The recorded table of exceptions from that order: kernels that are built but that no benchmark has put into it. They
+# run where they are named, and only there; a row goes once docs/gpu-verification.md names a device.
+_ON_REQUEST = {
+    ("attention", "native", "cuda"): "not yet run on hardware",
+    ("attention_decode", "native", "cuda"): "not yet run on hardware",
+}
 
 _registered = {}  # (op, backend) -> (facts -> reason or None, name of its raw op)
 _unavailable = {}  # (backend, device type) -> reason

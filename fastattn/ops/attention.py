@@ -26,18 +26,19 @@ from fastattn.ops._attention_checks import (
     check_scores,
     resolve_window,
 )
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, explanation, grad_wanted, refusal, register_backend
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import define, differentiate, needs_reference, python_kernel
 
+HOPPER_HEAD_DIMS = (64, 96, 128, 192, 256)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # what a backend may refuse by; sizes stay out, so that decisions are cached
 Facts = namedtuple(
     "Facts",
     "device dtype bias_dtype mask window seqlens_k packed alibi softcap sink dropout gqa unequal_head_dims wide_heads"
-    " hopper_head_dim",
-    defaults=(None, *[False] * 12),
+    " hopper_head_dim above_128",
+    defaults=(None, *[False] * 13),
 )
 
 
@@ -107,22 +108,41 @@ def refuses_triton(facts):
     return refuses(facts)
 
 
-def refuses_native(facts):
-    """What the C++ kernels refuse: on CUDA there are those for Hopper, which serve the plain cases."""
-    facts = Facts(*facts)
-    if facts.device != "cuda":
-        return refuses(facts)
+def hopper_refuses(dtype, has_tiles, **features):
+    """Why the CUDA kernels for Hopper, which serve the plain cases, cannot take a call on this device, or None.
+
+    Args:
+        has_tiles: whether the head dims, all the same, are among HOPPER_HEAD_DIMS.
+        features: what they do not serve, and whether it is wanted.
+    """
     capability = torch.cuda.get_device_capability()
     if capability != (9, 0):
         return f"it takes GPUs of compute capability 9.0, this one has {'.'.join(map(str, capability))}"
-    if facts.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, got {facts.dtype}"
-    if not facts.hopper_head_dim or facts.unequal_head_dims:
-        return "it takes head dims 64, 96 and 128, the same for q, k and v"
-    refused = {"mask": facts.mask, "bias": facts.bias_dtype is not None, "ALiBi": facts.alibi,
-               "softcap": facts.softcap, "sink": facts.sink, "dropout": facts.dropout}  # fmt: skip
-    refused = [name for name, wanted in refused.items() if wanted]
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, got {dtype}"
+    if not has_tiles:
+        return f"it takes head dims {', '.join(map(str, HOPPER_HEAD_DIMS))}, the same for q, k and v"
+    refused = [name.replace("_", " ") for name, wanted in features.items() if wanted]
     return f"it takes no {', no '.join(refused)}" if refused else None
+
+
+def refuses_native(facts):
+    """What the C++ kernels refuse: on CUDA there are those for Hopper."""
+    facts = Facts(*facts)
+    if facts.device != "cuda":
+        return refuses(facts)
+    return hopper_refuses(
+        facts.dtype, facts.hopper_head_dim and not facts.unequal_head_dims, mask=facts.mask,
+        bias=facts.bias_dtype is not None, ALiBi=facts.alibi, softcap=facts.softcap, sink=facts.sink,
+        dropout=facts.dropout,
+    )  # fmt: skip
+
+
+def _backward_backend(runs, facts):
+    """Which backend makes the gradients after a forward on `runs`: the kernels for Hopper end at head dim 128."""
+    if runs == "native" and facts[0] == "cuda" and facts[-1]:
+        return choose("attention", facts, "triton")
+    return runs
 
 
 register_backend("attention", "native", refuses_native)
@@ -145,19 +165,19 @@ def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, sink, backend, *rest):
+    def forward(ctx, q, k, v, bias, sink, backend, backward_backend, *rest):
         out, lse = _raw("fwd", backend, q, k, v)(q, k, v, bias, sink, *rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
         ctx.options = rest[6:]
-        ctx.backend = backend
+        ctx.backend = backward_backend
         return out, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
         q, k, v, bias, sink, out, lse, *rest = ctx.saved_tensors
         rest = (*rest, *ctx.options)
-        nothing = (None,) * (1 + len(rest))
+        nothing = (None,) * (2 + len(rest))
         if torch.is_grad_enabled():  # create_graph=True
             grads = differentiate(lambda *inputs: _reference(*inputs, *rest), (q, k, v, bias, sink), (do, dlse))
             return *grads, *nothing
@@ -220,7 +240,8 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
         True if n_heads != n_kv_heads else False,  # noqa: SIM210
         True if head_dim != head_dim_v else False,  # noqa: SIM210
         True if head_dim > 256 or head_dim_v > 256 else False,  # noqa: SIM210
-        True if head_dim == 64 or head_dim == 96 or head_dim == 128 else False,  # noqa: SIM210
+        True if head_dim in HOPPER_HEAD_DIMS else False,  # noqa: SIM210
+        True if head_dim > 128 else False,  # noqa: SIM210
     )  # fmt: skip
     rest = (
         mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None,
@@ -261,7 +282,8 @@ def attention(
         scale: default 1/sqrt(head_dim).
         return_lse: also return the log-sum-exp of each row, differentiable.
         deterministic: None follows torch.use_deterministic_algorithms; all backward passes are deterministic today.
-        backend: "native", "triton" or "reference" instead of the automatic choice.
+        backend: "native", "triton" or "reference" instead of the automatic choice. On CUDA native has no backward above
+            head dim 128: Triton makes the gradients there.
     Returns: out (batch, n_heads, seqlen_q, head_dim_v) in the layout of q, packed (total_q, n_heads, head_dim_v); with
         return_lse (out, lse), lse float32 (batch, n_heads, seqlen_q), packed (n_heads, total_q).
     Raises:
@@ -295,7 +317,7 @@ def _run(facts, q, k, v, bias, sink, rest, backend):
     if runs == "reference" or needs_reference():
         return _reference(q, k, v, bias, sink, *rest)
     if grad_wanted(q, k, v, bias, sink):
-        return _Attention.apply(q, k, v, bias, sink, runs, *rest)
+        return _Attention.apply(q, k, v, bias, sink, runs, _backward_backend(runs, facts), *rest)
     return _raw("fwd", runs, q, k, v)(q, k, v, bias, sink, *rest)
 
 
@@ -307,7 +329,14 @@ def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens
         "attention", q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic,
     )  # fmt: skip
-    return explanation("attention", facts, backend)
+    return _explanation(facts, backend)
+
+
+def _explanation(facts, backend=None):
+    text = explanation("attention", facts, backend)
+    if facts[0] == "cuda" and facts[-1] and refusal("attention", "native", facts) is None:
+        text += "\n  native has no backward above head dim 128: triton makes the gradients"
+    return text
 
 
 def _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa):

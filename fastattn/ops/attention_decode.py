@@ -16,14 +16,18 @@ from fastattn import reference
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._register import define, needs_reference
-from fastattn.ops.attention import empty_in_layout
+from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses
 
 MIN_PAGE_SIZE = 16
+HOPPER_KEYS = 64  # of a block of the CUDA kernel, which pages must be a multiple of
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = "attention_decode"
 
 # what a backend may refuse by; sizes stay out, so that decisions are cached
-Facts = namedtuple("Facts", "device dtype wide_heads", defaults=(False,))
+Facts = namedtuple(
+    "Facts", "device dtype wide_heads hopper_head_dim odd_strides odd_pages leftpad alibi softcap sink",
+    defaults=(False,) * 8,
+)  # fmt: skip
 
 
 def _attention_decode_fwd_fake(q, k_cache, v_cache, *_):
@@ -57,7 +61,19 @@ def refuses_triton(facts):
     return "it takes head dims up to 256" if Facts(*facts).wide_heads else refuses(facts)
 
 
-register_backend(_NAME, "native", refuses)
+def refuses_native(facts):
+    """What the C++ kernels refuse: on CUDA there are those for Hopper."""
+    facts = Facts(*facts)
+    if facts.device != "cuda":
+        return refuses(facts)
+    return hopper_refuses(
+        facts.dtype, facts.hopper_head_dim, caches_with_strides_other_than_multiples_of_16_bytes=facts.odd_strides,
+        pages_that_are_no_multiple_of_64_keys=facts.odd_pages, cache_leftpad=facts.leftpad, ALiBi=facts.alibi,
+        softcap=facts.softcap, sink=facts.sink,
+    )  # fmt: skip
+
+
+register_backend(_NAME, "native", refuses_native)
 register_backend(_NAME, "triton", refuses_triton)
 
 
@@ -188,7 +204,22 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
         cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink, seqlen_new, left, right,
         float(softcap), float(scale), num_splits,
     )  # fmt: skip
-    return (device, q.dtype, wide), q, k, v, rest
+    facts = (device, q.dtype, wide)
+    if device == "cuda":  # conditions as expressions, as in attention
+        tiles = True if head_dim in HOPPER_HEAD_DIMS and v_cache.shape[3] == head_dim else False  # noqa: SIM210
+        odd_strides = False
+        for t in (k_cache, v_cache):
+            for stride in t.stride()[:3]:
+                if stride == 0 or stride % 8 or t.storage_offset() % 8:
+                    odd_strides = True
+        facts += (
+            tiles, odd_strides,
+            True if block_table is not None and k_cache.shape[2] % HOPPER_KEYS else False,  # noqa: SIM210
+            cache_leftpad is not None, alibi_slopes is not None,
+            True if softcap > 0 else False,  # noqa: SIM210
+            sink is not None,
+        )  # fmt: skip
+    return facts, q, k, v, rest
 
 
 def _reference(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes,

@@ -8,8 +8,6 @@
 
 namespace fastattn::sm90 {
 
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kSlab = 64;                      // rows of a tile that one warpgroup works on
 constexpr int kSlabBytes = kSlab * kRowBytes;  // of one panel
 
@@ -81,9 +79,11 @@ __device__ __forceinline__ void follow_tiles(TileQueue& queue, const AttentionSh
   }
 }
 
+// Of head dim 96 the copy engine fills what the second panel has beyond the tensor with zeros, and does not write it;
+// no product reads it.
 template <typename T, int kRows, int kHeadDim>
 struct alignas(kAtomBytes) TileOf {
-  static constexpr int kBytes = kRows * kHeadDim * 2;
+  static constexpr int kBytes = kRows * kRowBytes * ((kHeadDim + kPanelCols - 1) / kPanelCols);
   unsigned char bytes[kBytes];
 
   __device__ __forceinline__ uint32_t address() const { return shared_address(bytes); }
@@ -155,15 +155,16 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[kAccumulators / 8][4], 
   }
 }
 
-// Sets to `value` what the band hides. The tile's first row and column are at `row` and `col` of the two sides.
-template <int kAccumulators>
-__device__ __forceinline__ void mask(float (&s)[kAccumulators], const Band& band, int row, int col, float value) {
-  const int thread = threadIdx.x % kWarpgroup;
+// Sets to `value` what the band hides from the thread's rows, of which row_at(0) and row_at(1) are the places. The
+// tile's first column is at `col` of the other side.
+template <int kAccumulators, typename RowAt>
+__device__ __forceinline__ void mask_rows(float (&s)[kAccumulators], const Band& band, RowAt row_at, int col,
+                                          float value) {
   int low[2], high[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int x = row + accumulator_row(thread, 2 * r);
-    const int first = col + accumulator_col(thread, 0);
+    const int x = row_at(r);
+    const int first = col + accumulator_col(threadIdx.x % kWarpgroup, 0);
     low[r] = band.low(x) - first;
     high[r] = band.high(x) - first;
   }
@@ -172,6 +173,12 @@ __device__ __forceinline__ void mask(float (&s)[kAccumulators], const Band& band
     const int c = accumulator_col(0, i);
     s[i] = c < low[row_of(i)] || c > high[row_of(i)] ? value : s[i];
   }
+}
+// The tile's first row is at `row`.
+template <int kAccumulators>
+__device__ __forceinline__ void mask(float (&s)[kAccumulators], const Band& band, int row, int col, float value) {
+  const int thread = threadIdx.x % kWarpgroup;
+  mask_rows(s, band, [&](int r) { return row + accumulator_row(thread, 2 * r); }, col, value);
 }
 
 // Sum and maximum over the four threads that share a row
@@ -184,13 +191,37 @@ __device__ __forceinline__ float row_maximum(float value) {
   return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
 }
 
+// The scores of a block of keys become p, and the sums follow; shrink is by how much what was summed before shrinks.
+template <bool kMasked, int kScores>
+__device__ __forceinline__ void softmax_step(float (&s)[kScores], float (&row_max)[2], float (&row_sum)[2],
+                                             float (&shrink)[2], float scale_log2) {
+  float next[2] = {row_max[0], row_max[1]};
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    next[row_of(i)] = fmaxf(next[row_of(i)], s[i]);
+  }
+  float shift[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    next[r] = row_maximum(next[r]);
+    shift[r] = kMasked && next[r] == -INFINITY ? 0.f : next[r] * scale_log2;  // nothing seen yet: exp2(-inf - 0)
+    shrink[r] = exp2_fast(row_max[r] * scale_log2 - shift[r]);
+    row_max[r] = next[r];
+    row_sum[r] *= shrink[r];
+  }
+#pragma unroll
+  for (int i = 0; i < kScores; ++i) {
+    s[i] = exp2_fast(s[i] * scale_log2 - shift[row_of(i)]);
+    row_sum[row_of(i)] += s[i];
+  }
+}
+
 // Where a warpgroup's 64 rows of a result go
 struct Target {
   const CUtensorMap& map;  // boxes of 64 rows
   const HeadTensor& rows;
   Coordinates at;
   int valid;     // rows that may be written, more than 64 counts as 64
-  int cols;      // of the tensor
   bool clipped;  // what lies past `valid` is outside of the tensor, where the copy engine does not write
 };
 
@@ -220,9 +251,6 @@ __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], Til
     T* first = static_cast<T*>(to.rows.data) + to.at.batch * to.rows.batch + to.at.head * to.rows.head;
     for (int chunk = thread; chunk < to.valid * (kHeadDim / 8); chunk += kWarpgroup) {
       const int row = chunk / (kHeadDim / 8), col = chunk % (kHeadDim / 8) * 8;
-      if (kHeadDim == 128 && col >= to.cols) {  // head dim 96
-        continue;
-      }
       *reinterpret_cast<uint4*>(first + (to.at.row + row) * to.rows.row + col) =
           *reinterpret_cast<const uint4*>(rows + tile_offset(row, col, kRows));
     }

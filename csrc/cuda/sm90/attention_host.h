@@ -14,10 +14,16 @@
 
 namespace fastattn::sm90 {
 
+inline int window_side(int64_t window) {
+  return window < 0 ? kFar : static_cast<int>(std::min<int64_t>(window, kFar));
+}
+
+// Above 0, so that -inf stays -inf; the kernels turn the scores if the scale is negative.
+inline float positive_scale_log2(float scale) {
+  return std::fmax(std::fabs(scale) * kLog2e, FLT_MIN);
+}
+
 inline AttentionShape attention_shape(const AttentionCudaArgs& args) {
-  const auto side = [](int64_t window) {
-    return window < 0 ? kFar : static_cast<int>(std::min<int64_t>(window, kFar));
-  };
   return {args.seqlens_k,
           args.cu_seqlens_q,
           args.cu_seqlens_k,
@@ -26,10 +32,9 @@ inline AttentionShape attention_shape(const AttentionCudaArgs& args) {
           static_cast<int>(args.n_kv_heads),
           static_cast<int>(args.seqlen_q),
           static_cast<int>(args.seqlen_k),
-          side(args.window_left),
-          side(args.window_right),
-          args.top_left,
-          static_cast<int>(args.head_dim)};
+          window_side(args.window_left),
+          window_side(args.window_right),
+          args.top_left};
 }
 
 // Tensor maps of operands that share the sizes of a call.
@@ -63,23 +68,40 @@ class MapMaker {
   const AttentionCudaArgs& args_;
 };
 
-// Blocks that stay: one on every multiprocessor, or one a tile where there are fewer.
-inline unsigned resident_blocks(int64_t tiles) {
+inline int multiprocessors() {
   int device = 0;
-  int multiprocessors = 0;
+  int count = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors));
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
-// body(a value of the dtype, the head dim of the tiles as a constant). Head dim 96 takes tiles of 128: the copy engine
-// fills the columns that the tensors do not have with zeros, and does not write them.
-template <typename Body>
-cudaError_t with_half_and_head_dim(const AttentionCudaArgs& args, Body body) {
+// Blocks that stay: one on every multiprocessor, or one a tile where there are fewer.
+inline unsigned resident_blocks(int64_t tiles) {
+  return static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
+}
+
+// body(a value of the dtype, the head dim as a constant), for head dims 64, 96 and 128
+template <typename Args, typename Body>
+cudaError_t with_half_and_head_dim(const Args& args, Body body) {
   const auto with_head_dim = [&](auto value) {
-    return args.head_dim == 64 ? body(value, std::integral_constant<int, 64>())
-                               : body(value, std::integral_constant<int, 128>());
+    return args.head_dim == 64   ? body(value, std::integral_constant<int, 64>())
+           : args.head_dim == 96 ? body(value, std::integral_constant<int, 96>())
+                                 : body(value, std::integral_constant<int, 128>());
   };
+  return args.dtype == DType::kBFloat16 ? with_head_dim(__nv_bfloat16()) : with_head_dim(__half());
+}
+
+// For 192 and 256 too
+template <typename Args, typename Body>
+cudaError_t with_half_and_any_head_dim(const Args& args, Body body) {
+  const auto with_head_dim = [&](auto value) {
+    return args.head_dim == 192 ? body(value, std::integral_constant<int, 192>())
+                                : body(value, std::integral_constant<int, 256>());
+  };
+  if (args.head_dim <= 128) {
+    return with_half_and_head_dim(args, body);
+  }
   return args.dtype == DType::kBFloat16 ? with_head_dim(__nv_bfloat16()) : with_head_dim(__half());
 }
 

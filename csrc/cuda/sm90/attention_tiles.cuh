@@ -1,11 +1,16 @@
 #pragma once
 // Which tiles of attention there are, in which order they are worked on, and which blocks of the other side each one
 // sees. Index arithmetic only, for host and device. Positions and window sides are below 2^29, so that sums fit.
+#include <algorithm>
+#include <cmath>
+
 #include "api.h"
 #include "cuda/sm90/swizzle.cuh"
 
 namespace fastattn::sm90 {
 
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kFar = 1 << 29;    // an unlimited side of a window
 constexpr int kStatsRows = 128;  // rows of lse and delta in the workspace of the backward are a multiple of this
 
@@ -14,7 +19,6 @@ struct AttentionShape {
   int batch, n_heads, n_kv_heads, seqlen_q, seqlen_k;  // packed: the longest
   int left, right;                                     // of the window
   bool top_left;
-  int head_dim;  // of the tensors: tiles may be wider
 
   FASTATTN_HOST_DEVICE int group() const { return n_heads / n_kv_heads; }
   // Whether keys that a tensor map would read lie behind those of a sequence
@@ -161,6 +165,62 @@ FASTATTN_HOST_DEVICE TileOrder query_order(const AttentionShape& shape, int rows
 FASTATTN_HOST_DEVICE TileOrder key_order(const AttentionShape& shape, int rows, int head_dim) {
   return {blocks_of(shape.seqlen_k, rows), shape.batch * shape.n_kv_heads,
           kv_heads_per_set(shape, shape.seqlen_q * shape.group(), head_dim), false};
+}
+
+// Attention of a few queries on a cache: every block of threads has a share of the keys of a sequence, so there is no
+// order of work.
+struct DecodeShape {
+  const int32_t* lengths;  // without the seqlen_new keys that were appended
+  int batch, n_heads, n_kv_heads, seqlen_q, seqlen_new, capacity;
+  int left, right;  // of the window
+  int splits;
+
+  FASTATTN_HOST_DEVICE int group() const { return n_heads / n_kv_heads; }
+  FASTATTN_HOST_DEVICE int rows() const { return group() * seqlen_q; }  // of a key head: query by query its heads
+};
+
+// kRows rows of a key head, and of the blocks of kBlock keys that they see those of one split
+template <int kRows, int kBlock>
+struct DecodeTile {
+  int batch, kv_head, row;
+  Band band;  // of queries
+  Blocks keys;
+
+  FASTATTN_HOST_DEVICE DecodeTile(const DecodeShape& shape, int index, int split)
+      : batch(index / row_blocks(shape) / shape.n_kv_heads),
+        kv_head(index / row_blocks(shape) % shape.n_kv_heads),
+        row(index % row_blocks(shape) * kRows) {
+    const int length = larger(0, smaller(shape.lengths[batch] + shape.seqlen_new, shape.capacity));
+    band = {length - shape.seqlen_q, shape.left, shape.right, length};
+    const int last = smaller(row + kRows, shape.rows()) - 1;
+    keys = visible_blocks(band, row / shape.group(), last / shape.group(), kBlock);
+    const int64_t count = keys.end - keys.begin;  // shares differ by one block at most
+    keys.end = keys.begin + static_cast<int>(count * (split + 1) / shape.splits);
+    keys.begin += static_cast<int>(count * split / shape.splits);
+  }
+  FASTATTN_HOST_DEVICE static int row_blocks(const DecodeShape& shape) { return blocks_of(shape.rows(), kRows); }
+};
+
+// The least number of splits whose last wave of blocks leaves little of the device idle; lengths are not known to the
+// host. kernels/attention_decode.py does the same.
+inline int choose_splits(int64_t tiles, int64_t key_blocks, int64_t slots, int most) {
+  if (tiles >= 0.8 * slots || key_blocks <= 4) {
+    return 1;
+  }
+  const int limit = static_cast<int>(std::min({int64_t{most}, slots, key_blocks}));
+  const auto filled = [&](int splits) {
+    const double waves = static_cast<double>(tiles) * splits / slots;
+    return waves / std::ceil(waves);
+  };
+  double best = 0;
+  for (int splits = 1; splits <= limit; ++splits) {
+    best = std::max(best, filled(splits));
+  }
+  int splits = 1;
+  while (filled(splits) < 0.85 * best) {
+    ++splits;
+  }
+  return splits;
 }
 
 }  // namespace fastattn::sm90

@@ -1,6 +1,8 @@
 #pragma once
 // Tensor maps for the copy engine, made on the host. Driver API: cuTensorMapEncodeTiled, found through the runtime, so
 // that nothing links against libcuda.
+#include <array>
+
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -9,8 +11,8 @@
 namespace fastattn::sm90 {
 
 // A map of a (batch, heads, rows, head_dim) tensor of 16-bit elements, in boxes of 64 columns and `box_rows` rows.
-inline cudaError_t make_map(CUtensorMap* map, DType dtype, const HeadTensor& t, int64_t batch, int64_t heads,
-                            int64_t rows, int64_t head_dim, int box_rows) {
+inline cudaError_t encode_map(CUtensorMap* map, DType dtype, const HeadTensor& t, int64_t batch, int64_t heads,
+                              int64_t rows, int64_t head_dim, int box_rows) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -34,6 +36,36 @@ inline cudaError_t make_map(CUtensorMap* map, DType dtype, const HeadTensor& t, 
              t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// The same from the maps that this thread made before, where it is among them. A map says where memory is and nothing
+// of what is there, so one that was made from the same arguments is never stale.
+inline cudaError_t make_map(CUtensorMap* map, DType dtype, const HeadTensor& t, int64_t batch, int64_t heads,
+                            int64_t rows, int64_t head_dim, int box_rows) {
+  using Key = std::array<int64_t, 10>;
+  struct Entry {
+    Key key{};  // of no map: there is none without an address
+    CUtensorMap map;
+  };
+  constexpr int kBits = 6;
+  static thread_local Entry entries[1 << kBits];
+  const Key key{reinterpret_cast<int64_t>(t.data), t.batch, t.head, t.row, batch, heads, rows, head_dim, box_rows,
+                static_cast<int64_t>(dtype)};
+  uint64_t hash = 0;
+  for (const int64_t word : key) {
+    hash = (hash ^ static_cast<uint64_t>(word)) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+  }
+  Entry& entry = entries[hash >> (64 - kBits)];
+  if (entry.key != key) {
+    if (const cudaError_t error = encode_map(&entry.map, dtype, t, batch, heads, rows, head_dim, box_rows)) {
+      entry.key = {};
+      return error;
+    }
+    entry.key = key;
+  }
+  *map = entry.map;
+  return cudaSuccess;
 }
 
 }  // namespace fastattn::sm90

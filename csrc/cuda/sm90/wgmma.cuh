@@ -26,74 +26,95 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// The accumulators as operands %0 to %31 or %63
-#define FASTATTN_TEXT_32                                                                                \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21," \
-  " %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTATTN_TEXT_64                                                                                            \
-  FASTATTN_TEXT_32                                                                                                  \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53," \
-  " %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// The accumulators as operands %0, %1, ...
+#define FASTATTN_TEXT_32                                                                                           \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTATTN_TEXT_48 \
+  FASTATTN_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FASTATTN_TEXT_56 FASTATTN_TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define FASTATTN_TEXT_64 FASTATTN_TEXT_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTATTN_TEXT_96                                                                                        \
+  FASTATTN_TEXT_64                                                                                              \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FASTATTN_TEXT_128                                                                                      \
+  FASTATTN_TEXT_96                                                                                             \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FASTATTN_LIST_8(d, i)                                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define FASTATTN_LIST_32(d, i) \
-  FASTATTN_LIST_8(d, i), FASTATTN_LIST_8(d, i + 8), FASTATTN_LIST_8(d, i + 16), FASTATTN_LIST_8(d, i + 24)
-#define FASTATTN_LIST_64(d) FASTATTN_LIST_32(d, 0), FASTATTN_LIST_32(d, 32)
+#define FASTATTN_LIST_16(d, i) FASTATTN_LIST_8(d, i), FASTATTN_LIST_8(d, i + 8)
+#define FASTATTN_LIST_32(d, i) FASTATTN_LIST_16(d, i), FASTATTN_LIST_16(d, i + 16)
+#define FASTATTN_LIST_48(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_16(d, i + 32)
+#define FASTATTN_LIST_56(d, i) FASTATTN_LIST_48(d, i), FASTATTN_LIST_8(d, i + 48)
+#define FASTATTN_LIST_64(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_32(d, i + 32)
+#define FASTATTN_LIST_96(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_32(d, i + 64)
+#define FASTATTN_LIST_128(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_64(d, i + 64)
 
 // `accumulate` is a predicate; then come the signs of A and B, and which operands are MN-major
-#define FASTATTN_WGMMA_SS(n, type, text, list, a, b, accumulate)                                         \
-  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" accumulate                         \
-               ", 0;\n"                                                                                  \
-               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" text "}, %" a ", %" b \
-               ", accumulate, 1, 1, 0, 0;\n}\n"                                                          \
-               : list                                                                                    \
+#define FASTATTN_WGMMA_SS(n, type, count, a, b, accumulate)                                               \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #accumulate                         \
+               ", 0;\n"                                                                                   \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FASTATTN_TEXT_##count \
+               "}, %" #a ", %" #b ", accumulate, 1, 1, 0, 0;\n}\n"                                        \
+               : FASTATTN_LIST_##count(d, 0)                                                              \
                : "l"(desc_a), "l"(desc_b), "r"(static_cast<int>(accumulates)))
-#define FASTATTN_WGMMA_RS(n, type, text, list, a0, a1, a2, a3, b)                                                    \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" text "}, {%" a0 ", %" a1 ", %" a2 \
-               ", %" a3 "}, %" b ", 1, 1, 1, 1;\n"                                                                   \
-               : list                                                                                                \
+#define FASTATTN_WGMMA_RS(n, type, count, a0, a1, a2, a3, b)                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FASTATTN_TEXT_##count \
+               "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", 1, 1, 1, 1;\n"                      \
+               : FASTATTN_LIST_##count(d, 0)                                                              \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b))
+// Both types for N = n, if the accumulators are those of N
+#define FASTATTN_CASE(form, n, count, ...)                  \
+  if constexpr (kAccumulators == count) {                   \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {       \
+      FASTATTN_WGMMA_##form(n, "bf16", count, __VA_ARGS__); \
+    } else {                                                \
+      FASTATTN_WGMMA_##form(n, "f16", count, __VA_ARGS__);  \
+    }                                                       \
+  }
 
 // d = [d +] A * Bᵀ with both operands in shared memory, K-major
 template <typename T, int kAccumulators>
 __device__ __forceinline__ void wgmma_ss(float (&d)[kAccumulators], uint64_t desc_a, uint64_t desc_b,
                                          bool accumulates) {
-  static_assert(kAccumulators == 32 || kAccumulators == 64, "N is 64 or 128");
-  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
-  if constexpr (kAccumulators == 32 && kBFloat16) {
-    FASTATTN_WGMMA_SS("64", "bf16", FASTATTN_TEXT_32, FASTATTN_LIST_32(d, 0), "32", "33", "34");
-  } else if constexpr (kAccumulators == 32) {
-    FASTATTN_WGMMA_SS("64", "f16", FASTATTN_TEXT_32, FASTATTN_LIST_32(d, 0), "32", "33", "34");
-  } else if constexpr (kBFloat16) {
-    FASTATTN_WGMMA_SS("128", "bf16", FASTATTN_TEXT_64, FASTATTN_LIST_64(d), "64", "65", "66");
-  } else {
-    FASTATTN_WGMMA_SS("128", "f16", FASTATTN_TEXT_64, FASTATTN_LIST_64(d), "64", "65", "66");
-  }
+  static_assert(kAccumulators == 32 || kAccumulators == 56 || kAccumulators == 64, "N is 64, 112 or 128");
+  FASTATTN_CASE(SS, 64, 32, 32, 33, 34)
+  FASTATTN_CASE(SS, 112, 56, 56, 57, 58)
+  FASTATTN_CASE(SS, 128, 64, 64, 65, 66)
 }
 
 // d += A * B with A in registers and B in shared memory, MN-major
 template <typename T, int kAccumulators>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kAccumulators], const uint32_t (&a)[4], uint64_t desc_b) {
-  static_assert(kAccumulators == 32 || kAccumulators == 64, "N is 64 or 128");
-  constexpr bool kBFloat16 = std::is_same_v<T, __nv_bfloat16>;
-  if constexpr (kAccumulators == 32 && kBFloat16) {
-    FASTATTN_WGMMA_RS("64", "bf16", FASTATTN_TEXT_32, FASTATTN_LIST_32(d, 0), "32", "33", "34", "35", "36");
-  } else if constexpr (kAccumulators == 32) {
-    FASTATTN_WGMMA_RS("64", "f16", FASTATTN_TEXT_32, FASTATTN_LIST_32(d, 0), "32", "33", "34", "35", "36");
-  } else if constexpr (kBFloat16) {
-    FASTATTN_WGMMA_RS("128", "bf16", FASTATTN_TEXT_64, FASTATTN_LIST_64(d), "64", "65", "66", "67", "68");
-  } else {
-    FASTATTN_WGMMA_RS("128", "f16", FASTATTN_TEXT_64, FASTATTN_LIST_64(d), "64", "65", "66", "67", "68");
-  }
+  static_assert(
+      kAccumulators == 32 || kAccumulators == 48 || kAccumulators == 64 || kAccumulators == 96 || kAccumulators == 128,
+      "N is 64, 96, 128, 192 or 256");
+  FASTATTN_CASE(RS, 64, 32, 32, 33, 34, 35, 36)
+  FASTATTN_CASE(RS, 96, 48, 48, 49, 50, 51, 52)
+  FASTATTN_CASE(RS, 128, 64, 64, 65, 66, 67, 68)
+  FASTATTN_CASE(RS, 192, 96, 96, 97, 98, 99, 100)
+  FASTATTN_CASE(RS, 256, 128, 128, 129, 130, 131, 132)
 }
 
 #undef FASTATTN_TEXT_32
+#undef FASTATTN_TEXT_48
+#undef FASTATTN_TEXT_56
 #undef FASTATTN_TEXT_64
+#undef FASTATTN_TEXT_96
+#undef FASTATTN_TEXT_128
 #undef FASTATTN_LIST_8
+#undef FASTATTN_LIST_16
 #undef FASTATTN_LIST_32
+#undef FASTATTN_LIST_48
+#undef FASTATTN_LIST_56
 #undef FASTATTN_LIST_64
+#undef FASTATTN_LIST_96
+#undef FASTATTN_LIST_128
 #undef FASTATTN_WGMMA_SS
 #undef FASTATTN_WGMMA_RS
+#undef FASTATTN_CASE
 
 }  // namespace fastattn::sm90

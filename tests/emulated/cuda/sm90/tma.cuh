@@ -10,7 +10,7 @@ namespace emulated {
 struct Map {
   char* data;
   uint64_t size[4], stride[3];  // in elements and bytes
-  uint32_t rows;                // of a box
+  uint64_t rows;                // of a box
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 

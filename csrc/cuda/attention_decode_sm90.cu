@@ -1,0 +1,419 @@
+// Attention of a few queries on a cache, for Hopper: head dims 64, 96, 128, 192 and 256 in half precision, contiguous
+// or in pages of whole blocks of keys. Everything else is served by Triton.
+//
+//   s = c q·k with c = scale * log2(e), -inf where invisible;  per split n of the keys: out_n, lse_n as in the forward
+//   lse = log(sum_n exp(lse_n)),  out = sum_n exp(lse_n - lse) out_n
+//
+// The cache is far larger than all else, so it is read once, by the copy engine, with as many bytes on their way as
+// shared memory holds. A block of threads has a split of the keys of one sequence and key head, and up to 64 rows:
+// queries of the heads that share that key head. One warpgroup computes, one warp more loads; two blocks share a
+// multiprocessor up to head dim 128. Tensor cores are mostly idle, so products and softmax take turns. A second kernel
+// combines the splits in a fixed order; a third appends new keys.
+// Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
+#include "cuda/sm90/attention_common.cuh"
+#include "cuda/sm90/attention_host.h"
+
+namespace fastattn {
+namespace {
+
+using namespace sm90;
+
+constexpr int kKeys = kDecodeKeysSm90;  // of a block
+constexpr int kSplitThreads = kWarpgroup + 32;
+constexpr int kMostSplits = 128;
+
+template <int kHeadDim>
+struct SplitConfig {
+  static constexpr int kBlocks = kHeadDim <= 128 ? 2 : 1;  // that share a multiprocessor
+  static constexpr int kStages = kHeadDim == 64 ? 6 : kHeadDim == 192 ? 4 : 3;
+};
+
+template <typename T, int kHeadDim>
+struct SplitShared {
+  static constexpr int kStages = SplitConfig<kHeadDim>::kStages;
+  TileOf<T, kSlab, kHeadDim> q;
+  TileOf<T, kKeys, kHeadDim> k[kStages], v[kStages];
+  Pipe<kStages> k_pipe, v_pipe;
+  Barrier v_arrived;  // a block of values that still has to be cleared
+};
+
+struct SplitArgs {
+  CUtensorMap k_map, v_map;
+  DecodeShape shape;
+  const int32_t* pages;  // of a sequence, pages_stride apart; null: its own number
+  int64_t pages_stride;
+  int blocks_per_page;
+  HeadTensor q, out;
+  float *lse, *partial, *partial_lse;
+  float scale_log2;  // positive
+  bool negative;     // the scale
+};
+
+using SplitTile = DecodeTile<kSlab, kKeys>;
+
+// One warp
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void split_produce(SplitShared<T, kHeadDim>& shared, const SplitArgs& args,
+                                              const SplitTile& tile) {
+  const int lane = threadIdx.x % 32;
+  Ring<shared.kStages> ring;  // keys and values go round together
+  int pages = 0;              // of the 32 blocks of which this one is the first, one a lane
+#pragma unroll 1
+  for (int n = tile.keys.begin; n < tile.keys.end; ++n) {
+    const int next = (n - tile.keys.begin) % 32;
+    if (next == 0) {
+      pages = tile.batch;
+      if (args.pages != nullptr && n + lane < tile.keys.end) {
+        pages = args.pages[tile.batch * args.pages_stride + (n + lane) / args.blocks_per_page];
+      }
+    }
+    const int page = __shfl_sync(0xffffffffu, pages, next), row = n % args.blocks_per_page * kKeys;
+    const int stage = ring.stage, valid = tile.band.length - n * kKeys;
+    shared.k_pipe.wait_empty(ring);
+    if (lane == 0) {
+      shared.k_pipe.full[stage].arrive_expecting(shared.k[stage].kBytes);
+      shared.k[stage].load(args.k_map, row, tile.kv_head, page, shared.k_pipe.full[stage]);
+    }
+    shared.v_pipe.wait_empty(ring);
+    auto& v = shared.v[stage];
+    Barrier& full = shared.v_pipe.full[stage];
+    if (lane == 0) {
+      Barrier& arrived = valid < kKeys ? shared.v_arrived : full;
+      arrived.arrive_expecting(v.kBytes);
+      v.load(args.v_map, row, tile.kv_head, page, arrived);
+    }
+    if (valid < kKeys) {  // the last block of the sequence: what lies behind was never written
+      shared.v_arrived.wait(0);
+      v.clear_from(valid);
+      fence_async();
+      arrive_warp(full);
+    }
+    ring.next();
+  }
+}
+
+// A warpgroup
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, const SplitArgs& args,
+                                              const SplitTile& tile, int split) {
+  const int thread = threadIdx.x;
+  const DecodeShape& shape = args.shape;
+  const int group = shape.group(), first_head = tile.kv_head * group;
+#pragma unroll 4
+  for (int chunk = thread; chunk < kSlab * kHeadDim / 8; chunk += kWarpgroup) {
+    const int row = chunk / (kHeadDim / 8), col = chunk % (kHeadDim / 8) * 8, place = tile.row + row;
+    uint4 words{0, 0, 0, 0};
+    if (place < shape.rows()) {
+      const T* from = static_cast<const T*>(args.q.data) + tile.batch * args.q.batch +
+                      (first_head + place % group) * args.q.head + place / group * args.q.row;
+      words = *reinterpret_cast<const uint4*>(from + col);
+    }
+    store_for_async(shared.q.bytes + tile_offset(row, col, kSlab), words);
+  }
+  fence_async();
+  meet(1, kWarpgroup);
+
+  int query[2];  // of the thread's two rows
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    query[r] = (tile.row + accumulator_row(thread, 2 * r)) / group;
+  }
+  float o[kHeadDim / 2] = {};
+  float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {}, shrink[2];
+  Ring<shared.kStages> ring;
+#pragma unroll 1
+  for (int n = tile.keys.begin; n < tile.keys.end; ++n) {
+    float s[kKeys / 2];
+    uint32_t p[kKeys / 16][4];
+    shared.k_pipe.wait_full(ring);
+    wgmma_begin();
+    issue_abt<T, kHeadDim, kSlab, kKeys>(s, shared.q.address(), shared.k[ring.stage].address());
+    wgmma_wait<0>();
+    shared.k_pipe.release(ring.stage);
+#pragma unroll
+    for (float& score : s) {
+      score = args.negative ? -score : score;
+    }
+    mask_rows(s, tile.band, [&](int r) { return query[r]; }, n * kKeys, -INFINITY);
+    softmax_step<true>(s, row_max, row_sum, shrink, args.scale_log2);
+    to_operand<T>(p, s);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      o[i] *= shrink[row_of(i)];
+    }
+    shared.v_pipe.wait_full(ring);
+    wgmma_begin();
+    issue_ab<T, kKeys>(o, p, shared.v[ring.stage].address());
+    wgmma_wait<0>();
+    shared.v_pipe.release(ring.stage);
+    ring.next();
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float total = row_total(row_sum[r]);
+    const int place = tile.row + accumulator_row(thread, 2 * r), head = first_head + place % group;
+    if (place >= shape.rows()) {
+      continue;
+    }
+    const float factor = total == 0.f ? 0.f : 1.f / total;
+    const float lse = total == 0.f ? -INFINITY : row_max[r] * args.scale_log2 * kLn2 + logf(total);
+    const int64_t number = (int64_t{tile.batch} * shape.n_heads + head) * shape.seqlen_q + query[r];
+    const int64_t part = split * (int64_t{shape.batch} * shape.n_heads * shape.seqlen_q) + number;
+    const bool whole = shape.splits == 1;
+    if (thread % 4 == 0) {
+      (whole ? args.lse : args.partial_lse)[part] = lse;
+    }
+    float* to_part = args.partial + part * kHeadDim;
+    T* to =
+        static_cast<T*>(args.out.data) + tile.batch * args.out.batch + head * args.out.head + query[r] * args.out.row;
+#pragma unroll
+    for (int i = 2 * r; i < kHeadDim / 2; i += 4) {
+      const int col = accumulator_col(thread, i);
+      if (whole) {
+        *reinterpret_cast<uint32_t*>(to + col) = pack<T>(o[i] * factor, o[i + 1] * factor);
+      } else {
+        *reinterpret_cast<float2*>(to_part + col) = make_float2(o[i] * factor, o[i + 1] * factor);
+      }
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kSplitThreads, SplitConfig<kHeadDim>::kBlocks)
+    attention_decode_sm90_kernel(const __grid_constant__ SplitArgs args) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto& shared = *reinterpret_cast<SplitShared<T, kHeadDim>*>(shared_memory);
+  if (threadIdx.x == 0) {
+    shared.k_pipe.init(1);
+    shared.v_pipe.init(1);
+    shared.v_arrived.init(1);
+    Barrier::publish();
+  }
+  __syncthreads();
+  const SplitTile tile(args.shape, blockIdx.x, blockIdx.y);
+  if (threadIdx.x < kWarpgroup) {
+    split_consume<T, kHeadDim>(shared, args, tile, blockIdx.y);
+  } else {
+    split_produce<T, kHeadDim>(shared, args, tile);
+  }
+}
+
+// ---- combine
+
+constexpr int kCombineWarps = 8;
+
+struct CombineArgs {
+  const float *partial, *partial_lse;
+  HeadTensor out;
+  float* lse;
+  int splits, n_heads, seqlen_q, head_dim;
+};
+
+// A block of threads has one row, a warp every eighth split, a lane four neighbouring columns out of 128.
+template <typename T>
+__global__ void __launch_bounds__(kCombineWarps * 32) attention_combine_sm90_kernel(CombineArgs args) {
+  constexpr int kWidest = 256;
+  __shared__ float sums[kCombineWarps][kWidest];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t row = blockIdx.x, rows = gridDim.x;
+  float largest = -INFINITY, total = 0.f;
+  for (int split = lane; split < args.splits; split += 32) {
+    largest = fmaxf(largest, args.partial_lse[split * rows + row]);
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+  }
+  const float shift = largest == -INFINITY ? 0.f : largest;
+  for (int split = lane; split < args.splits; split += 32) {
+    total += exp2_fast((args.partial_lse[split * rows + row] - shift) * kLog2e);
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    total += __shfl_xor_sync(0xffffffffu, total, offset);
+  }
+  for (int col = lane * 4; col < args.head_dim; col += 128) {
+    float sum[4] = {};
+#pragma unroll 8
+    for (int split = warp; split < args.splits; split += kCombineWarps) {
+      const float weight = exp2_fast((args.partial_lse[split * rows + row] - shift) * kLog2e);
+      const float4 part = *reinterpret_cast<const float4*>(args.partial + (split * rows + row) * args.head_dim + col);
+      sum[0] += weight * part.x;
+      sum[1] += weight * part.y;
+      sum[2] += weight * part.z;
+      sum[3] += weight * part.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[warp][col + i] = sum[i];
+    }
+  }
+  __syncthreads();
+  const int head = row / args.seqlen_q % args.n_heads;
+  T* out = static_cast<T*>(args.out.data) + row / args.seqlen_q / args.n_heads * args.out.batch + head * args.out.head +
+           row % args.seqlen_q * args.out.row;
+  for (int col = threadIdx.x; col < args.head_dim; col += kCombineWarps * 32) {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kCombineWarps; ++w) {
+      sum += sums[w][col];
+    }
+    out[col] = static_cast<T>(total == 0.f ? 0.f : sum / total);
+  }
+  if (threadIdx.x == 0) {
+    args.lse[row] = total == 0.f ? -INFINITY : shift + logf(total);
+  }
+}
+
+// ---- append
+
+struct AppendArgs {
+  HeadTensor k, v, k_new, v_new;
+  const int32_t *lengths, *pages;
+  int64_t pages_stride, page_size, capacity, batch, n_kv_heads, seqlen_new, chunks;
+};
+
+constexpr int kAppendThreads = 256;
+
+// A thread copies 16 bytes of a key and of a value. What the cache has no room for is dropped.
+__global__ void __launch_bounds__(kAppendThreads) attention_append_sm90_kernel(AppendArgs args) {
+  const int64_t index = int64_t{blockIdx.x} * kAppendThreads + threadIdx.x;
+  const int64_t chunk = index % args.chunks, number = index / args.chunks;  // of batch, token, head
+  const int64_t head = number % args.n_kv_heads, token = number / args.n_kv_heads % args.seqlen_new;
+  const int64_t batch = number / args.n_kv_heads / args.seqlen_new;
+  if (batch >= args.batch) {
+    return;
+  }
+  const int64_t position = args.lengths[batch] + token;
+  if (position < 0 || position >= args.capacity) {
+    return;
+  }
+  const int64_t page =
+      args.pages == nullptr ? batch : args.pages[batch * args.pages_stride + position / args.page_size];
+  const auto copy = [&](const HeadTensor& cache, const HeadTensor& from) {
+    const auto chunk_of = [&](const HeadTensor& t, int64_t outer, int64_t row) {
+      return reinterpret_cast<uint4*>(static_cast<uint16_t*>(t.data) + outer * t.batch + head * t.head + row * t.row) +
+             chunk;
+    };
+    *chunk_of(cache, page, position % args.page_size) = *chunk_of(from, batch, token);
+  };
+  copy(args.k, args.k_new);
+  copy(args.v, args.v_new);
+}
+
+// ---- launchers
+
+const int32_t* pages_of(const DecodeCudaArgs& in) {
+  return in.block_table != nullptr ? in.block_table : in.cache_batch_idx;
+}
+
+DecodeShape decode_shape(const DecodeCudaArgs& in) {
+  return {in.cache_seqlens,
+          static_cast<int>(in.batch),
+          static_cast<int>(in.n_heads),
+          static_cast<int>(in.n_kv_heads),
+          static_cast<int>(in.seqlen_q),
+          static_cast<int>(in.seqlen_new),
+          static_cast<int>(in.page_size * in.pages),
+          window_side(in.window_left),
+          window_side(in.window_right),
+          static_cast<int>(in.splits)};
+}
+
+int64_t tiles_of(const DecodeShape& shape) {
+  return int64_t{shape.batch} * shape.n_kv_heads * SplitTile::row_blocks(shape);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_split(const DecodeCudaArgs& in, cudaStream_t stream) {
+  SplitArgs args{};
+  args.shape = decode_shape(in);
+  args.pages = pages_of(in);
+  args.pages_stride = in.pages;
+  args.blocks_per_page = in.block_table != nullptr ? static_cast<int>(in.page_size / kKeys) : kFar;
+  args.q = in.q;
+  args.out = in.out;
+  args.lse = in.lse;
+  args.partial = in.partial;
+  args.partial_lse = in.partial_lse;
+  args.scale_log2 = positive_scale_log2(in.scale);
+  args.negative = in.scale < 0;
+  for (const auto& [map, cache] : {std::pair{&args.k_map, &in.k}, {&args.v_map, &in.v}}) {
+    if (const cudaError_t error =
+            make_map(map, in.dtype, *cache, in.cache_rows, in.n_kv_heads, in.page_size, in.head_dim, kKeys)) {
+      return error;
+    }
+  }
+  const auto kernel = attention_decode_sm90_kernel<T, kHeadDim>;
+  constexpr int kShared = sizeof(SplitShared<T, kHeadDim>);
+  static_assert(SplitConfig<kHeadDim>::kBlocks * (kShared + 1024) <= 228 * 1024);  // each takes 1 KB besides
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
+    return error;
+  }
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                     cudaSharedmemCarveoutMaxShared)) {
+    return error;
+  }
+  const dim3 grid(static_cast<unsigned>(tiles_of(args.shape)), static_cast<unsigned>(in.splits));
+  kernel<<<grid, kSplitThreads, kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch_combine(const DecodeCudaArgs& in, cudaStream_t stream) {
+  const CombineArgs args{in.partial,
+                         in.partial_lse,
+                         in.out,
+                         in.lse,
+                         static_cast<int>(in.splits),
+                         static_cast<int>(in.n_heads),
+                         static_cast<int>(in.seqlen_q),
+                         static_cast<int>(in.head_dim)};
+  const auto rows = static_cast<unsigned>(in.batch * in.n_heads * in.seqlen_q);
+  attention_combine_sm90_kernel<T><<<rows, kCombineWarps * 32, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int64_t attention_decode_splits_sm90(const DecodeCudaArgs& args, int64_t wanted) {
+  const DecodeShape shape = decode_shape(args);
+  const int64_t blocks = blocks_of(std::max(1, shape.capacity), kKeys);
+  if (wanted > 0) {
+    return std::min({wanted, int64_t{kMostSplits}, blocks});
+  }
+  const int per_multiprocessor = args.head_dim <= 128 ? SplitConfig<128>::kBlocks : SplitConfig<256>::kBlocks;
+  return choose_splits(tiles_of(shape), blocks, int64_t{per_multiprocessor} * multiprocessors(), kMostSplits);
+}
+
+int attention_decode_fwd_sm90(const DecodeCudaArgs& args, void* stream_of_caller) {
+  const auto stream = static_cast<cudaStream_t>(stream_of_caller);
+  return with_half_and_any_head_dim(args, [&](auto value, auto head_dim) {
+    const cudaError_t error = launch_split<decltype(value), head_dim>(args, stream);
+    return error != cudaSuccess || args.splits == 1 ? error : launch_combine<decltype(value)>(args, stream);
+  });
+}
+
+int attention_decode_append_sm90(const DecodeCudaArgs& in, void* stream_of_caller) {
+  const auto stream = static_cast<cudaStream_t>(stream_of_caller);
+  const AppendArgs args{in.k,
+                        in.v,
+                        in.k_new,
+                        in.v_new,
+                        in.cache_seqlens,
+                        pages_of(in),
+                        in.pages,
+                        in.page_size,
+                        in.page_size * in.pages,
+                        in.batch,
+                        in.n_kv_heads,
+                        in.seqlen_new,
+                        in.head_dim / 8};
+  const int64_t threads = args.batch * args.n_kv_heads * args.seqlen_new * args.chunks;
+  const auto blocks = static_cast<unsigned>((threads + kAppendThreads - 1) / kAppendThreads);
+  attention_append_sm90_kernel<<<blocks, kAppendThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace fastattn
