@@ -395,6 +395,37 @@ def test_raw_ops_pass_opcheck():
         torch.library.opcheck(torch.ops.fastattn.attention_bwd.native, arguments)
 
 
+def test_a_call_without_features_makes_no_lse(monkeypatch):
+    """It has a raw op of its own, whose every bit is that of the other one; what has a feature goes past it."""
+    seen, infer = [], torch.ops.fastattn.attention_infer.native
+    monkeypatch.setattr(sys.modules[_reference.__module__], "_infer", lambda *args: seen.append(args) or infer(*args))
+
+    def counted(inputs, **kwargs):
+        before = len(seen)
+        out = fastattn.attention(*inputs, **kwargs, backend="native")
+        expected = fastattn.attention(*inputs, **kwargs, return_lse=True, backend="native")[0]
+        assert out.equal(expected)
+        assert out.stride() == expected.stride()
+        return len(seen) - before
+
+    for dtype in DTYPES:
+        inputs = [t.detach() for t in qkv(2, 4, 70, 90, 24, dtype, kv_heads=2, head_dim_v=16)]
+        swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
+        empty = [t[:, :, :0] for t in inputs]
+        for kwargs in ({}, {"causal": True}, {"causal": "top_left", "scale": -0.3}, {"window": (-1, 5)}):
+            assert [counted(case, **kwargs) for case in (inputs, swapped, empty)] == [1, 1, 1]
+            arguments = seen[-3]
+            torch.library.opcheck(infer, arguments)
+    for kwargs in (
+        {"window": (5, 0)}, {"softcap": 2.0}, {"sink": torch.ones(4)}, {"bias": torch.ones(70, 90)},
+        {"mask": torch.ones(70, 90, dtype=torch.bool)}, {"alibi_slopes": torch.ones(4)},
+        {"seqlens_k": torch.tensor([3, 90]).int()},
+    ):  # fmt: skip
+        assert counted(inputs, **kwargs) == 0, kwargs
+    with pytest.raises(RuntimeError):
+        infer(inputs[0], inputs[1][:1], inputs[2], -1, False, 1.0)
+
+
 def test_raw_ops_check_their_arguments():
     q, k, v = (t.detach() for t in qkv(2, 4, 7, 9, 16))
     for bad in (

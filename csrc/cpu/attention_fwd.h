@@ -149,7 +149,6 @@ void forward(const AttentionArgs& args) {
     }
 
     // the sink joins the denominator; out = oᵀ / l
-    float* lse = args.lse + sequence.lse_offset(args, h) + i0;
     for (int x = 0; x < lane_vecs * kVec; x += kVec) {
       Vec most = Vec::load(m + x), total = Vec::load(l + x), scale = Vec::fill(1.f);
       if (args.sink) {
@@ -164,7 +163,8 @@ void forward(const AttentionArgs& args) {
       total.store(l + x);
       select(total < Vec::fill(1e-37f), Vec::fill(0.f), scale / total).store(alpha + x);
     }
-    for (int r = 0; r < rows; ++r) {
+    float* lse = args.lse ? args.lse + sequence.lse_offset(args, h) + i0 : nullptr;
+    for (int r = 0; lse && r < rows; ++r) {
       lse[r] = l[r] == 0.f ? -kInf : m[r] * kLn2 + std::log(l[r]);
     }
     for (int64_t d = 0; d < args.head_dim_v; ++d) {
