@@ -92,9 +92,9 @@ _ops = {
 }
 
 
-def _raw(direction, backend, *tensors):
+def _raw(direction, backend, device, *tensors):
     """The raw op, or its kernel where that is in Python and may be called directly."""
-    direct = python_kernel(f"attention_{direction}", backend, *tensors) if backend == "triton" else None
+    direct = python_kernel(f"attention_{direction}", backend, device, *tensors) if backend == "triton" else None
     return direct or _ops[direction, backend]
 
 
@@ -153,7 +153,7 @@ def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, backend, *rest):
-        out, lse = _raw("fwd", backend, q, k, v)(q, k, v, bias, sink, *rest)
+        out, lse = _raw("fwd", backend, q.device.type, q, k, v)(q, k, v, bias, sink, *rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
         ctx.options = rest[6:]
@@ -169,7 +169,7 @@ class _Attention(torch.autograd.Function):
             grads = differentiate(lambda *inputs: _reference(*inputs, *rest), (q, k, v, bias, sink), (do, dlse))
             return *grads, *nothing
         need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
-        run = _raw("bwd", ctx.backend, q, k, v)
+        run = _raw("bwd", ctx.backend, q.device.type, q, k, v)
         dq, dk, dv, dbias, dsink = run(do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias)
         return (
             dq if need_dq else None,
@@ -308,7 +308,7 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse):
         *_, left, right, top_left, _, _, scale = rest
         if left == -1:
             return _infer(q, k, v, right, top_left, scale), None
-    return _raw("fwd", runs, q, k, v)(q, k, v, bias, sink, *rest)
+    return _raw("fwd", runs, facts[0], q, k, v)(q, k, v, bias, sink, *rest)
 
 
 def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None,
