@@ -41,10 +41,15 @@ const float* left_depth(const T* src, int64_t stride, int rows, int64_t cols, co
 
 // One tile into the running softmax: scores s become weights p (s itself, or slots of two rows with kPairs).
 template <bool kPairs>
-inline void online_softmax(float* s, int keys, int lane_vecs, float c, const float* keep, float* p, float* m, float* l,
-                           float* alpha) {
+inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_vecs, float c, const float* keep,
+                           float* p, float* m, float* l, float* alpha) {
   const Vec factor = Vec::fill(c);
   for (int x = 0; x < lane_vecs * kVec; x += kVec) {
+    const int keys = keys_seen(x, diagonal, all_keys);
+    if (keys == 0) {
+      Vec::fill(1.f).store(alpha + x);
+      continue;
+    }
     Vec most = Vec::load(s + x), other = most;
     for (int r = 1; r + 1 < keys; r += 2) {
       most = max(most, Vec::load(s + r * kLanes + x));
@@ -131,17 +136,17 @@ void forward(const AttentionArgs& args) {
       }
       int64_t ld;
       const float* left = left_rows<T, kPairs>(k + j0 * args.k.row, args.k.row, keys, args.head_dim, k_copy, ld);
-      product<kPairs, false>(left, ld, q_t, kLanes, slots<kPairs>(args.head_dim), s, kLanes, keys, rows, Start::kZero);
+      product_into_scores<kPairs>(left, ld, q_t, slots<kPairs>(args.head_dim), s, keys, rows, scores.diagonal());
       float c = scores.multiplier();
       if (scores.finish_needed()) {
         scores.finish(s, keys, lane_vecs);
         c = 1.f;
       }
       const float* keep = args.dropout.rng ? scores.keep(keys, lane_vecs) : nullptr;
-      online_softmax<kPairs>(s, keys, lane_vecs, c, keep, p, m, l, alpha);
+      online_softmax<kPairs>(s, keys, scores.diagonal(), lane_vecs, c, keep, p, m, l, alpha);
       left = left_depth<T, kPairs>(v + j0 * args.v.row, args.v.row, keys, args.head_dim_v, scores.seen(), v_copy, ld);
-      product<kPairs, true>(left, ld, p, kLanes, slots<kPairs>(keys), o_t, kLanes, args.head_dim_v, rows,
-                            first ? Start::kZero : Start::kScale, alpha);
+      product_over_keys<kPairs>(left, ld, p, keys, o_t, args.head_dim_v, rows, scores.diagonal(),
+                                first ? Start::kZero : Start::kScale, alpha);
       first = false;
     }
     if (first) {
