@@ -226,6 +226,25 @@ def test_offsets_beyond_two_to_the_31(name, dim):
     assert all(a.equal(b) for a, b in zip(got, run(**tensors), strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_memory_held_before_does_not_matter(dtype):
+    """Under the diagonal much of a tile is never written; what the kernels allocate is full of NaN here."""
+    q, k, v = qkv(1, 4, 100, 150, 16, dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # the memory of this thread
+        for features in ({}, {"softcap": 2.0}, {"bias": normal(100, 150, dtype=dtype), "sink": normal(4)}):
+            for kwargs in ({"causal": True}, {"window": (20, 3), "dropout_p": 0.2}):
+                first = results(q, k, v, features | kwargs, "native")
+                for _ in range(5):
+                    [torch.full((1 << n,), torch.nan) for n in range(12, 22)]
+                    again = results(q, k, v, features | kwargs, "native")
+                    assert all(again[name].equal(value) for name, value in first.items()), (list(features), kwargs)
+                assert all(first[name].isfinite().all() for name in first)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)])
 def test_empty_sizes(shape):
     batch, n_heads, seqlen_q, seqlen_k = shape
@@ -513,7 +532,9 @@ for seed in range(1000, 1016):
     check(pytest.MonkeyPatch(), f"seed {seed}", q, k, v, seed, backend="native", **kwargs)
 for dtype in DTYPES:
     q, k, v = qkv(2, 1, 64, 128, 8, dtype)
-    check(pytest.MonkeyPatch(), "bias", q, k, v, backend="native", bias=normal(1, 64, 128, dtype=dtype))
+    for causal in (False, True):
+        bias = normal(1, 64, 128, dtype=dtype)
+        check(pytest.MonkeyPatch(), "bias", q, k, v, backend="native", bias=bias, causal=causal)
 print(fastattn._native.cpu_capability())
 """
 

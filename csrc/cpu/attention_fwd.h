@@ -40,7 +40,7 @@ const float* left_depth(const T* src, int64_t stride, int rows, int64_t cols, co
 }
 
 // One tile into the running softmax: scores s become weights p (s itself, or slots of two rows with kPairs).
-template <bool kPairs>
+template <bool kPairs, bool kShort>
 inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_vecs, float c, const float* keep,
                            float* p, float* m, float* l, float* alpha) {
   const Vec factor = Vec::fill(c);
@@ -60,11 +60,11 @@ inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_ve
     const Vec now = max(most * factor, before);
     now.store(m + x);
     const Vec base = select(now < Vec::fill(-3.4028234e38f), Vec::fill(0.f), now);
-    const Vec rescale = exp2<kPairs>(before - base);
+    const Vec rescale = exp2<kShort>(before - base);
     rescale.store(alpha + x);
     Vec sum = Vec::fill(0.f);
     const auto weight = [&](int r) {
-      const Vec w = exp2<kPairs>(fma(Vec::load(s + r * kLanes + x), factor, -base));
+      const Vec w = exp2<kShort>(fma(Vec::load(s + r * kLanes + x), factor, -base));
       sum = sum + w;
       return keep ? w * Vec::load(keep + r * kLanes + x) : w;
     };
@@ -143,7 +143,7 @@ void forward(const AttentionArgs& args) {
         c = 1.f;
       }
       const float* keep = args.dropout.rng ? scores.keep(keys, lane_vecs) : nullptr;
-      online_softmax<kPairs>(s, keys, scores.diagonal(), lane_vecs, c, keep, p, m, l, alpha);
+      online_softmax<kPairs, (sizeof(T) == 2)>(s, keys, scores.diagonal(), lane_vecs, c, keep, p, m, l, alpha);
       left = left_depth<T, kPairs>(v + j0 * args.v.row, args.v.row, keys, args.head_dim_v, scores.seen(), v_copy, ld);
       product_over_keys<kPairs>(left, ld, p, keys, o_t, args.head_dim_v, rows, scores.diagonal(),
                                 first ? Start::kZero : Start::kScale, alpha);

@@ -148,7 +148,7 @@ class TileGradient {
       }
       for (int r = 0; r < seen; ++r) {
         float *at_p = p + r * kLanes + x, *at_ds = ds + r * kLanes + x;
-        Vec weight = exp2<kPairs>(fma(Vec::load(at_p), factor, base)), dp = Vec::load(at_ds);
+        Vec weight = exp2<sizeof(T) == 2>(fma(Vec::load(at_p), factor, base)), dp = Vec::load(at_ds);
         const Vec unkept = weight;
         if (keep) {
           const Vec kept = Vec::load(keep + r * kLanes + x);
@@ -164,8 +164,10 @@ class TileGradient {
 
   // ds past the cap
   void multiply_by_slope_of_cap(const Scores& scores, int keys) {
-    for (int64_t at = 0; args_.softcap > 0 && at < keys * kLanes; at += kVec) {
-      (Vec::load(ds + at) * Vec::load(scores.slope_of_cap() + at)).store(ds + at);
+    for (int r = 0; args_.softcap > 0 && r < keys; ++r) {
+      for (int at = r * kLanes + first_lane(r, scores.diagonal()); at < (r + 1) * kLanes; at += kVec) {
+        (Vec::load(ds + at) * Vec::load(scores.slope_of_cap() + at)).store(ds + at);
+      }
     }
   }
 

@@ -248,7 +248,7 @@ class Scores {
       const int64_t j = j0_ + r;
       const float first = bound(args_.window_right >= 0 ? j - diagonal - args_.window_right : -1);
       const float last = bound(args_.window_left >= 0 ? j - diagonal + args_.window_left : kLanes);
-      for (int x = cap > 0 ? 0 : first_lane(r, diagonal_) / kVec; x < lane_vecs; ++x) {
+      for (int x = first_lane(r, diagonal_) / kVec; x < lane_vecs; ++x) {
         float* at = s + r * kLanes + x * kVec;
         Vec score = Vec::load(at) * multiplier;
         if (cap > 0) {
