@@ -1,6 +1,7 @@
-"""attention_decode beside F.scaled_dot_product_attention on the same cache, one new query a sequence.
+"""attention_decode beside F.scaled_dot_product_attention on the same cache, one new query a sequence or up to 16.
 
-nbytes is the cache that must be read; "copy" moves as many bytes in the same rounds, half read and half written.
+nbytes is the cache that must be read. In the same rounds "read" sums as many bytes, and "copy" moves as many, half read
+and half written.
 """
 
 import pytest
@@ -48,13 +49,16 @@ def ours(call):
 
 
 def side_by_side(compare, q, k, v, candidates):
-    gqa = q.shape[1] != k.shape[1]
-    candidates = {"torch": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)} | candidates
+    options = {"enable_gqa": q.shape[1] != k.shape[1]}
+    if q.shape[2] > 1:  # the last query sees all keys, the one before it one less
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=DEVICE)
+        options["attn_mask"] = visible.tril(k.shape[2] - q.shape[2])
+    candidates = {"torch": lambda: F.scaled_dot_product_attention(q, k, v, **options)} | candidates
     nbytes = k.nbytes + v.nbytes
-    half = torch.ones(nbytes // 8, device=DEVICE)
-    target = torch.empty_like(half)
+    whole = torch.ones(nbytes // 4, device=DEVICE)
+    source, target = whole.chunk(2)
     compare(
-        candidates | {"copy": lambda: target.copy_(half)},
+        candidates | {"read": whole.sum, "copy": lambda: target.copy_(source)},
         verify=candidates,
         tolerance=TOLERANCE[q.dtype],
         nbytes=nbytes,
@@ -72,8 +76,16 @@ def test_contiguous(compare, shape, dtype):
 
 
 @dtypes
-def test_paged(compare, dtype):
-    q, k, v, lengths = inputs(SHAPES[2], dtype)
+@pytest.mark.parametrize("seqlen_q", [4, 16])
+def test_several_queries(compare, seqlen_q, dtype):
+    q, k, v, lengths = inputs(SHAPES[2], dtype, seqlen_q)
+    side_by_side(compare, q, k, v, {"fastattn": lambda: fastattn.attention_decode(q, k, v, cache_seqlens=lengths)})
+
+
+@dtypes
+@pytest.mark.parametrize("seqlen_q", [1, 16])
+def test_paged(compare, seqlen_q, dtype):
+    q, k, v, lengths = inputs(SHAPES[2], dtype, seqlen_q)
     batch, n_kv_heads, seqlen, head_dim = k.shape
     pages = seqlen // PAGE_SIZE
     order = torch.randperm(batch * pages, device=DEVICE)

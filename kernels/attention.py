@@ -389,6 +389,7 @@ class Plan:
         ]  # of out, dq, dk, dv
         rows = torch.empty((batch, self.n_heads, self.total_q), device="meta")
         self.lse_layout = (rows.shape, rows.stride())  # empty_strided takes half the time of empty
+        self.copies = any(shape[3] != 1 and strides[3] != 1 for shape, strides in (q, k, v))
         self.strides = (q[1][:3], k[1][:3], v[1][:3])
         self.feature_strides = (
             (0, 0, 0, 0) if bias is None else broadcast_strides(*bias),
@@ -453,8 +454,9 @@ def prepare(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, sl
 
 def launch_fwd(q, k, v, *rest):
     """The raw op attention_fwd: (out, lse)."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     plan, features = prepare(q, k, v, *rest)
+    if plan.copies:
+        return launch_fwd(unit_stride(q), unit_stride(k), unit_stride(v), *rest)
     shape, out_strides = plan.layouts[0]
     out = q.new_empty_strided(shape, out_strides)
     lse = torch.empty_strided(*plan.lse_layout, dtype=torch.float32, device=q.device)

@@ -226,6 +226,25 @@ def test_offsets_beyond_two_to_the_31(name, dim):
     assert all(a.equal(b) for a, b in zip(got, run(**tensors), strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_memory_held_before_does_not_matter(dtype):
+    """Under the diagonal much of a tile is never written; what the kernels allocate is full of NaN here."""
+    q, k, v = qkv(1, 4, 100, 150, 16, dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # the memory of this thread
+        for features in ({}, {"softcap": 2.0}, {"bias": normal(100, 150, dtype=dtype), "sink": normal(4)}):
+            for kwargs in ({"causal": True}, {"window": (20, 3), "dropout_p": 0.2}):
+                first = results(q, k, v, features | kwargs, "native")
+                for _ in range(5):
+                    [torch.full((1 << n,), torch.nan) for n in range(12, 22)]
+                    again = results(q, k, v, features | kwargs, "native")
+                    assert all(again[name].equal(value) for name, value in first.items()), (list(features), kwargs)
+                assert all(first[name].isfinite().all() for name in first)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)])
 def test_empty_sizes(shape):
     batch, n_heads, seqlen_q, seqlen_k = shape
@@ -395,6 +414,37 @@ def test_raw_ops_pass_opcheck():
         torch.library.opcheck(torch.ops.fastattn.attention_bwd.native, arguments)
 
 
+def test_a_call_without_features_makes_no_lse(monkeypatch):
+    """It has a raw op of its own, whose every bit is that of the other one; what has a feature goes past it."""
+    seen, infer = [], torch.ops.fastattn.attention_infer.native
+    monkeypatch.setattr(sys.modules[_reference.__module__], "_infer", lambda *args: seen.append(args) or infer(*args))
+
+    def counted(inputs, **kwargs):
+        before = len(seen)
+        out = fastattn.attention(*inputs, **kwargs, backend="native")
+        expected = fastattn.attention(*inputs, **kwargs, return_lse=True, backend="native")[0]
+        assert out.equal(expected)
+        assert out.stride() == expected.stride()
+        return len(seen) - before
+
+    for dtype in DTYPES:
+        inputs = [t.detach() for t in qkv(2, 4, 70, 90, 24, dtype, kv_heads=2, head_dim_v=16)]
+        swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
+        empty = [t[:, :, :0] for t in inputs]
+        for kwargs in ({}, {"causal": True}, {"causal": "top_left", "scale": -0.3}, {"window": (-1, 5)}):
+            assert [counted(case, **kwargs) for case in (inputs, swapped, empty)] == [1, 1, 1]
+            arguments = seen[-3]
+            torch.library.opcheck(infer, arguments)
+    for kwargs in (
+        {"window": (5, 0)}, {"softcap": 2.0}, {"sink": torch.ones(4)}, {"bias": torch.ones(70, 90)},
+        {"mask": torch.ones(70, 90, dtype=torch.bool)}, {"alibi_slopes": torch.ones(4)},
+        {"seqlens_k": torch.tensor([3, 90]).int()},
+    ):  # fmt: skip
+        assert counted(inputs, **kwargs) == 0, kwargs
+    with pytest.raises(RuntimeError):
+        infer(inputs[0], inputs[1][:1], inputs[2], -1, False, 1.0)
+
+
 def test_raw_ops_check_their_arguments():
     q, k, v = (t.detach() for t in qkv(2, 4, 7, 9, 16))
     for bad in (
@@ -482,7 +532,9 @@ for seed in range(1000, 1016):
     check(pytest.MonkeyPatch(), f"seed {seed}", q, k, v, seed, backend="native", **kwargs)
 for dtype in DTYPES:
     q, k, v = qkv(2, 1, 64, 128, 8, dtype)
-    check(pytest.MonkeyPatch(), "bias", q, k, v, backend="native", bias=normal(1, 64, 128, dtype=dtype))
+    for causal in (False, True):
+        bias = normal(1, 64, 128, dtype=dtype)
+        check(pytest.MonkeyPatch(), "bias", q, k, v, backend="native", bias=bias, causal=causal)
 print(fastattn._native.cpu_capability())
 """
 

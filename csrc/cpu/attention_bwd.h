@@ -225,7 +225,8 @@ void backward(const AttentionArgs& args) {
               dbias.store(tile.ds, i0, rows, j0, keys, !first_of_task);
             }
             tile.multiply_by_slope_of_cap(scores, keys);
-            tile.add_to_keys(block, keys, rows, dk_piece + skip * width, width, dv_piece + skip * width_v, width_v);
+            tile.add_to_keys(scores, block, keys, rows, dk_piece + skip * width, width, dv_piece + skip * width_v,
+                             width_v);
             if (makes_dq) {
               tile.add_to_queries(scores, skip, keys, rows, dq_t);
             }

@@ -94,9 +94,9 @@ struct Row {
   };
 };
 
-// s[r][j] = q[r]·k[j] for R rows and all keys of a tile, rounded up to whole vectors. Meanwhile `next` is fetched, the
-// rows of the tile to come: they are too far away for the processor to see them coming.
-template <typename T, bool kPairs, int R>
+// s[r][j] = q[r]·k[j] for R rows and all keys of a tile, rounded up to whole vectors. The first rows to see a tile
+// (kFirst) also fetch `next`, the rows of the tile to come: they are too far away for the processor to see them coming.
+template <typename T, bool kPairs, int R, bool kFirst>
 void score_rows(const float* q, int64_t width, const T* const* k, const T* const* next, int keys, int64_t cols,
                 float* s) {
   using In = Row<T, kPairs>;
@@ -109,30 +109,40 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
     for (int n = 0; n < kVec; ++n) {
       acc[n] = Vec::fill(0.f);
     }
-    const auto add = [&](const float* row, int n, const T* key) __attribute__((always_inline)) {
+    const auto add = [&](int n, int64_t x, const T* key) __attribute__((always_inline)) {
       Vec v[In::kKeyVecs];
       In::load_key(key, v);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-        for (int x = 0; x < In::kKeyVecs; ++x) {
-          acc[r * K + n] = multiply_add<kPairs>(v[x], Vec::load(row + r * width + x * kVec), acc[r * K + n]);
+        for (int y = 0; y < In::kKeyVecs; ++y) {
+          const Vec row = Vec::load(q + r * width + (x * In::kKeyVecs + y) * kVec);
+          acc[r * K + n] = multiply_add<kPairs>(v[y], row, acc[r * K + n]);
         }
       }
     };
-    // key by key, as they lie in memory: reading eight at a time the processor's own prefetching gave 10 GB/s, not 14
+    if constexpr (kFirst) {
+      // key by key, as they lie in memory: reading eight at a time the processor's own prefetching gave 10 GB/s, not 14
 #pragma GCC unroll 16
-    for (int n = 0; n < K; ++n) {
+      for (int n = 0; n < K; ++n) {
+        for (int64_t x = 0; x < whole; ++x) {
+          __builtin_prefetch(next[j + n] + x * In::kCols);
+          add(n, x, k[j + n] + x * In::kCols);
+        }
+      }
+    } else {  // from the cache: K keys at a time share the loads of the rows
       for (int64_t x = 0; x < whole; ++x) {
-        __builtin_prefetch(next[j + n] + x * In::kCols);
-        add(q + x * In::kKeyVecs * kVec, n, k[j + n] + x * In::kCols);
+#pragma GCC unroll 16
+        for (int n = 0; n < K; ++n) {
+          add(n, x, k[j + n] + x * In::kCols);
+        }
       }
     }
     if (rest) {
 #pragma GCC unroll 16
       for (int n = 0; n < K; ++n) {
         const typename In::Tail tail(k[j + n] + whole * In::kCols, rest);
-        add(q + whole * In::kKeyVecs * kVec, n, tail.data);
+        add(n, whole, tail.data);
       }
     }
     alignas(64) float sums[kVec];
@@ -145,7 +155,7 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
 
 // o[r][..] = o[r][..] * alpha[r] + sum_j p[r][j] * v[j][..] for R rows and U loads of a value from column `col` on; at
 // the start o is not read. A tail, of `rest` columns, is one load.
-template <typename T, bool kPairs, int R, int U>
+template <typename T, bool kPairs, int R, int U, bool kFirst>
 void add_values_block(const float* p, const T* const* v, const T* const* next, int keys, int64_t col, int rest,
                       bool start, const float* alpha, float* o, int64_t width) {
   using In = Row<T, kPairs>;
@@ -175,7 +185,7 @@ void add_values_block(const float* p, const T* const* v, const T* const* next, i
   };
   const auto fetch = [&](int j) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
+    for (int u = 0; u < U && kFirst; ++u) {
       __builtin_prefetch(next[j] + col + u * In::kCols);
     }
   };
@@ -207,7 +217,7 @@ void add_values_block(const float* p, const T* const* v, const T* const* next, i
   }
 }
 
-template <typename T, bool kPairs, int R>
+template <typename T, bool kPairs, int R, bool kFirst>
 void add_values(const float* p, const T* const* v, const T* const* next, int keys, int64_t cols, bool start,
                 const float* alpha, float* o, int64_t width) {
   // as many accumulators as hide the latency of a multiplication and leave registers for the values
@@ -215,11 +225,11 @@ void add_values(const float* p, const T* const* v, const T* const* next, int key
   constexpr int kCols = In::kCols, U = (kVec == 16 ? (R == 4 ? 4 : 8) : 8 / R) / In::kValueVecs;
   int64_t col = 0;
   for (; col + U * kCols <= cols; col += U * kCols) {
-    add_values_block<T, kPairs, R, U>(p, v, next, keys, col, 0, start, alpha, o + col, width);
+    add_values_block<T, kPairs, R, U, kFirst>(p, v, next, keys, col, 0, start, alpha, o + col, width);
   }
   for (; col < cols; col += kCols) {
     const int rest = cols - col < kCols ? static_cast<int>(cols - col) : 0;
-    add_values_block<T, kPairs, R, 1>(p, v, next, keys, col, rest, start, alpha, o + col, width);
+    add_values_block<T, kPairs, R, 1, kFirst>(p, v, next, keys, col, rest, start, alpha, o + col, width);
   }
 }
 
@@ -237,19 +247,26 @@ inline void pack_row(float* dst, const T* src, int64_t cols) {
   }
 }
 
-// body<R>(first row) for all rows, four, two or one at a time
+// body<R, whether they are the first>(first row) for all rows, four, two or one at a time
 template <typename Body>
 inline void for_row_groups(int rows, Body body) {
+  const auto group = [&](auto count, int r) {
+    if (r == 0) {
+      body(count, std::true_type{}, r);
+    } else {
+      body(count, std::false_type{}, r);
+    }
+  };
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
-    body(std::integral_constant<int, 4>{}, r);
+    group(std::integral_constant<int, 4>{}, r);
   }
   if (r + 2 <= rows) {
-    body(std::integral_constant<int, 2>{}, r);
+    group(std::integral_constant<int, 2>{}, r);
     r += 2;
   }
   if (r < rows) {
-    body(std::integral_constant<int, 1>{}, r);
+    group(std::integral_constant<int, 1>{}, r);
   }
 }
 
@@ -427,16 +444,16 @@ void attend(const DecodeArgs& args, const DecodeTask& task, const float* q, int6
     const int keys_next = j0 + kTileKeys < task.to ? find(j0 + kTileKeys, found[1 - tile]) : 0;
     // what is fetched must be there for as many keys as now: the last tile may be shorter
     const auto& next = found[keys_next == kTileKeys ? 1 - tile : tile];
-    for_row_groups(task.rows, [&](auto count, int r) {
-      score_rows<T, kPairs, count.value>(q + r * width_q, width_q, now[0], next[0], keys, args.head_dim,
-                                         s + r * kTileKeys);
+    for_row_groups(task.rows, [&](auto count, auto first, int r) {
+      score_rows<T, kPairs, count.value, first.value>(q + r * width_q, width_q, now[0], next[0], keys, args.head_dim,
+                                                      s + r * kTileKeys);
     });
     for (int r = 0; r < task.rows; ++r) {
       softmax_row<kPairs>(args, task, r, j0, keys, s + r * kTileKeys, m + r, l + r, alpha + r);
     }
-    for_row_groups(task.rows, [&](auto count, int r) {
-      add_values<T, kPairs, count.value>(s + r * kTileKeys, now[1], next[1], keys, args.head_dim_v, j0 == task.from,
-                                         alpha + r, o + r * width, width);
+    for_row_groups(task.rows, [&](auto count, auto first, int r) {
+      add_values<T, kPairs, count.value, first.value>(s + r * kTileKeys, now[1], next[1], keys, args.head_dim_v,
+                                                      j0 == task.from, alpha + r, o + r * width, width);
     });
     keys = keys_next;
   }

@@ -40,11 +40,16 @@ const float* left_depth(const T* src, int64_t stride, int rows, int64_t cols, co
 }
 
 // One tile into the running softmax: scores s become weights p (s itself, or slots of two rows with kPairs).
-template <bool kPairs>
-inline void online_softmax(float* s, int keys, int lane_vecs, float c, const float* keep, float* p, float* m, float* l,
-                           float* alpha) {
+template <bool kPairs, bool kShort>
+inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_vecs, float c, const float* keep,
+                           float* p, float* m, float* l, float* alpha) {
   const Vec factor = Vec::fill(c);
   for (int x = 0; x < lane_vecs * kVec; x += kVec) {
+    const int keys = keys_seen(x, diagonal, all_keys);
+    if (keys == 0) {
+      Vec::fill(1.f).store(alpha + x);
+      continue;
+    }
     Vec most = Vec::load(s + x), other = most;
     for (int r = 1; r + 1 < keys; r += 2) {
       most = max(most, Vec::load(s + r * kLanes + x));
@@ -55,11 +60,11 @@ inline void online_softmax(float* s, int keys, int lane_vecs, float c, const flo
     const Vec now = max(most * factor, before);
     now.store(m + x);
     const Vec base = select(now < Vec::fill(-3.4028234e38f), Vec::fill(0.f), now);
-    const Vec rescale = exp2<kPairs>(before - base);
+    const Vec rescale = exp2<kShort>(before - base);
     rescale.store(alpha + x);
     Vec sum = Vec::fill(0.f);
     const auto weight = [&](int r) {
-      const Vec w = exp2<kPairs>(fma(Vec::load(s + r * kLanes + x), factor, -base));
+      const Vec w = exp2<kShort>(fma(Vec::load(s + r * kLanes + x), factor, -base));
       sum = sum + w;
       return keep ? w * Vec::load(keep + r * kLanes + x) : w;
     };
@@ -131,17 +136,17 @@ void forward(const AttentionArgs& args) {
       }
       int64_t ld;
       const float* left = left_rows<T, kPairs>(k + j0 * args.k.row, args.k.row, keys, args.head_dim, k_copy, ld);
-      product<kPairs, false>(left, ld, q_t, kLanes, slots<kPairs>(args.head_dim), s, kLanes, keys, rows, Start::kZero);
+      product_into_scores<kPairs>(left, ld, q_t, slots<kPairs>(args.head_dim), s, keys, rows, scores.diagonal());
       float c = scores.multiplier();
       if (scores.finish_needed()) {
         scores.finish(s, keys, lane_vecs);
         c = 1.f;
       }
       const float* keep = args.dropout.rng ? scores.keep(keys, lane_vecs) : nullptr;
-      online_softmax<kPairs>(s, keys, lane_vecs, c, keep, p, m, l, alpha);
+      online_softmax<kPairs, (sizeof(T) == 2)>(s, keys, scores.diagonal(), lane_vecs, c, keep, p, m, l, alpha);
       left = left_depth<T, kPairs>(v + j0 * args.v.row, args.v.row, keys, args.head_dim_v, scores.seen(), v_copy, ld);
-      product<kPairs, true>(left, ld, p, kLanes, slots<kPairs>(keys), o_t, kLanes, args.head_dim_v, rows,
-                            first ? Start::kZero : Start::kScale, alpha);
+      product_over_keys<kPairs>(left, ld, p, keys, o_t, args.head_dim_v, rows, scores.diagonal(),
+                                first ? Start::kZero : Start::kScale, alpha);
       first = false;
     }
     if (first) {
@@ -149,7 +154,6 @@ void forward(const AttentionArgs& args) {
     }
 
     // the sink joins the denominator; out = oᵀ / l
-    float* lse = args.lse + sequence.lse_offset(args, h) + i0;
     for (int x = 0; x < lane_vecs * kVec; x += kVec) {
       Vec most = Vec::load(m + x), total = Vec::load(l + x), scale = Vec::fill(1.f);
       if (args.sink) {
@@ -164,7 +168,8 @@ void forward(const AttentionArgs& args) {
       total.store(l + x);
       select(total < Vec::fill(1e-37f), Vec::fill(0.f), scale / total).store(alpha + x);
     }
-    for (int r = 0; r < rows; ++r) {
+    float* lse = args.lse ? args.lse + sequence.lse_offset(args, h) + i0 : nullptr;
+    for (int r = 0; lse && r < rows; ++r) {
       lse[r] = l[r] == 0.f ? -kInf : m[r] * kLn2 + std::log(l[r]);
     }
     for (int64_t d = 0; d < args.head_dim_v; ++d) {

@@ -129,10 +129,10 @@ class TileGradient {
   // Keys skip.. of the loaded ones against a block; scores.prepare() has been called for them.
   void run(Scores& scores, const QueryBlock<T, kPairs>& block, int64_t skip, int keys, int rows) {
     const int lane_vecs = (rows + kVec - 1) / kVec;
-    product<kPairs, false>(k_ + skip * ldk_, ldk_, block.q_t(), kLanes, slots<kPairs>(args_.head_dim), p, kLanes, keys,
-                           rows, Start::kZero);
-    product<kPairs, false>(v_ + skip * ldv_, ldv_, block.do_t(), kLanes, slots<kPairs>(args_.head_dim_v), ds, kLanes,
-                           keys, rows, Start::kZero);
+    product_into_scores<kPairs>(k_ + skip * ldk_, ldk_, block.q_t(), slots<kPairs>(args_.head_dim), p, keys, rows,
+                                scores.diagonal());
+    product_into_scores<kPairs>(v_ + skip * ldv_, ldv_, block.do_t(), slots<kPairs>(args_.head_dim_v), ds, keys, rows,
+                                scores.diagonal());
     float c = scores.multiplier();
     if (scores.finish_needed()) {
       scores.finish(p, keys, lane_vecs);
@@ -141,9 +141,14 @@ class TileGradient {
     const float* keep = args_.dropout.rng ? scores.keep(keys, lane_vecs) : nullptr;
     for (int x = 0; x < lane_vecs * kVec; x += kVec) {
       const Vec factor = Vec::fill(c), base = -Vec::load(block.lse() + x), delta = Vec::load(block.delta() + x);
-      for (int r = 0; r < keys; ++r) {
+      const int seen = keys_seen(x, scores.diagonal(), keys);
+      for (int r = seen; r < keys; ++r) {
+        Vec::fill(0.f).store(p + r * kLanes + x);
+        Vec::fill(0.f).store(ds + r * kLanes + x);
+      }
+      for (int r = 0; r < seen; ++r) {
         float *at_p = p + r * kLanes + x, *at_ds = ds + r * kLanes + x;
-        Vec weight = exp2<kPairs>(fma(Vec::load(at_p), factor, base)), dp = Vec::load(at_ds);
+        Vec weight = exp2<sizeof(T) == 2>(fma(Vec::load(at_p), factor, base)), dp = Vec::load(at_ds);
         const Vec unkept = weight;
         if (keep) {
           const Vec kept = Vec::load(keep + r * kLanes + x);
@@ -159,22 +164,23 @@ class TileGradient {
 
   // ds past the cap
   void multiply_by_slope_of_cap(const Scores& scores, int keys) {
-    for (int64_t at = 0; args_.softcap > 0 && at < keys * kLanes; at += kVec) {
-      (Vec::load(ds + at) * Vec::load(scores.slope_of_cap() + at)).store(ds + at);
+    for (int r = 0; args_.softcap > 0 && r < keys; ++r) {
+      for (int at = r * kLanes + first_lane(r, scores.diagonal()); at < (r + 1) * kLanes; at += kVec) {
+        (Vec::load(ds + at) * Vec::load(scores.slope_of_cap() + at)).store(ds + at);
+      }
     }
   }
 
   // dv += p·do, dk += ds·q for the keys of run()
-  void add_to_keys(const QueryBlock<T, kPairs>& block, int keys, int rows, float* dk, int64_t width, float* dv,
-                   int64_t width_v) {
+  void add_to_keys(const Scores& scores, const QueryBlock<T, kPairs>& block, int keys, int rows, float* dk,
+                   int64_t width, float* dv, int64_t width_v) {
     int64_t ld_left, ld;
     const float* right = block.do_depth(ld);
     const float* left = lanes_in_slots(p, keys, rows, p_slots_, ld_left);
-    product<kPairs, false>(left, ld_left, right, ld, slots<kPairs>(rows), dv, width_v, keys, args_.head_dim_v,
-                           Start::kAdd);
+    product_over_lanes<kPairs>(left, ld_left, right, ld, rows, dv, width_v, keys, args_.head_dim_v, scores.diagonal());
     right = block.q_depth(ld);
     left = lanes_in_slots(ds, keys, rows, ds_slots_, ld_left);
-    product<kPairs, false>(left, ld_left, right, ld, slots<kPairs>(rows), dk, width, keys, args_.head_dim, Start::kAdd);
+    product_over_lanes<kPairs>(left, ld_left, right, ld, rows, dk, width, keys, args_.head_dim, scores.diagonal());
   }
 
   // dqᵀ += kᵀ·ds for the keys skip.. of run()
@@ -197,8 +203,7 @@ class TileGradient {
       left = left_depth<T, kPairs>(rows_k_ + skip * args_.k.row, args_.k.row, keys, args_.head_dim, scores.seen(),
                                    k_depth_, ld);
     }
-    product<kPairs, true>(left, ld, right, kLanes, slots<kPairs>(keys), dq_t, kLanes, args_.head_dim, rows,
-                          Start::kAdd);
+    product_over_keys<kPairs>(left, ld, right, keys, dq_t, args_.head_dim, rows, scores.diagonal(), Start::kAdd);
   }
 
   float *p, *ds;

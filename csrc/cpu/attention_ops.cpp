@@ -1,4 +1,4 @@
-// fastattn::attention_fwd and attention_bwd for CPU tensors.
+// fastattn::attention_infer, attention_fwd and attention_bwd for CPU tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -155,29 +155,45 @@ constexpr int64_t blocks_of(int64_t n) {
   return (n + 63) / 64;
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-                                         OptionalTensor bias, OptionalTensor sink, OptionalTensor mask,
-                                         OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q,
-                                         OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes, OptionalTensor rng,
-                                         int64_t, int64_t, int64_t window_left, int64_t window_right, bool top_left,
-                                         double softcap, double dropout_p, double scale) {
+// out, and lse where there is room for it
+Tensor forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, Inputs in, float* lse) {
   const Tensor q = inner_contiguous(q_in), k = inner_contiguous(k_in), v = inner_contiguous(v_in);
-  Inputs in{bias, sink,        mask,         seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
-            rng,  window_left, window_right, top_left,  softcap,      dropout_p,    scale};
   AttentionArgs args = arguments(q, k, v, in);
   const bool packed = args.cu_seqlens_q;
   const Tensor out = empty_in_layout(q_in, v.size(3));
-  const Tensor lse = fastattn::empty_strided<3>(
-      q, {q.size(0), q.size(1), q.size(2)},
-      {std::max<int64_t>(1, q.size(1)) * std::max<int64_t>(1, q.size(2)), std::max<int64_t>(1, q.size(2)), 1},
-      ScalarType::Float);
   args.q = heads(q, packed);
   args.k = heads(k, packed);
   args.v = heads(v, packed);
   args.out = heads(out, packed);
-  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.lse = lse;
   run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
+                                         OptionalTensor sink, OptionalTensor mask, OptionalTensor seqlens_k,
+                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                         OptionalTensor alibi_slopes, OptionalTensor rng, int64_t, int64_t,
+                                         int64_t window_left, int64_t window_right, bool top_left, double softcap,
+                                         double dropout_p, double scale) {
+  const int64_t rows = std::max<int64_t>(1, q.size(2));
+  const Tensor lse = fastattn::empty_strided<3>(q, {q.size(0), q.size(1), q.size(2)},
+                                                {std::max<int64_t>(1, q.size(1)) * rows, rows, 1}, ScalarType::Float);
+  const Tensor out = forward(q, k, v,
+                             {bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, window_left,
+                              window_right, top_left, softcap, dropout_p, scale},
+                             static_cast<float*>(lse.mutable_data_ptr()));
   return {out, lse};
+}
+
+Tensor attention_infer(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window_right, bool top_left,
+                       double scale) {
+  Inputs in{};
+  in.window_left = -1;
+  in.window_right = window_right;
+  in.top_left = top_left;
+  in.scale = scale;
+  return forward(q, k, v, in, nullptr);
 }
 
 // Whether a task may sum the dbias of a whole batch: in fp32 where it ends up, in 16 bits in memory of the thread.
@@ -277,6 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("attention_infer.native", TORCH_BOX(&attention_infer));
   m.impl("attention_fwd.native", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd.native", TORCH_BOX(&attention_bwd));
 }

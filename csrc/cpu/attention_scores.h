@@ -174,8 +174,8 @@ class Scores {
     i0_ = i0;
     j0_ = j0;
     const int64_t diagonal = i0 + sequence_->off;
-    edge_ = (args_.window_right >= 0 && j0 + keys - 1 > diagonal + args_.window_right) ||
-            (args_.window_left >= 0 && j0 < diagonal + rows - 1 - args_.window_left);
+    diagonal_ = args_.window_right >= 0 ? diagonal + args_.window_right - j0 : kKeys;
+    edge_ = diagonal_ < keys - 1 || (args_.window_left >= 0 && j0 < diagonal + rows - 1 - args_.window_left);
     kind_ = Kind::kNone;
     seen_ = nullptr;
     if (!mask_ && !args_.bias.data) {
@@ -218,6 +218,9 @@ class Scores {
     return find_seen(rows, keys);
   }
 
+  // Lane x of the tile sees no key after number x + diagonal().
+  int64_t diagonal() const { return diagonal_; }
+
   // Keys that some query of the tile sees, or null if all are; after finish().
   const uint8_t* seen() const { return seen_; }
   const float* slope_of_cap() const { return slope_of_cap_; }
@@ -228,7 +231,7 @@ class Scores {
   }
   float multiplier() const { return multiplier_; }
 
-  // Raw products s[key][lane] become scores times log2(e), -inf where invisible.
+  // Raw products s[key][lane] become scores times log2(e), -inf where invisible; what no lane of a panel sees stays.
   void finish(float* s, int keys, int lane_vecs) {
     const float cap = args_.softcap;
     if (kind_ == Kind::kDirect) {
@@ -245,7 +248,7 @@ class Scores {
       const int64_t j = j0_ + r;
       const float first = bound(args_.window_right >= 0 ? j - diagonal - args_.window_right : -1);
       const float last = bound(args_.window_left >= 0 ? j - diagonal + args_.window_left : kLanes);
-      for (int x = 0; x < lane_vecs; ++x) {
+      for (int x = first_lane(r, diagonal_) / kVec; x < lane_vecs; ++x) {
         float* at = s + r * kLanes + x * kVec;
         Vec score = Vec::load(at) * multiplier;
         if (cap > 0) {
@@ -422,7 +425,7 @@ class Scores {
   int64_t bias_offset_ = 0;
   float slope_ = 0.f;
   uint32_t slab_ = 0;
-  int64_t begin_ = 0, end_ = 0, i0_ = 0, j0_ = 0;
+  int64_t begin_ = 0, end_ = 0, i0_ = 0, j0_ = 0, diagonal_ = kKeys;
   bool edge_ = false;
   Kind kind_ = Kind::kNone;
   const uint8_t* seen_ = nullptr;

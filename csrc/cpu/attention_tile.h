@@ -316,6 +316,54 @@ constexpr int64_t slots(int64_t cols) {
   return kPairs ? (cols + 1) / 2 : cols;
 }
 
+// A score tile [key][lane] that the diagonal of a causal mask cuts: lane x sees the keys up to x + diagonal alone.
+// Panels of lanes, as product() takes them at once, leave out the keys that none of their lanes sees.
+constexpr int kPanelLanes = kVec == 16 ? 64 : 2 * kVec;
+
+constexpr int64_t clamp(int64_t n, int64_t most) {
+  return n < 0 ? 0 : n < most ? n : most;
+}
+
+// How many keys the panel of lane x sees, and the first lane of the panels that see key r.
+constexpr int keys_seen(int64_t x, int64_t diagonal, int keys) {
+  return static_cast<int>(clamp(x / kPanelLanes * kPanelLanes + kPanelLanes + diagonal, keys));
+}
+constexpr int first_lane(int64_t r, int64_t diagonal) {
+  return static_cast<int>(clamp((r - diagonal) / kPanelLanes * kPanelLanes, kLanes));
+}
+
+// s[key][lane] = left·right over `depth` slots, where a panel sees the key
+template <bool kPairs>
+void product_into_scores(const float* left, int64_t ld, const float* right, int64_t depth, float* s, int keys, int rows,
+                         int64_t diagonal) {
+  for (int x = 0; x < rows; x += kPanelLanes) {
+    product<kPairs, false>(left, ld, right + x, kLanes, depth, s + x, kLanes, keys_seen(x, diagonal, keys),
+                           clamp(rows - x, kPanelLanes), Start::kZero);
+  }
+}
+
+// c[column][lane] = start + leftᵀ·s, summed over the keys that a panel sees; s in slots of keys
+template <bool kPairs>
+void product_over_keys(const float* left, int64_t ld, const float* s, int keys, float* c, int64_t cols, int rows,
+                       int64_t diagonal, Start start, const float* factor = nullptr) {
+  for (int x = 0; x < rows; x += kPanelLanes) {
+    product<kPairs, true>(left, ld, s + x, kLanes, slots<kPairs>(keys_seen(x, diagonal, keys)), c + x, kLanes, cols,
+                          clamp(rows - x, kPanelLanes), start, factor ? factor + x : nullptr);
+  }
+}
+
+// c[key][column] += s·right, summed over the lanes that see one of some keys; s in slots of lanes
+template <bool kPairs>
+void product_over_lanes(const float* s, int64_t lds, const float* right, int64_t ld, int rows, float* c, int64_t ldc,
+                        int keys, int64_t cols, int64_t diagonal) {
+  const int step = diagonal >= keys - 1 ? keys : 12;
+  for (int r = 0; r < keys; r += step) {
+    const int64_t skip = clamp(r - diagonal, rows) / (kPairs ? 2 : 1);
+    product<kPairs, false>(s + r * lds + skip, lds, right + skip * ld, ld, slots<kPairs>(rows) - skip, c + r * ldc, ldc,
+                           clamp(keys - r, step), cols, Start::kAdd);
+  }
+}
+
 template <bool kPairs, typename T>
 inline void slot_row(float* dst, const T* src, int64_t cols, int64_t width) {
   if constexpr (kPairs) {
