@@ -1,8 +1,9 @@
 """Matrix products by the vendor's library: torch's choice, or oneDNN where it was measured to be faster.
 
-For fp32 torch calls MKL. On AMD processors oneDNN beats it by 6 to 14 % at d_model 256 to 1024 (two cores, 1024 rows),
-except in `weight_grad` with more rows than columns, where oneDNN would first have to transpose the larger operand, and
-except for small products: a call of it costs 13 us more.
+For fp32 torch calls MKL. On AMD processors with AVX-512 oneDNN beats it by 6 to 14 % at d_model 256 to 1024 (two cores,
+1024 rows), except in `weight_grad` with more rows than columns, where oneDNN would first have to transpose the larger
+operand, and except for small products: a call of it costs 13 us more. With AVX2 alone MKL is faster, by 4 to 8 % of a
+training step (docs/performance-notes.md).
 
 Half precision on a processor without instructions for it: torch's own loops take 2 to 120 times as long as the product
 in fp32 with its conversions, dy · weight the longest, so large ones are computed in fp32 and rounded once.
@@ -12,14 +13,15 @@ import torch
 import torch.nn.functional as F
 
 
-def _is_onednn_faster():
+def _is_onednn_faster(cpuinfo="/proc/cpuinfo"):
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return "AuthenticAMD" in file.read(4096)
+        with open(cpuinfo, encoding="ascii", errors="replace") as file:
+            first = file.read(4096)
     except OSError:
         return False
+    return "AuthenticAMD" in first and "avx512f" in first
 
 
 _fused = None
