@@ -112,11 +112,18 @@ class Case:
                 continue
             assert got.shape == exact.shape
             allowed = 8 * spacing * exact.abs().amax().item() if exact.numel() else 0.0
-            if name in ("dbias", "dsink"):  # sums of ds, which sees the rounding of out through delta
-                rows = (self.do.double() * exact_out).square().sum(-1)
-                allowed += torch.finfo(self.q.dtype).eps * rows.sum().sqrt().item()
+            # dp - delta, delta from the rounded out: PyTorch's softmax cancels exactly where a row sees one key
+            rows, eps = self.do.double() * exact_out, torch.finfo(self.q.dtype).eps
+            if name in ("dbias", "dsink"):
+                allowed += eps * rows.square().sum().sqrt().item()
+            elif self.q.numel() and self.k.numel() and name != "dv":
+                other = (self.k if name == "dq" else self.q).double().nan_to_num(0, 0, 0).square().mean().sqrt()
+                delta = (
+                    4 * torch.finfo(torch.float32).eps * rows.sum(-1).abs().amax() + eps / 2 * rows.norm(dim=-1).amax()
+                )
+                allowed += (delta * abs(self.options[-1]) * other).item()
             if not torch.allclose(got.double(), exact, rtol=0, atol=allowed):
-                assert_accurate(got, exact, plain, factor=BACKWARD, what=name)
+                assert_accurate(got, exact, plain, factor=BACKWARD, what=name, slack=allowed)
 
 
 FEATURES = {

@@ -79,7 +79,7 @@ define(
     " bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     _attention_bwd_fake,
 )
-# out alone, of a call without any feature: three times as many arguments and lse take half the time of a small call
+# out alone, of a call without any feature: the other arguments and lse take 3 of the 7 us of a small call
 define(
     "attention_infer(Tensor q, Tensor k, Tensor v, SymInt window_right, bool top_left, float scale) -> Tensor",
     lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]),
