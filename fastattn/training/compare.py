@@ -133,7 +133,7 @@ def _architecture(path):
         return None
     body = model.get("body", "transformer")
     parts = [body]
-    if {"n_layer", "d_model"} <= model.keys():
+    if {"n_layer", "d_model"} <= model.keys() and body != "bag_of_words":
         parts.append(f"{model['n_layer']} × {model['d_model']}")
     if body == "transformer" and "n_head" in model:
         parts.append(f"{model['n_head']} heads")
