@@ -76,7 +76,7 @@ FASTATTN_DECLARE_CPU(norm_bwd_columns, NormBwdArgs);  // columns, after all chun
 int dropout_fwd_cuda(const DropoutArgs& args, void* stream);
 int norm_fwd_cuda(const NormFwdArgs& args, void* stream);
 int norm_bwd_cuda(const NormBwdArgs& args, void* stream);
-int64_t norm_bwd_chunks_cuda(const NormBwdArgs& args);  // what args.chunks must be; looks at sizes and dtypes
+int64_t norm_bwd_chunks_cuda(const NormBwdArgs& args);  // what args.chunks must be; 0: no sums
 const char* cuda_error_string(int error);
 
 // Feed-forward: the passes between the products. Rows of inputs lie a stride apart, outputs are contiguous; a null

@@ -9,7 +9,8 @@
 
 Forward: a program owns BLOCK_M rows, loads them once and keeps them; statistics are centred, in fp32. Backward:
 programs stay and walk over blocks of rows, each adds up its own dweight, dbias and dx_bias in fp32; a second kernel
-adds those of all programs, in a fixed order, without atomics. Rows too wide to be kept are read again from the cache.
+adds those of all programs, in a fixed order, without atomics. Rows too wide to be kept are read again from the cache,
+and the second kernel reads all rows of a strip of columns.
 Saved: r and the fp32 statistics, never a mask. Limits: fewer than 2^31 columns.
 Reference: fastattn.reference.norm; the backward with partial sums follows Triton's tutorial 05.
 """
@@ -42,10 +43,11 @@ BACKWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 
 # with dx_bias a thread has a third sum: wider rows would spill, and only 12 warps of up to 144 registers fit, not 16
 BIASED_HELD, BIASED_WARPS = 4096, 12
 WIDE_BLOCK_N, WIDE_WARPS = 4096, 8
-STRIP_M, STRIP_N, STRIP_WARPS = 8, 512, 4  # dweight and dbias of wide rows
+# sums over all rows of a strip of wide ones; a program has 32 KB of 16-bit dy and r on their way: by Little's law
+# 4.8 TB/s and 0.8 us ask for 29 KB a multiprocessor
+STRIP_M, STRIP_N, STRIP_WARPS = 128, 64, 16
 INTERPRETED_STRIP_N = 4096  # where a program costs as much whatever its width
 SUM_M, SUM_N, SUM_WARPS = 128, 32, 4  # adding up the partial sums
-WIDE_SUM_M, WIDE_SUM_N = 8, 512
 
 
 @triton.jit
@@ -301,29 +303,28 @@ def norm_bwd_strip_kernel(
     dy_ptr, r_ptr, dx_ptr, stats_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr, rows, cols, dy_stride, r_stride,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    program, programs = tl.program_id(1), tl.num_programs(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(program, tl.cdiv(rows, BLOCK_M), programs):
-        row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask = (row < rows)[:, None] & (col < cols)[None, :]
-        mean, rstd = _load_stats(stats_ptr, row, rows, RMS)
-        dy, xhat = _load_dy_xhat(dy_ptr, r_ptr, dy_stride, r_stride, mean, rstd, row, col, mask)
-        dweight += dy * xhat
-        dbias += dy
-    offs = program.to(tl.int64) * cols + col
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + offs, tl.sum(dweight, axis=0), mask=col < cols)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + offs, tl.sum(dbias, axis=0), mask=col < cols)
+    if dweight_ptr is not None or dbias_ptr is not None:
+        dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for block in range(tl.cdiv(rows, BLOCK_M)):
+            row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask = (row < rows)[:, None] & (col < cols)[None, :]
+            mean, rstd = _load_stats(stats_ptr, row, rows, RMS)
+            dy, xhat = _load_dy_xhat(dy_ptr, r_ptr, dy_stride, r_stride, mean, rstd, row, col, mask)
+            dweight += dy * xhat
+            dbias += dy
+        if dweight_ptr is not None:
+            tl.store(dweight_ptr + col, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=col < cols)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + col, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=col < cols)
     if dx_bias_ptr is not None:  # a loop of its own: three sums at once take twice the registers
         dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for block in range(program, tl.cdiv(rows, BLOCK_M), programs):
+        for block in range(tl.cdiv(rows, BLOCK_M)):
             row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             mask = (row < rows)[:, None] & (col < cols)[None, :]
             dx_bias += tl.load(dx_ptr + row[:, None] * cols + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_bias_ptr + offs, tl.sum(dx_bias, axis=0), mask=col < cols)
+        tl.store(dx_bias_ptr + col, tl.sum(dx_bias, axis=0).to(dx_bias_ptr.dtype.element_ty), mask=col < cols)
 
 
 @triton.jit
@@ -418,36 +419,31 @@ def norm_bwd(
     rng, threshold, scale = dropout_constants(rng, dropout_p)
     inputs = (dy, dr_out, r, _contiguous(weight), stats, rng, dx, dresidual if separate_dresidual else None)
     sizes = (rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale)
+    outputs = [t if wanted else None for t, wanted in zip(sums, needed, strict=True)]
     block_n = _block_n(cols)
-    held = block_n in BACKWARD and block_n <= (BIASED_HELD if need_dx_bias else block_n)
-    if held:
+    if block_n in BACKWARD and block_n <= (BIASED_HELD if need_dx_bias else block_n):
         block_m, warps = BACKWARD[block_n]
         resident = BIASED_WARPS if need_dx_bias and warps == 4 else 16
         programs = min(triton.cdiv(rows, block_m), persistent_programs(device, resident // warps))
-    else:
-        strip_n = INTERPRETED_STRIP_N if INTERPRETED else STRIP_N
-        strips = triton.cdiv(cols, strip_n)
-        programs = min(triton.cdiv(rows, STRIP_M), triton.cdiv(persistent_programs(device, 4), strips))
-    partials = [
-        torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None for wanted in needed
-    ]
-    with device_guard(device):
-        if held:
+        partials = [
+            torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None for wanted in needed
+        ]
+        with device_guard(device):
             norm_bwd_kernel[(programs,)](
                 *inputs, *partials, *sizes, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps
             )  # fmt: skip
-        else:
-            norm_bwd_wide_kernel[(rows,)](*inputs, *sizes, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
+            if any(needed):
+                add_up_kernel[(triton.cdiv(cols, SUM_N),)](
+                    *partials, *outputs, programs, cols, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=SUM_WARPS
+                )
+        return dx, dresidual, *sums
+    strip_n = INTERPRETED_STRIP_N if INTERPRETED else STRIP_N
+    with device_guard(device):
+        norm_bwd_wide_kernel[(rows,)](*inputs, *sizes, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
         if any(needed):
-            if not held:
-                norm_bwd_strip_kernel[(strips, programs)](
-                    dy, r, dx, stats, *partials, rows, cols, dy_stride, r_stride,
-                    RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=strip_n, num_warps=STRIP_WARPS,
-                )  # fmt: skip
-            sum_m, sum_n = (SUM_M, SUM_N) if held else (WIDE_SUM_M, WIDE_SUM_N)
-            add_up_kernel[(triton.cdiv(cols, sum_n),)](
-                *partials, *(t if wanted else None for t, wanted in zip(sums, needed, strict=True)), programs, cols,
-                BLOCK_M=sum_m, BLOCK_N=sum_n, num_warps=SUM_WARPS,
+            norm_bwd_strip_kernel[(triton.cdiv(cols, strip_n),)](
+                dy, r, dx, stats, *outputs, rows, cols, dy_stride, r_stride,
+                RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=strip_n, num_warps=STRIP_WARPS,
             )  # fmt: skip
     return dx, dresidual, *sums
 

@@ -105,7 +105,7 @@ def accesses(file):
 def test_held_rows_are_loaded_and_stored_16_bytes_at_a_time():
     seen = 0
     for name, mangled, wide, narrow in accesses("norm"):
-        if not name.startswith(("norm_fwd_kernel", "norm_bwd_kernel")):
+        if not name.startswith(("norm_fwd_kernel", "norm_bwd_kernel")) or "Dynamic" in mangled:
             continue
         seen += 1
         # x, residual, weight and bias in three dtypes; y and r

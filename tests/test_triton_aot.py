@@ -52,8 +52,7 @@ def configs(everything):
         [lambda a, d: config(norm, "norm_bwd_wide_kernel", a, d, norm.WIDE_WARPS, BLOCK_N=norm.WIDE_BLOCK_N)],
         [lambda a, d: config(norm, "norm_bwd_strip_kernel", a, d, norm.STRIP_WARPS, BLOCK_M=norm.STRIP_M,
                              BLOCK_N=norm.STRIP_N)],
-        [lambda a, d, m=m, n=n: config(norm, "add_up_kernel", a, d, norm.SUM_WARPS, BLOCK_M=m, BLOCK_N=n)
-         for m, n in ((norm.SUM_M, norm.SUM_N), (norm.WIDE_SUM_M, norm.WIDE_SUM_N))],
+        [lambda a, d: config(norm, "add_up_kernel", a, d, norm.SUM_WARPS, BLOCK_M=norm.SUM_M, BLOCK_N=norm.SUM_N)],
         [lambda a, d, n=n: config(dropout, "dropout_kernel", a, d, dropout.WARPS, BLOCK_M=dropout.TILE // n, BLOCK_N=n)
          for n in dropout.WIDTHS],
     ]  # fmt: skip

@@ -67,10 +67,11 @@ __device__ __forceinline__ void load_groups(float (&value)[kGroups][kGroup], con
     } else {
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
+        const T* group = row + first_col(start, g);
+        const int left = cols - first_col(start, g);
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-          const int col = first_col(start, g) + i;
-          value[g][i] = col < cols ? static_cast<float>(row[col]) : 0.f;
+          value[g][i] = i < left ? static_cast<float>(group[i]) : 0.f;
         }
       }
     }

@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, co
   args.chunks = fastattn::norm_bwd_chunks_cuda(args);
   const bool needs_sums = need_dweight || need_dbias || need_dx_bias;
   const Tensor sums = empty_beside(dy, {needs_sums ? args.chunks : 0, fastattn::kNormSums, cols}, ScalarType::Float);
-  args.sums = needs_sums ? static_cast<float*>(sums.mutable_data_ptr()) : nullptr;
+  args.sums = static_cast<float*>(sums.mutable_data_ptr());
   fastattn::check_launch(fastattn::norm_bwd_cuda(args, fastattn::current_stream(dy)), "norm_bwd");
   return {dx, dresidual, dweight, dbias, dx_bias};
 }
