@@ -241,13 +241,15 @@ struct AttentionCudaArgs : AttentionArgs {
   int64_t rows_q, rows_k;  // of the tensors: the sum of the lengths if packed
   float *lse2, *delta;     // workspace of the backward: (batch, head, row), strides stats_batch, stats_head, 1
   int64_t stats_batch, stats_head;
+  float* dq_sums;           // workspace: (batch, head, row, head_dim), or nullptr: dq from a kernel of its own
   uint32_t* tile_counters;  // workspace: 1 word for the forward, 2 for the backward
 };
 int64_t attention_stats_rows_sm90(const AttentionCudaArgs& args);  // what stats_head must be
 int attention_fwd_sm90(const AttentionCudaArgs& args, void* stream);
-int attention_stats_sm90(const AttentionCudaArgs& args, void* stream);  // lse2, delta and counters, before the next two
-int attention_dkdv_sm90(const AttentionCudaArgs& args, void* stream);
+int attention_stats_sm90(const AttentionCudaArgs& args, void* stream);  // fills the workspace, before the next
+int attention_dkdv_sm90(const AttentionCudaArgs& args, void* stream);   // with dq_sums adds to them
 int attention_dq_sm90(const AttentionCudaArgs& args, void* stream);
+int attention_round_sm90(const AttentionCudaArgs& args, void* stream);  // dq from dq_sums
 
 // Neither leftpad, ALiBi, softcap nor sink; pages hold whole blocks of kDecodeKeysSm90. partial: (split, batch, head,
 // row, head_dim) if there are several splits, and partial_lse without the last.

@@ -337,7 +337,7 @@ def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_
 
 def launch_bwd(do, dlse, q, k, v, out, lse, bias, *rest):
     """The raw op attention_bwd: (dq, dk, dv, dbias, dsink)."""
-    *rest, need_dbias = rest
+    *rest, need_dbias, _ = rest  # deterministic: it always is
     sink = rest[0]
     do = torch.zeros_like(out) if do is None else do
     q, k, v, do, out = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(do), unit_stride(out)

@@ -33,7 +33,14 @@ ROWS = (
     ),
 )
 ATTENTION = (
-    ("attention_fwd_sm90.cu", "attention_dkdv_sm90.cu", "attention_dq_sm90.cu", "error.cu", "attention_ops.cpp"),
+    (
+        "attention_fwd_sm90.cu",
+        "attention_bwd_passes_sm90.cu",
+        "attention_dkdv_sm90.cu",
+        "attention_dq_sm90.cu",
+        "error.cu",
+        "attention_ops.cpp",
+    ),
     ("attention_fwd", "attention_bwd"),
 )
 DECODE = (

@@ -267,7 +267,7 @@ def test_backward_after_the_forward_of_another_backend():
     do = torch.ones_like(out)
     expected = torch.autograd.grad(out, (q, k, v), do)
     rest = (None, None, None, None, None, None, None, None, 70, 90, -1, 0, False, 0.0, 0.0, 0.125)
-    got = attention_module._ops["bwd", "native"](do, None, q, k, v, out.detach(), lse.detach(), *rest, False)
+    got = attention_module._ops["bwd", "native"](do, None, q, k, v, out.detach(), lse.detach(), *rest, False, False)
     for a, b in zip(got, expected, strict=False):
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 

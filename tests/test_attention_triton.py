@@ -312,7 +312,7 @@ def test_forward_and_backward_on_different_backends(order, name):
     ops = torch.ops.fastattn
     out, lse = getattr(ops.attention_fwd, order[0])(*case.inputs(), *case.rest())
     need_dbias = case.bias is not None
-    args = case.do, case.dlse, *case.inputs()[:3], out, lse, *case.inputs()[3:], *case.rest(), need_dbias
+    args = case.do, case.dlse, *case.inputs()[:3], out, lse, *case.inputs()[3:], *case.rest(), need_dbias, False
     exact_grads, plain_grads = case.expected(lambda t: t.double())[2], case.expected()[2]
     for got, exact, plain in zip(getattr(ops.attention_bwd, order[1])(*args), exact_grads, plain_grads, strict=True):
         if exact is not None:
@@ -446,7 +446,7 @@ def test_raw_ops_pass_opcheck():
         torch.library.opcheck(forward, arguments, test_utils=checks)
         out, lse = forward(*arguments)
         need_dbias = case.bias is not None
-        arguments = (case.do, case.dlse, *arguments[:3], out, lse, *arguments[3:], need_dbias)
+        arguments = (case.do, case.dlse, *arguments[:3], out, lse, *arguments[3:], need_dbias, False)
         torch.library.opcheck(backward, arguments, test_utils=checks)
 
 

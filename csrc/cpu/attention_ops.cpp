@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& out_in, const Tensor& lse_in, OptionalTensor bias, OptionalTensor sink, OptionalTensor mask,
     OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
     OptionalTensor rng, int64_t, int64_t, int64_t window_left, int64_t window_right, bool top_left, double softcap,
-    double dropout_p, double scale, bool need_dbias) {
+    double dropout_p, double scale, bool need_dbias, bool) {  // deterministic: it always is
   const Tensor q = inner_contiguous(q_in), k = inner_contiguous(k_in), v = inner_contiguous(v_in),
                out = inner_contiguous(out_in),
                d_o = dout ? inner_contiguous(*dout) : torch::stable::new_zeros(out, out.sizes()),

@@ -1,13 +1,19 @@
-// Attention for Hopper, backward, first half: dk and dv of what attention_fwd_sm90.cu serves.
+// Attention for Hopper, backward: dk and dv of what attention_fwd_sm90.cu serves, and dq where it may be summed in any
+// order.
 //
 //   p = exp2(c q·k - lse2),  dp = do·v,  ds = p ∘ (dp - delta)        c = scale log2(e), lse2 = lse log2(e)
-//   dv = pᵀ·do,  dk = scale dsᵀ·q
+//   dv = pᵀ·do,  dk = scale dsᵀ·q,  dq = scale ds·k
 //
 // A block of threads takes one tile of 128 keys after another, over all queries of its group of heads that see it, so
 // dk and dv stay in registers, summed in one order: no atomics, no workspace. Scores are computed transposed, rows are
 // keys: p and ds go from accumulators to operands without leaving their thread. Keys past the end only make rows that
 // are not written; queries past the end have lse2 = inf, so p = 0.
-// Reference: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
+//
+// With dq the two warpgroups put ds side by side in shared memory, each multiplies one half of dq out of both, and the
+// copy engine adds it to sums in global memory. What several blocks of threads add there comes in any order, so the
+// last bits of dq differ from run to run. References: Dao, "FlashAttention-2: faster attention with better parallelism
+// and work partitioning", 2023; Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and
+// low-precision", 2024.
 #include "cuda/sm90/attention_bwd.cuh"
 
 namespace fastattn {
@@ -16,38 +22,53 @@ namespace {
 using namespace sm90;
 
 constexpr int kQueries = 64;  // a block; 128 would need 64 + 64 registers beside dk, dv and the operands
-constexpr int kQueryStages = 4;
 
+// The warpgroups multiply dq of a block in turns, or, where registers are too few for that, half of the columns each.
+template <int kHeadDim>
+constexpr int kDqCols = kHeadDim == 128 ? 64 : kHeadDim;
+
+// Shared memory holds four blocks of queries, or two and what dq needs: ds of both warpgroups, whose rows are keys, and
+// dq on its way out, as accumulators, four of each thread at a time.
+template <typename T, int kHeadDim, bool kWithDq>
+struct DkdvStages {
+  static constexpr int kStages = 4;
+};
 template <typename T, int kHeadDim>
-struct DkdvShared {
+struct DkdvStages<T, kHeadDim, true> {
+  static constexpr int kStages = 2;
+  TileOf<T, kTile, kQueries> ds[kStages];
+  float dq[kBwdConsumers][kQueries * kDqCols<kHeadDim>];
+};
+
+template <typename T, int kHeadDim, bool kWithDq>
+struct DkdvShared : DkdvStages<T, kHeadDim, kWithDq> {
+  using DkdvStages<T, kHeadDim, kWithDq>::kStages;
   TileOf<T, kTile, kHeadDim> k, v;  // in the end dk and dv
-  TileOf<T, kQueries, kHeadDim> q[kQueryStages], dout[kQueryStages];
-  alignas(16) float lse2[kQueryStages][kQueries];
-  alignas(16) float delta[kQueryStages][kQueries];
+  TileOf<T, kQueries, kHeadDim> q[kStages], dout[kStages];
+  alignas(16) float lse2[kStages][kQueries];
+  alignas(16) float delta[kStages][kQueries];
   TileQueue tiles;
   Pipe<1> tile_pipe;
-  Pipe<kQueryStages> pipe;
+  Pipe<kStages> pipe;
   Barrier arrived;  // a block that still has to be cleared
 };
 
 using DkdvTile = KeyTile<kTile, kQueries>;
 
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void dkdv_produce(DkdvShared<T, kHeadDim>& shared, const BwdArgs& args) {
+template <typename T, int kHeadDim, bool kWithDq>
+__device__ __forceinline__ void dkdv_produce(DkdvShared<T, kHeadDim, kWithDq>& shared, const BwdArgs& args) {
   constexpr int kStatsBytes = kQueries * sizeof(float);
   Ring<1> tiles;
-  Ring<kQueryStages> ring;
+  Ring<DkdvShared<T, kHeadDim, kWithDq>::kStages> ring;
   int arrived_parity = 0;
   take_tiles<DkdvTile>(shared.tiles, args.tile_counter, args.shape, args.order, [&](const DkdvTile& tile) {
     const Sequence& sequence = tile.sequence;
     shared.tile_pipe.wait_empty(tiles);
     tiles.next();
-    if (threadIdx.x % 32 == 0) {
-      Barrier& full = shared.tile_pipe.full[0];
-      full.arrive_expecting(2 * shared.k.kBytes);
-      shared.k.load(args.k, sequence.k_begin + tile.row, tile.kv_head, sequence.index, full);
-      shared.v.load(args.v, sequence.k_begin + tile.row, tile.kv_head, sequence.index, full);
-    }
+    const int valid_keys = sequence.k_len - tile.row;  // the rest would get into dq
+    produce_block(shared.k, shared.v, args.k, args.v, {0, sequence.k_begin + tile.row, tile.kv_head, sequence.index},
+                  valid_keys, kWithDq && args.shape.ragged_keys() && valid_keys < kTile, shared.tile_pipe.full[0],
+                  shared.arrived, arrived_parity, 2 * shared.k.kBytes, [](Barrier&) {});
     const int end = (tile.kv_head + 1) * args.shape.group();
 #pragma unroll 1  // few registers are left to this warp
     for (int head = end - args.shape.group(); head < end; ++head) {
@@ -70,20 +91,22 @@ __device__ __forceinline__ void dkdv_produce(DkdvShared<T, kHeadDim>& shared, co
   });
 }
 
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim>& shared, const BwdArgs& args, int slab) {
+template <typename T, int kHeadDim, bool kWithDq>
+__device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& shared, const BwdArgs& args, int slab) {
   const int thread = threadIdx.x % kWarpgroup;
   Ring<1> tiles;
-  Ring<kQueryStages> ring;
+  Ring<DkdvShared<T, kHeadDim, kWithDq>::kStages> ring;
   follow_tiles<DkdvTile>(shared.tiles, args.shape, args.order, [&](const DkdvTile& tile) {
     const Sequence& sequence = tile.sequence;
     const int row = tile.row + slab * kSlab;
+    const auto visible = [&](int i) { return row + accumulator_row(thread, i) < sequence.k_len; };
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
     shared.tile_pipe.wait_full(tiles);
     tiles.next();
     const int blocks = tile.queries.end - tile.queries.begin;
     for (int block = 0; block < blocks * args.shape.group(); ++block) {
-      const int m = tile.queries.begin + block % blocks, stage = ring.stage;
+      const int m = tile.queries.begin + block % blocks;
+      const int stage = ring.stage;
       float s[kQueries / 2], dp[kQueries / 2];
       uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
       shared.pipe.wait_full(ring);
@@ -100,6 +123,12 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim>& shared, co
       if (m < tile.queries.full_begin || m >= tile.queries.full_end) {
         mask(s, sequence.of_keys, row, m * kQueries, 0.f);
       }
+      if (kWithDq && row + kSlab > sequence.k_len) {
+#pragma unroll
+        for (int i = 0; i < kQueries / 2; ++i) {
+          s[i] = visible(i) ? s[i] : 0.f;
+        }
+      }
       to_operand<T>(p, s);
       wgmma_begin();
       issue_ab<T, kQueries>(dv, p, shared.dout[stage].address());
@@ -110,16 +139,61 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim>& shared, co
         s[i] *= dp[i] - delta[accumulator_col(0, i)];
       }
       to_operand<T>(ds, s);
-      wgmma_begin();
-      issue_ab<T, kQueries>(dk, ds, shared.q[stage].address());
+      const auto issue_dk = [&] {
+        wgmma_begin();
+        issue_ab<T, kQueries>(dk, ds, shared.q[stage].address());
+      };
+      if constexpr (kWithDq) {
+        unsigned char* rows = shared.ds[stage].bytes + slab * kSlabBytes;
+#pragma unroll
+        for (int i = 0; i < kQueries / 2; i += 2) {
+          store_for_async(rows + accumulator_offset(first_offset(thread), i, kTile), ds[i / 8][i / 2 % 4]);
+        }
+        fence_async();
+        if (thread == 0) {
+          tma_stores_read();  // dq of an earlier block, so that all may write there after the barrier
+        }
+        meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);
+        constexpr bool kInTurns = kDqCols<kHeadDim> == kHeadDim;
+        if (!kInTurns || slab == stage) {
+          const int half = kInTurns ? 0 : slab;
+          float dq[kDqCols<kHeadDim> / 2];
+          wgmma_begin();
+          issue_atb<T, kTile>(dq, shared.ds[stage].address(), shared.k.panel_address(half));
+          issue_dk();
+          wgmma_wait<1>();
+          float* sums = shared.dq[slab];
+#pragma unroll
+          for (int i = 0; i < kDqCols<kHeadDim> / 2; i += 4) {
+            store_for_async(sums + i * kWarpgroup + thread * 4, float4{dq[i], dq[i + 1], dq[i + 2], dq[i + 3]});
+          }
+          fence_async();
+          meet(1 + slab, kWarpgroup);
+          if (thread == 0) {
+            const int head = tile.kv_head * args.shape.group() + block / blocks;
+            const int64_t first = args.stats(tile.batch, head, sequence) + m * kQueries;
+            constexpr int kBytes = sizeof(shared.dq[0]);
+            bulk_reduce_add(args.dq_sums + first * kHeadDim + half * (kBytes / 4), sums, kBytes);
+          }
+        } else {
+          issue_dk();
+        }
+      } else {
+        issue_dk();
+      }
       wgmma_wait<0>();
       shared.pipe.release(stage);
     }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
-      const bool visible = row + accumulator_row(thread, i) < sequence.k_len;
-      dk[i] = visible ? dk[i] * args.scale : 0.f;
-      dv[i] = visible ? dv[i] : 0.f;
+      dk[i] = visible(i) ? dk[i] * args.scale : 0.f;
+      dv[i] = visible(i) ? dv[i] : 0.f;
+    }
+    if constexpr (kWithDq) {
+      if (thread == 0) {
+        tma_stores_read();
+      }
+      meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);  // the other one reads all keys for its dq
     }
     const Coordinates at{0, sequence.k_begin + row, tile.kv_head, sequence.index};
     const int valid = sequence.k_rows - row;
@@ -130,10 +204,10 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim>& shared, co
   });
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kWithDq>
 __global__ void __launch_bounds__(kBwdThreads, 1) attention_dkdv_sm90_kernel(const __grid_constant__ BwdArgs args) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& shared = *reinterpret_cast<DkdvShared<T, kHeadDim>*>(shared_memory);
+  auto& shared = *reinterpret_cast<DkdvShared<T, kHeadDim, kWithDq>*>(shared_memory);
   if (threadIdx.x == 0) {
     shared.tiles.pipe.init(kBwdConsumers);
     shared.tile_pipe.init(kBwdConsumers);
@@ -142,11 +216,12 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dkdv_sm90_kernel(con
     Barrier::publish();
   }
   __syncthreads();
-  split_roles<kProducerRegisters, kConsumerRegisters>([&] { dkdv_produce<T, kHeadDim>(shared, args); },
-                                                      [&](int slab) { dkdv_consume<T, kHeadDim>(shared, args, slab); });
+  split_roles<kProducerRegisters, kConsumerRegisters>(
+      [&] { dkdv_produce<T, kHeadDim, kWithDq>(shared, args); },
+      [&](int slab) { dkdv_consume<T, kHeadDim, kWithDq>(shared, args, slab); });
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kWithDq>
 cudaError_t launch_dkdv(const AttentionCudaArgs& in, cudaStream_t stream) {
   BwdArgs args = bwd_args(in);
   args.order = key_order(args.shape, kTile, kHeadDim);
@@ -160,8 +235,8 @@ cudaError_t launch_dkdv(const AttentionCudaArgs& in, cudaStream_t stream) {
                                       {&args.dv, in.dv, MapMaker::kKeys, kSlab}})) {
     return error;
   }
-  const auto kernel = attention_dkdv_sm90_kernel<T, kHeadDim>;
-  constexpr int kShared = sizeof(DkdvShared<T, kHeadDim>);
+  const auto kernel = attention_dkdv_sm90_kernel<T, kHeadDim, kWithDq>;
+  constexpr int kShared = sizeof(DkdvShared<T, kHeadDim, kWithDq>);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
     return error;
   }
@@ -173,7 +248,9 @@ cudaError_t launch_dkdv(const AttentionCudaArgs& in, cudaStream_t stream) {
 
 int attention_dkdv_sm90(const AttentionCudaArgs& args, void* stream) {
   return with_half_and_head_dim(args, [&](auto value, auto head_dim) {
-    return launch_dkdv<decltype(value), head_dim>(args, static_cast<cudaStream_t>(stream));
+    const auto launch = args.dq_sums != nullptr ? launch_dkdv<decltype(value), head_dim, true>
+                                                : launch_dkdv<decltype(value), head_dim, false>;
+    return launch(args, static_cast<cudaStream_t>(stream));
   });
 }
 

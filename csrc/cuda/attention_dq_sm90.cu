@@ -1,82 +1,19 @@
-// Attention for Hopper, backward, second half: dq of what attention_fwd_sm90.cu serves, and before both halves delta.
+// Attention for Hopper, backward, dq of what attention_fwd_sm90.cu serves, summed in one order.
 //
-//   delta = rowsum(do ∘ out) - dlse,  lse2 = lse log2(e)
-//   p = exp2(c q·k - lse2),  dp = do·v,  ds = p ∘ (dp - delta),  dq = scale ds·k        c = scale log2(e)
+//   p = exp2(c q·k - lse2),  dp = do·v,  ds = p ∘ (dp - delta),  dq = scale ds·k
+//                                                                 c = scale log2(e), lse2 = lse log2(e)
 //
 // A block of threads takes one tile of 128 queries after another, over the keys it sees, so dq stays in registers: no
-// atomics, and the same bits in every run, for 7 products of the two halves where one kernel would need 5. While one of
-// the two warpgroups makes ds the products of the other run: with a product of its own kept running besides, the
-// compiler runs out of registers and waits after every one. Reference: Dao, "FlashAttention-2: faster attention with
-// better parallelism and work partitioning", 2023.
+// atomics, and the same bits in every run, for 7 products in all where dq from the tiles of keys
+// (attention_dkdv_sm90.cu) makes it 5. While one of the two warpgroups makes ds the products of the other run: with a
+// product of its own kept running besides, the compiler runs out of registers and waits after every one.
+// Reference: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
 #include "cuda/sm90/attention_bwd.cuh"
 
 namespace fastattn {
 namespace {
 
 using namespace sm90;
-
-// ---- delta and lse2, in rows of the workspace
-
-struct StatsArgs {
-  AttentionShape shape;
-  HeadTensor out, dout;
-  const float *lse, *dlse;
-  int64_t lse_batch, lse_head;
-  float *lse2, *delta;
-  int64_t stats_batch, stats_head;
-  uint32_t* tile_counters;
-  unsigned blocks;  // of a head
-};
-
-constexpr int kStatsThreads = 256;
-
-// Eight threads a row; the counters of the two kernels to come are set to 0. A row that sees nothing, or is only there
-// to fill the workspace, gets inf and 0: then p = ds = 0.
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kStatsThreads) attention_stats_sm90_kernel(StatsArgs args) {
-  if (blockIdx.x == 0 && threadIdx.x < 2) {
-    args.tile_counters[threadIdx.x] = 0;
-  }
-  const unsigned of_all = blockIdx.x / args.blocks;  // not the y of the grid, which ends at 65535
-  const int head = of_all % args.shape.n_heads, batch = of_all / args.shape.n_heads;
-  const Sequence sequence(args.shape, batch);
-  const int row = blockIdx.x % args.blocks * (kStatsThreads / 8) + threadIdx.x / 8;
-  const bool exists = row < sequence.q_len;
-  float delta = 0.f;
-  float lse = -INFINITY;
-  if (exists) {
-    const auto row_of_tensor = [&](const HeadTensor& t) {
-      return static_cast<const T*>(t.data) + sequence.index * t.batch + head * t.head +
-             (sequence.q_begin + row) * t.row;
-    };
-#pragma unroll
-    for (int col = threadIdx.x % 8 * 8; col < kHeadDim; col += 64) {
-      T out[8], dout[8];
-      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(row_of_tensor(args.out) + col);
-      *reinterpret_cast<uint4*>(dout) = *reinterpret_cast<const uint4*>(row_of_tensor(args.dout) + col);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        delta += static_cast<float>(out[i]) * static_cast<float>(dout[i]);
-      }
-    }
-    const int64_t at = batch * args.lse_batch + head * args.lse_head + sequence.q_begin + row;
-    lse = args.lse[at];
-    if (threadIdx.x % 8 == 0 && args.dlse != nullptr) {
-      delta -= args.dlse[at];
-    }
-  }
-#pragma unroll
-  for (int lane = 4; lane > 0; lane /= 2) {
-    delta += __shfl_xor_sync(0xffffffffu, delta, lane);
-  }
-  if (threadIdx.x % 8 == 0 && row < blocks_of(sequence.q_len, kStatsRows) * kStatsRows) {
-    const int64_t at = batch * args.stats_batch + head * args.stats_head + sequence.stats_begin + row;
-    args.lse2[at] = lse == -INFINITY ? INFINITY : lse * kLog2e;
-    args.delta[at] = lse == -INFINITY ? 0.f : delta;
-  }
-}
-
-// ---- dq
 
 constexpr int kKeys = 128;  // a block: two accumulators of 64 registers beside dq
 
@@ -217,27 +154,7 @@ cudaError_t launch_dq(const AttentionCudaArgs& in, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T, int kHeadDim>
-cudaError_t launch_stats(const AttentionCudaArgs& in, cudaStream_t stream) {
-  StatsArgs args{attention_shape(in), in.out,  in.dout,  in.lse,         in.dlse,       in.lse_batch,
-                 in.lse_head,         in.lse2, in.delta, in.stats_batch, in.stats_head, in.tile_counters};
-  args.blocks = blocks_of(args.shape.seqlen_q, kStatsRows) * (kStatsRows * 8 / kStatsThreads);
-  const auto grid = static_cast<unsigned>(in.batch * in.n_heads * args.blocks);
-  attention_stats_sm90_kernel<T, kHeadDim><<<grid, kStatsThreads, 0, stream>>>(args);
-  return cudaGetLastError();
-}
-
 }  // namespace
-
-int64_t attention_stats_rows_sm90(const AttentionCudaArgs& args) {
-  return stats_rows(args.cu_seqlens_q != nullptr, args.rows_q, args.batch);
-}
-
-int attention_stats_sm90(const AttentionCudaArgs& args, void* stream) {
-  return with_half_and_head_dim(args, [&](auto value, auto head_dim) {
-    return launch_stats<decltype(value), head_dim>(args, static_cast<cudaStream_t>(stream));
-  });
-}
 
 int attention_dq_sm90(const AttentionCudaArgs& args, void* stream) {
   return with_half_and_head_dim(args, [&](auto value, auto head_dim) {

@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& out_in, const Tensor& lse_in, OptionalTensor bias, OptionalTensor sink, OptionalTensor mask,
     OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
     OptionalTensor, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left, int64_t window_right,
-    bool top_left, double softcap, double dropout_p, double scale, bool need_dbias) {
+    bool top_left, double softcap, double dropout_p, double scale, bool need_dbias, bool deterministic) {
   const fastattn::DeviceGuard guard(q.get_device_index());
   refuse(bias, sink, mask, alibi_slopes, softcap, dropout_p);
   STD_TORCH_CHECK(!need_dbias, "attention: there is no bias to have a gradient");
@@ -142,6 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const Tensor stats = empty_beside(q, {2, q.size(0), args.n_heads, args.stats_head}, ScalarType::Float);
   args.lse2 = static_cast<float*>(stats.mutable_data_ptr());
   args.delta = args.lse2 + stats.numel() / 2;
+  const Tensor dq_sums = empty_beside(q, {deterministic ? 0 : stats.numel() / 2, args.head_dim}, ScalarType::Float);
+  args.dq_sums = deterministic ? nullptr : static_cast<float*>(dq_sums.mutable_data_ptr());
   const Tensor counters = empty_beside(q, {2}, ScalarType::Int);
   args.tile_counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
   args.out = heads(out, packed);
@@ -154,7 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   void* stream = fastattn::current_stream(q);
   fastattn::check_launch(fastattn::attention_stats_sm90(args, stream), "attention_bwd");
   fastattn::check_launch(fastattn::attention_dkdv_sm90(args, stream), "attention_bwd");
-  fastattn::check_launch(fastattn::attention_dq_sm90(args, stream), "attention_bwd");
+  const auto finish = deterministic ? fastattn::attention_dq_sm90 : fastattn::attention_round_sm90;
+  fastattn::check_launch(finish(args, stream), "attention_bwd");
   return {dq, dk, dv, nothing, no_dsink};
 }
 

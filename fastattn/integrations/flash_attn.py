@@ -40,7 +40,7 @@ def flash_attn_func(
         window_size: (left, right): keys i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right, -1 = all.
         softcap: scores become softcap * tanh(score / softcap); 0 = off.
         alibi_slopes: float32 (n_heads,) or (batch, n_heads): slope * |i + seqlen_k - seqlen_q - j| is subtracted.
-        deterministic: every backward pass is deterministic, whatever stands here.
+        deterministic: as in `attention`, where False is None: torch.use_deterministic_algorithms holds here too.
         return_attn_probs: return (out, softmax_lse, None); softmax_lse is float32 (batch, n_heads, seqlen_q) and
             differentiable. The weights, S_dmask in flash-attn, are never stored.
     Returns: out (batch, seqlen_q, n_heads, head_dim_v) in the layout of q.
@@ -51,7 +51,7 @@ def flash_attn_func(
     _check_layout("flash_attn_func", _BATCHED, q=q, k=k, v=v)
     out, lse = attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal, window=window_size, softcap=softcap,
-        alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=softmax_scale, deterministic=deterministic,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=softmax_scale, deterministic=deterministic or None,
         return_lse=True,
     )  # fmt: skip
     out = out.transpose(1, 2)
@@ -111,7 +111,7 @@ def flash_attn_varlen_func(
     out, lse = attention(
         q, k, v, causal=causal, window=window_size, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, softcap=softcap, alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p, scale=softmax_scale, deterministic=deterministic, return_lse=True,
+        dropout_p=dropout_p, scale=softmax_scale, deterministic=deterministic or None, return_lse=True,
     )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
 

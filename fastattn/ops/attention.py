@@ -58,7 +58,7 @@ def _attention_fwd_fake(q, k, v, *_):
 
 
 def _attention_bwd_fake(do, dlse, q, k, v, out, lse, bias, sink, *rest):
-    need_dbias = rest[-1]
+    need_dbias = rest[-2]
     return (
         empty_in_layout(q, q.shape[-1]),
         empty_in_layout(k, k.shape[-1]),
@@ -76,7 +76,7 @@ _INPUTS = (
 define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_INPUTS}) -> (Tensor out, Tensor lse)", _attention_fwd_fake)
 define(
     f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS},"
-    " bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    " bool need_dbias, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     _attention_bwd_fake,
 )
 # out alone, of a call without any feature: the other arguments and lse take 3 of the 7 us of a small call
@@ -172,25 +172,26 @@ def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, sink, backend, backward_backend, *rest):
+    def forward(ctx, q, k, v, bias, sink, backend, backward_backend, deterministic, *rest):
         out, lse = _raw("fwd", backend, q.device.type, q, k, v)(q, k, v, bias, sink, *rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
         ctx.options = rest[6:]
         ctx.backend = backward_backend
+        ctx.deterministic = deterministic
         return out, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
         q, k, v, bias, sink, out, lse, *rest = ctx.saved_tensors
         rest = (*rest, *ctx.options)
-        nothing = (None,) * (2 + len(rest))
+        nothing = (None,) * (3 + len(rest))
         if torch.is_grad_enabled():  # create_graph=True
             grads = differentiate(lambda *inputs: _reference(*inputs, *rest), (q, k, v, bias, sink), (do, dlse))
             return *grads, *nothing
         need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
         run = _raw("bwd", ctx.backend, q.device.type, q, k, v)
-        dq, dk, dv, dbias, dsink = run(do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias)
+        dq, dk, dv, dbias, dsink = run(do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias, ctx.deterministic)
         return (
             dq if need_dq else None,
             dk if need_dk else None,
@@ -288,7 +289,8 @@ def attention(
         dropout_p: probability with which an attention weight becomes 0 after the softmax; drawn anew in every call.
         scale: default 1/sqrt(head_dim).
         return_lse: also return the log-sum-exp of each row, differentiable.
-        deterministic: None follows torch.use_deterministic_algorithms; all backward passes are deterministic today.
+        deterministic: whether gradients must have the same bits in every run; None follows
+            torch.use_deterministic_algorithms. Only native on CUDA differs: it sums dq as its parts come, unless told.
         backend: "native", "triton" or "reference" instead of the automatic choice. On CUDA native has no backward above
             head dim 128: Triton makes the gradients there.
     Returns: out (batch, n_heads, seqlen_q, head_dim_v) in the layout of q, packed (total_q, n_heads, head_dim_v); with
@@ -302,7 +304,7 @@ def attention(
         "attention", q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic,
     )  # fmt: skip
-    out, lse = _run(facts, q, k, v, bias, sink, rest, backend, return_lse)
+    out, lse = _run(facts, q, k, v, bias, sink, rest, backend, return_lse, deterministic)
     if cu_seqlens_q is not None:
         out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
@@ -317,7 +319,7 @@ def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p
     return _run(facts, q, k, v, bias, sink, (*rest[:5], rng, *rest[6:]), None, True)
 
 
-def _run(facts, q, k, v, bias, sink, rest, backend, need_lse):
+def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None):
     """(out, lse) on the backend that serves the call; lse may be None unless it is needed."""
     runs = choose("attention", facts, backend)
     if rest[-2] and rest[5] is None:  # dropout_p without its rng
@@ -325,7 +327,9 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse):
     if runs == "reference" or needs_reference():
         return _reference(q, k, v, bias, sink, *rest)
     if grad_wanted(q, k, v, bias, sink):
-        return _Attention.apply(q, k, v, bias, sink, runs, _backward_backend(runs, facts), *rest)
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        return _Attention.apply(q, k, v, bias, sink, runs, _backward_backend(runs, facts), deterministic, *rest)
     if runs == "native" and not need_lse and facts[0] == "cpu" and not any(facts[3:11]):  # bias_dtype to dropout
         *_, left, right, top_left, _, _, scale = rest
         if left == -1:

@@ -1,5 +1,5 @@
 #pragma once
-// What the two kernels of attention's backward for Hopper share: their arguments, sizes, and the loads of a block.
+// What the kernels of attention's backward for Hopper share: their arguments, sizes, and the loads of a block.
 #include "cuda/sm90/attention_common.cuh"
 #include "cuda/sm90/attention_host.h"
 
@@ -10,6 +10,7 @@ constexpr int kBwdThreads = (kBwdConsumers + 1) * kWarpgroup;
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 constexpr int kTile = kBwdConsumers * kSlab;  // rows that stay: keys for dk and dv, queries for dq
 static_assert(kStatsRows % kTile == 0);
+constexpr int kBothWarpgroups = 3;  // a named barrier; 1 and 2 are those of the warpgroups
 
 struct BwdArgs {
   CUtensorMap q, dout, k, v;  // boxes of the rows that stay or stream, as the kernel needs them
@@ -20,6 +21,7 @@ struct BwdArgs {
   HeadTensor dq_rows, dk_rows, dv_rows;
   const float *lse2, *delta;  // (batch, head, row) of the workspace; rows that see nothing or do not exist: inf, 0
   int64_t stats_batch, stats_head;
+  float* dq_sums;  // 64 of the same rows after another, as accumulators of a warpgroup, four of each thread at a time
   float scale, scale_log2;
 
   __device__ int64_t stats(int batch, int head, const Sequence& sequence) const {
@@ -60,6 +62,7 @@ inline BwdArgs bwd_args(const AttentionCudaArgs& in) {
   args.delta = in.delta;
   args.stats_batch = in.stats_batch;
   args.stats_head = in.stats_head;
+  args.dq_sums = in.dq_sums;
   args.scale = in.scale;
   args.scale_log2 = in.scale * kLog2e;
   return args;

@@ -89,6 +89,7 @@ struct alignas(kAtomBytes) TileOf {
   __device__ __forceinline__ uint32_t address() const { return shared_address(bytes); }
   // the address from which a warpgroup's rows begin, in every panel
   __device__ __forceinline__ uint32_t slab_address(int slab) const { return address() + slab * kSlabBytes; }
+  __device__ __forceinline__ uint32_t panel_address(int panel) const { return address() + panel * kRows * kRowBytes; }
 
   // One thread: copy rows from `row` on.
   __device__ __forceinline__ void load(const CUtensorMap& map, int row, int head, int batch, Barrier& barrier) {
@@ -112,10 +113,10 @@ struct alignas(kAtomBytes) TileOf {
   }
 };
 
-// d = A * Bᵀ: 64 rows of a tile of kRowsA rows from address `a`, and a tile of kRowsB rows; issued, not awaited
+// d = A * Bᵀ: 64 rows of a tile of kRowsA rows from address `a`, and of one of kRowsB rows from address `b` as many as
+// d has columns; issued, not awaited
 template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kAccumulators>
 __device__ __forceinline__ void issue_abt(float (&d)[kAccumulators], uint32_t a, uint32_t b) {
-  static_assert(kAccumulators * 2 == kRowsB);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     wgmma_ss<T>(d, k_major(a, kRowsA, step), k_major(b, kRowsB, step), step > 0);
@@ -123,12 +124,22 @@ __device__ __forceinline__ void issue_abt(float (&d)[kAccumulators], uint32_t a,
   wgmma_commit();
 }
 
-// d += A * B: A in registers, B a tile of kRowsB rows; issued, not awaited
-template <typename T, int kRowsB, int kAccumulators>
-__device__ __forceinline__ void issue_ab(float (&d)[kAccumulators], const uint32_t (&a)[kRowsB / 16][4], uint32_t b) {
+// d += A * B: A in registers, B as many rows, from address `b` on, of a tile of kRowsB; issued, not awaited
+template <typename T, int kRowsB, int kSteps, int kAccumulators>
+__device__ __forceinline__ void issue_ab(float (&d)[kAccumulators], const uint32_t (&a)[kSteps][4], uint32_t b) {
 #pragma unroll
-  for (int step = 0; step < kRowsB / 16; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     wgmma_rs<T>(d, a[step], mn_major(b, kRowsB, step));
+  }
+  wgmma_commit();
+}
+
+// d = Aᵀ * B: tiles of kRows rows, of which A is a panel wide and B as wide as d; issued, not awaited
+template <typename T, int kRows, int kAccumulators>
+__device__ __forceinline__ void issue_atb(float (&d)[kAccumulators], uint32_t a, uint32_t b) {
+#pragma unroll
+  for (int step = 0; step < kRows / 16; ++step) {
+    wgmma_ss<T, true>(d, mn_major(a, kRows, step), mn_major(b, kRows, step), step > 0);
   }
   wgmma_commit();
 }
@@ -147,10 +158,10 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 }
 
 // Accumulators, rounded, as the A operand of a product over their columns
-template <typename T, int kAccumulators>
-__device__ __forceinline__ void to_operand(uint32_t (&a)[kAccumulators / 8][4], const float (&s)[kAccumulators]) {
+template <typename T, int kSteps>
+__device__ __forceinline__ void to_operand(uint32_t (&a)[kSteps][4], const float* s) {
 #pragma unroll
-  for (int i = 0; i < kAccumulators / 2; ++i) {
+  for (int i = 0; i < kSteps * 4; ++i) {
     a[i / 4][i % 4] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 }
@@ -232,10 +243,10 @@ __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], Til
                                            const Target& to, int barrier) {
   const int thread = threadIdx.x % kWarpgroup;
   unsigned char* rows = tile.bytes + slab * kSlabBytes;
+  const int first = first_offset(thread);
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; i += 2) {
-    store_for_async(rows + tile_offset(accumulator_row(thread, i), accumulator_col(thread, i), kRows),
-                    pack<T>(acc[i], acc[i + 1]));
+    store_for_async(rows + accumulator_offset(first, i, kRows), pack<T>(acc[i], acc[i + 1]));
   }
   fence_async();
   meet(barrier, kWarpgroup);

@@ -22,6 +22,17 @@ FASTATTN_HOST_DEVICE constexpr int row_of(int i) {
   return i / 2 % 2;
 }
 
+// The byte of accumulator i in a tile of `rows` rows, from that of accumulator 0 in one instruction: rows 8 apart have
+// the same swizzle, and in a row columns 8 apart differ by the bits of their chunk.
+FASTATTN_HOST_DEVICE constexpr int first_offset(int thread) {
+  return tile_offset(accumulator_row(thread, 0), accumulator_col(thread, 0), 64);
+}
+FASTATTN_HOST_DEVICE constexpr int accumulator_offset(int first, int i, int rows) {
+  const int col = accumulator_col(0, i);
+  return (first ^ col % kPanelCols / 8 * 16) + col % 8 * 2 +
+         (col / kPanelCols * rows + accumulator_row(0, i)) * kRowBytes;
+}
+
 // Register `reg` (0 to 3) of the A operand holds these two columns of the row, `half` 0 in its lower bits
 FASTATTN_HOST_DEVICE constexpr int operand_row(int thread, int reg) {
   return thread / 32 * 16 + thread % 32 / 4 + reg % 2 * 8;

@@ -1,6 +1,6 @@
 #pragma once
 // Copies between global and shared memory by the copy engine, one thread issuing. PTX ISA: cp.async.bulk.tensor,
-// cp.async.bulk, cp.async.bulk.commit_group, .wait_group.
+// cp.async.bulk, cp.reduce.async.bulk.tensor, cp.reduce.async.bulk, cp.async.bulk.commit_group, .wait_group.
 //
 // A tensor map describes a (cols, rows, heads, batch) tensor and a box of columns and rows. What lies outside of the
 // tensor is read as zero and not written. Source and target in shared memory lie on multiples of 1024 bytes (tensor) or
@@ -23,11 +23,18 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap& map, Coord
       : "memory");
 }
 
-// The copy reads shared memory until tma_stores_read() returns in the thread that issued it.
+// What writes to global memory reads shared memory until tma_stores_read() returns in the thread that issued it.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, Coordinates at, const void* from) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
                "r"(shared_address(from)), "r"(at.col), "r"(at.row), "r"(at.head), "r"(at.batch)
                : "memory");
+}
+// Adds elements of the map's type; the order in which several blocks of threads add is not defined.
+__device__ __forceinline__ void tma_reduce_add(const CUtensorMap& map, Coordinates at, const void* from) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+      "r"(shared_address(from)), "r"(at.col), "r"(at.row), "r"(at.head), "r"(at.batch)
+      : "memory");
 }
 __device__ __forceinline__ void tma_stores_read() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -39,6 +46,13 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes,
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
+}
+
+// Adds `bytes`, a multiple of 16, of floats to global memory, like tma_reduce_add without a map.
+__device__ __forceinline__ void bulk_reduce_add(float* to, const void* from, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
 

@@ -54,13 +54,13 @@ __device__ __forceinline__ void wgmma_wait() {
 #define FASTATTN_LIST_128(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_64(d, i + 64)
 
 // `accumulate` is a predicate; then come the signs of A and B, and which operands are MN-major
-#define FASTATTN_WGMMA_SS(n, type, count, a, b, accumulate)                                               \
+#define FASTATTN_WGMMA_SS(n, type, count, a, b, accumulate, mn_major)                                     \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #accumulate                         \
                ", 0;\n"                                                                                   \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FASTATTN_TEXT_##count \
-               "}, %" #a ", %" #b ", accumulate, 1, 1, 0, 0;\n}\n"                                        \
+               "}, %" #a ", %" #b ", accumulate, 1, 1, %" #mn_major ", %" #mn_major ";\n}\n"              \
                : FASTATTN_LIST_##count(d, 0)                                                              \
-               : "l"(desc_a), "l"(desc_b), "r"(static_cast<int>(accumulates)))
+               : "l"(desc_a), "l"(desc_b), "r"(static_cast<int>(accumulates)), "n"(kMnMajor))
 #define FASTATTN_WGMMA_RS(n, type, count, a0, a1, a2, a3, b)                                              \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FASTATTN_TEXT_##count \
                "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", 1, 1, 1, 1;\n"                      \
@@ -76,14 +76,16 @@ __device__ __forceinline__ void wgmma_wait() {
     }                                                       \
   }
 
-// d = [d +] A * Bᵀ with both operands in shared memory, K-major
-template <typename T, int kAccumulators>
+// d = [d +] A * B with both operands in shared memory: both K-major, A * Bᵀ of two tiles, or both MN-major, Aᵀ * B
+template <typename T, bool kMnMajor = false, int kAccumulators>
 __device__ __forceinline__ void wgmma_ss(float (&d)[kAccumulators], uint64_t desc_a, uint64_t desc_b,
                                          bool accumulates) {
-  static_assert(kAccumulators == 32 || kAccumulators == 56 || kAccumulators == 64, "N is 64, 112 or 128");
-  FASTATTN_CASE(SS, 64, 32, 32, 33, 34)
-  FASTATTN_CASE(SS, 112, 56, 56, 57, 58)
-  FASTATTN_CASE(SS, 128, 64, 64, 65, 66)
+  static_assert(kAccumulators == 32 || kAccumulators == 48 || kAccumulators == 56 || kAccumulators == 64,
+                "N is 64, 96, 112 or 128");
+  FASTATTN_CASE(SS, 64, 32, 32, 33, 34, 35)
+  FASTATTN_CASE(SS, 96, 48, 48, 49, 50, 51)
+  FASTATTN_CASE(SS, 112, 56, 56, 57, 58, 59)
+  FASTATTN_CASE(SS, 128, 64, 64, 65, 66, 67)
 }
 
 // d += A * B with A in registers and B in shared memory, MN-major

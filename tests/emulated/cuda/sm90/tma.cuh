@@ -11,6 +11,7 @@ struct Map {
   char* data;
   uint64_t size[4], stride[3];  // in elements and bytes
   uint64_t rows;                // of a box
+  bool bfloat16;
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
@@ -29,7 +30,11 @@ inline CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ra
   if (!valid || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  Map map{static_cast<char*>(data), {size[0], size[1], size[2], size[3]}, {stride[0], stride[1], stride[2]}, box[1]};
+  Map map{static_cast<char*>(data),
+          {size[0], size[1], size[2], size[3]},
+          {stride[0], stride[1], stride[2]},
+          box[1],
+          type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16};
   std::memcpy(out, &map, sizeof(map));
   return CUDA_SUCCESS;
 }
@@ -39,28 +44,45 @@ struct Copy {
   int col, row, head, batch;
   uint32_t shared;
   fastattn::sm90::Barrier* barrier;  // of a load
-  const char* from;                  // plain: `bytes` from here
+  const char* from;                  // a plain load: `bytes` from here
   int bytes;
+  bool adds = false;    // a store
+  float* to = nullptr;  // a plain one
+  size_t thread = current;
 
-  void run() const {
+  void load() const {
     if (from != nullptr) {
       std::memcpy(dynamic_shared + shared, from, bytes);
     } else {
       each([](uint16_t* inside, uint16_t* here) { *here = inside != nullptr ? *inside : 0; });
     }
-    if (barrier != nullptr) {
-      barrier->complete(bytes);
-    }
+    barrier->complete(bytes);
   }
   void store() const {
-    each([](uint16_t* inside, uint16_t* here) {
-      if (inside != nullptr) {
+    if (to != nullptr) {
+      for (int i = 0; i < bytes / 4; ++i) {
+        to[i] += *shared_pointer<float>(shared + 4 * i);
+      }
+      return;
+    }
+    each([this](uint16_t* inside, uint16_t* here) {
+      if (inside != nullptr && adds) {
+        map.bfloat16 ? add<__nv_bfloat16>(inside, here) : add<__half>(inside, here);
+      } else if (inside != nullptr) {
         *inside = *here;
       }
     });
   }
 
  private:
+  template <typename T>
+  static void add(uint16_t* to, const uint16_t* value) {
+    T a, b;
+    std::memcpy(&a, to, sizeof(a));
+    std::memcpy(&b, value, sizeof(b));
+    const T sum(static_cast<float>(a) + static_cast<float>(b));
+    std::memcpy(to, &sum, sizeof(sum));
+  }
   template <typename Body>
   void each(Body body) const {
     for (uint32_t r = 0; r < map.rows; ++r) {
@@ -92,7 +114,7 @@ inline bool run_loads(bool urgent) {
   const size_t chosen = (random >> 8) % loads.size();
   const Copy copy = loads[chosen];
   loads.erase(loads.begin() + chosen);
-  copy.run();
+  copy.load();
   return true;
 }
 
@@ -139,22 +161,37 @@ inline void tma_load(void* to, const CUtensorMap& map, Coordinates at, Barrier& 
 inline void tma_store(const CUtensorMap& map, Coordinates at, const void* from) {
   emulated::stores.push_back(tensor_copy(map, at, from, nullptr));
 }
+inline void tma_reduce_add(const CUtensorMap& map, Coordinates at, const void* from) {
+  tma_store(map, at, from);
+  emulated::stores.back().adds = true;
+}
 inline void tma_stores_read() {
   for (int i = 0; i < 3; ++i) {  // others have time to do what they must not
     emulated::wait(emulated::State::kRuns);
   }
-  for (const emulated::Copy& copy : emulated::stores) {
-    copy.store();
-  }
-  emulated::stores.clear();
+  std::erase_if(emulated::stores, [thread = emulated::current](const emulated::Copy& copy) {
+    if (copy.thread == thread) {
+      copy.store();
+    }
+    return copy.thread == thread;
+  });
 }
 
-inline void bulk_load(void* to, const void* from, int bytes, Barrier& barrier) {
-  if (shared_address(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
+inline void check_bulk(const void* shared, const void* global, int bytes) {
+  if (shared_address(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) {
     emulated::fail("a bulk copy that is not aligned to 16 bytes");
   }
+}
+inline void bulk_load(void* to, const void* from, int bytes, Barrier& barrier) {
+  check_bulk(to, from, bytes);
   emulated::loads.push_back({{}, 0, 0, 0, 0, shared_address(to), &barrier, static_cast<const char*>(from), bytes});
   std::memset(to, 0xff, bytes);
+}
+inline void bulk_reduce_add(float* to, const void* from, int bytes) {
+  check_bulk(from, to, bytes);
+  emulated::Copy copy{{}, 0, 0, 0, 0, shared_address(from), nullptr, nullptr, bytes};
+  copy.to = to;
+  emulated::stores.push_back(copy);
 }
 
 }  // namespace fastattn::sm90

@@ -13,7 +13,7 @@ struct Product {
   int group;
   float* d;
   int accumulators;
-  bool accumulates, a_in_registers;
+  bool accumulates, a_in_registers, mn_major;  // mn_major: of the operands in shared memory
   uint64_t desc_a, desc_b;
   float a[2][kK];  // the thread's two rows
   std::vector<float> value;
@@ -65,8 +65,9 @@ std::vector<float> multiply(const Product& product) {
   } else {
     const Descriptor from(product.desc_a);
     for (int k = 0; k < kK; ++k) {
-      a[0][k] = from.k_major<T>(row, k);
-      a[1][k] = from.k_major<T>(row + 8, k);
+      for (int r = 0; r < 2; ++r) {
+        a[r][k] = product.mn_major ? from.mn_major<T>(row + 8 * r, k) : from.k_major<T>(row + 8 * r, k);
+      }
     }
   }
   std::vector<float> value(product.accumulators);
@@ -75,7 +76,7 @@ std::vector<float> multiply(const Product& product) {
       const int col = i / 4 * 8 + lane % 4 * 2 + n;
       double sum[2] = {};
       for (int k = 0; k < kK; ++k) {
-        const float element = product.a_in_registers ? b.mn_major<T>(col, k) : b.k_major<T>(col, k);
+        const float element = product.mn_major ? b.mn_major<T>(col, k) : b.k_major<T>(col, k);
         sum[0] += static_cast<double>(a[0][k]) * element;
         sum[1] += static_cast<double>(a[1][k]) * element;
       }
@@ -163,10 +164,10 @@ void wgmma_wait() {
   emulated::deliver(kGroups);
 }
 
-template <typename T, int kAccumulators>
+template <typename T, bool kMnMajor = false, int kAccumulators>
 void wgmma_ss(float (&d)[kAccumulators], uint64_t desc_a, uint64_t desc_b, bool accumulates) {
   emulated::wait(emulated::State::kWaitsForWarp);
-  emulated::issue<T>(d, {0, nullptr, kAccumulators, accumulates, false, desc_a, desc_b, {}, {}});
+  emulated::issue<T>(d, {0, nullptr, kAccumulators, accumulates, false, kMnMajor, desc_a, desc_b, {}, {}});
 }
 
 template <typename T, int kAccumulators>
@@ -175,7 +176,7 @@ void wgmma_rs(float (&d)[kAccumulators], const uint32_t (&a)[4], uint64_t desc_b
   const size_t thread = emulated::current, quad = thread / 4 * 4;
   std::memcpy(operand[thread], a, sizeof(operand[thread]));
   emulated::wait(emulated::State::kWaitsForWarp);
-  emulated::Product product{0, nullptr, kAccumulators, true, true, 0, desc_b, {}, {}};
+  emulated::Product product{0, nullptr, kAccumulators, true, true, true, 0, desc_b, {}, {}};
   for (int k = 0; k < emulated::kK; ++k) {  // registers 0, 1: columns 0 to 7 of both rows; 2, 3: columns 8 to 15
     for (int r = 0; r < 2; ++r) {
       T pair[2];
