@@ -19,10 +19,10 @@ struct TmaShared {
   Barrier full;
 };
 
-// Shared memory as the copy engine leaves it, and the same tile back into another tensor.
+// Shared memory as the copy engine leaves it, and the same tile back into another tensor, or added to it.
 __global__ void __launch_bounds__(kWarpgroup, 1)
     unit_tma_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, Coordinates at,
-                    uint16_t* dump) {
+                    bool adds, uint16_t* dump) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<TmaShared*>(shared_memory);
   if (threadIdx.x == 0) {
@@ -41,16 +41,66 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int col = 0; col < 128; col += kPanelCols) {
-      tma_store(to, {col, at.row, at.head, at.batch}, shared.tile.bytes + col * 2 * kRows);
+      const Coordinates place{col, at.row, at.head, at.batch};
+      const void* panel = shared.tile.bytes + col * 2 * kRows;
+      if (adds) {
+        tma_reduce_add(to, place, panel);
+      } else {
+        tma_store(to, place, panel);
+      }
     }
     tma_stores_read();
+  }
+}
+
+// out += in, 4 kWarpgroup floats, by every block of threads
+__global__ void __launch_bounds__(kWarpgroup, 1) unit_reduce_kernel(const float* in, float* out) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  auto* values = reinterpret_cast<float*>(shared_memory);
+  for (int i = threadIdx.x; i < 4 * kWarpgroup; i += kWarpgroup) {
+    store_for_async(values + i, in[i]);
+  }
+  fence_async();
+  meet(1, kWarpgroup);
+  if (threadIdx.x == 0) {
+    bulk_reduce_add(out, values, 4 * kWarpgroup * sizeof(float));
+#ifndef PLANT_NO_READ
+    tma_stores_read();
+#endif
+  }
+}
+
+// d (64, n) = a (k, 64)ᵀ * b (k, n)
+template <int kN, int kK>
+__global__ void __launch_bounds__(kWarpgroup, 1)
+    unit_wgmma_atb_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  struct Shared {
+    TileOf<__nv_bfloat16, kK, 64> a;
+    TileOf<__nv_bfloat16, kK, kN> b;
+  };
+  auto& shared = *reinterpret_cast<Shared*>(shared_memory);
+  for (int i = threadIdx.x; i < kK * 64; i += kWarpgroup) {
+    store_for_async(shared.a.bytes + tile_offset(i / 64, i % 64, kK), a[i]);
+  }
+  for (int i = threadIdx.x; i < kK * kN; i += kWarpgroup) {
+    store_for_async(shared.b.bytes + tile_offset(i / kN, i % kN, kK), b[i]);
+  }
+  fence_async();
+  meet(1, kWarpgroup);
+  float acc[kN / 2];
+  wgmma_begin();
+  issue_atb<__nv_bfloat16, kK>(acc, shared.a.address(), shared.b.address());
+  wgmma_wait<0>();
+  for (int i = 0; i < kN / 2; ++i) {
+    d[accumulator_row(threadIdx.x, i) * kN + accumulator_col(threadIdx.x, i)] = acc[i];
   }
 }
 
 // d (64, n) = a (64, k) * b (n, k)ᵀ, both by ordinary stores into tiles
 template <int kN, int kK>
 __global__ void __launch_bounds__(kWarpgroup, 1)
-    unit_wgmma_ss_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
+    unit_wgmma_abt_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   struct Shared {
     TileOf<__nv_bfloat16, 64, kK> a;
@@ -85,7 +135,7 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
 // d (64, n) = a (64, k) * b (k, n), a in registers
 template <int kN, int kK>
 __global__ void __launch_bounds__(kWarpgroup, 1)
-    unit_wgmma_rs_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
+    unit_wgmma_ab_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<TileOf<__nv_bfloat16, kK, kN>*>(shared_memory);
   for (int i = threadIdx.x; i < kK * kN; i += kWarpgroup) {
@@ -164,8 +214,8 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1) unit_pipe_kernel(const floa
 
 extern "C" {
 
-__attribute__((visibility("default"))) int unit_tma(void* from, void* to, uint16_t* dump, int batch, int heads,
-                                                    int rows, int at_row, int at_head, int at_batch) {
+__attribute__((visibility("default"))) int unit_tma(void* from, void* to, bool adds, uint16_t* dump, int batch,
+                                                    int heads, int rows, int at_row, int at_head, int at_batch) {
   const auto tensor = [&](void* data) {  // (batch, rows, heads, 128) as (batch, heads, rows, 128)
     return HeadTensor{data, int64_t{rows} * heads * 128, 128, int64_t{heads} * 128};
   };
@@ -176,7 +226,7 @@ __attribute__((visibility("default"))) int unit_tma(void* from, void* to, uint16
     }
   }
   const Coordinates at{0, at_row, at_head, at_batch};
-  unit_tma_kernel<<<1, kWarpgroup, sizeof(TmaShared), nullptr>>>(from_map, to_map, at, dump);
+  unit_tma_kernel<<<1, kWarpgroup, sizeof(TmaShared), nullptr>>>(from_map, to_map, at, adds, dump);
   return cudaGetLastError();
 }
 
@@ -193,27 +243,29 @@ __attribute__((visibility("default"))) int unit_map(char* data, const int64_t* f
   return error != cudaSuccess ? static_cast<int>(error) : std::memcmp(&one, &other, sizeof(one)) == 0 ? 0 : -2;
 }
 
-// The products that the attention kernels use: scores of head dim k by ss, values of k keys by rs
+// The products that the attention kernels use: "abt" scores of head dim k, "ab" values of k keys with A in registers,
+// "atb" dq of k keys
 __attribute__((visibility("default"))) int unit_wgmma(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d, int n,
-                                                      int k, bool a_in_registers) {
+                                                      int k, const char* form) {
   struct Unit {
-    bool a_in_registers;
+    const char* form;
     int n, k;
     void (*kernel)(const __nv_bfloat16*, const __nv_bfloat16*, float*);
   };
   const Unit units[] = {
-      {false, 64, 64, unit_wgmma_ss_kernel<64, 64>},    {false, 64, 128, unit_wgmma_ss_kernel<64, 128>},
-      {false, 64, 256, unit_wgmma_ss_kernel<64, 256>},  {false, 112, 192, unit_wgmma_ss_kernel<112, 192>},
-      {false, 128, 64, unit_wgmma_ss_kernel<128, 64>},  {false, 128, 128, unit_wgmma_ss_kernel<128, 128>},
-      {true, 64, 64, unit_wgmma_rs_kernel<64, 64>},     {true, 64, 128, unit_wgmma_rs_kernel<64, 128>},
-      {true, 128, 64, unit_wgmma_rs_kernel<128, 64>},   {true, 128, 128, unit_wgmma_rs_kernel<128, 128>},
-      {true, 96, 128, unit_wgmma_rs_kernel<96, 128>},   {false, 64, 96, unit_wgmma_ss_kernel<64, 96>},
-      {true, 192, 112, unit_wgmma_rs_kernel<192, 112>}, {true, 256, 64, unit_wgmma_rs_kernel<256, 64>},
+      {"abt", 64, 64, unit_wgmma_abt_kernel<64, 64>},   {"abt", 64, 128, unit_wgmma_abt_kernel<64, 128>},
+      {"abt", 64, 256, unit_wgmma_abt_kernel<64, 256>}, {"abt", 112, 192, unit_wgmma_abt_kernel<112, 192>},
+      {"abt", 128, 64, unit_wgmma_abt_kernel<128, 64>}, {"abt", 128, 128, unit_wgmma_abt_kernel<128, 128>},
+      {"abt", 64, 96, unit_wgmma_abt_kernel<64, 96>},   {"ab", 64, 64, unit_wgmma_ab_kernel<64, 64>},
+      {"ab", 64, 128, unit_wgmma_ab_kernel<64, 128>},   {"ab", 128, 64, unit_wgmma_ab_kernel<128, 64>},
+      {"ab", 128, 128, unit_wgmma_ab_kernel<128, 128>}, {"ab", 96, 128, unit_wgmma_ab_kernel<96, 128>},
+      {"ab", 192, 112, unit_wgmma_ab_kernel<192, 112>}, {"ab", 256, 64, unit_wgmma_ab_kernel<256, 64>},
+      {"atb", 64, 128, unit_wgmma_atb_kernel<64, 128>}, {"atb", 96, 128, unit_wgmma_atb_kernel<96, 128>},
   };
   for (const Unit& unit : units) {
-    if (unit.a_in_registers == a_in_registers && unit.n == n && unit.k == k) {
+    if (std::strcmp(unit.form, form) == 0 && unit.n == n && unit.k == k) {
       const auto kernel = unit.kernel;
-      const int shared = (64 + n) * ((k + 63) / 64 * 64) * 2;
+      const int shared = (64 + (n + 63) / 64 * 64) * ((k + 63) / 64 * 64) * 2;
       if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
         return static_cast<int>(error);
       }
@@ -222,6 +274,11 @@ __attribute__((visibility("default"))) int unit_wgmma(const __nv_bfloat16* a, co
     }
   }
   return -1;
+}
+
+__attribute__((visibility("default"))) int unit_reduce(const float* in, float* out, int blocks) {
+  unit_reduce_kernel<<<blocks, kWarpgroup, 4 * kWarpgroup * sizeof(float), nullptr>>>(in, out);
+  return cudaGetLastError();
 }
 
 __attribute__((visibility("default"))) int unit_pipe(const float* in, float* out, int count) {
@@ -236,6 +293,9 @@ __attribute__((visibility("default"))) void unit_index(int thread, int i, int* o
   out[2] = operand_row(thread, i);
   out[3] = operand_col(thread, i, 0);
   out[4] = operand_col(thread, i, 1);
+}
+__attribute__((visibility("default"))) int unit_accumulator_offset(int thread, int i, int rows) {
+  return accumulator_offset(first_offset(thread), i, rows);
 }
 __attribute__((visibility("default"))) int unit_tile_offset(int row, int col, int rows) {
   return tile_offset(row, col, rows);

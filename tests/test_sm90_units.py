@@ -95,6 +95,15 @@ def test_where_an_element_of_a_tile_lies(units, rows):
         assert len({units.unit_tile_offset(row, col, rows) % 128 // 16 for row in range(8)}) == 8
 
 
+@pytest.mark.parametrize("rows", [64, 96, 128])
+def test_where_a_tile_has_the_elements_of_a_thread(units, rows):
+    found = (ctypes.c_int * 5)()
+    for thread in range(128):
+        for i in range(64):
+            units.unit_index(thread, i, found)
+            assert units.unit_accumulator_offset(thread, i, rows) == units.unit_tile_offset(found[0], found[1], rows)
+
+
 @pytest.mark.parametrize("rows", [64, 112, 128, 192])
 def test_descriptors_address_the_tile(units, rows):
     """The canonical layouts of the PTX ISA with 128-byte swizzling, T = 8 elements of 16 bits:
@@ -125,13 +134,14 @@ def test_descriptors_address_the_tile(units, rows):
                 assert swizzle_128(start + offset) == tile + units.unit_tile_offset(step * 16 + k, mn, rows)
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("at", [(0, 0, 0), (64, 2, 1), (90, 1, 0)])  # the last reaches over the end: zeros, not written
-def test_tma_loads_swizzled_and_stores_back(units, at):
+def test_tma_loads_swizzled_and_stores_or_adds_back(units, at, adds):
     batch, heads, rows = 2, 3, 100
     source = integers(batch, rows, heads, 128)
     target = torch.full_like(source, 9)
     dump = torch.empty(64 * 128, dtype=torch.bfloat16, device=DEVICE)
-    call(units.unit_tma, source, target, dump, batch, heads, rows, *at)
+    call(units.unit_tma, source, target, ctypes.c_bool(adds), dump, batch, heads, rows, *at)
     row, head, index = at
     expected = torch.zeros(64, 128, dtype=torch.bfloat16)
     there = source[index, row : row + 64, head].cpu()
@@ -139,8 +149,15 @@ def test_tma_loads_swizzled_and_stores_back(units, at):
     places = [[swizzle_128(c // 64 * 64 * 128 + r * 128 + c % 64 * 2) // 2 for c in range(128)] for r in range(64)]
     assert torch.equal(dump.cpu()[torch.tensor(places)], expected)
     after = torch.full_like(source, 9).cpu()
-    after[index, row : row + 64, head] = there
+    after[index, row : row + 64, head] = there + 9 if adds else there
     assert torch.equal(target.cpu(), after)
+
+
+def test_bulk_reduce_adds_what_every_block_brings(units):
+    values = integers(512).float()
+    out = torch.arange(512, device=DEVICE).float()
+    call(units.unit_reduce, values, out, 40)
+    assert torch.equal(out, torch.arange(512, device=DEVICE) + 40 * values)
 
 
 def test_maps_that_were_made_before_are_those_that_would_be_made_now(units):
@@ -159,16 +176,18 @@ def test_maps_that_were_made_before_are_those_that_would_be_made_now(units):
         assert (code > 0) if arguments == bad else (code == 0), arguments
 
 
-@pytest.mark.parametrize(("n", "k", "in_registers"), [
-    (64, 64, False), (64, 96, False), (64, 128, False), (64, 256, False), (112, 192, False), (128, 64, False),
-    (128, 128, False), (64, 64, True), (64, 128, True), (96, 128, True), (128, 64, True), (128, 128, True),
-    (192, 112, True), (256, 64, True),
+@pytest.mark.parametrize(("form", "n", "k"), [
+    ("abt", 64, 64), ("abt", 64, 96), ("abt", 64, 128), ("abt", 64, 256), ("abt", 112, 192), ("abt", 128, 64),
+    ("abt", 128, 128), ("ab", 64, 64), ("ab", 64, 128), ("ab", 96, 128), ("ab", 128, 64), ("ab", 128, 128),
+    ("ab", 192, 112), ("ab", 256, 64), ("atb", 64, 128), ("atb", 96, 128),
 ])  # fmt: skip
-def test_wgmma_multiplies(units, n, k, in_registers):
-    a, b = integers(64, k), integers(*((k, n) if in_registers else (n, k)), seed=1)
+def test_wgmma_multiplies(units, form, n, k):
+    a = integers(*((k, 64) if form == "atb" else (64, k)))
+    b = integers(*((n, k) if form == "abt" else (k, n)), seed=1)
     d = torch.full((64, n), torch.nan, device=DEVICE)
-    call(units.unit_wgmma, a, b, d, n, k, ctypes.c_bool(in_registers))
-    assert torch.equal(d, a.float() @ (b.float() if in_registers else b.float().T))
+    call(units.unit_wgmma, a, b, d, n, k, form.encode())
+    expected = (a.T if form == "atb" else a).float() @ (b.T if form == "abt" else b).float()
+    assert torch.equal(d, expected)
 
 
 def test_pipe_roles_and_named_barriers(units):
@@ -286,6 +305,7 @@ PLANTED = {
     "PLANT_NO_FENCE": "reached without fence_async",
     "PLANT_WRITE_IN_FLIGHT": "shared memory changed while a product read it",
     "PLANT_USE_BEFORE_WAIT": "an accumulator was written while a product ran",
+    "PLANT_NO_READ": "a block ended while copies were running",
     "PLANT_NO_EMPTY": "",  # wrong numbers, or an mbarrier with more arrivals than it was made for
 }
 
@@ -294,13 +314,16 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_the_emulation_finds_what_hardware_would_not_forgive(fault):
     library = emulated(f"-D{fault}")
-    unit = "pipe" if fault == "PLANT_NO_EMPTY" else "wgmma"
+    unit = {"PLANT_NO_EMPTY": "pipe", "PLANT_NO_READ": "reduce"}.get(fault, "wgmma")
     script = f"""
 import ctypes
 units = ctypes.CDLL({library!r})
 if {unit!r} == "wgmma":
     a, d = (ctypes.c_uint16 * 64**2)(*[0x3F80] * 64**2), (ctypes.c_float * 64**2)()  # ones in bf16
-    units.unit_wgmma(a, a, d, 64, 64, ctypes.c_bool(False))
+    units.unit_wgmma(a, a, d, 64, 64, b"abt")
+elif {unit!r} == "reduce":
+    values, out = (ctypes.c_float * 512)(), (ctypes.c_float * 512)()
+    units.unit_reduce(values, out, 1)
 else:
     values, out = (ctypes.c_float * 400)(*range(400)), (ctypes.c_float * 400)()
     units.unit_pipe(values, out, 400)

@@ -11,7 +11,7 @@ struct Map {
   char* data;
   uint64_t size[4], stride[3];  // in elements and bytes
   uint64_t rows;                // of a box
-  bool bfloat16;
+  uint64_t bfloat16;            // or float16; no padding: tests compare maps
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
