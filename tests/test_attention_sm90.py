@@ -1,7 +1,7 @@
 """The attention kernels for Hopper through the public function: on such a GPU, or their sources in the emulation.
 
-The rule for numbers is that of the other backends. Gradients come from one kernel that adds dq as its parts come, or from
-two with the same bits in every run, where that is asked for. Emulated products and copies happen as late as they may,
+The rule for numbers is that of the other backends. Gradients come from one kernel that adds dq as its parts come, or,
+where the same bits in every run are asked for, from two. Emulated products and copies happen as late as they may,
 operands are read through the descriptors, and what changes meanwhile is an error: passing says more than equal numbers.
 """
 

@@ -17,8 +17,10 @@ from test_cuda_build import ROOT, cuobjdump
 PRODUCTS = {"attention_fwd": 4 * 4 + 4 * 4, "attention_dkdv": 4 * 4, "attention_dq": 4 + 4 + 8, "attention_decode": 8}
 LOADS = {"attention_fwd": 3, "attention_dkdv": 4, "attention_dq": 4, "attention_decode": 2}  # tensors, per 64 columns
 # kernels of two dtypes and the head dims 64, 96, 128, for the forward alone and decode 192 and 256 too
-SEEN = {"attention_fwd": 10, "attention_dkdv": 6, "attention_dq": 6, "attention_decode": 10}
-PLAIN = ("attention_stats", "attention_combine", "attention_append")  # without products
+SEEN = {"attention_fwd": 10, "attention_dkdv": 12, "attention_dq": 6, "attention_decode": 10}
+DQ_PRODUCTS = 8  # more where dk and dv come with dq: those over the 128 keys of a tile
+INSTRUCTIONS = "HGMMA|HMMA|UTMALDG|UTMASTG|UBLKRED|USETMAXREG|STL|LDL"
+PLAIN = {"attention_stats": 6, "attention_round": 6, "attention_combine": 2, "attention_append": 1}  # without products
 
 
 def built(pattern):
@@ -38,7 +40,7 @@ def test_nothing_is_spilled_and_no_product_waits_for_another_without_need():
         for stack, stores, loads in re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log):
             assert (stack, stores, loads) == ("0", "0", "0"), path
             kernels += 1
-    assert kernels == sum(SEEN.values()) + 6 + 2 + 1
+    assert kernels == sum(SEEN.values()) + sum(PLAIN.values())
 
 
 def test_two_blocks_of_the_decode_kernel_share_a_multiprocessor():
@@ -66,9 +68,11 @@ def test_kernels_use_the_tensor_cores_and_the_copy_engine():
             if name in PLAIN:
                 continue
             seen[name] += 1
-            code = collections.Counter(re.findall(r"\b(HGMMA|HMMA|UTMALDG|UTMASTG|USETMAXREG|STL|LDL)\b", function))
+            code = collections.Counter(re.findall(rf"\b({INSTRUCTIONS})\b", function))
             panels = -(-int(re.search(r"Li(\d+)E", mangled).group(1)) // 64)
-            assert code["HGMMA"] >= PRODUCTS[name], f"{mangled}: {code}"
+            with_dq = name == "attention_dkdv" and "ELb1E" in mangled
+            assert code["HGMMA"] >= PRODUCTS[name] + DQ_PRODUCTS * with_dq, f"{mangled}: {code}"
+            assert code["UBLKRED"] == with_dq, f"{mangled}: {code}"
             assert code["UTMALDG"] >= LOADS[name] * panels, f"{mangled}: {code}"
             roles = name != "attention_decode"  # which stores few rows itself, and does not divide registers
             assert code["UTMASTG"] >= roles * panels, f"{mangled}: {code}"
