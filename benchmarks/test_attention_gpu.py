@@ -51,11 +51,15 @@ def test_attention_by_backend(compare, shape, causal, direction):
 
     forwards = {f"sdpa {name}": pinned(which) for name, which in SDPA.items()}
     forwards["flex"] = flex(q, k, v, causal)
-    for name in ("native", "triton"):
-        if name == "native" and backward and head_dim > 128:
-            print("fastattn native left out: its backward ends at head dim 128, and triton has a row of its own")
-            continue
-        forwards[f"fastattn {name}"] = lambda name=name: fastattn.attention(q, k, v, causal=causal, backend=name)
+    ours = {"native": {}, "triton": {}}
+    if backward and head_dim > 128:
+        print("fastattn native left out: its backward ends at head dim 128, and triton has a row of its own")
+        del ours["native"]
+    elif backward:
+        ours = {"native": {"deterministic": False}, "native, deterministic": {"deterministic": True}, "triton": {}}
+    for name, kwargs in ours.items():
+        kwargs |= {"causal": causal, "backend": name.partition(",")[0]}
+        forwards[f"fastattn {name}"] = lambda kwargs=kwargs: fastattn.attention(q, k, v, **kwargs)
     candidates = {}
     for name, forward in forwards.items():
         try:

@@ -105,8 +105,8 @@ hopper() {
   [ "$capability" = "9 0" ] || { echo "compute capability $capability: these kernels are for 9 0" && return 0; }
   local pytest=("$python" -P -m pytest -q -x -p no:cacheprovider)
   timeout 120 "${pytest[@]}" tests/test_sm90_units.py || return 1
-  for name in lengths stages random forward_only packed columns hidden nothing strides empty same_bits backward_after \
-    raw nan_in gradients; do
+  for name in lengths stages random forward_only packed columns hidden nothing strides empty same_bits deterministic \
+    backward_after raw nan_in gradients; do
     echo "[$name]"
     timeout 60 "${pytest[@]}" tests/test_attention_sm90.py -k "$name" || code=1
   done
