@@ -20,7 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # per library: the sources, in one translation unit each library, and the ops they register
 _ROWS = ("norm", "dropout", "feed_forward", "rotary")
 ROWS = (
-    ("error.cu", *(f"{name}{end}" for end in (".cu", "_ops.cpp") for name in _ROWS)),
+    ("error.cu", "norm_bwd.cu", *(f"{name}{end}" for end in (".cu", "_ops.cpp") for name in _ROWS)),
     (
         "norm_infer",
         "norm_fwd",

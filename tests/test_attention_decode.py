@@ -1,15 +1,13 @@
 """attention_decode: what a cache means, what is refused, and every backend against the reference in fp64."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from attention_cases import DTYPES
 from decode_cases import check_call, random_case, to
 from memory_guard import guarded
+from processes import run_code
 
 import fastattn
 from fastattn.ops._backends import unavailable
@@ -371,8 +369,7 @@ def test_compiles_without_a_graph_break(dynamic):
 
 
 CAPABILITY_TEST = """
-import sys, torch, fastattn, pytest
-sys.path.insert(0, sys.argv[1])
+import fastattn, pytest
 from test_attention_decode import check
 for seed in range(2000, 2040):
     check(seed, "native", pytest.MonkeyPatch())
@@ -384,9 +381,6 @@ print(fastattn._native.cpu_capability())
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_lower_instruction_sets(capability):
     """The one in use is tested above; a machine that lacks one runs the next lower, and says so."""
-    environment = os.environ | {"FASTATTN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "ignore", "-c", CAPABILITY_TEST, os.path.dirname(__file__)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    used = run_code(CAPABILITY_TEST, FASTATTN_CPU_CAPABILITY=capability).strip()
     words = fastattn._native.CPU_CAPABILITIES
-    assert words.index(run.stdout.strip()) <= words.index(capability)
+    assert words.index(used) <= words.index(capability)

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import subprocess
 import sys
 
 import attention_cases
@@ -10,6 +9,7 @@ import pytest
 import torch
 from attention_cases import DTYPES, normal, qkv, random_case, results
 from memory_guard import far, guarded
+from processes import run_code
 
 import fastattn
 from fastattn import reference
@@ -346,11 +346,7 @@ print((pages("VmHWM") - before) / needed)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_that_of_the_tensors(dtype):
     """Forward and backward at seqlen 16384: inputs, outputs, gradients and a tenth, in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-c", PEAK_TEST, dtype]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr
-    assert 0.9 < float(run.stdout) <= 1.1
+    assert 0.9 < float(run_code(PEAK_TEST, dtype)) <= 1.1
 
 
 def test_backward_of_one_backend_after_forward_of_another():
@@ -523,10 +519,8 @@ def test_exports_with_dynamic_lengths(call):
 
 
 CAPABILITY_TEST = """
-import sys, torch, fastattn
-sys.path.insert(0, sys.argv[1])
+import fastattn, pytest
 from attention_cases import DTYPES, check, normal, qkv, random_case
-import pytest
 for seed in range(1000, 1016):
     q, k, v, kwargs = random_case(seed)
     check(pytest.MonkeyPatch(), f"seed {seed}", q, k, v, seed, backend="native", **kwargs)
@@ -542,10 +536,6 @@ print(fastattn._native.cpu_capability())
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_lower_instruction_sets(capability):
     """The one in use is tested above; a machine that lacks one runs the next lower, and says so."""
-    environment = os.environ | {"FASTATTN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "ignore", "-c", CAPABILITY_TEST, os.path.dirname(__file__)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    used = run.stdout.strip()
+    used = run_code(CAPABILITY_TEST, FASTATTN_CPU_CAPABILITY=capability).strip()
     words = fastattn._native.CPU_CAPABILITIES
     assert words.index(used) <= words.index(capability)

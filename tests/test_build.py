@@ -108,16 +108,6 @@ def test_no_function_compiled_for_a_newer_processor_can_be_linked_into_baseline_
 
 
 @needs_cpu_library
-def test_kernels_run_on_the_threads_of_torch():
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert torch.ops.fastattn.parallel_chunks() == 2
-    finally:
-        torch.set_num_threads(threads)
-
-
-@needs_cpu_library
 def test_cpu_capability_can_be_lowered(monkeypatch):
     monkeypatch.delenv("FASTATTN_CPU_CAPABILITY", raising=False)
     best = _native.CPU_CAPABILITIES.index(_native.cpu_capability())

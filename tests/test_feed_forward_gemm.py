@@ -5,12 +5,11 @@ In the interpreter, in processes of their own: FASTATTN_FUSED_GEMM=1 takes them 
 
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from oracle import BACKWARD, assert_accurate
+from processes import run_tests
 from test_feed_forward import keep_factor
 
 import fastattn
@@ -174,15 +173,9 @@ def test_in_the_interpreter():
     """The kernels here, and the tests of the op with every ungated block fused."""
     if CUDA or FORCED:
         pytest.skip("they run in this process")
-    files = (__file__, os.path.join(os.path.dirname(__file__), "test_feed_forward.py"))
     chosen = "test_feed_forward_gemm and not compile or apart or one_graph and False or random_cases and [5]"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen],
-        env=os.environ | {"TRITON_INTERPRET": "1", "FASTATTN_FUSED_GEMM": "1", "FASTATTN_BACKEND": "triton"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    environment = {"TRITON_INTERPRET": "1", "FASTATTN_FUSED_GEMM": "1", "FASTATTN_BACKEND": "triton"}
+    run_tests(chosen, __file__, "test_feed_forward.py", **environment)
 
 
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}

@@ -5,9 +5,6 @@ and their wrappers, compiled for the CPU, where there is no GPU. cuda-native, cu
 """
 
 import itertools
-import os
-import subprocess
-import sys
 
 import emulate_cuda
 import pytest
@@ -15,6 +12,7 @@ import torch
 from aot import compile_all
 from memory_guard import guarded
 from oracle import BACKWARD, assert_accurate, exact
+from processes import run_tests
 from test_feed_forward import BACKEND, FLOATS, INTERPRETED, keep_factor, needs_kernels
 from torch.testing import assert_close
 
@@ -25,7 +23,6 @@ from fastattn.ops.feed_forward import ACTIVATIONS
 activation_fwd, activation_bwd = (
     getattr(getattr(torch.ops.fastattn, op), BACKEND) for op in ("activation_fwd", "activation_bwd")
 )
-FILES = (__file__, os.path.join(os.path.dirname(__file__), "test_feed_forward.py"))
 
 
 ENGINES = ("cpu", "cuda-native", "cuda-triton") if torch.cuda.is_available() else ("cpu", "emulated")
@@ -281,25 +278,8 @@ def test_raw_ops_reject_what_does_not_fit(kernels):
 
 def run_again(selected, **environment):
     """The selected tests of these files in a process with this environment, none skipped."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            *FILES,
-            "-k",
-            f"({selected}) and not emulated",
-        ],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert "skipped" not in result.stdout.splitlines()[-1]
+    files = (__file__, "test_feed_forward.py")
+    assert "skipped" not in run_tests(f"({selected}) and not emulated", *files, **environment)
 
 
 @needs_kernels

@@ -1,8 +1,5 @@
-import os
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +7,7 @@ import torch.nn.functional as F
 from allocated import allocated_peak
 from memory_guard import guarded
 from oracle import BACKWARD, FP32_EPS, assert_accurate, exact
+from processes import run_tests
 from torch.testing import assert_close
 
 import fastattn
@@ -481,10 +479,7 @@ def test_peak_memory():
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_lower_instruction_sets(capability):
     selected = "native and not triton and (combined and native-1 or large_logits or guards or masked)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected]
-    environment = os.environ | {"FASTATTN_CPU_CAPABILITY": capability}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    run_tests(selected, __file__, FASTATTN_CPU_CAPABILITY=capability)
 
 
 def test_triton_kernel_compiles_without_spills():

@@ -50,6 +50,16 @@ def optim(**changes):
     return OptimConfig(**{"learning_rate": 5e-3, "min_learning_rate": 5e-4, "warmup_steps": 5, **changes})
 
 
+def assert_resumes_exactly(tmp_path, monkeypatch, config, step):
+    """A run that is stopped after this step and resumed is the one that is not; `config` takes the name of the run."""
+    train(config("whole"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step)
+        train(config("parts"))
+    train(config("parts"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", config("whole").steps)
+
+
 def test_averaged_weights_are_validated_and_saved(tmp_path, text_file, monkeypatch):
     """average = decay * average + (1 - decay) * weights after each step, from the weights of the first on."""
     seen, train_step = [], Trainer.train_step
@@ -81,12 +91,7 @@ def test_averaged_weights_resume_exactly(tmp_path, text_file, monkeypatch):
     def config(name):
         return tiny_config(tmp_path / name, text_file, steps=20, optim=optim(ema=0.9))
 
-    train(config("whole"))
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 13)
-        train(config("parts"))
-    train(config("parts"), resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 20)
+    assert_resumes_exactly(tmp_path, monkeypatch, config, 13)
 
 
 def test_label_smoothing_acts_in_training_only(tmp_path, text_file):
@@ -160,12 +165,7 @@ def test_exact_resume_of_every_task(tmp_path, table, monkeypatch, task):
         changes = {"steps": 16, "evaluate_every": 8, "layers": "fastattn", "model": tiny_model(dropout=0.2)}
         return table_config(task, tmp_path / name, table, **changes)
 
-    train(config("whole"))
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 14)
-        train(config("parts"))
-    train(config("parts"), resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", 16)
+    assert_resumes_exactly(tmp_path, monkeypatch, config, 14)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,11 +1,7 @@
 """layer_norm and rms_norm with dropout and residual: numbers, on every backend that is there."""
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ import torch.nn.functional as F
 from memory_guard import guarded
 from norm_cases import Case, random_case
 from oracle import assert_accurate, exact
+from processes import run_code
 
 import fastattn
 from fastattn import reference
@@ -295,7 +292,7 @@ def test_cpu_instruction_sets():
     if fastattn.backends()["cpu"]["native"] != "available":
         pytest.skip(fastattn.backends()["cpu"]["native"])
     script = """
-import sys, torch, fastattn
+import torch, fastattn
 from norm_cases import random_case
 with fastattn.use_backend("native"):
     for seed in range(1000, 1005):
@@ -303,14 +300,6 @@ with fastattn.use_backend("native"):
 torch.manual_seed(0)
 print(fastattn.dropout(torch.ones(3, 1000), 0.3).ne(0).nonzero().sum(0).tolist())
 """
-    here = Path(__file__).parent
-    printed = set()
     above = ("avx512",) if torch.backends.cpu.get_cpu_capability() == "AVX512" else ()
-    for capability in ("default", "avx2", *above):
-        environment = os.environ | {"FASTATTN_CPU_CAPABILITY": capability, "PYTHONPATH": f"{here}:{here.parent}"}
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, cwd=here, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{capability}: {done.stderr}"
-        printed.add(done.stdout)
+    printed = {run_code(script, FASTATTN_CPU_CAPABILITY=name) for name in ("default", "avx2", *above)}
     assert len(printed) == 1
