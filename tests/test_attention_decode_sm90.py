@@ -6,8 +6,8 @@ import emulate_cuda
 import pytest
 import torch
 from decode_cases import check_call, random_case
+from hopper import DEVICE, use_hopper_kernels
 from memory_guard import guarded
-from test_sm90_units import DEVICE, HOPPER
 
 import fastattn
 
@@ -15,24 +15,11 @@ decode_module = importlib.import_module("fastattn.ops.attention_decode")  # not 
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="module")
-def emulated():
-    reason = emulate_cuda.unavailable()
-    if reason:
-        pytest.skip(reason)
-    return emulate_cuda.load(emulate_cuda.DECODE)
-
-
 @pytest.fixture(autouse=True)
-def native(request, monkeypatch):
-    """backend="native" is the CUDA kernel: elsewhere than on its GPU the emulated ops stand in for those of the CPU."""
-    if HOPPER:
-        reason = fastattn.backends()["cuda"]["native"]
-        return reason == "available" or pytest.skip(reason)
-    ops = request.getfixturevalue("emulated")
-    monkeypatch.setitem(decode_module._fwd, "native", ops.attention_decode_fwd.native)
-    monkeypatch.setitem(decode_module._append, "native", ops.attention_decode_append.native)
-    return None
+def native(monkeypatch):
+    places = [(decode_module._fwd, "native", "attention_decode_fwd")]
+    places += [(decode_module._append, "native", "attention_decode_append")]
+    use_hopper_kernels(monkeypatch, emulate_cuda.DECODE, places)
 
 
 def case(seed, head_dim, **shapes):

@@ -12,8 +12,8 @@ import emulate_cuda
 import pytest
 import torch
 from attention_cases import assert_close_to, results, truth_and_baseline
+from hopper import DEVICE, HOPPER, use_hopper_kernels
 from memory_guard import guarded
-from test_sm90_units import DEVICE, HOPPER
 
 import fastattn
 from fastattn import reference
@@ -23,24 +23,11 @@ BF16, FP16 = torch.bfloat16, torch.float16
 attention_module = importlib.import_module("fastattn.ops.attention")  # fastattn.ops.attention is the function
 
 
-@pytest.fixture(scope="module")
-def emulated():
-    reason = emulate_cuda.unavailable()
-    if reason:
-        pytest.skip(reason)
-    return emulate_cuda.load(emulate_cuda.ATTENTION)
-
-
 @pytest.fixture(autouse=True)
-def native(request, monkeypatch):
-    """backend="native" is the CUDA kernel: elsewhere than on its GPU the emulated ops stand in for those of the CPU."""
-    if HOPPER:
-        reason = fastattn.backends()["cuda"]["native"]
-        return reason == "available" or pytest.skip(reason)
-    ops = request.getfixturevalue("emulated")
-    monkeypatch.setitem(attention_module._ops, ("fwd", "native"), ops.attention_fwd.native)
-    monkeypatch.setitem(attention_module._ops, ("bwd", "native"), ops.attention_bwd.native)
-    return None
+def native(monkeypatch):
+    table = attention_module._ops
+    places = [(table, (direction, "native"), f"attention_{direction}") for direction in ("fwd", "bwd")]
+    use_hopper_kernels(monkeypatch, emulate_cuda.ATTENTION, places)
 
 
 def on_device(value):

@@ -14,9 +14,7 @@ import sys
 import emulate_cuda
 import pytest
 import torch
-
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-DEVICE = "cuda" if HOPPER else "cpu"
+from hopper import DEVICE, HOPPER
 
 
 def on_hardware():
