@@ -185,7 +185,7 @@ def test_parts_of_a_batch_weigh_by_their_predictions(tmp_path, table, task):
 
 
 def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch):
-    monkeypatch.setattr("fastattn.training.loop.peak_flops", lambda *_: 1e9)
+    monkeypatch.setattr("fastattn.training.loop.peak_flops", lambda *_: 1e15)
     config = tiny_config(tmp_path / "run", text_file, steps=4, log_every=2)
     train(config)
     run = tmp_path / "run"
@@ -205,7 +205,18 @@ def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch)
     assert len(speeds) == 2
     for speed, duration, part in zip(speeds, seconds, mfu, strict=True):
         assert speed == pytest.approx(config.batch_size * shape.block_size * 2 / duration)
-        assert part == pytest.approx(speed * expected / 1e9)
+        assert part == pytest.approx(speed * expected / 1e15)
+
+
+def test_a_peak_measured_on_a_busy_machine_is_measured_again_or_left_out(tmp_path, text_file, monkeypatch):
+    for later, logged in ((1e15, 2), (1.0, 0)):
+        measured = iter([1.0])
+        monkeypatch.setattr("fastattn.training.loop.peak_flops", lambda *_, m=measured, p=later: next(m, p))
+        run = tmp_path / f"run{logged}"
+        train(tiny_config(run, text_file, steps=4, log_every=2))
+        shares = numbers(run, "mfu")
+        assert len(shares) == logged
+        assert all(0 < share <= 1 for share in shares)
 
 
 def test_bf16_mixed_learns_like_fp32(tmp_path, text_file):

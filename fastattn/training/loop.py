@@ -352,7 +352,10 @@ class Trainer:
         """The model's arithmetic a second over that of the devices' matrix products (MFU); None where unknown."""
         if self.peak is None:
             return None
-        return tokens_per_second * self.flops_per_token / (self.peak * self.fabric.world_size)
+        rate = tokens_per_second * self.flops_per_token / self.fabric.world_size
+        if rate > self.peak:  # a CPU's peak was measured while others used it
+            self.peak = max(self.peak, peak_flops(self.fabric.device, self.config.precision))
+        return rate / self.peak if rate <= self.peak else None
 
     def shown(self, speed):
         utilization = self.utilization(speed)
