@@ -15,9 +15,9 @@ import fastattn
 pytestmark = pytest.mark.skipif(not CUDA, reason="no GPU")
 
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-SHAPES = [(16, 16, seqlen, head_dim) for head_dim in (64, 128) for seqlen in (1024, 4096)]
-SHAPES += [(2, 16, 16384, head_dim) for head_dim in (64, 128)]
-SHAPES += [(16, 16, 4096, 96), (8, 16, 4096, 192), (8, 16, 4096, 256)]
+# the most telling first: a run may be cut short
+SHAPES = [(16, 16, 4096, 128), (16, 16, 4096, 64), (2, 16, 16384, 128), (2, 16, 16384, 64), (16, 16, 1024, 128)]
+SHAPES += [(16, 16, 1024, 64), (16, 16, 4096, 96), (8, 16, 4096, 192), (8, 16, 4096, 256)]
 
 
 def flex(q, k, v, causal):
@@ -50,7 +50,8 @@ def test_attention_by_backend(compare, shape, causal, direction):
         return call
 
     forwards = {f"sdpa {name}": pinned(which) for name, which in SDPA.items()}
-    forwards["flex"] = flex(q, k, v, causal)
+    if seqlen == 4096 and head_dim in (64, 128):  # it is compiled for every size, which takes longer than the rest
+        forwards["flex"] = flex(q, k, v, causal)
     ours = {"native": {}, "triton": {}}
     if backward and head_dim > 128:
         print("fastattn native left out: its backward ends at head dim 128, and triton has a row of its own")

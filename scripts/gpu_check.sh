@@ -5,7 +5,8 @@
 #     info       versions, device, which backends are there and why others are not
 #     hopper     compute capability 9.0: the building blocks of the attention kernels, those kernels, and memcheck and
 #                racecheck of some of their calls
-#     attention  their speed beside PyTorch's backends, FlexAttention and Triton
+#     forward    their speed beside PyTorch's backends, FlexAttention and Triton
+#     backward   the same of the gradients
 #     decode     the same on a cache
 #     tests      streams, graphs, sizes beyond 32 bits, and the ops' numbers on CUDA
 #     bench      norm side by side with PyTorch
@@ -23,12 +24,12 @@ results=${OUT:-$root/benchmarks/results/gpu}
 site=${TMPDIR:-/tmp}/fastattn_gpu_check
 limit=540
 force=
-all=(info hopper attention decode tests bench sanitizer)
+all=(info hopper forward backward decode tests bench sanitizer)
 parts=()
 for argument in "$@"; do
   case $argument in
     --force) force=1 ;;
-    info | hopper | attention | decode | tests | bench | sanitizer) parts+=("$argument") ;;
+    info | hopper | forward | backward | decode | tests | bench | sanitizer) parts+=("$argument") ;;
     *) echo "gpu_check: expected ${all[*]} or --force, got '$argument'" >&2 && exit 2 ;;
   esac
 done
@@ -138,9 +139,9 @@ for part in "${parts[@]}"; do
       run_part tests "$python" -P -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_*_kernels.py \
         tests/test_norm.py tests/test_dropout.py tests/test_attention_decode.py::test_random_calls_triton -k "not cpu"
       ;;
-    attention)
-      run_part attention "$python" -P -m pytest -q -s -p no:cacheprovider benchmarks/test_attention_gpu.py \
-        --benchmark-json "$results/bench_attention_gpu.json"
+    forward | backward)
+      run_part "$part" "$python" -P -m pytest -q -s -p no:cacheprovider benchmarks/test_attention_gpu.py \
+        -k "${part:0:1}wd" --benchmark-json "$results/bench_attention_$part.json"
       ;;
     decode)
       run_part decode "$python" -P -m pytest -q -s -p no:cacheprovider benchmarks/test_attention_decode.py \
