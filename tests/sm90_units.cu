@@ -253,14 +253,15 @@ __attribute__((visibility("default"))) int unit_wgmma(const __nv_bfloat16* a, co
     void (*kernel)(const __nv_bfloat16*, const __nv_bfloat16*, float*);
   };
   const Unit units[] = {
-      {"abt", 64, 64, unit_wgmma_abt_kernel<64, 64>},   {"abt", 64, 128, unit_wgmma_abt_kernel<64, 128>},
-      {"abt", 64, 256, unit_wgmma_abt_kernel<64, 256>}, {"abt", 112, 192, unit_wgmma_abt_kernel<112, 192>},
-      {"abt", 128, 64, unit_wgmma_abt_kernel<128, 64>}, {"abt", 128, 128, unit_wgmma_abt_kernel<128, 128>},
-      {"abt", 64, 96, unit_wgmma_abt_kernel<64, 96>},   {"ab", 64, 64, unit_wgmma_ab_kernel<64, 64>},
-      {"ab", 64, 128, unit_wgmma_ab_kernel<64, 128>},   {"ab", 128, 64, unit_wgmma_ab_kernel<128, 64>},
-      {"ab", 128, 128, unit_wgmma_ab_kernel<128, 128>}, {"ab", 96, 128, unit_wgmma_ab_kernel<96, 128>},
-      {"ab", 192, 112, unit_wgmma_ab_kernel<192, 112>}, {"ab", 256, 64, unit_wgmma_ab_kernel<256, 64>},
-      {"atb", 64, 128, unit_wgmma_atb_kernel<64, 128>}, {"atb", 96, 128, unit_wgmma_atb_kernel<96, 128>},
+      {"abt", 64, 64, unit_wgmma_abt_kernel<64, 64>},     {"abt", 64, 128, unit_wgmma_abt_kernel<64, 128>},
+      {"abt", 64, 256, unit_wgmma_abt_kernel<64, 256>},   {"abt", 112, 192, unit_wgmma_abt_kernel<112, 192>},
+      {"abt", 128, 64, unit_wgmma_abt_kernel<128, 64>},   {"abt", 128, 128, unit_wgmma_abt_kernel<128, 128>},
+      {"abt", 176, 128, unit_wgmma_abt_kernel<176, 128>}, {"ab", 128, 176, unit_wgmma_ab_kernel<128, 176>},
+      {"abt", 64, 96, unit_wgmma_abt_kernel<64, 96>},     {"ab", 64, 64, unit_wgmma_ab_kernel<64, 64>},
+      {"ab", 64, 128, unit_wgmma_ab_kernel<64, 128>},     {"ab", 128, 64, unit_wgmma_ab_kernel<128, 64>},
+      {"ab", 128, 128, unit_wgmma_ab_kernel<128, 128>},   {"ab", 96, 128, unit_wgmma_ab_kernel<96, 128>},
+      {"ab", 192, 112, unit_wgmma_ab_kernel<192, 112>},   {"ab", 256, 64, unit_wgmma_ab_kernel<256, 64>},
+      {"atb", 64, 128, unit_wgmma_atb_kernel<64, 128>},   {"atb", 96, 128, unit_wgmma_atb_kernel<96, 128>},
   };
   for (const Unit& unit : units) {
     if (std::strcmp(unit.form, form) == 0 && unit.n == n && unit.k == k) {
@@ -325,6 +326,8 @@ __attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_
       write_queries(QueryTile<192, 128>(s, order, index));
     } else if (block == 128) {
       write_queries(QueryTile<128, 128>(s, order, index));
+    } else if (block == 176) {
+      write_queries(QueryTile<128, 176>(s, order, index));
     } else if (block == 112) {
       write_queries(QueryTile<128, 112>(s, order, index));
     } else {

@@ -115,6 +115,7 @@ def test_random_calls(part, monkeypatch):
 def test_lengths_around_a_tile(head_dim, deterministic, monkeypatch):
     for seqlen_q, seqlen_k, causal in (
         (1, 1, False), (192, 128, True), (193, 257, True), (128, 129, "top_left"), (65, 384, False), (300, 40, True),
+        (65, 175, False), (130, 351, False),
     ):  # fmt: skip
         q, k, v = qkv(1, 1, 1, seqlen_q, seqlen_k, head_dim)
         check(monkeypatch, f"{seqlen_q} {seqlen_k} {causal}", q, k, v, causal=causal, deterministic=deterministic)

@@ -21,21 +21,21 @@ namespace {
 using namespace sm90;
 
 // Three warpgroups of 160 registers hold s, p and o of head dim 64; wider heads need two with more registers each, and
-// beyond 128 fewer keys at a time: two stages of them are what shared memory has room for.
-template <int kHeadDim>
+// beyond 128 fewer keys at a time: two stages of them are what shared memory has room for. kKeys: of a block.
+template <int kHeadDim, int kKeys>
 struct FwdConfig {
   static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
   static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 232;
   static constexpr int kProducerRegisters = kHeadDim == 64 ? 32 : 40;
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   static constexpr int kBlockM = kConsumers * kSlab;
-  static constexpr int kBlockN = kHeadDim <= 128 ? 128 : kHeadDim == 192 ? 112 : 64;
+  static constexpr int kBlockN = kKeys;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kKeys>
 struct FwdShared {
-  using Config = FwdConfig<kHeadDim>;
+  using Config = FwdConfig<kHeadDim, kKeys>;
   TileOf<T, Config::kBlockM, kHeadDim> q;  // in the end out
   TileOf<T, Config::kBlockN, kHeadDim> k[Config::kStages], v[Config::kStages];
   TileQueue tiles;
@@ -56,18 +56,18 @@ struct FwdArgs {
   bool negative;     // the scale
 };
 
-template <int kHeadDim>
-using FwdTile = QueryTile<FwdConfig<kHeadDim>::kBlockM, FwdConfig<kHeadDim>::kBlockN>;
+template <int kHeadDim, int kKeys>
+using FwdTile = QueryTile<FwdConfig<kHeadDim, kKeys>::kBlockM, FwdConfig<kHeadDim, kKeys>::kBlockN>;
 
 // One warp. Loads what fwd_consume takes, in the same order.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim>& shared, const FwdArgs& args) {
-  using Config = FwdConfig<kHeadDim>;
+template <typename T, int kHeadDim, int kKeys>
+__device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim, kKeys>& shared, const FwdArgs& args) {
+  using Config = FwdConfig<kHeadDim, kKeys>;
   const bool leader = threadIdx.x % 32 == 0;
   Ring<1> queries;
   Ring<Config::kStages> ring;  // keys and values go round together
   int v_parity = 0;
-  take_tiles<FwdTile<kHeadDim>>(shared.tiles, args.tile_counter, args.shape, args.order, [&](const auto& tile) {
+  take_tiles<FwdTile<kHeadDim, kKeys>>(shared.tiles, args.tile_counter, args.shape, args.order, [&](const auto& tile) {
     const Sequence& sequence = tile.sequence;
     const int kv_head = tile.head / args.shape.group();
     const auto load_q = [&] {
@@ -118,14 +118,14 @@ __device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim>& shared, cons
 }
 
 // One warpgroup: 64 queries of every tile.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim>& shared, const FwdArgs& args, int slab) {
-  using Config = FwdConfig<kHeadDim>;
+template <typename T, int kHeadDim, int kKeys>
+__device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& shared, const FwdArgs& args, int slab) {
+  using Config = FwdConfig<kHeadDim, kKeys>;
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   const int thread = threadIdx.x % kWarpgroup;
   Ring<1> queries;
   Ring<Config::kStages> keys, values;
-  follow_tiles<FwdTile<kHeadDim>>(shared.tiles, args.shape, args.order, [&](const auto& tile) {
+  follow_tiles<FwdTile<kHeadDim, kKeys>>(shared.tiles, args.shape, args.order, [&](const auto& tile) {
     const Sequence& sequence = tile.sequence;
     const int row = tile.row + slab * kSlab;
     float o[kHeadDim / 2] = {};
@@ -218,12 +218,12 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim>& shared, cons
   });
 }
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(FwdConfig<kHeadDim>::kThreads, 1)
+template <typename T, int kHeadDim, int kKeys>
+__global__ void __launch_bounds__(FwdConfig<kHeadDim, kKeys>::kThreads, 1)
     attention_fwd_sm90_kernel(const __grid_constant__ FwdArgs args) {
-  using Config = FwdConfig<kHeadDim>;
+  using Config = FwdConfig<kHeadDim, kKeys>;
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& shared = *reinterpret_cast<FwdShared<T, kHeadDim>*>(shared_memory);
+  auto& shared = *reinterpret_cast<FwdShared<T, kHeadDim, kKeys>*>(shared_memory);
   if (threadIdx.x == 0) {
     shared.tiles.pipe.init(Config::kConsumers);
     shared.q_pipe.init(Config::kConsumers);
@@ -234,12 +234,21 @@ __global__ void __launch_bounds__(FwdConfig<kHeadDim>::kThreads, 1)
   }
   __syncthreads();
   split_roles<Config::kProducerRegisters, Config::kConsumerRegisters>(
-      [&] { fwd_produce<T, kHeadDim>(shared, args); }, [&](int slab) { fwd_consume<T, kHeadDim>(shared, args, slab); });
+      [&] { fwd_produce<T, kHeadDim, kKeys>(shared, args); },
+      [&](int slab) { fwd_consume<T, kHeadDim, kKeys>(shared, args, slab); });
 }
 
-template <typename T, int kHeadDim>
+// The most keys that fit, for head dim 128 where nothing is masked but the end: longer products, fewer waits. Not where
+// they would add more to the last block than they gain.
+constexpr int kWideBlock = 176;
+bool fits_wide_blocks(int64_t seqlen_k) {
+  const auto padded = [&](int64_t block) { return (seqlen_k + block - 1) / block * block; };
+  return padded(kWideBlock) <= 1.05 * padded(128);
+}
+
+template <typename T, int kHeadDim, int kKeys>
 cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
-  using Config = FwdConfig<kHeadDim>;
+  using Config = FwdConfig<kHeadDim, kKeys>;
   FwdArgs args{};
   args.shape = attention_shape(in);
   args.order = query_order(args.shape, Config::kBlockM, kHeadDim);
@@ -257,8 +266,8 @@ cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
                                       {&args.v_map, in.v, MapMaker::kKeys, Config::kBlockN}})) {
     return error;
   }
-  const auto kernel = attention_fwd_sm90_kernel<T, kHeadDim>;
-  constexpr int kShared = sizeof(FwdShared<T, kHeadDim>);
+  const auto kernel = attention_fwd_sm90_kernel<T, kHeadDim, kKeys>;
+  constexpr int kShared = sizeof(FwdShared<T, kHeadDim, kKeys>);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
     return error;
   }
@@ -273,7 +282,14 @@ cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
 
 int attention_fwd_sm90(const AttentionCudaArgs& args, void* stream) {
   return with_half_and_any_head_dim(args, [&](auto value, auto head_dim) {
-    return launch_fwd<decltype(value), head_dim>(args, static_cast<cudaStream_t>(stream));
+    using T = decltype(value);
+    const auto s = static_cast<cudaStream_t>(stream);
+    if constexpr (head_dim == 128) {
+      if (args.window_left < 0 && args.window_right < 0 && fits_wide_blocks(args.seqlen_k)) {
+        return launch_fwd<T, head_dim, kWideBlock>(args, s);
+      }
+    }
+    return launch_fwd<T, head_dim, head_dim <= 128 ? 128 : head_dim == 192 ? 112 : 64>(args, s);
   });
 }
 

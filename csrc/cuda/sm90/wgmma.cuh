@@ -34,10 +34,11 @@ __device__ __forceinline__ void wgmma_wait() {
   FASTATTN_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FASTATTN_TEXT_56 FASTATTN_TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define FASTATTN_TEXT_64 FASTATTN_TEXT_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTATTN_TEXT_96                                                                                        \
+#define FASTATTN_TEXT_88                                                                                        \
   FASTATTN_TEXT_64                                                                                              \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
-  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+  "%85, %86, %87"
+#define FASTATTN_TEXT_96 FASTATTN_TEXT_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define FASTATTN_TEXT_128                                                                                      \
   FASTATTN_TEXT_96                                                                                             \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
@@ -50,6 +51,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define FASTATTN_LIST_48(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_16(d, i + 32)
 #define FASTATTN_LIST_56(d, i) FASTATTN_LIST_48(d, i), FASTATTN_LIST_8(d, i + 48)
 #define FASTATTN_LIST_64(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_32(d, i + 32)
+#define FASTATTN_LIST_88(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_16(d, i + 64), FASTATTN_LIST_8(d, i + 80)
 #define FASTATTN_LIST_96(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_32(d, i + 64)
 #define FASTATTN_LIST_128(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_64(d, i + 64)
 
@@ -80,12 +82,14 @@ __device__ __forceinline__ void wgmma_wait() {
 template <typename T, bool kMnMajor = false, int kAccumulators>
 __device__ __forceinline__ void wgmma_ss(float (&d)[kAccumulators], uint64_t desc_a, uint64_t desc_b,
                                          bool accumulates) {
-  static_assert(kAccumulators == 32 || kAccumulators == 48 || kAccumulators == 56 || kAccumulators == 64,
-                "N is 64, 96, 112 or 128");
+  static_assert(
+      kAccumulators == 32 || kAccumulators == 48 || kAccumulators == 56 || kAccumulators == 64 || kAccumulators == 88,
+      "N is 64, 96, 112, 128 or 176");
   FASTATTN_CASE(SS, 64, 32, 32, 33, 34, 35)
   FASTATTN_CASE(SS, 96, 48, 48, 49, 50, 51)
   FASTATTN_CASE(SS, 112, 56, 56, 57, 58, 59)
   FASTATTN_CASE(SS, 128, 64, 64, 65, 66, 67)
+  FASTATTN_CASE(SS, 176, 88, 88, 89, 90, 91)
 }
 
 // d += A * B with A in registers and B in shared memory, MN-major
@@ -105,6 +109,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kAccumulators], const uint32
 #undef FASTATTN_TEXT_48
 #undef FASTATTN_TEXT_56
 #undef FASTATTN_TEXT_64
+#undef FASTATTN_TEXT_88
 #undef FASTATTN_TEXT_96
 #undef FASTATTN_TEXT_128
 #undef FASTATTN_LIST_8
@@ -113,6 +118,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kAccumulators], const uint32
 #undef FASTATTN_LIST_48
 #undef FASTATTN_LIST_56
 #undef FASTATTN_LIST_64
+#undef FASTATTN_LIST_88
 #undef FASTATTN_LIST_96
 #undef FASTATTN_LIST_128
 #undef FASTATTN_WGMMA_SS
