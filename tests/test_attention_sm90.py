@@ -204,6 +204,15 @@ def test_what_stands_in_hidden_keys_does_not_matter(bad, deterministic):
 
 
 @BACKWARDS
+def test_tiles_far_behind_the_last_visible_key(deterministic, monkeypatch):
+    """They have no valid row, by more rows than shared memory holds."""
+    q, k, v = qkv(1, 1, 1, 64, 1024, 64)
+    lengths = torch.tensor([3], dtype=torch.int32)
+    got = check(monkeypatch, "3 of 1024", q, k, v, seqlens_k=lengths, deterministic=deterministic)
+    assert (got["dk"][:, :, 3:] == 0).all()
+
+
+@BACKWARDS
 def test_nan_in_one_packed_sequence_stays_there(deterministic):
     ends = torch.tensor([0, 70, 150], dtype=torch.int32)
     q, k, v = (normal(150, 1, 64, seed=n) for n in range(3))

@@ -99,12 +99,12 @@ struct alignas(kAtomBytes) TileOf {
     }
   }
 
-  // One warp: zeros from row `valid` on. What the copy brought there belongs to another sequence, and zero times its
+  // One warp: zeros from row `valid` on, from the first if it is negative. What the copy brought there belongs to another sequence, and zero times its
   // NaN would be NaN.
   __device__ __forceinline__ void clear_from(int valid) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int row = valid + lane / 8; row < kRows; row += 4) {
+    for (int row = larger(0, valid) + lane / 8; row < kRows; row += 4) {
 #pragma unroll
       for (int col = 0; col < kHeadDim; col += kPanelCols) {
         store_for_async(bytes + col * 2 * kRows + row * kRowBytes + lane % 8 * 16, uint4{0, 0, 0, 0});
