@@ -102,9 +102,10 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
     shared.tile_pipe.wait_full(tiles);
     tiles.next();
-    const int blocks = tile.queries.end - tile.queries.begin;
-    for (int block = 0; block < blocks * args.shape.group(); ++block) {
-      const int m = tile.queries.begin + block % blocks;
+    // one loop over heads and queries: two cost registers
+    int m = tile.queries.begin, head = tile.kv_head * args.shape.group();
+    const int blocks = (tile.queries.end - tile.queries.begin) * args.shape.group();
+    for (int block = 0; block < blocks; ++block) {
       const int stage = ring.stage;
       float s[kQueries / 2], dp[kQueries / 2];
       uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
@@ -169,7 +170,6 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
           fence_async();
           meet(1 + slab, kWarpgroup);
           if (thread == 0) {
-            const int head = tile.kv_head * args.shape.group() + block / blocks;
             const int64_t first = args.stats(tile.batch, head, sequence) + m * kQueries;
             constexpr int kBytes = sizeof(shared.dq[0]);
             bulk_reduce_add(args.dq_sums + first * kHeadDim + half * (kBytes / 4), sums, kBytes);
@@ -182,6 +182,10 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
       }
       wgmma_wait<0>();
       shared.pipe.release(stage);
+      if (++m == tile.queries.end) {
+        m = tile.queries.begin;
+        ++head;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {

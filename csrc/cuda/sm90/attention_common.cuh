@@ -14,7 +14,8 @@ constexpr int kSlabBytes = kSlab * kRowBytes;  // of one panel
 // The kernels' frame: warpgroup 0 loads, with one warp; the others compute, each with the registers it gave up.
 template <int kProducerRegisters, int kConsumerRegisters, typename Produce, typename Consume>
 __device__ __forceinline__ void split_roles(Produce produce, Consume consume) {
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  // from lane 0: addresses that depend on it are then the same for all lanes, and computed once for them
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
   if (warpgroup == 0) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x < 32) {
@@ -28,7 +29,7 @@ __device__ __forceinline__ void split_roles(Produce produce, Consume consume) {
 
 // The tiles of a block of threads: which is next is known when one is done, from a counter that all blocks share. It
 // starts at 0; the first tile of every block is that of its own number. The warp that loads takes them, ahead of the
-// others by what its stages hold.
+// others by what its stages hold, and passes on those that exist.
 struct TileQueue {
   Pipe<2> pipe;
   uint32_t index[2];
@@ -41,22 +42,23 @@ __device__ __forceinline__ void take_tiles(TileQueue& queue, uint32_t* counter, 
   const bool leader = threadIdx.x % 32 == 0;
   Ring<2> ring;
   uint32_t index = blockIdx.x;
-  while (true) {
+  const auto pass_on = [&] {
     queue.pipe.wait_empty(ring);
     if (leader) {
       queue.index[ring.stage] = index;
       queue.pipe.full[ring.stage].arrive();
     }
     ring.next();
-    if (index >= order.count()) {
-      return;
-    }
+  };
+  while (index < order.count()) {
     const Tile tile(shape, order, index);
     if (tile.exists()) {
+      pass_on();
       body(tile);
     }
     index = __shfl_sync(0xffffffffu, leader ? gridDim.x + atomicAdd(counter, 1u) : 0, 0);
   }
+  pass_on();  // the end
 }
 
 // The others: body(tile) for the same tiles
@@ -72,10 +74,7 @@ __device__ __forceinline__ void follow_tiles(TileQueue& queue, const AttentionSh
     if (index >= order.count()) {
       return;
     }
-    const Tile tile(shape, order, index);
-    if (tile.exists()) {
-      body(tile);
-    }
+    body(Tile(shape, order, index));
   }
 }
 
@@ -99,8 +98,8 @@ struct alignas(kAtomBytes) TileOf {
     }
   }
 
-  // One warp: zeros from row `valid` on, from the first if it is negative. What the copy brought there belongs to another sequence, and zero times its
-  // NaN would be NaN.
+  // One warp: zeros from row `valid` on, from the first if it is negative. What the copy brought there belongs to
+  // another sequence, and zero times its NaN would be NaN.
   __device__ __forceinline__ void clear_from(int valid) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1

@@ -38,8 +38,12 @@ struct Pipe {
       empty[stage].init(warpgroups * kWarps);
     }
   }
-  // The side that fills: until the stage may be overwritten, at once in the first round
-  __device__ __forceinline__ void wait_empty(const Ring<kStages>& at) { empty[at.stage].wait(at.parity ^ 1); }
+  // The warp that fills: until the stage may be overwritten, at once in the first round. Its lanes go on together: one
+  // that is a round behind would wait for a parity that has come and gone.
+  __device__ __forceinline__ void wait_empty(const Ring<kStages>& at) {
+    empty[at.stage].wait(at.parity ^ 1);
+    __syncwarp();
+  }
   // The sides that read
   __device__ __forceinline__ void wait_full(const Ring<kStages>& at) { full[at.stage].wait(at.parity); }
   __device__ __forceinline__ void release(int stage) { arrive_warp(empty[stage]); }

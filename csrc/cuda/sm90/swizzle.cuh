@@ -42,13 +42,13 @@ FASTATTN_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, uint
 FASTATTN_HOST_DEVICE constexpr uint64_t k_major(uint32_t tile, int rows, int step) {
   constexpr int kSteps = kPanelCols / 16;
   const uint32_t offset = step / kSteps * rows * kRowBytes + step % kSteps * 32;
-  return matrix_descriptor(tile + offset, 16, kAtomBytes);
+  return matrix_descriptor(tile, 16, kAtomBytes) + (offset >> 4);  // addresses are below 2^18: no carry
 }
 
 // A tile whose rows are K and whose columns are N ("MN-major"), from row 16 * step on. `stride` is the distance of
 // groups of eight rows, the leading offset that of panels.
 FASTATTN_HOST_DEVICE constexpr uint64_t mn_major(uint32_t tile, int rows, int step) {
-  return matrix_descriptor(tile + step * 2 * kAtomBytes, rows * kRowBytes, kAtomBytes);
+  return matrix_descriptor(tile, rows * kRowBytes, kAtomBytes) + (step * 2 * kAtomBytes >> 4);
 }
 
 }  // namespace fastattn::sm90
