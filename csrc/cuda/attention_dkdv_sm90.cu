@@ -26,16 +26,16 @@ constexpr int kQueries = 64;  // a block; 128 would need 64 + 64 registers besid
 template <int kHeadDim>
 constexpr int kDqCols = kHeadDim == 128 ? 64 : kHeadDim;
 
-// Shared memory holds four blocks of queries, or two and what dq needs: ds of both warpgroups, whose rows are keys, and
-// dq on its way out, as accumulators, four of each thread at a time.
+// Shared memory holds four blocks of queries, but only two where dq of wide heads needs it too: for ds of both
+// warpgroups, whose rows are keys, and for dq on its way out, as accumulators, four of each thread at a time.
 template <typename T, int kHeadDim, bool kWithDq>
 struct DkdvStages {
   static constexpr int kStages = 4;
 };
 template <typename T, int kHeadDim>
 struct DkdvStages<T, kHeadDim, true> {
-  static constexpr int kStages = 2;
-  TileOf<T, kTile, kQueries> ds[kStages];
+  static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
+  TileOf<T, kTile, kQueries> ds[2];
   float dq[kBwdConsumers][kQueries * kDqCols<kHeadDim>];
 };
 
@@ -144,7 +144,8 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
         issue_ab<T, kQueries>(dk, ds, shared.q[stage].address());
       };
       if constexpr (kWithDq) {
-        unsigned char* rows = shared.ds[stage].bytes + slab * kSlabBytes;
+        const int turn = stage % 2;
+        unsigned char* rows = shared.ds[turn].bytes + slab * kSlabBytes;
 #pragma unroll
         for (int i = 0; i < kQueries / 2; i += 2) {
           store_for_async(rows + accumulator_offset(first_offset(thread), i, kTile), ds[i / 8][i / 2 % 4]);
@@ -155,11 +156,11 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
         }
         meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);
         constexpr bool kInTurns = kDqCols<kHeadDim> == kHeadDim;
-        if (!kInTurns || slab == stage) {
+        if (!kInTurns || slab == turn) {
           const int half = kInTurns ? 0 : slab;
           float dq[kDqCols<kHeadDim> / 2];
           wgmma_begin();
-          issue_atb<T, kTile>(dq, shared.ds[stage].address(), shared.k.panel_address(half));
+          issue_atb<T, kTile>(dq, shared.ds[turn].address(), shared.k.panel_address(half));
           issue_dk();
           wgmma_wait<1>();
           float* sums = shared.dq[slab];
