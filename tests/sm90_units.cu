@@ -306,13 +306,13 @@ __attribute__((visibility("default"))) uint64_t unit_descriptor(bool k_is_inner,
 }
 
 // The tiles of a call in the order of work: shape = (batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right,
-// top_left), out per tile = (batch, head, row, begin, full_begin, full_end, end). Returns how many there are, at most
-// `room`. Tiles of `rows` in blocks of `block`, as the kernels have them.
-__attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_keys, int rows, int block, int head_dim,
-                                                      int* out, int room) {
+// top_left), of which those of keys may come with_dq, out per tile = (batch, head, row, begin, full_begin, full_end,
+// end). Returns how many there are, at most `room`. Tiles of `rows` in blocks of `block`, as the kernels have them.
+__attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_keys, bool with_dq, int rows, int block,
+                                                      int head_dim, int* out, int room) {
   const AttentionShape s{nullptr,  nullptr,  nullptr,  shape[0], shape[1],     shape[2],
                          shape[3], shape[4], shape[5], shape[6], shape[7] != 0};
-  const TileOrder order = of_keys ? key_order(s, rows, head_dim) : query_order(s, rows, head_dim);
+  const TileOrder order = of_keys ? key_order(s, rows, head_dim, with_dq) : query_order(s, rows, head_dim);
   for (int64_t index = 0; index < std::min<int64_t>(order.count(), room); ++index) {
     const auto write = [&](int batch, int head, int row, const Blocks& b) {
       const int values[] = {batch, head, row, b.begin, b.full_begin, b.full_end, b.end};

@@ -209,12 +209,14 @@ TILES = {
 }  # fmt: skip
 
 
-def schedule(units, shape, kind, head_dim=128):
+def schedule(units, shape, kind, head_dim=128, with_dq=False):
     """(tiles, 7): batch, head, row, and of the blocks of the other side begin, full_begin, full_end, end."""
     room = 10_000
     found = (ctypes.c_int * (7 * room))()
     of_keys, rows, block = TILES[kind]
-    count = units.unit_tiles((ctypes.c_int * 8)(*shape), ctypes.c_bool(of_keys), rows, block, head_dim, found, room)
+    count = units.unit_tiles(
+        (ctypes.c_int * 8)(*shape), ctypes.c_bool(of_keys), ctypes.c_bool(with_dq), rows, block, head_dim, found, room
+    )
     assert count <= room
     return torch.tensor(found[: 7 * count]).view(count, 7)
 
@@ -245,7 +247,8 @@ def test_schedule_visits_every_tile_once_and_every_visible_pair(shape, kind, uni
 
 @pytest.mark.parametrize("kind", ["forward 128, dq", "dk and dv"])
 def test_schedule_takes_the_longest_tiles_of_a_set_first_and_balances_the_blocks(kind, units):
-    tiles = schedule(units, (4, 16, 16, 4096, 4096, 2**29, 0, 0), kind)  # causal
+    shape = (4, 16, 16, 4096, 4096, 2**29, 0, 0)  # causal
+    tiles = schedule(units, shape, kind)
     work = (tiles[:, 6] - tiles[:, 3]).tolist()
     heads = (tiles[:, 0] * 16 + tiles[:, 1]).view(4, 512)
     for group in range(4):  # 16 heads of 4096 positions are 32 MiB of keys and values
@@ -256,6 +259,10 @@ def test_schedule_takes_the_longest_tiles_of_a_set_first_and_balances_the_blocks
     for length in work:
         done_at[done_at.index(min(done_at))] += length
     assert max(done_at) <= 1.02 * sum(work) / 132
+    if kind == "dk and dv":  # with the sums of dq 8 heads are 32 MiB
+        tiles = schedule(units, shape, kind, with_dq=True)
+        heads = (tiles[:, 0] * 16 + tiles[:, 1]).view(8, 256)
+        assert [sorted(set(group.tolist())) for group in heads] == [[*range(8 * n, 8 * n + 8)] for n in range(8)]
 
 
 @pytest.mark.parametrize(("shape", "lengths"), [

@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dkdv_sm90_kernel(con
 template <typename T, int kHeadDim, bool kWithDq>
 cudaError_t launch_dkdv(const AttentionCudaArgs& in, cudaStream_t stream) {
   BwdArgs args = bwd_args(in);
-  args.order = key_order(args.shape, kTile, kHeadDim);
+  args.order = key_order(args.shape, kTile, kHeadDim, kWithDq);
   args.tile_counter = in.tile_counters;
   const MapMaker make(in);
   if (const cudaError_t error = make({{&args.q, in.q, MapMaker::kQueries, kQueries},

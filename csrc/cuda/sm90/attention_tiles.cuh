@@ -150,21 +150,22 @@ struct KeyTile {
 
 // Heads that go together in the order of work: the keys and values of all, or the queries and gradients that the
 // backward streams instead, are at most 32 MiB; whole groups of query heads that share keys.
-FASTATTN_HOST_DEVICE int kv_heads_per_set(const AttentionShape& shape, int streamed_rows, int head_dim) {
+FASTATTN_HOST_DEVICE int kv_heads_per_set(const AttentionShape& shape, int streamed_rows, int row_bytes) {
   constexpr int64_t kCache = 32 << 20;
-  const int64_t bytes = larger(1, streamed_rows) * int64_t{head_dim} * 2 * 2;
+  const int64_t bytes = larger(1, streamed_rows) * int64_t{row_bytes};
   const int64_t heads = kCache / bytes, all = int64_t{shape.batch} * shape.n_kv_heads;
   return static_cast<int>(heads < 1 ? 1 : heads < all ? heads : all);
 }
 
-// Queries last to first: under a causal mask the last ones see most. Keys first to last.
+// Queries last to first: under a causal mask the last ones see most. Keys first to last. with_dq: sums in fp32 go by
+// too.
 FASTATTN_HOST_DEVICE TileOrder query_order(const AttentionShape& shape, int rows, int head_dim) {
   return {blocks_of(shape.seqlen_q, rows), shape.batch * shape.n_heads,
-          kv_heads_per_set(shape, shape.seqlen_k, head_dim) * shape.group(), true};
+          kv_heads_per_set(shape, shape.seqlen_k, head_dim * 4) * shape.group(), true};
 }
-FASTATTN_HOST_DEVICE TileOrder key_order(const AttentionShape& shape, int rows, int head_dim) {
+FASTATTN_HOST_DEVICE TileOrder key_order(const AttentionShape& shape, int rows, int head_dim, bool with_dq) {
   return {blocks_of(shape.seqlen_k, rows), shape.batch * shape.n_kv_heads,
-          kv_heads_per_set(shape, shape.seqlen_q * shape.group(), head_dim), false};
+          kv_heads_per_set(shape, shape.seqlen_q * shape.group(), head_dim * (with_dq ? 8 : 4)), false};
 }
 
 // Attention of a few queries on a cache: every block of threads has a share of the keys of a sequence, so there is no
