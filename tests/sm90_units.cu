@@ -256,6 +256,7 @@ __attribute__((visibility("default"))) int unit_wgmma(const __nv_bfloat16* a, co
       {"abt", 64, 64, unit_wgmma_abt_kernel<64, 64>},     {"abt", 64, 128, unit_wgmma_abt_kernel<64, 128>},
       {"abt", 64, 256, unit_wgmma_abt_kernel<64, 256>},   {"abt", 112, 192, unit_wgmma_abt_kernel<112, 192>},
       {"abt", 128, 64, unit_wgmma_abt_kernel<128, 64>},   {"abt", 128, 128, unit_wgmma_abt_kernel<128, 128>},
+      {"abt", 80, 256, unit_wgmma_abt_kernel<80, 256>},   {"ab", 256, 80, unit_wgmma_ab_kernel<256, 80>},
       {"abt", 176, 128, unit_wgmma_abt_kernel<176, 128>}, {"ab", 128, 176, unit_wgmma_ab_kernel<128, 176>},
       {"abt", 64, 96, unit_wgmma_abt_kernel<64, 96>},     {"ab", 64, 64, unit_wgmma_ab_kernel<64, 64>},
       {"ab", 64, 128, unit_wgmma_ab_kernel<64, 128>},     {"ab", 128, 64, unit_wgmma_ab_kernel<128, 64>},
@@ -331,7 +332,7 @@ __attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_
     } else if (block == 112) {
       write_queries(QueryTile<128, 112>(s, order, index));
     } else {
-      write_queries(QueryTile<128, 64>(s, order, index));
+      write_queries(QueryTile<128, 80>(s, order, index));
     }
   }
   return static_cast<int>(order.count());

@@ -123,7 +123,7 @@ def test_lengths_around_a_tile(head_dim, deterministic, monkeypatch):
 
 @pytest.mark.parametrize("head_dim", [192, 256])
 def test_head_dims_with_a_forward_only(head_dim, monkeypatch):
-    """Blocks of 112 and 64 keys; the gradients are those of another backend."""
+    """Blocks of 112 and 80 keys; the gradients are those of another backend."""
     for seed in range(4):
         q, k, v, kwargs = random_call(seed, head_dim)
         truth, baseline = truth_and_baseline(monkeypatch, q, k, v, {"softcap": 0.0} | kwargs)

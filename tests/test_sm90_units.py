@@ -81,7 +81,7 @@ def swizzle_128(address):
     return address ^ (address >> 3 & 0b1110000)
 
 
-@pytest.mark.parametrize("rows", [64, 112, 128, 176, 192])
+@pytest.mark.parametrize("rows", [64, 80, 112, 128, 176, 192])
 def test_where_an_element_of_a_tile_lies(units, rows):
     offsets = [units.unit_tile_offset(row, col, rows) for row in range(rows) for col in range(128)]
     expected = [
@@ -102,7 +102,7 @@ def test_where_a_tile_has_the_elements_of_a_thread(units, rows):
             assert units.unit_accumulator_offset(thread, i, rows) == units.unit_tile_offset(found[0], found[1], rows)
 
 
-@pytest.mark.parametrize("rows", [64, 112, 128, 176, 192])
+@pytest.mark.parametrize("rows", [64, 80, 112, 128, 176, 192])
 def test_descriptors_address_the_tile(units, rows):
     """The canonical layouts of the PTX ISA with 128-byte swizzling, T = 8 elements of 16 bits:
 
@@ -177,7 +177,7 @@ def test_maps_that_were_made_before_are_those_that_would_be_made_now(units):
 @pytest.mark.parametrize(("form", "n", "k"), [
     ("abt", 64, 64), ("abt", 64, 96), ("abt", 64, 128), ("abt", 64, 256), ("abt", 112, 192), ("abt", 128, 64),
     ("abt", 128, 128), ("ab", 64, 64), ("ab", 64, 128), ("ab", 96, 128), ("ab", 128, 64), ("ab", 128, 128),
-    ("abt", 176, 128), ("ab", 128, 176), ("ab", 192, 112), ("ab", 256, 64), ("atb", 64, 128), ("atb", 96, 128),
+    ("abt", 80, 256), ("ab", 256, 80), ("abt", 176, 128), ("ab", 128, 176), ("ab", 192, 112), ("ab", 256, 64), ("atb", 64, 128), ("atb", 96, 128),
 ])  # fmt: skip
 def test_wgmma_multiplies(units, form, n, k):
     a = integers(*((k, 64) if form == "atb" else (64, k)))
@@ -205,7 +205,7 @@ SHAPES = [  # batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right, top_l
 # kernel: whether tiles are of keys, their rows, and the block of the other side
 TILES = {
     "forward 64": (False, 192, 128), "forward 128, dq": (False, 128, 128), "forward 192": (False, 128, 112),
-    "forward 128, full": (False, 128, 176), "forward 256": (False, 128, 64), "dk and dv": (True, 128, 64),
+    "forward 128, full": (False, 128, 176), "forward 256": (False, 128, 80), "dk and dv": (True, 128, 64),
 }  # fmt: skip
 
 

@@ -289,7 +289,7 @@ int attention_fwd_sm90(const AttentionCudaArgs& args, void* stream) {
         return launch_fwd<T, head_dim, kWideBlock>(args, s);
       }
     }
-    return launch_fwd<T, head_dim, head_dim <= 128 ? 128 : head_dim == 192 ? 112 : 64>(args, s);
+    return launch_fwd<T, head_dim, head_dim <= 128 ? 128 : head_dim == 192 ? 112 : 80>(args, s);
   });
 }
 

@@ -30,6 +30,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define FASTATTN_TEXT_32                                                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTATTN_TEXT_40 FASTATTN_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define FASTATTN_TEXT_48 \
   FASTATTN_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FASTATTN_TEXT_56 FASTATTN_TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
@@ -48,6 +49,7 @@ __device__ __forceinline__ void wgmma_wait() {
       "+f"(d[i + 7])
 #define FASTATTN_LIST_16(d, i) FASTATTN_LIST_8(d, i), FASTATTN_LIST_8(d, i + 8)
 #define FASTATTN_LIST_32(d, i) FASTATTN_LIST_16(d, i), FASTATTN_LIST_16(d, i + 16)
+#define FASTATTN_LIST_40(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_8(d, i + 32)
 #define FASTATTN_LIST_48(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_16(d, i + 32)
 #define FASTATTN_LIST_56(d, i) FASTATTN_LIST_48(d, i), FASTATTN_LIST_8(d, i + 48)
 #define FASTATTN_LIST_64(d, i) FASTATTN_LIST_32(d, i), FASTATTN_LIST_32(d, i + 32)
@@ -82,10 +84,11 @@ __device__ __forceinline__ void wgmma_wait() {
 template <typename T, bool kMnMajor = false, int kAccumulators>
 __device__ __forceinline__ void wgmma_ss(float (&d)[kAccumulators], uint64_t desc_a, uint64_t desc_b,
                                          bool accumulates) {
-  static_assert(
-      kAccumulators == 32 || kAccumulators == 48 || kAccumulators == 56 || kAccumulators == 64 || kAccumulators == 88,
-      "N is 64, 96, 112, 128 or 176");
+  static_assert(kAccumulators == 32 || kAccumulators == 40 || kAccumulators == 48 || kAccumulators == 56 ||
+                    kAccumulators == 64 || kAccumulators == 88,
+                "N is 64, 80, 96, 112, 128 or 176");
   FASTATTN_CASE(SS, 64, 32, 32, 33, 34, 35)
+  FASTATTN_CASE(SS, 80, 40, 40, 41, 42, 43)
   FASTATTN_CASE(SS, 96, 48, 48, 49, 50, 51)
   FASTATTN_CASE(SS, 112, 56, 56, 57, 58, 59)
   FASTATTN_CASE(SS, 128, 64, 64, 65, 66, 67)
@@ -106,6 +109,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kAccumulators], const uint32
 }
 
 #undef FASTATTN_TEXT_32
+#undef FASTATTN_TEXT_40
 #undef FASTATTN_TEXT_48
 #undef FASTATTN_TEXT_56
 #undef FASTATTN_TEXT_64
@@ -115,6 +119,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kAccumulators], const uint32
 #undef FASTATTN_LIST_8
 #undef FASTATTN_LIST_16
 #undef FASTATTN_LIST_32
+#undef FASTATTN_LIST_40
 #undef FASTATTN_LIST_48
 #undef FASTATTN_LIST_56
 #undef FASTATTN_LIST_64
