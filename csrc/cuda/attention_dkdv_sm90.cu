@@ -151,9 +151,7 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
           store_for_async(rows + accumulator_offset(first_offset(thread), i, kTile), ds[i / 8][i / 2 % 4]);
         }
         fence_async();
-        if (thread == 0) {
-          tma_stores_read();  // dq of an earlier block, so that all may write there after the barrier
-        }
+        await_stores();  // dq of an earlier block, so that all may write there after the barrier
         meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);
         constexpr bool kInTurns = kDqCols<kHeadDim> == kHeadDim;
         if (!kInTurns || slab == turn) {
@@ -194,9 +192,6 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
       dv[i] = visible(i) ? dv[i] : 0.f;
     }
     if constexpr (kWithDq) {
-      if (thread == 0) {
-        tma_stores_read();
-      }
       meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);  // the other one reads all keys for its dq
     }
     const Coordinates at{0, sequence.k_begin + row, tile.kv_head, sequence.index};
@@ -204,6 +199,7 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
     const bool clipped = !args.shape.packed();
     store_slab<T>(dk, shared.k, slab, Target{args.dk, args.dk_rows, at, valid, clipped}, 1 + slab);
     store_slab<T>(dv, shared.v, slab, Target{args.dv, args.dv_rows, at, valid, clipped}, 1 + slab);
+    await_stores();
     shared.tile_pipe.release(0);
   });
 }

@@ -112,6 +112,7 @@ __device__ __forceinline__ void dq_consume(DqShared<T, kHeadDim>& shared, const 
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
     store_slab<T>(dq, shared.q, slab, Target{args.dq, args.dq_rows, at, sequence.q_len - row, !args.shape.packed()},
                   1 + slab);
+    await_stores();
     shared.tile_pipe.release(0);
   });
 }

@@ -30,13 +30,25 @@ struct FwdConfig {
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   static constexpr int kBlockM = kConsumers * kSlab;
   static constexpr int kBlockN = kKeys;
+  static constexpr bool kOwnOut = kKeys == 128;  // memory for out beside q: the next q comes while out is written
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 };
 
+template <typename Tile, bool kOwnOut>
+struct FwdQueries {
+  Tile q, out;
+};
+template <typename Tile>
+struct FwdQueries<Tile, false> {
+  union {
+    Tile q, out;
+  };
+};
+
 template <typename T, int kHeadDim, int kKeys>
-struct FwdShared {
+struct FwdShared
+    : FwdQueries<TileOf<T, FwdConfig<kHeadDim, kKeys>::kBlockM, kHeadDim>, FwdConfig<kHeadDim, kKeys>::kOwnOut> {
   using Config = FwdConfig<kHeadDim, kKeys>;
-  TileOf<T, Config::kBlockM, kHeadDim> q;  // in the end out
   TileOf<T, Config::kBlockN, kHeadDim> k[Config::kStages], v[Config::kStages];
   TileQueue tiles;
   Pipe<1> q_pipe;
@@ -193,8 +205,13 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
       for (; n >= tile.keys.begin; --n) {
         step(n, masked);
       }
+      if constexpr (Config::kOwnOut) {
+        shared.q_pipe.release(0);
+      }
       issue_values();
       end_values();
+    } else if constexpr (Config::kOwnOut) {
+      shared.q_pipe.release(0);
     }
     float factor[2];
 #pragma unroll
@@ -212,10 +229,18 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
       o[i] *= factor[row_of(i)];
     }
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
-    store_slab<T>(o, shared.q, slab, Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()},
+    if constexpr (Config::kOwnOut) {
+      await_stores();  // of the tile before
+      meet(1 + slab, kWarpgroup);
+    }
+    store_slab<T>(o, shared.out, slab, Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()},
                   1 + slab);
-    shared.q_pipe.release(0);
+    if constexpr (!Config::kOwnOut) {
+      await_stores();
+      shared.q_pipe.release(0);
+    }
   });
+  await_stores();
 }
 
 template <typename T, int kHeadDim, int kKeys>

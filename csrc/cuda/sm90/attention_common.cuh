@@ -235,8 +235,8 @@ struct Target {
   bool clipped;  // what lies past `valid` is outside of the tensor, where the copy engine does not write
 };
 
-// One warpgroup: writes its accumulators by way of its rows of a tile of kRows rows, which it must own. Returns when
-// the tile may be overwritten, except that lanes of a warp may still be on their way.
+// One warpgroup: writes its accumulators by way of its rows of a tile of kRows rows, which it must own. They may be
+// overwritten after await_stores() and a barrier.
 template <typename T, int kHeadDim, int kRows>
 __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], TileOf<T, kRows, kHeadDim>& tile, int slab,
                                            const Target& to, int barrier) {
@@ -255,7 +255,6 @@ __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], Til
       for (int col = 0; col < kHeadDim; col += kPanelCols) {
         tma_store(to.map, {col, to.at.row, to.at.head, to.at.batch}, rows + col * 2 * kRows);
       }
-      tma_stores_read();
     }
   } else {
     T* first = static_cast<T*>(to.rows.data) + to.at.batch * to.rows.batch + to.at.head * to.rows.head;
@@ -264,6 +263,12 @@ __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], Til
       *reinterpret_cast<uint4*>(first + (to.at.row + row) * to.rows.row + col) =
           *reinterpret_cast<const uint4*>(rows + tile_offset(row, col, kRows));
     }
+  }
+}
+
+__device__ __forceinline__ void await_stores() {
+  if (threadIdx.x % kWarpgroup == 0) {
+    tma_stores_read();
   }
 }
 
