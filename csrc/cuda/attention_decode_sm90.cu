@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(kSplitThreads, SplitConfig<kHeadDim>::kBlocks)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<SplitShared<T, kHeadDim>*>(shared_memory);
   if (threadIdx.x == 0) {
+    prefetch_maps(args.k_map, args.v_map);
     shared.k_pipe.init(1);
     shared.v_pipe.init(1);
     shared.v_arrived.init(1);

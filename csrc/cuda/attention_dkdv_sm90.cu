@@ -209,6 +209,7 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dkdv_sm90_kernel(con
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<DkdvShared<T, kHeadDim, kWithDq>*>(shared_memory);
   if (threadIdx.x == 0) {
+    prefetch_maps(args.q, args.dout, args.k, args.v, args.dk, args.dv);
     shared.tiles.pipe.init(kBwdConsumers);
     shared.tile_pipe.init(kBwdConsumers);
     shared.pipe.init(kBwdConsumers);

@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dq_sm90_kernel(const
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<DqShared<T, kHeadDim>*>(shared_memory);
   if (threadIdx.x == 0) {
+    prefetch_maps(args.q, args.dout, args.k, args.v, args.dq);
     shared.tiles.pipe.init(kBwdConsumers);
     shared.tile_pipe.init(kBwdConsumers);
     shared.pipe.init(kBwdConsumers);

@@ -250,6 +250,7 @@ __global__ void __launch_bounds__(FwdConfig<kHeadDim, kKeys>::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<FwdShared<T, kHeadDim, kKeys>*>(shared_memory);
   if (threadIdx.x == 0) {
+    prefetch_maps(args.q_map, args.k_map, args.v_map, args.out_map);
     shared.tiles.pipe.init(Config::kConsumers);
     shared.q_pipe.init(Config::kConsumers);
     shared.k_pipe.init(Config::kConsumers);
@@ -277,7 +278,8 @@ cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
   FwdArgs args{};
   args.shape = attention_shape(in);
   args.order = query_order(args.shape, Config::kBlockM, kHeadDim);
-  args.tile_counter = in.tile_counters;
+  const unsigned blocks = resident_blocks(args.order.count());
+  args.tile_counter = args.order.count() > blocks ? in.tile_counters : nullptr;
   args.out = in.out;
   args.lse = in.lse;
   args.lse_batch = in.lse_batch;
@@ -296,10 +298,12 @@ cudaError_t launch_fwd(const AttentionCudaArgs& in, cudaStream_t stream) {
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
     return error;
   }
-  if (const cudaError_t error = cudaMemsetAsync(args.tile_counter, 0, sizeof(uint32_t), stream)) {
-    return error;
+  if (args.tile_counter != nullptr) {
+    if (const cudaError_t error = cudaMemsetAsync(args.tile_counter, 0, sizeof(uint32_t), stream)) {
+      return error;
+    }
   }
-  kernel<<<resident_blocks(args.order.count()), Config::kThreads, kShared, stream>>>(args);
+  kernel<<<blocks, Config::kThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -28,8 +28,8 @@ __device__ __forceinline__ void split_roles(Produce produce, Consume consume) {
 }
 
 // The tiles of a block of threads: which is next is known when one is done, from a counter that all blocks share. It
-// starts at 0; the first tile of every block is that of its own number. The warp that loads takes them, ahead of the
-// others by what its stages hold, and passes on those that exist.
+// starts at 0; the first tile of every block is that of its own number. Without a counter there are no more. The warp
+// that loads takes them, ahead of the others by what its stages hold, and passes on those that exist.
 struct TileQueue {
   Pipe<2> pipe;
   uint32_t index[2];
@@ -56,7 +56,8 @@ __device__ __forceinline__ void take_tiles(TileQueue& queue, uint32_t* counter, 
       pass_on();
       body(tile);
     }
-    index = __shfl_sync(0xffffffffu, leader ? gridDim.x + atomicAdd(counter, 1u) : 0, 0);
+    index =
+        counter == nullptr ? UINT32_MAX : __shfl_sync(0xffffffffu, leader ? gridDim.x + atomicAdd(counter, 1u) : 0, 0);
   }
   pass_on();  // the end
 }

@@ -1,6 +1,7 @@
 #pragma once
 // Copies between global and shared memory by the copy engine, one thread issuing. PTX ISA: cp.async.bulk.tensor,
-// cp.async.bulk, cp.reduce.async.bulk.tensor, cp.reduce.async.bulk, cp.async.bulk.commit_group, .wait_group.
+// cp.async.bulk, cp.reduce.async.bulk.tensor, cp.reduce.async.bulk, cp.async.bulk.commit_group, .wait_group,
+// prefetch.tensormap.
 //
 // A tensor map describes a (cols, rows, heads, batch) tensor and a box of columns and rows. What lies outside of the
 // tensor is read as zero and not written. Source and target in shared memory lie on multiples of 1024 bytes (tensor) or
@@ -14,6 +15,12 @@ namespace fastattn::sm90 {
 struct Coordinates {
   int col, row, head, batch;
 };
+
+// One thread, at the start: the first copy then need not wait for its map.
+template <typename... Maps>
+__device__ __forceinline__ void prefetch_maps(const Maps&... maps) {
+  (..., [](const CUtensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }(maps));
+}
 
 __device__ __forceinline__ void tma_load(void* to, const CUtensorMap& map, Coordinates at, Barrier& barrier) {
   asm volatile(

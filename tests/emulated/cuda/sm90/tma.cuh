@@ -143,6 +143,9 @@ struct Coordinates {
   int col, row, head, batch;
 };
 
+template <typename... Maps>
+void prefetch_maps(const Maps&...) {}
+
 inline emulated::Copy tensor_copy(const CUtensorMap& map, Coordinates at, const void* shared, Barrier* barrier) {
   emulated::Copy copy{{}, at.col, at.row, at.head, at.batch, shared_address(shared), barrier, nullptr, 0};
   std::memcpy(&copy.map, &map, sizeof(copy.map));
