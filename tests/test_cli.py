@@ -241,6 +241,10 @@ def test_config_mistakes(folder, capsys, line, expected):
             ["train", "--config", "config.yaml", "--data.source", "no_text"],
             ["expected files ending in .txt", "got none"],
         ),
+        (
+            ["train", "--config", "config.yaml", "--data.train_limit", "3"],
+            ["data.train_limit: expected null for task lm without data.packed, got 3"],
+        ),
         (["train", "--config", "config.yaml", "--run", "text.txt"], ["expected a folder or nothing, got a file"]),
         (["train", "--config", "config.yaml", "--run", "."], ["which no run writes"]),
         (
