@@ -17,6 +17,12 @@ EXTRA = (  # what pip install 'fastattn[train]' brings, by import name
 )
 
 
+DRAWING = {  # options of generate with their defaults that only task lm has
+    "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "stop": None,
+    "seed": 0,
+}  # fmt: skip
+
+
 def main(argv=None):
     """Run one command.
 
@@ -113,14 +119,15 @@ def build_parser():
     run = ArgumentParser(exit_on_error=False, description="Continue a prompt, or translate it, with a trained model.")
     add_run_arguments(run)
     run.add_argument("--prompt", type=str, required=True, help="text to continue")
-    run.add_argument("--max_new_tokens", type=int, default=300, help="tokens to add")
-    run.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    run.add_argument("--max_new_tokens", type=int, help="tokens to add")
+    run.add_argument("--temperature", type=float, help="0 takes the most likely token")
     run.add_argument("--top_k", type=int | None, help="draw among the k most likely tokens only")
     run.add_argument("--top_p", type=float | None, help="draw among the likeliest tokens that reach this probability")
-    run.add_argument("--repetition_penalty", type=float, default=1.0, help="more than 1 avoids tokens already there")
+    run.add_argument("--repetition_penalty", type=float, help="more than 1 avoids tokens already there")
     run.add_argument("--beams", type=int, default=1, help="more than 1: the likeliest text of a beam search, not drawn")
     run.add_argument("--stop", type=str | None, help="end before this text")
-    run.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    run.add_argument("--seed", type=int, help="the same seed gives the same text")
+    run.set_defaults(DRAWING)
     commands.add_subcommand("generate", run, help="text from a trained model")
     commands.add_subcommand("data", ArgumentParser(), help="stats, clean, split, tokenize or vectorize documents")
     info = ArgumentParser(exit_on_error=False, description="Versions, devices, backends, and why one is missing.")
@@ -290,7 +297,8 @@ def print_report(report, as_json):
         return
     scores = {name: value for name, value in report.items() if not isinstance(value, (list, dict))}
     width = max(map(len, scores)) + 2
-    print("\n".join(f"{name:{width}}{cell(value)}" for name, value in scores.items()))
+    for name, value in scores.items():  # a text as it is: what a Markdown cell has to escape would be copied from here
+        print(f"{name:{width}}{value if isinstance(value, str) else cell(value)}")
 
 
 def baseline(options, _argv):
@@ -350,6 +358,9 @@ def generate(options, _argv):
     sampling = {name: options[name] for name in names}
     check_sampling(options.max_new_tokens, beams=options.beams, **sampling)
     if config.task == "translate":
+        for name, default in DRAWING.items():
+            if options[name] != default:
+                raise UsageError(f"{name}: expected for task lm only, got a run of task translate")
         model, task = load_task(run, config, options.checkpoint, options.accelerator, options.layers)
         print(*task.translate(model, [options.prompt], beams=options.beams))
         return

@@ -117,6 +117,12 @@ class TestExplain:
         assert "reference: runs" in text
         assert "reference asked for" in text
 
+    def test_dropout_too(self):
+        x = torch.ones(2, 3)
+        assert f"{first_of_cpu}: runs" in fastattn.explain("dropout", x, 0.1, residual=x.half())
+        with pytest.raises(ValueError, match=r"dropout_p must be between 0 and 1, got 2"):
+            fastattn.explain("dropout", x, 2)
+
     def test_unknown_op_and_bad_arguments(self):
         with pytest.raises(ValueError, match=r"explain: op must be one of .*layer_norm.*got 'norms'"):
             fastattn.explain("norms", torch.ones(2))

@@ -126,6 +126,22 @@ def test_other_layers_read_the_same_run(run, capsys):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_a_translator(folder, capsys):
+    """Its report can be copied from the terminal, and options that it cannot heed are refused, not ignored."""
+    pytest.importorskip("sacrebleu", reason="needs the packages of fastattn[eval]")
+    write_table(folder / "table.jsonl")
+    options = ["--config", "config.yaml", "--task", "translate", "--data.source", "table.jsonl"]
+    options += ["--data.columns.target", "target", "--data.tokenizer", "word", "--data.validation_fraction", "0.2"]
+    assert main(["train", *options, "--sample_tokens", "0"]) == 0
+    assert main(["evaluate", "runs/small"]) == 0
+    assert re.search(r"^bleu_signature +nrefs:1\|case:mixed\|", capsys.readouterr().out, re.MULTILINE)
+    generate = ["generate", "runs/small", "--prompt", "a"]
+    assert main([*generate, "--beams", "2"]) == 0
+    capsys.readouterr()
+    for name, value in {"max_new_tokens": "3", "temperature": "0", "top_k": "1", "stop": "b", "seed": "1"}.items():
+        assert_refused(folder, capsys, [*generate, f"--{name}", value], f"{name}: expected for task lm only")
+
+
 def test_baseline_and_a_classifier_in_one_table(folder, capsys):
     write_table(folder / "table.jsonl")
     data = ["--data.source", "table.jsonl", "--data.columns.label", "label", "--data.validation_fraction", "0.2"]
@@ -224,6 +240,10 @@ def test_config_mistakes(folder, capsys, line, expected):
         (
             ["train", "--config", "config.yaml", "--data.source", "no_text"],
             ["expected files ending in .txt", "got none"],
+        ),
+        (
+            ["train", "--config", "config.yaml", "--data.train_limit", "3"],
+            ["data.train_limit: expected null for task lm without data.packed, got 3"],
         ),
         (["train", "--config", "config.yaml", "--run", "text.txt"], ["expected a folder or nothing, got a file"]),
         (["train", "--config", "config.yaml", "--run", "."], ["which no run writes"]),

@@ -14,7 +14,8 @@ import torch
 from fastattn.cli import main
 from fastattn.training.builtin import DOCSTRING_CLASSES
 from fastattn.training.clean import CleanConfig, clean
-from fastattn.training.config import UsageError
+from fastattn.training.config import DataConfig, UsageError
+from fastattn.training.data import TextData
 from fastattn.training.documents import Documents, write_documents
 from fastattn.training.sources import Columns, read_documents
 from fastattn.training.split import shared_texts, split_documents
@@ -89,6 +90,7 @@ def test_what_is_written_is_read_again(tmp_path):
         ("a.csv", b"text,label\none,1\n", Columns(label="class"), "line 2: expected a column 'class', got text, label"),
         ("a.csv", b"text,label\none,1\ntwo,\n", LABELLED, "line 3: expected a value in column 'label', got nothing"),
         ("a.csv", b"text,label\none\n", LABELLED, "line 2: expected a column 'label', got text"),
+        ("a.csv", b"text,label\none, two,1\n", LABELLED, "line 2: expected 2 values, .* text, label, got 3"),
         ("a.csv", b'text\n"one\n', None, "expected ','-separated values, got unexpected end of data"),
         ("a.csv", b"text\ncaf\xe9\n", None, "expected UTF-8, got byte 0xe9 at 8"),
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', None, "line 2: expected a JSON object, got Expecting value"),
@@ -270,6 +272,15 @@ def test_tokenizers_with_special_tokens(tmp_path, kind):
     assert unseen == [1] if kind in ("char", "word", "wordpiece") else tokenizer.decode(unseen) == "ж"
 
 
+@pytest.mark.parametrize("kind", ["word", "wordpiece"])
+def test_a_plain_text_may_have_words_for_tokens(tmp_path, kind):
+    path = tmp_path / "a.txt"
+    path.write_text("the cat sat on the mat\n" * 30 + "a dog\n" * 20)
+    data = TextData(DataConfig(source=str(path), tokenizer=kind, vocab_size=300, test_fraction=0.2))
+    assert data.tokenizer.decode(data.splits["train"][:6].tolist()) == "the cat sat on the mat"
+    assert data.tokenizer.number_of("[UNK]") in data.splits["test"].tolist()  # nothing is refused that is new there
+
+
 def test_word_vocabularies_need_the_unknown_token():
     with pytest.raises(UsageError, match=r"tokenizer 'word': expected special tokens with \[UNK\], got \[\]"):
         build_tokenizer("word", ["a"], ["a"], 300)
@@ -391,6 +402,19 @@ def test_data_vectorize(tmp_path, table, capsys):
     matrix = load_npz(tmp_path / "vectors" / "test.npz")
     words = {word for text in texts for word in text.split() if len(word) > 1}
     assert matrix.shape == (report["test"], report["features"]) == (4, len(words))
+
+
+def test_what_cannot_be_counted(tmp_path, table, capsys):
+    pytest.importorskip("sklearn", reason="needs the packages of fastattn[eval]")
+    (tmp_path / "letters.txt").write_text("a\nb\n")
+    for source, option, message in (
+        (table, "--max_ngram=0", "max_ngram: expected at least 1, got 0"),
+        (table, "--max_features=0", "max_features: expected at least 1, got 0"),
+        (tmp_path / "letters.txt", "--kind=tfidf", "expected words of two letters or more, got none"),
+    ):
+        assert main(["data", "vectorize", str(source), option, "--output", str(tmp_path / "vectors")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "vectors").exists()
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,11 @@ def test_wrong_classifiers_are_told(changes, message):
         build(Classifier, "torch", 5, **changes)
 
 
+def test_tokens_without_a_batch_are_told():
+    with pytest.raises(ValueError, match=r"tokens: expected shape \(batch, seqlen\), got \(5,\)"):
+        classifier("transformer")(random_tokens(1, 5)[0], torch.tensor([5]))
+
+
 @bodies
 def test_wrong_lengths_are_told(body):
     model = classifier(body)

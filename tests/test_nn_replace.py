@@ -112,5 +112,6 @@ def test_only():
 def test_errors():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         nn.replace("model")
-    with pytest.raises(ValueError, match=r"only must name torch.nn classes out of LayerNorm, .*Linear"):
-        nn.replace(Classifier(), only=torch.nn.Linear)
+    for wrong in (torch.nn.Linear, "LayerNorm"):
+        with pytest.raises(ValueError, match=r"only must be classes out of torch.nn.LayerNorm, .*got .*L"):
+            nn.replace(Classifier(), only=wrong)

@@ -96,3 +96,11 @@ def test_compile_without_a_graph_break():
     for seqlen in (3, 9, 16):
         q, k = randn(2, 4, seqlen, 8).requires_grad_(), randn(2, 2, seqlen, 8, seed=1)
         torch.testing.assert_close(compiled(q, k), rotary(q, k))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_heads_narrower_than_rotary_dim_are_refused(interleaved):
+    """Tables twice as wide as they should be look like doubled ones, and would rotate by wrong angles."""
+    rotary = RotaryEmbedding(16, max_seqlen=8, interleaved=interleaved)
+    with pytest.raises(ValueError, match="RotaryEmbedding: head_dim must be at least rotary_dim 16, got 8"):
+        rotary(torch.randn(1, 2, 4, 8))

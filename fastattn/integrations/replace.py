@@ -46,15 +46,15 @@ def replace(model, *, only=None):
     Returns: a Report with `replaced` and `left`, dicts by module name; `print` it.
     Raises:
         TypeError: model is no module.
-        ValueError: `only` names a class that has no counterpart.
+        ValueError: `only` is or holds something else than a class that has a counterpart.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
     wanted = tuple(_OURS) if only is None else tuple(only) if isinstance(only, (tuple, list, set)) else (only,)
     for kind in wanted:
         if kind not in _OURS:
-            known = ", ".join(c.__name__ for c in _OURS)
-            raise ValueError(f"replace: only must name torch.nn classes out of {known}, got {kind!r}")
+            known = ", ".join(f"torch.nn.{c.__name__}" for c in _OURS)
+            raise ValueError(f"replace: only must be classes out of {known}, got {kind!r}")
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)

@@ -124,12 +124,11 @@ class Backbone(nn.Module):
                 added to it; it holds the memory as well.
         Returns: (batch, seqlen, d_model).
         Raises:
-            ValueError: too many tokens, those in the cache included, or lengths that do not fit them; values of lengths
-                and cu_seqlens are looked at on the CPU only, where that waits for nothing.
+            ValueError: tokens of another shape, too many, those in the cache included, or lengths that do not fit them;
+                values of lengths and cu_seqlens are looked at on the CPU only, where that waits for nothing.
         """
-        seqlen, start = tokens.shape[1], 0 if cache is None else cache.length
-        if start + seqlen > self.block_size:
-            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {start + seqlen}")
+        start = 0 if cache is None else cache.length
+        check_tokens(tokens, self.block_size, start)
         check_lengths(lengths, tokens)
         check_documents(cu_seqlens, tokens)
         sequences = Sequences(
@@ -169,6 +168,14 @@ class Backbone(nn.Module):
             rows = isinstance(positions, int)
             x = x + (table[positions : positions + tokens.shape[1]] if rows else F.embedding(positions, table))
         return self.dropout(x if self.norm_first else self.norm(x))
+
+
+def check_tokens(tokens, block_size, start=0):
+    """Raise ValueError unless tokens are rows that fit the model, after `start` others."""
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens: expected shape (batch, seqlen), got {tuple(tokens.shape)}")
+    if start + tokens.shape[1] > block_size:
+        raise ValueError(f"tokens: expected at most block_size = {block_size} in a row, got {start + tokens.shape[1]}")
 
 
 def check_lengths(lengths, tokens, name="lengths"):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from .backbone import Backbone, check_choice, check_lengths, num_parameters
+from .backbone import Backbone, check_choice, check_lengths, check_tokens, num_parameters
 from .initialize import initialize
 
 BODIES = ("transformer", "lstm", "gru", "cnn", "bag_of_words")
@@ -80,8 +80,7 @@ class Classifier(nn.Module):
         Raises:
             ValueError: as `Backbone`.
         """
-        if tokens.shape[1] > self.block_size:
-            raise ValueError(f"tokens: expected at most block_size = {self.block_size} in a row, got {tokens.shape[1]}")
+        check_tokens(tokens, self.block_size)
         check_lengths(lengths, tokens)
         features = getattr(self, f"_{self.body}", self._recurrent)(tokens, lengths)
         logits = features + self.bias if self.head is None else self.head(self.dropout(features))

@@ -18,7 +18,7 @@ class RotaryEmbedding(torch.nn.Module):
         base: ratio of the longest to the shortest wavelength.
         interleaved: pairs are channels (2d, 2d + 1) instead of (d, d + rotary_dim / 2).
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or heads are narrower than rotary_dim.
     Source: Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
     """
 
@@ -48,6 +48,10 @@ class RotaryEmbedding(torch.nn.Module):
 
     def forward(self, q, k=None, *, positions=None, inplace=False):
         """The rotated q, with k the pair (q, k); shapes and positions as `fastattn.rotary_embedding` takes them."""
+        if q.shape[-1] < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others
+            raise ValueError(
+                f"RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.shape[-1]}"
+            )
         if not isinstance(positions, torch.Tensor):
             end = (positions or 0) + q.shape[0 if q.dim() == 3 else -2]
             if end > self.cos.shape[0]:

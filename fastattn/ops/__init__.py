@@ -11,6 +11,7 @@ from fastattn.ops import rotary as _rotary
 _EXPLAIN = {
     "attention": _attention.explain,
     "attention_decode": _attention_decode.explain,
+    "dropout": _dropout.explain,
     "feed_forward": _feed_forward.explain,
     "layer_norm": _norm.explain,
     "linear_cross_entropy": _linear_cross_entropy.explain,

@@ -8,7 +8,7 @@ The backward is the forward without a residual: the mask is drawn again from (se
 import torch
 
 from fastattn import reference
-from fastattn.ops._backends import choose, grad_wanted, register_backend
+from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import define, needs_reference
 from fastattn.ops.norm import _refuses
@@ -58,6 +58,29 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
         ValueError: shapes, devices or dropout_p do not fit, or the named backend cannot serve the call.
     Source: torch.nn.functional.dropout; the rate is exact to 1/65536.
     """
+    _check(x, dropout_p, residual)
+    if not dropout_p:
+        return x if residual is None else x + residual
+    rng = draw_rng(x.device)
+    runs = choose("dropout", _facts(x, residual), backend)
+    if runs == "reference" or needs_reference():
+        return reference.dropout(x, dropout_p, residual, rng)
+    if grad_wanted(x, residual):
+        return _Dropout.apply(x, residual, rng, dropout_p, runs)
+    return _fwd[runs](x, residual, rng, dropout_p)
+
+
+def explain(x, dropout_p=0.5, *, residual=None, backend=None):
+    """What `dropout` would run for these arguments, and why not the others."""
+    _check(x, dropout_p, residual)
+    return explanation("dropout", _facts(x, residual), backend)
+
+
+def _facts(x, residual):
+    return x.device.type, x.dtype, None if residual is None else residual.dtype
+
+
+def _check(x, dropout_p, residual):
     check_dropout_p(dropout_p)
     if not x.dim() or not x.is_floating_point():
         raise ValueError(
@@ -68,12 +91,3 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
             f"dropout: residual must have the shape and device of x, {tuple(x.shape)} on {x.device},"
             f" got {tuple(residual.shape)} on {residual.device}"
         )
-    if not dropout_p:
-        return x if residual is None else x + residual
-    rng = draw_rng(x.device)
-    runs = choose("dropout", (x.device.type, x.dtype, None if residual is None else residual.dtype), backend)
-    if runs == "reference" or needs_reference():
-        return reference.dropout(x, dropout_p, residual, rng)
-    if grad_wanted(x, residual):
-        return _Dropout.apply(x, residual, rng, dropout_p, runs)
-    return _fwd[runs](x, residual, rng, dropout_p)

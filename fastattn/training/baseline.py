@@ -6,7 +6,7 @@ import numpy as np
 
 from .config import UsageError
 from .scores import classification_scores
-from .vectors import bag_of_words
+from .vectors import bag_of_words, count_words
 
 
 def bag_of_words_baseline(train, test, *, tfidf=False, max_ngram=1):
@@ -32,10 +32,7 @@ def bag_of_words_baseline(train, test, *, tfidf=False, max_ngram=1):
         raise UsageError(f"train: expected at least two classes, got {train.labels[0]!r} alone")
     start = time.perf_counter()
     vectorizer = bag_of_words(tfidf=tfidf, max_ngram=max_ngram)
-    try:
-        features = vectorizer.fit_transform(train.texts)
-    except ValueError as error:
-        raise UsageError(f"train: expected words of two letters or more, got none ({error})") from None
+    features = count_words(vectorizer, train.texts)
     # rows of TF-IDF have length 1, shorter than rows of ones: they need larger weights for the same certainty
     model = LogisticRegression(C=10.0 if tfidf else 1.0, max_iter=1000).fit(features, train.labels)
     seconds = time.perf_counter() - start

@@ -8,6 +8,7 @@ import torch
 from .config import UsageError
 
 IGNORED = -100  # a target that is no target, as in torch.nn.functional.cross_entropy
+MASKED = 0.15  # of the tokens are asked for
 
 
 class LengthBatches:
@@ -61,7 +62,7 @@ def pad(rows, value):
     return padded
 
 
-def draw_masks(tokens, lengths, specials, mask_token, vocab_size, key, fraction=0.15):
+def draw_masks(tokens, lengths, specials, mask_token, vocab_size, key, fraction=MASKED):
     """Hide some tokens of every row and ask for them.
 
     Of the tokens drawn 80 % become the mask token, 10 % any token, and 10 % stay (Devlin et al. 2019, "BERT", 3.1). At

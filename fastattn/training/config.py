@@ -277,6 +277,10 @@ class TrainConfig:
             for name, value in (("body", "transformer"), ("embedding", "random")):
                 got = getattr(self.model, name)
                 expect(got == value, f"model.{name}", f"{value} for the task {self.task}", got)
+        if self.task == "lm" and not self.data.packed:
+            for name in ("train_limit", "target_source"):  # not ignored in silence: a plain text has no documents
+                got = getattr(self.data, name)
+                expect(got is None, f"data.{name}", "null for task lm without data.packed", got)
         if self.strategy == "fsdp":
             expect(self.model.body == "transformer", "strategy", f"ddp for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "all or head with the strategy fsdp", self.trained)

@@ -5,7 +5,7 @@ import torch
 
 from .config import UsageError
 from .text import fingerprint, read_text, split_text
-from .tokenizer import build_tokenizer
+from .tokenizer import build_tokenizer, needed_specials
 
 
 def check_summary(summary, expected):
@@ -36,7 +36,11 @@ class TextData:
         parts = split_text(text, config.validation_fraction, config.test_fraction)
         if tokenizer is None:
             tokenizer = build_tokenizer(
-                config.tokenizer, [text], parts["train"].splitlines(keepends=True), config.vocab_size
+                config.tokenizer,
+                [text],
+                parts["train"].splitlines(keepends=True),
+                config.vocab_size,
+                needed_specials(config.tokenizer),
             )
         self.tokenizer = tokenizer
         if not config.test_fraction:

@@ -13,7 +13,7 @@ from .config import UsageError, expect
 from .documents import PARTS, Documents, write_documents
 from .sources import Columns, read_documents
 from .split import shared_texts, split_documents
-from .tokenizer import build_tokenizer, load_tokenizer
+from .tokenizer import build_tokenizer, load_tokenizer, needed_specials
 
 
 @dataclass
@@ -108,7 +108,7 @@ def data_tokenize(
         built = load_tokenizer(Path(tokenizer_file).expanduser())
     else:
         learn_from = next(iter(parts.values())).texts
-        built = build_tokenizer(tokenizer, texts, learn_from, vocab_size, specials or _needed_specials(tokenizer))
+        built = build_tokenizer(tokenizer, texts, learn_from, vocab_size, specials or needed_specials(tokenizer))
     path = _new_path(output)
     path.mkdir(parents=True)
     write_atomic(path / "tokenizer.json", built.to_json())
@@ -119,10 +119,6 @@ def data_tokenize(
         report[name]["characters a token"] = round(characters / max(1, report[name]["tokens"]), 3)
     write_atomic(path / "data.json", json.dumps(report, indent=1))
     return report
-
-
-def _needed_specials(kind):
-    return ["[UNK]"] if kind in ("word", "wordpiece") else []
 
 
 def _write_tokens(path, encoded):
@@ -165,7 +161,7 @@ def data_vectorize(
     from scipy.sparse import save_npz
 
     vectorizer = vectors.bag_of_words(tfidf=kind == "tfidf", max_ngram=max_ngram, max_features=max_features)
-    vectorizer.fit(train.texts)
+    vectors.count_words(vectorizer, train.texts)
     path.mkdir(parents=True)
     for name, part in parts.items():
         save_npz(path / f"{name}.npz", vectorizer.transform(part.texts))

@@ -106,6 +106,11 @@ def _table_rows(path, columns):
         reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         names = list(columns.names) or next(reader, [])
         for row in filter(None, reader):
+            if len(row) > len(names):  # most likely a delimiter in a text that is not quoted: all after it has moved
+                raise UsageError(
+                    f"{path}, line {reader.line_num}: expected {len(names)} values, one for each of"
+                    f" {', '.join(names)}, got {len(row)}"
+                )
             yield reader.line_num, dict(zip(names, row, strict=False))
     except csv.Error as error:
         raise UsageError(f"table {str(path)!r}: expected {delimiter!r}-separated values, got {error}") from None

@@ -4,7 +4,10 @@ import time
 
 import torch
 
+from fastattn.models import MaskedLM
 from fastattn.models.backbone import Head
+
+from .batches import MASKED
 
 # dense bf16 and fp16 products of a device, FLOP/s, by the makers' data sheets; sparse figures are twice these
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -14,19 +17,23 @@ def flops_per_token(model, shape):
     """Operations of a training step for each token.
 
     6 a weight of a matrix, 12 * d_model * block_size a layer of attention. Looking up an embedding costs nothing, an
-    output layer counts also when it is tied to the embedding. Half the tokens of a translator pass its encoder, half
-    its decoder.
+    output layer counts also when it is tied to the embedding, that of a MaskedLM for the tokens it predicts. Half the
+    tokens of a translator pass its encoder, half its decoder.
 
     Args:
         model: nn.Module.
         shape: ModelConfig.
     Source: Chowdhery et al. 2022, "PaLM: scaling language modeling with pathways", appendix B.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings)
-    head = getattr(model, "head", None)
-    if isinstance(head, Head) and head.weight is None:
-        weights += next(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+
+    def matrices(module):
+        return sum(p.numel() for p in module.parameters() if p.dim() > 1 and all(p is not table for table in tables))
+
+    weights, head = matrices(model), getattr(model, "head", None)
+    if isinstance(head, Head):
+        output = matrices(head) + (tables[0].numel() if head.weight is None else 0)
+        weights += (MASKED * output if isinstance(model, MaskedLM) else output) - matrices(head)
     if hasattr(model, "decoder"):
         weights //= 2
     attention = shape.n_layer * shape.d_model * shape.block_size if shape.body == "transformer" else 0

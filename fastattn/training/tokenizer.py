@@ -137,6 +137,11 @@ class LearntTokenizer:
         return self.tokenizer.to_str(pretty=False)
 
 
+def needed_specials(kind):
+    """The special tokens without which a tokenizer of this kind cannot encode every text."""
+    return [UNKNOWN] if kind in ("word", "wordpiece") else []
+
+
 def build_tokenizer(kind, texts, train_texts, vocab_size, specials=()):
     """A tokenizer for texts.
 

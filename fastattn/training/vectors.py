@@ -6,7 +6,7 @@ The counting is scikit-learn's and the word vectors are gensim's (pip install 'f
 import numpy as np
 import torch
 
-from .config import UsageError
+from .config import UsageError, expect
 
 
 def one_hot(numbers, vocab_size):
@@ -32,11 +32,24 @@ def bag_of_words(*, tfidf=False, max_ngram=1, max_features=None, min_documents=1
         max_ngram: longest run of words that counts as a feature.
         max_features: how many of the most frequent to keep, None = all.
         min_documents: features found in fewer documents are left out.
+
+    Raises:
+        UsageError: max_ngram or max_features below 1.
     """
     from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
+    for name, value in (("max_ngram", max_ngram), ("max_features", max_features)):
+        expect(value is None or value >= 1, name, "at least 1", value)
     options = {"ngram_range": (1, max_ngram), "max_features": max_features, "min_df": min_documents}
     return TfidfVectorizer(sublinear_tf=True, **options) if tfidf else CountVectorizer(binary=True, **options)
+
+
+def count_words(vectorizer, texts):
+    """vectorizer.fit_transform(texts); UsageError if there is not a word in them."""
+    try:
+        return vectorizer.fit_transform(texts)
+    except ValueError as error:
+        raise UsageError(f"train: expected words of two letters or more, got none ({error})") from None
 
 
 def words_of(text):

@@ -15,7 +15,7 @@ from ..documents import PARTS
 from ..generate import generate_tokens
 from ..text import fingerprint, read_text
 from ..token_file import SUFFIX, open_tokens
-from ..tokenizer import END, END_OF_TEXT, UNKNOWN, build_tokenizer, load_tokenizer
+from ..tokenizer import END, END_OF_TEXT, build_tokenizer, load_tokenizer, needed_specials
 from .base import Task, read_parts, shape_of
 
 
@@ -78,7 +78,7 @@ class LanguageModelling(Task):
             "sha256": fingerprint("\0".join(texts)),
         }
         check_summary(self.summary, expected)
-        specials = [UNKNOWN, END] if data.tokenizer in ("word", "wordpiece") else [END]
+        specials = [*needed_specials(data.tokenizer), END]
         self.tokenizer = tokenizer or build_tokenizer(
             data.tokenizer, texts, parts["train"].texts, data.vocab_size, specials
         )
