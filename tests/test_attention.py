@@ -190,6 +190,7 @@ REFUSED = [
     ({"softcap": -1.0}, ValueError, "softcap must be .* got -1.0"),
     ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p must be between 0 and 1, got -0.1"),
+    ({"seqlens_k": 7}, TypeError, "seqlens_k must be an int32 tensor, got int"),
     ({"deterministic": 2}, TypeError, "deterministic must be None, True or False, got 2"),
     ({"backend": "cudnn"}, ValueError, "got 'cudnn'"),
 ]

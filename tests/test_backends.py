@@ -123,6 +123,13 @@ class TestExplain:
         with pytest.raises(ValueError, match=r"dropout_p must be between 0 and 1, got 2"):
             fastattn.explain("dropout", x, 2)
 
+    def test_torchs_attention_under_its_own_arguments(self):
+        x = torch.ones(2, 3, 4, 8)
+        text = fastattn.explain("scaled_dot_product_attention", x, x, x, is_causal=True)
+        assert text == fastattn.explain("attention", x, x, x, causal="top_left")
+        with pytest.raises(ValueError, match="attn_mask must be None when is_causal is True"):
+            fastattn.explain("scaled_dot_product_attention", x, x, x, torch.ones(4, 4), is_causal=True)
+
     def test_unknown_op_and_bad_arguments(self):
         with pytest.raises(ValueError, match=r"explain: op must be one of .*layer_norm.*got 'norms'"):
             fastattn.explain("norms", torch.ones(2))

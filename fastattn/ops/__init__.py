@@ -17,6 +17,7 @@ _EXPLAIN = {
     "linear_cross_entropy": _linear_cross_entropy.explain,
     "rms_norm": _norm.explain,
     "rotary_embedding": _rotary.explain,
+    "scaled_dot_product_attention": _attention.explain_torch,
 }
 
 attention = _attention.attention

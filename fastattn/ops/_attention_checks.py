@@ -77,6 +77,8 @@ def check_scores(name, label, t, q, full):
 
 def check_int32(name, label, t, q, length):
     """Raise unless `t` is int32 (length,) on the device of q; any length if None."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name}: {label} must be an int32 tensor, got {type(t).__name__}")
     if t.dtype != torch.int32:
         raise TypeError(f"{name}: {label} must be int32, got {t.dtype}")
     if t.dim() != 1 or (length is not None and t.shape[0] != length):

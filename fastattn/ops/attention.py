@@ -420,6 +420,20 @@ def _four_dimensions(name, query, key, value, attn_mask):
     return *folded, attn_mask
 
 
+def _prepare_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    q, k, v, mask, bias = _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa)
+    return _prepare(
+        "scaled_dot_product_attention", q, k, v, mask, bias, "top_left" if is_causal else False, None, None, None,
+        None, None, None, None, 0.0, None, dropout_p, scale, None,
+    )  # fmt: skip
+
+
+def explain_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """What `scaled_dot_product_attention` would run for these arguments, and why not the others."""
+    facts, *_ = _prepare_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return _explanation(facts)
+
+
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -437,11 +451,9 @@ def scaled_dot_product_attention(
         ValueError, TypeError: as `attention`; where PyTorch raises RuntimeError.
     Source: torch.nn.functional.scaled_dot_product_attention.
     """
-    q, k, v, mask, bias = _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa)
-    facts, q, k, v, bias, sink, rest = _prepare(
-        "scaled_dot_product_attention", q, k, v, mask, bias, "top_left" if is_causal else False, None, None, None,
-        None, None, None, None, 0.0, None, dropout_p, scale, None,
-    )  # fmt: skip
+    facts, q, k, v, bias, sink, rest = _prepare_torch(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
     out, _ = _run(facts, q, k, v, bias, sink, rest, None, False)
     if query.dim() == 4:
         return out
