@@ -82,7 +82,7 @@ def _affine(y, weight_ptr, bias_ptr, col, cols):
 def _store_stats(stats_ptr, mean, rstd, row, rows, RMS: tl.constexpr):
     if not RMS:
         tl.store(stats_ptr + row, mean, mask=row < rows)
-        stats_ptr += rows.to(tl.int64)
+        stats_ptr += tl.cast(rows, tl.int64)
     tl.store(stats_ptr + row, rstd, mask=row < rows)
 
 
@@ -91,7 +91,7 @@ def _load_stats(stats_ptr, row, rows, RMS: tl.constexpr):
     mean = tl.zeros(row.shape, tl.float32)
     if not RMS:
         mean = tl.load(stats_ptr + row, mask=row < rows, other=0.0)
-        stats_ptr += rows.to(tl.int64)
+        stats_ptr += tl.cast(rows, tl.int64)
     return mean, tl.load(stats_ptr + row, mask=row < rows, other=0.0)
 
 

@@ -71,7 +71,7 @@ def rotary_kernel(
 
     pair = tl.arange(0, BLOCK_HALF)[None, :]
     offs = (batch * table_batch + position * table_row)[:, None] + pair
-    inside = ((position >= 0) & (position < table_rows))[:, None] & (pair < half)
+    inside = (mask & (position >= 0) & (position < table_rows))[:, None] & (pair < half)
     cos = tl.load(cos_ptr + offs, mask=inside, other=float("nan")).to(tl.float32)[:, None, :]
     sin = tl.load(sin_ptr + offs, mask=inside, other=float("nan")).to(tl.float32)[:, None, :]
     if CONJUGATE:

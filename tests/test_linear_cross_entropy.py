@@ -210,6 +210,13 @@ def test_strides(style, backend, device):
         )
 
 
+def test_targets_that_are_not_contiguous(backend, device):
+    x, weight = torch.randn(6, 8, device=device), torch.randn(11, 8, device=device)
+    table = torch.arange(18, device=device).view(6, 3) % 11
+    got = fastattn.linear_cross_entropy(x, weight, table[:, 1], reduction="none")
+    assert_close(got, F.cross_entropy(x @ weight.T, table[:, 1], reduction="none"))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_backward_twice(reduction, backend, device):
     """The second time the same, and the third, which frees the graph, as well; nothing is scaled twice."""

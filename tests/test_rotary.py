@@ -4,6 +4,7 @@ import pytest
 import torch
 from memory_guard import guarded
 from oracle import BACKWARD, assert_accurate
+from processes import run_code
 
 import fastattn
 from fastattn import reference
@@ -234,6 +235,29 @@ def test_hugging_face_tables(backend, device, dtype, table_dtype):
     got = fastattn.rotary_embedding(wide, *per_token)
     assert torch.equal(got[..., :32], want)
     assert torch.equal(got[..., 32:], x)
+
+
+def test_no_table_is_read_past_its_end():
+    """They end where memory ends that may be read: a lane of a block beyond the last token must not look there."""
+    reason = unavailable("triton", "cpu")
+    if reason:
+        pytest.skip(reason)
+    run_code("""
+import ctypes, mmap
+import torch, fastattn
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+def at_the_end(tensor):
+    memory = mmap.mmap(-1, 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
+    count = tensor.numel()
+    there = torch.frombuffer(memory, dtype=torch.float32, count=count, offset=page - count * 4)
+    return there.view_as(tensor).copy_(tensor)
+cos, sin = (at_the_end(torch.rand(2, 5, 16)) for _ in range(2))
+x = torch.rand(2, 2, 5, 32)
+got = fastattn.rotary_embedding(x, cos, sin, backend="triton")
+torch.testing.assert_close(got, fastattn.rotary_embedding(x, cos, sin, backend="reference"))
+""", TRITON_INTERPRET="1")  # fmt: skip
 
 
 def test_tables_of_any_strides(backend, device):

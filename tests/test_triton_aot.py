@@ -80,3 +80,17 @@ def test_every_configuration_compiles_without_spills_and_with_wide_accesses():
         if spills or narrow:
             failures.append(f"{title}: {used}")
     assert not failures, "\n".join(failures)
+
+
+def test_one_row_compiles():
+    """An argument that is 1 is a constant to the compiler, without a tensor's methods; the interpreter shows no such."""
+    tables = [("norm_fwd_kernel", 512, *norm.FORWARD[512]), ("norm_bwd_kernel", 512, *norm.BACKWARD[512])]
+    tables += [(f"norm_{d}_wide_kernel", norm.WIDE_BLOCK_N, None, norm.WIDE_WARPS) for d in ("fwd", "bwd")]
+    tables += [("norm_bwd_strip_kernel", norm.STRIP_N, norm.STRIP_M, norm.STRIP_WARPS)]
+    wanted = [
+        config(norm, kernel, 90, DTYPES[0], warps, BLOCK_N=n, **({"BLOCK_M": m} if m else {}))
+        for kernel, n, m, warps in tables
+    ]
+    for one in wanted:
+        one["constants"]["rows"] = 1
+    assert [c["kernel"] for c in aot.compile_all(wanted)] == [c["kernel"] for c in wanted]

@@ -155,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _flat(x, weight, bias, target):
-    return x.reshape(target.numel(), weight.shape[1]), weight, bias, target.reshape(-1).long()
+    return x.reshape(target.numel(), weight.shape[1]), weight, bias, target.reshape(-1).long().contiguous()
 
 
 def _reduce(loss, target, ignore_index, reduction):
