@@ -83,7 +83,7 @@ def test_every_configuration_compiles_without_spills_and_with_wide_accesses():
 
 
 def test_one_row_compiles():
-    """An argument that is 1 is a constant to the compiler, without a tensor's methods; the interpreter shows no such."""
+    """An argument that is 1 is a constant to the compiler, without a tensor's methods; the interpreter hides it."""
     tables = [("norm_fwd_kernel", 512, *norm.FORWARD[512]), ("norm_bwd_kernel", 512, *norm.BACKWARD[512])]
     tables += [(f"norm_{d}_wide_kernel", norm.WIDE_BLOCK_N, None, norm.WIDE_WARPS) for d in ("fwd", "bwd")]
     tables += [("norm_bwd_strip_kernel", norm.STRIP_N, norm.STRIP_M, norm.STRIP_WARPS)]
