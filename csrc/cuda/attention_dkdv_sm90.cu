@@ -10,9 +10,10 @@
 // are not written; queries past the end have lse2 = inf, so p = 0.
 //
 // With dq the two warpgroups put ds side by side in shared memory, multiply dq out of both, and the copy engine adds it
-// to sums in global memory. What several blocks of threads add there comes in any order, so the last bits of dq differ
-// from run to run. References: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning",
-// 2023; Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
+// to sums in global memory; keys past the end then have p = 0 and are cleared. What several blocks of threads add comes
+// in any order, so the last bits of dq differ from run to run. References: Dao, "FlashAttention-2: faster attention
+// with better parallelism and work partitioning", 2023; Shah et al., "FlashAttention-3: fast and accurate attention
+// with asynchrony and low-precision", 2024.
 #include "cuda/sm90/attention_bwd.cuh"
 
 namespace fastattn {
