@@ -52,9 +52,11 @@ class MetricsLog:
             self.tensorboard = TensorBoardLogger(run, name="tensorboard", version="", purge_step=purge)
 
     def log(self, step, **values):
-        self.writer.writerow({"step": step, **values})
+        """Append a row; a value of None is unknown and left out: an empty cell, no point in TensorBoard."""
+        known = {name: value for name, value in values.items() if value is not None}
+        self.writer.writerow({"step": step, **known})
         if self.tensorboard:
-            self.tensorboard.log_metrics(values, step)
+            self.tensorboard.log_metrics(known, step)
 
     def close(self):
         self.file.close()
