@@ -1,4 +1,4 @@
-"""A number that is not known, or not finite: in no logger, on no line and in no report does it end a run or pass for 0."""
+"""A number that is unknown or not finite: in no logger, line or report does it end a run or pass for 0."""
 
 import itertools
 import json
@@ -81,7 +81,7 @@ def test_every_column_of_the_log_may_be_unknown_or_not_finite(tmp_path, capsys, 
         assert all(row[other] == 1 for other in VALUES if other != name)
     assert logged_tags(tmp_path) == set(VALUES)
     plot_losses(tmp_path)
-    MetricsLog(tmp_path, len(VALUES), tensorboard=False).close()  # as a resumed run does
+    MetricsLog(tmp_path, len(VALUES), tensorboard=True).close()  # as a resumed run does
     assert len(read_metrics(tmp_path)) == len(VALUES)
     assert main(["compare", str(tmp_path), "--output", str(tmp_path / "table")]) == 0
 
