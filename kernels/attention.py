@@ -48,6 +48,41 @@ def locate(batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlen_q, seqlen_k, TOP
     return index, first_q, first_k, seqlen_q, seqlen_k, length_k, off
 
 
+SEARCHED = tl.constexpr(128)  # sequences that one step of find_tile looks at
+
+
+@triton.jit
+def find_tile(cu_seqlens, tiles, total, tile, BLOCK: tl.constexpr):
+    """(sequence, tile within it, whether it is none) of one of the `tiles` into which packed rows are divided.
+
+    Sequence b begins with tile cu_seqlens[b] // BLOCK + b. So it gets at least as many tiles as its rows need, and all
+    sequences together total // BLOCK + sequences: the grid grows with the rows and not with the longest sequence. The
+    rows behind the last sequence come after it as if they were one more.
+    """
+    sequences = tiles - 1 - total // BLOCK
+    low = sequences * 0
+    size = sequences + 1
+    while size > 1:  # the answer is among sequences low to low + size - 1
+        step = (size + SEARCHED - 1) // SEARCHED
+        local = tl.arange(0, SEARCHED) * step
+        begins = tl.load(cu_seqlens + low + local, mask=local < size, other=0) // BLOCK + low + local
+        passed = tl.sum(((begins <= tile) & (local < size)).to(tl.int32))
+        low += tl.maximum(passed - 1, 0) * step
+        size = tl.minimum(step, sequences + 1 - low)
+    tile -= tl.load(cu_seqlens + low) // BLOCK + low
+    return low.to(tl.int64), tile, low == sequences
+
+
+@triton.jit
+def clear_rows(base, stride, first, total, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zeros in the rows of a tile from `first` on that are below `total`."""
+    rows = first + tl.arange(0, BLOCK_ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    tl.store(base + rows.to(tl.int64)[:, None] * stride + offs_d[None, :],
+             tl.zeros([BLOCK_ROWS, BLOCK_D], base.dtype.element_ty),
+             mask=(rows < total)[:, None] & (offs_d < DIM)[None, :])  # fmt: skip
+
+
 @triton.jit
 def key_blocks(start_m, BLOCK_M, BLOCK_N, seqlen_q, length_k, off, window_left, window_right, HAS_LEFT, HAS_RIGHT):
     """Blocks of keys that rows start_m.. see: (first, first full, end of full, end); "full" is seen by every row."""
@@ -256,6 +291,15 @@ def attention_fwd(q, k, v, out, lse, bias, sink, mask, seqlens_k, cu_seqlens_q, 
         pid_m = blocks_m - 1 - pid_m  # causal: the longest rows first
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
+    if cu_seqlens_q is not None:
+        batch, pid_m, outside = find_tile(cu_seqlens_q, blocks_m, total_q, pid_m, BLOCK_M)
+        if outside:  # rows behind the last sequence
+            start = tl.load(cu_seqlens_q + batch) + pid_m * BLOCK_M
+            rows = start + tl.arange(0, BLOCK_M)
+            clear_rows(out + head * out_strides[1], out_strides[2], start, total_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
+            nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            tl.store(lse + head * total_q + rows, nothing, mask=rows < total_q)
+            return
     index, first_q, first_k, seqlen_q, _, length_k, off = locate(
         batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
     )
@@ -371,15 +415,12 @@ class Plan:
     q, k, v, bias, mask are (shape, strides) or None; `sequences` is the number of packed sequences or None.
     """
 
-    def __init__(self, q, k, v, bias, mask, dtype, device, fp32_precision, alibi_dims, drops, sequences, max_seqlen_q,
-                 max_seqlen_k, window_left, window_right, top_left, softcap, dropout_p, scale):  # fmt: skip
+    def __init__(self, q, k, v, bias, mask, dtype, device, fp32_precision, alibi_dims, drops, sequences, window_left,
+                 window_right, top_left, softcap, dropout_p, scale):  # fmt: skip
         (batch, self.n_heads, self.total_q, head_dim), (_, self.kv_heads, self.total_k, _) = q[0], k[0]
         head_dim_v = v[0][3]
         self.group = self.n_heads // max(self.kv_heads, 1)
-        self.batch, self.max_q, self.max_k = batch, self.total_q, self.total_k
-        if sequences is not None:
-            self.batch = sequences
-            self.max_q, self.max_k = min(max_seqlen_q, self.total_q), min(max_seqlen_k, self.total_k)
+        self.batch, self.sequences = batch, sequences
         self.layouts = [
             (like.shape, like.stride())
             for like in (
@@ -418,15 +459,17 @@ class Plan:
         self.launches = {}
 
     def launch(self, kernel):
-        """(grid, blocks along the sequence, constants and options, whether TMA may be used) of a kernel."""
+        """(grid, blocks of the rows, constants and options, whether TMA may be used) of a kernel."""
         if kernel not in self.launches:
             config, tma = pick(kernel, *self.kind)
-            block, length, heads = "BLOCK_M", self.max_q, self.n_heads
+            block, length, heads = "BLOCK_M", self.total_q, self.n_heads
             if kernel == "dkdv":
-                block, length, heads = "BLOCK_N", self.max_k, self.kv_heads
+                block, length, heads = "BLOCK_N", self.total_k, self.kv_heads
             elif self.switches["HAS_LEFT"]:  # keys before the first window must not be read: a descriptor cannot say so
                 tma = False
             blocks = triton.cdiv(length, config[block])
+            if self.sequences is not None and blocks:
+                blocks = length // config[block] + self.sequences + 1  # what find_tile counts on
             constants = {**self.switches, **self.special.get(kernel, {}), **config}
             self.launches[kernel] = (blocks * heads * self.batch,), blocks, constants, tma
         return self.launches[kernel]
@@ -439,8 +482,12 @@ def geometry(t):
     return None if t is None else (t.shape, t.stride())
 
 
-def prepare(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes, rng, *options):
-    """(plan, the optional tensors as the kernels take them) for the arguments of the raw ops."""
+def prepare(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes, rng, max_seqlen_q, max_seqlen_k,
+            *options):  # fmt: skip
+    """(plan, the optional tensors as the kernels take them) for the arguments of the raw ops.
+
+    The longest lengths that a caller promises do not matter: programs find their sequence.
+    """
     plan = plan_for(
         geometry(q), geometry(k), geometry(v), geometry(bias), geometry(mask), q.dtype, q.device, precision(q.dtype),
         0 if slopes is None else slopes.dim(), rng is not None,

@@ -20,8 +20,10 @@ import triton.language as tl
 from fastattn.kernels.attention import (
     LOG2_E,
     UNSPECIALIZED,
+    clear_rows,
     contiguous,
     descriptors_fit,
+    find_tile,
     keep_tile,
     key_blocks,
     load_tile,
@@ -43,7 +45,8 @@ from fastattn.kernels.common import device_guard, register
 def attention_preprocess(out, do, lse, dlse, sink, delta, lse2, dsink, out_strides, do_strides, n_heads, total_q,
                          blocks_m, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
                          BLOCK_M: tl.constexpr):  # fmt: skip
-    """Packed sequences are rows like any other here. lse2 is lse in base 2, +inf where a row saw nothing."""
+    """Packed sequences are rows like any other here. lse2 is lse in base 2, +inf where a row saw nothing: that row has
+    no part in dsink, whatever stands in do. Rows behind the last packed sequence are such."""
     pid = tl.program_id(0)
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
@@ -66,7 +69,8 @@ def attention_preprocess(out, do, lse, dlse, sink, delta, lse2, dsink, out_strid
     tl.store(lse2 + row, tl.where(empty, float("inf"), row_lse * LOG2_E), mask=inside)
     if sink is not None:
         share = tl.exp2((tl.load(sink + head) - tl.where(empty, float("inf"), row_lse)) * LOG2_E)
-        tl.store(dsink + (batch * blocks_m + pid % blocks_m) * n_heads + head, -tl.sum(share * d))
+        tl.store(dsink + (batch * blocks_m + pid % blocks_m) * n_heads + head,
+                 -tl.sum(tl.where(empty, 0.0, share * d)))  # fmt: skip
 
 
 @triton.jit
@@ -151,10 +155,18 @@ def attention_dkdv(q, k, v, do, lse2, delta, dk, dv, bias, sink, mask, seqlens_k
     n_kv_heads = n_heads // GROUP
     batch = (pid // blocks_n // n_kv_heads).to(tl.int64)
     head_k = (pid // blocks_n % n_kv_heads).to(tl.int64)
+    pid_n = pid % blocks_n  # ascending is right for causal: the first keys are seen by the most queries
+    if cu_seqlens_k is not None:
+        batch, pid_n, outside = find_tile(cu_seqlens_k, blocks_n, total_k, pid_n, BLOCK_N)
+        if outside:  # rows behind the last sequence
+            start = tl.load(cu_seqlens_k + batch) + pid_n * BLOCK_N
+            clear_rows(dk + head_k * dk_strides[1], dk_strides[2], start, total_k, HEAD_DIM, BLOCK_N, BLOCK_D)
+            clear_rows(dv + head_k * dv_strides[1], dv_strides[2], start, total_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
+            return
     index, first_q, first_k, seqlen_q, seqlen_k, length_k, off = locate(
         batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
     )
-    start_n = pid % blocks_n * BLOCK_N  # ascending is right for causal: the first keys are seen by the most queries
+    start_n = pid_n * BLOCK_N
     if start_n >= seqlen_k:
         return
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -269,6 +281,12 @@ def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_
         pid_m = blocks_m - 1 - pid_m
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
+    if cu_seqlens_q is not None:
+        batch, pid_m, outside = find_tile(cu_seqlens_q, blocks_m, total_q, pid_m, BLOCK_M)
+        if outside:  # rows behind the last sequence
+            start = tl.load(cu_seqlens_q + batch) + pid_m * BLOCK_M
+            clear_rows(dq + head * dq_strides[1], dq_strides[2], start, total_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+            return
     index, first_q, first_k, seqlen_q, _, length_k, off = locate(
         batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
     )
