@@ -28,8 +28,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate(batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlen_q, seqlen_k, TOP_LEFT: tl.constexpr):
-    """(index in the batch dimension, first row of q and k, both lengths, length of the visible keys, off)."""
+def locate(batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlen_q, seqlen_k, TOP_LEFT: tl.constexpr,
+           OF_KEYS: tl.constexpr):  # fmt: skip
+    """(index in the batch dimension, first row of q and k, both lengths, length of the visible keys, off).
+
+    Where `batch` is not `within` the packed sequences the rows are those behind the last one, and there is nothing on
+    the other side. OF_KEYS: the rows in question are keys.
+    """
     index = batch
     first_q = batch * 0
     first_k = batch * 0
@@ -37,11 +42,13 @@ def locate(batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlen_q, seqlen_k, TOP
         index = batch * 0
         first_q = tl.load(cu_seqlens_q + batch).to(tl.int64)
         first_k = tl.load(cu_seqlens_k + batch).to(tl.int64)
-        seqlen_q = (tl.load(cu_seqlens_q + batch + 1) - first_q).to(tl.int32)
-        seqlen_k = (tl.load(cu_seqlens_k + batch + 1) - first_k).to(tl.int32)
+        end_q = tl.load(cu_seqlens_q + batch + 1, mask=within, other=0 if OF_KEYS else seqlen_q)
+        end_k = tl.load(cu_seqlens_k + batch + 1, mask=within, other=seqlen_k if OF_KEYS else 0)
+        seqlen_q = tl.maximum(end_q - first_q, 0).to(tl.int32)
+        seqlen_k = tl.maximum(end_k - first_k, 0).to(tl.int32)
     length_k = seqlen_k
     if seqlens_k is not None:
-        length_k = tl.maximum(tl.minimum(tl.load(seqlens_k + batch), seqlen_k), 0)
+        length_k = tl.maximum(tl.minimum(tl.load(seqlens_k + batch, mask=within, other=0), seqlen_k), 0)
     off = length_k - seqlen_q
     if TOP_LEFT:
         off = 0
@@ -53,7 +60,7 @@ SEARCHED = tl.constexpr(128)  # sequences that one step of find_tile looks at
 
 @triton.jit
 def find_tile(cu_seqlens, tiles, total, tile, BLOCK: tl.constexpr):
-    """(sequence, tile within it, whether it is none) of one of the `tiles` into which packed rows are divided.
+    """(sequence, tile within it, whether it is a sequence) of one of the `tiles` into which packed rows are divided.
 
     Sequence b begins with tile cu_seqlens[b] // BLOCK + b. So it gets at least as many tiles as its rows need, and all
     sequences together total // BLOCK + sequences: the grid grows with the rows and not with the longest sequence. The
@@ -70,17 +77,7 @@ def find_tile(cu_seqlens, tiles, total, tile, BLOCK: tl.constexpr):
         low += tl.maximum(passed - 1, 0) * step
         size = tl.minimum(step, sequences + 1 - low)
     tile -= tl.load(cu_seqlens + low) // BLOCK + low
-    return low.to(tl.int64), tile, low == sequences
-
-
-@triton.jit
-def clear_rows(base, stride, first, total, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Zeros in the rows of a tile from `first` on that are below `total`."""
-    rows = first + tl.arange(0, BLOCK_ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
-    tl.store(base + rows.to(tl.int64)[:, None] * stride + offs_d[None, :],
-             tl.zeros([BLOCK_ROWS, BLOCK_D], base.dtype.element_ty),
-             mask=(rows < total)[:, None] & (offs_d < DIM)[None, :])  # fmt: skip
+    return low.to(tl.int64), tile, low < sequences
 
 
 @triton.jit
@@ -291,17 +288,11 @@ def attention_fwd(q, k, v, out, lse, bias, sink, mask, seqlens_k, cu_seqlens_q, 
         pid_m = blocks_m - 1 - pid_m  # causal: the longest rows first
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
+    within = True
     if cu_seqlens_q is not None:
-        batch, pid_m, outside = find_tile(cu_seqlens_q, blocks_m, total_q, pid_m, BLOCK_M)
-        if outside:  # rows behind the last sequence
-            start = tl.load(cu_seqlens_q + batch) + pid_m * BLOCK_M
-            rows = start + tl.arange(0, BLOCK_M)
-            clear_rows(out + head * out_strides[1], out_strides[2], start, total_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
-            nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            tl.store(lse + head * total_q + rows, nothing, mask=rows < total_q)
-            return
+        batch, pid_m, within = find_tile(cu_seqlens_q, blocks_m, total_q, pid_m, BLOCK_M)
     index, first_q, first_k, seqlen_q, _, length_k, off = locate(
-        batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
+        batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT, False
     )
     start_m = pid_m * BLOCK_M
     if start_m >= seqlen_q:
@@ -316,7 +307,7 @@ def attention_fwd(q, k, v, out, lse, bias, sink, mask, seqlens_k, cu_seqlens_q, 
         mask += batch * mask_strides[0] + head * mask_strides[1]
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes + batch * slopes_stride + head)
+        slope = tl.load(slopes + batch * slopes_stride + head, mask=within, other=0.0)
     slab = (batch * n_heads + head).to(tl.int32)
 
     # keys that the windows leave to no query at all are not even read
@@ -356,7 +347,7 @@ def attention_fwd(q, k, v, out, lse, bias, sink, mask, seqlens_k, cu_seqlens_q, 
     )  # fmt: skip
 
     if sink is not None:
-        sink_score = tl.load(sink + head) * LOG2_E
+        sink_score = tl.load(sink + head, mask=within, other=float("-inf")) * LOG2_E
         m_new = tl.maximum(m_i, sink_score)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m_i - m_safe)

@@ -20,7 +20,6 @@ import triton.language as tl
 from fastattn.kernels.attention import (
     LOG2_E,
     UNSPECIALIZED,
-    clear_rows,
     contiguous,
     descriptors_fit,
     find_tile,
@@ -156,15 +155,11 @@ def attention_dkdv(q, k, v, do, lse2, delta, dk, dv, bias, sink, mask, seqlens_k
     batch = (pid // blocks_n // n_kv_heads).to(tl.int64)
     head_k = (pid // blocks_n % n_kv_heads).to(tl.int64)
     pid_n = pid % blocks_n  # ascending is right for causal: the first keys are seen by the most queries
+    within = True
     if cu_seqlens_k is not None:
-        batch, pid_n, outside = find_tile(cu_seqlens_k, blocks_n, total_k, pid_n, BLOCK_N)
-        if outside:  # rows behind the last sequence
-            start = tl.load(cu_seqlens_k + batch) + pid_n * BLOCK_N
-            clear_rows(dk + head_k * dk_strides[1], dk_strides[2], start, total_k, HEAD_DIM, BLOCK_N, BLOCK_D)
-            clear_rows(dv + head_k * dv_strides[1], dv_strides[2], start, total_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
-            return
+        batch, pid_n, within = find_tile(cu_seqlens_k, blocks_n, total_k, pid_n, BLOCK_N)
     index, first_q, first_k, seqlen_q, seqlen_k, length_k, off = locate(
-        batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
+        batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT, True
     )
     start_n = pid_n * BLOCK_N
     if start_n >= seqlen_k:
@@ -197,7 +192,7 @@ def attention_dkdv(q, k, v, do, lse2, delta, dk, dv, bias, sink, mask, seqlens_k
             head_mask = mask + batch * mask_strides[0] + head * mask_strides[1]
         slope = 0.0
         if ALIBI:
-            slope = tl.load(slopes + batch * slopes_stride + head)
+            slope = tl.load(slopes + batch * slopes_stride + head, mask=within, other=0.0)
         slab = (batch * n_heads + head).to(tl.int32)
         dk_acc, dv_acc = _dkdv_blocks(
             dk_acc, dv_acc, k_tile, v_tile, q_src, do_src, q_strides[2], do_strides[2], lse2 + row, delta + row, first,
@@ -281,14 +276,11 @@ def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_
         pid_m = blocks_m - 1 - pid_m
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
+    within = True
     if cu_seqlens_q is not None:
-        batch, pid_m, outside = find_tile(cu_seqlens_q, blocks_m, total_q, pid_m, BLOCK_M)
-        if outside:  # rows behind the last sequence
-            start = tl.load(cu_seqlens_q + batch) + pid_m * BLOCK_M
-            clear_rows(dq + head * dq_strides[1], dq_strides[2], start, total_q, HEAD_DIM, BLOCK_M, BLOCK_D)
-            return
+        batch, pid_m, within = find_tile(cu_seqlens_q, blocks_m, total_q, pid_m, BLOCK_M)
     index, first_q, first_k, seqlen_q, _, length_k, off = locate(
-        batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
+        batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT, False
     )
     start_m = pid_m * BLOCK_M
     if start_m >= seqlen_q:
@@ -306,7 +298,7 @@ def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_
         mask += batch * mask_strides[0] + head * mask_strides[1]
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes + batch * slopes_stride + head)
+        slope = tl.load(slopes + batch * slopes_stride + head, mask=within, other=0.0)
     slab = (batch * n_heads + head).to(tl.int32)
     begin_k = 0
     end_k = length_k

@@ -112,10 +112,10 @@ if triton is not None:
     @triton.jit
     def find_all(cu_seqlens, asked, found, tiles, total, BLOCK: tl.constexpr):
         pid = tl.program_id(0)
-        sequence, tile, outside = find_tile(cu_seqlens, tiles, total, tl.load(asked + pid), BLOCK)
+        sequence, tile, within = find_tile(cu_seqlens, tiles, total, tl.load(asked + pid), BLOCK)
         tl.store(found + 3 * pid, sequence.to(tl.int32))
         tl.store(found + 3 * pid + 1, tile)
-        tl.store(found + 3 * pid + 2, outside.to(tl.int32))
+        tl.store(found + 3 * pid + 2, within.to(tl.int32))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 128, 129, 20000])
@@ -135,10 +135,10 @@ def test_every_tile_finds_its_sequence(count):
     )
     sequence_of_row = torch.searchsorted(ends[1:].contiguous(), torch.arange(total, dtype=torch.int32), right=True)
     covered = torch.zeros(total, dtype=torch.int32)
-    for sequence, tile, outside in found.tolist():
+    for sequence, tile, within in found.tolist():
         assert 0 <= sequence <= count
-        assert outside == (sequence == count)
-        first, end = int(ends[sequence]) + tile * block, total if outside else int(ends[sequence + 1])
+        assert within == (sequence < count)
+        first, end = int(ends[sequence]) + tile * block, int(ends[sequence + 1]) if within else total
         assert (sequence_of_row[first : min(first + block, end)] == sequence).all()
         covered[first : min(first + block, end)] += 1
     assert (covered == 1).all() if len(asked) == tiles else covered.max() == 1
