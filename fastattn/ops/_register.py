@@ -78,3 +78,16 @@ def differentiate(function, inputs, grad_outputs):
 # implemented by the CPU library, about itself: for tests and `fastattn info`
 _library.define("parallel_chunks() -> int")
 _library.define("cpu_capability() -> int")
+
+
+def _is_causal_mask(mask):
+    """The op below on devices without a kernel of their own: on a GPU its answer is waited for."""
+    hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu_(1)
+    if mask.dtype != torch.bool:
+        hidden = torch.zeros_like(mask).masked_fill_(hidden, float("-inf"))
+    return bool((mask == hidden).all())
+
+
+# mask (size, size), bool with True = ignore or float: whether row i sees columns 0 to i
+_library.define("is_causal_mask(Tensor mask) -> bool")
+_library.impl("is_causal_mask", _is_causal_mask, "CompositeExplicitAutograd")
