@@ -6,6 +6,7 @@ is the cheapest way from Python. The overload name is the backend, the dispatch 
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 _library = torch.library.Library("fastattn", "DEF")
 _python_kernels = {}  # (name, backend, device type) -> function
@@ -47,6 +48,21 @@ def python_kernel(name, backend, device, *tensors):
 def needs_reference():
     """A functorch transform or forward-mode AD is active: raw ops would lose tangents without an error."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_recorded(tensor):
+    """This call is recorded for later ones: by torch.jit.trace, torch.fx, a FakeTensorMode or in a CUDA graph.
+
+    What tensors hold now, or are, is then not what they hold when the record runs. A compiler is not meant.
+    """
+    if torch.compiler.is_compiling():  # it traces no question below
+        return False
+    return (
+        torch._C._is_tracing()
+        or is_fx_symbolic_tracing()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def differentiate(function, inputs, grad_outputs):
