@@ -15,6 +15,7 @@ import torch
 from fastattn import reference
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._public import public
 from fastattn.ops._register import define, needs_reference
 from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses
 
@@ -232,6 +233,7 @@ def _reference(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batc
     )  # fmt: skip
 
 
+@public()
 def attention_decode(
     q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
     causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,

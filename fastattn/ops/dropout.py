@@ -9,6 +9,7 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import define, needs_reference
 from fastattn.ops.norm import _refuses
@@ -45,6 +46,7 @@ class _Dropout(torch.autograd.Function):
         return dx, dout if ctx.needs_input_grad[1] else None, None, None, None
 
 
+@public()
 def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
     """residual + dropout(x), with the mask that every backend and device draws alike for one (seed, offset).
 

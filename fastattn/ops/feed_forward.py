@@ -17,6 +17,7 @@ import torch
 from fastattn import reference
 from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import as_autocast, input_grad, is_fused, linear, weight_grad
+from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import define, differentiate, needs_reference
 
@@ -211,6 +212,7 @@ def _may_fuse(runs, w_gate, backend):
     return w_gate is None and (runs == "triton" or (runs == "native" and asked_for(backend) is None))
 
 
+@public()
 def feed_forward(
     x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
 ):

@@ -19,6 +19,7 @@ import torch
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import add_weight_grad, as_autocast, input_grad, linear
+from fastattn.ops._public import public
 from fastattn.ops._register import define, differentiate, implement, needs_reference
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -236,6 +237,7 @@ def _facts(x):
     return x.device.type, x.dtype
 
 
+@public()
 def linear_cross_entropy(
     x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
     chunk_size=None, backend=None,

@@ -12,6 +12,7 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import define, differentiate, needs_reference
 
@@ -219,6 +220,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     return y
 
 
+@public()
 def layer_norm(
     x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
     backend=None,
@@ -245,6 +247,7 @@ def layer_norm(
     )  # fmt: skip
 
 
+@public()
 def rms_norm(
     x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
 ):

@@ -11,6 +11,7 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._public import public
 from fastattn.ops._register import define, needs_reference
 from fastattn.ops.attention import empty_in_layout
 
@@ -203,6 +204,7 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
     return facts, xs, (cos, sin, positions, offset, rotary_dim, bool(interleaved))
 
 
+@public(takes_pair=True)
 def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
     """Rotary position embedding: rotates pairs of the first rotary_dim channels, copies the others.
 
