@@ -105,6 +105,8 @@ _SCHEMAS = (
         " int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx,"
         " bool need_dweight, bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
     ),
+    # mask (size, size), bool with True = ignore or float: whether row i sees columns 0 to i
+    (("",), "is_causal_mask(Tensor mask) -> bool"),
     # what the CPU library says about itself, for tests and `fastattn info`
     (("",), "parallel_chunks() -> int"),
     (("",), "cpu_capability() -> int"),
