@@ -31,7 +31,7 @@ from fastattn.ops._backends import choose, explanation, grad_wanted, refusal, re
 from fastattn.ops._kinds import is_causal_bias
 from fastattn.ops._public import public
 from fastattn.ops._random import draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference, python_kernel
+from fastattn.ops._register import differentiate, needs_reference, python_kernel, register_fake
 
 HOPPER_HEAD_DIMS = (64, 96, 128, 192, 256)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,23 +71,9 @@ def _attention_bwd_fake(do, dlse, q, k, v, out, lse, bias, sink, *rest):
     )
 
 
-_INPUTS = (
-    "Tensor? bias, Tensor? sink, Tensor? mask, Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
-    " Tensor? alibi_slopes, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt window_left,"
-    " SymInt window_right, bool top_left, float softcap, float dropout_p, float scale"
-)
-define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_INPUTS}) -> (Tensor out, Tensor lse)", _attention_fwd_fake)
-define(
-    f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS},"
-    " bool need_dbias, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
-    _attention_bwd_fake,
-)
-# out alone, of a call without any feature: the other arguments and lse take 3 of the 7 us of a small call
-define(
-    "attention_infer(Tensor q, Tensor k, Tensor v, SymInt window_right, bool top_left, float scale) -> Tensor",
-    lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]),
-    backends=("native",),
-)
+register_fake("attention_fwd", _attention_fwd_fake)
+register_fake("attention_bwd", _attention_bwd_fake)
+register_fake("attention_infer", lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]))
 _infer = torch.ops.fastattn.attention_infer.native
 _ops = {
     (direction, name): getattr(getattr(torch.ops.fastattn, f"attention_{direction}"), name)
