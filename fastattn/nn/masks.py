@@ -2,6 +2,7 @@
 
 import torch
 
+from fastattn.ops._kinds import is_causal_bias
 from fastattn.ops._register import is_recorded, needs_reference
 
 
@@ -30,7 +31,8 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
         dtype: that of the projected query.
     Returns: (mask, bias), views that broadcast to (batch, n_heads, seqlen_q, seqlen_k), or None.
     Raises:
-        RuntimeError: attn_mask has another shape, or a float dtype the op does not add to scores of `dtype`.
+        RuntimeError: attn_mask is a CausalBias, or has another shape or a float dtype the op does not add to scores of
+            `dtype`.
         AssertionError: key_padding_mask has another shape.
     """
     bools, floats = [], []
@@ -42,6 +44,10 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
                 )
         (bools if key_padding_mask.dtype == torch.bool else floats).append(key_padding_mask[:, None, None, :])
     if attn_mask is not None:
+        if is_causal_bias(attn_mask):
+            raise RuntimeError(
+                "attn_mask must be a bool or float tensor, got a CausalBias, which holds no values: use is_causal=True"
+            )
         expected = (seqlen_q, seqlen_k) if attn_mask.dim() == 2 else (batch * n_heads, seqlen_q, seqlen_k)
         if tuple(attn_mask.shape) != expected:
             raise RuntimeError(
