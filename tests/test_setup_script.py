@@ -1,4 +1,4 @@
-"""Which PyTorch scripts/setup_env.sh installs, and what it says of it: with a pip and an nvidia-smi that only pretend."""
+"""Which PyTorch scripts/setup_env.sh installs, and what it says of it, with a pip and an nvidia-smi that pretend."""
 
 import os
 import subprocess
