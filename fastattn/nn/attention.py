@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from fastattn import reference
 from fastattn.nn.masks import attention_masks, check_mask_dtype
 from fastattn.ops import attention
+from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._random import draw_rng
-from fastattn.ops._sharded import is_dtensor
 from fastattn.ops.attention import attention_with_rng, sharded_call
 
 

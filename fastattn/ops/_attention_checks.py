@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from fastattn.ops._kinds import numbers
 from fastattn.ops._random import check_dropout_p
-from fastattn.ops._sharded import numbers
 
 
 def check_qkv(name, q, k, v, packed):
@@ -55,6 +55,18 @@ def _complain(name, q, k, v, packed):
             raise TypeError(f"{name}: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
         if t.device != q.device:
             raise ValueError(f"{name}: q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def causal_flag(name, label, bias, causal, seqlen_q, seqlen_k):
+    """What `causal` becomes where a CausalBias stands in the place of a mask."""
+    if causal:
+        raise ValueError(f"{name}: CausalBias should not be used with causal={causal!r}: it takes the place of causal")
+    if bias.seq_len_q != seqlen_q or bias.seq_len_kv != seqlen_k:
+        raise ValueError(
+            f"{name}: {label} must be a CausalBias for {seqlen_q} queries and {seqlen_k} keys, got one for"
+            f" {bias.seq_len_q} and {bias.seq_len_kv}"
+        )
+    return "bottom_right" if bias.variant.name == "LOWER_RIGHT" else "top_left"
 
 
 def check_scores(name, label, t, q, full):
