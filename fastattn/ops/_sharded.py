@@ -141,13 +141,15 @@ class ShardedCall:
             return None
         t = t if isinstance(t, DTensor) else self._replicated(t)
         wanted = tuple(self._placement(t, dims, letter) for letter in self.chosen)
-        if t.placements != wanted:
-            t = t.redistribute(placements=wanted)
-        grad = [
+        grad = tuple(
             Partial() if letter and placement.is_replicate() else placement
             for letter, placement in zip(self.chosen, wanted, strict=True)
-        ]
-        return t.to_local(grad_placements=grad)
+        )
+        stays = t.placements == wanted == grad
+        if t.placements != wanted:
+            t = t.redistribute(placements=wanted)
+        local = t.to_local(grad_placements=grad)
+        return local if stays or not local.requires_grad else _ContiguousGradient.apply(local)
 
     def _whole(self, out, dims):
         """The DTensor of which this process computed a part."""
@@ -180,6 +182,18 @@ def _nested_strides(shape, like):
 
 def _from_local(local, mesh, placements, shape, stride):
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, for a gradient that torch redistributes: its result is contiguous, whatever torch claims."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous()
 
 
 class _FromLocal(torch.autograd.Function):
