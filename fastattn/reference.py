@@ -283,7 +283,10 @@ def attention(
 
 
 def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_slopes, **options):
-    """Sequence by sequence: q (total_q, heads, head_dim), k and v (total_k, kv_heads, ...); lse (heads, total_q)."""
+    """Sequence by sequence: q (total_q, heads, head_dim), k and v (total_k, kv_heads, ...); lse (heads, total_q).
+
+    Rows behind the last sequence are those of none: out 0, lse -inf.
+    """
     n_heads = q.shape[1]
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [], []
@@ -296,8 +299,9 @@ def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_s
         out, lse = attention(q_b, k_b, v_b, seqlens_k=lengths, alibi_slopes=slopes, first_slab=b * n_heads, **options)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
-    if not outs:
-        return q.new_empty(0, n_heads, v.shape[-1]), q.new_empty(n_heads, 0, dtype=accumulator(q.dtype))
+    behind = q.shape[0] - ends_q[-1]
+    outs.append(q.new_zeros(behind, n_heads, v.shape[-1]))
+    lses.append(q.new_full((n_heads, behind), float("-inf"), dtype=accumulator(q.dtype)))
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 

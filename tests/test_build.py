@@ -45,7 +45,7 @@ def run(*command, cwd=ROOT, **environment):
     """The finished process of a command; Python for a command that starts with an option."""
     command = [sys.executable, *command] if command[0].startswith("-") or command[0].endswith(".py") else command
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")} | environment
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def output_of(*command, **options):
@@ -85,7 +85,7 @@ def test_build_info_names_what_is_there():
 
 
 @needs_cpu_library
-@pytest.mark.parametrize("library", ["_cpu.so", "_cuda.so"])
+@pytest.mark.parametrize("library", ["_cpu.so", "_cuda.so", "libfastattn_schemas.so"])
 def test_op_libraries_are_bound_to_no_python_and_to_no_torch_version(library):
     if not (PACKAGE / library).exists():
         pytest.skip(_native.build_info()["not_built"][library].partition("\n")[0])

@@ -14,8 +14,9 @@ from fastattn import reference
 from fastattn._autocast import matmul
 from fastattn.nn.masks import attention_masks, check_mask_dtype
 from fastattn.ops import attention
+from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._random import draw_rng
-from fastattn.ops.attention import attention_with_rng
+from fastattn.ops.attention import attention_with_rng, sharded_call
 
 
 def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
@@ -47,7 +48,19 @@ def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
 
 def _attention_and_weights(q, k, v, mask, bias, causal, dropout_p):
     """The output of the op and, in a second pass over q, k and lse, the weights after dropout that made it."""
+    if type(q) is not torch.Tensor and is_dtensor(q):
+        call = sharded_call("MultiheadAttention", q, k, v, bias, None, mask, None, None, None, None, bool(causal))
+        rng = call.draw_rng() if dropout_p else None
+
+        def function(q, k, v, bias, _, mask, *unused):
+            return _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng)
+
+        return call(function, ("bhse", "bhst"))
     rng = draw_rng(q.device) if dropout_p else None
+    return _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng)
+
+
+def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     out, lse = attention_with_rng(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, rng=rng)
     batch, n_heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]

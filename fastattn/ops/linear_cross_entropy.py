@@ -20,7 +20,9 @@ from fastattn import reference
 from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
-from fastattn.ops._register import define, differentiate, implement, needs_reference
+from fastattn.ops._kinds import is_dtensor
+from fastattn.ops._public import public
+from fastattn.ops._register import differentiate, implement, needs_reference, register_fake
 
 REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,21 +45,8 @@ def _linear_cross_entropy_fwd_fake(
     )
 
 
-# loss: fp32 (rows). logits (rows, vocab) become their gradient for dloss, fp32 (rows) or None for ones, if need_grad.
-# A target that is neither a column nor ignore_index makes loss and gradient of its row NaN.
-define(
-    "cross_entropy_fwd(Tensor(a!) logits, Tensor target, Tensor? dloss, int ignore_index, float label_smoothing,"
-    " float z_loss, float softcap, bool need_grad) -> Tensor",
-    _cross_entropy_fwd_fake,
-)
-# x (tokens, d_model), target int64 (tokens); dx in the dtype of x, the sums over tokens in fp32; (0,) where not needed.
-# chunk_size 0: by the sizes
-define(
-    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss, int ignore_index,"
-    " float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx, bool need_dweight,"
-    " bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
-    _linear_cross_entropy_fwd_fake,
-)
+register_fake("cross_entropy_fwd", _cross_entropy_fwd_fake)
+register_fake("linear_cross_entropy_fwd", _linear_cross_entropy_fwd_fake)
 _fwd = {name: getattr(torch.ops.fastattn.linear_cross_entropy_fwd, name) for name in ("native", "triton")}
 
 
@@ -238,6 +227,7 @@ def _facts(x):
     return x.device.type, x.dtype
 
 
+@public()
 def linear_cross_entropy(
     x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
     chunk_size=None, backend=None,
@@ -267,6 +257,12 @@ def linear_cross_entropy(
     x, weight, bias = as_autocast(x, weight, bias)
     _check_dtypes(x, weight, bias)
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend)
+    return _loss(x, weight, bias, target, options, reduction, chunk_size, backend)
+
+
+def _loss(x, weight, bias, target, options, reduction, chunk_size, backend):
     runs = choose("linear_cross_entropy", _facts(x), backend)
     if runs == "reference" or needs_reference():
         return _reference(target, options, reduction)(x, weight, bias)[0]
@@ -274,7 +270,25 @@ def linear_cross_entropy(
     if grad_wanted(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
-    return _reduce(loss, target, ignore_index, reduction)[0]
+    return _reduce(loss, target, options[0], reduction)[0]
+
+
+def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows = ROWS[: x.dim() - 1]
+    operands = {"x": (x, rows + "d"), "weight": (weight, "vd"), "bias": (bias, "v"), "target": (target, rows)}
+    call = ShardedCall("linear_cross_entropy", operands, rows)
+    of_parts = "none" if reduction == "none" else "sum"
+
+    def function(*tensors):
+        return (_loss(*tensors, options, of_parts, chunk_size, backend),)
+
+    (loss,) = call(function, (rows if reduction == "none" else "",))
+    if reduction != "mean":
+        return loss
+    count = (target != options[0]).sum()
+    return torch.where(count > 0, loss / count.clamp_min(1), float("nan"))
 
 
 def explain(

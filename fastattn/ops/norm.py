@@ -13,8 +13,10 @@ import torch
 from fastattn import reference
 from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._kinds import is_dtensor
+from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference
+from fastattn.ops._register import differentiate, needs_reference, register_fake
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,27 +46,9 @@ def _norm_bwd_fake(
     )
 
 
-# y alone, in the dtype of x and contiguous: what a call without gradients pays for
-define(
-    "norm_infer(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
-    " bool rms, Tensor? x_bias=None) -> Tensor",
-    _norm_infer_fake,
-)
-# r is empty, (0,), where it would be x: without residual, rng and x_bias. stats: fp32 (2, rows), mean and rstd;
-# for rms (1, rows)
-define(
-    "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
-    " bool rms, Tensor? x_bias=None) -> (Tensor y, Tensor r, Tensor stats)",
-    _norm_fwd_fake,
-)
-# dx = dropout backward of dr, in the dtype of dy; dresidual = dr in the dtype of r, (0,) unless asked for separately;
-# dweight, dbias and dx_bias in the dtype of the weight, fp32 without one, (0,) where not needed
-define(
-    "norm_bwd(Tensor dy, Tensor? dr_out, Tensor r, Tensor? weight, Tensor stats, Tensor? rng, float dropout_p,"
-    " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias, bool need_dx_bias=False)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
-    _norm_bwd_fake,
-)
+register_fake("norm_infer", _norm_infer_fake)
+register_fake("norm_fwd", _norm_fwd_fake)
+register_fake("norm_bwd", _norm_bwd_fake)
 _infer, _fwd, _bwd = (
     {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
     for op in ("norm_infer", "norm_fwd", "norm_bwd")
@@ -198,12 +182,15 @@ def _facts(x, residual, weight, bias, x_bias):
     )
 
 
-def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
+def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend, rng=None):
     _check(name, x, weight, bias, x_bias, residual, dropout_p)
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
     x = as_autocast_norm(x)
     if eps is None:
         eps = torch.finfo(reference.accumulator(x.dtype)).eps
-    rng = draw_rng(x.device) if dropout_p else None
+    if dropout_p and rng is None:
+        rng = draw_rng(x.device)
     plain = residual is None and rng is None and x_bias is None
     runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
     if runs == "reference" or needs_reference():
@@ -219,6 +206,29 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     return y
 
 
+def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows = ROWS[: x.dim() - 1]
+    operands = {
+        "x": (x, rows + "d"), "residual": (residual, rows + "d"), "weight": (weight, "d"), "bias": (bias, "d"),
+        "x_bias": (x_bias, "d"),
+    }  # fmt: skip
+    call = ShardedCall(name, operands, rows)
+    rng = call.draw_rng() if dropout_p else None
+    pair = return_residual and not (residual is None and rng is None and x_bias is None)
+
+    def function(*tensors):
+        out = _norm(name, *tensors, eps, rms, dropout_p, pair, backend, rng)
+        return out if pair else (out,)
+
+    out = call(function, (rows + "d",) * (1 + pair))
+    if return_residual:
+        return out if pair else (*out, x)
+    return out[0]
+
+
+@public()
 def layer_norm(
     x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
     backend=None,
@@ -245,6 +255,7 @@ def layer_norm(
     )  # fmt: skip
 
 
+@public()
 def rms_norm(
     x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
 ):
