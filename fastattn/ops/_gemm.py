@@ -69,8 +69,8 @@ def _use_onednn(a, b, size):
         _ONEDNN_IS_FASTER
         and a.dtype == torch.float32
         and _is_large(a, b, size)
-        and torch._C._get_mkldnn_enabled()
         and not torch.compiler.is_compiling()  # inductor lowers this op for packed constant weights only
+        and torch._C._get_mkldnn_enabled()
     )
 
 
