@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from fastattn.ops._kinds import numbers
 from fastattn.ops._random import check_dropout_p
 
 
@@ -111,7 +112,7 @@ def check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, total_q, total_k):
     if q.device.type != "cpu" or torch.compiler.is_compiling():
         return
     for label, t, total in (("cu_seqlens_q", cu_seqlens_q, total_q), ("cu_seqlens_k", cu_seqlens_k, total_k)):
-        ends = t.tolist()
+        ends = numbers(t)
         if ends[0] != 0 or ends[-1] > total or ends != sorted(ends):
             raise ValueError(f"{name}: {label} must rise from 0 to at most the total length {total}, got {ends}")
 
