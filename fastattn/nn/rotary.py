@@ -3,6 +3,7 @@
 import torch
 
 from fastattn.ops import rotary_embedding
+from fastattn.ops._public import Public
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -10,7 +11,8 @@ class RotaryEmbedding(torch.nn.Module):
 
     The angle of pair d at position p is p * base ** (-2 * d / rotary_dim), computed in float64. The tables are float32
     whatever dtype the module is cast to, and are not part of the state_dict. They grow when an int position asks for
-    more; positions in a tensor are not looked at and must stay below max_seqlen.
+    more. Positions in a tensor must stay below max_seqlen: on the CPU another one raises ValueError, on a GPU, where a
+    check would wait, it gives NaN.
 
     Args:
         rotary_dim: how many channels of a head rotate, even; head_dim for all.
@@ -22,6 +24,7 @@ class RotaryEmbedding(torch.nn.Module):
     Source: Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
     """
 
+    @Public("nn.RotaryEmbedding", numbers="rotary_dim max_seqlen base").answering
     def __init__(self, rotary_dim, *, max_seqlen=2048, base=10000.0, interleaved=False, device=None):
         super().__init__()
         if rotary_dim < 2 or rotary_dim % 2:
