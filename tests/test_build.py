@@ -45,7 +45,7 @@ def run(*command, cwd=ROOT, **environment):
     """The finished process of a command; Python for a command that starts with an option."""
     command = [sys.executable, *command] if command[0].startswith("-") or command[0].endswith(".py") else command
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")} | environment
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def output_of(*command, **options):

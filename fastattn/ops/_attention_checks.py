@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_readable
+from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_readable, numbers
 from fastattn.ops._random import check_dropout_p
 
 
@@ -106,8 +106,8 @@ def check_seqlens_k(name, seqlens_k, q, batch, seqlen_k, cu_seqlens_k):
     check_int32(name, "seqlens_k", seqlens_k, q, batch)
     if not is_readable(seqlens_k) or (cu_seqlens_k is not None and not is_readable(cu_seqlens_k)):
         return
-    lengths = seqlens_k.tolist()
-    limits = [seqlen_k] * batch if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
+    lengths = numbers(seqlens_k)
+    limits = [seqlen_k] * batch if cu_seqlens_k is None else numbers(cu_seqlens_k.diff())
     if any(not 0 <= length <= limit for length, limit in zip(lengths, limits, strict=True)):
         limit = seqlen_k if cu_seqlens_k is None else f"the lengths of the packed sequences, {limits}"
         raise ValueError(f"{name}: seqlens_k must be from 0 to {limit}, got {lengths}")
@@ -127,9 +127,9 @@ def check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, total_q, total_k, max_
     ):
         if not is_readable(t):
             continue
-        label, ends = f"cu_seqlens_{side}", t.tolist()
-        if ends[0] != 0 or ends[-1] != total or ends != sorted(ends):
-            raise ValueError(f"{name}: {label} must rise from 0 to the total length {total}, got {ends}")
+        label, ends = f"cu_seqlens_{side}", numbers(t)
+        if ends[0] != 0 or ends[-1] > total or ends != sorted(ends):
+            raise ValueError(f"{name}: {label} must rise from 0 to at most the total length {total}, got {ends}")
         lengths = [end - start for start, end in itertools.pairwise(ends)]
         if longest is not None and longest < max(lengths, default=0):
             raise ValueError(

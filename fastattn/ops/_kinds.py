@@ -24,11 +24,22 @@ def is_causal_bias(value):
     return module is not None and isinstance(value, module.CausalBias)
 
 
+def is_dtensor(value):
+    """Whether a value is a DTensor. Ask only if `type(value) is not torch.Tensor`: plain calls pay nothing."""
+    module = sys.modules.get("torch.distributed.tensor")  # as above
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def numbers(t):
+    """The elements of a small tensor as a list; those of a DTensor are gathered."""
+    return (t.full_tensor() if type(t) is not torch.Tensor and is_dtensor(t) else t).tolist()
+
+
 def is_readable(t):
     """Whether the values of a tensor may be looked at: it is on the CPU and has values, and nothing traces the call."""
     return (
         t.is_cpu
-        and type(t) in (torch.Tensor, torch.nn.Parameter)
+        and (type(t) in (torch.Tensor, torch.nn.Parameter) or is_dtensor(t))
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()

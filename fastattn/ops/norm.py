@@ -11,8 +11,9 @@ dx_bias = sum_rows(dx)
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float
+from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import differentiate, needs_reference, register_fake
@@ -186,14 +187,16 @@ def _facts(x, residual, weight, bias, x_bias):
     )
 
 
-def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
+def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend, rng=None):
     _check(name, x, weight, bias, x_bias, residual)
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x = x.float()  # torch's autocast runs layer_norm in fp32 on CUDA and leaves the dtype alone on CPU
     if type(eps) is not float:
         eps = as_number(name, "eps", eps, torch.finfo(reference.accumulator(x.dtype)).eps)
     dropout_p = check_dropout_p(name, dropout_p) if dropout_p else 0.0
-    rng = draw_rng(x.device) if dropout_p else None
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
+    x = as_autocast_norm(x)
+    if dropout_p and rng is None:
+        rng = draw_rng(x.device)
     plain = residual is None and rng is None and x_bias is None
     runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
     if runs == "reference" or needs_reference():
@@ -208,6 +211,28 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     if return_residual:
         return y, x if plain else r
     return y
+
+
+def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows = ROWS[: x.dim() - 1]
+    operands = {
+        "x": (x, rows + "d"), "residual": (residual, rows + "d"), "weight": (weight, "d"), "bias": (bias, "d"),
+        "x_bias": (x_bias, "d"),
+    }  # fmt: skip
+    call = ShardedCall(name, operands, rows)
+    rng = call.draw_rng() if dropout_p else None
+    pair = return_residual and not (residual is None and rng is None and x_bias is None)
+
+    def function(*tensors):
+        out = _norm(name, *tensors, eps, rms, dropout_p, pair, backend, rng)
+        return out if pair else (out,)
+
+    out = call(function, (rows + "d",) * (1 + pair))
+    if return_residual:
+        return out if pair else (*out, x)
+    return out[0]
 
 
 _TENSORS = "x weight bias x_bias residual"
