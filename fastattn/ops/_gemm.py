@@ -72,6 +72,7 @@ def _use_onednn(a, b, size):
         and _is_large(a, b, size)
         and (b.is_contiguous() or b.t().is_contiguous())
         and not torch.compiler.is_compiling()  # inductor lowers this op for packed constant weights only
+        and torch._C._get_mkldnn_enabled()
     )
 
 
