@@ -130,6 +130,11 @@ def test_every_advice_names_what_there_is():
                 assert used in ours, f"{name}: {given}: {text}"
 
 
+def test_none_for_a_bias_is_no_mistake():
+    with pytest.raises(ValueError, match="w2 must have shape"):
+        fastattn.feed_forward(X, W, None, W[:3, :3], None)
+
+
 @pytest.mark.parametrize("kind", NOTHING)
 def test_what_is_no_tensor_is_named(op, kind):
     """Every parameter that takes a tensor, one after the other."""

@@ -24,13 +24,15 @@ class Public:
 
     Args:
         name: what messages call it, and the key of its advice in _advice.py.
-        tensors, numbers: names of the parameters that take a tensor, or a number.
+        tensors, numbers: names of the parameters that take a tensor, or a number; NAME? may be None without being so
+            by default.
         takes_pair: whether the first parameter takes a pair of tensors too.
     """
 
     def __init__(self, name, *, tensors="", numbers="", takes_pair=False):
         self.name = name
-        self.tensors = tensors.split()
+        self.tensors = tensors.replace("?", "").split()
+        self.optional = [name[:-1] for name in tensors.split() if name.endswith("?")]
         self.numbers = numbers.split()
         self.takes_pair = takes_pair
 
@@ -86,7 +88,7 @@ class Public:
         for label, value in given.items():
             values = value if self.takes_pair and label == "x" and isinstance(value, (tuple, list)) else (value,)
             for one in values:
-                self._check_kind(label, one, parameters[label].default is None)
+                self._check_kind(label, one, parameters[label].default is None or label in self.optional)
 
     def _check_kind(self, label, value, optional):
         allowed = []

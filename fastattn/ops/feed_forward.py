@@ -199,7 +199,7 @@ def _may_fuse(runs, w_gate, backend):
     return w_gate is None and (runs == "triton" or (runs == "native" and asked_for(backend) is None))
 
 
-_FEED_FORWARD = Public("feed_forward", tensors="x w1 b1 w2 b2 w_gate b_gate", numbers="dropout_p")
+_FEED_FORWARD = Public("feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", numbers="dropout_p")
 
 
 @_FEED_FORWARD.overridable
