@@ -3,7 +3,8 @@
 For fp32 torch calls MKL. On AMD processors with AVX-512 oneDNN beats it by 6 to 14 % at d_model 256 to 1024 (two cores,
 1024 rows), except in `weight_grad` with more rows than columns, where oneDNN would first have to transpose the larger
 operand, and except for small products: a call of it costs 13 us more. With AVX2 alone MKL is faster, by 4 to 8 % of a
-training step (docs/performance-notes.md).
+training step (docs/performance-notes.md). Of a second operand with gaps oneDNN makes the product 2000 times as slowly,
+and it reads a bias with gaps as if it had none.
 
 Half precision on a processor without instructions for it: torch's own loops take 2 to 120 times as long as the product
 in fp32 with its conversions, dy · weight the longest, so large ones are computed in fp32 and rounded once.
@@ -64,11 +65,12 @@ def _is_large(a, b, size):
 
 
 def _use_onednn(a, b, size):
-    """Whether the product of a and b, whose common dimension is `size`, goes to oneDNN."""
+    """Whether the product of a and b, whose common dimension is `size`, goes to oneDNN; a may have any strides."""
     return (
         _ONEDNN_IS_FASTER
         and a.dtype == torch.float32
         and _is_large(a, b, size)
+        and (b.is_contiguous() or b.t().is_contiguous())
         and not torch.compiler.is_compiling()  # inductor lowers this op for packed constant weights only
         and torch._C._get_mkldnn_enabled()
     )
@@ -79,7 +81,7 @@ def _use_fp32(a, b, size):
 
 
 def _onednn(x, weight, bias=None):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
 @shielded
@@ -121,4 +123,4 @@ def add_weight_grad(total, dy, x):
         torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
     else:  # no such product on a CPU
         for strip, sums in zip(dy.split(_STRIP, 1), total.split(_STRIP), strict=True):
-            sums += strip.t() @ x
+            sums += weight_grad(strip, x)
