@@ -21,7 +21,7 @@ def write_report(folder, report):
 
     Args:
         folder: where to, made if it is not there; report.md shows other pictures of a run that it finds there.
-        report: dict: what was evaluated, and scores of `inspect.scores`; what is not a list or dict becomes the first table.
+        report: dict: what was evaluated, and scores of `inspect.scores`; the first table holds what is no list or dict.
 
     Returns:
         list of the paths written.
