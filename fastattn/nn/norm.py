@@ -14,6 +14,8 @@ def _apply(op, module, x, *affine):
         )
     if len(dims) == 1:
         return op(x, *affine, module.eps)
+    if not dims:
+        raise RuntimeError("Expected normalized_shape to be at least 1-dimensional, but got normalized_shape = []")
     flat = x.flatten(-len(dims))
     return op(flat, *(t if t is None else t.flatten() for t in affine), module.eps).view(x.shape)
 
