@@ -124,3 +124,20 @@ def as_autocast(*tensors):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _register():
+    from fastattn.ops._register import define
+
+    def fake(a, b, bias, transpose_a, transpose_b):
+        return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
+
+    define("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor", fake, ("native",))
+    define(
+        "gemm_add_(Tensor(a!) out, Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> ()",
+        lambda *_: None,
+        ("native",),
+    )
+
+
+_register()
