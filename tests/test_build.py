@@ -85,7 +85,7 @@ def test_build_info_names_what_is_there():
 
 
 @needs_cpu_library
-@pytest.mark.parametrize("library", ["_cpu.so", "_cuda.so"])
+@pytest.mark.parametrize("library", ["_cpu.so", "_cuda.so", "libfastattn_schemas.so"])
 def test_op_libraries_are_bound_to_no_python_and_to_no_torch_version(library):
     if not (PACKAGE / library).exists():
         pytest.skip(_native.build_info()["not_built"][library].partition("\n")[0])

@@ -56,6 +56,18 @@ def _complain(name, q, k, v, packed):
             raise ValueError(f"{name}: q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
 
 
+def causal_flag(name, label, bias, causal, seqlen_q, seqlen_k):
+    """What `causal` becomes where a CausalBias stands in the place of a mask."""
+    if causal:
+        raise ValueError(f"{name}: CausalBias should not be used with causal={causal!r}: it takes the place of causal")
+    if bias.seq_len_q != seqlen_q or bias.seq_len_kv != seqlen_k:
+        raise ValueError(
+            f"{name}: {label} must be a CausalBias for {seqlen_q} queries and {seqlen_k} keys, got one for"
+            f" {bias.seq_len_q} and {bias.seq_len_kv}"
+        )
+    return "bottom_right" if bias.variant.name == "LOWER_RIGHT" else "top_left"
+
+
 def check_scores(name, label, t, q, full):
     """Raise unless `t` broadcasts to `full` = (batch, heads, seqlen_q, seqlen_k); returns it with four dimensions."""
     if label == "mask" and t.dtype != torch.bool:

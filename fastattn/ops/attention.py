@@ -18,6 +18,7 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._attention_checks import (
+    causal_flag,
     check_cu_seqlens,
     check_int32,
     check_numbers,
@@ -27,8 +28,10 @@ from fastattn.ops._attention_checks import (
     resolve_window,
 )
 from fastattn.ops._backends import choose, explanation, grad_wanted, refusal, register_backend
+from fastattn.ops._kinds import is_causal_bias
+from fastattn.ops._public import public
 from fastattn.ops._random import draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference, python_kernel
+from fastattn.ops._register import differentiate, needs_reference, python_kernel, register_fake
 
 HOPPER_HEAD_DIMS = (64, 96, 128, 192, 256)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,23 +71,9 @@ def _attention_bwd_fake(do, dlse, q, k, v, out, lse, bias, sink, *rest):
     )
 
 
-_INPUTS = (
-    "Tensor? bias, Tensor? sink, Tensor? mask, Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
-    " Tensor? alibi_slopes, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt window_left,"
-    " SymInt window_right, bool top_left, float softcap, float dropout_p, float scale"
-)
-define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_INPUTS}) -> (Tensor out, Tensor lse)", _attention_fwd_fake)
-define(
-    f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS},"
-    " bool need_dbias, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
-    _attention_bwd_fake,
-)
-# out alone, of a call without any feature: the other arguments and lse take 3 of the 7 us of a small call
-define(
-    "attention_infer(Tensor q, Tensor k, Tensor v, SymInt window_right, bool top_left, float scale) -> Tensor",
-    lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]),
-    backends=("native",),
-)
+register_fake("attention_fwd", _attention_fwd_fake)
+register_fake("attention_bwd", _attention_bwd_fake)
+register_fake("attention_infer", lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]))
 _infer = torch.ops.fastattn.attention_infer.native
 _ops = {
     (direction, name): getattr(getattr(torch.ops.fastattn, f"attention_{direction}"), name)
@@ -212,6 +201,10 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v = check_qkv(name, q, k, v, packed)
     check_numbers(name, softcap, dropout_p, scale)
+    if mask is not None and is_causal_bias(mask) and not packed:
+        mask, causal = None, causal_flag(name, "mask", mask, causal, seqlen_q, seqlen_k)
+    if bias is not None and is_causal_bias(bias) and not packed:
+        bias, causal = None, causal_flag(name, "bias", bias, causal, seqlen_q, seqlen_k)
     left, right, top_left = resolve_window(name, causal, window)
     if deterministic not in (None, True, False):
         raise TypeError(f"{name}: deterministic must be None, True or False, got {deterministic!r}")
@@ -260,6 +253,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     return facts, q, k, v, bias, sink, rest
 
 
+@public()
 def attention(
     q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None,
     max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0, scale=None,
@@ -276,7 +270,8 @@ def attention(
         k: (batch, n_kv_heads, seqlen_k, head_dim), v: (batch, n_kv_heads, seqlen_k, head_dim_v); n_heads must be a
             multiple of n_kv_heads, query head h uses head h // (n_heads // n_kv_heads).
         mask: bool, True = attend, 2 to 4 dimensions that broadcast to (batch, n_heads, seqlen_q, seqlen_k).
-        bias: float, shapes as mask, added to the scaled and capped scores; gets a gradient.
+        bias: float, shapes as mask, added to the scaled and capped scores; gets a gradient. A CausalBias of
+            torch.nn.attention.bias, as mask or as bias, takes the place of causal.
         causal: False, True or "bottom_right", or "top_left": key j is visible iff j <= i + off.
         window: (left, right): keys i + off - left to i + off + right are visible, -1 = unlimited; causal sets right 0.
         seqlens_k: int32 (batch,), keys at or past it are invisible; it takes the place of seqlen_k in off.
@@ -421,11 +416,14 @@ def _four_dimensions(name, query, key, value, attn_mask):
 
 
 def _prepare_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    name, causal = "scaled_dot_product_attention", "top_left" if is_causal else False
+    if attn_mask is not None and is_causal_bias(attn_mask):
+        causal = causal_flag(name, "attn_mask", attn_mask, is_causal, query.shape[-2], key.shape[-2])
+        attn_mask = None
     q, k, v, mask, bias = _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa)
     return _prepare(
-        "scaled_dot_product_attention", q, k, v, mask, bias, "top_left" if is_causal else False, None, None, None,
-        None, None, None, None, 0.0, None, dropout_p, scale, None,
-    )  # fmt: skip
+        name, q, k, v, mask, bias, causal, None, None, None, None, None, None, None, 0.0, None, dropout_p, scale, None
+    )
 
 
 def explain_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -434,6 +432,7 @@ def explain_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fa
     return _explanation(facts)
 
 
+@public()
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -441,7 +440,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: (..., n_heads, seqlen_q, head_dim); key, value: (..., n_kv_heads, seqlen_k, head_dim or head_dim_v).
-        attn_mask: bool (True = attend), float32 or the dtype of query (added to the scores), at least 2 dimensions.
+        attn_mask: bool (True = attend), float32 or the dtype of query (added to the scores), at least 2 dimensions; or
+            a CausalBias of torch.nn.attention.bias for these lengths.
         dropout_p: applied always, as in PyTorch: pass 0.0 in evaluation.
         is_causal: query i sees keys 0 to i (top-left); not together with attn_mask.
         scale: default 1/sqrt(head_dim).

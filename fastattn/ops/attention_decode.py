@@ -15,7 +15,8 @@ import torch
 from fastattn import reference
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._register import define, needs_reference
+from fastattn.ops._public import public
+from fastattn.ops._register import needs_reference, register_fake
 from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses
 
 MIN_PAGE_SIZE = 16
@@ -34,18 +35,8 @@ def _attention_decode_fwd_fake(q, k_cache, v_cache, *_):
     return empty_in_layout(q, v_cache.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-define(
-    "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
-    " Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, Tensor? sink, SymInt seqlen_new,"
-    " SymInt window_left, SymInt window_right, float softcap, float scale, SymInt num_splits)"
-    " -> (Tensor out, Tensor lse)",
-    _attention_decode_fwd_fake,
-)
-define(
-    "attention_decode_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens,"
-    " Tensor? block_table, Tensor? cache_batch_idx) -> ()",
-    lambda *_: None,
-)
+register_fake("attention_decode_fwd", _attention_decode_fwd_fake)
+register_fake("attention_decode_append", lambda *_: None)
 _fwd = {name: getattr(torch.ops.fastattn.attention_decode_fwd, name) for name in ("native", "triton")}
 _append = {name: getattr(torch.ops.fastattn.attention_decode_append, name) for name in ("native", "triton")}
 
@@ -232,6 +223,7 @@ def _reference(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batc
     )  # fmt: skip
 
 
+@public()
 def attention_decode(
     q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
     causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,

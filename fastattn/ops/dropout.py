@@ -9,8 +9,9 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import define, needs_reference
+from fastattn.ops._register import needs_reference, register_fake
 from fastattn.ops.norm import _refuses
 
 
@@ -18,7 +19,7 @@ def _dropout_fake(x, residual, rng, dropout_p):
     return x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
 
 
-define("dropout_fwd(Tensor x, Tensor? residual, Tensor rng, float dropout_p) -> Tensor", _dropout_fake)
+register_fake("dropout_fwd", _dropout_fake)
 _fwd = {name: getattr(torch.ops.fastattn.dropout_fwd, name) for name in ("native", "triton")}
 for _backend in ("native", "triton"):
     register_backend("dropout", _backend, _refuses)
@@ -45,6 +46,7 @@ class _Dropout(torch.autograd.Function):
         return dx, dout if ctx.needs_input_grad[1] else None, None, None, None
 
 
+@public()
 def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
     """residual + dropout(x), with the mask that every backend and device draws alike for one (seed, offset).
 

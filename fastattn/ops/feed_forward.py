@@ -17,8 +17,9 @@ import torch
 from fastattn import reference
 from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import as_autocast, input_grad, is_fused, linear, weight_grad
+from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference
+from fastattn.ops._register import differentiate, needs_reference, register_fake
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,16 +40,8 @@ def _activation_bwd_fake(dhidden, preact, gate, rng, dropout_p, activation, need
     )
 
 
-define(
-    "activation_fwd(Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation) -> Tensor",
-    _activation_fwd_fake,
-)
-define(
-    "activation_bwd(Tensor dhidden, Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation,"
-    " bool need_hidden, bool need_dbias, bool need_dbias_gate)"
-    " -> (Tensor dpreact, Tensor dgate, Tensor hidden, Tensor dbias, Tensor dbias_gate)",
-    _activation_bwd_fake,
-)
+register_fake("activation_fwd", _activation_fwd_fake)
+register_fake("activation_bwd", _activation_bwd_fake)
 
 
 def _linear_activation_fwd_fake(x, w, bias, rng, dropout_p, activation, need_preact):
@@ -61,18 +54,8 @@ def _linear_activation_bwd_fake(dy, w, preact, rng, dropout_p, activation, need_
     return dy.new_empty(preact.shape), hidden, dy.new_empty(w.shape[1] if need_dbias else 0)
 
 
-define(
-    "linear_activation_fwd(Tensor x, Tensor w, Tensor? bias, Tensor? rng, float dropout_p, int activation,"
-    " bool need_preact) -> (Tensor preact, Tensor hidden)",
-    _linear_activation_fwd_fake,
-    backends=("triton",),
-)
-define(
-    "linear_activation_bwd(Tensor dy, Tensor w, Tensor preact, Tensor? rng, float dropout_p, int activation,"
-    " bool need_hidden, bool need_dbias) -> (Tensor dpreact, Tensor hidden, Tensor dbias)",
-    _linear_activation_bwd_fake,
-    backends=("triton",),
-)
+register_fake("linear_activation_fwd", _linear_activation_fwd_fake)
+register_fake("linear_activation_bwd", _linear_activation_bwd_fake)
 _fwd = {name: getattr(torch.ops.fastattn.activation_fwd, name) for name in ("native", "triton")}
 _bwd = {name: getattr(torch.ops.fastattn.activation_bwd, name) for name in ("native", "triton")}
 _linear_activation_fwd = torch.ops.fastattn.linear_activation_fwd.triton
@@ -211,6 +194,7 @@ def _may_fuse(runs, w_gate, backend):
     return w_gate is None and (runs == "triton" or (runs == "native" and asked_for(backend) is None))
 
 
+@public()
 def feed_forward(
     x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
 ):

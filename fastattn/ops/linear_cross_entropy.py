@@ -19,7 +19,8 @@ import torch
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import add_weight_grad, as_autocast, input_grad, linear
-from fastattn.ops._register import define, differentiate, implement, needs_reference
+from fastattn.ops._public import public
+from fastattn.ops._register import differentiate, implement, needs_reference, register_fake
 
 REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,21 +43,8 @@ def _linear_cross_entropy_fwd_fake(
     )
 
 
-# loss: fp32 (rows). logits (rows, vocab) become their gradient for dloss, fp32 (rows) or None for ones, if need_grad.
-# A target that is neither a column nor ignore_index makes loss and gradient of its row NaN.
-define(
-    "cross_entropy_fwd(Tensor(a!) logits, Tensor target, Tensor? dloss, int ignore_index, float label_smoothing,"
-    " float z_loss, float softcap, bool need_grad) -> Tensor",
-    _cross_entropy_fwd_fake,
-)
-# x (tokens, d_model), target int64 (tokens); dx in the dtype of x, the sums over tokens in fp32; (0,) where not needed.
-# chunk_size 0: by the sizes
-define(
-    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss, int ignore_index,"
-    " float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx, bool need_dweight,"
-    " bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
-    _linear_cross_entropy_fwd_fake,
-)
+register_fake("cross_entropy_fwd", _cross_entropy_fwd_fake)
+register_fake("linear_cross_entropy_fwd", _linear_cross_entropy_fwd_fake)
 _fwd = {name: getattr(torch.ops.fastattn.linear_cross_entropy_fwd, name) for name in ("native", "triton")}
 
 
@@ -236,6 +224,7 @@ def _facts(x):
     return x.device.type, x.dtype
 
 
+@public()
 def linear_cross_entropy(
     x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
     chunk_size=None, backend=None,

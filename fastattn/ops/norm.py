@@ -12,8 +12,9 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference
+from fastattn.ops._register import differentiate, needs_reference, register_fake
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,27 +44,9 @@ def _norm_bwd_fake(
     )
 
 
-# y alone, in the dtype of x and contiguous: what a call without gradients pays for
-define(
-    "norm_infer(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
-    " bool rms, Tensor? x_bias=None) -> Tensor",
-    _norm_infer_fake,
-)
-# r is empty, (0,), where it would be x: without residual, rng and x_bias. stats: fp32 (2, rows), mean and rstd;
-# for rms (1, rows)
-define(
-    "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
-    " bool rms, Tensor? x_bias=None) -> (Tensor y, Tensor r, Tensor stats)",
-    _norm_fwd_fake,
-)
-# dx = dropout backward of dr, in the dtype of dy; dresidual = dr in the dtype of r, (0,) unless asked for separately;
-# dweight, dbias and dx_bias in the dtype of the weight, fp32 without one, (0,) where not needed
-define(
-    "norm_bwd(Tensor dy, Tensor? dr_out, Tensor r, Tensor? weight, Tensor stats, Tensor? rng, float dropout_p,"
-    " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias, bool need_dx_bias=False)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
-    _norm_bwd_fake,
-)
+register_fake("norm_infer", _norm_infer_fake)
+register_fake("norm_fwd", _norm_fwd_fake)
+register_fake("norm_bwd", _norm_bwd_fake)
 _infer, _fwd, _bwd = (
     {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
     for op in ("norm_infer", "norm_fwd", "norm_bwd")
@@ -219,6 +202,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     return y
 
 
+@public()
 def layer_norm(
     x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
     backend=None,
@@ -245,6 +229,7 @@ def layer_norm(
     )  # fmt: skip
 
 
+@public()
 def rms_norm(
     x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
 ):

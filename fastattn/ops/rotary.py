@@ -11,7 +11,8 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._register import define, needs_reference
+from fastattn.ops._public import public
+from fastattn.ops._register import needs_reference, register_fake
 from fastattn.ops.attention import empty_in_layout
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,15 +27,8 @@ def _rotary_fwd_fake(q, k, *_):
     return _empty_like(q), q.new_empty(0) if k is None else _empty_like(k)
 
 
-# q, k: (batch, heads, seqlen, head_dim) or, a batch of one, (total, heads, head_dim), of any strides. cos, sin: (rows,
-# columns), or (batch or 1, seqlen, columns) without positions and offset; the first rotary_dim / 2 columns count.
-# positions: integers (seqlen,) or (batch or 1, seqlen); without them the position of a token is its index plus offset.
-_INPUTS = (
-    "Tensor cos, Tensor sin, Tensor? positions, SymInt offset, SymInt rotary_dim, bool interleaved, bool conjugate"
-)
-# results in the layout of q and k; the second is (0,) without k
-define(f"rotary_fwd(Tensor q, Tensor? k, {_INPUTS}) -> (Tensor, Tensor)", _rotary_fwd_fake)
-define(f"rotary_fwd_(Tensor(a!) q, Tensor(b!)? k, {_INPUTS}) -> ()", lambda *_: None)
+register_fake("rotary_fwd", _rotary_fwd_fake)
+register_fake("rotary_fwd_", lambda *_: None)
 _fwd, _fwd_ = (
     {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
     for op in ("rotary_fwd", "rotary_fwd_")
@@ -203,6 +197,7 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
     return facts, xs, (cos, sin, positions, offset, rotary_dim, bool(interleaved))
 
 
+@public(takes_pair=True)
 def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
     """Rotary position embedding: rotates pairs of the first rotary_dim channels, copies the others.
 

@@ -1,0 +1,14 @@
+"""Kinds of tensors that are not plain, dense ones."""
+
+import sys
+
+import torch
+
+
+def is_causal_bias(value):
+    """Whether a value is one of torch's CausalBias masks: a tensor that says what is visible and holds no values."""
+    if type(value) is torch.Tensor:
+        return False
+    # importing the module takes seconds; if nobody did, there is no object of its class
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(value, module.CausalBias)
