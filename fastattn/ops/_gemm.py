@@ -12,6 +12,8 @@ in fp32 with its conversions, dy · weight the longest, so large ones are comput
 import torch
 import torch.nn.functional as F
 
+from fastattn.ops._register import register_fake
+
 
 def _is_onednn_faster(cpuinfo="/proc/cpuinfo"):
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -126,18 +128,9 @@ def as_autocast(*tensors):
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _register():
-    from fastattn.ops._register import define
-
-    def fake(a, b, bias, transpose_a, transpose_b):
-        return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
-
-    define("gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor", fake, ("native",))
-    define(
-        "gemm_add_(Tensor(a!) out, Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> ()",
-        lambda *_: None,
-        ("native",),
-    )
+def _gemm_fake(a, b, bias, transpose_a, transpose_b):
+    return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
 
 
-_register()
+register_fake("gemm", _gemm_fake)
+register_fake("gemm_add_", lambda *_: None)
