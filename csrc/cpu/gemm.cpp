@@ -71,18 +71,23 @@ void pack_strip(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int
   }
 }
 
-// dst[block][k][kRows] = a(first + row, k): for a whose columns are contiguous.
+// dst[block][k][kRows] = a(first + row, k): for a whose columns are contiguous. A few values of k at a time go through
+// all blocks, so that a line of a is read once.
 void pack_rows(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int64_t first, int64_t rows) {
-  for (int64_t r = 0; r < rows; r += kRows) {
-    const float* src = args.a + k0 * args.a_col + first + r;
-    float* out = dst + r * depth;
-    if (first + r + kVec <= args.m && kVec >= kRows) {  // the lanes after the sixth are overwritten by the next k
-      for (int64_t k = 0; k < depth; ++k) {
-        Vec::load(src + k * args.a_col).store(out + k * kRows);
-      }
-    } else {
+  constexpr int64_t kAtOnce = 16;
+  for (int64_t begin = 0; begin < depth; begin += kAtOnce) {
+    const int64_t end = least(depth, begin + kAtOnce);
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const float* src = args.a + k0 * args.a_col + first + r;
+      float* out = dst + r * depth;
       const int64_t count = least(kRows, rows - r);
-      for (int64_t k = 0; k < depth; ++k) {
+      int64_t k = begin;
+      if (kVec >= kRows && first + r + kVec <= args.m) {  // the lanes after the sixth are overwritten by the next two k
+        for (; k < least(end, depth - 2); ++k) {
+          Vec::load(src + k * args.a_col).store(out + k * kRows);
+        }
+      }
+      for (; k < end; ++k) {
         for (int64_t x = 0; x < count; ++x) {
           out[k * kRows + x] = src[k * args.a_col + x];
         }

@@ -38,7 +38,7 @@ struct Matrix {
 };
 
 constexpr int64_t kMostFewRows = 64;     // from there on packing b pays
-constexpr int64_t kRowsOfPackedA = 192;  // packed, they stay in the second cache beside a panel of b
+constexpr int64_t kRowsOfPackedA = 384;  // packed, they stay in the second cache beside a panel of b
 constexpr int64_t kRegisterRows = 6;
 constexpr int64_t kLeastWork = 1 << 18;  // multiplications that are worth waking a thread
 
