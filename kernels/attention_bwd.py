@@ -17,11 +17,13 @@ Limits and features as in the forward. Reference: Dao, "FlashAttention-2", 2023,
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention import (
     LOG2_E,
     UNSPECIALIZED,
     contiguous,
     descriptors_fit,
+    find_tile,
     keep_tile,
     key_blocks,
     load_tile,
@@ -43,7 +45,8 @@ from fastattn.kernels.common import device_guard, register
 def attention_preprocess(out, do, lse, dlse, sink, delta, lse2, dsink, out_strides, do_strides, n_heads, total_q,
                          blocks_m, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
                          BLOCK_M: tl.constexpr):  # fmt: skip
-    """Packed sequences are rows like any other here. lse2 is lse in base 2, +inf where a row saw nothing."""
+    """Packed sequences are rows like any other here. lse2 is lse in base 2, +inf where a row saw nothing: that row has
+    no part in dsink, whatever stands in do. Rows behind the last packed sequence are such."""
     pid = tl.program_id(0)
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
@@ -66,7 +69,8 @@ def attention_preprocess(out, do, lse, dlse, sink, delta, lse2, dsink, out_strid
     tl.store(lse2 + row, tl.where(empty, float("inf"), row_lse * LOG2_E), mask=inside)
     if sink is not None:
         share = tl.exp2((tl.load(sink + head) - tl.where(empty, float("inf"), row_lse)) * LOG2_E)
-        tl.store(dsink + (batch * blocks_m + pid % blocks_m) * n_heads + head, -tl.sum(share * d))
+        tl.store(dsink + (batch * blocks_m + pid % blocks_m) * n_heads + head,
+                 -tl.sum(tl.where(empty, 0.0, share * d)))  # fmt: skip
 
 
 @triton.jit
@@ -151,10 +155,14 @@ def attention_dkdv(q, k, v, do, lse2, delta, dk, dv, bias, sink, mask, seqlens_k
     n_kv_heads = n_heads // GROUP
     batch = (pid // blocks_n // n_kv_heads).to(tl.int64)
     head_k = (pid // blocks_n % n_kv_heads).to(tl.int64)
+    pid_n = pid % blocks_n  # ascending is right for causal: the first keys are seen by the most queries
+    within = True
+    if cu_seqlens_k is not None:
+        batch, pid_n, within = find_tile(cu_seqlens_k, blocks_n, total_k, pid_n, BLOCK_N)
     index, first_q, first_k, seqlen_q, seqlen_k, length_k, off = locate(
-        batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
+        batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT, True
     )
-    start_n = pid % blocks_n * BLOCK_N  # ascending is right for causal: the first keys are seen by the most queries
+    start_n = pid_n * BLOCK_N
     if start_n >= seqlen_k:
         return
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -185,7 +193,7 @@ def attention_dkdv(q, k, v, do, lse2, delta, dk, dv, bias, sink, mask, seqlens_k
             head_mask = mask + batch * mask_strides[0] + head * mask_strides[1]
         slope = 0.0
         if ALIBI:
-            slope = tl.load(slopes + batch * slopes_stride + head)
+            slope = tl.load(slopes + batch * slopes_stride + head, mask=within, other=0.0)
         slab = (batch * n_heads + head).to(tl.int32)
         dk_acc, dv_acc = _dkdv_blocks(
             dk_acc, dv_acc, k_tile, v_tile, q_src, do_src, q_strides[2], do_strides[2], lse2 + row, delta + row, first,
@@ -269,8 +277,11 @@ def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_
         pid_m = blocks_m - 1 - pid_m
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
+    within = True
+    if cu_seqlens_q is not None:
+        batch, pid_m, within = find_tile(cu_seqlens_q, blocks_m, total_q, pid_m, BLOCK_M)
     index, first_q, first_k, seqlen_q, _, length_k, off = locate(
-        batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
+        batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT, False
     )
     start_m = pid_m * BLOCK_M
     if start_m >= seqlen_q:
@@ -288,7 +299,7 @@ def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_
         mask += batch * mask_strides[0] + head * mask_strides[1]
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes + batch * slopes_stride + head)
+        slope = tl.load(slopes + batch * slopes_stride + head, mask=within, other=0.0)
     slab = (batch * n_heads + head).to(tl.int32)
     begin_k = 0
     end_k = length_k

@@ -203,6 +203,8 @@ def test_detection_reads_every_element(size, dtype):
                 other[i, j] = before
     if dtype != torch.bool:
         assert is_causal_mask(mask.masked_fill(mask == 0, -0.0), None, size)
+    assert not is_causal_mask(mask.to(torch.int32), None, size)
+    assert not compared(mask.to(torch.int32))
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -47,7 +48,7 @@ void check_scores(const Tensor& t, const AttentionArgs& args, const char* name) 
   }
 }
 
-// cu_seqlens rises from 0 to total; the longest sequence
+// cu_seqlens rises from 0 to at most total; the longest sequence
 int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t total, const char* name) {
   int64_t most = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -55,9 +56,17 @@ int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t total, const c
                     cu_seqlens[b]);
     most = std::max<int64_t>(most, cu_seqlens[b + 1] - cu_seqlens[b]);
   }
-  STD_TORCH_CHECK(cu_seqlens[0] == 0 && cu_seqlens[batch] == total, name, " must rise from 0 to ", total, ", got ",
-                  cu_seqlens[0], " to ", cu_seqlens[batch]);
+  STD_TORCH_CHECK(cu_seqlens[0] == 0 && cu_seqlens[batch] <= total, name, " must rise from 0 to at most ", total,
+                  ", got ", cu_seqlens[0], " to ", cu_seqlens[batch]);
   return most;
+}
+
+// `value` in the packed rows behind the last sequence, which no kernel writes
+void fill_behind(Tensor t, const int32_t* cu_seqlens, int64_t batch, double value) {
+  const int64_t end = cu_seqlens != nullptr ? cu_seqlens[batch] : t.size(2);
+  if (end < t.size(2)) {
+    torch::stable::fill_(torch::stable::narrow(t, 2, end, t.size(2) - end), value);
+  }
 }
 
 // The optional inputs as contiguous tensors, kept alive for the call.
@@ -167,6 +176,7 @@ Tensor forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, Input
   args.out = heads(out, packed);
   args.lse = lse;
   run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+  fill_behind(out, args.cu_seqlens_q, args.batch, 0);
   return out;
 }
 
@@ -183,6 +193,10 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                              {bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, window_left,
                               window_right, top_left, softcap, dropout_p, scale},
                              static_cast<float*>(lse.mutable_data_ptr()));
+  if (cu_seqlens_q) {
+    fill_behind(lse, static_cast<const int32_t*>(contiguous(cu_seqlens_q)->const_data_ptr()), cu_seqlens_q->numel() - 1,
+                -INFINITY);
+  }
   return {out, lse};
 }
 
@@ -281,6 +295,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
                                             dbias.size(3) > 1 ? blocks_of(args.seqlen_k) : 1);
     run(FASTATTN_SELECT_CPU_BF16(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
   }
+  fill_behind(dq, args.cu_seqlens_q, args.batch, 0);
+  fill_behind(dk, args.cu_seqlens_k, args.batch, 0);
+  fill_behind(dv, args.cu_seqlens_k, args.batch, 0);
   if (in.sink) {
     float* total = static_cast<float*>(dsink.mutable_data_ptr());
     for (int64_t n = 0; n < args.batch * args.n_heads; ++n) {

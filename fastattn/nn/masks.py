@@ -1,10 +1,9 @@
 """The masks of torch.nn (True = ignore, float = added) in the form of the attention op (True = attend, bias)."""
 
 import torch
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from fastattn.ops._kinds import is_causal_bias
-from fastattn.ops._register import needs_reference
+from fastattn.ops._register import is_recorded, needs_reference
 
 
 def check_mask_dtype(mask, name):
@@ -88,17 +87,7 @@ def is_causal_mask(mask, hint, size):
         or mask.requires_grad
         or mask.is_meta
         or needs_reference()
-        or _is_recorded()
-        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+        or is_recorded(mask)
     ):
         return False
     return torch.ops.fastattn.is_causal_mask.default(mask)
-
-
-def _is_recorded():
-    """torch.jit.trace, torch.fx or a FakeTensorMode is active: values of this call are not those of the next."""
-    return (
-        torch._C._is_tracing()
-        or is_fx_symbolic_tracing()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    )

@@ -1,5 +1,6 @@
 """One module per op: the public function, its checks, the schema of its raw ops, and its backward."""
 
+from fastattn._imports import import_after
 from fastattn.ops import attention as _attention
 from fastattn.ops import attention_decode as _attention_decode
 from fastattn.ops import dropout as _dropout
@@ -7,6 +8,8 @@ from fastattn.ops import feed_forward as _feed_forward
 from fastattn.ops import linear_cross_entropy as _linear_cross_entropy
 from fastattn.ops import norm as _norm
 from fastattn.ops import rotary as _rotary
+
+import_after("torch.utils.flop_counter", "fastattn.ops._flops")  # it imports Triton
 
 _EXPLAIN = {
     "attention": _attention.explain,

@@ -6,6 +6,7 @@ of them, which is the cheapest way from Python. The overload name is the backend
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from fastattn._native import load_library
 from fastattn.ops._schemas import DEFINITIONS
@@ -60,6 +61,21 @@ def needs_reference():
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_recorded(tensor):
+    """This call is recorded for later ones: by torch.jit.trace, torch.fx, a FakeTensorMode or in a CUDA graph.
+
+    What tensors hold now, or are, is then not what they hold when the record runs. A compiler is not meant.
+    """
+    if torch.compiler.is_compiling():  # it traces no question below
+        return False
+    return (
+        torch._C._is_tracing()
+        or is_fx_symbolic_tracing()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
 def differentiate(function, inputs, grad_outputs):
     """Gradients by way of the reference, with a graph of their own: for backward(create_graph=True).
 
@@ -90,6 +106,8 @@ def _is_causal_mask(mask):
     """The op on devices without a kernel of their own: on a GPU its answer is waited for."""
     hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu_(1)
     if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            return False  # no kind of mask
         hidden = torch.zeros_like(mask).masked_fill_(hidden, float("-inf"))
     return bool((mask == hidden).all())
 

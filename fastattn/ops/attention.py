@@ -17,6 +17,7 @@ from collections import namedtuple
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast
 from fastattn.ops._attention_checks import (
     causal_flag,
     check_cu_seqlens,
@@ -28,7 +29,7 @@ from fastattn.ops._attention_checks import (
     resolve_window,
 )
 from fastattn.ops._backends import choose, explanation, grad_wanted, refusal, register_backend
-from fastattn.ops._kinds import is_causal_bias
+from fastattn.ops._kinds import is_causal_bias, is_dtensor
 from fastattn.ops._public import public
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import differentiate, needs_reference, python_kernel, register_fake
@@ -195,9 +196,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
              max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
     """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
     device = "cpu" if q.is_cpu else q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
+    q, k, v = as_autocast(q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v = check_qkv(name, q, k, v, packed)
     check_numbers(name, softcap, dropout_p, scale)
@@ -276,8 +275,10 @@ def attention(
         window: (left, right): keys i + off - left to i + off + right are visible, -1 = unlimited; causal sets right 0.
         seqlens_k: int32 (batch,), keys at or past it are invisible; it takes the place of seqlen_k in off.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): q is (total_q, n_heads, head_dim), k and v (total_k, n_kv_heads,
-            ...), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1]. No mask or bias then.
-        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths; spare a GPU some empty programs.
+            ...), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1]. No mask or bias then. Rows behind the last
+            sequence give 0 and lse -inf, and get no gradient.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths. Nothing depends on them: the work grows with the
+            rows alone. They are taken because other libraries ask for them.
         alibi_slopes: float32 (n_heads,) or (batch, n_heads): slope * |i + off - j| is subtracted; gets no gradient.
         softcap: scores become softcap * tanh(score / softcap) before the bias; 0 = off.
         sink: float32 (n_heads,), one more logit in the denominator; gets a gradient.
@@ -316,6 +317,8 @@ def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p
 
 def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None):
     """(out, lse) on the backend that serves the call; lse may be None unless it is needed."""
+    if type(q) is not torch.Tensor and is_dtensor(q):
+        return _run_sharded(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic)
     runs = choose("attention", facts, backend)
     if rest[-2] and rest[5] is None:  # dropout_p without its rng
         rest = (*rest[:5], draw_rng(q.device), *rest[6:])
@@ -330,6 +333,42 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
         if left == -1:
             return _infer(q, k, v, right, top_left, scale), None
     return _raw("fwd", runs, facts[0], q, k, v)(q, k, v, bias, sink, *rest)
+
+
+def sharded_call(name, q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, positions):
+    """The call of attention on DTensors, in the form of the raw op.
+
+    Args:
+        positions: whether the result depends on where the queries stand.
+    """
+    from fastattn.ops._sharded import ShardedCall
+
+    # with equal numbers of heads any part of them fits; one head of k and v serves every part
+    divisible = {} if k.shape[1] in (1, q.shape[1]) else {"h": k.shape[1]}
+    operands = {
+        "q": (q, "bhsd"), "k": (k, "bhtd"), "v": (v, "bhte"), "bias": (bias, "bhst"), "sink": (sink, "h"),
+        "mask": (mask, "bhst"), "seqlens_k": (seqlens_k, "b"), "cu_seqlens_q": (cu_seqlens_q, "c"),
+        "cu_seqlens_k": (cu_seqlens_k, "c"),
+        "alibi_slopes": (alibi_slopes, "h" if alibi_slopes is not None and alibi_slopes.dim() == 1 else "bh"),
+    }  # fmt: skip
+    letters = "h" if cu_seqlens_q is not None else "bh" if positions else "bhs"
+    plain = ("bias", "mask", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes")
+    return ShardedCall(name, operands, letters, divisible=divisible, plain=plain)
+
+
+def _run_sharded(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic):
+    *tensors, rng, max_seqlen_q, max_seqlen_k, left, right = rest[:10]
+    positions = left >= 0 or right >= 0 or tensors[-1] is not None
+    call = sharded_call("attention", q, k, v, bias, sink, *tensors, positions)
+    if rest[-2] and rng is None:
+        rng = call.draw_rng()
+
+    def function(q, k, v, bias, sink, *tensors):
+        longest = q.shape[2] if tensors[2] is None else max_seqlen_q  # of the part
+        options = (rng, longest, max_seqlen_k, left, right, *rest[10:])
+        return _run(facts, q, k, v, bias, sink, (*tensors, *options), backend, need_lse, deterministic)
+
+    return call(function, ("bhse", "bhs"))
 
 
 def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None,

@@ -9,6 +9,7 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import needs_reference, register_fake
@@ -63,13 +64,27 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
     _check(x, dropout_p, residual)
     if not dropout_p:
         return x if residual is None else x + residual
-    rng = draw_rng(x.device)
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _dropout_sharded(x, residual, dropout_p, backend)
+    return _dropout(x, residual, draw_rng(x.device), dropout_p, backend)
+
+
+def _dropout(x, residual, rng, dropout_p, backend):
     runs = choose("dropout", _facts(x, residual), backend)
     if runs == "reference" or needs_reference():
         return reference.dropout(x, dropout_p, residual, rng)
     if grad_wanted(x, residual):
         return _Dropout.apply(x, residual, rng, dropout_p, runs)
     return _fwd[runs](x, residual, rng, dropout_p)
+
+
+def _dropout_sharded(x, residual, dropout_p, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    dims = ROWS[: x.dim()]
+    call = ShardedCall("dropout", {"x": (x, dims), "residual": (residual, dims)}, dims)
+    rng = call.draw_rng()
+    return call(lambda x, residual: (_dropout(x, residual, rng, dropout_p, backend),), (dims,))[0]
 
 
 def explain(x, dropout_p=0.5, *, residual=None, backend=None):

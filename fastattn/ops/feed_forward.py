@@ -15,8 +15,10 @@ import math
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast
 from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
-from fastattn.ops._gemm import as_autocast, input_grad, is_fused, linear, weight_grad
+from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
+from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import differentiate, needs_reference, register_fake
@@ -219,7 +221,13 @@ def feed_forward(
     _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
-    rng = draw_rng(x.device) if dropout_p else None
+    options = (dropout_p, activation, recompute, backend)
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, *options)
+    return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x.device) if dropout_p else None, *options)
+
+
+def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
     runs = choose("feed_forward", _facts(x), backend)
     if runs == "reference" or needs_reference():
@@ -228,6 +236,25 @@ def feed_forward(
     if grad_wanted(*inputs):
         return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs, fused)
     return _forward(*inputs, rng, dropout_p, activation, runs, fused, False)[0]
+
+
+def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activation, recompute, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows = ROWS[: x.dim() - 1]
+    operands = {"x": (x, rows + "d"), "w1": (w1, "fd"), "b1": (b1, "f"), "w2": (w2, "of"), "b2": (b2, "o"),
+                "w_gate": (w_gate, "fd"), "b_gate": (b_gate, "f")}  # fmt: skip
+    call = ShardedCall("feed_forward", operands, "f" + rows)
+    rng = call.draw_rng() if dropout_p else None
+    adds_bias = b2 is not None and not call.is_split("f")  # parts of a sum: the bias comes to the whole
+
+    def function(x, w1, b1, w2, b2, w_gate, b_gate):
+        b2 = b2 if adds_bias else None
+        y = _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend)
+        return (y,)
+
+    (y,) = call(function, (rows + "o",))
+    return y if adds_bias or b2 is None else y + b2
 
 
 def explain(

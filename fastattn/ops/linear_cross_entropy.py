@@ -17,8 +17,10 @@ import math
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._gemm import add_weight_grad, as_autocast, input_grad, linear
+from fastattn.ops._gemm import add_weight_grad, input_grad, linear
+from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import public
 from fastattn.ops._register import differentiate, implement, needs_reference, register_fake
 
@@ -56,6 +58,7 @@ def default_chunk_size(tokens, d_model, vocab):
 def _implementation(backend):
     cross_entropy_fwd = getattr(torch.ops.fastattn.cross_entropy_fwd, backend)
 
+    @torch.no_grad()  # a graph that holds the op may run where grad mode is on
     def function(
         x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, need_dx,
         need_dweight, need_dbias,
@@ -254,6 +257,12 @@ def linear_cross_entropy(
     x, weight, bias = as_autocast(x, weight, bias)
     _check_dtypes(x, weight, bias)
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend)
+    return _loss(x, weight, bias, target, options, reduction, chunk_size, backend)
+
+
+def _loss(x, weight, bias, target, options, reduction, chunk_size, backend):
     runs = choose("linear_cross_entropy", _facts(x), backend)
     if runs == "reference" or needs_reference():
         return _reference(target, options, reduction)(x, weight, bias)[0]
@@ -261,7 +270,25 @@ def linear_cross_entropy(
     if grad_wanted(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
-    return _reduce(loss, target, ignore_index, reduction)[0]
+    return _reduce(loss, target, options[0], reduction)[0]
+
+
+def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows = ROWS[: x.dim() - 1]
+    operands = {"x": (x, rows + "d"), "weight": (weight, "vd"), "bias": (bias, "v"), "target": (target, rows)}
+    call = ShardedCall("linear_cross_entropy", operands, rows)
+    of_parts = "none" if reduction == "none" else "sum"
+
+    def function(*tensors):
+        return (_loss(*tensors, options, of_parts, chunk_size, backend),)
+
+    (loss,) = call(function, (rows if reduction == "none" else "",))
+    if reduction != "mean":
+        return loss
+    count = (target != options[0]).sum()
+    return torch.where(count > 0, loss / count.clamp_min(1), float("nan"))
 
 
 def explain(

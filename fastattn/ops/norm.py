@@ -11,7 +11,9 @@ dx_bias = sum_rows(dx)
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import differentiate, needs_reference, register_fake
@@ -180,13 +182,15 @@ def _facts(x, residual, weight, bias, x_bias):
     )
 
 
-def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
+def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend, rng=None):
     _check(name, x, weight, bias, x_bias, residual, dropout_p)
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x = x.float()  # torch's autocast runs layer_norm in fp32 on CUDA and leaves the dtype alone on CPU
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
+    x = as_autocast_norm(x)
     if eps is None:
         eps = torch.finfo(reference.accumulator(x.dtype)).eps
-    rng = draw_rng(x.device) if dropout_p else None
+    if dropout_p and rng is None:
+        rng = draw_rng(x.device)
     plain = residual is None and rng is None and x_bias is None
     runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
     if runs == "reference" or needs_reference():
@@ -200,6 +204,28 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     if return_residual:
         return y, x if plain else r
     return y
+
+
+def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows = ROWS[: x.dim() - 1]
+    operands = {
+        "x": (x, rows + "d"), "residual": (residual, rows + "d"), "weight": (weight, "d"), "bias": (bias, "d"),
+        "x_bias": (x_bias, "d"),
+    }  # fmt: skip
+    call = ShardedCall(name, operands, rows)
+    rng = call.draw_rng() if dropout_p else None
+    pair = return_residual and not (residual is None and rng is None and x_bias is None)
+
+    def function(*tensors):
+        out = _norm(name, *tensors, eps, rms, dropout_p, pair, backend, rng)
+        return out if pair else (out,)
+
+    out = call(function, (rows + "d",) * (1 + pair))
+    if return_residual:
+        return out if pair else (*out, x)
+    return out[0]
 
 
 @public()
