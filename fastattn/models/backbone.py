@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastattn.nn import LayerNorm, RotaryEmbedding
 from fastattn.ops import linear_cross_entropy
+from fastattn.ops.linear import linear
 
 from .block import FEED_FORWARDS, make_block, run_block
 from .sequences import Sequences

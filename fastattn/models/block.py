@@ -15,6 +15,7 @@ from fastattn.nn.encoder import TransformerEncoderLayer, add_and_norm, add_then_
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import dropout_p
 from fastattn.ops import dropout, feed_forward, layer_norm
+from fastattn.ops.linear import linear
 
 # name → (activation, whether a second first layer gates)
 FEED_FORWARDS = {

@@ -17,6 +17,7 @@ from fastattn.ops import attention
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._random import draw_rng
 from fastattn.ops.attention import attention_with_rng, sharded_call
+from fastattn.ops.linear import linear
 
 
 def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):

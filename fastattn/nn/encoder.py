@@ -17,6 +17,7 @@ from fastattn.nn.masks import as_float_mask, check_mask_dtype, is_causal_mask
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import dropout_p, hooks_everywhere, is_plain
 from fastattn.ops import dropout, layer_norm
+from fastattn.ops.linear import linear
 
 _TorchLayer = torch.nn.TransformerEncoderLayer
 

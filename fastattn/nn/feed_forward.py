@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fastattn import reference
 from fastattn.nn.plain import dropout_p, hooks_everywhere, is_plain
 from fastattn.ops import feed_forward
+from fastattn.ops.linear import linear
 
 
 def activation_name(activation):
