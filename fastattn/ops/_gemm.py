@@ -1,7 +1,7 @@
 """Matrix products: our own kernel for fp32 on processors with AVX-512, else torch's choice.
 
-For fp32 torch calls MKL, which stays on its AVX2 path on AMD processors and so at 43 % of what their cores do. Our kernel
-was faster than MKL and oneDNN in every shape measured (benchmarks/test_gemm.py). It reads operands of any
+For fp32 torch calls MKL, which stays on its AVX2 path on AMD processors, at 43 % of what their cores do. Our kernel was
+faster than MKL and oneDNN in every shape measured (benchmarks/test_gemm.py). It reads operands of any
 strides, where oneDNN takes 2000 times as long for a second operand with gaps, and it needs no preparation for a new
 shape, which costs oneDNN 0.7 ms. Below AVX-512 MKL is as fast.
 
