@@ -40,12 +40,12 @@ def locate(batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlen_q, seqle
     first_k = batch * 0
     if cu_seqlens_q is not None:
         index = batch * 0
-        first_q = tl.load(cu_seqlens_q + batch).to(tl.int64)
-        first_k = tl.load(cu_seqlens_k + batch).to(tl.int64)
-        end_q = tl.load(cu_seqlens_q + batch + 1, mask=within, other=0 if OF_KEYS else seqlen_q)
-        end_k = tl.load(cu_seqlens_k + batch + 1, mask=within, other=seqlen_k if OF_KEYS else 0)
-        seqlen_q = tl.maximum(end_q - first_q, 0).to(tl.int32)
-        seqlen_k = tl.maximum(end_k - first_k, 0).to(tl.int32)
+        begin_q = tl.load(cu_seqlens_q + batch)
+        begin_k = tl.load(cu_seqlens_k + batch)
+        seqlen_q = tl.load(cu_seqlens_q + batch + 1, mask=within, other=begin_q if OF_KEYS else seqlen_q) - begin_q
+        seqlen_k = tl.load(cu_seqlens_k + batch + 1, mask=within, other=seqlen_k if OF_KEYS else begin_k) - begin_k
+        first_q = begin_q.to(tl.int64)
+        first_k = begin_k.to(tl.int64)
     length_k = seqlen_k
     if seqlens_k is not None:
         length_k = tl.maximum(tl.minimum(tl.load(seqlens_k + batch, mask=within, other=0), seqlen_k), 0)
