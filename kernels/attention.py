@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from fastattn.kernels.attention_config import pick
-from fastattn.kernels.common import device_guard, dropout_constants, dropout_halfwords, register
+from fastattn.kernels.common import dropout_constants, dropout_halfwords, launch, register
 
 from fastattn.ops.attention import empty_in_layout
 
@@ -385,11 +385,6 @@ def precision(dtype):
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def scratch(size, alignment, stream):
-    """Where a kernel keeps the TMA descriptors that it makes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
-
-
 def descriptors_fit(*tensors):
     """Whether TMA can read these (batch, heads, rows, columns) tensors: addresses, strides multiples of 16 bytes."""
     for t in tensors:
@@ -501,13 +496,11 @@ def launch_fwd(q, k, v, *rest):
     grid, blocks, constants, tma = plan.launch("fwd")
     if grid[0]:
         tma = tma and descriptors_fit(k, v)
-        if tma:
-            triton.set_allocator(scratch)
-        with device_guard(q.device):
-            attention_fwd[grid](
-                q, k, v, out, lse, *features, *plan.strides, out_strides[:3], *plan.feature_strides, plan.n_heads,
-                plan.group, plan.total_q, plan.total_k, blocks, *plan.numbers, TMA=tma, **constants,
-            )  # fmt: skip
+        launch(
+            attention_fwd, grid, q.device, q, k, v, out, lse, *features, *plan.strides, out_strides[:3],
+            *plan.feature_strides, plan.n_heads, plan.group, plan.total_q, plan.total_k, blocks, *plan.numbers,
+            TMA=tma, **constants,
+        )  # fmt: skip
     return out, lse
 
 
