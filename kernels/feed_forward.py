@@ -15,6 +15,7 @@ Limits: fewer than 2^31 columns. Reference: fastattn.reference.feed_forward.
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.common import (
     VARYING,
     as_rows,
@@ -25,7 +26,6 @@ from fastattn.kernels.common import (
     register,
 )  # fmt: skip
 from fastattn.kernels.norm import add_up
-
 from fastattn.reference import ACTIVATIONS
 
 NAMES = tuple(ACTIVATIONS)
