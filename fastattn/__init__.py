@@ -1,13 +1,7 @@
 """Fused attention, normalisation and feed-forward kernels for PyTorch behind drop-in torch.nn layers."""
 
-import os
-
-if not os.path.isdir(os.path.join(__path__[0], "kernels")):
-    # a checkout keeps the Triton kernels one level up; an installed package holds them here
-    __path__.append(os.path.dirname(__path__[0]))
-
 from fastattn import nn
-from fastattn._native import load_backends
+from fastattn._native import cpu_capability, load_backends
 from fastattn.nn import (
     FeedForward,
     LayerNorm,
@@ -34,6 +28,7 @@ from fastattn.ops import (
     scaled_dot_product_attention,
 )
 from fastattn.ops._backends import backends, use_backend
+from fastattn.ops._gemm import use_kernel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -64,3 +59,4 @@ __all__ = [
 ]
 
 load_backends()
+use_kernel(cpu_capability())
