@@ -2,11 +2,14 @@
 
 from torch.nn.modules import module as _torch_module
 
+from fastattn.ops._kinds import odd_kind
+
 
 def is_plain(module, *classes):
-    """True if `module` is exactly of one of `classes` and carries no hook and no forward of its own.
+    """True if `module` is exactly of one of `classes` and carries no hook, no forward of its own and plain parameters.
 
-    Parametrizations and LoRA layers are other classes, pruning and sharding are hooks.
+    Parametrizations and LoRA layers are other classes, pruning and sharding are hooks, quantisation may be in the
+    parameters.
     """
     if type(module) not in classes:
         return False
@@ -17,6 +20,7 @@ def is_plain(module, *classes):
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        or odd_kind(*state["_parameters"].values())
     )
 
 

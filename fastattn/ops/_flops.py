@@ -8,7 +8,7 @@ import itertools
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 _ops = torch.ops.fastattn
 
@@ -66,14 +66,25 @@ def _product_flop(x, w):
 
 
 _PRODUCTS = [_ops.linear_activation_fwd, _ops.linear_activation_bwd]
-# _gemm.py: torch counts the products of aten only
-if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-    _PRODUCTS.append(torch.ops.mkldnn._linear_pointwise)
 
 
 @register_flop_formula(_PRODUCTS)
 def _product(x, w, *_, out_shape=None):
     return _product_flop(x, w)
+
+
+def _gemm_flop(a, b, transpose_b):
+    return 2 * a[0] * a[1] * b[0 if transpose_b else 1]
+
+
+@register_flop_formula(_ops.gemm)
+def _gemm(a, b, bias, transpose_a, transpose_b, out_shape=None):
+    return _gemm_flop(a, b, transpose_b)
+
+
+@register_flop_formula(_ops.gemm_add_)
+def _gemm_add(out, a, b, transpose_a, transpose_b, out_shape=None):
+    return _gemm_flop(a, b, transpose_b)
 
 
 @register_flop_formula(_ops.linear_cross_entropy_fwd)

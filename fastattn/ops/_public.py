@@ -37,14 +37,17 @@ class Public:
         name: what messages call it, and the key of its advice in _advice.py.
         tensors, numbers: names of the parameters that take a tensor, or a number; NAME? may be None without being so
             by default.
+        weights: those of `tensors` that are not asked to take the place of the function: they are asked in it, by
+            torch.nn.functional.linear, which their own kinds know.
         takes_pair: whether the first parameter takes a pair of tensors too.
     """
 
-    def __init__(self, name, *, tensors="", numbers="", takes_pair=False):
+    def __init__(self, name, *, tensors="", numbers="", weights="", takes_pair=False):
         self.name = name
         self.tensors = tensors.replace("?", "").split()
         self.optional = [name[:-1] for name in tensors.split() if name.endswith("?")]
         self.numbers = numbers.split()
+        self.weights = weights.split()
         self.takes_pair = takes_pair
 
     def overridable(self, function):
@@ -53,7 +56,7 @@ class Public:
         A CausalBias has such a method too, but it knows torch's own attention only: ours reads the class itself.
         """
 
-        takes_pair = self.takes_pair
+        names, takes_pair = list(inspect.signature(function).parameters), self.takes_pair
 
         @functools.wraps(function)
         def call(*args, **kwargs):
@@ -62,7 +65,7 @@ class Public:
                 values = (*values[0], *values[1:])
             # torch.compile sees modes by the first question only
             if _is_mode_enabled() or has_torch_function(values):
-                relevant = tuple(value for value in values if not is_causal_bias(value))
+                relevant = self._relevant(dict(zip(names, args, strict=False)) | kwargs)
                 # torch.compile answers the last question with True even where overriding is turned off
                 if _is_mode_enabled() or (torch._C._is_torch_function_enabled() and has_torch_function(relevant)):
                     return handle_torch_function(call, relevant, *args, **kwargs)
@@ -73,6 +76,13 @@ class Public:
                 raise
 
         return call
+
+    def _relevant(self, given):
+        """The arguments whose `__torch_function__` may take the place of the function."""
+        relevant = [t for name, t in given.items() if name not in self.weights and not is_causal_bias(t)]
+        if self.takes_pair:
+            relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
+        return tuple(relevant)
 
     def answering(self, function):
         """Answer to mistakes only."""

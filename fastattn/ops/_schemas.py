@@ -105,6 +105,13 @@ _SCHEMAS = (
         " int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx,"
         " bool need_dweight, bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
     ),
+    # a (m, k) · b (k, n) + bias (n), float32 of any strides; an operand may be given transposed
+    (
+        ("native",),
+        "gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
+    ),
+    # out (m, n), last stride 1, += a (m, k) · b (k, n)
+    (("native",), "gemm_add_(Tensor(a!) out, Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> ()"),
     # mask (size, size), bool with True = ignore or float: whether row i sees columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),
     # what the CPU library says about itself, for tests and `fastattn info`
