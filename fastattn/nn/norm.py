@@ -4,19 +4,22 @@ import torch
 
 from fastattn.ops import layer_norm, rms_norm
 from fastattn.ops._kinds import is_dtensor
+from fastattn.ops._public import ArgumentValueError
 
 
 def _apply(op, module, x, *affine):
     dims = module.normalized_shape
     if tuple(x.shape[-len(dims) :]) != tuple(dims):
-        raise RuntimeError(
+        raise ArgumentValueError(
             f"Given normalized_shape={list(dims)}, expected input with shape [*, {', '.join(map(str, dims))}],"
             f" but got input of size {list(x.shape)}"
         )
     if len(dims) == 1:
         return op(x, *affine, module.eps)
     if not dims:
-        raise RuntimeError("Expected normalized_shape to be at least 1-dimensional, but got normalized_shape = []")
+        raise ArgumentValueError(
+            "Expected normalized_shape to be at least 1-dimensional, but got normalized_shape = []"
+        )
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _apply_sharded(op, module, x, affine)
     flat = x.flatten(-len(dims))
@@ -43,7 +46,7 @@ class LayerNorm(torch.nn.LayerNorm):
         elementwise_affine: whether there is a weight.
         bias: whether there is a bias beside the weight.
     Raises:
-        RuntimeError: the last dimensions of the input are others.
+        RuntimeError and ValueError in one: the last dimensions of the input are others.
     Source: torch.nn.LayerNorm.
     """
 
@@ -61,7 +64,7 @@ class RMSNorm(torch.nn.RMSNorm):
         eps: added to the mean square; None is the epsilon of the accumulator, 1.19e-7 and for float64 2.2e-16.
         elementwise_affine: whether there is a weight.
     Raises:
-        RuntimeError: the last dimensions of the input are others.
+        RuntimeError and ValueError in one: the last dimensions of the input are others.
     Source: torch.nn.RMSNorm.
     """
 

@@ -314,6 +314,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@_ATTENTION.answering
 def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p=0.0, rng=None):
     """`attention` with return_lse and with the random state named: for who needs its dropout mask again."""
     facts, q, k, v, bias, sink, rest = _prepare(
