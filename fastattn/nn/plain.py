@@ -1,14 +1,37 @@
-"""Whether a child module does what its class says and nothing else, so that a fused kernel may stand in for it."""
+"""Whether the modules and functions of torch.nn do what they did when they were imported, so that ours may stand in."""
 
+import operator
+
+import torch
+from torch.fx import Proxy
 from torch.nn.modules import module as _torch_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fastattn.ops import scaled_dot_product_attention
+
+_forwards = {}  # class -> the forward that it was defined with
+
+
+def remember_forward(cls):
+    """Note what `cls.forward` is: a class whose modules a fused kernel may stand in for. A decorator of classes."""
+    _forwards[cls] = cls.forward
+    return cls
+
+
+for _class in (
+    torch.nn.Dropout, torch.nn.GELU, torch.nn.LayerNorm, torch.nn.Linear, torch.nn.ReLU, torch.nn.SiLU,
+    NonDynamicallyQuantizableLinear,
+):  # fmt: skip
+    remember_forward(_class)
 
 
 def is_plain(module, *classes):
-    """True if `module` is exactly of one of `classes` and carries no hook and no forward of its own.
+    """True if `module` is exactly of one of `classes`, whose forward nobody replaced, and carries no hook.
 
     Parametrizations and LoRA layers are other classes, pruning and sharding are hooks.
     """
-    if type(module) not in classes:
+    kind = type(module)
+    if kind not in classes or kind.forward is not _forwards[kind]:
         return False
     state = module.__dict__
     return not (
@@ -20,14 +43,57 @@ def is_plain(module, *classes):
     )
 
 
-def hooks_everywhere():
-    """True if somebody registered a hook for all modules: then every child has to be called."""
+def _watch(*names):
+    """A function that tells whether somebody has put something else than ours in the place of a function of torch.nn.
+
+    Args:
+        names: where torch.nn has them, "functional.linear" or "Linear.forward".
+    """
+    get = operator.attrgetter(*names)
+    originals = get(torch.nn)
+
+    def replaced():
+        found = get(torch.nn)
+        return found != originals and any(
+            now is not before and now is not scaled_dot_product_attention
+            for now, before in zip(found, originals, strict=True)
+        )
+
+    replaced._dynamo_marked_constant = True  # torch.compile evaluates it while tracing
+    return replaced
+
+
+_ATTENTION = (
+    "MultiheadAttention.forward",
+    "MultiheadAttention.merge_masks",
+    "functional.multi_head_attention_forward",
+    "functional.scaled_dot_product_attention",
+)
+torch_attention_is_replaced = _watch(*_ATTENTION)
+_torch_is_replaced = _watch(
+    *_ATTENTION, "Module.__call__", "Module._call_impl", "LayerNorm.forward", "functional.layer_norm",
+    "functional.linear", "functional.dropout",
+)  # fmt: skip
+
+
+def must_call_children():
+    """True if somebody watches or changes what all modules do: by a global hook, or in the place of torch's code."""
     return bool(
         _torch_module._global_forward_hooks
         or _torch_module._global_forward_pre_hooks
         or _torch_module._global_backward_hooks
         or _torch_module._global_backward_pre_hooks
+        or _torch_is_replaced()
     )
+
+
+def leaf_call(module, *args):
+    """What symbolic tracing records of a module of torch.nn, a call of it, if an argument is symbolic; else None."""
+    for value in args:
+        if isinstance(value, Proxy):
+            tracer = value.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+    return None
 
 
 def dropout_p(module):
