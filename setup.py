@@ -401,9 +401,25 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+def source_folders():
+    """Which folders hold which packages.
+
+    fastattn/kernels is a link to kernels/, which some archives and file systems lose: the wheel does not depend on it.
+    An editable install gets a folder on sys.path that holds a link to the package and nothing else: type checkers see
+    that, unlike an import hook of setuptools, and no other folder of this repository can be imported.
+    """
+    if "editable_wheel" in sys.argv and (ROOT / PACKAGE / "kernels").is_dir():
+        link = ROOT / ".editable" / PACKAGE
+        link.parent.mkdir(exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(os.path.join("..", PACKAGE), target_is_directory=True)
+        return {"": link.parent.name}
+    return {f"{PACKAGE}.kernels": "kernels"}
+
+
 setup(
     packages=[*find_packages(include=["fastattn*"]), "fastattn.kernels"],
-    package_dir={f"{PACKAGE}.kernels": "kernels"},
+    package_dir=source_folders(),
     ext_modules=[Extension(f"{PACKAGE}._native", [])],
     distclass=BinaryDistribution,
     cmdclass={"build": CleanBuild, "build_ext": BuildNative, "bdist_wheel": Wheel},

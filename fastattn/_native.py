@@ -60,6 +60,8 @@ def _load_triton():
     cuda = None if torch.cuda.is_available() else "torch sees no CUDA device"
     if cpu and cuda:
         return cpu, cuda  # nothing could run: spare the import
+    if importlib.util.find_spec("fastattn.kernels") is None:
+        return ("fastattn/kernels is missing: a copy of the repository lost its symbolic link to kernels/",) * 2
     try:
         import triton  # noqa: F401
     except Exception as error:  # a triton that does not fit this machine must not take everything down

@@ -18,9 +18,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention_config import pick
 from fastattn.kernels.common import device_guard, dropout_constants, dropout_halfwords, register
-
 from fastattn.ops.attention import empty_in_layout
 
 LOG2_E = tl.constexpr(1.4426950408889634)

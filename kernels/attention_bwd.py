@@ -17,6 +17,7 @@ Limits and features as in the forward. Reference: Dao, "FlashAttention-2", 2023,
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention import (
     LOG2_E,
     UNSPECIALIZED,

@@ -11,6 +11,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention import UNSPECIALIZED, key_blocks, load_tile, locate, score_gradient
 
 

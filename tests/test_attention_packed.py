@@ -11,6 +11,7 @@ from fastattn.ops._backends import unavailable
 try:
     import triton
     import triton.language as tl
+
     from fastattn.kernels.attention import find_tile
 except ImportError:
     triton = None

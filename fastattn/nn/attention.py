@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import reference
+from fastattn._autocast import matmul
 from fastattn.nn.masks import attention_masks, check_mask_dtype
 from fastattn.nn.plain import leaf_call, remember_forward, torch_attention_is_replaced
 from fastattn.ops import attention
@@ -65,7 +66,7 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     batch, n_heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
     acc = reference.accumulator(q.dtype)
-    scores = (q.to(acc) @ k.to(acc).mT) * head_dim**-0.5
+    scores = matmul(q.to(acc), k.to(acc).mT) * head_dim**-0.5
     if bias is not None:
         scores = scores + bias
     visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)

@@ -53,7 +53,7 @@ class RotaryEmbedding(torch.nn.Module):
         angle = torch.outer(torch.arange(rows, dtype=torch.float64, device=device), inv_freq)
         return angle.cos().float(), angle.sin().float()
 
-    def _tables(self, end, x):
+    def tables(self, end, x):
         """(cos, sin) for positions below `end` of x; they are returned, as another thread may replace the buffers."""
         cos, sin = self._buffers["cos"], self._buffers["sin"]
         rows = cos.shape[0]
@@ -90,7 +90,7 @@ class RotaryEmbedding(torch.nn.Module):
                 f"RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.shape[-1]}"
             )
         end = 0 if isinstance(positions, torch.Tensor) else (positions or 0) + q.shape[0 if q.dim() == 3 else -2]
-        cos, sin = self._tables(end, q)
+        cos, sin = self.tables(end, q)
         x = q if k is None else (q, k)
         return rotary_embedding(x, cos, sin, positions=positions, interleaved=self.interleaved, inplace=inplace)
 

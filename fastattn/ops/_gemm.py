@@ -12,6 +12,8 @@ in fp32 with its conversions, dy · weight the longest, so large ones are comput
 import torch
 import torch.nn.functional as F
 
+from fastattn._autocast import shielded
+
 
 def _is_onednn_faster(cpuinfo="/proc/cpuinfo"):
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -68,6 +70,7 @@ def _use_onednn(a, b, size):
         and a.dtype == torch.float32
         and _is_large(a, b, size)
         and not torch.compiler.is_compiling()  # inductor lowers this op for packed constant weights only
+        and torch._C._get_mkldnn_enabled()
     )
 
 
@@ -79,6 +82,7 @@ def _onednn(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+@shielded
 def linear(x, weight, bias=None):
     """x (rows, k) · weightᵀ (k, n) + bias."""
     if _use_onednn(x, weight, x.shape[1]):
@@ -88,6 +92,7 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+@shielded
 def input_grad(dy, weight):
     """dx = dy (rows, n) · weight (n, k)."""
     if _use_onednn(dy, weight, dy.shape[1]):
@@ -97,6 +102,7 @@ def input_grad(dy, weight):
     return dy @ weight
 
 
+@shielded
 def weight_grad(dy, x):
     """dweight = dyᵀ (n, rows) · x (rows, k)."""
     if dy.shape[1] <= x.shape[1] and _use_onednn(dy, x, dy.shape[0]):
@@ -106,6 +112,7 @@ def weight_grad(dy, x):
     return dy.t() @ x
 
 
+@shielded
 def add_weight_grad(total, dy, x):
     """total (n, k), fp32, += dyᵀ (n, rows) · x (rows, k), of any dtype."""
     if dy.dtype == total.dtype:
@@ -115,12 +122,3 @@ def add_weight_grad(total, dy, x):
     else:  # no such product on a CPU
         for strip, sums in zip(dy.split(_STRIP, 1), total.split(_STRIP), strict=True):
             sums += strip.t() @ x
-
-
-def as_autocast(*tensors):
-    """The tensors or None in the dtype in which autocast, where it is enabled, has products computed; fp64 stays."""
-    x = tensors[0]
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

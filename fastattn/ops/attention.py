@@ -17,6 +17,7 @@ from collections import namedtuple
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast
 from fastattn.ops._attention_checks import (
     causal_flag,
     check_cu_seqlens,
@@ -195,9 +196,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
              max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
     """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
     device = "cpu" if q.is_cpu else q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
+    q, k, v = as_autocast(q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v = check_qkv(name, q, k, v, packed)
     check_numbers(name, softcap, dropout_p, scale)

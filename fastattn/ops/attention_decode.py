@@ -13,6 +13,7 @@ from collections import namedtuple
 import torch
 
 from fastattn import reference
+from fastattn._autocast import autocast_dtype
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import is_dtensor, numbers
@@ -168,7 +169,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
              softcap, alibi_slopes, sink, scale, num_splits):  # fmt: skip
     """Check, cast and bring into the form of the raw ops: (facts, q, k, v, the rest of attention_decode_fwd)."""
     device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # the caches are updated in place: they set the dtype
+    if autocast_dtype(q) is not None:  # the caches are updated in place: they set the dtype
         dtype = k_cache.dtype
         q, k, v = (t.to(dtype) if t is not None and t.is_floating_point() else t for t in (q, k, v))
     capacity = _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx)

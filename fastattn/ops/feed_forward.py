@@ -15,8 +15,9 @@ import math
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast
 from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
-from fastattn.ops._gemm import as_autocast, input_grad, is_fused, linear, weight_grad
+from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import public
 from fastattn.ops._random import check_dropout_p, draw_rng

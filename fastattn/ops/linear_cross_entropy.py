@@ -17,8 +17,9 @@ import math
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._gemm import add_weight_grad, as_autocast, input_grad, linear
+from fastattn.ops._gemm import add_weight_grad, input_grad, linear
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import public
 from fastattn.ops._register import differentiate, implement, needs_reference, register_fake
@@ -57,6 +58,7 @@ def default_chunk_size(tokens, d_model, vocab):
 def _implementation(backend):
     cross_entropy_fwd = getattr(torch.ops.fastattn.cross_entropy_fwd, backend)
 
+    @torch.no_grad()  # a graph that holds the op may run where grad mode is on
     def function(
         x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, need_dx,
         need_dweight, need_dbias,

@@ -11,6 +11,7 @@ dx_bias = sum_rows(dx)
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import public
@@ -185,8 +186,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     _check(name, x, weight, bias, x_bias, residual, dropout_p)
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x = x.float()  # torch's autocast runs layer_norm in fp32 on CUDA and leaves the dtype alone on CPU
+    x = as_autocast_norm(x)
     if eps is None:
         eps = torch.finfo(reference.accumulator(x.dtype)).eps
     if dropout_p and rng is None:
