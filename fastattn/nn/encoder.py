@@ -49,8 +49,13 @@ def block_and_bias(x, linear1, activation, dropout_module, linear2):
 
 
 def leaves_bias(linear):
-    """Whether the norm after `linear` adds its bias: where its gradient is wanted, which that norm makes on the way."""
-    return linear.bias is not None and torch.is_grad_enabled() and linear.bias.requires_grad
+    """Whether the norm after `linear` adds its bias: where its gradient is wanted, which that norm makes on the way.
+
+    Never for torch.jit.trace, which records once with gradients and once without, and compares.
+    """
+    return (
+        linear.bias is not None and torch.is_grad_enabled() and linear.bias.requires_grad and not torch.jit.is_tracing()
+    )
 
 
 def attend(attn, query, memory, attn_mask, key_padding_mask, is_causal):

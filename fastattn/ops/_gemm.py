@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn._autocast import shielded
+from fastattn.ops._register import is_traced
 
 
 def _is_onednn_faster(cpuinfo="/proc/cpuinfo"):
@@ -71,6 +72,7 @@ def _use_onednn(a, b, size):
         and _is_large(a, b, size)
         and not torch.compiler.is_compiling()  # inductor lowers this op for packed constant weights only
         and torch._C._get_mkldnn_enabled()
+        and not is_traced()  # it has no gradients of its own
     )
 
 

@@ -2,17 +2,31 @@
 
 Raw ops have a schema (in _schemas.py) and a fake, and no autograd: an autograd.Function in the op's file stands outside
 of them, which is the cheapest way from Python. The overload name is the backend, the dispatch key the device.
+
+A tracer records operators and no autograd.Function: what it recorded would have no gradients, or could not be saved. So
+where one is at work (`is_traced`), the op under another name is called, fastattn::<name>_<backend>, which has gradients
+of its own and is slower by them. Both run the same kernel.
 """
 
 import torch
+from torch._decomp import register_decomposition
 from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastattn._native import load_library
-from fastattn.ops._schemas import DEFINITIONS
+from fastattn.ops._backends import grad_wanted
+from fastattn.ops._schemas import DEFINITIONS, NAMES
+
+# every call of an op asks them
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+RECORDED = "_recorded"  # after the name of a backend: the op under the name that tracers record
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _python_kernels = {}  # (name, backend, device type) -> function
+_fakes = {}  # name -> function
 
 
 def _define_all():
@@ -31,14 +45,79 @@ def register_fake(name, fake):
     Args:
         fake: the arguments of `name` on fake tensors -> results of the right shape, dtype and strides.
     """
-    for overload in DEFINITIONS:
-        if overload.partition(".")[0] == name:
-            torch.library.register_fake(f"fastattn::{overload}", fake, lib=_library)
+    _fakes[name] = fake
+    for full in NAMES[name]:
+        torch.library.register_fake(f"fastattn::{full}", fake, lib=_library)
+
+
+def _operator(full):
+    name, _, overload = full.partition(".")
+    return getattr(getattr(torch.ops.fastattn, name), overload or "default")
+
+
+def raw_ops(name):
+    """The raw op of each backend, and with RECORDED after the backend's name, the one that tracers record.
+
+    For an op that tracers do not record, such as a backward, that is the raw op itself.
+    """
+    ops = {}
+    for backend in ("native", "triton"):
+        if f"{name}.{backend}" in NAMES[name]:
+            ops[backend] = ops[backend + RECORDED] = _operator(f"{name}.{backend}")
+        if f"{name}_{backend}" in NAMES[name]:
+            ops[backend + RECORDED] = _operator(f"{name}_{backend}")
+    return ops
+
+
+def register_reference(name, function):
+    """Say what a raw op computes in plain PyTorch, for those who cannot run it: the ONNX exporter, or torch.func.
+
+    Args:
+        function: the arguments of `name` -> its results.
+    """
+
+    def decomposition(*args, **kwargs):
+        # a FakeTensorMode looks into the same table, but only to learn what the results look like
+        return (_fakes[name] if get_proxy_mode() is None else function)(*args, **kwargs)
+
+    for full in NAMES[name]:
+        register_decomposition(_operator(full), unsafe=True)(decomposition)
+
+
+def register_autograd(name, apply, reference):
+    """Give the op under the names that tracers record gradients, and register its reference.
+
+    Args:
+        apply: (backend with RECORDED, the arguments of `name`) -> its results, by the autograd.Function of the op.
+        reference: as in `register_reference`.
+    """
+    register_reference(name, reference)
+    for backend in ("native", "triton"):
+        _library.impl(
+            f"{name}_{backend}", _autograd_kernel(name, backend, apply, reference), "Autograd", with_keyset=True
+        )
+
+
+def _autograd_kernel(name, backend, apply, reference):
+    op = _operator(f"{name}_{backend}")
+
+    def kernel(keyset, *args):
+        if needs_reference():
+            return reference(*args)
+        tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
+        if grad_wanted(*tensors) and not torch._C._is_tracing():  # that would record the autograd.Function as well
+            return apply(backend + RECORDED, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
 
 
 def implement(name, backend, device, function):
     """Register a Python function as the kernel of `fastattn::<name>.<backend>` for device "CPU" or "CUDA"."""
     _library.impl(f"{name}.{backend}", function, device)
+    if f"{name}_{backend}" in DEFINITIONS:
+        _library.impl(f"{name}_{backend}", function, device)
     _python_kernels[name, backend, device.lower()] = function
 
 
@@ -57,8 +136,25 @@ def python_kernel(name, backend, device, *tensors):
 
 
 def needs_reference():
-    """A functorch transform or forward-mode AD is active: raw ops would lose tangents without an error."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Who looks on knows no raw ops: a functorch transform, forward-mode AD, the ONNX exporter by TorchScript.
+
+    The first two would lose derivatives without an error.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (not _is_compiling() and _is_tracing() and torch.onnx.is_in_onnx_export())
+    )
+
+
+def is_traced():
+    """A tracer records this call: torch.jit.trace, or in grad mode torch.export or make_fx, but not torch.compile.
+
+    Without gradients torch.export and make_fx get the raw ops, which leave out what only a backward needs.
+    """
+    if _is_compiling():
+        return torch.compiler.is_exporting() and torch.is_grad_enabled()
+    return _is_tracing() or (_dispatch_modes() > 0 and torch.is_grad_enabled() and get_proxy_mode() is not None)
 
 
 def is_recorded(tensor):
