@@ -362,7 +362,7 @@ def raises(kind, text):
 
 @case("plain tensors beside DTensors")
 def mixed():
-    x, w1, w2 = torch.randn(512, 512), torch.randn(1024, 512), torch.randn(512, 1024)  # of a size for oneDNN
+    x, w1, w2 = torch.randn(512, 512), torch.randn(1024, 512), torch.randn(512, 1024)  # of a size for our own product
     dtensor, target = distribute(x), torch.zeros(512, dtype=torch.int64)
     mine, torchs = "must be a DTensor, as other inputs are, got a plain tensor", "got mixed torch.Tensor and DTensor"
     for kind, text, call in (

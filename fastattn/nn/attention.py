@@ -18,6 +18,7 @@ from fastattn.ops import attention
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._random import draw_rng
 from fastattn.ops.attention import attention_with_rng, sharded_call
+from fastattn.ops.linear import linear
 
 
 def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
@@ -192,7 +193,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         heads = (self.num_heads, self.head_dim)
         if query is key and key is value and self._qkv_same_embed_dim:
             # apart before they are permuted: the backward writes the gradient of the projection by one copy
-            projected = F.linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+            projected = linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
             return self._heads_first(projected, batched, batch_first)
         if self._qkv_same_embed_dim:
             if key.shape != value.shape:
@@ -200,17 +201,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if key is value:
                 w_q, w_kv = weight.split((embed_dim, 2 * embed_dim))
                 b_q, b_kv = (None, None) if bias is None else bias.split((embed_dim, 2 * embed_dim))
-                projected = (F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).chunk(2, -1))
+                projected = (linear(query, w_q, b_q), *linear(key, w_kv, b_kv).chunk(2, -1))
             else:
                 biases = (None,) * 3 if bias is None else bias.chunk(3)
-                projected = map(F.linear, (query, key, value), weight.chunk(3), biases)
+                projected = map(linear, (query, key, value), weight.chunk(3), biases)
         else:
             if key.shape[:-1] != value.shape[:-1]:
                 raise AssertionError(
                     f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
                 )
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            projected = map(F.linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
+            projected = map(linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
         return self._heads_first((t.unflatten(-1, heads) for t in projected), batched, batch_first)
 
     @staticmethod
@@ -276,7 +277,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             max_seqlen: the longest sequence.
         Returns: (total, embed_dim).
         """
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
         out = attention(
             *qkv.unbind(1), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
             max_seqlen_k=max_seqlen, causal="top_left" if is_causal else False,

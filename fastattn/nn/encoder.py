@@ -17,6 +17,7 @@ from fastattn.nn.masks import as_float_mask, check_mask_dtype, is_causal_mask
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import dropout_p, is_plain, leaf_call, must_call_children
 from fastattn.ops import dropout, layer_norm
+from fastattn.ops.linear import linear
 
 # the code of torch that ours stands in for, as long as nobody replaces it
 _FORWARD = torch.nn.TransformerEncoderLayer.forward
@@ -61,13 +62,10 @@ def leaves_bias(linear):
 def attend(attn, query, memory, attn_mask, key_padding_mask, is_causal):
     """(out, x_bias): attention from query to memory, and the bias of out_proj if the norm that follows is to add it."""
     masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
-    if (
-        is_plain(attn, MultiheadAttention)
-        and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear)
-        and leaves_bias(attn.out_proj)
-    ):
+    if is_plain(attn, MultiheadAttention) and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear):
         out, _ = attn.attend(query, memory, memory, need_weights=False, **masks)
-        return F.linear(out, attn.out_proj.weight), attn.out_proj.bias
+        weight, bias = attn.out_proj.weight, attn.out_proj.bias
+        return (linear(out, weight), bias) if leaves_bias(attn.out_proj) else (linear(out, weight, bias), None)
     return attn(query, memory, memory, need_weights=False, **masks)[0], None
 
 

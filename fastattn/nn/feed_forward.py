@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from fastattn import reference
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward
+from fastattn.ops._public import Public
+from fastattn.ops.linear import linear
 
 
 def activation_name(activation):
@@ -35,7 +37,7 @@ def block(x, linear1, activation, dropout, linear2, last_bias=True):
     """
     name, bias = activation_name(activation), linear2.bias if last_bias else None
     if name is None:
-        return F.linear(dropout(activation(linear1(x))), linear2.weight, bias)
+        return linear(dropout(activation(linear1(x))), linear2.weight, bias)
     return feed_forward(
         x, linear1.weight, linear1.bias, linear2.weight, bias, activation=name, dropout_p=dropout_p(dropout)
     )
@@ -56,6 +58,7 @@ class FeedForward(torch.nn.Module):
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
 
+    @Public("nn.FeedForward", numbers="d_model d_ff dropout").answering
     def __init__(
         self, d_model, d_ff=2048, *, activation="gelu", dropout=0.0, gated=False, bias=True, recompute=False,
         device=None, dtype=None,

@@ -8,6 +8,7 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.ops import scaled_dot_product_attention
+from fastattn.ops._kinds import odd_kind
 
 _forwards = {}  # class -> the forward that it was defined with
 
@@ -26,9 +27,10 @@ for _class in (
 
 
 def is_plain(module, *classes):
-    """True if `module` is exactly of one of `classes`, whose forward nobody replaced, and carries no hook.
+    """True if `module` is exactly of one of `classes`, whose forward nobody replaced, has no hook and plain parameters.
 
-    Parametrizations and LoRA layers are other classes, pruning and sharding are hooks.
+    Parametrizations and LoRA layers are other classes, pruning and sharding are hooks, quantisation may be in the
+    parameters.
     """
     kind = type(module)
     if kind not in classes or kind.forward is not _forwards[kind]:
@@ -40,6 +42,7 @@ def is_plain(module, *classes):
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        or odd_kind(*state["_parameters"].values())
     )
 
 

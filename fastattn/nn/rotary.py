@@ -3,6 +3,7 @@
 import torch
 
 from fastattn.ops import rotary_embedding
+from fastattn.ops._public import Public
 from fastattn.ops._register import is_recorded, needs_reference
 
 
@@ -11,9 +12,9 @@ class RotaryEmbedding(torch.nn.Module):
 
     The angle of pair d at position p is p * base ** (-2 * d / rotary_dim), computed in float64. The tables are float32
     whatever dtype the module is cast to, and are not part of the state_dict. They grow when an int position asks for
-    more; positions in a tensor are not looked at and must stay below max_seqlen. They are made again from rotary_dim
-    and base when these change and when the module is moved or cast: to rotate by other angles, give tables of your own
-    to `fastattn.rotary_embedding`.
+    more. They are made again from rotary_dim and base when these change and when the module is moved or cast: to rotate
+    by other angles, give tables of your own to `fastattn.rotary_embedding`. Positions in a tensor must stay below
+    max_seqlen: on the CPU another one raises ValueError, on a GPU, where a check would wait, it gives NaN.
 
     Args:
         rotary_dim: how many channels of a head rotate, even; head_dim for all.
@@ -27,6 +28,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     _made_for = None  # (rotary_dim, base) of the tables
 
+    @Public("nn.RotaryEmbedding", numbers="rotary_dim max_seqlen base").answering
     def __init__(self, rotary_dim, *, max_seqlen=2048, base=10000.0, interleaved=False, device=None):
         super().__init__()
         if rotary_dim < 2 or rotary_dim % 2:

@@ -18,7 +18,7 @@ _EXPLAIN = {
     "feed_forward": _feed_forward.explain,
     "layer_norm": _norm.explain,
     "linear_cross_entropy": _linear_cross_entropy.explain,
-    "rms_norm": _norm.explain,
+    "rms_norm": _norm.explain_rms,
     "rotary_embedding": _rotary.explain,
     "scaled_dot_product_attention": _attention.explain_torch,
 }

@@ -4,7 +4,7 @@ Raw ops have a schema (in _schemas.py) and a fake, and no autograd: an autograd.
 of them, which is the cheapest way from Python. The overload name is the backend, the dispatch key the device.
 
 A tracer records operators and no autograd.Function: what it recorded would have no gradients, or could not be saved. So
-where one is at work (`is_traced`), the op under another name is called, fastattn::<name>_<backend>, which has gradients
+where one is at work (`observed`), the op under another name is called, fastattn::<name>_<backend>, which has gradients
 of its own and is slower by them. Both run the same kernel.
 """
 
@@ -18,11 +18,14 @@ from fastattn._native import load_library
 from fastattn.ops._backends import grad_wanted
 from fastattn.ops._schemas import DEFINITIONS, NAMES
 
+_BACKENDS = ("native", "triton")
+_recorded = {backend: f"{backend}_recorded" for backend in _BACKENDS}
+RECORDED = frozenset(_recorded.values())
+"""The names of backends for ops as tracers record them."""
+
 # every call of an op asks them
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-
-RECORDED = "_recorded"  # after the name of a backend: the op under the name that tracers record
+_dispatch_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _python_kernels = {}  # (name, backend, device type) -> function
@@ -56,16 +59,16 @@ def _operator(full):
 
 
 def raw_ops(name):
-    """The raw op of each backend, and with RECORDED after the backend's name, the one that tracers record.
+    """The raw op of each backend, and for each of RECORDED the one that tracers record.
 
     For an op that tracers do not record, such as a backward, that is the raw op itself.
     """
     ops = {}
-    for backend in ("native", "triton"):
+    for backend in _BACKENDS:
         if f"{name}.{backend}" in NAMES[name]:
-            ops[backend] = ops[backend + RECORDED] = _operator(f"{name}.{backend}")
+            ops[backend] = ops[_recorded[backend]] = _operator(f"{name}.{backend}")
         if f"{name}_{backend}" in NAMES[name]:
-            ops[backend + RECORDED] = _operator(f"{name}_{backend}")
+            ops[_recorded[backend]] = _operator(f"{name}_{backend}")
     return ops
 
 
@@ -88,7 +91,7 @@ def register_autograd(name, apply, reference):
     """Give the op under the names that tracers record gradients, and register its reference.
 
     Args:
-        apply: (backend with RECORDED, the arguments of `name`) -> its results, by the autograd.Function of the op.
+        apply: (one of RECORDED, the arguments of `name`) -> its results, by the autograd.Function of the op.
         reference: as in `register_reference`.
     """
     register_reference(name, reference)
@@ -105,8 +108,8 @@ def _autograd_kernel(name, backend, apply, reference):
         if needs_reference():
             return reference(*args)
         tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
-        if grad_wanted(*tensors) and not torch._C._is_tracing():  # that would record the autograd.Function as well
-            return apply(backend + RECORDED, *args)
+        if grad_wanted(*tensors) and not _is_tracing():  # that would record the autograd.Function as well
+            return apply(_recorded[backend], *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -136,25 +139,30 @@ def python_kernel(name, backend, device, *tensors):
 
 
 def needs_reference():
-    """Who looks on knows no raw ops: a functorch transform, forward-mode AD, the ONNX exporter by TorchScript.
+    """A functorch transform or forward-mode AD is active: raw ops would lose tangents without an error."""
+    return _transforms() or forward_ad._current_level >= 0
 
-    The first two would lose derivatives without an error.
+
+def observed(runs):
+    """The backend that serves a call, where somebody may look on.
+
+    Args:
+        runs: the backend by `choose`.
+    Returns: one of RECORDED where a tracer records the call: torch.jit.trace, or in grad mode torch.export or make_fx,
+        but not torch.compile. Without gradients torch.export and make_fx get the raw ops, which leave out what only a
+        backward needs. "reference" where raw ops are unknown, as in `needs_reference`. Else `runs`.
     """
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (not _is_compiling() and _is_tracing() and torch.onnx.is_in_onnx_export())
-    )
-
-
-def is_traced():
-    """A tracer records this call: torch.jit.trace, or in grad mode torch.export or make_fx, but not torch.compile.
-
-    Without gradients torch.export and make_fx get the raw ops, which leave out what only a backward needs.
-    """
+    if runs == "reference" or _transforms() or forward_ad._current_level >= 0:
+        return "reference"
     if _is_compiling():
-        return torch.compiler.is_exporting() and torch.is_grad_enabled()
-    return _is_tracing() or (_dispatch_modes() > 0 and torch.is_grad_enabled() and get_proxy_mode() is not None)
+        is_traced = torch.compiler.is_exporting() and torch.is_grad_enabled()
+    elif _is_tracing():
+        if torch.onnx.is_in_onnx_export():
+            return "reference"
+        is_traced = True
+    else:
+        is_traced = _dispatch_modes() > 0 and torch.is_grad_enabled() and get_proxy_mode() is not None
+    return _recorded[runs] if is_traced else runs
 
 
 def is_recorded(tensor):

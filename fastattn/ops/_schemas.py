@@ -3,7 +3,7 @@
 setup.py makes a library from them, which the compiled kernels need and load by themselves: so a program that loads
 _cpu.so alone, without this package and without Python, finds the ops. Where that library was not built, fastattn.ops
 defines them. An op has one overload per backend; the device is the dispatch key. What makes outputs of a model also has
-a name per backend: the same kernel as tracers record it (`_register.is_traced`), with gradients of its own. A name,
+a name per backend: the same kernel as tracers record it (`_register.observed`), with gradients of its own. A name,
 because TorchScript forgets overloads.
 """
 
@@ -108,6 +108,13 @@ _SCHEMAS = (
         " int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx,"
         " bool need_dweight, bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
     ),
+    # a (m, k) · b (k, n) + bias (n), float32 of any strides; an operand may be given transposed
+    (
+        (".native",),
+        "gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
+    ),
+    # out (m, n), last stride 1, += a (m, k) · b (k, n)
+    ((".native",), "gemm_add_(Tensor(a!) out, Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> ()"),
     # mask (size, size), bool with True = ignore or float: whether row i sees columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),
     # what the CPU library says about itself, for tests and `fastattn info`

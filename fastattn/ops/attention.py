@@ -21,22 +21,21 @@ from fastattn._autocast import as_autocast
 from fastattn.ops._attention_checks import (
     causal_flag,
     check_cu_seqlens,
-    check_int32,
     check_numbers,
     check_per_head,
     check_qkv,
     check_scores,
+    check_seqlens_k,
     resolve_window,
 )
 from fastattn.ops._backends import choose, explanation, grad_wanted, refusal, register_backend
 from fastattn.ops._kinds import is_causal_bias, is_dtensor
-from fastattn.ops._public import public
+from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import (
     RECORDED,
     differentiate,
-    is_traced,
-    needs_reference,
+    observed,
     python_kernel,
     raw_ops,
     register_autograd,
@@ -200,11 +199,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _apply(backend, q, k, v, bias, sink, *rest):
-    runs = backend.removesuffix(RECORDED)
-    if runs == "native" and q.is_cuda and q.shape[-1] > _LAST_NATIVE_BACKWARD:
-        runs = "triton"
+    only_forward = backend.startswith("native") and q.is_cuda and q.shape[-1] > _LAST_NATIVE_BACKWARD
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _Attention.apply(q, k, v, bias, sink, backend, runs, deterministic, *rest)
+    return _Attention.apply(q, k, v, bias, sink, backend, "triton" if only_forward else backend, deterministic, *rest)
 
 
 register_autograd("attention_fwd", _apply, _reference)
@@ -223,7 +220,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     q, k, v = as_autocast(q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v = check_qkv(name, q, k, v, packed)
-    check_numbers(name, softcap, dropout_p, scale)
+    softcap, dropout_p, scale = check_numbers(name, softcap, dropout_p, scale)
     if mask is not None and is_causal_bias(mask) and not packed:
         mask, causal = None, causal_flag(name, "mask", mask, causal, seqlen_q, seqlen_k)
     if bias is not None and is_causal_bias(bias) and not packed:
@@ -234,7 +231,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     if packed:
         if mask is not None or bias is not None:
             raise ValueError(f"{name}: packed sequences take no mask and no bias: they share no grid of positions")
-        check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k)
+        check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, max_seqlen_q, max_seqlen_k)
         if cu_seqlens_q is cu_seqlens_k and torch.compiler.is_compiling():
             cu_seqlens_k = cu_seqlens_q.clone()  # Dynamo traces no autograd.Function that gets one tensor twice
         batch = cu_seqlens_q.shape[0] - 1
@@ -247,7 +244,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     if bias is not None:
         bias = check_scores(name, "bias", bias, q, full)
     if seqlens_k is not None:
-        check_int32(name, "seqlens_k", seqlens_k, q, batch)
+        check_seqlens_k(name, seqlens_k, q, batch, seqlen_k, cu_seqlens_k)
     if alibi_slopes is not None:
         alibi_slopes = check_per_head(name, "alibi_slopes", alibi_slopes, q, ((n_heads,), (batch, n_heads)))
     if sink is not None:
@@ -276,7 +273,15 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     return facts, q, k, v, bias, sink, rest
 
 
-@public()
+_ATTENTION = Public(
+    "attention",
+    tensors="q k v mask bias seqlens_k cu_seqlens_q cu_seqlens_k alibi_slopes sink",
+    numbers="softcap dropout_p scale max_seqlen_q max_seqlen_k",
+)
+_TORCH = Public("scaled_dot_product_attention", tensors="query key value attn_mask", numbers="dropout_p scale")
+
+
+@_ATTENTION.overridable
 def attention(
     q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None,
     max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0, scale=None,
@@ -343,13 +348,13 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
     """(out, lse) on the backend that serves the call; lse may be None unless it is needed."""
     if type(q) is not torch.Tensor and is_dtensor(q):
         return _run_sharded(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic)
-    runs = choose("attention", facts, backend)
+    runs = observed(choose("attention", facts, backend))
     if rest[-2] and rest[5] is None:  # dropout_p without its rng
         rest = (*rest[:5], draw_rng(q.device), *rest[6:])
-    if runs == "reference" or needs_reference():
+    if runs == "reference":
         return _reference(q, k, v, bias, sink, *rest)
-    if is_traced():
-        return _ops["fwd"][runs + RECORDED](q, k, v, bias, sink, *rest)
+    if runs in RECORDED:
+        return _ops["fwd"][runs](q, k, v, bias, sink, *rest)
     if grad_wanted(q, k, v, bias, sink):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
@@ -397,6 +402,7 @@ def _run_sharded(facts, q, k, v, bias, sink, rest, backend, need_lse, determinis
     return call(function, ("bhse", "bhs"))
 
 
+@_ATTENTION.answering
 def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None,
             cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None,
             dropout_p=0.0, scale=None, return_lse=False, deterministic=None, backend=None):  # fmt: skip
@@ -491,13 +497,14 @@ def _prepare_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, en
     )
 
 
+@_TORCH.answering
 def explain_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """What `scaled_dot_product_attention` would run for these arguments, and why not the others."""
     facts, *_ = _prepare_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _explanation(facts)
 
 
-@public()
+@_TORCH.overridable
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):

@@ -16,9 +16,9 @@ from fastattn import reference
 from fastattn._autocast import autocast_dtype
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._kinds import is_dtensor, numbers
-from fastattn.ops._public import public
-from fastattn.ops._register import RECORDED, is_traced, needs_reference, raw_ops, register_fake, register_reference
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
+from fastattn.ops._public import Public
+from fastattn.ops._register import observed, raw_ops, register_fake, register_reference
 from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses
 
 MIN_PAGE_SIZE = 16
@@ -74,8 +74,8 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     for label, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise ValueError(f"{_NAME}: {label} must have 4 dimensions, got shape {tuple(t.shape)}")
-    if not q.is_floating_point():
-        raise TypeError(f"{_NAME}: q must have a floating-point dtype, got {q.dtype}")
+    if q.dtype not in FLOAT_DTYPES:
+        check_float(_NAME, "q", q)
     if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
         raise TypeError(
             f"{_NAME}: q and the caches must have one dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
@@ -176,10 +176,11 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
     check_int32(_NAME, "cache_seqlens", cache_seqlens, q, batch)
     if cache_leftpad is not None:
         check_int32(_NAME, "cache_leftpad", cache_leftpad, q, batch)
-    check_numbers(_NAME, softcap, 0.0, scale)
+    softcap, _, scale = check_numbers(_NAME, softcap, 0.0, scale)
     left, right, top_left = resolve_window(_NAME, causal, window)
     if top_left:
         raise ValueError(f'{_NAME}: causal must be False, True or "bottom_right", got "top_left"')
+    num_splits = 0 if num_splits is None else num_splits
     if isinstance(num_splits, float) or num_splits < 0:
         raise ValueError(f"{_NAME}: num_splits must be an integer of at least 0 (chosen by size), got {num_splits!r}")
     if alibi_slopes is not None:
@@ -187,7 +188,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
     if sink is not None:
         sink = check_per_head(_NAME, "sink", sink, q, ((n_heads,),))
     seqlen_new = 0 if k is None else k.shape[2]
-    if device == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(cache_seqlens):
         _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity)
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
@@ -234,7 +235,14 @@ def _decode_reference(q, k_cache, v_cache, cache_seqlens, block_table, cache_bat
 register_reference("attention_decode_fwd", _decode_reference)
 
 
-@public()
+_PUBLIC = Public(
+    _NAME,
+    tensors="q k_cache v_cache k v cache_seqlens block_table cache_batch_idx cache_leftpad alibi_slopes sink",
+    numbers="softcap scale num_splits",
+)
+
+
+@_PUBLIC.overridable
 def attention_decode(
     q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
     causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,
@@ -291,11 +299,10 @@ def attention_decode(
 
 
 def _run(facts, q, k_cache, v_cache, k, v, rest, backend):
-    runs = choose(_NAME, facts, backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose(_NAME, facts, backend))
+    if runs == "reference":
         out, lse = _reference(q, k_cache, v_cache, k, v, *rest)
     else:
-        runs += RECORDED if is_traced() else ""
         if k is not None:
             _append[runs](k_cache, v_cache, k, v, *rest[:3])
             if not torch.compiler.is_compiling() and not k_cache.is_inference():
@@ -331,6 +338,7 @@ def _run_sharded(facts, q, k_cache, v_cache, k, v, rest, backend):
     return call(function, ("bhse", "bhs"))
 
 
+@_PUBLIC.answering
 def explain(
     q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
     causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,

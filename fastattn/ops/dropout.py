@@ -9,10 +9,10 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._kinds import is_dtensor
-from fastattn.ops._public import public
+from fastattn.ops._kinds import check_float, is_dtensor
+from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import RECORDED, is_traced, needs_reference, raw_ops, register_autograd, register_fake
+from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
 from fastattn.ops.norm import _refuses
 
 
@@ -54,7 +54,10 @@ register_autograd(
 )
 
 
-@public()
+_DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p")
+
+
+@_DROPOUT.overridable
 def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
     """residual + dropout(x), with the mask that every backend and device draws alike for one (seed, offset).
 
@@ -68,7 +71,7 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
         ValueError: shapes, devices or dropout_p do not fit, or the named backend cannot serve the call.
     Source: torch.nn.functional.dropout; the rate is exact to 1/65536.
     """
-    _check(x, dropout_p, residual)
+    dropout_p = _check(x, dropout_p, residual)
     if not dropout_p:
         return x if residual is None else x + residual
     if type(x) is not torch.Tensor and is_dtensor(x):
@@ -77,12 +80,10 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
 
 
 def _dropout(x, residual, rng, dropout_p, backend):
-    runs = choose("dropout", _facts(x, residual), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("dropout", _facts(x, residual), backend))
+    if runs == "reference":
         return reference.dropout(x, dropout_p, residual, rng)
-    if is_traced():
-        return _fwd[runs + RECORDED](x, residual, rng, dropout_p)
-    if grad_wanted(x, residual):
+    if runs not in RECORDED and grad_wanted(x, residual):
         return _Dropout.apply(x, residual, rng, dropout_p, runs)
     return _fwd[runs](x, residual, rng, dropout_p)
 
@@ -96,6 +97,7 @@ def _dropout_sharded(x, residual, dropout_p, backend):
     return call(lambda x, residual: (_dropout(x, residual, rng, dropout_p, backend),), (dims,))[0]
 
 
+@_DROPOUT.answering
 def explain(x, dropout_p=0.5, *, residual=None, backend=None):
     """What `dropout` would run for these arguments, and why not the others."""
     _check(x, dropout_p, residual)
@@ -107,7 +109,8 @@ def _facts(x, residual):
 
 
 def _check(x, dropout_p, residual):
-    check_dropout_p(dropout_p)
+    """Raise unless the arguments fit; returns dropout_p as a number."""
+    dropout_p = check_dropout_p("dropout", dropout_p)
     if not x.dim() or not x.is_floating_point():
         raise ValueError(
             f"dropout: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
@@ -117,3 +120,6 @@ def _check(x, dropout_p, residual):
             f"dropout: residual must have the shape and device of x, {tuple(x.shape)} on {x.device},"
             f" got {tuple(residual.shape)} on {residual.device}"
         )
+    check_float("dropout", "x", x)
+    check_float("dropout", "residual", residual)
+    return dropout_p

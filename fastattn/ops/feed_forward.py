@@ -13,19 +13,19 @@ epilogue: the raw ops linear_activation_fwd and linear_activation_bwd.
 import math
 
 import torch
+import torch.nn.functional as F
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
 from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
-from fastattn.ops._kinds import is_dtensor
-from fastattn.ops._public import public
+from fastattn.ops._kinds import check_float, is_dtensor, odd_kind
+from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
     RECORDED,
     differentiate,
-    is_traced,
-    needs_reference,
+    observed,
     raw_ops,
     register_autograd,
     register_fake,
@@ -72,7 +72,9 @@ _linear_activation_bwd = torch.ops.fastattn.linear_activation_bwd.triton
 
 
 def _refuses(facts):
-    return None if facts[1] in _FLOATS else f"it takes float32, bfloat16 and float16, got {facts[1]}"
+    if facts[1] not in _FLOATS:
+        return f"it takes float32, bfloat16 and float16, got {facts[1]}"
+    return f"it takes plain weights, got {facts[2]}" if facts[2:] and facts[2] else None
 
 
 for _backend in ("native", "triton"):
@@ -180,11 +182,12 @@ def _activation_reference(preact, gate, rng, dropout_p, activation):
 register_autograd("activation_fwd", lambda backend, *args: _Activation.apply(*args, backend), _activation_reference)
 
 
-def _reference(rng, dropout_p, activation):
+def _reference(rng, dropout_p, activation, **product):
     def function(x, w1, b1, w2, b2, w_gate, b_gate):
         y = reference.feed_forward(
-            x, w1, b1, w2, b2, activation=activation, w_gate=w_gate, b_gate=b_gate, dropout_p=dropout_p, rng=rng
-        )
+            x, w1, b1, w2, b2, activation=activation, w_gate=w_gate, b_gate=b_gate, dropout_p=dropout_p, rng=rng,
+            **product,
+        )  # fmt: skip
         return (y,)
 
     return function
@@ -198,14 +201,16 @@ def _check_tensor(label, tensor, shape, meaning, x):
 
 
 def _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p):
+    """Raise unless the arguments fit; returns dropout_p as a number."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"feed_forward: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    check_dropout_p(dropout_p)
+    dropout_p = check_dropout_p("feed_forward", dropout_p)
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(
             f"feed_forward: x must be a floating-point tensor with at least one dimension, got {x.dtype}"
             f" {tuple(x.shape)}"
         )
+    check_float("feed_forward", "x", x)
     if w1.dim() != 2 or w2.dim() != 2:
         raise ValueError(
             f"feed_forward: w1 and w2 must have two dimensions, got {tuple(w1.shape)} and {tuple(w2.shape)}"
@@ -220,6 +225,7 @@ def _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p):
     for label, bias, size in (("b1", b1, d_ff), ("b_gate", b_gate, d_ff), ("b2", b2, d_out)):
         if bias is not None:
             _check_tensor(label, bias, (size,), "the first dimension of its weight", x)
+    return dropout_p
 
 
 def _check_dtypes(x, **others):
@@ -228,8 +234,8 @@ def _check_dtypes(x, **others):
             raise ValueError(f"feed_forward: {label} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
-def _facts(x):
-    return x.device.type, x.dtype
+def _facts(x, odd=None):
+    return x.device.type, x.dtype, odd
 
 
 def _may_fuse(runs, w_gate, backend):
@@ -237,7 +243,12 @@ def _may_fuse(runs, w_gate, backend):
     return w_gate is None and (runs == "triton" or (runs == "native" and asked_for(backend) is None))
 
 
-@public()
+_FEED_FORWARD = Public(
+    "feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", weights="w1 w2 w_gate", numbers="dropout_p"
+)
+
+
+@_FEED_FORWARD.overridable
 def feed_forward(
     x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
 ):
@@ -246,7 +257,8 @@ def feed_forward(
     Args:
         x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides. Under autocast
             everything is cast to the autocast dtype; otherwise the dtypes must agree.
-        w1, w_gate: (d_ff, d_model), as nn.Linear stores them; w_gate or None.
+        w1, w_gate: (d_ff, d_model), as nn.Linear stores them; w_gate or None. With quantised or sparse weights the
+            block runs on the reference, its products on torch.nn.functional.linear.
         w2: (d_model, d_ff).
         b1, b_gate: (d_ff,) or None. b2: (d_model,) or None.
         activation: "gelu" (erf), "gelu_tanh", "relu", "relu2" (squared) or "silu".
@@ -259,7 +271,12 @@ def feed_forward(
             cannot serve the call.
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
-    _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
+    dropout_p = _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
+    odd = odd_kind(w1, w2, w_gate)
+    if odd is not None:
+        choose("feed_forward", _facts(x, odd), backend)  # raises if another backend than the reference was asked for
+        rng = draw_rng(x.device) if dropout_p else None
+        return _reference(rng, dropout_p, activation, linear=F.linear)(x, w1, b1, w2, b2, w_gate, b_gate)[0]
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
     options = (dropout_p, activation, recompute, backend)
@@ -270,13 +287,11 @@ def feed_forward(
 
 def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
-    runs = choose("feed_forward", _facts(x), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("feed_forward", _facts(x), backend))
+    if runs == "reference":
         return _reference(rng, dropout_p, activation)(*inputs)[0]
-    if is_traced():
-        return _forward(*inputs, rng, dropout_p, activation, runs + RECORDED, False, False)[0]
-    fused = _may_fuse(runs, w_gate, backend)
-    if grad_wanted(*inputs):
+    fused = runs not in RECORDED and _may_fuse(runs, w_gate, backend)
+    if runs not in RECORDED and grad_wanted(*inputs):
         return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs, fused)
     return _forward(*inputs, rng, dropout_p, activation, runs, fused, False)[0]
 
@@ -300,13 +315,19 @@ def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activati
     return y if adds_bias or b2 is None else y + b2
 
 
+@_FEED_FORWARD.answering
 def explain(
     x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
 ):
     """What `feed_forward` would run for these arguments, and why not the others."""
     _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
-    text = explanation("feed_forward", _facts(x), backend)
-    allowed = _may_fuse(choose("feed_forward", _facts(x), backend), w_gate, backend)
+    odd = odd_kind(w1, w2, w_gate)
+    if odd is None:
+        x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
+        _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
+    facts = _facts(x, odd)
+    text = explanation("feed_forward", facts, backend)
+    allowed = _may_fuse(choose("feed_forward", facts, backend), w_gate, backend)
     fused = [
         name
         for name, way, weight, sizes in (("forward", "fwd", w1, w1.shape[::-1]), ("backward", "bwd", w2, w2.shape))

@@ -15,24 +15,25 @@ through the chunks again with the true dloss. The chunks run inside of one op, w
 import math
 
 import torch
+import torch.nn.functional as F
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
-from fastattn.ops._kinds import is_dtensor
-from fastattn.ops._public import public
+from fastattn.ops._kinds import as_number, check_float, is_dtensor, odd_kind
+from fastattn.ops._public import Public
 from fastattn.ops._register import (
     RECORDED,
     differentiate,
     implement,
-    is_traced,
-    needs_reference,
+    observed,
     raw_ops,
     register_autograd,
     register_fake,
 )  # fmt: skip
 
+_NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CHUNK = 256
@@ -111,7 +112,9 @@ def _check_range(target, vocab, ignore_index):
 
 
 def _refuses(facts):
-    return None if facts[1] in _FLOATS else f"it takes float32, bfloat16 and float16, got {facts[1]}"
+    if facts[1] not in _FLOATS:
+        return f"it takes float32, bfloat16 and float16, got {facts[1]}"
+    return f"it takes a plain weight, got {facts[2]}" if facts[2:] and facts[2] else None
 
 
 for _backend in ("native", "triton"):
@@ -185,13 +188,13 @@ def _scaled(grad, scale, like, last):
     return (grad.mul_(scale) if last else grad * scale).to(like.dtype)
 
 
-def _reference(target, options, reduction):
+def _reference(target, options, reduction, **product):
     ignore_index, label_smoothing, z_loss, softcap = options
 
     def function(x, weight, bias):
         loss = reference.linear_cross_entropy(
             x, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=softcap, reduction=reduction,
+            softcap=softcap, reduction=reduction, **product,
         )  # fmt: skip
         return (loss,)
 
@@ -224,11 +227,13 @@ def _check_shape(label, tensor, shape, meaning, x):
 
 
 def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size):
+    """Raise unless the arguments fit; returns label_smoothing, z_loss and softcap as numbers."""
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(
             f"linear_cross_entropy: x must be a floating-point tensor with at least one dimension, got {x.dtype}"
             f" {tuple(x.shape)}"
         )
+    check_float(_NAME, "x", x)
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"linear_cross_entropy: weight must have shape (vocab, d_model), got {tuple(weight.shape)}")
     _check_shape("weight", weight, (weight.shape[0], x.shape[-1]), "(vocab, last dimension of x)", x)
@@ -237,6 +242,10 @@ def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction,
     if target.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"linear_cross_entropy: target must be int64 or int32, got {target.dtype}")
     _check_shape("target", target, x.shape[:-1], "x without its last dimension", x)
+    label_smoothing, z_loss, softcap = (
+        as_number(_NAME, label, value)
+        for label, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("softcap", softcap))
+    )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"linear_cross_entropy: label_smoothing must be between 0 and 1, got {label_smoothing}")
     for label, value in (("z_loss", z_loss), ("softcap", softcap)):
@@ -246,6 +255,7 @@ def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction,
         raise ValueError(f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"linear_cross_entropy: chunk_size must be at least 1, got {chunk_size}")
+    return float(label_smoothing), float(z_loss), float(softcap)
 
 
 def _check_dtypes(x, weight, bias):
@@ -254,11 +264,14 @@ def _check_dtypes(x, weight, bias):
             raise ValueError(f"linear_cross_entropy: {label} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
-def _facts(x):
-    return x.device.type, x.dtype
+def _facts(x, odd=None):
+    return x.device.type, x.dtype, odd
 
 
-@public()
+_PUBLIC = Public(_NAME, tensors="x weight target bias", weights="weight", numbers="label_smoothing z_loss softcap")
+
+
+@_PUBLIC.overridable
 def linear_cross_entropy(
     x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
     chunk_size=None, backend=None,
@@ -268,7 +281,8 @@ def linear_cross_entropy(
     Args:
         x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides. Under autocast
             x, weight and bias are cast to the autocast dtype; otherwise their dtypes must agree.
-        weight: (vocab, d_model), as nn.Linear stores it. bias: (vocab,) or None.
+        weight: (vocab, d_model), as nn.Linear stores it. bias: (vocab,) or None. With a quantised or sparse weight the
+            loss is computed by the reference, which holds all logits.
         target: (...,) of x, int64 or int32: the true class of every token, or ignore_index.
         ignore_index: tokens with this target have loss and gradient 0 and do not count in the mean.
         label_smoothing: share of the target's probability that is spread evenly over the vocabulary.
@@ -284,23 +298,26 @@ def linear_cross_entropy(
             device, the loss is NaN instead.
     Source: torch.nn.functional.cross_entropy; z_loss as in Chowdhery et al., "PaLM" (2022).
     """
-    _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
+    numbers = _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
+    options = (ignore_index, *numbers)
+    odd = odd_kind(weight)
+    if odd is not None:
+        choose(_NAME, _facts(x, odd), backend)  # raises if another backend than the reference was asked for
+        return _reference(target, options, reduction, linear=F.linear)(x, weight, bias)[0]
     x, weight, bias = as_autocast(x, weight, bias)
     _check_dtypes(x, weight, bias)
-    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend)
     return _loss(x, weight, bias, target, options, reduction, chunk_size, backend)
 
 
 def _loss(x, weight, bias, target, options, reduction, chunk_size, backend):
-    runs = choose("linear_cross_entropy", _facts(x), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("linear_cross_entropy", _facts(x), backend))
+    if runs == "reference":
         return _reference(target, options, reduction)(x, weight, bias)[0]
-    chunk_size, traced = chunk_size or 0, is_traced()
-    if not traced and grad_wanted(x, weight, bias):
+    chunk_size = chunk_size or 0
+    if runs not in RECORDED and grad_wanted(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
-    runs += RECORDED if traced else ""
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
     return _reduce(loss, target, options[0], reduction)[0]
 
@@ -323,10 +340,15 @@ def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backe
     return torch.where(count > 0, loss / count.clamp_min(1), float("nan"))
 
 
+@_PUBLIC.answering
 def explain(
     x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
     chunk_size=None, backend=None,
 ):  # fmt: skip
     """What `linear_cross_entropy` would run for these arguments, and why not the others."""
     _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
-    return explanation("linear_cross_entropy", _facts(x), backend)
+    odd = odd_kind(weight)
+    if odd is None:
+        x, weight, bias = as_autocast(x, weight, bias)
+        _check_dtypes(x, weight, bias)
+    return explanation(_NAME, _facts(x, odd), backend)

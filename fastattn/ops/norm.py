@@ -13,14 +13,13 @@ import torch
 from fastattn import reference
 from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._kinds import is_dtensor
-from fastattn.ops._public import public
+from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
+from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
     RECORDED,
     differentiate,
-    is_traced,
-    needs_reference,
+    observed,
     raw_ops,
     register_autograd,
     register_fake,
@@ -85,7 +84,7 @@ class _Norm(torch.autograd.Function):
             None if residual is None else residual.dtype,
             None if x_bias is None else x_bias.dtype,
         )
-        if not backend.endswith(RECORDED):
+        if backend not in RECORDED:
             return y, None if plain else r, None
         ctx.mark_non_differentiable(stats)  # what a graph with a backward in it goes on with
         return y, None if plain else r, stats
@@ -164,20 +163,18 @@ register_autograd("norm_fwd", _apply, _reference)
 register_reference("norm_infer", lambda *args: _reference(*args)[0])
 
 
-def _check(name, x, weight, bias, x_bias, residual, dropout_p):
+def _check(name, x, weight, bias, x_bias, residual):
     shape, device = x.shape, x.device
     cols = shape[-1:]
     if (
         not cols
-        or not x.dtype.is_floating_point
+        or x.dtype not in FLOAT_DTYPES
         or (weight is not None and (weight.shape != cols or weight.device != device))
         or (bias is not None and (bias.shape != cols or bias.device != device))
         or (x_bias is not None and (x_bias.shape != cols or x_bias.device != device))
         or (residual is not None and (residual.shape != shape or residual.device != device))
     ):
         _complain(name, x, weight, bias, x_bias, residual)
-    if dropout_p:
-        check_dropout_p(dropout_p)
 
 
 def _complain(name, x, weight, bias, x_bias, residual):
@@ -185,6 +182,7 @@ def _complain(name, x, weight, bias, x_bias, residual):
         raise ValueError(
             f"{name}: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
         )
+    check_float(name, "x", x)
     cols = (x.shape[-1],)
     operands = (
         ("weight", weight, cols, f"{cols}, the last dimension of x"),
@@ -199,6 +197,12 @@ def _complain(name, x, weight, bias, x_bias, residual):
             raise ValueError(f"{name}: {label} must be on the device of x, {x.device}, got {t.device}")
 
 
+def _check_dtypes(name, **tensors):
+    """What the compiled backends refuse, the reference does not always serve."""
+    for label, t in tensors.items():
+        check_float(name, label, t)
+
+
 def _facts(x, residual, weight, bias, x_bias):
     return (
         "cpu" if x.is_cpu else x.device.type,
@@ -211,20 +215,22 @@ def _facts(x, residual, weight, bias, x_bias):
 
 
 def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend, rng=None):
-    _check(name, x, weight, bias, x_bias, residual, dropout_p)
+    _check(name, x, weight, bias, x_bias, residual)
+    if type(eps) is not float:
+        eps = as_number(name, "eps", eps, torch.finfo(reference.accumulator(x.dtype)).eps)
+    dropout_p = check_dropout_p(name, dropout_p) if dropout_p else 0.0
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
     x = as_autocast_norm(x)
-    if eps is None:
-        eps = torch.finfo(reference.accumulator(x.dtype)).eps
     if dropout_p and rng is None:
         rng = draw_rng(x.device)
     plain = residual is None and rng is None and x_bias is None
-    runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("norm", _facts(x, residual, weight, bias, x_bias), backend))
+    if runs == "reference":
+        _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
         y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
-    elif is_traced():
-        y, r, _ = _fwd[runs + RECORDED](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
+    elif runs in RECORDED:
+        y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     elif grad_wanted(x, residual, weight, bias, x_bias):
         y, r, _ = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
     elif return_residual and not plain:
@@ -258,7 +264,12 @@ def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, 
     return out[0]
 
 
-@public()
+_TENSORS = "x weight bias x_bias residual"
+_LAYER_NORM = Public("layer_norm", tensors=_TENSORS, numbers="eps dropout_p")
+_RMS_NORM = Public("rms_norm", tensors=_TENSORS, numbers="eps dropout_p")
+
+
+@_LAYER_NORM.overridable
 def layer_norm(
     x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
     backend=None,
@@ -285,7 +296,7 @@ def layer_norm(
     )  # fmt: skip
 
 
-@public()
+@_RMS_NORM.overridable
 def rms_norm(
     x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
 ):
@@ -297,10 +308,25 @@ def rms_norm(
     return _norm("rms_norm", x, residual, weight, None, x_bias, eps, True, dropout_p, return_residual, backend)
 
 
+@_LAYER_NORM.answering
 def explain(
-    x, weight=None, bias=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
+    x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
     backend=None,
 ):  # fmt: skip
-    """What `layer_norm` or `rms_norm` would run for these arguments, and why not the others."""
-    _check("norm", x, weight, bias, x_bias, residual, dropout_p)
+    """What `layer_norm` would run for these arguments, and why not the others."""
+    return _explain("layer_norm", x, weight, bias, x_bias, residual, dropout_p, backend)
+
+
+@_RMS_NORM.answering
+def explain_rms(
+    x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
+):
+    """What `rms_norm` would run for these arguments, and why not the others."""
+    return _explain("rms_norm", x, weight, None, x_bias, residual, dropout_p, backend)
+
+
+def _explain(name, x, weight, bias, x_bias, residual, dropout_p, backend):
+    _check(name, x, weight, bias, x_bias, residual)
+    _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    check_dropout_p(name, dropout_p)
     return explanation("norm", _facts(x, residual, weight, bias, x_bias), backend)

@@ -11,9 +11,9 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._kinds import is_dtensor, numbers
-from fastattn.ops._public import public
-from fastattn.ops._register import RECORDED, is_traced, needs_reference, raw_ops, register_autograd, register_fake
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
+from fastattn.ops._public import Public
+from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
 from fastattn.ops.attention import empty_in_layout
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,8 +125,8 @@ def _check_inputs(xs, inplace):
     if dims not in (3, 4):
         _complain("x must be (batch, n_heads, seqlen, head_dim) or (total, n_heads, head_dim)", tuple(first.shape))
     for x in xs:
-        if not x.is_floating_point():
-            raise TypeError(f"rotary_embedding: x must have a floating-point dtype, got {x.dtype}")
+        if x.dtype not in FLOAT_DTYPES:
+            check_float("rotary_embedding", "x", x)
         if inplace and 0 in x.stride() and x.numel() > 1 and any(
             step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)
         ):  # fmt: skip
@@ -152,8 +152,8 @@ def _check_tables(x, cos, sin, batch, seqlen, head_dim, interleaved):
         )
     if cos.device != x.device or sin.device != x.device:
         _complain(f"cos and sin must be on the device of x, {x.device}", f"{cos.device} and {sin.device}")
-    if not cos.is_floating_point():
-        raise TypeError(f"rotary_embedding: cos and sin must have a floating-point dtype, got {cos.dtype}")
+    if cos.dtype not in FLOAT_DTYPES:
+        check_float("rotary_embedding", "cos and sin", cos)
     dims, width = cos.dim(), cos.shape[-1] if cos.dim() else 0
     if dims == 2 and 0 < 2 * width <= head_dim:
         return 2 * width
@@ -192,7 +192,7 @@ def _check_positions(x, positions, cos, batch, seqlen):
     shape = tuple(positions.shape)
     if shape not in ((seqlen,), (1, seqlen), (batch, seqlen)):
         _complain(f"positions must have shape ({seqlen},) or ({batch}, {seqlen}), as the tokens of x", shape)
-    if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling() and not needs_reference():
+    if positions.numel() and is_readable(positions):
         low, high = (numbers(bound) for bound in positions.aminmax())
         if low < 0 or high >= rows:
             _complain(f"positions must lie within the {rows} rows of cos", f"{low} to {high}")
@@ -212,7 +212,10 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
     return facts, xs, (cos, sin, positions, offset, rotary_dim, bool(interleaved))
 
 
-@public(takes_pair=True)
+_PUBLIC = Public("rotary_embedding", tensors="x cos sin positions", numbers="positions", takes_pair=True)
+
+
+@_PUBLIC.overridable
 def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
     """Rotary position embedding: rotates pairs of the first rotary_dim channels, copies the others.
 
@@ -250,14 +253,14 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
 
 
 def _rotate(facts, xs, rest, inplace, backend):
-    runs = choose("rotary", facts, backend)
-    by_reference, traced = runs == "reference" or needs_reference(), is_traced()
+    runs = observed(choose("rotary", facts, backend))
+    by_reference, traced = runs == "reference", runs in RECORDED
     # what the kernels cannot write in place is copied back; torch.compile removes that copy where it can
     copies = inplace and (by_reference or traced or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
     if by_reference:
         out = _reference(xs, *rest)
     elif traced:
-        out = _launch(runs + RECORDED, False, xs, *rest, False)
+        out = _launch(runs, False, xs, *rest, False)
     else:
         out = _run(runs, inplace and not copies, xs, *rest, False)
     if copies:
@@ -285,6 +288,7 @@ def _rotate_sharded(facts, x, cos, sin, positions, offset, rotary_dim, interleav
     return call(function, (dims,))[0]
 
 
+@_PUBLIC.answering
 def explain(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
     """What `rotary_embedding` would run for these arguments, and why not the others."""
     facts, *_ = _prepare(x, cos, sin, positions, interleaved, inplace)
