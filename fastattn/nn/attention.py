@@ -67,7 +67,7 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     batch, n_heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
     acc = reference.accumulator(q.dtype)
-    scores = matmul(q.to(acc), k.to(acc).mT) * head_dim**-0.5
+    scores = matmul(q.to(acc), k.to(acc).transpose(-2, -1)) * head_dim**-0.5
     if bias is not None:
         scores = scores + bias
     visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)

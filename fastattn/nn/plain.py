@@ -5,44 +5,36 @@ import operator
 import torch
 from torch.fx import Proxy
 from torch.nn.modules import module as _torch_module
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.ops import scaled_dot_product_attention
 from fastattn.ops._kinds import odd_kind
 
-_forwards = {}  # class -> the forward that it was defined with
+_ours = []  # (class, the forward that it was defined with)
 
 
 def remember_forward(cls):
-    """Note what `cls.forward` is: a class whose modules a fused kernel may stand in for. A decorator of classes."""
-    _forwards[cls] = cls.forward
+    """Decorator of a class of ours that the fused layers stand in for, as long as nobody replaces its forward."""
+    _ours.append((cls, cls.forward))
     return cls
 
 
-for _class in (
-    torch.nn.Dropout, torch.nn.GELU, torch.nn.LayerNorm, torch.nn.Linear, torch.nn.ReLU, torch.nn.SiLU,
-    NonDynamicallyQuantizableLinear,
-):  # fmt: skip
-    remember_forward(_class)
-
-
 def is_plain(module, *classes):
-    """True if `module` is exactly of one of `classes`, whose forward nobody replaced, has no hook and plain parameters.
+    """True if `module` is exactly of one of `classes` and carries no hook, no forward of its own and plain parameters.
 
     Parametrizations and LoRA layers are other classes, pruning and sharding are hooks, quantisation may be in the
-    parameters.
+    parameters. What all modules of a class do is the question of `must_call_children`.
     """
-    kind = type(module)
-    if kind not in classes or kind.forward is not _forwards[kind]:
+    if type(module) not in classes:
         return False
     state = module.__dict__
+    parameters = state["_parameters"]
     return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
-        or odd_kind(*state["_parameters"].values())
+        or (parameters and odd_kind(*parameters.values()))
     )
 
 
@@ -74,20 +66,26 @@ _ATTENTION = (
 )
 torch_attention_is_replaced = _watch(*_ATTENTION)
 _torch_is_replaced = _watch(
-    *_ATTENTION, "Module.__call__", "Module._call_impl", "LayerNorm.forward", "functional.layer_norm",
-    "functional.linear", "functional.dropout",
+    *_ATTENTION, "Module.__call__", "Module._call_impl", "Dropout.forward", "GELU.forward", "LayerNorm.forward",
+    "Linear.forward", "ReLU.forward", "SiLU.forward", "functional.dropout", "functional.layer_norm",
+    "functional.linear",
 )  # fmt: skip
 
 
 def must_call_children():
-    """True if somebody watches or changes what all modules do: by a global hook, or in the place of torch's code."""
-    return bool(
+    """True if somebody watches or changes what all modules do: by a global hook, or in the place of existing code."""
+    if (
         _torch_module._global_forward_hooks
         or _torch_module._global_forward_pre_hooks
         or _torch_module._global_backward_hooks
         or _torch_module._global_backward_pre_hooks
         or _torch_is_replaced()
-    )
+    ):
+        return True
+    for cls, forward in _ours:  # noqa: SIM110  any() on a generator takes twice as long
+        if cls.forward is not forward:
+            return True
+    return False
 
 
 def leaf_call(module, *args):

@@ -86,13 +86,13 @@ register_fake("attention_fwd", _attention_fwd_fake)
 register_fake("attention_bwd", _attention_bwd_fake)
 register_fake("attention_infer", lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]))
 _infer = torch.ops.fastattn.attention_infer.native
-_ops = {direction: raw_ops(f"attention_{direction}") for direction in ("fwd", "bwd")}
+_ops = {(direction, name): op for direction in ("fwd", "bwd") for name, op in raw_ops(f"attention_{direction}").items()}
 
 
 def _raw(direction, backend, device, *tensors):
     """The raw op, or its kernel where that is in Python and may be called directly."""
     direct = python_kernel(f"attention_{direction}", backend, device, *tensors) if backend == "triton" else None
-    return direct or _ops[direction][backend]
+    return direct or _ops[direction, backend]
 
 
 def refuses(facts):
@@ -354,7 +354,7 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
     if runs == "reference":
         return _reference(q, k, v, bias, sink, *rest)
     if runs in RECORDED:
-        return _ops["fwd"][runs](q, k, v, bias, sink, *rest)
+        return _ops["fwd", runs](q, k, v, bias, sink, *rest)
     if grad_wanted(q, k, v, bias, sink):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
