@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from fastattn.nn.plain import leaf_call, remember_forward
 from fastattn.ops import layer_norm, rms_norm
+from fastattn.ops._kinds import is_dtensor
 
 # what torch.nn runs, as long as nobody replaces it
 _TorchLayerNorm, _TorchRMSNorm = torch.nn.LayerNorm, torch.nn.RMSNorm
@@ -21,8 +22,23 @@ def _apply(op, module, x, *affine):
         )
     if len(dims) == 1:
         return op(x, *affine, module.eps)
+    if not dims:
+        raise RuntimeError("Expected normalized_shape to be at least 1-dimensional, but got normalized_shape = []")
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _apply_sharded(op, module, x, affine)
     flat = x.flatten(-len(dims))
     return op(flat, *(t if t is None else t.flatten() for t in affine), module.eps).view(x.shape)
+
+
+def _apply_sharded(op, module, x, affine):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows, cols = ROWS[: x.dim() - len(module.normalized_shape)], "abcdefghijklm"[: len(module.normalized_shape)]
+    operands = {"input": (x, rows + cols)} | {
+        label: (t, cols) for label, t in zip(("weight", "bias"), affine, strict=False)
+    }
+    call = ShardedCall(type(module).__name__, operands, rows)
+    return call(lambda x, *affine: (_apply(op, module, x, *affine),), (rows + cols,))[0]
 
 
 @remember_forward

@@ -520,7 +520,7 @@ def scaled_dot_product_attention(
         enable_gqa: allow fewer heads in key and value than in query.
     Returns: (..., n_heads, seqlen_q, head_dim_v) in the layout of query.
     Raises:
-        ValueError, TypeError: as `attention`; where PyTorch raises RuntimeError.
+        ValueError, TypeError: as `attention`; each is a RuntimeError too, which PyTorch raises.
     Source: torch.nn.functional.scaled_dot_product_attention.
     """
     facts, q, k, v, bias, sink, rest = _prepare_torch(
