@@ -1,10 +1,17 @@
 """LayerNorm and RMSNorm on the fused kernels."""
 
 import torch
+import torch.nn.functional as F
 
+from fastattn.nn.plain import leaf_call, remember_forward
 from fastattn.ops import layer_norm, rms_norm
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import ArgumentValueError
+
+# what torch.nn runs, as long as nobody replaces it
+_TorchLayerNorm, _TorchRMSNorm = torch.nn.LayerNorm, torch.nn.RMSNorm
+_LAYER_NORM, _LAYER_NORM_FORWARD = F.layer_norm, torch.nn.LayerNorm.forward
+_RMS_NORM, _RMS_NORM_FORWARD = F.rms_norm, torch.nn.RMSNorm.forward
 
 
 def _apply(op, module, x, *affine):
@@ -37,6 +44,7 @@ def _apply_sharded(op, module, x, affine):
     return call(lambda x, *affine: (_apply(op, module, x, *affine),), (rows + cols,))[0]
 
 
+@remember_forward
 class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on `fastattn.layer_norm`: the same arguments, parameters and results.
 
@@ -51,8 +59,13 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input):
-        if input.is_nested:
-            return super().forward(input)
+        if (
+            input.is_nested is not False
+            or F.layer_norm is not _LAYER_NORM
+            or _TorchLayerNorm.forward is not _LAYER_NORM_FORWARD
+        ):
+            recorded = leaf_call(self, input)
+            return super().forward(input) if recorded is None else recorded
         return _apply(layer_norm, self, input, self.weight, self.bias)
 
 
@@ -69,6 +82,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, x):
-        if x.is_nested:
-            return super().forward(x)
+        if x.is_nested is not False or F.rms_norm is not _RMS_NORM or _TorchRMSNorm.forward is not _RMS_NORM_FORWARD:
+            recorded = leaf_call(self, x)
+            return super().forward(x) if recorded is None else recorded
         return _apply(rms_norm, self, x, self.weight)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn._autocast import shielded
-from fastattn.ops._register import register_fake
+from fastattn.ops._register import observed, register_fake
 
 
 def _gemm_fake(a, b, bias, transpose_a, transpose_b):
@@ -84,9 +84,8 @@ def is_ours(a, b):
         and b.dtype == torch.float32
         and type(a) in _PLAIN
         and type(b) in _PLAIN
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
         and not torch.compiler.is_exporting()
+        and observed("native") == "native"
     )
 
 
