@@ -155,9 +155,9 @@ SCENARIOS = {
 
 def main():
     import triton
-    from fastattn.kernels import attention_config, feed_forward_gemm
 
     import fastattn  # noqa: F401
+    from fastattn.kernels import attention_config, feed_forward_gemm
 
     triton.runtime.driver.set_active(NoDriver())
     for module in (attention_config, feed_forward_gemm):

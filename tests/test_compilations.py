@@ -42,8 +42,9 @@ def test_the_callers_allocator_stays_set(monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if reason := unavailable("triton", device):
         pytest.skip(reason)
-    from fastattn.kernels import attention
     from triton.runtime import _allocation
+
+    from fastattn.kernels import attention
 
     used = []
     set_allocator = triton.set_allocator
