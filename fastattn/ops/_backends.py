@@ -164,7 +164,7 @@ def choose(op, facts, backend=None):
     """The backend that serves a call of `op`.
 
     Args:
-        facts: hashable tuple (device type, dtype, ...) as the op's backends expect.
+        facts: hashable tuple ("cpu" or a `device_name`, dtype, ...) as the op's backends expect.
         backend: a name, or None for use_backend(), FASTATTN_BACKEND or the automatic choice.
     Raises:
         ValueError: the name is unknown, or that backend cannot serve the call; the message has the reason.
