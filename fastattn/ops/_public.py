@@ -19,6 +19,17 @@ from fastattn.ops._kinds import is_causal_bias
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 
+class ArgumentValueError(ValueError, RuntimeError):
+    """An argument has a wrong value. It is a RuntimeError too, which is what PyTorch and flash-attn raise."""
+
+
+class ArgumentTypeError(TypeError, RuntimeError):
+    """An argument has a wrong type or dtype; a RuntimeError for the same reason."""
+
+
+_KINDS = {ValueError: ArgumentValueError, TypeError: ArgumentTypeError}
+
+
 class Public:
     """The public side of one function.
 
@@ -61,7 +72,7 @@ class Public:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                self._name_mistake(function, args, kwargs, error)
+                self._answer(function, args, kwargs, error)
                 raise
 
         return call
@@ -81,10 +92,17 @@ class Public:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                self._name_mistake(function, args, kwargs, error)
+                self._answer(function, args, kwargs, error)
                 raise
 
         return call
+
+    def _answer(self, function, args, kwargs, error):
+        """Raise what the caller is to see instead of `error`, if that is something else."""
+        self._name_mistake(function, args, kwargs, error)
+        kind = _KINDS.get(type(error))
+        if kind is not None and not torch.compiler.is_compiling():
+            raise kind(*error.args).with_traceback(error.__traceback__) from error.__cause__
 
     def _name_mistake(self, function, args, kwargs, error):
         """Raise TypeError where a call failed by the names or kinds of its arguments, if `error` does not say so."""
@@ -94,7 +112,7 @@ class Public:
         try:
             given = inspect.signature(function).bind(*args, **kwargs).arguments
         except TypeError as mismatch:
-            raise TypeError(f"{self.name}: {self._about_names(parameters, args, kwargs) or mismatch}") from None
+            raise ArgumentTypeError(f"{self.name}: {self._about_names(parameters, args, kwargs) or mismatch}") from None
         for label, value in given.items():
             values = value if self.takes_pair and label == "x" and isinstance(value, (tuple, list)) else (value,)
             for one in values:
@@ -113,7 +131,7 @@ class Public:
                 f"{self.name}: {label} must be {' or '.join(text for text, _ in allowed)}, got {type(value).__name__}"
             )
             advice = ADVICE[self.name].get(label)
-            raise TypeError(f"{text}: {advice}" if advice else text) from None
+            raise ArgumentTypeError(f"{text}: {advice}" if advice else text) from None
 
     def _about_names(self, parameters, args, kwargs):
         """What is wrong with the names or the number of arguments, or None: then Python's own words say it."""
