@@ -14,9 +14,19 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn.ops._advice import ADVICE
-from fastattn.ops._kinds import is_causal_bias
+from fastattn.ops._backends import asked_for
+from fastattn.ops._kinds import is_causal_bias, is_nested, odd_kind
 
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
+
+
+def _by_position(parameters):
+    return [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
+def _refuse_nested(name, function, given):
+    label = next(label for label, t in given.items() if is_nested(t))
+    raise TypeError(f"{name}: {label} must not be a nested tensor")
 
 
 class Public:
@@ -29,23 +39,29 @@ class Public:
         weights: those of `tensors` that are not asked to take the place of the function: they are asked in it, by
             torch.nn.functional.linear, which their own kinds know.
         takes_pair: whether the first parameter takes a pair of tensors too.
+        nested: (name, function, arguments by name) -> result, for calls with nested tensors; None leaves these to the
+            function itself.
+        on_reference: the function on the reference, where it has no parameter `backend`.
     """
 
-    def __init__(self, name, *, tensors="", numbers="", weights="", takes_pair=False):
+    def __init__(
+        self, name, *, tensors="", numbers="", weights="", takes_pair=False, nested=_refuse_nested, on_reference=None
+    ):
         self.name = name
         self.tensors = tensors.replace("?", "").split()
         self.optional = [name[:-1] for name in tensors.split() if name.endswith("?")]
         self.numbers = numbers.split()
         self.weights = weights.split()
         self.takes_pair = takes_pair
+        self.nested = nested
+        self.on_reference = on_reference
 
     def overridable(self, function):
         """Let `__torch_function__` of its arguments, or of a mode, take the place of a function; answer to mistakes.
 
-        A CausalBias has such a method too, but it knows torch's own attention only: ours reads the class itself.
+        A CausalBias and a jagged nested tensor have such a method too, but these know torch's own functions only.
         """
-
-        names, takes_pair = list(inspect.signature(function).parameters), self.takes_pair
+        by_position, takes_pair = _by_position(inspect.signature(function).parameters), self.takes_pair
 
         @functools.wraps(function)
         def call(*args, **kwargs):
@@ -54,24 +70,21 @@ class Public:
                 values = (*values[0], *values[1:])
             # torch.compile sees modes by the first question only
             if _is_mode_enabled() or has_torch_function(values):
-                relevant = self._relevant(dict(zip(names, args, strict=False)) | kwargs)
+                relevant = self._relevant(dict(zip(by_position, args, strict=False)) | kwargs)
                 # torch.compile answers the last question with True even where overriding is turned off
                 if _is_mode_enabled() or (torch._C._is_torch_function_enabled() and has_torch_function(relevant)):
                     return handle_torch_function(call, relevant, *args, **kwargs)
             try:
+                if values[0].is_nested:
+                    return self.nested(self.name, function, dict(zip(by_position, args, strict=False)) | kwargs)
                 return function(*args, **kwargs)
             except Exception as error:
-                self._name_mistake(function, args, kwargs, error)
-                raise
+                otherwise = self._otherwise(function, args, kwargs, error)
+                if otherwise is None:
+                    raise
+            return otherwise()
 
         return call
-
-    def _relevant(self, given):
-        """The arguments whose `__torch_function__` may take the place of the function."""
-        relevant = [t for name, t in given.items() if name not in self.weights and not is_causal_bias(t)]
-        if self.takes_pair:
-            relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
-        return tuple(relevant)
 
     def answering(self, function):
         """Answer to mistakes only."""
@@ -81,24 +94,68 @@ class Public:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                self._name_mistake(function, args, kwargs, error)
-                raise
+                otherwise = self._otherwise(function, args, kwargs, error)
+                if otherwise is None:
+                    raise
+            return otherwise()
 
         return call
 
-    def _name_mistake(self, function, args, kwargs, error):
-        """Raise TypeError where a call failed by the names or kinds of its arguments, if `error` does not say so."""
+    def _relevant(self, given):
+        """The arguments whose `__torch_function__` may take the place of the function."""
+        relevant = [t for name, t in given.items() if name not in self.weights]
+        if self.takes_pair:
+            relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
+        return tuple(t for t in relevant if not is_causal_bias(t) and not is_nested(t))
+
+    def _otherwise(self, function, args, kwargs, error):
+        """What to call instead of a call that failed, or None. TypeError if its arguments have wrong names or kinds."""
         if torch.compiler.is_compiling() or (isinstance(error, TypeError) and str(error).startswith(f"{self.name}:")):
-            return
+            return None
         parameters = inspect.signature(function).parameters
         try:
             given = inspect.signature(function).bind(*args, **kwargs).arguments
         except TypeError as mismatch:
             raise TypeError(f"{self.name}: {self._about_names(parameters, args, kwargs) or mismatch}") from None
         for label, value in given.items():
-            values = value if self.takes_pair and label == "x" and isinstance(value, (tuple, list)) else (value,)
-            for one in values:
+            for one in self._one_by_one(label, value):
                 self._check_kind(label, one, parameters[label].default is None or label in self.optional)
+        tensors = [
+            (label, t)
+            for label, value in given.items()
+            for t in self._one_by_one(label, value)
+            if isinstance(t, torch.Tensor)
+        ]
+        if any(t.is_nested for _, t in tensors):
+            serves = self.nested is not None and not isinstance(error, ValueError)  # which its own checks raise
+            return functools.partial(self.nested, self.name, function, given) if serves else None
+        for label, t in tensors:
+            if t.layout is not torch.strided and label not in self.weights:
+                raise TypeError(f"{self.name}: {label} must be a dense tensor, got one of layout {t.layout}") from None
+        odd = next(((label, odd_kind(t)) for label, t in tensors if odd_kind(t)), None)
+        if odd is None or not isinstance(error, (NotImplementedError, TypeError)):
+            return None
+        return self._try_reference(function, given, "backend" in parameters, odd)
+
+    def _one_by_one(self, label, value):
+        """The tensors of a pair, or the value itself."""
+        return value if self.takes_pair and label == "x" and isinstance(value, (tuple, list)) else (value,)
+
+    def _try_reference(self, function, given, has_backend, odd):
+        """The call on the reference: subclasses of Tensor that know no operator of ours may know those of PyTorch."""
+        label, kind = odd
+        if asked_for(given.get("backend")) is not None or not (has_backend or self.on_reference):
+            raise TypeError(f"{self.name}: {label} must be a plain tensor here, got {kind}") from None
+
+        def run():
+            try:
+                return function(**given | {"backend": "reference"}) if has_backend else self.on_reference(**given)
+            except Exception as error:
+                raise TypeError(
+                    f"{self.name}: {label} must be a tensor that the kernels or PyTorch's operators know, got {kind}"
+                ) from error
+
+        return run
 
     def _check_kind(self, label, value, optional):
         allowed = []
@@ -117,8 +174,7 @@ class Public:
 
     def _about_names(self, parameters, args, kwargs):
         """What is wrong with the names or the number of arguments, or None: then Python's own words say it."""
-        known = list(parameters)
-        by_position = [name for name in known if parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        known, by_position = list(parameters), _by_position(parameters)
         unknown = next((name for name in kwargs if name not in known), None)
         if unknown is not None:
             advice = ADVICE[self.name].get(unknown)

@@ -10,6 +10,7 @@ import torch
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import check_float, is_dtensor
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import needs_reference, register_fake
@@ -47,7 +48,7 @@ class _Dropout(torch.autograd.Function):
         return dx, dout if ctx.needs_input_grad[1] else None, None, None, None
 
 
-_DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p")
+_DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p", nested=on_rows("x", "residual"))
 
 
 @_DROPOUT.overridable

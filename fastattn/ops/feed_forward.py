@@ -20,6 +20,7 @@ from fastattn._autocast import as_autocast
 from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
 from fastattn.ops._kinds import check_float, is_dtensor, odd_kind
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import differentiate, needs_reference, register_fake
@@ -204,8 +205,9 @@ def _may_fuse(runs, w_gate, backend):
 
 
 _FEED_FORWARD = Public(
-    "feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", weights="w1 w2 w_gate", numbers="dropout_p"
-)
+    "feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", weights="w1 w2 w_gate", numbers="dropout_p",
+    nested=on_rows("x"),
+)  # fmt: skip
 
 
 @_FEED_FORWARD.overridable
