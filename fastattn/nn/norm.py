@@ -3,6 +3,7 @@
 import torch
 
 from fastattn.ops import layer_norm, rms_norm
+from fastattn.ops._kinds import is_dtensor
 
 
 def _apply(op, module, x, *affine):
@@ -14,8 +15,21 @@ def _apply(op, module, x, *affine):
         )
     if len(dims) == 1:
         return op(x, *affine, module.eps)
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _apply_sharded(op, module, x, affine)
     flat = x.flatten(-len(dims))
     return op(flat, *(t if t is None else t.flatten() for t in affine), module.eps).view(x.shape)
+
+
+def _apply_sharded(op, module, x, affine):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows, cols = ROWS[: x.dim() - len(module.normalized_shape)], "abcdefghijklm"[: len(module.normalized_shape)]
+    operands = {"input": (x, rows + cols)} | {
+        label: (t, cols) for label, t in zip(("weight", "bias"), affine, strict=False)
+    }
+    call = ShardedCall(type(module).__name__, operands, rows)
+    return call(lambda x, *affine: (_apply(op, module, x, *affine),), (rows + cols,))[0]
 
 
 class LayerNorm(torch.nn.LayerNorm):
