@@ -4,6 +4,7 @@ import torch
 
 from fastattn.ops import layer_norm, rms_norm
 from fastattn.ops._kinds import is_dtensor
+from fastattn.ops._public import Public
 
 
 def _apply(op, module, x, *affine):
@@ -45,9 +46,11 @@ class LayerNorm(torch.nn.LayerNorm):
     Source: torch.nn.LayerNorm.
     """
 
+    @Public("nn.LayerNorm", tensors="input", nested=None).answering
     def forward(self, input):
         if input.is_nested:
-            return super().forward(input)
+            one = len(self.normalized_shape) == 1
+            return layer_norm(input, self.weight, self.bias, self.eps) if one else super().forward(input)
         return _apply(layer_norm, self, input, self.weight, self.bias)
 
 
@@ -63,7 +66,9 @@ class RMSNorm(torch.nn.RMSNorm):
     Source: torch.nn.RMSNorm.
     """
 
+    @Public("nn.RMSNorm", tensors="x", nested=None).answering
     def forward(self, x):
         if x.is_nested:
-            return super().forward(x)
+            one = len(self.normalized_shape) == 1
+            return rms_norm(x, self.weight, self.eps) if one else super().forward(x)
         return _apply(rms_norm, self, x, self.weight)

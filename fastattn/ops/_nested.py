@@ -23,17 +23,22 @@ class Rows:
         self.nested = nested
         self.is_jagged = nested.layout is torch.jagged
         if self.is_jagged:
-            if nested.lengths() is not None:
-                raise ValueError(f"{name}: {label} must be a nested tensor without gaps: call its contiguous() before")
+            _check_gaps(name, label, nested)
             if last and nested._ragged_idx == nested.dim() - 1:
                 raise ValueError(f"{name}: {label} must not be ragged in its last dimension, got {nested.shape}")
-            self.tensor = nested.values()
+            self.tensor, self.max_seqlen = nested.values(), nested._maybe_max_seqlen
             return
-        sequences = nested.unbind()
-        if not sequences:
-            raise ValueError(f"{name}: {label} must be a nested tensor with at least one sequence, got none")
+        sequences = _sequences(name, label, nested)
         self.shapes = [sequence.shape[: sequence.dim() - last] for sequence in sequences]
         self.tensor = torch.cat([t.reshape(-1, *t.shape[t.dim() - last :]) for t in sequences])
+        self.max_seqlen = max(shape.numel() for shape in self.shapes)
+
+    @property
+    def offsets(self):
+        """Where the rows of each sequence begin, and the end."""
+        if self.is_jagged:
+            return self.nested.offsets()
+        return _offsets([shape.numel() for shape in self.shapes], self.nested.device)
 
     def restore(self, rows):
         """A result with these rows as a nested tensor."""
@@ -48,7 +53,25 @@ class Rows:
         """Whether both have rows of the same sequences."""
         if self.is_jagged != other.is_jagged:
             return False
-        return _have_same_offsets(self.nested, other.nested) if self.is_jagged else self.shapes == other.shapes
+        if self.is_jagged:
+            return self.offsets is other.offsets or torch.equal(self.offsets, other.offsets)
+        return self.shapes == other.shapes
+
+
+def _check_gaps(name, label, nested):
+    if nested.lengths() is not None:
+        raise ValueError(f"{name}: {label} must be a nested tensor without gaps: call its contiguous() before")
+
+
+def _sequences(name, label, nested):
+    sequences = nested.unbind()
+    if not sequences:
+        raise ValueError(f"{name}: {label} must be a nested tensor with at least one sequence, got none")
+    return sequences
+
+
+def _offsets(lengths, device):
+    return torch.tensor([0, *lengths], device=device).cumsum(0)
 
 
 def _as_jagged(values, like, ragged_dim):
@@ -56,10 +79,6 @@ def _as_jagged(values, like, ragged_dim):
         values, like.offsets(), jagged_dim=ragged_dim, min_seqlen=like._maybe_min_seqlen,
         max_seqlen=like._maybe_max_seqlen,
     )  # fmt: skip
-
-
-def _have_same_offsets(a, b):
-    return a.offsets() is b.offsets() or torch.equal(a.offsets(), b.offsets())
 
 
 def check_nested(name, given, labels):
@@ -102,6 +121,14 @@ def on_rows(*labels, last=(1, 1)):
     return serve
 
 
+def longest(nested):
+    """An upper bound of the sequences of (batch, heads, seqlen, head_dim)."""
+    if nested.layout is not torch.jagged:
+        return max((t.shape[-2] for t in nested.unbind()), default=0)
+    known = nested._maybe_max_seqlen
+    return nested.values().shape[nested._ragged_idx - 1] if known is None else known
+
+
 class Sequences:
     """Nested (batch, heads, seqlen, ...) as packed sequences: `tensor` (total, heads, ...) and `cu_seqlens`."""
 
@@ -115,18 +142,15 @@ class Sequences:
                 " (batch, seqlen, heads, head_dim) one is passed as t.transpose(1, 2)"
             )
         if self.is_jagged:
-            if nested.lengths() is not None:
-                raise ValueError(f"{name}: {label} must be a nested tensor without gaps: call its contiguous() before")
+            _check_gaps(name, label, nested)
             self.tensor = nested.values().transpose(0, 1)
             self.offsets = nested.offsets()
             self.max_seqlen = nested._maybe_max_seqlen
             return
-        sequences = [sequence.transpose(0, 1) for sequence in nested.unbind()]
-        if not sequences:
-            raise ValueError(f"{name}: {label} must be a nested tensor with at least one sequence, got none")
+        sequences = [sequence.transpose(0, 1) for sequence in _sequences(name, label, nested)]
         self.lengths = [len(sequence) for sequence in sequences]
         self.tensor = torch.cat(sequences)
-        self.offsets = torch.tensor([0, *self.lengths], device=nested.device).cumsum(0)
+        self.offsets = _offsets(self.lengths, nested.device)
         self.max_seqlen = max(self.lengths)
 
     def restore(self, packed):
@@ -147,11 +171,12 @@ def sequences_of(name, given, *labels):
 
 
 def packed_arguments(q, k):
-    """The arguments of `attention` that say where the `Sequences` q and k begin and end."""
-    cu_seqlens_q = q.offsets.to(torch.int32)
+    """The arguments of `attention` that say where the sequences of q and k, `Sequences` or `Rows`, begin and end."""
+    offsets_q, offsets_k = q.offsets, k.offsets
+    cu_seqlens_q = offsets_q.to(torch.int32)
     return {
         "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_q if k.offsets is q.offsets else k.offsets.to(torch.int32),
+        "cu_seqlens_k": cu_seqlens_q if offsets_k is offsets_q else offsets_k.to(torch.int32),
         "max_seqlen_q": q.max_seqlen,
         "max_seqlen_k": k.max_seqlen,
     }

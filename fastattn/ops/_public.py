@@ -33,7 +33,7 @@ class Public:
     """The public side of one function.
 
     Args:
-        name: what messages call it, and the key of its advice in _advice.py.
+        name: what messages call it, and the key of what _advice.py has for it.
         tensors, numbers: names of the parameters that take a tensor, or a number; NAME? may be None without being so
             by default.
         weights: those of `tensors` that are not asked to take the place of the function: they are asked in it, by
@@ -47,7 +47,7 @@ class Public:
     def __init__(
         self, name, *, tensors="", numbers="", weights="", takes_pair=False, nested=_refuse_nested, on_reference=None
     ):
-        self.name = name
+        self.name, self.advice = name, ADVICE.get(name, {})
         self.tensors = tensors.replace("?", "").split()
         self.optional = [name[:-1] for name in tensors.split() if name.endswith("?")]
         self.numbers = numbers.split()
@@ -75,7 +75,7 @@ class Public:
                 if _is_mode_enabled() or (torch._C._is_torch_function_enabled() and has_torch_function(relevant)):
                     return handle_torch_function(call, relevant, *args, **kwargs)
             try:
-                if values[0].is_nested:
+                if values[0].is_nested and len(args) <= len(by_position):
                     return self.nested(self.name, function, dict(zip(by_position, args, strict=False)) | kwargs)
                 return function(*args, **kwargs)
             except Exception as error:
@@ -132,18 +132,22 @@ class Public:
         for label, t in tensors:
             if t.layout is not torch.strided and label not in self.weights:
                 raise TypeError(f"{self.name}: {label} must be a dense tensor, got one of layout {t.layout}") from None
-        odd = next(((label, odd_kind(t)) for label, t in tensors if odd_kind(t)), None)
-        if odd is None or not isinstance(error, (NotImplementedError, TypeError)):
+        odd = {label: odd_kind(t) for label, t in tensors if odd_kind(t)}
+        for label, kind in odd.items():
+            if label in self.weights and isinstance(error, (RuntimeError, TypeError)):
+                raise TypeError(
+                    f"{self.name}: {label} must be a weight that torch.nn.functional.linear takes, got {kind}"
+                ) from error
+        if not odd or not isinstance(error, (NotImplementedError, TypeError)):
             return None
-        return self._try_reference(function, given, "backend" in parameters, odd)
+        return self._try_reference(function, given, "backend" in parameters, *next(iter(odd.items())))
 
     def _one_by_one(self, label, value):
         """The tensors of a pair, or the value itself."""
         return value if self.takes_pair and label == "x" and isinstance(value, (tuple, list)) else (value,)
 
-    def _try_reference(self, function, given, has_backend, odd):
+    def _try_reference(self, function, given, has_backend, label, kind):
         """The call on the reference: subclasses of Tensor that know no operator of ours may know those of PyTorch."""
-        label, kind = odd
         if asked_for(given.get("backend")) is not None or not (has_backend or self.on_reference):
             raise TypeError(f"{self.name}: {label} must be a plain tensor here, got {kind}") from None
 
@@ -169,7 +173,7 @@ class Public:
             text = (
                 f"{self.name}: {label} must be {' or '.join(text for text, _ in allowed)}, got {type(value).__name__}"
             )
-            advice = ADVICE[self.name].get(label)
+            advice = self.advice.get(label)
             raise TypeError(f"{text}: {advice}" if advice else text) from None
 
     def _about_names(self, parameters, args, kwargs):
@@ -177,13 +181,13 @@ class Public:
         known, by_position = list(parameters), _by_position(parameters)
         unknown = next((name for name in kwargs if name not in known), None)
         if unknown is not None:
-            advice = ADVICE[self.name].get(unknown)
+            advice = self.advice.get(unknown)
             if advice is None:
                 close = difflib.get_close_matches(unknown, known, 1)
                 advice = f"did you mean {close[0]}=" if close else f"it takes {', '.join(known)}"
             return f"there is no argument {unknown}: {advice}"
         if len(args) > len(by_position):
             others = ", ".join(f"{name}=" for name in known if name not in by_position)
-            advice = ADVICE[self.name].get("*", f"name the others: {others}" if others else "there are no others")
+            advice = self.advice.get("*", f"name the others: {others}" if others else "there are no others")
             return f"takes {', '.join(by_position)} by position, got {len(args)} arguments: {advice}"
         return None

@@ -1,14 +1,22 @@
 """The random state that an op with dropout takes: (seed, offset) drawn from PyTorch's generator."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn.ops._kinds import as_number
 
 _INT64 = torch.iinfo(torch.int64)
 
 
-def draw_rng(device):
-    """int64 (2,) on `device` from its default generator: reproducible by torch.manual_seed, safe in CUDA graphs."""
+def draw_rng(x):
+    """int64 (2,) from the generator of the device of x: reproducible by torch.manual_seed, safe in CUDA graphs."""
+    if isinstance(x, FakeTensor):
+        with x.fake_mode:
+            return _draw(x.device)
+    return _draw(x.device)
+
+
+def _draw(device):
     return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device)
 
 

@@ -59,11 +59,11 @@ class ShardedCall:
 
     def draw_rng(self):
         """(seed, offset): equal in the processes that compute the same part, different in those that do not."""
-        device = next(iter(self.operands.values()))[0].device
+        first = next(iter(self.operands.values()))[0]
         if self.mesh.device_type == "cpu":  # torch, too, needs equal seeds there
-            rng = draw_rng(device)
+            rng = draw_rng(first)
         else:
-            bounds, state = torch.iinfo(torch.int64), torch.empty(2, dtype=torch.int64, device=device)
+            bounds, state = torch.iinfo(torch.int64), torch.empty(2, dtype=torch.int64, device=first.device)
             rng = torch.randint_like(self._replicated(state), bounds.min, bounds.max).to_local()
         part = 0
         for axis, letter in enumerate(self.chosen):

@@ -317,13 +317,14 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p=0.0, rng=None):
+@_ATTENTION.answering
+def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p=0.0, rng=None, backend=None):
     """`attention` with return_lse and with the random state named: for who needs its dropout mask again."""
     facts, q, k, v, bias, sink, rest = _prepare(
         "attention", q, k, v, mask, bias, causal, None, None, None, None, None, None, None, 0.0, None, dropout_p, None,
         None,
     )  # fmt: skip
-    return _run(facts, q, k, v, bias, sink, (*rest[:5], rng, *rest[6:]), None, True)
+    return _run(facts, q, k, v, bias, sink, (*rest[:5], rng, *rest[6:]), backend, True)
 
 
 def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None):
@@ -331,8 +332,10 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
     if type(q) is not torch.Tensor and is_dtensor(q):
         return _run_sharded(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic)
     runs = choose("attention", facts, backend)
+    if q.is_meta and rest[2] is not None:
+        runs = "native"  # for the shapes: the reference would read cu_seqlens
     if rest[-2] and rest[5] is None:  # dropout_p without its rng
-        rest = (*rest[:5], draw_rng(q.device), *rest[6:])
+        rest = (*rest[:5], draw_rng(q), *rest[6:])
     if runs == "reference" or needs_reference():
         return _reference(q, k, v, bias, sink, *rest)
     if grad_wanted(q, k, v, bias, sink):

@@ -70,7 +70,7 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
         return x if residual is None else x + residual
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _dropout_sharded(x, residual, dropout_p, backend)
-    return _dropout(x, residual, draw_rng(x.device), dropout_p, backend)
+    return _dropout(x, residual, draw_rng(x), dropout_p, backend)
 
 
 def _dropout(x, residual, rng, dropout_p, backend):

@@ -237,14 +237,14 @@ def feed_forward(
     odd = odd_kind(w1, w2, w_gate)
     if odd is not None:
         choose("feed_forward", _facts(x, odd), backend)  # raises if another backend than the reference was asked for
-        rng = draw_rng(x.device) if dropout_p else None
+        rng = draw_rng(x) if dropout_p else None
         return _reference(rng, dropout_p, activation, linear=F.linear)(x, w1, b1, w2, b2, w_gate, b_gate)[0]
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
     options = (dropout_p, activation, recompute, backend)
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, *options)
-    return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x.device) if dropout_p else None, *options)
+    return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x) if dropout_p else None, *options)
 
 
 def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):

@@ -197,7 +197,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
         return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
     x = as_autocast_norm(x)
     if dropout_p and rng is None:
-        rng = draw_rng(x.device)
+        rng = draw_rng(x)
     plain = residual is None and rng is None and x_bias is None
     runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
     if runs == "reference" or needs_reference():
