@@ -8,15 +8,16 @@ from fastattn.ops._kinds import as_number
 _INT64 = torch.iinfo(torch.int64)
 
 
-def draw_rng(x):
-    """int64 (2,) from the generator of the device of x: reproducible by torch.manual_seed, safe in CUDA graphs."""
-    if isinstance(x, FakeTensor):
-        with x.fake_mode:
-            return _draw(x.device)
-    return _draw(x.device)
+def draw_rng(where):
+    """int64 (2,) from the generator of a device: reproducible by torch.manual_seed, safe in CUDA graphs.
 
-
-def _draw(device):
+    Args:
+        where: a device or a tensor, which may be a fake one.
+    """
+    if isinstance(where, FakeTensor):
+        with where.fake_mode:
+            return draw_rng(where.device)
+    device = where.device if isinstance(where, torch.Tensor) else where
     return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device)
 
 
