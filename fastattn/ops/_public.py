@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn.ops._advice import ADVICE
 from fastattn.ops._backends import asked_for
-from fastattn.ops._kinds import is_causal_bias, is_nested, odd_kind
+from fastattn.ops._kinds import is_causal_bias, is_jagged, is_nested, odd_kind
 
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
 
@@ -106,7 +106,7 @@ class Public:
         relevant = [t for name, t in given.items() if name not in self.weights]
         if self.takes_pair:
             relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
-        return tuple(t for t in relevant if not is_causal_bias(t) and not is_nested(t))
+        return tuple(t for t in relevant if not is_causal_bias(t) and not is_jagged(t))
 
     def _otherwise(self, function, args, kwargs, error):
         """What to call instead of a call that failed, or None. TypeError if its arguments have wrong names or kinds."""
