@@ -254,7 +254,7 @@ def attention(
     seen = visible.any(-2)[..., None]  # a key that nobody sees must not spread its NaN through 0 * NaN
     k = torch.where(seen, k.to(acc).repeat_interleave(group, 1), 0.0)
     v = torch.where(seen, v.to(acc).repeat_interleave(group, 1), 0.0)
-    s = matmul(q.to(acc), k.mT) * scale
+    s = matmul(q.to(acc), k.transpose(-2, -1)) * scale
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastattn import reference
 from fastattn._autocast import matmul
 from fastattn.nn.masks import attention_masks, check_mask_dtype
+from fastattn.nn.plain import leaf_call, remember_forward, torch_attention_is_replaced
 from fastattn.ops import attention
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._nested import Rows, packed_arguments
@@ -68,7 +69,7 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     batch, n_heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
     acc = reference.accumulator(q.dtype)
-    scores = matmul(q.to(acc), k.to(acc).mT) * head_dim**-0.5
+    scores = matmul(q.to(acc), k.to(acc).transpose(-2, -1)) * head_dim**-0.5
     if bias is not None:
         scores = scores + bias
     visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)
@@ -83,6 +84,7 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     return out, weights
 
 
+@remember_forward
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on `fastattn.attention`: the same arguments, parameters and masks.
 
@@ -127,13 +129,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Raises:
             AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
         """
-        if type(self).merge_masks is not torch.nn.MultiheadAttention.merge_masks or (
-            self.strict_torch and need_weights
+        nested = not (query.is_nested is key.is_nested is value.is_nested is False)
+        arguments = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        if nested and (recorded := leaf_call(self, query, key, value, *arguments)) is not None:
+            return recorded
+        replaced = torch_attention_is_replaced()
+        if (
+            replaced
+            or type(self).merge_masks is not torch.nn.MultiheadAttention.merge_masks
+            or (self.strict_torch and need_weights)
         ):
+            if replaced and is_causal and attn_mask is None and not self.strict_torch:
+                sizes = (t.shape[1 if self.batch_first and t.dim() == 3 else 0] for t in (query, key))
+                attn_mask = torch.ones(*sizes, dtype=torch.bool, device=query.device).triu_(1)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        if query.is_nested or key.is_nested or value.is_nested:
+        if nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import reference
-from fastattn.nn.plain import dropout_p, hooks_everywhere, is_plain
+from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward
 from fastattn.ops._public import Public
 from fastattn.ops.linear import linear
@@ -82,7 +82,7 @@ class FeedForward(torch.nn.Module):
             and is_plain(linear2, linear)
             and (gate is None or is_plain(gate, linear))
             and is_plain(self.dropout, torch.nn.Dropout)
-            and not hooks_everywhere()
+            and not must_call_children()
         )
         if not plain:
             act = reference.ACTIVATIONS[self.activation]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn._autocast import shielded
-from fastattn.ops._register import register_fake
+from fastattn.ops._register import observed, register_fake
 
 
 def _gemm_fake(a, b, bias, transpose_a, transpose_b):
@@ -84,9 +84,8 @@ def is_ours(a, b):
         and b.dtype == torch.float32
         and type(a) in _PLAIN
         and type(b) in _PLAIN
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
         and not torch.compiler.is_exporting()
+        and observed("native") == "native"
     )
 
 
@@ -97,7 +96,7 @@ def _use_fp32(a, b, size):
 @shielded
 def linear(x, weight, bias=None):
     """x (rows, k) · weightᵀ (k, n) + bias."""
-    if is_ours(x, weight):
+    if is_ours(x, weight) and (bias is None or bias.dtype == x.dtype):
         return _product(x, weight, None if bias is None else bias.contiguous(), False, True)
     if _use_fp32(x, weight, x.shape[1]):
         return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)

@@ -20,13 +20,31 @@ from fastattn.ops._kinds import is_causal_bias, is_jagged, is_nested, odd_kind
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 
+class ArgumentValueError(ValueError, RuntimeError):
+    """An argument has a wrong value. It is a RuntimeError too, which is what PyTorch and flash-attn raise."""
+
+
+class ArgumentTypeError(TypeError, RuntimeError):
+    """An argument has a wrong type or dtype; a RuntimeError for the same reason."""
+
+
+_KINDS = {ValueError: ArgumentValueError, TypeError: ArgumentTypeError}
+
+
+def _raise_as_ours(error):
+    """Raise ValueError and TypeError as the classes above."""
+    kind = _KINDS.get(type(error))
+    if kind is not None and not torch.compiler.is_compiling():
+        raise kind(*error.args).with_traceback(error.__traceback__) from error.__cause__
+
+
 def _by_position(parameters):
     return [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _refuse_nested(name, function, given):
     label = next(label for label, t in given.items() if is_nested(t))
-    raise TypeError(f"{name}: {label} must not be a nested tensor")
+    raise ArgumentTypeError(f"{name}: {label} must not be a nested tensor")
 
 
 class Public:
@@ -81,8 +99,9 @@ class Public:
             except Exception as error:
                 otherwise = self._otherwise(function, args, kwargs, error)
                 if otherwise is None:
+                    _raise_as_ours(error)
                     raise
-            return otherwise()
+            return self._instead(otherwise)
 
         return call
 
@@ -96,8 +115,9 @@ class Public:
             except Exception as error:
                 otherwise = self._otherwise(function, args, kwargs, error)
                 if otherwise is None:
+                    _raise_as_ours(error)
                     raise
-            return otherwise()
+            return self._instead(otherwise)
 
         return call
 
@@ -108,6 +128,14 @@ class Public:
             relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
         return tuple(t for t in relevant if not is_causal_bias(t) and not is_jagged(t))
 
+    @staticmethod
+    def _instead(call):
+        try:
+            return call()
+        except Exception as error:
+            _raise_as_ours(error)
+            raise
+
     def _otherwise(self, function, args, kwargs, error):
         """What to call instead of a call that failed, or None. TypeError if its arguments have wrong names or kinds."""
         if torch.compiler.is_compiling() or (isinstance(error, TypeError) and str(error).startswith(f"{self.name}:")):
@@ -116,7 +144,7 @@ class Public:
         try:
             given = inspect.signature(function).bind(*args, **kwargs).arguments
         except TypeError as mismatch:
-            raise TypeError(f"{self.name}: {self._about_names(parameters, args, kwargs) or mismatch}") from None
+            raise ArgumentTypeError(f"{self.name}: {self._about_names(parameters, args, kwargs) or mismatch}") from None
         for label, value in given.items():
             for one in self._one_by_one(label, value):
                 self._check_kind(label, one, parameters[label].default is None or label in self.optional)
@@ -131,11 +159,13 @@ class Public:
             return functools.partial(self.nested, self.name, function, given) if serves else None
         for label, t in tensors:
             if t.layout is not torch.strided and label not in self.weights:
-                raise TypeError(f"{self.name}: {label} must be a dense tensor, got one of layout {t.layout}") from None
+                raise ArgumentTypeError(
+                    f"{self.name}: {label} must be a dense tensor, got one of layout {t.layout}"
+                ) from None
         odd = {label: odd_kind(t) for label, t in tensors if odd_kind(t)}
         for label, kind in odd.items():
             if label in self.weights and isinstance(error, (RuntimeError, TypeError)):
-                raise TypeError(
+                raise ArgumentTypeError(
                     f"{self.name}: {label} must be a weight that torch.nn.functional.linear takes, got {kind}"
                 ) from error
         if not odd or not isinstance(error, (NotImplementedError, TypeError)):
@@ -149,13 +179,13 @@ class Public:
     def _try_reference(self, function, given, has_backend, label, kind):
         """The call on the reference: subclasses of Tensor that know no operator of ours may know those of PyTorch."""
         if asked_for(given.get("backend")) is not None or not (has_backend or self.on_reference):
-            raise TypeError(f"{self.name}: {label} must be a plain tensor here, got {kind}") from None
+            raise ArgumentTypeError(f"{self.name}: {label} must be a plain tensor here, got {kind}") from None
 
         def run():
             try:
                 return function(**given | {"backend": "reference"}) if has_backend else self.on_reference(**given)
             except Exception as error:
-                raise TypeError(
+                raise ArgumentTypeError(
                     f"{self.name}: {label} must be a tensor that the kernels or PyTorch's operators know, got {kind}"
                 ) from error
 
@@ -174,7 +204,7 @@ class Public:
                 f"{self.name}: {label} must be {' or '.join(text for text, _ in allowed)}, got {type(value).__name__}"
             )
             advice = self.advice.get(label)
-            raise TypeError(f"{text}: {advice}" if advice else text) from None
+            raise ArgumentTypeError(f"{text}: {advice}" if advice else text) from None
 
     def _about_names(self, parameters, args, kwargs):
         """What is wrong with the names or the number of arguments, or None: then Python's own words say it."""

@@ -23,7 +23,14 @@ from fastattn.ops._kinds import check_float, is_dtensor, odd_kind
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import differentiate, needs_reference, register_fake
+from fastattn.ops._register import (
+    RECORDED,
+    differentiate,
+    observed,
+    raw_ops,
+    register_autograd,
+    register_fake,
+)  # fmt: skip
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,8 +67,7 @@ def _linear_activation_bwd_fake(dy, w, preact, rng, dropout_p, activation, need_
 
 register_fake("linear_activation_fwd", _linear_activation_fwd_fake)
 register_fake("linear_activation_bwd", _linear_activation_bwd_fake)
-_fwd = {name: getattr(torch.ops.fastattn.activation_fwd, name) for name in ("native", "triton")}
-_bwd = {name: getattr(torch.ops.fastattn.activation_bwd, name) for name in ("native", "triton")}
+_fwd, _bwd = raw_ops("activation_fwd"), raw_ops("activation_bwd")
 _linear_activation_fwd = torch.ops.fastattn.linear_activation_fwd.triton
 _linear_activation_bwd = torch.ops.fastattn.linear_activation_bwd.triton
 
@@ -141,6 +147,40 @@ def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, back
         hidden = _fwd[backend](preact, gate, *drop_and_act)
     y = linear(hidden, w2, b2)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w2.shape[0]), preact, gate
+
+
+class _Activation(torch.autograd.Function):
+    """The pass between the products by itself, for tracers: the products have gradients of their own there."""
+
+    @staticmethod
+    def forward(ctx, preact, gate, rng, dropout_p, activation, backend):
+        ctx.save_for_backward(preact, gate, rng)
+        ctx.options = (dropout_p, activation, backend)
+        return _fwd[backend](preact, gate, rng, dropout_p, activation)
+
+    @staticmethod
+    def backward(ctx, dhidden):
+        preact, gate, rng = ctx.saved_tensors
+        dropout_p, activation, backend = ctx.options
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = differentiate(
+                lambda *inputs: (_activation_reference(*inputs, rng, dropout_p, activation),),
+                (preact, gate),
+                (dhidden,),
+            )
+            return *grads, None, None, None, None
+        dpreact, dgate, *_ = _bwd[backend](dhidden, preact, gate, rng, dropout_p, activation, False, False, False)
+        return dpreact, None if gate is None else dgate, None, None, None, None
+
+
+def _activation_reference(preact, gate, rng, dropout_p, activation):
+    acc = reference.accumulator(preact.dtype)
+    act = reference.ACTIVATIONS[ACTIVATIONS[activation]]
+    hidden = act(preact.to(acc)) if gate is None else act(gate.to(acc)) * preact.to(acc)
+    return reference.dropout(hidden, dropout_p, rng=rng).to(preact.dtype)
+
+
+register_autograd("activation_fwd", lambda backend, *args: _Activation.apply(*args, backend), _activation_reference)
 
 
 def _reference(rng, dropout_p, activation, **product):
@@ -249,11 +289,11 @@ def feed_forward(
 
 def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
-    runs = choose("feed_forward", _facts(x), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("feed_forward", _facts(x), backend))
+    if runs == "reference":
         return _reference(rng, dropout_p, activation)(*inputs)[0]
-    fused = _may_fuse(runs, w_gate, backend)
-    if grad_wanted(*inputs):
+    fused = runs not in RECORDED and _may_fuse(runs, w_gate, backend)
+    if runs not in RECORDED and grad_wanted(*inputs):
         return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs, fused)
     return _forward(*inputs, rng, dropout_p, activation, runs, fused, False)[0]
 

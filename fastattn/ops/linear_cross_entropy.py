@@ -24,7 +24,15 @@ from fastattn.ops._gemm import add_weight_grad, input_grad, linear
 from fastattn.ops._kinds import as_number, check_float, is_dtensor, odd_kind
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
-from fastattn.ops._register import differentiate, implement, needs_reference, register_fake
+from fastattn.ops._register import (
+    RECORDED,
+    differentiate,
+    implement,
+    observed,
+    raw_ops,
+    register_autograd,
+    register_fake,
+)  # fmt: skip
 
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
@@ -50,7 +58,7 @@ def _linear_cross_entropy_fwd_fake(
 
 register_fake("cross_entropy_fwd", _cross_entropy_fwd_fake)
 register_fake("linear_cross_entropy_fwd", _linear_cross_entropy_fwd_fake)
-_fwd = {name: getattr(torch.ops.fastattn.linear_cross_entropy_fwd, name) for name in ("native", "triton")}
+_fwd = raw_ops("linear_cross_entropy_fwd")
 
 
 def default_chunk_size(tokens, d_model, vocab):
@@ -165,14 +173,20 @@ def _reduce(loss, target, ignore_index, reduction):
 
 
 def _is_last_backward():
-    """Whether what this node saved is freed after the backward that runs: without retain_graph."""
-    return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    """Whether what this node saved is freed after the backward that runs: it is no vmap's and has no retain_graph."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    )
 
 
 def _scaled(grad, scale, like, last):
-    """grad * scale in the dtype of `like`; in the memory of grad, which may be as large as the weight, if it can be."""
-    wide = grad if last and grad.dtype == torch.float32 else grad.to(torch.float32, copy=True)
-    return wide.mul_(scale).to(like.dtype)
+    """grad * scale in the dtype of `like`; in the memory of grad, which may be as large as the weight, if it can be.
+
+    scale is fp32 without dimensions: the product is computed in fp32 and rounded once.
+    """
+    return (grad.mul_(scale) if last else grad * scale).to(like.dtype)
 
 
 def _reference(target, options, reduction, **product):
@@ -186,6 +200,22 @@ def _reference(target, options, reduction, **product):
         return (loss,)
 
     return function
+
+
+def _apply(backend, x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, *needs):
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    loss = _LinearCrossEntropy.apply(x, weight, bias, target, options, "none", chunk_size, backend)
+    return loss, *(loss.new_empty(0) for _ in needs)
+
+
+def _raw_reference(x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, *needs):
+    if any(needs):
+        return NotImplemented  # only a backward asks for gradients
+    (loss,) = _reference(target, (ignore_index, label_smoothing, z_loss, softcap), "none")(x, weight, bias)
+    return loss, x.new_empty(0), loss.new_empty(0), loss.new_empty(0)
+
+
+register_autograd("linear_cross_entropy_fwd", _apply, _raw_reference)
 
 
 def _check_shape(label, tensor, shape, meaning, x):
@@ -286,11 +316,11 @@ def linear_cross_entropy(
 
 
 def _loss(x, weight, bias, target, options, reduction, chunk_size, backend):
-    runs = choose("linear_cross_entropy", _facts(x), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("linear_cross_entropy", _facts(x), backend))
+    if runs == "reference":
         return _reference(target, options, reduction)(x, weight, bias)[0]
     chunk_size = chunk_size or 0
-    if grad_wanted(x, weight, bias):
+    if runs not in RECORDED and grad_wanted(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
     return _reduce(loss, target, options[0], reduction)[0]
