@@ -20,8 +20,9 @@ from fastattn.ops._public import Public
 
 _TENSORS = "tgt memory tgt_mask memory_mask tgt_key_padding_mask memory_key_padding_mask"
 # the code of torch that ours stands in for, as long as nobody replaces it
+_TorchLayer = torch.nn.TransformerDecoderLayer
 _FORWARD, _SA_BLOCK, _MHA_BLOCK, _FF_BLOCK = (
-    getattr(torch.nn.TransformerDecoderLayer, name) for name in ("forward", "_sa_block", "_mha_block", "_ff_block")
+    getattr(_TorchLayer, name) for name in ("forward", "_sa_block", "_mha_block", "_ff_block")
 )
 
 
@@ -75,7 +76,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             return recorded
         m, cls, own, x = self._modules, type(self), self.__dict__, tgt
         if (
-            torch.nn.TransformerDecoderLayer.forward is not _FORWARD
+            _TorchLayer.forward is not _FORWARD
             or cls._sa_block is not _SA_BLOCK
             or cls._mha_block is not _MHA_BLOCK
             or cls._ff_block is not _FF_BLOCK
