@@ -389,11 +389,12 @@ def sharded_call(name, q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_se
 
     # with equal numbers of heads any part of them fits; one head of k and v serves every part
     divisible = {} if k.shape[1] in (1, q.shape[1]) else {"h": k.shape[1]}
+    row = "b" if cu_seqlens_q is None else "r"  # packed sequences lie in a batch of 1
     operands = {
         "q": (q, "bhsd"), "k": (k, "bhtd"), "v": (v, "bhte"), "bias": (bias, "bhst"), "sink": (sink, "h"),
-        "mask": (mask, "bhst"), "seqlens_k": (seqlens_k, "b"), "cu_seqlens_q": (cu_seqlens_q, "c"),
+        "mask": (mask, "bhst"), "seqlens_k": (seqlens_k, row), "cu_seqlens_q": (cu_seqlens_q, "c"),
         "cu_seqlens_k": (cu_seqlens_k, "c"),
-        "alibi_slopes": (alibi_slopes, "h" if alibi_slopes is not None and alibi_slopes.dim() == 1 else "bh"),
+        "alibi_slopes": (alibi_slopes, "h" if alibi_slopes is not None and alibi_slopes.dim() == 1 else row + "h"),
     }  # fmt: skip
     letters = "h" if cu_seqlens_q is not None else "bh" if positions else "bhs"
     plain = ("bias", "mask", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes")
