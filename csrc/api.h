@@ -141,6 +141,7 @@ constexpr int64_t kAttentionPieceKeys = 256;  // the CPU backward sums dk and dv
 struct AttentionArgs {
   HeadTensor q, k, v, out, dout, dq, dk, dv;
   float* lse;         // (batch, head, row): strides lse_batch, lse_head, 1; null in the forward: not wanted
+  float* lse_low;     // as lse, what rounding took from it; null: not wanted, in the backward not known
   const float* dlse;  // as lse, or null
   int64_t lse_batch, lse_head;
   ScoreTensor mask, bias;

@@ -148,7 +148,9 @@ def attention_decode_split(q, k, v, out, lse, cache_seqlens, block_table, cache_
         k_rows = cache_rows(rows, inside, batch, k_strides[2], k_strides[0], block_table, pages, page_size, BLOCK_N,
                             WHOLE_PAGES)  # fmt: skip
         qk = tl.dot(q_tile, tl.trans(load_rows(k, k_rows, inside, HEAD_DIM, BLOCK_D)), input_precision=PRECISION)
-        s, _ = tile_scores(qk, i, j, off, seqlen_q, length, scale, softcap, None, q_strides, slope, SOFTCAP, ALIBI)
+        s, _ = tile_scores(
+            qk, i, j, off, seqlen_q, length, scale, softcap, None, q_strides, slope, SOFTCAP, ALIBI, False
+        )
         visible = visible_tile(i, j, off, seqlen_q, length, window_left, window_right, None, q_strides, HAS_LEFT,
                                HAS_RIGHT, True)  # fmt: skip
         s = tl.where(visible & (j >= begin), s, float("-inf"))

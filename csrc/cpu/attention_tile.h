@@ -16,8 +16,9 @@ constexpr int kKeys = 64;   // keys of a tile
 constexpr int kVec = Vec::kSize;
 constexpr int kLaneVecs = kLanes / kVec;
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
+constexpr double kLn2 = 0.693147180559945309;
 constexpr float kInf = __builtin_inff();
+constexpr float kFloatMax = 3.40282347e38f;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;

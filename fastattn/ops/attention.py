@@ -7,6 +7,8 @@
     dsr  = ds * (1 - (s_capped / softcap)²),  dq = scale * dsr·k,  dk = scale * dsrᵀ·q
 
 Saved for the backward: q, k, v, out, lse, (seed, offset) and the small inputs; never anything of seqlen_q × seqlen_k.
+lse is saved in two parts where they differ from one, lse and lse_low: beside a mask of -1e9 fp32 has no room for the
+logarithm of a sum, without which p would not sum up to 1.
 The raw ops take (batch, heads, seqlen, head_dim) views of any strides. Packed sequences come as batch 1 with
 cu_seqlens; then i, j, off and the Philox slab count per sequence. Causal is window_right = 0.
 """
@@ -53,11 +55,13 @@ def empty_in_layout(like, last):
     return like.new_empty([shape[dim] for dim in order] + [last]).permute(*inverse, 3)
 
 
-def _attention_fwd_fake(q, k, v, *_):
-    return empty_in_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _attention_fwd_fake(q, k, v, *rest):
+    need_low = rest[-1]
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_in_layout(q, v.shape[-1]), lse, torch.empty_like(lse) if need_low else lse.new_empty(0)
 
 
-def _attention_bwd_fake(do, dlse, q, k, v, out, lse, bias, sink, *rest):
+def _attention_bwd_fake(do, dlse, q, k, v, out, lse, lse_low, bias, sink, *rest):
     need_dbias = rest[-2]
     return (
         empty_in_layout(q, q.shape[-1]),
@@ -73,10 +77,16 @@ _INPUTS = (
     " Tensor? alibi_slopes, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt window_left,"
     " SymInt window_right, bool top_left, float softcap, float dropout_p, float scale"
 )
-define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_INPUTS}) -> (Tensor out, Tensor lse)", _attention_fwd_fake)
+# lse_low: of the log-sum-exp what lse, its fp32 value, leaves; without elements unless needed, or where not known
 define(
-    f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS},"
-    " bool need_dbias, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_INPUTS}, bool need_low)"
+    " -> (Tensor out, Tensor lse, Tensor lse_low)",
+    _attention_fwd_fake,
+)
+define(
+    "attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_low,"
+    f" {_INPUTS}, bool need_dbias, bool deterministic)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     _attention_bwd_fake,
 )
 # out alone, of a call without any feature: the other arguments and lse take 3 of the 7 us of a small call
@@ -157,25 +167,28 @@ register_backend("attention", "triton", refuses_triton)
 
 
 def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, max_seqlen_q,
-               max_seqlen_k, window_left, window_right, top_left, softcap, dropout_p, scale):  # fmt: skip
+               max_seqlen_k, window_left, window_right, top_left, softcap, dropout_p, scale,
+               need_low=False):  # fmt: skip
     """The reference under the arguments of the raw op."""
     packed = cu_seqlens_q is not None
     if packed:
         q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
-    out, lse = reference.attention(
+    out, *lse = reference.attention(
         q, k, v, mask=mask, bias=bias, causal="top_left" if top_left else False, window=(window_left, window_right),
         seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes,
-        softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng,
+        softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng, need_low=need_low,
     )  # fmt: skip
-    return (out.transpose(0, 1)[None], lse[None]) if packed else (out, lse)
+    return (out.transpose(0, 1)[None], *(t[None] for t in lse)) if packed else (out, *lse)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, backend, backward_backend, deterministic, *rest):
-        out, lse = _raw("fwd", backend, q.device.type, q, k, v)(q, k, v, bias, sink, *rest)
+        # where q·k in half precision is all of a score, its own rounding is far above that of lse
+        need_low = q.dtype == torch.float32 or bias is not None or rest[4] is not None
+        out, lse, lse_low = _raw("fwd", backend, q.device.type, q, k, v)(q, k, v, bias, sink, *rest, need_low)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
+        ctx.save_for_backward(q, k, v, bias, sink, out, lse, lse_low, *rest[:6])
         ctx.options = rest[6:]
         ctx.backend = backward_backend
         ctx.deterministic = deterministic
@@ -183,7 +196,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse):
-        q, k, v, bias, sink, out, lse, *rest = ctx.saved_tensors
+        q, k, v, bias, sink, out, lse, lse_low, *rest = ctx.saved_tensors
         rest = (*rest, *ctx.options)
         nothing = (None,) * (3 + len(rest))
         if torch.is_grad_enabled():  # create_graph=True
@@ -191,7 +204,9 @@ class _Attention(torch.autograd.Function):
             return *grads, *nothing
         need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
         run = _raw("bwd", ctx.backend, q.device.type, q, k, v)
-        dq, dk, dv, dbias, dsink = run(do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias, ctx.deterministic)
+        dq, dk, dv, dbias, dsink = run(
+            do, dlse, q, k, v, out, lse, lse_low, bias, sink, *rest, need_dbias, ctx.deterministic
+        )
         return (
             dq if need_dq else None,
             dk if need_dk else None,
@@ -334,7 +349,8 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
         *_, left, right, top_left, _, _, scale = rest
         if left == -1:
             return _infer(q, k, v, right, top_left, scale), None
-    return _raw("fwd", runs, facts[0], q, k, v)(q, k, v, bias, sink, *rest)
+    out, lse, _ = _raw("fwd", runs, facts[0], q, k, v)(q, k, v, bias, sink, *rest, False)
+    return out, lse
 
 
 def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None,
