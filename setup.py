@@ -1,4 +1,4 @@
-"""Builds fastattn: two op libraries on the LibTorch stable ABI, a pybind11 module, Triton kernels in Python.
+"""Builds fastattn: op libraries on the LibTorch stable ABI, a pybind11 module, Triton kernels in Python.
 
 torch is never imported and never required to build: its headers are found in the environment that is installed into,
 and the libraries link against empty stubs that carry torch's sonames. Every native part is optional; what was built,
@@ -18,6 +18,7 @@ import os
 import pathlib
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -34,6 +35,8 @@ PACKAGE = "fastattn"
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "g++")
 OLDEST_TORCH = (2, 11)  # the libraries load on this one and every later one
 TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+DEFINITIONS = runpy.run_path(str(ROOT / PACKAGE / "ops/_schemas.py"))["DEFINITIONS"]
+SCHEMAS = "libfastattn_schemas.so"  # the others find it by this name in the folder that they lie in
 
 # Every csrc/cpu/*.cpp but the *ops.cpp is compiled once per instruction set, with CPU_CAPABILITY naming the variant.
 CPU_VARIANTS = {"default": ""}
@@ -200,9 +203,24 @@ class NinjaFile:
         """An empty library: gives DT_NEEDED on torch's library without needing that very torch to link."""
         return self.add(soname, "stub", [], soname=soname)
 
+    def library(self, name, objects, libraries, flags=""):
+        """A shared library that needs `libraries`, even if it takes no symbol from them: the stubs have none."""
+        needed = f"-Wl,--no-as-needed {' '.join(libraries)} -Wl,--as-needed -Wl,-rpath,'$$ORIGIN'"
+        self.add(name, "link", objects, libraries, flags=f"-Wl,-soname,{name} {needed} {flags}")
+
 
 def include(*directories, system=True):
     return " ".join(f"{'-isystem' if system else '-I'} {shlex.quote(str(directory))}" for directory in directories)
+
+
+def write_schema_library(ninja, torch_flags, build_dir):
+    """libfastattn_schemas.so: the definitions of all ops, on which the op libraries depend."""
+    text = "".join(f'"{definition}",\n' for definition in DEFINITIONS.values())
+    inc = build_dir / "schemas.inc"
+    if not inc.exists() or inc.read_text() != text:  # its time decides what is compiled again
+        inc.write_text(text)
+    flags = f"{torch_flags} {include(build_dir, system=False)}"
+    ninja.library(SCHEMAS, [ninja.compile("cxx", ROOT / "csrc/schemas.cpp", flags)], [ninja.stub("libtorch_cpu.so")])
 
 
 def write_cpu_library(ninja, torch_flags):
@@ -218,9 +236,7 @@ def write_cpu_library(ninja, torch_flags):
         for variant, isa_flags in (only or CPU_VARIANTS).items():
             flags = f"{include(ROOT / 'csrc', system=False)} -DCPU_CAPABILITY={variant} {isa_flags} {KERNEL_FLAGS}"
             objects.append(ninja.compile("cxx", source, flags, variant))
-    stub = ninja.stub("libtorch_cpu.so")
-    # --no-as-needed: some distributions drop a library of which no symbol is taken, and the stub has none.
-    ninja.add("_cpu.so", "link", objects, [stub], flags=f"-Wl,--no-as-needed {stub}")
+    ninja.library("_cpu.so", objects, ["libtorch_cpu.so", SCHEMAS])
 
 
 def write_cuda_library(ninja, torch_flags, cuda, archs):
@@ -233,10 +249,9 @@ def write_cuda_library(ninja, torch_flags, cuda, archs):
         flags = arch_flags(source.stem, archs)
         if flags:
             objects.append(ninja.compile("nvcc", source, f"{include(ROOT / 'csrc', system=False)} {flags}"))
-    stubs = ["libtorch_cpu.so", ninja.stub("libtorch_cuda.so")]
-    libraries = " ".join(f"-L{shlex.quote(str(cuda / name))}" for name in ("lib64", "lib"))
-    flags = f"-Wl,--no-as-needed {' '.join(stubs)} -Wl,--as-needed {libraries} -lcudart_static -lrt -lpthread -ldl"
-    ninja.add("_cuda.so", "link", objects, stubs, flags=flags)
+    folders = " ".join(f"-L{shlex.quote(str(cuda / name))}" for name in ("lib64", "lib"))
+    libraries = ["libtorch_cpu.so", ninja.stub("libtorch_cuda.so"), SCHEMAS]
+    ninja.library("_cuda.so", objects, libraries, f"{folders} -lcudart_static -lrt -lpthread -ldl")
 
 
 def write_introspection_module(ninja, name, pybind11):
@@ -276,7 +291,7 @@ class BuildNative(build_ext):
     def run(self):
         self.native, self.want_cuda = tri_state("FASTATTN_NATIVE"), tri_state("FASTATTN_CUDA")
         self.module = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
-        self.parts = ("_cpu.so", "_cuda.so", self.module)
+        self.parts = (SCHEMAS, "_cpu.so", "_cuda.so", self.module)
         out_dir = ROOT / PACKAGE if self.inplace else pathlib.Path(self.build_lib).resolve() / PACKAGE
         build_dir = pathlib.Path(self.build_temp).resolve()
         if self.editable_mode:  # not the temporary directory of an editable install: the next one is incremental
@@ -323,7 +338,7 @@ class BuildNative(build_ext):
         if not shutil.which(shlex.split(CXX)[0]):
             skip(f"no C++ compiler: {CXX} not found (install g++, or set CXX)", *self.parts)
         if torch is None:
-            skip(no_torch, "_cpu.so", "_cuda.so")
+            skip(no_torch, SCHEMAS, "_cpu.so", "_cuda.so")
         if cuda is None:
             skip("FASTATTN_CUDA=0" if self.want_cuda == "0" else "no nvcc found (set CUDA_HOME)", "_cuda.so")
         if pybind11 is None:
@@ -332,6 +347,7 @@ class BuildNative(build_ext):
         torch_flags = f"{include(ROOT / 'csrc', system=False)} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
         if torch:
             torch_flags += " " + include(torch / "include")
+            write_schema_library(ninja, torch_flags, build_dir)
             write_cpu_library(ninja, torch_flags)
         if torch and cuda:
             write_cuda_library(ninja, torch_flags, cuda, archs)
@@ -347,6 +363,7 @@ class BuildNative(build_ext):
         return {
             "built": [part for part in self.parts if part not in skipped],
             "not_built": skipped,
+            "schemas": DEFINITIONS,
             "cpu_variants": list(CPU_VARIANTS),
             "torch": torch and torch_version(torch),
             "nvcc": cuda and first_match(r"V(\d[\d.]+)", output_of(str(cuda / "bin/nvcc"), "--version")),
@@ -384,9 +401,25 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+def source_folders():
+    """Which folders hold which packages.
+
+    fastattn/kernels is a link to kernels/, which some archives and file systems lose: the wheel does not depend on it.
+    An editable install gets a folder on sys.path that holds a link to the package and nothing else: type checkers see
+    that, unlike an import hook of setuptools, and no other folder of this repository can be imported.
+    """
+    if "editable_wheel" in sys.argv and (ROOT / PACKAGE / "kernels").is_dir():
+        link = ROOT / ".editable" / PACKAGE
+        link.parent.mkdir(exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(os.path.join("..", PACKAGE), target_is_directory=True)
+        return {"": link.parent.name}
+    return {f"{PACKAGE}.kernels": "kernels"}
+
+
 setup(
     packages=[*find_packages(include=["fastattn*"]), "fastattn.kernels"],
-    package_dir={f"{PACKAGE}.kernels": "kernels"},
+    package_dir=source_folders(),
     ext_modules=[Extension(f"{PACKAGE}._native", [])],
     distclass=BinaryDistribution,
     cmdclass={"build": CleanBuild, "build_ext": BuildNative, "bdist_wheel": Wheel},

@@ -112,4 +112,16 @@ inline Tensor empty_on(int32_t device_type, int32_t device_index, torch::headero
   return Tensor(handle);
 }
 
+// An uninitialised contiguous tensor on the device of `like`.
+inline Tensor empty_beside(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  return empty_on(device_type, like.get_device_index(), sizes, dtype);
+}
+
+inline void check_device(const std::optional<Tensor>& tensor, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(!tensor || tensor->device() == like.device(), name, " must be on the device of the first operand, ",
+                  like.get_device_index(), ", got device ", tensor->get_device_index());
+}
+
 }  // namespace fastattn

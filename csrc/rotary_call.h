@@ -4,7 +4,7 @@
 #include <array>
 #include <optional>
 
-#include "check.h"
+#include "head_tensors.h"
 
 namespace fastattn {
 
@@ -15,27 +15,9 @@ inline HeadTensor rotary_strides(const Tensor& t) {
                       : HeadTensor{data, 0, t.stride(1), t.stride(0)};
 }
 
-// Uninitialised, of the shape of `like` and its dimensions nested as there; the fake of the op does the same.
-inline Tensor rotary_empty_like(const Tensor& like, int32_t device_type, int32_t device_index) {
-  if (like.dim() == 3) {
-    return empty_on(device_type, device_index, like.sizes(), like.scalar_type());
-  }
-  std::array<int, 3> order{0, 1, 2};
-  if (like.stride(0) && like.stride(1) && like.stride(2)) {
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
-  }
-  std::array<int64_t, 4> strides{0, 0, 0, 1};
-  int64_t stride = std::max<int64_t>(1, like.size(3));
-  for (int n = 2; n >= 0; --n) {
-    strides[order[n]] = stride;
-    stride *= std::max<int64_t>(1, like.size(order[n]));
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, like.sizes().data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type())),
-                               device_type, device_index, &handle));
-  return Tensor(handle);
+// An uninitialised tensor of the shape and memory order of `like`, which is packed if it has three dimensions.
+inline Tensor rotary_empty_like(const Tensor& like) {
+  return like.dim() == 3 ? empty_beside(like, like.sizes(), like.scalar_type()) : empty_in_layout(like, like.size(3));
 }
 
 // The arguments of a call, checked, `out` still to be set; keeps the copies alive that some of them point to.

@@ -1,11 +1,5 @@
 """Fused attention, normalisation and feed-forward kernels for PyTorch behind drop-in torch.nn layers."""
 
-import os
-
-if not os.path.isdir(os.path.join(__path__[0], "kernels")):
-    # a checkout keeps the Triton kernels one level up; an installed package holds them here
-    __path__.append(os.path.dirname(__path__[0]))
-
 from fastattn import nn
 from fastattn._native import load_backends
 from fastattn.nn import (

@@ -9,6 +9,7 @@ import warnings
 import torch
 
 from fastattn.ops._backends import set_unavailable, unavailable
+from fastattn.ops._schemas import DEFINITIONS
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 # in the order of CpuCapability in csrc/cpu/capability.h
@@ -29,12 +30,14 @@ def build_info():
         return {}
 
 
-def _load(name):
-    """Load one op library: None, or the reason why it is not there."""
+def load_library(name):
+    """Load a library of ops or of their schemas: None, or the reason why it is not there."""
     path = os.path.join(_HERE, name)
     if not os.path.exists(path):
         reason = build_info().get("not_built", {}).get(name, "not built in this checkout")
         return reason if "\n" not in reason else "it failed to compile, the log is in fastattn/_build_info.json"
+    if build_info().get("schemas") != DEFINITIONS:
+        return "built from another version of the source, whose ops took other arguments: build it again"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -45,7 +48,7 @@ def _load(name):
 def _load_cuda():
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
-    return _load("_cuda.so") or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+    return load_library("_cuda.so") or (None if torch.cuda.is_available() else "torch sees no CUDA device")
 
 
 def _load_triton():
@@ -57,6 +60,8 @@ def _load_triton():
     cuda = None if torch.cuda.is_available() else "torch sees no CUDA device"
     if cpu and cuda:
         return cpu, cuda  # nothing could run: spare the import
+    if importlib.util.find_spec("fastattn.kernels") is None:
+        return ("fastattn/kernels is missing: a copy of the repository lost its symbolic link to kernels/",) * 2
     try:
         import triton  # noqa: F401
     except Exception as error:  # a triton that does not fit this machine must not take everything down
@@ -71,7 +76,7 @@ def load_backends():
     capability = os.environ.get("FASTATTN_CPU_CAPABILITY") or CPU_CAPABILITIES[-1]
     if capability not in CPU_CAPABILITIES:
         raise ValueError(f"FASTATTN_CPU_CAPABILITY must be one of {', '.join(CPU_CAPABILITIES)}, got {capability!r}")
-    cpu = _load("_cpu.so")
+    cpu = load_library("_cpu.so")
     set_unavailable("native", "cpu", cpu)
     set_unavailable("native", "cuda", _load_cuda())
     for device, reason in zip(("cpu", "cuda"), _load_triton(), strict=True):

@@ -7,6 +7,8 @@ op rounds: at a stored intermediate and at the result. Nothing here is tuned.
 import torch
 import torch.nn.functional as F
 
+from fastattn._autocast import linear, matmul
+
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
@@ -127,12 +129,12 @@ def norm(x, residual=None, weight=None, bias=None, x_bias=None, *, eps, rms, dro
 def feed_forward(x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, rng=None):
     """y = w2·dropout(act(w1·x + b1)) + b2; gated: w2·dropout(act(w_gate·x + b_gate) ∘ (w1·x + b1)) + b2."""
     acc = accumulator(x.dtype)
-    up = F.linear(x, w1, b1).to(acc)
+    up = linear(x, w1, b1).to(acc)
     if w_gate is None:
         hidden = ACTIVATIONS[activation](up)
     else:
-        hidden = ACTIVATIONS[activation](F.linear(x, w_gate, b_gate).to(acc)) * up
-    return F.linear(dropout(hidden, dropout_p, rng=rng).to(x.dtype), w2, b2)
+        hidden = ACTIVATIONS[activation](linear(x, w_gate, b_gate).to(acc)) * up
+    return linear(dropout(hidden, dropout_p, rng=rng).to(x.dtype), w2, b2)
 
 
 def rotary_embedding(x, cos, sin, *, rotary_dim=None, positions=None, offset=0, interleaved=False):
@@ -176,7 +178,7 @@ def linear_cross_entropy(
     An ignored token has loss and gradient 0; the mean is over the others, NaN with gradient 0 where there are none.
     Returns: () or, for reduction "none", the shape of target; in the accumulator's dtype.
     """
-    logits = F.linear(x, weight, bias).to(accumulator(x.dtype)).view(target.numel(), weight.shape[0])
+    logits = linear(x, weight, bias).to(accumulator(x.dtype)).view(target.numel(), weight.shape[0])
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     labels = target.reshape(-1).long()
@@ -251,7 +253,7 @@ def attention(
     seen = visible.any(-2)[..., None]  # a key that nobody sees must not spread its NaN through 0 * NaN
     k = torch.where(seen, k.to(acc).repeat_interleave(group, 1), 0.0)
     v = torch.where(seen, v.to(acc).repeat_interleave(group, 1), 0.0)
-    s = (q.to(acc) @ k.mT) * scale
+    s = matmul(q.to(acc), k.mT) * scale
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
@@ -279,7 +281,7 @@ def attention(
         slab = first_slab + torch.arange(batch * n_heads, device=q.device).view(batch, n_heads, 1)
         keep = philox_keep(rng, dropout_p, torch.arange(seqlen_q, device=q.device), slab, seqlen_k)
         p = torch.where(keep, p * dropout_scale(dropout_p), 0.0)
-    out = (p @ v).to(q.dtype)
+    out = matmul(p, v).to(q.dtype)
     if not need_low:
         return out, lse.squeeze(-1)
     low = torch.where(empty, 0.0, row_max - lse + torch.log(total))
@@ -287,7 +289,10 @@ def attention(
 
 
 def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_slopes, need_low, **options):
-    """Sequence by sequence: q (total_q, heads, head_dim), k and v (total_k, kv_heads, ...); lse (heads, total_q)."""
+    """Sequence by sequence: q (total_q, heads, head_dim), k and v (total_k, kv_heads, ...); lse (heads, total_q).
+
+    Rows behind the last sequence are those of none: out 0, lse -inf.
+    """
     n_heads = q.shape[1]
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [], []  # lses: and what is left of them
@@ -302,9 +307,11 @@ def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_s
         )
         outs.append(out[0].transpose(0, 1))
         lses.append(torch.cat(lse))
-    if not outs:
-        outs = [q.new_empty(0, n_heads, v.shape[-1])]
-        lses = [q.new_empty(2 if need_low else 1, n_heads, 0, dtype=accumulator(q.dtype))]
+    behind = q.shape[0] - ends_q[-1]
+    outs.append(q.new_zeros(behind, n_heads, v.shape[-1]))
+    lses.append(q.new_full((1, n_heads, behind), float("-inf"), dtype=accumulator(q.dtype)))
+    if need_low:
+        lses[-1] = torch.cat((lses[-1], torch.zeros_like(lses[-1])))
     return torch.cat(outs), *torch.cat(lses, dim=-1)
 
 

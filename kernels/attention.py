@@ -22,9 +22,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention_config import pick
 from fastattn.kernels.common import device_guard, dropout_constants, dropout_halfwords, register
-
 from fastattn.ops.attention import empty_in_layout
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -32,8 +32,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate(batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlen_q, seqlen_k, TOP_LEFT: tl.constexpr):
-    """(index in the batch dimension, first row of q and k, both lengths, length of the visible keys, off)."""
+def locate(batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlen_q, seqlen_k, TOP_LEFT: tl.constexpr,
+           OF_KEYS: tl.constexpr):  # fmt: skip
+    """(index in the batch dimension, first row of q and k, both lengths, length of the visible keys, off).
+
+    Where `batch` is not `within` the packed sequences the rows are those behind the last one, and there is nothing on
+    the other side. OF_KEYS: the rows in question are keys.
+    """
     index = batch
     first_q = batch * 0
     first_k = batch * 0
@@ -41,15 +46,42 @@ def locate(batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlen_q, seqlen_k, TOP
         index = batch * 0
         first_q = tl.load(cu_seqlens_q + batch).to(tl.int64)
         first_k = tl.load(cu_seqlens_k + batch).to(tl.int64)
-        seqlen_q = (tl.load(cu_seqlens_q + batch + 1) - first_q).to(tl.int32)
-        seqlen_k = (tl.load(cu_seqlens_k + batch + 1) - first_k).to(tl.int32)
+        end_q = tl.load(cu_seqlens_q + batch + 1, mask=within, other=0 if OF_KEYS else seqlen_q)
+        end_k = tl.load(cu_seqlens_k + batch + 1, mask=within, other=seqlen_k if OF_KEYS else 0)
+        seqlen_q = tl.maximum(end_q - first_q, 0).to(tl.int32)
+        seqlen_k = tl.maximum(end_k - first_k, 0).to(tl.int32)
     length_k = seqlen_k
     if seqlens_k is not None:
-        length_k = tl.maximum(tl.minimum(tl.load(seqlens_k + batch), seqlen_k), 0)
+        length_k = tl.maximum(tl.minimum(tl.load(seqlens_k + batch, mask=within, other=0), seqlen_k), 0)
     off = length_k - seqlen_q
     if TOP_LEFT:
         off = 0
     return index, first_q, first_k, seqlen_q, seqlen_k, length_k, off
+
+
+SEARCHED = tl.constexpr(128)  # sequences that one step of find_tile looks at
+
+
+@triton.jit
+def find_tile(cu_seqlens, tiles, total, tile, BLOCK: tl.constexpr):
+    """(sequence, tile within it, whether it is a sequence) of one of the `tiles` into which packed rows are divided.
+
+    Sequence b begins with tile cu_seqlens[b] // BLOCK + b. So it gets at least as many tiles as its rows need, and all
+    sequences together total // BLOCK + sequences: the grid grows with the rows and not with the longest sequence. The
+    rows behind the last sequence come after it as if they were one more.
+    """
+    sequences = tiles - 1 - total // BLOCK
+    low = sequences * 0
+    size = sequences + 1
+    while size > 1:  # the answer is among sequences low to low + size - 1
+        step = (size + SEARCHED - 1) // SEARCHED
+        local = tl.arange(0, SEARCHED) * step
+        begins = tl.load(cu_seqlens + low + local, mask=local < size, other=0) // BLOCK + low + local
+        passed = tl.sum(((begins <= tile) & (local < size)).to(tl.int32))
+        low += tl.maximum(passed - 1, 0) * step
+        size = tl.minimum(step, sequences + 1 - low)
+    tile -= tl.load(cu_seqlens + low) // BLOCK + low
+    return low.to(tl.int64), tile, low < sequences
 
 
 @triton.jit
@@ -283,8 +315,11 @@ def attention_fwd(q, k, v, out, lse, lse_low, bias, sink, mask, seqlens_k, cu_se
         pid_m = blocks_m - 1 - pid_m  # causal: the longest rows first
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
+    within = True
+    if cu_seqlens_q is not None:
+        batch, pid_m, within = find_tile(cu_seqlens_q, blocks_m, total_q, pid_m, BLOCK_M)
     index, first_q, first_k, seqlen_q, _, length_k, off = locate(
-        batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
+        batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT, False
     )
     start_m = pid_m * BLOCK_M
     if start_m >= seqlen_q:
@@ -299,7 +334,7 @@ def attention_fwd(q, k, v, out, lse, lse_low, bias, sink, mask, seqlens_k, cu_se
         mask += batch * mask_strides[0] + head * mask_strides[1]
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes + batch * slopes_stride + head)
+        slope = tl.load(slopes + batch * slopes_stride + head, mask=within, other=0.0)
     slab = (batch * n_heads + head).to(tl.int32)
 
     # keys that the windows leave to no query at all are not even read
@@ -341,7 +376,7 @@ def attention_fwd(q, k, v, out, lse, lse_low, bias, sink, mask, seqlens_k, cu_se
     if not NATURAL:
         m_i *= LN_2
     if sink is not None:
-        sink_score = tl.load(sink + head)
+        sink_score = tl.load(sink + head, mask=within, other=float("-inf"))
         m_new = tl.maximum(m_i, sink_score)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = exponential(m_i - m_safe, True)
@@ -409,15 +444,12 @@ class Plan:
     q, k, v, bias, mask are (shape, strides) or None; `sequences` is the number of packed sequences or None.
     """
 
-    def __init__(self, q, k, v, bias, mask, dtype, device, fp32_precision, alibi_dims, drops, sequences, max_seqlen_q,
-                 max_seqlen_k, window_left, window_right, top_left, softcap, dropout_p, scale):  # fmt: skip
+    def __init__(self, q, k, v, bias, mask, dtype, device, fp32_precision, alibi_dims, drops, sequences, window_left,
+                 window_right, top_left, softcap, dropout_p, scale):  # fmt: skip
         (batch, self.n_heads, self.total_q, head_dim), (_, self.kv_heads, self.total_k, _) = q[0], k[0]
         head_dim_v = v[0][3]
         self.group = self.n_heads // max(self.kv_heads, 1)
-        self.batch, self.max_q, self.max_k = batch, self.total_q, self.total_k
-        if sequences is not None:
-            self.batch = sequences
-            self.max_q, self.max_k = min(max_seqlen_q, self.total_q), min(max_seqlen_k, self.total_k)
+        self.batch, self.sequences = batch, sequences
         self.layouts = [
             (like.shape, like.stride())
             for like in (
@@ -458,15 +490,17 @@ class Plan:
         self.launches = {}
 
     def launch(self, kernel):
-        """(grid, blocks along the sequence, constants and options, whether TMA may be used) of a kernel."""
+        """(grid, blocks of the rows, constants and options, whether TMA may be used) of a kernel."""
         if kernel not in self.launches:
             config, tma = pick(kernel, *self.kind)
-            block, length, heads = "BLOCK_M", self.max_q, self.n_heads
+            block, length, heads = "BLOCK_M", self.total_q, self.n_heads
             if kernel == "dkdv":
-                block, length, heads = "BLOCK_N", self.max_k, self.kv_heads
+                block, length, heads = "BLOCK_N", self.total_k, self.kv_heads
             elif self.switches["HAS_LEFT"]:  # keys before the first window must not be read: a descriptor cannot say so
                 tma = False
             blocks = triton.cdiv(length, config[block])
+            if self.sequences is not None and blocks:
+                blocks = length // config[block] + self.sequences + 1  # what find_tile counts on
             constants = {**self.switches, **self.special.get(kernel, {}), **config}
             self.launches[kernel] = (blocks * heads * self.batch,), blocks, constants, tma
         return self.launches[kernel]
@@ -479,8 +513,12 @@ def geometry(t):
     return None if t is None else (t.shape, t.stride())
 
 
-def prepare(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes, rng, *options):
-    """(plan, the optional tensors as the kernels take them) for the arguments of the raw ops."""
+def prepare(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes, rng, max_seqlen_q, max_seqlen_k,
+            *options):  # fmt: skip
+    """(plan, the optional tensors as the kernels take them) for the arguments of the raw ops.
+
+    The longest lengths that a caller promises do not matter: programs find their sequence.
+    """
     plan = plan_for(
         geometry(q), geometry(k), geometry(v), geometry(bias), geometry(mask), q.dtype, q.device, precision(q.dtype),
         0 if slopes is None else slopes.dim(), rng is not None,

@@ -17,11 +17,13 @@ Limits and features as in the forward. Reference: Dao, "FlashAttention-2", 2023,
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention import (
     LOG2_E,
     UNSPECIALIZED,
     contiguous,
     descriptors_fit,
+    find_tile,
     keep_tile,
     key_blocks,
     load_tile,
@@ -46,6 +48,7 @@ def attention_preprocess(out, do, lse, lse_low, dlse, sink, delta, high, low, ds
                          BLOCK_M: tl.constexpr):  # fmt: skip
     """Packed sequences are rows like any other here. lse comes in one part or two, and goes on as the other kernels
     subtract it: `high` +inf where a row saw nothing, `low` times log2(e); without `low`, `high` is all times log2(e).
+    A row that saw nothing has no part in dsink, whatever stands in do. Rows behind the last packed sequence are such.
     """
     pid = tl.program_id(0)
     batch = (pid // blocks_m // n_heads).to(tl.int64)
@@ -77,7 +80,8 @@ def attention_preprocess(out, do, lse, lse_low, dlse, sink, delta, high, low, ds
         tl.store(high + row, tl.maximum(row_lse * LOG2_E, -3e38), mask=inside)
     if sink is not None:
         share = tl.exp2((tl.load(sink + head) - row_lse) * LOG2_E - row_low)
-        tl.store(dsink + (batch * blocks_m + pid % blocks_m) * n_heads + head, -tl.sum(share * d))
+        tl.store(dsink + (batch * blocks_m + pid % blocks_m) * n_heads + head,
+                 -tl.sum(tl.where(empty, 0.0, share * d)))  # fmt: skip
 
 
 @triton.jit
@@ -165,10 +169,14 @@ def attention_dkdv(q, k, v, do, high, low, delta, dk, dv, bias, sink, mask, seql
     n_kv_heads = n_heads // GROUP
     batch = (pid // blocks_n // n_kv_heads).to(tl.int64)
     head_k = (pid // blocks_n % n_kv_heads).to(tl.int64)
+    pid_n = pid % blocks_n  # ascending is right for causal: the first keys are seen by the most queries
+    within = True
+    if cu_seqlens_k is not None:
+        batch, pid_n, within = find_tile(cu_seqlens_k, blocks_n, total_k, pid_n, BLOCK_N)
     index, first_q, first_k, seqlen_q, seqlen_k, length_k, off = locate(
-        batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
+        batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT, True
     )
-    start_n = pid % blocks_n * BLOCK_N  # ascending is right for causal: the first keys are seen by the most queries
+    start_n = pid_n * BLOCK_N
     if start_n >= seqlen_k:
         return
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -202,7 +210,7 @@ def attention_dkdv(q, k, v, do, high, low, delta, dk, dv, bias, sink, mask, seql
             head_mask = mask + batch * mask_strides[0] + head * mask_strides[1]
         slope = 0.0
         if ALIBI:
-            slope = tl.load(slopes + batch * slopes_stride + head)
+            slope = tl.load(slopes + batch * slopes_stride + head, mask=within, other=0.0)
         slab = (batch * n_heads + head).to(tl.int32)
         dk_acc, dv_acc = _dkdv_blocks(
             dk_acc, dv_acc, k_tile, v_tile, q_src, do_src, q_strides[2], do_strides[2], high + row, head_low,
@@ -287,8 +295,11 @@ def attention_dq(q, k, v, do, high, low, delta, dq, dbias, bias, sink, mask, seq
         pid_m = blocks_m - 1 - pid_m
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
+    within = True
+    if cu_seqlens_q is not None:
+        batch, pid_m, within = find_tile(cu_seqlens_q, blocks_m, total_q, pid_m, BLOCK_M)
     index, first_q, first_k, seqlen_q, _, length_k, off = locate(
-        batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
+        batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT, False
     )
     start_m = pid_m * BLOCK_M
     if start_m >= seqlen_q:
@@ -306,7 +317,7 @@ def attention_dq(q, k, v, do, high, low, delta, dq, dbias, bias, sink, mask, seq
         mask += batch * mask_strides[0] + head * mask_strides[1]
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes + batch * slopes_stride + head)
+        slope = tl.load(slopes + batch * slopes_stride + head, mask=within, other=0.0)
     slab = (batch * n_heads + head).to(tl.int32)
     begin_k = 0
     end_k = length_k

@@ -8,6 +8,7 @@ mask, bias, ALiBi, softcap or dropout). Architecture 86 stands for all with abou
 import functools
 
 import torch
+
 from fastattn.kernels.attention_table import TABLE
 
 KERNELS = ("fwd", "dkdv", "dq", "dbias")

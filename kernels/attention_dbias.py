@@ -11,6 +11,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention import UNSPECIALIZED, key_blocks, load_tile, locate, score_gradient
 
 
@@ -47,7 +48,7 @@ def attention_dbias(q, k, v, do, high, low, delta, dbias, bias, sink, mask, seql
         head = own_head + term // sum_cols // sum_rows % sum_heads
         batch = own_batch + term // sum_cols // sum_rows // sum_heads
         _index, _first_q, _first_k, seqlen_q, _seqlen_k, length_k, off = locate(
-            batch, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT
+            batch, True, cu_seqlens_q, cu_seqlens_k, seqlens_k, total_q, total_k, TOP_LEFT, False
         )
         first, _first_full, _end_full, end = key_blocks(
             start_m, BLOCK_M, BLOCK_N, seqlen_q, length_k, off, window_left, window_right, HAS_LEFT, HAS_RIGHT

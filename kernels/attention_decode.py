@@ -17,6 +17,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention import (
     LN_2,
     LOG2_E,
@@ -28,7 +29,6 @@ from fastattn.kernels.attention import (
     visible_tile,
 )
 from fastattn.kernels.common import device_guard, multiprocessors, register
-
 from fastattn.ops.attention import empty_in_layout
 
 MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 128, 16, 16

@@ -15,6 +15,7 @@ Reference: Milakov, Gimelshein, "Online normalizer calculation for softmax", 201
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention import tanh
 from fastattn.kernels.common import device_guard, register
 

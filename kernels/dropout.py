@@ -7,6 +7,7 @@ residual. Limits: fewer than 2^31 columns. Reference: fastattn.reference.dropout
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.common import as_rows, device_guard, dropout_constants, dropout_rows, register
 
 TILE, WARPS = 2048, 4  # elements of a tile; its width is that of the row, up to WIDTHS[1]

@@ -15,6 +15,7 @@ Limits: fewer than 2^31 columns. Reference: fastattn.reference.feed_forward.
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.common import (
     as_rows,
     device_guard,
@@ -24,7 +25,6 @@ from fastattn.kernels.common import (
     register,
 )  # fmt: skip
 from fastattn.kernels.norm import SUM_M, SUM_N, SUM_WARPS, add_up_kernel
-
 from fastattn.reference import ACTIVATIONS
 
 NAMES = tuple(ACTIVATIONS)

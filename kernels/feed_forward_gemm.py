@@ -20,6 +20,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.attention import scratch
 from fastattn.kernels.attention_config import architecture
 from fastattn.kernels.common import (
@@ -34,7 +35,6 @@ from fastattn.kernels.common import (
 from fastattn.kernels.feed_forward import NAMES, _activation
 from fastattn.kernels.feed_forward_table import TABLE
 from fastattn.kernels.norm import SUM_M, SUM_N, SUM_WARPS, add_up_kernel
-
 from fastattn.ops import _gemm
 
 GROUP_M = 2 if INTERPRETED else 8

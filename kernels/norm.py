@@ -18,6 +18,7 @@ Reference: fastattn.reference.norm; the backward with partial sums follows Trito
 import torch
 import triton
 import triton.language as tl
+
 from fastattn.kernels.common import (
     INTERPRETED,
     as_rows,

@@ -11,8 +11,8 @@ Reference: fastattn.reference.rotary_embedding.
 import torch
 import triton
 import triton.language as tl
-from fastattn.kernels.common import device_guard, register
 
+from fastattn.kernels.common import device_guard, register
 from fastattn.ops.attention import empty_in_layout
 
 PAIRS, WARPS = 2048, 4  # of a program

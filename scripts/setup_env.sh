@@ -5,14 +5,16 @@
 #   scripts/setup_env.sh [EXTRAS]          extras of pyproject.toml, e.g. train,test
 #   scripts/setup_env.sh --torch-only      PyTorch without fastattn
 #
-# Environment: PYTHON (interpreter to start from), FASTATTN_VENV (default .venv), FASTATTN_TORCH (what pip shall
-# install as PyTorch), and everything setup.py reads.
+# Environment: PYTHON (interpreter to start from), FASTATTN_VENV (default .venv), FASTATTN_TORCH (the arguments of
+# pip install for PyTorch, options too), and everything setup.py reads.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1:-}
 venv=${FASTATTN_VENV:-.venv}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 python=$venv/bin/python
+# PyTorch's index of CPU builds: on the default index the wheels for Linux need gigabytes of CUDA libraries
+cpu_index=https://download.pytorch.org/whl/cpu
 started=$SECONDS
 
 say() { printf '[setup %3ds] %s\n' $((SECONDS - started)) "$*"; }
@@ -48,24 +50,85 @@ make_venv() {
   say "virtual environment $venv with $("$base" --version)"
   if torch_version "$base" >/dev/null; then
     inherit=(--system-site-packages)
-    say "it takes over PyTorch $(torch_version "$base") of this Python"
   fi
   if ! "$base" -m venv "${inherit[@]}" "$venv" >/dev/null 2>&1; then
     rm -rf "$venv"
     die "expected a working venv module in $base (Debian, Ubuntu: apt-get install python3-venv)"
   fi
+  if torch_version "$python" >/dev/null; then # not if $base is in a virtual environment itself
+    say "it takes over PyTorch $(torch_version "$python") of this Python"
+  fi
 }
 
-# pip with its output in a file, of which the end is shown when it fails
+# pip with its output in a file
+try_pip_install() {
+  "$python" -m pip install --disable-pip-version-check "$@" >"$venv/setup.log" 2>&1
+}
+
+# the same; if it fails, the end of the file is shown and the setup ends
 pip_install() {
-  if ! "$python" -m pip install --disable-pip-version-check "$@" >"$venv/setup.log" 2>&1; then
-    tail -n 25 "$venv/setup.log" >&2
-    if grep -qE 'NewConnectionError|Timeout|name resolution|Network is unreachable|from versions: none' \
-      "$venv/setup.log"; then
-      die "pip found no package registry, or nothing there for this Python: is there a network? (log: $venv/setup.log)"
-    fi
-    die "pip install $* failed: the reason is above, all of it in $venv/setup.log"
+  try_pip_install "$@" || pip_failed "$@"
+}
+
+pip_failed() {
+  tail -n 25 "$venv/setup.log" >&2
+  if grep -qE 'NewConnectionError|Timeout|name resolution|Network is unreachable|from versions: none' \
+    "$venv/setup.log"; then
+    die "pip found no package registry, or nothing there for this Python: is there a network? (log: $venv/setup.log)"
   fi
+  die "pip install $* failed: the reason is above, all of it in $venv/setup.log"
+}
+
+has_gpu() { nvidia-smi -L >/dev/null 2>&1; }
+
+install_torch() {
+  local wanted from_cpu_index
+  if [ -n "${FASTATTN_TORCH:-}" ]; then
+    read -ra wanted <<<"$FASTATTN_TORCH"
+    say "PyTorch: pip install ${wanted[*]}"
+    pip_install "${wanted[@]}"
+    return
+  fi
+  if has_gpu; then
+    say "PyTorch: pip install 'torch>=2.11', the newest, with CUDA (a download of about 3 GB)"
+    pip_install "torch>=2.11"
+    return
+  fi
+  wanted=torch==2.13.0 # one release, so that all machines without a GPU test the same one
+  if [ "$(uname -s)" = Linux ]; then
+    from_cpu_index=(--index-url "$cpu_index" --timeout 10 --retries 0 "$wanted")
+    say "PyTorch: no GPU here, so the CPU build: pip install $wanted --index-url $cpu_index (about 200 MB)"
+    if try_pip_install "${from_cpu_index[@]}"; then
+      return
+    fi
+    # a download that breaks off must not become one of gigabytes: only an index that gives nothing is left
+    grep -q 'No matching distribution' "$venv/setup.log" || pip_failed "${from_cpu_index[@]}"
+    say "that index cannot be reached; the default index gives a build with CUDA on most machines (about 3 GB)"
+  fi
+  say "PyTorch: pip install $wanted"
+  pip_install "$wanted"
+}
+
+# what this PyTorch makes of the GPU that nvidia-smi lists
+say_what_torch_sees() {
+  local line
+  "$python" - <<'END' | while read -r line; do say "$line"; done
+import warnings
+
+import torch
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    seen = torch.cuda.is_available()
+if seen:
+    print("it sees", *(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
+else:
+    reason = " ".join(str(caught[0].message).split()) if caught else f"built for CUDA {torch.version.cuda}"
+    reason = reason if torch.version.cuda else "it is a build without CUDA"
+    print(f"nvidia-smi lists a GPU, but this PyTorch sees none: {reason}")
+    print("all runs on the CPU; for the GPU update its driver, or remove the virtual environment and run this again")
+    print("with FASTATTN_TORCH set to a build for your driver, as pytorch.org lists them")
+END
 }
 
 if ! "$python" -m pip --version >/dev/null 2>&1; then
@@ -77,15 +140,12 @@ if ! "$python" -m pip --version >/dev/null 2>&1; then
 fi
 
 if ! torch_version "$python" >/dev/null; then
-  # without a GPU one fixed release, so that every machine tests the same one
-  wanted=${FASTATTN_TORCH:-torch==2.13.0}
-  if [ -z "${FASTATTN_TORCH:-}" ] && nvidia-smi -L >/dev/null 2>&1; then
-    wanted="torch>=2.11"
-  fi
-  say "PyTorch: pip install $wanted (a large download)"
-  pip_install "$wanted"
+  install_torch
 fi
 say "PyTorch $(torch_version "$python")"
+if has_gpu; then
+  say_what_torch_sees
+fi
 
 if [ "$extras" = --torch-only ]; then
   exit

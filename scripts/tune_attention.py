@@ -80,6 +80,7 @@ class Workload:
     def __init__(self, device):
         import torch
         import triton.testing
+
         from fastattn.kernels import attention, attention_config
 
         self.torch, self.bench, self.device = torch, triton.testing.do_bench, device
@@ -137,6 +138,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
 
     import torch
+
     from fastattn.kernels import attention_config as config
 
     if not torch.cuda.is_available():

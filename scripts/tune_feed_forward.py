@@ -67,9 +67,9 @@ class Workload:
     def __init__(self, device):
         import torch
         import triton.testing
-        from fastattn.kernels import feed_forward_gemm
 
         import fastattn
+        from fastattn.kernels import feed_forward_gemm
 
         self.torch, self.device, self.table = torch, device, feed_forward_gemm.TABLE
         self.bench = lambda call: triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median")
@@ -116,6 +116,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
 
     import torch
+
     from fastattn.kernels.attention_config import architecture
     from fastattn.kernels.feed_forward_table import TABLE
 

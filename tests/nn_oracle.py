@@ -36,10 +36,27 @@ def pair(name, *args, seed=0, **kwargs):
     return ours, theirs
 
 
-def results(module, call, inputs, constant=()):
-    """Outputs of call(module, **inputs) and the gradients of float inputs and parameters, by name."""
+@contextlib.contextmanager
+def region(kind, dtype=torch.bfloat16, device="cpu"):
+    """Where code may stand: "out" of autocast, "in" it, or in an "island" that disables it within such a region."""
+    with torch.autocast(device, dtype, enabled=kind != "out"):
+        if kind == "island":
+            with torch.autocast(device, enabled=False):
+                yield
+        else:
+            yield
+
+
+def results(module, call, inputs, constant=(), forward="out", backward="out", order=1):
+    """Outputs of call(module, **inputs) and the gradients of float inputs and parameters, by name.
+
+    Args:
+        forward, backward: the kind of `region` they run in.
+        order: 2 gives the gradients of the sum of the squares of the gradients.
+    """
     inputs = {k: v if k in constant else leaf(v) for k, v in inputs.items()}
-    outputs = call(module, **inputs)
+    with region(forward):
+        outputs = call(module, **inputs)
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
     named = {f"output {i}": o for i, o in enumerate(outputs)}
     leaves = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
@@ -48,7 +65,12 @@ def results(module, call, inputs, constant=()):
     scalar = sum(
         (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs
     )
-    grads = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
+    wanted = list(leaves.values())
+    with region(backward):
+        grads = torch.autograd.grad(scalar, wanted, allow_unused=True, create_graph=order == 2)
+        if order == 2:
+            penalty = sum(g.square().sum() for g in grads if g is not None)
+            grads = torch.autograd.grad(penalty, wanted, materialize_grads=True)
     named |= {f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True)}
     return named
 
@@ -59,16 +81,22 @@ def leaf(value):
     return value
 
 
-def compare(ours, theirs, call, inputs, autocast=False, constant=()):
-    """Assert that outputs and every gradient of ours are as near to fp64 as torch's own, or nearly so."""
+def compare(ours, theirs, call, inputs, autocast=False, constant=(), regions=None, order=1):
+    """Assert that outputs and every gradient of ours are as near to fp64 as torch's own, or nearly so.
+
+    Args:
+        regions: the kinds of `region` of forward and backward; by default both "in" or "out", as `autocast` says.
+        order: of the gradients, as in `results`.
+    """
+    forward, backward = regions or (("in", "in") if autocast else ("out", "out"))
 
     def exact(value):
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     with slow_path():
-        truth = results(copy.deepcopy(theirs).double(), call, {k: exact(v) for k, v in inputs.items()}, constant)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got, baseline = results(ours, call, inputs, constant), results(theirs, call, inputs, constant)
+        exact_inputs = {k: exact(v) for k, v in inputs.items()}
+        truth = results(copy.deepcopy(theirs).double(), call, exact_inputs, constant, order=order)
+        got, baseline = (results(m, call, inputs, constant, forward, backward, order) for m in (ours, theirs))
     assert got.keys() == truth.keys()
     for what, expected in truth.items():
         value, base = (None if t is None else t.detach() for t in (got[what], baseline[what]))
@@ -80,7 +108,8 @@ def compare(ours, theirs, call, inputs, autocast=False, constant=()):
         assert value.dtype == base.dtype, f"{what}: {value.dtype}, torch {base.dtype}"
         if not value.numel():
             continue
-        eps = torch.finfo(torch.bfloat16 if autocast else value.dtype).eps
+        rounded = "in" in ((forward,) if what.startswith("output") else (forward, backward))
+        eps = torch.finfo(torch.bfloat16 if rounded else value.dtype).eps
         allowed = 3 * (base.double() - expected).abs().max() + SLACK * eps * expected.abs().max().clamp(min=1)
         error = (value.double() - expected).abs().max()
         assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}, torch {base.dtype}"

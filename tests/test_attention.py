@@ -209,7 +209,13 @@ def test_packed_mistakes_are_named():
     for change, error, message in (
         ({"cu_seqlens_k": None}, ValueError, "given together"),
         ({"cu_seqlens_q": torch.tensor([0, 9])}, TypeError, "int32"),
-        ({"cu_seqlens_q": torch.tensor([0, 8]).int()}, ValueError, r"from 0 to the total length 9, got \[0, 8\]"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 12]).int()},
+            ValueError,
+            r"from 0 to at most the total length 9, got \[0, 12",
+        ),
+        ({"cu_seqlens_q": torch.tensor([0, -3]).int()}, ValueError, r"got \[0, -3\]"),
+        ({"cu_seqlens_q": torch.empty(0).int(), "cu_seqlens_k": torch.empty(0).int()}, ValueError, "got none"),
         ({"cu_seqlens_k": torch.tensor([0, 11, 10]).int()}, ValueError, r"shape \(2,\), got \(3,\)"),
         ({"cu_seqlens_k": torch.tensor([1, 10]).int()}, ValueError, r"got \[1, 10\]"),
         ({"mask": torch.ones(9, 10, dtype=torch.bool)}, ValueError, "no mask and no bias"),

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import aot
+
 from fastattn.kernels.attention_config import KERNELS, PREPROCESS, VARIANTS, as_config, table_key
 from fastattn.kernels.attention_table import TABLE
 

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import aot
+
 from fastattn.kernels.attention_decode import APPEND_ROWS, COMBINE_SPLITS, CONFIGS, configuration
 
 MODULE = "fastattn.kernels.attention_decode"

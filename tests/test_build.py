@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def run(*command, cwd=ROOT, **environment):
     """The finished process of a command; Python for a command that starts with an option."""
     command = [sys.executable, *command] if command[0].startswith("-") or command[0].endswith(".py") else command
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")} | environment
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def output_of(*command, **options):
@@ -67,7 +68,7 @@ def source_tree(tmp_path):
     pytest.importorskip("ninja", reason="building needs ninja")
     for name in ("csrc", "fastattn", "kernels"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored, symlinks=True)
     for name in ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -85,7 +86,7 @@ def test_build_info_names_what_is_there():
 
 
 @needs_cpu_library
-@pytest.mark.parametrize("library", ["_cpu.so", "_cuda.so"])
+@pytest.mark.parametrize("library", ["_cpu.so", "_cuda.so", "libfastattn_schemas.so"])
 def test_op_libraries_are_bound_to_no_python_and_to_no_torch_version(library):
     if not (PACKAGE / library).exists():
         pytest.skip(_native.build_info()["not_built"][library].partition("\n")[0])
@@ -211,10 +212,81 @@ def test_source_distribution_has_everything_a_build_reads(source_tree):
     assert not missing
 
 
-def test_kernels_refuse_to_be_a_top_level_package():
-    result = run("-c", "import kernels")
-    assert result.returncode != 0
-    assert result.stderr.strip().endswith("ImportError: import the Triton kernels as fastattn.kernels, not as kernels")
+def built(source_tree, kind, **environment):
+    """The wheel that a PEP 517 hook of this tree builds without compiling anything: "wheel" or "editable"."""
+    code = f"import build_backend; print(build_backend.build_{kind}('dist'))"
+    output_of("-c", code, cwd=source_tree, FASTATTN_NATIVE="0", **environment)
+    (wheel,) = (source_tree / "dist").glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+USE_KERNELS = """
+import importlib.util, fastattn, fastattn.kernels.attention_table
+assert fastattn.kernels.attention_table.__name__ == "fastattn.kernels.attention_table"
+for name in ("kernels", "tests", "benchmarks", "scripts", "csrc", "setup", "build_backend"):
+    assert importlib.util.find_spec("fastattn." + name) is None or name == "kernels", name
+    assert importlib.util.find_spec(name) is None, name
+print(fastattn.__path__[0])
+"""
+
+
+@pytest.mark.parametrize("link", ["kept", "lost"])
+def test_a_wheel_holds_the_kernels_in_the_package_and_nothing_beside_it(source_tree, tmp_path_factory, link):
+    if link == "lost":  # as by a system or an archive without symbolic links
+        (source_tree / "fastattn/kernels").unlink()
+        (source_tree / "fastattn/kernels").write_text("../kernels")
+    place = tmp_path_factory.mktemp("place")
+    with built(source_tree, "wheel") as wheel:
+        wheel.extractall(place)
+    assert {path.name for path in place.iterdir() if path.suffix != ".dist-info"} == {"fastattn"}
+    for folder, pattern in (("kernels", "*.py"), ("fastattn", "**/*.py")):
+        wanted = {str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).glob(pattern)}
+        there = place / "fastattn" / ("kernels" if folder == "kernels" else "")
+        assert wanted <= {str(path.relative_to(there)) for path in there.glob("**/*.py")}
+    found = output_of("-W", "ignore", "-c", USE_KERNELS, cwd=place, PYTHONPATH=str(place))
+    assert pathlib.Path(found.strip()).parent.samefile(place)
+
+
+def test_an_editable_install_sees_this_tree_and_no_other_folder_of_it(source_tree, tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    with built(source_tree, "editable") as wheel:
+        (path_file,) = (name for name in wheel.namelist() if "dist-info" not in name)
+        assert path_file.endswith(".pth"), "an import hook, which type checkers do not follow"
+        path = wheel.read(path_file).decode().strip()
+    found = output_of("-W", "ignore", "-c", USE_KERNELS, cwd=place, PYTHONPATH=path)
+    assert pathlib.Path(found.strip()).samefile(source_tree / "fastattn")
+    if importlib.util.find_spec("mypy"):
+        from mypy import modulefinder, options
+
+        paths = modulefinder.SearchPaths((), (path,), (), ())
+        finder = modulefinder.FindModuleCache(paths, None, options.Options())
+        seen = finder.find_module("fastattn.kernels.attention_table")
+        assert pathlib.Path(seen).samefile(source_tree / "kernels/attention_table.py")
+
+
+def test_a_lost_link_to_the_kernels_is_told(source_tree):
+    (source_tree / "fastattn/kernels").unlink()
+    (source_tree / "fastattn/kernels").write_text("../kernels")
+    code = "import fastattn; print(fastattn.backends()['cpu']['triton'])"
+    output = output_of("-W", "ignore", "-c", code, cwd=source_tree, TRITON_INTERPRET="1")
+    assert "fastattn/kernels is missing" in output or "triton is not installed" in output
+
+
+def test_the_folder_of_the_kernels_is_no_package_and_hides_none(tmp_path):
+    """Where a program runs in a checkout, `import kernels` must find Hugging Face's package if it is there."""
+    locate = "import importlib.util; print(getattr(importlib.util.find_spec('kernels'), 'origin', None))"
+    assert str(ROOT) not in output_of("-c", locate)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").touch()
+    assert output_of("-c", locate, PYTHONPATH=str(tmp_path)).strip() == str(tmp_path / "kernels/__init__.py")
+
+
+def test_no_folder_of_a_checkout_is_a_part_of_the_package():
+    names = [path.stem for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"]
+    names = [name for name in names if name.isidentifier() and name not in ("kernels", "fastattn")]
+    assert {"tests", "setup"} <= set(names)
+    code = f"import fastattn, importlib.util as u; print([n for n in {names} if u.find_spec('fastattn.' + n)])"
+    assert output_of("-W", "ignore", "-c", code).strip() == "[]"
 
 
 def test_version_is_the_installed_one():

@@ -432,7 +432,7 @@ def test_help_and_output_to_a_closed_pipe(run):
         "try: main(['train', '--help'])\n"
         "except SystemExit as end: print(end.code, *(m in sys.modules for m in ('lightning_fabric', 'matplotlib')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert "--optim.learning_rate" in done.stdout
     assert done.stdout.splitlines()[-1] == "0 False False"
     command = [sys.executable, "-m", "fastattn", "generate", str(run), "--prompt", "a"]

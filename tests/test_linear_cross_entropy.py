@@ -492,6 +492,7 @@ def test_lower_instruction_sets(capability):
 def test_triton_kernel_compiles_without_spills():
     pytest.importorskip("triton", reason="Triton is not installed")
     from aot import compile_all
+
     from fastattn.kernels.cross_entropy import WARPS
 
     sizes = dict.fromkeys(("cols", "logits_stride", "ignore_index"), "i32")

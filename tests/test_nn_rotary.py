@@ -1,10 +1,19 @@
 """RotaryEmbedding: its tables, their growth and their dtype, and what it makes of q and k."""
 
+import copy
+import io
+import threading
+import types
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
 from fastattn.nn import RotaryEmbedding
+from fastattn.ops._register import is_recorded
 
 
 def randn(*shape, seed=0):
@@ -104,3 +113,185 @@ def test_heads_narrower_than_rotary_dim_are_refused(interleaved):
     rotary = RotaryEmbedding(16, max_seqlen=8, interleaved=interleaved)
     with pytest.raises(ValueError, match="RotaryEmbedding: head_dim must be at least rotary_dim 16, got 8"):
         rotary(torch.randn(1, 2, 4, 8))
+
+
+def grow_in_inference_mode(rotary, x):
+    with torch.inference_mode():
+        rotary(x)
+
+
+def cast_in_inference_mode(rotary, x):
+    with torch.inference_mode():
+        rotary.half().float()
+
+
+def built_in_inference_mode(rotary, x):
+    with torch.inference_mode():
+        return RotaryEmbedding(8, max_seqlen=4)
+
+
+def copied_in_inference_mode(rotary, x):
+    with torch.inference_mode():
+        return copy.deepcopy(rotary)
+
+
+def loaded_in_inference_mode(rotary, x):
+    file = io.BytesIO()
+    torch.save(rotary, file)
+    file.seek(0)
+    with torch.inference_mode():
+        return torch.load(file, weights_only=False)
+
+
+def grow_without_gradients(rotary, x):
+    with torch.no_grad():
+        rotary(x)
+
+
+def grow_under_autocast(rotary, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        rotary(x)
+
+
+def grow_on_fake_tensors(rotary, x):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        rotary(mode.from_tensor(x))
+
+
+def grow_under_forward_ad(rotary, x):
+    with forward_ad.dual_level():
+        rotary(forward_ad.make_dual(x, x))
+
+
+def grow_in_a_trace(rotary, x):
+    traced = torch.jit.trace(rotary, (x,), check_trace=False)
+    assert torch.equal(traced(2 * x), rotary(2 * x))
+
+
+def grow_in_an_fx_trace(tracing_mode):
+    def grow(rotary, x):
+        recorded = make_fx(lambda x: rotary(x), tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(x)
+        assert torch.equal(recorded(2 * x), rotary(2 * x))
+
+    return grow
+
+
+def grow_in_an_export(strict):
+    def grow(rotary, x):
+        exported = torch.export.export(rotary, (x,), strict=strict).module()
+        assert torch.equal(exported(2 * x), rotary(2 * x))
+
+    return grow
+
+
+def grow_compiled(mode):
+    def grow(rotary, x):
+        torch._dynamo.reset()
+        compiled = torch.compile(rotary, backend="aot_eager", fullgraph=True)
+        with mode():
+            assert torch.equal(compiled(x), rotary(x))
+
+    return grow
+
+
+def grow_a_functional_call(rotary, x):
+    torch.func.functional_call(rotary, dict(rotary.named_buffers()), (x,))
+
+
+def assigned_from_meta(rotary, x):
+    with torch.device("meta"):
+        rotary = RotaryEmbedding(8, max_seqlen=4)
+    rotary.load_state_dict({}, assign=True)
+    return rotary
+
+
+def cast_by_swapping(rotary, x):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return rotary.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def rotated_by_other_angles(rotary, x):
+    rotary.base = 10.0
+    assert torch.equal(rotary(x), RotaryEmbedding(8, base=10.0)(x))
+    assert torch.equal(rotary(x[:, :, :3]), RotaryEmbedding(8, base=10.0)(x[:, :, :3]))
+    rotary.base = 10000.0
+
+
+HISTORIES = {
+    "inference_mode": grow_in_inference_mode,
+    "inference_mode cast": cast_in_inference_mode,
+    "inference_mode built": built_in_inference_mode,
+    "inference_mode copy": copied_in_inference_mode,
+    "inference_mode load": loaded_in_inference_mode,
+    "no_grad": grow_without_gradients,
+    "autocast": grow_under_autocast,
+    "fake": grow_on_fake_tensors,
+    "func.grad": lambda rotary, x: torch.func.grad(lambda x: rotary(x).sum())(x),
+    "jacrev": lambda rotary, x: torch.func.jacrev(rotary)(x[:, :1, :, :]),
+    "vmap": lambda rotary, x: torch.func.vmap(rotary)(x.expand(3, *x.shape)),
+    "functionalize": lambda rotary, x: torch.func.functionalize(rotary)(x),
+    "forward AD": grow_under_forward_ad,
+    "functional_call": grow_a_functional_call,
+    "jit.trace": grow_in_a_trace,
+    "make_fx real": grow_in_an_fx_trace("real"),
+    "make_fx symbolic": grow_in_an_fx_trace("symbolic"),
+    "export": grow_in_an_export(False),
+    "export strict": grow_in_an_export(True),
+    "compile": grow_compiled(torch.enable_grad),
+    "compile inference_mode": grow_compiled(torch.inference_mode),
+    "meta": assigned_from_meta,
+    "swap": cast_by_swapping,
+    "base": rotated_by_other_angles,
+    "replica": lambda rotary, x: rotary._replicate_for_data_parallel()(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("seqlen", [3, 10, 30])
+@pytest.mark.parametrize("history", HISTORIES)
+def test_trains_right_whatever_was_before(history, seqlen):
+    """The tables hold real, exact numbers that a backward may use, however and wherever they were made or grew."""
+    rotary = RotaryEmbedding(8, max_seqlen=4)
+    made = HISTORIES[history](rotary, randn(1, 2, 10, 8))
+    rotary = made if isinstance(made, RotaryEmbedding) else rotary
+    x = randn(1, 2, seqlen, 8, seed=1).requires_grad_()
+    y, (dx,) = rotary(x), torch.autograd.grad(rotary(x).square().sum(), x)
+    torch.testing.assert_close(y, RotaryEmbedding(8)(x))
+    torch.testing.assert_close(dx, 2 * x)  # a rotation keeps the length
+    for table, exact in zip((rotary.cos, rotary.sin), exact_tables(len(rotary.cos), 8), strict=True):
+        assert type(table) is torch.Tensor
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
+        assert not table.is_inference()
+        assert (table - exact).abs().max() <= 2**-24
+
+
+def test_threads_may_let_it_grow():
+    rotary, large, wrong = RotaryEmbedding(8, max_seqlen=1), RotaryEmbedding(8, max_seqlen=4000), []
+
+    def work(seed):
+        for seqlen in torch.randint(1, 4000, (60,), generator=torch.Generator().manual_seed(seed)).tolist():
+            x = randn(1, 1, 1, 8)
+            if not torch.equal(rotary(x, positions=seqlen), large(x, positions=seqlen)):
+                wrong.append(seqlen)
+            if seqlen % 7 == 0:
+                rotary.cos, rotary.sin = rotary.cos[:1], rotary.sin[:1]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_captured_graph_is_a_record(monkeypatch):
+    """Kernels of a capture run at its replay: until then tables that they make hold nothing."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert is_recorded(types.SimpleNamespace(is_cuda=True))
+    monkeypatch.setattr(fastattn.nn.rotary, "is_recorded", lambda x: True)
+    rotary, x = RotaryEmbedding(8, max_seqlen=4), randn(1, 2, 10, 8)
+    assert torch.equal(rotary(x), RotaryEmbedding(8)(x))
+    assert rotary.cos.shape[0] == 4

@@ -186,7 +186,7 @@ def test_torchrun_starts_sharded_training(tmp_path, table):
         str(free_port()),
     ]
     command = [*launcher, "-m", "fastattn", "train", "--config", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert_same_losses(tmp_path / "one", tmp_path / "run")
 

@@ -335,6 +335,6 @@ else:
     units.unit_pipe(values, out, 400)
     assert list(out) == [6 * value for value in values], "wrong numbers"
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert PLANTED[fault] in done.stderr, done.stderr

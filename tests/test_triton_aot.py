@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import aot
+
 from fastattn.kernels import dropout, norm
 
 ARCHS = (80, 90, 100)

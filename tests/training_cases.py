@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -95,6 +96,32 @@ def interrupt_after(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(Trainer, "train_step", interrupted)
 
 
+def kill_after(owner, name, times, calls):
+    """This process kills itself so many Python calls after the `times`-th call of a function has begun.
+
+    That is any moment, as one of a clock would be, but no machine is too fast or too slow for it.
+
+    owner, name: of the function, the owner as text, for example "fastattn.training.loop:Trainer" and "train_step".
+    """
+    owner = pkgutil.resolve_name(owner)
+    function, seen = getattr(owner, name), 0
+
+    def counted(*arguments, **options):
+        nonlocal seen
+        seen += 1
+        if seen == times:
+            sys.setprofile(count_down)
+        return function(*arguments, **options)
+
+    def count_down(*_):  # at every call and return of a function
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, counted)
+
+
 if can_fork := hasattr(os, "fork"):
     # its children begin where the packages are imported already and no thread has been started
     FORKS = multiprocessing.get_context("forkserver")
@@ -103,20 +130,25 @@ if can_fork := hasattr(os, "fork"):
     )
 
 
-def start_training(config, *, rank=0, world_size=1, port=0, **options):
-    """A process that trains; with a world_size, as torchrun would start the one of this rank."""
+def start_training(config, *, rank=0, world_size=1, port=0, kill=None, **options):
+    """A process that trains; with a world_size, as torchrun would start the one of this rank.
+
+    kill: the arguments of kill_after, for a process that is to die of it.
+    """
     environment = {"OMP_NUM_THREADS": "1"}
     if world_size > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         names |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         environment |= {name: str(value) for name, value in names.items()}
-    process = FORKS.Process(target=_train, args=(config, environment, options), daemon=True)
+    process = FORKS.Process(target=_train, args=(config, environment, kill, options), daemon=True)
     process.start()
     return process
 
 
-def _train(config, environment, options):
+def _train(config, environment, kill, options):
     os.environ.update(environment)
+    if kill is not None:
+        kill_after(*kill)
     torch.set_num_threads(1)
     sys.exit(train(config, **options))
 
@@ -127,14 +159,17 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start_two(config, **options):
-    """Two such processes on one run."""
-    port = free_port()
-    return [start_training(config, rank=rank, world_size=2, port=port, **options) for rank in (0, 1)]
+def train_two(config, *, kill_second=None, exit_codes=(0, 0), **options):
+    """Two such processes on one run, waited for; kill_second: as `kill`, of the second."""
+    port, kills = free_port(), (None, kill_second)
+    processes = [
+        start_training(config, rank=rank, world_size=2, port=port, kill=kill, **options)
+        for rank, kill in enumerate(kills)
+    ]
+    assert tuple(map(exit_code, processes)) == exit_codes
 
 
-def train_two(config, **options):
-    processes = start_two(config, **options)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+def exit_code(process):
+    """Of a process that ends by itself; one that has not after five minutes hangs."""
+    process.join(300)
+    return process.exitcode

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -47,7 +48,7 @@ void check_scores(const Tensor& t, const AttentionArgs& args, const char* name) 
   }
 }
 
-// cu_seqlens rises from 0 to total; the longest sequence
+// cu_seqlens rises from 0 to at most total; the longest sequence
 int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t total, const char* name) {
   int64_t most = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -55,9 +56,17 @@ int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t total, const c
                     cu_seqlens[b]);
     most = std::max<int64_t>(most, cu_seqlens[b + 1] - cu_seqlens[b]);
   }
-  STD_TORCH_CHECK(cu_seqlens[0] == 0 && cu_seqlens[batch] == total, name, " must rise from 0 to ", total, ", got ",
-                  cu_seqlens[0], " to ", cu_seqlens[batch]);
+  STD_TORCH_CHECK(cu_seqlens[0] == 0 && cu_seqlens[batch] <= total, name, " must rise from 0 to at most ", total,
+                  ", got ", cu_seqlens[0], " to ", cu_seqlens[batch]);
   return most;
+}
+
+// `value` in the packed rows behind the last sequence, which no kernel writes
+void fill_behind(Tensor t, const int32_t* cu_seqlens, int64_t batch, double value) {
+  const int64_t end = cu_seqlens != nullptr ? cu_seqlens[batch] : t.size(2);
+  if (end < t.size(2)) {
+    torch::stable::fill_(torch::stable::narrow(t, 2, end, t.size(2) - end), value);
+  }
 }
 
 // The optional inputs as contiguous tensors, kept alive for the call.
@@ -168,6 +177,7 @@ Tensor forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, Input
   args.lse = lse;
   args.lse_low = lse_low;
   run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+  fill_behind(out, args.cu_seqlens_q, args.batch, 0);
   return out;
 }
 
@@ -188,6 +198,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& 
                               window_right, top_left, softcap, dropout_p, scale},
                              static_cast<float*>(lse.mutable_data_ptr()),
                              need_low ? static_cast<float*>(lse_low.mutable_data_ptr()) : nullptr);
+  if (cu_seqlens_q) {
+    const OptionalTensor ends = contiguous(cu_seqlens_q);
+    const auto* cu_seqlens = static_cast<const int32_t*>(ends->const_data_ptr());
+    fill_behind(lse, cu_seqlens, ends->numel() - 1, -INFINITY);
+    if (need_low) {
+      fill_behind(lse_low, cu_seqlens, ends->numel() - 1, 0);
+    }
+  }
   return {out, lse, lse_low};
 }
 
@@ -232,12 +250,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
             rng,  window_left, window_right, top_left,  softcap,      dropout_p,    scale};
   AttentionArgs args = arguments(q, k, v, in);
   const bool packed = args.cu_seqlens_q;
-  STD_TORCH_CHECK(out.dim() == 4 && d_o.dim() == 4 &&
-                      out.numel() == q.numel() / std::max<int64_t>(1, q.size(3)) * v.size(3) &&
-                      d_o.numel() == out.numel() && lse.numel() == q.size(0) * q.size(1) * q.size(2) &&
-                      (lse_low.numel() == 0 || lse_low.numel() == lse.numel()) &&
-                      (!dlse || dlse->numel() == lse.numel()),
-                  "attention: do, dlse, out, lse and lse_low do not fit q and v");
+  STD_TORCH_CHECK(
+      out.dim() == 4 && d_o.dim() == 4 && out.numel() == q.numel() / std::max<int64_t>(1, q.size(3)) * v.size(3) &&
+          d_o.numel() == out.numel() && lse.numel() == q.size(0) * q.size(1) * q.size(2) &&
+          (lse_low.numel() == 0 || lse_low.numel() == lse.numel()) && (!dlse || dlse->numel() == lse.numel()),
+      "attention: do, dlse, out, lse and lse_low do not fit q and v");
   STD_TORCH_CHECK(d_o.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type() &&
                       lse.scalar_type() == ScalarType::Float && lse_low.scalar_type() == ScalarType::Float &&
                       (!dlse || dlse->scalar_type() == ScalarType::Float),
@@ -290,6 +307,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
                                             dbias.size(3) > 1 ? blocks_of(args.seqlen_k) : 1);
     run(FASTATTN_SELECT_CPU_BF16(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
   }
+  fill_behind(dq, args.cu_seqlens_q, args.batch, 0);
+  fill_behind(dk, args.cu_seqlens_k, args.batch, 0);
+  fill_behind(dv, args.cu_seqlens_k, args.batch, 0);
   if (in.sink) {
     float* total = static_cast<float*>(dsink.mutable_data_ptr());
     for (int64_t n = 0; n < args.batch * args.n_heads; ++n) {

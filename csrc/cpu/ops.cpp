@@ -1,6 +1,6 @@
 // CPU ops on the LibTorch stable ABI: no libtorch C++ symbol and no Python symbol, so one library serves every torch
-// from TORCH_TARGET_VERSION on and every Python. The schemas are defined in Python, where they exist without this
-// library. This file holds what belongs to no op.
+// from TORCH_TARGET_VERSION on and every Python. The schemas are in a library that this one links to (schemas.cpp).
+// This file holds what belongs to no op.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

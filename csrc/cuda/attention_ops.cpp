@@ -92,7 +92,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& 
   refuse(bias, sink, mask, alibi_slopes, softcap, dropout_p);
   Call call(q, k, v, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left, window_right,
             top_left, scale);
-  STD_TORCH_CHECK(!need_low, "attention: the CUDA kernel makes no lse_low, which half precision without a bias or ALiBi does not need");
+  STD_TORCH_CHECK(
+      !need_low,
+      "attention: the CUDA kernel makes no lse_low, which half precision without a bias or ALiBi does not need");
   Tensor out = empty_in_layout(q, v.size(3));
   Tensor lse = empty_beside(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   const Tensor no_low = empty_beside(q, {0}, ScalarType::Float);

@@ -28,14 +28,10 @@ void run(const RotaryArgs& args, const Tensor& q) {
 std::tuple<Tensor, Tensor> rotary_fwd(const Tensor& q, const std::optional<Tensor>& k, const Tensor& cos,
                                       const Tensor& sin, const std::optional<Tensor>& positions, int64_t offset,
                                       int64_t rotary_dim, bool interleaved, bool conjugate) {
-  const int32_t index = q.get_device_index();
-  const fastattn::DeviceGuard guard(index);
+  const fastattn::DeviceGuard guard(q.get_device_index());
   RotaryCall call(q, k, cos, sin, positions, offset, rotary_dim, interleaved, conjugate);
-  int32_t type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &type));
-  const Tensor out_q = fastattn::rotary_empty_like(q, type, index);
-  const Tensor out_k =
-      k ? fastattn::rotary_empty_like(*k, type, index) : fastattn::empty_beside(q, {0}, q.scalar_type());
+  const Tensor out_q = fastattn::rotary_empty_like(q);
+  const Tensor out_k = k ? fastattn::rotary_empty_like(*k) : fastattn::empty_beside(q, {0}, q.scalar_type());
   call.args.out[0] = fastattn::rotary_strides(out_q);
   if (k) {
     call.args.out[1] = fastattn::rotary_strides(out_k);

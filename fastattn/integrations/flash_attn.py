@@ -8,12 +8,22 @@ causal and window_size are aligned bottom-right. What differs, and the tests tha
 
 import torch
 
+from fastattn.ops._public import Public
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_decode import attention_decode
 from fastattn.ops.rotary import rotary_embedding
 
+_TENSORS = (
+    "q k v kv qkv k_cache v_cache cu_seqlens cu_seqlens_q cu_seqlens_k alibi_slopes rotary_cos rotary_sin"
+    " cache_batch_idx cache_leftpad block_table"
+)
 _BATCHED = ("batch", "seqlen", "heads", "head_dim")
 _PACKED = ("total", "heads", "head_dim")
+
+
+def _named(function):
+    public = Public(function.__name__, tensors=_TENSORS, numbers="dropout_p softmax_scale softcap num_splits")
+    return public.answering(function)
 
 
 def _check_layout(name, layout, **tensors):
@@ -25,6 +35,7 @@ def _check_layout(name, layout, **tensors):
             raise ValueError(f"{name}: {label} must be ({', '.join(map(str, layout))}), got shape {tuple(t.shape)}")
 
 
+@_named
 def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
@@ -58,6 +69,7 @@ def flash_attn_func(
     return (out, lse, None) if return_attn_probs else out
 
 
+@_named
 def flash_attn_kvpacked_func(
     q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
@@ -70,6 +82,7 @@ def flash_attn_kvpacked_func(
     )  # fmt: skip
 
 
+@_named
 def flash_attn_qkvpacked_func(
     qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
@@ -82,6 +95,7 @@ def flash_attn_qkvpacked_func(
     )  # fmt: skip
 
 
+@_named
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
@@ -116,6 +130,7 @@ def flash_attn_varlen_func(
     return (out, lse, None) if return_attn_probs else out
 
 
+@_named
 def flash_attn_varlen_kvpacked_func(
     q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
@@ -128,6 +143,7 @@ def flash_attn_varlen_kvpacked_func(
     )  # fmt: skip
 
 
+@_named
 def flash_attn_varlen_qkvpacked_func(
     qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
@@ -140,6 +156,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@_named
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
     cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,

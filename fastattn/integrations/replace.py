@@ -18,6 +18,8 @@ _OURS = {
     )
 }  # fmt: skip
 
+_INSTEAD = "write replace(model) instead of model = replace(model)"
+
 
 @dataclass
 class Report:
@@ -25,6 +27,13 @@ class Report:
 
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, *args, **kwargs):
+        raise TypeError(f"replace changes the model in place and returns a report, not the model: {_INSTEAD}")
+
+    def __getattr__(self, name):
+        hint = f": replace returns a report, not the model: {_INSTEAD}" if hasattr(torch.nn.Module, name) else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def __str__(self):
         lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left alone"]
@@ -42,19 +51,21 @@ def replace(model, *, only=None):
 
     Args:
         model: any torch.nn.Module.
-        only: a class of torch.nn or several: the ones to replace; None = all that fastattn.nn has.
+        only: a class of torch.nn or its name, or several: the ones to replace; None = all that fastattn.nn has.
     Returns: a Report with `replaced` and `left`, dicts by module name; `print` it.
     Raises:
         TypeError: model is no module.
-        ValueError: `only` is or holds something else than a class that has a counterpart.
+        ValueError: `only` is or holds something else than a class that has a counterpart, or its name.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
     wanted = tuple(_OURS) if only is None else tuple(only) if isinstance(only, (tuple, list, set)) else (only,)
+    by_name = {kind.__name__: kind for kind in _OURS}
+    wanted = tuple(by_name.get(kind, kind) if isinstance(kind, str) else kind for kind in wanted)
     for kind in wanted:
         if kind not in _OURS:
-            known = ", ".join(f"torch.nn.{c.__name__}" for c in _OURS)
-            raise ValueError(f"replace: only must be classes out of {known}, got {kind!r}")
+            known = ", ".join(f"torch.nn.{name}" for name in by_name)
+            raise ValueError(f"replace: only must be classes out of {known}, or their names, got {kind!r}")
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)

@@ -1,6 +1,7 @@
 """What all transformer models share: embeddings with positions, blocks, the output layer and its loss."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -94,12 +95,13 @@ class Backbone(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, d_model) if token_embedding is None else token_embedding
         self.position_embedding = nn.Embedding(block_size, d_model) if positions == "learned" else None
         self.rotary = RotaryEmbedding(width, max_seqlen=block_size) if positions == "rotary" else None
-        self.register_buffer(
-            "sinusoids", sinusoids(block_size, d_model) if positions == "sinusoidal" else None, persistent=False
-        )
-        self.register_buffer(
-            "alibi_slopes", alibi_slopes(n_head) if positions == "alibi" else None, persistent=False
-        )  # fmt: skip
+        self._make_table = {
+            "sinusoidal": partial(sinusoids, block_size, d_model), "alibi": partial(alibi_slopes, n_head)
+        }.get(positions)  # fmt: skip
+        self.register_buffer("sinusoids", None, persistent=False)
+        self.register_buffer("alibi_slopes", None, persistent=False)
+        self._table = {"sinusoidal": "sinusoids", "alibi": "alibi_slopes"}.get(positions)
+        self._fill_table()
         self.dropout = nn.Dropout(dropout)
         own = positions in ("rotary", "alibi")
         self.blocks = nn.ModuleList(
@@ -108,6 +110,19 @@ class Backbone(nn.Module):
             for _ in range(n_layer)
         )  # fmt: skip
         self.norm = (nn.LayerNorm if layers == "torch" else LayerNorm)(d_model, norm_eps, bias=bias)
+
+    def _fill_table(self, device=None):
+        """Make the buffer that positions need, in fp32 whatever dtype the model is cast to."""
+        if self._table is not None:
+            with torch.inference_mode(False):  # it may have to serve training later
+                setattr(self, self._table, self._make_table().to(device))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        table = self._buffers.get(self._table)
+        if type(table) is torch.Tensor:  # fn may have made a fake or distributed one
+            self._fill_table(table.device)  # a cast must not round it, to_empty must not lose it
+        return self
 
     def forward(self, tokens, *, causal=False, lengths=None, cu_seqlens=None, memory=None, memory_lengths=None,
                 cache=None):  # fmt: skip
@@ -127,6 +142,8 @@ class Backbone(nn.Module):
             ValueError: tokens of another shape, too many, those in the cache included, or lengths that do not fit them;
                 values of lengths and cu_seqlens are looked at on the CPU only, where that waits for nothing.
         """
+        if self._table is not None and self._buffers[self._table].is_meta and not tokens.is_meta:
+            self._fill_table(tokens.device)  # load_state_dict(assign=True) has filled all the rest
         start = 0 if cache is None else cache.length
         check_tokens(tokens, self.block_size, start)
         check_lengths(lengths, tokens)
@@ -165,8 +182,11 @@ class Backbone(nn.Module):
         elif self.position_embedding is not None:
             table = self.position_embedding.weight
         if table is not None:
-            rows = isinstance(positions, int)
-            x = x + (table[positions : positions + tokens.shape[1]] if rows else F.embedding(positions, table))
+            if isinstance(positions, int):
+                rows = table[positions : positions + tokens.shape[1]]
+            else:
+                rows = F.embedding(positions, table)
+            x = x + rows.to(x.dtype)
         return self.dropout(x if self.norm_first else self.norm(x))
 
 

@@ -25,8 +25,9 @@ class KeyValueCache:
         weight = attn.out_proj.weight
         n_kv_head = getattr(attn, "num_kv_heads", attn.num_heads)
         shape = (len(model.blocks), batch, n_kv_head, model.block_size, attn.head_dim)
-        self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.v = torch.zeros_like(self.k)
+        with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
+            self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            self.v = torch.zeros_like(self.k)
         self.length = 0
         self.memory = [None] * len(model.blocks)
         if memory is not None:
@@ -36,7 +37,8 @@ class KeyValueCache:
 
     def reorder(self, rows):
         """Row i of the batch becomes row rows[i]; there may be more or fewer of them than before."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        with torch.inference_mode(False):
+            self.k, self.v = self.k[:, rows], self.v[:, rows]
         if self.memory[0] is not None:  # its keys and values stay where they are
             self.memory_rows, self.memory_lengths = self.memory_rows[rows], self.memory_lengths[rows]
 
@@ -48,7 +50,11 @@ class KeyValueCache:
             x: (batch, seqlen, d_model), the embedded new tokens.
             sequences: their Sequences, causal and with start = self.length.
         Returns: like x.
+        Raises:
+            ValueError: x has another number of sequences than the cache.
         """
+        if x.shape[0] != self.k.shape[1]:
+            raise ValueError(f"KeyValueCache: expected {self.k.shape[1]} sequences, got {x.shape[0]}")
         use_torch = sequences.use_torch
         lengths = torch.full(x.shape[:1], self.length, dtype=torch.int32, device=x.device)
 

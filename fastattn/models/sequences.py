@@ -70,7 +70,8 @@ class Sequences:
         if not self.use_torch:
             return self.rotary(q, k, positions=positions.flatten() if self.flat else positions)
         where = {"offset": positions} if isinstance(positions, int) else {"positions": positions}
-        return tuple(reference.rotary_embedding(x, self.rotary.cos, self.rotary.sin, **where) for x in (q, k))
+        tables = self.rotary.tables(0, q)  # block_size rows, which the positions do not exceed
+        return tuple(reference.rotary_embedding(x, *tables, **where) for x in (q, k))
 
     def attend(self, q, k, v, dropout_p):
         """Attention of q, of these or others, on k and v; shapes as for `rotate`, k and v may have fewer heads."""

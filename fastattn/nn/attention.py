@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import reference
+from fastattn._autocast import matmul
 from fastattn.nn.masks import attention_masks, check_mask_dtype
 from fastattn.ops import attention
+from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._random import draw_rng
-from fastattn.ops.attention import attention_with_rng
+from fastattn.ops.attention import attention_with_rng, sharded_call
 
 
 def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
@@ -46,12 +48,24 @@ def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
 
 def _attention_and_weights(q, k, v, mask, bias, causal, dropout_p):
     """The output of the op and, in a second pass over q, k and lse, the weights after dropout that made it."""
+    if type(q) is not torch.Tensor and is_dtensor(q):
+        call = sharded_call("MultiheadAttention", q, k, v, bias, None, mask, None, None, None, None, bool(causal))
+        rng = call.draw_rng() if dropout_p else None
+
+        def function(q, k, v, bias, _, mask, *unused):
+            return _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng)
+
+        return call(function, ("bhse", "bhst"))
     rng = draw_rng(q.device) if dropout_p else None
+    return _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng)
+
+
+def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     out, lse = attention_with_rng(q, k, v, mask=mask, bias=bias, causal=causal, dropout_p=dropout_p, rng=rng)
     batch, n_heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
     acc = reference.accumulator(q.dtype)
-    scores = (q.to(acc) @ k.to(acc).mT) * head_dim**-0.5
+    scores = matmul(q.to(acc), k.to(acc).mT) * head_dim**-0.5
     if bias is not None:
         scores = scores + bias
     visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)

@@ -125,7 +125,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         """Pass tgt through the layers; arguments as in `TransformerDecoderLayer`.
 
         Args:
-            tgt_is_causal: None compares tgt_mask with the causal one, once per mask and not while a graph is captured.
+            tgt_is_causal: None compares tgt_mask with the causal one, but not while a graph is captured. On a GPU that
+                waits for the device; True or False does not.
         Returns: like tgt.
         """
         if not self.strict_torch and tgt_is_causal is None:

@@ -210,7 +210,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         Args:
             src, mask, src_key_padding_mask: as in `TransformerEncoderLayer`.
             is_causal: position i sees positions 0 to i, in place of mask; None compares the mask with the causal one,
-                once per mask and not while a graph is captured.
+                but not while a graph is captured. On a GPU that waits for the device; True or False does not.
         Returns: like src.
         """
         if self.strict_torch:
@@ -221,7 +221,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             is_causal = is_causal_mask(mask, None, sequence_length(src, self.layers[0].self_attn.batch_first))
         is_causal = is_causal is True
         for layer in self.layers:
-            if type(layer).forward is TransformerEncoderLayer.forward:
+            if getattr(type(layer), "forward", None) is TransformerEncoderLayer.forward:
                 masks = mask, src_key_padding_mask
             else:
                 masks = as_float_mask(mask, src.dtype), as_float_mask(src_key_padding_mask, src.dtype)

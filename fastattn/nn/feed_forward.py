@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fastattn import reference
 from fastattn.nn.plain import dropout_p, hooks_everywhere, is_plain
 from fastattn.ops import feed_forward
+from fastattn.ops._public import Public
 
 
 def activation_name(activation):
@@ -56,6 +57,7 @@ class FeedForward(torch.nn.Module):
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
 
+    @Public("nn.FeedForward", numbers="d_model d_ff dropout").answering
     def __init__(
         self, d_model, d_ff=2048, *, activation="gelu", dropout=0.0, gated=False, bias=True, recompute=False,
         device=None, dtype=None,

@@ -1,9 +1,9 @@
 """The masks of torch.nn (True = ignore, float = added) in the form of the attention op (True = attend, bias)."""
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastattn.ops._register import needs_reference
+from fastattn.ops._kinds import is_causal_bias
+from fastattn.ops._register import is_recorded, needs_reference
 
 
 def check_mask_dtype(mask, name):
@@ -31,7 +31,8 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
         dtype: that of the projected query.
     Returns: (mask, bias), views that broadcast to (batch, n_heads, seqlen_q, seqlen_k), or None.
     Raises:
-        RuntimeError: attn_mask has another shape, or a float dtype the op does not add to scores of `dtype`.
+        RuntimeError: attn_mask is a CausalBias, or has another shape or a float dtype the op does not add to scores of
+            `dtype`.
         AssertionError: key_padding_mask has another shape.
     """
     bools, floats = [], []
@@ -43,6 +44,10 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
                 )
         (bools if key_padding_mask.dtype == torch.bool else floats).append(key_padding_mask[:, None, None, :])
     if attn_mask is not None:
+        if is_causal_bias(attn_mask):
+            raise RuntimeError(
+                "attn_mask must be a bool or float tensor, got a CausalBias, which holds no values: use is_causal=True"
+            )
         expected = (seqlen_q, seqlen_k) if attn_mask.dim() == 2 else (batch * n_heads, seqlen_q, seqlen_k)
         if tuple(attn_mask.shape) != expected:
             raise RuntimeError(
@@ -62,14 +67,12 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
     return mask, bias
 
 
-_causal_masks = WeakTensorKeyDictionary()  # mask -> (version, whether it is the causal mask)
-
-
 def is_causal_mask(mask, hint, size):
     """What a stack tells its layers as is_causal.
 
-    Without a hint the mask is compared with the causal one: at most once per tensor and version, and never where
-    reading it would break a graph or lose its gradient. Only speed depends on the answer.
+    Without a hint the mask is compared with the causal one in every call, once for all layers. Nothing is remembered:
+    a tensor does not notice every change (`mask.data`, numpy arrays that share its memory). Nothing is read where the
+    mask may be another when the result is used, or where it needs a gradient. Only speed depends on the answer.
 
     Args:
         mask: (size, size), bool or float, or anything else that is no causal mask, or None.
@@ -80,20 +83,11 @@ def is_causal_mask(mask, hint, size):
     if (
         torch.compiler.is_compiling()
         or mask.shape != (size, size)
-        or type(mask) is not torch.Tensor
+        or type(mask) not in (torch.Tensor, torch.nn.Parameter)
         or mask.requires_grad
-        or mask.is_inference()
         or mask.is_meta
         or needs_reference()
-        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+        or is_recorded(mask)
     ):
         return False
-    known = _causal_masks.get(mask)
-    if known is None or known[0] != mask._version:
-        above = torch.ones(size, size, dtype=torch.bool, device=mask.device).triu_(1)
-        known = (
-            mask._version,
-            bool((mask == (above if mask.dtype == torch.bool else as_float_mask(above, mask.dtype))).all()),
-        )
-        _causal_masks[mask] = known
-    return known[1]
+    return torch.ops.fastattn.is_causal_mask.default(mask)

@@ -3,6 +3,8 @@
 import torch
 
 from fastattn.ops import rotary_embedding
+from fastattn.ops._public import Public
+from fastattn.ops._register import is_recorded, needs_reference
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -10,7 +12,9 @@ class RotaryEmbedding(torch.nn.Module):
 
     The angle of pair d at position p is p * base ** (-2 * d / rotary_dim), computed in float64. The tables are float32
     whatever dtype the module is cast to, and are not part of the state_dict. They grow when an int position asks for
-    more; positions in a tensor are not looked at and must stay below max_seqlen.
+    more. They are made again from rotary_dim and base when these change and when the module is moved or cast: to rotate
+    by other angles, give tables of your own to `fastattn.rotary_embedding`. Positions in a tensor must stay below
+    max_seqlen: on the CPU another one raises ValueError, on a GPU, where a check would wait, it gives NaN.
 
     Args:
         rotary_dim: how many channels of a head rotate, even; head_dim for all.
@@ -22,6 +26,9 @@ class RotaryEmbedding(torch.nn.Module):
     Source: Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
     """
 
+    _made_for = None  # (rotary_dim, base) of the tables
+
+    @Public("nn.RotaryEmbedding", numbers="rotary_dim max_seqlen base").answering
     def __init__(self, rotary_dim, *, max_seqlen=2048, base=10000.0, interleaved=False, device=None):
         super().__init__()
         if rotary_dim < 2 or rotary_dim % 2:
@@ -36,14 +43,46 @@ class RotaryEmbedding(torch.nn.Module):
         self._fill(max_seqlen, device)
 
     def _fill(self, rows, device):
+        """(cos, sin) of `rows` positions, which become the tables."""
+        with torch.inference_mode(False):  # what is made for inference may have to serve training later
+            self.cos, self.sin = cos, sin = self._make(rows, device)
+        self._made_for = self.rotary_dim, self.base
+        return cos, sin
+
+    def _make(self, rows, device):
         pair = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64, device=device)
         inv_freq = self.base ** (-pair / self.rotary_dim)
         angle = torch.outer(torch.arange(rows, dtype=torch.float64, device=device), inv_freq)
-        self.cos, self.sin = angle.cos().float(), angle.sin().float()
+        return angle.cos().float(), angle.sin().float()
+
+    def tables(self, end, x):
+        """(cos, sin) for positions below `end` of x; they are returned, as another thread may replace the buffers."""
+        cos, sin = self._buffers["cos"], self._buffers["sin"]
+        rows = cos.shape[0]
+        if (
+            end <= rows == sin.shape[0]
+            and self._made_for == (self.rotary_dim, self.base)
+            and (x.is_meta or not cos.is_meta)
+            and not self._are_for_inference_only(cos)
+        ):
+            return cos, sin
+        rows = rows if end <= rows else max(end, 2 * rows)
+        device = x.device if cos.is_meta else cos.device
+        if torch.compiler.is_exporting() or needs_reference() or is_recorded(x):
+            return self._make(rows, device)  # part of the record, and no tensor that outlives it
+        return self._fill(rows, device)
+
+    @staticmethod
+    def _are_for_inference_only(cos):
+        """A module that is copied or loaded in inference mode has tensors that no backward takes."""
+        if torch.compiler.is_compiling():  # where it cannot be asked
+            return False
+        return cos.is_inference() and not torch.is_inference_mode_enabled()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._fill(self.cos.shape[0], self.cos.device)  # a cast must not round them, to_empty must not lose them
+        if type(self.cos) is torch.Tensor:  # fn may have made fake or distributed tensors
+            self._fill(self.cos.shape[0], self.cos.device)  # a cast must not round them, to_empty must not lose them
         return self
 
     def forward(self, q, k=None, *, positions=None, inplace=False):
@@ -52,14 +91,10 @@ class RotaryEmbedding(torch.nn.Module):
             raise ValueError(
                 f"RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.shape[-1]}"
             )
-        if not isinstance(positions, torch.Tensor):
-            end = (positions or 0) + q.shape[0 if q.dim() == 3 else -2]
-            if end > self.cos.shape[0]:
-                self._fill(max(end, 2 * self.cos.shape[0]), self.cos.device)
+        end = 0 if isinstance(positions, torch.Tensor) else (positions or 0) + q.shape[0 if q.dim() == 3 else -2]
+        cos, sin = self.tables(end, q)
         x = q if k is None else (q, k)
-        return rotary_embedding(
-            x, self.cos, self.sin, positions=positions, interleaved=self.interleaved, inplace=inplace
-        )
+        return rotary_embedding(x, cos, sin, positions=positions, interleaved=self.interleaved, inplace=inplace)
 
     def extra_repr(self):
         return f"{self.rotary_dim}, max_seqlen={self.cos.shape[0]}, base={self.base}, interleaved={self.interleaved}"

@@ -1,5 +1,6 @@
 """One module per op: the public function, its checks, the schema of its raw ops, and its backward."""
 
+from fastattn._imports import import_after
 from fastattn.ops import attention as _attention
 from fastattn.ops import attention_decode as _attention_decode
 from fastattn.ops import dropout as _dropout
@@ -8,6 +9,8 @@ from fastattn.ops import linear_cross_entropy as _linear_cross_entropy
 from fastattn.ops import norm as _norm
 from fastattn.ops import rotary as _rotary
 
+import_after("torch.utils.flop_counter", "fastattn.ops._flops")  # it imports Triton
+
 _EXPLAIN = {
     "attention": _attention.explain,
     "attention_decode": _attention_decode.explain,
@@ -15,7 +18,7 @@ _EXPLAIN = {
     "feed_forward": _feed_forward.explain,
     "layer_norm": _norm.explain,
     "linear_cross_entropy": _linear_cross_entropy.explain,
-    "rms_norm": _norm.explain,
+    "rms_norm": _norm.explain_rms,
     "rotary_embedding": _rotary.explain,
     "scaled_dot_product_attention": _attention.explain_torch,
 }

@@ -1,9 +1,11 @@
 """Argument checks of the attention entry points: every mistake is named with what was expected and what came."""
 
+import itertools
 import math
 
 import torch
 
+from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_readable, numbers
 from fastattn.ops._random import check_dropout_p
 
 
@@ -16,7 +18,7 @@ def check_qkv(name, q, k, v, packed):
     dims = 3 if packed else 4
     if (
         not len(shape_q) == len(shape_k) == len(shape_v) == dims
-        or not dtype.is_floating_point
+        or dtype not in FLOAT_DTYPES
         or not dtype == k.dtype == v.dtype
         or not device == k.device == v.device
     ):
@@ -48,20 +50,31 @@ def _complain(name, q, k, v, packed):
         if t.dim() != (3 if packed else 4):
             layout = "(total, heads, head_dim) with cu_seqlens" if packed else "(batch, heads, seqlen, head_dim)"
             raise ValueError(f"{name}: {label} must be {layout}, got shape {tuple(t.shape)}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: {label} must have a floating-point dtype, got {t.dtype}")
+        check_float(name, label, t)
         if t.dtype != q.dtype:
             raise TypeError(f"{name}: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
         if t.device != q.device:
             raise ValueError(f"{name}: q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
 
 
+def causal_flag(name, label, bias, causal, seqlen_q, seqlen_k):
+    """What `causal` becomes where a CausalBias stands in the place of a mask."""
+    if causal:
+        raise ValueError(f"{name}: CausalBias should not be used with causal={causal!r}: it takes the place of causal")
+    if bias.seq_len_q != seqlen_q or bias.seq_len_kv != seqlen_k:
+        raise ValueError(
+            f"{name}: {label} must be a CausalBias for {seqlen_q} queries and {seqlen_k} keys, got one for"
+            f" {bias.seq_len_q} and {bias.seq_len_kv}"
+        )
+    return "bottom_right" if bias.variant.name == "LOWER_RIGHT" else "top_left"
+
+
 def check_scores(name, label, t, q, full):
     """Raise unless `t` broadcasts to `full` = (batch, heads, seqlen_q, seqlen_k); returns it with four dimensions."""
     if label == "mask" and t.dtype != torch.bool:
         raise TypeError(f"{name}: mask must be bool, True = attend, got {t.dtype}; a float mask is a bias")
-    if label == "bias" and not t.is_floating_point():
-        raise TypeError(f"{name}: bias must have a floating-point dtype, got {t.dtype}")
+    if label == "bias":
+        check_float(name, label, t)
     if t.device != q.device:
         raise ValueError(f"{name}: {label} must be on the device of q, {q.device}, got {t.device}")
     dims = t.dim()
@@ -88,7 +101,19 @@ def check_int32(name, label, t, q, length):
         raise ValueError(f"{name}: {label} must be on the device of q, {q.device}, got {t.device}")
 
 
-def check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, total_q, total_k):
+def check_seqlens_k(name, seqlens_k, q, batch, seqlen_k, cu_seqlens_k):
+    """Raise unless the lengths fit; the values are looked at only where that costs no synchronisation."""
+    check_int32(name, "seqlens_k", seqlens_k, q, batch)
+    if not is_readable(seqlens_k) or (cu_seqlens_k is not None and not is_readable(cu_seqlens_k)):
+        return
+    lengths = numbers(seqlens_k)
+    limits = [seqlen_k] * batch if cu_seqlens_k is None else numbers(cu_seqlens_k.diff())
+    if any(not 0 <= length <= limit for length, limit in zip(lengths, limits, strict=True)):
+        limit = seqlen_k if cu_seqlens_k is None else f"the lengths of the packed sequences, {limits}"
+        raise ValueError(f"{name}: seqlens_k must be from 0 to {limit}, got {lengths}")
+
+
+def check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, total_q, total_k, max_seqlen_q, max_seqlen_k):
     """Raise unless both are there and fit; the values are looked at only where that costs no synchronisation."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise ValueError(f"{name}: cu_seqlens_q and cu_seqlens_k must be given together")
@@ -96,17 +121,25 @@ def check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, total_q, total_k):
     check_int32(name, "cu_seqlens_k", cu_seqlens_k, q, cu_seqlens_q.shape[0])
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError(f"{name}: cu_seqlens_q must have batch + 1 elements, got none")
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    for label, t, total in (("cu_seqlens_q", cu_seqlens_q, total_q), ("cu_seqlens_k", cu_seqlens_k, total_k)):
-        ends = t.tolist()
-        if ends[0] != 0 or ends[-1] != total or ends != sorted(ends):
-            raise ValueError(f"{name}: {label} must rise from 0 to the total length {total}, got {ends}")
+    for side, t, total, longest in (
+        ("q", cu_seqlens_q, total_q, max_seqlen_q),
+        ("k", cu_seqlens_k, total_k, max_seqlen_k),
+    ):
+        if not is_readable(t):
+            continue
+        label, ends = f"cu_seqlens_{side}", numbers(t)
+        if ends[0] != 0 or ends[-1] > total or ends != sorted(ends):
+            raise ValueError(f"{name}: {label} must rise from 0 to at most the total length {total}, got {ends}")
+        lengths = [end - start for start, end in itertools.pairwise(ends)]
+        if longest is not None and longest < max(lengths, default=0):
+            raise ValueError(
+                f"{name}: max_seqlen_{side} must be at least the longest length, {max(lengths)}, got {longest}"
+            )
 
 
 def check_per_head(name, label, t, q, shapes):
     """Raise unless `t` is a float tensor of one of `shapes`; returns it in fp32 (fp64 if q is)."""
-    if not t.is_floating_point():
+    if t.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {label} must be float32, got {t.dtype}")
     # number by number: torch.compile finds no tuple of sizes equal where some are symbols and some are not
     if not any(
@@ -121,13 +154,18 @@ def check_per_head(name, label, t, q, shapes):
 
 
 def check_numbers(name, softcap, dropout_p, scale):
-    """Raise unless the three are finite numbers in their range."""
+    """The three as numbers, None as off but for scale; raise unless they are finite and in their range."""
+    if type(softcap) is not float or type(dropout_p) is not float or scale is not None:
+        softcap = as_number(name, "softcap", softcap)
+        dropout_p = as_number(name, "dropout_p", dropout_p)
+        scale = as_number(name, "scale", scale, None, ": multiply q by it and pass scale=1.0")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"{name}: softcap must be a finite number of at least 0, got {softcap}")
     if dropout_p:
-        check_dropout_p(dropout_p)
+        check_dropout_p(name, dropout_p)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"{name}: scale must be finite, got {scale}")
+    return softcap, dropout_p, scale
 
 
 def resolve_window(name, causal, window):
@@ -136,6 +174,8 @@ def resolve_window(name, causal, window):
         raise ValueError(f'{name}: causal must be False, True, "bottom_right" or "top_left", got {causal!r}')
     left = right = -1
     if window is not None:
+        if not isinstance(window, (tuple, list)):
+            window = window.tolist() if hasattr(window, "tolist") else window  # of torch or numpy
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise ValueError(f"{name}: window must be a pair (left, right), got {window!r}")
         left, right = (-1 if side is None else side for side in window)

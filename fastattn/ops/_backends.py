@@ -45,6 +45,7 @@ def register_backend(op, backend, refuses, raw=None):
         raw: the raw op that must have a kernel for the device, <op>_fwd by default.
     """
     _registered[op, backend] = refuses, raw or f"{op}_fwd"
+    _decisions.clear()
 
 
 def set_unavailable(backend, device, reason):

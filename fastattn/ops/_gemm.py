@@ -3,7 +3,8 @@
 For fp32 torch calls MKL. On AMD processors with AVX-512 oneDNN beats it by 6 to 14 % at d_model 256 to 1024 (two cores,
 1024 rows), except in `weight_grad` with more rows than columns, where oneDNN would first have to transpose the larger
 operand, and except for small products: a call of it costs 13 us more. With AVX2 alone MKL is faster, by 4 to 8 % of a
-training step (docs/performance-notes.md).
+training step (docs/performance-notes.md). Of a second operand with gaps oneDNN makes the product 2000 times as slowly,
+and it reads a bias with gaps as if it had none.
 
 Half precision on a processor without instructions for it: torch's own loops take 2 to 120 times as long as the product
 in fp32 with its conversions, dy · weight the longest, so large ones are computed in fp32 and rounded once.
@@ -11,6 +12,8 @@ in fp32 with its conversions, dy · weight the longest, so large ones are comput
 
 import torch
 import torch.nn.functional as F
+
+from fastattn._autocast import shielded
 
 
 def _is_onednn_faster(cpuinfo="/proc/cpuinfo"):
@@ -62,12 +65,14 @@ def _is_large(a, b, size):
 
 
 def _use_onednn(a, b, size):
-    """Whether the product of a and b, whose common dimension is `size`, goes to oneDNN."""
+    """Whether the product of a and b, whose common dimension is `size`, goes to oneDNN; a may have any strides."""
     return (
         _ONEDNN_IS_FASTER
         and a.dtype == torch.float32
         and _is_large(a, b, size)
+        and (b.is_contiguous() or b.t().is_contiguous())
         and not torch.compiler.is_compiling()  # inductor lowers this op for packed constant weights only
+        and torch._C._get_mkldnn_enabled()
     )
 
 
@@ -76,9 +81,10 @@ def _use_fp32(a, b, size):
 
 
 def _onednn(x, weight, bias=None):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
+@shielded
 def linear(x, weight, bias=None):
     """x (rows, k) · weightᵀ (k, n) + bias."""
     if _use_onednn(x, weight, x.shape[1]):
@@ -88,6 +94,7 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+@shielded
 def input_grad(dy, weight):
     """dx = dy (rows, n) · weight (n, k)."""
     if _use_onednn(dy, weight, dy.shape[1]):
@@ -97,6 +104,7 @@ def input_grad(dy, weight):
     return dy @ weight
 
 
+@shielded
 def weight_grad(dy, x):
     """dweight = dyᵀ (n, rows) · x (rows, k)."""
     if dy.shape[1] <= x.shape[1] and _use_onednn(dy, x, dy.shape[0]):
@@ -106,6 +114,7 @@ def weight_grad(dy, x):
     return dy.t() @ x
 
 
+@shielded
 def add_weight_grad(total, dy, x):
     """total (n, k), fp32, += dyᵀ (n, rows) · x (rows, k), of any dtype."""
     if dy.dtype == total.dtype:
@@ -114,13 +123,4 @@ def add_weight_grad(total, dy, x):
         torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
     else:  # no such product on a CPU
         for strip, sums in zip(dy.split(_STRIP, 1), total.split(_STRIP), strict=True):
-            sums += strip.t() @ x
-
-
-def as_autocast(*tensors):
-    """The tensors or None in the dtype in which autocast, where it is enabled, has products computed; fp64 stays."""
-    x = tensors[0]
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+            sums += weight_grad(strip, x)

@@ -2,6 +2,8 @@
 
 import torch
 
+from fastattn.ops._kinds import as_number
+
 _INT64 = torch.iinfo(torch.int64)
 
 
@@ -10,7 +12,9 @@ def draw_rng(device):
     return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device)
 
 
-def check_dropout_p(dropout_p):
-    """Raise ValueError unless dropout_p is a probability."""
+def check_dropout_p(name, dropout_p):
+    """dropout_p as a number, None as 0; ValueError unless it is a probability."""
+    dropout_p = as_number(name, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+        raise ValueError(f"{name}: dropout_p must be between 0 and 1, got {dropout_p}")
+    return dropout_p

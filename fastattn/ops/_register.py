@@ -1,27 +1,39 @@
 """The only place that talks to torch.library.
 
-Raw ops have a schema and a fake, and no autograd: an autograd.Function in the op's file stands outside of them, which
-is the cheapest way from Python. The overload name is the backend, the dispatch key the device.
+Raw ops have a schema (in _schemas.py) and a fake, and no autograd: an autograd.Function in the op's file stands outside
+of them, which is the cheapest way from Python. The overload name is the backend, the dispatch key the device.
 """
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-_library = torch.library.Library("fastattn", "DEF")
+from fastattn._native import load_library
+from fastattn.ops._schemas import DEFINITIONS
+
+_library = torch.library.Library("fastattn", "FRAGMENT")
 _python_kernels = {}  # (name, backend, device type) -> function
 
 
-def define(schema, fake, backends=("native", "triton")):
-    """Define `fastattn::<name>.<backend>` for each backend.
+def _define_all():
+    load_library("libfastattn_schemas.so")
+    for name, definition in DEFINITIONS.items():
+        if not torch._C._dispatch_has_kernel(f"fastattn::{name}"):  # whatever its name says: it has a schema
+            _library.define(definition)
+
+
+_define_all()
+
+
+def register_fake(name, fake):
+    """Say what the results of a raw op look like, whatever its backend.
 
     Args:
-        schema: "name(arguments) -> returns" without namespace and overload.
-        fake: the same arguments on fake tensors -> results of the right shape, dtype and strides.
+        fake: the arguments of `name` on fake tensors -> results of the right shape, dtype and strides.
     """
-    name, _, signature = schema.partition("(")
-    for backend in backends:
-        _library.define(f"{name}.{backend}({signature}")
-        torch.library.register_fake(f"fastattn::{name}.{backend}", fake, lib=_library)
+    for overload in DEFINITIONS:
+        if overload.partition(".")[0] == name:
+            torch.library.register_fake(f"fastattn::{overload}", fake, lib=_library)
 
 
 def implement(name, backend, device, function):
@@ -47,6 +59,21 @@ def python_kernel(name, backend, device, *tensors):
 def needs_reference():
     """A functorch transform or forward-mode AD is active: raw ops would lose tangents without an error."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_recorded(tensor):
+    """This call is recorded for later ones: by torch.jit.trace, torch.fx, a FakeTensorMode or in a CUDA graph.
+
+    What tensors hold now, or are, is then not what they hold when the record runs. A compiler is not meant.
+    """
+    if torch.compiler.is_compiling():  # it traces no question below
+        return False
+    return (
+        torch._C._is_tracing()
+        or is_fx_symbolic_tracing()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def differentiate(function, inputs, grad_outputs):
@@ -75,6 +102,14 @@ def differentiate(function, inputs, grad_outputs):
     return tuple(grads)
 
 
-# implemented by the CPU library, about itself: for tests and `fastattn info`
-_library.define("parallel_chunks() -> int")
-_library.define("cpu_capability() -> int")
+def _is_causal_mask(mask):
+    """The op on devices without a kernel of their own: on a GPU its answer is waited for."""
+    hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu_(1)
+    if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            return False  # no kind of mask
+        hidden = torch.zeros_like(mask).masked_fill_(hidden, float("-inf"))
+    return bool((mask == hidden).all())
+
+
+_library.impl("is_causal_mask", _is_causal_mask, "CompositeExplicitAutograd")

@@ -19,18 +19,22 @@ from collections import namedtuple
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast
 from fastattn.ops._attention_checks import (
+    causal_flag,
     check_cu_seqlens,
-    check_int32,
     check_numbers,
     check_per_head,
     check_qkv,
     check_scores,
+    check_seqlens_k,
     resolve_window,
 )
 from fastattn.ops._backends import choose, explanation, grad_wanted, refusal, register_backend
+from fastattn.ops._kinds import is_causal_bias, is_dtensor
+from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference, python_kernel
+from fastattn.ops._register import differentiate, needs_reference, python_kernel, register_fake
 
 HOPPER_HEAD_DIMS = (64, 96, 128, 192, 256)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,29 +76,9 @@ def _attention_bwd_fake(do, dlse, q, k, v, out, lse, lse_low, bias, sink, *rest)
     )
 
 
-_INPUTS = (
-    "Tensor? bias, Tensor? sink, Tensor? mask, Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
-    " Tensor? alibi_slopes, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt window_left,"
-    " SymInt window_right, bool top_left, float softcap, float dropout_p, float scale"
-)
-# lse_low: of the log-sum-exp what lse, its fp32 value, leaves; without elements unless needed, or where not known
-define(
-    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_INPUTS}, bool need_low)"
-    " -> (Tensor out, Tensor lse, Tensor lse_low)",
-    _attention_fwd_fake,
-)
-define(
-    "attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_low,"
-    f" {_INPUTS}, bool need_dbias, bool deterministic)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
-    _attention_bwd_fake,
-)
-# out alone, of a call without any feature: the other arguments and lse take 3 of the 7 us of a small call
-define(
-    "attention_infer(Tensor q, Tensor k, Tensor v, SymInt window_right, bool top_left, float scale) -> Tensor",
-    lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]),
-    backends=("native",),
-)
+register_fake("attention_fwd", _attention_fwd_fake)
+register_fake("attention_bwd", _attention_bwd_fake)
+register_fake("attention_infer", lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]))
 _infer = torch.ops.fastattn.attention_infer.native
 _ops = {
     (direction, name): getattr(getattr(torch.ops.fastattn, f"attention_{direction}"), name)
@@ -221,19 +205,21 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
              max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
     """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
     device = "cpu" if q.is_cpu else q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v))
+    q, k, v = as_autocast(q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v = check_qkv(name, q, k, v, packed)
-    check_numbers(name, softcap, dropout_p, scale)
+    softcap, dropout_p, scale = check_numbers(name, softcap, dropout_p, scale)
+    if mask is not None and is_causal_bias(mask) and not packed:
+        mask, causal = None, causal_flag(name, "mask", mask, causal, seqlen_q, seqlen_k)
+    if bias is not None and is_causal_bias(bias) and not packed:
+        bias, causal = None, causal_flag(name, "bias", bias, causal, seqlen_q, seqlen_k)
     left, right, top_left = resolve_window(name, causal, window)
     if deterministic not in (None, True, False):
         raise TypeError(f"{name}: deterministic must be None, True or False, got {deterministic!r}")
     if packed:
         if mask is not None or bias is not None:
             raise ValueError(f"{name}: packed sequences take no mask and no bias: they share no grid of positions")
-        check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k)
+        check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, max_seqlen_q, max_seqlen_k)
         if cu_seqlens_q is cu_seqlens_k and torch.compiler.is_compiling():
             cu_seqlens_k = cu_seqlens_q.clone()  # Dynamo traces no autograd.Function that gets one tensor twice
         batch = cu_seqlens_q.shape[0] - 1
@@ -246,7 +232,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     if bias is not None:
         bias = check_scores(name, "bias", bias, q, full)
     if seqlens_k is not None:
-        check_int32(name, "seqlens_k", seqlens_k, q, batch)
+        check_seqlens_k(name, seqlens_k, q, batch, seqlen_k, cu_seqlens_k)
     if alibi_slopes is not None:
         alibi_slopes = check_per_head(name, "alibi_slopes", alibi_slopes, q, ((n_heads,), (batch, n_heads)))
     if sink is not None:
@@ -275,6 +261,15 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     return facts, q, k, v, bias, sink, rest
 
 
+_ATTENTION = Public(
+    "attention",
+    tensors="q k v mask bias seqlens_k cu_seqlens_q cu_seqlens_k alibi_slopes sink",
+    numbers="softcap dropout_p scale max_seqlen_q max_seqlen_k",
+)
+_TORCH = Public("scaled_dot_product_attention", tensors="query key value attn_mask", numbers="dropout_p scale")
+
+
+@_ATTENTION.overridable
 def attention(
     q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None,
     max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0, scale=None,
@@ -291,13 +286,16 @@ def attention(
         k: (batch, n_kv_heads, seqlen_k, head_dim), v: (batch, n_kv_heads, seqlen_k, head_dim_v); n_heads must be a
             multiple of n_kv_heads, query head h uses head h // (n_heads // n_kv_heads).
         mask: bool, True = attend, 2 to 4 dimensions that broadcast to (batch, n_heads, seqlen_q, seqlen_k).
-        bias: float, shapes as mask, added to the scaled and capped scores; gets a gradient.
+        bias: float, shapes as mask, added to the scaled and capped scores; gets a gradient. A CausalBias of
+            torch.nn.attention.bias, as mask or as bias, takes the place of causal.
         causal: False, True or "bottom_right", or "top_left": key j is visible iff j <= i + off.
         window: (left, right): keys i + off - left to i + off + right are visible, -1 = unlimited; causal sets right 0.
         seqlens_k: int32 (batch,), keys at or past it are invisible; it takes the place of seqlen_k in off.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): q is (total_q, n_heads, head_dim), k and v (total_k, n_kv_heads,
-            ...), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1]. No mask or bias then.
-        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths; spare a GPU some empty programs.
+            ...), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1]. No mask or bias then. Rows behind the last
+            sequence give 0 and lse -inf, and get no gradient.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths. Nothing depends on them: the work grows with the
+            rows alone. They are taken because other libraries ask for them.
         alibi_slopes: float32 (n_heads,) or (batch, n_heads): slope * |i + off - j| is subtracted; gets no gradient.
         softcap: scores become softcap * tanh(score / softcap) before the bias; 0 = off.
         sink: float32 (n_heads,), one more logit in the denominator; gets a gradient.
@@ -336,6 +334,8 @@ def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p
 
 def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None):
     """(out, lse) on the backend that serves the call; lse may be None unless it is needed."""
+    if type(q) is not torch.Tensor and is_dtensor(q):
+        return _run_sharded(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic)
     runs = choose("attention", facts, backend)
     if rest[-2] and rest[5] is None:  # dropout_p without its rng
         rest = (*rest[:5], draw_rng(q.device), *rest[6:])
@@ -353,6 +353,43 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
     return out, lse
 
 
+def sharded_call(name, q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, positions):
+    """The call of attention on DTensors, in the form of the raw op.
+
+    Args:
+        positions: whether the result depends on where the queries stand.
+    """
+    from fastattn.ops._sharded import ShardedCall
+
+    # with equal numbers of heads any part of them fits; one head of k and v serves every part
+    divisible = {} if k.shape[1] in (1, q.shape[1]) else {"h": k.shape[1]}
+    operands = {
+        "q": (q, "bhsd"), "k": (k, "bhtd"), "v": (v, "bhte"), "bias": (bias, "bhst"), "sink": (sink, "h"),
+        "mask": (mask, "bhst"), "seqlens_k": (seqlens_k, "b"), "cu_seqlens_q": (cu_seqlens_q, "c"),
+        "cu_seqlens_k": (cu_seqlens_k, "c"),
+        "alibi_slopes": (alibi_slopes, "h" if alibi_slopes is not None and alibi_slopes.dim() == 1 else "bh"),
+    }  # fmt: skip
+    letters = "h" if cu_seqlens_q is not None else "bh" if positions else "bhs"
+    plain = ("bias", "mask", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes")
+    return ShardedCall(name, operands, letters, divisible=divisible, plain=plain)
+
+
+def _run_sharded(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic):
+    *tensors, rng, max_seqlen_q, max_seqlen_k, left, right = rest[:10]
+    positions = left >= 0 or right >= 0 or tensors[-1] is not None
+    call = sharded_call("attention", q, k, v, bias, sink, *tensors, positions)
+    if rest[-2] and rng is None:
+        rng = call.draw_rng()
+
+    def function(q, k, v, bias, sink, *tensors):
+        longest = q.shape[2] if tensors[2] is None else max_seqlen_q  # of the part
+        options = (rng, longest, max_seqlen_k, left, right, *rest[10:])
+        return _run(facts, q, k, v, bias, sink, (*tensors, *options), backend, need_lse, deterministic)
+
+    return call(function, ("bhse", "bhs"))
+
+
+@_ATTENTION.answering
 def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None,
             cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None,
             dropout_p=0.0, scale=None, return_lse=False, deterministic=None, backend=None):  # fmt: skip
@@ -437,19 +474,24 @@ def _four_dimensions(name, query, key, value, attn_mask):
 
 
 def _prepare_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    name, causal = "scaled_dot_product_attention", "top_left" if is_causal else False
+    if attn_mask is not None and is_causal_bias(attn_mask):
+        causal = causal_flag(name, "attn_mask", attn_mask, is_causal, query.shape[-2], key.shape[-2])
+        attn_mask = None
     q, k, v, mask, bias = _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa)
     return _prepare(
-        "scaled_dot_product_attention", q, k, v, mask, bias, "top_left" if is_causal else False, None, None, None,
-        None, None, None, None, 0.0, None, dropout_p, scale, None,
-    )  # fmt: skip
+        name, q, k, v, mask, bias, causal, None, None, None, None, None, None, None, 0.0, None, dropout_p, scale, None
+    )
 
 
+@_TORCH.answering
 def explain_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """What `scaled_dot_product_attention` would run for these arguments, and why not the others."""
     facts, *_ = _prepare_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _explanation(facts)
 
 
+@_TORCH.overridable
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -457,7 +499,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: (..., n_heads, seqlen_q, head_dim); key, value: (..., n_kv_heads, seqlen_k, head_dim or head_dim_v).
-        attn_mask: bool (True = attend), float32 or the dtype of query (added to the scores), at least 2 dimensions.
+        attn_mask: bool (True = attend), float32 or the dtype of query (added to the scores), at least 2 dimensions; or
+            a CausalBias of torch.nn.attention.bias for these lengths.
         dropout_p: applied always, as in PyTorch: pass 0.0 in evaluation.
         is_causal: query i sees keys 0 to i (top-left); not together with attn_mask.
         scale: default 1/sqrt(head_dim).

@@ -13,9 +13,12 @@ from collections import namedtuple
 import torch
 
 from fastattn import reference
+from fastattn._autocast import autocast_dtype
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._register import define, needs_reference
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
+from fastattn.ops._public import Public
+from fastattn.ops._register import needs_reference, register_fake
 from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses
 
 MIN_PAGE_SIZE = 16
@@ -34,18 +37,8 @@ def _attention_decode_fwd_fake(q, k_cache, v_cache, *_):
     return empty_in_layout(q, v_cache.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-define(
-    "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
-    " Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, Tensor? sink, SymInt seqlen_new,"
-    " SymInt window_left, SymInt window_right, float softcap, float scale, SymInt num_splits)"
-    " -> (Tensor out, Tensor lse)",
-    _attention_decode_fwd_fake,
-)
-define(
-    "attention_decode_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens,"
-    " Tensor? block_table, Tensor? cache_batch_idx) -> ()",
-    lambda *_: None,
-)
+register_fake("attention_decode_fwd", _attention_decode_fwd_fake)
+register_fake("attention_decode_append", lambda *_: None)
 _fwd = {name: getattr(torch.ops.fastattn.attention_decode_fwd, name) for name in ("native", "triton")}
 _append = {name: getattr(torch.ops.fastattn.attention_decode_append, name) for name in ("native", "triton")}
 
@@ -82,8 +75,8 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     for label, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise ValueError(f"{_NAME}: {label} must have 4 dimensions, got shape {tuple(t.shape)}")
-    if not q.is_floating_point():
-        raise TypeError(f"{_NAME}: q must have a floating-point dtype, got {q.dtype}")
+    if q.dtype not in FLOAT_DTYPES:
+        check_float(_NAME, "q", q)
     if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
         raise TypeError(
             f"{_NAME}: q and the caches must have one dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
@@ -153,20 +146,20 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
 
 def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity):
     """Raise where a length or an index leaves the cache: on the CPU only, where looking costs no synchronisation."""
-    lengths = cache_seqlens.tolist()
+    lengths = numbers(cache_seqlens)
     if lengths and (min(lengths) < 0 or max(lengths) + seqlen_new > capacity):
         new = f" with {seqlen_new} new keys" if seqlen_new else ""
         raise ValueError(f"{_NAME}: cache_seqlens must be from 0 to {capacity - seqlen_new}{new}, got {lengths}")
     rows = k_cache.shape[0]
     if cache_batch_idx is not None:
-        found = cache_batch_idx.tolist()
+        found = numbers(cache_batch_idx)
         if found and (min(found) < 0 or max(found) >= rows):
             raise ValueError(f"{_NAME}: cache_batch_idx must be from 0 to {rows - 1}, got {found}")
         if seqlen_new and len(set(found)) != len(found):
             raise ValueError(f"{_NAME}: cache_batch_idx must be distinct where k and v are appended, got {found}")
     if block_table is not None:
         page_size = k_cache.shape[2]
-        for pages, length in zip(block_table.tolist(), lengths, strict=True):
+        for pages, length in zip(numbers(block_table), lengths, strict=True):
             used = pages[: -(-(length + seqlen_new) // page_size)]
             if used and (min(used) < 0 or max(used) >= rows):
                 raise ValueError(f"{_NAME}: block_table must name pages from 0 to {rows - 1}, got {used}")
@@ -176,7 +169,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
              softcap, alibi_slopes, sink, scale, num_splits):  # fmt: skip
     """Check, cast and bring into the form of the raw ops: (facts, q, k, v, the rest of attention_decode_fwd)."""
     device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # the caches are updated in place: they set the dtype
+    if autocast_dtype(q) is not None:  # the caches are updated in place: they set the dtype
         dtype = k_cache.dtype
         q, k, v = (t.to(dtype) if t is not None and t.is_floating_point() else t for t in (q, k, v))
     capacity = _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx)
@@ -184,10 +177,11 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
     check_int32(_NAME, "cache_seqlens", cache_seqlens, q, batch)
     if cache_leftpad is not None:
         check_int32(_NAME, "cache_leftpad", cache_leftpad, q, batch)
-    check_numbers(_NAME, softcap, 0.0, scale)
+    softcap, _, scale = check_numbers(_NAME, softcap, 0.0, scale)
     left, right, top_left = resolve_window(_NAME, causal, window)
     if top_left:
         raise ValueError(f'{_NAME}: causal must be False, True or "bottom_right", got "top_left"')
+    num_splits = 0 if num_splits is None else num_splits
     if isinstance(num_splits, float) or num_splits < 0:
         raise ValueError(f"{_NAME}: num_splits must be an integer of at least 0 (chosen by size), got {num_splits!r}")
     if alibi_slopes is not None:
@@ -195,7 +189,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
     if sink is not None:
         sink = check_per_head(_NAME, "sink", sink, q, ((n_heads,),))
     seqlen_new = 0 if k is None else k.shape[2]
-    if device == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(cache_seqlens):
         _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity)
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
@@ -232,6 +226,14 @@ def _reference(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batc
     )  # fmt: skip
 
 
+_PUBLIC = Public(
+    _NAME,
+    tensors="q k_cache v_cache k v cache_seqlens block_table cache_batch_idx cache_leftpad alibi_slopes sink",
+    numbers="softcap scale num_splits",
+)
+
+
+@_PUBLIC.overridable
 def attention_decode(
     q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
     causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,
@@ -282,6 +284,12 @@ def attention_decode(
             f"{_NAME}: there is no backward, and an input requires grad: call it under torch.no_grad() or"
             " torch.inference_mode(), or use attention"
         )
+    sharded = type(q) is not torch.Tensor and is_dtensor(q)
+    out, lse = (_run_sharded if sharded else _run)(facts, q, k_cache, v_cache, k, v, rest, backend)
+    return (out, lse) if return_lse else out
+
+
+def _run(facts, q, k_cache, v_cache, k, v, rest, backend):
     runs = choose(_NAME, facts, backend)
     if runs == "reference" or needs_reference():
         out, lse = _reference(q, k_cache, v_cache, k, v, *rest)
@@ -291,9 +299,37 @@ def attention_decode(
             if not torch.compiler.is_compiling() and not k_cache.is_inference():
                 torch.autograd.graph.increment_version((k_cache, v_cache))
         out, lse = _fwd[runs](q, k_cache, v_cache, *rest)
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
+def _run_sharded(facts, q, k_cache, v_cache, k, v, rest, backend):
+    from fastattn.ops._sharded import ShardedCall
+
+    cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink, *options = rest
+    n_heads, n_kv_heads = q.shape[1], k_cache.shape[1]
+    # pages and rows of the cache belong to no sequence: only a cache that is whole has all those that a part needs
+    row = "b" if block_table is None and cache_batch_idx is None else "p"
+    letters = "bh" if k is None or row == "b" else "h"
+    operands = {
+        "q": (q, "bhsd"), "k_cache": (k_cache, row + "htd"), "v_cache": (v_cache, row + "hte"), "k": (k, "bhnd"),
+        "v": (v, "bhne"), "cache_seqlens": (cache_seqlens, "b"), "block_table": (block_table, "bm"),
+        "cache_batch_idx": (cache_batch_idx, "b"), "cache_leftpad": (cache_leftpad, "b"),
+        "alibi_slopes": (alibi_slopes, "h" if alibi_slopes is not None and alibi_slopes.dim() == 1 else "bh"),
+        "sink": (sink, "h"),
+    }  # fmt: skip
+    call = ShardedCall(
+        _NAME, operands, letters, divisible={} if n_kv_heads in (1, n_heads) else {"h": n_kv_heads},
+        plain=("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes"),
+        in_place=() if k is None else ("k_cache", "v_cache"),
+    )  # fmt: skip
+
+    def function(q, k_cache, v_cache, k, v, *tensors):
+        return _run(facts, q, k_cache, v_cache, k, v, (*tensors, *options), backend)
+
+    return call(function, ("bhse", "bhs"))
+
+
+@_PUBLIC.answering
 def explain(
     q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
     causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,

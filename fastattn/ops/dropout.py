@@ -9,8 +9,10 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._kinds import check_float, is_dtensor
+from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import define, needs_reference
+from fastattn.ops._register import needs_reference, register_fake
 from fastattn.ops.norm import _refuses
 
 
@@ -18,7 +20,7 @@ def _dropout_fake(x, residual, rng, dropout_p):
     return x.new_empty(x.shape, dtype=x.dtype if residual is None else residual.dtype)
 
 
-define("dropout_fwd(Tensor x, Tensor? residual, Tensor rng, float dropout_p) -> Tensor", _dropout_fake)
+register_fake("dropout_fwd", _dropout_fake)
 _fwd = {name: getattr(torch.ops.fastattn.dropout_fwd, name) for name in ("native", "triton")}
 for _backend in ("native", "triton"):
     register_backend("dropout", _backend, _refuses)
@@ -45,6 +47,10 @@ class _Dropout(torch.autograd.Function):
         return dx, dout if ctx.needs_input_grad[1] else None, None, None, None
 
 
+_DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p")
+
+
+@_DROPOUT.overridable
 def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
     """residual + dropout(x), with the mask that every backend and device draws alike for one (seed, offset).
 
@@ -58,10 +64,15 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
         ValueError: shapes, devices or dropout_p do not fit, or the named backend cannot serve the call.
     Source: torch.nn.functional.dropout; the rate is exact to 1/65536.
     """
-    _check(x, dropout_p, residual)
+    dropout_p = _check(x, dropout_p, residual)
     if not dropout_p:
         return x if residual is None else x + residual
-    rng = draw_rng(x.device)
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _dropout_sharded(x, residual, dropout_p, backend)
+    return _dropout(x, residual, draw_rng(x.device), dropout_p, backend)
+
+
+def _dropout(x, residual, rng, dropout_p, backend):
     runs = choose("dropout", _facts(x, residual), backend)
     if runs == "reference" or needs_reference():
         return reference.dropout(x, dropout_p, residual, rng)
@@ -70,6 +81,16 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
     return _fwd[runs](x, residual, rng, dropout_p)
 
 
+def _dropout_sharded(x, residual, dropout_p, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    dims = ROWS[: x.dim()]
+    call = ShardedCall("dropout", {"x": (x, dims), "residual": (residual, dims)}, dims)
+    rng = call.draw_rng()
+    return call(lambda x, residual: (_dropout(x, residual, rng, dropout_p, backend),), (dims,))[0]
+
+
+@_DROPOUT.answering
 def explain(x, dropout_p=0.5, *, residual=None, backend=None):
     """What `dropout` would run for these arguments, and why not the others."""
     _check(x, dropout_p, residual)
@@ -81,7 +102,8 @@ def _facts(x, residual):
 
 
 def _check(x, dropout_p, residual):
-    check_dropout_p(dropout_p)
+    """Raise unless the arguments fit; returns dropout_p as a number."""
+    dropout_p = check_dropout_p("dropout", dropout_p)
     if not x.dim() or not x.is_floating_point():
         raise ValueError(
             f"dropout: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
@@ -91,3 +113,6 @@ def _check(x, dropout_p, residual):
             f"dropout: residual must have the shape and device of x, {tuple(x.shape)} on {x.device},"
             f" got {tuple(residual.shape)} on {residual.device}"
         )
+    check_float("dropout", "x", x)
+    check_float("dropout", "residual", residual)
+    return dropout_p

@@ -15,10 +15,13 @@ import math
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast
 from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
-from fastattn.ops._gemm import as_autocast, input_grad, is_fused, linear, weight_grad
+from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
+from fastattn.ops._kinds import check_float, is_dtensor
+from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference
+from fastattn.ops._register import differentiate, needs_reference, register_fake
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,16 +42,8 @@ def _activation_bwd_fake(dhidden, preact, gate, rng, dropout_p, activation, need
     )
 
 
-define(
-    "activation_fwd(Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation) -> Tensor",
-    _activation_fwd_fake,
-)
-define(
-    "activation_bwd(Tensor dhidden, Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation,"
-    " bool need_hidden, bool need_dbias, bool need_dbias_gate)"
-    " -> (Tensor dpreact, Tensor dgate, Tensor hidden, Tensor dbias, Tensor dbias_gate)",
-    _activation_bwd_fake,
-)
+register_fake("activation_fwd", _activation_fwd_fake)
+register_fake("activation_bwd", _activation_bwd_fake)
 
 
 def _linear_activation_fwd_fake(x, w, bias, rng, dropout_p, activation, need_preact):
@@ -61,18 +56,8 @@ def _linear_activation_bwd_fake(dy, w, preact, rng, dropout_p, activation, need_
     return dy.new_empty(preact.shape), hidden, dy.new_empty(w.shape[1] if need_dbias else 0)
 
 
-define(
-    "linear_activation_fwd(Tensor x, Tensor w, Tensor? bias, Tensor? rng, float dropout_p, int activation,"
-    " bool need_preact) -> (Tensor preact, Tensor hidden)",
-    _linear_activation_fwd_fake,
-    backends=("triton",),
-)
-define(
-    "linear_activation_bwd(Tensor dy, Tensor w, Tensor preact, Tensor? rng, float dropout_p, int activation,"
-    " bool need_hidden, bool need_dbias) -> (Tensor dpreact, Tensor hidden, Tensor dbias)",
-    _linear_activation_bwd_fake,
-    backends=("triton",),
-)
+register_fake("linear_activation_fwd", _linear_activation_fwd_fake)
+register_fake("linear_activation_bwd", _linear_activation_bwd_fake)
 _fwd = {name: getattr(torch.ops.fastattn.activation_fwd, name) for name in ("native", "triton")}
 _bwd = {name: getattr(torch.ops.fastattn.activation_bwd, name) for name in ("native", "triton")}
 _linear_activation_fwd = torch.ops.fastattn.linear_activation_fwd.triton
@@ -172,14 +157,16 @@ def _check_tensor(label, tensor, shape, meaning, x):
 
 
 def _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p):
+    """Raise unless the arguments fit; returns dropout_p as a number."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"feed_forward: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    check_dropout_p(dropout_p)
+    dropout_p = check_dropout_p("feed_forward", dropout_p)
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(
             f"feed_forward: x must be a floating-point tensor with at least one dimension, got {x.dtype}"
             f" {tuple(x.shape)}"
         )
+    check_float("feed_forward", "x", x)
     if w1.dim() != 2 or w2.dim() != 2:
         raise ValueError(
             f"feed_forward: w1 and w2 must have two dimensions, got {tuple(w1.shape)} and {tuple(w2.shape)}"
@@ -194,6 +181,7 @@ def _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p):
     for label, bias, size in (("b1", b1, d_ff), ("b_gate", b_gate, d_ff), ("b2", b2, d_out)):
         if bias is not None:
             _check_tensor(label, bias, (size,), "the first dimension of its weight", x)
+    return dropout_p
 
 
 def _check_dtypes(x, **others):
@@ -211,6 +199,10 @@ def _may_fuse(runs, w_gate, backend):
     return w_gate is None and (runs == "triton" or (runs == "native" and asked_for(backend) is None))
 
 
+_FEED_FORWARD = Public("feed_forward", tensors="x w1 b1 w2 b2 w_gate b_gate", numbers="dropout_p")
+
+
+@_FEED_FORWARD.overridable
 def feed_forward(
     x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
 ):
@@ -232,10 +224,16 @@ def feed_forward(
             cannot serve the call.
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
-    _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
+    dropout_p = _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
-    rng = draw_rng(x.device) if dropout_p else None
+    options = (dropout_p, activation, recompute, backend)
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, *options)
+    return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x.device) if dropout_p else None, *options)
+
+
+def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
     runs = choose("feed_forward", _facts(x), backend)
     if runs == "reference" or needs_reference():
@@ -246,11 +244,33 @@ def feed_forward(
     return _forward(*inputs, rng, dropout_p, activation, runs, fused, False)[0]
 
 
+def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activation, recompute, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows = ROWS[: x.dim() - 1]
+    operands = {"x": (x, rows + "d"), "w1": (w1, "fd"), "b1": (b1, "f"), "w2": (w2, "of"), "b2": (b2, "o"),
+                "w_gate": (w_gate, "fd"), "b_gate": (b_gate, "f")}  # fmt: skip
+    call = ShardedCall("feed_forward", operands, "f" + rows)
+    rng = call.draw_rng() if dropout_p else None
+    adds_bias = b2 is not None and not call.is_split("f")  # parts of a sum: the bias comes to the whole
+
+    def function(x, w1, b1, w2, b2, w_gate, b_gate):
+        b2 = b2 if adds_bias else None
+        y = _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend)
+        return (y,)
+
+    (y,) = call(function, (rows + "o",))
+    return y if adds_bias or b2 is None else y + b2
+
+
+@_FEED_FORWARD.answering
 def explain(
     x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
 ):
     """What `feed_forward` would run for these arguments, and why not the others."""
     _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
+    x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
+    _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
     text = explanation("feed_forward", _facts(x), backend)
     allowed = _may_fuse(choose("feed_forward", _facts(x), backend), w_gate, backend)
     fused = [

@@ -17,10 +17,14 @@ import math
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._gemm import add_weight_grad, as_autocast, input_grad, linear
-from fastattn.ops._register import define, differentiate, implement, needs_reference
+from fastattn.ops._gemm import add_weight_grad, input_grad, linear
+from fastattn.ops._kinds import as_number, check_float, is_dtensor
+from fastattn.ops._public import Public
+from fastattn.ops._register import differentiate, implement, needs_reference, register_fake
 
+_NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CHUNK = 256
@@ -42,21 +46,8 @@ def _linear_cross_entropy_fwd_fake(
     )
 
 
-# loss: fp32 (rows). logits (rows, vocab) become their gradient for dloss, fp32 (rows) or None for ones, if need_grad.
-# A target that is neither a column nor ignore_index makes loss and gradient of its row NaN.
-define(
-    "cross_entropy_fwd(Tensor(a!) logits, Tensor target, Tensor? dloss, int ignore_index, float label_smoothing,"
-    " float z_loss, float softcap, bool need_grad) -> Tensor",
-    _cross_entropy_fwd_fake,
-)
-# x (tokens, d_model), target int64 (tokens); dx in the dtype of x, the sums over tokens in fp32; (0,) where not needed.
-# chunk_size 0: by the sizes
-define(
-    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss, int ignore_index,"
-    " float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx, bool need_dweight,"
-    " bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
-    _linear_cross_entropy_fwd_fake,
-)
+register_fake("cross_entropy_fwd", _cross_entropy_fwd_fake)
+register_fake("linear_cross_entropy_fwd", _linear_cross_entropy_fwd_fake)
 _fwd = {name: getattr(torch.ops.fastattn.linear_cross_entropy_fwd, name) for name in ("native", "triton")}
 
 
@@ -68,6 +59,7 @@ def default_chunk_size(tokens, d_model, vocab):
 def _implementation(backend):
     cross_entropy_fwd = getattr(torch.ops.fastattn.cross_entropy_fwd, backend)
 
+    @torch.no_grad()  # a graph that holds the op may run where grad mode is on
     def function(
         x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, need_dx,
         need_dweight, need_dbias,
@@ -202,11 +194,13 @@ def _check_shape(label, tensor, shape, meaning, x):
 
 
 def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size):
+    """Raise unless the arguments fit; returns label_smoothing, z_loss and softcap as numbers."""
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(
             f"linear_cross_entropy: x must be a floating-point tensor with at least one dimension, got {x.dtype}"
             f" {tuple(x.shape)}"
         )
+    check_float(_NAME, "x", x)
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"linear_cross_entropy: weight must have shape (vocab, d_model), got {tuple(weight.shape)}")
     _check_shape("weight", weight, (weight.shape[0], x.shape[-1]), "(vocab, last dimension of x)", x)
@@ -215,6 +209,10 @@ def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction,
     if target.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"linear_cross_entropy: target must be int64 or int32, got {target.dtype}")
     _check_shape("target", target, x.shape[:-1], "x without its last dimension", x)
+    label_smoothing, z_loss, softcap = (
+        as_number(_NAME, label, value)
+        for label, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("softcap", softcap))
+    )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"linear_cross_entropy: label_smoothing must be between 0 and 1, got {label_smoothing}")
     for label, value in (("z_loss", z_loss), ("softcap", softcap)):
@@ -224,6 +222,7 @@ def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction,
         raise ValueError(f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"linear_cross_entropy: chunk_size must be at least 1, got {chunk_size}")
+    return float(label_smoothing), float(z_loss), float(softcap)
 
 
 def _check_dtypes(x, weight, bias):
@@ -236,6 +235,10 @@ def _facts(x):
     return x.device.type, x.dtype
 
 
+_PUBLIC = Public(_NAME, tensors="x weight target bias", numbers="label_smoothing z_loss softcap")
+
+
+@_PUBLIC.overridable
 def linear_cross_entropy(
     x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
     chunk_size=None, backend=None,
@@ -261,10 +264,16 @@ def linear_cross_entropy(
             device, the loss is NaN instead.
     Source: torch.nn.functional.cross_entropy; z_loss as in Chowdhery et al., "PaLM" (2022).
     """
-    _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
+    numbers = _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
     x, weight, bias = as_autocast(x, weight, bias)
     _check_dtypes(x, weight, bias)
-    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap))
+    options = (ignore_index, *numbers)
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend)
+    return _loss(x, weight, bias, target, options, reduction, chunk_size, backend)
+
+
+def _loss(x, weight, bias, target, options, reduction, chunk_size, backend):
     runs = choose("linear_cross_entropy", _facts(x), backend)
     if runs == "reference" or needs_reference():
         return _reference(target, options, reduction)(x, weight, bias)[0]
@@ -272,13 +281,34 @@ def linear_cross_entropy(
     if grad_wanted(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
-    return _reduce(loss, target, ignore_index, reduction)[0]
+    return _reduce(loss, target, options[0], reduction)[0]
 
 
+def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows = ROWS[: x.dim() - 1]
+    operands = {"x": (x, rows + "d"), "weight": (weight, "vd"), "bias": (bias, "v"), "target": (target, rows)}
+    call = ShardedCall("linear_cross_entropy", operands, rows)
+    of_parts = "none" if reduction == "none" else "sum"
+
+    def function(*tensors):
+        return (_loss(*tensors, options, of_parts, chunk_size, backend),)
+
+    (loss,) = call(function, (rows if reduction == "none" else "",))
+    if reduction != "mean":
+        return loss
+    count = (target != options[0]).sum()
+    return torch.where(count > 0, loss / count.clamp_min(1), float("nan"))
+
+
+@_PUBLIC.answering
 def explain(
     x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
     chunk_size=None, backend=None,
 ):  # fmt: skip
     """What `linear_cross_entropy` would run for these arguments, and why not the others."""
     _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
+    x, weight, bias = as_autocast(x, weight, bias)
+    _check_dtypes(x, weight, bias)
     return explanation("linear_cross_entropy", _facts(x), backend)

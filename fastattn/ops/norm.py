@@ -11,9 +11,12 @@ dx_bias = sum_rows(dx)
 import torch
 
 from fastattn import reference
+from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
+from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import define, differentiate, needs_reference
+from fastattn.ops._register import differentiate, needs_reference, register_fake
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,27 +46,9 @@ def _norm_bwd_fake(
     )
 
 
-# y alone, in the dtype of x and contiguous: what a call without gradients pays for
-define(
-    "norm_infer(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
-    " bool rms, Tensor? x_bias=None) -> Tensor",
-    _norm_infer_fake,
-)
-# r is empty, (0,), where it would be x: without residual, rng and x_bias. stats: fp32 (2, rows), mean and rstd;
-# for rms (1, rows)
-define(
-    "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
-    " bool rms, Tensor? x_bias=None) -> (Tensor y, Tensor r, Tensor stats)",
-    _norm_fwd_fake,
-)
-# dx = dropout backward of dr, in the dtype of dy; dresidual = dr in the dtype of r, (0,) unless asked for separately;
-# dweight, dbias and dx_bias in the dtype of the weight, fp32 without one, (0,) where not needed
-define(
-    "norm_bwd(Tensor dy, Tensor? dr_out, Tensor r, Tensor? weight, Tensor stats, Tensor? rng, float dropout_p,"
-    " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias, bool need_dx_bias=False)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
-    _norm_bwd_fake,
-)
+register_fake("norm_infer", _norm_infer_fake)
+register_fake("norm_fwd", _norm_fwd_fake)
+register_fake("norm_bwd", _norm_bwd_fake)
 _infer, _fwd, _bwd = (
     {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
     for op in ("norm_infer", "norm_fwd", "norm_bwd")
@@ -151,20 +136,18 @@ def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
     return dx if need_dx else None, dr if need_dresidual else None, dweight, dbias, dx_bias
 
 
-def _check(name, x, weight, bias, x_bias, residual, dropout_p):
+def _check(name, x, weight, bias, x_bias, residual):
     shape, device = x.shape, x.device
     cols = shape[-1:]
     if (
         not cols
-        or not x.dtype.is_floating_point
+        or x.dtype not in FLOAT_DTYPES
         or (weight is not None and (weight.shape != cols or weight.device != device))
         or (bias is not None and (bias.shape != cols or bias.device != device))
         or (x_bias is not None and (x_bias.shape != cols or x_bias.device != device))
         or (residual is not None and (residual.shape != shape or residual.device != device))
     ):
         _complain(name, x, weight, bias, x_bias, residual)
-    if dropout_p:
-        check_dropout_p(dropout_p)
 
 
 def _complain(name, x, weight, bias, x_bias, residual):
@@ -172,6 +155,7 @@ def _complain(name, x, weight, bias, x_bias, residual):
         raise ValueError(
             f"{name}: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
         )
+    check_float(name, "x", x)
     cols = (x.shape[-1],)
     operands = (
         ("weight", weight, cols, f"{cols}, the last dimension of x"),
@@ -186,6 +170,12 @@ def _complain(name, x, weight, bias, x_bias, residual):
             raise ValueError(f"{name}: {label} must be on the device of x, {x.device}, got {t.device}")
 
 
+def _check_dtypes(name, **tensors):
+    """What the compiled backends refuse, the reference does not always serve."""
+    for label, t in tensors.items():
+        check_float(name, label, t)
+
+
 def _facts(x, residual, weight, bias, x_bias):
     return (
         "cpu" if x.is_cpu else x.device.type,
@@ -197,16 +187,20 @@ def _facts(x, residual, weight, bias, x_bias):
     )
 
 
-def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
-    _check(name, x, weight, bias, x_bias, residual, dropout_p)
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x = x.float()  # torch's autocast runs layer_norm in fp32 on CUDA and leaves the dtype alone on CPU
-    if eps is None:
-        eps = torch.finfo(reference.accumulator(x.dtype)).eps
-    rng = draw_rng(x.device) if dropout_p else None
+def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend, rng=None):
+    _check(name, x, weight, bias, x_bias, residual)
+    if type(eps) is not float:
+        eps = as_number(name, "eps", eps, torch.finfo(reference.accumulator(x.dtype)).eps)
+    dropout_p = check_dropout_p(name, dropout_p) if dropout_p else 0.0
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
+    x = as_autocast_norm(x)
+    if dropout_p and rng is None:
+        rng = draw_rng(x.device)
     plain = residual is None and rng is None and x_bias is None
     runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
     if runs == "reference" or needs_reference():
+        _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
         y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
     elif grad_wanted(x, residual, weight, bias, x_bias):
         y, r = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
@@ -219,6 +213,34 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     return y
 
 
+def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows = ROWS[: x.dim() - 1]
+    operands = {
+        "x": (x, rows + "d"), "residual": (residual, rows + "d"), "weight": (weight, "d"), "bias": (bias, "d"),
+        "x_bias": (x_bias, "d"),
+    }  # fmt: skip
+    call = ShardedCall(name, operands, rows)
+    rng = call.draw_rng() if dropout_p else None
+    pair = return_residual and not (residual is None and rng is None and x_bias is None)
+
+    def function(*tensors):
+        out = _norm(name, *tensors, eps, rms, dropout_p, pair, backend, rng)
+        return out if pair else (out,)
+
+    out = call(function, (rows + "d",) * (1 + pair))
+    if return_residual:
+        return out if pair else (*out, x)
+    return out[0]
+
+
+_TENSORS = "x weight bias x_bias residual"
+_LAYER_NORM = Public("layer_norm", tensors=_TENSORS, numbers="eps dropout_p")
+_RMS_NORM = Public("rms_norm", tensors=_TENSORS, numbers="eps dropout_p")
+
+
+@_LAYER_NORM.overridable
 def layer_norm(
     x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
     backend=None,
@@ -245,6 +267,7 @@ def layer_norm(
     )  # fmt: skip
 
 
+@_RMS_NORM.overridable
 def rms_norm(
     x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
 ):
@@ -256,10 +279,25 @@ def rms_norm(
     return _norm("rms_norm", x, residual, weight, None, x_bias, eps, True, dropout_p, return_residual, backend)
 
 
+@_LAYER_NORM.answering
 def explain(
-    x, weight=None, bias=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
+    x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
     backend=None,
 ):  # fmt: skip
-    """What `layer_norm` or `rms_norm` would run for these arguments, and why not the others."""
-    _check("norm", x, weight, bias, x_bias, residual, dropout_p)
+    """What `layer_norm` would run for these arguments, and why not the others."""
+    return _explain("layer_norm", x, weight, bias, x_bias, residual, dropout_p, backend)
+
+
+@_RMS_NORM.answering
+def explain_rms(
+    x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
+):
+    """What `rms_norm` would run for these arguments, and why not the others."""
+    return _explain("rms_norm", x, weight, None, x_bias, residual, dropout_p, backend)
+
+
+def _explain(name, x, weight, bias, x_bias, residual, dropout_p, backend):
+    _check(name, x, weight, bias, x_bias, residual)
+    _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    check_dropout_p(name, dropout_p)
     return explanation("norm", _facts(x, residual, weight, bias, x_bias), backend)

@@ -11,7 +11,9 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._register import define, needs_reference
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
+from fastattn.ops._public import Public
+from fastattn.ops._register import needs_reference, register_fake
 from fastattn.ops.attention import empty_in_layout
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,15 +28,8 @@ def _rotary_fwd_fake(q, k, *_):
     return _empty_like(q), q.new_empty(0) if k is None else _empty_like(k)
 
 
-# q, k: (batch, heads, seqlen, head_dim) or, a batch of one, (total, heads, head_dim), of any strides. cos, sin: (rows,
-# columns), or (batch or 1, seqlen, columns) without positions and offset; the first rotary_dim / 2 columns count.
-# positions: integers (seqlen,) or (batch or 1, seqlen); without them the position of a token is its index plus offset.
-_INPUTS = (
-    "Tensor cos, Tensor sin, Tensor? positions, SymInt offset, SymInt rotary_dim, bool interleaved, bool conjugate"
-)
-# results in the layout of q and k; the second is (0,) without k
-define(f"rotary_fwd(Tensor q, Tensor? k, {_INPUTS}) -> (Tensor, Tensor)", _rotary_fwd_fake)
-define(f"rotary_fwd_(Tensor(a!) q, Tensor(b!)? k, {_INPUTS}) -> ()", lambda *_: None)
+register_fake("rotary_fwd", _rotary_fwd_fake)
+register_fake("rotary_fwd_", lambda *_: None)
 _fwd, _fwd_ = (
     {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
     for op in ("rotary_fwd", "rotary_fwd_")
@@ -116,8 +111,8 @@ def _check_inputs(xs, inplace):
     if dims not in (3, 4):
         _complain("x must be (batch, n_heads, seqlen, head_dim) or (total, n_heads, head_dim)", tuple(first.shape))
     for x in xs:
-        if not x.is_floating_point():
-            raise TypeError(f"rotary_embedding: x must have a floating-point dtype, got {x.dtype}")
+        if x.dtype not in FLOAT_DTYPES:
+            check_float("rotary_embedding", "x", x)
         if inplace and 0 in x.stride() and x.numel() > 1 and any(
             step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)
         ):  # fmt: skip
@@ -143,8 +138,8 @@ def _check_tables(x, cos, sin, batch, seqlen, head_dim, interleaved):
         )
     if cos.device != x.device or sin.device != x.device:
         _complain(f"cos and sin must be on the device of x, {x.device}", f"{cos.device} and {sin.device}")
-    if not cos.is_floating_point():
-        raise TypeError(f"rotary_embedding: cos and sin must have a floating-point dtype, got {cos.dtype}")
+    if cos.dtype not in FLOAT_DTYPES:
+        check_float("rotary_embedding", "cos and sin", cos)
     dims, width = cos.dim(), cos.shape[-1] if cos.dim() else 0
     if dims == 2 and 0 < 2 * width <= head_dim:
         return 2 * width
@@ -183,8 +178,8 @@ def _check_positions(x, positions, cos, batch, seqlen):
     shape = tuple(positions.shape)
     if shape not in ((seqlen,), (1, seqlen), (batch, seqlen)):
         _complain(f"positions must have shape ({seqlen},) or ({batch}, {seqlen}), as the tokens of x", shape)
-    if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling() and not needs_reference():
-        low, high = (int(bound) for bound in positions.aminmax())
+    if positions.numel() and is_readable(positions):
+        low, high = (numbers(bound) for bound in positions.aminmax())
         if low < 0 or high >= rows:
             _complain(f"positions must lie within the {rows} rows of cos", f"{low} to {high}")
     return positions, 0
@@ -203,6 +198,10 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
     return facts, xs, (cos, sin, positions, offset, rotary_dim, bool(interleaved))
 
 
+_PUBLIC = Public("rotary_embedding", tensors="x cos sin positions", numbers="positions", takes_pair=True)
+
+
+@_PUBLIC.overridable
 def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
     """Rotary position embedding: rotates pairs of the first rotary_dim channels, copies the others.
 
@@ -230,6 +229,16 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
     Source: Su et al., "RoFormer", 2021; half-split pairs as in GPT-NeoX and Hugging Face, interleaved as in GPT-J.
     """
     facts, xs, rest = _prepare(x, cos, sin, positions, interleaved, inplace)
+    if type(xs[0]) is not torch.Tensor and is_dtensor(xs[0]):
+        out = tuple(_rotate_sharded(facts, x, *rest, backend) for x in xs)  # each as it is divided
+        if inplace:
+            out = tuple(x.copy_(rotated) for x, rotated in zip(xs, out, strict=True))
+    else:
+        out = _rotate(facts, xs, rest, inplace, backend)
+    return tuple(out) if isinstance(x, (tuple, list)) else out[0]
+
+
+def _rotate(facts, xs, rest, inplace, backend):
     runs = choose("rotary", facts, backend)
     by_reference = runs == "reference" or needs_reference()
     # what the kernels cannot write in place is copied back; torch.compile removes that copy where it can
@@ -240,9 +249,30 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
         out = _run(runs, inplace and not copies, xs, *rest, False)
     if copies:
         out = tuple(t.copy_(rotated) for t, rotated in zip(xs, out, strict=True))
-    return tuple(out) if isinstance(x, (tuple, list)) else out[0]
+    return out
 
 
+def _rotate_sharded(facts, x, cos, sin, positions, offset, rotary_dim, interleaved, backend):
+    from fastattn.ops._sharded import ShardedCall
+
+    dims = "bhsd" if x.dim() == 4 else "shd"
+    if positions is None and cos.dim() == 2:  # a row per token, so that a part of the sequence finds its own
+        cos, sin = (t[offset : offset + x.shape[dims.index("s")]] for t in (cos, sin))
+        offset = 0
+    table = "bsc" if cos.dim() == 3 else "sc" if positions is None else "rc"
+    operands = {
+        "x": (x, dims), "cos": (cos, table), "sin": (sin, table),
+        "positions": (positions, "s" if positions is not None and positions.dim() == 1 else "bs"),
+    }  # fmt: skip
+    call = ShardedCall("rotary_embedding", operands, "bhs", plain=("cos", "sin", "positions"))
+
+    def function(x, cos, sin, positions):
+        return _rotate(facts, (x,), (cos, sin, positions, offset, rotary_dim, interleaved), False, backend)
+
+    return call(function, (dims,))[0]
+
+
+@_PUBLIC.answering
 def explain(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
     """What `rotary_embedding` would run for these arguments, and why not the others."""
     facts, *_ = _prepare(x, cos, sin, positions, interleaved, inplace)

@@ -103,6 +103,8 @@ def check_devices(config):
 def prepare_run(run, config, resume, overwrite):
     """Everything a user can get wrong, checked before anything is written; returns the Task."""
     tokenizer, expected = None, None
+    if config.tensorboard:
+        import torch.utils.tensorboard  # noqa: F401, a missing package shows before the run has a folder
     if resume:
         check_run(run)
         tokenizer, expected = load_tokenizer(run / "tokenizer.json"), read_summary(run)
@@ -140,6 +142,12 @@ def open_run(run, config, task, resume, overwrite):
 def dropout_seed(seed, step, rank):
     """Dropout of a step depends on (seed, step, rank) alone, so resuming needs no generator state."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def shown(speed, mfu):
+    """What a person sees of the speed: a list of texts, without what is unknown."""
+    texts = (speed is not None and f"{speed:,.0f} tokens/s", mfu is not None and f"MFU {mfu:.0%}")
+    return [text for text in texts if text]
 
 
 class StopSignal:
@@ -273,13 +281,13 @@ class Trainer:
         )  # fmt: skip
         sums = torch.tensor(sums, dtype=torch.float64, device=fabric.device)
         total, right, count = fabric.all_reduce(sums, reduce_op="sum").tolist()
-        values = {"validation_loss": total / max(1, count)}
+        if not count:  # a loss of 0 would be the best of all
+            raise UsageError("validation: expected at least one token to predict in the validation part, got none")
+        values = {"validation_loss": total / count}
         if self.task.has_accuracy:
-            values["validation_accuracy"] = right / max(1, count)
+            values["validation_accuracy"] = right / count
         self.check_finite(values["validation_loss"], "validation loss")
-        values["score"] = (
-            1 - values["validation_accuracy"] if self.config.select == "accuracy" else total / max(1, count)
-        )
+        values["score"] = 1 - values["validation_accuracy"] if self.config.select == "accuracy" else total / count
         return values
 
     def check_finite(self, loss, name):
@@ -308,14 +316,14 @@ class Trainer:
         log = MetricsLog(self.run, self.step, config.tensorboard) if main else None
         interval = 0.2 if os.isatty(2) else 10.0  # seconds; a log file wants few lines
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, mininterval=interval)
-        seconds, timed_steps, stopped, speed = 0.0, 0, 0, 0.0
+        seconds, timed_steps, stopped, speed, mfu = 0.0, 0, 0, None, None
         with (
             StopSignal() as stop,
             contextlib.closing(bar),
             contextlib.closing(log) if main else contextlib.nullcontext(),
         ):
             if self.step == 0:
-                self.report(self.validate(), None, log, bar)
+                self.report(self.validate(), [], log, bar)
             while self.step < config.steps and not stopped and not (config.patience and self.stale >= config.patience):
                 start = time.perf_counter()
                 loss, norm = self.train_step()
@@ -325,21 +333,23 @@ class Trainer:
                     self.check_finite(loss, "training loss")
                 seconds, timed_steps = seconds + time.perf_counter() - start, timed_steps + 1
                 if log_now and main:
-                    speed = self.task.tokens_a_step * timed_steps / seconds
+                    speed = self.task.tokens_a_step * timed_steps / seconds if seconds else None
+                    mfu = self.utilization(speed)
                     rate = learning_rate(self.step - 1, config.steps, config.optim)
                     norm = None if norm is None else float(norm)
                     log.log(
                         self.step, train_loss=loss, learning_rate=rate, grad_norm=norm, tokens_per_second=speed,
-                        mfu=self.utilization(speed), seconds=seconds,
+                        mfu=mfu, seconds=seconds,
                     )  # fmt: skip
                     seconds, timed_steps = 0.0, 0
-                    bar.set_postfix_str(f"loss {loss:.4f}, {self.shown(speed)}", refresh=False)
+                    told = ", ".join([f"loss {loss:.4f}", *shown(speed, mfu)])
+                    bar.set_postfix_str(told, refresh=False)
                 bar.update()
                 if self.step % config.evaluate_every == 0 or self.step == config.steps:
                     validation = self.validate()
                     self.stale = 0 if validation["score"] < self.best_score else self.stale + 1
                     self.best_score = min(validation["score"], self.best_score)
-                    self.report(validation, speed, log, bar)
+                    self.report(validation, shown(speed, mfu), log, bar)
                     self.save(validation)
                 elif stopped:
                     self.check_finite(float(loss), "training loss")
@@ -350,24 +360,19 @@ class Trainer:
 
     def utilization(self, tokens_per_second):
         """The model's arithmetic a second over that of the devices' matrix products (MFU); None where unknown."""
-        if self.peak is None:
+        if self.peak is None or tokens_per_second is None:
             return None
         rate = tokens_per_second * self.flops_per_token / self.fabric.world_size
         if rate > self.peak:  # a CPU's peak was measured while others used it
-            self.peak = max(self.peak, peak_flops(self.fabric.device, self.config.precision))
+            self.peak = max(self.peak, peak_flops(self.fabric.device, self.config.precision) or 0.0)
         return rate / self.peak if rate <= self.peak else None
-
-    def shown(self, speed):
-        utilization = self.utilization(speed)
-        return f"{speed:,.0f} tokens/s" + ("" if utilization is None else f", MFU {utilization:.0%}")
 
     def report(self, validation, speed, log, bar):
         if log:
             values = {name: value for name, value in validation.items() if name != "score"}
             log.log(self.step, **values)
-            speed = f"  {self.shown(speed)}" if speed else ""
-            told = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
-            bar.write(f"step {self.step}/{self.config.steps}  {told}{speed}")
+            told = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()]
+            bar.write("  ".join([f"step {self.step}/{self.config.steps}", *told, *filter(None, [", ".join(speed)])]))
 
     def describe(self):
         config, summary, task = self.config, self.task.summary, self.task

@@ -39,7 +39,7 @@ class MetricsLog:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in read_metrics(run):
-            if row["step"] <= step:
+            if step and row["step"] <= step:  # a run that begins anew validates at step 0 again
                 writer.writerow({**row, "step": int(row["step"])})
         write_atomic(run / "metrics.csv", text.getvalue())
         self.file = open(run / "metrics.csv", "a", newline="", buffering=1)  # noqa: SIM115, closed by close()
@@ -48,13 +48,15 @@ class MetricsLog:
         if tensorboard:
             from lightning_fabric.loggers import TensorBoardLogger
 
-            purge = step + 1 if step else None
+            purge = step + 1 if step else 0
             self.tensorboard = TensorBoardLogger(run, name="tensorboard", version="", purge_step=purge)
 
     def log(self, step, **values):
-        self.writer.writerow({"step": step, **values})
+        """Append a row; a value of None is unknown and left out: an empty cell, no point in TensorBoard."""
+        known = {name: value for name, value in values.items() if value is not None}
+        self.writer.writerow({"step": step, **known})
         if self.tensorboard:
-            self.tensorboard.log_metrics(values, step)
+            self.tensorboard.log_metrics(known, step)
 
     def close(self):
         self.file.close()

@@ -41,15 +41,20 @@ def flops_per_token(model, shape):
 
 
 def peak_flops(device, precision):
-    """FLOP/s of matrix products: a GPU's by its data sheet, a CPU's measured (about 0.1 s); None for an unknown GPU."""
+    """FLOP/s of matrix products: a GPU's by its data sheet, a CPU's measured (about 0.1 s); None for an unknown GPU.
+
+    Args:
+        device: torch.device.
+        precision: of a TrainConfig; a CPU's products are measured in its number format.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         peak = next((peak for part, peak in PEAKS.items() if part in name), None)
         return peak if precision != "32-true" else None
     n, best = 768, float("inf")
-    a, b = torch.rand(n, n), torch.rand(n, n)
+    a, b = torch.rand(2, n, n, dtype=torch.bfloat16 if precision.startswith("bf16") else torch.float32)
     for _ in range(5):
         start = time.perf_counter()
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return 2 * n**3 / best if best else None  # a clock that did not move tells nothing

@@ -149,6 +149,8 @@ class DocumentTask(Task):
         self.tokenizer = tokenizer or self.learn_tokenizer(config.data)
         self.specials = {name: self.special(name) for name in SPECIALS}
         self.prepare()
+        if empty := [name for name, examples in self.examples.items() if not examples]:
+            raise UsageError(f"source {config.data.source!r}: expected documents with text, got none in {empty[0]}")
         self.sizes = {name: f"{len(self.examples[name]):,} documents" for name in self.examples}
         lengths = self.lengths("train")
         self.train_batches = LengthBatches(lengths, config.batch_size, config.seed)

@@ -22,7 +22,8 @@ class Classification(DocumentTask):
             )
         names = sorted(set(self.parts["train"].labels))
         if len(names) < 2:
-            raise UsageError(f"source {source!r}: expected at least two classes, got only {names[0]!r}")
+            got = f"only {names[0]!r}" if names else "no document"
+            raise UsageError(f"source {source!r}: expected at least two classes, got {got}")
         numbers = {name: number for number, name in enumerate(names)}
         for name, part in self.parts.items():
             if unknown := sorted(set(part.labels) - numbers.keys()):

@@ -171,6 +171,6 @@ class LanguageModelling(Task):
         return {
             "tokens": count,
             "characters": characters,
-            **language_scores(total, count, characters),
-            "tokens_per_second": read / seconds,
+            **language_scores(total, count, characters or None),
+            "tokens_per_second": read / seconds if seconds else None,
         }

@@ -1,7 +1,5 @@
 """Tokens under a mask, from the tokens on both sides: what an encoder is pretrained with."""
 
-import math
-
 import torch
 
 from ..batches import IGNORED, draw_masks, pad
@@ -54,6 +52,7 @@ class MaskedLanguageModelling(DocumentTask):
 
     def report(self, model, part):
         from ..evaluate import evaluate_part
+        from ..scores import language_scores
 
         loss, right, count = evaluate_part(model, self, part)
-        return {"loss": loss / count, "perplexity": math.exp(loss / count), "accuracy": right / count, "tokens": count}
+        return {**language_scores(loss, count, None), "accuracy": right / count, "tokens": count}

@@ -1,0 +1,46 @@
+#pragma once
+// Tensors of shape (batch, heads, seqlen, head_dim) in any memory order.
+#include <algorithm>
+#include <array>
+
+#include "check.h"
+
+namespace fastattn {
+
+template <size_t N>
+Tensor empty_strided(const Tensor& like, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides,
+                     ScalarType dtype) {
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// An uninitialised (batch, heads, seqlen, last) whose first three dimensions have the memory order of `like`. The fake
+// does the same.
+inline Tensor empty_in_layout(const Tensor& like, int64_t last) {
+  std::array<int, 3> order{0, 1, 2};
+  if (like.stride(0) && like.stride(1) && like.stride(2)) {
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
+  }
+  std::array<int64_t, 4> sizes{like.size(0), like.size(1), like.size(2), last}, strides{0, 0, 0, 1};
+  int64_t stride = std::max<int64_t>(1, last);
+  for (int n = 2; n >= 0; --n) {
+    strides[order[n]] = stride;
+    stride *= std::max<int64_t>(1, sizes[order[n]]);
+  }
+  return empty_strided(like, sizes, strides, like.scalar_type());
+}
+
+inline Tensor inner_contiguous(const Tensor& t) {
+  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline HeadTensor heads(const Tensor& t, bool packed = false) {
+  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
+}
+
+}  // namespace fastattn

@@ -1,0 +1,66 @@
+"""What kind of value an argument is."""
+
+import sys
+
+import torch
+
+# float8 and the like are stored in, not computed with
+FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+def check_float(name, label, t):
+    """Raise TypeError unless a tensor or None has a dtype that one can compute with."""
+    if t is not None and t.dtype not in FLOAT_DTYPES:
+        size = " of 16 to 64 bits" if t.is_floating_point() else ""
+        raise TypeError(f"{name}: {label} must have a floating-point dtype{size}, got {t.dtype}")
+
+
+def is_causal_bias(value):
+    """Whether a value is one of torch's CausalBias masks: a tensor that says what is visible and holds no values."""
+    if type(value) is torch.Tensor:
+        return False
+    # importing the module takes seconds; if nobody did, there is no object of its class
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(value, module.CausalBias)
+
+
+def is_dtensor(value):
+    """Whether a value is a DTensor. Ask only if `type(value) is not torch.Tensor`: plain calls pay nothing."""
+    module = sys.modules.get("torch.distributed.tensor")  # as above
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def numbers(t):
+    """The elements of a small tensor as a list; those of a DTensor are gathered."""
+    return (t.full_tensor() if type(t) is not torch.Tensor and is_dtensor(t) else t).tolist()
+
+
+def is_readable(t):
+    """Whether the values of a tensor may be looked at: it is on the CPU and has values, and nothing traces the call."""
+    return (
+        t.is_cpu
+        and (type(t) in (torch.Tensor, torch.nn.Parameter) or is_dtensor(t))
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def as_number(name, label, value, default=0.0, instead=""):
+    """A number as it is, a tensor's as a float, None as `default`.
+
+    Args:
+        instead: what to do with a tensor that requires grad: numbers get no gradient.
+    Raises:
+        TypeError: a gradient would be wanted.
+    """
+    if value is None:
+        return default
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            f"{name}: {label} must be a number, which gets no gradient, got a tensor that requires grad{instead}"
+        )
+    return float(value)

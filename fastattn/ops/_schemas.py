@@ -1,0 +1,129 @@
+"""The schemas of the raw ops: the only place where they are written, and nothing but data.
+
+setup.py makes a library from them, which the compiled kernels need and load by themselves: so a program that loads
+_cpu.so alone, without this package and without Python, finds the ops. Where that library was not built, fastattn.ops
+defines them. An op has one overload per backend; the device is the dispatch key.
+"""
+
+_BOTH = ("native", "triton")
+
+_ATTENTION_INPUTS = (
+    "Tensor? bias, Tensor? sink, Tensor? mask, Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " Tensor? alibi_slopes, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt window_left,"
+    " SymInt window_right, bool top_left, float softcap, float dropout_p, float scale"
+)
+# q, k: (batch, heads, seqlen, head_dim) or, a batch of one, (total, heads, head_dim), of any strides. cos, sin: (rows,
+# columns), or (batch or 1, seqlen, columns) without positions and offset; the first rotary_dim / 2 columns count.
+# positions: integers (seqlen,) or (batch or 1, seqlen); without them the position of a token is its index plus offset.
+_ROTARY_INPUTS = (
+    "Tensor cos, Tensor sin, Tensor? positions, SymInt offset, SymInt rotary_dim, bool interleaved, bool conjugate"
+)
+
+_SCHEMAS = (
+    # (batch, heads, seqlen, head_dim) views of any strides; packed sequences are a batch of 1 with cu_seqlens. lse_low:
+    # what rounding takes from lse, (0,) unless it is needed; in the backward (0,) where it is not known
+    (
+        _BOTH,
+        f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ATTENTION_INPUTS}, bool need_low)"
+        " -> (Tensor out, Tensor lse, Tensor lse_low)",
+    ),
+    (
+        _BOTH,
+        f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_low,"
+        f" {_ATTENTION_INPUTS}, bool need_dbias, bool deterministic)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    ),
+    # out alone, of a call without any feature: the other arguments and lse take 3 of the 7 us of a small call
+    (
+        ("native",),
+        "attention_infer(Tensor q, Tensor k, Tensor v, SymInt window_right, bool top_left, float scale) -> Tensor",
+    ),
+    (
+        _BOTH,
+        "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
+        " Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, Tensor? sink, SymInt seqlen_new,"
+        " SymInt window_left, SymInt window_right, float softcap, float scale, SymInt num_splits)"
+        " -> (Tensor out, Tensor lse)",
+    ),
+    (
+        _BOTH,
+        "attention_decode_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens,"
+        " Tensor? block_table, Tensor? cache_batch_idx) -> ()",
+    ),
+    # y alone, in the dtype of x and contiguous: what a call without gradients pays for
+    (
+        _BOTH,
+        "norm_infer(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
+        " bool rms, Tensor? x_bias=None) -> Tensor",
+    ),
+    # r is empty, (0,), where it would be x: without residual, rng and x_bias. stats: fp32 (2, rows), mean and rstd;
+    # for rms (1, rows)
+    (
+        _BOTH,
+        "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
+        " bool rms, Tensor? x_bias=None) -> (Tensor y, Tensor r, Tensor stats)",
+    ),
+    # dx = dropout backward of dr, in the dtype of dy; dresidual = dr in the dtype of r, (0,) unless asked for
+    # separately; dweight, dbias and dx_bias in the dtype of the weight, fp32 without one, (0,) where not needed
+    (
+        _BOTH,
+        "norm_bwd(Tensor dy, Tensor? dr_out, Tensor r, Tensor? weight, Tensor stats, Tensor? rng, float dropout_p,"
+        " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias, bool need_dx_bias=False)"
+        " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
+    ),
+    (_BOTH, "dropout_fwd(Tensor x, Tensor? residual, Tensor rng, float dropout_p) -> Tensor"),
+    # results in the layout of q and k; the second is (0,) without k
+    (_BOTH, f"rotary_fwd(Tensor q, Tensor? k, {_ROTARY_INPUTS}) -> (Tensor, Tensor)"),
+    (_BOTH, f"rotary_fwd_(Tensor(a!) q, Tensor(b!)? k, {_ROTARY_INPUTS}) -> ()"),
+    (
+        _BOTH,
+        "activation_fwd(Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation) -> Tensor",
+    ),
+    (
+        _BOTH,
+        "activation_bwd(Tensor dhidden, Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation,"
+        " bool need_hidden, bool need_dbias, bool need_dbias_gate)"
+        " -> (Tensor dpreact, Tensor dgate, Tensor hidden, Tensor dbias, Tensor dbias_gate)",
+    ),
+    (
+        ("triton",),
+        "linear_activation_fwd(Tensor x, Tensor w, Tensor? bias, Tensor? rng, float dropout_p, int activation,"
+        " bool need_preact) -> (Tensor preact, Tensor hidden)",
+    ),
+    (
+        ("triton",),
+        "linear_activation_bwd(Tensor dy, Tensor w, Tensor preact, Tensor? rng, float dropout_p, int activation,"
+        " bool need_hidden, bool need_dbias) -> (Tensor dpreact, Tensor hidden, Tensor dbias)",
+    ),
+    # loss: fp32 (rows). logits (rows, vocab) become their gradient for dloss, fp32 (rows) or None for ones, if
+    # need_grad. A target that is neither a column nor ignore_index makes loss and gradient of its row NaN.
+    (
+        _BOTH,
+        "cross_entropy_fwd(Tensor(a!) logits, Tensor target, Tensor? dloss, int ignore_index, float label_smoothing,"
+        " float z_loss, float softcap, bool need_grad) -> Tensor",
+    ),
+    # x (tokens, d_model), target int64 (tokens); dx in the dtype of x, the sums over tokens in fp32; (0,) where not
+    # needed. chunk_size 0: by the sizes
+    (
+        _BOTH,
+        "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss,"
+        " int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx,"
+        " bool need_dweight, bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
+    ),
+    # mask (size, size), bool with True = ignore or float: whether row i sees columns 0 to i
+    (("",), "is_causal_mask(Tensor mask) -> bool"),
+    # what the CPU library says about itself, for tests and `fastattn info`
+    (("",), "parallel_chunks() -> int"),
+    (("",), "cpu_capability() -> int"),
+)
+
+
+def _overloads():
+    for backends, schema in _SCHEMAS:
+        name, _, signature = schema.partition("(")
+        for backend in backends:
+            yield f"{name}.{backend}" if backend else name, signature
+
+
+DEFINITIONS = {name: f"{name}({signature}" for name, signature in _overloads()}
+"""Per overload ("norm_fwd.native"), its schema as torch.library takes it, without the namespace."""

@@ -1,0 +1,219 @@
+"""Ops on DTensors: each process runs the op on its own part, and what belongs together is brought together before.
+
+A raw op never sees a DTensor. A public op names the dimensions of its tensors by letters, as einsum does: the same
+letter in two tensors stands for the same positions. On each dimension of the mesh, all tensors are then divided along
+one letter, or all are whole. Along a letter
+
+    a tensor that has the letter       is Shard there, and so is its gradient
+    an input that does not have it     is Replicate, and its gradient is Partial: each process sees a part of the sum
+    an output that does not have it    is Partial
+
+The letter is one along which an input is divided already: that by which the fewest elements have to be moved.
+
+Imported by the first call with a DTensor, because torch.distributed.tensor takes long to import.
+"""
+
+import math
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from fastattn.ops._random import draw_rng
+
+ROWS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the leading dimensions of a tensor that may have any number of them
+
+
+class ShardedCall:
+    """One call of an op on DTensors.
+
+    Args:
+        op: name of the op, for messages.
+        operands: label -> (tensor or None, letters of its dimensions).
+        letters: those along which the op may be divided, the preferred first.
+        divisible: letter -> size that the number of parts must divide, where parts of unequal size would not fit.
+        plain: labels of operands that may be plain tensors, the same in every process.
+        in_place: labels of operands that the op writes, and which therefore stay as they are.
+    Raises:
+        TypeError: a plain tensor stands beside the DTensors.
+        ValueError: DTensors lie on different meshes, or one of `in_place` is divided as the op cannot take it.
+    """
+
+    def __init__(self, op, operands, letters, *, divisible=None, plain=(), in_place=()):
+        self.op, self.in_place, self.divisible = op, in_place, divisible or {}
+        self.labels = tuple(operands)
+        self.operands = {label: operand for label, operand in operands.items() if operand[0] is not None}
+        self.mesh = next(t.device_mesh for t, _ in self.operands.values() if isinstance(t, DTensor))
+        self._check(plain)
+        self.sizes = {}
+        for t, dims in self.operands.values():
+            for letter, size in zip(dims, t.shape, strict=True):
+                self.sizes[letter] = max(size, self.sizes.get(letter, 0))
+        self.chosen = []  # per dimension of the mesh, the letter or None
+        for axis in range(self.mesh.ndim):
+            self.chosen.append(self._choose(axis, letters))
+
+    def is_split(self, letter):
+        """Whether the op runs on parts along this letter."""
+        return letter in self.chosen
+
+    def draw_rng(self):
+        """(seed, offset): equal in the processes that compute the same part, different in those that do not."""
+        device = next(iter(self.operands.values()))[0].device
+        if self.mesh.device_type == "cpu":  # torch, too, needs equal seeds there
+            rng = draw_rng(device)
+        else:
+            bounds, state = torch.iinfo(torch.int64), torch.empty(2, dtype=torch.int64, device=device)
+            rng = torch.randint_like(self._replicated(state), bounds.min, bounds.max).to_local()
+        part = 0
+        for axis, letter in enumerate(self.chosen):
+            if letter is not None:
+                part = part * self.mesh.size(axis) + self.mesh.get_local_rank(axis)
+        return rng + torch.tensor([0, part], device=rng.device) if part else rng
+
+    def __call__(self, function, outputs):
+        """Run the op on the part of this process.
+
+        Args:
+            function: takes the local tensors in the order of the operands, returns a tuple of tensors or None.
+            outputs: letters of the dimensions of each result.
+        Returns: the results as a tuple of DTensors or None.
+        """
+        results = function(*(self._local(*self.operands.get(label, (None, ""))) for label in self.labels))
+        return tuple(
+            None if out is None else self._whole(out, dims) for out, dims in zip(results, outputs, strict=True)
+        )
+
+    def _check(self, plain):
+        for label, (t, _) in self.operands.items():
+            if not isinstance(t, DTensor):
+                if label not in plain or t.requires_grad:
+                    raise TypeError(
+                        f"{self.op}: {label} must be a DTensor, as other inputs are, got a plain tensor; make it one by"
+                        " torch.distributed.tensor.distribute_tensor or DTensor.from_local"
+                    )
+            elif t.device_mesh != self.mesh:
+                raise ValueError(f"{self.op}: all DTensors must be on one mesh, got {self.mesh} and {t.device_mesh}")
+
+    def _choose(self, axis, letters):
+        """The letter to divide along on one dimension of the mesh, or None."""
+        used = set()
+        for t, dims in self.operands.values():
+            used |= {letter for dim, letter in enumerate(dims) if _placements(t, self.mesh)[axis] == Shard(dim)}
+        choices = [letter for letter in letters if letter in used and self._may_split(letter, axis)] + [None]
+        costs = [self._cost(axis, letter) for letter in choices]
+        if min(costs) == math.inf:
+            names = " and ".join(self.in_place)
+            have = ", ".join(f"{label} {_placements(t, self.mesh)}" for label, (t, _) in self.operands.items())
+            raise ValueError(
+                f"{self.op}: {names} are DTensors that are written in place: they must be replicated, or divided along"
+                f" the batch or the heads as the other inputs can be, got {have}; redistribute them before"
+            )
+        return choices[costs.index(min(costs))]
+
+    def _may_split(self, letter, axis):
+        parts = self.mesh.size(axis)
+        for other, chosen in enumerate(self.chosen):
+            if chosen == letter:
+                parts *= self.mesh.size(other)
+        return self.divisible.get(letter, parts) % parts == 0
+
+    def _cost(self, axis, letter):
+        """How many elements have to be moved to divide all operands along this letter on one dimension of the mesh."""
+        cost = 0
+        for label, (t, dims) in self.operands.items():
+            have, want = _placements(t, self.mesh)[axis], self._placement(t, dims, letter)
+            if have == want:
+                continue
+            if label in self.in_place:
+                return math.inf
+            if not have.is_replicate():  # what is whole is cut where it lies
+                cost += t.numel() * (2 if have.is_partial() and want.is_replicate() else 1)
+        return cost
+
+    def _placement(self, t, dims, letter):
+        dim = dims.find(letter) if letter else -1
+        # a dimension of size 1 is broadcast
+        return Replicate() if dim < 0 or t.shape[dim] == 1 < self.sizes[letter] else Shard(dim)
+
+    def _local(self, t, dims):
+        """The part of an operand that this process computes with."""
+        if t is None:
+            return None
+        t = t if isinstance(t, DTensor) else self._replicated(t)
+        wanted = tuple(self._placement(t, dims, letter) for letter in self.chosen)
+        grad = tuple(
+            Partial() if letter and placement.is_replicate() else placement
+            for letter, placement in zip(self.chosen, wanted, strict=True)
+        )
+        stays = t.placements == wanted == grad
+        if t.placements != wanted:
+            t = t.redistribute(placements=wanted)
+        local = t.to_local(grad_placements=grad)
+        return local if stays or not local.requires_grad else _ContiguousGradient.apply(local)
+
+    def _whole(self, out, dims):
+        """The DTensor of which this process computed a part."""
+        shape = torch.Size(self.sizes.get(letter, size) for letter, size in zip(dims, out.shape, strict=True))
+        placements = []
+        for letter in self.chosen:
+            divided = Shard(dims.index(letter)) if letter and letter in dims else Partial()
+            placements.append(divided if letter else Replicate())
+        layout = self.mesh, tuple(placements), shape, _nested_strides(shape, out.stride())
+        # the compiler, which makes no gradients of gradients, knows only torch's own
+        return _from_local(out, *layout) if torch.compiler.is_compiling() else _FromLocal.apply(out, *layout)
+
+    def _replicated(self, t):
+        return DTensor.from_local(t, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+
+
+def _placements(t, mesh):
+    return t.placements if isinstance(t, DTensor) else (Replicate(),) * mesh.ndim
+
+
+def _nested_strides(shape, like):
+    """Strides of a dense tensor of this shape, its dimensions nested as those with the strides `like`."""
+    strides = [1] * len(shape)
+    for outer, stride in enumerate(like):
+        for inner, other in enumerate(like):
+            if other < stride or (other == stride and inner > outer):
+                strides[outer] *= max(shape[inner], 1)
+    return tuple(strides)
+
+
+def _from_local(local, mesh, placements, shape, stride):
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, for a gradient that torch redistributes: its result is contiguous, whatever torch claims."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous()
+
+
+class _FromLocal(torch.autograd.Function):
+    """DTensor.from_local, differentiable any number of times.
+
+    That of torch loses the graph of a gradient which it has to redistribute. And where the result is Partial, it takes
+    the gradient of the result's gradient for Replicate, though each process has a part of the sum.
+    """
+
+    @staticmethod
+    def forward(ctx, local, mesh, placements, shape, stride):
+        ctx.set_materialize_grads(False)
+        ctx.placements = placements
+        return _from_local(local, mesh, placements, shape, stride)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 5
+        wanted = tuple(Replicate() if placement.is_partial() else placement for placement in ctx.placements)
+        if grad.placements != wanted:
+            grad = grad.redistribute(placements=wanted)
+        return grad.to_local(grad_placements=ctx.placements), None, None, None, None

@@ -1,0 +1,27 @@
+"""DTensors in two processes of gloo: outputs and gradients are those of one process. The cases: dtensor_cases.py."""
+
+import json
+import os
+
+import pytest
+import torch
+from dtensor_cases import CASES
+from processes import run_code
+
+gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+pytestmark = pytest.mark.skipif(not (gloo and hasattr(os, "fork")), reason="needs a system that can fork, and gloo")
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """What failed in each process, by case."""
+    results = tmp_path_factory.mktemp("dtensor") / "failures"
+    code = "import sys, dtensor_cases; dtensor_cases.main(sys.argv[1])"
+    run_code(code, str(results), TRITON_INTERPRET="0", OMP_NUM_THREADS="1")
+    return [json.loads(results.with_suffix(f".{rank}").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_compute_what_one_does(failures, name):
+    found = [f"process {rank}:\n{failed[name]}" for rank, failed in enumerate(failures) if name in failed]
+    assert not found, "\n".join(found)
