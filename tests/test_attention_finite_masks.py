@@ -8,6 +8,7 @@ PyTorch's own error is the measure.
 
 import math
 
+import nn_oracle
 import pytest
 import torch
 from attention_cases import normal, on, qkv, results
@@ -256,3 +257,73 @@ def test_lower_instruction_sets(capability):
     if reason := unavailable("native", "cpu"):
         pytest.skip(reason)
     run_code(CAPABILITY_TEST, FASTATTN_CPU_CAPABILITY=capability)
+
+
+def with_equal_scores(module):
+    with torch.no_grad():
+        module.in_proj_weight[: module.embed_dim] = 0
+        module.in_proj_bias[: module.embed_dim] = 0
+    return module
+
+
+def layer_masks(value):
+    """Float masks of three samples of nine tokens: one sample or some keys of it, some pairs, all together."""
+    padding, pairs = torch.zeros(3, 9), torch.zeros(9, 9)
+    padding[0] = padding[1, 5:] = value
+    causal = torch.full((9, 9), value).triu(1)
+    pairs[3] = pairs[:, 4] = value
+    return {
+        "padding": {"key_padding_mask": padding},
+        "pairs": {"attn_mask": pairs},
+        "causal and padding": {"key_padding_mask": padding, "attn_mask": causal},
+        "bool beside float": {"key_padding_mask": padding, "attn_mask": torch.ones(9, 9, dtype=torch.bool).triu(1)},
+    }
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e6, -1e9, -LARGEST, 1e38])
+def test_layers_and_their_weights(value, dtype):
+    """Outputs, weights, and gradients through both, beside torch.nn; the output alone comes without weights."""
+    value = min(max(value, torch.finfo(dtype).min), torch.finfo(dtype).max / 4)
+    for scores in ("equal", "random"):
+        ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True, dtype=dtype)
+        if scores == "equal":
+            ours, theirs = with_equal_scores(ours), with_equal_scores(theirs)
+        x = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for masks in layer_masks(value).values():
+            masks = {name: mask if mask.dtype == torch.bool else mask.to(dtype) for name, mask in masks.items()}
+            for options in ({"average_attn_weights": False}, {"need_weights": False}):
+                nn_oracle.compare(
+                    ours, theirs, lambda m, x, o=options, **masks: m(x, x, x, **masks, **o), {"x": x} | masks
+                )
+
+
+def test_masks_whose_sum_is_below_all_numbers():
+    """torch.nn gives NaN for a row whose every key both masks hide with -FLT_MAX; fp64 has the mean of v."""
+    ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True)
+    ours, theirs = with_equal_scores(ours), with_equal_scores(theirs).double()
+    x = torch.randn(1, 9, 16, requires_grad=True)
+    rows, padding = torch.zeros(9, 9), torch.full((1, 9), -LARGEST)
+    rows[2], rows[5, 3:] = -LARGEST, -LARGEST
+    got = ours(x, x, x, key_padding_mask=padding, attn_mask=rows)
+    expected = theirs(*(x.double(),) * 3, key_padding_mask=padding.double(), attn_mask=rows.double())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-6, rtol=1e-6)
+    assert torch.autograd.grad(got[0].sum(), x)[0].isfinite().all()
+
+
+def test_weights_of_large_scores():
+    """Without a mask: rows that one key decides."""
+    ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True)
+    x = torch.randn(2, 33, 16, generator=torch.Generator().manual_seed(0)) * 100
+    nn_oracle.compare(ours, theirs, lambda m, x: m(x, x, x, average_attn_weights=False), {"x": x})
+
+
+def test_weights_of_keys_that_a_bias_hides():
+    module = fastattn.nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(1, 9, 16)
+    key = x.clone()
+    key[:, 5] = math.nan
+    mask = torch.zeros(1, 9).masked_fill(torch.arange(9) == 5, -math.inf)
+    with torch.no_grad():
+        got, expected = (module(x, k, k, key_padding_mask=mask) for k in (key, x))
+    assert got[1].equal(expected[1])
