@@ -41,12 +41,6 @@ const float* left_depth(const T* src, int64_t stride, int rows, int64_t cols, co
   return copy;
 }
 
-// The exponent of 2 for a difference of scores.
-template <bool kNatural>
-inline Vec exponent_of_2(Vec difference) {
-  return kNatural ? difference * Vec::fill(kLog2e) : difference;
-}
-
 // One tile into the running softmax: scores s become weights p (s itself, or slots of two rows with kPairs).
 template <bool kPairs, bool kShort, bool kNatural>
 inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_vecs, float c, const float* keep,

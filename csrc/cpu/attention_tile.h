@@ -186,6 +186,12 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
+// The exponent of 2 for a difference of scores, natural ones or times log2(e).
+template <bool kNatural>
+inline Vec exponent_of_2(Vec difference) {
+  return kNatural ? difference * Vec::fill(kLog2e) : difference;
+}
+
 // t[c][r] = t[r][c], in registers
 [[gnu::always_inline]] inline void transpose_square(Vec (&t)[kVec]) {
 #if defined(__AVX512F__)
