@@ -124,6 +124,24 @@ struct CrossEntropyArgs {
 };
 FASTATTN_DECLARE_CPU(cross_entropy_fwd, CrossEntropyArgs);  // rows
 
+// c (m, n) = a (m, k) · b (k, n) in fp32, plus bias or plus c. Strides count elements; of the two strides of a one is
+// 1, of b likewise.
+struct GemmArgs {
+  const float *a, *b;
+  const float* bias;  // (n), or null
+  float* c;           // rows c_row apart
+  int64_t m, n, k;
+  int64_t a_row, a_col, b_row, b_col, c_row;
+  bool add;  // to c
+  // kFewRows reads b where it lies; it needs b_row == 1 and does not add
+  enum class Way { kBlocked, kFewRows } way;
+  int64_t rows;               // kBlocked: of a task
+  std::atomic<bool>* failed;  // out of memory
+};
+constexpr int64_t kGemmPanel = 64;     // kBlocked: columns of a task
+constexpr int64_t kGemmGroup = 16;     // kFewRows: columns of a task
+FASTATTN_DECLARE_CPU(gemm, GemmArgs);  // tasks
+
 // Attention. Sizes and strides count elements; the last stride is 1. Packed sequences: batch stride 0, row b of
 // cu_seqlens says where sequence b begins.
 struct HeadTensor {

@@ -58,7 +58,7 @@ def complain(message):
 
 
 def run_command(argv):
-    from fastattn.training.config import UsageError
+    from fastattn.training.messages import UsageError
 
     if argv == ["info"]:  # needs none of the packages that the other commands need
         return info(None, argv) or 0
@@ -76,7 +76,7 @@ def parse(parser, argv):
     """The parsed arguments; UsageError for what jsonargparse or the decoding of a config file refuses."""
     from jsonargparse import ArgumentError
 
-    from fastattn.training.config import UsageError
+    from fastattn.training.messages import UsageError
 
     try:
         return parser.parse_args(argv)
@@ -168,7 +168,7 @@ def baseline_parser():
 def data_parser():
     from jsonargparse import ArgumentParser
 
-    from fastattn.training import prepare
+    from fastattn.training.data import prepare
 
     parser = ArgumentParser(
         prog="fastattn data", exit_on_error=False, description="Prepare documents; prints its report as JSON."
@@ -205,8 +205,8 @@ def read_config(options):
 
 def stored_config(run):
     """The TrainConfig of a run folder."""
-    from fastattn.training.checkpoint import check_run
-    from fastattn.training.config import UsageError
+    from fastattn.training.messages import UsageError
+    from fastattn.training.runs.checkpoint import check_run
 
     check_run(run)
     try:
@@ -216,7 +216,7 @@ def stored_config(run):
 
 
 def train(options, argv):
-    from fastattn.training.config import UsageError
+    from fastattn.training.messages import UsageError
 
     if options.resume is not None:
         if options.overwrite:
@@ -228,17 +228,17 @@ def train(options, argv):
         check_same_run(stored, config)
     else:
         if options.start is not None:  # the shape is that of the start unless the user says otherwise
-            from fastattn.training.start import start_model_options
+            from fastattn.training.runs.start import start_model_options
 
             options = parse(train_parser(start_model_options(options.start)), argv)
         config = read_config(options)
-    from fastattn.training.loop import train as run_training
+    from fastattn.training.runs.loop import train as run_training
 
     return run_training(config, resume=options.resume is not None, overwrite=options.overwrite)
 
 
 def finetune(options, argv):
-    from fastattn.training.config import UsageError
+    from fastattn.training.messages import UsageError
 
     if options.start is None and options.resume is None:
         raise UsageError("finetune: expected --start FOLDER, a run or a Hugging Face model to begin from, got none")
@@ -247,7 +247,7 @@ def finetune(options, argv):
 
 def check_same_run(stored, config):
     """Raises UsageError if a resumed run would read another text, build another model or need another state."""
-    from fastattn.training.config import UsageError
+    from fastattn.training.messages import UsageError
 
     for section, names in (
         ("", ("task", "trained", "lora_rank", "select")),
@@ -265,10 +265,10 @@ def evaluate(options, _argv):
     run = Path(options.run).expanduser().absolute()
     config = stored_config(run)
     check_run_options(options)
-    from fastattn.training.checkpoint import run_path
-    from fastattn.training.config import UsageError
-    from fastattn.training.evaluate import draw_attention, evaluate_run
-    from fastattn.training.report import write_report
+    from fastattn.training.evaluation.evaluate import draw_attention, evaluate_run
+    from fastattn.training.evaluation.report import write_report
+    from fastattn.training.files import run_path
+    from fastattn.training.messages import UsageError
 
     special = {"data": ("lm", None, "text"), "beams": ("translate", 1, "beams")}
     given = {}
@@ -290,7 +290,7 @@ def evaluate(options, _argv):
 
 
 def print_report(report, as_json):
-    from fastattn.training.report import cell, report_json
+    from fastattn.training.evaluation.report import cell, report_json
 
     if as_json:
         print(report_json(report), end="")
@@ -302,11 +302,12 @@ def print_report(report, as_json):
 
 
 def baseline(options, _argv):
-    from fastattn.training.baseline import bag_of_words_baseline
-    from fastattn.training.checkpoint import run_path
-    from fastattn.training.config import Columns, DataConfig, UsageError
-    from fastattn.training.report import write_report
-    from fastattn.training.tasks.base import read_parts
+    from fastattn.training.config import Columns, DataConfig
+    from fastattn.training.data.parts import read_parts
+    from fastattn.training.evaluation.baseline import bag_of_words_baseline
+    from fastattn.training.evaluation.report import write_report
+    from fastattn.training.files import run_path
+    from fastattn.training.messages import UsageError
 
     data = options.data.as_dict()
     data = DataConfig(**{**data, "columns": Columns(**data["columns"])})
@@ -322,20 +323,20 @@ def baseline(options, _argv):
 
 
 def compare(options, _argv):
-    from fastattn.training.compare import compare_runs
+    from fastattn.training.evaluation.compare import compare_runs
 
     print(compare_runs(options.runs, options.output))
 
 
 def predict(options, _argv):
-    from fastattn.training.config import UsageError
+    from fastattn.training.messages import UsageError
 
     run = Path(options.run).expanduser().absolute()
     config = stored_config(run)
     check_run_options(options)
     if config.task != "classify":
         raise UsageError(f"run {str(run)!r}: expected one of task classify, got {config.task}")
-    from fastattn.training.evaluate import load_task
+    from fastattn.training.runs.load import load_task
 
     model, task = load_task(run, config, options.checkpoint, options.accelerator, options.layers)
     for text, row in zip(options.texts, task.predict(model, options.texts).tolist(), strict=True):
@@ -347,9 +348,9 @@ def generate(options, _argv):
     run = Path(options.run).expanduser().absolute()
     config = stored_config(run)
     check_run_options(options)
-    from fastattn.training.config import UsageError
-    from fastattn.training.evaluate import load_run, load_task
-    from fastattn.training.generate import beam_search, check_sampling, stream_text, stream_tokens
+    from fastattn.training.inspect.generate import beam_search, check_sampling, stream_text, stream_tokens
+    from fastattn.training.messages import UsageError
+    from fastattn.training.runs.load import load_run, load_task
 
     if config.task not in ("lm", "translate"):
         raise UsageError(f"run {str(run)!r}: expected one of task lm or translate, got {config.task}")
@@ -380,7 +381,7 @@ def generate(options, _argv):
 
 
 def check_run_options(options):
-    from fastattn.training.config import UsageError
+    from fastattn.training.messages import UsageError
 
     for name, allowed in (("accelerator", ("auto", "cpu", "cuda")), ("layers", (None, "fastattn", "torch"))):
         if options[name] not in allowed:
@@ -391,7 +392,7 @@ def check_run_options(options):
 def data(argv):
     from dataclasses import fields
 
-    from fastattn.training import prepare
+    from fastattn.training.data import prepare
 
     options = parse(data_parser(), argv)
     name = options.subcommand

@@ -126,7 +126,9 @@ def norm(x, residual=None, weight=None, bias=None, x_bias=None, *, eps, rms, dro
     return y.to(x.dtype), r
 
 
-def feed_forward(x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, rng=None):
+def feed_forward(
+    x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, rng=None, linear=linear
+):
     """y = w2·dropout(act(w1·x + b1)) + b2; gated: w2·dropout(act(w_gate·x + b_gate) ∘ (w1·x + b1)) + b2."""
     acc = accumulator(x.dtype)
     up = linear(x, w1, b1).to(acc)
@@ -171,8 +173,9 @@ def rotary_embedding(x, cos, sin, *, rotary_dim=None, positions=None, offset=0, 
 
 
 def linear_cross_entropy(
-    x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"
-):
+    x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
+    linear=linear,
+):  # fmt: skip
     """F.cross_entropy(s, target) + z_loss * logsumexp(s)², s = x·weightᵀ + bias, capped by softcap * tanh(s / softcap).
 
     An ignored token has loss and gradient 0; the mean is over the others, NaN with gradient 0 where there are none.
@@ -253,7 +256,7 @@ def attention(
     seen = visible.any(-2)[..., None]  # a key that nobody sees must not spread its NaN through 0 * NaN
     k = torch.where(seen, k.to(acc).repeat_interleave(group, 1), 0.0)
     v = torch.where(seen, v.to(acc).repeat_interleave(group, 1), 0.0)
-    s = matmul(q.to(acc), k.mT) * scale
+    s = matmul(q.to(acc), k.transpose(-2, -1)) * scale
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:

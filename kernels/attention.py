@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_config import pick
-from fastattn.kernels.common import device_guard, dropout_constants, dropout_halfwords, register
+from fastattn.kernels.common import dropout_constants, dropout_halfwords, launch, register
 from fastattn.ops.attention import empty_in_layout
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -44,12 +44,12 @@ def locate(batch, within, cu_seqlens_q, cu_seqlens_k, seqlens_k, seqlen_q, seqle
     first_k = batch * 0
     if cu_seqlens_q is not None:
         index = batch * 0
-        first_q = tl.load(cu_seqlens_q + batch).to(tl.int64)
-        first_k = tl.load(cu_seqlens_k + batch).to(tl.int64)
-        end_q = tl.load(cu_seqlens_q + batch + 1, mask=within, other=0 if OF_KEYS else seqlen_q)
-        end_k = tl.load(cu_seqlens_k + batch + 1, mask=within, other=seqlen_k if OF_KEYS else 0)
-        seqlen_q = tl.maximum(end_q - first_q, 0).to(tl.int32)
-        seqlen_k = tl.maximum(end_k - first_k, 0).to(tl.int32)
+        begin_q = tl.load(cu_seqlens_q + batch)
+        begin_k = tl.load(cu_seqlens_k + batch)
+        seqlen_q = tl.load(cu_seqlens_q + batch + 1, mask=within, other=begin_q if OF_KEYS else seqlen_q) - begin_q
+        seqlen_k = tl.load(cu_seqlens_k + batch + 1, mask=within, other=seqlen_k if OF_KEYS else begin_k) - begin_k
+        first_q = begin_q.to(tl.int64)
+        first_k = begin_k.to(tl.int64)
     length_k = seqlen_k
     if seqlens_k is not None:
         length_k = tl.maximum(tl.minimum(tl.load(seqlens_k + batch, mask=within, other=0), seqlen_k), 0)
@@ -423,11 +423,6 @@ def precision(dtype):
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def scratch(size, alignment, stream):
-    """Where a kernel keeps the TMA descriptors that it makes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
-
-
 def descriptors_fit(*tensors):
     """Whether TMA can read these (batch, heads, rows, columns) tensors: addresses, strides multiples of 16 bytes."""
     for t in tensors:
@@ -543,14 +538,11 @@ def launch_fwd(q, k, v, *rest):
     grid, blocks, constants, tma = plan.launch("fwd")
     if grid[0]:
         tma = tma and descriptors_fit(k, v)
-        if tma:
-            triton.set_allocator(scratch)
-        with device_guard(q.device):
-            attention_fwd[grid](
-                q, k, v, out, lse, low if need_low else None, *features, *plan.strides, out_strides[:3],
-                *plan.feature_strides, plan.n_heads, plan.group, plan.total_q, plan.total_k, blocks, *plan.numbers,
-                TMA=tma, **constants,
-            )  # fmt: skip
+        launch(
+            attention_fwd, grid, q.device, q, k, v, out, lse, low if need_low else None, *features, *plan.strides,
+            out_strides[:3], *plan.feature_strides, plan.n_heads, plan.group, plan.total_q, plan.total_k, blocks,
+            *plan.numbers, TMA=tma, **constants,
+        )  # fmt: skip
     return out, lse, low
 
 

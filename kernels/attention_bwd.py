@@ -31,7 +31,6 @@ from fastattn.kernels.attention import (
     prepare,
     probability,
     score_gradient,
-    scratch,
     tile_scores,
     tile_source,
     unit_stride,
@@ -39,7 +38,7 @@ from fastattn.kernels.attention import (
 )
 from fastattn.kernels.attention_config import PREPROCESS
 from fastattn.kernels.attention_dbias import launch_dbias
-from fastattn.kernels.common import device_guard, register
+from fastattn.kernels.common import launch, register
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -383,42 +382,38 @@ def launch_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, *rest):
     inputs = (q, k, v, do, high, low, delta)
     strides = (*plan.strides, do.stride()[:3])
     sizes = (plan.total_q, plan.total_k)
-    with device_guard(q.device):
-        rows = triton.cdiv(plan.total_q, PREPROCESS["BLOCK_M"])
-        programs = rows * plan.n_heads * q.shape[0]
-        partial = 0 if sink is None else (q.shape[0] * rows, plan.n_heads)
-        dsink = q.new_empty(partial, dtype=torch.float32)
-        if programs:
-            attention_preprocess[(programs,)](
-                out, do, lse, lse_low, dlse, sink, delta, high, low, dsink, out.stride()[:3], strides[3], plan.n_heads,
-                plan.total_q, rows, HEAD_DIM_V=v.shape[3], BLOCK_DV=plan.switches["BLOCK_DV"], **PREPROCESS,
-            )  # fmt: skip
+    rows = triton.cdiv(plan.total_q, PREPROCESS["BLOCK_M"])
+    programs = rows * plan.n_heads * q.shape[0]
+    partial = 0 if sink is None else (q.shape[0] * rows, plan.n_heads)
+    dsink = q.new_empty(partial, dtype=torch.float32)
+    if programs:
+        launch(
+            attention_preprocess, (programs,), q.device, out, do, lse, lse_low, dlse, sink, delta, high, low,
+            dsink, out.stride()[:3], strides[3], plan.n_heads, plan.total_q, rows, HEAD_DIM_V=v.shape[3],
+            BLOCK_DV=plan.switches["BLOCK_DV"], **PREPROCESS,
+        )  # fmt: skip
 
-        grid, blocks, constants, tma = plan.launch("dkdv")
-        if grid[0]:
-            tma = tma and descriptors_fit(q, do)
-            if tma:
-                triton.set_allocator(scratch)
-            attention_dkdv[grid](
-                *inputs, dk, dv, *features, *strides, dk.stride()[:3], dv.stride()[:3], *plan.feature_strides,
-                plan.n_heads, *sizes, blocks, *plan.numbers, TMA=tma, **constants,
-            )  # fmt: skip
+    grid, blocks, constants, tma = plan.launch("dkdv")
+    if grid[0]:
+        launch(
+            attention_dkdv, grid, q.device, *inputs, dk, dv, *features, *strides, dk.stride()[:3], dv.stride()[:3],
+            *plan.feature_strides, plan.n_heads, *sizes, blocks, *plan.numbers, TMA=tma and descriptors_fit(q, do),
+            **constants,
+        )  # fmt: skip
 
-        fused = need_dbias and bias.shape == (plan.batch, plan.n_heads, *sizes)
-        dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=q.device) if fused else None
-        grid, blocks, constants, tma = plan.launch("dq")
-        if grid[0]:
-            tma = tma and descriptors_fit(k, v)
-            if tma:
-                triton.set_allocator(scratch)
-            attention_dq[grid](
-                *inputs, dq, dbias, *features, *strides, dq.stride()[:3], dbias.stride() if fused else (0, 0, 0, 0),
-                *plan.feature_strides, plan.n_heads, plan.group, *sizes, blocks, *plan.numbers, TMA=tma, **constants,
-            )  # fmt: skip
-        if not need_dbias:
-            dbias = q.new_empty(0)
-        elif not fused:
-            dbias = launch_dbias(plan, inputs, features, strides)
+    fused = need_dbias and bias.shape == (plan.batch, plan.n_heads, *sizes)
+    dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=q.device) if fused else None
+    grid, blocks, constants, tma = plan.launch("dq")
+    if grid[0]:
+        launch(
+            attention_dq, grid, q.device, *inputs, dq, dbias, *features, *strides, dq.stride()[:3],
+            dbias.stride() if fused else (0, 0, 0, 0), *plan.feature_strides, plan.n_heads, plan.group, *sizes, blocks,
+            *plan.numbers, TMA=tma and descriptors_fit(k, v), **constants,
+        )  # fmt: skip
+    if not need_dbias:
+        dbias = q.new_empty(0)
+    elif not fused:
+        dbias = launch_dbias(plan, inputs, features, strides)
     return dq, dk, dv, dbias, dsink if sink is None else dsink.sum(0)
 
 

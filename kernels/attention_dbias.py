@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention import UNSPECIALIZED, key_blocks, load_tile, locate, score_gradient
+from fastattn.kernels.common import launch
 
 
 @triton.jit(
@@ -119,9 +120,9 @@ def launch_dbias(plan, inputs, features, strides):
     chunk = triton.cdiv(n_terms, max(1, min(n_terms, triton.cdiv(_PROGRAMS, n_tiles), room)))
     chunks = triton.cdiv(n_terms, chunk)
     dbias = bias.new_empty((chunks, *bias.shape), dtype=torch.float32 if chunks > 1 else bias.dtype)
-    attention_dbias[(chunks * n_tiles,)](
-        *inputs, dbias, *features, *strides, *plan.feature_strides, plan.n_heads, plan.group, plan.total_q,
-        plan.total_k, *bias.shape, *terms[1:], *tiles[2:], n_terms, chunk, *plan.numbers, ROW=bias.shape[2] == 1,
-        COLUMN=bias.shape[3] == 1, **constants,
+    launch(
+        attention_dbias, (chunks * n_tiles,), q.device, *inputs, dbias, *features, *strides, *plan.feature_strides,
+        plan.n_heads, plan.group, plan.total_q, plan.total_k, *bias.shape, *terms[1:], *tiles[2:], n_terms, chunk,
+        *plan.numbers, ROW=bias.shape[2] == 1, COLUMN=bias.shape[3] == 1, **constants,
     )  # fmt: skip
     return dbias[0] if chunks == 1 else dbias.sum(0).to(bias.dtype)

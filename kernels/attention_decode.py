@@ -31,7 +31,7 @@ from fastattn.kernels.attention import (
     unit_stride,
     visible_tile,
 )
-from fastattn.kernels.common import device_guard, multiprocessors, register
+from fastattn.kernels.common import launch, multiprocessors, register
 from fastattn.ops.attention import empty_in_layout
 
 MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 128, 16, 16
@@ -80,7 +80,7 @@ def load_rows(base, offsets, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 UNSPECIALIZED = ["seqlen_q", "capacity", "seqlen_new", "group", "splits", "window_left", "window_right",
-                 "slopes_stride", "pages"]  # fmt: skip
+                 "slopes_stride", "page_size", "pages", "blocks_m"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -196,7 +196,7 @@ def attention_decode_split(q, k, v, out, lse, cache_seqlens, block_table, cache_
     tl.store(out + offsets[:, None] + offs_d[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "splits"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_decode_combine(parts, part_stats, sink, out, lse, out_strides, n_heads, seqlen_q, splits,
                              HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """One program adds up the splits of one row. part_stats: maxima and sums, as attention_decode_split leaves them."""
@@ -232,7 +232,7 @@ def attention_decode_combine(parts, part_stats, sink, out, lse, out_strides, n_h
     tl.store(lse + row, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe) * LN_2))
 
 
-@triton.jit(do_not_specialize=["seqlen_new", "capacity", "pages"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_decode_append(k, v, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, k_strides, v_strides,
                             k_cache_strides, v_cache_strides, n_kv_heads, seqlen_new, capacity, page_size, pages,
                             HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -350,17 +350,17 @@ def launch_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx,
     if plan.parts:
         to = torch.empty((*plan.parts, plan.head_dim_v), dtype=torch.float32, device=q.device)
         to_lse = torch.empty((2, *plan.parts), dtype=torch.float32, device=q.device)
-    with device_guard(q.device):
-        attention_decode_split[plan.grid](
-            q, k_cache, v_cache, to, to_lse, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, slopes, sink,
-            *plan.strides, plan.slopes_stride, *plan.sizes, seqlen_new, *plan.cache, window_left, window_right,
-            softcap, scale, **plan.constants,
+    launch(
+        attention_decode_split, plan.grid, q.device, q, k_cache, v_cache, to, to_lse, cache_seqlens, block_table,
+        cache_batch_idx, cache_leftpad, slopes, sink, *plan.strides, plan.slopes_stride, *plan.sizes, seqlen_new,
+        *plan.cache, window_left, window_right, softcap, scale, **plan.constants,
+    )  # fmt: skip
+    if plan.parts:
+        launch(
+            attention_decode_combine, (plan.rows,), q.device, to, to_lse, sink, out, lse, plan.strides[3], q.shape[1],
+            q.shape[2], plan.parts[0], HEAD_DIM_V=plan.head_dim_v, BLOCK_DV=plan.block_dv, BLOCK_S=COMBINE_SPLITS,
+            num_warps=4,
         )  # fmt: skip
-        if plan.parts:
-            attention_decode_combine[(plan.rows,)](
-                to, to_lse, sink, out, lse, plan.strides[3], q.shape[1], q.shape[2], plan.parts[0],
-                HEAD_DIM_V=plan.head_dim_v, BLOCK_DV=plan.block_dv, BLOCK_S=COMBINE_SPLITS, num_warps=4,
-            )  # fmt: skip
     return out, lse
 
 
@@ -372,14 +372,13 @@ def launch_append(k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batc
         return
     page_size, pages = k_cache.shape[2], 1 if block_table is None else block_table.shape[1]
     grid = batch * n_kv_heads, triton.cdiv(seqlen_new, APPEND_ROWS)
-    with device_guard(k.device):
-        attention_decode_append[grid](
-            k, v, k_cache, v_cache, contiguous(cache_seqlens), contiguous(block_table), contiguous(cache_batch_idx),
-            k.stride()[:3], v.stride()[:3], k_cache.stride()[:3], v_cache.stride()[:3], n_kv_heads, seqlen_new,
-            page_size * pages, page_size, pages, HEAD_DIM=head_dim, HEAD_DIM_V=v.shape[3],
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_DV=max(16, triton.next_power_of_2(v.shape[3])),
-            BLOCK_N=APPEND_ROWS, num_warps=4,
-        )  # fmt: skip
+    launch(
+        attention_decode_append, grid, k.device, k, v, k_cache, v_cache, contiguous(cache_seqlens),
+        contiguous(block_table), contiguous(cache_batch_idx), k.stride()[:3], v.stride()[:3], k_cache.stride()[:3],
+        v_cache.stride()[:3], n_kv_heads, seqlen_new, page_size * pages, page_size, pages, HEAD_DIM=head_dim,
+        HEAD_DIM_V=v.shape[3], BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_DV=max(16, triton.next_power_of_2(v.shape[3])), BLOCK_N=APPEND_ROWS, num_warps=4,
+    )  # fmt: skip
 
 
 register("attention_decode_fwd", launch_fwd)

@@ -395,7 +395,7 @@ def test_info(capsys):
 
 def test_missing_package_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    monkeypatch.delitem(sys.modules, "fastattn.training.loop", raising=False)
+    monkeypatch.delitem(sys.modules, "fastattn.training.runs.loop", raising=False)
     expected = "expected the packages of pip install 'fastattn[train]', got no lightning_fabric"
     assert_refused(folder, capsys, ["train", "--config", "config.yaml"], expected)
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastattn
 from fastattn import nn
 from fastattn.ops import _gemm
+from fastattn.ops._backends import unavailable
 
 aten = torch.ops.aten
 # torch 2.13 counts nothing for its attention on the CPU, which has the arguments of the one on a GPU
@@ -92,12 +93,12 @@ def test_attention_decode_counts_the_valid_keys():
 
 
 @pytest.mark.parametrize("rows", [3, 600])
-@pytest.mark.parametrize("onednn", [False, True])
-def test_feed_forward(rows, onednn, monkeypatch):
-    """600 rows: with oneDNN the products are no aten ops."""
-    if onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(_gemm, "_ONEDNN_IS_FASTER", onednn)
+@pytest.mark.parametrize("ours", [False, True])
+def test_feed_forward(rows, ours, monkeypatch):
+    """With our kernel the products are no aten ops."""
+    if ours and unavailable("native", "cpu") is not None:
+        pytest.skip(f"no C++ kernels: {unavailable('native', 'cpu')}")
+    monkeypatch.setattr(_gemm, "_has_kernel", ours)
     x, w1, w2 = leaves((rows, 128), (256, 128), (128, 256))
     product = 2 * rows * 128 * 256
     assert count(lambda x, w1, w2: fastattn.feed_forward(x, w1, None, w2, None), x, w1, w2) == [

@@ -324,5 +324,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_infer.native", TORCH_BOX(&attention_infer));
   m.impl("attention_fwd.native", TORCH_BOX(&attention_fwd));
+  m.impl("attention_fwd_native", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd.native", TORCH_BOX(&attention_bwd));
 }

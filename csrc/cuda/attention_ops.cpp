@@ -171,6 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("attention_fwd.native", TORCH_BOX(&attention_fwd));
+  m.impl("attention_fwd_native", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd.native", TORCH_BOX(&attention_bwd));
 }
 #endif

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from fastattn import reference
 from fastattn._autocast import matmul
 from fastattn.nn.masks import attention_masks, check_mask_dtype
+from fastattn.nn.plain import leaf_call, remember_forward, torch_attention_is_replaced
 from fastattn.ops import attention
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._random import draw_rng
 from fastattn.ops.attention import attention_with_rng, sharded_call
+from fastattn.ops.linear import linear
 
 
 def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
@@ -65,7 +67,7 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     batch, n_heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
     acc = reference.accumulator(q.dtype)
-    scores = matmul(q.to(acc), k.to(acc).mT) * head_dim**-0.5
+    scores = matmul(q.to(acc), k.to(acc).transpose(-2, -1)) * head_dim**-0.5
     visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)
     if bias is not None:
         scores = scores + bias
@@ -82,6 +84,7 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     return out, weights
 
 
+@remember_forward
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on `fastattn.attention`: the same arguments, parameters and masks.
 
@@ -125,13 +128,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Raises:
             AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
         """
-        if type(self).merge_masks is not torch.nn.MultiheadAttention.merge_masks or (
-            self.strict_torch and need_weights
+        nested = not (query.is_nested is key.is_nested is value.is_nested is False)
+        arguments = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        if nested and (recorded := leaf_call(self, query, key, value, *arguments)) is not None:
+            return recorded
+        replaced = torch_attention_is_replaced()
+        if (
+            replaced
+            or type(self).merge_masks is not torch.nn.MultiheadAttention.merge_masks
+            or (self.strict_torch and need_weights)
         ):
+            if replaced and is_causal and attn_mask is None and not self.strict_torch:
+                sizes = (t.shape[1 if self.batch_first and t.dim() == 3 else 0] for t in (query, key))
+                attn_mask = torch.ones(*sizes, dtype=torch.bool, device=query.device).triu_(1)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        if query.is_nested or key.is_nested or value.is_nested:
+        if nested:
             return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal), None
         out, weights = self.attend(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -182,7 +195,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         heads = (self.num_heads, self.head_dim)
         if query is key and key is value and self._qkv_same_embed_dim:
             # apart before they are permuted: the backward writes the gradient of the projection by one copy
-            projected = F.linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
+            projected = linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
             return self._heads_first(projected, batched, batch_first)
         if self._qkv_same_embed_dim:
             if key.shape != value.shape:
@@ -190,17 +203,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if key is value:
                 w_q, w_kv = weight.split((embed_dim, 2 * embed_dim))
                 b_q, b_kv = (None, None) if bias is None else bias.split((embed_dim, 2 * embed_dim))
-                projected = (F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).chunk(2, -1))
+                projected = (linear(query, w_q, b_q), *linear(key, w_kv, b_kv).chunk(2, -1))
             else:
                 biases = (None,) * 3 if bias is None else bias.chunk(3)
-                projected = map(F.linear, (query, key, value), weight.chunk(3), biases)
+                projected = map(linear, (query, key, value), weight.chunk(3), biases)
         else:
             if key.shape[:-1] != value.shape[:-1]:
                 raise AssertionError(
                     f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
                 )
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            projected = map(F.linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
+            projected = map(linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
         return self._heads_first((t.unflatten(-1, heads) for t in projected), batched, batch_first)
 
     @staticmethod
@@ -266,7 +279,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             max_seqlen: the longest sequence.
         Returns: (total, embed_dim).
         """
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
         out = attention(
             *qkv.unbind(1), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
             max_seqlen_k=max_seqlen, causal="top_left" if is_causal else False,

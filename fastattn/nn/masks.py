@@ -47,15 +47,7 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
             `dtype`.
         AssertionError: key_padding_mask has another shape.
     """
-    bools, floats = [], []
-    if key_padding_mask is not None:
-        for dim, size in enumerate((batch, seqlen_k)):
-            if key_padding_mask.shape[dim] != size:
-                raise AssertionError(
-                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
-                )
-        (bools if key_padding_mask.dtype == torch.bool else floats).append(key_padding_mask[:, None, None, :])
-    if attn_mask is not None:
+    if attn_mask is not None:  # looked at first, as in torch
         if is_causal_bias(attn_mask):
             raise RuntimeError(
                 "attn_mask must be a bool or float tensor, got a CausalBias, which holds no values: use is_causal=True"
@@ -65,6 +57,15 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
             raise RuntimeError(
                 f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
             )
+    bools, floats = [], []
+    if key_padding_mask is not None:
+        for dim, size in enumerate((batch, seqlen_k)):
+            if key_padding_mask.shape[dim] != size:
+                raise AssertionError(
+                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
+                )
+        (bools if key_padding_mask.dtype == torch.bool else floats).append(key_padding_mask[:, None, None, :])
+    if attn_mask is not None:
         attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, n_heads))
         if attn_mask.dtype == torch.bool and bools:
             attn_mask = as_float_mask(attn_mask, dtype)

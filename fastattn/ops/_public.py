@@ -19,19 +19,35 @@ from fastattn.ops._kinds import is_causal_bias
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 
+class ArgumentValueError(ValueError, RuntimeError):
+    """An argument has a wrong value. It is a RuntimeError too, which is what PyTorch and flash-attn raise."""
+
+
+class ArgumentTypeError(TypeError, RuntimeError):
+    """An argument has a wrong type or dtype; a RuntimeError for the same reason."""
+
+
+_KINDS = {ValueError: ArgumentValueError, TypeError: ArgumentTypeError}
+
+
 class Public:
     """The public side of one function.
 
     Args:
         name: what messages call it, and the key of its advice in _advice.py.
-        tensors, numbers: names of the parameters that take a tensor, or a number.
+        tensors, numbers: names of the parameters that take a tensor, or a number; NAME? may be None without being so
+            by default.
+        weights: those of `tensors` that are not asked to take the place of the function: they are asked in it, by
+            torch.nn.functional.linear, which their own kinds know.
         takes_pair: whether the first parameter takes a pair of tensors too.
     """
 
-    def __init__(self, name, *, tensors="", numbers="", takes_pair=False):
+    def __init__(self, name, *, tensors="", numbers="", weights="", takes_pair=False):
         self.name = name
-        self.tensors = tensors.split()
+        self.tensors = tensors.replace("?", "").split()
+        self.optional = [name[:-1] for name in tensors.split() if name.endswith("?")]
         self.numbers = numbers.split()
+        self.weights = weights.split()
         self.takes_pair = takes_pair
 
     def overridable(self, function):
@@ -40,7 +56,7 @@ class Public:
         A CausalBias has such a method too, but it knows torch's own attention only: ours reads the class itself.
         """
 
-        takes_pair = self.takes_pair
+        names, takes_pair = list(inspect.signature(function).parameters), self.takes_pair
 
         @functools.wraps(function)
         def call(*args, **kwargs):
@@ -49,17 +65,24 @@ class Public:
                 values = (*values[0], *values[1:])
             # torch.compile sees modes by the first question only
             if _is_mode_enabled() or has_torch_function(values):
-                relevant = tuple(value for value in values if not is_causal_bias(value))
+                relevant = self._relevant(dict(zip(names, args, strict=False)) | kwargs)
                 # torch.compile answers the last question with True even where overriding is turned off
                 if _is_mode_enabled() or (torch._C._is_torch_function_enabled() and has_torch_function(relevant)):
                     return handle_torch_function(call, relevant, *args, **kwargs)
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                self._name_mistake(function, args, kwargs, error)
+                self._answer(function, args, kwargs, error)
                 raise
 
         return call
+
+    def _relevant(self, given):
+        """The arguments whose `__torch_function__` may take the place of the function."""
+        relevant = [t for name, t in given.items() if name not in self.weights and not is_causal_bias(t)]
+        if self.takes_pair:
+            relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
+        return tuple(relevant)
 
     def answering(self, function):
         """Answer to mistakes only."""
@@ -69,10 +92,17 @@ class Public:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                self._name_mistake(function, args, kwargs, error)
+                self._answer(function, args, kwargs, error)
                 raise
 
         return call
+
+    def _answer(self, function, args, kwargs, error):
+        """Raise what the caller is to see instead of `error`, if that is something else."""
+        self._name_mistake(function, args, kwargs, error)
+        kind = _KINDS.get(type(error))
+        if kind is not None and not torch.compiler.is_compiling():
+            raise kind(*error.args).with_traceback(error.__traceback__) from error.__cause__
 
     def _name_mistake(self, function, args, kwargs, error):
         """Raise TypeError where a call failed by the names or kinds of its arguments, if `error` does not say so."""
@@ -82,11 +112,11 @@ class Public:
         try:
             given = inspect.signature(function).bind(*args, **kwargs).arguments
         except TypeError as mismatch:
-            raise TypeError(f"{self.name}: {self._about_names(parameters, args, kwargs) or mismatch}") from None
+            raise ArgumentTypeError(f"{self.name}: {self._about_names(parameters, args, kwargs) or mismatch}") from None
         for label, value in given.items():
             values = value if self.takes_pair and label == "x" and isinstance(value, (tuple, list)) else (value,)
             for one in values:
-                self._check_kind(label, one, parameters[label].default is None)
+                self._check_kind(label, one, parameters[label].default is None or label in self.optional)
 
     def _check_kind(self, label, value, optional):
         allowed = []
@@ -101,7 +131,7 @@ class Public:
                 f"{self.name}: {label} must be {' or '.join(text for text, _ in allowed)}, got {type(value).__name__}"
             )
             advice = ADVICE[self.name].get(label)
-            raise TypeError(f"{text}: {advice}" if advice else text) from None
+            raise ArgumentTypeError(f"{text}: {advice}" if advice else text) from None
 
     def _about_names(self, parameters, args, kwargs):
         """What is wrong with the names or the number of arguments, or None: then Python's own words say it."""

@@ -34,9 +34,19 @@ from fastattn.ops._backends import choose, explanation, grad_wanted, refusal, re
 from fastattn.ops._kinds import is_causal_bias, is_dtensor
 from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
-from fastattn.ops._register import differentiate, needs_reference, python_kernel, register_fake
+from fastattn.ops._register import (
+    RECORDED,
+    differentiate,
+    observed,
+    python_kernel,
+    raw_ops,
+    register_autograd,
+    register_fake,
+    register_reference,
+)  # fmt: skip
 
 HOPPER_HEAD_DIMS = (64, 96, 128, 192, 256)
+_LAST_NATIVE_BACKWARD = 128  # head dim up to which the kernels for Hopper have a backward
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # what a backend may refuse by; sizes stay out, so that decisions are cached
@@ -80,11 +90,7 @@ register_fake("attention_fwd", _attention_fwd_fake)
 register_fake("attention_bwd", _attention_bwd_fake)
 register_fake("attention_infer", lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]))
 _infer = torch.ops.fastattn.attention_infer.native
-_ops = {
-    (direction, name): getattr(getattr(torch.ops.fastattn, f"attention_{direction}"), name)
-    for direction in ("fwd", "bwd")
-    for name in ("native", "triton")
-}
+_ops = {(direction, name): op for direction in ("fwd", "bwd") for name, op in raw_ops(f"attention_{direction}").items()}
 
 
 def _raw(direction, backend, device, *tensors):
@@ -201,6 +207,29 @@ class _Attention(torch.autograd.Function):
         )
 
 
+def _apply(backend, q, k, v, bias, sink, *rest):
+    *rest, _ = rest  # need_low: the autograd.Function decides by itself
+    only_forward = backend.startswith("native") and q.is_cuda and q.shape[-1] > _LAST_NATIVE_BACKWARD
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    backward = "triton" if only_forward else backend
+    out, lse = _Attention.apply(q, k, v, bias, sink, backend, backward, deterministic, *rest)
+    return out, lse, lse.new_empty(0)
+
+
+def _reference_of_op(*arguments):
+    out, lse = _reference(*arguments[:-1])
+    return out, lse, lse.new_empty(0)
+
+
+register_autograd("attention_fwd", _apply, _reference_of_op)
+register_reference(
+    "attention_infer",
+    lambda q, k, v, right, top_left, scale: _reference(
+        q, k, v, *(None,) * 8, q.shape[2], k.shape[2], -1, right, top_left, 0.0, 0.0, scale
+    )[0],
+)
+
+
 def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
              max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
     """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
@@ -250,7 +279,7 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
         True if head_dim != head_dim_v else False,  # noqa: SIM210
         True if head_dim > 256 or head_dim_v > 256 else False,  # noqa: SIM210
         True if head_dim in HOPPER_HEAD_DIMS else False,  # noqa: SIM210
-        True if head_dim > 128 else False,  # noqa: SIM210
+        True if head_dim > _LAST_NATIVE_BACKWARD else False,  # noqa: SIM210
     )  # fmt: skip
     rest = (
         mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None,
@@ -323,6 +352,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@_ATTENTION.answering
 def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p=0.0, rng=None):
     """`attention` with return_lse and with the random state named: for who needs its dropout mask again."""
     facts, q, k, v, bias, sink, rest = _prepare(
@@ -336,11 +366,13 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
     """(out, lse) on the backend that serves the call; lse may be None unless it is needed."""
     if type(q) is not torch.Tensor and is_dtensor(q):
         return _run_sharded(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic)
-    runs = choose("attention", facts, backend)
+    runs = observed(choose("attention", facts, backend))
     if rest[-2] and rest[5] is None:  # dropout_p without its rng
         rest = (*rest[:5], draw_rng(q.device), *rest[6:])
-    if runs == "reference" or needs_reference():
+    if runs == "reference":
         return _reference(q, k, v, bias, sink, *rest)
+    if runs in RECORDED:
+        return _ops["fwd", runs](q, k, v, bias, sink, *rest, False)[:2]
     if grad_wanted(q, k, v, bias, sink):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
@@ -507,7 +539,7 @@ def scaled_dot_product_attention(
         enable_gqa: allow fewer heads in key and value than in query.
     Returns: (..., n_heads, seqlen_q, head_dim_v) in the layout of query.
     Raises:
-        ValueError, TypeError: as `attention`; where PyTorch raises RuntimeError.
+        ValueError, TypeError: as `attention`; each is a RuntimeError too, which PyTorch raises.
     Source: torch.nn.functional.scaled_dot_product_attention.
     """
     facts, q, k, v, bias, sink, rest = _prepare_torch(

@@ -18,7 +18,7 @@ from fastattn.ops._attention_checks import check_int32, check_numbers, check_per
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
 from fastattn.ops._public import Public
-from fastattn.ops._register import needs_reference, register_fake
+from fastattn.ops._register import observed, raw_ops, register_fake, register_reference
 from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses
 
 MIN_PAGE_SIZE = 16
@@ -39,8 +39,7 @@ def _attention_decode_fwd_fake(q, k_cache, v_cache, *_):
 
 register_fake("attention_decode_fwd", _attention_decode_fwd_fake)
 register_fake("attention_decode_append", lambda *_: None)
-_fwd = {name: getattr(torch.ops.fastattn.attention_decode_fwd, name) for name in ("native", "triton")}
-_append = {name: getattr(torch.ops.fastattn.attention_decode_append, name) for name in ("native", "triton")}
+_fwd, _append = raw_ops("attention_decode_fwd"), raw_ops("attention_decode_append")
 
 
 def refuses(facts):
@@ -226,6 +225,16 @@ def _reference(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batc
     )  # fmt: skip
 
 
+def _decode_reference(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes,
+                      sink, seqlen_new, *rest):  # fmt: skip
+    """The reference of attention_decode_fwd, which comes after attention_decode_append."""
+    tables = (block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink)
+    return _reference(q, k_cache, v_cache, None, None, cache_seqlens + seqlen_new, *tables, 0, *rest)
+
+
+register_reference("attention_decode_fwd", _decode_reference)
+
+
 _PUBLIC = Public(
     _NAME,
     tensors="q k_cache v_cache k v cache_seqlens block_table cache_batch_idx cache_leftpad alibi_slopes sink",
@@ -290,8 +299,8 @@ def attention_decode(
 
 
 def _run(facts, q, k_cache, v_cache, k, v, rest, backend):
-    runs = choose(_NAME, facts, backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose(_NAME, facts, backend))
+    if runs == "reference":
         out, lse = _reference(q, k_cache, v_cache, k, v, *rest)
     else:
         if k is not None:

@@ -12,7 +12,7 @@ from fastattn.ops._backends import choose, explanation, grad_wanted, register_ba
 from fastattn.ops._kinds import check_float, is_dtensor
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import needs_reference, register_fake
+from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
 from fastattn.ops.norm import _refuses
 
 
@@ -21,7 +21,7 @@ def _dropout_fake(x, residual, rng, dropout_p):
 
 
 register_fake("dropout_fwd", _dropout_fake)
-_fwd = {name: getattr(torch.ops.fastattn.dropout_fwd, name) for name in ("native", "triton")}
+_fwd = raw_ops("dropout_fwd")
 for _backend in ("native", "triton"):
     register_backend("dropout", _backend, _refuses)
 
@@ -45,6 +45,13 @@ class _Dropout(torch.autograd.Function):
             else:
                 dx = _fwd[backend](dx, None, rng, dropout_p)
         return dx, dout if ctx.needs_input_grad[1] else None, None, None, None
+
+
+register_autograd(
+    "dropout_fwd",
+    lambda backend, x, residual, rng, dropout_p: _Dropout.apply(x, residual, rng, dropout_p, backend),
+    lambda x, residual, rng, dropout_p: reference.dropout(x, dropout_p, residual, rng),
+)
 
 
 _DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p")
@@ -73,10 +80,10 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
 
 
 def _dropout(x, residual, rng, dropout_p, backend):
-    runs = choose("dropout", _facts(x, residual), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("dropout", _facts(x, residual), backend))
+    if runs == "reference":
         return reference.dropout(x, dropout_p, residual, rng)
-    if grad_wanted(x, residual):
+    if runs not in RECORDED and grad_wanted(x, residual):
         return _Dropout.apply(x, residual, rng, dropout_p, runs)
     return _fwd[runs](x, residual, rng, dropout_p)
 

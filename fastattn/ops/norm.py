@@ -16,7 +16,15 @@ from fastattn.ops._backends import choose, explanation, grad_wanted, register_ba
 from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import differentiate, needs_reference, register_fake
+from fastattn.ops._register import (
+    RECORDED,
+    differentiate,
+    observed,
+    raw_ops,
+    register_autograd,
+    register_fake,
+    register_reference,
+)  # fmt: skip
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,10 +57,7 @@ def _norm_bwd_fake(
 register_fake("norm_infer", _norm_infer_fake)
 register_fake("norm_fwd", _norm_fwd_fake)
 register_fake("norm_bwd", _norm_bwd_fake)
-_infer, _fwd, _bwd = (
-    {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
-    for op in ("norm_infer", "norm_fwd", "norm_bwd")
-)
+_infer, _fwd, _bwd = (raw_ops(op) for op in ("norm_infer", "norm_fwd", "norm_bwd"))
 
 
 def _refuses(facts):
@@ -79,10 +84,13 @@ class _Norm(torch.autograd.Function):
             None if residual is None else residual.dtype,
             None if x_bias is None else x_bias.dtype,
         )
-        return (y, None) if plain else (y, r)
+        if backend not in RECORDED:
+            return y, None if plain else r, None
+        ctx.mark_non_differentiable(stats)  # what a graph with a backward in it goes on with
+        return y, None if plain else r, stats
 
     @staticmethod
-    def backward(ctx, dy, dr_out):
+    def backward(ctx, dy, dr_out, _):
         r, weight, bias, stats, rng = ctx.saved_tensors
         dropout_p, _, rms, backend = ctx.options
         x_dtype, residual_dtype, x_bias_dtype = ctx.dtypes
@@ -134,6 +142,25 @@ def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
     need_dx, need_dresidual, _, _, need_dx_bias = ctx.needs_input_grad[:5]
     dx_bias = dx.flatten(0, -2).sum(0, dtype=reference.accumulator(x_dtype)).to(x_bias_dtype) if need_dx_bias else None
     return dx if need_dx else None, dr if need_dresidual else None, dweight, dbias, dx_bias
+
+
+def _apply(backend, x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
+    y, r, stats = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend)
+    return y, x.new_empty(0) if r is None else r, stats
+
+
+def _reference(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
+    y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
+    wide = r.to(reference.accumulator(r.dtype)).flatten(0, -2)
+    mean = torch.zeros_like(wide[:, :1]) if rms else wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
+    stats = (rstd if rms else torch.cat((mean, rstd), 1)).mT.float()
+    plain = residual is None and rng is None and x_bias is None
+    return y, x.new_empty(0) if plain else r, stats
+
+
+register_autograd("norm_fwd", _apply, _reference)
+register_reference("norm_infer", lambda *args: _reference(*args)[0])
 
 
 def _check(name, x, weight, bias, x_bias, residual):
@@ -198,12 +225,14 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     if dropout_p and rng is None:
         rng = draw_rng(x.device)
     plain = residual is None and rng is None and x_bias is None
-    runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("norm", _facts(x, residual, weight, bias, x_bias), backend))
+    if runs == "reference":
         _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
         y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
+    elif runs in RECORDED:
+        y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     elif grad_wanted(x, residual, weight, bias, x_bias):
-        y, r = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
+        y, r, _ = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
     elif return_residual and not plain:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     else:

@@ -13,7 +13,7 @@ from fastattn import reference
 from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
 from fastattn.ops._public import Public
-from fastattn.ops._register import needs_reference, register_fake
+from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
 from fastattn.ops.attention import empty_in_layout
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,10 +30,7 @@ def _rotary_fwd_fake(q, k, *_):
 
 register_fake("rotary_fwd", _rotary_fwd_fake)
 register_fake("rotary_fwd_", lambda *_: None)
-_fwd, _fwd_ = (
-    {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
-    for op in ("rotary_fwd", "rotary_fwd_")
-)
+_fwd, _fwd_ = raw_ops("rotary_fwd"), raw_ops("rotary_fwd_")
 
 
 def _refuses(facts):
@@ -98,6 +95,23 @@ def _run(backend, inplace, xs, *rest):
     if inplace:  # autograd follows a function that changes views only if it changes one
         return tuple(_Rotary.apply(x, None, backend, True, *rest)[0] for x in xs)
     return _Rotary.apply(xs[0], xs[1] if len(xs) == 2 else None, backend, False, *rest)
+
+
+def _pair(results, q):
+    """The results of the raw op, the second (0,) where there is one tensor."""
+    return (*results, q.new_empty(0))[:2]
+
+
+def _raw_reference(q, k, cos, sin, positions, offset, rotary_dim, interleaved, conjugate):
+    xs = (q,) if k is None else (q, k)
+    return _pair(_reference(xs, cos, -sin if conjugate else sin, positions, offset, rotary_dim, interleaved), q)
+
+
+register_autograd(
+    "rotary_fwd",
+    lambda backend, q, k, *rest: _pair(_Rotary.apply(q, k, backend, False, *rest), q),
+    _raw_reference,
+)
 
 
 def _complain(expected, got):
@@ -239,12 +253,14 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
 
 
 def _rotate(facts, xs, rest, inplace, backend):
-    runs = choose("rotary", facts, backend)
-    by_reference = runs == "reference" or needs_reference()
+    runs = observed(choose("rotary", facts, backend))
+    by_reference, traced = runs == "reference", runs in RECORDED
     # what the kernels cannot write in place is copied back; torch.compile removes that copy where it can
-    copies = inplace and (by_reference or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
+    copies = inplace and (by_reference or traced or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
     if by_reference:
         out = _reference(xs, *rest)
+    elif traced:
+        out = _launch(runs, False, xs, *rest, False)
     else:
         out = _run(runs, inplace and not copies, xs, *rest, False)
     if copies:
