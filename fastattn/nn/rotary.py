@@ -7,6 +7,15 @@ from fastattn.ops._public import Public
 from fastattn.ops._register import is_recorded, needs_reference
 
 
+def _wait_for_streams(table):
+    """Return when every stream of the device has done its work: new tables are there, and old ones are read by nobody.
+
+    A stream that did not make the tables would not wait for them, and the memory of old ones is given to whoever asks.
+    """
+    if table.is_cuda and not torch.compiler.is_compiling():
+        torch.cuda.synchronize(table.device)
+
+
 class RotaryEmbedding(torch.nn.Module):
     """Rotates q, or q and k in one launch, by the angles of their positions: `fastattn.rotary_embedding` with tables.
 
@@ -42,10 +51,13 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("sin", None, persistent=False)
         self._fill(max_seqlen, device)
 
-    def _fill(self, rows, device):
-        """(cos, sin) of `rows` positions, which become the tables."""
+    def _fill(self, rows, device, in_use=False):
+        """(cos, sin) of `rows` positions, which become the tables; in_use: other streams may know the module."""
         with torch.inference_mode(False):  # what is made for inference may have to serve training later
-            self.cos, self.sin = cos, sin = self._make(rows, device)
+            cos, sin = self._make(rows, device)
+        if in_use:
+            _wait_for_streams(cos)
+        self.cos, self.sin = cos, sin
         self._made_for = self.rotary_dim, self.base
         return cos, sin
 
@@ -70,7 +82,7 @@ class RotaryEmbedding(torch.nn.Module):
         device = x.device if cos.is_meta else cos.device
         if torch.compiler.is_exporting() or needs_reference() or is_recorded(x):
             return self._make(rows, device)  # part of the record, and no tensor that outlives it
-        return self._fill(rows, device)
+        return self._fill(rows, device, in_use=True)
 
     @staticmethod
     def _are_for_inference_only(cos):
