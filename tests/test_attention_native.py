@@ -521,6 +521,7 @@ def test_exports_with_dynamic_lengths(call):
 CAPABILITY_TEST = """
 import fastattn, pytest
 from attention_cases import DTYPES, check, normal, qkv, random_case
+import test_attention_finite_masks as finite
 for seed in range(1000, 1016):
     q, k, v, kwargs = random_case(seed)
     check(pytest.MonkeyPatch(), f"seed {seed}", q, k, v, seed, backend="native", **kwargs)
@@ -529,6 +530,9 @@ for dtype in DTYPES:
     for causal in (False, True):
         bias = normal(1, 64, 128, dtype=dtype)
         check(pytest.MonkeyPatch(), "bias", q, k, v, backend="native", bias=bias, causal=causal)
+    for scores in ("zero", "random"):
+        bias = finite.bias_of_all_kinds((2, finite.SQ, finite.SK))
+        finite.check(scores, *finite.inputs(scores, dtype), bias=bias, backend="native", device="cpu")
 print(fastattn._native.cpu_capability())
 """
 
