@@ -1,6 +1,7 @@
 """Whether the modules and functions of torch.nn do what they did when they were imported, so that ours may stand in."""
 
 import operator
+import types
 
 import torch
 from torch.fx import Proxy
@@ -8,6 +9,8 @@ from torch.nn.modules import module as _torch_module
 
 from fastattn.ops import scaled_dot_product_attention
 from fastattn.ops._kinds import odd_kind
+
+_torch_nn = types.SimpleNamespace(**vars(torch.nn))  # the classes of torch, whatever their names come to stand for
 
 _ours = []  # (class, the forward that it was defined with)
 
@@ -45,10 +48,10 @@ def _watch(*names):
         names: where torch.nn has them, "functional.linear" or "Linear.forward".
     """
     get = operator.attrgetter(*names)
-    originals = get(torch.nn)
+    originals = get(_torch_nn)
 
     def replaced():
-        found = get(torch.nn)
+        found = get(_torch_nn)
         return found != originals and any(
             now is not before and now is not scaled_dot_product_attention
             for now, before in zip(found, originals, strict=True)

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastattn._native import load_library
 from fastattn.ops._backends import grad_wanted
+from fastattn.ops._libraries import load_library
 from fastattn.ops._schemas import DEFINITIONS, NAMES
 
 _BACKENDS = ("native", "triton")
@@ -124,8 +124,8 @@ def implement(name, backend, device, function):
     _python_kernels[name, backend, device.lower()] = function
 
 
-def python_kernel(name, backend, device, *tensors):
-    """What `fastattn::<name>.<backend>` would end in on a device type, where it may be called without the dispatcher.
+def python_kernel(name, backend, *tensors):
+    """What `fastattn::<name>.<backend>` would end in for tensors, where it may be called without the dispatcher.
 
     Passing twenty arguments to a kernel in Python through the dispatcher takes longer than preparing a launch. None
     where there is no such kernel, or where somebody looks on: a compiler, a dispatch mode, a subclass of Tensor.
@@ -135,7 +135,7 @@ def python_kernel(name, backend, device, *tensors):
     for t in tensors:
         if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
             return None
-    return _python_kernels.get((name, backend, device))
+    return _python_kernels.get((name, backend, "cpu" if tensors[0].is_cpu else tensors[0].device.type))
 
 
 def needs_reference():
