@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn import nn
+from fastattn.integrations.flash_attn import flash_attn_func, flash_attn_with_kvcache
 
 LENGTHS, OTHERS = (3, 0, 5, 1), (4, 2, 6, 3)
 LAYOUTS = (torch.jagged, torch.strided)
@@ -126,6 +127,15 @@ class TestAttention:
         out = fastattn.scaled_dot_product_attention(x, x, x, mask)
         right = [F.scaled_dot_product_attention(t, t, t, m) for t, m in zip(parts, mask.unbind(), strict=True)]
         assert_alike(out, right, rtol=1e-4, atol=1e-5)
+
+    def test_flash_attn(self):
+        x = nest(sequences(LENGTHS, 4, 8), torch.jagged)
+        out = flash_attn_func(x, x, x, causal=True)
+        assert out.shape == x.shape
+        q = x.transpose(1, 2)
+        assert_alike(out, parts_of(fastattn.attention(q, q, q, causal=True), transpose=True))
+        with pytest.raises(TypeError, match="flash_attn_with_kvcache: q must not be a nested tensor"):
+            flash_attn_with_kvcache(x, x, x)
 
     def test_explain(self, layout):
         q, _ = heads(sequences(LENGTHS, 4, 8), layout)
@@ -383,6 +393,14 @@ class TestLayers:
         self.assert_each_alone(stack, lambda m, x, y: m(x, y), (parts, memory), torch.jagged)
         stack = nn.TransformerEncoder(self.make("TransformerEncoderLayer"), 2, nn.RMSNorm(16))
         self.assert_each_alone(stack, lambda m, x: m(x), (parts,), torch.jagged)
+
+    def test_transformer_and_compiled(self):
+        parts, others = sequences((4, 1, 2), 16), sequences((3, 5, 1), 16, seed=1)
+        model = nn.Transformer(16, 2, 1, 1, 32, 0.0, batch_first=True)
+        self.assert_each_alone(model, lambda m, x, y: m(x, y), (parts, others), torch.jagged)
+        x = nest(parts, torch.jagged)
+        layer = self.make("TransformerEncoderLayer")
+        assert_alike(compiled(layer, x), parts_of(layer(x)), rtol=1e-4, atol=1e-5)
 
     def test_attention_between_sequences(self):
         layer = nn.MultiheadAttention(16, 2, batch_first=True, kdim=8, vdim=8)

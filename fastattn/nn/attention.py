@@ -51,7 +51,7 @@ def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
 
 
 def _attention_and_weights(q, k, v, mask, bias, causal, dropout_p):
-    """The output of the op and, in a second pass over q, k and lse, the weights after dropout that made it."""
+    """The output of the op and, in a second pass over q and k, the weights after dropout that made it."""
     if type(q) is not torch.Tensor and is_dtensor(q):
         call = sharded_call("MultiheadAttention", q, k, v, bias, None, mask, None, None, None, None, bool(causal))
         rng = call.draw_rng() if dropout_p else None
@@ -70,12 +70,14 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     seqlen_k = k.shape[2]
     acc = reference.accumulator(q.dtype)
     scores = matmul(q.to(acc), k.to(acc).transpose(-2, -1)) * head_dim**-0.5
+    visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)
     if bias is not None:
         scores = scores + bias
-    visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)
-    lse = lse[..., None]
-    empty = lse == float("-inf")  # a row that sees no key: weights 0, and no -inf - -inf in the gradient
-    weights = torch.exp(torch.where(visible & ~empty, scores - torch.where(empty, 0.0, lse), float("-inf")))
+        visible = visible & (bias != float("-inf"))  # what stands in a key that it hides does not matter
+    empty = lse[..., None] == float("-inf")  # a row that sees no key: weights 0, and no -inf - -inf in the gradient
+    scores = torch.where(visible, scores, float("-inf")).masked_fill(empty, 0.0)
+    # not exp(scores - lse): beside a large bias lse has no room for the logarithm of the sum
+    weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)
     if dropout_p:
         rows = torch.arange(seqlen_q, device=q.device)
         slabs = torch.arange(batch * n_heads, device=q.device).view(batch, n_heads, 1)

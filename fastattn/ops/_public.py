@@ -9,6 +9,8 @@ import difflib
 import functools
 import inspect
 import numbers
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
@@ -17,6 +19,7 @@ from fastattn.ops._advice import ADVICE
 from fastattn.ops._backends import asked_for
 from fastattn.ops._kinds import is_causal_bias, is_jagged, is_nested, odd_kind
 
+_Function = TypeVar("_Function", bound=Callable)
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 
@@ -74,7 +77,7 @@ class Public:
         self.nested = nested
         self.on_reference = on_reference
 
-    def overridable(self, function):
+    def overridable(self, function: _Function) -> _Function:
         """Let `__torch_function__` of its arguments, or of a mode, take the place of a function; answer to mistakes.
 
         A CausalBias and a jagged nested tensor have such a method too, but these know torch's own functions only.
@@ -105,7 +108,7 @@ class Public:
 
         return call
 
-    def answering(self, function):
+    def answering(self, function: _Function) -> _Function:
         """Answer to mistakes only."""
 
         @functools.wraps(function)

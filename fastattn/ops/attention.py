@@ -7,6 +7,8 @@
     dsr  = ds * (1 - (s_capped / softcap)²),  dq = scale * dsr·k,  dk = scale * dsrᵀ·q
 
 Saved for the backward: q, k, v, out, lse, (seed, offset) and the small inputs; never anything of seqlen_q × seqlen_k.
+lse is saved in two parts where they differ from one, lse and lse_low: beside a mask of -1e9 fp32 has no room for the
+logarithm of a sum, without which p would not sum up to 1.
 The raw ops take (batch, heads, seqlen, head_dim) views of any strides. Packed sequences come as batch 1 with
 cu_seqlens; then i, j, off and the Philox slab count per sequence. Causal is window_right = 0.
 """
@@ -69,11 +71,13 @@ def empty_in_layout(like, last):
     return like.new_empty([shape[dim] for dim in order] + [last]).permute(*inverse, 3)
 
 
-def _attention_fwd_fake(q, k, v, *_):
-    return empty_in_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _attention_fwd_fake(q, k, v, *rest):
+    need_low = rest[-1]
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_in_layout(q, v.shape[-1]), lse, torch.empty_like(lse) if need_low else lse.new_empty(0)
 
 
-def _attention_bwd_fake(do, dlse, q, k, v, out, lse, bias, sink, *rest):
+def _attention_bwd_fake(do, dlse, q, k, v, out, lse, lse_low, bias, sink, *rest):
     need_dbias = rest[-2]
     return (
         empty_in_layout(q, q.shape[-1]),
@@ -162,25 +166,28 @@ register_backend("attention", "triton", refuses_triton)
 
 
 def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, max_seqlen_q,
-               max_seqlen_k, window_left, window_right, top_left, softcap, dropout_p, scale):  # fmt: skip
+               max_seqlen_k, window_left, window_right, top_left, softcap, dropout_p, scale,
+               need_low=False):  # fmt: skip
     """The reference under the arguments of the raw op."""
     packed = cu_seqlens_q is not None
     if packed:
         q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
-    out, lse = reference.attention(
+    out, *lse = reference.attention(
         q, k, v, mask=mask, bias=bias, causal="top_left" if top_left else False, window=(window_left, window_right),
         seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes,
-        softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng,
+        softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng, need_low=need_low,
     )  # fmt: skip
-    return (out.transpose(0, 1)[None], lse[None]) if packed else (out, lse)
+    return (out.transpose(0, 1)[None], *(t[None] for t in lse)) if packed else (out, *lse)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, backend, backward_backend, deterministic, *rest):
-        out, lse = _raw("fwd", backend, q, k, v)(q, k, v, bias, sink, *rest)
+        # where q·k in half precision is all of a score, its own rounding is far above that of lse
+        need_low = q.dtype == torch.float32 or bias is not None or rest[4] is not None
+        out, lse, lse_low = _raw("fwd", backend, q, k, v)(q, k, v, bias, sink, *rest, need_low)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
+        ctx.save_for_backward(q, k, v, bias, sink, out, lse, lse_low, *rest[:6])
         ctx.options = rest[6:]
         ctx.backend = backward_backend
         ctx.deterministic = deterministic
@@ -188,7 +195,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse):
-        q, k, v, bias, sink, out, lse, *rest = ctx.saved_tensors
+        q, k, v, bias, sink, out, lse, lse_low, *rest = ctx.saved_tensors
         rest = (*rest, *ctx.options)
         nothing = (None,) * (3 + len(rest))
         if torch.is_grad_enabled():  # create_graph=True
@@ -196,7 +203,9 @@ class _Attention(torch.autograd.Function):
             return *grads, *nothing
         need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
         run = _raw("bwd", ctx.backend, q, k, v)
-        dq, dk, dv, dbias, dsink = run(do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias, ctx.deterministic)
+        dq, dk, dv, dbias, dsink = run(
+            do, dlse, q, k, v, out, lse, lse_low, bias, sink, *rest, need_dbias, ctx.deterministic
+        )
         return (
             dq if need_dq else None,
             dk if need_dk else None,
@@ -208,12 +217,20 @@ class _Attention(torch.autograd.Function):
 
 
 def _apply(backend, q, k, v, bias, sink, *rest):
+    *rest, _ = rest  # need_low: the autograd.Function decides by itself
     only_forward = backend.startswith("native") and q.is_cuda and q.shape[-1] > _LAST_NATIVE_BACKWARD
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _Attention.apply(q, k, v, bias, sink, backend, "triton" if only_forward else backend, deterministic, *rest)
+    backward = "triton" if only_forward else backend
+    out, lse = _Attention.apply(q, k, v, bias, sink, backend, backward, deterministic, *rest)
+    return out, lse, lse.new_empty(0)
 
 
-register_autograd("attention_fwd", _apply, _reference)
+def _reference_of_op(*arguments):
+    out, lse = _reference(*arguments[:-1])
+    return out, lse, lse.new_empty(0)
+
+
+register_autograd("attention_fwd", _apply, _reference_of_op)
 register_reference(
     "attention_infer",
     lambda q, k, v, right, top_left, scale: _reference(
@@ -367,7 +384,7 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
     if runs == "reference":
         return _reference(q, k, v, bias, sink, *rest)
     if runs in RECORDED:
-        return _ops["fwd", runs](q, k, v, bias, sink, *rest)
+        return _ops["fwd", runs](q, k, v, bias, sink, *rest, False)[:2]
     if grad_wanted(q, k, v, bias, sink):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
@@ -376,7 +393,8 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
         *_, left, right, top_left, _, _, scale = rest
         if left == -1:
             return _infer(q, k, v, right, top_left, scale), None
-    return _raw("fwd", runs, q, k, v)(q, k, v, bias, sink, *rest)
+    out, lse, _ = _raw("fwd", runs, q, k, v)(q, k, v, bias, sink, *rest, False)
+    return out, lse
 
 
 def sharded_call(name, q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, positions):
