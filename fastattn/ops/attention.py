@@ -15,6 +15,7 @@ import math
 from collections import namedtuple
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
@@ -204,7 +205,16 @@ def _apply(backend, q, k, v, bias, sink, *rest):
     return _Attention.apply(q, k, v, bias, sink, backend, "triton" if only_forward else backend, deterministic, *rest)
 
 
-register_autograd("attention_fwd", _apply, _reference)
+def _raw_reference(*args):
+    if args[7] is not None and get_proxy_mode() is not None:  # cu_seqlens_q, in a graph
+        raise NotImplementedError(
+            "attention: packed sequences cannot be written in PyTorch's operators: the shapes of their parts are the"
+            " values of cu_seqlens; export a padded batch"
+        )
+    return _reference(*args)
+
+
+register_autograd("attention_fwd", _apply, _raw_reference)
 register_reference(
     "attention_infer",
     lambda q, k, v, right, top_left, scale: _reference(
