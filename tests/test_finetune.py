@@ -14,14 +14,16 @@ import yaml
 from safetensors.torch import load_file
 from test_training import assert_same_run, interrupt_after, weights
 
-from fastattn.cli import main, stored_config
+from fastattn.cli import main
+from fastattn.commands._options import stored_config
 from fastattn.training.config import Columns, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastattn.training.data.tokenizer import load_tokenizer
 from fastattn.training.messages import UsageError
 from fastattn.training.runs import loop
 from fastattn.training.runs.load import load_run
-from fastattn.training.runs.loop import Trainer, train
+from fastattn.training.runs.loop import Trainer
 from fastattn.training.runs.lora import HEADS, add_lora, merge_lora
+from fastattn.training.runs.train import train
 from fastattn.training.tasks.registry import TASKS, make_task
 
 WORDS = ["red", "green", "blue", "black", "white", "one", "two", "three", "four", "five", "six", "seven", "eight"]

@@ -29,7 +29,7 @@ from training_cases import (
 
 from fastattn.cli import main
 from fastattn.training.runs import checkpoint as ckpt
-from fastattn.training.runs.loop import train
+from fastattn.training.runs.train import train
 
 needs_fork = pytest.mark.skipif(not can_fork, reason="this system cannot fork")
 

@@ -28,8 +28,9 @@ from fastattn.training.config import OptimConfig
 from fastattn.training.messages import UsageError
 from fastattn.training.runs import checkpoint as ckpt
 from fastattn.training.runs.load import load_run
-from fastattn.training.runs.loop import Trainer, train
+from fastattn.training.runs.loop import Trainer
 from fastattn.training.runs.throughput import flops_per_token
+from fastattn.training.runs.train import train
 
 TASKS = ("lm", *DOCUMENT_TASKS)
 
@@ -186,7 +187,7 @@ def test_parts_of_a_batch_weigh_by_their_predictions(tmp_path, table, task):
 
 
 def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch):
-    monkeypatch.setattr("fastattn.training.runs.loop.peak_flops", lambda *_: 1e15)
+    monkeypatch.setattr("fastattn.training.runs.throughput.peak_flops", lambda *_: 1e15)
     config = tiny_config(tmp_path / "run", text_file, steps=4, log_every=2)
     train(config)
     run = tmp_path / "run"
@@ -215,7 +216,7 @@ def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch)
 def test_a_peak_measured_on_a_busy_machine_is_measured_again_or_left_out(tmp_path, text_file, monkeypatch):
     for later, logged in ((1e15, 2), (1.0, 0)):
         measured = iter([1.0])
-        monkeypatch.setattr("fastattn.training.runs.loop.peak_flops", lambda *_, m=measured, p=later: next(m, p))
+        monkeypatch.setattr("fastattn.training.runs.throughput.peak_flops", lambda *_, m=measured, p=later: next(m, p))
         run = tmp_path / f"run{logged}"
         train(tiny_config(run, text_file, steps=4, log_every=2))
         shares = numbers(run, "mfu")

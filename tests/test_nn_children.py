@@ -312,3 +312,26 @@ class TestReplacedChildren:
             module.forward = patched
             torch.testing.assert_close(ours(*x), plain)
             assert called, child
+
+
+def test_classes_in_the_place_of_those_of_torch_stay_fused(monkeypatch):
+    """torch.nn.TransformerEncoder = fastattn.nn.TransformerEncoder and so on is no change of what torch.nn computes."""
+    torch.manual_seed(0)
+    x, calls, op = torch.randn(2, 5, 8), [], fastattn.nn.encoder.layer_norm
+    model = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
+    expected = model(x, x)
+    for name in ("LayerNorm", "RMSNorm", "MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer",
+                 "TransformerEncoder", "TransformerDecoder", "Transformer"):  # fmt: skip
+        monkeypatch.setattr(torch.nn, name, getattr(nn, name))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fastattn.scaled_dot_product_attention)
+    for module in (fastattn.nn.encoder, fastattn.nn.decoder):
+        if hasattr(module, "layer_norm"):
+            monkeypatch.setattr(
+                module, "layer_norm", lambda *args, **kwargs: calls.append(kwargs) or op(*args, **kwargs)
+            )
+    assert torch.equal(model(x, x), expected)
+    assert sum("residual" in kwargs for kwargs in calls) == 5  # every norm of a sub-layer adds the residual
+    made = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
+    calls.clear()
+    made(x)
+    assert len(calls) == 4

@@ -29,8 +29,8 @@ from training_cases import (
 from fastattn.models import CausalLM
 from fastattn.training.config import OptimConfig
 from fastattn.training.messages import UsageError
-from fastattn.training.runs.loop import train
 from fastattn.training.runs.sharding import _shard, divide, gather
+from fastattn.training.runs.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not can_fork, reason="this system cannot fork")

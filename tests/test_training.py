@@ -20,8 +20,10 @@ from fastattn.training.messages import UsageError
 from fastattn.training.runs import checkpoint as ckpt
 from fastattn.training.runs import loop
 from fastattn.training.runs.load import load_run
-from fastattn.training.runs.loop import Trainer, train
+from fastattn.training.runs.loop import Trainer
 from fastattn.training.runs.metrics import MetricsLog, read_metrics
+from fastattn.training.runs.signals import StopSignal
+from fastattn.training.runs.train import train
 from fastattn.training.tasks.base import evaluate_part
 from fastattn.training.tasks.registry import make_task
 
@@ -83,7 +85,7 @@ def test_sigint_saves_and_a_second_one_interrupts(tmp_path, text_file, monkeypat
     assert [folder.name for folder, _ in ckpt.find_checkpoints(tmp_path / "run")] == ["step-00000003"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
     try:
-        with loop.StopSignal() as stop:
+        with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.number == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):

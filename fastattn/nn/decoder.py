@@ -18,8 +18,9 @@ from fastattn.nn.plain import dropout_p, leaf_call
 from fastattn.ops import dropout, layer_norm
 
 # the code of torch that ours stands in for, as long as nobody replaces it
+_TorchLayer = torch.nn.TransformerDecoderLayer
 _FORWARD, _SA_BLOCK, _MHA_BLOCK, _FF_BLOCK = (
-    getattr(torch.nn.TransformerDecoderLayer, name) for name in ("forward", "_sa_block", "_mha_block", "_ff_block")
+    getattr(_TorchLayer, name) for name in ("forward", "_sa_block", "_mha_block", "_ff_block")
 )
 
 
@@ -72,7 +73,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             return recorded
         m, cls, own, x = self._modules, type(self), self.__dict__, tgt
         if (
-            torch.nn.TransformerDecoderLayer.forward is not _FORWARD
+            _TorchLayer.forward is not _FORWARD
             or cls._sa_block is not _SA_BLOCK
             or cls._mha_block is not _MHA_BLOCK
             or cls._ff_block is not _FF_BLOCK

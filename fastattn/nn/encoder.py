@@ -20,9 +20,9 @@ from fastattn.ops import dropout, layer_norm
 from fastattn.ops.linear import linear
 
 # the code of torch that ours stands in for, as long as nobody replaces it
-_FORWARD = torch.nn.TransformerEncoderLayer.forward
-_SA_BLOCK, _FF_BLOCK = torch.nn.TransformerEncoderLayer._sa_block, torch.nn.TransformerEncoderLayer._ff_block
-_STACK_FORWARD = torch.nn.TransformerEncoder.forward
+_TorchLayer, _TorchStack = torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder
+_FORWARD, _SA_BLOCK, _FF_BLOCK = _TorchLayer.forward, _TorchLayer._sa_block, _TorchLayer._ff_block
+_STACK_FORWARD = _TorchStack.forward
 
 
 _LINEARS, _DROPOUTS, _NORMS = (torch.nn.Linear,), (torch.nn.Dropout,), (LayerNorm, torch.nn.LayerNorm)
@@ -123,7 +123,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         nested = src.is_nested is not False
         if nested and (recorded := leaf_call(self, src, src_mask, src_key_padding_mask, is_causal)) is not None:
             return recorded
-        if torch.nn.TransformerEncoderLayer.forward is not _FORWARD:
+        if _TorchLayer.forward is not _FORWARD:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(src_mask, "src_mask")
@@ -230,7 +230,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         nested = src.is_nested is not False
         if nested and (recorded := leaf_call(self, src, mask, src_key_padding_mask, is_causal)) is not None:
             return recorded
-        if self.strict_torch or torch.nn.TransformerEncoder.forward is not _STACK_FORWARD:
+        if self.strict_torch or _TorchStack.forward is not _STACK_FORWARD:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(mask, "mask")

@@ -1,6 +1,7 @@
 """Whether the modules and functions of torch.nn do what they did when they were imported, so that ours may stand in."""
 
 import operator
+import types
 
 import torch
 from torch.fx import Proxy
@@ -9,6 +10,8 @@ from torch.nn.modules import module as _torch_module
 
 from fastattn.ops import scaled_dot_product_attention
 from fastattn.ops._kinds import odd_kind
+
+_torch_nn = types.SimpleNamespace(**vars(torch.nn))  # the classes of torch, whatever their names come to stand for
 
 _ours = []  # (class, the forward that it was defined with)
 
@@ -46,10 +49,10 @@ def _watch(*names):
         names: where torch.nn has them, "functional.linear" or "Linear.forward".
     """
     get = operator.attrgetter(*names)
-    originals = get(torch.nn)
+    originals = get(_torch_nn)
 
     def replaced():
-        found = get(torch.nn)
+        found = get(_torch_nn)
         if found == originals:
             return False
         # torch.export and make_fx replace Module.__call__ to note which module an operator came from

@@ -129,8 +129,8 @@ def implement(name, backend, device, function):
     _python_kernels[name, backend, device.lower()] = function
 
 
-def python_kernel(name, backend, device, *tensors):
-    """What `fastattn::<name>.<backend>` would end in on a device type, where it may be called without the dispatcher.
+def python_kernel(name, backend, *tensors):
+    """What `fastattn::<name>.<backend>` would end in for tensors, where it may be called without the dispatcher.
 
     Passing twenty arguments to a kernel in Python through the dispatcher takes longer than preparing a launch. None
     where there is no such kernel, or where somebody looks on: a compiler, a dispatch mode, a subclass of Tensor.
@@ -140,7 +140,7 @@ def python_kernel(name, backend, device, *tensors):
     for t in tensors:
         if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
             return None
-    return _python_kernels.get((name, backend, device))
+    return _python_kernels.get((name, backend, "cpu" if tensors[0].is_cpu else tensors[0].device.type))
 
 
 def needs_reference():

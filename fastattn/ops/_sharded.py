@@ -18,8 +18,6 @@ import math
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fastattn.ops._random import draw_rng
-
 ROWS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the leading dimensions of a tensor that may have any number of them
 
 
@@ -60,11 +58,9 @@ class ShardedCall:
     def draw_rng(self):
         """(seed, offset): equal in the processes that compute the same part, different in those that do not."""
         device = next(iter(self.operands.values()))[0].device
-        if self.mesh.device_type == "cpu":  # torch, too, needs equal seeds there
-            rng = draw_rng(device)
-        else:
-            bounds, state = torch.iinfo(torch.int64), torch.empty(2, dtype=torch.int64, device=device)
-            rng = torch.randint_like(self._replicated(state), bounds.min, bounds.max).to_local()
+        # a random op of DTensors draws the same everywhere: torch sees to it on a GPU, on a CPU it needs equal seeds
+        bounds, state = torch.iinfo(torch.int64), torch.empty(2, dtype=torch.int64, device=device)
+        rng = torch.randint_like(self._replicated(state), bounds.min, bounds.max).to_local()
         part = 0
         for axis, letter in enumerate(self.chosen):
             if letter is not None:

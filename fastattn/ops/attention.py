@@ -29,7 +29,7 @@ from fastattn.ops._attention_checks import (
     check_seqlens_k,
     resolve_window,
 )
-from fastattn.ops._backends import choose, explanation, grad_wanted, refusal, register_backend
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, refusal, register_backend
 from fastattn.ops._kinds import is_causal_bias, is_dtensor
 from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
@@ -90,9 +90,9 @@ _infer = torch.ops.fastattn.attention_infer.native
 _ops = {(direction, name): op for direction in ("fwd", "bwd") for name, op in raw_ops(f"attention_{direction}").items()}
 
 
-def _raw(direction, backend, device, *tensors):
+def _raw(direction, backend, *tensors):
     """The raw op, or its kernel where that is in Python and may be called directly."""
-    direct = python_kernel(f"attention_{direction}", backend, device, *tensors) if backend == "triton" else None
+    direct = python_kernel(f"attention_{direction}", backend, *tensors) if backend == "triton" else None
     return direct or _ops[direction, backend]
 
 
@@ -112,16 +112,23 @@ def refuses_triton(facts):
     return refuses(facts)
 
 
+def hopper_refuses_device(device):
+    """Why the native kernels cannot run on a device, or None: on CUDA there are those for Hopper."""
+    if not device.startswith("cuda"):
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability == (9, 0):
+        return None
+    return f"it takes GPUs of compute capability 9.0, this one has {'.'.join(map(str, capability))}"
+
+
 def hopper_refuses(dtype, has_tiles, **features):
-    """Why the CUDA kernels for Hopper, which serve the plain cases, cannot take a call on this device, or None.
+    """Why the CUDA kernels for Hopper, which serve the plain cases, cannot take a call, or None.
 
     Args:
         has_tiles: whether the head dims, all the same, are among HOPPER_HEAD_DIMS.
         features: what they do not serve, and whether it is wanted.
     """
-    capability = torch.cuda.get_device_capability()
-    if capability != (9, 0):
-        return f"it takes GPUs of compute capability 9.0, this one has {'.'.join(map(str, capability))}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, got {dtype}"
     if not has_tiles:
@@ -133,7 +140,7 @@ def hopper_refuses(dtype, has_tiles, **features):
 def refuses_native(facts):
     """What the C++ kernels refuse: on CUDA there are those for Hopper."""
     facts = Facts(*facts)
-    if facts.device != "cuda":
+    if not facts.device.startswith("cuda"):
         return refuses(facts)
     return hopper_refuses(
         facts.dtype, facts.hopper_head_dim and not facts.unequal_head_dims, mask=facts.mask,
@@ -144,12 +151,12 @@ def refuses_native(facts):
 
 def _backward_backend(runs, facts):
     """Which backend makes the gradients after a forward on `runs`: the kernels for Hopper end at head dim 128."""
-    if runs == "native" and facts[0] == "cuda" and facts[-1]:
+    if runs == "native" and facts[-1] and facts[0].startswith("cuda"):
         return choose("attention", facts, "triton")
     return runs
 
 
-register_backend("attention", "native", refuses_native)
+register_backend("attention", "native", refuses_native, refuses_device=hopper_refuses_device)
 register_backend("attention", "triton", refuses_triton)
 
 
@@ -170,7 +177,7 @@ def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, backend, backward_backend, deterministic, *rest):
-        out, lse = _raw("fwd", backend, q.device.type, q, k, v)(q, k, v, bias, sink, *rest)
+        out, lse = _raw("fwd", backend, q, k, v)(q, k, v, bias, sink, *rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
         ctx.options = rest[6:]
@@ -187,7 +194,7 @@ class _Attention(torch.autograd.Function):
             grads = differentiate(lambda *inputs: _reference(*inputs, *rest), (q, k, v, bias, sink), (do, dlse))
             return *grads, *nothing
         need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
-        run = _raw("bwd", ctx.backend, q.device.type, q, k, v)
+        run = _raw("bwd", ctx.backend, q, k, v)
         dq, dk, dv, dbias, dsink = run(do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias, ctx.deterministic)
         return (
             dq if need_dq else None,
@@ -226,7 +233,7 @@ register_reference(
 def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
              max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic):  # fmt: skip
     """Check, cast and bring into the form of the raw op: (facts, q, k, v, bias, sink, the rest with rng None)."""
-    device = "cpu" if q.is_cpu else q.device.type
+    device = "cpu" if q.is_cpu else device_name(q.device)
     q, k, v = as_autocast(q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v = check_qkv(name, q, k, v, packed)
@@ -374,7 +381,7 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
         *_, left, right, top_left, _, _, scale = rest
         if left == -1:
             return _infer(q, k, v, right, top_left, scale), None
-    return _raw("fwd", runs, facts[0], q, k, v)(q, k, v, bias, sink, *rest)
+    return _raw("fwd", runs, q, k, v)(q, k, v, bias, sink, *rest)
 
 
 def sharded_call(name, q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, positions):
@@ -427,7 +434,7 @@ def explain(q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens
 
 def _explanation(facts, backend=None):
     text = explanation("attention", facts, backend)
-    if facts[0] == "cuda" and facts[-1] and refusal("attention", "native", facts) is None:
+    if facts[-1] and facts[0].startswith("cuda") and refusal("attention", "native", facts) is None:
         text += "\n  native has no backward above head dim 128: triton makes the gradients"
     return text
 

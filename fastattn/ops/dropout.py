@@ -8,7 +8,7 @@ The backward is the forward without a residual: the mask is drawn again from (se
 import torch
 
 from fastattn import reference
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import check_float, is_dtensor
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
@@ -105,7 +105,7 @@ def explain(x, dropout_p=0.5, *, residual=None, backend=None):
 
 
 def _facts(x, residual):
-    return x.device.type, x.dtype, None if residual is None else residual.dtype
+    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, None if residual is None else residual.dtype
 
 
 def _check(x, dropout_p, residual):

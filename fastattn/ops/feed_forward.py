@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
-from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import asked_for, choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
 from fastattn.ops._kinds import check_float, is_dtensor, odd_kind
 from fastattn.ops._public import Public
@@ -235,7 +235,7 @@ def _check_dtypes(x, **others):
 
 
 def _facts(x, odd=None):
-    return x.device.type, x.dtype, odd
+    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, odd
 
 
 def _may_fuse(runs, w_gate, backend):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
 from fastattn.ops._kinds import as_number, check_float, is_dtensor, odd_kind
 from fastattn.ops._public import Public
@@ -269,7 +269,7 @@ def _check_dtypes(x, weight, bias):
 
 
 def _facts(x, odd=None):
-    return x.device.type, x.dtype, odd
+    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, odd
 
 
 _PUBLIC = Public(_NAME, tensors="x weight target bias", weights="weight", numbers="label_smoothing z_loss softcap")

@@ -12,7 +12,7 @@ import torch
 
 from fastattn import reference
 from fastattn._autocast import as_autocast_norm
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
@@ -205,7 +205,7 @@ def _check_dtypes(name, **tensors):
 
 def _facts(x, residual, weight, bias, x_bias):
     return (
-        "cpu" if x.is_cpu else x.device.type,
+        "cpu" if x.is_cpu else device_name(x.device),
         x.dtype,
         None if residual is None else residual.dtype,
         None if weight is None else weight.dtype,

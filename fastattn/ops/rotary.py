@@ -10,7 +10,7 @@ from collections import namedtuple
 import torch
 
 from fastattn import reference
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
 from fastattn.ops._public import Public
 from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
@@ -208,7 +208,7 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
     batch, seqlen, head_dim = _check_inputs(xs, inplace)
     rotary_dim = _check_tables(first, cos, sin, batch, seqlen, head_dim, interleaved)
     positions, offset = _check_positions(first, positions, cos, batch, seqlen)
-    facts = ("cpu" if first.is_cpu else first.device.type, first.dtype, cos.dtype, grad_wanted(cos, sin))
+    facts = ("cpu" if first.is_cpu else device_name(first.device), first.dtype, cos.dtype, grad_wanted(cos, sin))
     return facts, xs, (cos, sin, positions, offset, rotary_dim, bool(interleaved))
 
 

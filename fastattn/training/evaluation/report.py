@@ -46,6 +46,14 @@ def report_json(report):
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def report_text(report):
+    """The scores of a report as lines for a terminal, a name and a number each."""
+    scores = {name: value for name, value in report.items() if not isinstance(value, (list, dict))}
+    width = max(map(len, scores)) + 2
+    # a text as it is: what a Markdown cell has to escape would be copied from here
+    return "".join(f"{name:{width}}{v if isinstance(v, str) else cell(v)}\n" for name, v in scores.items())
+
+
 def report_markdown(report, pictures=()):
     """The report as Markdown text, with links to pictures beside it (names of PICTURES)."""
     scalars = [(key, value) for key, value in report.items() if not isinstance(value, (dict, list))]

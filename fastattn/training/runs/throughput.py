@@ -1,5 +1,6 @@
 """How much of a device's arithmetic a training run uses (model FLOPs utilization, MFU)."""
 
+import functools
 import time
 
 import torch
@@ -58,3 +59,43 @@ def peak_flops(device, precision):
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best if best else None  # a clock that did not move tells nothing
+
+
+class Speedometer:
+    """Times the steps of a run: a `with` block is one step.
+
+    Args:
+        tokens_a_step: tokens that a step reads, on average.
+        flops_per_token: operations of one device for each token of a step.
+        device, precision: as for `peak_flops`.
+    """
+
+    def __init__(self, tokens_a_step, flops_per_token, device, precision):
+        self.tokens_a_step, self.flops_per_token = tokens_a_step, flops_per_token
+        self.measure_peak = functools.partial(peak_flops, device, precision)
+        self.peak, self.seconds, self.steps = None, 0.0, 0
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self.start
+        self.steps += 1
+
+    def read(self):
+        """Of the steps since the last reading: {"tokens_per_second", "mfu", "seconds"}, None for what is unknown."""
+        speed = self.tokens_a_step * self.steps / self.seconds if self.seconds else None
+        reading = {"tokens_per_second": speed, "mfu": self.utilization(speed), "seconds": self.seconds}
+        self.seconds, self.steps = 0.0, 0
+        return reading
+
+    def utilization(self, tokens_per_second):
+        """The model's arithmetic a second over that of the device's matrix products (MFU); None where unknown."""
+        if tokens_per_second is None:
+            return None
+        rate = tokens_per_second * self.flops_per_token
+        if self.peak is None:
+            self.peak = self.measure_peak()
+        if self.peak is not None and rate > self.peak:  # a CPU's peak was measured while others used it
+            self.peak = max(self.peak, self.measure_peak() or 0.0)
+        return rate / self.peak if self.peak is not None and rate <= self.peak else None
