@@ -188,7 +188,7 @@ def linear_cross_entropy(
     loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     kept = labels != ignore_index
     if label_smoothing:  # of F.cross_entropy the ONNX exporter translates it wrongly
-        spread = torch.logsumexp(logits, -1) - logits.mean(-1)
+        spread = -F.log_softmax(logits, -1).mean(-1)
         loss = (1 - label_smoothing) * loss + torch.where(kept, label_smoothing * spread, 0.0)
     if z_loss:
         loss = loss + torch.where(kept, z_loss * torch.logsumexp(logits, -1).square(), 0.0)

@@ -269,6 +269,12 @@ def test_record_without_gradients_warns_when_it_is_differentiated():
         program(x).sum().backward()
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_script_is_refused(layer):
+    with pytest.raises((RuntimeError, torch.jit.frontend.FrontendError)):
+        torch.jit.script(build(layer, nn))
+
+
 def test_tracing_warns_of_nothing():
     for layer in LAYERS:
         with warnings.catch_warnings(record=True) as caught:
