@@ -99,8 +99,8 @@ def cross_entropy():
 def run_attention(q, k, cu_q=None, cu_k=None, left=-1, right=-1, seqlens=None):
     options = (q.shape[2], k.shape[2], left, right, False, 0.0, 0.0, 0.125)
     rest = (None, seqlens, cu_q, cu_k, None, None, *options)
-    out, lse = kernels("attention").launch_fwd(q, k, k, None, None, *rest)
-    kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, None, None, *rest, False, False)
+    out, lse, low = kernels("attention").launch_fwd(q, k, k, None, None, *rest, False)
+    kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, None, None, *rest, False, False)
 
 
 def attention():

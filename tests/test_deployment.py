@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
-from fastattn import _native, nn
+from fastattn import nn
+from fastattn.ops import _libraries
 from fastattn.ops._schemas import DEFINITIONS
 
-PACKAGE = os.path.dirname(_native.__file__)
+PACKAGE = _libraries.PACKAGE
 CPU_LIBRARY = os.path.join(PACKAGE, "_cpu.so")
 CUDA_LIBRARY = os.path.join(PACKAGE, "_cuda.so")
 pytestmark = [
@@ -73,14 +74,14 @@ def test_without_a_library_python_defines_the_same(tmp_path):
 
 
 def test_a_library_of_another_source_is_not_loaded(monkeypatch):
-    info = _native.build_info()
+    info = _libraries.build_info()
     monkeypatch.setattr(
-        _native, "build_info", lambda: info | {"schemas": {"norm_fwd.native": "norm_fwd.native() -> ()"}}
+        _libraries, "build_info", lambda: info | {"schemas": {"norm_fwd.native": "norm_fwd.native() -> ()"}}
     )
     for library in ("libfastattn_schemas.so", "_cpu.so"):
-        assert _native.load_library(library).startswith("built from another version of the source")
+        assert _libraries.load_library(library).startswith("built from another version of the source")
     monkeypatch.undo()
-    assert _native.load_library("_cpu.so") is None
+    assert _libraries.load_library("_cpu.so") is None
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace as _fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastattn._native import load_library
 from fastattn.ops._backends import grad_wanted
+from fastattn.ops._libraries import load_library
 from fastattn.ops._schemas import DEFINITIONS, NAMES
 
 _BACKENDS = ("native", "triton")

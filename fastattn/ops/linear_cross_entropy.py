@@ -22,6 +22,7 @@ from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
 from fastattn.ops._kinds import as_number, check_float, is_dtensor, odd_kind
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._register import (
     RECORDED,
@@ -272,7 +273,10 @@ def _facts(x, odd=None):
     return "cpu" if x.is_cpu else device_name(x.device), x.dtype, odd
 
 
-_PUBLIC = Public(_NAME, tensors="x weight target bias", weights="weight", numbers="label_smoothing z_loss softcap")
+_PUBLIC = Public(
+    _NAME, tensors="x weight target bias", weights="weight", numbers="label_smoothing z_loss softcap",
+    nested=on_rows("x", "target", last=(1, 0)),
+)  # fmt: skip
 
 
 @_PUBLIC.overridable
