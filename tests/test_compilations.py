@@ -17,7 +17,7 @@ KERNELS = pathlib.Path(compilations.ROOT, "kernels")
 
 @pytest.fixture(scope="module")
 def counted():
-    return compilations.count()
+    return compilations.run()
 
 
 @pytest.mark.parametrize("scenario", compilations.SCENARIOS)
