@@ -507,9 +507,9 @@ def test_the_dispatcher_is_passed_by_only_where_nobody_looks_on():
 
     seen = []
     q, k, v = torch.randn(3, 1, 1, 4, 16, device=DEVICE)
-    assert python_kernel("attention_fwd", "triton", DEVICE, q, k, v) is not None
-    assert python_kernel("attention_fwd", "triton", DEVICE, q.as_subclass(Watched), k, v) is None
-    assert python_kernel("attention_fwd", "native", DEVICE, q, k, v) is None
+    assert python_kernel("attention_fwd", "triton", q, k, v) is not None
+    assert python_kernel("attention_fwd", "triton", q.as_subclass(Watched), k, v) is None
+    assert python_kernel("attention_fwd", "native", q, k, v) is None
     expected = fastattn.attention(q, k, v, backend="triton")
     with Watch():
         got = fastattn.attention(q, k, v, backend="triton")
