@@ -88,7 +88,7 @@ def _needs_function(*operands):
         torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in operands)
         and forward_ad._current_level < 0
-        and not torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORMS)
+        and (torch.compiler.is_compiling() or not torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORMS))
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
     )

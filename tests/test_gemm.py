@@ -60,7 +60,7 @@ def test_against_fp64(layout_a, layout_b, transpose_a, transpose_b):
         exact, baseline = left.double() @ right.double(), left.contiguous() @ right.contiguous()
         # PyTorch sums a result of one row or column in several parts, which one chain of k additions cannot reach
         bound = (left.abs() @ right.abs()).max().item() if m * n else 0.0
-        check = functools.partial(assert_accurate, slack=0.5 * FP32_EPS * bound)
+        check = functools.partial(assert_accurate, slack=FP32_EPS * bound)
         what = f"{m} x {n} x {k}"
         check(gemm(a, b, None, transpose_a, transpose_b), exact, baseline, what=what)
         bias = guarded(torch.randn(n))

@@ -8,6 +8,9 @@ where one is at work (`observed`), the op under another name is called, fastattn
 of its own and is slower by them. Both run the same kernel.
 """
 
+import functools
+import os
+import sys
 import warnings
 
 import torch
@@ -53,9 +56,15 @@ def register_fake(name, fake):
     Args:
         fake: the arguments of `name` on fake tensors -> results of the right shape, dtype and strides.
     """
-    _fakes[name] = fake
+
+    @functools.wraps(fake)
+    def watched(*args, **kwargs):
+        _excuse_from_lowering(name)
+        return fake(*args, **kwargs)
+
+    _fakes[name] = watched
     for full in NAMES[name]:
-        torch.library.register_fake(f"fastattn::{full}", fake, lib=_library)
+        torch.library.register_fake(f"fastattn::{full}", watched, lib=_library)
 
 
 def _operator(full):
@@ -90,6 +99,13 @@ def register_reference(name, function):
 
     for full in NAMES[name]:
         register_decomposition(_operator(full), unsafe=True)(decomposition)
+
+
+def _excuse_from_lowering(name):
+    """Let inductor call an op that has a decomposition. With CI in the environment it takes that for an oversight."""
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None and os.environ.get("CI"):
+        lowering.FALLBACK_ALLOW_LIST.add(f"fastattn::{name}")
 
 
 def register_autograd(name, apply, reference):
