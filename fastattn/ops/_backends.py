@@ -159,6 +159,16 @@ def on_request(op, backend, device):
     return _ON_REQUEST.get((op, backend, _type_and_index(device)[0]))
 
 
+class Question(str):
+    """The name of a backend, or "", that asks which one would serve the call. `choose` answers instead of choosing."""
+
+    __slots__ = ()
+
+
+class Answer(BaseException):
+    """The answer to a `Question`. It is no Exception, so that nothing on its way up takes it for a mistake."""
+
+
 def _decide(op, facts, wanted):
     decision = _decisions.get((op, facts, wanted))
     if decision is None:
@@ -175,24 +185,20 @@ def _decide(op, facts, wanted):
     return decision
 
 
-# torch.compile evaluates it while tracing: facts are constants there. What torch.compiler.assume_constant_result sets,
-# without the import of the compiler that comes with it.
-_decide._dynamo_marked_constant = True
+def _decide_named(op, facts, backend):
+    if type(backend) is Question:
+        raise Answer(explanation(op, facts, backend))
+    return _decide(op, facts, asked_for(backend))
+
+
+# torch.compile evaluates them while tracing: facts are constants there. What torch.compiler.assume_constant_result
+# sets, without the import of the compiler that comes with it.
+_decide._dynamo_marked_constant = _decide_named._dynamo_marked_constant = True
 
 
 def asked_for(backend=None):
     """The backend that the argument, use_backend() or FASTATTN_BACKEND name, or None."""
     return _checked(backend, "backend") if backend else _override
-
-
-class Question(str):
-    """The name of a backend, or "", that asks which one would serve the call. `choose` answers instead of choosing."""
-
-    __slots__ = ()
-
-
-class Answer(BaseException):
-    """The answer to a `Question`. It is no Exception, so that nothing on its way up takes it for a mistake."""
 
 
 def choose(op, facts, backend=None):
@@ -209,9 +215,7 @@ def choose(op, facts, backend=None):
     """
     if backend is None:
         return _decide(op, tuple(facts), _override)
-    if type(backend) is Question:
-        raise Answer(explanation(op, facts, backend))
-    return _decide(op, tuple(facts), asked_for(backend))
+    return _decide_named(op, tuple(facts), backend)
 
 
 @contextlib.contextmanager
