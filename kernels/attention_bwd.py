@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention import (
-    LOG2_E,
     UNSPECIALIZED,
     contiguous,
     descriptors_fit,
@@ -38,7 +37,7 @@ from fastattn.kernels.attention import (
 )
 from fastattn.kernels.attention_config import PREPROCESS
 from fastattn.kernels.attention_dbias import launch_dbias
-from fastattn.kernels.common import launch, register
+from fastattn.kernels.common import LOG2_E, launch, register
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -32,7 +32,7 @@ from fastattn.kernels.attention import (
     visible_tile,
 )
 from fastattn.kernels.common import launch, multiprocessors, register
-from fastattn.ops.attention import empty_in_layout
+from fastattn.ops._layout import empty_in_layout
 
 MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 128, 16, 16
 # (bytes of an element, head dim, most rows) -> (keys of a block, warps, stages), the same for every architecture: about
