@@ -1,7 +1,7 @@
 """Fused attention, normalisation and feed-forward kernels for PyTorch behind drop-in torch.nn layers."""
 
 from fastattn import nn
-from fastattn._native import load_backends
+from fastattn._native import cpu_capability, load_backends
 from fastattn.nn import (
     FeedForward,
     LayerNorm,
@@ -28,6 +28,7 @@ from fastattn.ops import (
     scaled_dot_product_attention,
 )
 from fastattn.ops._backends import backends, use_backend
+from fastattn.ops._gemm import use_kernel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -58,3 +59,4 @@ __all__ = [
 ]
 
 load_backends()
+use_kernel(cpu_capability())

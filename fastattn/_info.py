@@ -8,7 +8,7 @@ import platform
 import torch
 
 from fastattn import __version__, _native
-from fastattn.ops._backends import backends, missing, registered_ops
+from fastattn.ops._backends import backends, on_request, order, refuses_device, registered_ops
 
 _VARIABLES = ("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CXX", "MAX_JOBS", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
@@ -59,13 +59,20 @@ def _backends():
             yield f"{device} {name}", text
 
 
+def _served(op, device):
+    """The backends of an op on a device as text, those apart that serve only a call that names them."""
+    there = [name for name in order(device) if refuses_device(op, name, device) is None]
+    text = " > ".join(name for name in there if on_request(op, name, device) is None)
+    for name in there:
+        if reason := on_request(op, name, device):
+            text += f" ({name} where it is named: {reason})"
+    return f"{device}: {text}"
+
+
 def _ops():
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for op in registered_ops():
-        served = (
-            f"{device}: " + " > ".join(name for name in state if missing(op, name, device) is None)
-            for device, state in backends().items()
-        )
-        yield op, "   ".join(served)
+        yield op, "   ".join(_served(op, device) for device in devices)
 
 
 def _build():

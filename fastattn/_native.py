@@ -1,17 +1,15 @@
 """What the build left, what of it loads, and why the rest does not."""
 
-import functools
+import ctypes
 import importlib.util
-import json
 import os
 import warnings
 
 import torch
 
 from fastattn.ops._backends import set_unavailable, unavailable
-from fastattn.ops._schemas import DEFINITIONS
+from fastattn.ops._libraries import PACKAGE, build_info, load_library
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
 # in the order of CpuCapability in csrc/cpu/capability.h
 CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")
 _KERNEL_MODULES = (
@@ -20,45 +18,66 @@ _KERNEL_MODULES = (
 )  # fmt: skip
 
 
-@functools.lru_cache
-def build_info():
-    """What setup.py built and why it left out the rest; empty in a checkout that was never built."""
-    try:
-        with open(os.path.join(_HERE, "_build_info.json"), encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return {}
+def _load_cuda():
+    """The reason why there are no native kernels for CUDA, or what knows the reason for each device."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return load_library("_cuda.so") or (_native_refuses if torch.cuda.is_available() else "torch sees no CUDA device")
 
 
-def load_library(name):
-    """Load a library of ops or of their schemas: None, or the reason why it is not there."""
-    path = os.path.join(_HERE, name)
-    if not os.path.exists(path):
-        reason = build_info().get("not_built", {}).get(name, "not built in this checkout")
-        return reason if "\n" not in reason else "it failed to compile, the log is in fastattn/_build_info.json"
-    if build_info().get("schemas") != DEFINITIONS:
-        return "built from another version of the source, whose ops took other arguments: build it again"
+def _native_refuses(index):
+    """Why the CUDA library cannot run on a device, or None: its own runtime is asked, which torch's is not."""
+    answer = ctypes.CDLL(os.path.join(PACKAGE, "_cuda.so")).fastattn_cuda_refusal
+    answer.restype = ctypes.c_char_p
+    with torch.cuda.device(index):
+        error = answer()
+    if error is None:
+        return None
+    info = build_info()
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    return (
+        f"built with CUDA {info['nvcc']} for {', '.join(info['cuda_archs'])}, it cannot run on this GPU of compute"
+        f" capability {capability}: {error.decode()}"
+    )
+
+
+def _triton_refuses(index):
+    """Why the Triton kernels cannot run on a device, or None."""
+    import triton
+
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"it takes GPUs of compute capability 8.0 or newer, this one has {'.'.join(map(str, capability))}"
     try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"built, but it does not load: {error}"
+        with torch.cuda.device(index):  # the driver builds what launches, for which it needs a compiler
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"it cannot launch kernels on this machine: {error}"
+    if capability[0] == 9 and not os.environ.get("TRITON_PTXAS_PATH"):
+        _warn_of_assembler(triton.__version__)
     return None
 
 
-def _load_cuda():
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    return load_library("_cuda.so") or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+def _warn_of_assembler(version):
+    """Triton below 3.9 assembles for Hopper with a ptxas that may reuse registers which a product still reads."""
+    if tuple(map(int, version.split(".")[:2])) < (3, 9):
+        warnings.warn(
+            f"Triton {version} assembles its kernels for Hopper GPUs with a ptxas whose products (wgmma) may be wrong:"
+            " install Triton 3.9 or newer, or set TRITON_PTXAS_PATH to the ptxas of CUDA 13.3 or newer",
+            stacklevel=2,
+        )
 
 
 def _load_triton():
-    """Import the Triton kernels, which register themselves; the reasons for "cpu" and "cuda"."""
+    """Import the Triton kernels, which register themselves; the reasons for "cpu" and "cuda", as `_load_cuda`."""
     if importlib.util.find_spec("triton") is None:
         return ("triton is not installed",) * 2
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     cpu = None if interpreted else "Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
-    cuda = None if torch.cuda.is_available() else "torch sees no CUDA device"
-    if cpu and cuda:
+    cuda = _triton_refuses if torch.cuda.is_available() else "torch sees no CUDA device"
+    if torch.version.hip:
+        cuda = "its kernels are for NVIDIA GPUs, this torch is built for ROCm"
+    if cpu and not callable(cuda):
         return cpu, cuda  # nothing could run: spare the import
     if importlib.util.find_spec("fastattn.kernels") is None:
         return ("fastattn/kernels is missing: a copy of the repository lost its symbolic link to kernels/",) * 2

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention import UNSPECIALIZED, key_blocks, load_tile, locate, score_gradient
+from fastattn.kernels.common import launch
 
 
 @triton.jit(
@@ -21,8 +22,8 @@ from fastattn.kernels.attention import UNSPECIALIZED, key_blocks, load_tile, loc
         "tile_cols", "n_terms", "chunk",
     ]
 )  # fmt: skip
-def attention_dbias(q, k, v, do, lse2, delta, dbias, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes,
-                    rng, q_strides, k_strides, v_strides, do_strides, bias_strides, mask_strides, slopes_stride,
+def attention_dbias(q, k, v, do, high, low, delta, dbias, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+                    slopes, rng, q_strides, k_strides, v_strides, do_strides, bias_strides, mask_strides, slopes_stride,
                     n_heads, group, total_q, total_k, bias_batch, bias_heads, bias_rows, bias_cols, sum_heads, sum_rows,
                     sum_cols, tile_rows, tile_cols, n_terms, chunk, window_left, window_right, softcap, scale,
                     threshold, rescale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -65,7 +66,8 @@ def attention_dbias(q, k, v, do, lse2, delta, dbias, bias, sink, mask, seqlens_k
             v_tile = load_tile(v_base, v_strides[2], start_n, local_n, 0, length_k, HEAD_DIM_V, BLOCK_DV, True, False)
             rows = start_m + local_m
             row = (batch * n_heads + head) * total_q + rows
-            row_lse2 = tl.load(lse2 + row, mask=rows < seqlen_q, other=float("inf"))
+            row_high = tl.load(high + row, mask=rows < seqlen_q, other=float("inf"))
+            row_low = tl.load(low + row, mask=rows < seqlen_q, other=0.0)
             row_delta = tl.load(delta + row, mask=rows < seqlen_q, other=0.0)
             head_mask = mask
             if mask is not None:
@@ -75,11 +77,11 @@ def attention_dbias(q, k, v, do, lse2, delta, dbias, bias, sink, mask, seqlens_k
                 slope = tl.load(slopes + batch * slopes_stride + head)
             slab = (batch * n_heads + head).to(tl.int32)
             ds, _capped, _visible = score_gradient(
-                q_tile, k_tile, v_tile, do_tile, row_lse2, row_delta, rows[:, None], (start_n + local_n)[None, :],
-                start_m, start_n, off, seqlen_q, length_k, window_left, window_right, scale, softcap,
-                bias + batch * bias_strides[0] + head * bias_strides[1], bias_strides, head_mask, mask_strides, slope,
-                rng, slab, threshold, rescale, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
-                PRECISION, True,
+                q_tile, k_tile, v_tile, do_tile, row_high, row_low, row_delta, rows[:, None],
+                (start_n + local_n)[None, :], start_m, start_n, off, seqlen_q, length_k, window_left, window_right,
+                scale, softcap, bias + batch * bias_strides[0] + head * bias_strides[1], bias_strides, head_mask,
+                mask_strides, slope, rng, slab, threshold, rescale, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP,
+                ALIBI, True, PRECISION, True,
             )  # fmt: skip
             acc += ds
 
@@ -118,9 +120,9 @@ def launch_dbias(plan, inputs, features, strides):
     chunk = triton.cdiv(n_terms, max(1, min(n_terms, triton.cdiv(_PROGRAMS, n_tiles), room)))
     chunks = triton.cdiv(n_terms, chunk)
     dbias = bias.new_empty((chunks, *bias.shape), dtype=torch.float32 if chunks > 1 else bias.dtype)
-    attention_dbias[(chunks * n_tiles,)](
-        *inputs, dbias, *features, *strides, *plan.feature_strides, plan.n_heads, plan.group, plan.total_q,
-        plan.total_k, *bias.shape, *terms[1:], *tiles[2:], n_terms, chunk, *plan.numbers, ROW=bias.shape[2] == 1,
-        COLUMN=bias.shape[3] == 1, **constants,
+    launch(
+        attention_dbias, (chunks * n_tiles,), q.device, *inputs, dbias, *features, *strides, *plan.feature_strides,
+        plan.n_heads, plan.group, plan.total_q, plan.total_k, *bias.shape, *terms[1:], *tiles[2:], n_terms, chunk,
+        *plan.numbers, ROW=bias.shape[2] == 1, COLUMN=bias.shape[3] == 1, **constants,
     )  # fmt: skip
     return dbias[0] if chunks == 1 else dbias.sum(0).to(bias.dtype)

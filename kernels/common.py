@@ -6,6 +6,7 @@ specification; masks are equal to it bit for bit.
 """
 
 import contextlib
+import contextvars
 import functools
 import os
 
@@ -16,6 +17,9 @@ import triton.language as tl
 from fastattn.ops._register import implement
 from fastattn.reference import dropout_scale, dropout_threshold
 
+# Sizes that vary from call to call and make no better code: a kernel has one binary for all of their values. Without
+# this there would be one for 1, one for multiples of 16 and one for the rest.
+VARYING = ["rows", "threshold", "programs"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to show that partial sums are added up
 
@@ -94,6 +98,30 @@ def device_guard(device):
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device(device)
+
+
+def _scratch(size, alignment, stream):
+    """Where a kernel keeps the TMA descriptors that it makes: memory of the current device and stream."""
+    return torch.empty(size, dtype=torch.int8, device="cpu" if INTERPRETED else "cuda")
+
+
+def _launch_with_scratch(kernel, grid, args, constants):
+    triton.set_allocator(_scratch)
+    kernel[grid](*args, **constants)
+
+
+def launch(kernel, grid, device, *args, **constants):
+    """kernel[grid](*args, **constants) on a device, with the options that every launch has.
+
+    Sums and products are fused, whatever the default of this version of Triton is. A kernel with TMA=True gets memory
+    for its descriptors; the allocator that the caller has set stays set.
+    """
+    constants["enable_fp_fusion"] = True
+    with device_guard(device):
+        if constants.get("TMA"):
+            contextvars.copy_context().run(_launch_with_scratch, kernel, grid, args, constants)
+        else:
+            kernel[grid](*args, **constants)
 
 
 def register(name, function):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention import tanh
-from fastattn.kernels.common import device_guard, register
+from fastattn.kernels.common import launch, register
 
 # columns rounded up to a power of two -> num_warps; a wider row is looped over in blocks of the last width
 WARPS = {256: 1, 1024: 4, 4096: 8}
@@ -97,11 +97,11 @@ def cross_entropy_fwd(logits, target, dloss, ignore_index, label_smoothing, z_lo
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         block_n = next((n for n in WARPS if cols <= n), max(WARPS))
-        with device_guard(logits.device):
-            cross_entropy_kernel[(rows,)](
-                logits, target, dloss, loss, cols, logits.stride(0), ignore_index, label_smoothing, z_loss, softcap,
-                SOFTCAP=softcap > 0, NEED_GRAD=need_grad, BLOCK_N=block_n, num_warps=WARPS[block_n],
-            )  # fmt: skip
+        launch(
+            cross_entropy_kernel, (rows,), logits.device, logits, target, dloss, loss, cols, logits.stride(0),
+            ignore_index, label_smoothing, z_loss, softcap, SOFTCAP=softcap > 0, NEED_GRAD=need_grad, BLOCK_N=block_n,
+            num_warps=WARPS[block_n],
+        )  # fmt: skip
     return loss
 
 

@@ -8,13 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.common import as_rows, device_guard, dropout_constants, dropout_rows, register
+from fastattn.kernels.common import VARYING, as_rows, dropout_constants, dropout_rows, launch, register
 
 TILE, WARPS = 2048, 4  # elements of a tile; its width is that of the row, up to WIDTHS[1]
 WIDTHS = (64, 1024)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dropout_kernel(
     x_ptr, residual_ptr, rng_ptr, out_ptr, rows, cols, x_stride, residual_stride, threshold, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -46,11 +46,10 @@ def dropout_fwd(x, residual, rng, dropout_p):
     rng, threshold, scale = dropout_constants(rng, dropout_p)
     block_n = min(max(WIDTHS[0], triton.next_power_of_2(cols)), WIDTHS[1])
     block_m = TILE // block_n
-    with device_guard(x.device):
-        dropout_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),)](
-            x, residual, rng, out, rows, cols, x_stride, residual_stride, threshold, scale,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS,
-        )  # fmt: skip
+    launch(
+        dropout_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),), x.device, x, residual, rng, out,
+        rows, cols, x_stride, residual_stride, threshold, scale, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS,
+    )  # fmt: skip
     return out
 
 

@@ -17,14 +17,15 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.common import (
+    VARYING,
     as_rows,
-    device_guard,
     dropout_constants,
     dropout_halfwords,
+    launch,
     persistent_programs,
     register,
 )  # fmt: skip
-from fastattn.kernels.norm import SUM_M, SUM_N, SUM_WARPS, add_up_kernel
+from fastattn.kernels.norm import add_up
 from fastattn.reference import ACTIVATIONS
 
 NAMES = tuple(ACTIVATIONS)
@@ -79,7 +80,7 @@ def _activation(x, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def activation_fwd_kernel(
     preact_ptr, gate_ptr, rng_ptr, hidden_ptr, rows, cols, preact_stride, gate_stride, threshold, scale,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -104,7 +105,7 @@ def activation_fwd_kernel(
     tl.store(hidden_ptr + row[:, None] * cols + col[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def activation_bwd_kernel(
     dhidden_ptr, preact_ptr, gate_ptr, rng_ptr, dpreact_ptr, dgate_ptr, hidden_ptr, dbias_ptr, dbias_gate_ptr,
     rows, cols, dhidden_stride, preact_stride, gate_stride, threshold, scale,
@@ -167,11 +168,11 @@ def activation_fwd(preact, gate, rng, dropout_p, activation):
     rows, cols, preact, preact_stride, gate, gate_stride = _flat(preact, gate)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
     block_m, block_n, warps = FORWARD
-    with device_guard(preact.device):
-        activation_fwd_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),)](
-            preact, gate, rng, hidden, rows, cols, preact_stride, gate_stride, threshold, scale,
-            ACTIVATION=NAMES[activation], BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
-        )  # fmt: skip
+    launch(
+        activation_fwd_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),), preact.device, preact, gate,
+        rng, hidden, rows, cols, preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation],
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+    )  # fmt: skip
     return hidden
 
 
@@ -199,17 +200,14 @@ def activation_bwd(dhidden, preact, gate, rng, dropout_p, activation, need_hidde
         torch.empty((programs, cols), dtype=torch.float32, device=device) if needed else None
         for needed in (need_dbias, need_dbias_gate)
     ]
-    with device_guard(device):
-        activation_bwd_kernel[(strips, programs)](
-            dhidden, preact, gate, rng, dpreact, None if gate is None else dgate, hidden if need_hidden else None,
-            *partials, rows, cols, dhidden_stride, preact_stride, gate_stride, threshold, scale,
-            ACTIVATION=NAMES[activation], BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
-        )  # fmt: skip
-        if need_dbias or need_dbias_gate:
-            add_up_kernel[(triton.cdiv(cols, SUM_N),)](
-                *partials, None, dbias if need_dbias else None, dbias_gate if need_dbias_gate else None, None,
-                programs, cols, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=SUM_WARPS,
-            )  # fmt: skip
+    launch(
+        activation_bwd_kernel, (strips, programs), device, dhidden, preact, gate, rng, dpreact,
+        None if gate is None else dgate, hidden if need_hidden else None, *partials, rows, cols, dhidden_stride,
+        preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=warps,
+    )  # fmt: skip
+    if need_dbias or need_dbias_gate:
+        add_up((*partials, None), (dbias if need_dbias else None, dbias_gate if need_dbias_gate else None, None))
     return dpreact, dgate, hidden, dbias, dbias_gate
 
 

@@ -21,20 +21,20 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention import scratch
 from fastattn.kernels.attention_config import architecture
 from fastattn.kernels.common import (
     INTERPRETED,
+    VARYING,
     as_rows,
-    device_guard,
     dropout_constants,
     dropout_halfwords,
+    launch,
     persistent_programs,
     register,
 )  # fmt: skip
 from fastattn.kernels.feed_forward import NAMES, _activation
 from fastattn.kernels.feed_forward_table import TABLE
-from fastattn.kernels.norm import SUM_M, SUM_N, SUM_WARPS, add_up_kernel
+from fastattn.kernels.norm import add_up
 from fastattn.ops import _gemm
 
 GROUP_M = 2 if INTERPRETED else 8
@@ -98,7 +98,7 @@ def _keep(rng_ptr, row, start_n, threshold, BLOCK_N: tl.constexpr):
     return dropout_halfwords(rng_ptr, row, row >> 32, group) >= threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def linear_activation_kernel(
     x_ptr, w_ptr, bias_ptr, rng_ptr, preact_ptr, hidden_ptr, rows, cols, depth, x_stride, w_stride, threshold, scale,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -128,7 +128,7 @@ def linear_activation_kernel(
         tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def linear_activation_bwd_kernel(
     dy_ptr, w_ptr, preact_ptr, rng_ptr, dpreact_ptr, hidden_ptr, dbias_ptr, rows, cols, depth, dy_stride, w_stride,
     preact_stride, threshold, scale,
@@ -188,14 +188,11 @@ def _launch(kernel, row, tensors, sizes, matrices, strides, threshold, scale, ac
     tma = architecture(device)[1] and all(
         m.data_ptr() % 16 == 0 and stride and stride % unit == 0 for m, stride in zip(matrices, strides, strict=False)
     )
-    if tma:
-        triton.set_allocator(scratch)
     programs = min(triton.cdiv(sizes[0], block_m) * triton.cdiv(sizes[1], block_n), persistent_programs(device, 1))
-    with device_guard(device):
-        kernel[(programs,)](
-            *tensors, *sizes, *strides, threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=block_m,
-            BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M, TMA=tma, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    launch(
+        kernel, (programs,), device, *tensors, *sizes, *strides, threshold, scale, ACTIVATION=NAMES[activation],
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M, TMA=tma, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
 
 
 def linear_activation_fwd(x, w, bias, rng, dropout_p, activation, need_preact):
@@ -233,11 +230,7 @@ def linear_activation_bwd(dy, w, preact, rng, dropout_p, activation, need_hidden
     _launch(linear_activation_bwd_kernel, row, tensors, (rows, cols, depth), (dy, w),
             (dy_stride, w_stride, preact_stride), threshold, scale, activation)  # fmt: skip
     if need_dbias:
-        with device_guard(device):
-            add_up_kernel[(triton.cdiv(cols, SUM_N),)](
-                partial, None, None, dbias, None, None, tiles_m, cols,
-                BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=SUM_WARPS,
-            )  # fmt: skip
+        add_up((partial, None, None), (dbias, None, None))
     return dpreact, hidden, dbias
 
 

@@ -21,10 +21,11 @@ import triton.language as tl
 
 from fastattn.kernels.common import (
     INTERPRETED,
+    VARYING,
     as_rows,
-    device_guard,
     dropout_constants,
     dropout_rows,
+    launch,
     persistent_programs,
     register,
 )  # fmt: skip
@@ -107,7 +108,7 @@ def _finish_stats(mean, centered_sum, square_sum, cols, eps, RMS: tl.constexpr):
     return mean, 1 / tl.sqrt(variance + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def norm_fwd_kernel(
     x_ptr, x_bias_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
     rows, cols, x_stride, residual_stride, threshold, scale, eps,
@@ -148,7 +149,7 @@ def norm_fwd_kernel(
     tl.store(y_ptr + row[:, None] * cols + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def norm_fwd_wide_kernel(
     x_ptr, x_bias_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
     rows, cols, x_stride, residual_stride, threshold, scale, eps,
@@ -222,7 +223,7 @@ def _store_dr(
     return dr
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def norm_bwd_kernel(
     dy_ptr, dr_out_ptr, r_ptr, weight_ptr, stats_ptr, rng_ptr, dx_ptr, dresidual_ptr,
     dweight_ptr, dbias_ptr, dx_bias_ptr, rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale,
@@ -265,7 +266,7 @@ def norm_bwd_kernel(
         tl.store(dx_bias_ptr + offs, tl.sum(dx_bias, axis=0), mask=col < cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def norm_bwd_wide_kernel(
     dy_ptr, dr_out_ptr, r_ptr, weight_ptr, stats_ptr, rng_ptr, dx_ptr, dresidual_ptr,
     rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale,
@@ -299,7 +300,7 @@ def norm_bwd_wide_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def norm_bwd_strip_kernel(
     dy_ptr, r_ptr, dx_ptr, stats_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr, rows, cols, dy_stride, r_stride,
     RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -338,7 +339,7 @@ def _add_up(partials_ptr, out_ptr, programs, cols, col, BLOCK_M: tl.constexpr, B
     tl.store(out_ptr + col, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=col < cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def add_up_kernel(
     dweight_partials_ptr, dbias_partials_ptr, dx_bias_partials_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr,
     programs, cols,
@@ -351,6 +352,16 @@ def add_up_kernel(
         _add_up(dbias_partials_ptr, dbias_ptr, programs, cols, col, BLOCK_M, BLOCK_N)
     if dx_bias_ptr is not None:
         _add_up(dx_bias_partials_ptr, dx_bias_ptr, programs, cols, col, BLOCK_M, BLOCK_N)
+
+
+def add_up(partials, outputs):
+    """outputs = partials (programs, cols) summed over programs, in order; of each three tensors or None."""
+    programs, cols = next(t for t in partials if t is not None).shape
+    out = next(t for t in outputs if t is not None)
+    launch(
+        add_up_kernel, (triton.cdiv(cols, SUM_N),), out.device, *partials, *outputs, programs, cols, BLOCK_M=SUM_M,
+        BLOCK_N=SUM_N, num_warps=SUM_WARPS,
+    )  # fmt: skip
 
 
 def _block_n(cols):
@@ -372,14 +383,12 @@ def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, 
         rows, cols, x_stride, residual_stride, threshold, scale, eps,
     )  # fmt: skip
     block_n = _block_n(cols)
-    with device_guard(x.device):
-        if block_n in FORWARD:
-            block_m, warps = FORWARD[block_n]
-            norm_fwd_kernel[(triton.cdiv(rows, block_m),)](
-                *args, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps
-            )
-        else:
-            norm_fwd_wide_kernel[(rows,)](*args, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
+    if block_n in FORWARD:
+        block_m, warps = FORWARD[block_n]
+        grid = (triton.cdiv(rows, block_m),)
+        launch(norm_fwd_kernel, grid, x.device, *args, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
+    else:
+        launch(norm_fwd_wide_kernel, (rows,), x.device, *args, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
 
 
 def norm_infer(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
@@ -426,26 +435,26 @@ def norm_bwd(
         block_m, warps = BACKWARD[block_n]
         resident = BIASED_WARPS if need_dx_bias and warps == 4 else 16
         programs = min(triton.cdiv(rows, block_m), persistent_programs(device, resident // warps))
+        # Triton 3.8 and 3.9 crash while they compile dbias and dx_bias without dweight for sm_90 at this width
+        with_dweight = need_dweight or (need_dbias and need_dx_bias and block_n == 128)
         partials = [
-            torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None for wanted in needed
+            torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None
+            for wanted in (with_dweight, need_dbias, need_dx_bias)
         ]
-        with device_guard(device):
-            norm_bwd_kernel[(programs,)](
-                *inputs, *partials, *sizes, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps
-            )  # fmt: skip
-            if any(needed):
-                add_up_kernel[(triton.cdiv(cols, SUM_N),)](
-                    *partials, *outputs, programs, cols, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=SUM_WARPS
-                )
+        launch(
+            norm_bwd_kernel, (programs,), device, *inputs, *partials, *sizes, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n,
+            num_warps=warps,
+        )  # fmt: skip
+        if any(needed):
+            add_up(partials, outputs)
         return dx, dresidual, *sums
     strip_n = INTERPRETED_STRIP_N if INTERPRETED else STRIP_N
-    with device_guard(device):
-        norm_bwd_wide_kernel[(rows,)](*inputs, *sizes, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
-        if any(needed):
-            norm_bwd_strip_kernel[(triton.cdiv(cols, strip_n),)](
-                dy, r, dx, stats, *outputs, rows, cols, dy_stride, r_stride,
-                RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=strip_n, num_warps=STRIP_WARPS,
-            )  # fmt: skip
+    launch(norm_bwd_wide_kernel, (rows,), device, *inputs, *sizes, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
+    if any(needed):
+        launch(
+            norm_bwd_strip_kernel, (triton.cdiv(cols, strip_n),), device, dy, r, dx, stats, *outputs, rows, cols,
+            dy_stride, r_stride, RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=strip_n, num_warps=STRIP_WARPS,
+        )  # fmt: skip
     return dx, dresidual, *sums
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.common import device_guard, register
+from fastattn.kernels.common import launch, register
 from fastattn.ops.attention import empty_in_layout
 
 PAIRS, WARPS = 2048, 4  # of a program
@@ -51,7 +51,7 @@ def _rotate(
             tl.store(out_ptrs + rest, tl.load(x_ptrs + rest, mask=there), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "tokens", "seqlen", "table_rows", "positions_batch"])
 def rotary_kernel(
     q_ptr, k_ptr, out_q_ptr, out_k_ptr, cos_ptr, sin_ptr, positions_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
@@ -121,16 +121,16 @@ def _rotate_into(q, k, out_q, out_k, cos, sin, positions, offset, rotary_dim, in
         max(q_heads, k_heads), half, 0 if out_q is q else head_dim - rotary_dim
     )
     no_k = (0, 0, 0)
-    with device_guard(q.device):
-        rotary_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(q_heads, block_h) + triton.cdiv(k_heads, block_h))](
-            q, k, out_q, out_k, cos, sin, positions,
-            *_strides(q), *(no_k if k is None else _strides(k)),
-            *_strides(out_q), *(no_k if k is None else _strides(out_k)),
-            cos.stride(0) if cos.dim() == 3 and cos.shape[0] > 1 else 0, cos.stride(-2), cos.shape[-2],
-            positions_batch, offset, tokens, seqlen, q_heads, k_heads, half, head_dim,
-            INTERLEAVED=interleaved, CONJUGATE=conjugate,
-            BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_HALF=block_half, BLOCK_REST=block_rest, num_warps=WARPS,
-        )  # fmt: skip
+    grid = triton.cdiv(tokens, block_m), triton.cdiv(q_heads, block_h) + triton.cdiv(k_heads, block_h)
+    launch(
+        rotary_kernel, grid, q.device, q, k, out_q, out_k, cos, sin, positions,
+        *_strides(q), *(no_k if k is None else _strides(k)),
+        *_strides(out_q), *(no_k if k is None else _strides(out_k)),
+        cos.stride(0) if cos.dim() == 3 and cos.shape[0] > 1 else 0, cos.stride(-2), cos.shape[-2],
+        positions_batch, offset, tokens, seqlen, q_heads, k_heads, half, head_dim,
+        INTERLEAVED=interleaved, CONJUGATE=conjugate,
+        BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_HALF=block_half, BLOCK_REST=block_rest, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def _empty_like(x):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn.models import CausalLM, KeyValueCache
-from fastattn.ops import _backends, _gemm
+from fastattn.ops import _backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _reason = fastattn.backends()[DEVICE]["triton"]
@@ -156,16 +156,6 @@ class Called(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.add(function.name())
         return function(*args, **(kwargs or {}))
-
-
-def test_onednn_can_be_switched_off_at_any_time(monkeypatch):
-    monkeypatch.setattr(_gemm, "_ONEDNN_IS_FASTER", torch.backends.mkldnn.is_available())
-    x, w = torch.randn(512, 256), torch.randn(512, 256)
-    for on in (True, False, True):
-        with torch.backends.mkldnn.flags(enabled=on), Called() as called:
-            fastattn.feed_forward(x, w, None, w.t().contiguous(), None)
-        if not on:
-            assert not any("mkldnn" in name for name in called.names)
 
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "alibi")

@@ -14,7 +14,7 @@ pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[t
 import torch
 from training_cases import write_table
 
-from fastattn.cli import main
+from fastattn.cli import COMMANDS, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -205,7 +205,7 @@ def yaml_with(folder, line):
         ("steps: [", ["config"]),
         ("layers: jax", ["layers", "fastattn", "torch", "jax"]),
         ("batch_size: 3\naccumulate: 2", ["batch_size: expected a multiple of", "= 2, got 3"]),
-        ("model: {n_layr: 3}", ["model.n_layr"]),
+        ("model: {n_layr: 3}", ["'model'", "'n_layr'"]),
         ("model: {n_head: 3, d_model: 8}", ["model.d_model: expected a multiple of n_head = 3, got 8"]),
         ("model: {dropout: 1.5}", ["model.dropout: expected 0 <= x < 1, got 1.5"]),
         ("data: {validation_fraction: 0.6, test_fraction: 0.5}", ["validation_fraction + test_fraction below 1"]),
@@ -226,8 +226,11 @@ def test_config_mistakes(folder, capsys, line, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["subcommand", "train"]),
-        (["trian"], ["invalid choice: 'trian'"]),
+        ([], ["command: expected one of train, finetune, evaluate", "got nothing"]),
+        (["trian"], ["command: expected one of train, ", "got 'trian'"]),
+        (["--steps", "3"], ["command: expected one of train, ", "got '--steps'"]),
+        (["info", "now"], ["now"]),
+        (["data"], ["stats"]),
         (["train", "--config", "nothing.yaml"], ["nothing.yaml"]),
         (["train", "--config", "text.txt"], ["Unexpected config: a rose", "; expected the options"]),
         (["train", "--config", "binary"], ["config: expected UTF-8 text, got "]),
@@ -388,6 +391,19 @@ def test_cuda_without_a_gpu(run, capsys):
     assert_refused(folder, capsys, ["evaluate", "runs/small", "--accelerator", "cuda"], expected)
 
 
+def test_every_command_is_a_file_with_its_help(capsys):
+    assert main(["--help"]) == main(["-h"]) == 0
+    overview = capsys.readouterr().out
+    files = {path.stem for path in (REPOSITORY / "fastattn" / "commands").glob("*.py")}
+    assert {name for name in files if not name.startswith("_")} == set(COMMANDS)
+    for name, summary in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", overview, re.MULTILINE)
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: fastattn {name} ")
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     assert torch.__version__ in capsys.readouterr().out
@@ -395,19 +411,20 @@ def test_info(capsys):
 
 def test_missing_package_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    monkeypatch.delitem(sys.modules, "fastattn.training.loop", raising=False)
+    for name in ("loop", "train"):
+        monkeypatch.delitem(sys.modules, f"fastattn.training.runs.{name}", raising=False)
     expected = "expected the packages of pip install 'fastattn[train]', got no lightning_fabric"
     assert_refused(folder, capsys, ["train", "--config", "config.yaml"], expected)
 
 
 def test_fault_of_ours_is_a_traceback(folder, monkeypatch):
-    monkeypatch.setattr("fastattn.cli.build_parser", lambda: 1 / 0)
+    monkeypatch.setattr("fastattn.commands.train.parser", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # Python ends with exit code 1
         main(["train"])
 
 
 def test_recipes_are_valid(capsys):
-    from fastattn.cli import read_config, train_parser
+    from fastattn.commands._options import read_config, train_parser
 
     recipes = sorted((REPOSITORY / "recipes").glob("*.yaml"))
     assert len(recipes) >= 2

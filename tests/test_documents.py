@@ -12,15 +12,16 @@ pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]"
 import torch
 
 from fastattn.cli import main
-from fastattn.training.builtin import DOCSTRING_CLASSES
-from fastattn.training.clean import CleanConfig, clean
-from fastattn.training.config import DataConfig, UsageError
-from fastattn.training.data import TextData
-from fastattn.training.documents import Documents, write_documents
-from fastattn.training.sources import Columns, read_documents
-from fastattn.training.split import shared_texts, split_documents
-from fastattn.training.token_file import open_tokens, write_tokens
-from fastattn.training.tokenizer import KINDS, SPECIALS, build_tokenizer, load_tokenizer
+from fastattn.training.config import Columns, DataConfig
+from fastattn.training.data.builtin import DOCSTRING_CLASSES
+from fastattn.training.data.clean import CleanConfig, clean
+from fastattn.training.data.documents import Documents, write_documents
+from fastattn.training.data.sources import read_documents
+from fastattn.training.data.split import shared_texts, split_documents
+from fastattn.training.data.token_file import open_tokens, write_tokens
+from fastattn.training.data.tokenizer import KINDS, SPECIALS, build_tokenizer, load_tokenizer
+from fastattn.training.data.windows import TextData
+from fastattn.training.messages import UsageError
 
 LABELLED = Columns(label="label")
 
@@ -312,7 +313,7 @@ def test_tokens_on_disk(tmp_path):
 
 
 def test_one_hot():
-    from fastattn.training.vectors import one_hot
+    from fastattn.training.data.vectors import one_hot
 
     assert torch.equal(one_hot([[0, 2]], 3), torch.tensor([[[1.0, 0, 0], [0, 0, 1]]]))
     assert one_hot([], 3).shape == (0, 3)
@@ -322,7 +323,7 @@ def test_one_hot():
 
 def test_bag_of_words_and_tfidf():
     pytest.importorskip("sklearn", reason="needs the packages of fastattn[eval]")
-    from fastattn.training.vectors import bag_of_words
+    from fastattn.training.data.vectors import bag_of_words
 
     texts = ["red red car", "blue car"]
     vectorizer = bag_of_words()
@@ -335,7 +336,7 @@ def test_bag_of_words_and_tfidf():
 
 def test_word2vec_and_embedding():
     pytest.importorskip("gensim", reason="needs the packages of fastattn[words]")
-    from fastattn.training.vectors import initialize_embedding, word2vec
+    from fastattn.training.data.vectors import initialize_embedding, word2vec
 
     texts = ["the king rules the land", "the queen rules the land", "a dog eats a bone", "a cat eats a fish"] * 100
     vectors = word2vec(texts, 16, window=2, epochs=20)

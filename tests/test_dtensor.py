@@ -23,5 +23,7 @@ def failures(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_compute_what_one_does(failures, name):
+    if failures[0].get(name, "").startswith("skip: "):
+        pytest.skip(failures[0][name])
     found = [f"process {rank}:\n{failed[name]}" for rank, failed in enumerate(failures) if name in failed]
     assert not found, "\n".join(found)

@@ -202,52 +202,13 @@ def test_compiles_to_one_graph(dynamic):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_inductor_compiles_products_of_any_size():
-    """Products above the size from which eager calls oneDNN, whose op inductor does not take."""
+    """Inductor takes our product as it is."""
     args = arguments((256, 256), 512, biased=False)
     compiled = torch.compile(lambda *args: call(args), fullgraph=True)
     y = compiled(*args)
     assert_close(y, call(args), rtol=1e-4, atol=1e-4)
     expected = gradients(call(args), args, torch.ones_like(y))
     assert_close(gradients(y, args, torch.ones_like(y)), expected, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("cols", [256, 1024])
-def test_large_products_by_onednn(cols, monkeypatch):
-    """Where they are faster; small ones and `weight_grad` with more rows than columns stay torch's."""
-    x, w, dy, bias = (torch.randn(size) for size in ((128, 512), (cols, 512), (128, cols), (cols,)))
-    onednn = []
-
-    product_by_onednn = _gemm._onednn
-
-    def counted(*operands):
-        onednn.append(operands)
-        return product_by_onednn(*operands)
-
-    monkeypatch.setattr(_gemm, "_ONEDNN_IS_FASTER", True)
-    monkeypatch.setattr(_gemm, "_onednn", counted)
-    for product, operands, exact64, count in (
-        (_gemm.linear, (x, w, bias), x.double() @ w.double().t() + bias.double(), 1),
-        (_gemm.linear, (x[:1], w, bias), x[:1].double() @ w.double().t() + bias.double(), 0),
-        (_gemm.input_grad, (dy, w), dy.double() @ w.double(), 1),
-        (_gemm.weight_grad, (dy, x), dy.double().t() @ x.double(), cols <= 512),
-    ):
-        onednn.clear()
-        assert_close(product(*operands).double(), exact64, rtol=1e-4, atol=1e-3)
-        assert len(onednn) == count, product
-
-
-@pytest.mark.parametrize(
-    ("vendor", "flags", "faster"),
-    [("AuthenticAMD", "avx2 avx512f", True), ("AuthenticAMD", "avx2", False), ("GenuineIntel", "avx512f", False)],
-)
-def test_which_processors_use_onednn(vendor, flags, faster, tmp_path):
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this torch has no oneDNN")
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"vendor_id : {vendor}\nflags : fpu {flags}\n")
-    assert _gemm._is_onednn_faster(cpuinfo) == faster
-    assert not _gemm._is_onednn_faster(tmp_path / "none")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

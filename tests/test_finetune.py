@@ -14,14 +14,17 @@ import yaml
 from safetensors.torch import load_file
 from test_training import assert_same_run, interrupt_after, weights
 
-from fastattn.cli import main, stored_config
-from fastattn.training import loop
-from fastattn.training.config import Columns, DataConfig, ModelConfig, OptimConfig, TrainConfig, UsageError
-from fastattn.training.evaluate import load_run
-from fastattn.training.loop import Trainer, train
-from fastattn.training.lora import HEADS, add_lora, merge_lora
-from fastattn.training.tasks import TASKS, make_task
-from fastattn.training.tokenizer import load_tokenizer
+from fastattn.cli import main
+from fastattn.commands._options import stored_config
+from fastattn.training.config import Columns, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from fastattn.training.data.tokenizer import load_tokenizer
+from fastattn.training.messages import UsageError
+from fastattn.training.runs import loop
+from fastattn.training.runs.load import load_run
+from fastattn.training.runs.loop import Trainer
+from fastattn.training.runs.lora import HEADS, add_lora, merge_lora
+from fastattn.training.runs.train import train
+from fastattn.training.tasks.registry import TASKS, make_task
 
 WORDS = ["red", "green", "blue", "black", "white", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 SHAPE = {"n_layer": 2, "n_head": 2, "d_model": 16, "block_size": 12}
@@ -190,7 +193,7 @@ def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(
 
 
 def test_tokens_on_disk_must_be_those_of_the_start(folder, tmp_path):
-    from fastattn.training.prepare import SourceConfig, data_split, data_tokenize
+    from fastattn.training.data.prepare import SourceConfig, data_split, data_tokenize
 
     data_split(SourceConfig(str(folder / "documents.jsonl")), str(tmp_path / "split"))
     data_tokenize(SourceConfig(str(tmp_path / "split")), str(tmp_path / "tokens"), "byte")

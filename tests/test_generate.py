@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]")
 import torch
 
-from fastattn.training.config import UsageError
-from fastattn.training.generate import (
+from fastattn.training.data.tokenizer import ByteTokenizer, CharTokenizer
+from fastattn.training.inspect.generate import (
     beam_search,
     check_sampling,
     generate_tokens,
@@ -17,7 +17,7 @@ from fastattn.training.generate import (
     stream_text,
     stream_tokens,
 )
-from fastattn.training.tokenizer import ByteTokenizer, CharTokenizer
+from fastattn.training.messages import UsageError
 
 
 class Chain(torch.nn.Module):

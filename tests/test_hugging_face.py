@@ -315,7 +315,7 @@ def documents(tmp_path):
     """Documents with labels, a text, and tokenizers as they are published: other numbers, cut and filled up."""
     pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
     pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]")
-    from fastattn.training.tokenizer import LearntTokenizer
+    from fastattn.training.data.tokenizer import LearntTokenizer
 
     texts = [f"the {'good' if i % 2 else 'bad'} film number {i} of {i % 7} actors" for i in range(80)]
     rows = [{"text": text, "label": f"class {i % 2}"} for i, text in enumerate(texts)]

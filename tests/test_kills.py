@@ -28,8 +28,8 @@ from training_cases import (
 )
 
 from fastattn.cli import main
-from fastattn.training import checkpoint as ckpt
-from fastattn.training.loop import train
+from fastattn.training.runs import checkpoint as ckpt
+from fastattn.training.runs.train import train
 
 needs_fork = pytest.mark.skipif(not can_fork, reason="this system cannot fork")
 
@@ -60,9 +60,9 @@ def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(tmp_p
     reached = []
     for trial in range(20):
         kill = (
-            ("fastattn.training.loop:Trainer", "train_step", chance.randint(1, 6), chance.randint(0, 6_000)),
-            ("fastattn.training.loop", "save_checkpoint", 1, chance.randint(0, 30_000)),
-            ("fastattn.training.checkpoint", "_rotate", 1, chance.randint(0, 300)),
+            ("fastattn.training.runs.loop:Trainer", "train_step", chance.randint(1, 6), chance.randint(0, 6_000)),
+            ("fastattn.training.runs.loop", "save_checkpoint", 1, chance.randint(0, 30_000)),
+            ("fastattn.training.runs.checkpoint", "_rotate", 1, chance.randint(0, 300)),
         )[trial % 3]
         assert exit_code(start_training(config(run), resume=run.exists(), kill=kill)) == -signal.SIGKILL
         reached.append(last_step(run))
@@ -86,7 +86,7 @@ def test_a_killed_worker_leaves_a_checkpoint_that_resumes(tmp_path, text_file):
     # the other one has gone: nothing to do but end
     train_two(
         config("run"),
-        kill_second=("fastattn.training.loop:Trainer", "train_step", 11, 3_000),
+        kill_second=("fastattn.training.runs.loop:Trainer", "train_step", 11, 3_000),
         exit_codes=(1, -signal.SIGKILL),
     )
     assert last_step(tmp_path / "run") == 8

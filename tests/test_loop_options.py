@@ -24,11 +24,14 @@ from training_cases import (
 )
 
 from fastattn.models import CausalLM, MaskedLM, Seq2Seq
-from fastattn.training import checkpoint as ckpt
-from fastattn.training.config import OptimConfig, UsageError
-from fastattn.training.evaluate import load_run
-from fastattn.training.loop import Trainer, train
-from fastattn.training.throughput import flops_per_token
+from fastattn.training.config import OptimConfig
+from fastattn.training.messages import UsageError
+from fastattn.training.runs import checkpoint as ckpt
+from fastattn.training.runs.load import load_run
+from fastattn.training.runs.loop import Trainer
+from fastattn.training.runs.lora import train_only
+from fastattn.training.runs.throughput import flops_per_token
+from fastattn.training.runs.train import train
 
 TASKS = ("lm", *DOCUMENT_TASKS)
 
@@ -121,7 +124,7 @@ def test_epochs_count_passes_over_the_training_documents(tmp_path, table):
 
 def test_best_checkpoint_by_accuracy(tmp_path, table, monkeypatch, capsys):
     sums = iter([(24.0, 3), (12.0, 6), (6.0, 5), (18.0, 9), (30.0, 2)])
-    monkeypatch.setattr("fastattn.training.loop.evaluate_part", lambda *_, **__: (*next(sums), 24))
+    monkeypatch.setattr("fastattn.training.runs.loop.evaluate_part", lambda *_, **__: (*next(sums), 24))
     config = table_config("classify", tmp_path / "run", table, steps=8, evaluate_every=2, keep=1, select="accuracy")
     train(config)
     run = tmp_path / "run"
@@ -185,7 +188,7 @@ def test_parts_of_a_batch_weigh_by_their_predictions(tmp_path, table, task):
 
 
 def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch):
-    monkeypatch.setattr("fastattn.training.loop.peak_flops", lambda *_: 1e15)
+    monkeypatch.setattr("fastattn.training.runs.throughput.peak_flops", lambda *_: 1e15)
     config = tiny_config(tmp_path / "run", text_file, steps=4, log_every=2)
     train(config)
     run = tmp_path / "run"
@@ -204,6 +207,12 @@ def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch)
         assert flops_per_token(masked, shape) == pytest.approx(6 * (blocks + predicted) + attention)
     sides = blocks + blocks * 16 // 12  # cross-attention adds 4 * d_model**2 a block
     assert flops_per_token(Seq2Seq(29, **options), shape) == 3 * (sides + 29 * shape.d_model) + attention
+    part = CausalLM(29, **{**options, "tied": False})
+    train_only(part, "lora", 2)  # no gradient of the frozen matrices, but through them
+    assert flops_per_token(part, shape) == 4 * blocks + 6 * 29 * shape.d_model + attention
+    part = CausalLM(29, **{**options, "tied": False})
+    train_only(part, "head", 2)
+    assert flops_per_token(part, shape) == 2 * blocks + 4 * 29 * shape.d_model + attention // 3
     speeds, seconds, mfu = (numbers(run, name) for name in ("tokens_per_second", "seconds", "mfu"))
     assert len(speeds) == 2
     for speed, duration, part in zip(speeds, seconds, mfu, strict=True):
@@ -214,7 +223,7 @@ def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch)
 def test_a_peak_measured_on_a_busy_machine_is_measured_again_or_left_out(tmp_path, text_file, monkeypatch):
     for later, logged in ((1e15, 2), (1.0, 0)):
         measured = iter([1.0])
-        monkeypatch.setattr("fastattn.training.loop.peak_flops", lambda *_, m=measured, p=later: next(m, p))
+        monkeypatch.setattr("fastattn.training.runs.throughput.peak_flops", lambda *_, m=measured, p=later: next(m, p))
         run = tmp_path / f"run{logged}"
         train(tiny_config(run, text_file, steps=4, log_every=2))
         shares = numbers(run, "mfu")

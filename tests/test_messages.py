@@ -130,6 +130,11 @@ def test_every_advice_names_what_there_is():
                 assert used in ours, f"{name}: {given}: {text}"
 
 
+def test_none_for_a_bias_is_no_mistake():
+    with pytest.raises(ValueError, match="w2 must have shape"):
+        fastattn.feed_forward(X, W, None, W[:3, :3], None)
+
+
 @pytest.mark.parametrize("kind", NOTHING)
 def test_what_is_no_tensor_is_named(op, kind):
     """Every parameter that takes a tensor, one after the other."""
@@ -329,3 +334,32 @@ def test_dtypes_one_cannot_compute_with(op, dtype):
         for call in (function, explain):
             with pytest.raises((TypeError, ValueError), match=rf"^{op}: .*{dtype}"):
                 call(*wrong, **kwargs)
+
+
+def test_errors_are_caught_as_those_of_pytorch_too(op):
+    """PyTorch and flash-attn raise RuntimeError for wrong arguments: code that catches theirs catches ours."""
+    args, kwargs = RIGHT[op]
+    for function in functions(op):
+        with pytest.raises(RuntimeError, match="there is no argument colour") as caught:
+            function(*args, **kwargs, colour=1)
+        assert isinstance(caught.value, TypeError)
+    if op != "scaled_dot_product_attention":  # which takes no backend
+        with pytest.raises(RuntimeError, match="backend must be one of") as caught:
+            getattr(fastattn, op)(*args, **kwargs, backend="mine")
+        assert isinstance(caught.value, ValueError)
+
+
+def test_errors_of_the_drop_in_functions_are_runtime_errors():
+    calls = {
+        "attn_mask must be None when is_causal": lambda: fastattn.scaled_dot_product_attention(
+            Q, Q, Q, MASK, is_causal=True
+        ),
+        "at least 2 dimensions": lambda: fastattn.scaled_dot_product_attention(B, B, B),
+        "must have one dtype": lambda: fastattn.scaled_dot_product_attention(Q, Q.half(), Q),
+        "flash_attn_func: ": lambda: flash_attn.flash_attn_func(Q, Q, Q[0]),
+        "weight must": lambda: fastattn.layer_norm(X, B[:3]),
+        "at least 1-dimensional": lambda: nn.LayerNorm(())(torch.ones(())),
+    }
+    for message, call in calls.items():
+        with pytest.raises(RuntimeError, match=message):
+            call()

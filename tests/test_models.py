@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from fastattn.models import CausalLM, KeyValueCache
-from fastattn.training.config import UsageError
-from fastattn.training.generate import beam_search, generate_tokens
+from fastattn.training.inspect.generate import beam_search, generate_tokens
+from fastattn.training.messages import UsageError
 
 LAYERS = ("torch", "fastattn")
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nn_oracle import pair, slow_path
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fastattn
 import fastattn.nn.attention
 import fastattn.nn.masks
 from fastattn import nn
@@ -256,9 +258,9 @@ class TestNestedTensors:
         module = nn.MultiheadAttention(E, H, batch_first=True).eval()
         out = module(nested, nested, nested, need_weights=False)[0]
         torch.testing.assert_close(out.unbind()[2], module(*sequences[2:] * 3, need_weights=False)[0])
-        for t, options in ((jagged, {}), (nested, {"attn_mask": torch.zeros(6, 6)}), (nested, {"need_weights": True})):
-            with pytest.raises(AssertionError, match="does not support this NestedTensor"):
-                module(t, t, t, **{"need_weights": False, **options})
+        for t in (nested, jagged):
+            with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path: a mask"):
+                module(t, t, t, need_weights=False, attn_mask=torch.zeros(6, 6))
         with pytest.raises(AssertionError, match="training is enabled"):
             module.train()(nested, nested, nested, need_weights=False)
 
@@ -284,3 +286,136 @@ class TestStrictInLayers:
             for hint in (None, True, False):
                 arguments = {"tgt_mask": causal_mask(), "tgt_is_causal": hint}
                 torch.testing.assert_close(strict(src, tgt, **arguments), theirs(src, tgt, **arguments))
+
+
+class TestFastPath:
+    def test_private_functions_of_torch_are_never_called(self, x, monkeypatch):
+        """What torch's classes call in evaluation; the switch for it changes nothing here."""
+        stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, FF, batch_first=True), 2).eval()
+        attn = nn.MultiheadAttention(E, H, batch_first=True).eval()
+        expected = stack(x), attn(x, x, x)[0]
+
+        def fail(*args, **kwargs):
+            raise AssertionError("called")
+
+        monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", fail)
+        monkeypatch.setattr(torch, "_native_multi_head_attention", fail)
+        for enabled in (True, False):
+            torch.backends.mha.set_fastpath_enabled(enabled)
+            try:
+                with torch.no_grad():
+                    got = stack(x), attn(x, x, x)[0]
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+            for ours, before in zip(got, expected, strict=True):
+                torch.testing.assert_close(ours, before)
+
+
+class TestEmptyInputs:
+    """No difference: torch serves them too, but for an empty mask of three dimensions."""
+
+    @pytest.mark.parametrize("batch_first", [False, True])
+    @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
+    def test_are_served(self, batch, queries, keys, batch_first):
+        attn = nn.MultiheadAttention(E, H, batch_first=batch_first)
+        q, k = torch.randn(batch, queries, E), torch.randn(batch, keys, E)
+        if not batch_first:
+            q, k = q.transpose(0, 1), k.transpose(0, 1)
+        out, weights = attn(q, k, k)
+        assert out.shape == q.shape
+        assert weights.shape == (batch, queries, keys)
+        torch.testing.assert_close(out, attn.out_proj(torch.zeros_like(q)) if not keys else out)
+        out.sum().backward()
+
+
+class TestMixedDtypes:
+    def test_norms_take_weights_of_another_dtype(self, x):
+        """The sum is made in the wider of both, and rounded to the dtype of the input."""
+        for name in ("LayerNorm", "RMSNorm"):
+            norm = getattr(nn, name)(E)
+            torch.nn.init.normal_(norm.weight)
+            exact = getattr(torch.nn, name)(E).double()
+            exact.load_state_dict(norm.state_dict())
+            for dtype in (torch.float64, torch.bfloat16):
+                got = norm(x.to(dtype))
+                assert got.dtype == dtype
+                torch.testing.assert_close(got, exact(x.to(dtype).double()).to(dtype))
+        with pytest.raises(RuntimeError, match="mixed dtype"):
+            torch.nn.LayerNorm(E)(x.double())
+
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_a_bias_of_another_dtype_than_its_weight_is_refused(self, x, batch_first):
+        ours, theirs = pair("MultiheadAttention", E, H, batch_first=batch_first)
+        for module in (ours, theirs):
+            module.in_proj_bias = torch.nn.Parameter(module.in_proj_bias.half())
+        with pytest.raises(RuntimeError, match="must have the same dtype"):
+            ours(x, x, x)
+        layer = nn.TransformerEncoderLayer(E, H, FF, batch_first=batch_first)
+        layer.linear1.bias = torch.nn.Parameter(layer.linear1.bias.half())
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x)
+        if batch_first:  # torch does by chance: the product with a transposed input adds the bias afterwards
+            theirs(x, x, x)
+
+
+MISTAKES = {
+    "dimensions of query": (AssertionError, lambda x: ((x[None],) * 3, {})),
+    "width of query": (AssertionError, lambda x: ((x[..., :4], x, x), {})),
+    "key and value": (AssertionError, lambda x: ((x, x, x[:, :2]), {})),
+    "batch": (RuntimeError, lambda x: ((x[:1], x, x), {})),
+    "shape of attn_mask": (RuntimeError, lambda x: ((x, x, x), {"attn_mask": torch.zeros(2, 2)})),
+    "dtype of attn_mask": (AssertionError, lambda x: ((x, x, x), {"attn_mask": torch.zeros(L, L).int()})),
+    "shape of padding": (AssertionError, lambda x: ((x, x, x), {"key_padding_mask": torch.zeros(N, 2)})),
+    "both masks": (
+        RuntimeError,
+        lambda x: ((x, x, x), {"attn_mask": torch.zeros(2, 2), "key_padding_mask": torch.zeros(N, 2)}),
+    ),
+    "dtype of query": (RuntimeError, lambda x: ((x.double(), x, x), {})),
+}
+
+
+class TestErrors:
+    """The classes of errors are torch's; where two arguments are wrong, torch may name the other one."""
+
+    @pytest.mark.parametrize("need_weights", [False, True])
+    @pytest.mark.parametrize("call", MISTAKES)
+    def test_have_the_classes_of_torch(self, x, call, need_weights):
+        kind, make = MISTAKES[call]
+        args, kwargs = make(x)
+        for module in pair("MultiheadAttention", E, H, batch_first=True):
+            with pytest.raises(kind):
+                module(*args, need_weights=need_weights, **kwargs)
+
+    @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+    def test_of_norms(self, x, name):
+        for shape, given in (((L + 1, E), x), ((N, L, E), x[0]), ((), torch.ones(()))):
+            theirs, ours = getattr(torch.nn, name)(shape), getattr(nn, name)(shape)
+            with pytest.raises((RuntimeError, ValueError)) as expected:
+                theirs(given)
+            with pytest.raises(expected.type):
+                ours(given)
+
+
+class TestScaledDotProductAttention:
+    def test_choice_of_a_kernel_of_torch_changes_nothing(self):
+        q = torch.randn(2, H, L, 8)
+        expected = fastattn.scaled_dot_product_attention(q, q, q)
+        for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+            with sdpa_kernel(kernel):
+                assert torch.equal(fastattn.scaled_dot_product_attention(q, q, q), expected)
+
+    @pytest.mark.parametrize("mask", [torch.ones(L, L, dtype=torch.bool), torch.zeros(L, L)], ids=["bool", "float"])
+    def test_a_mask_beside_is_causal_raises(self, mask):
+        """The documentation of torch says so; its kernel for the CPU takes both."""
+        q = torch.randn(2, H, L, 8)
+        with pytest.raises(RuntimeError, match="attn_mask must be None when is_causal is True"):
+            fastattn.scaled_dot_product_attention(q, q, q, mask, is_causal=True)
+
+    @pytest.mark.parametrize(
+        ("k_shape", "v_shape"),
+        [((2, H, 3, 8), (2, H, 7, 8)), ((2, H, 0, 8), (0, H, 0, 8)), ((2, H, 0, 5), (2, H, 0, 8))],
+    )
+    def test_sizes_that_do_not_fit_raise(self, k_shape, v_shape):
+        """Also where nothing of them is read."""
+        with pytest.raises(RuntimeError, match="scaled_dot_product_attention: "):
+            fastattn.scaled_dot_product_attention(torch.randn(2, H, L, 8), torch.randn(k_shape), torch.randn(v_shape))

@@ -295,3 +295,24 @@ def test_a_captured_graph_is_a_record(monkeypatch):
     rotary, x = RotaryEmbedding(8, max_seqlen=4), randn(1, 2, 10, 8)
     assert torch.equal(rotary(x), RotaryEmbedding(8)(x))
     assert rotary.cos.shape[0] == 4
+
+
+def test_tables_that_grow_are_ready_before_other_streams_see_them(monkeypatch):
+    rotary, waited = RotaryEmbedding(8, max_seqlen=4), []
+
+    def wait(table):
+        waited.append((table.shape[0], rotary.cos.shape[0]))
+
+    monkeypatch.setattr(fastattn.nn.rotary, "_wait_for_streams", wait)
+    for seqlen in (3, 10, 10, 4):
+        rotary(randn(1, 2, seqlen, 8))
+    assert waited == [(10, 4)]  # once, while the old tables were still those of the module
+
+
+def test_waiting_for_streams_is_for_gpus(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", calls.append)
+    fastattn.nn.rotary._wait_for_streams(torch.ones(1))
+    assert not calls
+    fastattn.nn.rotary._wait_for_streams(types.SimpleNamespace(is_cuda=True, device="cuda:1"))
+    assert calls == ["cuda:1"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastattn.models.initialize import SCHEMES, initialize
-from fastattn.training.config import OptimConfig, UsageError
-from fastattn.training.optim import build_optimizer, learning_rate
+from fastattn.training.config import OptimConfig
+from fastattn.training.messages import UsageError
+from fastattn.training.runs.optim import build_optimizer, learning_rate
 
 
 def rates(steps=100, **options):

@@ -13,13 +13,13 @@ import matplotlib.image
 import torch
 
 from fastattn.models import CausalLM
-from fastattn.training.attention import attention_maps
-from fastattn.training.checkpoint import RUN_FILES, save_checkpoint
-from fastattn.training.compare import compare_runs
-from fastattn.training.config import UsageError
-from fastattn.training.figures import label, plot_attention, plot_calibration, plot_confusion
-from fastattn.training.report import cell, confusions, report_markdown, write_report
-from fastattn.training.scores import classification_scores
+from fastattn.training.evaluation.compare import compare_runs
+from fastattn.training.evaluation.report import cell, confusions, report_markdown, write_report
+from fastattn.training.inspect.attention_maps import attention_maps
+from fastattn.training.inspect.figures import label, plot_attention, plot_calibration, plot_confusion
+from fastattn.training.inspect.scores import classification_scores
+from fastattn.training.messages import UsageError
+from fastattn.training.runs.checkpoint import RUN_FILES, save_checkpoint
 
 STRANGE = [
     "$x",

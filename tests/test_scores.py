@@ -11,10 +11,10 @@ pytest.importorskip("sklearn", reason="needs the packages of fastattn[eval]")
 pytest.importorskip("sacrebleu", reason="needs the packages of fastattn[eval]")
 from sklearn import metrics
 
-from fastattn.training.baseline import bag_of_words_baseline
-from fastattn.training.config import UsageError
-from fastattn.training.documents import Documents
-from fastattn.training.scores import (
+from fastattn.training.data.documents import Documents
+from fastattn.training.data.sources import read_documents
+from fastattn.training.evaluation.baseline import bag_of_words_baseline
+from fastattn.training.inspect.scores import (
     N_BINS,
     classification_scores,
     count_predictions,
@@ -22,7 +22,7 @@ from fastattn.training.scores import (
     scores_from_counts,
     translation_scores,
 )
-from fastattn.training.sources import read_documents
+from fastattn.training.messages import UsageError
 
 
 @pytest.fixture(autouse=True)

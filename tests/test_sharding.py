@@ -27,9 +27,10 @@ from training_cases import (
 )
 
 from fastattn.models import CausalLM
-from fastattn.training.config import OptimConfig, UsageError
-from fastattn.training.loop import train
-from fastattn.training.sharding import _shard, divide, gather
+from fastattn.training.config import OptimConfig
+from fastattn.training.messages import UsageError
+from fastattn.training.runs.sharding import _shard, divide, gather
+from fastattn.training.runs.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not can_fork, reason="this system cannot fork")

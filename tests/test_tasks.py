@@ -9,10 +9,12 @@ pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[t
 import torch
 from training_cases import WORDS, write_table
 
-from fastattn.training.batches import IGNORED, LengthBatches, by_length, draw_masks, limit_documents, pad
-from fastattn.training.config import Columns, DataConfig, ModelConfig, TrainConfig, UsageError
-from fastattn.training.documents import Documents
-from fastattn.training.tasks import make_task
+from fastattn.training.config import Columns, DataConfig, ModelConfig, TrainConfig
+from fastattn.training.data.batches import IGNORED, LengthBatches, by_length, draw_masks, pad
+from fastattn.training.data.documents import Documents
+from fastattn.training.data.parts import limit_documents
+from fastattn.training.messages import UsageError
+from fastattn.training.tasks.registry import make_task
 
 
 @pytest.fixture
@@ -163,7 +165,7 @@ def test_attention_of_a_text(table, task, queries, keys):
 
 
 def test_tokens_on_disk(table, tmp_path):
-    from fastattn.training.prepare import SourceConfig, data_split, data_tokenize
+    from fastattn.training.data.prepare import SourceConfig, data_split, data_tokenize
 
     data_split(SourceConfig(str(table)), str(tmp_path / "split"))
     data_tokenize(SourceConfig(str(tmp_path / "split")), str(tmp_path / "tokens"), "byte")

@@ -1,5 +1,6 @@
 """Text sources, splits, tokenizers, batches."""
 
+import re
 import sys
 
 import pytest
@@ -7,12 +8,14 @@ import pytest
 pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]")
 import torch
 
-from fastattn.training import text as text_module
-from fastattn.training.config import DataConfig, ModelConfig, TrainConfig, UsageError
-from fastattn.training.data import random_starts, to_tokens, window_starts
-from fastattn.training.tasks import make_task
-from fastattn.training.text import fingerprint, read_text, resolve_source, split_text
-from fastattn.training.tokenizer import CharTokenizer, LearntTokenizer, build_tokenizer, load_tokenizer
+import fastattn
+from fastattn.training.config import DataConfig, ModelConfig, TrainConfig
+from fastattn.training.data.sources import resolve_source
+from fastattn.training.data.text import fingerprint, read_text, split_text
+from fastattn.training.data.tokenizer import CharTokenizer, LearntTokenizer, build_tokenizer, load_tokenizer
+from fastattn.training.data.windows import random_starts, to_tokens, window_starts
+from fastattn.training.messages import UsageError
+from fastattn.training.tasks.registry import make_task
 
 
 def test_topics_need_no_file():
@@ -47,8 +50,9 @@ def test_shakespeare_is_found_in_the_named_folder(tmp_path, monkeypatch):
 def test_shakespeare_missing_names_every_place(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTATTN_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(text_module, "__file__", str(tmp_path / "a" / "b" / "c" / "d.py"))
-    with pytest.raises(UsageError, match=r"expected tinyshakespeare.* in one of .*fastattn, .*shared.*data, got none"):
+    monkeypatch.setattr(fastattn, "__file__", str(tmp_path / "checkout" / "fastattn" / "__init__.py"))
+    places = f"in one of {tmp_path}/fastattn, {tmp_path}/shared/data, got none"
+    with pytest.raises(UsageError, match=f"expected tinyshakespeare.* {re.escape(places)}"):
         read_text("shakespeare")
 
 

@@ -14,13 +14,18 @@ pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[t
 import torch
 from training_cases import TEXT, assert_same_run, column, interrupt_after, tiny_config, weights
 
-from fastattn.training import checkpoint as ckpt
-from fastattn.training import loop
-from fastattn.training.config import DataConfig, ModelConfig, OptimConfig, UsageError
-from fastattn.training.evaluate import evaluate_part, evaluate_run, load_run
-from fastattn.training.loop import Trainer, train
-from fastattn.training.metrics import MetricsLog, read_metrics
-from fastattn.training.tasks import make_task
+from fastattn.training.config import DataConfig, ModelConfig, OptimConfig
+from fastattn.training.evaluation.evaluate import evaluate_run
+from fastattn.training.messages import UsageError
+from fastattn.training.runs import checkpoint as ckpt
+from fastattn.training.runs import loop
+from fastattn.training.runs.load import load_run
+from fastattn.training.runs.loop import Trainer
+from fastattn.training.runs.metrics import MetricsLog, read_metrics
+from fastattn.training.runs.signals import StopSignal
+from fastattn.training.runs.train import train
+from fastattn.training.tasks.base import evaluate_part
+from fastattn.training.tasks.registry import make_task
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -80,7 +85,7 @@ def test_sigint_saves_and_a_second_one_interrupts(tmp_path, text_file, monkeypat
     assert [folder.name for folder, _ in ckpt.find_checkpoints(tmp_path / "run")] == ["step-00000003"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
     try:
-        with loop.StopSignal() as stop:
+        with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.number == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
@@ -185,7 +190,7 @@ def test_damaged_checkpoint_falls_back(tmp_path, text_file, capsys, damage):
 SAVE_FOREVER = """
 import sys, torch
 from pathlib import Path
-from fastattn.training.checkpoint import save_checkpoint
+from fastattn.training.runs.checkpoint import save_checkpoint
 model = torch.nn.Linear(512, 512)
 for step in range(1, 10**6):
     torch.nn.init.constant_(model.weight, step)

@@ -13,10 +13,11 @@ pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
 from training_cases import DOCUMENT_TASKS, TEXT, table_config, tiny_config, write_table
 
 from fastattn.cli import main
-from fastattn.training import loop
-from fastattn.training.config import DataConfig, OptimConfig, UsageError
-from fastattn.training.loop import train
-from fastattn.training.metrics import COLUMNS, MetricsLog, plot_losses, read_metrics
+from fastattn.training.config import DataConfig, OptimConfig
+from fastattn.training.messages import UsageError
+from fastattn.training.runs import throughput
+from fastattn.training.runs.metrics import COLUMNS, MetricsLog, plot_losses, read_metrics
+from fastattn.training.runs.train import train
 
 VALUES = [name for name in COLUMNS if name != "step"]
 
@@ -50,7 +51,7 @@ def assert_says_nothing_of_the_unknown(text):
 )
 def test_a_run_with_every_logger_and_unknown_values(tmp_path, table, monkeypatch, capsys, task, clip, peak):
     """No gradient norm without clipping, no MFU on an unknown device, one step, no test part."""
-    monkeypatch.setattr(loop, "peak_flops", lambda *_: peak)
+    monkeypatch.setattr(throughput, "peak_flops", lambda *_: peak)
     run = tmp_path / "run"
     optim = OptimConfig(warmup_steps=0, clip=clip)
     train(table_config(task, run, table, steps=1, evaluate_every=1, tensorboard=True, optim=optim))
@@ -112,7 +113,7 @@ def test_a_validation_part_without_a_prediction_is_no_loss_of_0(tmp_path):
 @pytest.mark.parametrize("task", DOCUMENT_TASKS)
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
 def test_a_part_without_documents_is_refused_before_a_run_is_made(tmp_path, table, monkeypatch, task, part):
-    from fastattn.training.documents import Documents
+    from fastattn.training.data.documents import Documents
     from fastattn.training.tasks import base
 
     def parts(data):

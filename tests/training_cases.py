@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from fastattn.training.config import Columns, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from fastattn.training.loop import Trainer, train
+from fastattn.training.runs.loop import Trainer
+from fastattn.training.runs.train import train
 
 TEXT = "".join(
     f"{i} green bottles hanging on the wall, and if one fell there were {i - 1}.\n" for i in range(90, 0, -1)
@@ -101,7 +102,7 @@ def kill_after(owner, name, times, calls):
 
     That is any moment, as one of a clock would be, but no machine is too fast or too slow for it.
 
-    owner, name: of the function, the owner as text, for example "fastattn.training.loop:Trainer" and "train_step".
+    owner, name: of the function, the owner as text, for example "fastattn.training.runs.loop:Trainer" and "train_step".
     """
     owner = pkgutil.resolve_name(owner)
     function, seen = getattr(owner, name), 0
@@ -126,7 +127,7 @@ if can_fork := hasattr(os, "fork"):
     # its children begin where the packages are imported already and no thread has been started
     FORKS = multiprocessing.get_context("forkserver")
     FORKS.set_forkserver_preload(
-        ["fastattn.training.loop", "fastattn.models", "matplotlib.figure", "safetensors.torch"]
+        ["fastattn.training.runs.train", "fastattn.models", "matplotlib.figure", "safetensors.torch"]
     )
 
 

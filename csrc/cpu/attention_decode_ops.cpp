@@ -206,5 +206,7 @@ void attention_decode_append(const Tensor& k_cache, const Tensor& v_cache, const
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_decode_fwd.native", TORCH_BOX(&attention_decode_fwd));
+  m.impl("attention_decode_fwd_native", TORCH_BOX(&attention_decode_fwd));
   m.impl("attention_decode_append.native", TORCH_BOX(&attention_decode_append));
+  m.impl("attention_decode_append_native", TORCH_BOX(&attention_decode_append));
 }

@@ -21,4 +21,5 @@ Tensor dropout_fwd(const Tensor& x, const std::optional<Tensor>& residual, const
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("dropout_fwd.native", TORCH_BOX(&dropout_fwd));
+  m.impl("dropout_fwd_native", TORCH_BOX(&dropout_fwd));
 }

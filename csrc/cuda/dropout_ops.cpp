@@ -25,4 +25,5 @@ Tensor dropout_fwd(const Tensor& x, const std::optional<Tensor>& residual, const
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("dropout_fwd.native", TORCH_BOX(&dropout_fwd));
+  m.impl("dropout_fwd_native", TORCH_BOX(&dropout_fwd));
 }

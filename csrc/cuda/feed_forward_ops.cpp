@@ -83,5 +83,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> activation_bwd(const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("activation_fwd.native", TORCH_BOX(&activation_fwd));
+  m.impl("activation_fwd_native", TORCH_BOX(&activation_fwd));
   m.impl("activation_bwd.native", TORCH_BOX(&activation_bwd));
 }

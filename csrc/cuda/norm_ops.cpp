@@ -74,5 +74,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, co
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("norm_infer.native", TORCH_BOX(&norm_infer));
   m.impl("norm_fwd.native", TORCH_BOX(&norm_fwd));
+  m.impl("norm_fwd_native", TORCH_BOX(&norm_fwd));
   m.impl("norm_bwd.native", TORCH_BOX(&norm_bwd));
 }

@@ -53,5 +53,6 @@ void rotary_fwd_(Tensor q, std::optional<Tensor> k, const Tensor& cos, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("rotary_fwd.native", TORCH_BOX(&rotary_fwd));
+  m.impl("rotary_fwd_native", TORCH_BOX(&rotary_fwd));
   m.impl("rotary_fwd_.native", TORCH_BOX(&rotary_fwd_));
 }

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastattn.nn import LayerNorm, RotaryEmbedding
 from fastattn.ops import linear_cross_entropy
+from fastattn.ops.linear import linear
 
 from .block import FEED_FORWARDS, make_block, run_block
 from .sequences import Sequences
@@ -266,14 +267,14 @@ class Head(nn.Module):
         if self.dense is not None:
             x = self.norm(F.gelu(self.dense(x)))
         if targets is None:
-            return F.linear(x, weight, self.bias)
+            return linear(x, weight, self.bias)
         smoothing = self.label_smoothing if self.training else 0.0
         total = self.loss(x, weight, targets, bias=self.bias, label_smoothing=smoothing, reduction="sum")
         return total / (targets != -100).sum().clamp_min(1)
 
 
 def _linear_cross_entropy(x, weight, targets, *, bias, **options):
-    return F.cross_entropy(F.linear(x, weight, bias).view(-1, len(weight)).float(), targets.flatten(), **options)
+    return F.cross_entropy(linear(x, weight, bias).view(-1, len(weight)).float(), targets.flatten(), **options)
 
 
 def num_parameters(model):

@@ -7,7 +7,6 @@ The functions here take any of them, since the children carry the same names.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastattn import reference
@@ -16,6 +15,7 @@ from fastattn.nn.encoder import TransformerEncoderLayer, add_and_norm, add_then_
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import dropout_p
 from fastattn.ops import dropout, feed_forward, layer_norm
+from fastattn.ops.linear import linear
 
 # name → (activation, whether a second first layer gates)
 FEED_FORWARDS = {
@@ -67,7 +67,7 @@ def project(attn, x, parts="qkv"):
         rows = slice(attn.embed_dim) if parts == "q" else slice(attn.embed_dim, None)
         weight, bias = weight[rows], None if bias is None else bias[rows]
         counts = counts[:1] if parts == "q" else counts[1:]
-    heads = F.linear(x, weight, bias).unflatten(-1, (-1, attn.head_dim))
+    heads = linear(x, weight, bias).unflatten(-1, (-1, attn.head_dim))
     return (heads.transpose(1, 2) if heads.dim() == 4 else heads).split(counts, 1)
 
 

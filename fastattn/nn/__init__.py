@@ -1,11 +1,11 @@
 """Drop-in modules: torch.nn's classes with the same arguments, parameters and masks on fused kernels."""
 
-from fastattn.integrations.replace import replace
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from fastattn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.norm import LayerNorm, RMSNorm
+from fastattn.nn.replacement import replace
 from fastattn.nn.rotary import RotaryEmbedding
 from fastattn.nn.transformer import Transformer
 

@@ -14,10 +14,16 @@ from fastattn.nn.encoder import add_and_norm, add_then_norm, are_plain, attend, 
 from fastattn.nn.feed_forward import block
 from fastattn.nn.masks import is_causal_mask
 from fastattn.nn.norm import LayerNorm
-from fastattn.nn.plain import dropout_p
+from fastattn.nn.plain import dropout_p, leaf_call
 from fastattn.ops import dropout, layer_norm
+from fastattn.ops._public import Public
 
+_TENSORS = "tgt memory tgt_mask memory_mask tgt_key_padding_mask memory_key_padding_mask"
+# the code of torch that ours stands in for, as long as nobody replaces it
 _TorchLayer = torch.nn.TransformerDecoderLayer
+_FORWARD, _SA_BLOCK, _MHA_BLOCK, _FF_BLOCK = (
+    getattr(_TorchLayer, name) for name in ("forward", "_sa_block", "_mha_block", "_ff_block")
+)
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -46,6 +52,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         if strict_torch:
             self.self_attn.strict_torch = self.multihead_attn.strict_torch = True
 
+    @Public("nn.TransformerDecoderLayer", tensors=_TENSORS, nested=None).answering
     def forward(
         self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
         tgt_is_causal=False, memory_is_causal=False,
@@ -63,12 +70,17 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         Raises:
             AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
         """
+        nested = not (tgt.is_nested is memory.is_nested is False)
+        masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
+        if nested and (recorded := leaf_call(self, tgt, memory, *masks)) is not None:
+            return recorded
         m, cls, own, x = self._modules, type(self), self.__dict__, tgt
         if (
-            cls._sa_block is not _TorchLayer._sa_block
-            or cls._mha_block is not _TorchLayer._mha_block
-            or cls._ff_block is not _TorchLayer._ff_block
-            or x.is_nested
+            _TorchLayer.forward is not _FORWARD
+            or cls._sa_block is not _SA_BLOCK
+            or cls._mha_block is not _MHA_BLOCK
+            or cls._ff_block is not _FF_BLOCK
+            or nested
             or not are_plain(
                 m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2", "dropout3"), ("norm1", "norm2", "norm3")
             )
@@ -76,11 +88,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             or "_mha_block" in own
             or "_ff_block" in own
         ):
-            # torch's forward has no fast path: it is the composition
-            return super().forward(
-                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
-                memory_is_causal,
-            )  # fmt: skip
+            return super().forward(tgt, memory, *masks)  # torch's forward has no fast path: it is the composition
 
         def self_attend(x):
             return attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
@@ -118,6 +126,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         if strict_torch:
             self.strict_torch = True
 
+    @Public("nn.TransformerDecoder", tensors=_TENSORS, nested=None).answering
     def forward(
         self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
         tgt_is_causal=None, memory_is_causal=False,
@@ -129,10 +138,12 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
                 waits for the device; True or False does not.
         Returns: like tgt.
         """
+        masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
+        if not (tgt.is_nested is memory.is_nested is False):
+            recorded = leaf_call(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal)
+            if recorded is not None:
+                return recorded
         if not self.strict_torch and tgt_is_causal is None:
             size = 0 if tgt_mask is None else sequence_length(tgt, self.layers[0].self_attn.batch_first)
             tgt_is_causal = is_causal_mask(tgt_mask, None, size)
-        return super().forward(
-            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
-            memory_is_causal,
-        )  # fmt: skip
+        return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)

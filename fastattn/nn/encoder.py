@@ -11,14 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastattn.nn.attention import MultiheadAttention, pack, unpack
+from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.feed_forward import block
 from fastattn.nn.masks import as_float_mask, check_mask_dtype, is_causal_mask
 from fastattn.nn.norm import LayerNorm
-from fastattn.nn.plain import dropout_p, hooks_everywhere, is_plain
+from fastattn.nn.plain import dropout_p, is_plain, leaf_call, must_call_children
 from fastattn.ops import dropout, layer_norm
+from fastattn.ops._nested import Rows
+from fastattn.ops._public import Public
+from fastattn.ops.linear import linear
 
-_TorchLayer = torch.nn.TransformerEncoderLayer
+# the code of torch that ours stands in for, as long as nobody replaces it
+_TorchLayer, _TorchStack = torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder
+_FORWARD, _SA_BLOCK, _FF_BLOCK = _TorchLayer.forward, _TorchLayer._sa_block, _TorchLayer._ff_block
+_STACK_FORWARD = _TorchStack.forward
+
+
+_LINEARS, _DROPOUTS, _NORMS = (torch.nn.Linear,), (torch.nn.Dropout,), (LayerNorm, torch.nn.LayerNorm)
 
 
 def add_and_norm(x, x_bias, residual, dropout_module, norm):
@@ -46,31 +55,33 @@ def block_and_bias(x, linear1, activation, dropout_module, linear2):
 
 
 def leaves_bias(linear):
-    """Whether the norm after `linear` adds its bias: where its gradient is wanted, which that norm makes on the way."""
-    return linear.bias is not None and torch.is_grad_enabled() and linear.bias.requires_grad
+    """Whether the norm after `linear` adds its bias: where its gradient is wanted, which that norm makes on the way.
+
+    Never for torch.jit.trace, which records once with gradients and once without, and compares.
+    """
+    bias = linear.bias
+    return bias is not None and torch.is_grad_enabled() and bias.requires_grad and not torch.jit.is_tracing()
 
 
 def attend(attn, query, memory, attn_mask, key_padding_mask, is_causal):
     """(out, x_bias): attention from query to memory, and the bias of out_proj if the norm that follows is to add it."""
     masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
-    if (
-        is_plain(attn, MultiheadAttention)
-        and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear)
-        and leaves_bias(attn.out_proj)
-    ):
+    if is_plain(attn, MultiheadAttention) and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear):
         out, _ = attn.attend(query, memory, memory, need_weights=False, **masks)
-        return F.linear(out, attn.out_proj.weight), attn.out_proj.bias
+        weight, bias = attn.out_proj.weight, attn.out_proj.bias
+        return (linear(out, weight), bias) if leaves_bias(attn.out_proj) else (linear(out, weight, bias), None)
     return attn(query, memory, memory, need_weights=False, **masks)[0], None
 
 
 def are_plain(modules, linears, dropouts, norms):
     """Whether every named child may be replaced by the fused kernels."""
-    return (
-        all(is_plain(modules[name], torch.nn.Linear) for name in linears)
-        and all(is_plain(modules[name], torch.nn.Dropout) for name in dropouts)
-        and all(is_plain(modules[name], LayerNorm, torch.nn.LayerNorm) for name in norms)
-        and not hooks_everywhere()
-    )
+    if must_call_children():
+        return False
+    for names, classes in ((linears, _LINEARS), (dropouts, _DROPOUTS), (norms, _NORMS)):
+        for name in names:  # all() on a generator takes twice as long
+            if not is_plain(modules[name], *classes):
+                return False
+    return True
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -99,6 +110,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if strict_torch:
             self.self_attn.strict_torch = True
 
+    @Public("nn.TransformerEncoderLayer", tensors="src src_mask src_key_padding_mask", nested=None).answering
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         """Encode src.
 
@@ -111,17 +123,22 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         Raises:
             AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
         """
+        nested = src.is_nested is not False
+        if nested and (recorded := leaf_call(self, src, src_mask, src_key_padding_mask, is_causal)) is not None:
+            return recorded
+        if _TorchLayer.forward is not _FORWARD:
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(src_mask, "src_mask")
         m, cls, own = self._modules, type(self), self.__dict__
-        overridden = cls._sa_block is not _TorchLayer._sa_block or "_sa_block" in own
+        overridden = cls._sa_block is not _SA_BLOCK or "_sa_block" in own
         if overridden or type(m["self_attn"]) is not MultiheadAttention:
             # code of the user gets float masks, as from torch
             src_mask = as_float_mask(src_mask, src.dtype)
             src_key_padding_mask = as_float_mask(src_key_padding_mask, src.dtype)
         if overridden or not self._ff_is_plain():
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
-        if src.is_nested:
+        if nested:
             return self._nested(src, src_mask, src_key_padding_mask, is_causal)
 
         return self._fused(src, lambda x: attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal))
@@ -147,7 +164,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         plain = are_plain(
             self._modules, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2"), ("norm1", "norm2")
         )
-        return plain and type(self)._ff_block is _TorchLayer._ff_block and "_ff_block" not in self.__dict__
+        return plain and type(self)._ff_block is _FF_BLOCK and "_ff_block" not in self.__dict__
 
     def _fused(self, x, self_attend):
         m = self._modules
@@ -175,11 +192,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     def _nested(self, src, src_mask, src_key_padding_mask, is_causal):
         """torch's container turns padded batches into strided nested tensors: computed without the padding."""
         attn = self.self_attn
-        packable = src.layout == torch.strided and not self.training and src_mask is None
-        if not (packable and src_key_padding_mask is None and is_plain(attn, MultiheadAttention)):
+        packable = src.layout is torch.jagged or not self.training
+        has_mask = src_mask is not None or src_key_padding_mask is not None
+        if not packable or has_mask or src.dim() != 3 or not is_plain(attn, MultiheadAttention):
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
-        rows, lengths, cu_seqlens = pack(src)
-        return unpack(self.forward_packed(rows, cu_seqlens, max(lengths, default=0), is_causal), lengths)
+        rows = Rows("TransformerEncoderLayer", "src", src)
+        return rows.restore(self.forward_packed(rows.tensor, rows.offsets.to(torch.int32), rows.max_seqlen, is_causal))
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -204,6 +222,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if strict_torch:
             self.strict_torch = True
 
+    @Public("nn.TransformerEncoder", tensors="src mask src_key_padding_mask", nested=None).answering
     def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
         """Pass src through the layers.
 
@@ -213,11 +232,14 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 but not while a graph is captured. On a GPU that waits for the device; True or False does not.
         Returns: like src.
         """
-        if self.strict_torch:
+        nested = src.is_nested is not False
+        if nested and (recorded := leaf_call(self, src, mask, src_key_padding_mask, is_causal)) is not None:
+            return recorded
+        if self.strict_torch or _TorchStack.forward is not _STACK_FORWARD:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(mask, "mask")
-        if mask is not None and is_causal is None and not src.is_nested:
+        if mask is not None and is_causal is None and not nested:
             is_causal = is_causal_mask(mask, None, sequence_length(src, self.layers[0].self_attn.batch_first))
         is_causal = is_causal is True
         for layer in self.layers:

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from fastattn import reference
-from fastattn.nn.plain import dropout_p, hooks_everywhere, is_plain
+from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward
 from fastattn.ops._public import Public
+from fastattn.ops.linear import linear
 
 
 def activation_name(activation):
@@ -36,7 +37,7 @@ def block(x, linear1, activation, dropout, linear2, last_bias=True):
     """
     name, bias = activation_name(activation), linear2.bias if last_bias else None
     if name is None:
-        return F.linear(dropout(activation(linear1(x))), linear2.weight, bias)
+        return linear(dropout(activation(linear1(x))), linear2.weight, bias)
     return feed_forward(
         x, linear1.weight, linear1.bias, linear2.weight, bias, activation=name, dropout_p=dropout_p(dropout)
     )
@@ -72,6 +73,7 @@ class FeedForward(torch.nn.Module):
         self.dropout = torch.nn.Dropout(dropout)
         self.linear2 = torch.nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
 
+    @Public("nn.FeedForward", tensors="x", nested=None).answering
     def forward(self, x):
         """x (..., d_model) → (..., d_model)."""
         linear1, linear2, gate, linear = self.linear1, self.linear2, self.gate, torch.nn.Linear
@@ -80,7 +82,7 @@ class FeedForward(torch.nn.Module):
             and is_plain(linear2, linear)
             and (gate is None or is_plain(gate, linear))
             and is_plain(self.dropout, torch.nn.Dropout)
-            and not hooks_everywhere()
+            and not must_call_children()
         )
         if not plain:
             act = reference.ACTIVATIONS[self.activation]

@@ -19,6 +19,18 @@ def as_float_mask(mask, dtype):
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
+def _in_range(mask):
+    """The mask less half of the largest number of each row, where that is near an end of the range.
+
+    It changes no weight. So the sum of two finite masks has a finite number in every row.
+    """
+    if mask.shape[-1] == 0:
+        return mask
+    finite = torch.finfo(mask.dtype)
+    top = mask.detach().amax(-1, keepdim=True)
+    return mask - torch.where((top.abs() > finite.max * finite.eps / 4) & top.isfinite(), top / 2, 0.0)
+
+
 def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqlen_k, dtype):
     """Both masks of a MultiheadAttention as arguments of the attention op.
 
@@ -35,15 +47,7 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
             `dtype`.
         AssertionError: key_padding_mask has another shape.
     """
-    bools, floats = [], []
-    if key_padding_mask is not None:
-        for dim, size in enumerate((batch, seqlen_k)):
-            if key_padding_mask.shape[dim] != size:
-                raise AssertionError(
-                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
-                )
-        (bools if key_padding_mask.dtype == torch.bool else floats).append(key_padding_mask[:, None, None, :])
-    if attn_mask is not None:
+    if attn_mask is not None:  # looked at first, as in torch
         if is_causal_bias(attn_mask):
             raise RuntimeError(
                 "attn_mask must be a bool or float tensor, got a CausalBias, which holds no values: use is_causal=True"
@@ -53,6 +57,15 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
             raise RuntimeError(
                 f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
             )
+    bools, floats = [], []
+    if key_padding_mask is not None:
+        for dim, size in enumerate((batch, seqlen_k)):
+            if key_padding_mask.shape[dim] != size:
+                raise AssertionError(
+                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
+                )
+        (bools if key_padding_mask.dtype == torch.bool else floats).append(key_padding_mask[:, None, None, :])
+    if attn_mask is not None:
         attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, n_heads))
         if attn_mask.dtype == torch.bool and bools:
             attn_mask = as_float_mask(attn_mask, dtype)
@@ -63,8 +76,9 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
                 f"Expected attn_mask dtype to be bool or float32 or to match query dtype {dtype}, got {mask.dtype}"
             )
     mask = bools[0].logical_not() if bools else None
-    bias = None if not floats else floats[0] if len(floats) == 1 else floats[0] + floats[1]
-    return mask, bias
+    if len(floats) == 2:
+        return mask, _in_range(floats[0]) + _in_range(floats[1])
+    return mask, floats[0] if floats else None
 
 
 def is_causal_mask(mask, hint, size):

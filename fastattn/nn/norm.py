@@ -1,23 +1,50 @@
 """LayerNorm and RMSNorm on the fused kernels."""
 
 import torch
+import torch.nn.functional as F
 
+from fastattn.nn.plain import leaf_call, remember_forward
 from fastattn.ops import layer_norm, rms_norm
+from fastattn.ops._kinds import is_dtensor
+from fastattn.ops._public import ArgumentValueError, Public
+
+# what torch.nn runs, as long as nobody replaces it
+_TorchLayerNorm, _TorchRMSNorm = torch.nn.LayerNorm, torch.nn.RMSNorm
+_LAYER_NORM, _LAYER_NORM_FORWARD = F.layer_norm, torch.nn.LayerNorm.forward
+_RMS_NORM, _RMS_NORM_FORWARD = F.rms_norm, torch.nn.RMSNorm.forward
 
 
 def _apply(op, module, x, *affine):
     dims = module.normalized_shape
     if tuple(x.shape[-len(dims) :]) != tuple(dims):
-        raise RuntimeError(
+        raise ArgumentValueError(
             f"Given normalized_shape={list(dims)}, expected input with shape [*, {', '.join(map(str, dims))}],"
             f" but got input of size {list(x.shape)}"
         )
     if len(dims) == 1:
         return op(x, *affine, module.eps)
+    if not dims:
+        raise ArgumentValueError(
+            "Expected normalized_shape to be at least 1-dimensional, but got normalized_shape = []"
+        )
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _apply_sharded(op, module, x, affine)
     flat = x.flatten(-len(dims))
     return op(flat, *(t if t is None else t.flatten() for t in affine), module.eps).view(x.shape)
 
 
+def _apply_sharded(op, module, x, affine):
+    from fastattn.ops._sharded import ROWS, ShardedCall
+
+    rows, cols = ROWS[: x.dim() - len(module.normalized_shape)], "abcdefghijklm"[: len(module.normalized_shape)]
+    operands = {"input": (x, rows + cols)} | {
+        label: (t, cols) for label, t in zip(("weight", "bias"), affine, strict=False)
+    }
+    call = ShardedCall(type(module).__name__, operands, rows)
+    return call(lambda x, *affine: (_apply(op, module, x, *affine),), (rows + cols,))[0]
+
+
+@remember_forward
 class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` on `fastattn.layer_norm`: the same arguments, parameters and results.
 
@@ -27,13 +54,20 @@ class LayerNorm(torch.nn.LayerNorm):
         elementwise_affine: whether there is a weight.
         bias: whether there is a bias beside the weight.
     Raises:
-        RuntimeError: the last dimensions of the input are others.
+        RuntimeError and ValueError in one: the last dimensions of the input are others.
     Source: torch.nn.LayerNorm.
     """
 
+    @Public("nn.LayerNorm", tensors="input", nested=None).answering
     def forward(self, input):
-        if input.is_nested:
-            return super().forward(input)
+        replaced = F.layer_norm is not _LAYER_NORM or _TorchLayerNorm.forward is not _LAYER_NORM_FORWARD
+        if replaced or input.is_nested is not False:
+            recorded = leaf_call(self, input)
+            if recorded is not None:
+                return recorded
+            if replaced or len(self.normalized_shape) > 1:
+                return super().forward(input)
+            return layer_norm(input, self.weight, self.bias, self.eps)
         return _apply(layer_norm, self, input, self.weight, self.bias)
 
 
@@ -45,11 +79,18 @@ class RMSNorm(torch.nn.RMSNorm):
         eps: added to the mean square; None is the epsilon of the accumulator, 1.19e-7 and for float64 2.2e-16.
         elementwise_affine: whether there is a weight.
     Raises:
-        RuntimeError: the last dimensions of the input are others.
+        RuntimeError and ValueError in one: the last dimensions of the input are others.
     Source: torch.nn.RMSNorm.
     """
 
+    @Public("nn.RMSNorm", tensors="x", nested=None).answering
     def forward(self, x):
-        if x.is_nested:
-            return super().forward(x)
+        replaced = F.rms_norm is not _RMS_NORM or _TorchRMSNorm.forward is not _RMS_NORM_FORWARD
+        if replaced or x.is_nested is not False:
+            recorded = leaf_call(self, x)
+            if recorded is not None:
+                return recorded
+            if replaced or len(self.normalized_shape) > 1:
+                return super().forward(x)
+            return rms_norm(x, self.weight, self.eps)
         return _apply(rms_norm, self, x, self.weight)

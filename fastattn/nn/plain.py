@@ -1,33 +1,108 @@
-"""Whether a child module does what its class says and nothing else, so that a fused kernel may stand in for it."""
+"""Whether the modules and functions of torch.nn do what they did when they were imported, so that ours may stand in."""
 
+import operator
+import types
+
+import torch
+from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as _torch_module
+
+from fastattn.ops import scaled_dot_product_attention
+from fastattn.ops._kinds import odd_kind
+
+_torch_nn = types.SimpleNamespace(**vars(torch.nn))  # the classes of torch, whatever their names come to stand for
+
+_ours = []  # (class, the forward that it was defined with)
+
+
+def remember_forward(cls):
+    """Decorator of a class of ours that the fused layers stand in for, as long as nobody replaces its forward."""
+    _ours.append((cls, cls.forward))
+    return cls
 
 
 def is_plain(module, *classes):
-    """True if `module` is exactly of one of `classes` and carries no hook and no forward of its own.
+    """True if `module` is exactly of one of `classes` and carries no hook, no forward of its own and plain parameters.
 
-    Parametrizations and LoRA layers are other classes, pruning and sharding are hooks.
+    Parametrizations and LoRA layers are other classes, pruning and sharding are hooks, quantisation may be in the
+    parameters. What all modules of a class do is the question of `must_call_children`.
     """
     if type(module) not in classes:
         return False
     state = module.__dict__
+    parameters = state["_parameters"]
     return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        or (parameters and odd_kind(*parameters.values()))
     )
 
 
-def hooks_everywhere():
-    """True if somebody registered a hook for all modules: then every child has to be called."""
-    return bool(
+def _watch(*names):
+    """A function that tells whether somebody has put something else than ours in the place of a function of torch.nn.
+
+    Args:
+        names: where torch.nn has them, "functional.linear" or "Linear.forward".
+    """
+    get = operator.attrgetter(*names)
+    originals = get(_torch_nn)
+
+    def replaced():
+        found = get(_torch_nn)
+        if found == originals:
+            return False
+        # torch.export and make_fx replace Module.__call__ to note which module an operator came from
+        ignored = "Module.__call__" if get_proxy_mode() is not None else None
+        return any(
+            now is not before and now is not scaled_dot_product_attention and name != ignored
+            for name, now, before in zip(names, found, originals, strict=True)
+        )
+
+    replaced._dynamo_marked_constant = True  # torch.compile evaluates it while tracing
+    return replaced
+
+
+_ATTENTION = (
+    "MultiheadAttention.forward",
+    "MultiheadAttention.merge_masks",
+    "functional.multi_head_attention_forward",
+    "functional.scaled_dot_product_attention",
+)
+torch_attention_is_replaced = _watch(*_ATTENTION)
+_torch_is_replaced = _watch(
+    *_ATTENTION, "Module.__call__", "Module._call_impl", "Dropout.forward", "GELU.forward", "LayerNorm.forward",
+    "Linear.forward", "ReLU.forward", "SiLU.forward", "functional.dropout", "functional.layer_norm",
+    "functional.linear",
+)  # fmt: skip
+
+
+def must_call_children():
+    """True if somebody watches or changes what all modules do: by a global hook, or in the place of existing code."""
+    if (
         _torch_module._global_forward_hooks
         or _torch_module._global_forward_pre_hooks
         or _torch_module._global_backward_hooks
         or _torch_module._global_backward_pre_hooks
-    )
+        or _torch_is_replaced()
+    ):
+        return True
+    for cls, forward in _ours:  # noqa: SIM110  any() on a generator takes twice as long
+        if cls.forward is not forward:
+            return True
+    return False
+
+
+def leaf_call(module, *args):
+    """What symbolic tracing records of a module of torch.nn, a call of it, if an argument is symbolic; else None."""
+    for value in args:
+        if isinstance(value, Proxy):
+            tracer = value.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+    return None
 
 
 def dropout_p(module):

@@ -3,8 +3,18 @@
 import torch
 
 from fastattn.ops import rotary_embedding
+from fastattn.ops._nested import longest
 from fastattn.ops._public import Public
 from fastattn.ops._register import is_recorded, needs_reference
+
+
+def _wait_for_streams(table):
+    """Return when every stream of the device has done its work: new tables are there, and old ones are read by nobody.
+
+    A stream that did not make the tables would not wait for them, and the memory of old ones is given to whoever asks.
+    """
+    if table.is_cuda and not torch.compiler.is_compiling():
+        torch.cuda.synchronize(table.device)
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -42,10 +52,13 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("sin", None, persistent=False)
         self._fill(max_seqlen, device)
 
-    def _fill(self, rows, device):
-        """(cos, sin) of `rows` positions, which become the tables."""
+    def _fill(self, rows, device, in_use=False):
+        """(cos, sin) of `rows` positions, which become the tables; in_use: other streams may know the module."""
         with torch.inference_mode(False):  # what is made for inference may have to serve training later
-            self.cos, self.sin = cos, sin = self._make(rows, device)
+            cos, sin = self._make(rows, device)
+        if in_use:
+            _wait_for_streams(cos)
+        self.cos, self.sin = cos, sin
         self._made_for = self.rotary_dim, self.base
         return cos, sin
 
@@ -70,7 +83,7 @@ class RotaryEmbedding(torch.nn.Module):
         device = x.device if cos.is_meta else cos.device
         if torch.compiler.is_exporting() or needs_reference() or is_recorded(x):
             return self._make(rows, device)  # part of the record, and no tensor that outlives it
-        return self._fill(rows, device)
+        return self._fill(rows, device, in_use=True)
 
     @staticmethod
     def _are_for_inference_only(cos):
@@ -85,13 +98,15 @@ class RotaryEmbedding(torch.nn.Module):
             self._fill(self.cos.shape[0], self.cos.device)  # a cast must not round them, to_empty must not lose them
         return self
 
+    @Public("nn.RotaryEmbedding", tensors="q k positions", numbers="positions", nested=None).answering
     def forward(self, q, k=None, *, positions=None, inplace=False):
         """The rotated q, with k the pair (q, k); shapes and positions as `fastattn.rotary_embedding` takes them."""
-        if q.shape[-1] < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others
+        if q.size(-1) < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others
             raise ValueError(
-                f"RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.shape[-1]}"
+                f"RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.size(-1)}"
             )
-        end = 0 if isinstance(positions, torch.Tensor) else (positions or 0) + q.shape[0 if q.dim() == 3 else -2]
+        seqlen = longest(q) if q.is_nested else q.shape[0 if q.dim() == 3 else -2]
+        end = 0 if isinstance(positions, torch.Tensor) else (positions or 0) + seqlen
         cos, sin = self.tables(end, q)
         x = q if k is None else (q, k)
         return rotary_embedding(x, cos, sin, positions=positions, interleaved=self.interleaved, inplace=inplace)

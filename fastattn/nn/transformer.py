@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fastattn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from fastattn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from fastattn.nn.norm import LayerNorm
+from fastattn.nn.plain import leaf_call
 
 
 class Transformer(torch.nn.Transformer):
@@ -40,3 +41,17 @@ class Transformer(torch.nn.Transformer):
             d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation,
             custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype,
         )  # fmt: skip
+
+    def forward(
+        self, src, tgt, src_mask=None, tgt_mask=None, memory_mask=None, src_key_padding_mask=None,
+        tgt_key_padding_mask=None, memory_key_padding_mask=None, src_is_causal=None, tgt_is_causal=None,
+        memory_is_causal=False,
+    ):  # fmt: skip
+        """Encode src and decode tgt with a view of it; arguments and result as in torch.nn.Transformer."""
+        arguments = (
+            src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask,
+            memory_key_padding_mask, src_is_causal, tgt_is_causal, memory_is_causal,
+        )  # fmt: skip
+        if not (src.is_nested is tgt.is_nested is False) and (recorded := leaf_call(self, *arguments)) is not None:
+            return recorded
+        return super().forward(*arguments)

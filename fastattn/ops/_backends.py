@@ -5,6 +5,7 @@ the device in order; the order is data, set from recorded benchmarks. Argument >
 """
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -21,8 +22,8 @@ _ON_REQUEST = {
     ("attention_decode", "native", "cuda"): "not yet run on hardware",
 }
 
-_registered = {}  # (op, backend) -> (facts -> reason or None, name of its raw op)
-_unavailable = {}  # (backend, device type) -> reason
+_registered = {}  # (op, backend) -> (facts -> reason or None, name of its raw op, device -> reason or None)
+_unavailable = {}  # (backend, device type) -> reason, or a function: index of a device -> its reason or None
 _decisions = {}  # (op, facts, wanted) -> backend
 
 
@@ -37,28 +38,56 @@ def _checked(name, source):
 _override = _checked(os.environ.get("FASTATTN_BACKEND"), "FASTATTN_BACKEND")
 
 
-def register_backend(op, backend, refuses, raw=None):
+def device_name(device):
+    """How facts name the device of a tensor, with its index: "cuda:1". Decisions differ between two GPUs."""
+    return str(device)
+
+
+device_name._dynamo_marked_constant = True  # as for _decide below
+
+
+def _type_and_index(device):
+    kind, _, index = device.partition(":")
+    return kind, int(index) if index else None
+
+
+def register_backend(op, backend, refuses, raw=None, refuses_device=lambda device: None):
     """Tell that `op` can run on `backend`.
 
     Args:
-        refuses: facts -> why the backend cannot serve the call, or None; facts begin with device type and dtype.
+        refuses: facts -> why the backend cannot serve the call, or None; facts begin with "cpu" or a `device_name`, and
+            the dtype.
         raw: the raw op that must have a kernel for the device, <op>_fwd by default.
+        refuses_device: name of a device -> why no call can be served there, or None.
     """
-    _registered[op, backend] = refuses, raw or f"{op}_fwd"
+    _registered[op, backend] = refuses, raw or f"{op}_fwd", refuses_device
     _decisions.clear()
 
 
 def set_unavailable(backend, device, reason):
-    """Record that a backend does not exist on a device type ("cpu", "cuda"), and why; None takes it back."""
-    _unavailable[backend, device] = reason
+    """Record that a backend does not exist on a device type ("cpu", "cuda"), and why; None takes it back.
+
+    Where devices of the type differ, `reason` is a function of the index of one: its reason or None, asked once each.
+    """
+    _unavailable[backend, device] = functools.cache(reason) if callable(reason) else reason
     _decisions.clear()
 
 
+def _reasons(backend, device):
+    """Why `backend` does not exist on a device; where only a type is named one reason for each of its devices."""
+    kind, index = _type_and_index(device)
+    reason = _unavailable.get((backend, kind), f"there is no {backend} backend for {kind} tensors")
+    if not callable(reason):
+        return [reason]
+    return [reason(i) for i in ([index] if index is not None else range(torch.cuda.device_count()))]
+
+
 def unavailable(backend, device):
-    """Why `backend` does not exist on a device type, or None."""
+    """Why `backend` does not exist on a device ("cuda:1"), or on none of a type ("cuda"); None where it does."""
     if backend == "reference":
         return None
-    return _unavailable.get((backend, device), f"there is no {backend} backend for {device} tensors")
+    reasons = _reasons(backend, device)
+    return None if None in reasons else reasons[0]
 
 
 def registered_ops():
@@ -67,24 +96,42 @@ def registered_ops():
 
 
 def missing(op, backend, device):
-    """Why no call of `op` can run on `backend` for tensors of a device type, or None."""
+    """Why there is no kernel of `op` by `backend` for a device, or a type of them, or None."""
     reason = unavailable(backend, device)
     if reason is not None or backend == "reference":
         return reason
-    _, raw = _registered.get((op, backend), (None, None))
+    _, raw, _ = _registered.get((op, backend), (None, None, None))
+    kind, _ = _type_and_index(device)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if raw is None or not has_kernel(f"fastattn::{raw}.{backend}", device.upper()):
-        return f"{op} has no {backend} kernel for {device} tensors"
+    if raw is None or not has_kernel(f"fastattn::{raw}.{backend}", kind.upper()):
+        return f"{op} has no {backend} kernel for {kind} tensors"
     return None
+
+
+def refuses_device(op, backend, device):
+    """Why no call of `op` can run on `backend` on a device, or None."""
+    reason = missing(op, backend, device)
+    if reason is not None or backend == "reference":
+        return reason
+    return _registered[op, backend][2](device)
 
 
 def refusal(op, backend, facts):
     """Why `backend` cannot serve this call of `op`, or None."""
-    reason = missing(op, backend, facts[0])
+    reason = refuses_device(op, backend, facts[0])
     if reason is not None or backend == "reference":
         return reason
-    refuses, _ = _registered[op, backend]
-    return refuses(facts)
+    return _registered[op, backend][0](facts)
+
+
+def order(device):
+    """The backends of a device in the order in which they are asked."""
+    return _ORDER.get(_type_and_index(device)[0], BACKENDS)
+
+
+def on_request(op, backend, device):
+    """Why `backend` serves `op` on a device only where it is named, or None."""
+    return _ON_REQUEST.get((op, backend, _type_and_index(device)[0]))
 
 
 def _decide(op, facts, wanted):
@@ -92,9 +139,7 @@ def _decide(op, facts, wanted):
     if decision is None:
         if wanted is None:
             decision = next(
-                b
-                for b in _ORDER.get(facts[0], ("reference",))
-                if b == "reference" or ((op, b, facts[0]) not in _ON_REQUEST and refusal(op, b, facts) is None)
+                b for b in order(facts[0]) if on_request(op, b, facts[0]) is None and refusal(op, b, facts) is None
             )
         else:
             reason = refusal(op, wanted, facts)
@@ -119,12 +164,12 @@ def choose(op, facts, backend=None):
     """The backend that serves a call of `op`.
 
     Args:
-        facts: hashable tuple (device type, dtype, ...) as the op's backends expect.
+        facts: hashable tuple ("cpu" or a `device_name`, dtype, ...) as the op's backends expect.
         backend: a name, or None for use_backend(), FASTATTN_BACKEND or the automatic choice.
     Raises:
         ValueError: the name is unknown, or that backend cannot serve the call; the message has the reason.
     """
-    return _decide(op, facts, asked_for(backend))
+    return _decide(op, facts, _override if backend is None else asked_for(backend))
 
 
 @contextlib.contextmanager
@@ -144,8 +189,7 @@ def use_backend(name):
 def explanation(op, facts, backend=None):
     """The text of `fastattn.explain` for one call."""
     wanted = asked_for(backend)
-    order = _ORDER.get(facts[0], ("reference",))
-    reasons = {name: refusal(op, name, facts) for name in order}
+    reasons = {name: refusal(op, name, facts) for name in order(facts[0])}
     try:
         runs = choose(op, facts, backend)
     except ValueError:
@@ -153,13 +197,13 @@ def explanation(op, facts, backend=None):
     lines = [
         f"{op} on {facts[0]}, {str(facts[1]).removeprefix('torch.')}" + (f", {wanted} asked for" if wanted else "")
     ]
-    for name in order:
+    for name, reason in reasons.items():
         if name == runs:
             text = "runs"
-        elif reasons[name] is not None:
-            text = f"no: {reasons[name]}"
-        elif wanted is None and (op, name, facts[0]) in _ON_REQUEST:
-            text = f'{_ON_REQUEST[op, name, facts[0]]}: name backend="{name}" to use it'
+        elif reason is not None:
+            text = f"no: {reason}"
+        elif wanted is None and on_request(op, name, facts[0]):
+            text = f'{on_request(op, name, facts[0])}: name backend="{name}" to use it'
         else:
             text = "could, but comes later in the order" if wanted is None else "could, but was not asked for"
         lines.append(f"  {name}: {text}")
@@ -167,14 +211,20 @@ def explanation(op, facts, backend=None):
 
 
 def backends():
-    """Per device type, which backends are there: {"cpu": {"native": "available", "triton": "<why not>", ...}, ...}."""
-    return {
-        device: {
-            name: _unavailable.get((name, device), "not built") or "available" for name in order if name != "reference"
-        }
-        | {"reference": "available"}
-        for device, order in _ORDER.items()
-    }
+    """Per device type, which backends are there: {"cpu": {"native": "available", "triton": "<why not>", ...}, ...}.
+
+    Where one GPU is served and another is not the text names each: "cuda:0: available; cuda:1: <why not>".
+    """
+    return {device: {name: _state(name, device) for name in names} for device, names in _ORDER.items()}
+
+
+def _state(backend, device):
+    if backend == "reference":
+        return "available"
+    reasons = [reason or "available" for reason in _reasons(backend, device)]
+    if len(set(reasons)) == 1:
+        return reasons[0]
+    return "; ".join(f"{device}:{index}: {reason}" for index, reason in enumerate(reasons))
 
 
 def grad_wanted(*tensors):

@@ -8,9 +8,16 @@ import itertools
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
+
+from fastattn.ops._schemas import NAMES
 
 _ops = torch.ops.fastattn
+
+
+def _names(name):
+    """All operators of an op, those that tracers record among them."""
+    return [getattr(_ops, full) for full in sorted({full.partition(".")[0] for full in NAMES[name]})]
 
 
 def _values(t):
@@ -30,7 +37,7 @@ def _pairs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     return n_heads * sum(i * j for i, j in zip(*lengths, strict=True))
 
 
-@register_flop_formula(_ops.attention_fwd, get_raw=True)
+@register_flop_formula(_names("attention_fwd"), get_raw=True)
 def _attention_fwd(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, max_seqlen_q,
                    max_seqlen_k, *_, out_val=None):  # fmt: skip
     pairs = _pairs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -38,8 +45,8 @@ def _attention_fwd(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlen
 
 
 @register_flop_formula(_ops.attention_bwd, get_raw=True)
-def _attention_bwd(do, dlse, q, k, v, out, lse, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
-                   rng, max_seqlen_q, max_seqlen_k, *_, out_val=None):  # fmt: skip
+def _attention_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+                   alibi_slopes, rng, max_seqlen_q, max_seqlen_k, *_, out_val=None):  # fmt: skip
     pairs = _pairs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return 2 * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
 
@@ -49,7 +56,7 @@ def _attention_infer(q, k, v, *_, out_val=None):
     return 2 * _pairs(q, k, None, None, None, None) * (q.shape[-1] + v.shape[-1])
 
 
-@register_flop_formula(_ops.attention_decode_fwd, get_raw=True)
+@register_flop_formula(_names("attention_decode_fwd"), get_raw=True)
 def _attention_decode_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad,
                           alibi_slopes, sink, seqlen_new, *_, out_val=None):  # fmt: skip
     batch, n_heads, seqlen_q, head_dim = q.shape
@@ -65,18 +72,26 @@ def _product_flop(x, w):
     return 2 * x[0] * w[0] * w[1]
 
 
-_PRODUCTS = [_ops.linear_activation_fwd, _ops.linear_activation_bwd]
-# _gemm.py: torch counts the products of aten only
-if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-    _PRODUCTS.append(torch.ops.mkldnn._linear_pointwise)
-
-
-@register_flop_formula(_PRODUCTS)
+@register_flop_formula([_ops.linear_activation_fwd, _ops.linear_activation_bwd])
 def _product(x, w, *_, out_shape=None):
     return _product_flop(x, w)
 
 
-@register_flop_formula(_ops.linear_cross_entropy_fwd)
+def _gemm_flop(a, b, transpose_b):
+    return 2 * a[0] * a[1] * b[0 if transpose_b else 1]
+
+
+@register_flop_formula(_ops.gemm)
+def _gemm(a, b, bias, transpose_a, transpose_b, out_shape=None):
+    return _gemm_flop(a, b, transpose_b)
+
+
+@register_flop_formula(_ops.gemm_add_)
+def _gemm_add(out, a, b, transpose_a, transpose_b, out_shape=None):
+    return _gemm_flop(a, b, transpose_b)
+
+
+@register_flop_formula(_names("linear_cross_entropy_fwd"))
 def _linear_cross_entropy(x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size,
                           need_dx, need_dweight, need_dbias, out_shape=None):  # fmt: skip
     return _product_flop(x, weight) * (1 + need_dx + need_dweight)

@@ -1,10 +1,10 @@
-"""Matrix products by the vendor's library: torch's choice, or oneDNN where it was measured to be faster.
+"""Matrix products: our own kernel for fp32 on processors with AVX-512, else torch's choice.
 
-For fp32 torch calls MKL. On AMD processors with AVX-512 oneDNN beats it by 6 to 14 % at d_model 256 to 1024 (two cores,
-1024 rows), except in `weight_grad` with more rows than columns, where oneDNN would first have to transpose the larger
-operand, and except for small products: a call of it costs 13 us more. With AVX2 alone MKL is faster, by 4 to 8 % of a
-training step (docs/performance-notes.md). Of a second operand with gaps oneDNN makes the product 2000 times as slowly,
-and it reads a bias with gaps as if it had none.
+For fp32 torch calls MKL, which stays on its AVX2 path on AMD processors, at 43 % of what their cores do. Our kernel is
+1.5 to 2.5 times as fast as MKL from 16 rows on, and 0.93 to 1.8 times as fast as oneDNN (benchmarks/test_gemm.py). It
+reads operands of any strides, where oneDNN takes 2000 times as long for a second operand with gaps, and it needs no
+preparation for a new shape, which costs oneDNN 0.7 ms. Below AVX-512 MKL is as fast. A row times a matrix stays with
+MKL, which is twice as fast: we would pack the whole matrix for it.
 
 Half precision on a processor without instructions for it: torch's own loops take 2 to 120 times as long as the product
 in fp32 with its conversions, dy · weight the longest, so large ones are computed in fp32 and rounded once.
@@ -14,17 +14,18 @@ import torch
 import torch.nn.functional as F
 
 from fastattn._autocast import shielded
+from fastattn.ops._register import observed, register_fake
 
 
-def _is_onednn_faster(cpuinfo="/proc/cpuinfo"):
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    try:
-        with open(cpuinfo, encoding="ascii", errors="replace") as file:
-            first = file.read(4096)
-    except OSError:
-        return False
-    return "AuthenticAMD" in first and "avx512f" in first
+def _gemm_fake(a, b, bias, transpose_a, transpose_b):
+    return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
+
+
+register_fake("gemm", _gemm_fake)
+register_fake("gemm_add_", lambda *_: None)
+_product = torch.ops.fastattn.gemm.native
+_add_product = torch.ops.fastattn.gemm_add_.native
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 _fused = None
@@ -54,9 +55,8 @@ def _slow_halves():
     return frozenset(dtype for dtype, check in supported.items() if check is not None and not check())
 
 
-_ONEDNN_IS_FASTER = _is_onednn_faster()
 _SLOW_HALVES = _slow_halves()
-_LARGE = 2**23  # multiplications from which oneDNN, or a detour over fp32, pays
+_LARGE = 2**23  # multiplications from which a detour over fp32 pays
 _STRIP = 4096  # rows of a half-precision product on its way into an fp32 sum
 
 
@@ -64,15 +64,29 @@ def _is_large(a, b, size):
     return a.is_cpu and a.numel() * b.numel() >= _LARGE * max(size, 1)
 
 
-def _use_onednn(a, b, size):
-    """Whether the product of a and b, whose common dimension is `size`, goes to oneDNN; a may have any strides."""
+_has_kernel = False
+
+
+def use_kernel(capability):
+    """Say which instruction set the CPU kernels use (a word of CPU_CAPABILITIES), or None without them."""
+    global _has_kernel
+    _has_kernel = capability in ("avx512", "avx512bf16")
+
+
+def is_ours(a, b):
+    """Whether our kernel makes the product of two matrices.
+
+    Subclasses of Tensor, transforms and tracers that record a portable graph get PyTorch's product.
+    """
     return (
-        _ONEDNN_IS_FASTER
+        _has_kernel
+        and a.is_cpu
         and a.dtype == torch.float32
-        and _is_large(a, b, size)
-        and (b.is_contiguous() or b.t().is_contiguous())
-        and not torch.compiler.is_compiling()  # inductor lowers this op for packed constant weights only
-        and torch._C._get_mkldnn_enabled()
+        and b.dtype == torch.float32
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and not torch.compiler.is_exporting()
+        and observed("native") == "native"
     )
 
 
@@ -80,15 +94,11 @@ def _use_fp32(a, b, size):
     return a.dtype in _SLOW_HALVES and a.dtype == b.dtype and _is_large(a, b, size)
 
 
-def _onednn(x, weight, bias=None):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None if bias is None else bias.contiguous(), "none", [], "")
-
-
 @shielded
 def linear(x, weight, bias=None):
     """x (rows, k) · weightᵀ (k, n) + bias."""
-    if _use_onednn(x, weight, x.shape[1]):
-        return _onednn(x, weight, bias)
+    if is_ours(x, weight) and (bias is None or bias.dtype == x.dtype):
+        return _product(x, weight, None if bias is None else bias.contiguous(), False, True)
     if _use_fp32(x, weight, x.shape[1]):
         return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return F.linear(x, weight, bias)
@@ -97,8 +107,8 @@ def linear(x, weight, bias=None):
 @shielded
 def input_grad(dy, weight):
     """dx = dy (rows, n) · weight (n, k)."""
-    if _use_onednn(dy, weight, dy.shape[1]):
-        return _onednn(dy, weight.t())
+    if dy.shape[0] != 1 and is_ours(dy, weight):
+        return _product(dy, weight, None, False, False)
     if _use_fp32(dy, weight, dy.shape[1]):
         return input_grad(dy.float(), weight.float()).to(dy.dtype)
     return dy @ weight
@@ -107,8 +117,8 @@ def input_grad(dy, weight):
 @shielded
 def weight_grad(dy, x):
     """dweight = dyᵀ (n, rows) · x (rows, k)."""
-    if dy.shape[1] <= x.shape[1] and _use_onednn(dy, x, dy.shape[0]):
-        return _onednn(dy.t(), x.t())
+    if is_ours(dy, x):
+        return _product(dy, x, None, True, False)
     if _use_fp32(dy, x, dy.shape[0]):
         return weight_grad(dy.float(), x.float()).to(dy.dtype)
     return dy.t() @ x
@@ -117,7 +127,9 @@ def weight_grad(dy, x):
 @shielded
 def add_weight_grad(total, dy, x):
     """total (n, k), fp32, += dyᵀ (n, rows) · x (rows, k), of any dtype."""
-    if dy.dtype == total.dtype:
+    if is_ours(dy, x) and type(total) is torch.Tensor:
+        _add_product(total, dy, x, True, False)
+    elif dy.dtype == total.dtype:
         total.addmm_(dy.t(), x)
     elif dy.is_cuda:
         torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)

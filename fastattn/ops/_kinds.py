@@ -3,6 +3,9 @@
 import sys
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nested._internal.nested_tensor import NestedTensor
 
 # float8 and the like are stored in, not computed with
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -22,6 +25,30 @@ def is_causal_bias(value):
     # importing the module takes seconds; if nobody did, there is no object of its class
     module = sys.modules.get("torch.nn.attention.bias")
     return module is not None and isinstance(value, module.CausalBias)
+
+
+def is_jagged(value):
+    """Whether a value is a nested tensor of the jagged layout; asked without its __torch_function__."""
+    return isinstance(value, NestedTensor)
+
+
+def is_nested(value):
+    """Whether a value is a nested tensor, of either layout."""
+    return isinstance(value, torch.Tensor) and value.is_nested
+
+
+def odd_kind(*tensors):
+    """What the first tensor is that is not plain, in words, or None. Other subclasses and layouts have other memory.
+
+    What stands for a plain tensor while a graph is made counts as plain, and so does a DTensor.
+    """
+    for t in tensors:
+        if t is None or type(t) is torch.Tensor or type(t) is torch.nn.Parameter:
+            if t is not None and t.layout is not torch.strided:
+                return f"a tensor of layout {t.layout}"
+        elif not isinstance(t, (FakeTensor, FunctionalTensor)) and not is_dtensor(t):
+            return f"a {type(t).__name__}"
+    return None
 
 
 def is_dtensor(value):

@@ -2,10 +2,13 @@
 
 setup.py makes a library from them, which the compiled kernels need and load by themselves: so a program that loads
 _cpu.so alone, without this package and without Python, finds the ops. Where that library was not built, fastattn.ops
-defines them. An op has one overload per backend; the device is the dispatch key.
+defines them. An op has one overload per backend; the device is the dispatch key. What makes outputs of a model also has
+a name per backend: the same kernel as tracers record it (`_register.observed`), with gradients of its own. A name,
+because TorchScript forgets overloads.
 """
 
-_BOTH = ("native", "triton")
+_BOTH = (".native", ".triton")
+_RECORDED = (*_BOTH, "_native", "_triton")
 
 _ATTENTION_INPUTS = (
     "Tensor? bias, Tensor? sink, Tensor? mask, Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
@@ -20,28 +23,33 @@ _ROTARY_INPUTS = (
 )
 
 _SCHEMAS = (
-    # (batch, heads, seqlen, head_dim) views of any strides; packed sequences are a batch of 1 with cu_seqlens
-    (_BOTH, f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ATTENTION_INPUTS}) -> (Tensor out, Tensor lse)"),
+    # (batch, heads, seqlen, head_dim) views of any strides; packed sequences are a batch of 1 with cu_seqlens. lse_low:
+    # what rounding takes from lse, (0,) unless it is needed; in the backward (0,) where it is not known
+    (
+        _RECORDED,
+        f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ATTENTION_INPUTS}, bool need_low)"
+        " -> (Tensor out, Tensor lse, Tensor lse_low)",
+    ),
     (
         _BOTH,
-        f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+        f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_low,"
         f" {_ATTENTION_INPUTS}, bool need_dbias, bool deterministic)"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     ),
     # out alone, of a call without any feature: the other arguments and lse take 3 of the 7 us of a small call
     (
-        ("native",),
+        (".native",),
         "attention_infer(Tensor q, Tensor k, Tensor v, SymInt window_right, bool top_left, float scale) -> Tensor",
     ),
     (
-        _BOTH,
+        _RECORDED,
         "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
         " Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, Tensor? sink, SymInt seqlen_new,"
         " SymInt window_left, SymInt window_right, float softcap, float scale, SymInt num_splits)"
         " -> (Tensor out, Tensor lse)",
     ),
     (
-        _BOTH,
+        _RECORDED,
         "attention_decode_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens,"
         " Tensor? block_table, Tensor? cache_batch_idx) -> ()",
     ),
@@ -54,7 +62,7 @@ _SCHEMAS = (
     # r is empty, (0,), where it would be x: without residual, rng and x_bias. stats: fp32 (2, rows), mean and rstd;
     # for rms (1, rows)
     (
-        _BOTH,
+        _RECORDED,
         "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
         " bool rms, Tensor? x_bias=None) -> (Tensor y, Tensor r, Tensor stats)",
     ),
@@ -66,12 +74,12 @@ _SCHEMAS = (
         " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias, bool need_dx_bias=False)"
         " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
     ),
-    (_BOTH, "dropout_fwd(Tensor x, Tensor? residual, Tensor rng, float dropout_p) -> Tensor"),
+    (_RECORDED, "dropout_fwd(Tensor x, Tensor? residual, Tensor rng, float dropout_p) -> Tensor"),
     # results in the layout of q and k; the second is (0,) without k
-    (_BOTH, f"rotary_fwd(Tensor q, Tensor? k, {_ROTARY_INPUTS}) -> (Tensor, Tensor)"),
+    (_RECORDED, f"rotary_fwd(Tensor q, Tensor? k, {_ROTARY_INPUTS}) -> (Tensor, Tensor)"),
     (_BOTH, f"rotary_fwd_(Tensor(a!) q, Tensor(b!)? k, {_ROTARY_INPUTS}) -> ()"),
     (
-        _BOTH,
+        _RECORDED,
         "activation_fwd(Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation) -> Tensor",
     ),
     (
@@ -81,12 +89,12 @@ _SCHEMAS = (
         " -> (Tensor dpreact, Tensor dgate, Tensor hidden, Tensor dbias, Tensor dbias_gate)",
     ),
     (
-        ("triton",),
+        (".triton",),
         "linear_activation_fwd(Tensor x, Tensor w, Tensor? bias, Tensor? rng, float dropout_p, int activation,"
         " bool need_preact) -> (Tensor preact, Tensor hidden)",
     ),
     (
-        ("triton",),
+        (".triton",),
         "linear_activation_bwd(Tensor dy, Tensor w, Tensor preact, Tensor? rng, float dropout_p, int activation,"
         " bool need_hidden, bool need_dbias) -> (Tensor dpreact, Tensor hidden, Tensor dbias)",
     ),
@@ -100,11 +108,18 @@ _SCHEMAS = (
     # x (tokens, d_model), target int64 (tokens); dx in the dtype of x, the sums over tokens in fp32; (0,) where not
     # needed. chunk_size 0: by the sizes
     (
-        _BOTH,
+        _RECORDED,
         "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss,"
         " int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx,"
         " bool need_dweight, bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
     ),
+    # a (m, k) · b (k, n) + bias (n), float32 of any strides; an operand may be given transposed
+    (
+        (".native",),
+        "gemm(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
+    ),
+    # out (m, n), last stride 1, += a (m, k) · b (k, n)
+    ((".native",), "gemm_add_(Tensor(a!) out, Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> ()"),
     # mask (size, size), bool with True = ignore or float: whether row i sees columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),
     # what the CPU library says about itself, for tests and `fastattn info`
@@ -113,12 +128,12 @@ _SCHEMAS = (
 )
 
 
-def _overloads():
-    for backends, schema in _SCHEMAS:
-        name, _, signature = schema.partition("(")
-        for backend in backends:
-            yield f"{name}.{backend}" if backend else name, signature
+NAMES = {}
+"""Per op ("norm_fwd"), the full names that it has ("norm_fwd.native", ...)."""
+DEFINITIONS = {}
+"""Per full name, the schema as torch.library takes it, without the namespace."""
 
-
-DEFINITIONS = {name: f"{name}({signature}" for name, signature in _overloads()}
-"""Per overload ("norm_fwd.native"), its schema as torch.library takes it, without the namespace."""
+for _suffixes, _schema in _SCHEMAS:
+    _name, _, _signature = _schema.partition("(")
+    NAMES[_name] = tuple(_name + _suffix for _suffix in _suffixes)
+    DEFINITIONS.update({_full: f"{_full}({_signature}" for _full in NAMES[_name]})

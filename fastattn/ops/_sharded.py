@@ -18,8 +18,6 @@ import math
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from fastattn.ops._random import draw_rng
-
 ROWS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the leading dimensions of a tensor that may have any number of them
 
 
@@ -36,6 +34,7 @@ class ShardedCall:
     Raises:
         TypeError: a plain tensor stands beside the DTensors.
         ValueError: DTensors lie on different meshes, or one of `in_place` is divided as the op cannot take it.
+        RuntimeError: this process is not part of the mesh.
     """
 
     def __init__(self, op, operands, letters, *, divisible=None, plain=(), in_place=()):
@@ -59,11 +58,9 @@ class ShardedCall:
     def draw_rng(self):
         """(seed, offset): equal in the processes that compute the same part, different in those that do not."""
         device = next(iter(self.operands.values()))[0].device
-        if self.mesh.device_type == "cpu":  # torch, too, needs equal seeds there
-            rng = draw_rng(device)
-        else:
-            bounds, state = torch.iinfo(torch.int64), torch.empty(2, dtype=torch.int64, device=device)
-            rng = torch.randint_like(self._replicated(state), bounds.min, bounds.max).to_local()
+        # a random op of DTensors draws the same everywhere: torch sees to it on a GPU, on a CPU it needs equal seeds
+        bounds, state = torch.iinfo(torch.int64), torch.empty(2, dtype=torch.int64, device=device)
+        rng = torch.randint_like(self._replicated(state), bounds.min, bounds.max).to_local()
         part = 0
         for axis, letter in enumerate(self.chosen):
             if letter is not None:
@@ -84,6 +81,8 @@ class ShardedCall:
         )
 
     def _check(self, plain):
+        if self.mesh.get_coordinate() is None:
+            raise RuntimeError(f"{self.op}: this process is not part of the mesh of its DTensors, {self.mesh}")
         for label, (t, _) in self.operands.items():
             if not isinstance(t, DTensor):
                 if label not in plain or t.requires_grad:
@@ -145,11 +144,10 @@ class ShardedCall:
             Partial() if letter and placement.is_replicate() else placement
             for letter, placement in zip(self.chosen, wanted, strict=True)
         )
-        stays = t.placements == wanted == grad
+        moves = not t.placements == wanted == grad
         if t.placements != wanted:
             t = t.redistribute(placements=wanted)
-        local = t.to_local(grad_placements=grad)
-        return local if stays or not local.requires_grad else _ContiguousGradient.apply(local)
+        return _ToLocal.apply(t, grad, moves)
 
     def _whole(self, out, dims):
         """The DTensor of which this process computed a part."""
@@ -158,9 +156,7 @@ class ShardedCall:
         for letter in self.chosen:
             divided = Shard(dims.index(letter)) if letter and letter in dims else Partial()
             placements.append(divided if letter else Replicate())
-        layout = self.mesh, tuple(placements), shape, _nested_strides(shape, out.stride())
-        # the compiler, which makes no gradients of gradients, knows only torch's own
-        return _from_local(out, *layout) if torch.compiler.is_compiling() else _FromLocal.apply(out, *layout)
+        return _FromLocal.apply(out, self.mesh, tuple(placements), shape)
 
     def _replicated(self, t):
         return DTensor.from_local(t, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
@@ -180,40 +176,40 @@ def _nested_strides(shape, like):
     return tuple(strides)
 
 
-def _from_local(local, mesh, placements, shape, stride):
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+# DTensor.to_local and from_local, differentiable any number of times. Those of torch lose the graph of a gradient: some
+# versions always, others where the gradient has to be redistributed. And they take the gradient of the gradient of a
+# Partial for Replicate, though each process has a part of the sum.
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity, for a gradient that torch redistributes: its result is contiguous, whatever torch claims."""
-
+class _ToLocal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
+    def forward(ctx, x, grad_placements, moves):
+        ctx.mesh, ctx.shape, ctx.placements, ctx.moves = x.device_mesh, x.shape, grad_placements, moves
+        local = x.to_local()
+        return local.view_as(local)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.contiguous()
+        # what torch redistributes is contiguous afterwards, but keeps the strides that are on record; and only those of
+        # dense tensors can be
+        if ctx.moves or 0 in grad.stride():
+            grad = grad.contiguous()
+        return _FromLocal.apply(grad, ctx.mesh, ctx.placements, ctx.shape), None, None
 
 
 class _FromLocal(torch.autograd.Function):
-    """DTensor.from_local, differentiable any number of times.
-
-    That of torch loses the graph of a gradient which it has to redistribute. And where the result is Partial, it takes
-    the gradient of the result's gradient for Replicate, though each process has a part of the sum.
-    """
-
     @staticmethod
-    def forward(ctx, local, mesh, placements, shape, stride):
+    def forward(ctx, local, mesh, placements, shape):
         ctx.set_materialize_grads(False)
         ctx.placements = placements
-        return _from_local(local, mesh, placements, shape, stride)
+        stride = _nested_strides(shape, local.stride())
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
-            return (None,) * 5
+            return None, None, None, None
         wanted = tuple(Replicate() if placement.is_partial() else placement for placement in ctx.placements)
         if grad.placements != wanted:
             grad = grad.redistribute(placements=wanted)
-        return grad.to_local(grad_placements=ctx.placements), None, None, None, None
+        return _ToLocal.apply(grad, ctx.placements, True), None, None, None

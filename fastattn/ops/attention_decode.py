@@ -15,11 +15,11 @@ import torch
 from fastattn import reference
 from fastattn._autocast import autocast_dtype
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
 from fastattn.ops._public import Public
-from fastattn.ops._register import needs_reference, register_fake
-from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses
+from fastattn.ops._register import observed, raw_ops, register_fake, register_reference
+from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses, hopper_refuses_device
 
 MIN_PAGE_SIZE = 16
 HOPPER_KEYS = 64  # of a block of the CUDA kernel, which pages must be a multiple of
@@ -39,8 +39,7 @@ def _attention_decode_fwd_fake(q, k_cache, v_cache, *_):
 
 register_fake("attention_decode_fwd", _attention_decode_fwd_fake)
 register_fake("attention_decode_append", lambda *_: None)
-_fwd = {name: getattr(torch.ops.fastattn.attention_decode_fwd, name) for name in ("native", "triton")}
-_append = {name: getattr(torch.ops.fastattn.attention_decode_append, name) for name in ("native", "triton")}
+_fwd, _append = raw_ops("attention_decode_fwd"), raw_ops("attention_decode_append")
 
 
 def refuses(facts):
@@ -57,7 +56,7 @@ def refuses_triton(facts):
 def refuses_native(facts):
     """What the C++ kernels refuse: on CUDA there are those for Hopper."""
     facts = Facts(*facts)
-    if facts.device != "cuda":
+    if not facts.device.startswith("cuda"):
         return refuses(facts)
     return hopper_refuses(
         facts.dtype, facts.hopper_head_dim, caches_with_strides_other_than_multiples_of_16_bytes=facts.odd_strides,
@@ -66,7 +65,7 @@ def refuses_native(facts):
     )  # fmt: skip
 
 
-register_backend(_NAME, "native", refuses_native)
+register_backend(_NAME, "native", refuses_native, refuses_device=hopper_refuses_device)
 register_backend(_NAME, "triton", refuses_triton)
 
 
@@ -168,7 +167,7 @@ def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_n
 def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window,
              softcap, alibi_slopes, sink, scale, num_splits):  # fmt: skip
     """Check, cast and bring into the form of the raw ops: (facts, q, k, v, the rest of attention_decode_fwd)."""
-    device = q.device.type
+    device = "cpu" if q.is_cpu else device_name(q.device)
     if autocast_dtype(q) is not None:  # the caches are updated in place: they set the dtype
         dtype = k_cache.dtype
         q, k, v = (t.to(dtype) if t is not None and t.is_floating_point() else t for t in (q, k, v))
@@ -199,7 +198,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
         float(softcap), float(scale), num_splits,
     )  # fmt: skip
     facts = (device, q.dtype, wide)
-    if device == "cuda":  # conditions as expressions, as in attention
+    if device.startswith("cuda"):  # conditions as expressions, as in attention
         tiles = True if head_dim in HOPPER_HEAD_DIMS and v_cache.shape[3] == head_dim else False  # noqa: SIM210
         odd_strides = False
         for t in (k_cache, v_cache):
@@ -224,6 +223,16 @@ def _reference(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batc
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, causal=False, window=(window_left, window_right),
         softcap=softcap, alibi_slopes=alibi_slopes, sink=sink, scale=scale,
     )  # fmt: skip
+
+
+def _decode_reference(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes,
+                      sink, seqlen_new, *rest):  # fmt: skip
+    """The reference of attention_decode_fwd, which comes after attention_decode_append."""
+    tables = (block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink)
+    return _reference(q, k_cache, v_cache, None, None, cache_seqlens + seqlen_new, *tables, 0, *rest)
+
+
+register_reference("attention_decode_fwd", _decode_reference)
 
 
 _PUBLIC = Public(
@@ -290,8 +299,8 @@ def attention_decode(
 
 
 def _run(facts, q, k_cache, v_cache, k, v, rest, backend):
-    runs = choose(_NAME, facts, backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose(_NAME, facts, backend))
+    if runs == "reference":
         out, lse = _reference(q, k_cache, v_cache, k, v, *rest)
     else:
         if k is not None:

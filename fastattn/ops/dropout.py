@@ -8,11 +8,12 @@ The backward is the forward without a residual: the mask is drawn again from (se
 import torch
 
 from fastattn import reference
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import check_float, is_dtensor
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import needs_reference, register_fake
+from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
 from fastattn.ops.norm import _refuses
 
 
@@ -21,7 +22,7 @@ def _dropout_fake(x, residual, rng, dropout_p):
 
 
 register_fake("dropout_fwd", _dropout_fake)
-_fwd = {name: getattr(torch.ops.fastattn.dropout_fwd, name) for name in ("native", "triton")}
+_fwd = raw_ops("dropout_fwd")
 for _backend in ("native", "triton"):
     register_backend("dropout", _backend, _refuses)
 
@@ -47,7 +48,14 @@ class _Dropout(torch.autograd.Function):
         return dx, dout if ctx.needs_input_grad[1] else None, None, None, None
 
 
-_DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p")
+register_autograd(
+    "dropout_fwd",
+    lambda backend, x, residual, rng, dropout_p: _Dropout.apply(x, residual, rng, dropout_p, backend),
+    lambda x, residual, rng, dropout_p: reference.dropout(x, dropout_p, residual, rng),
+)
+
+
+_DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p", nested=on_rows("x", "residual"))
 
 
 @_DROPOUT.overridable
@@ -69,14 +77,14 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
         return x if residual is None else x + residual
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _dropout_sharded(x, residual, dropout_p, backend)
-    return _dropout(x, residual, draw_rng(x.device), dropout_p, backend)
+    return _dropout(x, residual, draw_rng(x), dropout_p, backend)
 
 
 def _dropout(x, residual, rng, dropout_p, backend):
-    runs = choose("dropout", _facts(x, residual), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("dropout", _facts(x, residual), backend))
+    if runs == "reference":
         return reference.dropout(x, dropout_p, residual, rng)
-    if grad_wanted(x, residual):
+    if runs not in RECORDED and grad_wanted(x, residual):
         return _Dropout.apply(x, residual, rng, dropout_p, runs)
     return _fwd[runs](x, residual, rng, dropout_p)
 
@@ -98,7 +106,7 @@ def explain(x, dropout_p=0.5, *, residual=None, backend=None):
 
 
 def _facts(x, residual):
-    return x.device.type, x.dtype, None if residual is None else residual.dtype
+    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, None if residual is None else residual.dtype
 
 
 def _check(x, dropout_p, residual):

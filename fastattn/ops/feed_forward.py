@@ -13,15 +13,24 @@ epilogue: the raw ops linear_activation_fwd and linear_activation_bwd.
 import math
 
 import torch
+import torch.nn.functional as F
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
-from fastattn.ops._backends import asked_for, choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import asked_for, choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
-from fastattn.ops._kinds import check_float, is_dtensor
+from fastattn.ops._kinds import check_float, is_dtensor, odd_kind
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import differentiate, needs_reference, register_fake
+from fastattn.ops._register import (
+    RECORDED,
+    differentiate,
+    observed,
+    raw_ops,
+    register_autograd,
+    register_fake,
+)  # fmt: skip
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,14 +67,15 @@ def _linear_activation_bwd_fake(dy, w, preact, rng, dropout_p, activation, need_
 
 register_fake("linear_activation_fwd", _linear_activation_fwd_fake)
 register_fake("linear_activation_bwd", _linear_activation_bwd_fake)
-_fwd = {name: getattr(torch.ops.fastattn.activation_fwd, name) for name in ("native", "triton")}
-_bwd = {name: getattr(torch.ops.fastattn.activation_bwd, name) for name in ("native", "triton")}
+_fwd, _bwd = raw_ops("activation_fwd"), raw_ops("activation_bwd")
 _linear_activation_fwd = torch.ops.fastattn.linear_activation_fwd.triton
 _linear_activation_bwd = torch.ops.fastattn.linear_activation_bwd.triton
 
 
 def _refuses(facts):
-    return None if facts[1] in _FLOATS else f"it takes float32, bfloat16 and float16, got {facts[1]}"
+    if facts[1] not in _FLOATS:
+        return f"it takes float32, bfloat16 and float16, got {facts[1]}"
+    return f"it takes plain weights, got {facts[2]}" if facts[2:] and facts[2] else None
 
 
 for _backend in ("native", "triton"):
@@ -139,11 +149,46 @@ def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, back
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w2.shape[0]), preact, gate
 
 
-def _reference(rng, dropout_p, activation):
+class _Activation(torch.autograd.Function):
+    """The pass between the products by itself, for tracers: the products have gradients of their own there."""
+
+    @staticmethod
+    def forward(ctx, preact, gate, rng, dropout_p, activation, backend):
+        ctx.save_for_backward(preact, gate, rng)
+        ctx.options = (dropout_p, activation, backend)
+        return _fwd[backend](preact, gate, rng, dropout_p, activation)
+
+    @staticmethod
+    def backward(ctx, dhidden):
+        preact, gate, rng = ctx.saved_tensors
+        dropout_p, activation, backend = ctx.options
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = differentiate(
+                lambda *inputs: (_activation_reference(*inputs, rng, dropout_p, activation),),
+                (preact, gate),
+                (dhidden,),
+            )
+            return *grads, None, None, None, None
+        dpreact, dgate, *_ = _bwd[backend](dhidden, preact, gate, rng, dropout_p, activation, False, False, False)
+        return dpreact, None if gate is None else dgate, None, None, None, None
+
+
+def _activation_reference(preact, gate, rng, dropout_p, activation):
+    acc = reference.accumulator(preact.dtype)
+    act = reference.ACTIVATIONS[ACTIVATIONS[activation]]
+    hidden = act(preact.to(acc)) if gate is None else act(gate.to(acc)) * preact.to(acc)
+    return reference.dropout(hidden, dropout_p, rng=rng).to(preact.dtype)
+
+
+register_autograd("activation_fwd", lambda backend, *args: _Activation.apply(*args, backend), _activation_reference)
+
+
+def _reference(rng, dropout_p, activation, **product):
     def function(x, w1, b1, w2, b2, w_gate, b_gate):
         y = reference.feed_forward(
-            x, w1, b1, w2, b2, activation=activation, w_gate=w_gate, b_gate=b_gate, dropout_p=dropout_p, rng=rng
-        )
+            x, w1, b1, w2, b2, activation=activation, w_gate=w_gate, b_gate=b_gate, dropout_p=dropout_p, rng=rng,
+            **product,
+        )  # fmt: skip
         return (y,)
 
     return function
@@ -190,8 +235,8 @@ def _check_dtypes(x, **others):
             raise ValueError(f"feed_forward: {label} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
-def _facts(x):
-    return x.device.type, x.dtype
+def _facts(x, odd=None):
+    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, odd
 
 
 def _may_fuse(runs, w_gate, backend):
@@ -199,7 +244,10 @@ def _may_fuse(runs, w_gate, backend):
     return w_gate is None and (runs == "triton" or (runs == "native" and asked_for(backend) is None))
 
 
-_FEED_FORWARD = Public("feed_forward", tensors="x w1 b1 w2 b2 w_gate b_gate", numbers="dropout_p")
+_FEED_FORWARD = Public(
+    "feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", weights="w1 w2 w_gate", numbers="dropout_p",
+    nested=on_rows("x"),
+)  # fmt: skip
 
 
 @_FEED_FORWARD.overridable
@@ -211,7 +259,8 @@ def feed_forward(
     Args:
         x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides. Under autocast
             everything is cast to the autocast dtype; otherwise the dtypes must agree.
-        w1, w_gate: (d_ff, d_model), as nn.Linear stores them; w_gate or None.
+        w1, w_gate: (d_ff, d_model), as nn.Linear stores them; w_gate or None. With quantised or sparse weights the
+            block runs on the reference, its products on torch.nn.functional.linear.
         w2: (d_model, d_ff).
         b1, b_gate: (d_ff,) or None. b2: (d_model,) or None.
         activation: "gelu" (erf), "gelu_tanh", "relu", "relu2" (squared) or "silu".
@@ -225,21 +274,26 @@ def feed_forward(
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
     dropout_p = _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
+    odd = odd_kind(w1, w2, w_gate)
+    if odd is not None:
+        choose("feed_forward", _facts(x, odd), backend)  # raises if another backend than the reference was asked for
+        rng = draw_rng(x) if dropout_p else None
+        return _reference(rng, dropout_p, activation, linear=F.linear)(x, w1, b1, w2, b2, w_gate, b_gate)[0]
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
     options = (dropout_p, activation, recompute, backend)
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, *options)
-    return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x.device) if dropout_p else None, *options)
+    return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x) if dropout_p else None, *options)
 
 
 def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
-    runs = choose("feed_forward", _facts(x), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("feed_forward", _facts(x), backend))
+    if runs == "reference":
         return _reference(rng, dropout_p, activation)(*inputs)[0]
-    fused = _may_fuse(runs, w_gate, backend)
-    if grad_wanted(*inputs):
+    fused = runs not in RECORDED and _may_fuse(runs, w_gate, backend)
+    if runs not in RECORDED and grad_wanted(*inputs):
         return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs, fused)
     return _forward(*inputs, rng, dropout_p, activation, runs, fused, False)[0]
 
@@ -269,10 +323,13 @@ def explain(
 ):
     """What `feed_forward` would run for these arguments, and why not the others."""
     _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
-    x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
-    _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
-    text = explanation("feed_forward", _facts(x), backend)
-    allowed = _may_fuse(choose("feed_forward", _facts(x), backend), w_gate, backend)
+    odd = odd_kind(w1, w2, w_gate)
+    if odd is None:
+        x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
+        _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
+    facts = _facts(x, odd)
+    text = explanation("feed_forward", facts, backend)
+    allowed = _may_fuse(choose("feed_forward", facts, backend), w_gate, backend)
     fused = [
         name
         for name, way, weight, sizes in (("forward", "fwd", w1, w1.shape[::-1]), ("backward", "bwd", w2, w2.shape))

@@ -15,14 +15,24 @@ through the chunks again with the true dloss. The chunks run inside of one op, w
 import math
 
 import torch
+import torch.nn.functional as F
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
-from fastattn.ops._kinds import as_number, check_float, is_dtensor
+from fastattn.ops._kinds import as_number, check_float, is_dtensor, odd_kind
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
-from fastattn.ops._register import differentiate, implement, needs_reference, register_fake
+from fastattn.ops._register import (
+    RECORDED,
+    differentiate,
+    implement,
+    observed,
+    raw_ops,
+    register_autograd,
+    register_fake,
+)  # fmt: skip
 
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
@@ -48,7 +58,7 @@ def _linear_cross_entropy_fwd_fake(
 
 register_fake("cross_entropy_fwd", _cross_entropy_fwd_fake)
 register_fake("linear_cross_entropy_fwd", _linear_cross_entropy_fwd_fake)
-_fwd = {name: getattr(torch.ops.fastattn.linear_cross_entropy_fwd, name) for name in ("native", "triton")}
+_fwd = raw_ops("linear_cross_entropy_fwd")
 
 
 def default_chunk_size(tokens, d_model, vocab):
@@ -103,7 +113,9 @@ def _check_range(target, vocab, ignore_index):
 
 
 def _refuses(facts):
-    return None if facts[1] in _FLOATS else f"it takes float32, bfloat16 and float16, got {facts[1]}"
+    if facts[1] not in _FLOATS:
+        return f"it takes float32, bfloat16 and float16, got {facts[1]}"
+    return f"it takes a plain weight, got {facts[2]}" if facts[2:] and facts[2] else None
 
 
 for _backend in ("native", "triton"):
@@ -138,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             if count is not None:
                 dloss = dloss / count.clamp_min(1)
-            last = _is_last_backward()
+            last = _is_last_backward(dloss)
             grads = (
                 _scaled(g, dloss, t, last) if need else None for g, t, need in zip(grads, inputs, needs, strict=True)
             )
@@ -160,28 +172,54 @@ def _reduce(loss, target, ignore_index, reduction):
     return loss.sum() / count, count
 
 
-def _is_last_backward():
-    """Whether what this node saved is freed after the backward that runs: without retain_graph."""
-    return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+def _is_last_backward(dloss):
+    """Whether what this node saved is freed after the backward that runs: without retain_graph.
+
+    A batch of gradients (is_grads_batched=True) fits into no memory of theirs.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch._C._functorch.is_legacy_batchedtensor(dloss)
+        or torch._C._functorch.is_batchedtensor(dloss)
+    )
 
 
 def _scaled(grad, scale, like, last):
-    """grad * scale in the dtype of `like`; in the memory of grad, which may be as large as the weight, if it can be."""
-    wide = grad if last and grad.dtype == torch.float32 else grad.to(torch.float32, copy=True)
-    return wide.mul_(scale).to(like.dtype)
+    """grad * scale in the dtype of `like`; in the memory of grad, which may be as large as the weight, if it can be.
+
+    scale is fp32 without dimensions: the product is computed in fp32 and rounded once.
+    """
+    return (grad.mul_(scale) if last else grad * scale).to(like.dtype)
 
 
-def _reference(target, options, reduction):
+def _reference(target, options, reduction, **product):
     ignore_index, label_smoothing, z_loss, softcap = options
 
     def function(x, weight, bias):
         loss = reference.linear_cross_entropy(
             x, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=softcap, reduction=reduction,
+            softcap=softcap, reduction=reduction, **product,
         )  # fmt: skip
         return (loss,)
 
     return function
+
+
+def _apply(backend, x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, *needs):
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    loss = _LinearCrossEntropy.apply(x, weight, bias, target, options, "none", chunk_size, backend)
+    return loss, *(loss.new_empty(0) for _ in needs)
+
+
+def _raw_reference(x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, *needs):
+    if any(needs):
+        return NotImplemented  # only a backward asks for gradients
+    (loss,) = _reference(target, (ignore_index, label_smoothing, z_loss, softcap), "none")(x, weight, bias)
+    return loss, x.new_empty(0), loss.new_empty(0), loss.new_empty(0)
+
+
+register_autograd("linear_cross_entropy_fwd", _apply, _raw_reference)
 
 
 def _check_shape(label, tensor, shape, meaning, x):
@@ -231,11 +269,14 @@ def _check_dtypes(x, weight, bias):
             raise ValueError(f"linear_cross_entropy: {label} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
-def _facts(x):
-    return x.device.type, x.dtype
+def _facts(x, odd=None):
+    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, odd
 
 
-_PUBLIC = Public(_NAME, tensors="x weight target bias", numbers="label_smoothing z_loss softcap")
+_PUBLIC = Public(
+    _NAME, tensors="x weight target bias", weights="weight", numbers="label_smoothing z_loss softcap",
+    nested=on_rows("x", "target", last=(1, 0)),
+)  # fmt: skip
 
 
 @_PUBLIC.overridable
@@ -248,7 +289,8 @@ def linear_cross_entropy(
     Args:
         x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides. Under autocast
             x, weight and bias are cast to the autocast dtype; otherwise their dtypes must agree.
-        weight: (vocab, d_model), as nn.Linear stores it. bias: (vocab,) or None.
+        weight: (vocab, d_model), as nn.Linear stores it. bias: (vocab,) or None. With a quantised or sparse weight the
+            loss is computed by the reference, which holds all logits.
         target: (...,) of x, int64 or int32: the true class of every token, or ignore_index.
         ignore_index: tokens with this target have loss and gradient 0 and do not count in the mean.
         label_smoothing: share of the target's probability that is spread evenly over the vocabulary.
@@ -265,20 +307,24 @@ def linear_cross_entropy(
     Source: torch.nn.functional.cross_entropy; z_loss as in Chowdhery et al., "PaLM" (2022).
     """
     numbers = _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
+    options = (ignore_index, *numbers)
+    odd = odd_kind(weight)
+    if odd is not None:
+        choose(_NAME, _facts(x, odd), backend)  # raises if another backend than the reference was asked for
+        return _reference(target, options, reduction, linear=F.linear)(x, weight, bias)[0]
     x, weight, bias = as_autocast(x, weight, bias)
     _check_dtypes(x, weight, bias)
-    options = (ignore_index, *numbers)
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend)
     return _loss(x, weight, bias, target, options, reduction, chunk_size, backend)
 
 
 def _loss(x, weight, bias, target, options, reduction, chunk_size, backend):
-    runs = choose("linear_cross_entropy", _facts(x), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("linear_cross_entropy", _facts(x), backend))
+    if runs == "reference":
         return _reference(target, options, reduction)(x, weight, bias)[0]
     chunk_size = chunk_size or 0
-    if grad_wanted(x, weight, bias):
+    if runs not in RECORDED and grad_wanted(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
     return _reduce(loss, target, options[0], reduction)[0]
@@ -309,6 +355,8 @@ def explain(
 ):  # fmt: skip
     """What `linear_cross_entropy` would run for these arguments, and why not the others."""
     _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
-    x, weight, bias = as_autocast(x, weight, bias)
-    _check_dtypes(x, weight, bias)
-    return explanation("linear_cross_entropy", _facts(x), backend)
+    odd = odd_kind(weight)
+    if odd is None:
+        x, weight, bias = as_autocast(x, weight, bias)
+        _check_dtypes(x, weight, bias)
+    return explanation(_NAME, _facts(x, odd), backend)

@@ -12,11 +12,20 @@ import torch
 
 from fastattn import reference
 from fastattn._autocast import as_autocast_norm
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import differentiate, needs_reference, register_fake
+from fastattn.ops._register import (
+    RECORDED,
+    differentiate,
+    observed,
+    raw_ops,
+    register_autograd,
+    register_fake,
+    register_reference,
+)  # fmt: skip
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,10 +58,7 @@ def _norm_bwd_fake(
 register_fake("norm_infer", _norm_infer_fake)
 register_fake("norm_fwd", _norm_fwd_fake)
 register_fake("norm_bwd", _norm_bwd_fake)
-_infer, _fwd, _bwd = (
-    {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
-    for op in ("norm_infer", "norm_fwd", "norm_bwd")
-)
+_infer, _fwd, _bwd = (raw_ops(op) for op in ("norm_infer", "norm_fwd", "norm_bwd"))
 
 
 def _refuses(facts):
@@ -79,10 +85,13 @@ class _Norm(torch.autograd.Function):
             None if residual is None else residual.dtype,
             None if x_bias is None else x_bias.dtype,
         )
-        return (y, None) if plain else (y, r)
+        if backend not in RECORDED:
+            return y, None if plain else r, None
+        ctx.mark_non_differentiable(stats)  # what a graph with a backward in it goes on with
+        return y, None if plain else r, stats
 
     @staticmethod
-    def backward(ctx, dy, dr_out):
+    def backward(ctx, dy, dr_out, _):
         r, weight, bias, stats, rng = ctx.saved_tensors
         dropout_p, _, rms, backend = ctx.options
         x_dtype, residual_dtype, x_bias_dtype = ctx.dtypes
@@ -136,6 +145,25 @@ def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
     return dx if need_dx else None, dr if need_dresidual else None, dweight, dbias, dx_bias
 
 
+def _apply(backend, x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
+    y, r, stats = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend)
+    return y, x.new_empty(0) if r is None else r, stats
+
+
+def _reference(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
+    y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
+    wide = r.to(reference.accumulator(r.dtype)).flatten(0, -2)
+    mean = torch.zeros_like(wide[:, :1]) if rms else wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
+    stats = (rstd if rms else torch.cat((mean, rstd), 1)).mT.float()
+    plain = residual is None and rng is None and x_bias is None
+    return y, x.new_empty(0) if plain else r, stats
+
+
+register_autograd("norm_fwd", _apply, _reference)
+register_reference("norm_infer", lambda *args: _reference(*args)[0])
+
+
 def _check(name, x, weight, bias, x_bias, residual):
     shape, device = x.shape, x.device
     cols = shape[-1:]
@@ -178,7 +206,7 @@ def _check_dtypes(name, **tensors):
 
 def _facts(x, residual, weight, bias, x_bias):
     return (
-        "cpu" if x.is_cpu else x.device.type,
+        "cpu" if x.is_cpu else device_name(x.device),
         x.dtype,
         None if residual is None else residual.dtype,
         None if weight is None else weight.dtype,
@@ -196,14 +224,16 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
         return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
     x = as_autocast_norm(x)
     if dropout_p and rng is None:
-        rng = draw_rng(x.device)
+        rng = draw_rng(x)
     plain = residual is None and rng is None and x_bias is None
-    runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
-    if runs == "reference" or needs_reference():
+    runs = observed(choose("norm", _facts(x, residual, weight, bias, x_bias), backend))
+    if runs == "reference":
         _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
         y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
+    elif runs in RECORDED:
+        y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     elif grad_wanted(x, residual, weight, bias, x_bias):
-        y, r = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
+        y, r, _ = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
     elif return_residual and not plain:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     else:
@@ -236,8 +266,10 @@ def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, 
 
 
 _TENSORS = "x weight bias x_bias residual"
-_LAYER_NORM = Public("layer_norm", tensors=_TENSORS, numbers="eps dropout_p")
-_RMS_NORM = Public("rms_norm", tensors=_TENSORS, numbers="eps dropout_p")
+_LAYER_NORM, _RMS_NORM = (
+    Public(name, tensors=_TENSORS, numbers="eps dropout_p", nested=on_rows("x", "residual"))
+    for name in ("layer_norm", "rms_norm")
+)
 
 
 @_LAYER_NORM.overridable

@@ -10,10 +10,11 @@ from collections import namedtuple
 import torch
 
 from fastattn import reference
-from fastattn.ops._backends import choose, explanation, grad_wanted, register_backend
-from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
+from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_nested, is_readable, numbers
+from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
-from fastattn.ops._register import needs_reference, register_fake
+from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
 from fastattn.ops.attention import empty_in_layout
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,10 +31,7 @@ def _rotary_fwd_fake(q, k, *_):
 
 register_fake("rotary_fwd", _rotary_fwd_fake)
 register_fake("rotary_fwd_", lambda *_: None)
-_fwd, _fwd_ = (
-    {name: getattr(getattr(torch.ops.fastattn, op), name) for name in ("native", "triton")}
-    for op in ("rotary_fwd", "rotary_fwd_")
-)
+_fwd, _fwd_ = raw_ops("rotary_fwd"), raw_ops("rotary_fwd_")
 
 
 def _refuses(facts):
@@ -98,6 +96,23 @@ def _run(backend, inplace, xs, *rest):
     if inplace:  # autograd follows a function that changes views only if it changes one
         return tuple(_Rotary.apply(x, None, backend, True, *rest)[0] for x in xs)
     return _Rotary.apply(xs[0], xs[1] if len(xs) == 2 else None, backend, False, *rest)
+
+
+def _pair(results, q):
+    """The results of the raw op, the second (0,) where there is one tensor."""
+    return (*results, q.new_empty(0))[:2]
+
+
+def _raw_reference(q, k, cos, sin, positions, offset, rotary_dim, interleaved, conjugate):
+    xs = (q,) if k is None else (q, k)
+    return _pair(_reference(xs, cos, -sin if conjugate else sin, positions, offset, rotary_dim, interleaved), q)
+
+
+register_autograd(
+    "rotary_fwd",
+    lambda backend, q, k, *rest: _pair(_Rotary.apply(q, k, backend, False, *rest), q),
+    _raw_reference,
+)
 
 
 def _complain(expected, got):
@@ -194,11 +209,37 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
     batch, seqlen, head_dim = _check_inputs(xs, inplace)
     rotary_dim = _check_tables(first, cos, sin, batch, seqlen, head_dim, interleaved)
     positions, offset = _check_positions(first, positions, cos, batch, seqlen)
-    facts = ("cpu" if first.is_cpu else first.device.type, first.dtype, cos.dtype, grad_wanted(cos, sin))
+    facts = ("cpu" if first.is_cpu else device_name(first.device), first.dtype, cos.dtype, grad_wanted(cos, sin))
     return facts, xs, (cos, sin, positions, offset, rotary_dim, bool(interleaved))
 
 
-_PUBLIC = Public("rotary_embedding", tensors="x cos sin positions", numbers="positions", takes_pair=True)
+def _nested(name, function, given):
+    """For Public(nested=): packed sequences, each of which begins anew."""
+    x, positions = given["x"], given.get("positions")
+    pair = isinstance(x, (tuple, list))
+    labels = ("q", "k")[: len(x)] if pair else ("x",)
+    found = sequences_of(name, dict(zip(labels, x if pair else (x,), strict=True)), *labels)
+    offsets = found[0].offsets
+    if given.get("inplace"):
+        raise ValueError(f"{name}: inplace must be False for nested tensors")
+    if isinstance(positions, torch.Tensor):
+        if not is_nested(positions):
+            raise ValueError(f"{name}: positions must be None, an int or nested, as {labels[0]} is")
+        positions = Rows(name, "positions", positions, last=0).tensor
+    else:
+        total = found[0].tensor.shape[0]
+        starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=total)
+        positions = torch.arange(total, device=starts.device) - starts + (positions or 0)
+    out = function(**given | {"x": tuple(t.tensor for t in found), "positions": positions})
+    if not isinstance(out, tuple):
+        return out
+    out = tuple(t.restore(rotated) for t, rotated in zip(found, out, strict=True))
+    return out if pair else out[0]
+
+
+_PUBLIC = Public(
+    "rotary_embedding", tensors="x cos sin positions", numbers="positions", takes_pair=True, nested=_nested
+)
 
 
 @_PUBLIC.overridable
@@ -212,7 +253,7 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
         x: (batch, n_heads, seqlen, head_dim) as `attention` takes it, or packed (total, n_heads, head_dim); float32,
             bfloat16 or float16 (float64 runs on the reference); any strides, so a transposed (batch, seqlen, heads,
             head_dim) or a slice of a projection costs no copy. A pair (q, k), which may differ in n_heads, takes one
-            launch.
+            launch. Nested (batch, n_heads, seqlen, head_dim) tensors run packed, each sequence from its own position 0.
         cos, sin: (max_seqlen, rotary_dim / 2), a row per position, float32 or the dtype of x; rotary_dim <= head_dim.
             Or Hugging Face's doubled form, of which the first half is read: (batch or 1, seqlen, rotary_dim), always
             taken for it, or (max_seqlen, head_dim), which cannot be another. Not with interleaved.
@@ -239,12 +280,14 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
 
 
 def _rotate(facts, xs, rest, inplace, backend):
-    runs = choose("rotary", facts, backend)
-    by_reference = runs == "reference" or needs_reference()
+    runs = observed(choose("rotary", facts, backend))
+    by_reference, traced = runs == "reference", runs in RECORDED
     # what the kernels cannot write in place is copied back; torch.compile removes that copy where it can
-    copies = inplace and (by_reference or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
+    copies = inplace and (by_reference or traced or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
     if by_reference:
         out = _reference(xs, *rest)
+    elif traced:
+        out = _launch(runs, False, xs, *rest, False)
     else:
         out = _run(runs, inplace and not copies, xs, *rest, False)
     if copies:

@@ -3,14 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-class UsageError(ValueError):
-    """A user's mistake, told in one line: what was expected, what came."""
-
-
-def expect(condition, name, expected, got):
-    if not condition:
-        raise UsageError(f"{name}: expected {expected}, got {got!r}")
+from .messages import expect
 
 
 @dataclass

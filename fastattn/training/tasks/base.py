@@ -1,20 +1,17 @@
 """What the training loop asks of a task, and what tasks on documents have in common."""
 
 import json
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 
-from ..batches import IGNORED, LengthBatches, by_length, limit_documents
-from ..config import UsageError
-from ..data import check_summary
-from ..documents import PARTS
-from ..sources import read_documents
-from ..split import split_documents
-from ..text import fingerprint
-from ..tokenizer import BEGIN, END, SPECIALS, build_tokenizer
-
-SPLIT_SEED = 0  # the parts of a source are the same whatever seed a run has, so that runs can be compared
+from ..data.batches import IGNORED, LengthBatches, by_length
+from ..data.parts import read_parts
+from ..data.text import check_summary, fingerprint
+from ..data.tokenizer import BEGIN, END, SPECIALS, build_tokenizer
+from ..inspect.attention_maps import attention_maps
+from ..messages import UsageError
 
 
 class Task:
@@ -106,20 +103,6 @@ def shape_of(config, layers=None):
     return {**shape, "label_smoothing": config.optim.label_smoothing, "layers": layers or config.layers}
 
 
-def read_parts(data):
-    """{part: Documents} of a DataConfig: train, validation and mostly test; UsageError as read_documents."""
-    parts = read_documents(data.source, data.columns, target_source=data.target_source, unit=data.unit)
-    if "all" in parts:
-        parts = split_documents(parts["all"], data.validation_fraction, data.test_fraction, SPLIT_SEED)
-    elif "train" not in parts:
-        raise UsageError(f"source {data.source!r}: expected a training part, got {', '.join(parts)}")
-    elif "validation" not in parts:
-        parts = parts | split_documents(parts["train"], data.validation_fraction, 0.0, SPLIT_SEED)
-    if data.train_limit is not None:
-        parts["train"] = limit_documents(parts["train"], data.train_limit)
-    return {name: parts[name] for name in PARTS if name in parts}
-
-
 class DocumentTask(Task):
     """A task on documents in three parts, read in batches of about equal length.
 
@@ -169,7 +152,6 @@ class DocumentTask(Task):
         )
 
     def attention(self, model, text):
-        from ..attention import attention_maps
 
         numbers = self.encode(text)
         tokens = torch.tensor([numbers], device=next(model.parameters()).device)
@@ -206,3 +188,36 @@ class DocumentTask(Task):
     def rows(self, part, limit=None, rank=0, world_size=1):
         for indices in by_length(self.lengths(part), 64, rank, world_size):
             yield self.collate(part, indices, (0, indices[0]))
+
+
+@torch.no_grad()
+def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autocast=nullcontext, anywhere=None):
+    """Losses and right predictions over a part, dropout off.
+
+    Args:
+        model: of the task; left in the mode it was in.
+        task: Task.
+        part: "train", "validation" or "test".
+        limit: None or the number of windows of text to read.
+        rank, world_size: which share of the part is this process's.
+        autocast: gives the context to run the model in.
+        anywhere: None, or tells whether something is true in any process: all run a sharded model equally often.
+
+    Returns:
+        (sum of the losses in nats, right predictions, predictions).
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, right, count = 0.0, 0, 0
+    own = task.rows(part, limit, rank, world_size)
+    while True:
+        rows = next(own, None)
+        if not (anywhere or bool)(rows is not None):
+            break
+        with autocast():
+            sums = task.sums(model, next(task.rows(part, limit)) if rows is None else rows, device)
+        if rows is not None:
+            total, right, count = total + sums[0], right + sums[1], count + sums[2]
+    model.train(was_training)
+    return total, right, count

@@ -2,9 +2,13 @@
 
 import torch
 
-from ..batches import by_length, pad
-from ..config import UsageError
-from ..tokenizer import PAD
+from fastattn.models import Classifier
+
+from ..data.batches import by_length, pad
+from ..data.tokenizer import PAD
+from ..data.vectors import initialize_embedding, word2vec
+from ..inspect.scores import classification_scores
+from ..messages import UsageError
 from .base import DocumentTask, shape_of, summed_loss_of_logits
 
 
@@ -44,7 +48,6 @@ class Classification(DocumentTask):
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
-        from fastattn.models import Classifier
 
         shape = shape_of(config, layers)
         del shape["tied"]
@@ -58,8 +61,6 @@ class Classification(DocumentTask):
 
     def initialize(self, model):
         if self.config.model.embedding == "word2vec":
-            from ..vectors import initialize_embedding, word2vec
-
             vectors = word2vec(self.parts["train"].texts, self.config.model.d_model, seed=self.config.seed)
             body = getattr(model, "encoder", model)
             initialize_embedding(body.token_embedding, self.tokenizer, vectors)
@@ -82,7 +83,6 @@ class Classification(DocumentTask):
         return result
 
     def report(self, model, part):
-        from ..scores import classification_scores
 
         probabilities = self.predict(model, self.parts[part].texts).numpy()
         return classification_scores(self.classes[part], probabilities.argmax(-1), probabilities, self.names)

@@ -8,15 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..batches import IGNORED
-from ..config import UsageError
-from ..data import TextData, check_summary, random_starts, to_tokens, window_starts
-from ..documents import PARTS
-from ..generate import generate_tokens
-from ..text import fingerprint, read_text
-from ..token_file import SUFFIX, open_tokens
-from ..tokenizer import END, END_OF_TEXT, build_tokenizer, load_tokenizer, needed_specials
-from .base import Task, read_parts, shape_of
+from fastattn.models import CausalLM
+
+from ..data.batches import IGNORED
+from ..data.documents import PARTS
+from ..data.parts import read_parts
+from ..data.text import check_summary, fingerprint, read_text
+from ..data.token_file import SUFFIX, open_tokens
+from ..data.tokenizer import END, END_OF_TEXT, build_tokenizer, load_tokenizer, needed_specials
+from ..data.windows import TextData, random_starts, to_tokens, window_starts
+from ..inspect.attention_maps import attention_maps
+from ..inspect.generate import generate_tokens
+from ..inspect.scores import language_scores
+from ..messages import UsageError
+from .base import Task, evaluate_part, shape_of
 
 
 class LanguageModelling(Task):
@@ -127,7 +132,6 @@ class LanguageModelling(Task):
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
-        from fastattn.models import CausalLM
 
         return CausalLM(tokenizer.vocab_size, **shape_of(config, layers))
 
@@ -143,7 +147,6 @@ class LanguageModelling(Task):
         return self.config.sample_prompt + self.tokenizer.decode(new)
 
     def attention(self, model, text):
-        from ..attention import attention_maps
 
         numbers = self.tokenizer.encode(text)[: self.config.model.block_size]
         if not numbers:
@@ -153,8 +156,6 @@ class LanguageModelling(Task):
 
     def report(self, model, part, *, text=None):
         """Loss over a whole part, or over another text that is read whole, in windows of block_size tokens."""
-        from ..evaluate import evaluate_part
-        from ..scores import language_scores
 
         if text is not None:
             block_size, tokens = self.config.model.block_size, to_tokens(self.tokenizer, read_text(text))

@@ -2,9 +2,12 @@
 
 import torch
 
-from ..batches import IGNORED, draw_masks, pad
-from ..tokenizer import BEGIN, END, MASK, PAD
-from .base import DocumentTask, shape_of, summed_loss_of_logits
+from fastattn.models import MaskedLM
+
+from ..data.batches import IGNORED, draw_masks, pad
+from ..data.tokenizer import BEGIN, END, MASK, PAD
+from ..inspect.scores import language_scores
+from .base import DocumentTask, evaluate_part, shape_of, summed_loss_of_logits
 
 
 class MaskedLanguageModelling(DocumentTask):
@@ -42,7 +45,6 @@ class MaskedLanguageModelling(DocumentTask):
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
-        from fastattn.models import MaskedLM
 
         return MaskedLM(tokenizer.vocab_size, head_transform=config.model.head_transform, **shape_of(config, layers))
 
@@ -51,8 +53,6 @@ class MaskedLanguageModelling(DocumentTask):
         return summed_loss_of_logits(model(tokens, lengths), targets)
 
     def report(self, model, part):
-        from ..evaluate import evaluate_part
-        from ..scores import language_scores
 
         loss, right, count = evaluate_part(model, self, part)
         return {**language_scores(loss, count, None), "accuracy": right / count, "tokens": count}

@@ -2,10 +2,14 @@
 
 import torch
 
-from ..batches import IGNORED, by_length, pad
-from ..config import UsageError
-from ..tokenizer import BEGIN, END, PAD
-from .base import DocumentTask, shape_of
+from fastattn.models import Seq2Seq
+
+from ..data.batches import IGNORED, by_length, pad
+from ..data.tokenizer import BEGIN, END, PAD
+from ..inspect.attention_maps import attention_maps
+from ..inspect.scores import translation_scores
+from ..messages import UsageError
+from .base import DocumentTask, evaluate_part, shape_of
 
 
 class Translation(DocumentTask):
@@ -43,7 +47,6 @@ class Translation(DocumentTask):
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
-        from fastattn.models import Seq2Seq
 
         return Seq2Seq(tokenizer.vocab_size, **shape_of(config, layers))
 
@@ -71,7 +74,6 @@ class Translation(DocumentTask):
 
     def attention(self, model, text):
         """Of the decoder, on the source, while it writes the translation that `translate` gives."""
-        from ..attention import attention_maps
 
         device = next(model.parameters()).device
         source, target = self.encode(text)[1:], self.encode(self.translate(model, [text])[0])[:-1]
@@ -82,8 +84,6 @@ class Translation(DocumentTask):
         return maps[-1], self.token_texts(target), self.token_texts(source)
 
     def report(self, model, part, *, beams=1):
-        from ..evaluate import evaluate_part
-        from ..scores import translation_scores
 
         loss, _, count = evaluate_part(model, self, part)
         documents = self.parts[part]

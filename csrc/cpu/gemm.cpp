@@ -1,0 +1,397 @@
+// Matrix product in fp32: c (m, n) = a (m, k) · b (k, n), plus a bias per column or plus what c holds.
+//
+// Blocked: a task owns a block of rows and a panel of kPanel columns. It packs its panel of b, kDepth rows of b at a
+// time, as [k][kColumns] strips that stay in the second cache, and reads a by broadcasts: in place if the rows of a are
+// contiguous, else packed as [k][kRows]. A register block is kRows x kColumns.
+//
+// Few rows: a is packed transposed, so that its rows are vector lanes, and b is read by broadcasts in place, which a
+// weight matrix (n, k) allows without a copy. One row is a dot product for each column.
+//
+// Every element is summed over k in steps of kDepth, each step in the order of k, whatever the sizes of blocks and the
+// number of threads. So the bits do not depend on them, and the error grows with kDepth + k / kDepth additions, not
+// with k. A single row is summed by lanes instead and may differ from the same row among others in the last bit.
+// Reference: Goto, van de Geijn, "Anatomy of high-performance matrix multiplication", 2008.
+#include "api.h"
+#include "attention_tile.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int kColumnVecs = kVec == 16 ? 4 : 2;  // 32 or 16 registers: accumulators, one row of b, one broadcast
+constexpr int kRows = 6;
+constexpr int kColumns = kColumnVecs * kVec;  // of a register block
+constexpr int64_t kPanel = kGemmPanel;
+constexpr int64_t kDepth = 384;  // with 512 the error exceeds twice that of MKL
+
+constexpr int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// Memory of a thread, kept for its next call: a fresh block of this size costs a page fault for each 4 KiB.
+float* scratch(int64_t floats) {
+  struct Block {
+    ~Block() { std::free(data); }
+    float* data = nullptr;
+    int64_t floats = 0;
+  };
+  static thread_local Block block;
+  if (block.floats < floats) {
+    std::free(block.data);
+    block.data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * sizeof(float), 4096)));
+    block.floats = block.data ? floats : 0;
+  }
+  return block.data;
+}
+
+// dst[k][kColumns] = b(k, first + column) for `cols` columns, zeros in the columns after them.
+void pack_strip(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int64_t first, int64_t cols) {
+  if (args.b_col == 1) {
+    const float* src = args.b + k0 * args.b_row + first;
+    for (int64_t k = 0; k < depth; ++k) {
+      widen_row(dst + k * kColumns, src + k * args.b_row, cols, kColumns);
+    }
+    return;
+  }
+  const float* src = args.b + k0 + first * args.b_col;
+  for (int64_t n = 0; n < kColumns; n += kVec) {
+    const int64_t rows = clamp(cols - n, kVec);
+    int64_t k = 0;
+    for (; k + kVec <= depth && rows == kVec; k += kVec) {
+      Vec t[kVec];
+      load_transposed(t, src + n * args.b_col + k, args.b_col);
+      for (int x = 0; x < kVec; ++x) {
+        t[x].store(dst + (k + x) * kColumns + n);
+      }
+    }
+    for (; k < depth; ++k) {
+      for (int64_t x = 0; x < kVec; ++x) {
+        dst[k * kColumns + n + x] = x < rows ? src[(n + x) * args.b_col + k] : 0.f;
+      }
+    }
+  }
+}
+
+// dst[block][k][kRows] = a(first + row, k): for a whose columns are contiguous. A few values of k at a time go through
+// all blocks, so that a line of a is read once.
+void pack_rows(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int64_t first, int64_t rows) {
+  constexpr int64_t kAtOnce = 16;
+  for (int64_t begin = 0; begin < depth; begin += kAtOnce) {
+    const int64_t end = least(depth, begin + kAtOnce);
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const float* src = args.a + k0 * args.a_col + first + r;
+      float* out = dst + r * depth;
+      const int64_t count = least(kRows, rows - r);
+      int64_t k = begin;
+      if (kVec >= kRows && first + r + kVec <= args.m) {  // the lanes after the sixth are overwritten by the next two k
+        for (; k < least(end, depth - 2); ++k) {
+          Vec::load(src + k * args.a_col).store(out + k * kRows);
+        }
+      }
+      for (; k < end; ++k) {
+        for (int64_t x = 0; x < count; ++x) {
+          out[k * kRows + x] = src[k * args.a_col + x];
+        }
+      }
+    }
+  }
+}
+
+enum class Store { kSet, kSetBias, kAdd };
+
+// c (R, cols) = [bias or c] + a · b over `depth`; cols <= kColumns.
+template <bool kPacked, int R>
+inline void register_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+                           int64_t ldc, int64_t cols, const float* bias, Store store) {
+  Vec acc[R][kColumnVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int x = 0; x < kColumnVecs; ++x) {
+      acc[r][x] = Vec::fill(0.f);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[kColumnVecs];
+#pragma GCC unroll 4
+    for (int x = 0; x < kColumnVecs; ++x) {
+      row[x] = Vec::load(b + k * ldb + x * kVec);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec value = Vec::fill(kPacked ? a[k * kRows + r] : a[r * lda + k]);
+#pragma GCC unroll 4
+      for (int x = 0; x < kColumnVecs; ++x) {
+        acc[r][x] = fma(value, row[x], acc[r][x]);
+      }
+    }
+  }
+  if (cols == kColumns) {
+#pragma GCC unroll 4
+    for (int x = 0; x < kColumnVecs; ++x) {
+      const Vec shift = store == Store::kSetBias ? Vec::load(bias + x * kVec) : Vec::fill(0.f);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        float* at = c + r * ldc + x * kVec;
+        (acc[r][x] + (store == Store::kAdd ? Vec::load(at) : shift)).store(at);
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 4
+  for (int x = 0; x < kColumnVecs; ++x) {
+    const int count = static_cast<int>(least(kVec, cols - x * kVec));
+    if (count <= 0) {
+      return;
+    }
+    const Vec shift = store == Store::kSetBias ? Vec::load(bias + x * kVec, count) : Vec::fill(0.f);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float* at = c + r * ldc + x * kVec;
+      (acc[r][x] + (store == Store::kAdd ? Vec::load(at, count) : shift)).store(at, count);
+    }
+  }
+}
+
+template <bool kPacked>
+void row_block(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
+               int64_t ldc, int64_t cols, const float* bias, Store store) {
+  switch (rows) {
+    case 6:
+      return register_block<kPacked, 6>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+    case 5:
+      return register_block<kPacked, 5>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+    case 4:
+      return register_block<kPacked, 4>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+    case 3:
+      return register_block<kPacked, 3>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+    case 2:
+      return register_block<kPacked, 2>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+    default:
+      return register_block<kPacked, 1>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+  }
+}
+
+// Tasks [begin, end) of the blocked product. Tasks that follow each other share the rows of a where a is packed, else
+// the panel of b.
+void blocked(const GemmArgs& args, int64_t begin, int64_t end) {
+  const bool packs_a = args.a_col != 1;
+  const int64_t panels = (args.n + kPanel - 1) / kPanel, blocks = (args.m + args.rows - 1) / args.rows;
+  const int64_t panel_floats = kDepth * kPanel;
+  float* panel = scratch(panel_floats + (packs_a ? args.rows * kDepth + kVec : 0));
+  if (!panel) {
+    args.failed->store(true);
+    return;
+  }
+  float* packed = panel + panel_floats;
+  for (int64_t k0 = 0; k0 == 0 || k0 < args.k; k0 += kDepth) {
+    const int64_t depth = least(kDepth, args.k - k0);
+    const Store store = k0 > 0 || args.add ? Store::kAdd : args.bias ? Store::kSetBias : Store::kSet;
+    int64_t panel_in = -1, block_in = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t p = packs_a ? task % panels : task / blocks, s = packs_a ? task / panels : task % blocks;
+      const int64_t n0 = p * kPanel, cols = least(kPanel, args.n - n0);
+      const int64_t r0 = s * args.rows, rows = least(args.rows, args.m - r0);
+      if (p != panel_in) {
+        for (int64_t n = 0; n < cols; n += kColumns) {
+          pack_strip(panel + n * depth, args, k0, depth, n0 + n, least(kColumns, cols - n));
+        }
+        panel_in = p;
+      }
+      if (packs_a && s != block_in) {
+        pack_rows(packed, args, k0, depth, r0, rows);
+        block_in = s;
+      }
+      for (int64_t r = 0; r < rows; r += kRows) {
+        const int64_t count = least(kRows, rows - r);
+        for (int64_t n = 0; n < cols; n += kColumns) {
+          const float* strip = panel + n * depth;
+          float* c = args.c + (r0 + r) * args.c_row + n0 + n;
+          const float* bias = args.bias ? args.bias + n0 + n : nullptr;
+          const int64_t width = least(kColumns, cols - n);
+          if (packs_a) {
+            row_block<true>(count, packed + r * depth, 0, strip, kColumns, depth, c, args.c_row, width, bias, store);
+          } else {
+            row_block<false>(count, args.a + (r0 + r) * args.a_row + k0, args.a_row, strip, kColumns, depth, c,
+                             args.c_row, width, bias, store);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Adds one step of k to the sums of R columns of b and V vectors of rows of a.
+template <int V, int R>
+inline void lane_step(const float* b, int64_t ldb, const float* lanes, int64_t depth, Vec (&acc)[R][V]) {
+  constexpr int64_t kAhead = 128, kLine = 16;
+  for (int64_t k0 = 0; k0 < depth; k0 += kLine) {
+    const float* next = k0 + kAhead < depth ? b + k0 + kAhead : b + R * ldb + k0 + kAhead - depth;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(next + r * ldb);
+    }
+    const int64_t k1 = least(depth, k0 + kLine);
+    for (int64_t k = k0; k < k1; ++k) {
+      Vec row[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        row[v] = Vec::load(lanes + (k * V + v) * kVec);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec value = Vec::fill(b[r * ldb + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          acc[r][v] = fma(value, row[v], acc[r][v]);
+        }
+      }
+    }
+  }
+}
+
+template <int V, int R>
+void lane_columns(const GemmArgs& args, const float* lanes, int64_t n, Vec* sums) {
+  const float* b = args.b + n * args.b_col;
+  Vec total[R][V];
+  for (int64_t k0 = 0; k0 == 0 || k0 < args.k; k0 += kDepth) {
+    Vec acc[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        acc[r][v] = Vec::fill(0.f);
+      }
+    }
+    lane_step<V, R>(b + k0, args.b_col, lanes + k0 * V * kVec, least(kDepth, args.k - k0), acc);
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) {
+        const Vec before = k0 ? total[r][v] : Vec::fill(args.bias ? args.bias[n + r] : 0.f);
+        total[r][v] = acc[r][v] + before;
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      sums[r * V + v] = total[r][v];
+    }
+  }
+}
+
+// Up to V vectors of rows, from row r0 on; columns [begin, end).
+template <int V, int R>
+void lane_rows(const GemmArgs& args, int64_t r0, int64_t begin, int64_t end, float* lanes) {
+  const int64_t rows = least(V * kVec, args.m - r0);
+  for (int64_t v = 0; v < V; ++v) {  // lanes[k][v][lane] = a(r0 + v * kVec + lane, k)
+    const int64_t count = clamp(rows - v * kVec, kVec);
+    const float* src = args.a + (r0 + v * kVec) * args.a_row;
+    int64_t k = 0;
+    for (; count == kVec && args.a_col == 1 && k + kVec <= args.k; k += kVec) {
+      Vec t[kVec];
+      load_transposed(t, src + k, args.a_row);
+      for (int x = 0; x < kVec; ++x) {
+        t[x].store(lanes + ((k + x) * V + v) * kVec);
+      }
+    }
+    for (; k < args.k; ++k) {
+      for (int64_t x = 0; x < kVec; ++x) {
+        lanes[(k * V + v) * kVec + x] = x < count ? src[x * args.a_row + k * args.a_col] : 0.f;
+      }
+    }
+  }
+  Vec sums[kVec * V];
+  for (int64_t n0 = begin; n0 < end; n0 += kVec) {
+    const int64_t cols = least(kVec, end - n0);
+    int64_t n = 0;
+    for (; n + R <= cols; n += R) {
+      lane_columns<V, R>(args, lanes, n0 + n, sums + n * V);
+    }
+    for (; n < cols; ++n) {
+      lane_columns<V, 1>(args, lanes, n0 + n, sums + n * V);
+    }
+    for (int64_t v = 0; v < V; ++v) {
+      Vec t[kVec];
+      for (int x = 0; x < kVec; ++x) {
+        t[x] = x < cols ? sums[x * V + v] : Vec::fill(0.f);
+      }
+      transpose_square(t);
+      for (int64_t x = 0; x < kVec && v * kVec + x < rows; ++x) {
+        float* at = args.c + (r0 + v * kVec + x) * args.c_row + n0;
+        cols == kVec ? t[x].store(at) : t[x].store(at, static_cast<int>(cols));
+      }
+    }
+  }
+}
+
+void few_rows(const GemmArgs& args, int64_t begin, int64_t end) {
+  constexpr int kMostVecs = 4;
+  float* lanes = scratch(args.k * kMostVecs * kVec);
+  if (!lanes) {
+    args.failed->store(true);
+    return;
+  }
+  for (int64_t r = 0; r < args.m; r += kMostVecs * kVec) {
+    const int64_t rows = args.m - r;
+    if (rows <= kVec) {
+      lane_rows<1, 8>(args, r, begin, end, lanes);
+    } else if (rows <= 2 * kVec) {
+      lane_rows<2, kVec == 16 ? 8 : 4>(args, r, begin, end, lanes);
+    } else {
+      lane_rows<4, kVec == 16 ? 4 : 2>(args, r, begin, end, lanes);
+    }
+  }
+}
+
+template <int R>
+void dot_products(const GemmArgs& args, int64_t n) {
+  const float *x = args.a, *b = args.b + n * args.b_col;
+  Vec acc[R][2];
+  for (auto& sums : acc) {
+    sums[0] = sums[1] = Vec::fill(0.f);
+  }
+  int64_t k = 0;
+  for (; k + 2 * kVec <= args.k; k += 2 * kVec) {
+    const Vec x0 = Vec::load(x + k), x1 = Vec::load(x + k + kVec);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] = fma(x0, Vec::load(b + r * args.b_col + k), acc[r][0]);
+      acc[r][1] = fma(x1, Vec::load(b + r * args.b_col + k + kVec), acc[r][1]);
+    }
+  }
+  for (; k < args.k; k += kVec) {
+    const int count = static_cast<int>(least(kVec, args.k - k));
+    const auto part = [&](const float* p) { return count == kVec ? Vec::load(p) : Vec::load(p, count); };
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] = fma(part(x + k), part(b + r * args.b_col + k), acc[r][0]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    args.c[n + r] = (acc[r][0] + acc[r][1]).sum() + (args.bias ? args.bias[n + r] : 0.f);
+  }
+}
+
+void one_row(const GemmArgs& args, int64_t begin, int64_t end) {
+  constexpr int kAtOnce = 4;
+  int64_t n = begin;
+  for (; n + kAtOnce <= end; n += kAtOnce) {
+    dot_products<kAtOnce>(args, n);
+  }
+  for (; n < end; ++n) {
+    dot_products<1>(args, n);
+  }
+}
+
+}  // namespace
+
+void FASTATTN_CPU_NAME(gemm)(const GemmArgs& args, int64_t begin, int64_t end) {
+  if (args.way == GemmArgs::Way::kBlocked) {
+    return blocked(args, begin, end);
+  }
+  const int64_t first = begin * kGemmGroup, last = least(args.n, end * kGemmGroup);
+  if (args.m == 1 && args.a_col == 1) {
+    one_row(args, first, last);
+  } else {
+    few_rows(args, first, last);
+  }
+}
+
+}  // namespace fastattn

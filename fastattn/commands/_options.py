@@ -1,0 +1,68 @@
+"""Options that commands share, and how they are read."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from fastattn.training.config import TrainConfig, config_from_dict
+from fastattn.training.messages import UsageError
+from fastattn.training.runs.checkpoint import check_run
+
+from ._parse import parse
+
+
+def new_parser(command, description):
+    return ArgumentParser(prog=f"fastattn {command}", exit_on_error=False, description=description)
+
+
+def train_parser(command="train", model_options=()):
+    """The parser of a TrainConfig; `model_options`: {name: value}, defaults of its model."""
+    parser = new_parser(command, "Train a model on text.")
+    parser.add_argument("--config", action="config", help="YAML file; options after it win")
+    parser.add_argument("--resume", metavar="RUN", type=str | None, help="continue this run from its newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
+    parser.add_class_arguments(TrainConfig, as_group=False)
+    parser.set_defaults({f"model.{name}": value for name, value in dict(model_options).items()})
+    return parser
+
+
+def read_config(options):
+    """The TrainConfig of what a train_parser has parsed."""
+    values = options.as_dict()
+    for name in ("config", "resume", "overwrite"):
+        values.pop(name)
+    return config_from_dict(values)
+
+
+def stored_config(run):
+    """The TrainConfig of a run folder."""
+    check_run(run)
+    try:
+        return read_config(parse(train_parser(), ["--config", str(run / "config.yaml")]))
+    except UsageError as error:
+        raise UsageError(f"{run / 'config.yaml'}: {error}") from None
+
+
+def run_parser(command, description):
+    """The parser of a command that reads a trained run."""
+    parser = new_parser(command, description)
+    parser.add_argument("run", metavar="RUN", type=str, help="folder of a run")
+    parser.add_argument("--checkpoint", type=str, default="best", help="best, last or a step")
+    parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--layers", type=str | None, help="fastattn or torch, other layers than in training")
+    return parser
+
+
+def open_run(options):
+    """(folder, TrainConfig, how to load the model) of the options of a run_parser.
+
+    Raises:
+        UsageError: no run there, or an option that no run has.
+    """
+    run = Path(options.run).expanduser().absolute()
+    config = stored_config(run)
+    for name, allowed in (("accelerator", ("auto", "cpu", "cuda")), ("layers", (None, "fastattn", "torch"))):
+        if options[name] not in allowed:
+            expected = ", ".join(filter(None, allowed))
+            raise UsageError(f"{name}: expected one of {expected}, got {options[name]!r}")
+    return run, config, {name: options[name] for name in ("checkpoint", "accelerator", "layers")}

@@ -1,0 +1,47 @@
+"""fastattn evaluate: the scores of a trained model on a whole split."""
+
+from fastattn.training.evaluation.evaluate import draw_attention, evaluate_run
+from fastattn.training.evaluation.report import report_json, report_text, write_report
+from fastattn.training.files import run_path
+from fastattn.training.messages import UsageError
+
+from ._options import open_run, run_parser
+
+SPECIAL = {"data": ("lm", None, "text"), "beams": ("translate", 1, "beams")}  # option: task, default, name in reports
+
+
+def parser():
+    parser = run_parser("evaluate", "Scores of a trained model on a whole split.")
+    parser.add_argument("--split", type=str | None, help="train, validation or test; default: test where there is one")
+    parser.add_argument("--data", type=str | None, help="task lm: another text to read whole, a source as for train")
+    parser.add_argument("--beams", type=int, default=1, help="task translate: more than 1 searches with so many beams")
+    parser.add_argument(
+        "--attention", metavar="TEXT", type=str | None, help="draw what the last block looks at in TEXT"
+    )
+    parser.add_argument("--output", type=str | None, help="folder for the report; default: RUN, or RUN/reports/STEP")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def run(options, _argv):
+    run, config, how = open_run(options)
+    report = evaluate_run(run, config, split=options.split, **how, **special_options(options, config.task))
+    if options.output is not None:
+        folder = run_path(options.output)
+    else:
+        folder = run if options.checkpoint == "best" else run / "reports" / str(report["step"])
+    if options.attention is not None:
+        draw_attention(run, config, options.attention, folder / "attention.png", **how)
+    write_report(folder, report)
+    print(report_json(report) if options.json else report_text(report), end="")
+
+
+def special_options(options, run_task):
+    """Those that the task of a run has; UsageError for one that it has not."""
+    given = {}
+    for name, (task, default, argument) in SPECIAL.items():
+        if run_task == task:
+            given[argument] = options[name]
+        elif options[name] != default:
+            raise UsageError(f"{name}: expected for task {task} only, got a run of task {run_task}")
+    return given

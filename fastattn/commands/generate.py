@@ -1,0 +1,68 @@
+"""fastattn generate: text from a trained model, a continuation or a translation."""
+
+import itertools
+
+from fastattn.training.inspect.generate import beam_search, check_sampling, stream_text, stream_tokens
+from fastattn.training.messages import UsageError
+from fastattn.training.runs.load import load_run, load_task
+
+from ._options import open_run, run_parser
+
+DRAWING = {  # options with their defaults that only task lm has
+    "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "stop": None,
+    "seed": 0,
+}  # fmt: skip
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def parser():
+    parser = run_parser("generate", "Continue a prompt, or translate it, with a trained model.")
+    parser.add_argument("--prompt", type=str, required=True, help="text to continue")
+    parser.add_argument("--max_new_tokens", type=int, help="tokens to add")
+    parser.add_argument("--temperature", type=float, help="0 takes the most likely token")
+    parser.add_argument("--top_k", type=int | None, help="draw among the k most likely tokens only")
+    parser.add_argument(
+        "--top_p", type=float | None, help="draw among the likeliest tokens that reach this probability"
+    )
+    parser.add_argument("--repetition_penalty", type=float, help="more than 1 avoids tokens already there")
+    parser.add_argument(
+        "--beams", type=int, default=1, help="more than 1: the likeliest text of a beam search, not drawn"
+    )
+    parser.add_argument("--stop", type=str | None, help="end before this text")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.set_defaults(DRAWING)
+    return parser
+
+
+def run(options, _argv):
+    run, config, how = open_run(options)
+    if config.task not in ("lm", "translate"):
+        raise UsageError(f"run {str(run)!r}: expected one of task lm or translate, got {config.task}")
+    check_sampling(options.max_new_tokens, beams=options.beams, **{name: options[name] for name in SAMPLING})
+    if config.task == "translate":
+        translate(options, run, config, how)
+    else:
+        continue_prompt(options, run, config, how)
+
+
+def translate(options, run, config, how):
+    for name, default in DRAWING.items():
+        if options[name] != default:
+            raise UsageError(f"{name}: expected for task lm only, got a run of task translate")
+    model, task = load_task(run, config, **how)
+    print(*task.translate(model, [options.prompt], beams=options.beams))
+
+
+def continue_prompt(options, run, config, how):
+    model, tokenizer, _ = load_run(run, config, **how)
+    prompt = tokenizer.encode(options.prompt)
+    if options.beams > 1:
+        numbers = beam_search(model, prompt, options.max_new_tokens, beams=options.beams)
+    else:
+        sampling = {name: options[name] for name in SAMPLING}
+        numbers = stream_tokens(model, prompt, options.max_new_tokens, seed=options.seed, **sampling)
+        numbers = itertools.chain([next(numbers)], numbers)  # a mistake shows before anything is printed
+    print(options.prompt, end="", flush=True)
+    for piece in stream_text(tokenizer, numbers, options.stop):
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,22 @@
+"""fastattn predict: the class of a text."""
+
+from fastattn.training.messages import UsageError
+from fastattn.training.runs.load import load_task
+
+from ._options import open_run, run_parser
+
+
+def parser():
+    parser = run_parser("predict", "Classes that a trained classifier gives to texts.")
+    parser.add_argument("texts", metavar="TEXT", type=str, nargs="+", help="text to classify")
+    return parser
+
+
+def run(options, _argv):
+    run, config, how = open_run(options)
+    if config.task != "classify":
+        raise UsageError(f"run {str(run)!r}: expected one of task classify, got {config.task}")
+    model, task = load_task(run, config, **how)
+    for text, row in zip(options.texts, task.predict(model, options.texts).tolist(), strict=True):
+        chance, name = max(zip(row, task.names, strict=True))
+        print(f"{name}\t{chance:.3f}\t{text}")

@@ -1,0 +1,50 @@
+"""fastattn train: a model on text, from the start or from where a run was interrupted."""
+
+import operator
+from pathlib import Path
+
+from fastattn.training.messages import UsageError
+from fastattn.training.runs.start import start_model_options
+
+from ._options import read_config, stored_config, train_parser
+from ._parse import parse
+
+
+def parser():
+    return train_parser()
+
+
+def run(options, argv):
+    from fastattn.training.runs.train import train  # needs Fabric: --help does not wait for it
+
+    return train(read_train_config(options, argv), resume=options.resume is not None, overwrite=options.overwrite)
+
+
+def read_train_config(options, argv):
+    """The TrainConfig of the options, of a resumed run with its own settings below them."""
+    if options.resume is not None:
+        if options.overwrite:
+            raise UsageError("train: expected one of --resume and --overwrite, got both")
+        run = Path(options.resume).expanduser().absolute()
+        stored = stored_config(run)
+        argv = ["--config", str(run / "config.yaml"), *argv, "--run", str(run)]
+        config = read_config(parse(train_parser(), argv))
+        check_same_run(stored, config)
+        return config
+    if options.start is not None:  # the shape is that of the start unless the user says otherwise
+        options = parse(train_parser(model_options=start_model_options(options.start)), argv)
+    return read_config(options)
+
+
+def check_same_run(stored, config):
+    """Raises UsageError if a resumed run would read another text, build another model or need another state."""
+    for section, names in (
+        ("", ("task", "trained", "lora_rank", "select")),
+        ("optim.", ("name", "ema")),
+        ("model.", vars(stored.model)),
+        ("data.", [name for name in vars(stored.data) if name != "source"]),
+    ):
+        for name in names:
+            value, got = map(operator.attrgetter(section + name), (stored, config))
+            if got != value:
+                raise UsageError(f"{section}{name}: expected {value!r} as in the run that is resumed, got {got!r}")

@@ -1,0 +1,56 @@
+"""A linear layer, y = x · weightᵀ + bias, whose products are those of _gemm.py, gradients included.
+
+dx = dy · weight,  dweight = dyᵀ · x,  dbias = sum of dy over the rows
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastattn import _autocast
+from fastattn.ops import _gemm
+from fastattn.ops._backends import grad_wanted
+
+_LEAST = 2**20  # multiplications below which the Python of an autograd.Function costs more than the product gains
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _gemm.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            dx = _autocast.matmul(dy, weight) if need_dx else None
+            dweight = _autocast.matmul(dy.t(), x) if need_dweight else None
+        else:
+            dx = _gemm.input_grad(dy, weight) if need_dx else None
+            dweight = _gemm.weight_grad(dy, x) if need_dweight else None
+        return dx, dweight, dy.sum(0) if need_dbias else None
+
+
+def linear(x, weight, bias=None):
+    """`torch.nn.functional.linear` on the fastest product for the operands.
+
+    Args:
+        x: (..., d_in) of any strides. weight: (d_out, d_in). bias: (d_out,) or None.
+    Returns: (..., d_out).
+    Raises:
+        RuntimeError: as torch.nn.functional.linear.
+    """
+    if (
+        not _gemm.is_ours(x, weight)
+        or not x.layout is weight.layout is torch.strided
+        or _autocast.autocast_dtype(x) is not None
+    ):
+        return F.linear(x, weight, bias)
+    needs_grad = grad_wanted(x, weight, bias)
+    fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    if not fits or (needs_grad and x.numel() * weight.shape[0] < _LEAST):
+        return F.linear(x, weight, bias)
+    rows = x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)
+    y = _Linear.apply(rows, weight, bias) if needs_grad else _gemm.linear(rows, weight, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,1 @@
+"""From a source to batches: texts and documents, their parts, tokens, windows and rows."""

@@ -1,0 +1,114 @@
+"""Corpora that every Python carries: reference prose, docstrings by package, Hangul and its romanisation.
+
+Nothing is downloaded and nothing is stored in this project: the texts are read from the running interpreter.
+"""
+
+import ast
+import functools
+import pathlib
+import sysconfig
+import unicodedata
+
+import numpy as np
+
+from ..messages import UsageError
+from .documents import Documents
+from .split import split_documents
+
+DOCSTRING_CLASSES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "urllib", "xml")
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_FIRST_SYLLABLE, _SYLLABLES = 0xAC00, 11172
+HELD_OUT_SYLLABLES = 1117  # a tenth
+
+
+def topics():
+    """The articles of Python's help() on topics, joined: English reference prose of some 460,000 characters."""
+    try:
+        from pydoc_data.topics import topics as articles
+    except ImportError as error:
+        raise UsageError(
+            f"text source 'topics': expected pydoc_data in Python's standard library, got {error}; name a text file"
+        ) from None
+    return "".join(f"{key}\n{articles[key]}\n" for key in sorted(articles))
+
+
+@functools.cache
+def _docstrings():
+    """(package, docstring) of the standard library's modules, classes and functions, in the order of its files."""
+    library = pathlib.Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).parts
+        if parts[0] in ("site-packages", "test", "idlelib", "lib2to3") or {"test", "tests"} & set(parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, ValueError):
+            continue
+        documented = (node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
+        texts = filter(None, map(ast.get_docstring, documented))
+        found += [(parts[0].removesuffix(".py"), text) for text in texts]
+    if not found:
+        raise UsageError(f"text source 'docstrings': expected Python files in {library}, got none")
+    return found
+
+
+def docstrings():
+    """Every distinct docstring of the standard library, without labels: text to pretrain on."""
+    return {"all": Documents(list(dict.fromkeys(text for _, text in _docstrings())))}
+
+
+def docstring_classes():
+    """Docstrings of eight packages, labelled with the package: longer than 20 characters, found in one package only.
+
+    In parts of 70, 10 and 20 % of every package, so that `docstring_text` can leave out what is tested on.
+    """
+    packages = {}
+    for package, text in _docstrings():
+        packages.setdefault(text, set()).add(package)
+    chosen = [
+        (text, *names)
+        for text, names in packages.items()
+        if len(names) == 1 and names <= set(DOCSTRING_CLASSES) and len(text) > 20
+    ]
+    texts, labels = map(list, zip(*chosen, strict=True))
+    return split_documents(Documents(texts, labels=labels), 0.1, 0.2, seed=0)
+
+
+def docstring_text():
+    """The articles of help() by paragraphs and all docstrings, without those that docstring_classes tests on."""
+    parts = docstring_classes()
+    tested = {text for name in ("validation", "test") for text in parts[name].texts}
+    articles = [piece for piece in topics().split("\n\n") if piece.strip()]
+    texts = dict.fromkeys([*articles, *(text for _, text in _docstrings() if text not in tested)])
+    return {"all": Documents(list(texts))}
+
+
+def _romanised(syllable):
+    return unicodedata.name(syllable).removeprefix("HANGUL SYLLABLE ").lower()
+
+
+def hangul(seed=0, train=20000, held_out=1000):
+    """Words of 1 to 5 Hangul syllables, decomposed into letters, and their romanisation, syllables joined by "-".
+
+    Validation and test words are made of syllables that no training word has, so what is learnt is the spelling.
+
+    Args:
+        seed: decides the words and which syllables are held out.
+        train, held_out: number of training words; of validation words, and of test words.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(_SYLLABLES) + _FIRST_SYLLABLE
+    pools = {"train": order[HELD_OUT_SYLLABLES:], "validation": order[:HELD_OUT_SYLLABLES]}
+    pools["test"] = pools["validation"]
+    parts, seen = {}, set()
+    for name, pool in pools.items():
+        words = []
+        while len(words) < (train if name == "train" else held_out):
+            word = "".join(map(chr, generator.choice(pool, generator.integers(1, 6))))
+            if word not in seen:
+                words.append(word)
+                seen.add(word)
+        texts = [unicodedata.normalize("NFD", word) for word in words]
+        parts[name] = Documents(texts, targets=["-".join(map(_romanised, word)) for word in words])
+    return parts

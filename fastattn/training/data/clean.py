@@ -1,0 +1,163 @@
+"""Cleaning of documents, with an account of what was changed and removed."""
+
+import collections
+import html
+import html.parser
+import re
+import unicodedata
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from ..messages import expect
+from .documents import Documents
+
+_SPACES = re.compile(r"[^\S\n]+")
+_BLANK_LINES = re.compile(r"\n\s*\n")
+# invisible and without meaning for what is read; joiners and direction marks stay, scripts need them
+_INVISIBLE = {0x00AD, 0x200B, 0x2060, 0xFEFF}
+
+
+@dataclass
+class CleanConfig:
+    """What is done to every document, in this order.
+
+    Args:
+        markup: remove HTML and XML tags, comments, scripts and styles, and replace entities
+        normalization: Unicode normal form, null = none; NFKC also replaces compatibility characters such as ligatures
+        control: remove control characters (but tab and newline), soft hyphens, zero-width spaces and byte order marks
+        whitespace: one space for a run of spaces, no spaces at the ends of lines, at most one empty line in a row
+        lowercase: fold to lower case
+        min_characters: shorter documents are removed
+        max_characters: longer documents are removed, null = no limit
+        duplicates: keep the first of documents that are equal after all this
+    """
+
+    markup: bool = False
+    normalization: Literal["NFC", "NFKC"] | None = "NFC"
+    control: bool = True
+    whitespace: bool = True
+    lowercase: bool = False
+    min_characters: int = 1
+    max_characters: int | None = None
+    duplicates: bool = True
+
+    def __post_init__(self):
+        expect(self.min_characters >= 0, "min_characters", "at least 0", self.min_characters)
+        longest = self.max_characters
+        expect(
+            longest is None or longest >= max(1, self.min_characters),
+            "max_characters",
+            f"null or at least min_characters = {self.min_characters}",
+            longest,
+        )
+
+
+class _TextOf(html.parser.HTMLParser):
+    """Collects what a reader of a page sees; tags of blocks become line breaks."""
+
+    INLINE = frozenset(
+        ("a", "abbr", "b", "bdo", "cite", "code", "em", "font", "i", "kbd", "mark", "q", "s", "small", "span", "strong",
+         "sub", "sup", "tt", "u", "var")
+    )  # fmt: skip
+    HIDDEN = frozenset(("script", "style", "template"))
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.pieces, self.hidden = [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.hidden += tag in self.HIDDEN
+        if tag not in self.INLINE:
+            self.pieces.append("\n")
+
+    def handle_endtag(self, tag):
+        self.hidden = max(0, self.hidden - (tag in self.HIDDEN))
+        if tag not in self.INLINE:
+            self.pieces.append("\n")
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.pieces.append(data)
+
+
+def _without_markup(text):
+    if "<" not in text:
+        return html.unescape(text)
+    parser = _TextOf()
+    parser.feed(text)
+    parser.close()
+    return "".join(parser.pieces).strip("\n")
+
+
+def _without_control(text):
+    if text.isprintable():  # no control character, but perhaps one that only looks like nothing
+        return text.translate(dict.fromkeys(_INVISIBLE)) if not text.isascii() else text
+    kept = (c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and ord(c) not in _INVISIBLE))
+    return "".join(kept)
+
+
+def _even_whitespace(text):
+    lines = (_SPACES.sub(" ", line).strip() for line in text.split("\n"))
+    return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip("\n")
+
+
+def cleaning_steps(config):
+    """The steps of a CleanConfig as {name: function of a text}, in their order."""
+    steps = {
+        "markup": config.markup and _without_markup,
+        "normalization": config.normalization and (lambda text: unicodedata.normalize(config.normalization, text)),
+        "control": config.control and _without_control,
+        "whitespace": config.whitespace and _even_whitespace,
+        "lowercase": config.lowercase and str.lower,
+    }
+    return {name: step for name, step in steps.items() if step}
+
+
+def clean(documents, config=None):
+    """Clean every text and target, then remove what is too short, too long or there already.
+
+    Args:
+        documents: Documents, left as they are.
+        config: CleanConfig, default CleanConfig().
+
+    Returns:
+        (Documents, report): the report says how many documents each step changed, how many were removed and why, and
+            how many equal texts had different labels or targets.
+    """
+    config = config or CleanConfig()
+    steps = cleaning_steps(config)
+    changed = collections.Counter(dict.fromkeys(steps, 0))
+    removed = dict.fromkeys(("too short", "too long", "duplicate"), 0)
+
+    def cleaned(text):
+        for name, step in steps.items():
+            new = step(text)
+            changed[name] += new != text
+            text = new
+        return text
+
+    texts = [cleaned(text) for text in documents.texts]
+    targets = None if documents.targets is None else [cleaned(text) for text in documents.targets]
+    first, kept, conflicts = {}, [], 0
+    for i, text in enumerate(texts):
+        sides = (text,) if targets is None else (text, targets[i])
+        earlier = first.setdefault(sides, i)
+        if min(map(len, sides)) < config.min_characters:
+            removed["too short"] += 1
+        elif config.max_characters is not None and max(map(len, sides)) > config.max_characters:
+            removed["too long"] += 1
+        elif config.duplicates and earlier != i:
+            removed["duplicate"] += 1
+            conflicts += documents.labels is not None and documents.labels[earlier] != documents.labels[i]
+        else:
+            kept.append(i)
+    result = Documents(texts, documents.labels, targets, documents.groups).select(kept)
+    report = {
+        "documents": {"before": len(documents), "after": len(result)},
+        "characters": {"before": sum(map(len, documents.texts)), "after": sum(map(len, result.texts))},
+        "changed by": dict(changed),
+        "removed": removed,
+        "duplicates with another label": conflicts,
+        "config": asdict(config),
+    }
+    return result, report

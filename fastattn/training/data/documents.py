@@ -1,0 +1,44 @@
+"""Documents and what belongs to each."""
+
+import json
+from dataclasses import dataclass, fields
+
+from ..files import write_atomic
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass
+class Documents:
+    """Texts with parallel lists of what belongs to each; a list that does not exist is None.
+
+    Args:
+        texts: what is read.
+        labels: classes.
+        targets: what a text becomes, for example its translation.
+        groups: what must stay in one part of a split, for example the file a text comes from.
+    """
+
+    texts: list
+    labels: list | None = None
+    targets: list | None = None
+    groups: list | None = None
+
+    def __len__(self):
+        return len(self.texts)
+
+    def select(self, indices):
+        """The documents at these indices, in their order."""
+        picked = {}
+        for column in fields(self):
+            values = getattr(self, column.name)
+            picked[column.name] = None if values is None else [values[i] for i in indices]
+        return Documents(**picked)
+
+
+def write_documents(path, documents):
+    """Write documents as JSON lines with the keys text, label, target, group."""
+    names = {"text": documents.texts, "label": documents.labels, "target": documents.targets, "group": documents.groups}
+    present = {name: values for name, values in names.items() if values is not None}
+    rows = (dict(zip(present, row, strict=True)) for row in zip(*present.values(), strict=True))
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,37 @@
+"""The training, validation and test part of a source of documents."""
+
+import numpy as np
+
+from ..messages import UsageError
+from .documents import PARTS
+from .sources import read_documents
+from .split import split_documents
+
+SPLIT_SEED = 0  # the parts of a source are the same whatever seed a run has, so that runs can be compared
+
+
+def read_parts(data):
+    """{part: Documents} of a DataConfig: train, validation and mostly test; UsageError as read_documents."""
+    parts = read_documents(data.source, data.columns, target_source=data.target_source, unit=data.unit)
+    if "all" in parts:
+        parts = split_documents(parts["all"], data.validation_fraction, data.test_fraction, SPLIT_SEED)
+    elif "train" not in parts:
+        raise UsageError(f"source {data.source!r}: expected a training part, got {', '.join(parts)}")
+    elif "validation" not in parts:
+        parts = parts | split_documents(parts["train"], data.validation_fraction, 0.0, SPLIT_SEED)
+    if data.train_limit is not None:
+        parts["train"] = limit_documents(parts["train"], data.train_limit)
+    return {name: parts[name] for name in PARTS if name in parts}
+
+
+def limit_documents(documents, limit):
+    """The documents that are read when only `limit` of them may be: as many of every class as there are, drawn once."""
+    order = np.random.default_rng(0).permutation(len(documents)).tolist()
+    if documents.labels is None:
+        return documents.select(sorted(order[:limit]))
+    seen, ranked = {}, []
+    for i in order:
+        label = documents.labels[i]
+        seen[label] = seen.get(label, 0) + 1
+        ranked.append((seen[label], i))
+    return documents.select(sorted(i for _, i in sorted(ranked)[:limit]))

@@ -1,0 +1,183 @@
+"""What `fastattn data` does, one function a command: count, clean, split, tokenize, vectorize documents."""
+
+import collections
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..config import Columns
+from ..files import write_atomic
+from ..messages import UsageError, expect
+from . import vectors
+from .clean import CleanConfig, clean
+from .documents import PARTS, Documents, write_documents
+from .sources import read_documents
+from .split import shared_texts, split_documents
+from .token_file import SUFFIX, write_tokens
+from .tokenizer import build_tokenizer, load_tokenizer, needed_specials
+
+
+@dataclass
+class SourceConfig:
+    """Which documents.
+
+    Args:
+        source: a .csv, .tsv or .jsonl file, a text file or a folder of them, hf:NAME, or the name of a known set
+        target_source: a second text file whose lines are the targets of those of the first
+        unit: what is one document of a text file; a paragraph ends at an empty line
+        columns: which columns of a table
+    """
+
+    source: str
+    target_source: str | None = None
+    unit: Literal["line", "paragraph", "file"] = "line"
+    columns: Columns = field(default_factory=Columns)
+
+    def read(self):
+        return read_documents(self.source, self.columns, target_source=self.target_source, unit=self.unit)
+
+
+def data_stats(documents: SourceConfig):
+    """Count what a source holds: documents, characters, classes, duplicates, texts shared by two parts."""
+    parts = documents.read()
+    report = {name: _describe(part) for name, part in parts.items()}
+    if shared := shared_texts(parts):
+        report["in two parts"] = {f"{a} and {b}": count for (a, b), count in shared.items()}
+    return report
+
+
+def _describe(documents):
+    lengths = [len(text) for text in documents.texts]
+    facts = {
+        "documents": len(documents),
+        "characters": sum(lengths),
+        "distinct characters": len(set().union(*documents.texts)),
+        "median length": statistics.median(lengths) if lengths else 0,
+        "longest": max(lengths, default=0),
+        "duplicates": len(lengths) - len(set(documents.texts)),
+    }
+    if documents.labels is not None:
+        facts["classes"] = dict(collections.Counter(documents.labels).most_common())
+    return facts
+
+
+def data_clean(documents: SourceConfig, output: str, cleaning: CleanConfig):
+    """Clean the documents of a source and write them as JSON lines, one file for each part."""
+    parts = documents.read()
+    path = _new_path(output)
+    cleaned = {name: clean(part, cleaning) for name, part in parts.items()}
+    if list(parts) == ["all"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_documents(path, cleaned["all"][0])
+    else:
+        _write_parts(path, {name: part for name, (part, _) in cleaned.items()})
+    return {name: report for name, (_, report) in cleaned.items()}
+
+
+def data_split(
+    documents: SourceConfig, output: str, validation_fraction: float = 0.1, test_fraction: float = 0.1, seed: int = 0,
+    stratify: bool = True,
+):  # fmt: skip
+    """Draw training, validation and test documents and write them as JSON lines into a new folder."""
+    for name, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+        expect(0 <= fraction < 1, name, "0 <= x < 1", fraction)
+    expect(validation_fraction + test_fraction < 1, "split", "fractions below 1 together", validation_fraction)
+    expect(seed >= 0, "seed", "at least 0", seed)
+    parts = documents.read()
+    whole = {name: [] for name in ("texts", "labels", "targets", "groups")}
+    for part in parts.values():  # what was published in parts is put together and drawn anew
+        for name, values in whole.items():
+            values.extend(getattr(part, name) or [])
+    whole = Documents(**{name: values or None for name, values in whole.items()})
+    path = _new_path(output)
+    drawn = split_documents(whole, validation_fraction, test_fraction, seed, stratify=stratify)
+    _write_parts(path, drawn)
+    return {name: _describe(part) for name, part in drawn.items()}
+
+
+def data_tokenize(
+    documents: SourceConfig, output: str, tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "bpe",
+    vocab_size: int = 4096, specials: list[str] | None = None, tokenizer_file: str | None = None,
+):  # fmt: skip
+    """Turn documents into token numbers on disk: tokenizer.json and, for each part, PART.tokens and PART.ends.
+
+    PART.ends holds, as int64, where each document ends. The tokenizer learns from the training part, or is read.
+    """
+    parts = documents.read()
+    texts = [text for part in parts.values() for text in part.texts]
+    if tokenizer_file is not None:
+        built = load_tokenizer(Path(tokenizer_file).expanduser())
+    else:
+        learn_from = next(iter(parts.values())).texts
+        built = build_tokenizer(tokenizer, texts, learn_from, vocab_size, specials or needed_specials(tokenizer))
+    path = _new_path(output)
+    path.mkdir(parents=True)
+    write_atomic(path / "tokenizer.json", built.to_json())
+    report = {"vocabulary": built.vocab_size}
+    for name, part in parts.items():
+        report[name] = _write_tokens(path / name, (built.encode(text) for text in part.texts))
+        characters = sum(map(len, part.texts))
+        report[name]["characters a token"] = round(characters / max(1, report[name]["tokens"]), 3)
+    write_atomic(path / "data.json", json.dumps(report, indent=1))
+    return report
+
+
+def _write_tokens(path, encoded):
+    ends, total = [], 0
+
+    def chunks():
+        nonlocal total
+        for numbers in encoded:
+            total += len(numbers)
+            ends.append(total)
+            yield numbers
+
+    write_tokens(path.with_name(path.name + SUFFIX), chunks())
+    write_atomic(path.with_name(path.name + ".ends"), np.asarray(ends, "<i8").tobytes())
+    return {"documents": len(ends), "tokens": total}
+
+
+def data_vectorize(
+    documents: SourceConfig, output: str, kind: Literal["bag_of_words", "tfidf", "word2vec"] = "tfidf",
+    dimension: int = 100, max_ngram: int = 1, max_features: int | None = None, seed: int = 0,
+):  # fmt: skip
+    """Turn documents into vectors: sparse .npz with the features beside it, or word vectors as text.
+
+    What is counted or learnt comes from the training part; the other parts are only transformed.
+    """
+
+    parts = documents.read()
+    path = _new_path(output)
+    train = next(iter(parts.values()))
+    if kind == "word2vec":
+        learnt = vectors.word2vec(train.texts, dimension, seed=seed)
+        path.mkdir(parents=True)
+        learnt.save_word2vec_format(str(path / "vectors.txt"))
+        return {"words": len(learnt), "dimension": learnt.vector_size}
+    from scipy.sparse import save_npz
+
+    vectorizer = vectors.bag_of_words(tfidf=kind == "tfidf", max_ngram=max_ngram, max_features=max_features)
+    vectors.count_words(vectorizer, train.texts)
+    path.mkdir(parents=True)
+    for name, part in parts.items():
+        save_npz(path / f"{name}.npz", vectorizer.transform(part.texts))
+    write_atomic(path / "features.txt", "".join(f"{word}\n" for word in vectorizer.get_feature_names_out()))
+    return {"features": len(vectorizer.vocabulary_)} | {name: len(part) for name, part in parts.items()}
+
+
+def _new_path(output):
+    path = Path(output).expanduser().absolute()
+    if path.exists():
+        raise UsageError(f"output {str(path)!r}: expected a new name, got one that is there already")
+    return path
+
+
+def _write_parts(folder, parts):
+    folder.mkdir(parents=True)
+    for name in PARTS:
+        if name in parts:
+            write_documents(folder / f"{name}.jsonl", parts[name])

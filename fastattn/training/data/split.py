@@ -1,0 +1,81 @@
+"""Documents into a training, a validation and a test part, with no text in two of them."""
+
+import collections
+
+import numpy as np
+
+from ..messages import UsageError
+from .documents import PARTS
+
+
+def split_documents(documents, validation_fraction, test_fraction, seed, *, stratify=True):
+    """Draw the parts of a split.
+
+    Documents with the same text or the same group (for example the file they come from) go into one part.
+
+    Args:
+        documents: Documents.
+        validation_fraction, test_fraction: parts of all documents.
+        seed: the same seed gives the same split.
+        stratify: draw these fractions of every class, where there are labels.
+
+    Returns:
+        {"train": Documents, "validation": ..., "test": ...}, in the order of the source; none of fraction 0.
+
+    Raises:
+        UsageError: a part that should be there would be empty.
+    """
+    fractions = {"test": test_fraction, "validation": validation_fraction}
+    labels = documents.labels if stratify and documents.labels else [None] * len(documents)
+    strata = collections.defaultdict(list)  # a unit belongs to the class of its first document
+    for unit in _units(documents):
+        strata[labels[unit[0]]].append(unit)
+    generator = np.random.default_rng(seed)
+    parts = {name: [] for name in PARTS}
+    owed = dict.fromkeys(fractions, 0.0)  # what rounding left, passed on from class to class
+    for units in strata.values():
+        total = sum(map(len, units))
+        order = iter(generator.permutation(len(units)).tolist())
+        for name, fraction in fractions.items():
+            owed[name] += fraction * total
+            while owed[name] >= 0.5 and (index := next(order, None)) is not None:
+                parts[name] += units[index]
+                owed[name] -= len(units[index])
+        for index in order:
+            parts["train"] += units[index]
+    fractions["train"] = 1.0
+    parts = {name: documents.select(sorted(chosen)) for name, chosen in parts.items() if fractions[name]}
+    if empty := [name for name, part in parts.items() if not len(part)]:
+        raise UsageError(f"split: expected documents in every part, got none for {empty[0]} of {len(documents)}")
+    return parts
+
+
+def _units(documents):
+    """Lists of indices that belong together: connected by an equal text or an equal group."""
+    parent = list(range(len(documents)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for values in filter(None, (documents.texts, documents.groups)):
+        first = {}
+        for i, value in enumerate(values):
+            a, b = root(first.setdefault(value, i)), root(i)
+            parent[max(a, b)] = min(a, b)
+    units = collections.defaultdict(list)
+    for i in range(len(documents)):
+        units[root(i)].append(i)
+    return list(units.values())
+
+
+def shared_texts(parts):
+    """How many documents of one part have a text that an earlier part has too: {(earlier, part): count > 0}."""
+    shared, seen = {}, {}
+    for name, documents in parts.items():
+        for earlier, texts in seen.items():
+            if count := sum(text in texts for text in documents.texts):
+                shared[earlier, name] = count
+        seen[name] = set(documents.texts)
+    return shared

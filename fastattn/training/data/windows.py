@@ -1,0 +1,79 @@
+"""Tokens of a text and the two ways they are read: random windows to learn from, consecutive ones to evaluate on."""
+
+import numpy as np
+import torch
+
+from .text import check_summary, fingerprint, read_text, split_text
+from .tokenizer import build_tokenizer, needed_specials
+
+
+class TextData:
+    """The splits of a text as token numbers.
+
+    Args:
+        config: DataConfig, says which text and how to cut it.
+        tokenizer: None builds one from the text.
+        expected: None or the summary of the text that a run was trained on.
+
+    Raises:
+        UsageError: no usable text, characters unknown to the tokenizer, or another text than expected.
+    """
+
+    def __init__(self, config, tokenizer=None, expected=None):
+        text = read_text(config.source)
+        self.summary = {"source": config.source, "characters": len(text), "sha256": fingerprint(text)}
+        check_summary(self.summary, expected)
+        parts = split_text(text, config.validation_fraction, config.test_fraction)
+        if tokenizer is None:
+            tokenizer = build_tokenizer(
+                config.tokenizer,
+                [text],
+                parts["train"].splitlines(keepends=True),
+                config.vocab_size,
+                needed_specials(config.tokenizer),
+            )
+        self.tokenizer = tokenizer
+        if not config.test_fraction:
+            del parts["test"]
+        self.splits = {name: to_tokens(tokenizer, part) for name, part in parts.items()}
+
+
+def to_tokens(tokenizer, text, piece=2**20):
+    """The text as int32 tensor (tokens,), encoded by pieces of so many characters: a list of all would not fit."""
+    starts = range(0, max(1, len(text)), piece)
+    return torch.cat([torch.tensor(tokenizer.encode(text[s : s + piece]), dtype=torch.int32) for s in starts])
+
+
+def random_starts(n_tokens, seed, step, batch_size, block_size):
+    """Where the windows of a step start, a pure function of (seed, step): nothing to save, the same on any devices.
+
+    Args:
+        n_tokens: of the text, more than block_size.
+        seed, step: at least 0.
+        batch_size, block_size: windows, tokens in each; one more follows each.
+
+    Returns:
+        (batch_size,) int64.
+    """
+    # a counter-based generator: (seed, step) is its key, so no two steps share a stream
+    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
+    return torch.from_numpy(generator.integers(n_tokens - block_size, size=batch_size))
+
+
+def window_starts(n_tokens, block_size, limit=None, rank=0, world_size=1, windows_a_batch=64):
+    """Where all consecutive non-overlapping windows start, in batches; the tail shorter than a window is left out.
+
+    Args:
+        n_tokens: of the text.
+        block_size: tokens in a window; one more follows each.
+        limit: None or the number of windows to read.
+        rank, world_size: this process takes every world_size-th batch.
+        windows_a_batch: windows in a batch.
+
+    Yields:
+        (windows,) int64.
+    """
+    n_windows = (n_tokens - 1) // block_size
+    n_windows = n_windows if limit is None else min(n_windows, limit)
+    for start in range(rank * windows_a_batch, n_windows, world_size * windows_a_batch):
+        yield torch.arange(start, min(start + windows_a_batch, n_windows)) * block_size

@@ -1,0 +1,166 @@
+"""Several runs, or several checkpoints of a run, side by side."""
+
+import json
+import math
+import statistics
+
+import yaml
+
+from ..files import run_path, write_atomic
+from ..inspect.figures import label, new_figure, save_png
+from ..messages import UsageError
+from ..runs.checkpoint import choose_checkpoint
+from ..runs.metrics import read_metrics
+from .report import table
+
+# title → where a report has it; a column is shown if any report has it
+SCORES = {
+    "loss": ("loss",),
+    "perplexity": ("perplexity",),
+    "bits/character": ("bits_per_character",),
+    "accuracy": ("accuracy",),
+    "macro precision": ("averages", "macro", "precision"),
+    "macro recall": ("averages", "macro", "recall"),
+    "macro F1": ("averages", "macro", "f1"),
+    "log loss": ("log_loss",),
+    "calibration error": ("expected_calibration_error",),
+    "BLEU": ("bleu",),
+    "chrF": ("chrf",),
+    "exact match": ("exact_match",),
+}
+
+
+def compare_runs(runs, output=None):
+    """A table of runs, and their validation curves.
+
+    Args:
+        runs: list of "RUN", with its latest report, or "RUN@STEP", "RUN@best", "RUN@last", with that of a checkpoint,
+            from RUN/report.json or RUN/reports/*/report.json. A folder with a report.json alone, as of a baseline, is
+            a run as well.
+        output: None, or a folder for comparison.md and comparison.png.
+
+    Returns:
+        The Markdown table; "–" stands where nothing is known. Parameters are those in a checkpoint, shared ones once;
+        without @ the validation loss is the best and the steps are all; seconds are those of training, without
+        validation.
+
+    Raises:
+        UsageError: no run, not a run, no such checkpoint, or a file that cannot be read.
+    """
+    if not runs:
+        raise UsageError("compare: expected at least one run, got none")
+    entries = [_read_entry(name) for name in runs]
+    for title, path in SCORES.items():
+        values = [_score(report, path) for report, _, _ in entries]
+        if any(value is not None for value in values):
+            for (_, row, _), value in zip(entries, values, strict=True):
+                row[title] = value
+    last = ("validation loss", "steps", "seconds", "tokens/s")
+    header = [name for name in entries[0][1] if name not in last]
+    text = table((*header, *last), [[row[name] for name in (*header, *last)] for _, row, _ in entries])
+    if output is not None:
+        folder = run_path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        _plot_validation(folder / "comparison.png", {row["run"]: curve for _, row, curve in entries})
+        write_atomic(folder / "comparison.md", f"{text}\n\n![validation losses](comparison.png)\n")
+    return text
+
+
+def _read_entry(name):
+    """Of one run: its report, {} if there is none; what the table says besides scores; [(step, validation loss)]."""
+    base, which = name, None
+    if not run_path(name).is_dir() and "@" in name:
+        base, _, which = name.rpartition("@")
+    run = run_path(base)
+    if not any((run / file).is_file() for file in ("config.yaml", "report.json")):
+        raise UsageError(f"run {base!r}: expected a folder with config.yaml or report.json, got none there")
+    try:
+        metrics = [row for row in read_metrics(run) if "step" in row]
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{run / 'metrics.csv'}: expected a table of numbers, got {error}") from None
+    checkpoint = choose_checkpoint(run, which or "best", needed=())
+    if which and checkpoint is None:
+        raise UsageError(f"run {base!r}: expected a checkpoint for '@{which}', got none yet")
+    step = checkpoint[1]["step"] if which else None
+    if which:
+        metrics = [row for row in metrics if row["step"] <= step]
+    report = _read_report(run, step)
+    evaluated_on = ", ".join(str(report[key]) for key in ("source", "split") if key in report)
+    curve = [(int(row["step"]), row["validation_loss"]) for row in metrics if "validation_loss" in row]
+    curve = [point for point in curve if math.isfinite(point[1])]
+    speeds = [row["tokens_per_second"] for row in metrics if row.get("tokens_per_second")]
+    row = {
+        "run": name,
+        "architecture": report.get("architecture") or _architecture(run / "config.yaml"),
+        "parameters": _count_parameters(checkpoint[0]) if checkpoint else report.get("parameters"),
+        "evaluated on": evaluated_on or None if report else "no report",
+        "validation loss": min((loss for at, loss in curve if step in (None, at)), default=None),
+        "steps": step if which else max((int(row["step"]) for row in metrics), default=None),
+        "seconds": sum(row.get("seconds", 0.0) for row in metrics) or report.get("seconds"),
+        "tokens/s": statistics.median(speeds) if speeds else None,
+    }
+    return report, row, curve
+
+
+def _score(report, path):
+    for key in path:
+        report = report.get(key) if isinstance(report, dict) else None
+    return float(report) if isinstance(report, (int, float)) else None
+
+
+def _read_report(run, step):
+    """The report of a step, None: the latest; {} if there is none."""
+    paths = [run / "report.json", *([] if step is None else sorted(run.glob("reports/*/report.json")))]
+    for path in filter(lambda path: path.is_file(), paths):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path}: expected a report, got {error}") from None
+        if not isinstance(report, dict):
+            raise UsageError(f"{path}: expected a report, got a {type(report).__name__}")
+        if step is None or report.get("step") == step:
+            return report
+    return {}
+
+
+def _architecture(path):
+    """Of a config.yaml, for example "transformer, 4 × 128, 4 heads, fastattn"; None if that says nothing of a model."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
+    model = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        return None
+    body = model.get("body", "transformer")
+    parts = [body]
+    if {"n_layer", "d_model"} <= model.keys() and body != "bag_of_words":
+        parts.append(f"{model['n_layer']} × {model['d_model']}")
+    if body == "transformer" and "n_head" in model:
+        parts.append(f"{model['n_head']} heads")
+    return ", ".join([*parts, *filter(None, [config.get("layers")])])
+
+
+def _count_parameters(folder):
+    """How many numbers model.safetensors holds, by its header alone; None if that is damaged."""
+    try:
+        with open(folder / "model.safetensors", "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size) if size < 2**30 else b"")
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _plot_validation(path, curves):
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot(xlabel="step", ylabel="validation loss")
+    for name, curve in curves.items():
+        if curve:
+            lowest = min(loss for _, loss in curve)
+            name = name if len(name) <= 40 else f"…{name[-39:]}"  # paths differ at their ends
+            axes.plot(*zip(*curve, strict=True), marker=".", label=f"{lowest:.4f}  {label(name, 40)}")
+    if axes.lines:
+        axes.legend(title="lowest, run")
+    axes.grid(alpha=0.3)
+    save_png(figure, path)

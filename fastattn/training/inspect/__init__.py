@@ -1,0 +1,1 @@
+"""What comes out of a model: generated text, scores of predictions, attention maps, and pictures of them."""

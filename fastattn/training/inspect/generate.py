@@ -1,0 +1,186 @@
+"""Text from a trained model, one token after the other: greedy, sampled, or by beam search."""
+
+import torch
+
+from fastattn.models import KeyValueCache, search
+
+from ..messages import UsageError
+
+
+def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, beams=1):
+    """Raises UsageError for values that cannot be sampled with."""
+    expectations = (
+        (max_new_tokens >= 1, "max_new_tokens: expected at least 1", max_new_tokens),
+        (0 <= temperature < float("inf"), "temperature: expected 0 or more", temperature),
+        (top_k is None or top_k >= 1, "top_k: expected at least 1", top_k),
+        (top_p is None or 0 < top_p <= 1, "top_p: expected 0 < x <= 1", top_p),
+        (0 < repetition_penalty < float("inf"), "repetition_penalty: expected more than 0", repetition_penalty),
+        (beams >= 1, "beams: expected at least 1", beams),
+    )
+    for holds, expected, got in expectations:
+        if not holds:
+            raise UsageError(f"{expected}, got {got}")
+
+
+class _NextLogits:
+    """The logits after each of a batch of growing token rows, from a cache as long as they fit the model's window.
+
+    A window that moves gives every token another position: then all of it is read again, as without a cache.
+    """
+
+    def __init__(self, model, use_cache):
+        self.model = model
+        self.use_cache = use_cache and hasattr(model, "blocks")
+        self.cache = None
+
+    def __call__(self, tokens):
+        """tokens: (batch, n), those of the last call with one more each; returns (batch, vocab_size)."""
+        if not self.use_cache or tokens.shape[1] > self.model.block_size:
+            return self.model(tokens[:, -self.model.block_size :])[:, -1]
+        if self.cache is None:
+            self.cache = KeyValueCache(self.model, len(tokens))
+        return self.model(tokens[:, self.cache.length :], cache=self.cache)[:, -1]
+
+    def reorder(self, rows):
+        if self.cache is not None:
+            self.cache.reorder(rows)
+
+
+def next_token_probabilities(logits, seen=None, *, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0):
+    """What the next token is drawn from.
+
+    Args:
+        logits: (batch, vocab_size), float.
+        seen: None or (batch, n) int64, the tokens so far: their logits are divided by the penalty if positive and
+            multiplied by it if negative, once for each distinct token (Keskar et al., "CTRL", 2019, section 4.1).
+        temperature: logits are divided by it; 0 leaves the most likely token alone.
+        top_k: None or how many of the most likely tokens to keep.
+        top_p: None or how much probability: the fewest most likely tokens that reach it are kept (Holtzman et al.,
+            "The curious case of neural text degeneration", 2019).
+        repetition_penalty: 1.0 = none.
+
+    Returns:
+        (batch, vocab_size) fp32, rows sum to 1.
+    """
+    logits = logits.float()
+    if repetition_penalty != 1.0 and seen is not None:
+        scores = logits.gather(1, seen)
+        logits = logits.scatter(
+            1, seen, torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
+        )
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, index = probabilities.sort(descending=True)
+        surplus = ordered.cumsum(-1) - ordered >= top_p  # those before it reach top_p without it
+        probabilities = probabilities.masked_fill(surplus.scatter(1, index, surplus), 0.0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
+
+
+@torch.no_grad()
+def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None, top_p=None, repetition_penalty=1.0,
+                  stop=(), seed=0, use_cache=True):  # fmt: skip
+    """Continue a prompt, token by token.
+
+    Args:
+        model: a CausalLM; left in the mode (training or evaluation) it was in.
+        prompt: list of int, at least one token; the model sees the last block_size of everything so far.
+        max_new_tokens: tokens to add at most.
+        temperature, top_k, top_p, repetition_penalty: as for next_token_probabilities.
+        stop: tokens that end the text; they are not given out.
+        seed: the same seed gives the same text.
+        use_cache: keep keys and values instead of reading everything again for each token.
+
+    Yields:
+        int: the new tokens, each as soon as it is drawn.
+
+    Raises:
+        UsageError: an empty prompt or values out of range.
+    """
+    check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    if not prompt:
+        raise UsageError("prompt: expected at least one token, got an empty text")
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.tensor([prompt], device=device)
+    next_logits = _NextLogits(model, use_cache)
+    try:
+        for _ in range(max_new_tokens):
+            probabilities = next_token_probabilities(
+                next_logits(tokens), tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                repetition_penalty=repetition_penalty,
+            )  # fmt: skip
+            chosen = torch.multinomial(probabilities, 1, generator=generator)
+            if (number := chosen.item()) in stop:
+                return
+            yield number
+            tokens = torch.cat([tokens, chosen], 1)
+    finally:
+        model.train(was_training)
+
+
+def generate_tokens(model, prompt, max_new_tokens, **options):
+    """The new tokens of `stream_tokens` as a list; the same arguments and errors."""
+    return list(stream_tokens(model, prompt, max_new_tokens, **options))
+
+
+def stream_text(tokenizer, numbers, stop=None):
+    """Tokens as text, in pieces that join to tokenizer.decode of all of them.
+
+    Args:
+        tokenizer: as of `build_tokenizer`.
+        numbers: iterable of int.
+        stop: None or a text: what comes before its first occurrence is the end.
+
+    Yields:
+        str, not empty.
+    """
+    so_far, shown = [], 0
+    for number in numbers:
+        so_far.append(number)
+        text = tokenizer.decode(so_far)
+        if stop and (end := text.find(stop)) >= 0:
+            if end > shown:
+                yield text[shown:end]
+            return
+        # half a character is not shown, nor what may become the stop text
+        safe = len(text.rstrip("\ufffd")) - (len(stop) - 1 if stop else 0)
+        if safe > shown:
+            yield text[shown:safe]
+            shown = safe
+    if rest := tokenizer.decode(so_far)[shown:]:
+        yield rest
+
+
+@torch.no_grad()
+def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, stop=(), use_cache=True):
+    """The most likely continuation that a beam of `beams` candidates finds.
+
+    Args:
+        model, prompt, max_new_tokens, stop, use_cache: as for stream_tokens.
+        beams: candidates that are followed at a time.
+        length_penalty: candidates are compared by log-probability / length ** length_penalty.
+
+    Returns:
+        list of int: the new tokens, without the stop token.
+
+    Raises:
+        UsageError: an empty prompt or values out of range.
+    """
+    check_sampling(max_new_tokens, beams=beams)
+    if not prompt:
+        raise UsageError("prompt: expected at least one token, got an empty text")
+    was_training = model.training
+    model.eval()
+    tokens = torch.tensor([prompt], device=next(model.parameters()).device)
+    found = search.beam_search(
+        _NextLogits(model, use_cache), tokens, max_new_tokens, beams=beams, length_penalty=length_penalty, stop=stop
+    )
+    model.train(was_training)
+    return found[0]

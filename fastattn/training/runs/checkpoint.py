@@ -1,0 +1,235 @@
+"""The folder of a run and its checkpoints: whole after a kill at any moment.
+
+    RUN/config.yaml tokenizer.json data.json metrics.csv loss.png sample.txt tensorboard/
+    RUN/report.json report.md confusion.png calibration.png attention.png, and those of one step in reports/STEP/
+    RUN/checkpoints/step-00000250/{model.safetensors, state.pt, meta.json}
+
+Everything is written beside its final name, flushed to the disk and renamed: a reader finds all of it or nothing.
+meta.json holds the step, the validation loss and the sha256 of the other two, so damage is noticed.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_model
+
+from ..files import sync, write_atomic
+from ..messages import UsageError, warn
+
+RUN_FILES = {
+    "config.yaml", "tokenizer.json", "data.json", "metrics.csv", "loss.png", "sample.txt", "report.json", "report.md",
+    "confusion.png", "calibration.png", "attention.png", "reports", "tensorboard", "checkpoints",
+}  # fmt: skip
+
+
+def create_run(run, files, overwrite):
+    """Make the folder of a run with its first files, all at once; an old run is replaced at the last moment.
+
+    Args:
+        run: the folder, as check_new_run has seen it.
+        files: {name: text}.
+        overwrite: whether an old run may be replaced.
+    """
+    check_new_run(run, overwrite)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    temporary = run.with_name(f".{run.name}.{os.getpid()}.tmp")
+    try:
+        (temporary / "checkpoints").mkdir(parents=True)
+        for name, text in files.items():
+            write_atomic(temporary / name, text)
+        if run.is_dir() and any(run.iterdir()):
+            _remove(run)
+        os.replace(temporary, run)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(run.parent)
+
+
+def check_new_run(run, overwrite):
+    """Raises UsageError if `run` cannot become a new run: something is there that may not be replaced."""
+    if file := next((parent for parent in run.parents if parent.exists() and not parent.is_dir()), None):
+        raise UsageError(f"run {str(run)!r}: expected a folder inside folders, got the file {str(file)!r} on the way")
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    if not run.is_dir():
+        raise UsageError(f"run {str(run)!r}: expected a folder or nothing, got a file")
+    if foreign := sorted(p.name for p in run.iterdir() if p.name not in RUN_FILES and not p.name.endswith(".tmp")):
+        raise UsageError(f"run {str(run)!r}: expected a new folder, got one with {foreign[0]!r}, which no run writes")
+    if not overwrite:
+        raise UsageError(
+            f"run {str(run)!r}: expected a new folder, got an existing run; "
+            f"continue it with --resume {run} or replace it with --overwrite"
+        )
+
+
+def check_run(run):
+    """Raises UsageError unless `run` is the folder of a run."""
+    if not run.is_dir():
+        got = "a file" if run.exists() else "nothing there"
+        raise UsageError(f"run {str(run)!r}: expected the folder of a run, got {got}")
+    for name in ("config.yaml", "tokenizer.json", "data.json"):
+        if not (run / name).is_file():
+            raise UsageError(f"run {str(run)!r}: expected the folder of a run, got one without {name}")
+
+
+def read_summary(run):
+    """The summary of the data that a run was trained on (data.json)."""
+    try:
+        summary = json.loads((run / "data.json").read_text())
+        return {**summary, **{name: summary[name] for name in ("source", "characters", "sha256")}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{run / 'data.json'}: expected source, characters and sha256, got {error}") from None
+
+
+def save_checkpoint(run, step, model, state, validation, keep):
+    """Write a checkpoint, then delete all but the best and the newest ones.
+
+    Args:
+        run: the folder of the run.
+        step: finished steps.
+        model: the module whose weights are saved.
+        state: what resuming needs besides, loadable with weights_only=True.
+        validation: {"validation_loss": ..., "score": ...}, the best has the lowest score; None if not validated.
+        keep: number of newest checkpoints to keep.
+
+    Raises:
+        OSError: it could not be written; the others are as they were.
+    """
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        try:
+            save_model(model, str(temporary / "model.safetensors"))
+            torch.save(state, temporary / "state.pt")
+        except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError to them
+            raise OSError(f"checkpoint {str(folder)!r}: expected room to write it, got {error}") from error
+        shutil.copymode(temporary / "state.pt", temporary / "model.safetensors")  # safetensors makes it private
+        meta = {"step": step, "validation_loss": None, **(validation or {})}
+        meta["sha256"] = {name: _flush_and_hash(temporary / name) for name in ("model.safetensors", "state.pt")}
+        write_atomic(temporary / "meta.json", json.dumps(meta))
+        if folder.exists():  # a damaged one that training has passed again
+            _remove(folder)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(folder.parent)
+    _rotate(run, keep)
+
+
+def find_checkpoints(run):
+    """Checkpoints of a run, oldest first: [(folder, meta or None if meta.json is damaged)]."""
+    return [(folder, _read_meta(folder)) for folder in sorted((run / "checkpoints").glob("step-*")) if folder.is_dir()]
+
+
+def best_checkpoint(run):
+    """(folder, meta) of the lowest score; None if none was validated."""
+    validated = [(f, m) for f, m in find_checkpoints(run) if m and m["validation_loss"] is not None]
+    return min(validated, key=lambda item: item[1].get("score", item[1]["validation_loss"]), default=None)
+
+
+def choose_checkpoint(run, which="last", needed=("model.safetensors",)):
+    """An undamaged checkpoint of a run; a damaged one is reported on stderr and the next older good one taken.
+
+    Args:
+        run: the folder of the run.
+        which: "last", "best", or a step as text.
+        needed: files that must be whole.
+
+    Returns:
+        (folder, meta), or None if the run has no checkpoint at all.
+
+    Raises:
+        UsageError: no such step, or all that could serve are damaged.
+    """
+    found = find_checkpoints(run)
+    candidates = found[::-1]
+    if which not in ("last", "best"):
+        candidates = [(f, m) for f, m in found if which.isdecimal() and f.name == f"step-{int(which):08d}"]
+        if not candidates:
+            steps = ", ".join(str(int(f.name[5:])) for f, _ in found) or "none"
+            raise UsageError(f"checkpoint: expected 'best', 'last' or a saved step ({steps}), got {which!r}")
+    elif which == "best" and (best := best_checkpoint(run)):
+        candidates.sort(key=lambda checkpoint: checkpoint[0] != best[0])  # stable: the best, then newest to oldest
+    damages = []
+    for folder, meta in candidates:
+        damage = _find_damage(folder, meta, needed)
+        if damage is None:
+            if damages:
+                warn(f"checkpoint {damages[0]}; using {folder.name} instead")
+            return folder, meta
+        damages.append(f"{folder} is damaged ({damage})")
+    if damages:
+        raise UsageError(f"checkpoint: expected an undamaged one in {str(run)!r}, got {'; '.join(damages)}")
+    return None
+
+
+def load_state(folder):
+    """The state of a checkpoint; UsageError if there is more in it than plain values: no code of a file is run."""
+    try:
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"{folder}: expected a state of plain numbers and tensors, got {text[:200]}") from None
+
+
+def remove_leftovers(run):
+    """Delete what a killed process left half-written."""
+    for path in [*run.glob(".*.tmp"), *(run / "checkpoints").glob(".*.tmp")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _rotate(run, keep):
+    best = best_checkpoint(run)
+    for folder, _ in find_checkpoints(run)[:-keep]:
+        if best is None or folder != best[0]:
+            _remove(folder)
+
+
+def _remove(folder):
+    """Delete a folder; its name goes first and at once, so a kill leaves no half of it under that name."""
+    doomed = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _read_meta(folder):
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        return meta if {"step", "validation_loss", "sha256"} <= meta.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _find_damage(folder, meta, needed):
+    if meta is None:
+        return "meta.json missing or unreadable"
+    for name in needed:
+        if not (folder / name).is_file():
+            return f"{name} missing"
+        if _hash(folder / name) != meta["sha256"].get(name):
+            return f"{name} differs from its sha256"
+    return None
+
+
+def _hash(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush_and_hash(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return _hash(path)

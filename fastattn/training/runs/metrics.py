@@ -1,0 +1,81 @@
+"""The course of a run: metrics.csv, TensorBoard, and the loss curve drawn from the CSV."""
+
+import csv
+import io
+import math
+
+from ..files import write_atomic
+from ..inspect.figures import label, new_figure, save_png
+
+# seconds: of training since the row before that has it, without validation and checkpoints
+COLUMNS = (
+    "step", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "grad_norm", "tokens_per_second",
+    "mfu", "seconds",
+)  # fmt: skip
+
+
+def read_metrics(run):
+    """Rows of metrics.csv: list of {column: float}, empty cells left out, a torn last line left out."""
+    path = run / "metrics.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(lines)]
+
+
+class MetricsLog:
+    """Appends rows to metrics.csv and to TensorBoard; a resumed run first drops the rows past its checkpoint.
+
+    Args:
+        run: the folder of the run.
+        step: finished steps; later rows are dropped.
+        tensorboard: whether to write for TensorBoard too.
+    """
+
+    # Fabric's CSVLogger starts a new file, or appends after rows that a resumed run will write again
+    def __init__(self, run, step, tensorboard):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in read_metrics(run):
+            if step and row["step"] <= step:  # a run that begins anew validates at step 0 again
+                writer.writerow({**row, "step": int(row["step"])})
+        write_atomic(run / "metrics.csv", text.getvalue())
+        self.file = open(run / "metrics.csv", "a", newline="", buffering=1)  # noqa: SIM115, closed by close()
+        self.writer = csv.DictWriter(self.file, COLUMNS, lineterminator="\n")
+        self.tensorboard = None
+        if tensorboard:
+            from lightning_fabric.loggers import TensorBoardLogger
+
+            purge = step + 1 if step else 0
+            self.tensorboard = TensorBoardLogger(run, name="tensorboard", version="", purge_step=purge)
+
+    def log(self, step, **values):
+        """Append a row; a value of None is unknown and left out: an empty cell, no point in TensorBoard."""
+        known = {name: value for name, value in values.items() if value is not None}
+        self.writer.writerow({"step": step, **known})
+        if self.tensorboard:
+            self.tensorboard.log_metrics(known, step)
+
+    def close(self):
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.finalize("finished")
+
+
+def plot_losses(run):
+    """Draw RUN/loss.png from RUN/metrics.csv and return its path."""
+    rows = read_metrics(run)
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", title=label(run.name, 60))
+    for name, style in (("train_loss", {"linewidth": 0.8, "alpha": 0.6}), ("validation_loss", {"marker": "o"})):
+        points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+        if points:
+            text = f"{name.replace('_', ' ')}, last {points[-1][1]:.4f}"
+            axes.plot(*zip(*points, strict=True), label=text, **style)
+    if axes.lines:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    save_png(figure, run / "loss.png")
+    return run / "loss.png"

@@ -1,0 +1,108 @@
+"""How much of a device's arithmetic a training run uses (model FLOPs utilization, MFU)."""
+
+import functools
+import time
+
+import torch
+
+from fastattn.models import MaskedLM
+from fastattn.models.backbone import Head
+
+from ..data.batches import MASKED
+from .lora import HEADS
+
+# dense bf16 and fp16 products of a device, FLOP/s, by the makers' data sheets; sparse figures are twice these
+PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def flops_per_token(model, shape):
+    """Operations of a training step for each token.
+
+    2 a weight of a matrix and 4 * d_model * block_size a layer of attention in the forward pass. The gradients cost
+    the same for the weights that are trained, and once more for the inputs unless only the head is trained. Looking up
+    an embedding and making the sums of LoRA cost nothing; an output layer counts also when it is tied to the embedding,
+    that of a MaskedLM for the tokens it predicts. Half the tokens of a translator pass its encoder, half its decoder.
+
+    Args:
+        model: nn.Module, of whose weights those are trained that require a gradient.
+        shape: ModelConfig.
+    Source: Chowdhery et al. 2022, "PaLM: scaling language modeling with pathways", appendix B.
+    """
+    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    through = any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(HEADS))
+
+    def product(weight):
+        return 2 * weight.numel() * (1 + through + weight.requires_grad)
+
+    def products(module):
+        matrices = (p for name, p in module.named_parameters() if p.dim() > 1 and ".lora_" not in name)
+        return sum(product(p) for p in matrices if all(p is not table for table in tables))
+
+    operations, head = products(model), getattr(model, "head", None)
+    if isinstance(head, Head):
+        output = products(head) + (product(tables[0]) if head.weight is None else 0)
+        operations += (MASKED * output if isinstance(model, MaskedLM) else output) - products(head)
+    if hasattr(model, "decoder"):
+        operations //= 2
+    attention = shape.n_layer * shape.d_model * shape.block_size if shape.body == "transformer" else 0
+    return operations + 4 * (1 + 2 * through) * attention
+
+
+def peak_flops(device, precision):
+    """FLOP/s of matrix products: a GPU's by its data sheet, a CPU's measured (about 0.1 s); None for an unknown GPU.
+
+    Args:
+        device: torch.device.
+        precision: of a TrainConfig; a CPU's products are measured in its number format.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+        return peak if precision != "32-true" else None
+    n, best = 768, float("inf")
+    a, b = torch.rand(2, n, n, dtype=torch.bfloat16 if precision.startswith("bf16") else torch.float32)
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best if best else None  # a clock that did not move tells nothing
+
+
+class Speedometer:
+    """Times the steps of a run: a `with` block is one step.
+
+    Args:
+        tokens_a_step: tokens that a step reads, on average.
+        flops_per_token: operations of one device for each token of a step.
+        device, precision: as for `peak_flops`.
+    """
+
+    def __init__(self, tokens_a_step, flops_per_token, device, precision):
+        self.tokens_a_step, self.flops_per_token = tokens_a_step, flops_per_token
+        self.measure_peak = functools.partial(peak_flops, device, precision)
+        self.peak, self.seconds, self.steps = None, 0.0, 0
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self.start
+        self.steps += 1
+
+    def read(self):
+        """Of the steps since the last reading: {"tokens_per_second", "mfu", "seconds"}, None for what is unknown."""
+        speed = self.tokens_a_step * self.steps / self.seconds if self.seconds else None
+        reading = {"tokens_per_second": speed, "mfu": self.utilization(speed), "seconds": self.seconds}
+        self.seconds, self.steps = 0.0, 0
+        return reading
+
+    def utilization(self, tokens_per_second):
+        """The model's arithmetic a second over that of the device's matrix products (MFU); None where unknown."""
+        if tokens_per_second is None:
+            return None
+        rate = tokens_per_second * self.flops_per_token
+        if self.peak is None:
+            self.peak = self.measure_peak()
+        if self.peak is not None and rate > self.peak:  # a CPU's peak was measured while others used it
+            self.peak = max(self.peak, self.measure_peak() or 0.0)
+        return rate / self.peak if self.peak is not None and rate <= self.peak else None

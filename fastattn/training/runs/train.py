@@ -1,0 +1,108 @@
+"""Training as a whole: what a user can get wrong is checked, the folder is made, the loop runs."""
+
+import dataclasses
+import json
+import os
+
+import torch
+import yaml
+from lightning_fabric import Fabric
+
+from ..data.sources import resolve_source
+from ..data.tokenizer import load_tokenizer
+from ..files import run_path, write_atomic
+from ..messages import UsageError, warn
+from ..tasks.registry import make_task
+from .checkpoint import check_new_run, check_run, choose_checkpoint, create_run, read_summary, remove_leftovers
+from .console import conclude, describe
+from .devices import check_devices
+from .loop import Trainer
+from .lora import train_only
+from .sharding import sharded_strategy
+from .start import load_start, start_tokenizer
+
+
+def train(config, *, resume=False, overwrite=False):
+    """Train a model as `config` says, from the start or from the newest checkpoint of config.run.
+
+    Args:
+        config: TrainConfig.
+        resume: continue the run in config.run; losses are then the same bits as without the interruption.
+        overwrite: replace a run that is already there.
+
+    Returns:
+        0 when finished, 128 + the signal's number when SIGINT or SIGTERM ended it early (after a checkpoint).
+
+    Raises:
+        UsageError: a user's mistake; nothing was written.
+    """
+    run = run_path(config.run)
+    config.data.source = resolve_source(config.data.source)
+    if config.data.target_source is not None:
+        config.data.target_source = resolve_source(config.data.target_source)
+    if config.start is not None:
+        config.start = str(run_path(config.start))
+    check_devices(config)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=sharded_strategy(config.devices * config.num_nodes) if config.strategy == "fsdp" else config.strategy,
+        precision=config.precision,
+    )
+    task = prepare_run(run, config, resume, overwrite) if fabric.global_rank == 0 else None
+    fabric.launch()
+    if fabric.global_rank == 0:
+        open_run(run, config, task, resume, overwrite)
+    fabric.barrier()
+    if task is None:
+        task = make_task(config, load_tokenizer(run / "tokenizer.json"), read_summary(run))
+    trainer = Trainer(run, config, task, fabric)
+    if fabric.is_global_zero:
+        describe(trainer)
+    stopped = trainer.fit()
+    if fabric.is_global_zero:
+        conclude(trainer, stopped)
+    return 128 + stopped if stopped else 0
+
+
+def prepare_run(run, config, resume, overwrite):
+    """Everything a user can get wrong, checked before anything is written; returns the Task."""
+    tokenizer, expected = None, None
+    if config.tensorboard:
+        import torch.utils.tensorboard  # noqa: F401, a missing package shows before the run has a folder
+    if resume:
+        check_run(run)
+        tokenizer, expected = load_tokenizer(run / "tokenizer.json"), read_summary(run)
+        choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
+    else:
+        check_new_run(run, overwrite)
+        if config.start == str(run):
+            raise UsageError(f"run {config.run!r}: expected another folder than that of start, got the same")
+        if config.start is not None:
+            tokenizer = start_tokenizer(config)
+    task = make_task(config, tokenizer, expected)
+    if config.epochs is not None:
+        config.steps = max(1, round(config.epochs * task.steps_an_epoch))
+    task.check_sample()
+    if config.start is not None and not resume:
+        model = task.build_model(config, task.tokenizer, task.summary)  # tells what does not fit
+        new = load_start(model, config, task.summary.get("labels"))
+        train_only(model, config.trained, config.lora_rank)
+        if new:
+            warn(f"start {config.start}: all weights taken over but {', '.join(new[:6])}{' ...' if new[6:] else ''}")
+    return task
+
+
+def open_run(run, config, task, resume, overwrite):
+    files = {"config.yaml": yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)}
+    if resume:
+        remove_leftovers(run)
+        write_atomic(run / "config.yaml", files["config.yaml"])
+    else:
+        files["tokenizer.json"] = task.tokenizer.to_json()
+        files["data.json"] = json.dumps(task.summary)
+        create_run(run, files, overwrite)

@@ -1,0 +1,27 @@
+"""The tasks by the names they have in a config."""
+
+from .classification import Classification
+from .language_modelling import LanguageModelling
+from .masked_language_modelling import MaskedLanguageModelling
+from .translation import Translation
+
+TASKS = {
+    "lm": LanguageModelling,
+    "masked_lm": MaskedLanguageModelling,
+    "classify": Classification,
+    "translate": Translation,
+}
+
+
+def make_task(config, tokenizer=None, expected=None):
+    """The task of a TrainConfig, with its data read and checked.
+
+    Args:
+        config: TrainConfig.
+        tokenizer: None learns one from the training part.
+        expected: None or the summary (data.json) of the data that a run was trained on.
+
+    Raises:
+        UsageError: data that cannot be used, or other data than expected.
+    """
+    return TASKS[config.task](config, tokenizer, expected)

@@ -1,0 +1,262 @@
+"""What Triton compiles when the launchers are called, with no GPU and no driver: its own launch code up to there.
+
+Triton keys a binary by dtypes, constants, options and what it sees in an integer: whether it is 1, or a multiple of 16.
+A process that used the interpreter cannot compile, so tests run this file in one of its own:
+
+    python tests/compilations.py        prints {scenario: {kernel: number of different binaries}} as JSON, compiles none
+    python tests/compilations.py '[{"arch": 90, "call": "norm_bwd", "arguments": {...}}, ...]'
+                                        compiles what these calls launch; answers with the resources of each kernel
+"""
+
+import collections
+import concurrent.futures
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import aot
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MODULES = ("attention", "attention_bwd", "attention_dbias", "attention_decode", "cross_entropy", "dropout",
+           "feed_forward", "feed_forward_gemm", "norm", "rotary")  # fmt: skip
+
+
+class NoDriver:
+    """What the launch code asks of a driver before it compiles. The "device" is its architecture."""
+
+    arch = 90
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def pretend(arch):
+    """The launchers take CPU tensors for those of a GPU of this architecture."""
+    import triton
+
+    import fastattn  # noqa: F401
+
+    NoDriver.arch = arch
+    triton.runtime.driver.set_active(NoDriver())
+    torch.cuda.get_device_capability = lambda device: divmod(arch, 10)
+    config = kernels("attention_config")
+    if not hasattr(config, "real_architecture"):
+        config.real_architecture = config.architecture
+    for module in (config, kernels("feed_forward_gemm")):
+        module.architecture = lambda device: config.real_architecture(torch.device("cuda"))
+    config.pick.cache_clear()
+    kernels("attention").plan_for.cache_clear()
+
+
+def kernels(name):
+    return importlib.import_module(f"fastattn.kernels.{name}")
+
+
+LENGTHS = (1, 2, 16, 17, 32, 100, 128)
+
+
+def rotary(positions=False):
+    """Prompts of all lengths, and tokens after them one by one."""
+    cos = torch.ones(4096, 32)
+    calls = [(seqlen, 0) for seqlen in LENGTHS] + [(1, offset) for offset in range(40)]
+    for seqlen, offset in calls:
+        q, k = torch.ones(2, 8, seqlen, 64), torch.ones(2, 2, seqlen, 64)
+        places = torch.arange(seqlen).expand(2, seqlen).contiguous() if positions else None
+        kernels("rotary").rotary_fwd(q, k, cos[: 2048 + offset], cos[: 2048 + offset], places, offset, 64, False, False)
+
+
+def norm(dropout=False):
+    for rows in LENGTHS:
+        for p in (0.1, 0.5) if dropout else (0.0,):
+            x, rng = torch.ones(rows, 256), torch.ones(2, dtype=torch.int64) if dropout else None
+            module = kernels("norm")
+            _, r, stats = module.norm_fwd(x, x, x[0], x[0], rng, p, 1e-5, False)
+            module.norm_bwd(x, None, r, x[0], stats, rng, p, False, dropout, True, True)
+
+
+def wide_norm():
+    for rows in LENGTHS:
+        x = torch.ones(rows, 20000)
+        _, r, stats = kernels("norm").norm_fwd(x, x, x[0], x[0], None, 0.0, 1e-5, False)
+        kernels("norm").norm_bwd(x, None, r, x[0], stats, None, 0.0, False, False, True, True)
+
+
+def dropout():
+    for rows in LENGTHS:
+        for p in (0.1, 0.5, 0.25):
+            x = torch.ones(rows, 256)
+            kernels("dropout").dropout_fwd(x, x, torch.ones(2, dtype=torch.int64), p)
+
+
+def feed_forward():
+    for rows in LENGTHS:
+        for p in (0.1, 0.5):
+            x, rng = torch.ones(rows, 512), torch.ones(2, dtype=torch.int64)
+            kernels("feed_forward").activation_fwd(x, None, rng, p, 0)
+            kernels("feed_forward").activation_bwd(x, x, None, rng, p, 0, True, True, False)
+
+
+def feed_forward_gemm():
+    for rows in LENGTHS:
+        x, w, rng = torch.ones(rows, 64).half(), torch.ones(256, 64).half(), torch.ones(2, dtype=torch.int64)
+        module = kernels("feed_forward_gemm")
+        preact, _ = module.linear_activation_fwd(x, w, None, rng, 0.1, 0, True)
+        module.linear_activation_bwd(x, w.T.contiguous(), preact, rng, 0.1, 0, True, True)
+
+
+def cross_entropy():
+    for rows in LENGTHS:
+        logits, target = torch.ones(rows, 1024), torch.zeros(rows, dtype=torch.int64)
+        kernels("cross_entropy").cross_entropy_fwd(logits, target, None, -100, 0.0, 0.0, 0.0, True)
+
+
+def run_attention(q, k, cu_q=None, cu_k=None, left=-1, right=-1, seqlens=None):
+    options = (q.shape[2], k.shape[2], left, right, False, 0.0, 0.0, 0.125)
+    rest = (None, seqlens, cu_q, cu_k, None, None, *options)
+    out, lse, low = kernels("attention").launch_fwd(q, k, k, None, None, *rest, False)
+    kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, None, None, *rest, False, False)
+
+
+def attention():
+    for batch in (1, 3, 16):
+        for seqlen in LENGTHS:
+            q, k = (torch.ones(batch, seqlen, heads, 64).half().transpose(1, 2) for heads in (8, 2))
+            run_attention(q, k)
+
+
+def attention_window():
+    for seqlen in LENGTHS[2:]:
+        for left, right in ((1, 0), (5, 0), (7, 2)):
+            run_attention(*[torch.ones(2, seqlen, 8, 64).half().transpose(1, 2)] * 2, left=left, right=right)
+
+
+def attention_packed():
+    for count in (1, 2, 16, 17):
+        for length in LENGTHS:
+            ends = torch.arange(count + 1).int() * length
+            q = torch.ones(1, count * length + 3, 8, 64).half().transpose(1, 2)
+            run_attention(q, q, ends, ends, right=0)
+
+
+def attention_decode():
+    for batch in (1, 2, 16):
+        for capacity in (512, 1000):
+            for seqlen in (1, 2, 5):
+                q, new = torch.ones(batch, 8, seqlen, 64).half(), torch.ones(batch, 2, seqlen, 64).half()
+                cache = torch.ones(batch, capacity, 2, 64).half().transpose(1, 2)
+                lengths = torch.ones(batch).int()
+                module = kernels("attention_decode")
+                module.launch_append(cache, cache, new, new, lengths, None, None)
+                module.launch_fwd(q, cache, cache, lengths, None, None, None, None, None, seqlen, -1, 0, 0.0, 0.1, 2)
+
+
+SCENARIOS = {
+    "rotary": rotary,
+    "rotary with positions": functools.partial(rotary, positions=True),
+    "norm": norm,
+    "norm with dropout": functools.partial(norm, dropout=True),
+    "wide norm": wide_norm,
+    "dropout": dropout,
+    "feed_forward": feed_forward,
+    "feed_forward_gemm": feed_forward_gemm,
+    "cross_entropy": cross_entropy,
+    "attention": attention,
+    "attention window": attention_window,
+    "attention packed": attention_packed,
+    "attention_decode": attention_decode,
+}
+
+
+def count_binaries():
+    import triton
+
+    pretend(90)
+    binaries = collections.defaultdict(set)
+
+    def compile_nothing(*, key, fn, compile, **_):
+        assert compile["enable_fp_fusion"], fn.name
+        binaries[fn.name].add(str(key))
+        return True
+
+    triton.knobs.runtime.jit_cache_hook = compile_nothing
+    found = {}
+    for name, scenario in SCENARIOS.items():
+        binaries.clear()
+        scenario()
+        found[name] = {kernel: len(keys) for kernel, keys in binaries.items()}
+    return found
+
+
+def norm_bwd(width, needed, dropout=False, residual=False):
+    """needed: of dweight, dbias and dx_bias."""
+    x, rng = torch.ones(7, width), torch.ones(2, dtype=torch.int64) if dropout else None
+    dr_out = x if residual else None
+    kernels("norm").norm_bwd(x, dr_out, x, x[0], torch.ones(2, 7), rng, 0.1, False, residual, *needed)
+
+
+def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024, left=-1, right=-1, mask=False,
+                   packed=False, backward=True):  # fmt: skip
+    dtype = getattr(torch, dtype)
+    q, k = (torch.ones(2, seqlen, n, head_dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
+    ends = None
+    if packed:
+        q, k = q[:1], k[:1]
+        ends = torch.tensor([0, 1, seqlen - 5]).int()
+    mask = torch.ones(2, 1, 1, seqlen, dtype=torch.bool) if mask else None
+    rest = (mask, None, ends, ends, None, None, seqlen, seqlen, left, right, False, 0.0, 0.0, 0.125)
+    out, lse, low = kernels("attention").launch_fwd(q, k, k, None, None, *rest, False)
+    if backward:
+        kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, None, None, *rest, False, False)
+
+
+CALLS = {"norm_bwd": norm_bwd, "attention": attention_call}
+
+
+def compile_one(case):
+    """The case, and of each kernel that it launches the name and resources."""
+    pretend(case["arch"])
+    compiled = []
+
+    def launch(kernel, grid, device, *args, **constants):
+        made = kernel.run(*args, grid=grid, warmup=True, enable_fp_fusion=True, **constants)
+        compiled.append(
+            {"kernel": kernel.__name__, "tma": bool(constants.get("TMA")), "shared": made.metadata.shared}
+            | aot.resources(made.asm["cubin"])
+        )
+
+    for name in MODULES:
+        kernels(name).launch = launch
+    CALLS[case["call"]](**case["arguments"])
+    return {**case, "compiled": compiled}
+
+
+def run(*arguments, timeout=300):
+    """What this file prints for the arguments, from a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:triton", os.path.abspath(__file__), *arguments], env=environment,
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(json.dumps(count_binaries()))
+    else:
+        with concurrent.futures.ProcessPoolExecutor(2) as pool:
+            print(json.dumps(list(pool.map(compile_one, json.loads(sys.argv[1])))))

@@ -1,0 +1,136 @@
+"""The CPU product against fp64: odd sizes, every stride, both operands transposed, any number of threads."""
+
+import functools
+import itertools
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from memory_guard import guarded
+from oracle import FP32_EPS, assert_accurate
+
+from fastattn.ops._backends import unavailable
+
+pytestmark = pytest.mark.skipif(
+    unavailable("native", "cpu") is not None, reason=f"no C++ kernels: {unavailable('native', 'cpu')}"
+)
+gemm = torch.ops.fastattn.gemm.native
+gemm_add = torch.ops.fastattn.gemm_add_.native
+
+SIZES = (0, 1, 2, 5, 6, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 130)
+# around the steps in which k is summed, and more rows than a task takes
+LARGE = ((300, 200, 1100), (7, 130, 770), (1, 77, 1500), (400, 65, 385), (64, 48, 384), (65, 48, 383))
+LAYOUTS = ("dense", "transposed", "gaps", "transposed gaps", "gaps in both", "expanded")
+
+
+def matrix(rows, cols, layout):
+    """A random matrix whose surroundings are NaN."""
+    if layout == "dense":
+        return guarded(torch.randn(rows, cols))
+    if layout == "transposed":
+        return guarded(torch.randn(cols, rows)).t()
+    if layout == "gaps":
+        return guarded(torch.randn(rows, cols), gap=3)
+    if layout == "transposed gaps":
+        return guarded(torch.randn(cols, rows), offset=1, gap=5).t()
+    if layout == "gaps in both":
+        return torch.randn(2 * rows, 3 * cols)[::2, ::3]
+    return guarded(torch.randn(rows, 1)).expand(rows, cols)
+
+
+def operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b):
+    """(a, b as the op takes them, a (m, k), b (k, n))."""
+    a = matrix(*((k, m) if transpose_a else (m, k)), layout_a)
+    b = matrix(*((n, k) if transpose_b else (k, n)), layout_b)
+    return a, b, a.t() if transpose_a else a, b.t() if transpose_b else b
+
+
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("layout_b", LAYOUTS)
+@pytest.mark.parametrize("layout_a", LAYOUTS)
+def test_against_fp64(layout_a, layout_b, transpose_a, transpose_b):
+    choose = random.Random(f"{layout_a} {layout_b} {transpose_a} {transpose_b}")
+    torch.manual_seed(choose.randrange(2**32))
+    sizes = [tuple(choose.choice(SIZES) for _ in range(3)) for _ in range(8)] + [choose.choice(LARGE)]
+    for m, n, k in sizes:
+        a, b, left, right = operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b)
+        exact, baseline = left.double() @ right.double(), left.contiguous() @ right.contiguous()
+        # PyTorch sums a result of one row or column in several parts, which one chain of k additions cannot reach
+        bound = (left.abs() @ right.abs()).max().item() if m * n else 0.0
+        check = functools.partial(assert_accurate, slack=4 * FP32_EPS * bound)
+        what = f"{m} x {n} x {k}"
+        check(gemm(a, b, None, transpose_a, transpose_b), exact, baseline, what=what)
+        bias = guarded(torch.randn(n))
+        check(
+            gemm(a, b, bias, transpose_a, transpose_b), exact + bias.double(), baseline + bias, what=f"{what} with bias"
+        )
+        out = guarded(torch.randn(m, n), gap=2)
+        start = out.clone()
+        gemm_add(out, a, b, transpose_a, transpose_b)
+        check(out, start.double() + exact, start + baseline, what=f"{what} added")
+
+
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("transpose_a", [False, True])
+def test_bits_do_not_depend_on_threads_or_on_the_other_rows(transpose_a, transpose_b):
+    threads = torch.get_num_threads()
+    try:
+        for m, n, k in ((3, 100, 70), (64, 200, 800), (65, 200, 800), (500, 130, 400)):
+            a, b, *_ = operands(m, n, k, transpose_a, transpose_b, "dense", "dense")
+            results = []
+            for count in (1, 2, 3, 8):
+                torch.set_num_threads(count)
+                results.append(gemm(a, b, None, transpose_a, transpose_b))
+            assert all(torch.equal(results[0], result) for result in results[1:])
+            few = a[:, 1:3] if transpose_a else a[1:3]
+            assert torch.equal(gemm(few, b, None, transpose_a, transpose_b), results[0][1:3])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """A higher one than the processor has is the best that it has: then this is the test above once more."""
+    code = (
+        "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'fp64 and gaps-dense or bits',"
+        f" {__file__!r}]))"
+    )
+    environment = {**os.environ, "FASTATTN_CPU_CAPABILITY": capability}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+def test_nan_and_inf_stay_in_their_row():
+    a, b = torch.randn(70, 40), torch.randn(40, 90)
+    a[3, 7], a[66, 0] = float("nan"), float("inf")
+    result = gemm(a, b, None, False, False)
+    assert result[3].isnan().all()
+    assert (result[66].isinf() | result[66].isnan()).all()
+    rest = [r for r in range(70) if r not in (3, 66)]
+    assert result[rest].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.zeros(2, 4)}, "does not fit"),
+        ({"a": torch.zeros(2)}, "two dimensions"),
+        ({"a": torch.zeros(2, 3, dtype=torch.float64)}, "float32"),
+        ({"bias": torch.zeros(4)}, "bias"),
+    ],
+)
+def test_bad_operands_are_named(change, message):
+    arguments = {"a": torch.zeros(2, 3), "b": torch.zeros(3, 5), "bias": None} | change
+    with pytest.raises(RuntimeError, match=message):
+        gemm(*arguments.values(), False, False)
+
+
+def test_opcheck():
+    for ways in itertools.product((False, True), repeat=2):
+        a, b, *_ = operands(5, 6, 7, *ways, "dense", "dense")
+        torch.library.opcheck(gemm, (a, b, torch.randn(6), *ways))
+        torch.library.opcheck(gemm_add, (torch.randn(5, 6), a, b, *ways))

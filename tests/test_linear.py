@@ -1,0 +1,91 @@
+"""The linear layer on our product: values and gradients of any order against fp64, and what still gets PyTorch's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import BACKWARD, assert_accurate, exact
+
+from fastattn.ops import _gemm
+from fastattn.ops import linear as module
+from fastattn.ops.linear import linear
+
+
+@pytest.fixture(params=[True, False], ids=["our product", "PyTorch's"], autouse=True)
+def product(request, monkeypatch):
+    if request.param and not _gemm._has_kernel:
+        pytest.skip("the CPU kernels make no product on this processor")
+    monkeypatch.setattr(_gemm, "_has_kernel", request.param)
+    monkeypatch.setattr(module, "_LEAST", 0)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5), (0, 5), (2, 0, 5), (3, 0)], ids=str)
+def test_against_fp64(shape, bias):
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(4, shape[-1], requires_grad=True)
+    inputs = [x, weight] + ([torch.randn(4, requires_grad=True)] if bias else [])
+    y, y64, baseline = linear(*inputs), F.linear(*(twins := exact(*inputs))), F.linear(*inputs)
+    assert_accurate(y, y64, baseline)
+    dy = torch.randn(y.shape)
+    grads = [torch.autograd.grad(out, args, dy.to(out.dtype)) for out, args in ((y, inputs), (y64, twins))]
+    for ours, right, torch_grad in zip(*grads, torch.autograd.grad(baseline, inputs, dy), strict=True):
+        assert_accurate(ours, right, torch_grad, factor=BACKWARD)
+
+
+def test_gradients_of_a_subset():
+    for wanted in range(1, 8):
+        inputs = [torch.randn(s).requires_grad_(bool(wanted >> i & 1)) for i, s in enumerate(((6, 5), (4, 5), (4,)))]
+        linear(*inputs).sum().backward()
+        assert [t.grad is not None for t in inputs] == [t.requires_grad for t in inputs]
+
+
+def test_double_backward():
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 5), (4, 5), (4,))]
+    assert torch.autograd.gradgradcheck(linear, inputs)
+    single = [t.detach().float().requires_grad_() for t in inputs]
+    found = []
+    for args in (single, inputs):
+        (dx,) = torch.autograd.grad(linear(*args).square().sum(), args[0], create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), args))
+    for ours, right in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4)
+
+
+def test_transforms_and_batched_gradients():
+    x, weight = torch.randn(3, 5), torch.randn(4, 5)
+    jacobian = torch.func.jacrev(linear)(x, weight)
+    torch.testing.assert_close(jacobian, torch.func.jacrev(F.linear)(x, weight))
+    torch.testing.assert_close(torch.func.vmap(linear, (0, None))(x[None], weight)[0], F.linear(x, weight))
+    x.requires_grad_()
+    batched = torch.autograd.functional.jacobian(lambda x: linear(x, weight), x, vectorize=True)
+    torch.testing.assert_close(batched, jacobian)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_pytorch(dtype):
+    x, weight = torch.randn(8, 5), torch.randn(4, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y, expected = linear(x, weight), F.linear(x, weight)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("bad", [torch.randn(3, 6), torch.randn(3, 5, dtype=torch.float64), torch.tensor(1.0)])
+def test_errors_are_those_of_pytorch(bad):
+    with pytest.raises(RuntimeError):
+        linear(bad, torch.randn(4, 5))
+    with pytest.raises(RuntimeError):
+        F.linear(bad, torch.randn(4, 5))
+
+
+def test_compiled_in_one_graph():
+    x, weight, bias = torch.randn(2, 6, 5), torch.randn(4, 5, requires_grad=True), torch.randn(4)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (6, 9):
+        x = torch.randn(2, rows, 5)
+        y = compiled(x, weight, bias)
+        torch.testing.assert_close(y, F.linear(x, weight, bias))
+        (found,) = torch.autograd.grad(y.square().sum(), weight)
+        (expected,) = torch.autograd.grad(F.linear(x, weight, bias).square().sum(), weight)
+        torch.testing.assert_close(found, expected)
