@@ -159,6 +159,7 @@ constexpr int64_t kAttentionPieceKeys = 256;  // the CPU backward sums dk and dv
 struct AttentionArgs {
   HeadTensor q, k, v, out, dout, dq, dk, dv;
   float* lse;         // (batch, head, row): strides lse_batch, lse_head, 1; null in the forward: not wanted
+  float* lse_low;     // as lse, what rounding took from it; null: not wanted, in the backward not known
   const float* dlse;  // as lse, or null
   int64_t lse_batch, lse_head;
   ScoreTensor mask, bias;
@@ -270,11 +271,11 @@ int attention_dq_sm90(const AttentionCudaArgs& args, void* stream);
 int attention_round_sm90(const AttentionCudaArgs& args, void* stream);  // dq from dq_sums
 
 // Neither leftpad, ALiBi, softcap nor sink; pages hold whole blocks of kDecodeKeysSm90. partial: (split, batch, head,
-// row, head_dim) if there are several splits, and partial_lse without the last.
+// row, head_dim) if there are several splits, and without the last the maxima, times log2(e), and sums of the weights.
 struct DecodeCudaArgs : DecodeArgs {
   int64_t cache_rows;
   HeadTensor k_new, v_new;  // of seqlen_new keys, to be appended
-  float* partial_lse;
+  float *partial_max, *partial_sum;
 };
 constexpr int kDecodeKeysSm90 = 64;
 int64_t attention_decode_splits_sm90(const DecodeCudaArgs& args, int64_t wanted);  // what args.splits must be

@@ -1,49 +1,21 @@
 """What the build left, what of it loads, and why the rest does not."""
 
 import ctypes
-import functools
 import importlib.util
-import json
 import os
 import warnings
 
 import torch
 
 from fastattn.ops._backends import set_unavailable, unavailable
-from fastattn.ops._schemas import DEFINITIONS
+from fastattn.ops._libraries import PACKAGE, build_info, load_library
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
 # in the order of CpuCapability in csrc/cpu/capability.h
 CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")
 _KERNEL_MODULES = (
     "attention_bwd", "attention_decode", "cross_entropy", "dropout", "feed_forward", "feed_forward_gemm", "norm",
     "rotary",
 )  # fmt: skip
-
-
-@functools.lru_cache
-def build_info():
-    """What setup.py built and why it left out the rest; empty in a checkout that was never built."""
-    try:
-        with open(os.path.join(_HERE, "_build_info.json"), encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return {}
-
-
-def load_library(name):
-    """Load a library of ops or of their schemas: None, or the reason why it is not there."""
-    path = os.path.join(_HERE, name)
-    if not os.path.exists(path):
-        reason = build_info().get("not_built", {}).get(name, "not built in this checkout")
-        return reason if "\n" not in reason else "it failed to compile, the log is in fastattn/_build_info.json"
-    if build_info().get("schemas") != DEFINITIONS:
-        return "built from another version of the source, whose ops took other arguments: build it again"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"built, but it does not load: {error}"
-    return None
 
 
 def _load_cuda():
@@ -55,7 +27,7 @@ def _load_cuda():
 
 def _native_refuses(index):
     """Why the CUDA library cannot run on a device, or None: its own runtime is asked, which torch's is not."""
-    answer = ctypes.CDLL(os.path.join(_HERE, "_cuda.so")).fastattn_cuda_refusal
+    answer = ctypes.CDLL(os.path.join(PACKAGE, "_cuda.so")).fastattn_cuda_refusal
     answer.restype = ctypes.c_char_p
     with torch.cuda.device(index):
         error = answer()

@@ -185,8 +185,11 @@ def linear_cross_entropy(
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     labels = target.reshape(-1).long()
-    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     kept = labels != ignore_index
+    if label_smoothing:  # of F.cross_entropy the ONNX exporter translates it wrongly
+        spread = -F.log_softmax(logits, -1).mean(-1)
+        loss = (1 - label_smoothing) * loss + torch.where(kept, label_smoothing * spread, 0.0)
     if z_loss:
         loss = loss + torch.where(kept, z_loss * torch.logsumexp(logits, -1).square(), 0.0)
     if reduction == "none":
@@ -226,6 +229,7 @@ def _positions(seqlen_q, seqlen_k, causal, seqlens_k, device):
 def attention(
     q, k, v, *, mask=None, bias=None, causal=False, window=(-1, -1), seqlens_k=None, cu_seqlens_q=None,
     cu_seqlens_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0, scale=None, rng=None, first_slab=0,
+    need_low=False,
 ):  # fmt: skip
     """softmax(scores) · v with every feature of `fastattn.attention`; arguments as there.
 
@@ -234,12 +238,13 @@ def attention(
 
     A row that sees no key has out 0, lse -inf (or the sink) and gradients 0. What stands in keys that no query sees
     does not matter, NaN included. `first_slab` is the Philox slab of batch 0, head 0.
-    Returns: (out, lse), lse in the accumulator's dtype.
+    Returns: (out, lse), lse in the accumulator's dtype; with need_low (out, lse, what rounding took from lse).
     """
     if cu_seqlens_q is not None:
         return _attention_packed(
             q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, bias=bias, mask=mask, causal=causal, window=window,
             alibi_slopes=alibi_slopes, softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng,
+            need_low=need_low,
         )  # fmt: skip
     batch, n_heads, seqlen_q, head_dim = q.shape
     seqlen_k, group = k.shape[2], n_heads // max(k.shape[1], 1)
@@ -276,36 +281,44 @@ def attention(
         total = total + torch.exp(sink - row_max)
     empty = total == 0
     total = torch.where(empty, 1.0, total)
-    lse = torch.where(empty, float("-inf"), row_max + torch.log(total)).squeeze(-1)
+    lse = torch.where(empty, float("-inf"), row_max + torch.log(total))
     p = e / total
     if dropout_p > 0:
         slab = first_slab + torch.arange(batch * n_heads, device=q.device).view(batch, n_heads, 1)
         keep = philox_keep(rng, dropout_p, torch.arange(seqlen_q, device=q.device), slab, seqlen_k)
         p = torch.where(keep, p * dropout_scale(dropout_p), 0.0)
-    return matmul(p, v).to(q.dtype), lse
+    out = matmul(p, v).to(q.dtype)
+    if not need_low:
+        return out, lse.squeeze(-1)
+    low = torch.where(empty, 0.0, row_max - lse + torch.log(total))
+    return out, lse.squeeze(-1), low.squeeze(-1)
 
 
-def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_slopes, **options):
+def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_slopes, need_low, **options):
     """Sequence by sequence: q (total_q, heads, head_dim), k and v (total_k, kv_heads, ...); lse (heads, total_q).
 
     Rows behind the last sequence are those of none: out 0, lse -inf.
     """
     n_heads = q.shape[1]
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    outs, lses = [], []
+    outs, lses = [], []  # lses: and what is left of them
     for b in range(len(ends_q) - 1):
         q_b, k_b, v_b = (
             t[ends[b] : ends[b + 1]].transpose(0, 1)[None] for t, ends in ((q, ends_q), (k, ends_k), (v, ends_k))
         )
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
         lengths = None if seqlens_k is None else seqlens_k[b : b + 1]
-        out, lse = attention(q_b, k_b, v_b, seqlens_k=lengths, alibi_slopes=slopes, first_slab=b * n_heads, **options)
+        out, *lse = attention(
+            q_b, k_b, v_b, seqlens_k=lengths, alibi_slopes=slopes, first_slab=b * n_heads, need_low=need_low, **options
+        )
         outs.append(out[0].transpose(0, 1))
-        lses.append(lse[0])
+        lses.append(torch.cat(lse))
     behind = q.shape[0] - ends_q[-1]
     outs.append(q.new_zeros(behind, n_heads, v.shape[-1]))
-    lses.append(q.new_full((n_heads, behind), float("-inf"), dtype=accumulator(q.dtype)))
-    return torch.cat(outs), torch.cat(lses, dim=1)
+    lses.append(q.new_full((1, n_heads, behind), float("-inf"), dtype=accumulator(q.dtype)))
+    if need_low:
+        lses[-1] = torch.cat((lses[-1], torch.zeros_like(lses[-1])))
+    return torch.cat(outs), *torch.cat(lses, dim=-1)
 
 
 def cache_append(cache, new, cache_seqlens, block_table=None, cache_batch_idx=None):

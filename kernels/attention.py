@@ -8,6 +8,10 @@ that no query of it sees are skipped; blocks that all of them see take a loop wi
 one with. Features are compile-time switches (an absent tensor is None), so a plain call pays for none of them. Row
 offsets are 64 bits wide. Saved for the backward: out and lse, natural logarithm in fp32.
 
+Scores are kept times log2(e), so that the softmax needs one FMA for its exponent. NATURAL keeps them as they are, and
+lse in two parts: beside a bias as large as FLT_MAX log2(e) would make them infinite, and scores that a large bias makes
+equal would be rounded to different ones. The same for ALiBi, and in fp32, where products cost far more than that.
+
 Limits: head dims up to 256, padded with zeros in the kernel to a power of two. Keys and values come through TMA
 descriptors on sm_90 and newer where strides and addresses are multiples of 16 bytes, else through pointers.
 Reference: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
@@ -162,20 +166,42 @@ def tanh(x):
 
 @triton.jit
 def tile_scores(qk, i, j, off, seqlen_q, length_k, scale, softcap, bias, bias_strides, slope, SOFTCAP: tl.constexpr,
-                ALIBI: tl.constexpr):  # fmt: skip
-    """(scores * log2(e), capped / softcap); the second is meaningless without a cap."""
+                ALIBI: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
+    """(scores, times log2(e) unless NATURAL, capped / softcap); the second is meaningless without a cap."""
     capped = qk
+    factor = scale
     if SOFTCAP:
         capped = tanh(qk * (scale / softcap))
-        s = capped * (softcap * LOG2_E)
-    else:
-        s = qk * (scale * LOG2_E)
+        factor = softcap
+    if not NATURAL:
+        factor *= LOG2_E
     if bias is not None:
         pointers = bias + i.to(tl.int64) * bias_strides[2] + j.to(tl.int64) * bias_strides[3]
-        s += tl.load(pointers, mask=(i < seqlen_q) & (j < length_k), other=0.0).to(tl.float32) * LOG2_E
+        add = tl.load(pointers, mask=(i < seqlen_q) & (j < length_k), other=0.0).to(tl.float32)
+        s = tl.fma(capped, factor, add)  # fused by name: forward and backward must round alike
+    else:
+        s = capped * factor
     if ALIBI:
-        s -= (slope * LOG2_E) * tl.abs(i + off - j).to(tl.float32)
+        s = tl.fma(tl.abs(i + off - j).to(tl.float32), -slope, s)
     return s, capped
+
+
+@triton.jit
+def exponential(difference, NATURAL: tl.constexpr):
+    """e to the difference of two scores."""
+    if NATURAL:
+        difference *= LOG2_E
+    return tl.exp2(difference)
+
+
+@triton.jit
+def probability(s, lse_high, lse_low, NATURAL: tl.constexpr):
+    """exp(s - lse) for both parts of lse as the preprocess of the backward leaves them."""
+    difference = s - lse_high
+    if NATURAL:
+        # above 0 only where another backend, whose lse it is, rounded the scores otherwise: by 64 beside a bias of 1e9
+        difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2_E - lse_low
+    return tl.exp2(difference)
 
 
 @triton.jit
@@ -186,21 +212,21 @@ def keep_tile(rng, slab, start_m, start_n, threshold, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
-def score_gradient(q, k, v, do, row_lse2, row_delta, i, j, start_m, start_n, off, seqlen_q, length_k, window_left,
-                   window_right, scale, softcap, bias, bias_strides, mask, mask_strides, slope, rng, slab,
-                    threshold, rescale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
-                    HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-                    PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+def score_gradient(q, k, v, do, row_high, row_low, row_delta, i, j, start_m, start_n, off, seqlen_q, length_k,
+                   window_left, window_right, scale, softcap, bias, bias_strides, mask, mask_strides, slope, rng, slab,
+                   threshold, rescale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
+                   HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, NATURAL: tl.constexpr,
+                   PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """(ds, capped score, visible) of a tile with queries as rows."""
     MASKED: tl.constexpr = EDGE or mask is not None
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s, capped = tile_scores(qk, i, j, off, seqlen_q, length_k, scale, softcap, bias, bias_strides, slope, SOFTCAP,
-                            ALIBI)  # fmt: skip
+                            ALIBI, NATURAL)  # fmt: skip
     visible = visible_tile(i, j, off, seqlen_q, length_k, window_left, window_right, mask, mask_strides, HAS_LEFT,
                            HAS_RIGHT, EDGE)  # fmt: skip
     if MASKED:  # before the exponential: lse may lie far below 0, the score of a key that is none
         s = tl.where(visible, s, float("-inf"))
-    p = tl.exp2(s - row_lse2[:, None])
+    p = probability(s, row_high[:, None], row_low[:, None], NATURAL)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if rng is not None:
         keep = keep_tile(rng, slab, start_m, start_n, threshold, BLOCK_M, BLOCK_N)
@@ -217,7 +243,7 @@ def _forward_blocks(acc, l_i, m_i, q, k_src, v_src, stride_k, stride_v, first, e
                     mask, mask_strides, slope, rng, slab, threshold, HEAD_DIM: tl.constexpr,
                     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-                    ALIBI: tl.constexpr, FUSED_SCALE: tl.constexpr, TMA: tl.constexpr,
+                    ALIBI: tl.constexpr, NATURAL: tl.constexpr, FUSED_SCALE: tl.constexpr, TMA: tl.constexpr,
                     PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     MASKED: tl.constexpr = EDGE or mask is not None
     offs_n = tl.arange(0, BLOCK_N)
@@ -234,7 +260,7 @@ def _forward_blocks(acc, l_i, m_i, q, k_src, v_src, stride_k, stride_v, first, e
             s = qk
         else:
             s, _ = tile_scores(qk, i, j, off, seqlen_q, length_k, scale, softcap, bias, bias_strides, slope, SOFTCAP,
-                               ALIBI)  # fmt: skip
+                               ALIBI, NATURAL)  # fmt: skip
         visible = visible_tile(i, j, off, seqlen_q, length_k, window_left, window_right, mask, mask_strides, HAS_LEFT,
                                HAS_RIGHT, EDGE)  # fmt: skip
         if MASKED:
@@ -250,8 +276,8 @@ def _forward_blocks(acc, l_i, m_i, q, k_src, v_src, stride_k, stride_v, first, e
         if FUSED_SCALE:
             p = tl.exp2(s * (scale * LOG2_E) - m_safe[:, None])
         else:
-            p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m_i - m_safe)
+            p = exponential(s - m_safe[:, None], NATURAL)
+        alpha = exponential(m_i - m_safe, NATURAL)
         l_i = l_i * alpha + tl.sum(p, 1)
         if rng is not None:
             p = tl.where(keep_tile(rng, slab, start_m, start_n, threshold, BLOCK_M, BLOCK_N), p, 0.0)
@@ -273,14 +299,15 @@ UNSPECIALIZED = [
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_fwd(q, k, v, out, lse, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes, rng, q_strides,
-                  k_strides, v_strides, out_strides, bias_strides, mask_strides, slopes_stride, n_heads, group,
-                  total_q, total_k, blocks_m, window_left, window_right, softcap, scale, threshold, rescale,
+def attention_fwd(q, k, v, out, lse, lse_low, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes, rng,
+                  q_strides, k_strides, v_strides, out_strides, bias_strides, mask_strides, slopes_stride, n_heads,
+                  group, total_q, total_k, blocks_m, window_left, window_right, softcap, scale, threshold, rescale,
                   HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-                  TOP_LEFT: tl.constexpr, SOFTCAP: tl.constexpr, FUSED_SCALE: tl.constexpr, TMA: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
-    """total_q, total_k: rows of q and k in a batch entry, all packed sequences together; rescale: dropout's factor."""
+                  TOP_LEFT: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, FUSED_SCALE: tl.constexpr,
+                  TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """total_q, total_k: rows of q and k in a batch entry, all packed sequences together; rescale: dropout's factor;
+    lse_low: for what rounding takes from lse, or None."""
     ALIBI: tl.constexpr = slopes is not None
     pid = tl.program_id(0)
     pid_m = pid % blocks_m
@@ -333,7 +360,7 @@ def attention_fwd(q, k, v, out, lse, bias, sink, mask, seqlens_k, cu_seqlens_q, 
         acc, l_i, m_i, q_tile, k_src, v_src, k_strides[2], v_strides[2], first_full, end_full, 0, 0, start_m, offs_m,
         off, seqlen_q, length_k, begin_k, end_k, window_left, window_right, scale, softcap, bias, bias_strides, mask,
         mask_strides, slope, rng, slab, threshold, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, FUSED_SCALE, TMA, PRECISION, EDGE=False,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, NATURAL, FUSED_SCALE, TMA, PRECISION, EDGE=False,
     )  # fmt: skip
     if HAS_LEFT:
         end -= gap
@@ -343,27 +370,38 @@ def attention_fwd(q, k, v, out, lse, bias, sink, mask, seqlens_k, cu_seqlens_q, 
         acc, l_i, m_i, q_tile, k_src, v_src, k_strides[2], v_strides[2], first, end, first_full, gap, start_m, offs_m,
         off, seqlen_q, length_k, begin_k, end_k, window_left, window_right, scale, softcap, bias, bias_strides, mask,
         mask_strides, slope, rng, slab, threshold, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, FUSED_SCALE, TMA, PRECISION, EDGE=True,
+        HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, NATURAL, FUSED_SCALE, TMA, PRECISION, EDGE=True,
     )  # fmt: skip
 
+    if not NATURAL:
+        m_i *= LN_2
     if sink is not None:
-        sink_score = tl.load(sink + head, mask=within, other=float("-inf")) * LOG2_E
+        sink_score = tl.load(sink + head, mask=within, other=float("-inf"))
         m_new = tl.maximum(m_i, sink_score)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - m_safe)
-        l_i = l_i * alpha + tl.exp2(sink_score - m_safe)
+        alpha = exponential(m_i - m_safe, True)
+        l_i = l_i * alpha + exponential(sink_score - m_safe, True)
         acc *= alpha[:, None]
         m_i = m_new
     # a row that saw nothing gives output 0 and lse -inf
-    l_safe = tl.where(l_i == 0.0, 1.0, l_i)
-    acc *= (rescale / l_safe)[:, None]
-    row_lse = tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(l_safe)) * LN_2)
+    empty = l_i == 0.0
+    m_i = tl.where(empty, 0.0, m_i)
+    l_i = tl.where(empty, 1.0, l_i)
+    acc *= (rescale / l_i)[:, None]
+    log_l = tl.log2(l_i) * LN_2
+    row_lse = m_i + log_l
     offs_d = tl.arange(0, BLOCK_DV)
     inside = offs_m < seqlen_q
     out += index * out_strides[0] + head * out_strides[1] + first_q * out_strides[2]
     pointers = out + offs_m.to(tl.int64)[:, None] * out_strides[2] + offs_d[None, :]
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=inside[:, None] & (offs_d < HEAD_DIM_V)[None, :])
-    tl.store(lse + (index * n_heads + head) * total_q + first_q + offs_m, row_lse, mask=inside)
+    row = (index * n_heads + head) * total_q + first_q + offs_m
+    tl.store(lse + row, tl.where(empty, float("-inf"), row_lse), mask=inside)
+    if lse_low is not None:
+        tl.store(lse_low + row, m_i - row_lse + log_l, mask=inside)
+
+
+NOTHING = ((0,), (1,))  # shape and strides
 
 
 def contiguous(t):
@@ -439,9 +477,11 @@ class Plan:
             "PRECISION": fp32_precision,
         }
         linear = bias is None and not alibi_dims and softcap == 0.0
+        self.natural = dtype == torch.float32 or bias is not None or alibi_dims > 0
         extra = not linear or mask is not None or self.drops
         self.kind = (device, dtype, max(head_dim, head_dim_v), bool(extra), has_left or has_right)
-        self.special = {"fwd": {"FUSED_SCALE": linear and scale > 0.0}, "dkdv": {"GROUP": self.group}}
+        fused_scale = linear and not self.natural and scale > 0.0
+        self.special = {"fwd": {"NATURAL": self.natural, "FUSED_SCALE": fused_scale}, "dkdv": {"GROUP": self.group}}
         self.launches = {}
 
     def launch(self, kernel):
@@ -486,22 +526,24 @@ def prepare(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, sl
 
 
 def launch_fwd(q, k, v, *rest):
-    """The raw op attention_fwd: (out, lse)."""
-    plan, features = prepare(q, k, v, *rest)
+    """The raw op attention_fwd: (out, lse, lse_low)."""
+    *inputs, need_low = rest
+    plan, features = prepare(q, k, v, *inputs)
     if plan.copies:
         return launch_fwd(unit_stride(q), unit_stride(k), unit_stride(v), *rest)
     shape, out_strides = plan.layouts[0]
     out = q.new_empty_strided(shape, out_strides)
     lse = torch.empty_strided(*plan.lse_layout, dtype=torch.float32, device=q.device)
+    low = torch.empty_strided(*(plan.lse_layout if need_low else NOTHING), dtype=torch.float32, device=q.device)
     grid, blocks, constants, tma = plan.launch("fwd")
     if grid[0]:
         tma = tma and descriptors_fit(k, v)
         launch(
-            attention_fwd, grid, q.device, q, k, v, out, lse, *features, *plan.strides, out_strides[:3],
-            *plan.feature_strides, plan.n_heads, plan.group, plan.total_q, plan.total_k, blocks, *plan.numbers,
-            TMA=tma, **constants,
+            attention_fwd, grid, q.device, q, k, v, out, lse, low if need_low else None, *features, *plan.strides,
+            out_strides[:3], *plan.feature_strides, plan.n_heads, plan.group, plan.total_q, plan.total_k, blocks,
+            *plan.numbers, TMA=tma, **constants,
         )  # fmt: skip
-    return out, lse
+    return out, lse, low
 
 
 register("attention_fwd", launch_fwd)

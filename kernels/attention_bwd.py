@@ -1,6 +1,6 @@
 """Attention backward: kernels without atomics, so that equal inputs give equal bits.
 
-    delta = rowsum(do ∘ out) - dlse                     attention_preprocess: a block of rows of one head
+    delta = rowsum(do ∘ out) - dlse, lse = high + low   attention_preprocess: a block of rows of one head
     p  = exp(s - lse),  pd = p ∘ keep * dropout_scale
     dp = keep * dropout_scale ∘ (do·vᵀ),  ds = p ∘ (dp - delta),  dsr = ds * (1 - (s_capped / softcap)²)
     dv = pdᵀ·do,  dk = scale * dsrᵀ·q                   attention_dkdv: a block of keys of one head of k
@@ -29,6 +29,7 @@ from fastattn.kernels.attention import (
     load_tile,
     locate,
     prepare,
+    probability,
     score_gradient,
     tile_scores,
     tile_source,
@@ -41,11 +42,13 @@ from fastattn.kernels.common import launch, register
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_preprocess(out, do, lse, dlse, sink, delta, lse2, dsink, out_strides, do_strides, n_heads, total_q,
-                         blocks_m, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
+def attention_preprocess(out, do, lse, lse_low, dlse, sink, delta, high, low, dsink, out_strides, do_strides, n_heads,
+                         total_q, blocks_m, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
                          BLOCK_M: tl.constexpr):  # fmt: skip
-    """Packed sequences are rows like any other here. lse2 is lse in base 2, +inf where a row saw nothing: that row has
-    no part in dsink, whatever stands in do. Rows behind the last packed sequence are such."""
+    """Packed sequences are rows like any other here. lse comes in one part or two, and goes on as the other kernels
+    subtract it: `high` +inf where a row saw nothing, `low` times log2(e); without `low`, `high` is all times log2(e).
+    A row that saw nothing has no part in dsink, whatever stands in do. Rows behind the last packed sequence are such.
+    """
     pid = tl.program_id(0)
     batch = (pid // blocks_m // n_heads).to(tl.int64)
     head = (pid // blocks_m % n_heads).to(tl.int64)
@@ -64,10 +67,18 @@ def attention_preprocess(out, do, lse, dlse, sink, delta, lse2, dsink, out_strid
         d -= tl.load(dlse + row, mask=inside, other=0.0)
     row_lse = tl.load(lse + row, mask=inside, other=float("-inf"))
     empty = row_lse == float("-inf")
+    row_lse = tl.where(empty, float("inf"), row_lse)
+    row_low = tl.zeros([BLOCK_M], tl.float32)
+    if lse_low is not None:
+        row_low = tl.load(lse_low + row, mask=inside, other=0.0) * LOG2_E
     tl.store(delta + row, d, mask=inside)
-    tl.store(lse2 + row, tl.where(empty, float("inf"), row_lse * LOG2_E), mask=inside)
+    if low is not None:
+        tl.store(high + row, row_lse, mask=inside)
+        tl.store(low + row, row_low, mask=inside)
+    else:  # finite below: a row may have nothing but a sink near -FLT_MAX
+        tl.store(high + row, tl.maximum(row_lse * LOG2_E, -3e38), mask=inside)
     if sink is not None:
-        share = tl.exp2((tl.load(sink + head) - tl.where(empty, float("inf"), row_lse)) * LOG2_E)
+        share = tl.exp2((tl.load(sink + head) - row_lse) * LOG2_E - row_low)
         tl.store(dsink + (batch * blocks_m + pid % blocks_m) * n_heads + head,
                  -tl.sum(tl.where(empty, 0.0, share * d)))  # fmt: skip
 
@@ -94,13 +105,12 @@ def query_blocks(start_n, BLOCK_M, BLOCK_N, seqlen_q, length_k, off, window_left
 
 
 @triton.jit
-def _dkdv_blocks(dk, dv, k, v, q_src, do_src, stride_q, stride_do, lse2, delta, first, end, split, gap, start_n, offs_n,
-                 off, seqlen_q, length_k, window_left, window_right, scale, softcap, bias, bias_strides, mask,
-                 mask_strides, slope, rng, slab, threshold, rescale, HEAD_DIM: tl.constexpr,
-                 HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-                 ALIBI: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-                 EDGE: tl.constexpr):  # fmt: skip
+def _dkdv_blocks(dk, dv, k, v, q_src, do_src, stride_q, stride_do, high, low, delta, first, end, split, gap, start_n,
+                 offs_n, off, seqlen_q, length_k, window_left, window_right, scale, softcap, bias, bias_strides, mask,
+                 mask_strides, slope, rng, slab, threshold, rescale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+                 NATURAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     MASKED: tl.constexpr = EDGE or mask is not None
     for block in range(first, end):
         start_m = block * BLOCK_M
@@ -111,7 +121,10 @@ def _dkdv_blocks(dk, dv, k, v, q_src, do_src, stride_q, stride_do, lse2, delta, 
         q = load_tile(q_src, stride_q, start_m, offs_m, 0, seqlen_q, HEAD_DIM, BLOCK_D, EDGE, TMA)
         do = load_tile(do_src, stride_do, start_m, offs_m, 0, seqlen_q, HEAD_DIM_V, BLOCK_DV, EDGE, TMA)
         rows = start_m + offs_m
-        row_lse2 = tl.load(lse2 + rows, mask=rows < seqlen_q, other=float("inf"))  # +inf: rows past the end give p = 0
+        row_high = tl.load(high + rows, mask=rows < seqlen_q, other=float("inf"))  # +inf: rows past the end give p = 0
+        row_low = row_high
+        if NATURAL:
+            row_low = tl.load(low + rows, mask=rows < seqlen_q, other=0.0)
         row_delta = tl.load(delta + rows, mask=rows < seqlen_q, other=0.0)
 
         # everything transposed: keys are rows
@@ -119,12 +132,12 @@ def _dkdv_blocks(dk, dv, k, v, q_src, do_src, stride_q, stride_do, lse2, delta, 
         j = offs_n[:, None]
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         s, capped = tile_scores(qk, i, j, off, seqlen_q, length_k, scale, softcap, bias, bias_strides, slope, SOFTCAP,
-                                ALIBI)  # fmt: skip
+                                ALIBI, NATURAL)  # fmt: skip
         visible = visible_tile(i, j, off, seqlen_q, length_k, window_left, window_right, mask, mask_strides, HAS_LEFT,
                                HAS_RIGHT, EDGE)  # fmt: skip
         if MASKED:
             s = tl.where(visible, s, float("-inf"))
-        p = tl.exp2(s - row_lse2[None, :])
+        p = probability(s, row_high[None, :], row_low[None, :], NATURAL)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         pd = p
         if rng is not None:
@@ -142,14 +155,15 @@ def _dkdv_blocks(dk, dv, k, v, q_src, do_src, stride_q, stride_do, lse2, delta, 
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_dkdv(q, k, v, do, lse2, delta, dk, dv, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes,
-                   rng, q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bias_strides, mask_strides,
-                   slopes_stride, n_heads, total_q, total_k, blocks_n, window_left, window_right, softcap, scale,
-                   threshold, rescale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+def attention_dkdv(q, k, v, do, high, low, delta, dk, dv, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+                   slopes, rng, q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bias_strides,
+                   mask_strides, slopes_stride, n_heads, total_q, total_k, blocks_n, window_left, window_right, softcap,
+                   scale, threshold, rescale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
                    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr, SOFTCAP: tl.constexpr,
                    TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     ALIBI: tl.constexpr = slopes is not None
+    NATURAL: tl.constexpr = low is not None
     pid = tl.program_id(0)
     n_kv_heads = n_heads // GROUP
     batch = (pid // blocks_n // n_kv_heads).to(tl.int64)
@@ -184,6 +198,9 @@ def attention_dkdv(q, k, v, do, lse2, delta, dk, dv, bias, sink, mask, seqlens_k
         q_src = tile_source(q_base, q_strides[2], seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, TMA)
         do_src = tile_source(do_base, do_strides[2], seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, TMA)
         row = (index * n_heads + head) * total_q + first_q
+        head_low = low
+        if NATURAL:
+            head_low = low + row
         head_bias = bias
         if bias is not None:
             head_bias = bias + batch * bias_strides[0] + head * bias_strides[1]
@@ -195,18 +212,18 @@ def attention_dkdv(q, k, v, do, lse2, delta, dk, dv, bias, sink, mask, seqlens_k
             slope = tl.load(slopes + batch * slopes_stride + head, mask=within, other=0.0)
         slab = (batch * n_heads + head).to(tl.int32)
         dk_acc, dv_acc = _dkdv_blocks(
-            dk_acc, dv_acc, k_tile, v_tile, q_src, do_src, q_strides[2], do_strides[2], lse2 + row, delta + row, first,
-            end - gap, first_full, gap, start_n, offs_n, off, seqlen_q, length_k, window_left, window_right, scale,
-            softcap, head_bias, bias_strides, head_mask, mask_strides, slope, rng, slab, threshold, rescale,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
-            TMA, PRECISION, EDGE=True,
+            dk_acc, dv_acc, k_tile, v_tile, q_src, do_src, q_strides[2], do_strides[2], high + row, head_low,
+            delta + row, first, end - gap, first_full, gap, start_n, offs_n, off, seqlen_q, length_k, window_left,
+            window_right, scale, softcap, head_bias, bias_strides, head_mask, mask_strides, slope, rng, slab, threshold,
+            rescale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
+            NATURAL, TMA, PRECISION, EDGE=True,
         )  # fmt: skip
         dk_acc, dv_acc = _dkdv_blocks(
-            dk_acc, dv_acc, k_tile, v_tile, q_src, do_src, q_strides[2], do_strides[2], lse2 + row, delta + row,
-            first_full, end_full, 0, 0, start_n, offs_n, off, seqlen_q, length_k, window_left, window_right, scale,
-            softcap, head_bias, bias_strides, head_mask, mask_strides, slope, rng, slab, threshold, rescale,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
-            TMA, PRECISION, EDGE=False,
+            dk_acc, dv_acc, k_tile, v_tile, q_src, do_src, q_strides[2], do_strides[2], high + row, head_low,
+            delta + row, first_full, end_full, 0, 0, start_n, offs_n, off, seqlen_q, length_k, window_left,
+            window_right, scale, softcap, head_bias, bias_strides, head_mask, mask_strides, slope, rng, slab, threshold,
+            rescale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
+            NATURAL, TMA, PRECISION, EDGE=False,
         )  # fmt: skip
 
     # keys past seqlens_k have gradient 0; whatever their rows accumulated is not theirs
@@ -226,12 +243,12 @@ def attention_dkdv(q, k, v, do, lse2, delta, dk, dv, bias, sink, mask, seqlens_k
 
 
 @triton.jit
-def _dq_blocks(dq, q, do, row_lse2, row_delta, k_src, v_src, stride_k, stride_v, first, end, split, gap, start_m,
-               offs_m, off, seqlen_q, length_k, begin_k, end_k, window_left, window_right, scale, softcap, bias,
-               bias_strides, dbias, dbias_strides, mask, mask_strides, slope, rng, slab, threshold, rescale,
+def _dq_blocks(dq, q, do, row_high, row_low, row_delta, k_src, v_src, stride_k, stride_v, first, end, split, gap,
+               start_m, offs_m, off, seqlen_q, length_k, begin_k, end_k, window_left, window_right, scale, softcap,
+               bias, bias_strides, dbias, dbias_strides, mask, mask_strides, slope, rng, slab, threshold, rescale,
                HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-               SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, TMA: tl.constexpr,
+               SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, NATURAL: tl.constexpr, TMA: tl.constexpr,
                PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     for block in range(first, end):
@@ -244,9 +261,9 @@ def _dq_blocks(dq, q, do, row_lse2, row_delta, k_src, v_src, stride_k, stride_v,
         k = load_tile(k_src, stride_k, start_n, offs_n, begin_k, end_k, HEAD_DIM, BLOCK_D, EDGE, TMA)
         v = load_tile(v_src, stride_v, start_n, offs_n, begin_k, end_k, HEAD_DIM_V, BLOCK_DV, EDGE, TMA)
         ds, capped, visible = score_gradient(
-            q, k, v, do, row_lse2, row_delta, i, j, start_m, start_n, off, seqlen_q, length_k, window_left,
+            q, k, v, do, row_high, row_low, row_delta, i, j, start_m, start_n, off, seqlen_q, length_k, window_left,
             window_right, scale, softcap, bias, bias_strides, mask, mask_strides, slope, rng, slab, threshold,
-            rescale, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, PRECISION, EDGE,
+            rescale, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, NATURAL, PRECISION, EDGE,
         )  # fmt: skip
         if dbias is not None:
             pointers = dbias + i.to(tl.int64) * dbias_strides[2] + j.to(tl.int64) * dbias_strides[3]
@@ -262,14 +279,15 @@ def _dq_blocks(dq, q, do, row_lse2, row_delta, k_src, v_src, stride_k, stride_v,
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes,
-                 rng, q_strides, k_strides, v_strides, do_strides, dq_strides, dbias_strides, bias_strides,
+def attention_dq(q, k, v, do, high, low, delta, dq, dbias, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+                 slopes, rng, q_strides, k_strides, v_strides, do_strides, dq_strides, dbias_strides, bias_strides,
                  mask_strides, slopes_stride, n_heads, group, total_q, total_k, blocks_m, window_left, window_right,
                  softcap, scale, threshold, rescale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
                  BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr, SOFTCAP: tl.constexpr,
                  TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     ALIBI: tl.constexpr = slopes is not None
+    NATURAL: tl.constexpr = low is not None
     pid = tl.program_id(0)
     pid_m = pid % blocks_m
     if HAS_RIGHT:
@@ -313,7 +331,10 @@ def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_
     do_tile = load_tile(do, do_strides[2], start_m, local_m, 0, seqlen_q, HEAD_DIM_V, BLOCK_DV, True, False)
     inside = offs_m < seqlen_q
     row = (index * n_heads + head) * total_q + first_q + offs_m
-    row_lse2 = tl.load(lse2 + row, mask=inside, other=float("inf"))
+    row_high = tl.load(high + row, mask=inside, other=float("inf"))
+    row_low = row_high
+    if NATURAL:
+        row_low = tl.load(low + row, mask=inside, other=0.0)
     row_delta = tl.load(delta + row, mask=inside, other=0.0)
 
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -322,22 +343,22 @@ def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_
     )
     gap = end_full - first_full
     dq_acc = _dq_blocks(
-        dq_acc, q_tile, do_tile, row_lse2, row_delta, k_src, v_src, k_strides[2], v_strides[2], first_full, end_full, 0,
-        0, start_m, offs_m, off, seqlen_q, length_k, begin_k, end_k, window_left, window_right, scale, softcap, bias,
-        bias_strides, dbias, dbias_strides, mask, mask_strides, slope, rng, slab, threshold, rescale, HEAD_DIM,
-        HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, TMA, PRECISION,
-        EDGE=False,
+        dq_acc, q_tile, do_tile, row_high, row_low, row_delta, k_src, v_src, k_strides[2], v_strides[2], first_full,
+        end_full, 0, 0, start_m, offs_m, off, seqlen_q, length_k, begin_k, end_k, window_left, window_right, scale,
+        softcap, bias, bias_strides, dbias, dbias_strides, mask, mask_strides, slope, rng, slab, threshold, rescale,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, NATURAL, TMA,
+        PRECISION, EDGE=False,
     )  # fmt: skip
     if HAS_LEFT:
         end -= gap
     else:
         first = end_full
     dq_acc = _dq_blocks(
-        dq_acc, q_tile, do_tile, row_lse2, row_delta, k_src, v_src, k_strides[2], v_strides[2], first, end, first_full,
-        gap, start_m, offs_m, off, seqlen_q, length_k, begin_k, end_k, window_left, window_right, scale, softcap, bias,
-        bias_strides, dbias, dbias_strides, mask, mask_strides, slope, rng, slab, threshold, rescale, HEAD_DIM,
-        HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, TMA, PRECISION,
-        EDGE=True,
+        dq_acc, q_tile, do_tile, row_high, row_low, row_delta, k_src, v_src, k_strides[2], v_strides[2], first, end,
+        first_full, gap, start_m, offs_m, off, seqlen_q, length_k, begin_k, end_k, window_left, window_right, scale,
+        softcap, bias, bias_strides, dbias, dbias_strides, mask, mask_strides, slope, rng, slab, threshold, rescale,
+        HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI, NATURAL, TMA,
+        PRECISION, EDGE=True,
     )  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
     dq += index * dq_strides[0] + head * dq_strides[1] + first_q * dq_strides[2]
@@ -345,18 +366,20 @@ def attention_dq(q, k, v, do, lse2, delta, dq, dbias, bias, sink, mask, seqlens_
     tl.store(pointers, (dq_acc * scale).to(dq.dtype.element_ty), mask=inside[:, None] & (offs_d < HEAD_DIM)[None, :])
 
 
-def launch_bwd(do, dlse, q, k, v, out, lse, bias, *rest):
+def launch_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, *rest):
     """The raw op attention_bwd: (dq, dk, dv, dbias, dsink)."""
     *rest, need_dbias, _ = rest  # deterministic: it always is
     sink = rest[0]
     do = torch.zeros_like(out) if do is None else do
     q, k, v, do, out = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(do), unit_stride(out)
     lse = lse.contiguous()
+    lse_low = lse_low.contiguous() if lse_low.numel() else None
     dlse = contiguous(dlse)
     plan, features = prepare(q, k, v, bias, *rest)
     dq, dk, dv = (t.new_empty_strided(*layout) for t, layout in zip((q, k, v), plan.layouts[1:], strict=True))
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    inputs = (q, k, v, do, lse2, delta)
+    delta, high = torch.empty_like(lse), torch.empty_like(lse)
+    low = torch.empty_like(lse) if plan.natural else None
+    inputs = (q, k, v, do, high, low, delta)
     strides = (*plan.strides, do.stride()[:3])
     sizes = (plan.total_q, plan.total_k)
     rows = triton.cdiv(plan.total_q, PREPROCESS["BLOCK_M"])
@@ -365,8 +388,8 @@ def launch_bwd(do, dlse, q, k, v, out, lse, bias, *rest):
     dsink = q.new_empty(partial, dtype=torch.float32)
     if programs:
         launch(
-            attention_preprocess, (programs,), q.device, out, do, lse, dlse, sink, delta, lse2, dsink,
-            out.stride()[:3], strides[3], plan.n_heads, plan.total_q, rows, HEAD_DIM_V=v.shape[3],
+            attention_preprocess, (programs,), q.device, out, do, lse, lse_low, dlse, sink, delta, high, low,
+            dsink, out.stride()[:3], strides[3], plan.n_heads, plan.total_q, rows, HEAD_DIM_V=v.shape[3],
             BLOCK_DV=plan.switches["BLOCK_DV"], **PREPROCESS,
         )  # fmt: skip
 

@@ -22,8 +22,8 @@ from fastattn.kernels.common import launch
         "tile_cols", "n_terms", "chunk",
     ]
 )  # fmt: skip
-def attention_dbias(q, k, v, do, lse2, delta, dbias, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes,
-                    rng, q_strides, k_strides, v_strides, do_strides, bias_strides, mask_strides, slopes_stride,
+def attention_dbias(q, k, v, do, high, low, delta, dbias, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+                    slopes, rng, q_strides, k_strides, v_strides, do_strides, bias_strides, mask_strides, slopes_stride,
                     n_heads, group, total_q, total_k, bias_batch, bias_heads, bias_rows, bias_cols, sum_heads, sum_rows,
                     sum_cols, tile_rows, tile_cols, n_terms, chunk, window_left, window_right, softcap, scale,
                     threshold, rescale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -66,7 +66,8 @@ def attention_dbias(q, k, v, do, lse2, delta, dbias, bias, sink, mask, seqlens_k
             v_tile = load_tile(v_base, v_strides[2], start_n, local_n, 0, length_k, HEAD_DIM_V, BLOCK_DV, True, False)
             rows = start_m + local_m
             row = (batch * n_heads + head) * total_q + rows
-            row_lse2 = tl.load(lse2 + row, mask=rows < seqlen_q, other=float("inf"))
+            row_high = tl.load(high + row, mask=rows < seqlen_q, other=float("inf"))
+            row_low = tl.load(low + row, mask=rows < seqlen_q, other=0.0)
             row_delta = tl.load(delta + row, mask=rows < seqlen_q, other=0.0)
             head_mask = mask
             if mask is not None:
@@ -76,11 +77,11 @@ def attention_dbias(q, k, v, do, lse2, delta, dbias, bias, sink, mask, seqlens_k
                 slope = tl.load(slopes + batch * slopes_stride + head)
             slab = (batch * n_heads + head).to(tl.int32)
             ds, _capped, _visible = score_gradient(
-                q_tile, k_tile, v_tile, do_tile, row_lse2, row_delta, rows[:, None], (start_n + local_n)[None, :],
-                start_m, start_n, off, seqlen_q, length_k, window_left, window_right, scale, softcap,
-                bias + batch * bias_strides[0] + head * bias_strides[1], bias_strides, head_mask, mask_strides, slope,
-                rng, slab, threshold, rescale, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP, ALIBI,
-                PRECISION, True,
+                q_tile, k_tile, v_tile, do_tile, row_high, row_low, row_delta, rows[:, None],
+                (start_n + local_n)[None, :], start_m, start_n, off, seqlen_q, length_k, window_left, window_right,
+                scale, softcap, bias + batch * bias_strides[0] + head * bias_strides[1], bias_strides, head_mask,
+                mask_strides, slope, rng, slab, threshold, rescale, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, SOFTCAP,
+                ALIBI, True, PRECISION, True,
             )  # fmt: skip
             acc += ds
 

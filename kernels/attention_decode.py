@@ -1,12 +1,15 @@
 """Attention of a few queries on a cache, contiguous or paged: split over the keys, then combined.
 
     s   = scale * q·k;  s = softcap * tanh(s / softcap);  s = s - slope * |i + off - j|;  -inf where invisible
-    lse = log(sum_j exp(s) [+ exp(sink)]);  out = exp(s - lse) · v = sum_n out_n * exp(lse_n - lse) over the splits n
+    lse = log(sum_j exp(s) [+ exp(sink)]);  out = exp(s - lse) · v
+    a split n: m_n = max(s), l_n = sum_j exp(s - m_n), o_n = exp(s - m_n) · v
+    all splits: m = max(m_n), l = sum_n l_n * exp(m_n - m), out = sum_n o_n * exp(m_n - m) / l, lse = m + log(l)
 
 One program owns a split of the keys of one sequence and key head, and up to 64 rows: queries of the heads that share
 that key head, so that the cache is read once. Lengths are known to the device alone: the number of splits follows from
 the size of the cache, and each program takes its share of the keys that its sequence really has. With one split it
 writes out and lse itself, else fp32 parts, which a second kernel adds up in a fixed order. A third appends new keys.
+Maximum and sum are kept apart: one fp32 lse of a split has no room for the logarithm of its sum beside large scores.
 
 Limits: head dims up to 256. Pages are read block by block where a block of keys lies in one page, else row by row.
 Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
@@ -20,8 +23,8 @@ import triton.language as tl
 
 from fastattn.kernels.attention import (
     LN_2,
-    LOG2_E,
     contiguous,
+    exponential,
     key_blocks,
     precision,
     tile_scores,
@@ -88,7 +91,8 @@ def attention_decode_split(q, k, v, out, lse, cache_seqlens, block_table, cache_
                            BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                            HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
                            SPLIT: tl.constexpr, WHOLE_PAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """SPLIT: out and lse are fp32 parts (splits, batch, heads, seqlen_q, head_dim_v) without the sink."""
+    """SPLIT: out is fp32 sums (splits, batch, heads, seqlen_q, head_dim_v), lse (2, splits, batch, heads, seqlen_q) the
+    maxima and the sums of their weights, all without the sink."""
     ALIBI: tl.constexpr = slopes is not None
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -148,14 +152,16 @@ def attention_decode_split(q, k, v, out, lse, cache_seqlens, block_table, cache_
         k_rows = cache_rows(rows, inside, batch, k_strides[2], k_strides[0], block_table, pages, page_size, BLOCK_N,
                             WHOLE_PAGES)  # fmt: skip
         qk = tl.dot(q_tile, tl.trans(load_rows(k, k_rows, inside, HEAD_DIM, BLOCK_D)), input_precision=PRECISION)
-        s, _ = tile_scores(qk, i, j, off, seqlen_q, length, scale, softcap, None, q_strides, slope, SOFTCAP, ALIBI)
+        s, _ = tile_scores(
+            qk, i, j, off, seqlen_q, length, scale, softcap, None, q_strides, slope, SOFTCAP, ALIBI, True
+        )
         visible = visible_tile(i, j, off, seqlen_q, length, window_left, window_right, None, q_strides, HAS_LEFT,
                                HAS_RIGHT, True)  # fmt: skip
         s = tl.where(visible & (j >= begin), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m_i - m_safe)
+        p = exponential(s - m_safe[:, None], True)
+        alpha = exponential(m_i - m_safe, True)
         l_i = l_i * alpha + tl.sum(p, 1)
         v_rows = cache_rows(rows, inside, batch, v_strides[2], v_strides[0], block_table, pages, page_size, BLOCK_N,
                             WHOLE_PAGES)  # fmt: skip
@@ -164,33 +170,36 @@ def attention_decode_split(q, k, v, out, lse, cache_seqlens, block_table, cache_
         m_i = m_new
 
     if sink is not None and not SPLIT:
-        sink_score = tl.load(sink + head, mask=inside_m, other=float("-inf")) * LOG2_E
+        sink_score = tl.load(sink + head, mask=inside_m, other=float("-inf"))
         m_new = tl.maximum(m_i, sink_score)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - m_safe)
-        l_i = l_i * alpha + tl.exp2(sink_score - m_safe)
+        alpha = exponential(m_i - m_safe, True)
+        l_i = l_i * alpha + exponential(sink_score - m_safe, True)
         acc *= alpha[:, None]
         m_i = m_new
-    # a row that saw nothing gives output 0 and lse -inf
-    l_safe = tl.where(l_i == 0.0, 1.0, l_i)
-    acc = acc / l_safe[:, None]
-    row_lse = tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(l_safe)) * LN_2)
     number = (batch * n_kv_heads * group + head) * seqlen_q + query
     offs_d = tl.arange(0, BLOCK_DV)
     if SPLIT:
-        number += split * (tl.num_programs(0) // blocks_m).to(tl.int64) * group * seqlen_q
+        rows = (tl.num_programs(0) // blocks_m).to(tl.int64) * group * seqlen_q
+        number += split * rows
         offsets = number * HEAD_DIM_V
+        tl.store(lse + number, m_i, mask=inside_m)
+        tl.store(lse + splits * rows + number, l_i, mask=inside_m)
     else:
+        # a row that saw nothing gives output 0 and lse -inf
+        l_safe = tl.where(l_i == 0.0, 1.0, l_i)
+        acc = acc / l_safe[:, None]
         offsets = batch * out_strides[0] + head * out_strides[1] + query.to(tl.int64) * out_strides[2]
-    tl.store(lse + number, row_lse, mask=inside_m)
+        row_lse = tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe) * LN_2)
+        tl.store(lse + number, row_lse, mask=inside_m)
     mask = inside_m[:, None] & (offs_d < HEAD_DIM_V)[None, :]
     tl.store(out + offsets[:, None] + offs_d[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_decode_combine(parts, part_lse, sink, out, lse, out_strides, n_heads, seqlen_q, splits,
+def attention_decode_combine(parts, part_stats, sink, out, lse, out_strides, n_heads, seqlen_q, splits,
                              HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
-    """One program adds up the splits of one row."""
+    """One program adds up the splits of one row. part_stats: maxima and sums, as attention_decode_split leaves them."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     head = row // seqlen_q % n_heads
@@ -204,16 +213,17 @@ def attention_decode_combine(parts, part_lse, sink, out, lse, out_strides, n_hea
     acc = tl.zeros([BLOCK_DV], tl.float32)
     for start in range(0, splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        part = tl.load(part_lse + offs_s * rows + row, mask=offs_s < splits, other=float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(part, 0))
+        part_m = tl.load(part_stats + offs_s * rows + row, mask=offs_s < splits, other=float("-inf"))
+        part_l = tl.load(part_stats + (splits + offs_s) * rows + row, mask=offs_s < splits, other=0.0)
+        m_new = tl.maximum(m_i, tl.max(part_m, 0))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2((part - m_safe) * LOG2_E)
-        alpha = tl.exp2((m_i - m_safe) * LOG2_E)
+        weight = exponential(part_m - m_safe, True)
+        alpha = exponential(m_i - m_safe, True)
         pointers = parts + (offs_s * rows + row)[:, None] * HEAD_DIM_V + offs_d[None, :]
         mask = (offs_s < splits)[:, None] & (offs_d < HEAD_DIM_V)[None, :]
         values = tl.load(pointers, mask=mask, other=0.0)
         acc = acc * alpha + tl.sum(weight[:, None] * values, 0)
-        l_i = l_i * alpha + tl.sum(weight, 0)
+        l_i = l_i * alpha + tl.sum(weight * part_l, 0)
         m_i = m_new
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
     batch = row // seqlen_q // n_heads
@@ -339,7 +349,7 @@ def launch_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx,
     to, to_lse = out, lse
     if plan.parts:
         to = torch.empty((*plan.parts, plan.head_dim_v), dtype=torch.float32, device=q.device)
-        to_lse = torch.empty(plan.parts, dtype=torch.float32, device=q.device)
+        to_lse = torch.empty((2, *plan.parts), dtype=torch.float32, device=q.device)
     launch(
         attention_decode_split, plan.grid, q.device, q, k_cache, v_cache, to, to_lse, cache_seqlens, block_table,
         cache_batch_idx, cache_leftpad, slopes, sink, *plan.strides, plan.slopes_stride, *plan.sizes, seqlen_new,

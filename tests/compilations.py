@@ -125,8 +125,8 @@ def cross_entropy():
 def run_attention(q, k, cu_q=None, cu_k=None, left=-1, right=-1, seqlens=None):
     options = (q.shape[2], k.shape[2], left, right, False, 0.0, 0.0, 0.125)
     rest = (None, seqlens, cu_q, cu_k, None, None, *options)
-    out, lse = kernels("attention").launch_fwd(q, k, k, None, None, *rest)
-    kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, None, None, *rest, False, False)
+    out, lse, low = kernels("attention").launch_fwd(q, k, k, None, None, *rest, False)
+    kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, None, None, *rest, False, False)
 
 
 def attention():
@@ -216,9 +216,9 @@ def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024,
         ends = torch.tensor([0, 1, seqlen - 5]).int()
     mask = torch.ones(2, 1, 1, seqlen, dtype=torch.bool) if mask else None
     rest = (mask, None, ends, ends, None, None, seqlen, seqlen, left, right, False, 0.0, 0.0, 0.125)
-    out, lse = kernels("attention").launch_fwd(q, k, k, None, None, *rest)
+    out, lse, low = kernels("attention").launch_fwd(q, k, k, None, None, *rest, False)
     if backward:
-        kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, None, None, *rest, False, False)
+        kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, None, None, *rest, False, False)
 
 
 CALLS = {"norm_bwd": norm_bwd, "attention": attention_call}

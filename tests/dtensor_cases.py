@@ -152,7 +152,17 @@ def rotated(positions):
 
 
 def packed(q, k, v):
-    return fastattn.attention(q, k, v, cu_seqlens_q=ENDS, cu_seqlens_k=ENDS, causal=True, return_lse=True)
+    lengths, slopes = torch.tensor([2, 3], dtype=torch.int32), torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2)
+    return fastattn.attention(
+        q, k, v, cu_seqlens_q=ENDS, cu_seqlens_k=ENDS, causal=True, seqlens_k=lengths, alibi_slopes=slopes,
+        return_lse=True,
+    )  # fmt: skip
+
+
+def padded(q, k, v):
+    lengths, slopes = torch.tensor([2, 3, 0, 6], dtype=torch.int32), torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 4)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril_(2)
+    return fastattn.attention(q, k, v, mask=mask, seqlens_k=lengths, alibi_slopes=slopes, return_lse=True)
 
 
 def attend(**options):
@@ -185,6 +195,7 @@ OPS = {
     "attention, packed": (
         packed, {"q": (6, 4, 8), "k": (6, 2, 8), "v": (6, 2, 8)}, {"q=S1 k=S1 v=S1": "S1", "q=S0 k=S0 v=S0": "R"},
     ),
+    "attention, lengths, slopes and a mask": (padded, QKV, _HEADS | {"q=S2": "R"}),
     "scaled_dot_product_attention": (
         lambda q, k, v: fastattn.scaled_dot_product_attention(q, k, v, enable_gqa=True, is_causal=True),
         QKV, {"q=S0 k=S0 v=S0": "S0", "q=S1 k=S1 v=S1": "S1"},

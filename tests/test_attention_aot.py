@@ -17,7 +17,8 @@ from fastattn.kernels.attention_table import TABLE
 
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 MODULES = {"fwd": "attention", "dbias": "attention_dbias"}
-FP32 = ("lse", "lse2", "delta", "dlse", "sink", "slopes", "dsink")
+FP32 = ("lse", "lse_low", "high", "low", "delta", "dlse", "sink", "slopes", "dsink")
+LOW = ("lse_low", "low")  # of lse what fp32 leaves: with a bias, with ALiBi and in fp32
 POINTERS = dict.fromkeys(FP32, "*fp32") | {"mask": "*i1", "rng": "*i64"}
 POINTERS |= dict.fromkeys(("seqlens_k", "cu_seqlens_q", "cu_seqlens_k"), "*i32")
 ELEMENTS = ("q", "k", "v", "out", "do", "dq", "dk", "dv", "bias", "dbias")
@@ -41,14 +42,16 @@ def config(kernel, arch, head_dim, launch, dtype="bf16", features=()):
     names = getattr(importlib.import_module(module), name).arg_names
     types = dict.fromkeys(names, "i32") | dict.fromkeys(("softcap", "scale", "rescale"), "fp32")
     types |= POINTERS | dict.fromkeys(ELEMENTS, f"*{dtype}")
-    linear = not {"bias", "slopes", "softcap"} & set(features)
+    natural = dtype == "fp32" or bool({"bias", "slopes"} & set(features))
     constants = {
         "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim, "BLOCK_D": head_dim, "BLOCK_DV": head_dim,
         "HAS_LEFT": "left" in features, "HAS_RIGHT": True, "TOP_LEFT": False, "SOFTCAP": "softcap" in features,
-        "FUSED_SCALE": linear, "TMA": arch >= 90 and dtype != "fp32" and "left" not in features, "PRECISION": "ieee",
-        "GROUP": 1, "ROW": False, "COLUMN": False,
+        "NATURAL": natural, "FUSED_SCALE": not natural and "softcap" not in features,
+        "TMA": arch >= 90 and dtype != "fp32" and "left" not in features, "PRECISION": "ieee", "GROUP": 1,
+        "ROW": False, "COLUMN": False,
     }  # fmt: skip
     constants |= {name: None for name in OPTIONAL if name not in features}
+    constants |= {} if natural else dict.fromkeys(LOW)
     constants |= {name: value for name, value in launch.items() if name.startswith("BLOCK")}
     constants = {name: value for name, value in constants.items() if name in names}
     for i, strides in enumerate(names):

@@ -58,6 +58,41 @@ def test_random_calls_triton(part, monkeypatch, device):
         check(seed, "triton", monkeypatch, device, **(SMALL if device == "cpu" else {}))
 
 
+@pytest.mark.parametrize("score", [1e4, 1e6, -1e9, 1e30, -3e38])
+def test_equal_scores_however_large(score, backend, device):
+    """Splits of unequal length count by their keys: their maximum and their sum have room beside each other."""
+    q, k_cache, v_cache = to(device, *call(capacity=300, seqlen_q=2))
+    q, k_cache = torch.ones_like(q), torch.ones_like(k_cache)
+    lengths = int32(300, 131)
+    for splits in (1, 2, 7):
+        out, lse = fastattn.attention_decode(
+            q, k_cache, v_cache, cache_seqlens=lengths.to(device), causal=False, scale=score / 8, num_splits=splits,
+            return_lse=True,
+        )  # fmt: skip
+        for b, length in enumerate(lengths.tolist()):
+            expected = v_cache[b, :, :length].double().mean(1).repeat_interleave(2, 0)[:, None].expand_as(out[b])
+            torch.testing.assert_close(out[b].double(), expected, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(lse[b].double(), torch.full_like(lse[b], score + math.log(length)).double())
+
+
+@pytest.mark.parametrize("value", [1e4, 1e9, 1e38, torch.finfo(torch.float32).max])
+def test_sinks_however_large(value, backend, device, monkeypatch):
+    q, k_cache, v_cache = call(capacity=300)
+    sink = torch.tensor([value, -value, 0.0, -value])
+    for splits in (1, 3):
+        kwargs = {"cache_seqlens": int32(300, 0), "sink": sink, "num_splits": splits}
+        check_call(f"{splits} splits", (q, k_cache, v_cache, kwargs), backend, monkeypatch, device)
+
+
+@pytest.mark.parametrize("slope", [10.0, 1e5, 1e30])
+def test_steep_alibi(slope, backend, device, monkeypatch):
+    q, k_cache, v_cache = call(capacity=300, seqlen_q=3)
+    slopes = torch.tensor([slope, slope / 3, 0.01, -slope])
+    for kwargs in ({}, {"cache_leftpad": int32(0, 40)}, {"causal": False, "window": (280, 0)}):
+        kwargs |= {"cache_seqlens": int32(300, 41), "alibi_slopes": slopes, "num_splits": 3}
+        check_call(list(kwargs), (q, k_cache, v_cache, kwargs), backend, monkeypatch, device)
+
+
 def test_is_attention_on_the_valid_keys(backend, device):
     """Every feature beside `attention` on the cache cut to its valid keys, sequence by sequence."""
     q, k_cache, v_cache = to(device, *call(seqlen_q=3))

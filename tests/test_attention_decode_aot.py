@@ -18,7 +18,7 @@ MODULE = "fastattn.kernels.attention_decode"
 ARCHS = (80, 90, 100)
 SHARED_MEMORY = 101_376  # of the smallest architecture with the products we use, 86
 INT32 = ("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad")
-FP32 = ("slopes", "sink", "lse", "part_lse", "parts")
+FP32 = ("slopes", "sink", "lse", "part_stats", "parts")
 ELEMENTS = ("q", "k", "v", "out", "k_cache", "v_cache")
 FORMS = {  # features of a call
     "plain": (),

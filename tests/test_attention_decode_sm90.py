@@ -1,6 +1,7 @@
 """attention_decode on Hopper through the public function: on such a GPU, or its sources in the emulation."""
 
 import importlib
+import math
 
 import emulate_cuda
 import pytest
@@ -51,6 +52,21 @@ def call(head_dim=64, capacity=300, lengths=(300, 77), n_heads=4, kv_heads=2, se
 def test_random_calls(part, head_dim, monkeypatch):
     for seed in range(part, 8, 2):
         check_call(f"seed {seed}", case(seed, head_dim), "native", monkeypatch, DEVICE)
+
+
+@pytest.mark.parametrize("score", [1e4, 1e6, -1e9])
+def test_equal_scores_however_large(score):
+    """Splits of unequal length count by their keys: their maximum and their sum have room beside each other."""
+    q, k_cache, v_cache, lengths = call(lengths=(300, 200))
+    q, k_cache = torch.ones_like(q), torch.ones_like(k_cache)
+    for splits in (1, 2, 4):
+        out, lse = run(q, k_cache, v_cache, lengths, causal=False, scale=score / 64, num_splits=splits)
+        for b, length in enumerate(lengths.tolist()):
+            expected = v_cache[b, :, :length].double().mean(1).repeat_interleave(2, 0)[:, None]
+            torch.testing.assert_close(out[b].cpu().double(), expected, atol=2e-3, rtol=2e-2)
+            torch.testing.assert_close(
+                lse[b].cpu().double(), torch.full_like(lse[b], score + math.log(length)).cpu().double()
+            )
 
 
 def test_every_query_length_packed_with_its_group(monkeypatch):

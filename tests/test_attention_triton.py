@@ -82,32 +82,34 @@ class Case:
         return (self.mask, self.lengths, self.cu_q, self.cu_k, self.slopes, self.rng, *self.options)
 
     def expected(self, convert=lambda t: t):
-        """(out, lse, gradients) of the reference, with None for inputs that are not there."""
+        """(out, lse, lse_low, gradients) of the reference, with None for inputs that are not there."""
         leaves = [None if t is None else convert(t.detach()).clone().requires_grad_() for t in self.inputs()]
         rest = [convert(t) if torch.is_tensor(t) and t.is_floating_point() else t for t in self.rest()]
-        out, lse = _reference(*leaves, *rest)
+        out, lse, low = _reference(*leaves, *rest, True)
         wanted = [t for t in leaves if t is not None]
         finite = torch.where(lse == -math.inf, 0.0, lse)  # the lse of an empty row has no gradient
         grads = iter(
             torch.autograd.grad((out, finite), wanted, (convert(self.do), self.dlse.to(lse.dtype)), allow_unused=True)
         )
-        return out.detach(), lse.detach(), [None if t is None else next(grads) for t in leaves]
+        return out.detach(), lse.detach(), low.detach(), [None if t is None else next(grads) for t in leaves]
 
     def check(self, backward_of="triton"):
-        exact_out, exact_lse, exact_grads = self.expected(lambda t: t.double())
-        plain_out, plain_lse, plain_grads = self.expected()
-        out, lse = forward(*self.inputs(), *self.rest())
+        exact_out, exact_lse, _, exact_grads = self.expected(lambda t: t.double())
+        plain_out, plain_lse, plain_low, plain_grads = self.expected()
+        out, lse, low = forward(*self.inputs(), *self.rest(), True)
         assert_accurate(out, exact_out, plain_out, what="out")
         empty = exact_lse == -math.inf
         assert torch.equal(lse == -math.inf, empty)
-        # p = exp(s - lse) with lse stored in fp32: no backward that keeps no scores is better than this
-        spacing = torch.finfo(torch.float32).eps * (1 + exact_lse[~empty].abs().amax().item() if not empty.all() else 1)
+        fp32_eps = torch.finfo(torch.float32).eps
+        # of the scores, which forward and backward may sum in different orders
+        spacing = fp32_eps * (1 + exact_lse[~empty].abs().amax().item() if not empty.all() else 1)
         if not torch.allclose(lse[~empty].double(), exact_lse[~empty], rtol=0, atol=2 * spacing):
             assert_accurate(lse[~empty], exact_lse[~empty], plain_lse[~empty], what="lse")
         if backward_of == "reference":
-            out, lse = plain_out, plain_lse
+            out, lse, low = plain_out, plain_lse, plain_low
+        saved = out, lse, low
         grads = backward(
-            self.do, self.dlse, *self.inputs()[:3], out, lse, *self.inputs()[3:], *self.rest(), self.bias is not None
+            self.do, self.dlse, *self.inputs()[:3], *saved, *self.inputs()[3:], *self.rest(), self.bias is not None
         )
         for name, got, exact, plain in zip(
             ("dq", "dk", "dv", "dbias", "dsink"), grads, exact_grads, plain_grads, strict=True
@@ -122,9 +124,7 @@ class Case:
                 allowed += eps * rows.square().sum().sqrt().item()
             elif self.q.numel() and self.k.numel() and name != "dv":
                 other = (self.k if name == "dq" else self.q).double().nan_to_num(0, 0, 0).square().mean().sqrt()
-                delta = (
-                    4 * torch.finfo(torch.float32).eps * rows.sum(-1).abs().amax() + eps / 2 * rows.norm(dim=-1).amax()
-                )
+                delta = 4 * fp32_eps * rows.sum(-1).abs().amax() + eps / 2 * rows.norm(dim=-1).amax()
                 allowed += (delta * abs(self.options[-1]) * other).item()
             if not torch.allclose(got.double(), exact, rtol=0, atol=allowed):
                 assert_accurate(got, exact, plain, factor=BACKWARD, what=name, slack=allowed)
@@ -282,7 +282,7 @@ def test_dropout_mask_is_the_specified_one(options):
     ends = list(zip(case.cu_q.tolist(), case.cu_k.tolist(), strict=True)) if packed else None
     for j in range(case.v.shape[2]):
         case.v[:, :, j, j - (max(k for _, k in ends if k <= j) if packed else 0)] = 1.0
-    out, _ = forward(*case.inputs(), *case.rest())
+    out, *_ = forward(*case.inputs(), *case.rest(), False)
     if not packed:
         i = torch.arange(out.shape[2], device=DEVICE)
         slab = torch.arange(out.shape[0] * 2, device=DEVICE).view(-1, 2, 1)
@@ -314,10 +314,10 @@ def test_forward_and_backward_on_different_backends(order, name):
         pytest.skip(f"the native backend cannot run here: {reason}")
     case = Case(**EVERYTHING[name])
     ops = torch.ops.fastattn
-    out, lse = getattr(ops.attention_fwd, order[0])(*case.inputs(), *case.rest())
+    saved = getattr(ops.attention_fwd, order[0])(*case.inputs(), *case.rest(), True)
     need_dbias = case.bias is not None
-    args = case.do, case.dlse, *case.inputs()[:3], out, lse, *case.inputs()[3:], *case.rest(), need_dbias, False
-    exact_grads, plain_grads = case.expected(lambda t: t.double())[2], case.expected()[2]
+    args = case.do, case.dlse, *case.inputs()[:3], *saved, *case.inputs()[3:], *case.rest(), need_dbias, False
+    exact_grads, plain_grads = case.expected(lambda t: t.double())[3], case.expected()[3]
     for got, exact, plain in zip(getattr(ops.attention_bwd, order[1])(*args), exact_grads, plain_grads, strict=True):
         if exact is not None:
             torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
@@ -326,9 +326,9 @@ def test_forward_and_backward_on_different_backends(order, name):
 
 def test_dropout_of_everything():
     case = Case(p=1.0, sq=20, sk=20)
-    out, lse = forward(*case.inputs(), *case.rest())
-    grads = backward(case.do, None, *case.inputs()[:3], out, lse, None, None, *case.rest(), False)
-    assert not any(t.any() for t in (out, *grads[:3]))
+    saved = forward(*case.inputs(), *case.rest(), True)
+    grads = backward(case.do, None, *case.inputs()[:3], *saved, None, None, *case.rest(), False)
+    assert not any(t.any() for t in (saved[0], *grads[:3]))
 
 
 UNSEEN = {
@@ -362,11 +362,11 @@ def test_fully_masked_rows():
     case = Case(mask="ffff", heads=1, batch=2)
     case.mask[0, :, 3:50] = False
     case.mask[1] = False
-    out, lse = forward(*case.inputs(), *case.rest())
+    out, lse, low = forward(*case.inputs(), *case.rest(), True)
     rows = ~case.mask.any(-1)
     assert (lse[rows] == -math.inf).all()
     assert not out[rows].any()
-    dq, dk, dv, *_ = backward(case.do, case.dlse, *case.inputs()[:3], out, lse, None, None, *case.rest(), False)
+    dq, dk, dv, *_ = backward(case.do, case.dlse, *case.inputs()[:3], out, lse, low, None, None, *case.rest(), False)
     assert not dq[rows].any()
     assert not dk[1].any()
     assert not dv[1].any()
@@ -379,14 +379,15 @@ def test_scores_far_below_zero_with_a_key_tail():
     case = Case(sk=70, heads=1, d=16)
     case.q = case.q.abs() + 20
     case.k = -case.k.abs() - 1
-    _, lse = forward(*case.inputs(), *case.rest())
+    _, lse, _ = forward(*case.inputs(), *case.rest(), False)
     assert lse.max() < -89
     case.check("reference")
 
 
 def test_gradient_of_out_alone_and_of_lse_alone():
     case = Case(heads=1, sink=True)
-    args = (*case.inputs()[:3], *forward(*case.inputs(), *case.rest()), *case.inputs()[3:], *case.rest(), False)
+    saved = forward(*case.inputs(), *case.rest(), True)
+    args = (*case.inputs()[:3], *saved, *case.inputs()[3:], *case.rest(), False)
     zero = backward(case.do, torch.zeros_like(case.dlse), *args)
     none = backward(case.do, None, *args)
     for a, b in zip(zero, none, strict=True):
@@ -416,14 +417,13 @@ def test_strides(how):
         contiguous[1:] = [t.contiguous() for t in (case.k, case.v, case.do)]
     else:
         case.q, case.k, case.v, case.do = map(restride, contiguous)
-    out, lse = forward(*case.inputs(), *case.rest())
-    strided = backward(case.do, None, *case.inputs()[:3], out, lse, None, None, *case.rest(), False)
+    saved = forward(*case.inputs(), *case.rest(), True)
+    strided = backward(case.do, None, *case.inputs()[:3], *saved, None, None, *case.rest(), False)
     case.q, case.k, case.v, case.do = contiguous
-    expected, expected_lse = forward(*case.inputs(), *case.rest())
-    assert torch.equal(out, expected)
-    assert torch.equal(lse, expected_lse)
+    for got, want in zip(saved, forward(*case.inputs(), *case.rest(), True), strict=True):
+        assert torch.equal(got, want)
     for got, want in zip(
-        strided, backward(case.do, None, *case.inputs()[:3], out, lse, None, None, *case.rest(), False), strict=True
+        strided, backward(case.do, None, *case.inputs()[:3], *saved, None, None, *case.rest(), False), strict=True
     ):
         assert torch.equal(got, want)
 
@@ -432,9 +432,9 @@ def test_reruns_are_equal_bit_for_bit():
     case = Case(batch=2, heads=2, kv_heads=1, bias="1fff", p=0.1, sink=True, right=0, sq=66, sk=66)
     runs = []
     for _ in range(20 if DEVICE == "cuda" else 2):  # the interpreter runs one program after another
-        out, lse = forward(*case.inputs(), *case.rest())
-        grads = backward(case.do, case.dlse, *case.inputs()[:3], out, lse, *case.inputs()[3:], *case.rest(), True)
-        runs.append((out, lse, *grads))
+        saved = forward(*case.inputs(), *case.rest(), True)
+        grads = backward(case.do, case.dlse, *case.inputs()[:3], *saved, *case.inputs()[3:], *case.rest(), True)
+        runs.append((*saved, *grads))
     for results in zip(*runs, strict=True):
         assert all(torch.equal(result, results[0]) for result in results[1:])
 
@@ -446,11 +446,10 @@ def test_raw_ops_pass_opcheck():
         {"packed": ([0, 3, 9], [0, 4, 18]), "slopes": 1, "p": 0.3},
     ):
         case = Case(d=16, **({"heads": 1, "sq": 7, "sk": 9} | options))
-        arguments = (*case.inputs(), *case.rest())
-        torch.library.opcheck(forward, arguments, test_utils=checks)
-        out, lse = forward(*arguments)
-        need_dbias = case.bias is not None
-        arguments = (case.do, case.dlse, *arguments[:3], out, lse, *arguments[3:], need_dbias, False)
+        arguments, need_dbias = (*case.inputs(), *case.rest()), case.bias is not None
+        torch.library.opcheck(forward, (*arguments, need_dbias), test_utils=checks)
+        saved = forward(*arguments, need_dbias)
+        arguments = (case.do, case.dlse, *arguments[:3], *saved, *arguments[3:], need_dbias, False)
         torch.library.opcheck(torch.ops.fastattn.attention_bwd.triton, arguments, test_utils=checks)
 
 
@@ -482,9 +481,9 @@ def test_offsets_beyond_32_bits(name, dim):
     for spread in (False, True):
         if spread:
             setattr(case, name, far(getattr(case, name), dim))
-        out, lse = forward(*case.inputs(), *case.rest())
-        grads = backward(case.do, None, *case.inputs()[:3], out, lse, *case.inputs()[3:], *case.rest(), True)
-        results.append((out, lse, *grads))
+        saved = forward(*case.inputs(), *case.rest(), True)
+        grads = backward(case.do, None, *case.inputs()[:3], *saved, *case.inputs()[3:], *case.rest(), True)
+        results.append((*saved, *grads))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -507,9 +506,9 @@ def test_the_dispatcher_is_passed_by_only_where_nobody_looks_on():
 
     seen = []
     q, k, v = torch.randn(3, 1, 1, 4, 16, device=DEVICE)
-    assert python_kernel("attention_fwd", "triton", DEVICE, q, k, v) is not None
-    assert python_kernel("attention_fwd", "triton", DEVICE, q.as_subclass(Watched), k, v) is None
-    assert python_kernel("attention_fwd", "native", DEVICE, q, k, v) is None
+    assert python_kernel("attention_fwd", "triton", q, k, v) is not None
+    assert python_kernel("attention_fwd", "triton", q.as_subclass(Watched), k, v) is None
+    assert python_kernel("attention_fwd", "native", q, k, v) is None
     expected = fastattn.attention(q, k, v, backend="triton")
     with Watch():
         got = fastattn.attention(q, k, v, backend="triton")

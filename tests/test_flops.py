@@ -75,7 +75,7 @@ def test_lengths_without_values_count_as_the_longest():
     with torch._subclasses.FakeTensorMode(), FlopCounterMode(display=False) as counter:
         q, ends = torch.empty(1, 2, 11, 8), torch.empty(3, dtype=torch.int32)
         rest = (None, None, None, None, ends, ends, None, None, 6, 7, -1, -1, False, 0.0, 0.0, 1.0)
-        torch.ops.fastattn.attention_fwd.native(q, q, q, *rest)
+        torch.ops.fastattn.attention_fwd.native(q, q, q, *rest, True)
     assert counter.get_total_flops() == 2 * (2 * 2 * 6 * 7) * 16
     with torch._subclasses.FakeTensorMode(), FlopCounterMode(display=False) as counter:
         q, cache, lengths = torch.empty(2, 4, 1, 8), torch.empty(2, 2, 32, 8), torch.empty(2, dtype=torch.int32)
@@ -146,3 +146,10 @@ def test_the_counter_is_imported_by_nobody_but_the_user():
         print(torch.ops.fastattn.attention_fwd in flop_registry)
     """
     assert run_code(code, TRITON_INTERPRET="0").strip() == "True"
+
+
+def test_weights_of_attention_are_a_second_pass():
+    layer, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 5, 16)
+    forward, _ = count(lambda x: layer(x, x, x), x)
+    without, _ = count(lambda x: layer(x, x, x, need_weights=False), x)
+    assert forward - without == 2 * 2 * 4 * 5 * 5 * 4

@@ -29,6 +29,7 @@ from fastattn.training.messages import UsageError
 from fastattn.training.runs import checkpoint as ckpt
 from fastattn.training.runs.load import load_run
 from fastattn.training.runs.loop import Trainer
+from fastattn.training.runs.lora import train_only
 from fastattn.training.runs.throughput import flops_per_token
 from fastattn.training.runs.train import train
 
@@ -206,6 +207,12 @@ def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch)
         assert flops_per_token(masked, shape) == pytest.approx(6 * (blocks + predicted) + attention)
     sides = blocks + blocks * 16 // 12  # cross-attention adds 4 * d_model**2 a block
     assert flops_per_token(Seq2Seq(29, **options), shape) == 3 * (sides + 29 * shape.d_model) + attention
+    part = CausalLM(29, **{**options, "tied": False})
+    train_only(part, "lora", 2)  # no gradient of the frozen matrices, but through them
+    assert flops_per_token(part, shape) == 4 * blocks + 6 * 29 * shape.d_model + attention
+    part = CausalLM(29, **{**options, "tied": False})
+    train_only(part, "head", 2)
+    assert flops_per_token(part, shape) == 2 * blocks + 4 * 29 * shape.d_model + attention // 3
     speeds, seconds, mfu = (numbers(run, name) for name in ("tokens_per_second", "seconds", "mfu"))
     assert len(speeds) == 2
     for speed, duration, part in zip(speeds, seconds, mfu, strict=True):

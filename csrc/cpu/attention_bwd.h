@@ -3,7 +3,7 @@
 // of the piece, five products each; dK and dV of a piece and dQᵀ of a block over a piece are summed in fp32. One task
 // is all pieces of one key head, or a single piece where heads are few. No order depends on threads.
 //
-//   p = 2^(s - lse),  ds = p ∘ (dp - delta),  dV += p·dO,  dK += ds·Q,  dQᵀ += Kᵀ·ds,  with s = K·Qᵀ, dp = V·dOᵀ
+//   p = e^(s - lse),  ds = p ∘ (dp - delta),  dV += p·dO,  dK += ds·Q,  dQᵀ += Kᵀ·ds,  with s = K·Qᵀ, dp = V·dOᵀ
 //
 // dQ of a block is the sum over the pieces that it sees, in their order. In fp32 it is summed where it ends up, and
 // tasks of one piece wait for their turn. In 16 bits a task of all pieces sums it in fp32 of its own; tasks of one
@@ -202,7 +202,8 @@ void backward(const AttentionArgs& args) {
           if (args.dsink_partial && piece == 0) {
             block.load(sequence, h, i0, begin < end);
             for (int r = 0; r < rows; ++r) {
-              dsink -= std::exp2(args.sink[h] * kLog2e - block.lse()[r]) * block.delta()[r];
+              const float share = (args.sink[h] - block.lse_high()[r]) * kLog2e - block.lse_low()[r];
+              dsink -= std::exp2(share) * block.delta()[r];
             }
           } else if (begin < end) {
             block.load(sequence, h, i0, true);

@@ -2,7 +2,7 @@
 // Attention of few queries on a cache: one task is a block of rows and a split of the keys that they see. The rows are
 // the queries of all heads that share a key head, so that every row of the cache is read once.
 //
-//   s = q·Kᵀ,  m' = max(m, s),  alpha = 2^(m - m'),  p = 2^(s - m'),  l = l * alpha + sum p,  o = o * alpha + p·V
+//   s = q·Kᵀ,  m' = max(m, s),  alpha = e^(m - m'),  p = e^(s - m'),  l = l * alpha + sum p,  o = o * alpha + p·V
 //
 // Head dims lie along the vector lanes, as the cache has them: with a row or a few, lanes of queries would be empty. A
 // dot product then ends in a sum over lanes, taken for as many products at once as a vector has lanes. Keys and values
@@ -340,15 +340,14 @@ void softmax_row(const DecodeArgs& args, const DecodeTask& task, int r, int64_t 
       args.window_right >= 0 && position + args.window_right + 1 < keys ? position + args.window_right + 1 : keys;
   const float low = bound(args.window_left >= 0 ? position - args.window_left : -1), last = bound(high - 1);
   const float cap = args.softcap;
-  const float slope =
-      args.alibi_slopes ? args.alibi_slopes[task.batch * args.alibi_batch + task.head(r)] * kLog2e : 0.f;
-  const Vec multiplier = Vec::fill(cap > 0 ? args.scale / cap : args.scale * kLog2e), hidden = Vec::fill(-kInf);
+  const float slope = args.alibi_slopes ? args.alibi_slopes[task.batch * args.alibi_batch + task.head(r)] : 0.f;
+  const Vec multiplier = Vec::fill(cap > 0 ? args.scale / cap : args.scale), hidden = Vec::fill(-kInf);
   Vec most = hidden;
   for (int x = 0; x < keys; x += kVec) {
     Vec score = Vec::load(s + x) * multiplier;
     const Vec lane = lanes_from(static_cast<float>(x));
     if (cap > 0) {
-      score = tanh(score) * Vec::fill(cap * kLog2e);
+      score = tanh(score) * Vec::fill(cap);
     }
     if (slope != 0.f) {
       score = fnma(Vec::fill(slope), abs(Vec::fill(static_cast<float>(position)) - lane), score);
@@ -361,10 +360,10 @@ void softmax_row(const DecodeArgs& args, const DecodeTask& task, int r, int64_t 
   const float tile_max = most.max(), now = tile_max > *m ? tile_max : *m;
   const Vec base = Vec::fill(now == -kInf ? 0.f : now);
   alignas(64) float rescale[kVec];
-  exp2<false>(Vec::fill(*m) - base).store(rescale);
+  exp2<false>(exponent_of_2<true>(Vec::fill(*m) - base)).store(rescale);
   Vec sum = Vec::fill(0.f);
   const auto weight = [&](int x) {
-    const Vec w = exp2<kPairs>(Vec::load(s + x) - base);
+    const Vec w = exp2<kPairs>(exponent_of_2<true>(Vec::load(s + x) - base));
     sum = sum + w;
     return w;
   };
@@ -393,19 +392,19 @@ void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* pa
   for (int r = 0; r < task.rows; ++r) {
     const float* m = partial + task.rows * width + r;
     const float* l = m + task.rows;
-    const float sink = args.sink ? args.sink[task.head(r)] * kLog2e : -kInf;
+    const float sink = args.sink ? args.sink[task.head(r)] : -kInf;
     float most = sink;
     for (int64_t n = 0; n < args.splits; ++n) {
       most = m[n * stride] > most ? m[n * stride] : most;
     }
     const float base = most == -kInf ? 0.f : most;
-    float total = std::exp2(sink - base);
+    float total = std::exp(sink - base);
     zero(sums, width);
     for (int64_t n = 0; n < args.splits; ++n) {
       if (l[n * stride] == 0.f) {  // it saw nothing, and may have written nothing
         continue;
       }
-      const float share = std::exp2(m[n * stride] - base);
+      const float share = std::exp(m[n * stride] - base);
       total += l[n * stride] * share;
       const float* o = partial + n * stride + r * width;
       for (int64_t x = 0; x < width; x += kVec) {
@@ -418,7 +417,7 @@ void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* pa
       out[c] = from_float<T>(sums[Row<T, kPairs>::place(c)] * inverse);
     }
     args.lse[(task.batch * args.n_heads + task.head(r)) * args.seqlen_q + task.query(r)] =
-        total == 0.f ? -kInf : base * kLn2 + std::log(total);
+        total == 0.f ? -kInf : base + std::log(total);
   }
 }
 

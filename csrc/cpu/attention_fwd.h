@@ -1,7 +1,9 @@
 #pragma once
 // Attention forward: one task is a block of kLanes queries of one head, which visits its keys tile by tile.
 //
-//   s = K·Qᵀ,  m' = max(m, s),  alpha = 2^(m - m'),  p = 2^(s - m'),  l = l * alpha + sum p,  oᵀ = oᵀ * alpha + Vᵀ·p
+//   s = K·Qᵀ,  m' = max(m, s),  alpha = e^(m - m'),  p = e^(s - m'),  l = l * alpha + sum p,  oᵀ = oᵀ * alpha + Vᵀ·p
+//
+// The powers are those of 2 where scores are kept times log2(e).
 #include <cmath>
 
 #include "attention_scores.h"
@@ -40,7 +42,7 @@ const float* left_depth(const T* src, int64_t stride, int rows, int64_t cols, co
 }
 
 // One tile into the running softmax: scores s become weights p (s itself, or slots of two rows with kPairs).
-template <bool kPairs, bool kShort>
+template <bool kPairs, bool kShort, bool kNatural>
 inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_vecs, float c, const float* keep,
                            float* p, float* m, float* l, float* alpha) {
   const Vec factor = Vec::fill(c);
@@ -59,12 +61,12 @@ inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_ve
     const Vec before = Vec::load(m + x);
     const Vec now = max(most * factor, before);
     now.store(m + x);
-    const Vec base = select(now < Vec::fill(-3.4028234e38f), Vec::fill(0.f), now);
-    const Vec rescale = exp2<kShort>(before - base);
+    const Vec base = select(now < Vec::fill(-kFloatMax), Vec::fill(0.f), now);
+    const Vec rescale = exp2<kShort>(exponent_of_2<kNatural>(before - base));
     rescale.store(alpha + x);
     Vec sum = Vec::fill(0.f);
     const auto weight = [&](int r) {
-      const Vec w = exp2<kShort>(fma(Vec::load(s + r * kLanes + x), factor, -base));
+      const Vec w = exp2<kShort>(exponent_of_2<kNatural>(fma(Vec::load(s + r * kLanes + x), factor, -base)));
       sum = sum + w;
       return keep ? w * Vec::load(keep + r * kLanes + x) : w;
     };
@@ -84,6 +86,15 @@ inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_ve
   }
 }
 
+// lse = most + log(total), and what of it fp32 has no room for beside a large maximum.
+inline void store_lse(double most, float total, float* lse, float* low) {
+  const float log_total = std::log(total);
+  *lse = total == 0.f ? -kInf : static_cast<float>(most + log_total);
+  if (low) {
+    *low = total == 0.f ? 0.f : static_cast<float>(most - *lse + log_total);
+  }
+}
+
 template <typename T, bool kPairs>
 void forward(const AttentionArgs& args) {
   const int64_t group = args.n_heads / (args.n_kv_heads ? args.n_kv_heads : 1);
@@ -97,6 +108,8 @@ void forward(const AttentionArgs& args) {
     return;
   }
   Scores scores(args, arena, false);
+  const bool natural = Scores::natural(args);
+  constexpr bool kShort = sizeof(T) == 2;
   float* q_t = arena.take(kLanes * width);
   float* stage = arena.take(kLanes * widest);
   float* o_t = arena.take(kLanes * width_v);
@@ -143,7 +156,11 @@ void forward(const AttentionArgs& args) {
         c = 1.f;
       }
       const float* keep = args.dropout.rng ? scores.keep(keys, lane_vecs) : nullptr;
-      online_softmax<kPairs, (sizeof(T) == 2)>(s, keys, scores.diagonal(), lane_vecs, c, keep, p, m, l, alpha);
+      if (natural) {
+        online_softmax<kPairs, kShort, true>(s, keys, scores.diagonal(), lane_vecs, c, keep, p, m, l, alpha);
+      } else {
+        online_softmax<kPairs, kShort, false>(s, keys, scores.diagonal(), lane_vecs, c, keep, p, m, l, alpha);
+      }
       left = left_depth<T, kPairs>(v + j0 * args.v.row, args.v.row, keys, args.head_dim_v, scores.seen(), v_copy, ld);
       product_over_keys<kPairs>(left, ld, p, keys, o_t, args.head_dim_v, rows, scores.diagonal(),
                                 first ? Start::kZero : Start::kScale, alpha);
@@ -157,20 +174,21 @@ void forward(const AttentionArgs& args) {
     for (int x = 0; x < lane_vecs * kVec; x += kVec) {
       Vec most = Vec::load(m + x), total = Vec::load(l + x), scale = Vec::fill(1.f);
       if (args.sink) {
-        const Vec sink = Vec::fill(args.sink[h] * kLog2e);
+        const Vec sink = Vec::fill(args.sink[h]);
         const Vec now = max(most, sink);
-        const Vec base = select(now < Vec::fill(-3.4028234e38f), Vec::fill(0.f), now);
-        scale = exp2<false>(most - base);
-        total = fma(total, scale, exp2<false>(sink - base));
+        const Vec base = select(now < Vec::fill(-kFloatMax), Vec::fill(0.f), now);
+        scale = exp2<false>(exponent_of_2<true>(most - base));
+        total = fma(total, scale, exp2<false>(exponent_of_2<true>(sink - base)));
         most = now;
       }
       most.store(m + x);
       total.store(l + x);
       select(total < Vec::fill(1e-37f), Vec::fill(0.f), scale / total).store(alpha + x);
     }
-    float* lse = args.lse ? args.lse + sequence.lse_offset(args, h) + i0 : nullptr;
-    for (int r = 0; lse && r < rows; ++r) {
-      lse[r] = l[r] == 0.f ? -kInf : m[r] * kLn2 + std::log(l[r]);
+    const int64_t lse_at = sequence.lse_offset(args, h) + i0;
+    for (int r = 0; args.lse && r < rows; ++r) {
+      store_lse(m[r] * (natural ? 1.0 : kLn2), l[r], args.lse + lse_at + r,
+                args.lse_low ? args.lse_low + lse_at + r : nullptr);
     }
     for (int64_t d = 0; d < args.head_dim_v; ++d) {
       for (int x = 0; x < lane_vecs * kVec; x += kVec) {

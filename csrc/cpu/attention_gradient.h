@@ -1,7 +1,9 @@
 #pragma once
 // What the passes of the attention backward share: a block of queries, packed, and the gradient of one tile of scores.
 //
-//   p = 2^(s - lse),  ds = p ∘ (dp - delta),  with s = K·Qᵀ, dp = V·dOᵀ
+//   p = e^(s - lse),  ds = p ∘ (dp - delta),  with s = K·Qᵀ, dp = V·dOᵀ
+//
+// lse is taken in two parts: beside a large one the sum of a row, and so what its p sum up to, has no room in fp32.
 #include "attention_fwd.h"
 
 namespace {
@@ -11,13 +13,14 @@ inline int block_rows(const Sequence& sequence, int64_t i0) {
 }
 
 // A block of queries of one head, packed: transposed for the products over head_dim, in depth order for those over
-// queries, with lse and delta = rowsum(do ∘ out) - dlse. Lanes past the end have lse inf, so that their p is 0.
+// queries, with lse and delta = rowsum(do ∘ out) - dlse. lse is high + low: high in the unit of the scores, low times
+// log2(e). Lanes past the end have inf, so that their p is 0.
 template <typename T, bool kPairs>
 class QueryBlock {
  public:
   static int64_t floats(const AttentionArgs& args) {
     const int64_t width = round_up(args.head_dim, kVec), width_v = round_up(args.head_dim_v, kVec);
-    return kLanes * (2 * (width + width_v + 1) + (width > width_v ? width : width_v));
+    return kLanes * (2 * (width + width_v) + 3 + (width > width_v ? width : width_v));
   }
 
   QueryBlock(const AttentionArgs& args, Arena& arena)
@@ -28,7 +31,8 @@ class QueryBlock {
         do_t_(arena.take(kLanes * width_v_)),
         q_depth_(arena.take(kLanes * width_)),
         do_depth_(arena.take(kLanes * width_v_)),
-        lse_(arena.take(kLanes)),
+        lse_high_(arena.take(kLanes)),
+        lse_low_(arena.take(kLanes)),
         delta_(arena.take(kLanes)),
         stage_(arena.take(kLanes * (width_ > width_v_ ? width_ : width_v_))) {}
 
@@ -51,12 +55,21 @@ class QueryBlock {
       }
     }
     for (int r = 0; r < kLanes; ++r) {
-      lse_[r] = kInf;
+      lse_high_[r] = kInf;
+      lse_low_[r] = 0.f;
       delta_[r] = 0.f;
     }
+    const bool natural = Scores::natural(args_);
     for (int r = 0; r < rows; ++r) {
-      const float value = args_.lse[lse_at + r];
-      lse_[r] = value == -kInf ? kInf : value * kLog2e;
+      const float high = args_.lse[lse_at + r], low = args_.lse_low ? args_.lse_low[lse_at + r] : 0.f;
+      if (natural && high != -kInf) {
+        lse_high_[r] = high;
+        lse_low_[r] = low * kLog2e;
+      } else if (high != -kInf) {
+        const double exact = (static_cast<double>(high) + low) / kLn2;
+        lse_high_[r] = static_cast<float>(exact);
+        lse_low_[r] = static_cast<float>(exact - lse_high_[r]);
+      }
       const T *row_do = do_ + r * args_.dout.row, *row_out = out + r * args_.out.row;
       Vec sum = Vec::fill(0.f);
       int64_t d = 0;
@@ -72,7 +85,8 @@ class QueryBlock {
 
   const float* q_t() const { return q_t_; }
   const float* do_t() const { return do_t_; }
-  const float* lse() const { return lse_; }
+  const float* lse_high() const { return lse_high_; }
+  const float* lse_low() const { return lse_low_; }
   const float* delta() const { return delta_; }
 
   // The right operand of a product over queries.
@@ -96,7 +110,7 @@ class QueryBlock {
   const AttentionArgs& args_;
   const int64_t width_, width_v_;
   const T *q_ = nullptr, *do_ = nullptr;
-  float *q_t_, *do_t_, *q_depth_, *do_depth_, *lse_, *delta_, *stage_;
+  float *q_t_, *do_t_, *q_depth_, *do_depth_, *lse_high_, *lse_low_, *delta_, *stage_;
 };
 
 // p and ds of one tile: p with dropout, ds before the slope of the cap.
@@ -139,26 +153,10 @@ class TileGradient {
       c = 1.f;
     }
     const float* keep = args_.dropout.rng ? scores.keep(keys, lane_vecs) : nullptr;
-    for (int x = 0; x < lane_vecs * kVec; x += kVec) {
-      const Vec factor = Vec::fill(c), base = -Vec::load(block.lse() + x), delta = Vec::load(block.delta() + x);
-      const int seen = keys_seen(x, scores.diagonal(), keys);
-      for (int r = seen; r < keys; ++r) {
-        Vec::fill(0.f).store(p + r * kLanes + x);
-        Vec::fill(0.f).store(ds + r * kLanes + x);
-      }
-      for (int r = 0; r < seen; ++r) {
-        float *at_p = p + r * kLanes + x, *at_ds = ds + r * kLanes + x;
-        Vec weight = exp2<sizeof(T) == 2>(fma(Vec::load(at_p), factor, base)), dp = Vec::load(at_ds);
-        const Vec unkept = weight;
-        if (keep) {
-          const Vec kept = Vec::load(keep + r * kLanes + x);
-          dp = dp * kept;
-          weight = weight * kept;
-        }
-        weight.store(at_p);
-        // where p is 0, dp may be anything: the value of a key that is not seen
-        select(unkept < Vec::fill(1e-45f), Vec::fill(0.f), unkept * (dp - delta)).store(at_ds);
-      }
+    if (Scores::natural(args_)) {
+      weigh<true>(scores, block, c, keep, keys, lane_vecs);
+    } else {
+      weigh<false>(scores, block, c, keep, keys, lane_vecs);
     }
   }
 
@@ -211,6 +209,43 @@ class TileGradient {
  private:
   static constexpr int64_t kSlots = kPairs ? kLanes * kKeys / 2 : 0;
   static int64_t copied(int64_t keys) { return sizeof(T) == sizeof(float) ? 0 : keys; }
+
+  // From a score less the high part of lse. It is at most 0 but where another backend, whose lse it is, rounded the
+  // scores otherwise; beside a large bias that is a power of e.
+  template <bool kNatural>
+  static Vec probability(Vec difference, Vec low) {
+    constexpr bool kShort = sizeof(T) == 2;
+    return kNatural ? exp2<kShort>(fma(min(Vec::fill(0.f), difference), Vec::fill(kLog2e), -low))
+                    : exp2<kShort>(difference - low);
+  }
+
+  // Scores in p and dp in ds become p and ds.
+  template <bool kNatural>
+  void weigh(const Scores& scores, const QueryBlock<T, kPairs>& block, float c, const float* keep, int keys,
+             int lane_vecs) {
+    for (int x = 0; x < lane_vecs * kVec; x += kVec) {
+      const Vec factor = Vec::fill(c), high = Vec::load(block.lse_high() + x), low = Vec::load(block.lse_low() + x);
+      const Vec delta = Vec::load(block.delta() + x);
+      const int seen = keys_seen(x, scores.diagonal(), keys);
+      for (int r = seen; r < keys; ++r) {
+        Vec::fill(0.f).store(p + r * kLanes + x);
+        Vec::fill(0.f).store(ds + r * kLanes + x);
+      }
+      for (int r = 0; r < seen; ++r) {
+        float *at_p = p + r * kLanes + x, *at_ds = ds + r * kLanes + x;
+        Vec weight = probability<kNatural>(fma(Vec::load(at_p), factor, -high), low), dp = Vec::load(at_ds);
+        const Vec unkept = weight;
+        if (keep) {
+          const Vec kept = Vec::load(keep + r * kLanes + x);
+          dp = dp * kept;
+          weight = weight * kept;
+        }
+        weight.store(at_p);
+        // where p is 0, dp may be anything: the value of a key that is not seen
+        select(unkept < Vec::fill(1e-45f), Vec::fill(0.f), unkept * (dp - delta)).store(at_ds);
+      }
+    }
+  }
 
   // A tile [key][lane] as the left operand of a product over lanes.
   static const float* lanes_in_slots(const float* tile, int keys, int rows, float* copy, int64_t& ld) {

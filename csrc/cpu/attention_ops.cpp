@@ -164,8 +164,8 @@ constexpr int64_t blocks_of(int64_t n) {
   return (n + 63) / 64;
 }
 
-// out, and lse where there is room for it
-Tensor forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, Inputs in, float* lse) {
+// out, and both parts of lse where there is room for them
+Tensor forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, Inputs in, float* lse, float* lse_low) {
   const Tensor q = inner_contiguous(q_in), k = inner_contiguous(k_in), v = inner_contiguous(v_in);
   AttentionArgs args = arguments(q, k, v, in);
   const bool packed = args.cu_seqlens_q;
@@ -175,29 +175,38 @@ Tensor forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, Input
   args.v = heads(v, packed);
   args.out = heads(out, packed);
   args.lse = lse;
+  args.lse_low = lse_low;
   run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
   fill_behind(out, args.cu_seqlens_q, args.batch, 0);
   return out;
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
-                                         OptionalTensor sink, OptionalTensor mask, OptionalTensor seqlens_k,
-                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                         OptionalTensor alibi_slopes, OptionalTensor rng, int64_t, int64_t,
-                                         int64_t window_left, int64_t window_right, bool top_left, double softcap,
-                                         double dropout_p, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
+                                                 OptionalTensor sink, OptionalTensor mask, OptionalTensor seqlens_k,
+                                                 OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                                 OptionalTensor alibi_slopes, OptionalTensor rng, int64_t, int64_t,
+                                                 int64_t window_left, int64_t window_right, bool top_left,
+                                                 double softcap, double dropout_p, double scale, bool need_low) {
   const int64_t rows = std::max<int64_t>(1, q.size(2));
-  const Tensor lse = fastattn::empty_strided<3>(q, {q.size(0), q.size(1), q.size(2)},
-                                                {std::max<int64_t>(1, q.size(1)) * rows, rows, 1}, ScalarType::Float);
+  const std::array<int64_t, 3> sizes{q.size(0), q.size(1), q.size(2)};
+  const std::array<int64_t, 3> strides{std::max<int64_t>(1, q.size(1)) * rows, rows, 1};
+  const Tensor lse = fastattn::empty_strided(q, sizes, strides, ScalarType::Float);
+  const Tensor lse_low = need_low ? fastattn::empty_strided(q, sizes, strides, ScalarType::Float)
+                                  : fastattn::empty_strided<1>(q, {0}, {1}, ScalarType::Float);
   const Tensor out = forward(q, k, v,
                              {bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, window_left,
                               window_right, top_left, softcap, dropout_p, scale},
-                             static_cast<float*>(lse.mutable_data_ptr()));
+                             static_cast<float*>(lse.mutable_data_ptr()),
+                             need_low ? static_cast<float*>(lse_low.mutable_data_ptr()) : nullptr);
   if (cu_seqlens_q) {
-    fill_behind(lse, static_cast<const int32_t*>(contiguous(cu_seqlens_q)->const_data_ptr()), cu_seqlens_q->numel() - 1,
-                -INFINITY);
+    const OptionalTensor ends = contiguous(cu_seqlens_q);
+    const auto* cu_seqlens = static_cast<const int32_t*>(ends->const_data_ptr());
+    fill_behind(lse, cu_seqlens, ends->numel() - 1, -INFINITY);
+    if (need_low) {
+      fill_behind(lse_low, cu_seqlens, ends->numel() - 1, 0);
+    }
   }
-  return {out, lse};
+  return {out, lse, lse_low};
 }
 
 Tensor attention_infer(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window_right, bool top_left,
@@ -207,7 +216,7 @@ Tensor attention_infer(const Tensor& q, const Tensor& k, const Tensor& v, int64_
   in.window_right = window_right;
   in.top_left = top_left;
   in.scale = scale;
-  return forward(q, k, v, in, nullptr);
+  return forward(q, k, v, in, nullptr, nullptr);
 }
 
 // Whether a task may sum the dbias of a whole batch: in fp32 where it ends up, in 16 bits in memory of the thread.
@@ -227,27 +236,29 @@ bool splits_keys(const AttentionArgs& args) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     OptionalTensor dout, OptionalTensor dlse, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
-    const Tensor& out_in, const Tensor& lse_in, OptionalTensor bias, OptionalTensor sink, OptionalTensor mask,
-    OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
-    OptionalTensor rng, int64_t, int64_t, int64_t window_left, int64_t window_right, bool top_left, double softcap,
-    double dropout_p, double scale, bool need_dbias, bool) {  // deterministic: it always is
+    const Tensor& out_in, const Tensor& lse_in, const Tensor& lse_low_in, OptionalTensor bias, OptionalTensor sink,
+    OptionalTensor mask, OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor alibi_slopes, OptionalTensor rng, int64_t, int64_t, int64_t window_left, int64_t window_right,
+    bool top_left, double softcap, double dropout_p, double scale, bool need_dbias,
+    bool) {  // deterministic: it always is
   const Tensor q = inner_contiguous(q_in), k = inner_contiguous(k_in), v = inner_contiguous(v_in),
                out = inner_contiguous(out_in),
                d_o = dout ? inner_contiguous(*dout) : torch::stable::new_zeros(out, out.sizes()),
-               lse = torch::stable::contiguous(lse_in);
+               lse = *contiguous(OptionalTensor(lse_in)), lse_low = *contiguous(OptionalTensor(lse_low_in));
   dlse = contiguous(dlse);
   Inputs in{bias, sink,        mask,         seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
             rng,  window_left, window_right, top_left,  softcap,      dropout_p,    scale};
   AttentionArgs args = arguments(q, k, v, in);
   const bool packed = args.cu_seqlens_q;
-  STD_TORCH_CHECK(out.dim() == 4 && d_o.dim() == 4 &&
-                      out.numel() == q.numel() / std::max<int64_t>(1, q.size(3)) * v.size(3) &&
-                      d_o.numel() == out.numel() && lse.numel() == q.size(0) * q.size(1) * q.size(2) &&
-                      (!dlse || dlse->numel() == lse.numel()),
-                  "attention: do, dlse, out and lse do not fit q and v");
+  STD_TORCH_CHECK(
+      out.dim() == 4 && d_o.dim() == 4 && out.numel() == q.numel() / std::max<int64_t>(1, q.size(3)) * v.size(3) &&
+          d_o.numel() == out.numel() && lse.numel() == q.size(0) * q.size(1) * q.size(2) &&
+          (lse_low.numel() == 0 || lse_low.numel() == lse.numel()) && (!dlse || dlse->numel() == lse.numel()),
+      "attention: do, dlse, out, lse and lse_low do not fit q and v");
   STD_TORCH_CHECK(d_o.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type() &&
-                      lse.scalar_type() == ScalarType::Float && (!dlse || dlse->scalar_type() == ScalarType::Float),
-                  "attention: do and out must have the dtype of q, lse and dlse float32");
+                      lse.scalar_type() == ScalarType::Float && lse_low.scalar_type() == ScalarType::Float &&
+                      (!dlse || dlse->scalar_type() == ScalarType::Float),
+                  "attention: do and out must have the dtype of q, lse, lse_low and dlse float32");
   const Tensor dq = empty_in_layout(q_in, q.size(3)), dk = empty_in_layout(k_in, k.size(3)),
                dv = empty_in_layout(v_in, v.size(3));
   const Tensor dsink = torch::stable::new_zeros(q, {in.sink ? args.n_heads : 0}, ScalarType::Float);
@@ -260,6 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   args.dk = heads(dk, packed);
   args.dv = heads(dv, packed);
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.lse_low = lse_low.numel() ? static_cast<float*>(lse_low.mutable_data_ptr()) : nullptr;
   args.dlse = dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr;
   const int64_t full = args.batch * args.n_heads * args.seqlen_q * args.seqlen_k;
   Tensor dbias = need_dbias ? torch::stable::new_empty(*in.bias, in.bias->sizes()) : torch::stable::new_empty(q, {0});

@@ -1,6 +1,8 @@
 #pragma once
 // What happens to a tile of scores between the two products of attention: bounds, mask, bias, ALiBi, softcap, dropout.
-// Scores are kept times log2(e), so that the softmax is made of 2^x.
+// Scores are kept times log2(e), so that the softmax is made of 2^x and needs one FMA for its x. Where a bias, ALiBi or
+// a sink takes part they are kept as they are: times log2(e) a number as large as FLT_MAX would be infinite, and scores
+// that a large bias makes equal would be rounded to different ones.
 #include "../api.h"
 #include "attention_tile.h"
 
@@ -134,9 +136,12 @@ class Scores {
  public:
   static constexpr int64_t kArena = 4 * kLanes * kKeys;
 
+  static bool natural(const AttentionArgs& args) { return args.bias.data || args.alibi_slopes || args.sink; }
+
   Scores(const AttentionArgs& args, Arena& arena, bool backward)
       : args_(args),
-        multiplier_(args.scale * kLog2e),
+        unit_(natural(args) ? 1.f : kLog2e),
+        multiplier_(args.scale * unit_),
         add_(arena.take(kLanes * kKeys)),
         stage_(arena.take(kLanes * kKeys)),
         keep_(arena.take(kLanes * kKeys)),
@@ -150,7 +155,7 @@ class Scores {
                 ? static_cast<const uint8_t*>(args_.mask.data) + b * args_.mask.batch + head * args_.mask.head
                 : nullptr;
     bias_offset_ = b * args_.bias.batch + head * args_.bias.head;
-    slope_ = args_.alibi_slopes ? args_.alibi_slopes[b * args_.alibi_batch + head] * kLog2e : 0.f;
+    slope_ = args_.alibi_slopes ? args_.alibi_slopes[b * args_.alibi_batch + head] : 0.f;
     slab_ = static_cast<uint32_t>(b * args_.n_heads + head);
   }
 
@@ -231,7 +236,7 @@ class Scores {
   }
   float multiplier() const { return multiplier_; }
 
-  // Raw products s[key][lane] become scores times log2(e), -inf where invisible; what no lane of a panel sees stays.
+  // Raw products s[key][lane] become scores in their unit, -inf where invisible; what no lane of a panel sees stays.
   void finish(float* s, int keys, int lane_vecs) {
     const float cap = args_.softcap;
     if (kind_ == Kind::kDirect) {
@@ -250,17 +255,18 @@ class Scores {
       const float last = bound(args_.window_left >= 0 ? j - diagonal + args_.window_left : kLanes);
       for (int x = first_lane(r, diagonal_) / kVec; x < lane_vecs; ++x) {
         float* at = s + r * kLanes + x * kVec;
-        Vec score = Vec::load(at) * multiplier;
+        Vec product = Vec::load(at), factor = multiplier;
         if (cap > 0) {
-          const Vec t = tanh(score);
+          product = tanh(product * multiplier);
+          factor = Vec::fill(cap * unit_);
           if (backward_) {
-            fnma(t, t, Vec::fill(1.f)).store(slope_of_cap_ + r * kLanes + x * kVec);
+            fnma(product, product, Vec::fill(1.f)).store(slope_of_cap_ + r * kLanes + x * kVec);
           }
-          score = t * Vec::fill(cap * kLog2e);
         }
+        Vec score = product * factor;
         if (adds) {
-          score =
-              add_or_hide(score, kind_ == Kind::kPerKey ? Vec::fill(add_[r]) : Vec::load(add_ + r * kLanes + x * kVec));
+          const float* add = add_ + (kind_ == Kind::kPerKey ? r : r * kLanes + x * kVec);
+          score = add_or_hide(product, factor, kind_ == Kind::kPerKey ? Vec::fill(*add) : Vec::load(add));
         }
         if (slope_ != 0.f) {
           const Vec distance = lanes_from(static_cast<float>(diagonal - j + x * kVec));
@@ -310,8 +316,9 @@ class Scores {
     }
   }
 
-  static Vec add_or_hide(Vec score, Vec add) {
-    return select(add < Vec::fill(-3.4028234e38f), Vec::fill(-kInf), fma(add, Vec::fill(kLog2e), score));
+  // Fused wherever it is done, so that forward and backward round a score alike. What -inf hides may be NaN.
+  static Vec add_or_hide(Vec product, Vec factor, Vec add) {
+    return select(add < Vec::fill(-kFloatMax), Vec::fill(-kInf), fma(product, factor, add));
   }
 
   // Whole tiles of a bias in rows of memory need no copy. A tile that begins with -inf may be hidden altogether, which
@@ -337,7 +344,7 @@ class Scores {
     const Vec multiplier = Vec::fill(multiplier_);
     Vec least = Vec::fill(0.f);
     const auto apply = [&](float* at, Vec add) __attribute__((always_inline)) {
-      add_or_hide(Vec::load(at) * multiplier, add).store(at);
+      add_or_hide(Vec::load(at), multiplier, add).store(at);
       least = min(add, least);  // a NaN leaves it as it is
     };
     // Fetch the tile that comes next: its short rows lie too far apart for the processor to see it coming.
@@ -418,6 +425,7 @@ class Scores {
 
   const AttentionArgs& args_;
   const Sequence* sequence_ = nullptr;
+  const float unit_;  // what a score of 1 is kept as
   const float multiplier_;
   float *add_, *stage_, *keep_, *slope_of_cap_;
   const bool backward_;

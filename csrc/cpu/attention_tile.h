@@ -16,8 +16,9 @@ constexpr int kKeys = 64;   // keys of a tile
 constexpr int kVec = Vec::kSize;
 constexpr int kLaneVecs = kLanes / kVec;
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
+constexpr double kLn2 = 0.693147180559945309;
 constexpr float kInf = __builtin_inff();
+constexpr float kFloatMax = 3.40282347e38f;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -183,6 +184,12 @@ inline Vec exp2(Vec x) {
 #else
   return p * exponent_from_low_bits(shifted);
 #endif
+}
+
+// The exponent of 2 for a difference of scores, natural ones or times log2(e).
+template <bool kNatural>
+inline Vec exponent_of_2(Vec difference) {
+  return kNatural ? difference * Vec::fill(kLog2e) : difference;
 }
 
 // t[c][r] = t[r][c], in registers

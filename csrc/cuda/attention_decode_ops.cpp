@@ -112,9 +112,10 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q_in, const Tensor
   args.splits = fastattn::attention_decode_splits_sm90(args, num_splits);
   OptionalTensor partial;
   if (args.splits > 1) {  // sums before maxima: their rows are read 16 bytes at a time
-    partial = empty_beside(q, {args.splits * rows * (args.head_dim + 1)}, ScalarType::Float);
+    partial = empty_beside(q, {args.splits * rows * (args.head_dim + 2)}, ScalarType::Float);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
-    args.partial_lse = args.partial + args.splits * rows * args.head_dim;
+    args.partial_max = args.partial + args.splits * rows * args.head_dim;
+    args.partial_sum = args.partial_max + args.splits * rows;
   }
   fastattn::check_launch(fastattn::attention_decode_fwd_sm90(args, fastattn::current_stream(q)),
                          "attention_decode_fwd");

@@ -1,8 +1,8 @@
 // Attention of a few queries on a cache, for Hopper: head dims 64, 96, 128, 192 and 256 in half precision, contiguous
 // or in pages of whole blocks of keys. Everything else is served by Triton.
 //
-//   s = c q·k with c = scale * log2(e), -inf where invisible;  per split n of the keys: out_n, lse_n as in the forward
-//   lse = log(sum_n exp(lse_n)),  out = sum_n exp(lse_n - lse) out_n
+//   s = c q·k with c = scale * log2(e), -inf where invisible;  per split n of the keys: o_n, m_n, l_n as in the forward
+//   m = max m_n,  l = sum_n exp2(m_n - m) l_n,  out = sum_n exp2(m_n - m) o_n / l,  lse = (m + log2 l) / log2(e)
 //
 // The cache is far larger than all else, so it is read once, by the copy engine, with as many bytes on their way as
 // shared memory holds. A block of threads has a split of the keys of one sequence and key head, and up to 64 rows:
@@ -44,7 +44,7 @@ struct SplitArgs {
   int64_t pages_stride;
   int blocks_per_page;
   HeadTensor q, out;
-  float *lse, *partial, *partial_lse;
+  float *lse, *partial, *partial_max, *partial_sum;
   float scale_log2;  // positive
   bool negative;     // the scale
 };
@@ -156,13 +156,18 @@ __device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, 
     if (place >= shape.rows()) {
       continue;
     }
-    const float factor = total == 0.f ? 0.f : 1.f / total;
-    const float lse = total == 0.f ? -INFINITY : row_max[r] * args.scale_log2 * kLn2 + logf(total);
+    const float shift = row_max[r] * args.scale_log2;
     const int64_t number = (int64_t{tile.batch} * shape.n_heads + head) * shape.seqlen_q + query[r];
     const int64_t part = split * (int64_t{shape.batch} * shape.n_heads * shape.seqlen_q) + number;
     const bool whole = shape.splits == 1;
+    const float factor = !whole ? 1.f : total == 0.f ? 0.f : 1.f / total;
     if (thread % 4 == 0) {
-      (whole ? args.lse : args.partial_lse)[part] = lse;
+      if (whole) {
+        args.lse[part] = total == 0.f ? -INFINITY : shift * kLn2 + logf(total);
+      } else {
+        args.partial_max[part] = shift;
+        args.partial_sum[part] = total;
+      }
     }
     float* to_part = args.partial + part * kHeadDim;
     T* to =
@@ -205,7 +210,7 @@ __global__ void __launch_bounds__(kSplitThreads, SplitConfig<kHeadDim>::kBlocks)
 constexpr int kCombineWarps = 8;
 
 struct CombineArgs {
-  const float *partial, *partial_lse;
+  const float *partial, *partial_max, *partial_sum;
   HeadTensor out;
   float* lse;
   int splits, n_heads, seqlen_q, head_dim;
@@ -220,7 +225,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) attention_combine_sm90_ker
   const int64_t row = blockIdx.x, rows = gridDim.x;
   float largest = -INFINITY, total = 0.f;
   for (int split = lane; split < args.splits; split += 32) {
-    largest = fmaxf(largest, args.partial_lse[split * rows + row]);
+    largest = fmaxf(largest, args.partial_max[split * rows + row]);
   }
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -228,7 +233,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) attention_combine_sm90_ker
   }
   const float shift = largest == -INFINITY ? 0.f : largest;
   for (int split = lane; split < args.splits; split += 32) {
-    total += exp2_fast((args.partial_lse[split * rows + row] - shift) * kLog2e);
+    total += exp2_fast(args.partial_max[split * rows + row] - shift) * args.partial_sum[split * rows + row];
   }
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -238,7 +243,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) attention_combine_sm90_ker
     float sum[4] = {};
 #pragma unroll 8
     for (int split = warp; split < args.splits; split += kCombineWarps) {
-      const float weight = exp2_fast((args.partial_lse[split * rows + row] - shift) * kLog2e);
+      const float weight = exp2_fast(args.partial_max[split * rows + row] - shift);
       const float4 part = *reinterpret_cast<const float4*>(args.partial + (split * rows + row) * args.head_dim + col);
       sum[0] += weight * part.x;
       sum[1] += weight * part.y;
@@ -263,7 +268,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32) attention_combine_sm90_ker
     out[col] = static_cast<T>(total == 0.f ? 0.f : sum / total);
   }
   if (threadIdx.x == 0) {
-    args.lse[row] = total == 0.f ? -INFINITY : shift + logf(total);
+    args.lse[row] = total == 0.f ? -INFINITY : shift * kLn2 + logf(total);
   }
 }
 
@@ -337,7 +342,8 @@ cudaError_t launch_split(const DecodeCudaArgs& in, cudaStream_t stream) {
   args.out = in.out;
   args.lse = in.lse;
   args.partial = in.partial;
-  args.partial_lse = in.partial_lse;
+  args.partial_max = in.partial_max;
+  args.partial_sum = in.partial_sum;
   args.scale_log2 = positive_scale_log2(in.scale);
   args.negative = in.scale < 0;
   for (const auto& [map, cache] : {std::pair{&args.k_map, &in.k}, {&args.v_map, &in.v}}) {
@@ -364,7 +370,8 @@ cudaError_t launch_split(const DecodeCudaArgs& in, cudaStream_t stream) {
 template <typename T>
 cudaError_t launch_combine(const DecodeCudaArgs& in, cudaStream_t stream) {
   const CombineArgs args{in.partial,
-                         in.partial_lse,
+                         in.partial_max,
+                         in.partial_sum,
                          in.out,
                          in.lse,
                          static_cast<int>(in.splits),

@@ -81,37 +81,43 @@ void refuse(const OptionalTensor& bias, const OptionalTensor& sink, const Option
                   "attention: the CUDA kernel takes no bias, sink, mask, ALiBi slopes, softcap or dropout");
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
-                                         OptionalTensor sink, OptionalTensor mask, OptionalTensor seqlens_k,
-                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                         OptionalTensor alibi_slopes, OptionalTensor, int64_t max_seqlen_q,
-                                         int64_t max_seqlen_k, int64_t window_left, int64_t window_right, bool top_left,
-                                         double softcap, double dropout_p, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
+                                                 OptionalTensor sink, OptionalTensor mask, OptionalTensor seqlens_k,
+                                                 OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                                 OptionalTensor alibi_slopes, OptionalTensor, int64_t max_seqlen_q,
+                                                 int64_t max_seqlen_k, int64_t window_left, int64_t window_right,
+                                                 bool top_left, double softcap, double dropout_p, double scale,
+                                                 bool need_low) {
   const fastattn::DeviceGuard guard(q.get_device_index());
   refuse(bias, sink, mask, alibi_slopes, softcap, dropout_p);
   Call call(q, k, v, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left, window_right,
             top_left, scale);
+  STD_TORCH_CHECK(
+      !need_low,
+      "attention: the CUDA kernel makes no lse_low, which half precision without a bias or ALiBi does not need");
   Tensor out = empty_in_layout(q, v.size(3));
   Tensor lse = empty_beside(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  const Tensor no_low = empty_beside(q, {0}, ScalarType::Float);
   if (call.empty()) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -INFINITY);
-    return {out, lse};
+    return {out, lse, no_low};
   }
   call.args.out = heads(out, call.args.cu_seqlens_q != nullptr);
   call.args.lse = static_cast<float*>(lse.mutable_data_ptr());
   const Tensor counter = empty_beside(q, {1}, ScalarType::Int);
   call.args.tile_counters = static_cast<uint32_t*>(counter.mutable_data_ptr());
   fastattn::check_launch(fastattn::attention_fwd_sm90(call.args, fastattn::current_stream(q)), "attention_fwd");
-  return {out, lse};
+  return {out, lse, no_low};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     OptionalTensor dout_in, OptionalTensor dlse_in, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out_in, const Tensor& lse_in, OptionalTensor bias, OptionalTensor sink, OptionalTensor mask,
-    OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
-    OptionalTensor, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left, int64_t window_right,
-    bool top_left, double softcap, double dropout_p, double scale, bool need_dbias, bool deterministic) {
+    const Tensor& out_in, const Tensor& lse_in, const Tensor&, OptionalTensor bias, OptionalTensor sink,
+    OptionalTensor mask, OptionalTensor seqlens_k, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor alibi_slopes, OptionalTensor, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
+    int64_t window_right, bool top_left, double softcap, double dropout_p, double scale, bool need_dbias,
+    bool deterministic) {
   const fastattn::DeviceGuard guard(q.get_device_index());
   refuse(bias, sink, mask, alibi_slopes, softcap, dropout_p);
   STD_TORCH_CHECK(!need_dbias, "attention: there is no bias to have a gradient");

@@ -16,6 +16,8 @@ from fastattn.nn.masks import attention_masks, check_mask_dtype
 from fastattn.nn.plain import leaf_call, remember_forward, torch_attention_is_replaced
 from fastattn.ops import attention
 from fastattn.ops._kinds import is_dtensor
+from fastattn.ops._nested import Rows, packed_arguments
+from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
 from fastattn.ops.attention import attention_with_rng, sharded_call
 from fastattn.ops.linear import linear
@@ -49,7 +51,7 @@ def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
 
 
 def _attention_and_weights(q, k, v, mask, bias, causal, dropout_p):
-    """The output of the op and, in a second pass over q, k and lse, the weights after dropout that made it."""
+    """The output of the op and, in a second pass over q and k, the weights after dropout that made it."""
     if type(q) is not torch.Tensor and is_dtensor(q):
         call = sharded_call("MultiheadAttention", q, k, v, bias, None, mask, None, None, None, None, bool(causal))
         rng = call.draw_rng() if dropout_p else None
@@ -58,7 +60,7 @@ def _attention_and_weights(q, k, v, mask, bias, causal, dropout_p):
             return _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng)
 
         return call(function, ("bhse", "bhst"))
-    rng = draw_rng(q.device) if dropout_p else None
+    rng = draw_rng(q) if dropout_p else None
     return _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng)
 
 
@@ -68,12 +70,14 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     seqlen_k = k.shape[2]
     acc = reference.accumulator(q.dtype)
     scores = matmul(q.to(acc), k.to(acc).transpose(-2, -1)) * head_dim**-0.5
+    visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)
     if bias is not None:
         scores = scores + bias
-    visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)
-    lse = lse[..., None]
-    empty = lse == float("-inf")  # a row that sees no key: weights 0, and no -inf - -inf in the gradient
-    weights = torch.exp(torch.where(visible & ~empty, scores - torch.where(empty, 0.0, lse), float("-inf")))
+        visible = visible & (bias != float("-inf"))  # what stands in a key that it hides does not matter
+    empty = lse[..., None] == float("-inf")  # a row that sees no key: weights 0, and no -inf - -inf in the gradient
+    scores = torch.where(visible, scores, float("-inf")).masked_fill(empty, 0.0)
+    # not exp(scores - lse): beside a large bias lse has no room for the logarithm of the sum
+    weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)
     if dropout_p:
         rows = torch.arange(seqlen_q, device=q.device)
         slabs = torch.arange(batch * n_heads, device=q.device).view(batch, n_heads, 1)
@@ -108,6 +112,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if strict_torch:
             self.strict_torch = True
 
+    @Public("nn.MultiheadAttention", tensors="query key value key_padding_mask attn_mask", nested=None).answering
     def forward(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
         is_causal=False,
@@ -143,7 +148,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if nested:
-            return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal), None
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         out, weights = self.attend(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
@@ -248,25 +255,52 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         bias = None if bias is None else F.pad(bias, (0, count))
         return mask, bias, causal, torch.cat(extra_k, 2), torch.cat(extra_v, 2)
 
-    def _forward_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal):
-        """Strided nested self-attention in evaluation, the case torch's containers hand over."""
+    def _forward_nested(
+        self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+    ):
+        """Jagged tensors, and strided ones in the case that torch's containers hand over, without their padding."""
+        tensors = query, key, value
         reason = None
-        if query is not key or key is not value:
-            reason = "query, key and value are not the same tensor"
-        elif query.layout != torch.strided:
-            reason = f"its layout is {query.layout}, expected torch.strided"
-        elif self.training:
-            reason = "training is enabled"
+        if not all(t.is_nested for t in tensors) or len({t.layout for t in tensors}) > 1:
+            reason = "query, key and value are not nested tensors of one layout"
+        elif any(t.dim() != 3 for t in tensors):
+            reason = f"expected 3 dimensions, got {', '.join(str(t.dim()) for t in tensors)}"
         elif key_padding_mask is not None or attn_mask is not None:
             reason = "a mask was given"
-        elif need_weights:
-            reason = "need_weights is True"
-        elif not (self.batch_first and self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn):
-            reason = "it needs batch_first, packed weights, and neither add_bias_kv nor add_zero_attn"
+        elif not (self.batch_first and self.bias_k is None and not self.add_zero_attn):
+            reason = "it needs batch_first, and neither add_bias_kv nor add_zero_attn"
+        elif query.layout is torch.strided and (query is not key or key is not value or self.training):
+            reason = "training is enabled" if self.training else "query, key and value are not the same strided tensor"
         if reason is not None:
-            raise AssertionError(f"MultiheadAttention does not support this NestedTensor: {reason}")
-        rows, lengths, cu_seqlens = pack(query)
-        return unpack(self.forward_packed(rows, cu_seqlens, max(lengths, default=0), is_causal), lengths)
+            raise AssertionError(f"MultiheadAttention does not support NestedTensor outside of its fast path: {reason}")
+        q = Rows("MultiheadAttention", "query", query)
+        k = q if key is query else Rows("MultiheadAttention", "key", key)
+        v = k if value is key else Rows("MultiheadAttention", "value", value)
+        if not k.has_lengths_of(v):
+            raise AssertionError("key and value must have sequences of the same lengths")
+        if need_weights:
+            out, weights = self._attend_padded(q, k, v, average_attn_weights, is_causal)
+            return q.restore(self.out_proj(out)), weights
+        views = self._project(q.tensor, k.tensor, v.tensor, batched=False, batch_first=True)
+        out = attention(
+            *(t[0].transpose(0, 1) for t in views), **packed_arguments(q, k),
+            causal="top_left" if is_causal else False, dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return q.restore(self.out_proj(out.flatten(1))), None
+
+    def _attend_padded(self, q, k, v, average_attn_weights, is_causal):
+        """The rows for out_proj, and the weights (batch, seqlen_q, seqlen_k), 0 at padded positions."""
+        padded = {rows: torch.nested.to_padded_tensor(rows.nested, 0.0) for rows in (q, k, v)}
+        is_row_q, is_row_k = (
+            torch.arange(padded[rows].shape[1], device=padded[rows].device) < rows.offsets.diff()[:, None]
+            for rows in (q, k)
+        )
+        out, weights = self.attend(
+            padded[q], padded[k], padded[v], ~is_row_k, True, average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )  # fmt: skip
+        is_row_q = is_row_q[..., None] if average_attn_weights else is_row_q[:, None, :, None]
+        return out[is_row_q.flatten(1)], weights * is_row_q
 
     def forward_packed(self, x, cu_seqlens, max_seqlen, is_causal=False):
         """Self-attention within sequences that lie one after the other.
@@ -284,16 +318,3 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return self.out_proj(out.flatten(1))
-
-
-def pack(nested):
-    """A strided nested tensor as (rows, lengths, cu_seqlens): its sequences one after the other."""
-    sequences = nested.unbind()
-    lengths = [len(sequence) for sequence in sequences]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return torch.cat(sequences), lengths, ends.to(nested.device)
-
-
-def unpack(rows, lengths):
-    """The inverse of `pack`."""
-    return torch.nested.as_nested_tensor(list(rows.split(lengths)))

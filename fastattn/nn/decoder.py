@@ -16,10 +16,13 @@ from fastattn.nn.masks import is_causal_mask
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import dropout_p, leaf_call
 from fastattn.ops import dropout, layer_norm
+from fastattn.ops._public import Public
 
+_TENSORS = "tgt memory tgt_mask memory_mask tgt_key_padding_mask memory_key_padding_mask"
 # the code of torch that ours stands in for, as long as nobody replaces it
+_TorchLayer = torch.nn.TransformerDecoderLayer
 _FORWARD, _SA_BLOCK, _MHA_BLOCK, _FF_BLOCK = (
-    getattr(torch.nn.TransformerDecoderLayer, name) for name in ("forward", "_sa_block", "_mha_block", "_ff_block")
+    getattr(_TorchLayer, name) for name in ("forward", "_sa_block", "_mha_block", "_ff_block")
 )
 
 
@@ -49,6 +52,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         if strict_torch:
             self.self_attn.strict_torch = self.multihead_attn.strict_torch = True
 
+    @Public("nn.TransformerDecoderLayer", tensors=_TENSORS, nested=None).answering
     def forward(
         self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
         tgt_is_causal=False, memory_is_causal=False,
@@ -72,7 +76,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             return recorded
         m, cls, own, x = self._modules, type(self), self.__dict__, tgt
         if (
-            torch.nn.TransformerDecoderLayer.forward is not _FORWARD
+            _TorchLayer.forward is not _FORWARD
             or cls._sa_block is not _SA_BLOCK
             or cls._mha_block is not _MHA_BLOCK
             or cls._ff_block is not _FF_BLOCK
@@ -122,6 +126,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         if strict_torch:
             self.strict_torch = True
 
+    @Public("nn.TransformerDecoder", tensors=_TENSORS, nested=None).answering
     def forward(
         self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
         tgt_is_causal=None, memory_is_causal=False,

@@ -11,18 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastattn.nn.attention import MultiheadAttention, pack, unpack
+from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.feed_forward import block
 from fastattn.nn.masks import as_float_mask, check_mask_dtype, is_causal_mask
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import dropout_p, is_plain, leaf_call, must_call_children
 from fastattn.ops import dropout, layer_norm
+from fastattn.ops._nested import Rows
+from fastattn.ops._public import Public
 from fastattn.ops.linear import linear
 
 # the code of torch that ours stands in for, as long as nobody replaces it
-_FORWARD = torch.nn.TransformerEncoderLayer.forward
-_SA_BLOCK, _FF_BLOCK = torch.nn.TransformerEncoderLayer._sa_block, torch.nn.TransformerEncoderLayer._ff_block
-_STACK_FORWARD = torch.nn.TransformerEncoder.forward
+_TorchLayer, _TorchStack = torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder
+_FORWARD, _SA_BLOCK, _FF_BLOCK = _TorchLayer.forward, _TorchLayer._sa_block, _TorchLayer._ff_block
+_STACK_FORWARD = _TorchStack.forward
 
 
 _LINEARS, _DROPOUTS, _NORMS = (torch.nn.Linear,), (torch.nn.Dropout,), (LayerNorm, torch.nn.LayerNorm)
@@ -108,6 +110,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if strict_torch:
             self.self_attn.strict_torch = True
 
+    @Public("nn.TransformerEncoderLayer", tensors="src src_mask src_key_padding_mask", nested=None).answering
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         """Encode src.
 
@@ -123,7 +126,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         nested = src.is_nested is not False
         if nested and (recorded := leaf_call(self, src, src_mask, src_key_padding_mask, is_causal)) is not None:
             return recorded
-        if torch.nn.TransformerEncoderLayer.forward is not _FORWARD:
+        if _TorchLayer.forward is not _FORWARD:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(src_mask, "src_mask")
@@ -189,11 +192,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     def _nested(self, src, src_mask, src_key_padding_mask, is_causal):
         """torch's container turns padded batches into strided nested tensors: computed without the padding."""
         attn = self.self_attn
-        packable = src.layout == torch.strided and not self.training and src_mask is None
-        if not (packable and src_key_padding_mask is None and is_plain(attn, MultiheadAttention)):
+        packable = src.layout is torch.jagged or not self.training
+        has_mask = src_mask is not None or src_key_padding_mask is not None
+        if not packable or has_mask or src.dim() != 3 or not is_plain(attn, MultiheadAttention):
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
-        rows, lengths, cu_seqlens = pack(src)
-        return unpack(self.forward_packed(rows, cu_seqlens, max(lengths, default=0), is_causal), lengths)
+        rows = Rows("TransformerEncoderLayer", "src", src)
+        return rows.restore(self.forward_packed(rows.tensor, rows.offsets.to(torch.int32), rows.max_seqlen, is_causal))
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -218,6 +222,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if strict_torch:
             self.strict_torch = True
 
+    @Public("nn.TransformerEncoder", tensors="src mask src_key_padding_mask", nested=None).answering
     def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
         """Pass src through the layers.
 
@@ -230,7 +235,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         nested = src.is_nested is not False
         if nested and (recorded := leaf_call(self, src, mask, src_key_padding_mask, is_causal)) is not None:
             return recorded
-        if self.strict_torch or torch.nn.TransformerEncoder.forward is not _STACK_FORWARD:
+        if self.strict_torch or _TorchStack.forward is not _STACK_FORWARD:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(mask, "mask")

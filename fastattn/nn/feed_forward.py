@@ -73,6 +73,7 @@ class FeedForward(torch.nn.Module):
         self.dropout = torch.nn.Dropout(dropout)
         self.linear2 = torch.nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
 
+    @Public("nn.FeedForward", tensors="x", nested=None).answering
     def forward(self, x):
         """x (..., d_model) → (..., d_model)."""
         linear1, linear2, gate, linear = self.linear1, self.linear2, self.gate, torch.nn.Linear

@@ -19,6 +19,18 @@ def as_float_mask(mask, dtype):
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
+def _in_range(mask):
+    """The mask less half of the largest number of each row, where that is near an end of the range.
+
+    It changes no weight. So the sum of two finite masks has a finite number in every row.
+    """
+    if mask.shape[-1] == 0:
+        return mask
+    finite = torch.finfo(mask.dtype)
+    top = mask.detach().amax(-1, keepdim=True)
+    return mask - torch.where((top.abs() > finite.max * finite.eps / 4) & top.isfinite(), top / 2, 0.0)
+
+
 def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqlen_k, dtype):
     """Both masks of a MultiheadAttention as arguments of the attention op.
 
@@ -64,8 +76,9 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
                 f"Expected attn_mask dtype to be bool or float32 or to match query dtype {dtype}, got {mask.dtype}"
             )
     mask = bools[0].logical_not() if bools else None
-    bias = None if not floats else floats[0] if len(floats) == 1 else floats[0] + floats[1]
-    return mask, bias
+    if len(floats) == 2:
+        return mask, _in_range(floats[0]) + _in_range(floats[1])
+    return mask, floats[0] if floats else None
 
 
 def is_causal_mask(mask, hint, size):

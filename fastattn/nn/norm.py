@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from fastattn.nn.plain import leaf_call, remember_forward
 from fastattn.ops import layer_norm, rms_norm
 from fastattn.ops._kinds import is_dtensor
-from fastattn.ops._public import ArgumentValueError
+from fastattn.ops._public import ArgumentValueError, Public
 
 # what torch.nn runs, as long as nobody replaces it
 _TorchLayerNorm, _TorchRMSNorm = torch.nn.LayerNorm, torch.nn.RMSNorm
@@ -58,14 +58,16 @@ class LayerNorm(torch.nn.LayerNorm):
     Source: torch.nn.LayerNorm.
     """
 
+    @Public("nn.LayerNorm", tensors="input", nested=None).answering
     def forward(self, input):
-        if (
-            input.is_nested is not False
-            or F.layer_norm is not _LAYER_NORM
-            or _TorchLayerNorm.forward is not _LAYER_NORM_FORWARD
-        ):
+        replaced = F.layer_norm is not _LAYER_NORM or _TorchLayerNorm.forward is not _LAYER_NORM_FORWARD
+        if replaced or input.is_nested is not False:
             recorded = leaf_call(self, input)
-            return super().forward(input) if recorded is None else recorded
+            if recorded is not None:
+                return recorded
+            if replaced or len(self.normalized_shape) > 1:
+                return super().forward(input)
+            return layer_norm(input, self.weight, self.bias, self.eps)
         return _apply(layer_norm, self, input, self.weight, self.bias)
 
 
@@ -81,8 +83,14 @@ class RMSNorm(torch.nn.RMSNorm):
     Source: torch.nn.RMSNorm.
     """
 
+    @Public("nn.RMSNorm", tensors="x", nested=None).answering
     def forward(self, x):
-        if x.is_nested is not False or F.rms_norm is not _RMS_NORM or _TorchRMSNorm.forward is not _RMS_NORM_FORWARD:
+        replaced = F.rms_norm is not _RMS_NORM or _TorchRMSNorm.forward is not _RMS_NORM_FORWARD
+        if replaced or x.is_nested is not False:
             recorded = leaf_call(self, x)
-            return super().forward(x) if recorded is None else recorded
+            if recorded is not None:
+                return recorded
+            if replaced or len(self.normalized_shape) > 1:
+                return super().forward(x)
+            return rms_norm(x, self.weight, self.eps)
         return _apply(rms_norm, self, x, self.weight)

@@ -1,13 +1,17 @@
 """Whether the modules and functions of torch.nn do what they did when they were imported, so that ours may stand in."""
 
 import operator
+import types
 
 import torch
 from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as _torch_module
 
 from fastattn.ops import scaled_dot_product_attention
 from fastattn.ops._kinds import odd_kind
+
+_torch_nn = types.SimpleNamespace(**vars(torch.nn))  # the classes of torch, whatever their names come to stand for
 
 _ours = []  # (class, the forward that it was defined with)
 
@@ -45,13 +49,17 @@ def _watch(*names):
         names: where torch.nn has them, "functional.linear" or "Linear.forward".
     """
     get = operator.attrgetter(*names)
-    originals = get(torch.nn)
+    originals = get(_torch_nn)
 
     def replaced():
-        found = get(torch.nn)
-        return found != originals and any(
-            now is not before and now is not scaled_dot_product_attention
-            for now, before in zip(found, originals, strict=True)
+        found = get(_torch_nn)
+        if found == originals:
+            return False
+        # torch.export and make_fx replace Module.__call__ to note which module an operator came from
+        ignored = "Module.__call__" if get_proxy_mode() is not None else None
+        return any(
+            now is not before and now is not scaled_dot_product_attention and name != ignored
+            for name, now, before in zip(names, found, originals, strict=True)
         )
 
     replaced._dynamo_marked_constant = True  # torch.compile evaluates it while tracing

@@ -3,6 +3,7 @@
 import torch
 
 from fastattn.ops import rotary_embedding
+from fastattn.ops._nested import longest
 from fastattn.ops._public import Public
 from fastattn.ops._register import is_recorded, needs_reference
 
@@ -97,13 +98,15 @@ class RotaryEmbedding(torch.nn.Module):
             self._fill(self.cos.shape[0], self.cos.device)  # a cast must not round them, to_empty must not lose them
         return self
 
+    @Public("nn.RotaryEmbedding", tensors="q k positions", numbers="positions", nested=None).answering
     def forward(self, q, k=None, *, positions=None, inplace=False):
         """The rotated q, with k the pair (q, k); shapes and positions as `fastattn.rotary_embedding` takes them."""
-        if q.shape[-1] < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others
+        if q.size(-1) < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others
             raise ValueError(
-                f"RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.shape[-1]}"
+                f"RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.size(-1)}"
             )
-        end = 0 if isinstance(positions, torch.Tensor) else (positions or 0) + q.shape[0 if q.dim() == 3 else -2]
+        seqlen = longest(q) if q.is_nested else q.shape[0 if q.dim() == 3 else -2]
+        end = 0 if isinstance(positions, torch.Tensor) else (positions or 0) + seqlen
         cos, sin = self.tables(end, q)
         x = q if k is None else (q, k)
         return rotary_embedding(x, cos, sin, positions=positions, interleaved=self.interleaved, inplace=inplace)

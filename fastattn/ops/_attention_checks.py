@@ -46,15 +46,17 @@ def check_qkv(name, q, k, v, packed):
 
 
 def _complain(name, q, k, v, packed):
-    for label, t in (("q", q), ("k", k), ("v", v)):
+    labels = ("query", "key", "value") if name == "scaled_dot_product_attention" else ("q", "k", "v")
+    for label, t in zip(labels, (q, k, v), strict=True):
         if t.dim() != (3 if packed else 4):
             layout = "(total, heads, head_dim) with cu_seqlens" if packed else "(batch, heads, seqlen, head_dim)"
             raise ValueError(f"{name}: {label} must be {layout}, got shape {tuple(t.shape)}")
         check_float(name, label, t)
+        both = f"{labels[0]}, {labels[1]} and {labels[2]}"
         if t.dtype != q.dtype:
-            raise TypeError(f"{name}: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+            raise TypeError(f"{name}: {both} must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
         if t.device != q.device:
-            raise ValueError(f"{name}: q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+            raise ValueError(f"{name}: {both} must be on one device, got {q.device}, {k.device}, {v.device}")
 
 
 def causal_flag(name, label, bias, causal, seqlen_q, seqlen_k):

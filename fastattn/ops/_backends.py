@@ -169,7 +169,7 @@ def choose(op, facts, backend=None):
     Raises:
         ValueError: the name is unknown, or that backend cannot serve the call; the message has the reason.
     """
-    return _decide(op, facts, asked_for(backend))
+    return _decide(op, facts, _override if backend is None else asked_for(backend))
 
 
 @contextlib.contextmanager

@@ -45,8 +45,8 @@ def _attention_fwd(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlen
 
 
 @register_flop_formula(_ops.attention_bwd, get_raw=True)
-def _attention_bwd(do, dlse, q, k, v, out, lse, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
-                   rng, max_seqlen_q, max_seqlen_k, *_, out_val=None):  # fmt: skip
+def _attention_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+                   alibi_slopes, rng, max_seqlen_q, max_seqlen_k, *_, out_val=None):  # fmt: skip
     pairs = _pairs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return 2 * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
 

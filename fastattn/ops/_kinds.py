@@ -5,6 +5,7 @@ import sys
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nested._internal.nested_tensor import NestedTensor
 
 # float8 and the like are stored in, not computed with
 FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -24,6 +25,11 @@ def is_causal_bias(value):
     # importing the module takes seconds; if nobody did, there is no object of its class
     module = sys.modules.get("torch.nn.attention.bias")
     return module is not None and isinstance(value, module.CausalBias)
+
+
+def is_jagged(value):
+    """Whether a value is a nested tensor of the jagged layout; asked without its __torch_function__."""
+    return isinstance(value, NestedTensor)
 
 
 def is_nested(value):

@@ -1,14 +1,23 @@
 """The random state that an op with dropout takes: (seed, offset) drawn from PyTorch's generator."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn.ops._kinds import as_number
 
 _INT64 = torch.iinfo(torch.int64)
 
 
-def draw_rng(device):
-    """int64 (2,) on `device` from its default generator: reproducible by torch.manual_seed, safe in CUDA graphs."""
+def draw_rng(where):
+    """int64 (2,) from the generator of a device: reproducible by torch.manual_seed, safe in CUDA graphs.
+
+    Args:
+        where: a device or a tensor, which may be a fake one.
+    """
+    if isinstance(where, FakeTensor):
+        with where.fake_mode:
+            return draw_rng(where.device)
+    device = where.device if isinstance(where, torch.Tensor) else where
     return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device)
 
 

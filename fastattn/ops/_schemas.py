@@ -23,11 +23,16 @@ _ROTARY_INPUTS = (
 )
 
 _SCHEMAS = (
-    # (batch, heads, seqlen, head_dim) views of any strides; packed sequences are a batch of 1 with cu_seqlens
-    (_RECORDED, f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ATTENTION_INPUTS}) -> (Tensor out, Tensor lse)"),
+    # (batch, heads, seqlen, head_dim) views of any strides; packed sequences are a batch of 1 with cu_seqlens. lse_low:
+    # what rounding takes from lse, (0,) unless it is needed; in the backward (0,) where it is not known
+    (
+        _RECORDED,
+        f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ATTENTION_INPUTS}, bool need_low)"
+        " -> (Tensor out, Tensor lse, Tensor lse_low)",
+    ),
     (
         _BOTH,
-        f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+        f"attention_bwd(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_low,"
         f" {_ATTENTION_INPUTS}, bool need_dbias, bool deterministic)"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     ),

@@ -7,14 +7,18 @@
     dsr  = ds * (1 - (s_capped / softcap)²),  dq = scale * dsr·k,  dk = scale * dsrᵀ·q
 
 Saved for the backward: q, k, v, out, lse, (seed, offset) and the small inputs; never anything of seqlen_q × seqlen_k.
+lse is saved in two parts where they differ from one, lse and lse_low: beside a mask of -1e9 fp32 has no room for the
+logarithm of a sum, without which p would not sum up to 1.
 The raw ops take (batch, heads, seqlen, head_dim) views of any strides. Packed sequences come as batch 1 with
 cu_seqlens; then i, j, off and the Philox slab count per sequence. Causal is window_right = 0.
 """
 
+import functools
 import math
 from collections import namedtuple
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
@@ -29,7 +33,8 @@ from fastattn.ops._attention_checks import (
     resolve_window,
 )
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, refusal, register_backend
-from fastattn.ops._kinds import is_causal_bias, is_dtensor
+from fastattn.ops._kinds import is_causal_bias, is_dtensor, is_nested
+from fastattn.ops._nested import on_rows, packed_arguments, packed_attention, sequences_of
 from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import (
@@ -67,11 +72,13 @@ def empty_in_layout(like, last):
     return like.new_empty([shape[dim] for dim in order] + [last]).permute(*inverse, 3)
 
 
-def _attention_fwd_fake(q, k, v, *_):
-    return empty_in_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _attention_fwd_fake(q, k, v, *rest):
+    need_low = rest[-1]
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_in_layout(q, v.shape[-1]), lse, torch.empty_like(lse) if need_low else lse.new_empty(0)
 
 
-def _attention_bwd_fake(do, dlse, q, k, v, out, lse, bias, sink, *rest):
+def _attention_bwd_fake(do, dlse, q, k, v, out, lse, lse_low, bias, sink, *rest):
     need_dbias = rest[-2]
     return (
         empty_in_layout(q, q.shape[-1]),
@@ -160,33 +167,39 @@ register_backend("attention", "triton", refuses_triton)
 
 
 def _reference(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, max_seqlen_q,
-               max_seqlen_k, window_left, window_right, top_left, softcap, dropout_p, scale):  # fmt: skip
+               max_seqlen_k, window_left, window_right, top_left, softcap, dropout_p, scale,
+               need_low=False):  # fmt: skip
     """The reference under the arguments of the raw op."""
     packed = cu_seqlens_q is not None
     if packed:
         q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
-    out, lse = reference.attention(
+    out, *lse = reference.attention(
         q, k, v, mask=mask, bias=bias, causal="top_left" if top_left else False, window=(window_left, window_right),
         seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes,
-        softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng,
+        softcap=softcap, sink=sink, dropout_p=dropout_p, scale=scale, rng=rng, need_low=need_low,
     )  # fmt: skip
-    return (out.transpose(0, 1)[None], lse[None]) if packed else (out, lse)
+    return (out.transpose(0, 1)[None], *(t[None] for t in lse)) if packed else (out, *lse)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sink, backend, backward_backend, deterministic, *rest):
-        out, lse = _raw("fwd", backend, q, k, v)(q, k, v, bias, sink, *rest)
+        # where q·k in half precision is all of a score, its own rounding is far above that of lse
+        need_low = q.dtype == torch.float32 or bias is not None or rest[4] is not None
+        out, lse, lse_low = _raw("fwd", backend, q, k, v)(q, k, v, bias, sink, *rest, need_low)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, bias, sink, out, lse, *rest[:6])
+        ctx.save_for_backward(q, k, v, bias, sink, out, lse, lse_low, *rest[:6])
         ctx.options = rest[6:]
         ctx.backend = backward_backend
         ctx.deterministic = deterministic
-        return out, lse
+        if backend not in RECORDED:
+            return out, lse, None
+        ctx.mark_non_differentiable(lse_low)  # what a graph with a backward in it goes on with
+        return out, lse, lse_low
 
     @staticmethod
-    def backward(ctx, do, dlse):
-        q, k, v, bias, sink, out, lse, *rest = ctx.saved_tensors
+    def backward(ctx, do, dlse, _):
+        q, k, v, bias, sink, out, lse, lse_low, *rest = ctx.saved_tensors
         rest = (*rest, *ctx.options)
         nothing = (None,) * (3 + len(rest))
         if torch.is_grad_enabled():  # create_graph=True
@@ -194,7 +207,9 @@ class _Attention(torch.autograd.Function):
             return *grads, *nothing
         need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
         run = _raw("bwd", ctx.backend, q, k, v)
-        dq, dk, dv, dbias, dsink = run(do, dlse, q, k, v, out, lse, bias, sink, *rest, need_dbias, ctx.deterministic)
+        dq, dk, dv, dbias, dsink = run(
+            do, dlse, q, k, v, out, lse, lse_low, bias, sink, *rest, need_dbias, ctx.deterministic
+        )
         return (
             dq if need_dq else None,
             dk if need_dk else None,
@@ -206,12 +221,24 @@ class _Attention(torch.autograd.Function):
 
 
 def _apply(backend, q, k, v, bias, sink, *rest):
+    *rest, _ = rest  # need_low: the autograd.Function decides by itself
     only_forward = backend.startswith("native") and q.is_cuda and q.shape[-1] > _LAST_NATIVE_BACKWARD
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _Attention.apply(q, k, v, bias, sink, backend, "triton" if only_forward else backend, deterministic, *rest)
+    backward = "triton" if only_forward else backend
+    return _Attention.apply(q, k, v, bias, sink, backend, backward, deterministic, *rest)
 
 
-register_autograd("attention_fwd", _apply, _reference)
+def _reference_of_op(*arguments):
+    if arguments[7] is not None and get_proxy_mode() is not None:  # cu_seqlens_q, in a graph
+        raise NotImplementedError(
+            "attention: packed sequences cannot be written in PyTorch's operators: the shapes of their parts are the"
+            " values of cu_seqlens; export a padded batch"
+        )
+    out, lse, *low = _reference(*arguments)
+    return out, lse, low[0] if low else lse.new_empty(0)
+
+
+register_autograd("attention_fwd", _apply, _reference_of_op)
 register_reference(
     "attention_infer",
     lambda q, k, v, right, top_left, scale: _reference(
@@ -284,8 +311,8 @@ _ATTENTION = Public(
     "attention",
     tensors="q k v mask bias seqlens_k cu_seqlens_q cu_seqlens_k alibi_slopes sink",
     numbers="softcap dropout_p scale max_seqlen_q max_seqlen_k",
+    nested=packed_attention,
 )
-_TORCH = Public("scaled_dot_product_attention", tensors="query key value attn_mask", numbers="dropout_p scale")
 
 
 @_ATTENTION.overridable
@@ -303,7 +330,8 @@ def attention(
         q: (batch, n_heads, seqlen_q, head_dim), float32, bfloat16 or float16 (float64 runs on the reference); any
             strides, so a transposed (batch, seqlen, heads, head_dim) costs no copy.
         k: (batch, n_kv_heads, seqlen_k, head_dim), v: (batch, n_kv_heads, seqlen_k, head_dim_v); n_heads must be a
-            multiple of n_kv_heads, query head h uses head h // (n_heads // n_kv_heads).
+            multiple of n_kv_heads, query head h uses head h // (n_heads // n_kv_heads). All three may be nested,
+            ragged in seqlen: they run as packed sequences, and the results are nested like q.
         mask: bool, True = attend, 2 to 4 dimensions that broadcast to (batch, n_heads, seqlen_q, seqlen_k).
         bias: float, shapes as mask, added to the scaled and capped scores; gets a gradient. A CausalBias of
             torch.nn.attention.bias, as mask or as bias, takes the place of causal.
@@ -343,13 +371,13 @@ def attention(
 
 
 @_ATTENTION.answering
-def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p=0.0, rng=None):
+def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p=0.0, rng=None, backend=None):
     """`attention` with return_lse and with the random state named: for who needs its dropout mask again."""
     facts, q, k, v, bias, sink, rest = _prepare(
         "attention", q, k, v, mask, bias, causal, None, None, None, None, None, None, None, 0.0, None, dropout_p, None,
         None,
     )  # fmt: skip
-    return _run(facts, q, k, v, bias, sink, (*rest[:5], rng, *rest[6:]), None, True)
+    return _run(facts, q, k, v, bias, sink, (*rest[:5], rng, *rest[6:]), backend, True)
 
 
 def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None):
@@ -357,21 +385,26 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
     if type(q) is not torch.Tensor and is_dtensor(q):
         return _run_sharded(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic)
     runs = observed(choose("attention", facts, backend))
+    if q.is_meta and rest[2] is not None:
+        runs = "native"  # for the shapes: the reference would read cu_seqlens
     if rest[-2] and rest[5] is None:  # dropout_p without its rng
-        rest = (*rest[:5], draw_rng(q.device), *rest[6:])
+        rest = (*rest[:5], draw_rng(q), *rest[6:])
     if runs == "reference":
         return _reference(q, k, v, bias, sink, *rest)
     if runs in RECORDED:
-        return _ops["fwd", runs](q, k, v, bias, sink, *rest)
+        return _ops["fwd", runs](q, k, v, bias, sink, *rest, False)[:2]
     if grad_wanted(q, k, v, bias, sink):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        return _Attention.apply(q, k, v, bias, sink, runs, _backward_backend(runs, facts), deterministic, *rest)
+        backward = _backward_backend(runs, facts)
+        out, lse, _ = _Attention.apply(q, k, v, bias, sink, runs, backward, deterministic, *rest)
+        return out, lse
     if runs == "native" and not need_lse and facts[0] == "cpu" and not any(facts[3:11]):  # bias_dtype to dropout
         *_, left, right, top_left, _, _, scale = rest
         if left == -1:
             return _infer(q, k, v, right, top_left, scale), None
-    return _raw("fwd", runs, q, k, v)(q, k, v, bias, sink, *rest)
+    out, lse, _ = _raw("fwd", runs, q, k, v)(q, k, v, bias, sink, *rest, False)
+    return out, lse
 
 
 def sharded_call(name, q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, positions):
@@ -384,11 +417,12 @@ def sharded_call(name, q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_se
 
     # with equal numbers of heads any part of them fits; one head of k and v serves every part
     divisible = {} if k.shape[1] in (1, q.shape[1]) else {"h": k.shape[1]}
+    row = "b" if cu_seqlens_q is None else "r"  # packed sequences lie in a batch of 1
     operands = {
         "q": (q, "bhsd"), "k": (k, "bhtd"), "v": (v, "bhte"), "bias": (bias, "bhst"), "sink": (sink, "h"),
-        "mask": (mask, "bhst"), "seqlens_k": (seqlens_k, "b"), "cu_seqlens_q": (cu_seqlens_q, "c"),
+        "mask": (mask, "bhst"), "seqlens_k": (seqlens_k, row), "cu_seqlens_q": (cu_seqlens_q, "c"),
         "cu_seqlens_k": (cu_seqlens_k, "c"),
-        "alibi_slopes": (alibi_slopes, "h" if alibi_slopes is not None and alibi_slopes.dim() == 1 else "bh"),
+        "alibi_slopes": (alibi_slopes, "h" if alibi_slopes is not None and alibi_slopes.dim() == 1 else row + "h"),
     }  # fmt: skip
     letters = "h" if cu_seqlens_q is not None else "bh" if positions else "bhs"
     plain = ("bias", "mask", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes")
@@ -505,21 +539,72 @@ def _prepare_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, en
     )
 
 
-@_TORCH.answering
+def _scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, backend=None
+):
+    facts, q, k, v, bias, sink, rest = _prepare_torch(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    out, _ = _run(facts, q, k, v, bias, sink, rest, backend, False)
+    if query.dim() == 4:
+        return out
+    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    out = out.reshape(*leading, *out.shape[1:])
+    return out[0] if query.dim() == key.dim() == value.dim() == 2 else out
+
+
+_QKV = ("query", "key", "value")
+
+
+def _torch_nested(explains, name, function, given):
+    """For Public(nested=): packed sequences, or, if the ragged dimension is one more of the batch, the values."""
+    query = given["query"]
+    if is_nested(query) and query.layout is torch.jagged and query._ragged_idx == 1 and query.dim() > 3:
+        labels = ("query", "key", "value", "attn_mask") if is_nested(given.get("attn_mask")) else _QKV
+        return on_rows(*labels)(name, function, given)
+    if given.get("attn_mask") is not None:
+        raise ValueError(f"{name}: attn_mask must be None for nested tensors, whose sequences share no grid")
+    q, k, v = sequences_of(name, given, *_QKV)
+    if q.tensor.shape[1] != k.tensor.shape[1] and not given.get("enable_gqa"):
+        raise ValueError(
+            f"{name}: query and key must have the same number of heads unless enable_gqa is True, got"
+            f" {q.tensor.shape[1]} and {k.tensor.shape[1]}"
+        )
+    where = packed_arguments(q, k)
+    facts, *tensors, rest = _prepare(
+        name, q.tensor, k.tensor, v.tensor, None, None, "top_left" if given.get("is_causal") else False, None, None,
+        *where.values(), None, 0.0, None, given.get("dropout_p", 0.0), given.get("scale"), None,
+    )  # fmt: skip
+    if explains:
+        return _explanation(facts)
+    out, _ = _run(facts, *tensors, rest, None, False)
+    return q.restore(out[0].transpose(0, 1))
+
+
+def _torch_public(explains):
+    return Public(
+        "scaled_dot_product_attention", tensors="query key value attn_mask", numbers="dropout_p scale",
+        nested=functools.partial(_torch_nested, explains),
+        on_reference=functools.partial(_scaled_dot_product_attention, backend="reference"),
+    )  # fmt: skip
+
+
+@_torch_public(explains=True).answering
 def explain_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """What `scaled_dot_product_attention` would run for these arguments, and why not the others."""
     facts, *_ = _prepare_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _explanation(facts)
 
 
-@_TORCH.overridable
+@_torch_public(explains=False).overridable
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
     """`torch.nn.functional.scaled_dot_product_attention` on the kernels of `attention`.
 
     Args:
-        query: (..., n_heads, seqlen_q, head_dim); key, value: (..., n_kv_heads, seqlen_k, head_dim or head_dim_v).
+        query: (..., n_heads, seqlen_q, head_dim); key, value: (..., n_kv_heads, seqlen_k, head_dim or head_dim_v). All
+            three may be nested tensors (batch, n_heads, seqlen, head_dim), then without attn_mask.
         attn_mask: bool (True = attend), float32 or the dtype of query (added to the scores), at least 2 dimensions; or
             a CausalBias of torch.nn.attention.bias for these lengths.
         dropout_p: applied always, as in PyTorch: pass 0.0 in evaluation.
@@ -531,12 +616,4 @@ def scaled_dot_product_attention(
         ValueError, TypeError: as `attention`; each is a RuntimeError too, which PyTorch raises.
     Source: torch.nn.functional.scaled_dot_product_attention.
     """
-    facts, q, k, v, bias, sink, rest = _prepare_torch(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    )
-    out, _ = _run(facts, q, k, v, bias, sink, rest, None, False)
-    if query.dim() == 4:
-        return out
-    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    out = out.reshape(*leading, *out.shape[1:])
-    return out[0] if query.dim() == key.dim() == value.dim() == 2 else out
+    return _scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -10,6 +10,7 @@ import torch
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import check_float, is_dtensor
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
@@ -54,7 +55,7 @@ register_autograd(
 )
 
 
-_DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p")
+_DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p", nested=on_rows("x", "residual"))
 
 
 @_DROPOUT.overridable
@@ -76,7 +77,7 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
         return x if residual is None else x + residual
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _dropout_sharded(x, residual, dropout_p, backend)
-    return _dropout(x, residual, draw_rng(x.device), dropout_p, backend)
+    return _dropout(x, residual, draw_rng(x), dropout_p, backend)
 
 
 def _dropout(x, residual, rng, dropout_p, backend):

@@ -20,6 +20,7 @@ from fastattn._autocast import as_autocast
 from fastattn.ops._backends import asked_for, choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
 from fastattn.ops._kinds import check_float, is_dtensor, odd_kind
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
@@ -244,8 +245,9 @@ def _may_fuse(runs, w_gate, backend):
 
 
 _FEED_FORWARD = Public(
-    "feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", weights="w1 w2 w_gate", numbers="dropout_p"
-)
+    "feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", weights="w1 w2 w_gate", numbers="dropout_p",
+    nested=on_rows("x"),
+)  # fmt: skip
 
 
 @_FEED_FORWARD.overridable
@@ -275,14 +277,14 @@ def feed_forward(
     odd = odd_kind(w1, w2, w_gate)
     if odd is not None:
         choose("feed_forward", _facts(x, odd), backend)  # raises if another backend than the reference was asked for
-        rng = draw_rng(x.device) if dropout_p else None
+        rng = draw_rng(x) if dropout_p else None
         return _reference(rng, dropout_p, activation, linear=F.linear)(x, w1, b1, w2, b2, w_gate, b_gate)[0]
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
     options = (dropout_p, activation, recompute, backend)
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, *options)
-    return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x.device) if dropout_p else None, *options)
+    return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x) if dropout_p else None, *options)
 
 
 def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):

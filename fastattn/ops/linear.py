@@ -41,7 +41,11 @@ def linear(x, weight, bias=None):
     Raises:
         RuntimeError: as torch.nn.functional.linear.
     """
-    if not _gemm.is_ours(x, weight) or _autocast.autocast_dtype(x) is not None:
+    if (
+        not _gemm.is_ours(x, weight)
+        or not x.layout is weight.layout is torch.strided
+        or _autocast.autocast_dtype(x) is not None
+    ):
         return F.linear(x, weight, bias)
     needs_grad = grad_wanted(x, weight, bias)
     fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]

@@ -14,6 +14,7 @@ from fastattn import reference
 from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
 from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
+from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
@@ -223,7 +224,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
         return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
     x = as_autocast_norm(x)
     if dropout_p and rng is None:
-        rng = draw_rng(x.device)
+        rng = draw_rng(x)
     plain = residual is None and rng is None and x_bias is None
     runs = observed(choose("norm", _facts(x, residual, weight, bias, x_bias), backend))
     if runs == "reference":
@@ -265,8 +266,10 @@ def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, 
 
 
 _TENSORS = "x weight bias x_bias residual"
-_LAYER_NORM = Public("layer_norm", tensors=_TENSORS, numbers="eps dropout_p")
-_RMS_NORM = Public("rms_norm", tensors=_TENSORS, numbers="eps dropout_p")
+_LAYER_NORM, _RMS_NORM = (
+    Public(name, tensors=_TENSORS, numbers="eps dropout_p", nested=on_rows("x", "residual"))
+    for name in ("layer_norm", "rms_norm")
+)
 
 
 @_LAYER_NORM.overridable

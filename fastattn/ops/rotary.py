@@ -11,7 +11,8 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
-from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_nested, is_readable, numbers
+from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
 from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
 from fastattn.ops.attention import empty_in_layout
@@ -212,7 +213,33 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
     return facts, xs, (cos, sin, positions, offset, rotary_dim, bool(interleaved))
 
 
-_PUBLIC = Public("rotary_embedding", tensors="x cos sin positions", numbers="positions", takes_pair=True)
+def _nested(name, function, given):
+    """For Public(nested=): packed sequences, each of which begins anew."""
+    x, positions = given["x"], given.get("positions")
+    pair = isinstance(x, (tuple, list))
+    labels = ("q", "k")[: len(x)] if pair else ("x",)
+    found = sequences_of(name, dict(zip(labels, x if pair else (x,), strict=True)), *labels)
+    offsets = found[0].offsets
+    if given.get("inplace"):
+        raise ValueError(f"{name}: inplace must be False for nested tensors")
+    if isinstance(positions, torch.Tensor):
+        if not is_nested(positions):
+            raise ValueError(f"{name}: positions must be None, an int or nested, as {labels[0]} is")
+        positions = Rows(name, "positions", positions, last=0).tensor
+    else:
+        total = found[0].tensor.shape[0]
+        starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=total)
+        positions = torch.arange(total, device=starts.device) - starts + (positions or 0)
+    out = function(**given | {"x": tuple(t.tensor for t in found), "positions": positions})
+    if not isinstance(out, tuple):
+        return out
+    out = tuple(t.restore(rotated) for t, rotated in zip(found, out, strict=True))
+    return out if pair else out[0]
+
+
+_PUBLIC = Public(
+    "rotary_embedding", tensors="x cos sin positions", numbers="positions", takes_pair=True, nested=_nested
+)
 
 
 @_PUBLIC.overridable
@@ -226,7 +253,7 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
         x: (batch, n_heads, seqlen, head_dim) as `attention` takes it, or packed (total, n_heads, head_dim); float32,
             bfloat16 or float16 (float64 runs on the reference); any strides, so a transposed (batch, seqlen, heads,
             head_dim) or a slice of a projection costs no copy. A pair (q, k), which may differ in n_heads, takes one
-            launch.
+            launch. Nested (batch, n_heads, seqlen, head_dim) tensors run packed, each sequence from its own position 0.
         cos, sin: (max_seqlen, rotary_dim / 2), a row per position, float32 or the dtype of x; rotary_dim <= head_dim.
             Or Hugging Face's doubled form, of which the first half is read: (batch or 1, seqlen, rotary_dim), always
             taken for it, or (max_seqlen, head_dim), which cannot be another. Not with interleaved.

@@ -9,6 +9,7 @@ from fastattn.models import MaskedLM
 from fastattn.models.backbone import Head
 
 from ..data.batches import MASKED
+from .lora import HEADS
 
 # dense bf16 and fp16 products of a device, FLOP/s, by the makers' data sheets; sparse figures are twice these
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -17,28 +18,34 @@ PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12
 def flops_per_token(model, shape):
     """Operations of a training step for each token.
 
-    6 a weight of a matrix, 12 * d_model * block_size a layer of attention. Looking up an embedding costs nothing, an
-    output layer counts also when it is tied to the embedding, that of a MaskedLM for the tokens it predicts. Half the
-    tokens of a translator pass its encoder, half its decoder.
+    2 a weight of a matrix and 4 * d_model * block_size a layer of attention in the forward pass. The gradients cost
+    the same for the weights that are trained, and once more for the inputs unless only the head is trained. Looking up
+    an embedding and making the sums of LoRA cost nothing; an output layer counts also when it is tied to the embedding,
+    that of a MaskedLM for the tokens it predicts. Half the tokens of a translator pass its encoder, half its decoder.
 
     Args:
-        model: nn.Module.
+        model: nn.Module, of whose weights those are trained that require a gradient.
         shape: ModelConfig.
     Source: Chowdhery et al. 2022, "PaLM: scaling language modeling with pathways", appendix B.
     """
     tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    through = any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(HEADS))
 
-    def matrices(module):
-        return sum(p.numel() for p in module.parameters() if p.dim() > 1 and all(p is not table for table in tables))
+    def product(weight):
+        return 2 * weight.numel() * (1 + through + weight.requires_grad)
 
-    weights, head = matrices(model), getattr(model, "head", None)
+    def products(module):
+        matrices = (p for name, p in module.named_parameters() if p.dim() > 1 and ".lora_" not in name)
+        return sum(product(p) for p in matrices if all(p is not table for table in tables))
+
+    operations, head = products(model), getattr(model, "head", None)
     if isinstance(head, Head):
-        output = matrices(head) + (tables[0].numel() if head.weight is None else 0)
-        weights += (MASKED * output if isinstance(model, MaskedLM) else output) - matrices(head)
+        output = products(head) + (product(tables[0]) if head.weight is None else 0)
+        operations += (MASKED * output if isinstance(model, MaskedLM) else output) - products(head)
     if hasattr(model, "decoder"):
-        weights //= 2
+        operations //= 2
     attention = shape.n_layer * shape.d_model * shape.block_size if shape.body == "transformer" else 0
-    return 6 * weights + 12 * attention
+    return operations + 4 * (1 + 2 * through) * attention
 
 
 def peak_flops(device, precision):

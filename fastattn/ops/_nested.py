@@ -1,0 +1,194 @@
+"""Nested tensors: an op gets their rows, one sequence after the other, and its result gets their structure.
+
+Both layouts are served: the rows of a jagged tensor are its values, those of a strided one are put together by a copy.
+"""
+
+import itertools
+
+import torch
+
+from fastattn.ops._kinds import is_nested
+
+
+class Rows:
+    """The rows of a nested tensor and the way back.
+
+    Args:
+        name, label: of the op and the argument, for messages.
+        nested: (batch, ..., last) with one ragged dimension, which must not be the last.
+        last: how many dimensions a row has: 1, or 0 for a tensor with a number per row.
+    """
+
+    def __init__(self, name, label, nested, last=1):
+        self.nested = nested
+        self.is_jagged = nested.layout is torch.jagged
+        if self.is_jagged:
+            _check_gaps(name, label, nested)
+            if last and nested._ragged_idx == nested.dim() - 1:
+                raise ValueError(f"{name}: {label} must not be ragged in its last dimension, got {nested.shape}")
+            self.tensor, self.max_seqlen = nested.values(), nested._maybe_max_seqlen
+            return
+        sequences = _sequences(name, label, nested)
+        self.shapes = [sequence.shape[: sequence.dim() - last] for sequence in sequences]
+        self.tensor = torch.cat([t.reshape(-1, *t.shape[t.dim() - last :]) for t in sequences])
+        self.max_seqlen = max(shape.numel() for shape in self.shapes)
+
+    @property
+    def offsets(self):
+        """Where the rows of each sequence begin, and the end."""
+        if self.is_jagged:
+            return self.nested.offsets()
+        return _offsets([shape.numel() for shape in self.shapes], self.nested.device)
+
+    def restore(self, rows):
+        """A result with these rows as a nested tensor."""
+        if not self.is_jagged:
+            parts = rows.split([shape.numel() for shape in self.shapes])
+            return torch.nested.as_nested_tensor(
+                [part.view(*shape, *part.shape[1:]) for part, shape in zip(parts, self.shapes, strict=True)]
+            )
+        return _as_jagged(rows, self.nested, self.nested._ragged_idx)
+
+    def has_lengths_of(self, other):
+        """Whether both have rows of the same sequences."""
+        if self.is_jagged != other.is_jagged:
+            return False
+        if self.is_jagged:
+            return self.offsets is other.offsets or torch.equal(self.offsets, other.offsets)
+        return self.shapes == other.shapes
+
+
+def _check_gaps(name, label, nested):
+    if nested.lengths() is not None:
+        raise ValueError(f"{name}: {label} must be a nested tensor without gaps: call its contiguous() before")
+
+
+def _sequences(name, label, nested):
+    sequences = nested.unbind()
+    if not sequences:
+        raise ValueError(f"{name}: {label} must be a nested tensor with at least one sequence, got none")
+    return sequences
+
+
+def _offsets(lengths, device):
+    return torch.tensor([0, *lengths], device=device).cumsum(0)
+
+
+def _as_jagged(values, like, ragged_dim):
+    return torch.nested.nested_tensor_from_jagged(
+        values, like.offsets(), jagged_dim=ragged_dim, min_seqlen=like._maybe_min_seqlen,
+        max_seqlen=like._maybe_max_seqlen,
+    )  # fmt: skip
+
+
+def check_nested(name, given, labels):
+    """Raise unless of the arguments those in `labels` are nested or None, and no others."""
+    nested = [label for label, t in given.items() if is_nested(t)]
+    for label in nested:
+        if label not in labels:
+            raise ValueError(f"{name}: {label} must not be a nested tensor")
+    for label in labels:
+        if label not in nested and given.get(label) is not None:
+            raise ValueError(f"{name}: {label} must be a nested tensor, as {nested[0]} is")
+
+
+def on_rows(*labels, last=(1, 1)):
+    """A function for Public(nested=): the op runs on the rows of the arguments `labels`, which must have equal lengths.
+
+    Args:
+        labels: the first must be given; a result has its structure, or, if each row has a number, that of the last.
+        last: how many dimensions a row of the first and of each other one has.
+    """
+
+    def serve(name, function, given):
+        check_nested(name, given, labels)
+        rows = {
+            label: Rows(name, label, given[label], last[label != labels[0]])
+            for label in labels
+            if given.get(label) is not None
+        }
+        first = rows[labels[0]]
+        for label, other in rows.items():
+            if not other.has_lengths_of(first):
+                raise ValueError(f"{name}: {label} must have sequences of the same lengths as {labels[0]}")
+        out = function(**given | {label: other.tensor for label, other in rows.items()})
+        if isinstance(out, tuple):
+            return tuple(first.restore(t) for t in out)
+        if not isinstance(out, torch.Tensor) or not out.dim():
+            return out
+        return (first if out.dim() == first.tensor.dim() else rows[labels[-1]]).restore(out)
+
+    return serve
+
+
+def longest(nested):
+    """An upper bound of the sequences of (batch, heads, seqlen, head_dim)."""
+    if nested.layout is not torch.jagged:
+        return max((t.shape[-2] for t in nested.unbind()), default=0)
+    known = nested._maybe_max_seqlen
+    return nested.values().shape[nested._ragged_idx - 1] if known is None else known
+
+
+class Sequences:
+    """Nested (batch, heads, seqlen, ...) as packed sequences: `tensor` (total, heads, ...) and `cu_seqlens`."""
+
+    def __init__(self, name, label, nested):
+        self.nested = nested
+        self.is_jagged = nested.layout is torch.jagged
+        if nested.dim() < 3 or (self.is_jagged and nested._ragged_idx != 2):
+            form = tuple(nested.shape) if self.is_jagged else f"{nested.dim()} dimensions"
+            raise ValueError(
+                f"{name}: {label} must be nested (batch, heads, seqlen, head_dim), ragged in seqlen, got {form}; a"
+                " (batch, seqlen, heads, head_dim) one is passed as t.transpose(1, 2)"
+            )
+        if self.is_jagged:
+            _check_gaps(name, label, nested)
+            self.tensor = nested.values().transpose(0, 1)
+            self.offsets = nested.offsets()
+            self.max_seqlen = nested._maybe_max_seqlen
+            return
+        sequences = [sequence.transpose(0, 1) for sequence in _sequences(name, label, nested)]
+        self.lengths = [len(sequence) for sequence in sequences]
+        self.tensor = torch.cat(sequences)
+        self.offsets = _offsets(self.lengths, nested.device)
+        self.max_seqlen = max(self.lengths)
+
+    def restore(self, packed):
+        """A result (total, heads, ...) as a nested tensor (batch, heads, seqlen, ...)."""
+        if self.is_jagged:
+            return _as_jagged(packed, self.nested, 1).transpose(1, 2)
+        return torch.nested.as_nested_tensor([part.transpose(0, 1) for part in packed.split(self.lengths)])
+
+
+def sequences_of(name, given, *labels):
+    """The `Sequences` of the arguments `labels`; the last two must have the same lengths."""
+    check_nested(name, given, labels)
+    found = [Sequences(name, label, given[label]) for label in labels]
+    for a, b in itertools.pairwise(found[-2:]):
+        if a.offsets is not b.offsets and not torch.equal(a.offsets, b.offsets):
+            raise ValueError(f"{name}: {labels[-1]} must have sequences of the same lengths as {labels[-2]}")
+    return found
+
+
+def packed_arguments(q, k):
+    """The arguments of `attention` that say where the sequences of q and k, `Sequences` or `Rows`, begin and end."""
+    offsets_q, offsets_k = q.offsets, k.offsets
+    cu_seqlens_q = offsets_q.to(torch.int32)
+    return {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_q if offsets_k is offsets_q else offsets_k.to(torch.int32),
+        "max_seqlen_q": q.max_seqlen,
+        "max_seqlen_k": k.max_seqlen,
+    }
+
+
+def packed_attention(name, function, given):
+    """For Public(nested=): `attention` or its explain on packed sequences."""
+    q, k, v = sequences_of(name, given, "q", "k", "v")
+    for label in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"):
+        if given.get(label) is not None:
+            raise ValueError(f"{name}: {label} must be None for nested tensors, which have lengths of their own")
+    out = function(**given | packed_arguments(q, k) | {"q": q.tensor, "k": k.tensor, "v": v.tensor})
+    if isinstance(out, tuple):
+        return q.restore(out[0]), q.restore(out[1].transpose(0, 1))
+    return q.restore(out) if isinstance(out, torch.Tensor) else out

@@ -1,0 +1,320 @@
+"""A finite mask is a number, whatever its size: rows at -1e4, -1e9, -FLT_MAX or +1e38 against the reference in fp64.
+
+A row is empty only by -inf, a boolean mask, causal, window or length. Each row of a bias is of another kind, and is
+judged by itself, so that no row hides behind the numbers of another. Queries of zeros make all scores of a row equal:
+there fp32 loses nothing beside the bias, and what comes out must be right to rounding. With random queries it does, and
+PyTorch's own error is the measure.
+"""
+
+import math
+
+import nn_oracle
+import pytest
+import torch
+from attention_cases import normal, on, qkv, results
+from oracle import exact
+
+import fastattn
+from fastattn.ops._backends import unavailable
+from fastattn.ops.attention import _reference
+
+OP = "attention"
+SQ, SK = 66, 131  # whole tiles and pieces of them; the interpreter, which takes its time, gets one block of queries
+LARGEST = torch.finfo(torch.float32).max
+
+pytestmark = [
+    # numpy, in the interpreter: differences of numbers near FLT_MAX
+    pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered"),
+]
+
+
+def row_kinds(seqlen_k, dtype=torch.float32):
+    """(name, row of a bias) for every kind of row, all finite numbers as `dtype` can hold them."""
+    rows = {"0": torch.zeros(seqlen_k)}
+    for value in (-1e4, -1e5, -1e6, -1e9, -1e30, -2.4e38, -LARGEST, 1e4, 1e9, 1e38, 2.4e38, LARGEST):
+        rows[f"{value:g}"] = torch.full((seqlen_k,), value)
+    key = torch.arange(seqlen_k)
+    rows["half of it"] = torch.where(key % 2 == 0, -LARGEST, 0.0)
+    rows["all but one"] = torch.where(key == 5, 0.0, -1e9)
+    rows["mixture"] = torch.tensor([-1e9, -LARGEST, -1e6, -1e9, -1e4 * 3])[key % 5]
+    rows["both signs"] = torch.tensor([-LARGEST, 1e38, -1e9, 1e38])[key % 4]
+    rows["beside -inf"] = torch.where(key % 3 == 0, -LARGEST, -math.inf)
+    rows["-inf"] = torch.full((seqlen_k,), -math.inf)
+    finite = torch.finfo(dtype)
+    return {
+        name: torch.where(row.isinf(), row, row.clamp(finite.min, finite.max)).to(dtype) for name, row in rows.items()
+    }
+
+
+def bias_of_all_kinds(shape, dtype=torch.float32):
+    """(..., seqlen_q, seqlen_k) whose rows take turns in their kind."""
+    kinds = torch.stack(list(row_kinds(shape[-1], dtype).values()))
+    rows = torch.arange(math.prod(shape[:-1])) % len(kinds)
+    return kinds[rows].view(shape).requires_grad_()
+
+
+@pytest.fixture
+def size(interpreted):
+    return (40, 70) if interpreted else (SQ, SK)
+
+
+def inputs(scores, dtype=torch.float32, size=(SQ, SK), kv_heads=2):
+    """q, k and v whose scores are all 0 or random."""
+    q, k, v = qkv(1, 2, *size, 8, dtype, kv_heads)
+    return (q.detach() * 0).requires_grad_() if scores == "zero" else q, k, v
+
+
+def expected_results(q, k, v, kwargs):
+    """The results of the reference, in fp64 and in the dtypes that are given."""
+    twins = dict(zip(kwargs, [exact(value) for value in kwargs.values()], strict=True))
+    return results(*exact(q, k, v), twins, "reference"), results(q, k, v, kwargs, "reference")
+
+
+def assert_right(got, truth, baseline, what):
+    """Each row of out, lse, dq and dbias by itself, dk and dv as a whole: twice the error of plain PyTorch, three times
+    for gradients, and some units in the last place."""
+    eps = torch.finfo(got["out"].dtype).eps
+    for name, expected in truth.items():
+        ours, base = got[name].double(), baseline[name].double()
+        finite = expected.isfinite()
+        assert torch.equal(ours.isfinite(), finite), f"{what} {name}: finite elsewhere than expected"
+        ours, base, expected = (torch.where(finite, t, 0.0) for t in (ours, base, expected))
+        error, allowed, size = (ours - expected).abs(), (base - expected).abs(), expected.abs()
+        if name in ("out", "dq", "dbias"):
+            error, allowed, size = (t.amax(-1) for t in (error, allowed, size))
+        elif name in ("dk", "dv"):
+            error, allowed, size = (t.amax() for t in (error, allowed, size))
+        units = 4e-6 if name == "lse" or eps < 1e-6 else 8 * eps
+        allowed = (2 if name in ("out", "lse") else 3) * allowed + units * size.clamp(min=1.0)
+        at = (error / allowed).argmax()  # a NaN is the greatest
+        worst, limit = error.flatten()[at], allowed.flatten()[at]
+        assert worst <= limit, f"{what} {name}: error {worst:.3g}, allowed {limit:.3g} at {at} in {got[name].dtype}"
+
+
+def check(what, q, k, v, *, backend, device, names=None, **kwargs):
+    """`names` of the results that are judged; all if None."""
+    kwargs = {"softcap": 0.0} | kwargs
+    truth, baseline = expected_results(q, k, v, kwargs)
+    q, k, v = on(device, q, k, v)
+    kwargs = dict(zip(kwargs, on(device, *kwargs.values()), strict=True))
+    got = {name: t.cpu() for name, t in results(q, k, v, kwargs, backend).items()}
+    assert_right(got, {name: truth[name] for name in names or truth}, baseline, what)
+
+
+FEATURES = {
+    "nothing else": {},
+    "causal": {"causal": True},
+    "top left and a window": {"causal": "top_left", "window": (40, 0)},
+    "lengths": {"seqlens_k": torch.tensor([50], dtype=torch.int32)},
+    "a mask": {"mask": True},
+    "softcap": {"softcap": 3.0},
+    "dropout": {"dropout_p": 0.2},
+    "a sink": {"sink": torch.tensor([0.5, -1e9])},
+    "ALiBi": {"alibi_slopes": torch.tensor([0.5, 0.03])},
+}
+
+
+@pytest.mark.parametrize("scores", ["zero", "random"])
+@pytest.mark.parametrize("features", FEATURES)
+def test_rows_of_every_kind(features, scores, backend, device, size):
+    kwargs = dict(FEATURES[features])
+    if "mask" in kwargs:
+        kwargs["mask"] = (torch.arange(size[1]) % 7 != 3).expand(size)
+    if "sink" in kwargs:
+        kwargs["sink"] = kwargs["sink"].clone().requires_grad_()
+    q, k, v = inputs(scores, size=size)
+    check(features, q, k, v, bias=bias_of_all_kinds((2, *size)), **kwargs, backend=backend, device=device)
+
+
+def test_a_kind_of_row_for_all_queries(backend, device, size, interpreted):
+    """A bias without rows, as padding is: one number a key. The gradients are sums over equal rows."""
+    q, k, v = inputs("zero", size=size, kv_heads=1)
+    for name, row in list(row_kinds(size[1]).items())[:: 5 if interpreted else 1]:
+        bias = row.view(1, 1, 1, -1).requires_grad_()
+        check(name, q, k, v, bias=bias, backend=backend, device=device)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, SQ, 1), (1, 2, 1, 1), (1, 1)])
+def test_a_number_for_whole_rows(shape, backend, device):
+    """A bias that broadcasts over the keys, whose gradients sum up to 0."""
+    q, k, v = inputs("random")
+    for value in (-LARGEST, -1e9, 2.4e38):
+        bias = torch.full(shape, value).requires_grad_()
+        check(value, q, k, v, bias=bias, backend=backend, device=device)
+
+
+@pytest.mark.parametrize("scores", ["zero", "random"])
+def test_half_precision(scores, dtype, backend, device, size):
+    q, k, v = inputs(scores, dtype, size)
+    for bias_dtype in {torch.float32, dtype}:
+        check(bias_dtype, q, k, v, bias=bias_of_all_kinds(size, bias_dtype), backend=backend, device=device)
+
+
+@pytest.mark.parametrize("value", [1e4, 1e9, 1e38, LARGEST])
+def test_large_sinks(value, backend, device, size):
+    """Beside scores without a bias, beside rows of a bias of every kind, and where a row has nothing else."""
+    sink = torch.tensor([value, -value]).requires_grad_()
+    for dtype in (torch.float16, torch.float32):
+        q, k, v = inputs("random", dtype, size)
+        check(dtype, q, k, v, sink=sink, causal="top_left", backend=backend, device=device)
+    lengths = torch.tensor([0], dtype=torch.int32)
+    check("nothing else", q, k, v, sink=sink, seqlens_k=lengths, backend=backend, device=device)
+    q, k, v = inputs("zero", size=size)
+    check("bias", q, k, v, sink=sink, bias=bias_of_all_kinds((2, *size)), backend=backend, device=device)
+
+
+@pytest.mark.parametrize("slope", [0.5, 1e3, 1e7])
+def test_alibi_far_from_all_keys(slope, backend, device, interpreted):
+    """Top-left alignment leaves the last queries far behind the last key."""
+    slopes = torch.tensor([slope, slope / 3])
+    q, k, v = inputs("random", size=(70, 20) if interpreted else (130, 40))
+    for kwargs in ({"causal": "top_left"}, {"causal": "top_left", "window": (50, 0)}, {}):
+        check(list(kwargs), q, k, v, alibi_slopes=slopes, **kwargs, backend=backend, device=device)
+    q, k, v = (normal(n, 2, 8, seed=n) for n in (70, 21, 21))
+    ends = torch.tensor([0, 30, 70]).int(), torch.tensor([0, 1, 21]).int()
+    packed = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "causal": "top_left"}
+    check("packed", q, k, v, alibi_slopes=slopes, **packed, backend=backend, device=device)
+
+
+def test_large_scores_without_a_mask(backend, device, size, interpreted):
+    """The lse of a row that one key decides loses what its p lacks to 1. dq and dk are left out: dp - delta, which is 0
+    in PyTorch there, is multiplied by hundreds."""
+    if interpreted:
+        pytest.skip("numpy sums k·q in another order than q·k, which shows where scores are 1e5")
+    q, k, v = (t.detach() * 100 for t in inputs("random", size=size))
+    q, k, v = q.requires_grad_(), k.requires_grad_(), (v / 100).requires_grad_()
+    names = ("out", "lse", "dv")
+    check("plain", q, k, v, names=names, backend=backend, device=device)
+    check("causal", q, k, v, names=names, causal=True, backend=backend, device=device)
+
+
+def raw_call(backend, direction, *arguments):
+    if backend == "reference":
+        return tuple(t.detach() for t in _reference(*arguments))
+    return getattr(getattr(torch.ops.fastattn, f"attention_{direction}"), backend)(*arguments)
+
+
+@pytest.mark.parametrize(
+    "order", [("reference", "native"), ("reference", "triton"), ("native", "triton"), ("triton", "native")]
+)
+def test_forward_on_one_backend_and_backward_on_another(order, device):
+    for name in order:
+        if reason := unavailable(name, device):
+            pytest.skip(f"{name} cannot run here: {reason}")
+    seqlen_q, seqlen_k = size = (40, 70) if "triton" in order and device == "cpu" else (SQ, SK)
+    for scores in ("zero", "random"):
+        q, k, v = inputs(scores, size=size)
+        bias, sink = bias_of_all_kinds((1, 2, *size)), torch.tensor([1e9, -2e4]).requires_grad_()
+        truth, baseline = expected_results(q, k, v, {"bias": bias, "sink": sink})
+        moved = [t.detach() for t in on(device, q, k, v, bias, sink)]
+        rest = (None, None, None, None, None, None, seqlen_q, seqlen_k, -1, -1, False, 0.0, 0.0, 8**-0.5)
+        out, lse, low = raw_call(order[0], "fwd", *moved, *rest, True)
+        generator = torch.Generator().manual_seed(1)
+        do = torch.randn(out.shape, generator=generator).to(device)
+        dlse = torch.randn(lse.shape, generator=generator).to(device)
+        grads = raw_call(order[1], "bwd", do, dlse, *moved[:3], out, lse, low, *moved[3:], *rest, True, False)
+        got = {"out": out, "lse": lse} | dict(zip(("dq", "dk", "dv", "dbias", "dsink"), grads, strict=True))
+        assert_right({name: t.cpu() for name, t in got.items()}, truth, baseline, scores)
+
+
+def test_where_another_backend_rounded_the_scores_otherwise():
+    """One unit of a score of 1e9 is 64: no weight may become a power of e for it."""
+    if reason := unavailable("native", "cpu"):
+        pytest.skip(reason)
+    q, k, v = (t.detach() for t in inputs("zero"))
+    bias = torch.full((1, 1, SQ, SK), -1e9)
+    lse, low = torch.full((1, 2, SQ), -1e9 - 64), torch.full((1, 2, SQ), math.log(SK))
+    out, do = torch.zeros_like(q), torch.ones_like(q)
+    rest = (bias, None, None, None, None, None, None, None, SQ, SK, -1, -1, False, 0.0, 0.0, 1.0)
+    dv = torch.ops.fastattn.attention_bwd.native(do, None, q, k, v, out, lse, low, *rest, False, False)[2]
+    torch.testing.assert_close(dv, torch.full_like(dv, SQ / SK))
+
+
+def test_transforms_and_double_backward():
+    """They run on the reference, whatever ran before."""
+    q, k, v = inputs("zero", size=(20, 9))
+    bias = bias_of_all_kinds((20, 9))
+
+    def second(*tensors, dtype):
+        q, k, v, bias = (t.detach().to(dtype).requires_grad_() for t in tensors)
+        out = fastattn.attention(q, k, v, bias=bias)
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v, bias), create_graph=True)
+        return *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v, bias))
+
+    for got, expected in zip(
+        second(q, k, v, bias, dtype=torch.float32), second(q, k, v, bias, dtype=torch.float64), strict=True
+    ):
+        torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
+    rows = torch.func.vmap(lambda q, bias: fastattn.attention(q[None], k, v, bias=bias[None, None]))
+    got = rows(q.permute(2, 1, 0, 3), bias)
+    torch.testing.assert_close(got[:, 0, :, 0].transpose(0, 1), fastattn.attention(q, k, v, bias=bias)[0])
+
+
+def with_equal_scores(module):
+    with torch.no_grad():
+        module.in_proj_weight[: module.embed_dim] = 0
+        module.in_proj_bias[: module.embed_dim] = 0
+    return module
+
+
+def layer_masks(value):
+    """Float masks of three samples of nine tokens: one sample or some keys of it, some pairs, all together."""
+    padding, pairs = torch.zeros(3, 9), torch.zeros(9, 9)
+    padding[0] = padding[1, 5:] = value
+    causal = torch.full((9, 9), value).triu(1)
+    pairs[3] = pairs[:, 4] = value
+    return {
+        "padding": {"key_padding_mask": padding},
+        "pairs": {"attn_mask": pairs},
+        "causal and padding": {"key_padding_mask": padding, "attn_mask": causal},
+        "bool beside float": {"key_padding_mask": padding, "attn_mask": torch.ones(9, 9, dtype=torch.bool).triu(1)},
+    }
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e6, -1e9, -LARGEST, 1e38])
+def test_layers_and_their_weights(value, dtype):
+    """Outputs, weights, and gradients through both, beside torch.nn; the output alone comes without weights."""
+    value = min(max(value, torch.finfo(dtype).min), torch.finfo(dtype).max / 4)
+    for scores in ("equal", "random"):
+        ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True, dtype=dtype)
+        if scores == "equal":
+            ours, theirs = with_equal_scores(ours), with_equal_scores(theirs)
+        x = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for masks in layer_masks(value).values():
+            masks = {name: mask if mask.dtype == torch.bool else mask.to(dtype) for name, mask in masks.items()}
+            for options in ({"average_attn_weights": False}, {"need_weights": False}):
+                nn_oracle.compare(
+                    ours, theirs, lambda m, x, o=options, **masks: m(x, x, x, **masks, **o), {"x": x} | masks
+                )
+
+
+def test_masks_whose_sum_is_below_all_numbers():
+    """torch.nn gives NaN for a row whose every key both masks hide with -FLT_MAX; fp64 has the mean of v."""
+    ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True)
+    ours, theirs = with_equal_scores(ours), with_equal_scores(theirs).double()
+    x = torch.randn(1, 9, 16, requires_grad=True)
+    rows, padding = torch.zeros(9, 9), torch.full((1, 9), -LARGEST)
+    rows[2], rows[5, 3:] = -LARGEST, -LARGEST
+    got = ours(x, x, x, key_padding_mask=padding, attn_mask=rows)
+    expected = theirs(*(x.double(),) * 3, key_padding_mask=padding.double(), attn_mask=rows.double())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-6, rtol=1e-6)
+    assert torch.autograd.grad(got[0].sum(), x)[0].isfinite().all()
+
+
+def test_weights_of_large_scores():
+    """Without a mask: rows that one key decides."""
+    ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True)
+    x = torch.randn(2, 33, 16, generator=torch.Generator().manual_seed(0)) * 100
+    nn_oracle.compare(ours, theirs, lambda m, x: m(x, x, x, average_attn_weights=False), {"x": x})
+
+
+def test_weights_of_keys_that_a_bias_hides():
+    module = fastattn.nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(1, 9, 16)
+    key = x.clone()
+    key[:, 5] = math.nan
+    mask = torch.zeros(1, 9).masked_fill(torch.arange(9) == 5, -math.inf)
+    with torch.no_grad():
+        got, expected = (module(x, k, k, key_padding_mask=mask) for k in (key, x))
+    assert got[1].equal(expected[1])
