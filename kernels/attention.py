@@ -24,10 +24,18 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_config import pick
-from fastattn.kernels.common import LOG2_E, dropout_constants, dropout_halfwords, launch, register, tanh
+from fastattn.kernels.common import (
+    LN_2,
+    LOG2_E,
+    contiguous,
+    dropout_constants,
+    dropout_halfwords,
+    launch,
+    register,
+    tanh,
+    unit_stride,
+)
 from fastattn.ops._layout import empty_in_layout
-
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -391,15 +399,6 @@ def attention_fwd(q, k, v, out, lse, lse_low, bias, sink, mask, seqlens_k, cu_se
 
 
 NOTHING = ((0,), (1,))  # shape and strides
-
-
-def contiguous(t):
-    return t if t is None else t.contiguous()
-
-
-def unit_stride(t):
-    """The kernels read rows of neighbouring elements: anything else, an expanded gradient say, is copied."""
-    return t if t.stride(3) == 1 or t.size(3) == 1 else t.contiguous()
 
 
 def broadcast_strides(shape, strides):

@@ -20,7 +20,6 @@ import triton.language as tl
 
 from fastattn.kernels.attention import (
     UNSPECIALIZED,
-    contiguous,
     descriptors_fit,
     find_tile,
     keep_tile,
@@ -32,12 +31,11 @@ from fastattn.kernels.attention import (
     score_gradient,
     tile_scores,
     tile_source,
-    unit_stride,
     visible_tile,
 )
 from fastattn.kernels.attention_config import PREPROCESS
 from fastattn.kernels.attention_dbias import launch_dbias
-from fastattn.kernels.common import LOG2_E, launch, register
+from fastattn.kernels.common import LOG2_E, contiguous, launch, register, unit_stride
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -22,6 +22,7 @@ from fastattn.reference import dropout_scale, dropout_threshold
 VARYING = ["rows", "threshold", "programs"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 _INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to show that partial sums are added up
 
 
@@ -82,6 +83,15 @@ def as_rows(t):
     if t.shape[1] > 1 and t.stride(1) != 1:
         t = t.contiguous()
     return t, t.stride(0)
+
+
+def contiguous(t):
+    return t if t is None else t.contiguous()
+
+
+def unit_stride(t):
+    """(batch, heads, rows, columns) with neighbouring columns: anything else, an expanded gradient say, is copied."""
+    return t if t.stride(3) == 1 or t.size(3) == 1 else t.contiguous()
 
 
 @functools.cache
