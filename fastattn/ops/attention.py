@@ -91,19 +91,15 @@ def refuses_native(facts):
     )  # fmt: skip
 
 
-def has_native_backward(facts):
-    """Whether the native kernels have a backward for a call that they serve: those for Hopper end at head dim 128."""
-    return not (facts.above_128 and facts.device.startswith("cuda"))
-
-
-def _backward_backend(runs, facts):
-    """Which backend makes the gradients after a forward on `runs`."""
-    return runs if runs != "native" or has_native_backward(facts) else choose("attention", facts, "triton")
+def _has_backward(backend, q):
+    """Whether a backend that serves the forward has a backward: the native kernels for Hopper end at head dim 128."""
+    return not (backend.startswith("native") and q.is_cuda and q.shape[-1] > 128)
 
 
 def _note_native(facts):
-    text = "native has no backward above head dim 128: triton makes the gradients"
-    return None if has_native_backward(facts) else text
+    if facts.above_128 and facts.device.startswith("cuda"):
+        return "native has no backward above head dim 128: triton makes the gradients"
+    return None
 
 
 register_backend(
@@ -128,15 +124,12 @@ def _reference(*arguments):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, sink, backend, backward_backend, deterministic, *others):
-        """others: the fields of AttentionCall after sink."""
-        call = AttentionCall(q, k, v, bias, sink, *others)
-        # where q·k in half precision is all of a score, its own rounding is far above that of lse
-        need_low = q.dtype == torch.float32 or bias is not None or call.alibi_slopes is not None
-        out, lse, lse_low = _raw("fwd", backend, q, k, v)(*call, need_low)
+    def forward(ctx, backend, backward_backend, deterministic, need_low, *arguments):
+        """arguments: the fields of an AttentionCall."""
+        out, lse, lse_low = _raw("fwd", backend, *arguments[:3])(*arguments, need_low)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, lse_low, *call[:N_TENSORS])
-        ctx.options = call[N_TENSORS:]
+        ctx.save_for_backward(out, lse, lse_low, *arguments[:N_TENSORS])
+        ctx.options = arguments[N_TENSORS:]
         ctx.backend = backward_backend
         ctx.deterministic = deterministic
         if backend not in RECORDED:
@@ -148,31 +141,42 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do, dlse, _):
         out, lse, lse_low, *tensors = ctx.saved_tensors
         q, k, v, bias, sink, *others = (*tensors, *ctx.options)
-        nothing = (None,) * (3 + len(others))
+        no_grads = (None,) * len(others)
         if torch.is_grad_enabled():  # create_graph=True
             grads = differentiate(lambda *inputs: _reference(*inputs, *others), (q, k, v, bias, sink), (do, dlse))
-            return *grads, *nothing
-        need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[:5]
+            return None, None, None, None, *grads, *no_grads
+        need_dq, need_dk, need_dv, need_dbias, need_dsink = ctx.needs_input_grad[4:9]
         run = _raw("bwd", ctx.backend, q, k, v)
         dq, dk, dv, dbias, dsink = run(
             do, dlse, q, k, v, out, lse, lse_low, bias, sink, *others, need_dbias, ctx.deterministic
         )
         return (
+            None,
+            None,
+            None,
+            None,
             dq if need_dq else None,
             dk if need_dk else None,
             dv if need_dv else None,
             dbias if need_dbias else None,
             dsink if need_dsink else None,
-            *nothing,
+            *no_grads,
         )
 
 
-def _apply(backend, q, k, v, bias, sink, *others):
-    *others, _ = others  # need_low: the autograd.Function decides by itself
-    only_forward = backend.startswith("native") and q.is_cuda and q.shape[-1] > 128
+def _needs_low(call):
+    """Whether the backward needs lse in two parts: not where q·k in half precision is all of a score.
+
+    Its own rounding is far above that of lse.
+    """
+    return call.q.dtype == torch.float32 or call.bias is not None or call.alibi_slopes is not None
+
+
+def _apply(backend, *arguments):
+    call = AttentionCall(*arguments[:N_ARGUMENTS])
+    backward = backend if _has_backward(backend, call.q) else "triton"
     deterministic = torch.are_deterministic_algorithms_enabled()
-    backward = "triton" if only_forward else backend
-    return _Attention.apply(q, k, v, bias, sink, backend, backward, deterministic, *others)
+    return _Attention.apply(backend, backward, deterministic, _needs_low(call), *call)
 
 
 def _reference_of_op(*arguments):
@@ -275,24 +279,23 @@ def run(facts, call, backend=None, need_lse=False, deterministic=None):
 
 
 def _run_on(runs, facts, call, need_lse, deterministic):
-    q, k, v, bias, sink, *others = call
+    q, k, v = call.q, call.k, call.v
     runs = observed(runs)
     if q.is_meta and call.cu_seqlens_q is not None:
         runs = "native"  # for the shapes: the reference would read cu_seqlens
     if call.dropout_p and call.rng is None:
         call = call._replace(rng=draw_rng(q))
-        others = call[5:]
     if runs == "reference":
         return _reference(*call)
     if runs in RECORDED:
         return _ops["fwd", runs](*call, False)[:2]
-    if grad_wanted(q, k, v, bias, sink):
+    if grad_wanted(q, k, v, call.bias, call.sink):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        backward = _backward_backend(runs, facts)
-        out, lse, _ = _Attention.apply(q, k, v, bias, sink, runs, backward, deterministic, *others)
+        backward = runs if _has_backward(runs, q) else choose("attention", facts, "triton")
+        out, lse, _ = _Attention.apply(runs, backward, deterministic, _needs_low(call), *call)
         return out, lse
-    if runs == "native" and not need_lse and facts.device == "cpu" and call.window_left == -1 and is_plain(facts):
+    if runs == "native" and not need_lse and q.is_cpu and call.window_left == -1 and is_plain(facts):
         return _infer(q, k, v, call.window_right, call.top_left, call.scale), None
     out, lse, _ = _raw("fwd", runs, q, k, v)(*call, False)
     return out, lse

@@ -177,13 +177,17 @@ register_reference("norm_infer", lambda *args: _reference(*args)[0])
 def _check(name, x, weight, bias, x_bias, residual):
     shape, device = x.shape, x.device
     cols = shape[-1:]
-    if not cols or x.dtype not in FLOAT_DTYPES:
-        _raise_for(name, x, weight, bias, x_bias, residual)
-    for t in (weight, bias, x_bias):
-        if t is not None and (t.shape != cols or t.device != device or t.dtype not in FLOAT_DTYPES):
-            _raise_for(name, x, weight, bias, x_bias, residual)
-    if residual is not None and (
-        residual.shape != shape or residual.device != device or residual.dtype not in FLOAT_DTYPES
+    if (
+        not cols
+        or x.dtype not in FLOAT_DTYPES
+        or (
+            weight is not None and (weight.shape != cols or weight.device != device or weight.dtype not in FLOAT_DTYPES)
+        )
+        or (bias is not None and (bias.shape != cols or bias.device != device or bias.dtype not in FLOAT_DTYPES))
+        or (x_bias is not None and (x_bias.shape != cols or x_bias.device != device))
+        or (residual is not None and (residual.shape != shape or residual.device != device))
+        or (x_bias is not None and x_bias.dtype not in FLOAT_DTYPES)
+        or (residual is not None and residual.dtype not in FLOAT_DTYPES)
     ):
         _raise_for(name, x, weight, bias, x_bias, residual)
 
