@@ -199,6 +199,32 @@ def test_numbers(op, label):
             function(*args, **kwargs, **{label: wrong})
 
 
+@pytest.mark.parametrize(
+    ("op", "more", "error", "message"),
+    [
+        ("attention", {"causal": MASK}, TypeError, r"causal must not be a tensor, got one of shape \(6, 6\)"),
+        ("scaled_dot_product_attention", {"is_causal": MASK}, TypeError, "is_causal must not be a tensor"),
+        ("attention", {"scale": torch.ones(2)}, TypeError, r"scale must be a number, got a tensor of shape \(2,\)"),
+        ("attention", {"window": ("1", 2)}, ValueError, r"window sides must be integers .*, got \('1', 2\)"),
+        ("attention", {"backend": abs}, ValueError, "backend must be one of native, .*, got <built-in function abs>"),
+        ("layer_norm", {"eps": torch.ones(2)}, TypeError, "eps must be a number, got a tensor of shape"),
+        ("dropout", {"dropout_p": float("nan")}, ValueError, "dropout_p must be between 0 and 1, got nan"),
+        ("feed_forward", {"activation": torch.relu}, ValueError, "activation must be one of gelu, .*, got <built-in"),
+        ("feed_forward", {"activation": ["relu"]}, ValueError, r"activation must be one of gelu, .*, got \['relu'\]"),
+        ("linear_cross_entropy", {"ignore_index": None}, TypeError, "ignore_index must be an integer, got NoneType"),
+        ("linear_cross_entropy", {"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got float"),
+        ("linear_cross_entropy", {"chunk_size": 1.5}, TypeError, "chunk_size must be an integer or None, got float"),
+        ("linear_cross_entropy", {"reduction": sum}, ValueError, "reduction must be one of none, .*, got <built-in"),
+        ("attention_decode", {"num_splits": "two"}, TypeError, "num_splits must be an integer, got str"),
+        ("rotary_embedding", {"positions": 1.5}, TypeError, "positions must be .* got"),
+    ],
+)
+def test_other_values_of_the_wrong_kind(op, more, error, message):
+    args, kwargs = RIGHT[op]
+    with pytest.raises(error, match=message):
+        getattr(fastattn, op)(*args, **kwargs, **more)
+
+
 def test_a_learnable_scale_says_the_way_out_and_the_way_out_is_right():
     scale = torch.tensor(0.3, requires_grad=True)
     with pytest.raises(TypeError, match=r"multiply q by it and pass scale=1.0"):
@@ -242,6 +268,12 @@ class TestLengths:
         fastattn.attention(PACKED, PACKED, PACKED, **cu, seqlens_k=torch.tensor([2, 4], dtype=torch.int32))
         with pytest.raises(ValueError, match=r"lengths of the packed sequences, \[2, 4\], got \[3, 4\]"):
             fastattn.attention(PACKED, PACKED, PACKED, **cu, seqlens_k=torch.tensor([3, 4], dtype=torch.int32))
+
+    @pytest.mark.parametrize("bad", [[-1, 0], [0, 7]])
+    def test_cache_leftpad(self, bad):
+        for function in functions("attention_decode"):
+            with pytest.raises(ValueError, match="cache_leftpad must be from 0 to 6, got"):
+                function(Q, Q, Q, cache_seqlens=LENGTHS, cache_leftpad=torch.tensor(bad, dtype=torch.int32))
 
     @pytest.mark.parametrize("side", ["q", "k"])
     def test_max_seqlen(self, side):
@@ -302,8 +334,13 @@ class TestModules:
             nn.FeedForward(8, dim_feedforward=16)
         with pytest.raises(TypeError, match=r"^nn\.RotaryEmbedding: there is no argument dim: use rotary_dim="):
             nn.RotaryEmbedding(dim=8)
-        with pytest.raises(TypeError, match=r"^nn\.RotaryEmbedding: rotary_dim must be a number, got str"):
+        with pytest.raises(TypeError, match=r"^nn\.RotaryEmbedding: rotary_dim must be an integer, got str"):
             nn.RotaryEmbedding("8")
+        for wrong in (torch.relu, ["relu"], "swish"):
+            with pytest.raises(ValueError, match="FeedForward: activation must be one of gelu, "):
+                nn.FeedForward(8, activation=wrong)
+        with pytest.raises(ValueError, match="explain: op must be one of attention, "):
+            fastattn.explain(["attention"])
 
     def test_a_report_is_not_the_model(self):
         model = torch.nn.Sequential(torch.nn.LayerNorm(8))

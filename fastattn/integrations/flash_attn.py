@@ -22,7 +22,9 @@ _PACKED = ("total", "heads", "head_dim")
 
 
 def _named(function):
-    public = Public(function.__name__, tensors=_TENSORS, numbers="dropout_p softmax_scale softcap num_splits")
+    public = Public(
+        function.__name__, tensors=_TENSORS, numbers="dropout_p softmax_scale softcap", integers="num_splits"
+    )
     return public.answering(function)
 
 

@@ -58,14 +58,15 @@ class FeedForward(torch.nn.Module):
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
 
-    @Public("nn.FeedForward", numbers="d_model d_ff dropout").answering
+    @Public("nn.FeedForward", numbers="dropout", integers="d_model d_ff").answering
     def __init__(
         self, d_model, d_ff=2048, *, activation="gelu", dropout=0.0, gated=False, bias=True, recompute=False,
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        if activation not in reference.ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+        if activation not in tuple(reference.ACTIVATIONS):
+            known = ", ".join(reference.ACTIVATIONS)
+            raise ValueError(f"FeedForward: activation must be one of {known}, got {activation!r}")
         self.activation = activation
         self.recompute = recompute
         self.linear1 = torch.nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)

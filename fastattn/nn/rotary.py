@@ -38,7 +38,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     _made_for = None  # (rotary_dim, base) of the tables
 
-    @Public("nn.RotaryEmbedding", numbers="rotary_dim max_seqlen base").answering
+    @Public("nn.RotaryEmbedding", numbers="base", integers="rotary_dim max_seqlen").answering
     def __init__(self, rotary_dim, *, max_seqlen=2048, base=10000.0, interleaved=False, device=None):
         super().__init__()
         if rotary_dim < 2 or rotary_dim % 2:
@@ -98,7 +98,7 @@ class RotaryEmbedding(torch.nn.Module):
             self._fill(self.cos.shape[0], self.cos.device)  # a cast must not round them, to_empty must not lose them
         return self
 
-    @Public("nn.RotaryEmbedding", tensors="q k positions", numbers="positions", nested=None).answering
+    @Public("nn.RotaryEmbedding", tensors="q k positions", integers="positions", nested=None).answering
     def forward(self, q, k=None, *, positions=None, inplace=False):
         """The rotated q, with k the pair (q, k); shapes and positions as `fastattn.rotary_embedding` takes them."""
         if q.size(-1) < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others

@@ -181,6 +181,6 @@ def resolve_window(name, causal, window):
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise ValueError(f"{name}: window must be a pair (left, right), got {window!r}")
         left, right = (-1 if side is None else side for side in window)
-        if isinstance(left, float) or isinstance(right, float) or left < -1 or right < -1:
+        if any(isinstance(side, (float, str)) for side in (left, right)) or left < -1 or right < -1:
             raise ValueError(f"{name}: window sides must be integers of at least -1 (unlimited), got {window!r}")
     return left, 0 if causal else right, causal == "top_left"

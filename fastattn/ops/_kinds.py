@@ -90,4 +90,6 @@ def as_number(name, label, value, default=0.0, instead=""):
         raise TypeError(
             f"{name}: {label} must be a number, which gets no gradient, got a tensor that requires grad{instead}"
         )
+    if value.numel() != 1:
+        raise TypeError(f"{name}: {label} must be a number, got a tensor of shape {tuple(value.shape)}")
     return float(value)

@@ -55,8 +55,8 @@ class Public:
 
     Args:
         name: what messages call it, and the key of what _advice.py has for it.
-        tensors, numbers: names of the parameters that take a tensor, or a number; NAME? may be None without being so
-            by default.
+        tensors, numbers, integers: names of the parameters that take a tensor, a number or an integer; a tensor NAME?
+            may be None without being so by default.
         weights: those of `tensors` that are not asked to take the place of the function: they are asked in it, by
             torch.nn.functional.linear, which their own kinds know.
         takes_pair: whether the first parameter takes a pair of tensors too.
@@ -66,12 +66,21 @@ class Public:
     """
 
     def __init__(
-        self, name, *, tensors="", numbers="", weights="", takes_pair=False, nested=_refuse_nested, on_reference=None
+        self,
+        name,
+        *,
+        tensors="",
+        numbers="",
+        integers="",
+        weights="",
+        takes_pair=False,
+        nested=_refuse_nested,
+        on_reference=None,
     ):
         self.name, self.advice = name, ADVICE.get(name, {})
         self.tensors = tensors.replace("?", "").split()
         self.optional = [name[:-1] for name in tensors.split() if name.endswith("?")]
-        self.numbers = numbers.split()
+        self.numbers, self.integers = numbers.split(), integers.split()
         self.weights = weights.split()
         self.takes_pair = takes_pair
         self.nested = nested
@@ -200,8 +209,12 @@ class Public:
             allowed.append(("a tensor", torch.Tensor))
         if label in self.numbers:
             allowed.append(("a number", (numbers.Number, torch.Tensor, torch.SymInt, torch.SymFloat)))
+        if label in self.integers:
+            allowed.append(("an integer", (numbers.Integral, torch.Tensor, torch.SymInt)))
         if optional and allowed:
             allowed.append(("None", type(None)))
+        if not allowed and isinstance(value, torch.Tensor) and value.dim() and not label.startswith("window"):
+            raise ArgumentTypeError(f"{self.name}: {label} must not be a tensor, got one of shape {tuple(value.shape)}")
         if allowed and not any(isinstance(value, kind) for _, kind in allowed):
             text = (
                 f"{self.name}: {label} must be {' or '.join(text for text, _ in allowed)}, got {type(value).__name__}"

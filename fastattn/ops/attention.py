@@ -302,7 +302,8 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
 _ATTENTION = Public(
     "attention",
     tensors="q k v mask bias seqlens_k cu_seqlens_q cu_seqlens_k alibi_slopes sink",
-    numbers="softcap dropout_p scale max_seqlen_q max_seqlen_k",
+    numbers="softcap dropout_p scale",
+    integers="max_seqlen_q max_seqlen_k",
     nested=packed_attention,
 )
 

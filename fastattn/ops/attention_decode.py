@@ -143,12 +143,16 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     return capacity
 
 
-def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity):
+def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, seqlen_new, capacity):
     """Raise where a length or an index leaves the cache: on the CPU only, where looking costs no synchronisation."""
     lengths = numbers(cache_seqlens)
     if lengths and (min(lengths) < 0 or max(lengths) + seqlen_new > capacity):
         new = f" with {seqlen_new} new keys" if seqlen_new else ""
         raise ValueError(f"{_NAME}: cache_seqlens must be from 0 to {capacity - seqlen_new}{new}, got {lengths}")
+    if cache_leftpad is not None:
+        pads = numbers(cache_leftpad)
+        if pads and (min(pads) < 0 or max(pads) > capacity):
+            raise ValueError(f"{_NAME}: cache_leftpad must be from 0 to {capacity}, got {pads}")
     rows = k_cache.shape[0]
     if cache_batch_idx is not None:
         found = numbers(cache_batch_idx)
@@ -189,7 +193,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
         sink = check_per_head(_NAME, "sink", sink, q, ((n_heads,),))
     seqlen_new = 0 if k is None else k.shape[2]
     if is_readable(cache_seqlens):
-        _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity)
+        _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, seqlen_new, capacity)
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
     wide = True if head_dim > 256 or v_cache.shape[3] > 256 else False  # noqa: SIM210  bool() would stay symbolic
@@ -238,7 +242,8 @@ register_reference("attention_decode_fwd", _decode_reference)
 _PUBLIC = Public(
     _NAME,
     tensors="q k_cache v_cache k v cache_seqlens block_table cache_batch_idx cache_leftpad alibi_slopes sink",
-    numbers="softcap scale num_splits",
+    numbers="softcap scale",
+    integers="num_splits",
 )
 
 

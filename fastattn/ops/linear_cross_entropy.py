@@ -271,6 +271,7 @@ def _facts(x, odd=None):
 
 _PUBLIC = Public(
     _NAME, tensors="x weight target bias", weights="weight", numbers="label_smoothing z_loss softcap",
+    integers="ignore_index chunk_size",
     nested=on_rows("x", "target", last=(1, 0)),
 )  # fmt: skip
 
