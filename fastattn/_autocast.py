@@ -51,6 +51,9 @@ def shielded(product):
     return function
 
 
+_TRANSFORMS = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+
+
 class _Product(torch.autograd.Function):
     """a @ b, or c + a @ b, for torch.func too."""
 
@@ -78,12 +81,14 @@ class _Product(torch.autograd.Function):
 def _needs_function(*operands):
     """Whether autograd makes the gradients of the product, later, in whatever region the backward runs in.
 
-    A tracer that records the operators alone gets PyTorch's own, as does forward mode, whose tangents are computed now.
+    A tracer that records the operators alone gets PyTorch's own, as does forward mode, whose tangents are computed now,
+    and an operator's own kernel under a transform of torch.func, where no autograd.Function can run.
     """
     return (
         torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in operands)
         and forward_ad._current_level < 0
+        and (torch.compiler.is_compiling() or not torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORMS))
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
     )

@@ -185,8 +185,11 @@ def linear_cross_entropy(
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     labels = target.reshape(-1).long()
-    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     kept = labels != ignore_index
+    if label_smoothing:  # of F.cross_entropy the ONNX exporter translates it wrongly
+        spread = -F.log_softmax(logits, -1).mean(-1)
+        loss = (1 - label_smoothing) * loss + torch.where(kept, label_smoothing * spread, 0.0)
     if z_loss:
         loss = loss + torch.where(kept, z_loss * torch.logsumexp(logits, -1).square(), 0.0)
     if reduction == "none":

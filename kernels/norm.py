@@ -435,8 +435,11 @@ def norm_bwd(
         block_m, warps = BACKWARD[block_n]
         resident = BIASED_WARPS if need_dx_bias and warps == 4 else 16
         programs = min(triton.cdiv(rows, block_m), persistent_programs(device, resident // warps))
+        # Triton 3.8 and 3.9 crash while they compile dbias and dx_bias without dweight for sm_90 at this width
+        with_dweight = need_dweight or (need_dbias and need_dx_bias and block_n == 128)
         partials = [
-            torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None for wanted in needed
+            torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None
+            for wanted in (with_dweight, need_dbias, need_dx_bias)
         ]
         launch(
             norm_bwd_kernel, (programs,), device, *inputs, *partials, *sizes, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n,

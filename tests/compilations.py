@@ -1,12 +1,15 @@
-"""Which kernels Triton compiles in a sequence of calls, with no GPU and no driver: its own launch code up to there.
+"""What Triton compiles when the launchers are called, with no GPU and no driver: its own launch code up to there.
 
 Triton keys a binary by dtypes, constants, options and what it sees in an integer: whether it is 1, or a multiple of 16.
-A process that used the interpreter cannot do this, so tests run this file in one of its own:
+A process that used the interpreter cannot compile, so tests run this file in one of its own:
 
-    python tests/compilations.py        prints {scenario: {kernel: number of different binaries}} as JSON
+    python tests/compilations.py        prints {scenario: {kernel: number of different binaries}} as JSON, compiles none
+    python tests/compilations.py '[{"arch": 90, "call": "norm_bwd", "arguments": {...}}, ...]'
+                                        compiles what these calls launch; answers with the resources of each kernel
 """
 
 import collections
+import concurrent.futures
 import functools
 import importlib
 import json
@@ -14,24 +17,47 @@ import os
 import subprocess
 import sys
 
+import aot
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MODULES = ("attention", "attention_bwd", "attention_dbias", "attention_decode", "cross_entropy", "dropout",
+           "feed_forward", "feed_forward_gemm", "norm", "rotary")  # fmt: skip
 
 
 class NoDriver:
-    """What the launch code asks of a driver before it compiles."""
+    """What the launch code asks of a driver before it compiles. The "device" is its architecture."""
+
+    arch = 90
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self):
-        return 0
+        return self.arch
 
     def get_current_stream(self, device):
         return 0
+
+
+def pretend(arch):
+    """The launchers take CPU tensors for those of a GPU of this architecture."""
+    import triton
+
+    import fastattn  # noqa: F401
+
+    NoDriver.arch = arch
+    triton.runtime.driver.set_active(NoDriver())
+    torch.cuda.get_device_capability = lambda device: divmod(arch, 10)
+    config = kernels("attention_config")
+    if not hasattr(config, "real_architecture"):
+        config.real_architecture = config.architecture
+    for module in (config, kernels("feed_forward_gemm")):
+        module.architecture = lambda device: config.real_architecture(torch.device("cuda"))
+    config.pick.cache_clear()
+    kernels("attention").plan_for.cache_clear()
 
 
 def kernels(name):
@@ -153,15 +179,10 @@ SCENARIOS = {
 }
 
 
-def main():
+def count_binaries():
     import triton
 
-    import fastattn  # noqa: F401
-    from fastattn.kernels import attention_config, feed_forward_gemm
-
-    triton.runtime.driver.set_active(NoDriver())
-    for module in (attention_config, feed_forward_gemm):
-        module.architecture = lambda device: (90, True)
+    pretend(90)
     binaries = collections.defaultdict(set)
 
     def compile_nothing(*, key, fn, compile, **_):
@@ -175,20 +196,67 @@ def main():
         binaries.clear()
         scenario()
         found[name] = {kernel: len(keys) for kernel, keys in binaries.items()}
-    print(json.dumps(found))
+    return found
 
 
-def count():
-    """The numbers of all scenarios, from a process of its own."""
+def norm_bwd(width, needed, dropout=False, residual=False):
+    """needed: of dweight, dbias and dx_bias."""
+    x, rng = torch.ones(7, width), torch.ones(2, dtype=torch.int64) if dropout else None
+    dr_out = x if residual else None
+    kernels("norm").norm_bwd(x, dr_out, x, x[0], torch.ones(2, 7), rng, 0.1, False, residual, *needed)
+
+
+def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024, left=-1, right=-1, mask=False,
+                   packed=False, backward=True):  # fmt: skip
+    dtype = getattr(torch, dtype)
+    q, k = (torch.ones(2, seqlen, n, head_dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
+    ends = None
+    if packed:
+        q, k = q[:1], k[:1]
+        ends = torch.tensor([0, 1, seqlen - 5]).int()
+    mask = torch.ones(2, 1, 1, seqlen, dtype=torch.bool) if mask else None
+    rest = (mask, None, ends, ends, None, None, seqlen, seqlen, left, right, False, 0.0, 0.0, 0.125)
+    out, lse, low = kernels("attention").launch_fwd(q, k, k, None, None, *rest, False)
+    if backward:
+        kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, None, None, *rest, False, False)
+
+
+CALLS = {"norm_bwd": norm_bwd, "attention": attention_call}
+
+
+def compile_one(case):
+    """The case, and of each kernel that it launches the name and resources."""
+    pretend(case["arch"])
+    compiled = []
+
+    def launch(kernel, grid, device, *args, **constants):
+        made = kernel.run(*args, grid=grid, warmup=True, enable_fp_fusion=True, **constants)
+        compiled.append(
+            {"kernel": kernel.__name__, "tma": bool(constants.get("TMA")), "shared": made.metadata.shared}
+            | aot.resources(made.asm["cubin"])
+        )
+
+    for name in MODULES:
+        kernels(name).launch = launch
+    CALLS[case["call"]](**case["arguments"])
+    return {**case, "compiled": compiled}
+
+
+def run(*arguments, timeout=300):
+    """What this file prints for the arguments, from a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:triton", os.path.abspath(__file__)], env=environment,
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-W", "error::UserWarning:triton", os.path.abspath(__file__), *arguments], env=environment,
+        capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 1:
+        print(json.dumps(count_binaries()))
+    else:
+        with concurrent.futures.ProcessPoolExecutor(2) as pool:
+            print(json.dumps(list(pool.map(compile_one, json.loads(sys.argv[1])))))

@@ -134,6 +134,15 @@ def test_a_kind_of_row_for_all_queries(backend, device, size, interpreted):
         check(name, q, k, v, bias=bias, backend=backend, device=device)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, SQ, 1), (1, 2, 1, 1), (1, 1)])
+def test_a_number_for_whole_rows(shape, backend, device):
+    """A bias that broadcasts over the keys, whose gradients sum up to 0."""
+    q, k, v = inputs("random")
+    for value in (-LARGEST, -1e9, 2.4e38):
+        bias = torch.full(shape, value).requires_grad_()
+        check(value, q, k, v, bias=bias, backend=backend, device=device)
+
+
 @pytest.mark.parametrize("scores", ["zero", "random"])
 def test_half_precision(scores, dtype, backend, device, size):
     q, k, v = inputs(scores, dtype, size)
@@ -145,8 +154,9 @@ def test_half_precision(scores, dtype, backend, device, size):
 def test_large_sinks(value, backend, device, size):
     """Beside scores without a bias, beside rows of a bias of every kind, and where a row has nothing else."""
     sink = torch.tensor([value, -value]).requires_grad_()
-    q, k, v = inputs("random", size=size)
-    check("plain", q, k, v, sink=sink, causal="top_left", backend=backend, device=device)
+    for dtype in (torch.float16, torch.float32):
+        q, k, v = inputs("random", dtype, size)
+        check(dtype, q, k, v, sink=sink, causal="top_left", backend=backend, device=device)
     lengths = torch.tensor([0], dtype=torch.int32)
     check("nothing else", q, k, v, sink=sink, seqlens_k=lengths, backend=backend, device=device)
     q, k, v = inputs("zero", size=size)

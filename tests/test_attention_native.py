@@ -163,8 +163,7 @@ def test_very_negative_and_very_large_scores(monkeypatch):
         check(monkeypatch, f"bias {shift}", q, k, v, bias=torch.full((64, 66), shift))
     for dtype in DTYPES:
         q, k, v = qkv(1, 2, 65, 70, 16, dtype, scale=5.0)
-        # p is made from lse, which for large scores has fewer digits left than s - max(s)
-        check(monkeypatch, "large logits", q, k, v, scale=1.0, factor=2.0)
+        check(monkeypatch, "large logits", q, k, v, scale=1.0)
 
 
 def test_nan_in_a_query_stays_in_its_row():

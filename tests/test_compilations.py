@@ -17,7 +17,7 @@ KERNELS = pathlib.Path(compilations.ROOT, "kernels")
 
 @pytest.fixture(scope="module")
 def counted():
-    return compilations.count()
+    return compilations.run()
 
 
 @pytest.mark.parametrize("scenario", compilations.SCENARIOS)
@@ -59,7 +59,7 @@ def test_the_callers_allocator_stays_set(monkeypatch):
     set_allocator(mine)
     q = torch.randn(1, 2, 20, 32, device=device, dtype=torch.float16, requires_grad=True)
     fastattn_out = torch.ops.fastattn.attention_fwd.triton(
-        q.detach(), q.detach(), q.detach(), *[None] * 8, 20, 20, -1, -1, False, 0.0, 0.0, 0.1
+        q.detach(), q.detach(), q.detach(), *[None] * 8, 20, 20, -1, -1, False, 0.0, 0.0, 0.1, False
     )
     attention.plan_for.cache_clear()
     assert fastattn_out[0].shape == q.shape

@@ -146,3 +146,10 @@ def test_the_counter_is_imported_by_nobody_but_the_user():
         print(torch.ops.fastattn.attention_fwd in flop_registry)
     """
     assert run_code(code, TRITON_INTERPRET="0").strip() == "True"
+
+
+def test_weights_of_attention_are_a_second_pass():
+    layer, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 5, 16)
+    forward, _ = count(lambda x: layer(x, x, x), x)
+    without, _ = count(lambda x: layer(x, x, x, need_weights=False), x)
+    assert forward - without == 2 * 2 * 4 * 5 * 5 * 4

@@ -14,7 +14,7 @@ import fastattn
 from fastattn.ops._backends import unavailable
 
 VIEWS = {"view", "t", "transpose", "permute", "unbind", "detach", "_unsafe_view", "empty", "empty_strided", "new_empty"}
-PRODUCTS = ("addmm", "mm", "_linear_pointwise", "linear")
+PRODUCTS = ("addmm", "mm", "gemm", "linear")
 
 
 class Counted(TorchDispatchMode):

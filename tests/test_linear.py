@@ -16,6 +16,7 @@ def product(request, monkeypatch):
         pytest.skip("the CPU kernels make no product on this processor")
     monkeypatch.setattr(_gemm, "_has_kernel", request.param)
     monkeypatch.setattr(module, "_LEAST", 0)
+    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("bias", [True, False])

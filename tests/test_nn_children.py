@@ -335,3 +335,45 @@ def test_classes_in_the_place_of_those_of_torch_stay_fused(monkeypatch):
     calls.clear()
     made(x)
     assert len(calls) == 4
+
+
+class TestPatches:
+    """Code that is replaced for all modules of a class, or for all callers of a function."""
+
+    @pytest.mark.parametrize("name", LAYERS)
+    @pytest.mark.parametrize("path", ["LayerNorm", "MultiheadAttention"])
+    def test_a_forward_of_our_classes_is_called(self, name, path, monkeypatch, fused):
+        ours, _, x = build(name)
+        seen, forward = [], getattr(nn, path).forward
+
+        def noting(self, *args, **kwargs):
+            seen.append(type(self).__name__)
+            return forward(self, *args, **kwargs)
+
+        expected = ours(*x)
+        del fused[:]
+        monkeypatch.setattr(getattr(nn, path), "forward", noting)
+        torch.testing.assert_close(ours(*x), expected)
+        assert len(seen) == sum(type(module).__name__ == path for module in ours.modules())
+        assert not fused
+        monkeypatch.undo()
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_our_attention_in_the_place_of_torchs_leaves_layers_fused(self, name, monkeypatch, fused):
+        ours, theirs, x = build(name)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fastattn.scaled_dot_product_attention)
+        assert_same(ours, theirs, x)
+        assert fused
+
+    def test_a_causal_hint_needs_no_mask_where_attention_is_replaced(self, monkeypatch):
+        ours, _, (x,) = build("TransformerEncoderLayer")
+        expected, original = ours(x, is_causal=True), torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr(
+            torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: original(*args, **kwargs)
+        )
+        torch.testing.assert_close(ours(x, is_causal=True), expected)
+
+    def test_a_patched_activation_module_is_called(self, monkeypatch):
+        ours, theirs, x = build("TransformerEncoderLayer", activation=torch.nn.GELU())
+        monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: x.sin())
+        assert_same(ours, theirs, x)

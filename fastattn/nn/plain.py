@@ -5,6 +5,7 @@ import types
 
 import torch
 from torch.fx import Proxy
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as _torch_module
 
 from fastattn.ops import scaled_dot_product_attention
@@ -52,9 +53,13 @@ def _watch(*names):
 
     def replaced():
         found = get(_torch_nn)
-        return found != originals and any(
-            now is not before and now is not scaled_dot_product_attention
-            for now, before in zip(found, originals, strict=True)
+        if found == originals:
+            return False
+        # torch.export and make_fx replace Module.__call__ to note which module an operator came from
+        ignored = "Module.__call__" if get_proxy_mode() is not None else None
+        return any(
+            now is not before and now is not scaled_dot_product_attention and name != ignored
+            for name, now, before in zip(names, found, originals, strict=True)
         )
 
     replaced._dynamo_marked_constant = True  # torch.compile evaluates it while tracing

@@ -18,6 +18,7 @@ import math
 from collections import namedtuple
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
@@ -191,10 +192,13 @@ class _Attention(torch.autograd.Function):
         ctx.options = rest[6:]
         ctx.backend = backward_backend
         ctx.deterministic = deterministic
-        return out, lse
+        if backend not in RECORDED:
+            return out, lse, None
+        ctx.mark_non_differentiable(lse_low)  # what a graph with a backward in it goes on with
+        return out, lse, lse_low
 
     @staticmethod
-    def backward(ctx, do, dlse):
+    def backward(ctx, do, dlse, _):
         q, k, v, bias, sink, out, lse, lse_low, *rest = ctx.saved_tensors
         rest = (*rest, *ctx.options)
         nothing = (None,) * (3 + len(rest))
@@ -221,13 +225,17 @@ def _apply(backend, q, k, v, bias, sink, *rest):
     only_forward = backend.startswith("native") and q.is_cuda and q.shape[-1] > _LAST_NATIVE_BACKWARD
     deterministic = torch.are_deterministic_algorithms_enabled()
     backward = "triton" if only_forward else backend
-    out, lse = _Attention.apply(q, k, v, bias, sink, backend, backward, deterministic, *rest)
-    return out, lse, lse.new_empty(0)
+    return _Attention.apply(q, k, v, bias, sink, backend, backward, deterministic, *rest)
 
 
 def _reference_of_op(*arguments):
-    out, lse = _reference(*arguments[:-1])
-    return out, lse, lse.new_empty(0)
+    if arguments[7] is not None and get_proxy_mode() is not None:  # cu_seqlens_q, in a graph
+        raise NotImplementedError(
+            "attention: packed sequences cannot be written in PyTorch's operators: the shapes of their parts are the"
+            " values of cu_seqlens; export a padded batch"
+        )
+    out, lse, *low = _reference(*arguments)
+    return out, lse, low[0] if low else lse.new_empty(0)
 
 
 register_autograd("attention_fwd", _apply, _reference_of_op)
@@ -389,7 +397,9 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
     if grad_wanted(q, k, v, bias, sink):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        return _Attention.apply(q, k, v, bias, sink, runs, _backward_backend(runs, facts), deterministic, *rest)
+        backward = _backward_backend(runs, facts)
+        out, lse, _ = _Attention.apply(q, k, v, bias, sink, runs, backward, deterministic, *rest)
+        return out, lse
     if runs == "native" and not need_lse and facts[0] == "cpu" and not any(facts[3:11]):  # bias_dtype to dropout
         *_, left, right, top_left, _, _, scale = rest
         if left == -1:

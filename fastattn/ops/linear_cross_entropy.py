@@ -150,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             if count is not None:
                 dloss = dloss / count.clamp_min(1)
-            last = _is_last_backward()
+            last = _is_last_backward(dloss)
             grads = (
                 _scaled(g, dloss, t, last) if need else None for g, t, need in zip(grads, inputs, needs, strict=True)
             )
@@ -172,12 +172,16 @@ def _reduce(loss, target, ignore_index, reduction):
     return loss.sum() / count, count
 
 
-def _is_last_backward():
-    """Whether what this node saved is freed after the backward that runs: it is no vmap's and has no retain_graph."""
+def _is_last_backward(dloss):
+    """Whether what this node saved is freed after the backward that runs: without retain_graph.
+
+    A batch of gradients (is_grads_batched=True) fits into no memory of theirs.
+    """
     return not (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch._C._functorch.is_legacy_batchedtensor(dloss)
+        or torch._C._functorch.is_batchedtensor(dloss)
     )
 
 

@@ -1,0 +1,155 @@
+"""PyTorch's tools on the ops themselves: what is recorded, transformed or batched gives what the call gives."""
+
+import io
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fastattn
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # deprecations of the tools themselves
+
+
+def tensors(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+ENDS = torch.tensor([0, 3, 7], dtype=torch.int32)
+COS, SIN = torch.linspace(-1, 1, 32).view(8, 4).cos(), torch.linspace(-1, 1, 32).view(8, 4).sin()
+TARGET = torch.arange(14).view(2, 7) % 11
+BAND = torch.ones(7, 7, dtype=torch.bool).tril(1)
+ATTENTION = {"softcap": 3.0, "causal": True, "window": (3, -1), "mask": BAND, "return_lse": True}
+PACKED = {"cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS, "max_seqlen_q": 4, "max_seqlen_k": 4}
+LOSS = fastattn.linear_cross_entropy
+QKV = ((2, 4, 7, 8), (2, 2, 7, 8), (2, 2, 7, 8))
+OPS = {
+    "layer_norm": (lambda x, w, b: fastattn.layer_norm(x, w, b), [(2, 7, 8), 8, 8]),
+    "layer_norm with residual": (
+        lambda x, w, b, r, c: fastattn.layer_norm(x, w, b, residual=r, x_bias=c, return_residual=True),
+        [(2, 7, 8), 8, 8, (2, 7, 8), 8],
+    ),
+    "rms_norm": (lambda x, w: fastattn.rms_norm(x, w), [(2, 7, 8), 8]),
+    "attention": (lambda q, k, v: fastattn.attention(q, k, v), QKV),
+    "attention with features": (
+        lambda q, k, v, bias, sink: fastattn.attention(q, k, v, bias=bias, sink=sink, **ATTENTION),
+        [*QKV, (1, 4, 7, 7), 4],
+    ),
+    "packed attention": (
+        lambda q, k, v: fastattn.attention(q, k, v, causal=True, **PACKED), [(7, 4, 8), (7, 2, 8), (7, 2, 8)],
+    ),
+    "scaled_dot_product_attention": (
+        lambda q, k, v: fastattn.scaled_dot_product_attention(q, k, v, is_causal=True), [(2, 4, 7, 8)] * 3,
+    ),
+    "feed_forward": (
+        lambda x, a, b, c, d: fastattn.feed_forward(x, a, b, c, d), [(2, 7, 8), (12, 8), 12, (8, 12), 8],
+    ),
+    "gated feed_forward": (
+        lambda x, a, c, g: fastattn.feed_forward(x, a, None, c, None, activation="silu", w_gate=g),
+        [(2, 7, 8), (12, 8), (8, 12), (12, 8)],
+    ),
+    "rotary_embedding": (lambda q, k: fastattn.rotary_embedding((q, k), COS, SIN), QKV[:2]),
+    "rotary_embedding in place": (
+        lambda q: fastattn.rotary_embedding(q * 1, COS, SIN, positions=torch.arange(1, 8), inplace=True), QKV[:1],
+    ),
+    "mean loss": (lambda x, w, b: LOSS(x, w, TARGET, bias=b), [(2, 7, 8), (11, 8), 11]),
+    "summed loss": (
+        lambda x, w: LOSS(x, w, TARGET, reduction="sum", z_loss=0.1, label_smoothing=0.1), [(2, 7, 8), (11, 8)],
+    ),
+    "losses": (lambda x, w: LOSS(x, w, TARGET, reduction="none", softcap=2.0), [(2, 7, 8), (11, 8)]),
+}  # fmt: skip
+
+
+def several(out):
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def weighted(out):
+    return sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in several(out))
+
+
+def trained(function, inputs):
+    """Outputs, and gradients of the inputs."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [t.detach() for t in several(out)] + list(torch.autograd.grad(weighted(out), leaves))
+
+
+class Module(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def saved_trace(function, inputs):
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(function, [x.requires_grad_() for x in inputs]), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def exported(function, inputs):
+    return torch.export.export(Module(function), tuple(inputs), strict=False).module()
+
+
+RECORDS = {
+    "jit.trace": saved_trace,
+    "make_fx": lambda function, inputs: make_fx(function)(*inputs),
+    "make_fx before autograd": lambda function, inputs: make_fx(function, pre_dispatch=True)(*inputs),
+    "export": exported,
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("record", RECORDS)
+def test_record_is_trained_as_the_op(record, op):
+    function, shapes = OPS[op]
+    recorded = RECORDS[record](function, tensors(*shapes))
+    torch.testing.assert_close(trained(recorded, tensors(*shapes)), trained(function, tensors(*shapes)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_record_under_functional_transforms(op):
+    function, shapes = OPS[op]
+    inputs, program = tensors(*shapes), exported(function, tensors(*shapes))
+    grads = torch.func.grad(lambda *inputs: weighted(program(*inputs)), argnums=tuple(range(len(inputs))))(*inputs)
+    expected = trained(function, inputs)[-len(inputs) :]
+    torch.testing.assert_close(list(grads), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_batched_gradients(op):
+    function, shapes = OPS[op]
+    leaves = [x.requires_grad_() for x in tensors(*shapes)]
+    out = several(function(*leaves))[0]
+    batch = torch.stack([torch.ones_like(out), out.detach()])
+    got = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    last = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, allow_unused=True)  # frees what was saved
+    for index in range(2):
+        out = several(function(*leaves))[0]
+        expected = torch.autograd.grad(out, leaves, batch[index], allow_unused=True)
+        for of_batch in (got, last):
+            found = [None if grad is None else grad[index] for grad in of_batch]
+            torch.testing.assert_close(found, list(expected))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_program_of_torch_operators_alone(op):
+    """What an exporter makes of a program that has no kernels of ours."""
+    function, shapes = OPS[op]
+    program = torch.export.export(Module(function), tuple(tensors(*shapes)), strict=False)
+    ours = {node.target for node in program.graph.nodes if "fastattn" in str(node.target)}
+    assert ours
+    table = torch.export.default_decompositions() | torch._decomp.get_decompositions(list(ours))
+    if op == "packed attention":
+        with pytest.raises(NotImplementedError, match="packed sequences cannot be written in PyTorch's operators"):
+            program.run_decompositions(table)
+        return
+    portable = program.run_decompositions(table)
+    assert not [node for node in portable.graph.nodes if "fastattn" in str(node.target)]
+    got = several(portable.module()(*tensors(*shapes)))
+    torch.testing.assert_close(got, several(function(*tensors(*shapes))))
