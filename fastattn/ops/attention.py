@@ -260,8 +260,6 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     if bias is not None and is_causal_bias(bias) and not packed:
         bias, causal = None, causal_flag(name, "bias", bias, causal, seqlen_q, seqlen_k)
     left, right, top_left = resolve_window(name, causal, window)
-    if deterministic not in (None, True, False):
-        raise TypeError(f"{name}: deterministic must be None, True or False, got {deterministic!r}")
     if packed:
         if mask is not None or bias is not None:
             raise ValueError(f"{name}: packed sequences take no mask and no bias: they share no grid of positions")
@@ -312,6 +310,7 @@ _ATTENTION = Public(
     tensors="q k v mask bias seqlens_k cu_seqlens_q cu_seqlens_k alibi_slopes sink",
     numbers="softcap dropout_p scale",
     integers="max_seqlen_q max_seqlen_k",
+    flags="return_lse deterministic",
     nested=packed_attention,
 )
 
@@ -585,7 +584,7 @@ def _torch_nested(explains, name, function, given):
 def _torch_public(explains):
     return Public(
         "scaled_dot_product_attention", tensors="query key value attn_mask", numbers="dropout_p scale",
-        nested=functools.partial(_torch_nested, explains),
+        flags="is_causal enable_gqa", nested=functools.partial(_torch_nested, explains),
         on_reference=functools.partial(_scaled_dot_product_attention, backend="reference"),
     )  # fmt: skip
 

@@ -143,16 +143,12 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     return capacity
 
 
-def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, seqlen_new, capacity):
+def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity):
     """Raise where a length or an index leaves the cache: on the CPU only, where looking costs no synchronisation."""
     lengths = numbers(cache_seqlens)
     if lengths and (min(lengths) < 0 or max(lengths) + seqlen_new > capacity):
         new = f" with {seqlen_new} new keys" if seqlen_new else ""
         raise ValueError(f"{_NAME}: cache_seqlens must be from 0 to {capacity - seqlen_new}{new}, got {lengths}")
-    if cache_leftpad is not None:
-        pads = numbers(cache_leftpad)
-        if pads and (min(pads) < 0 or max(pads) > capacity):
-            raise ValueError(f"{_NAME}: cache_leftpad must be from 0 to {capacity}, got {pads}")
     rows = k_cache.shape[0]
     if cache_batch_idx is not None:
         found = numbers(cache_batch_idx)
@@ -185,7 +181,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
     if top_left:
         raise ValueError(f'{_NAME}: causal must be False, True or "bottom_right", got "top_left"')
     num_splits = 0 if num_splits is None else num_splits
-    if isinstance(num_splits, float) or num_splits < 0:
+    if num_splits < 0:
         raise ValueError(f"{_NAME}: num_splits must be an integer of at least 0 (chosen by size), got {num_splits!r}")
     if alibi_slopes is not None:
         alibi_slopes = check_per_head(_NAME, "alibi_slopes", alibi_slopes, q, ((n_heads,), (batch, n_heads)))
@@ -193,7 +189,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
         sink = check_per_head(_NAME, "sink", sink, q, ((n_heads,),))
     seqlen_new = 0 if k is None else k.shape[2]
     if is_readable(cache_seqlens):
-        _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, seqlen_new, capacity)
+        _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity)
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
     wide = True if head_dim > 256 or v_cache.shape[3] > 256 else False  # noqa: SIM210  bool() would stay symbolic
@@ -244,6 +240,7 @@ _PUBLIC = Public(
     tensors="q k_cache v_cache k v cache_seqlens block_table cache_batch_idx cache_leftpad alibi_slopes sink",
     numbers="softcap scale",
     integers="num_splits",
+    flags="return_lse",
 )
 
 
@@ -271,7 +268,8 @@ def attention_decode(
             last valid key are not looked at.
         cache_batch_idx: int32 (batch,): row b of q uses row cache_batch_idx[b] of the caches, whose batch may be
             larger then; distinct rows where k and v are given. Not together with block_table.
-        cache_leftpad: int32 (batch,): keys before it are invisible. Distances between queries and keys do not change.
+        cache_leftpad: int32 (batch,): keys before it are invisible, all of them if it is the length or more. Distances
+            between queries and keys do not change.
         causal: True or "bottom_right": no key behind the query's own position is visible; False: all are.
         window: (left, right) as in `attention`; -1 = unlimited.
         softcap, alibi_slopes, sink, scale: as in `attention`.
