@@ -16,14 +16,15 @@ from fastattn import reference
 from fastattn._autocast import autocast_dtype
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._dtypes import refuse_dtypes
+from fastattn.ops._hopper import HOPPER_HEAD_DIMS, hopper_refuses, hopper_refuses_device
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
+from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._public import Public
 from fastattn.ops._register import observed, raw_ops, register_fake, register_reference
-from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses, hopper_refuses_device
 
 MIN_PAGE_SIZE = 16
 HOPPER_KEYS = 64  # of a block of the CUDA kernel, which pages must be a multiple of
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = "attention_decode"
 
 # what a backend may refuse by; sizes stay out, so that decisions are cached
@@ -44,8 +45,7 @@ _fwd, _append = raw_ops("attention_decode_fwd"), raw_ops("attention_decode_appen
 
 def refuses(facts):
     """What every compiled backend refuses."""
-    dtype = facts[1]
-    return None if dtype in _FLOATS else f"it takes float32, bfloat16 and float16, got {dtype}"
+    return refuse_dtypes(Facts(*facts).dtype)
 
 
 def refuses_triton(facts):
