@@ -160,7 +160,7 @@ void backward(const AttentionArgs& args) {
       const int64_t h = kv * group + g;
       const DbiasRows dbias_of_head(args, b, h);
       const DbiasRows dbias = dbias_sum ? DbiasRows(dbias_sum + g * dbias_floats, args.seqlen_k) : dbias_of_head;
-      float dsink = 0.f;
+      double dsink = 0;  // a sum of any length
       scores.select_head(sequence, h);
       for (int64_t piece = first_piece; piece <= last_piece; ++piece) {
         const int64_t first_key = piece * kAttentionPieceKeys;
@@ -261,7 +261,7 @@ void backward(const AttentionArgs& args) {
         }
       }
       if (args.dsink_partial && first_piece == 0) {
-        args.dsink_partial[b * args.n_heads + h] = dsink;
+        args.dsink_partial[b * args.n_heads + h] = static_cast<float>(dsink);
       }
       if (makes_dq && !kInPlace) {
         store_rows(sequence.rows<T>(args.dq, h, sequence.q_start), args.dq.row, dq_sum, width,
@@ -331,7 +331,7 @@ void bias_gradient(const AttentionArgs& args) {
   const int64_t parts = has_rows ? blocks : has_keys ? tiles : 1;
   const int64_t sums = has_keys ? (has_rows ? tiles * kKeys : kKeys) : 1;
   Arena arena(Scores::kArena + QueryBlock<T, kPairs>::floats(args) + TileGradient<T, kPairs>::floats(args, kKeys) +
-              round_up(sums, kVec) * kLanes);
+              3 * round_up(sums, kVec) * kLanes);
   if (arena.failed()) {
     *args.failed = true;
     return;
@@ -339,11 +339,23 @@ void bias_gradient(const AttentionArgs& args) {
   Scores scores(args, arena, true);
   QueryBlock<T, kPairs> block(args, arena);
   TileGradient<T, kPairs> tile(args, arena, kKeys);
-  float* sum = arena.take(round_up(sums, kVec) * kLanes);  // [key][lane]
+  // [key][lane]; `sum` takes kTerms terms before it is added to `total`: a longer chain in fp32 loses digits
+  constexpr int64_t kTerms = 64;
+  float* sum = arena.take(round_up(sums, kVec) * kLanes);
+  double* total = reinterpret_cast<double*>(arena.take(2 * round_up(sums, kVec) * kLanes));
 
   for (int64_t task; (task = args.next->fetch_add(1, std::memory_order_relaxed)) < slabs_b * slabs_h * parts;) {
     const int64_t part = task % parts, slab_h = task / parts % slabs_h, slab_b = task / parts / slabs_h;
     zero(sum, round_up(sums, kVec) * kLanes);
+    std::fill(total, total + sums * kLanes, 0.);
+    int64_t terms = 0;
+    const auto add_to_total = [&] {
+      for (int64_t x = 0; x < sums * kLanes; ++x) {
+        total[x] += sum[x];
+      }
+      zero(sum, sums * kLanes);
+      terms = 0;
+    };
     const int64_t first_key = has_rows || !has_keys ? 0 : part * kKeys;
     const int64_t last_key = has_rows || !has_keys ? args.seqlen_k : first_key + kKeys;
     for (int64_t b = slab_b; b < (args.dbias.batch ? slab_b + 1 : args.batch); ++b) {
@@ -374,17 +386,28 @@ void bias_gradient(const AttentionArgs& args) {
                 (Vec::load(at + x) + Vec::load(tile.ds + r * kLanes + x)).store(at + x);
               }
             }
+            terms += has_keys ? 0 : keys;
+            if (terms >= kTerms) {
+              add_to_total();
+            }
+          }
+          if (has_keys && ++terms == kTerms) {
+            add_to_total();
           }
         }
       }
     }
+    add_to_total();
+    for (int64_t x = 0; x < sums * kLanes; ++x) {
+      sum[x] = static_cast<float>(total[x]);
+    }
     if (!has_rows) {  // sum over the lanes as well
       for (int64_t r = 0; r < sums; ++r) {
-        Vec total = Vec::fill(0.f);
+        Vec lanes = Vec::fill(0.f);
         for (int x = 0; x < kLanes; x += kVec) {
-          total = total + Vec::load(sum + r * kLanes + x);
+          lanes = lanes + Vec::load(sum + r * kLanes + x);
         }
-        sum[r * kLanes] = total.sum();
+        sum[r * kLanes] = lanes.sum();
       }
     }
     const int64_t i0 = has_rows ? part * kLanes : 0;

@@ -311,9 +311,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   fill_behind(dk, args.cu_seqlens_k, args.batch, 0);
   fill_behind(dv, args.cu_seqlens_k, args.batch, 0);
   if (in.sink) {
-    float* total = static_cast<float*>(dsink.mutable_data_ptr());
-    for (int64_t n = 0; n < args.batch * args.n_heads; ++n) {
-      total[n % args.n_heads] += args.dsink_partial[n];
+    float* sums = static_cast<float*>(dsink.mutable_data_ptr());
+    for (int64_t h = 0; h < args.n_heads; ++h) {
+      double total = 0;  // a sum of any length
+      for (int64_t b = 0; b < args.batch; ++b) {
+        total += args.dsink_partial[b * args.n_heads + h];
+      }
+      sums[h] = static_cast<float>(total);
     }
   }
   return {dq, dk, dv, dbias, dsink};
