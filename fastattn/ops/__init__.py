@@ -43,6 +43,6 @@ def explain(op, *args, **kwargs):
     Raises:
         ValueError: there is no such op, or the arguments do not fit it.
     """
-    if op not in _EXPLAIN:
+    if op not in tuple(_EXPLAIN):
         raise ValueError(f"explain: op must be one of {', '.join(sorted(_EXPLAIN))}, got {op!r}")
     return _EXPLAIN[op](*args, **kwargs)

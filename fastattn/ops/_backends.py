@@ -155,9 +155,13 @@ def _decide(op, facts, wanted):
 _decide._dynamo_marked_constant = True
 
 
-def asked_for(backend=None):
-    """The backend that the argument, use_backend() or FASTATTN_BACKEND name, or None."""
-    return _override if backend is None else _checked(backend, "backend")
+def asked_for(backend=None, source="backend"):
+    """The backend that the argument, use_backend() or FASTATTN_BACKEND name, or None.
+
+    Args:
+        source: what messages call the argument.
+    """
+    return _override if backend is None else _checked(backend, source)
 
 
 def choose(op, facts, backend=None):

@@ -33,7 +33,10 @@ from fastattn.ops._attention_checks import (
     resolve_window,
 )
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, refusal, register_backend
+from fastattn.ops._dtypes import refuse_dtypes
+from fastattn.ops._hopper import HOPPER_HEAD_DIMS, hopper_refuses, hopper_refuses_device
 from fastattn.ops._kinds import is_causal_bias, is_dtensor, is_nested
+from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._nested import on_rows, packed_arguments, packed_attention, sequences_of
 from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
@@ -48,9 +51,7 @@ from fastattn.ops._register import (
     register_reference,
 )  # fmt: skip
 
-HOPPER_HEAD_DIMS = (64, 96, 128, 192, 256)
 _LAST_NATIVE_BACKWARD = 128  # head dim up to which the kernels for Hopper have a backward
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # what a backend may refuse by; sizes stay out, so that decisions are cached
 Facts = namedtuple(
@@ -59,17 +60,6 @@ Facts = namedtuple(
     " hopper_head_dim above_128",
     defaults=(False, None, *[False] * 12),
 )
-
-
-def empty_in_layout(like, last):
-    """(batch, heads, seqlen, last), its first three dimensions nested as those of `like`: BSHD in, BSHD out."""
-    shape = (*like.shape[:3], last)
-    strides = like.stride()[:3]
-    order = [0, 1, 2]
-    if 0 not in strides:  # an expanded tensor has no nesting to follow
-        order.sort(key=lambda dim: -strides[dim])
-    inverse = [order.index(dim) for dim in range(3)]
-    return like.new_empty([shape[dim] for dim in order] + [last]).permute(*inverse, 3)
 
 
 def _attention_fwd_fake(q, k, v, *rest):
@@ -105,10 +95,7 @@ def _raw(direction, backend, *tensors):
 def refuses(facts):
     """What every compiled backend refuses; `facts` is a plain tuple, which torch.compile takes for a constant."""
     facts = Facts(*facts)
-    for dtype in (facts.dtype, facts.bias_dtype):
-        if dtype is not None and dtype not in _FLOATS:
-            return f"it takes float32, bfloat16 and float16, got {dtype}"
-    return None
+    return refuse_dtypes(facts.dtype, facts.bias_dtype)
 
 
 def refuses_triton(facts):
@@ -116,31 +103,6 @@ def refuses_triton(facts):
     if Facts(*facts).wide_heads:
         return "it takes head dims up to 256"
     return refuses(facts)
-
-
-def hopper_refuses_device(device):
-    """Why the native kernels cannot run on a device, or None: on CUDA there are those for Hopper."""
-    if not device.startswith("cuda"):
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability == (9, 0):
-        return None
-    return f"it takes GPUs of compute capability 9.0, this one has {'.'.join(map(str, capability))}"
-
-
-def hopper_refuses(dtype, has_tiles, **features):
-    """Why the CUDA kernels for Hopper, which serve the plain cases, cannot take a call, or None.
-
-    Args:
-        has_tiles: whether the head dims, all the same, are among HOPPER_HEAD_DIMS.
-        features: what they do not serve, and whether it is wanted.
-    """
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, got {dtype}"
-    if not has_tiles:
-        return f"it takes head dims {', '.join(map(str, HOPPER_HEAD_DIMS))}, the same for q, k and v"
-    refused = [name.replace("_", " ") for name, wanted in features.items() if wanted]
-    return f"it takes no {', no '.join(refused)}" if refused else None
 
 
 def refuses_native(facts):
@@ -260,8 +222,6 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
     if bias is not None and is_causal_bias(bias) and not packed:
         bias, causal = None, causal_flag(name, "bias", bias, causal, seqlen_q, seqlen_k)
     left, right, top_left = resolve_window(name, causal, window)
-    if deterministic not in (None, True, False):
-        raise TypeError(f"{name}: deterministic must be None, True or False, got {deterministic!r}")
     if packed:
         if mask is not None or bias is not None:
             raise ValueError(f"{name}: packed sequences take no mask and no bias: they share no grid of positions")
@@ -310,7 +270,9 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
 _ATTENTION = Public(
     "attention",
     tensors="q k v mask bias seqlens_k cu_seqlens_q cu_seqlens_k alibi_slopes sink",
-    numbers="softcap dropout_p scale max_seqlen_q max_seqlen_k",
+    numbers="softcap dropout_p scale",
+    integers="max_seqlen_q max_seqlen_k",
+    flags="return_lse deterministic",
     nested=packed_attention,
 )
 
@@ -341,10 +303,10 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): q is (total_q, n_heads, head_dim), k and v (total_k, n_kv_heads,
             ...), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1]. No mask or bias then. Rows behind the last
             sequence give 0 and lse -inf, and get no gradient.
-        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths. No backend needs them: without them the result is
-            the same, and neither time nor memory grows with the longest sequence. The native kernel on CUDA chooses the
-            size of its blocks by max_seqlen_k. A bound that is too small is an error on a CPU; on a GPU nothing reads
-            the lengths.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths. No backend needs them: without them the result
+            is the same, and neither time nor memory grows with the longest sequence. The native kernel on CUDA chooses
+            the size of its blocks by max_seqlen_k. A bound that is too small is an error on a CPU; on a GPU nothing
+            reads the lengths.
         alibi_slopes: float32 (n_heads,) or (batch, n_heads): slope * |i + off - j| is subtracted; gets no gradient.
         softcap: scores become softcap * tanh(score / softcap) before the bias; 0 = off.
         sink: float32 (n_heads,), one more logit in the denominator; gets a gradient.
@@ -586,7 +548,7 @@ def _torch_nested(explains, name, function, given):
 def _torch_public(explains):
     return Public(
         "scaled_dot_product_attention", tensors="query key value attn_mask", numbers="dropout_p scale",
-        nested=functools.partial(_torch_nested, explains),
+        flags="is_causal enable_gqa", nested=functools.partial(_torch_nested, explains),
         on_reference=functools.partial(_scaled_dot_product_attention, backend="reference"),
     )  # fmt: skip
 

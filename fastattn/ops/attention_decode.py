@@ -16,14 +16,15 @@ from fastattn import reference
 from fastattn._autocast import autocast_dtype
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._dtypes import refuse_dtypes
+from fastattn.ops._hopper import HOPPER_HEAD_DIMS, hopper_refuses, hopper_refuses_device
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
+from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._public import Public
 from fastattn.ops._register import observed, raw_ops, register_fake, register_reference
-from fastattn.ops.attention import HOPPER_HEAD_DIMS, empty_in_layout, hopper_refuses, hopper_refuses_device
 
 MIN_PAGE_SIZE = 16
 HOPPER_KEYS = 64  # of a block of the CUDA kernel, which pages must be a multiple of
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = "attention_decode"
 
 # what a backend may refuse by; sizes stay out, so that decisions are cached
@@ -44,8 +45,7 @@ _fwd, _append = raw_ops("attention_decode_fwd"), raw_ops("attention_decode_appen
 
 def refuses(facts):
     """What every compiled backend refuses."""
-    dtype = facts[1]
-    return None if dtype in _FLOATS else f"it takes float32, bfloat16 and float16, got {dtype}"
+    return refuse_dtypes(Facts(*facts).dtype)
 
 
 def refuses_triton(facts):
@@ -181,7 +181,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
     if top_left:
         raise ValueError(f'{_NAME}: causal must be False, True or "bottom_right", got "top_left"')
     num_splits = 0 if num_splits is None else num_splits
-    if isinstance(num_splits, float) or num_splits < 0:
+    if num_splits < 0:
         raise ValueError(f"{_NAME}: num_splits must be an integer of at least 0 (chosen by size), got {num_splits!r}")
     if alibi_slopes is not None:
         alibi_slopes = check_per_head(_NAME, "alibi_slopes", alibi_slopes, q, ((n_heads,), (batch, n_heads)))
@@ -238,7 +238,9 @@ register_reference("attention_decode_fwd", _decode_reference)
 _PUBLIC = Public(
     _NAME,
     tensors="q k_cache v_cache k v cache_seqlens block_table cache_batch_idx cache_leftpad alibi_slopes sink",
-    numbers="softcap scale num_splits",
+    numbers="softcap scale",
+    integers="num_splits",
+    flags="return_lse",
 )
 
 
@@ -266,7 +268,8 @@ def attention_decode(
             last valid key are not looked at.
         cache_batch_idx: int32 (batch,): row b of q uses row cache_batch_idx[b] of the caches, whose batch may be
             larger then; distinct rows where k and v are given. Not together with block_table.
-        cache_leftpad: int32 (batch,): keys before it are invisible. Distances between queries and keys do not change.
+        cache_leftpad: int32 (batch,): keys before it are invisible, all of them if it is the length or more. Distances
+            between queries and keys do not change.
         causal: True or "bottom_right": no key behind the query's own position is visible; False: all are.
         window: (left, right) as in `attention`; -1 = unlimited.
         softcap, alibi_slopes, sink, scale: as in `attention`.

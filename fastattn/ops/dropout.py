@@ -9,12 +9,12 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._kinds import check_float, is_dtensor
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
-from fastattn.ops.norm import _refuses
 
 
 def _dropout_fake(x, residual, rng, dropout_p):
@@ -24,7 +24,7 @@ def _dropout_fake(x, residual, rng, dropout_p):
 register_fake("dropout_fwd", _dropout_fake)
 _fwd = raw_ops("dropout_fwd")
 for _backend in ("native", "triton"):
-    register_backend("dropout", _backend, _refuses)
+    register_backend("dropout", _backend, lambda facts: refuse_dtypes(*facts[1:]))
 
 
 class _Dropout(torch.autograd.Function):

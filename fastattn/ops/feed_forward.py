@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastattn import reference
 from fastattn._autocast import as_autocast
 from fastattn.ops._backends import asked_for, choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
 from fastattn.ops._kinds import check_float, is_dtensor, odd_kind
 from fastattn.ops._nested import on_rows
@@ -33,7 +34,6 @@ from fastattn.ops._register import (
 )  # fmt: skip
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _activation_fwd_fake(preact, gate, rng, dropout_p, activation):
@@ -73,9 +73,8 @@ _linear_activation_bwd = torch.ops.fastattn.linear_activation_bwd.triton
 
 
 def _refuses(facts):
-    if facts[1] not in _FLOATS:
-        return f"it takes float32, bfloat16 and float16, got {facts[1]}"
-    return f"it takes plain weights, got {facts[2]}" if facts[2:] and facts[2] else None
+    odd = f"it takes plain weights, got {facts[2]}" if facts[2:] and facts[2] else None
+    return refuse_dtypes(facts[1]) or odd
 
 
 for _backend in ("native", "triton"):
@@ -246,7 +245,7 @@ def _may_fuse(runs, w_gate, backend):
 
 _FEED_FORWARD = Public(
     "feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", weights="w1 w2 w_gate", numbers="dropout_p",
-    nested=on_rows("x"),
+    flags="recompute", nested=on_rows("x"),
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from fastattn import reference
 from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
 from fastattn.ops._kinds import as_number, check_float, is_dtensor, odd_kind
 from fastattn.ops._nested import on_rows
@@ -36,7 +37,6 @@ from fastattn.ops._register import (
 
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CHUNK = 256
 
 
@@ -113,9 +113,8 @@ def _check_range(target, vocab, ignore_index):
 
 
 def _refuses(facts):
-    if facts[1] not in _FLOATS:
-        return f"it takes float32, bfloat16 and float16, got {facts[1]}"
-    return f"it takes a plain weight, got {facts[2]}" if facts[2:] and facts[2] else None
+    odd = f"it takes a plain weight, got {facts[2]}" if facts[2:] and facts[2] else None
+    return refuse_dtypes(facts[1]) or odd
 
 
 for _backend in ("native", "triton"):
@@ -275,6 +274,7 @@ def _facts(x, odd=None):
 
 _PUBLIC = Public(
     _NAME, tensors="x weight target bias", weights="weight", numbers="label_smoothing z_loss softcap",
+    integers="ignore_index chunk_size",
     nested=on_rows("x", "target", last=(1, 0)),
 )  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 from fastattn import reference
 from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
@@ -26,8 +27,6 @@ from fastattn.ops._register import (
     register_fake,
     register_reference,
 )  # fmt: skip
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _norm_infer_fake(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
@@ -62,10 +61,7 @@ _infer, _fwd, _bwd = (raw_ops(op) for op in ("norm_infer", "norm_fwd", "norm_bwd
 
 
 def _refuses(facts):
-    for dtype in facts[1:]:
-        if dtype is not None and dtype not in _FLOATS:
-            return f"it takes float32, bfloat16 and float16, got {dtype}"
-    return None
+    return refuse_dtypes(*facts[1:])
 
 
 for _backend in ("native", "triton"):
@@ -267,7 +263,7 @@ def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, 
 
 _TENSORS = "x weight bias x_bias residual"
 _LAYER_NORM, _RMS_NORM = (
-    Public(name, tensors=_TENSORS, numbers="eps dropout_p", nested=on_rows("x", "residual"))
+    Public(name, tensors=_TENSORS, numbers="eps dropout_p", flags="return_residual", nested=on_rows("x", "residual"))
     for name in ("layer_norm", "rms_norm")
 )
 

@@ -11,13 +11,13 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_nested, is_readable, numbers
+from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
 from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
-from fastattn.ops.attention import empty_in_layout
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Facts = namedtuple("Facts", "device dtype table_dtype table_grad", defaults=(torch.float32, False))
 
 
@@ -36,8 +36,8 @@ _fwd, _fwd_ = raw_ops("rotary_fwd"), raw_ops("rotary_fwd_")
 
 def _refuses(facts):
     _, dtype, table_dtype, table_grad = Facts(*facts)
-    if dtype not in _FLOATS:
-        return f"it takes float32, bfloat16 and float16, got {dtype}"
+    if reason := refuse_dtypes(dtype):
+        return reason
     if table_dtype not in (torch.float32, dtype):
         return f"it takes cos and sin in float32 or the dtype of x, {dtype}, got {table_dtype}"
     return "it makes no gradient for cos and sin" if table_grad else None
@@ -238,7 +238,12 @@ def _nested(name, function, given):
 
 
 _PUBLIC = Public(
-    "rotary_embedding", tensors="x cos sin positions", numbers="positions", takes_pair=True, nested=_nested
+    "rotary_embedding",
+    tensors="x cos sin positions",
+    integers="positions",
+    flags="interleaved inplace",
+    takes_pair=True,
+    nested=_nested,
 )
 
 
