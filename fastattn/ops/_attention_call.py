@@ -83,7 +83,7 @@ def is_plain(facts):
 def attention_call(
     name, q, k, v, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None,
     cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0,
-    scale=None, deterministic=None,
+    scale=None,
 ):  # fmt: skip
     """(facts, AttentionCall) for the arguments of the public op `attention`; `name` is the op that messages name.
 
@@ -100,8 +100,6 @@ def attention_call(
     if bias is not None and is_causal_bias(bias) and not packed:
         bias, causal = None, causal_flag(name, "bias", bias, causal, seqlen_q, seqlen_k)
     left, right, top_left = resolve_window(name, causal, window)
-    if deterministic not in (None, True, False):
-        raise TypeError(f"{name}: deterministic must be None, True or False, got {deterministic!r}")
     if packed:
         if mask is not None or bias is not None:
             raise ValueError(f"{name}: packed sequences take no mask and no bias: they share no grid of positions")

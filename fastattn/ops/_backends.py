@@ -196,9 +196,13 @@ def _decide_named(op, facts, backend):
 _decide._dynamo_marked_constant = _decide_named._dynamo_marked_constant = True
 
 
-def asked_for(backend=None):
-    """The backend that the argument, use_backend() or FASTATTN_BACKEND name, or None."""
-    return _checked(backend, "backend") if backend else _override
+def asked_for(backend=None, source="backend"):
+    """The backend that the argument, use_backend() or FASTATTN_BACKEND name, or None.
+
+    Args:
+        source: what messages call the argument.
+    """
+    return _checked(backend, source) if backend else _override
 
 
 def choose(op, facts, backend=None):

@@ -201,7 +201,9 @@ register_reference("attention_infer", _reference_of_infer)
 _ATTENTION = Public(
     "attention",
     tensors="q k v mask bias seqlens_k cu_seqlens_q cu_seqlens_k alibi_slopes sink",
-    numbers="softcap dropout_p scale max_seqlen_q max_seqlen_k",
+    numbers="softcap dropout_p scale",
+    integers="max_seqlen_q max_seqlen_k",
+    flags="return_lse deterministic",
     nested=packed_attention,
 )
 
@@ -255,7 +257,7 @@ def attention(
     """
     facts, call = attention_call(
         "attention", q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale, deterministic,
+        max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale,
     )  # fmt: skip
     out, lse = run(facts, call, backend, return_lse, deterministic)
     if cu_seqlens_q is not None:

@@ -212,7 +212,7 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
     if top_left:
         raise ValueError(f'{_NAME}: causal must be False, True or "bottom_right", got "top_left"')
     num_splits = 0 if num_splits is None else num_splits
-    if isinstance(num_splits, float) or num_splits < 0:
+    if num_splits < 0:
         raise ValueError(f"{_NAME}: num_splits must be an integer of at least 0 (chosen by size), got {num_splits!r}")
     if alibi_slopes is not None:
         alibi_slopes = check_per_head(_NAME, "alibi_slopes", alibi_slopes, q, ((n_heads,), (batch, n_heads)))
@@ -269,7 +269,9 @@ register_reference("attention_decode_fwd", _decode_reference)
 _PUBLIC = Public(
     _NAME,
     tensors="q k_cache v_cache k v cache_seqlens block_table cache_batch_idx cache_leftpad alibi_slopes sink",
-    numbers="softcap scale num_splits",
+    numbers="softcap scale",
+    integers="num_splits",
+    flags="return_lse",
 )
 
 
@@ -297,7 +299,8 @@ def attention_decode(
             last valid key are not looked at.
         cache_batch_idx: int32 (batch,): row b of q uses row cache_batch_idx[b] of the caches, whose batch may be
             larger then; distinct rows where k and v are given. Not together with block_table.
-        cache_leftpad: int32 (batch,): keys before it are invisible. Distances between queries and keys do not change.
+        cache_leftpad: int32 (batch,): keys before it are invisible, all of them if it is the length or more. Distances
+            between queries and keys do not change.
         causal: True or "bottom_right": no key behind the query's own position is visible; False: all are.
         window: (left, right) as in `attention`; -1 = unlimited.
         softcap, alibi_slopes, sink, scale: as in `attention`.

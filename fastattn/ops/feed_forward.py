@@ -253,7 +253,7 @@ def _may_fuse(runs, w_gate, backend):
 
 _FEED_FORWARD = Public(
     "feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", weights="w1 w2 w_gate", numbers="dropout_p",
-    nested=on_rows("x"),
+    flags="recompute", nested=on_rows("x"),
 )  # fmt: skip
 
 

@@ -256,7 +256,12 @@ def _nested(name, function, given):
 
 
 _PUBLIC = Public(
-    "rotary_embedding", tensors="x cos sin positions", numbers="positions", takes_pair=True, nested=_nested
+    "rotary_embedding",
+    tensors="x cos sin positions",
+    integers="positions",
+    flags="interleaved inplace",
+    takes_pair=True,
+    nested=_nested,
 )
 
 

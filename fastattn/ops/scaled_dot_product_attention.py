@@ -122,7 +122,7 @@ def _nested(name, function, given):
 
 
 _PUBLIC = Public(
-    _NAME, tensors="query key value attn_mask", numbers="dropout_p scale", nested=_nested,
+    _NAME, tensors="query key value attn_mask", numbers="dropout_p scale", flags="is_causal enable_gqa", nested=_nested,
     on_reference=functools.partial(_scaled_dot_product_attention, backend="reference"),
 )  # fmt: skip
 
