@@ -280,7 +280,5 @@ def _linear_cross_entropy(x, weight, targets, *, bias, **options):
 
 def num_parameters(model: nn.Module) -> int:
     """Number of parameters without the position tables, as the field counts them."""
-    tables: list[Any] = [
-        m.position_embedding for m in model.modules() if getattr(m, "position_embedding", None) is not None
-    ]
-    return sum(p.numel() for p in model.parameters()) - sum(table.weight.numel() for table in tables)
+    tables: list[Any] = [getattr(m, "position_embedding", None) for m in model.modules()]
+    return sum(p.numel() for p in model.parameters()) - sum(t.weight.numel() for t in tables if t is not None)

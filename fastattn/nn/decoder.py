@@ -129,8 +129,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             return dropout(h, dropout_p(m["dropout3"]), residual=x)
         x = add_and_norm(*self_attend(x), x, m["dropout1"], m["norm1"])
         x = add_and_norm(*cross_attend(x), x, m["dropout2"], m["norm2"])
-        h = block_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
-        return add_and_norm(*h, x, m["dropout3"], m["norm3"])
+        h, h_bias = block_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
+        return add_and_norm(h, h_bias, x, m["dropout3"], m["norm3"])
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):
