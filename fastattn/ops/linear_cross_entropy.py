@@ -8,8 +8,9 @@ dx = ds·weight,  dweight = dsᵀ·x,  dbias = sum_tokens(ds)
 
 Tokens are taken in chunks. The products are the vendor library's; between them the raw op cross_entropy_fwd makes the
 losses of a chunk and replaces its logits by ds. Sum and mean have one dloss for all tokens, so that ds, and with it all
-gradients, are made in the forward for dloss = 1 and multiplied in the backward; without reduction the backward goes
-through the chunks again with the true dloss. The chunks run inside of one op, which torch.compile takes as a whole.
+gradients, are made in the forward for dloss = 1 and multiplied in the backward. 1 / tokens instead would underflow in
+fp16. Without reduction the backward goes through the chunks again with the true dloss. The chunks run inside of one op,
+which torch.compile takes as a whole.
 """
 
 import math
