@@ -42,6 +42,7 @@ from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     observed,
     python_kernel,
@@ -187,7 +188,7 @@ def _apply(backend, q, k, v, bias, sink, *rest):
     only_forward = backend.startswith("native") and q.is_cuda and q.shape[-1] > _LAST_NATIVE_BACKWARD
     deterministic = torch.are_deterministic_algorithms_enabled()
     backward = "triton" if only_forward else backend
-    return _Attention.apply(q, k, v, bias, sink, backend, backward, deterministic, *rest)
+    return apply(_Attention, q, k, v, bias, sink, backend, backward, deterministic, *rest)
 
 
 def _reference_of_op(*arguments):
@@ -226,8 +227,6 @@ def _prepare(name, q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q,
         if mask is not None or bias is not None:
             raise ValueError(f"{name}: packed sequences take no mask and no bias: they share no grid of positions")
         check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, max_seqlen_q, max_seqlen_k)
-        if cu_seqlens_q is cu_seqlens_k and torch.compiler.is_compiling():
-            cu_seqlens_k = cu_seqlens_q.clone()  # Dynamo traces no autograd.Function that gets one tensor twice
         batch = cu_seqlens_q.shape[0] - 1
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     elif max_seqlen_q is not None or max_seqlen_k is not None:
@@ -361,7 +360,7 @@ def _run(facts, q, k, v, bias, sink, rest, backend, need_lse, deterministic=None
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         backward = _backward_backend(runs, facts)
-        out, lse, _ = _Attention.apply(q, k, v, bias, sink, runs, backward, deterministic, *rest)
+        out, lse, _ = apply(_Attention, q, k, v, bias, sink, runs, backward, deterministic, *rest)
         return out, lse
     if runs == "native" and not need_lse and facts[0] == "cpu" and not any(facts[3:11]):  # bias_dtype to dropout
         *_, left, right, top_left, _, _, scale = rest
