@@ -287,8 +287,15 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
 def _rotate(facts, xs, rest, inplace, backend):
     runs = observed(choose("rotary", facts, backend))
     by_reference, traced = runs == "reference", runs in RECORDED
-    # what the kernels cannot write in place is copied back; torch.compile removes that copy where it can
-    copies = inplace and (by_reference or traced or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
+    # What the kernels cannot write in place is copied back; torch.compile removes that copy where it can. Modes that
+    # look at what an operator writes know the copy, and take no operator that may get None there.
+    copies = inplace and (
+        by_reference
+        or traced
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(t.stride(-1) != 1 for t in xs)
+    )
     if by_reference:
         out = _reference(xs, *rest)
     elif traced:
