@@ -24,11 +24,18 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_config import pick
-from fastattn.kernels.common import dropout_constants, dropout_halfwords, launch, register
-from fastattn.ops.attention import empty_in_layout
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from fastattn.kernels.common import (
+    LN_2,
+    LOG2_E,
+    contiguous,
+    dropout_constants,
+    dropout_halfwords,
+    launch,
+    register,
+    tanh,
+    unit_stride,
+)
+from fastattn.ops._layout import empty_in_layout
 
 
 @triton.jit
@@ -152,16 +159,6 @@ def visible_tile(i, j, off, seqlen_q, length_k, window_left, window_right, mask,
         pointers = mask + i.to(tl.int64) * mask_strides[2] + j.to(tl.int64) * mask_strides[3]
         visible = visible & (tl.load(pointers, mask=inside, other=0) != 0)
     return visible
-
-
-@triton.jit
-def tanh(x):
-    # the quotient cancels near 0, where the series is exact to fp32
-    x2 = x * x
-    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
-    e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
-    quotient = (1 - e) / (1 + e)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
 
 
 @triton.jit
@@ -402,15 +399,6 @@ def attention_fwd(q, k, v, out, lse, lse_low, bias, sink, mask, seqlens_k, cu_se
 
 
 NOTHING = ((0,), (1,))  # shape and strides
-
-
-def contiguous(t):
-    return t if t is None else t.contiguous()
-
-
-def unit_stride(t):
-    """The kernels read rows of neighbouring elements: anything else, an expanded gradient say, is copied."""
-    return t if t.stride(3) == 1 or t.size(3) == 1 else t.contiguous()
 
 
 def broadcast_strides(shape, strides):

@@ -19,9 +19,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention import (
-    LOG2_E,
     UNSPECIALIZED,
-    contiguous,
     descriptors_fit,
     find_tile,
     keep_tile,
@@ -33,12 +31,11 @@ from fastattn.kernels.attention import (
     score_gradient,
     tile_scores,
     tile_source,
-    unit_stride,
     visible_tile,
 )
 from fastattn.kernels.attention_config import PREPROCESS
 from fastattn.kernels.attention_dbias import launch_dbias
-from fastattn.kernels.common import launch, register
+from fastattn.kernels.common import LOG2_E, contiguous, launch, register, unit_stride
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -22,17 +22,14 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention import (
-    LN_2,
-    contiguous,
     exponential,
     key_blocks,
     precision,
     tile_scores,
-    unit_stride,
     visible_tile,
 )
-from fastattn.kernels.common import launch, multiprocessors, register
-from fastattn.ops.attention import empty_in_layout
+from fastattn.kernels.common import LN_2, contiguous, launch, multiprocessors, register, unit_stride
+from fastattn.ops._layout import empty_in_layout
 
 MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 128, 16, 16
 # (bytes of an element, head dim, most rows) -> (keys of a block, warps, stages), the same for every architecture: about

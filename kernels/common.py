@@ -21,7 +21,19 @@ from fastattn.reference import dropout_scale, dropout_threshold
 # this there would be one for 1, one for multiples of 16 and one for the rest.
 VARYING = ["rows", "threshold", "programs"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 _INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to show that partial sums are added up
+
+
+@triton.jit
+def tanh(x):
+    # the quotient cancels near 0, where the series is exact to fp32
+    x2 = x * x
+    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+    quotient = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
 
 
 @triton.jit
@@ -71,6 +83,15 @@ def as_rows(t):
     if t.shape[1] > 1 and t.stride(1) != 1:
         t = t.contiguous()
     return t, t.stride(0)
+
+
+def contiguous(t):
+    return t if t is None else t.contiguous()
+
+
+def unit_stride(t):
+    """(batch, heads, rows, columns) with neighbouring columns: anything else, an expanded gradient say, is copied."""
+    return t if t.stride(3) == 1 or t.size(3) == 1 else t.contiguous()
 
 
 @functools.cache

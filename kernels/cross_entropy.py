@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention import tanh
-from fastattn.kernels.common import launch, register
+from fastattn.kernels.common import launch, register, tanh
 
 # columns rounded up to a power of two -> num_warps; a wider row is looped over in blocks of the last width
 WARPS = {256: 1, 1024: 4, 4096: 8}

@@ -23,6 +23,7 @@ from fastattn.kernels.common import (
     INTERPRETED,
     VARYING,
     as_rows,
+    contiguous,
     dropout_constants,
     dropout_rows,
     launch,
@@ -368,10 +369,6 @@ def _block_n(cols):
     return max(128, triton.next_power_of_2(cols))
 
 
-def _contiguous(t):
-    return t if t is None or t.is_contiguous() else t.contiguous()
-
-
 def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, stats):
     cols = x.shape[-1]
     rows = x.numel() // cols
@@ -379,7 +376,7 @@ def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, 
     residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
     args = (
-        x, _contiguous(x_bias), residual, _contiguous(weight), _contiguous(bias), rng, y, r, stats,
+        x, contiguous(x_bias), residual, contiguous(weight), contiguous(bias), rng, y, r, stats,
         rows, cols, x_stride, residual_stride, threshold, scale, eps,
     )  # fmt: skip
     block_n = _block_n(cols)
@@ -427,7 +424,7 @@ def norm_bwd(
     r, r_stride = as_rows(r)
     dr_out, dr_out_stride = (None, 0) if dr_out is None else as_rows(dr_out)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
-    inputs = (dy, dr_out, r, _contiguous(weight), stats, rng, dx, dresidual if separate_dresidual else None)
+    inputs = (dy, dr_out, r, contiguous(weight), stats, rng, dx, dresidual if separate_dresidual else None)
     sizes = (rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale)
     outputs = [t if wanted else None for t, wanted in zip(sums, needed, strict=True)]
     block_n = _block_n(cols)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.common import launch, register
-from fastattn.ops.attention import empty_in_layout
+from fastattn.ops._layout import empty_in_layout
 
 PAIRS, WARPS = 2048, 4  # of a program
 MAX_HEADS = 8

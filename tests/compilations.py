@@ -207,7 +207,9 @@ def norm_bwd(width, needed, dropout=False, residual=False):
 
 
 def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024, left=-1, right=-1, mask=False,
-                   packed=False, backward=True):  # fmt: skip
+                   packed=False, backward=True, bias=None, alibi=False, sink=False, softcap=0.0,
+                   dropout_p=0.0):  # fmt: skip
+    """bias: None, or its shape, with a gradient."""
     dtype = getattr(torch, dtype)
     q, k = (torch.ones(2, seqlen, n, head_dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
     ends = None
@@ -215,13 +217,67 @@ def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024,
         q, k = q[:1], k[:1]
         ends = torch.tensor([0, 1, seqlen - 5]).int()
     mask = torch.ones(2, 1, 1, seqlen, dtype=torch.bool) if mask else None
-    rest = (mask, None, ends, ends, None, None, seqlen, seqlen, left, right, False, 0.0, 0.0, 0.125)
-    out, lse, low = kernels("attention").launch_fwd(q, k, k, None, None, *rest, False)
+    bias = None if bias is None else torch.ones(bias, dtype=dtype)
+    sink, slopes = (torch.ones(heads) if wanted else None for wanted in (sink, alibi))
+    rng = torch.ones(2, dtype=torch.int64) if dropout_p else None
+    options = (seqlen, seqlen, left, right, False, softcap, dropout_p, 0.125)
+    rest = (mask, None, ends, ends, slopes, rng, *options)
+    out, lse, low = kernels("attention").launch_fwd(q, k, k, bias, sink, *rest, False)
     if backward:
-        kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, None, None, *rest, False, False)
+        kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, bias, sink, *rest, bias is not None,
+                                            False)  # fmt: skip
 
 
-CALLS = {"norm_bwd": norm_bwd, "attention": attention_call}
+def attention_decode_call(head_dim, dtype="bfloat16", queries=1, page_size=0, num_splits=4, left=-1, softcap=0.0,
+                          alibi=False, sink=False):  # fmt: skip
+    dtype, batch, capacity = getattr(torch, dtype), 2, 4096
+    q, new = (torch.ones(batch, heads, queries, head_dim, dtype=dtype) for heads in (8, 2))
+    cache, table = torch.ones(batch, capacity, 2, head_dim, dtype=dtype).transpose(1, 2), None
+    if page_size:
+        pages = capacity // page_size
+        cache = torch.ones(batch * pages, page_size, 2, head_dim, dtype=dtype).transpose(1, 2)
+        table = torch.arange(batch * pages).int().view(batch, pages)
+    lengths = torch.ones(batch).int()
+    sink, slopes = (torch.ones(8) if wanted else None for wanted in (sink, alibi))
+    module = kernels("attention_decode")
+    module.launch_append(cache, cache, new, new, lengths, table, None)
+    module.launch_fwd(q, cache, cache, lengths, table, None, None, slopes, sink, queries, left, 0, softcap, 0.1,
+                      num_splits)  # fmt: skip
+
+
+def norm_call(width, dtype="bfloat16", rms=False, dropout_p=0.0, rows=4096):
+    x, w, rng = torch.ones(rows, width, dtype=getattr(torch, dtype)), torch.ones(width), None
+    w = w.to(x.dtype)
+    if dropout_p:
+        rng = torch.ones(2, dtype=torch.int64)
+    residual = x if dropout_p else None
+    module = kernels("norm")
+    _, _, stats = module.norm_fwd(x, residual, w, w, rng, dropout_p, 1e-5, rms)
+    module.norm_bwd(x, residual, x, w, stats, rng, dropout_p, rms, bool(dropout_p), True, not rms)
+
+
+def passes_call(width, dtype="bfloat16", rows=4096):
+    """The kernels of dropout, of the feed-forward block, of rotary embedding and of cross-entropy."""
+    x, rng = torch.ones(rows, width, dtype=getattr(torch, dtype)), torch.ones(2, dtype=torch.int64)
+    kernels("dropout").dropout_fwd(x, x, rng, 0.1)
+    for gate in (None, x):
+        kernels("feed_forward").activation_fwd(x, gate, rng, 0.1, 0)
+        kernels("feed_forward").activation_bwd(x, x, gate, rng, 0.1, 0, True, True, gate is not None)
+    q, table = torch.ones(2, 8, 512, 64, dtype=x.dtype), torch.ones(512, 32)
+    for interleaved in (False, True):
+        kernels("rotary").rotary_fwd(q, q, table, table, None, 0, 64, interleaved, False)
+    target = torch.zeros(rows, dtype=torch.int64)
+    for softcap in (0.0, 30.0):
+        kernels("cross_entropy").cross_entropy_fwd(x, target, None, -100, 0.1, 0.0, softcap, True)
+
+
+CALLS = {
+    "norm_bwd": norm_bwd,
+    "norm": norm_call,
+    "attention": attention_call,
+    "attention_decode": attention_decode_call,
+    "passes": passes_call,
+}
 
 
 def compile_one(case):

@@ -24,6 +24,12 @@ def guarded(tensor, offset=0, gap=0):
     return buffer.as_strided(shape, strides, PADDING + offset).copy_(tensor)
 
 
+def leave_nan(*shapes, dtypes=(torch.float32, torch.bfloat16)):
+    """Free memory that holds NaN, which the next allocations of these sizes are likely to get."""
+    held = [torch.full(tuple(shape), float("nan"), dtype=dtype) for shape in shapes for dtype in dtypes]
+    del held
+
+
 def far(tensor, dim):
     """The same values with the first and the last in `dim` 2^31 elements apart, or the test is skipped.
 

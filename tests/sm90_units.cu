@@ -338,6 +338,18 @@ __attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_
   return static_cast<int>(order.count());
 }
 
+// Of packed rows: tile (sequence, tile within it) for each tile of `rows`. Returns how many there are, at most `room`.
+__attribute__((visibility("default"))) int unit_packed_tiles(const int32_t* cu_seqlens, int batch, int total, int rows,
+                                                             int* out, int room) {
+  const int count = count_tiles(true, total, batch, rows);
+  for (int tile = 0; tile < std::min(count, room); ++tile) {
+    const PackedTile found = find_tile(cu_seqlens, batch, rows, tile);
+    out[2 * tile] = found.sequence;
+    out[2 * tile + 1] = found.within;
+  }
+  return count;
+}
+
 // The same for a cache: shape = (batch, n_heads, n_kv_heads, seqlen_q, seqlen_new, capacity, left, right, splits), out
 // per block of threads = (split, batch, key head, row, begin, end)
 __attribute__((visibility("default"))) int unit_decode_tiles(const int* shape, const int32_t* lengths, int* out,

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from memory_guard import leave_nan
 
 import fastattn
 from fastattn.ops._backends import unavailable
@@ -54,6 +55,7 @@ def packed_call(lens_q, lens_k, behind_q, behind_k, device, *, heads=2, kv_heads
 def results(tensors, options):
     """out, lse and the gradients of q, k, v and sink."""
     q, k, v, do, dlse = tensors
+    leave_nan(*(t.shape for t in (q, k, v, do)))
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     torch.manual_seed(0)
     out, lse = fastattn.attention(*leaves, return_lse=True, **options)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from attention_cases import assert_close_to, results, truth_and_baseline
 from hopper import DEVICE, HOPPER, use_hopper_kernels
-from memory_guard import guarded
+from memory_guard import guarded, leave_nan
 
 import fastattn
 from fastattn import reference
@@ -141,7 +141,7 @@ def test_gradients_where_native_has_a_forward_only(monkeypatch):
     if reason:
         pytest.skip(reason)
     if not HOPPER:  # the device of the call says so there
-        monkeypatch.setattr(attention_module, "_backward_backend", lambda runs, facts: "triton")
+        monkeypatch.setattr(attention_module, "_has_backward", lambda backend, q: backend == "triton")
     check(monkeypatch, "head dim 192", *qkv(1, 2, 1, 20, 30, 192, FP16), causal=True)
 
 
@@ -177,6 +177,49 @@ def test_packed_sequences_are_what_each_is_alone(head_dim):
             ("out", "dq", "dk", "dv"), (rows_q, rows_q, rows_k, rows_k), (out, *grads), strict=True
         ):
             assert torch.equal(together[name][rows].transpose(0, 1)[None], got.detach().cpu()), f"{name} of {b}"
+
+
+@BACKWARDS
+@pytest.mark.parametrize(("lens_q", "lens_k", "behind_q", "behind_k"), [
+    ((70, 0, 130), (129, 3, 64), 200, 0), ((5,), (7,), 3, 300), ((), (), 70, 3),
+])  # fmt: skip
+def test_rows_of_no_sequence_are_zeros_and_touch_nothing(lens_q, lens_k, behind_q, behind_k, deterministic):
+    """NaN in the inputs behind the last sequence, and in the memory that is free for results."""
+    ends = [torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k)]
+    kwargs = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "causal": True, "softcap": 0.0,
+              "deterministic": deterministic}  # fmt: skip
+    total_q, total_k = sum(lens_q), sum(lens_k)
+    q, k, v = (
+        normal(sum(lens) + behind, heads, 64, seed=heads + n).detach()
+        for n, (lens, behind, heads) in enumerate(((lens_q, behind_q, 2), (lens_k, behind_k, 1), (lens_k, behind_k, 1)))
+    )
+    for t, total in ((q, total_q), (k, total_k), (v, total_k)):
+        t[total:] = torch.nan
+    leave_nan(*(t.shape for t in (q, q, k, k)))
+    got = run(*(t.requires_grad_() for t in (q, k, v)), kwargs, use_lse=False)
+    assert (got["out"][total_q:] == 0).all()
+    assert (got["lse"][:, total_q:] == -torch.inf).all()
+    for name, total in (("dq", total_q), ("dk", total_k), ("dv", total_k)):
+        assert (got[name][total:] == 0).all(), name
+    if not lens_q:
+        return
+    cut = [t.detach()[:total].requires_grad_() for t, total in ((q, total_q), (k, total_k), (v, total_k))]
+    expected = results_of_prefix(*cut, kwargs, got["out"].shape)
+    for name, value in expected.items():
+        rows = got[name].transpose(0, 1) if name == "lse" else got[name]
+        assert_same(rows[: len(value)], value, name, deterministic)
+
+
+def results_of_prefix(q, k, v, kwargs, shape):
+    """The results for the first rows of a longer call whose output has this shape, with the same cotangent."""
+    q, k, v = (on_device(t) for t in (q, k, v))
+    out, lse = fastattn.attention(
+        q, k, v, return_lse=True, backend="native", **{name: on_device(t) for name, t in kwargs.items()}
+    )
+    do = torch.randn(shape, generator=torch.Generator().manual_seed(1))[: len(out)].double().to(DEVICE)
+    grads = torch.autograd.grad(out.double(), (q, k, v), do)
+    named = {"out": out, "lse": lse.transpose(0, 1)} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    return {name: t.detach().cpu() for name, t in named.items()}
 
 
 def test_columns_past_head_dim_96_are_neither_read_nor_written():

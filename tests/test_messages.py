@@ -243,6 +243,20 @@ class TestLengths:
         with pytest.raises(ValueError, match=r"lengths of the packed sequences, \[2, 4\], got \[3, 4\]"):
             fastattn.attention(PACKED, PACKED, PACKED, **cu, seqlens_k=torch.tensor([3, 4], dtype=torch.int32))
 
+    def test_any_cache_leftpad_is_right(self):
+        """It says from which key on keys are visible: 0 and all below hide none, the length and all above hide all."""
+        for backend in ("native", "reference"):
+            for pads, alike in (([0, -5], [0, 0]), ([2, 99], [2, 3])):
+                out, right = (
+                    fastattn.attention_decode(
+                        Q, Q, Q, cache_seqlens=LENGTHS, cache_leftpad=torch.tensor(pad, dtype=torch.int32),
+                        backend=backend,
+                    )
+                    for pad in (pads, alike)
+                )  # fmt: skip
+                assert torch.equal(out, right)
+        assert torch.equal(out, torch.zeros_like(out))
+
     @pytest.mark.parametrize("side", ["q", "k"])
     def test_max_seqlen(self, side):
         cu = {"cu_seqlens_q": CU, "cu_seqlens_k": CU}
@@ -302,8 +316,13 @@ class TestModules:
             nn.FeedForward(8, dim_feedforward=16)
         with pytest.raises(TypeError, match=r"^nn\.RotaryEmbedding: there is no argument dim: use rotary_dim="):
             nn.RotaryEmbedding(dim=8)
-        with pytest.raises(TypeError, match=r"^nn\.RotaryEmbedding: rotary_dim must be a number, got str"):
+        with pytest.raises(TypeError, match=r"^nn\.RotaryEmbedding: rotary_dim must be an integer, got str"):
             nn.RotaryEmbedding("8")
+        for wrong in (torch.relu, ["relu"], "swish"):
+            with pytest.raises(ValueError, match="FeedForward: activation must be one of gelu, "):
+                nn.FeedForward(8, activation=wrong)
+        with pytest.raises(ValueError, match="explain: op must be one of attention, "):
+            fastattn.explain(["attention"])
 
     def test_a_report_is_not_the_model(self):
         model = torch.nn.Sequential(torch.nn.LayerNorm(8))

@@ -90,7 +90,7 @@ def test_repr():
         ({"rotary_dim": 7}, "rotary_dim must be even and at least 2, got 7"),
         ({"rotary_dim": 0}, "rotary_dim must be even and at least 2, got 0"),
         ({"rotary_dim": 8, "max_seqlen": 0}, "max_seqlen must be at least 1, got 0"),
-        ({"rotary_dim": 8, "base": 0.0}, "base must be above 0, got 0.0"),
+        ({"rotary_dim": 8, "base": 0.0}, "base must be a finite number above 0, got 0.0"),
     ],
 )
 def test_bad_arguments(arguments, message):

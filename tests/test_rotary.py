@@ -542,7 +542,11 @@ BAD_CALLS = {
     "more tokens than rows": (lambda f: f(X, COS[:4], SIN[:4]), ValueError, "within the 4 rows of cos, got 0 to 4"),
     "offset too large": (lambda f: f(X, COS, SIN, positions=5), ValueError, "within the 9 rows of cos, got 5 to 9"),
     "negative offset": (lambda f: f(X, COS, SIN, positions=-1), ValueError, "within the 9 rows of cos, got -1 to 3"),
-    "float offset": (lambda f: f(X, COS, SIN, positions=1.0), TypeError, "an int or an integer tensor, got 1.0"),
+    "float offset": (
+        lambda f: f(X, COS, SIN, positions=1.0),
+        TypeError,
+        "positions must be a tensor or an integer or None, got float",
+    ),
     "float positions": (
         lambda f: f(X, COS, SIN, positions=torch.zeros(5)),
         TypeError,

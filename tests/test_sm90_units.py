@@ -5,6 +5,7 @@ the index functions, which are the same. The models here are written from the PT
 """
 
 import ctypes
+import itertools
 import os
 import random
 import shutil
@@ -244,6 +245,23 @@ def test_schedule_visits_every_tile_once_and_every_visible_pair(shape, kind, uni
         assert (begin == end) == (not any(some))
         assert all(every[full_begin:full_end])
         assert sum(every[begin:end]) == full_end - full_begin  # none is masked without need
+
+
+@pytest.mark.parametrize("size", [128, 192])
+@pytest.mark.parametrize("lengths", [(), (0,), (300, 0, 0, 128, 1), (128,) * 40, (1,) * 300, (5000,)])
+def test_tiles_of_packed_rows(lengths, size, units):
+    """Each row is in one tile; there are no more than rows and sequences ask for, however long the longest is."""
+    ends = [0, *itertools.accumulate(lengths)]
+    for behind in (0, 1, 500):
+        total, room = ends[-1] + behind, 10_000
+        found = (ctypes.c_int * (2 * room))()
+        count = units.unit_packed_tiles((ctypes.c_int32 * len(ends))(*ends), len(lengths), total, size, found, room)
+        assert count == total // size + len(lengths) + 1
+        rows = []
+        for sequence, within in zip(found[: 2 * count : 2], found[1 : 2 * count : 2], strict=True):
+            first = ends[sequence] + within * size
+            rows += range(first, min(first + size, [*ends, total][sequence + 1]))
+        assert rows == [*range(total)]
 
 
 @pytest.mark.parametrize("kind", ["forward 128, dq", "dk and dv"])

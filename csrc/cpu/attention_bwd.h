@@ -86,7 +86,7 @@ class Backward {
     scores_.select_head(sequence, h);
     dbias_.select_head(sequence, h, g, n);
     dq_.select_head(sequence, h);
-    dsink_ = 0.f;
+    dsink_ = 0;
     for (int64_t p = first_piece; p < end_piece; ++p) {
       const Piece piece(sequence, p);
       if (p > 0 && piece.keys() == 0) {
@@ -95,7 +95,7 @@ class Backward {
       run_piece(sequence, piece, kv, g);
     }
     if (args_.dsink_partial && first_piece == 0) {
-      args_.dsink_partial[sequence.index * args_.n_heads + h] = dsink_;
+      args_.dsink_partial[sequence.index * args_.n_heads + h] = static_cast<float>(dsink_);
     }
     dq_.finish_head();
   }
@@ -188,7 +188,7 @@ class Backward {
   Dq dq_;
   BlockDq block_dq_;
   float *dk_, *dv_;
-  float dsink_ = 0.f;
+  double dsink_ = 0;  // a sum of any length
 };
 
 template <typename T, bool kPairs, class Dq>

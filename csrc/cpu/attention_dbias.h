@@ -1,5 +1,7 @@
 #pragma once
 // dbias of the backward: by the tasks that make dk and dv, or, summed over further dimensions, in a pass of its own.
+#include <algorithm>
+
 #include "attention_gradient.h"
 
 namespace {
@@ -125,7 +127,7 @@ class BiasGradient {
  public:
   static int64_t floats(const AttentionArgs& args) {
     return Scores::kArena + QueryBlock<T, kPairs>::floats(args) + TileGradient<T, kPairs>::floats(args, kKeys) +
-           round_up(sums(args), kVec) * kLanes;
+           3 * round_up(sums(args), kVec) * kLanes;
   }
 
   BiasGradient(const AttentionArgs& args, Arena& arena)
@@ -133,7 +135,8 @@ class BiasGradient {
         scores_(args, arena, true),
         block_(args, arena),
         tile_(args, arena, kKeys),
-        sum_(arena.take(round_up(sums(args), kVec) * kLanes)) {}
+        sum_(arena.take(round_up(sums(args), kVec) * kLanes)),
+        total_(reinterpret_cast<double*>(arena.take(2 * round_up(sums(args), kVec) * kLanes))) {}
 
   void run() {
     const int64_t blocks = (args_.seqlen_q + kLanes - 1) / kLanes;
@@ -153,6 +156,8 @@ class BiasGradient {
   // slab_b, slab_h: the first batch entry and head of those that are summed
   void run_part(int64_t slab_b, int64_t slab_h, int64_t part) {
     zero(sum_, round_up(sums(args_), kVec) * kLanes);
+    std::fill(total_, total_ + sums(args_) * kLanes, 0.);
+    terms_ = 0;
     const bool all_keys = has_rows_ || !has_keys_;
     const int64_t first_key = all_keys ? 0 : part * kKeys, last_key = all_keys ? args_.seqlen_k : first_key + kKeys;
     const int64_t first_row = has_rows_ ? part * kLanes : 0;
@@ -165,6 +170,10 @@ class BiasGradient {
           add_block(sequence, h, i0, first_key, last_key);
         }
       }
+    }
+    add_to_total();
+    for (int64_t x = 0; x < sums(args_) * kLanes; ++x) {
+      sum_[x] = static_cast<float>(total_[x]);
     }
     if (!has_rows_) {
       sum_lanes();
@@ -198,16 +207,31 @@ class BiasGradient {
           (Vec::load(at + x) + Vec::load(tile_.ds + r * kLanes + x)).store(at + x);
         }
       }
+      terms_ += has_keys_ ? 0 : keys;
+      if (terms_ >= kTerms) {
+        add_to_total();
+      }
     }
+    if (has_keys_ && ++terms_ == kTerms) {
+      add_to_total();
+    }
+  }
+
+  void add_to_total() {
+    for (int64_t x = 0; x < sums(args_) * kLanes; ++x) {
+      total_[x] += sum_[x];
+    }
+    zero(sum_, sums(args_) * kLanes);
+    terms_ = 0;
   }
 
   void sum_lanes() {
     for (int64_t r = 0; r < sums(args_); ++r) {
-      Vec total = Vec::fill(0.f);
+      Vec lanes = Vec::fill(0.f);
       for (int x = 0; x < kLanes; x += kVec) {
-        total = total + Vec::load(sum_ + r * kLanes + x);
+        lanes = lanes + Vec::load(sum_ + r * kLanes + x);
       }
-      sum_[r * kLanes] = total.sum();
+      sum_[r * kLanes] = lanes.sum();
     }
   }
 
@@ -216,7 +240,11 @@ class BiasGradient {
   Scores scores_;
   QueryBlock<T, kPairs> block_;
   TileGradient<T, kPairs> tile_;
-  float* sum_;  // [key][lane]
+  // [key][lane]; sum_ takes kTerms terms before it is added to total_: a longer chain in fp32 loses digits
+  static constexpr int64_t kTerms = 64;
+  float* sum_;
+  double* total_;
+  int64_t terms_ = 0;
 };
 
 template <typename T, bool kPairs>

@@ -250,11 +250,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
             rng,  window_left, window_right, top_left,  softcap,      dropout_p,    scale};
   AttentionArgs args = arguments(q, k, v, in);
   const bool packed = args.cu_seqlens_q;
-  STD_TORCH_CHECK(
-      out.dim() == 4 && d_o.dim() == 4 && out.numel() == q.numel() / std::max<int64_t>(1, q.size(3)) * v.size(3) &&
-          d_o.numel() == out.numel() && lse.numel() == q.size(0) * q.size(1) * q.size(2) &&
-          (lse_low.numel() == 0 || lse_low.numel() == lse.numel()) && (!dlse || dlse->numel() == lse.numel()),
-      "attention: do, dlse, out, lse and lse_low do not fit q and v");
+  const int64_t rows = q.size(0) * q.size(1) * q.size(2);
+  STD_TORCH_CHECK(out.dim() == 4 && d_o.dim() == 4 && out.numel() == rows * v.size(3) && d_o.numel() == out.numel() &&
+                      lse.numel() == rows && (lse_low.numel() == 0 || lse_low.numel() == rows) &&
+                      (!dlse || dlse->numel() == rows),
+                  "attention: do, dlse, out, lse and lse_low do not fit q and v");
   STD_TORCH_CHECK(d_o.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type() &&
                       lse.scalar_type() == ScalarType::Float && lse_low.scalar_type() == ScalarType::Float &&
                       (!dlse || dlse->scalar_type() == ScalarType::Float),
@@ -311,9 +311,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   fill_behind(dk, args.cu_seqlens_k, args.batch, 0);
   fill_behind(dv, args.cu_seqlens_k, args.batch, 0);
   if (in.sink) {
-    float* total = static_cast<float*>(dsink.mutable_data_ptr());
-    for (int64_t n = 0; n < args.batch * args.n_heads; ++n) {
-      total[n % args.n_heads] += args.dsink_partial[n];
+    float* sums = static_cast<float*>(dsink.mutable_data_ptr());
+    for (int64_t h = 0; h < args.n_heads; ++h) {
+      double total = 0;  // a sum of any length
+      for (int64_t b = 0; b < args.batch; ++b) {
+        total += args.dsink_partial[b * args.n_heads + h];
+      }
+      sums[h] = static_cast<float>(total);
     }
   }
   return {dq, dk, dv, dbias, dsink};

@@ -73,29 +73,31 @@ void cross_entropy_row(const CrossEntropyArgs& args, int64_t row) {
   const Cap<kSoftcap> cap{args.softcap};
   const float s_target = valid ? cap(to_float(x[target])) : NAN;
 
-  float most = -FLT_MAX, sum = 0.f, above_target = 0.f;  // sum_j exp(s_j - most), sum_j (s_j - s_target)
+  float most = -FLT_MAX;
+  double sum_of_blocks = 0, above_target = 0;  // sum_j exp(s_j - most), sum_j (s_j - s_target): a chain of any length
   for (int64_t first = 0; first < cols; first += kBlock) {
     const T* block = x + first;
     const int64_t n = cols - first < kBlock ? cols - first : kBlock;
     const float block_most = cap(max_columns(block, n));
     if (block_most > most) {
-      sum *= std::exp(most - block_most);
+      sum_of_blocks *= std::exp(most - block_most);
       most = block_most;
     }
-    const auto sums = sum_columns<2>(n, [&](int64_t i, auto lanes, Vec* total) {
+    const auto sums = sum_block<2>(0, n, [&](int64_t i, auto lanes, Vec* total) {
       const Vec s = cap(load(block + i, lanes));
       total[0] = total[0] + zero_rest(exp(s - Vec::fill(most)), lanes);
       total[1] = total[1] + zero_rest(s - Vec::fill(s_target), lanes);
     });
-    sum += sums.value[0];
+    sum_of_blocks += sums.value[0];
     above_target += sums.value[1];
   }
+  const float sum = static_cast<float>(sum_of_blocks);
 
   const float log_sum = std::log(sum), lse = most + log_sum;
   const float size = static_cast<float>(cols), smoothing = args.label_smoothing;
   float loss = (most - s_target) + log_sum;
   if (smoothing > 0.f) {
-    loss -= smoothing * (above_target / size);
+    loss -= smoothing * static_cast<float>(above_target / size);
   }
   args.loss[row] = loss + args.z_loss * lse * lse;
   if (!args.need_grad) {

@@ -7,7 +7,7 @@
 //              dbias = sum_rows(dpreact), dbias_gate = sum_rows(dgate), and hidden again for the gradient of w2
 //
 // The forward owns whole rows, the backward whole blocks of kActivationBlockRows rows with one partial row of sums
-// each, which activation_dbias adds in order: the sums do not depend on the number of threads. Everything is fp32 in
+// each, which activation_dbias adds: the sums do not depend on the number of threads. Everything is fp32 in
 // registers.
 #include <algorithm>
 
@@ -161,16 +161,13 @@ void run(const ActivationArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// out[col] = sum of column col over the blocks, in their order
+// out[col] = sum of column col over the blocks
 template <typename T>
 void reduce_blocks(const float* partial, int64_t blocks, int64_t cols, int64_t begin, int64_t end, T* out) {
   for (int64_t i = begin; i < end; i += Vec::kSize) {
     const First first{static_cast<int>(std::min<int64_t>(Vec::kSize, end - i))};
-    Vec sum = Vec::fill(0.f);
-    for (int64_t block = 0; block < blocks; ++block) {
-      sum = sum + first.load(partial + block * cols + i);
-    }
-    first.store(sum, out + i);
+    first.store(pairwise_sum(0, blocks, [&](int64_t block) { return first.load(partial + block * cols + i); }),
+                out + i);
   }
 }
 

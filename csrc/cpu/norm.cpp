@@ -7,7 +7,7 @@
 //             dx_bias = sum_rows(dx)
 //
 // A forward call owns rows, a backward call owns chunks of rows_per_chunk rows, each with its own fp32 sums for
-// dweight, dbias and dx_bias; a last pass adds the chunks in order. The chunks depend on the shape alone, so results do
+// dweight, dbias and dx_bias; a last pass adds the chunks. The chunks depend on the shape alone, so results do
 // not depend on the number of threads. Statistics in fp32: mean, then the variance around it, from a row that is still
 // in the cache. Saved: r (x itself without x_bias, dropout and residual), mean, rstd.
 // Reference: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang, Sennrich, "Root Mean Square Layer Normalization",
@@ -27,22 +27,23 @@ struct Stats {
 };
 
 // Inlined by force: a call costs 20 ns a row, 10 % at 256 columns.
-template <typename R>
+template <bool kLong, typename R>
 [[gnu::always_inline]] inline Stats row_stats(const R* r, int64_t cols, float eps, bool rms) {
   const float n = static_cast<float>(cols);
   float mean = 0.f;
   if (!rms) {
-    const auto sum = sum_columns<1>(cols, [&](int64_t i, auto lanes, Vec* s) { s[0] = s[0] + load(r + i, lanes); });
+    const auto sum =
+        sum_columns<1, kLong>(cols, [&](int64_t i, auto lanes, Vec* s) { s[0] = s[0] + load(r + i, lanes); });
     mean = sum.value[0] / n;
   }
   const Vec center = Vec::fill(mean);
-  const auto squares = sum_columns<1>(cols, [&](int64_t i, auto lanes, Vec* s) {
+  const auto squares = sum_columns<1, kLong>(cols, [&](int64_t i, auto lanes, Vec* s) {
     const Vec centered = zero_rest(load(r + i, lanes) - center, lanes);
     s[0] = fma(centered, centered, s[0]);
   });
   float variance = squares.value[0] / n;
   if (!rms && variance < 1e-4f * mean * mean) {  // far from 0 it counts what rounding took from the mean
-    const auto sum = sum_columns<1>(
+    const auto sum = sum_columns<1, kLong>(
         cols, [&](int64_t i, auto lanes, Vec* s) { s[0] = s[0] + zero_rest(load(r + i, lanes) - center, lanes); });
     const float rest = sum.value[0] / n;
     mean += rest;
@@ -68,7 +69,7 @@ inline void normalise_row(const R* r, const float* weight, const float* bias, X*
   });
 }
 
-template <typename X, typename R>
+template <typename X, typename R, bool kLong>
 void forward_rows(const NormFwdArgs& args, int64_t begin, int64_t end) {
   const int64_t cols = args.cols;
   const float* weight = static_cast<const float*>(args.weight);
@@ -88,7 +89,7 @@ void forward_rows(const NormFwdArgs& args, int64_t begin, int64_t end) {
       dropout_add_row(x, x_bias, residual, sum, cols, row, args.dropout);
       r = sum;
     }
-    const Stats stats = row_stats(r, cols, args.eps, args.rms);
+    const Stats stats = row_stats<kLong>(r, cols, args.eps, args.rms);
     normalise_row(r, weight, bias, y, cols, stats, x + args.x_stride,
                   residual ? residual + args.residual_stride : nullptr, stream);
     if (args.mean) {
@@ -102,7 +103,7 @@ void forward_rows(const NormFwdArgs& args, int64_t begin, int64_t end) {
   end_of_streams();
 }
 
-template <typename X, typename R, int kRows>
+template <typename X, typename R, int kRows, bool kLong>
 void backward_rows(const NormBwdArgs& args, int64_t row, float* dweight, float* dbias, float* dx_bias) {
   const int64_t cols = args.cols;
   const float* weight = static_cast<const float*>(args.weight);
@@ -122,7 +123,7 @@ void backward_rows(const NormBwdArgs& args, int64_t row, float* dweight, float* 
     rstd[k] = Vec::fill(args.rstd[row + k]);
 
     // the two row means
-    const auto sums = sum_columns<2>(cols, [&](int64_t i, auto lanes, Vec* s) {
+    const auto sums = sum_columns<2, kLong>(cols, [&](int64_t i, auto lanes, Vec* s) {
       const Vec d = load(dy[k] + i, lanes);
       const Vec wdy = weight ? d * load(weight + i, lanes) : d;
       s[0] = s[0] + wdy;
@@ -199,12 +200,17 @@ void backward_chunk(const NormBwdArgs& args, int64_t chunk) {
   clear(dx_bias);
   int64_t row = chunk * args.rows_per_chunk;
   const int64_t end = row + args.rows_per_chunk < args.rows ? row + args.rows_per_chunk : args.rows;
+  if (cols <= 2048) {
+    for (; row < end; ++row) {
+      backward_rows<X, R, 1, false>(args, row, dweight, dbias, dx_bias);
+    }
+  }
   // sums that do not fit in the first cache are read and written once for 4 rows: 17 % at 4096 columns
-  for (; cols > 2048 && row + 4 <= end; row += 4) {
-    backward_rows<X, R, 4>(args, row, dweight, dbias, dx_bias);
+  for (; row + 4 <= end; row += 4) {
+    backward_rows<X, R, 4, true>(args, row, dweight, dbias, dx_bias);
   }
   for (; row < end; ++row) {
-    backward_rows<X, R, 1>(args, row, dweight, dbias, dx_bias);
+    backward_rows<X, R, 1, true>(args, row, dweight, dbias, dx_bias);
   }
   end_of_streams();
 }
@@ -212,10 +218,8 @@ void backward_chunk(const NormBwdArgs& args, int64_t chunk) {
 template <typename W>
 void add_chunks(const float* sums, void* out, int64_t chunks, int64_t cols, int64_t begin, int64_t end) {
   for_columns(end - begin, [&](int64_t i, auto lanes) {
-    Vec total = Vec::fill(0.f);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      total = total + load(sums + chunk * kNormSums * cols + begin + i, lanes);
-    }
+    const Vec total = pairwise_sum(
+        0, chunks, [&](int64_t chunk) { return load(sums + chunk * kNormSums * cols + begin + i, lanes); });
     store(total, static_cast<W*>(out) + begin + i, lanes);
   });
 }
@@ -228,8 +232,11 @@ void with_dtypes(DType x, DType r, Action action) {
 }  // namespace
 
 void FASTATTN_CPU_NAME(norm_fwd)(const NormFwdArgs& args, int64_t begin, int64_t end) {
-  with_dtypes(args.x_dtype, args.r_dtype,
-              [&](auto x, auto r) { forward_rows<decltype(x), decltype(r)>(args, begin, end); });
+  with_dtypes(args.x_dtype, args.r_dtype, [&](auto x, auto r) {
+    using X = decltype(x);
+    using R = decltype(r);
+    args.cols > kSumBlock ? forward_rows<X, R, true>(args, begin, end) : forward_rows<X, R, false>(args, begin, end);
+  });
 }
 
 void FASTATTN_CPU_NAME(norm_bwd)(const NormBwdArgs& args, int64_t begin, int64_t end) {

@@ -73,32 +73,56 @@ struct Sums {
   float value[kSums];
 };
 
-// kSums sums over the columns; add(i, lanes, sums) adds one vector to each. Four independent chains hide the latency.
+// kSums sums over columns begin to end; add(i, lanes, sums) adds one vector to each. Four independent chains hide the
+// latency.
 template <int kSums, typename Add>
-inline Sums<kSums> sum_columns(int64_t cols, Add add) {
+inline Sums<kSums> sum_block(int64_t begin, int64_t end, const Add& add) {
   Vec chain[4][kSums];
   for (auto& sums : chain) {
     for (Vec& sum : sums) {
       sum = Vec::fill(0.f);
     }
   }
-  int64_t i = 0;
-  for (; i + 4 * Vec::kSize <= cols; i += 4 * Vec::kSize) {
+  int64_t i = begin;
+  for (; i + 4 * Vec::kSize <= end; i += 4 * Vec::kSize) {
     for (int c = 0; c < 4; ++c) {
       add(i + c * Vec::kSize, All{}, chain[c]);
     }
   }
-  for (int c = 0; i + Vec::kSize <= cols; i += Vec::kSize, ++c) {
+  for (int c = 0; i + Vec::kSize <= end; i += Vec::kSize, ++c) {
     add(i, All{}, chain[c]);
   }
-  if (i < cols) {
-    add(i, First{static_cast<int>(cols - i)}, chain[3]);
+  if (i < end) {
+    add(i, First{static_cast<int>(end - i)}, chain[3]);
   }
   Sums<kSums> total;
   for (int s = 0; s < kSums; ++s) {
     total.value[s] = ((chain[0][s] + chain[1][s]) + (chain[2][s] + chain[3][s])).sum();
   }
   return total;
+}
+
+// Columns whose sum is one chain of additions per lane. A longer chain loses a digit with every hundredfold length.
+constexpr int64_t kSumBlock = 4096;
+
+// sum_block over all columns: of blocks of kSumBlock added in fp64 if there may be more (kLong).
+template <int kSums, bool kLong, typename Add>
+inline Sums<kSums> sum_columns(int64_t cols, const Add& add) {
+  if constexpr (!kLong) {
+    return sum_block<kSums>(0, cols, add);
+  }
+  double total[kSums] = {};
+  for (int64_t first = 0; first < cols; first += kSumBlock) {
+    const auto block = sum_block<kSums>(first, first + kSumBlock < cols ? first + kSumBlock : cols, add);
+    for (int s = 0; s < kSums; ++s) {
+      total[s] += block.value[s];
+    }
+  }
+  Sums<kSums> rounded;
+  for (int s = 0; s < kSums; ++s) {
+    rounded.value[s] = static_cast<float>(total[s]);
+  }
+  return rounded;
 }
 
 // Columns whose keep bits are drawn together.

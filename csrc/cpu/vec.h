@@ -477,6 +477,21 @@ inline Vec tanh(Vec x) {
   return select(abs(x) < Vec::fill(0.3f), fma(p * s, x, x), large);
 }
 
+// term(begin) + ... + term(end - 1), halves added to each other, so that rounding grows with the logarithm of their
+// number; 64 terms or fewer are added in order.
+template <typename Term>
+Vec pairwise_sum(int64_t begin, int64_t end, const Term& term) {
+  if (end - begin > 64) {
+    const int64_t middle = begin + (end - begin) / 2;
+    return pairwise_sum(begin, middle, term) + pairwise_sum(middle, end, term);
+  }
+  Vec total = Vec::fill(0.f);
+  for (int64_t i = begin; i < end; ++i) {
+    total = total + term(i);
+  }
+  return total;
+}
+
 }  // namespace
 
 // The name of this file's variant of `name`: name_default, name_avx2 or name_avx512.

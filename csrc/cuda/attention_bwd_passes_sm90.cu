@@ -35,8 +35,11 @@ __global__ void __launch_bounds__(kThreads) attention_stats_sm90_kernel(StatsArg
   }
   const unsigned of_all = blockIdx.x / args.blocks;  // not the y of the grid, which ends at 65535
   const int head = of_all % args.shape.n_heads, batch = of_all / args.shape.n_heads;
-  const Sequence sequence(args.shape, batch);
-  const int first = blockIdx.x % args.blocks * kStatsBlock, row = first + threadIdx.x / 8;
+  const int block = blockIdx.x % args.blocks;
+  constexpr int kParts = kStatsRows / kStatsBlock;
+  const RowTile tile = RowTile::find(args.shape, batch, block / kParts);
+  const Sequence& sequence = tile.sequence;
+  const int first = tile.row + block % kParts * kStatsBlock, row = first + threadIdx.x / 8;
   const bool exists = row < sequence.q_len;
   float delta = 0.f;
   float lse = -INFINITY;
@@ -96,8 +99,11 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) attention_round_sm90_kernel(RoundArgs args) {
   const unsigned of_all = blockIdx.x / args.blocks;
   const int head = of_all % args.shape.n_heads, batch = of_all / args.shape.n_heads;
-  const Sequence sequence(args.shape, batch);
-  const int first = blockIdx.x % args.blocks * kSlab;
+  const int block = blockIdx.x % args.blocks;
+  constexpr int kParts = kStatsRows / kSlab;
+  const RowTile tile = RowTile::find(args.shape, batch, block / kParts);
+  const Sequence& sequence = tile.sequence;
+  const int first = tile.row + block % kParts * kSlab;
   const int thread = threadIdx.x / 8 * 4;
   const float* sums =
       args.dq_sums + (batch * args.stats_batch + head * args.stats_head + sequence.stats_begin + first) * kHeadDim;
@@ -127,13 +133,17 @@ __global__ void __launch_bounds__(kThreads) attention_round_sm90_kernel(RoundArg
   }
 }
 
+int row_tiles(const AttentionShape& shape) {
+  return count_tiles(shape.packed(), shape.seqlen_q, shape.batch, kStatsRows);
+}
+
 template <typename T, int kHeadDim>
 cudaError_t launch_stats(const AttentionCudaArgs& in, cudaStream_t stream) {
   StatsArgs args{attention_shape(in), in.out,        in.dout,         in.lse,   in.dlse,
                  in.lse_batch,        in.lse_head,   in.lse2,         in.delta, in.dq_sums,
                  in.stats_batch,      in.stats_head, in.tile_counters};
-  args.blocks = blocks_of(args.shape.seqlen_q, kStatsRows) * (kStatsRows / kStatsBlock);
-  const auto grid = static_cast<unsigned>(in.batch * in.n_heads * args.blocks);
+  args.blocks = row_tiles(args.shape) * (kStatsRows / kStatsBlock);
+  const auto grid = static_cast<unsigned>(args.shape.batched() * in.n_heads * args.blocks);
   attention_stats_sm90_kernel<T, kHeadDim><<<grid, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
@@ -141,8 +151,8 @@ cudaError_t launch_stats(const AttentionCudaArgs& in, cudaStream_t stream) {
 template <typename T, int kHeadDim>
 cudaError_t launch_round(const AttentionCudaArgs& in, cudaStream_t stream) {
   RoundArgs args{attention_shape(in), in.dq, in.dq_sums, in.stats_batch, in.stats_head, in.scale};
-  args.blocks = blocks_of(args.shape.seqlen_q, kSlab);
-  const auto grid = static_cast<unsigned>(in.batch * in.n_heads * args.blocks);
+  args.blocks = row_tiles(args.shape) * (kStatsRows / kSlab);
+  const auto grid = static_cast<unsigned>(args.shape.batched() * in.n_heads * args.blocks);
   attention_round_sm90_kernel<T, kHeadDim><<<grid, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
@@ -150,7 +160,7 @@ cudaError_t launch_round(const AttentionCudaArgs& in, cudaStream_t stream) {
 }  // namespace
 
 int64_t attention_stats_rows_sm90(const AttentionCudaArgs& args) {
-  return stats_rows(args.cu_seqlens_q != nullptr, args.rows_q, args.batch);
+  return int64_t{kStatsRows} * row_tiles(attention_shape(args));
 }
 
 int attention_stats_sm90(const AttentionCudaArgs& args, void* stream) {

@@ -6,8 +6,11 @@ Tensors are (batch, seqlen, heads, head_dim), packed sequences (total, heads, he
 causal and window_size are aligned bottom-right. What differs, and the tests that show it: docs/flash-attn.md.
 """
 
+from inspect import signature
+
 import torch
 
+from fastattn.ops._attention_checks import check_int32, resolve_window
 from fastattn.ops._public import Public
 from fastattn.ops.attention import attention
 from fastattn.ops.attention_decode import attention_decode
@@ -15,14 +18,26 @@ from fastattn.ops.rotary import rotary_embedding
 
 _TENSORS = (
     "q k v kv qkv k_cache v_cache cu_seqlens cu_seqlens_q cu_seqlens_k alibi_slopes rotary_cos rotary_sin"
-    " cache_batch_idx cache_leftpad block_table"
+    " cache_batch_idx cache_leftpad cache_seqlens block_table"
 )
+# what the functions of ours that are called call the arguments, and their names here
+_INNER_NAMES = {"scale": "softmax_scale", "window": "window_size", "cos": "rotary_cos", "sin": "rotary_sin"}
+_SELF_ATTENTION_NAMES = {"cu_seqlens_q": "cu_seqlens", "max_seqlen_q": "max_seqlen"}
 _BATCHED = ("batch", "seqlen", "heads", "head_dim")
 _PACKED = ("total", "heads", "head_dim")
 
 
 def _named(function):
-    public = Public(function.__name__, tensors=_TENSORS, numbers="dropout_p softmax_scale softcap num_splits")
+    public = Public(
+        function.__name__,
+        tensors=_TENSORS,
+        numbers="dropout_p softmax_scale softcap",
+        integers="num_splits cache_seqlens max_seqlen max_seqlen_q max_seqlen_k",
+        flags="deterministic return_attn_probs return_softmax_lse rotary_interleaved",
+        inner=_INNER_NAMES
+        if "max_seqlen_q" in signature(function).parameters
+        else _INNER_NAMES | _SELF_ATTENTION_NAMES,
+    )
     return public.answering(function)
 
 
@@ -200,15 +215,20 @@ def flash_attn_with_kvcache(
         raise ValueError(f"{name}: rotary_cos and rotary_sin need k and v: the keys of the cache are rotated already")
     if cache_seqlens is None:
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if not isinstance(cache_seqlens, torch.Tensor):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    left, right, _ = resolve_window(name, causal, window_size)
+    if isinstance(cache_seqlens, torch.Tensor):
+        check_int32(name, "cache_seqlens", cache_seqlens, q, q.shape[0])
+    else:
+        if cache_seqlens < 0:
+            raise ValueError(f"{name}: cache_seqlens must be at least 0, got {cache_seqlens}")
+        cache_seqlens = torch.full((q.shape[0],), int(cache_seqlens), dtype=torch.int32, device=q.device)
     q, k_cache, v_cache = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
     if k is not None:
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     if rotary_cos is not None:
         end = cache_seqlens[:, None]
         positions_q, positions_k = (end + torch.arange(t.shape[2], device=q.device) for t in (q, k))
-        if not causal and all(side in (-1, None) for side in window_size):
+        if left == right == -1:
             positions_q = end.expand_as(positions_q)
         tables = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
         q = rotary_embedding(q, positions=positions_q, **tables)

@@ -7,6 +7,7 @@ from fastattn import reference
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward
 from fastattn.ops._public import Public
+from fastattn.ops._random import check_dropout_p
 from fastattn.ops.linear import linear
 
 
@@ -58,14 +59,19 @@ class FeedForward(torch.nn.Module):
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
 
-    @Public("nn.FeedForward", numbers="d_model d_ff dropout").answering
+    @Public("nn.FeedForward", numbers="dropout", integers="d_model d_ff", flags="gated bias recompute").answering
     def __init__(
         self, d_model, d_ff=2048, *, activation="gelu", dropout=0.0, gated=False, bias=True, recompute=False,
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        if activation not in reference.ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+        if activation not in tuple(reference.ACTIVATIONS):
+            known = ", ".join(reference.ACTIVATIONS)
+            raise ValueError(f"nn.FeedForward: activation must be one of {known}, got {activation!r}")
+        for label, size in (("d_model", d_model), ("d_ff", d_ff)):
+            if size < 0:
+                raise ValueError(f"nn.FeedForward: {label} must be at least 0, got {size}")
+        check_dropout_p("nn.FeedForward", dropout, "dropout")
         self.activation = activation
         self.recompute = recompute
         self.linear1 = torch.nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)

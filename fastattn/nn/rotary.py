@@ -1,5 +1,7 @@
 """Rotary position embedding with its tables."""
 
+import math
+
 import torch
 
 from fastattn.ops import rotary_embedding
@@ -38,15 +40,15 @@ class RotaryEmbedding(torch.nn.Module):
 
     _made_for = None  # (rotary_dim, base) of the tables
 
-    @Public("nn.RotaryEmbedding", numbers="rotary_dim max_seqlen base").answering
+    @Public("nn.RotaryEmbedding", numbers="base", integers="rotary_dim max_seqlen", flags="interleaved").answering
     def __init__(self, rotary_dim, *, max_seqlen=2048, base=10000.0, interleaved=False, device=None):
         super().__init__()
         if rotary_dim < 2 or rotary_dim % 2:
-            raise ValueError(f"RotaryEmbedding: rotary_dim must be even and at least 2, got {rotary_dim}")
+            raise ValueError(f"nn.RotaryEmbedding: rotary_dim must be even and at least 2, got {rotary_dim}")
         if max_seqlen < 1:
-            raise ValueError(f"RotaryEmbedding: max_seqlen must be at least 1, got {max_seqlen}")
-        if not base > 0:
-            raise ValueError(f"RotaryEmbedding: base must be above 0, got {base}")
+            raise ValueError(f"nn.RotaryEmbedding: max_seqlen must be at least 1, got {max_seqlen}")
+        if not 0 < base < math.inf:
+            raise ValueError(f"nn.RotaryEmbedding: base must be a finite number above 0, got {base}")
         self.rotary_dim, self.base, self.interleaved = rotary_dim, base, interleaved
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
@@ -98,12 +100,14 @@ class RotaryEmbedding(torch.nn.Module):
             self._fill(self.cos.shape[0], self.cos.device)  # a cast must not round them, to_empty must not lose them
         return self
 
-    @Public("nn.RotaryEmbedding", tensors="q k positions", numbers="positions", nested=None).answering
+    @Public(
+        "nn.RotaryEmbedding", tensors="q k positions", integers="positions", flags="inplace", nested=None, inner={}
+    ).answering
     def forward(self, q, k=None, *, positions=None, inplace=False):
         """The rotated q, with k the pair (q, k); shapes and positions as `fastattn.rotary_embedding` takes them."""
         if q.size(-1) < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others
             raise ValueError(
-                f"RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.size(-1)}"
+                f"nn.RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.size(-1)}"
             )
         seqlen = longest(q) if q.is_nested else q.shape[0 if q.dim() == 3 else -2]
         end = 0 if isinstance(positions, torch.Tensor) else (positions or 0) + seqlen

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_readable, numbers
+from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_flag, is_integer, is_readable, numbers
 from fastattn.ops._random import check_dropout_p
 
 
@@ -172,7 +172,8 @@ def check_numbers(name, softcap, dropout_p, scale):
 
 def resolve_window(name, causal, window):
     """(window_left, window_right, top_left): causal is a right side of 0, and only says besides where it is aligned."""
-    if causal not in (False, True, "bottom_right", "top_left"):
+    fits = causal in ("top_left", "bottom_right") if isinstance(causal, str) else causal is False or is_flag(causal)
+    if not fits:
         raise ValueError(f'{name}: causal must be False, True, "bottom_right" or "top_left", got {causal!r}')
     left = right = -1
     if window is not None:
@@ -181,6 +182,6 @@ def resolve_window(name, causal, window):
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise ValueError(f"{name}: window must be a pair (left, right), got {window!r}")
         left, right = (-1 if side is None else side for side in window)
-        if isinstance(left, float) or isinstance(right, float) or left < -1 or right < -1:
+        if not (is_integer(left) and is_integer(right)) or left < -1 or right < -1:
             raise ValueError(f"{name}: window sides must be integers of at least -1 (unlimited), got {window!r}")
     return left, 0 if causal else right, causal == "top_left"

@@ -1,5 +1,6 @@
 """What kind of value an argument is."""
 
+import numbers as abstract
 import sys
 
 import torch
@@ -57,6 +58,41 @@ def is_dtensor(value):
     return module is not None and isinstance(value, module.DTensor)
 
 
+def _has_one_element(value):
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
+def is_number(value):
+    """Whether a value can stand for a number: of Python, numpy or a tensor of one element, but not complex."""
+    if isinstance(value, torch.Tensor):
+        return _has_one_element(value) and not value.is_complex()
+    return isinstance(value, (abstract.Real, torch.SymInt, torch.SymFloat))
+
+
+def is_integer(value):
+    """Whether a value can stand for an integer, as above. True is none, as in torch."""
+    if isinstance(value, torch.Tensor):
+        return _has_one_element(value) and value.dtype != torch.bool and not value.dtype.is_floating_point
+    return isinstance(value, (abstract.Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def is_flag(value):
+    """Whether a value can stand for True or False: it equals one of them, or is None."""
+    if isinstance(value, torch.Tensor):
+        return _has_one_element(value) and value.dtype == torch.bool
+    try:
+        return isinstance(value, torch.SymBool) or value in (None, False, True)
+    except ValueError:  # of an array
+        return False
+
+
+def describe(value):
+    """What a value is, for a message: its type, for a tensor the shape."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"a tensor of shape {tuple(value.shape)}" + ("" if value.numel() != 1 else f" and {value.dtype}")
+
+
 def numbers(t):
     """The elements of a small tensor as a list; those of a DTensor are gathered."""
     return (t.full_tensor() if type(t) is not torch.Tensor and is_dtensor(t) else t).tolist()
@@ -90,4 +126,6 @@ def as_number(name, label, value, default=0.0, instead=""):
         raise TypeError(
             f"{name}: {label} must be a number, which gets no gradient, got a tensor that requires grad{instead}"
         )
+    if value.numel() != 1:
+        raise TypeError(f"{name}: {label} must be a number, got a tensor of shape {tuple(value.shape)}")
     return float(value)

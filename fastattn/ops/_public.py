@@ -2,13 +2,13 @@
 
 A call pays for one look at the types of its arguments, and for no more unless it fails. Then the arguments are looked
 at again: an argument of an unknown name, or of a kind that the function does not take, is named instead of the error
-that it led to.
+that it led to. Flags and integers are looked at before: a wrong one, such as the text "no", would not fail.
 """
 
 import difflib
 import functools
 import inspect
-import numbers
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn.ops._advice import ADVICE
 from fastattn.ops._backends import asked_for
-from fastattn.ops._kinds import is_causal_bias, is_jagged, is_nested, odd_kind
+from fastattn.ops._kinds import describe, is_causal_bias, is_flag, is_integer, is_jagged, is_nested, is_number, odd_kind
 
 _Function = TypeVar("_Function", bound=Callable)
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
@@ -32,13 +32,7 @@ class ArgumentTypeError(TypeError, RuntimeError):
 
 
 _KINDS = {ValueError: ArgumentValueError, TypeError: ArgumentTypeError}
-
-
-def _raise_as_ours(error):
-    """Raise ValueError and TypeError as the classes above."""
-    kind = _KINDS.get(type(error))
-    if kind is not None and not torch.compiler.is_compiling():
-        raise kind(*error.args).with_traceback(error.__traceback__) from error.__cause__
+_INNER = re.compile(r"^(attention|attention_decode|rotary_embedding|flash_attn_\w+): (\w+)")
 
 
 def _by_position(parameters):
@@ -55,38 +49,65 @@ class Public:
 
     Args:
         name: what messages call it, and the key of what _advice.py has for it.
-        tensors, numbers: names of the parameters that take a tensor, or a number; NAME? may be None without being so
-            by default.
+        tensors, numbers, integers, flags: names of the parameters that take a tensor, a number, an integer, or True or
+            False; a tensor NAME? may be None without being so by default.
         weights: those of `tensors` that are not asked to take the place of the function: they are asked in it, by
             torch.nn.functional.linear, which their own kinds know.
         takes_pair: whether the first parameter takes a pair of tensors too.
         nested: (name, function, arguments by name) -> result, for calls with nested tensors; None leaves these to the
             function itself.
         on_reference: the function on the reference, where it has no parameter `backend`.
+        inner: for a function that hands its arguments on to others of ours: {name of a parameter there: name here}.
+            What they say is said in the words of this one.
     """
 
     def __init__(
-        self, name, *, tensors="", numbers="", weights="", takes_pair=False, nested=_refuse_nested, on_reference=None
+        self,
+        name,
+        *,
+        tensors="",
+        numbers="",
+        integers="",
+        flags="",
+        weights="",
+        takes_pair=False,
+        nested=_refuse_nested,
+        on_reference=None,
+        inner=None,
     ):
         self.name, self.advice = name, ADVICE.get(name, {})
         self.tensors = tensors.replace("?", "").split()
         self.optional = [name[:-1] for name in tensors.split() if name.endswith("?")]
-        self.numbers = numbers.split()
+        self.numbers, self.integers, self.flags = numbers.split(), integers.split(), flags.split()
         self.weights = weights.split()
+        also_tensors = {label: (torch.Tensor,) if label in self.tensors else () for label in self.integers}
+        # {flag or integer: the types that need no closer look}
+        self.exact = {label: (int, type(None), *more) for label, more in also_tensors.items()}
+        self.exact |= dict.fromkeys(self.flags, (bool, type(None)))
         self.takes_pair = takes_pair
         self.nested = nested
         self.on_reference = on_reference
+        self.inner = inner
 
     def overridable(self, function: _Function) -> _Function:
         """Let `__torch_function__` of its arguments, or of a mode, take the place of a function; answer to mistakes.
 
         A CausalBias and a jagged nested tensor have such a method too, but these know torch's own functions only.
         """
-        by_position, takes_pair = _by_position(inspect.signature(function).parameters), self.takes_pair
+        parameters, takes_pair = inspect.signature(function).parameters, self.takes_pair
+        by_position = _by_position(parameters)
+        exact, first = self.exact, self._first_exact(by_position)
 
         @functools.wraps(function)
         def call(*args, **kwargs):
-            values = (*args, *kwargs.values()) if kwargs else args
+            values = args
+            if kwargs:
+                values = (*args, *kwargs.values())
+                for label in kwargs:
+                    if label in exact and type(kwargs[label]) not in exact[label]:
+                        self._check_kind(parameters, label, kwargs[label])
+            if len(args) > first:
+                self._check_exact(parameters, dict(zip(by_position, args, strict=False)))
             if takes_pair and values and isinstance(values[0], (tuple, list)):
                 values = (*values[0], *values[1:])
             # torch.compile sees modes by the first question only
@@ -102,27 +123,55 @@ class Public:
             except Exception as error:
                 otherwise = self._otherwise(function, args, kwargs, error)
                 if otherwise is None:
-                    _raise_as_ours(error)
+                    self._raise_as_ours(error)
                     raise
             return self._instead(otherwise)
 
+        call.explained = self.answering(function)
         return call
 
     def answering(self, function: _Function) -> _Function:
         """Answer to mistakes only."""
+        parameters = inspect.signature(function).parameters
+        by_position = _by_position(parameters)
+        exact, first = self.exact, self._first_exact(by_position)
 
         @functools.wraps(function)
         def call(*args, **kwargs):
+            if exact and (kwargs or len(args) > first):
+                self._check_exact(parameters, dict(zip(by_position, args, strict=False)) | kwargs)
             try:
                 return function(*args, **kwargs)
             except Exception as error:
                 otherwise = self._otherwise(function, args, kwargs, error)
                 if otherwise is None:
-                    _raise_as_ours(error)
+                    self._raise_as_ours(error)
                     raise
             return self._instead(otherwise)
 
         return call
+
+    def _first_exact(self, by_position):
+        """How many arguments by position a call may have without a flag or an integer among them."""
+        return min((i for i, label in enumerate(by_position) if label in self.exact), default=len(by_position))
+
+    def _check_exact(self, parameters, given):
+        """Raise TypeError unless the flags and the integers among the arguments are some."""
+        for label, value in given.items():
+            if label in self.exact and type(value) not in self.exact[label]:
+                self._check_kind(parameters, label, value)
+
+    def _raise_as_ours(self, error):
+        """Raise ValueError and TypeError as the classes above, in the words of this function."""
+        kind = _KINDS.get(type(error))
+        if kind is None and self.inner is not None and type(error) in _KINDS.values():
+            kind = type(error)
+        if kind is not None and not torch.compiler.is_compiling():
+            args = error.args if self.inner is None else (_INNER.sub(self._in_our_words, str(error)),)
+            raise kind(*args).with_traceback(error.__traceback__) from error.__cause__
+
+    def _in_our_words(self, match):
+        return f"{self.name}: {self.inner.get(match[2], match[2])}"
 
     def _relevant(self, given):
         """The arguments whose `__torch_function__` may take the place of the function."""
@@ -131,12 +180,11 @@ class Public:
             relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
         return tuple(t for t in relevant if not is_causal_bias(t) and not is_jagged(t))
 
-    @staticmethod
-    def _instead(call):
+    def _instead(self, call):
         try:
             return call()
         except Exception as error:
-            _raise_as_ours(error)
+            self._raise_as_ours(error)
             raise
 
     def _otherwise(self, function, args, kwargs, error):
@@ -150,7 +198,12 @@ class Public:
             raise ArgumentTypeError(f"{self.name}: {self._about_names(parameters, args, kwargs) or mismatch}") from None
         for label, value in given.items():
             for one in self._one_by_one(label, value):
-                self._check_kind(label, one, parameters[label].default is None or label in self.optional)
+                self._check_kind(parameters, label, one)
+        if given.get("backend") is not None:
+            try:
+                asked_for(given["backend"], f"{self.name}: backend")
+            except ValueError as unknown:
+                raise ArgumentValueError(*unknown.args) from None
         tensors = [
             (label, t)
             for label, value in given.items()
@@ -194,18 +247,23 @@ class Public:
 
         return run
 
-    def _check_kind(self, label, value, optional):
+    def _check_kind(self, parameters, label, value):
+        """Raise TypeError if a value is of none of the kinds that a parameter takes."""
+        if torch.compiler.is_compiling():
+            return
         allowed = []
         if label in self.tensors:
-            allowed.append(("a tensor", torch.Tensor))
+            allowed.append(("a tensor", isinstance(value, torch.Tensor)))
         if label in self.numbers:
-            allowed.append(("a number", (numbers.Number, torch.Tensor, torch.SymInt, torch.SymFloat)))
-        if optional and allowed:
-            allowed.append(("None", type(None)))
-        if allowed and not any(isinstance(value, kind) for _, kind in allowed):
-            text = (
-                f"{self.name}: {label} must be {' or '.join(text for text, _ in allowed)}, got {type(value).__name__}"
-            )
+            allowed.append(("a number", is_number(value)))
+        if label in self.integers:
+            allowed.append(("an integer", is_integer(value)))
+        if label in self.flags:
+            allowed.append(("True or False", is_flag(value)))
+        if allowed and (parameters[label].default is None or label in self.optional):
+            allowed.append(("None", value is None))
+        if allowed and not any(fits for _, fits in allowed):
+            text = f"{self.name}: {label} must be {' or '.join(kind for kind, _ in allowed)}, got {describe(value)}"
             advice = self.advice.get(label)
             raise ArgumentTypeError(f"{text}: {advice}" if advice else text) from None
 

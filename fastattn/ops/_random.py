@@ -21,9 +21,9 @@ def draw_rng(where):
     return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device)
 
 
-def check_dropout_p(name, dropout_p):
+def check_dropout_p(name, dropout_p, label="dropout_p"):
     """dropout_p as a number, None as 0; ValueError unless it is a probability."""
-    dropout_p = as_number(name, "dropout_p", dropout_p)
+    dropout_p = as_number(name, label, dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{name}: dropout_p must be between 0 and 1, got {dropout_p}")
+        raise ValueError(f"{name}: {label} must be between 0 and 1, got {dropout_p}")
     return dropout_p

@@ -13,13 +13,15 @@ through the chunks again with the true dloss. The chunks run inside of one op, w
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
-from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
+from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
 from fastattn.ops._kinds import as_number, check_float, is_dtensor, odd_kind
 from fastattn.ops._nested import on_rows
@@ -36,7 +38,6 @@ from fastattn.ops._register import (
 
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CHUNK = 256
 
 
@@ -63,7 +64,7 @@ _fwd = raw_ops("linear_cross_entropy_fwd")
 
 def default_chunk_size(tokens, d_model, vocab):
     """Tokens of a chunk whose logits are about as large as x, but enough of them to keep the products busy."""
-    return max(math.ceil(tokens * d_model / vocab), _MIN_CHUNK)
+    return max(math.ceil(tokens * d_model / max(vocab, 1)), _MIN_CHUNK)
 
 
 def _implementation(backend):
@@ -112,26 +113,39 @@ def _check_range(target, vocab, ignore_index):
         )
 
 
+class Options(NamedTuple):
+    """What is done with the logits, in the order of the raw op."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+
+
+class Facts(NamedTuple):
+    """What a backend may refuse a call by; odd: the kind of a weight that is no plain tensor."""
+
+    device: str
+    dtype: torch.dtype
+    odd: str | None = None
+
+
 def _refuses(facts):
-    if facts[1] not in _FLOATS:
-        return f"it takes float32, bfloat16 and float16, got {facts[1]}"
-    return f"it takes a plain weight, got {facts[2]}" if facts[2:] and facts[2] else None
+    return refuse_dtypes(facts.dtype) or (f"it takes a plain weight, got {facts.odd}" if facts.odd else None)
 
 
 for _backend in ("native", "triton"):
-    register_backend("linear_cross_entropy", _backend, _refuses, raw="cross_entropy_fwd")
+    register_backend(_NAME, _backend, _refuses, raw="cross_entropy_fwd", facts=Facts)
     for _device in ("CPU", "CUDA"):
         implement("linear_cross_entropy_fwd", _backend, _device, _implementation(_backend))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """options: ignore_index, label_smoothing, z_loss, softcap."""
-
     @staticmethod
     def forward(ctx, x, weight, bias, target, options, reduction, chunk_size, backend):
         needs = (False,) * 3 if reduction == "none" else ctx.needs_input_grad[:3]
         loss, *grads = _fwd[backend](*_flat(x, weight, bias, target), None, *options, chunk_size, *needs)
-        loss, count = _reduce(loss, target, options[0], reduction)
+        loss, count = _reduce(loss, target, options.ignore_index, reduction)
         ctx.save_for_backward(x, weight, bias, target, count, *grads)
         ctx.options = (options, reduction, chunk_size, backend)
         return loss
@@ -194,12 +208,9 @@ def _scaled(grad, scale, like, last):
 
 
 def _reference(target, options, reduction, **product):
-    ignore_index, label_smoothing, z_loss, softcap = options
-
     def function(x, weight, bias):
         loss = reference.linear_cross_entropy(
-            x, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=softcap, reduction=reduction, **product,
+            x, weight, target, bias=bias, reduction=reduction, **options._asdict(), **product
         )  # fmt: skip
         return (loss,)
 
@@ -207,7 +218,7 @@ def _reference(target, options, reduction, **product):
 
 
 def _apply(backend, x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, *needs):
-    options = (ignore_index, label_smoothing, z_loss, softcap)
+    options = Options(ignore_index, label_smoothing, z_loss, softcap)
     loss = _LinearCrossEntropy.apply(x, weight, bias, target, options, "none", chunk_size, backend)
     return loss, *(loss.new_empty(0) for _ in needs)
 
@@ -215,7 +226,7 @@ def _apply(backend, x, weight, bias, target, dloss, ignore_index, label_smoothin
 def _raw_reference(x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, *needs):
     if any(needs):
         return NotImplemented  # only a backward asks for gradients
-    (loss,) = _reference(target, (ignore_index, label_smoothing, z_loss, softcap), "none")(x, weight, bias)
+    (loss,) = _reference(target, Options(ignore_index, label_smoothing, z_loss, softcap), "none")(x, weight, bias)
     return loss, x.new_empty(0), loss.new_empty(0), loss.new_empty(0)
 
 
@@ -239,7 +250,7 @@ def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction,
             f" {tuple(x.shape)}"
         )
     check_float(_NAME, "x", x)
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2:
         raise ValueError(f"linear_cross_entropy: weight must have shape (vocab, d_model), got {tuple(weight.shape)}")
     _check_shape("weight", weight, (weight.shape[0], x.shape[-1]), "(vocab, last dimension of x)", x)
     if bias is not None:
@@ -275,6 +286,7 @@ def _facts(x, odd=None):
 
 _PUBLIC = Public(
     _NAME, tensors="x weight target bias", weights="weight", numbers="label_smoothing z_loss softcap",
+    integers="ignore_index chunk_size",
     nested=on_rows("x", "target", last=(1, 0)),
 )  # fmt: skip
 
@@ -307,30 +319,31 @@ def linear_cross_entropy(
     Source: torch.nn.functional.cross_entropy; z_loss as in Chowdhery et al., "PaLM" (2022).
     """
     numbers = _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
-    options = (ignore_index, *numbers)
+    options = Options(ignore_index, *numbers)
     odd = odd_kind(weight)
     if odd is not None:
         choose(_NAME, _facts(x, odd), backend)  # raises if another backend than the reference was asked for
         return _reference(target, options, reduction, linear=F.linear)(x, weight, bias)[0]
     x, weight, bias = as_autocast(x, weight, bias)
     _check_dtypes(x, weight, bias)
+    runs = choose(_NAME, _facts(x), backend)
     if type(x) is not torch.Tensor and is_dtensor(x):
-        return _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend)
-    return _loss(x, weight, bias, target, options, reduction, chunk_size, backend)
+        return _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, runs)
+    return _loss(x, weight, bias, target, options, reduction, chunk_size, runs)
 
 
-def _loss(x, weight, bias, target, options, reduction, chunk_size, backend):
-    runs = observed(choose("linear_cross_entropy", _facts(x), backend))
+def _loss(x, weight, bias, target, options, reduction, chunk_size, runs):
+    runs = observed(runs)
     if runs == "reference":
         return _reference(target, options, reduction)(x, weight, bias)[0]
     chunk_size = chunk_size or 0
     if runs not in RECORDED and grad_wanted(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
-    return _reduce(loss, target, options[0], reduction)[0]
+    return _reduce(loss, target, options.ignore_index, reduction)[0]
 
 
-def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend):
+def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, runs):
     from fastattn.ops._sharded import ROWS, ShardedCall
 
     rows = ROWS[: x.dim() - 1]
@@ -339,24 +352,10 @@ def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backe
     of_parts = "none" if reduction == "none" else "sum"
 
     def function(*tensors):
-        return (_loss(*tensors, options, of_parts, chunk_size, backend),)
+        return (_loss(*tensors, options, of_parts, chunk_size, runs),)
 
     (loss,) = call(function, (rows if reduction == "none" else "",))
     if reduction != "mean":
         return loss
-    count = (target != options[0]).sum()
+    count = (target != options.ignore_index).sum()
     return torch.where(count > 0, loss / count.clamp_min(1), float("nan"))
-
-
-@_PUBLIC.answering
-def explain(
-    x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
-    chunk_size=None, backend=None,
-):  # fmt: skip
-    """What `linear_cross_entropy` would run for these arguments, and why not the others."""
-    _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
-    odd = odd_kind(weight)
-    if odd is None:
-        x, weight, bias = as_autocast(x, weight, bias)
-        _check_dtypes(x, weight, bias)
-    return explanation(_NAME, _facts(x, odd), backend)

@@ -30,8 +30,8 @@ inline AttentionShape attention_shape(const AttentionCudaArgs& args) {
           static_cast<int>(args.batch),
           static_cast<int>(args.n_heads),
           static_cast<int>(args.n_kv_heads),
-          static_cast<int>(args.seqlen_q),
-          static_cast<int>(args.seqlen_k),
+          static_cast<int>(args.rows_q),
+          static_cast<int>(args.rows_k),
           window_side(args.window_left),
           window_side(args.window_right),
           args.top_left};

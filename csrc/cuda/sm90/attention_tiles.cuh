@@ -16,7 +16,7 @@ constexpr int kStatsRows = 128;  // rows of lse and delta in the workspace of th
 
 struct AttentionShape {
   const int32_t *seqlens_k, *cu_seqlens_q, *cu_seqlens_k;
-  int batch, n_heads, n_kv_heads, seqlen_q, seqlen_k;  // packed: the longest
+  int batch, n_heads, n_kv_heads, seqlen_q, seqlen_k;  // packed: of all sequences together
   int left, right;                                     // of the window
   bool top_left;
 
@@ -24,6 +24,7 @@ struct AttentionShape {
   // Whether keys that a tensor map would read lie behind those of a sequence
   FASTATTN_HOST_DEVICE bool ragged_keys() const { return cu_seqlens_k != nullptr || seqlens_k != nullptr; }
   FASTATTN_HOST_DEVICE bool packed() const { return cu_seqlens_q != nullptr; }
+  FASTATTN_HOST_DEVICE int batched() const { return packed() ? 1 : batch; }  // of the tensors
 };
 
 FASTATTN_HOST_DEVICE constexpr int smaller(int a, int b) {
@@ -44,6 +45,32 @@ struct Band {
   FASTATTN_HOST_DEVICE int high(int x) const { return smaller(length - 1, x + off + right); }
 };
 
+// Packed rows are divided into tiles of `rows`: sequence b begins with tile cu_seqlens[b] / rows + b. So it gets at
+// least as many as its rows need, and all together count_tiles: that grows with the rows and not with the longest
+// sequence. The rows behind the last sequence come after it as if they were one more, which has nothing on the other
+// side.
+struct PackedTile {
+  int sequence, within;
+};
+FASTATTN_HOST_DEVICE int first_tile(const int32_t* cu_seqlens, int sequence, int rows) {
+  return cu_seqlens[sequence] / rows + sequence;
+}
+FASTATTN_HOST_DEVICE int count_tiles(bool packed, int length, int batch, int rows) {
+  return packed ? length / rows + batch + 1 : blocks_of(length, rows);
+}
+FASTATTN_HOST_DEVICE PackedTile find_tile(const int32_t* cu_seqlens, int batch, int rows, int tile) {
+  int low = 0, high = batch;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (first_tile(cu_seqlens, middle, rows) <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return {low, tile - first_tile(cu_seqlens, low, rows)};
+}
+
 struct Sequence {
   int index;                   // along the batch dimension of the tensors: 0 if packed
   int q_begin, q_len;          // first row and number of rows
@@ -53,26 +80,38 @@ struct Sequence {
 
   FASTATTN_HOST_DEVICE Sequence(const AttentionShape& shape, int b)
       : index(b), q_begin(0), q_len(shape.seqlen_q), k_begin(0), k_rows(shape.seqlen_k), stats_begin(0) {
+    bool behind = false;  // the last sequence
     if (shape.packed()) {
+      behind = b == shape.batch;
       index = 0;
       q_begin = shape.cu_seqlens_q[b];
-      q_len = shape.cu_seqlens_q[b + 1] - q_begin;
+      q_len = (behind ? shape.seqlen_q : shape.cu_seqlens_q[b + 1]) - q_begin;
       k_begin = shape.cu_seqlens_k[b];
-      k_rows = shape.cu_seqlens_k[b + 1] - k_begin;
-      stats_begin = (q_begin / kStatsRows + b) * kStatsRows;  // every sequence begins at a multiple
+      k_rows = (behind ? shape.seqlen_k : shape.cu_seqlens_k[b + 1]) - k_begin;
+      stats_begin = first_tile(shape.cu_seqlens_q, b, kStatsRows) * kStatsRows;
     }
-    k_len = shape.seqlens_k != nullptr ? larger(0, smaller(shape.seqlens_k[b], k_rows)) : k_rows;
+    k_len = behind ? 0 : shape.seqlens_k != nullptr ? larger(0, smaller(shape.seqlens_k[b], k_rows)) : k_rows;
     const int off = shape.top_left ? 0 : k_len - q_len;
     of_queries = {off, shape.left, shape.right, k_len};
     of_keys = {-off, shape.right, shape.left, q_len};
   }
 };
 
-// Rows of the workspace that all sequences together need
-FASTATTN_HOST_DEVICE int64_t stats_rows(bool packed, int64_t total_or_seqlen_q, int64_t batch) {
-  return packed ? (total_or_seqlen_q / kStatsRows + batch) * kStatsRows
-                : (total_or_seqlen_q + kStatsRows - 1) / kStatsRows * kStatsRows;
-}
+// A tile of a head of queries for what takes no keys, and where its rows begin in the workspace of the backward
+struct RowTile {
+  int batch, row;
+  Sequence sequence;
+
+  FASTATTN_HOST_DEVICE RowTile(const AttentionShape& shape, int b, int r)
+      : batch(b), row(r * kStatsRows), sequence(shape, b) {}
+  FASTATTN_HOST_DEVICE static RowTile find(const AttentionShape& shape, int b, int tile) {
+    if (!shape.packed()) {
+      return {shape, b, tile};
+    }
+    const PackedTile place = find_tile(shape.cu_seqlens_q, shape.batch, kStatsRows, tile);
+    return {shape, place.sequence, place.within};
+  }
+};
 
 // Blocks begin to end - 1 are seen by some row; of these full_begin to full_end - 1 by every row in every position.
 struct Blocks {
@@ -95,14 +134,17 @@ FASTATTN_HOST_DEVICE Blocks visible_blocks(const Band& band, int first, int last
   return blocks;
 }
 
-// The order of work: heads (of all sequences) in sets whose streamed operands stay in the L2 cache, within a set the
-// rows that see most first, within a row the heads.
+// The order of work: heads (of all sequences; packed ones count as one) in sets whose streamed operands stay in the L2
+// cache, within a set the rows that see most first, within a row the heads.
 struct TileOrder {
   int row_blocks, heads, set;  // set: heads that go together
   bool last_first;
 
   struct Place {
     int row_block, head;
+  };
+  struct InSequence {
+    int batch, head, row_block;
   };
   FASTATTN_HOST_DEVICE int64_t count() const { return int64_t{row_blocks} * heads; }
 
@@ -114,6 +156,17 @@ struct TileOrder {
     const int block = rest / together;
     return {last_first ? row_blocks - 1 - block : block, first + rest % together};
   }
+
+  // `cu_seqlens`: of packed rows, or null; n_heads: of one sequence; rows: of a tile
+  FASTATTN_HOST_DEVICE InSequence in_sequence(int64_t tile, const int32_t* cu_seqlens, int batch, int n_heads,
+                                              int rows) const {
+    const Place found = place(tile);
+    if (cu_seqlens == nullptr) {
+      return {found.head / n_heads, found.head % n_heads, found.row_block};
+    }
+    const PackedTile packed = find_tile(cu_seqlens, batch, rows, found.row_block);
+    return {packed.sequence, found.head, packed.within};
+  }
 };
 
 // kRows queries of one head and the blocks of kBlock keys that they see
@@ -124,9 +177,11 @@ struct QueryTile {
   Blocks keys;
 
   FASTATTN_HOST_DEVICE QueryTile(const AttentionShape& shape, const TileOrder& order, int64_t index)
-      : batch(order.place(index).head / shape.n_heads),
-        head(order.place(index).head % shape.n_heads),
-        row(order.place(index).row_block * kRows),
+      : QueryTile(shape, order.in_sequence(index, shape.cu_seqlens_q, shape.batch, shape.n_heads, kRows)) {}
+  FASTATTN_HOST_DEVICE QueryTile(const AttentionShape& shape, const TileOrder::InSequence& place)
+      : batch(place.batch),
+        head(place.head),
+        row(place.row_block * kRows),
         sequence(shape, batch),
         keys(visible_blocks(sequence.of_queries, row, smaller(row + kRows, sequence.q_len) - 1, kBlock)) {}
   FASTATTN_HOST_DEVICE bool exists() const { return row < sequence.q_len; }
@@ -140,9 +195,11 @@ struct KeyTile {
   Blocks queries;
 
   FASTATTN_HOST_DEVICE KeyTile(const AttentionShape& shape, const TileOrder& order, int64_t index)
-      : batch(order.place(index).head / shape.n_kv_heads),
-        kv_head(order.place(index).head % shape.n_kv_heads),
-        row(order.place(index).row_block * kRows),
+      : KeyTile(shape, order.in_sequence(index, shape.cu_seqlens_k, shape.batch, shape.n_kv_heads, kRows)) {}
+  FASTATTN_HOST_DEVICE KeyTile(const AttentionShape& shape, const TileOrder::InSequence& place)
+      : batch(place.batch),
+        kv_head(place.head),
+        row(place.row_block * kRows),
         sequence(shape, batch),
         queries(visible_blocks(sequence.of_keys, row, smaller(row + kRows, sequence.k_len) - 1, kBlock)) {}
   FASTATTN_HOST_DEVICE bool exists() const { return row < sequence.k_rows; }
@@ -153,18 +210,18 @@ struct KeyTile {
 FASTATTN_HOST_DEVICE int kv_heads_per_set(const AttentionShape& shape, int streamed_rows, int row_bytes) {
   constexpr int64_t kCache = 32 << 20;
   const int64_t bytes = larger(1, streamed_rows) * int64_t{row_bytes};
-  const int64_t heads = kCache / bytes, all = int64_t{shape.batch} * shape.n_kv_heads;
+  const int64_t heads = kCache / bytes, all = int64_t{shape.batched()} * shape.n_kv_heads;
   return static_cast<int>(heads < 1 ? 1 : heads < all ? heads : all);
 }
 
 // Queries last to first: under a causal mask the last ones see most. Keys first to last. with_dq: sums in fp32 go by
 // too.
 FASTATTN_HOST_DEVICE TileOrder query_order(const AttentionShape& shape, int rows, int head_dim) {
-  return {blocks_of(shape.seqlen_q, rows), shape.batch * shape.n_heads,
+  return {count_tiles(shape.packed(), shape.seqlen_q, shape.batch, rows), shape.batched() * shape.n_heads,
           kv_heads_per_set(shape, shape.seqlen_k, head_dim * 4) * shape.group(), true};
 }
 FASTATTN_HOST_DEVICE TileOrder key_order(const AttentionShape& shape, int rows, int head_dim, bool with_dq) {
-  return {blocks_of(shape.seqlen_k, rows), shape.batch * shape.n_kv_heads,
+  return {count_tiles(shape.packed(), shape.seqlen_k, shape.batch, rows), shape.batched() * shape.n_kv_heads,
           kv_heads_per_set(shape, shape.seqlen_q * shape.group(), head_dim * (with_dq ? 8 : 4)), false};
 }
 
