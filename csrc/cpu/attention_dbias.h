@@ -132,6 +132,7 @@ class BiasGradient {
 
   BiasGradient(const AttentionArgs& args, Arena& arena)
       : args_(args),
+        sums_(sums(args)),
         scores_(args, arena, true),
         block_(args, arena),
         tile_(args, arena, kKeys),
@@ -155,8 +156,8 @@ class BiasGradient {
 
   // slab_b, slab_h: the first batch entry and head of those that are summed
   void run_part(int64_t slab_b, int64_t slab_h, int64_t part) {
-    zero(sum_, round_up(sums(args_), kVec) * kLanes);
-    std::fill(total_, total_ + sums(args_) * kLanes, 0.);
+    zero(sum_, round_up(sums_, kVec) * kLanes);
+    std::fill(total_, total_ + sums_ * kLanes, 0.);
     terms_ = 0;
     const bool all_keys = has_rows_ || !has_keys_;
     const int64_t first_key = all_keys ? 0 : part * kKeys, last_key = all_keys ? args_.seqlen_k : first_key + kKeys;
@@ -172,7 +173,7 @@ class BiasGradient {
       }
     }
     add_to_total();
-    for (int64_t x = 0; x < sums(args_) * kLanes; ++x) {
+    for (int64_t x = 0; x < sums_ * kLanes; ++x) {
       sum_[x] = static_cast<float>(total_[x]);
     }
     if (!has_rows_) {
@@ -192,6 +193,8 @@ class BiasGradient {
     const T* k = sequence.rows<const T>(args_.k, h / group, 0);
     const T* v = sequence.rows<const T>(args_.v, h / group, 0);
     const int rows = sequence.block_rows(i0);
+    const int width = static_cast<int>(round_up(rows, kVec));
+    float *const sum = sum_, *const ds = tile_.ds;
     block_.load(sequence, h, i0, false);
     const KeyRange range = scores_.key_range(i0, rows, first_key, last_key);
     for (int64_t j0 = range.begin; j0 < range.end; j0 += kKeys) {
@@ -202,9 +205,9 @@ class BiasGradient {
       tile_.load_keys(k + j0 * args_.k.row, v + j0 * args_.v.row, keys);
       tile_.run(scores_, block_, 0, keys, rows);
       for (int r = 0; r < keys; ++r) {
-        float* at = sum_ + (has_keys_ ? j0 + r - first_key : 0) * kLanes;
-        for (int64_t x = 0; x < round_up(rows, kVec); x += kVec) {
-          (Vec::load(at + x) + Vec::load(tile_.ds + r * kLanes + x)).store(at + x);
+        float* at = sum + (has_keys_ ? j0 + r - first_key : 0) * kLanes;
+        for (int x = 0; x < width; x += kVec) {
+          (Vec::load(at + x) + Vec::load(ds + r * kLanes + x)).store(at + x);
         }
       }
       terms_ += has_keys_ ? 0 : keys;
@@ -218,15 +221,15 @@ class BiasGradient {
   }
 
   void add_to_total() {
-    for (int64_t x = 0; x < sums(args_) * kLanes; ++x) {
+    for (int64_t x = 0; x < sums_ * kLanes; ++x) {
       total_[x] += sum_[x];
     }
-    zero(sum_, sums(args_) * kLanes);
+    zero(sum_, sums_ * kLanes);
     terms_ = 0;
   }
 
   void sum_lanes() {
-    for (int64_t r = 0; r < sums(args_); ++r) {
+    for (int64_t r = 0; r < sums_; ++r) {
       Vec lanes = Vec::fill(0.f);
       for (int x = 0; x < kLanes; x += kVec) {
         lanes = lanes + Vec::load(sum_ + r * kLanes + x);
@@ -237,6 +240,7 @@ class BiasGradient {
 
   const AttentionArgs& args_;
   const bool has_rows_ = args_.dbias.row != 0, has_keys_ = args_.dbias.key != 0;
+  const int64_t sums_;  // of a task
   Scores scores_;
   QueryBlock<T, kPairs> block_;
   TileGradient<T, kPairs> tile_;

@@ -207,13 +207,14 @@ class TileGradient {
     const float* right = ds;
     if constexpr (kPairs) {
 #if defined(__AVX512BF16__)
+      float *const tile_ds = ds, *const slots = ds_depth_;
       for (int r = 0; r < keys; r += 2) {
         for (int at = r * kLanes; at < r * kLanes + rows; at += kVec) {
-          const Vec high = r + 1 < keys ? Vec::load(ds + at + kLanes) : Vec::fill(0.f);
-          _mm512_storeu_si512(ds_depth_ + at - r / 2 * kLanes, round_pairs(Vec::load(ds + at), high));
+          const Vec high = r + 1 < keys ? Vec::load(tile_ds + at + kLanes) : Vec::fill(0.f);
+          _mm512_storeu_si512(slots + at - r / 2 * kLanes, round_pairs(Vec::load(tile_ds + at), high));
         }
       }
-      right = ds_depth_;
+      right = slots;
 #endif
     }
     Operand left{k_.data + skip * k_.ld, k_.ld};
@@ -245,16 +246,17 @@ class TileGradient {
   template <bool kNatural>
   void weigh(const Scores& scores, const QueryBlock<T, kPairs>& block, float c, const float* keep, int keys,
              int lane_vecs) {
+    float *const tile_p = p, *const tile_ds = ds;  // a store of a vector may alias a member, none of these
     for (int x = 0; x < lane_vecs * kVec; x += kVec) {
       const Vec factor = Vec::fill(c), high = Vec::load(block.lse_high() + x), low = Vec::load(block.lse_low() + x);
       const Vec delta = Vec::load(block.delta() + x);
       const int seen = keys_seen(x, scores.diagonal(), keys);
       for (int r = seen; r < keys; ++r) {
-        Vec::fill(0.f).store(p + r * kLanes + x);
-        Vec::fill(0.f).store(ds + r * kLanes + x);
+        Vec::fill(0.f).store(tile_p + r * kLanes + x);
+        Vec::fill(0.f).store(tile_ds + r * kLanes + x);
       }
       for (int r = 0; r < seen; ++r) {
-        float *at_p = p + r * kLanes + x, *at_ds = ds + r * kLanes + x;
+        float *at_p = tile_p + r * kLanes + x, *at_ds = tile_ds + r * kLanes + x;
         Vec weight = probability<kNatural>(fma(Vec::load(at_p), factor, -high), low), dp = Vec::load(at_ds);
         const Vec unkept = weight;
         if (keep) {
