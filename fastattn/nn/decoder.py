@@ -38,6 +38,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     Source: torch.nn.TransformerDecoderLayer.
     """
 
+    @Public("nn.TransformerDecoderLayer", flags="strict_torch").answering
     def __init__(
         self, d_model, nhead, dim_feedforward=2048, dropout=0.1, activation=F.relu, layer_norm_eps=1e-5,
         batch_first=False, norm_first=False, bias=True, device=None, dtype=None, *, strict_torch=False,
@@ -52,7 +53,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         if strict_torch:
             self.self_attn.strict_torch = self.multihead_attn.strict_torch = True
 
-    @Public("nn.TransformerDecoderLayer", tensors=_TENSORS, nested=None).answering
+    @Public(
+        "nn.TransformerDecoderLayer", tensors=_TENSORS, flags="tgt_is_causal memory_is_causal", nested=None
+    ).answering
     def forward(
         self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
         tgt_is_causal=False, memory_is_causal=False,
@@ -121,12 +124,13 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
 
     strict_torch = False
 
+    @Public("nn.TransformerDecoder", flags="strict_torch").answering
     def __init__(self, decoder_layer, num_layers, norm=None, *, strict_torch=False):
         super().__init__(decoder_layer, num_layers, norm)
         if strict_torch:
             self.strict_torch = True
 
-    @Public("nn.TransformerDecoder", tensors=_TENSORS, nested=None).answering
+    @Public("nn.TransformerDecoder", tensors=_TENSORS, flags="tgt_is_causal memory_is_causal", nested=None).answering
     def forward(
         self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
         tgt_is_causal=None, memory_is_causal=False,

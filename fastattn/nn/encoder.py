@@ -96,6 +96,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     Source: torch.nn.TransformerEncoderLayer.
     """
 
+    @Public("nn.TransformerEncoderLayer", flags="strict_torch").answering
     def __init__(
         self, d_model, nhead, dim_feedforward=2048, dropout=0.1, activation=F.relu, layer_norm_eps=1e-5,
         batch_first=False, norm_first=False, bias=True, device=None, dtype=None, *, strict_torch=False,
@@ -110,7 +111,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if strict_torch:
             self.self_attn.strict_torch = True
 
-    @Public("nn.TransformerEncoderLayer", tensors="src src_mask src_key_padding_mask", nested=None).answering
+    @Public(
+        "nn.TransformerEncoderLayer", tensors="src src_mask src_key_padding_mask", flags="is_causal", nested=None
+    ).answering
     def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
         """Encode src.
 
@@ -214,6 +217,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     strict_torch = False
 
+    @Public("nn.TransformerEncoder", flags="strict_torch").answering
     def __init__(
         self, encoder_layer, num_layers, norm=None, enable_nested_tensor=True, mask_check=True, *, strict_torch=False
     ):
@@ -222,7 +226,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if strict_torch:
             self.strict_torch = True
 
-    @Public("nn.TransformerEncoder", tensors="src mask src_key_padding_mask", nested=None).answering
+    @Public("nn.TransformerEncoder", tensors="src mask src_key_padding_mask", flags="is_causal", nested=None).answering
     def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
         """Pass src through the layers.
 

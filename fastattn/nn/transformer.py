@@ -7,6 +7,7 @@ from fastattn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from fastattn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import leaf_call
+from fastattn.ops._public import Public
 
 
 class Transformer(torch.nn.Transformer):
@@ -19,6 +20,7 @@ class Transformer(torch.nn.Transformer):
     Source: torch.nn.Transformer.
     """
 
+    @Public("nn.Transformer", flags="strict_torch").answering
     def __init__(
         self, d_model=512, nhead=8, num_encoder_layers=6, num_decoder_layers=6, dim_feedforward=2048, dropout=0.1,
         activation=F.relu, custom_encoder=None, custom_decoder=None, layer_norm_eps=1e-5, batch_first=False,
