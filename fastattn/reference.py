@@ -266,8 +266,7 @@ def attention(
         s = s + bias
     if alibi_slopes is not None:
         i, j, off = _positions(seqlen_q, seqlen_k, causal, seqlens_k, q.device)
-        slopes = alibi_slopes.view(-1, n_heads, 1, 1)
-        s = s - slopes * (i + off - j).abs()
+        s = s - alibi_slopes[..., None, None] * (i + off - j).abs()
     s = torch.where(visible, s, float("-inf")).to(acc)
 
     row_max = s.detach().amax(-1, keepdim=True) if seqlen_k else s.new_full((*s.shape[:-1], 1), float("-inf"))
@@ -297,27 +296,24 @@ def attention(
 def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_slopes, need_low, **options):
     """Sequence by sequence: q (total_q, heads, head_dim), k and v (total_k, kv_heads, ...); lse (heads, total_q).
 
-    Rows behind the last sequence are those of none: out 0, lse -inf.
+    Rows behind the last sequence are those of one without keys: out 0, lse -inf, and no sink either.
     """
-    n_heads = q.shape[1]
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [], []  # lses: and what is left of them
-    for b in range(len(ends_q) - 1):
-        q_b, k_b, v_b = (
-            t[ends[b] : ends[b + 1]].transpose(0, 1)[None] for t, ends in ((q, ends_q), (k, ends_k), (v, ends_k))
-        )
-        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
-        lengths = None if seqlens_k is None else seqlens_k[b : b + 1]
-        out, *lse = attention(
-            q_b, k_b, v_b, seqlens_k=lengths, alibi_slopes=slopes, first_slab=b * n_heads, need_low=need_low, **options
-        )
+
+    def append(rows_q, rows_k, **options):
+        q_b, k_b, v_b = (t[rows].transpose(0, 1)[None] for t, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
+        out, *lse = attention(q_b, k_b, v_b, need_low=need_low, **options)
         outs.append(out[0].transpose(0, 1))
         lses.append(torch.cat(lse))
-    behind = q.shape[0] - ends_q[-1]
-    outs.append(q.new_zeros(behind, n_heads, v.shape[-1]))
-    lses.append(q.new_full((1, n_heads, behind), float("-inf"), dtype=accumulator(q.dtype)))
-    if need_low:
-        lses[-1] = torch.cat((lses[-1], torch.zeros_like(lses[-1])))
+
+    for b in range(len(ends_q) - 1):
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
+        append(
+            slice(*ends_q[b : b + 2]), slice(*ends_k[b : b + 2]), alibi_slopes=slopes, first_slab=b * q.shape[1],
+            seqlens_k=None if seqlens_k is None else seqlens_k[b : b + 1], **options,
+        )  # fmt: skip
+    append(slice(ends_q[-1], None), slice(0, 0))
     return torch.cat(outs), *torch.cat(lses, dim=-1)
 
 

@@ -250,11 +250,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
             rng,  window_left, window_right, top_left,  softcap,      dropout_p,    scale};
   AttentionArgs args = arguments(q, k, v, in);
   const bool packed = args.cu_seqlens_q;
-  STD_TORCH_CHECK(
-      out.dim() == 4 && d_o.dim() == 4 && out.numel() == q.numel() / std::max<int64_t>(1, q.size(3)) * v.size(3) &&
-          d_o.numel() == out.numel() && lse.numel() == q.size(0) * q.size(1) * q.size(2) &&
-          (lse_low.numel() == 0 || lse_low.numel() == lse.numel()) && (!dlse || dlse->numel() == lse.numel()),
-      "attention: do, dlse, out, lse and lse_low do not fit q and v");
+  const int64_t rows = q.size(0) * q.size(1) * q.size(2);
+  STD_TORCH_CHECK(out.dim() == 4 && d_o.dim() == 4 && out.numel() == rows * v.size(3) && d_o.numel() == out.numel() &&
+                      lse.numel() == rows && (lse_low.numel() == 0 || lse_low.numel() == rows) &&
+                      (!dlse || dlse->numel() == rows),
+                  "attention: do, dlse, out, lse and lse_low do not fit q and v");
   STD_TORCH_CHECK(d_o.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type() &&
                       lse.scalar_type() == ScalarType::Float && lse_low.scalar_type() == ScalarType::Float &&
                       (!dlse || dlse->scalar_type() == ScalarType::Float),

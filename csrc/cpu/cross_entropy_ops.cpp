@@ -1,6 +1,7 @@
 // fastattn::cross_entropy_fwd for CPU tensors: the pass of linear_cross_entropy between its products.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "dispatch.h"
@@ -37,7 +38,9 @@ Tensor cross_entropy_fwd(Tensor logits, const Tensor& target, const std::optiona
   args.need_grad = need_grad;
   args.dtype = fastattn::dtype_of(logits, "logits");
   const auto fn = FASTATTN_SELECT_CPU(cross_entropy_fwd);
-  fastattn::for_pieces(rows, args.cols, [&](int64_t begin, int64_t end) { fn(args, begin, end); });
+  // a row has a loss even where it has no columns
+  fastattn::for_pieces(rows, std::max<int64_t>(1, args.cols),
+                       [&](int64_t begin, int64_t end) { fn(args, begin, end); });
   return loss;
 }
 

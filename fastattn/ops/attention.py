@@ -303,10 +303,10 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): q is (total_q, n_heads, head_dim), k and v (total_k, n_kv_heads,
             ...), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1]. No mask or bias then. Rows behind the last
             sequence give 0 and lse -inf, and get no gradient.
-        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths. No backend needs them: without them the result is
-            the same, and neither time nor memory grows with the longest sequence. The native kernel on CUDA chooses the
-            size of its blocks by max_seqlen_k. A bound that is too small is an error on a CPU; on a GPU nothing reads
-            the lengths.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths. No backend needs them: without them the result
+            is the same, and neither time nor memory grows with the longest sequence. The native kernel on CUDA chooses
+            the size of its blocks by max_seqlen_k. A bound that is too small is an error on a CPU; on a GPU nothing
+            reads the lengths.
         alibi_slopes: float32 (n_heads,) or (batch, n_heads): slope * |i + off - j| is subtracted; gets no gradient.
         softcap: scores become softcap * tanh(score / softcap) before the bias; 0 = off.
         sink: float32 (n_heads,), one more logit in the denominator; gets a gradient.

@@ -63,7 +63,7 @@ _fwd = raw_ops("linear_cross_entropy_fwd")
 
 def default_chunk_size(tokens, d_model, vocab):
     """Tokens of a chunk whose logits are about as large as x, but enough of them to keep the products busy."""
-    return max(math.ceil(tokens * d_model / vocab), _MIN_CHUNK)
+    return max(math.ceil(tokens * d_model / max(vocab, 1)), _MIN_CHUNK)
 
 
 def _implementation(backend):
@@ -238,7 +238,7 @@ def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction,
             f" {tuple(x.shape)}"
         )
     check_float(_NAME, "x", x)
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2:
         raise ValueError(f"linear_cross_entropy: weight must have shape (vocab, d_model), got {tuple(weight.shape)}")
     _check_shape("weight", weight, (weight.shape[0], x.shape[-1]), "(vocab, last dimension of x)", x)
     if bias is not None:
