@@ -370,7 +370,7 @@ def test_errors_are_caught_as_those_of_pytorch_too(op):
 
 def test_errors_of_the_drop_in_functions_are_runtime_errors():
     calls = {
-        "attn_mask must be None when is_causal": lambda: fastattn.scaled_dot_product_attention(
+        "Explicit attn_mask should not be set when is_causal=True": lambda: fastattn.scaled_dot_product_attention(
             Q, Q, Q, MASK, is_causal=True
         ),
         "at least 2 dimensions": lambda: fastattn.scaled_dot_product_attention(B, B, B),

@@ -417,7 +417,7 @@ class TestScaledDotProductAttention:
     def test_a_mask_beside_is_causal_raises(self, mask):
         """The documentation of torch says so; its kernel for the CPU takes both."""
         q = torch.randn(2, H, L, 8)
-        with pytest.raises(RuntimeError, match="attn_mask must be None when is_causal is True"):
+        with pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal=True"):
             fastattn.scaled_dot_product_attention(q, q, q, mask, is_causal=True)
 
     @pytest.mark.parametrize(

@@ -431,7 +431,10 @@ def _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa):
     """PyTorch's conventions in ours: (q, k, v, mask, bias) with four dimensions."""
     name = "scaled_dot_product_attention"
     if is_causal and attn_mask is not None:
-        raise ValueError(f"{name}: attn_mask must be None when is_causal is True, got shape {tuple(attn_mask.shape)}")
+        raise ValueError(
+            f"{name}: Explicit attn_mask should not be set when is_causal=True, got one of shape"
+            f" {tuple(attn_mask.shape)}"
+        )
     for label, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2:
             raise ValueError(f"{name}: {label} must have at least 2 dimensions, got shape {tuple(t.shape)}")
@@ -526,6 +529,11 @@ def _torch_nested(explains, name, function, given):
     if is_nested(query) and query.layout is torch.jagged and query._ragged_idx == 1 and query.dim() > 3:
         labels = ("query", "key", "value", "attn_mask") if is_nested(given.get("attn_mask")) else _QKV
         return on_rows(*labels)(name, function, given)
+    tensors = {label: given[label] for label in _QKV}
+    if all(is_nested(t) and t.layout is torch.strided and t.dim() == 3 for t in tensors.values()):  # without heads
+        with_heads = {label: t.unsqueeze(1) for label, t in tensors.items()}
+        out = _torch_nested(explains, name, function, given | with_heads)
+        return out if explains else out.squeeze(1)
     if given.get("attn_mask") is not None:
         raise ValueError(f"{name}: attn_mask must be None for nested tensors, whose sequences share no grid")
     q, k, v = sequences_of(name, given, *_QKV)
