@@ -141,7 +141,7 @@ def test_gradients_where_native_has_a_forward_only(monkeypatch):
     if reason:
         pytest.skip(reason)
     if not HOPPER:  # the device of the call says so there
-        monkeypatch.setattr(attention_module, "_backward_backend", lambda runs, facts: "triton")
+        monkeypatch.setattr(attention_module, "_has_backward", lambda backend, q: backend == "triton")
     check(monkeypatch, "head dim 192", *qkv(1, 2, 1, 20, 30, 192, FP16), causal=True)
 
 

@@ -189,9 +189,9 @@ def hopper(monkeypatch, capability=(9, 0)):
 
 
 def attention_facts(**facts):
-    from fastattn.ops.attention import Facts
+    from fastattn.ops._attention_call import Facts
 
-    return tuple(Facts(**{"device": "cuda", "dtype": torch.bfloat16, "hopper_head_dim": True} | facts))
+    return Facts(**{"device": "cuda", "dtype": torch.bfloat16, "hopper_head_dim": True} | facts)
 
 
 def test_kernels_that_no_hardware_has_run_are_used_only_where_they_are_named(monkeypatch, no_override):
@@ -227,7 +227,7 @@ def test_what_native_attention_refuses_on_cuda(facts, reason, monkeypatch):
 def decode_facts(**facts):
     from fastattn.ops.attention_decode import Facts
 
-    return tuple(Facts(**{"device": "cuda", "dtype": torch.bfloat16, "hopper_head_dim": True} | facts))
+    return Facts(**{"device": "cuda", "dtype": torch.bfloat16, "hopper_head_dim": True} | facts)
 
 
 @pytest.mark.parametrize(
@@ -249,17 +249,22 @@ def test_what_native_attention_decode_refuses_on_cuda(facts, reason, monkeypatch
         choose("attention_decode", decode_facts(**facts), "native")
 
 
-@pytest.mark.parametrize(("runs", "above", "expected"), [
-    ("native", True, "triton"), ("native", False, "native"), ("triton", True, "triton"),
-])  # fmt: skip
-def test_gradients_of_head_dims_that_native_only_has_a_forward_for(runs, above, expected, monkeypatch):
-    from fastattn.ops.attention import _backward_backend, _explanation
-
+@pytest.mark.parametrize("above", [True, False])
+def test_explain_says_which_head_dims_have_only_a_native_forward(above, monkeypatch):
     hopper(monkeypatch)
-    told = "native has no backward above head dim 128" in _explanation(attention_facts(above_128=above), runs)
-    assert told == above
-    assert _backward_backend(runs, attention_facts(above_128=above)) == expected
-    assert _backward_backend(runs, attention_facts(device="cpu", above_128=above)) == runs
+    text = _backends.explanation("attention", attention_facts(above_128=above), "native")
+    assert ("native has no backward above head dim 128" in text) == above
+
+
+@pytest.mark.parametrize("backend", ["native", "native_recorded", "triton"])
+@pytest.mark.parametrize("head_dim", [128, 192])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_who_has_a_backward(backend, head_dim, device):
+    from fastattn.ops.attention import _has_backward
+
+    with FakeTensorMode():
+        q = torch.empty(1, 1, 1, head_dim, device=device)
+    assert _has_backward(backend, q) == (device == "cpu" or head_dim == 128 or backend == "triton")
 
 
 def on_cuda(*shape, dtype=torch.bfloat16):

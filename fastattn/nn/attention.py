@@ -15,6 +15,7 @@ from fastattn._autocast import matmul
 from fastattn.nn.masks import attention_masks, check_mask_dtype
 from fastattn.nn.plain import leaf_call, remember_forward, torch_attention_is_replaced
 from fastattn.ops import attention
+from fastattn.ops._attention_call import attention_call
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._nested import Rows, packed_arguments
 from fastattn.ops._public import Public
@@ -53,7 +54,8 @@ def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
 def _attention_and_weights(q, k, v, mask, bias, causal, dropout_p):
     """The output of the op and, in a second pass over q and k, the weights after dropout that made it."""
     if type(q) is not torch.Tensor and is_dtensor(q):
-        call = sharded_call("MultiheadAttention", q, k, v, bias, None, mask, None, None, None, None, bool(causal))
+        _, call = attention_call("MultiheadAttention", q, k, v, mask, bias, causal)
+        call = sharded_call("MultiheadAttention", call, bool(causal))
         rng = call.draw_rng() if dropout_p else None
 
         def function(q, k, v, bias, _, mask, *unused):

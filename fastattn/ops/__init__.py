@@ -8,24 +8,14 @@ from fastattn.ops import feed_forward as _feed_forward
 from fastattn.ops import linear_cross_entropy as _linear_cross_entropy
 from fastattn.ops import norm as _norm
 from fastattn.ops import rotary as _rotary
+from fastattn.ops import scaled_dot_product_attention as _scaled_dot_product_attention
+from fastattn.ops._backends import Answer, Question
 
 import_after("torch.utils.flop_counter", "fastattn.ops._flops")  # it imports Triton
 
-_EXPLAIN = {
-    "attention": _attention.explain,
-    "attention_decode": _attention_decode.explain,
-    "dropout": _dropout.explain,
-    "feed_forward": _feed_forward.explain,
-    "layer_norm": _norm.explain,
-    "linear_cross_entropy": _linear_cross_entropy.explain,
-    "rms_norm": _norm.explain_rms,
-    "rotary_embedding": _rotary.explain,
-    "scaled_dot_product_attention": _attention.explain_torch,
-}
-
 attention = _attention.attention
 attention_decode = _attention_decode.attention_decode
-scaled_dot_product_attention = _attention.scaled_dot_product_attention
+scaled_dot_product_attention = _scaled_dot_product_attention.scaled_dot_product_attention
 dropout = _dropout.dropout
 feed_forward = _feed_forward.feed_forward
 layer_norm = _norm.layer_norm
@@ -34,8 +24,17 @@ rms_norm = _norm.rms_norm
 rotary_embedding = _rotary.rotary_embedding
 
 
-def explain(op, *args, **kwargs):
-    """Which backend would run `op` for these arguments, and why the others would not.
+_OPS = {
+    function.__name__: function
+    for function in (
+        attention, attention_decode, dropout, feed_forward, layer_norm, linear_cross_entropy, rms_norm,
+        rotary_embedding, scaled_dot_product_attention,
+    )
+}  # fmt: skip
+
+
+def explain(op, *args, backend=None, **kwargs):
+    """Which backend would run `op` for these arguments, and why the others would not. Nothing is computed.
 
     Args:
         op: name of a public op, e.g. "layer_norm"; the other arguments are the op's own.
@@ -43,6 +42,10 @@ def explain(op, *args, **kwargs):
     Raises:
         ValueError: there is no such op, or the arguments do not fit it.
     """
-    if op not in tuple(_EXPLAIN):
-        raise ValueError(f"explain: op must be one of {', '.join(sorted(_EXPLAIN))}, got {op!r}")
-    return _EXPLAIN[op](*args, **kwargs)
+    if op not in tuple(_OPS):
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(_OPS))}, got {op!r}")
+    try:
+        _OPS[op].explained(*args, backend=Question("" if backend is None else backend), **kwargs)
+    except Answer as answer:
+        return str(answer)
+    return f"{op}: no backend is chosen: there is nothing that a kernel would do"

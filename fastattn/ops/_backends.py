@@ -7,6 +7,8 @@ the device in order; the order is data, set from recorded benchmarks. Argument >
 import contextlib
 import functools
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -22,7 +24,22 @@ _ON_REQUEST = {
     ("attention_decode", "native", "cuda"): "not yet run on hardware",
 }
 
-_registered = {}  # (op, backend) -> (facts -> reason or None, name of its raw op, device -> reason or None)
+
+class _Registration(NamedTuple):
+    """What `register_backend` was told."""
+
+    refuses: Callable
+    raw: str
+    refuses_device: Callable
+    facts: Callable | None
+    note: Callable
+
+    def named(self, facts):
+        """A tuple of facts as the NamedTuple that the functions of the op read."""
+        return facts if self.facts is None else self.facts(*facts)
+
+
+_registered = {}  # (op, backend) -> _Registration
 _unavailable = {}  # (backend, device type) -> reason, or a function: index of a device -> its reason or None
 _decisions = {}  # (op, facts, wanted) -> backend
 
@@ -51,17 +68,24 @@ def _type_and_index(device):
     return kind, int(index) if index else None
 
 
-def register_backend(op, backend, refuses, raw=None, refuses_device=lambda device: None):
+def register_backend(op, backend, refuses, raw=None, *, facts=None, refuses_device=None, note=None):
     """Tell that `op` can run on `backend`.
 
     Args:
-        refuses: facts -> why the backend cannot serve the call, or None; facts begin with "cpu" or a `device_name`, and
-            the dtype.
+        refuses: facts -> why the backend cannot serve the call, or None.
         raw: the raw op that must have a kernel for the device, <op>_fwd by default.
+        facts: the NamedTuple of the facts of this op; the first two are "cpu" or a `device_name`, and the dtype.
         refuses_device: name of a device -> why no call can be served there, or None.
+        note: facts -> what `explain` adds for a call that the backend can serve, or None.
     """
-    _registered[op, backend] = refuses, raw or f"{op}_fwd", refuses_device
+    _registered[op, backend] = _Registration(
+        refuses, raw or f"{op}_fwd", refuses_device or _nothing, facts, note or _nothing
+    )
     _decisions.clear()
+
+
+def _nothing(_):
+    return None
 
 
 def set_unavailable(backend, device, reason):
@@ -100,10 +124,10 @@ def missing(op, backend, device):
     reason = unavailable(backend, device)
     if reason is not None or backend == "reference":
         return reason
-    _, raw, _ = _registered.get((op, backend), (None, None, None))
+    registered = _registered.get((op, backend))
     kind, _ = _type_and_index(device)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if raw is None or not has_kernel(f"fastattn::{raw}.{backend}", kind.upper()):
+    if registered is None or not has_kernel(f"fastattn::{registered.raw}.{backend}", kind.upper()):
         return f"{op} has no {backend} kernel for {kind} tensors"
     return None
 
@@ -113,7 +137,7 @@ def refuses_device(op, backend, device):
     reason = missing(op, backend, device)
     if reason is not None or backend == "reference":
         return reason
-    return _registered[op, backend][2](device)
+    return _registered[op, backend].refuses_device(device)
 
 
 def refusal(op, backend, facts):
@@ -121,7 +145,8 @@ def refusal(op, backend, facts):
     reason = refuses_device(op, backend, facts[0])
     if reason is not None or backend == "reference":
         return reason
-    return _registered[op, backend][0](facts)
+    registered = _registered[op, backend]
+    return registered.refuses(registered.named(facts))
 
 
 def order(device):
@@ -132,6 +157,16 @@ def order(device):
 def on_request(op, backend, device):
     """Why `backend` serves `op` on a device only where it is named, or None."""
     return _ON_REQUEST.get((op, backend, _type_and_index(device)[0]))
+
+
+class Question(str):
+    """The name of a backend, or "", that asks which one would serve the call. `choose` answers instead of choosing."""
+
+    __slots__ = ()
+
+
+class Answer(BaseException):
+    """The answer to a `Question`. It is no Exception, so that nothing on its way up takes it for a mistake."""
 
 
 def _decide(op, facts, wanted):
@@ -150,9 +185,15 @@ def _decide(op, facts, wanted):
     return decision
 
 
-# torch.compile evaluates it while tracing: facts are constants there. What torch.compiler.assume_constant_result sets,
-# without the import of the compiler that comes with it.
-_decide._dynamo_marked_constant = True
+def _decide_named(op, facts, backend):
+    if type(backend) is Question:
+        raise Answer(explanation(op, facts, backend))
+    return _decide(op, facts, asked_for(backend))
+
+
+# torch.compile evaluates them while tracing: facts are constants there. What torch.compiler.assume_constant_result
+# sets, without the import of the compiler that comes with it.
+_decide._dynamo_marked_constant = _decide_named._dynamo_marked_constant = True
 
 
 def asked_for(backend=None, source="backend"):
@@ -161,19 +202,24 @@ def asked_for(backend=None, source="backend"):
     Args:
         source: what messages call the argument.
     """
-    return _override if backend is None else _checked(backend, source)
+    return _checked(backend, source) if backend else _override
 
 
 def choose(op, facts, backend=None):
     """The backend that serves a call of `op`.
 
+    Ops choose before they draw random numbers, move data or write anything: `explain` ends there.
+
     Args:
-        facts: hashable tuple ("cpu" or a `device_name`, dtype, ...) as the op's backends expect.
+        facts: the facts of the op, hashable, as `register_backend` says.
         backend: a name, or None for use_backend(), FASTATTN_BACKEND or the automatic choice.
     Raises:
         ValueError: the name is unknown, or that backend cannot serve the call; the message has the reason.
+        Answer: `backend` is a Question.
     """
-    return _decide(op, facts, _override if backend is None else asked_for(backend))
+    if backend is None:
+        return _decide(op, tuple(facts), _override)
+    return _decide_named(op, tuple(facts), backend)
 
 
 @contextlib.contextmanager
@@ -195,7 +241,7 @@ def explanation(op, facts, backend=None):
     wanted = asked_for(backend)
     reasons = {name: refusal(op, name, facts) for name in order(facts[0])}
     try:
-        runs = choose(op, facts, backend)
+        runs = _decide(op, tuple(facts), wanted)
     except ValueError:
         runs = None
     lines = [
@@ -211,6 +257,11 @@ def explanation(op, facts, backend=None):
         else:
             text = "could, but comes later in the order" if wanted is None else "could, but was not asked for"
         lines.append(f"  {name}: {text}")
+    for name, reason in reasons.items():
+        registered = _registered.get((op, name))
+        if reason is None and registered is not None:
+            note = registered.note(registered.named(facts))
+            lines += [f"  {note}"] if note else []
     return "\n".join(lines)
 
 

@@ -127,6 +127,7 @@ class Public:
                     raise
             return self._instead(otherwise)
 
+        call.explained = self.answering(function)
         return call
 
     def answering(self, function: _Function) -> _Function:

@@ -8,14 +8,15 @@ of one tile, and the keys of a sequence are divided into splits that run at the 
 Two raw ops: attention_decode_append writes new keys and values into the cache, attention_decode_fwd only reads it.
 """
 
-from collections import namedtuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastattn import reference
 from fastattn._autocast import autocast_dtype
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
-from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._hopper import HOPPER_HEAD_DIMS, hopper_refuses, hopper_refuses_device
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
@@ -27,11 +28,42 @@ MIN_PAGE_SIZE = 16
 HOPPER_KEYS = 64  # of a block of the CUDA kernel, which pages must be a multiple of
 _NAME = "attention_decode"
 
-# what a backend may refuse by; sizes stay out, so that decisions are cached
-Facts = namedtuple(
-    "Facts", "device dtype wide_heads hopper_head_dim odd_strides odd_pages leftpad alibi softcap sink",
-    defaults=(False,) * 8,
-)  # fmt: skip
+
+class Facts(NamedTuple):
+    """What a backend may refuse a call by. Sizes stay out, so that decisions can be cached."""
+
+    device: str
+    dtype: torch.dtype
+    wide_heads: bool = False
+    hopper_head_dim: bool = False
+    odd_strides: bool = False
+    odd_pages: bool = False
+    leftpad: bool = False
+    alibi: bool = False
+    softcap: bool = False
+    sink: bool = False
+
+
+class DecodeCall(NamedTuple):
+    """The arguments of attention_decode_fwd, and k and v, which attention_decode_append writes before."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    cache_seqlens: Tensor
+    block_table: Tensor | None
+    cache_batch_idx: Tensor | None
+    cache_leftpad: Tensor | None
+    alibi_slopes: Tensor | None
+    sink: Tensor | None
+    seqlen_new: int
+    window_left: int
+    window_right: int
+    softcap: float
+    scale: float
+    num_splits: int
 
 
 def _attention_decode_fwd_fake(q, k_cache, v_cache, *_):
@@ -45,17 +77,16 @@ _fwd, _append = raw_ops("attention_decode_fwd"), raw_ops("attention_decode_appen
 
 def refuses(facts):
     """What every compiled backend refuses."""
-    return refuse_dtypes(Facts(*facts).dtype)
+    return refuse_dtypes(facts.dtype)
 
 
 def refuses_triton(facts):
     """What the Triton kernels refuse."""
-    return "it takes head dims up to 256" if Facts(*facts).wide_heads else refuses(facts)
+    return "it takes head dims up to 256" if facts.wide_heads else refuses(facts)
 
 
 def refuses_native(facts):
     """What the C++ kernels refuse: on CUDA there are those for Hopper."""
-    facts = Facts(*facts)
     if not facts.device.startswith("cuda"):
         return refuses(facts)
     return hopper_refuses(
@@ -65,8 +96,8 @@ def refuses_native(facts):
     )  # fmt: skip
 
 
-register_backend(_NAME, "native", refuses_native, refuses_device=hopper_refuses_device)
-register_backend(_NAME, "triton", refuses_triton)
+register_backend(_NAME, "native", refuses_native, facts=Facts, refuses_device=hopper_refuses_device)
+register_backend(_NAME, "triton", refuses_triton, facts=Facts)
 
 
 def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
@@ -166,7 +197,7 @@ def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_n
 
 def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window,
              softcap, alibi_slopes, sink, scale, num_splits):  # fmt: skip
-    """Check, cast and bring into the form of the raw ops: (facts, q, k, v, the rest of attention_decode_fwd)."""
+    """Check, cast and bring into the form of the raw ops: (Facts, DecodeCall)."""
     device = "cpu" if q.is_cpu else device_name(q.device)
     if autocast_dtype(q) is not None:  # the caches are updated in place: they set the dtype
         dtype = k_cache.dtype
@@ -193,11 +224,11 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
     wide = True if head_dim > 256 or v_cache.shape[3] > 256 else False  # noqa: SIM210  bool() would stay symbolic
-    rest = (
-        cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink, seqlen_new, left, right,
-        float(softcap), float(scale), num_splits,
+    call = DecodeCall(
+        q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink,
+        seqlen_new, left, right, float(softcap), float(scale), num_splits,
     )  # fmt: skip
-    facts = (device, q.dtype, wide)
+    facts = Facts(device, q.dtype, wide)
     if device.startswith("cuda"):  # conditions as expressions, as in attention
         tiles = True if head_dim in HOPPER_HEAD_DIMS and v_cache.shape[3] == head_dim else False  # noqa: SIM210
         odd_strides = False
@@ -205,31 +236,31 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
             for stride in t.stride()[:3]:
                 if stride == 0 or stride % 8 or t.storage_offset() % 8:
                     odd_strides = True
-        facts += (
-            tiles, odd_strides,
-            True if block_table is not None and k_cache.shape[2] % HOPPER_KEYS else False,  # noqa: SIM210
-            cache_leftpad is not None, alibi_slopes is not None,
-            True if softcap > 0 else False,  # noqa: SIM210
-            sink is not None,
-        )  # fmt: skip
-    return facts, q, k, v, rest
+        facts = facts._replace(
+            hopper_head_dim=tiles,
+            odd_strides=odd_strides,
+            odd_pages=True if block_table is not None and k_cache.shape[2] % HOPPER_KEYS else False,  # noqa: SIM210
+            leftpad=cache_leftpad is not None,
+            alibi=alibi_slopes is not None,
+            softcap=True if softcap > 0 else False,  # noqa: SIM210
+            sink=sink is not None,
+        )
+    return facts, call
 
 
-def _reference(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes,
-               sink, seqlen_new, window_left, window_right, softcap, scale, num_splits):  # fmt: skip
-    """The reference under the arguments of the raw ops."""
+def _reference(call):
     return reference.attention_decode(
-        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, block_table=block_table,
-        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, causal=False, window=(window_left, window_right),
-        softcap=softcap, alibi_slopes=alibi_slopes, sink=sink, scale=scale,
+        call.q, call.k_cache, call.v_cache, k=call.k, v=call.v, cache_seqlens=call.cache_seqlens,
+        block_table=call.block_table, cache_batch_idx=call.cache_batch_idx, cache_leftpad=call.cache_leftpad,
+        causal=False, window=(call.window_left, call.window_right), softcap=call.softcap,
+        alibi_slopes=call.alibi_slopes, sink=call.sink, scale=call.scale,
     )  # fmt: skip
 
 
-def _decode_reference(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes,
-                      sink, seqlen_new, *rest):  # fmt: skip
+def _decode_reference(q, k_cache, v_cache, *others):
     """The reference of attention_decode_fwd, which comes after attention_decode_append."""
-    tables = (block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink)
-    return _reference(q, k_cache, v_cache, None, None, cache_seqlens + seqlen_new, *tables, 0, *rest)
+    call = DecodeCall(q, k_cache, v_cache, None, None, *others)
+    return _reference(call._replace(cache_seqlens=call.cache_seqlens + call.seqlen_new))
 
 
 register_reference("attention_decode_fwd", _decode_reference)
@@ -287,69 +318,54 @@ def attention_decode(
         RuntimeError: a gradient would be needed: there is no backward.
     Source: Dao et al., "Flash-Decoding for long-context inference", 2023; the cache as in flash-attn's kvcache.
     """
-    facts, q, k, v, rest = _prepare(
+    facts, call = _prepare(
         q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window, softcap,
         alibi_slopes, sink, scale, num_splits,
     )  # fmt: skip
-    if grad_wanted(q, k_cache, v_cache, k, v, sink):
+    runs = choose(_NAME, facts, backend)
+    if grad_wanted(call.q, k_cache, v_cache, call.k, call.v, sink):
         raise RuntimeError(
             f"{_NAME}: there is no backward, and an input requires grad: call it under torch.no_grad() or"
             " torch.inference_mode(), or use attention"
         )
-    sharded = type(q) is not torch.Tensor and is_dtensor(q)
-    out, lse = (_run_sharded if sharded else _run)(facts, q, k_cache, v_cache, k, v, rest, backend)
+    sharded = type(call.q) is not torch.Tensor and is_dtensor(call.q)
+    out, lse = (_run_sharded if sharded else _run)(runs, call)
     return (out, lse) if return_lse else out
 
 
-def _run(facts, q, k_cache, v_cache, k, v, rest, backend):
-    runs = observed(choose(_NAME, facts, backend))
+def _run(runs, call):
+    runs = observed(runs)
     if runs == "reference":
-        out, lse = _reference(q, k_cache, v_cache, k, v, *rest)
-    else:
-        if k is not None:
-            _append[runs](k_cache, v_cache, k, v, *rest[:3])
-            if not torch.compiler.is_compiling() and not k_cache.is_inference():
-                torch.autograd.graph.increment_version((k_cache, v_cache))
-        out, lse = _fwd[runs](q, k_cache, v_cache, *rest)
-    return out, lse
+        return _reference(call)
+    q, k_cache, v_cache, k, v, *others = call
+    if k is not None:
+        _append[runs](k_cache, v_cache, k, v, call.cache_seqlens, call.block_table, call.cache_batch_idx)
+        if not torch.compiler.is_compiling() and not k_cache.is_inference():
+            torch.autograd.graph.increment_version((k_cache, v_cache))
+    return _fwd[runs](q, k_cache, v_cache, *others)
 
 
-def _run_sharded(facts, q, k_cache, v_cache, k, v, rest, backend):
+def _run_sharded(runs, call):
     from fastattn.ops._sharded import ShardedCall
 
-    cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink, *options = rest
-    n_heads, n_kv_heads = q.shape[1], k_cache.shape[1]
+    n_heads, n_kv_heads = call.q.shape[1], call.k_cache.shape[1]
     # pages and rows of the cache belong to no sequence: only a cache that is whole has all those that a part needs
-    row = "b" if block_table is None and cache_batch_idx is None else "p"
-    letters = "bh" if k is None or row == "b" else "h"
-    operands = {
-        "q": (q, "bhsd"), "k_cache": (k_cache, row + "htd"), "v_cache": (v_cache, row + "hte"), "k": (k, "bhnd"),
-        "v": (v, "bhne"), "cache_seqlens": (cache_seqlens, "b"), "block_table": (block_table, "bm"),
-        "cache_batch_idx": (cache_batch_idx, "b"), "cache_leftpad": (cache_leftpad, "b"),
-        "alibi_slopes": (alibi_slopes, "h" if alibi_slopes is not None and alibi_slopes.dim() == 1 else "bh"),
-        "sink": (sink, "h"),
+    row = "b" if call.block_table is None and call.cache_batch_idx is None else "p"
+    letters = "bh" if call.k is None or row == "b" else "h"
+    slopes = call.alibi_slopes
+    dims = {
+        "q": "bhsd", "k_cache": row + "htd", "v_cache": row + "hte", "k": "bhnd", "v": "bhne", "cache_seqlens": "b",
+        "block_table": "bm", "cache_batch_idx": "b", "cache_leftpad": "b",
+        "alibi_slopes": "h" if slopes is not None and slopes.dim() == 1 else "bh", "sink": "h",
     }  # fmt: skip
-    call = ShardedCall(
-        _NAME, operands, letters, divisible={} if n_kv_heads in (1, n_heads) else {"h": n_kv_heads},
+    sharded = ShardedCall(
+        _NAME, {label: (getattr(call, label), dims[label]) for label in dims}, letters,
+        divisible={} if n_kv_heads in (1, n_heads) else {"h": n_kv_heads},
         plain=("cache_seqlens", "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes"),
-        in_place=() if k is None else ("k_cache", "v_cache"),
+        in_place=() if call.k is None else ("k_cache", "v_cache"),
     )  # fmt: skip
 
-    def function(q, k_cache, v_cache, k, v, *tensors):
-        return _run(facts, q, k_cache, v_cache, k, v, (*tensors, *options), backend)
+    def function(*tensors):
+        return _run(runs, call._replace(**dict(zip(sharded.labels, tensors, strict=True))))
 
-    return call(function, ("bhse", "bhs"))
-
-
-@_PUBLIC.answering
-def explain(
-    q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
-    causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,
-    backend=None,
-):  # fmt: skip
-    """What `attention_decode` would run for these arguments, and why not the others; nothing is appended."""
-    facts, *_ = _prepare(
-        q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window, softcap,
-        alibi_slopes, sink, scale, num_splits,
-    )  # fmt: skip
-    return explanation(_NAME, facts, backend)
+    return sharded(function, ("bhse", "bhs"))

@@ -8,7 +8,7 @@ The backward is the forward without a residual: the mask is drawn again from (se
 import torch
 
 from fastattn import reference
-from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._kinds import check_float, is_dtensor
 from fastattn.ops._nested import on_rows
@@ -75,13 +75,14 @@ def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
     dropout_p = _check(x, dropout_p, residual)
     if not dropout_p:
         return x if residual is None else x + residual
+    runs = choose("dropout", _facts(x, residual), backend)
     if type(x) is not torch.Tensor and is_dtensor(x):
-        return _dropout_sharded(x, residual, dropout_p, backend)
-    return _dropout(x, residual, draw_rng(x), dropout_p, backend)
+        return _dropout_sharded(x, residual, dropout_p, runs)
+    return _dropout(x, residual, draw_rng(x), dropout_p, runs)
 
 
-def _dropout(x, residual, rng, dropout_p, backend):
-    runs = observed(choose("dropout", _facts(x, residual), backend))
+def _dropout(x, residual, rng, dropout_p, runs):
+    runs = observed(runs)
     if runs == "reference":
         return reference.dropout(x, dropout_p, residual, rng)
     if runs not in RECORDED and grad_wanted(x, residual):
@@ -89,20 +90,13 @@ def _dropout(x, residual, rng, dropout_p, backend):
     return _fwd[runs](x, residual, rng, dropout_p)
 
 
-def _dropout_sharded(x, residual, dropout_p, backend):
+def _dropout_sharded(x, residual, dropout_p, runs):
     from fastattn.ops._sharded import ROWS, ShardedCall
 
     dims = ROWS[: x.dim()]
     call = ShardedCall("dropout", {"x": (x, dims), "residual": (residual, dims)}, dims)
     rng = call.draw_rng()
-    return call(lambda x, residual: (_dropout(x, residual, rng, dropout_p, backend),), (dims,))[0]
-
-
-@_DROPOUT.answering
-def explain(x, dropout_p=0.5, *, residual=None, backend=None):
-    """What `dropout` would run for these arguments, and why not the others."""
-    _check(x, dropout_p, residual)
-    return explanation("dropout", _facts(x, residual), backend)
+    return call(lambda x, residual: (_dropout(x, residual, rng, dropout_p, runs),), (dims,))[0]
 
 
 def _facts(x, residual):

@@ -11,13 +11,14 @@ epilogue: the raw ops linear_activation_fwd and linear_activation_bwd.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
-from fastattn.ops._backends import asked_for, choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import asked_for, choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
 from fastattn.ops._kinds import check_float, is_dtensor, odd_kind
@@ -72,13 +73,20 @@ _linear_activation_fwd = torch.ops.fastattn.linear_activation_fwd.triton
 _linear_activation_bwd = torch.ops.fastattn.linear_activation_bwd.triton
 
 
+class Facts(NamedTuple):
+    """What a backend may refuse a call by; odd: the kind of a weight that is no plain tensor."""
+
+    device: str
+    dtype: torch.dtype
+    odd: str | None = None
+
+
 def _refuses(facts):
-    odd = f"it takes plain weights, got {facts[2]}" if facts[2:] and facts[2] else None
-    return refuse_dtypes(facts[1]) or odd
+    return refuse_dtypes(facts.dtype) or (f"it takes plain weights, got {facts.odd}" if facts.odd else None)
 
 
 for _backend in ("native", "triton"):
-    register_backend("feed_forward", _backend, _refuses, raw="activation_fwd")
+    register_backend("feed_forward", _backend, _refuses, raw="activation_fwd", facts=Facts)
 
 
 def _rows(x):
@@ -280,24 +288,26 @@ def feed_forward(
         return _reference(rng, dropout_p, activation, linear=F.linear)(x, w1, b1, w2, b2, w_gate, b_gate)[0]
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
-    options = (dropout_p, activation, recompute, backend)
+    runs = choose("feed_forward", _facts(x), backend)
+    fuses = _may_fuse(runs, w_gate, backend)
+    options = (dropout_p, activation, recompute, runs, fuses)
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, *options)
     return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x) if dropout_p else None, *options)
 
 
-def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
+def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, runs, fuses):
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
-    runs = observed(choose("feed_forward", _facts(x), backend))
+    runs = observed(runs)
     if runs == "reference":
         return _reference(rng, dropout_p, activation)(*inputs)[0]
-    fused = runs not in RECORDED and _may_fuse(runs, w_gate, backend)
+    fused = fuses and runs not in RECORDED
     if runs not in RECORDED and grad_wanted(*inputs):
         return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs, fused)
     return _forward(*inputs, rng, dropout_p, activation, runs, fused, False)[0]
 
 
-def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activation, recompute, backend):
+def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activation, recompute, runs, fuses):
     from fastattn.ops._sharded import ROWS, ShardedCall
 
     rows = ROWS[: x.dim() - 1]
@@ -309,30 +319,8 @@ def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activati
 
     def function(x, w1, b1, w2, b2, w_gate, b_gate):
         b2 = b2 if adds_bias else None
-        y = _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend)
+        y = _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, runs, fuses)
         return (y,)
 
     (y,) = call(function, (rows + "o",))
     return y if adds_bias or b2 is None else y + b2
-
-
-@_FEED_FORWARD.answering
-def explain(
-    x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
-):
-    """What `feed_forward` would run for these arguments, and why not the others."""
-    _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
-    odd = odd_kind(w1, w2, w_gate)
-    if odd is None:
-        x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
-        _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
-    facts = _facts(x, odd)
-    text = explanation("feed_forward", facts, backend)
-    allowed = _may_fuse(choose("feed_forward", facts, backend), w_gate, backend)
-    fused = [
-        name
-        for name, way, weight, sizes in (("forward", "fwd", w1, w1.shape[::-1]), ("backward", "bwd", w2, w2.shape))
-        if allowed and is_fused(way, x, weight, *sizes)
-    ]
-    products = " and ".join(fused) + " in one kernel with the pass after it" if fused else "the vendor library's"
-    return f"{text}\n  product beside the activation: {products}"

@@ -13,13 +13,14 @@ through the chunks again with the true dloss. The chunks run inside of one op, w
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
-from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
 from fastattn.ops._kinds import as_number, check_float, is_dtensor, odd_kind
@@ -112,25 +113,39 @@ def _check_range(target, vocab, ignore_index):
         )
 
 
+class Options(NamedTuple):
+    """What is done with the logits, in the order of the raw op."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+
+
+class Facts(NamedTuple):
+    """What a backend may refuse a call by; odd: the kind of a weight that is no plain tensor."""
+
+    device: str
+    dtype: torch.dtype
+    odd: str | None = None
+
+
 def _refuses(facts):
-    odd = f"it takes a plain weight, got {facts[2]}" if facts[2:] and facts[2] else None
-    return refuse_dtypes(facts[1]) or odd
+    return refuse_dtypes(facts.dtype) or (f"it takes a plain weight, got {facts.odd}" if facts.odd else None)
 
 
 for _backend in ("native", "triton"):
-    register_backend("linear_cross_entropy", _backend, _refuses, raw="cross_entropy_fwd")
+    register_backend(_NAME, _backend, _refuses, raw="cross_entropy_fwd", facts=Facts)
     for _device in ("CPU", "CUDA"):
         implement("linear_cross_entropy_fwd", _backend, _device, _implementation(_backend))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """options: ignore_index, label_smoothing, z_loss, softcap."""
-
     @staticmethod
     def forward(ctx, x, weight, bias, target, options, reduction, chunk_size, backend):
         needs = (False,) * 3 if reduction == "none" else ctx.needs_input_grad[:3]
         loss, *grads = _fwd[backend](*_flat(x, weight, bias, target), None, *options, chunk_size, *needs)
-        loss, count = _reduce(loss, target, options[0], reduction)
+        loss, count = _reduce(loss, target, options.ignore_index, reduction)
         ctx.save_for_backward(x, weight, bias, target, count, *grads)
         ctx.options = (options, reduction, chunk_size, backend)
         return loss
@@ -193,12 +208,9 @@ def _scaled(grad, scale, like, last):
 
 
 def _reference(target, options, reduction, **product):
-    ignore_index, label_smoothing, z_loss, softcap = options
-
     def function(x, weight, bias):
         loss = reference.linear_cross_entropy(
-            x, weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=softcap, reduction=reduction, **product,
+            x, weight, target, bias=bias, reduction=reduction, **options._asdict(), **product
         )  # fmt: skip
         return (loss,)
 
@@ -206,7 +218,7 @@ def _reference(target, options, reduction, **product):
 
 
 def _apply(backend, x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, *needs):
-    options = (ignore_index, label_smoothing, z_loss, softcap)
+    options = Options(ignore_index, label_smoothing, z_loss, softcap)
     loss = _LinearCrossEntropy.apply(x, weight, bias, target, options, "none", chunk_size, backend)
     return loss, *(loss.new_empty(0) for _ in needs)
 
@@ -214,7 +226,7 @@ def _apply(backend, x, weight, bias, target, dloss, ignore_index, label_smoothin
 def _raw_reference(x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, *needs):
     if any(needs):
         return NotImplemented  # only a backward asks for gradients
-    (loss,) = _reference(target, (ignore_index, label_smoothing, z_loss, softcap), "none")(x, weight, bias)
+    (loss,) = _reference(target, Options(ignore_index, label_smoothing, z_loss, softcap), "none")(x, weight, bias)
     return loss, x.new_empty(0), loss.new_empty(0), loss.new_empty(0)
 
 
@@ -307,30 +319,31 @@ def linear_cross_entropy(
     Source: torch.nn.functional.cross_entropy; z_loss as in Chowdhery et al., "PaLM" (2022).
     """
     numbers = _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
-    options = (ignore_index, *numbers)
+    options = Options(ignore_index, *numbers)
     odd = odd_kind(weight)
     if odd is not None:
         choose(_NAME, _facts(x, odd), backend)  # raises if another backend than the reference was asked for
         return _reference(target, options, reduction, linear=F.linear)(x, weight, bias)[0]
     x, weight, bias = as_autocast(x, weight, bias)
     _check_dtypes(x, weight, bias)
+    runs = choose(_NAME, _facts(x), backend)
     if type(x) is not torch.Tensor and is_dtensor(x):
-        return _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend)
-    return _loss(x, weight, bias, target, options, reduction, chunk_size, backend)
+        return _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, runs)
+    return _loss(x, weight, bias, target, options, reduction, chunk_size, runs)
 
 
-def _loss(x, weight, bias, target, options, reduction, chunk_size, backend):
-    runs = observed(choose("linear_cross_entropy", _facts(x), backend))
+def _loss(x, weight, bias, target, options, reduction, chunk_size, runs):
+    runs = observed(runs)
     if runs == "reference":
         return _reference(target, options, reduction)(x, weight, bias)[0]
     chunk_size = chunk_size or 0
     if runs not in RECORDED and grad_wanted(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
-    return _reduce(loss, target, options[0], reduction)[0]
+    return _reduce(loss, target, options.ignore_index, reduction)[0]
 
 
-def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backend):
+def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, runs):
     from fastattn.ops._sharded import ROWS, ShardedCall
 
     rows = ROWS[: x.dim() - 1]
@@ -339,24 +352,10 @@ def _loss_sharded(x, weight, bias, target, options, reduction, chunk_size, backe
     of_parts = "none" if reduction == "none" else "sum"
 
     def function(*tensors):
-        return (_loss(*tensors, options, of_parts, chunk_size, backend),)
+        return (_loss(*tensors, options, of_parts, chunk_size, runs),)
 
     (loss,) = call(function, (rows if reduction == "none" else "",))
     if reduction != "mean":
         return loss
-    count = (target != options[0]).sum()
+    count = (target != options.ignore_index).sum()
     return torch.where(count > 0, loss / count.clamp_min(1), float("nan"))
-
-
-@_PUBLIC.answering
-def explain(
-    x, weight, target, *, bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
-    chunk_size=None, backend=None,
-):  # fmt: skip
-    """What `linear_cross_entropy` would run for these arguments, and why not the others."""
-    _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
-    odd = odd_kind(weight)
-    if odd is None:
-        x, weight, bias = as_autocast(x, weight, bias)
-        _check_dtypes(x, weight, bias)
-    return explanation(_NAME, _facts(x, odd), backend)

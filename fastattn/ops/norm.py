@@ -8,11 +8,13 @@ dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),
 dx_bias = sum_rows(dx)
 """
 
+from typing import NamedTuple
+
 import torch
 
 from fastattn import reference
 from fastattn._autocast import as_autocast_norm
-from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
 from fastattn.ops._nested import on_rows
@@ -60,12 +62,24 @@ register_fake("norm_bwd", _norm_bwd_fake)
 _infer, _fwd, _bwd = (raw_ops(op) for op in ("norm_infer", "norm_fwd", "norm_bwd"))
 
 
+class Facts(NamedTuple):
+    """What a backend may refuse a call by."""
+
+    device: str
+    dtype: torch.dtype
+    residual: torch.dtype | None = None
+    weight: torch.dtype | None = None
+    bias: torch.dtype | None = None
+    x_bias: torch.dtype | None = None
+
+
 def _refuses(facts):
-    return refuse_dtypes(*facts[1:])
+    _, *dtypes = facts
+    return refuse_dtypes(*dtypes)
 
 
 for _backend in ("native", "triton"):
-    register_backend("norm", _backend, _refuses)
+    register_backend("norm", _backend, _refuses, facts=Facts)
 
 
 class _Norm(torch.autograd.Function):
@@ -166,15 +180,20 @@ def _check(name, x, weight, bias, x_bias, residual):
     if (
         not cols
         or x.dtype not in FLOAT_DTYPES
-        or (weight is not None and (weight.shape != cols or weight.device != device))
-        or (bias is not None and (bias.shape != cols or bias.device != device))
+        or (
+            weight is not None and (weight.shape != cols or weight.device != device or weight.dtype not in FLOAT_DTYPES)
+        )
+        or (bias is not None and (bias.shape != cols or bias.device != device or bias.dtype not in FLOAT_DTYPES))
         or (x_bias is not None and (x_bias.shape != cols or x_bias.device != device))
         or (residual is not None and (residual.shape != shape or residual.device != device))
+        or (x_bias is not None and x_bias.dtype not in FLOAT_DTYPES)
+        or (residual is not None and residual.dtype not in FLOAT_DTYPES)
     ):
-        _complain(name, x, weight, bias, x_bias, residual)
+        _raise_for(name, x, weight, bias, x_bias, residual)
 
 
-def _complain(name, x, weight, bias, x_bias, residual):
+def _raise_for(name, x, weight, bias, x_bias, residual):
+    """Name the first operand that does not fit."""
     if not x.dim() or not x.is_floating_point():
         raise ValueError(
             f"{name}: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
@@ -188,15 +207,12 @@ def _complain(name, x, weight, bias, x_bias, residual):
         ("residual", residual, x.shape, f"{tuple(x.shape)}, the shape of x"),
     )
     for label, t, shape, wanted in operands:
-        if t is not None and t.shape != shape:
+        if t is None:
+            continue
+        if t.shape != shape:
             raise ValueError(f"{name}: {label} must have shape {wanted}, got {tuple(t.shape)}")
-        if t is not None and t.device != x.device:
+        if t.device != x.device:
             raise ValueError(f"{name}: {label} must be on the device of x, {x.device}, got {t.device}")
-
-
-def _check_dtypes(name, **tensors):
-    """What the compiled backends refuse, the reference does not always serve."""
-    for label, t in tensors.items():
         check_float(name, label, t)
 
 
@@ -216,15 +232,15 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     if type(eps) is not float:
         eps = as_number(name, "eps", eps, torch.finfo(reference.accumulator(x.dtype)).eps)
     dropout_p = check_dropout_p(name, dropout_p) if dropout_p else 0.0
-    if type(x) is not torch.Tensor and is_dtensor(x):
-        return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
     x = as_autocast_norm(x)
+    runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
+    if type(x) is not torch.Tensor and is_dtensor(x):
+        return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, runs)
     if dropout_p and rng is None:
         rng = draw_rng(x)
     plain = residual is None and rng is None and x_bias is None
-    runs = observed(choose("norm", _facts(x, residual, weight, bias, x_bias), backend))
+    runs = observed(runs)
     if runs == "reference":
-        _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
         y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
     elif runs in RECORDED:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
@@ -305,27 +321,3 @@ def rms_norm(
     Source: torch.nn.functional.rms_norm.
     """
     return _norm("rms_norm", x, residual, weight, None, x_bias, eps, True, dropout_p, return_residual, backend)
-
-
-@_LAYER_NORM.answering
-def explain(
-    x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
-    backend=None,
-):  # fmt: skip
-    """What `layer_norm` would run for these arguments, and why not the others."""
-    return _explain("layer_norm", x, weight, bias, x_bias, residual, dropout_p, backend)
-
-
-@_RMS_NORM.answering
-def explain_rms(
-    x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
-):
-    """What `rms_norm` would run for these arguments, and why not the others."""
-    return _explain("rms_norm", x, weight, None, x_bias, residual, dropout_p, backend)
-
-
-def _explain(name, x, weight, bias, x_bias, residual, dropout_p, backend):
-    _check(name, x, weight, bias, x_bias, residual)
-    _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
-    check_dropout_p(name, dropout_p)
-    return explanation("norm", _facts(x, residual, weight, bias, x_bias), backend)

@@ -5,12 +5,12 @@
 The backward is the same op with the angle negated, `conjugate`; it is differentiable in turn. Nothing of x is saved.
 """
 
-from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 
 from fastattn import reference
-from fastattn.ops._backends import choose, device_name, explanation, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import refuse_dtypes
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_nested, is_readable, numbers
 from fastattn.ops._layout import empty_in_layout
@@ -18,7 +18,25 @@ from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
 from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
 
-Facts = namedtuple("Facts", "device dtype table_dtype table_grad", defaults=(torch.float32, False))
+
+class Facts(NamedTuple):
+    """What a backend may refuse a call by."""
+
+    device: str
+    dtype: torch.dtype
+    table_dtype: torch.dtype = torch.float32
+    table_grad: bool = False
+
+
+class RotaryCall(NamedTuple):
+    """The arguments of the raw op between the tensors that it rotates and `conjugate`, in their order."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor | None
+    offset: int
+    rotary_dim: int
+    interleaved: bool
 
 
 def _empty_like(x):
@@ -35,7 +53,7 @@ _fwd, _fwd_ = raw_ops("rotary_fwd"), raw_ops("rotary_fwd_")
 
 
 def _refuses(facts):
-    _, dtype, table_dtype, table_grad = Facts(*facts)
+    _, dtype, table_dtype, table_grad = facts
     if reason := refuse_dtypes(dtype):
         return reason
     if table_dtype not in (torch.float32, dtype):
@@ -44,7 +62,7 @@ def _refuses(facts):
 
 
 for _backend in ("native", "triton"):
-    register_backend("rotary", _backend, _refuses)
+    register_backend("rotary", _backend, _refuses, facts=Facts)
 
 
 def _reference(xs, cos, sin, positions, offset, rotary_dim, interleaved):
@@ -201,7 +219,7 @@ def _check_positions(x, positions, cos, batch, seqlen):
 
 
 def _prepare(x, cos, sin, positions, interleaved, inplace):
-    """Check: (facts, tensors, the rest of the raw op's arguments but conjugate)."""
+    """Check: (facts, tensors, RotaryCall)."""
     xs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
     if len(xs) not in (1, 2):
         _complain("x must be a tensor or a pair of tensors", f"{len(xs)} tensors")
@@ -210,7 +228,7 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
     rotary_dim = _check_tables(first, cos, sin, batch, seqlen, head_dim, interleaved)
     positions, offset = _check_positions(first, positions, cos, batch, seqlen)
     facts = ("cpu" if first.is_cpu else device_name(first.device), first.dtype, cos.dtype, grad_wanted(cos, sin))
-    return facts, xs, (cos, sin, positions, offset, rotary_dim, bool(interleaved))
+    return facts, xs, RotaryCall(cos, sin, positions, offset, rotary_dim, bool(interleaved))
 
 
 def _nested(name, function, given):
@@ -274,34 +292,37 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
         TypeError: a dtype does not fit.
     Source: Su et al., "RoFormer", 2021; half-split pairs as in GPT-NeoX and Hugging Face, interleaved as in GPT-J.
     """
-    facts, xs, rest = _prepare(x, cos, sin, positions, interleaved, inplace)
+    facts, xs, call = _prepare(x, cos, sin, positions, interleaved, inplace)
+    runs = choose("rotary", facts, backend)
     if type(xs[0]) is not torch.Tensor and is_dtensor(xs[0]):
-        out = tuple(_rotate_sharded(facts, x, *rest, backend) for x in xs)  # each as it is divided
+        out = tuple(_rotate_sharded(runs, x, call) for x in xs)  # each as it is divided
         if inplace:
             out = tuple(x.copy_(rotated) for x, rotated in zip(xs, out, strict=True))
     else:
-        out = _rotate(facts, xs, rest, inplace, backend)
+        out = _rotate(runs, xs, call, inplace)
     return tuple(out) if isinstance(x, (tuple, list)) else out[0]
 
 
-def _rotate(facts, xs, rest, inplace, backend):
-    runs = observed(choose("rotary", facts, backend))
+def _rotate(runs, xs, call, inplace):
+    runs = observed(runs)
     by_reference, traced = runs == "reference", runs in RECORDED
     # what the kernels cannot write in place is copied back; torch.compile removes that copy where it can
     copies = inplace and (by_reference or traced or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
     if by_reference:
-        out = _reference(xs, *rest)
+        out = _reference(xs, *call)
     elif traced:
-        out = _launch(runs, False, xs, *rest, False)
+        out = _launch(runs, False, xs, *call, False)
     else:
-        out = _run(runs, inplace and not copies, xs, *rest, False)
+        out = _run(runs, inplace and not copies, xs, *call, False)
     if copies:
         out = tuple(t.copy_(rotated) for t, rotated in zip(xs, out, strict=True))
     return out
 
 
-def _rotate_sharded(facts, x, cos, sin, positions, offset, rotary_dim, interleaved, backend):
+def _rotate_sharded(runs, x, call):
     from fastattn.ops._sharded import ShardedCall
+
+    cos, sin, positions, offset, *_ = call
 
     dims = "bhsd" if x.dim() == 4 else "shd"
     if positions is None and cos.dim() == 2:  # a row per token, so that a part of the sequence finds its own
@@ -312,16 +333,10 @@ def _rotate_sharded(facts, x, cos, sin, positions, offset, rotary_dim, interleav
         "x": (x, dims), "cos": (cos, table), "sin": (sin, table),
         "positions": (positions, "s" if positions is not None and positions.dim() == 1 else "bs"),
     }  # fmt: skip
-    call = ShardedCall("rotary_embedding", operands, "bhs", plain=("cos", "sin", "positions"))
+    sharded = ShardedCall("rotary_embedding", operands, "bhs", plain=("cos", "sin", "positions"))
 
     def function(x, cos, sin, positions):
-        return _rotate(facts, (x,), (cos, sin, positions, offset, rotary_dim, interleaved), False, backend)
+        part = call._replace(cos=cos, sin=sin, positions=positions, offset=offset)
+        return _rotate(runs, (x,), part, False)
 
-    return call(function, (dims,))[0]
-
-
-@_PUBLIC.answering
-def explain(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
-    """What `rotary_embedding` would run for these arguments, and why not the others."""
-    facts, *_ = _prepare(x, cos, sin, positions, interleaved, inplace)
-    return explanation("rotary", facts, backend)
+    return sharded(function, (dims,))[0]
