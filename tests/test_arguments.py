@@ -204,7 +204,7 @@ def test_windows(name):
 
 
 def test_choices(name):
-    check_refused(name, CHOICES, ["nope", 5, abs, b"native", 1j, ["native"], {}], ValueError, "must be")
+    check_refused(name, CHOICES, ["nope", 5, abs, b"native", 1j, ["native"], {1: 1}], ValueError, "must be")
     wrong = [torch.ones(6, 6, dtype=torch.bool), 2, 0.5, "false", *ARRAYS]
     check_refused(name, {"causal"}, wrong, ValueError, "must be")
 
