@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
@@ -127,8 +127,8 @@ class Public:
                     raise
             return self._instead(otherwise)
 
-        call.explained = self.answering(function)
-        return call
+        setattr(call, "explained", self.answering(function))  # noqa: B010  for a type checker a function has none
+        return cast(_Function, call)
 
     def answering(self, function: _Function) -> _Function:
         """Answer to mistakes only."""
@@ -153,7 +153,7 @@ class Public:
                     raise
             return self._instead(otherwise)
 
-        return call
+        return cast(_Function, call)
 
     def _first_exact(self, by_position):
         """How many arguments by position a call may have without a flag or an integer among them."""

@@ -4,6 +4,7 @@ import functools
 import math
 
 import torch
+from torch import Tensor
 
 from fastattn.ops._attention_call import attention_call
 from fastattn.ops._attention_checks import causal_flag
@@ -135,8 +136,15 @@ _PUBLIC = Public(
 
 @_PUBLIC.overridable
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float | None = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` on the kernels of `attention`.
 
     Args:
@@ -156,4 +164,4 @@ def scaled_dot_product_attention(
     return _scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-scaled_dot_product_attention.explained = _PUBLIC.answering(_scaled_dot_product_attention)
+setattr(scaled_dot_product_attention, "explained", _PUBLIC.answering(_scaled_dot_product_attention))  # noqa: B010
