@@ -40,7 +40,7 @@ from fastattn.ops._types import Backend, Reduction
 
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
-_MIN_CHUNK = 256
+_MIN_CHUNK = 256  # each chunk reads all weights: 10 % of the time of its products, and more below
 
 
 def _cross_entropy_fwd_fake(logits, target, dloss, ignore_index, label_smoothing, z_loss, softcap, need_grad):
