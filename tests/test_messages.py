@@ -199,6 +199,25 @@ def test_numbers(op, label):
             function(*args, **kwargs, **{label: wrong})
 
 
+def test_a_stream_in_fp32_begins_with_zeros():
+    x = X.bfloat16()
+    for op in ("layer_norm", "rms_norm"):
+        function, _ = functions(op)
+        with pytest.raises(TypeError, match=rf"^{op}: there is no argument residual_in_fp32: pass the residual in fl"):
+            function(x, residual_in_fp32=True)
+        y, stream = function(x, residual=torch.zeros_like(x, dtype=torch.float32), return_residual=True)
+        assert (y.dtype, stream.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(stream, x.float())
+        assert torch.equal(y, function(x))
+
+
+def test_float64_runs_on_the_reference():
+    q = Q.double()
+    text = fastattn.explain("scaled_dot_product_attention", q, q, q)
+    assert "reference: runs" in text
+    assert "it takes float32, bfloat16 and float16, got torch.float64" in text
+
+
 def test_a_learnable_scale_says_the_way_out_and_the_way_out_is_right():
     scale = torch.tensor(0.3, requires_grad=True)
     with pytest.raises(TypeError, match=r"multiply q by it and pass scale=1.0"):
