@@ -1,8 +1,10 @@
 """Rotary position embedding with its tables."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastattn.ops import rotary_embedding
 from fastattn.ops._nested import longest
@@ -41,7 +43,15 @@ class RotaryEmbedding(torch.nn.Module):
     _made_for = None  # (rotary_dim, base) of the tables
 
     @Public("nn.RotaryEmbedding", numbers="base", integers="rotary_dim max_seqlen", flags="interleaved").answering
-    def __init__(self, rotary_dim, *, max_seqlen=2048, base=10000.0, interleaved=False, device=None):
+    def __init__(
+        self,
+        rotary_dim: int,
+        *,
+        max_seqlen: int = 2048,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        device: torch.device | str | int | None = None,
+    ) -> None:
         super().__init__()
         if rotary_dim < 2 or rotary_dim % 2:
             raise ValueError(f"nn.RotaryEmbedding: rotary_dim must be even and at least 2, got {rotary_dim}")
@@ -70,9 +80,10 @@ class RotaryEmbedding(torch.nn.Module):
         angle = torch.outer(torch.arange(rows, dtype=torch.float64, device=device), inv_freq)
         return angle.cos().float(), angle.sin().float()
 
-    def tables(self, end, x):
+    def tables(self, end: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) for positions below `end` of x; they are returned, as another thread may replace the buffers."""
-        cos, sin = self._buffers["cos"], self._buffers["sin"]
+        cos: Any = self._buffers["cos"]
+        sin: Any = self._buffers["sin"]
         rows = cos.shape[0]
         if (
             end <= rows == sin.shape[0]
@@ -103,7 +114,14 @@ class RotaryEmbedding(torch.nn.Module):
     @Public(
         "nn.RotaryEmbedding", tensors="q k positions", integers="positions", flags="inplace", nested=None, inner={}
     ).answering
-    def forward(self, q, k=None, *, positions=None, inplace=False):
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        *,
+        positions: Tensor | int | None = None,
+        inplace: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The rotated q, with k the pair (q, k); shapes and positions as `fastattn.rotary_embedding` takes them."""
         if q.size(-1) < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others
             raise ValueError(
@@ -115,5 +133,5 @@ class RotaryEmbedding(torch.nn.Module):
         x = q if k is None else (q, k)
         return rotary_embedding(x, cos, sin, positions=positions, interleaved=self.interleaved, inplace=inplace)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.rotary_dim}, max_seqlen={self.cos.shape[0]}, base={self.base}, interleaved={self.interleaved}"

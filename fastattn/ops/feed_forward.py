@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
@@ -33,6 +34,7 @@ from fastattn.ops._register import (
     register_autograd,
     register_fake,
 )  # fmt: skip
+from fastattn.ops._types import Activation, Backend
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -259,8 +261,19 @@ _FEED_FORWARD = Public(
 
 @_FEED_FORWARD.overridable
 def feed_forward(
-    x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
-):
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: Activation = "gelu",
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    dropout_p: float | None = 0.0,
+    recompute: bool = False,
+    backend: Backend | None = None,
+) -> Tensor:
     """w2·dropout(act(w1·x + b1)) + b2; with w_gate: w2·dropout(act(w_gate·x + b_gate) ∘ (w1·x + b1)) + b2.
 
     Args:

@@ -5,9 +5,11 @@
 The backward is the same op with the angle negated, `conjugate`; it is differentiable in turn. Nothing of x is saved.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
+from torch import Tensor
+from typing_extensions import Unpack
 
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
@@ -17,6 +19,7 @@ from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
 from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
+from fastattn.ops._types import Backend, RotaryOptions
 
 
 class Facts(NamedTuple):
@@ -31,9 +34,9 @@ class Facts(NamedTuple):
 class RotaryCall(NamedTuple):
     """The arguments of the raw op between the tensors that it rotates and `conjugate`, in their order."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    positions: torch.Tensor | None
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None
     offset: int
     rotary_dim: int
     interleaved: bool
@@ -265,8 +268,27 @@ _PUBLIC = Public(
 )
 
 
+@overload
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, **options: Unpack[RotaryOptions]) -> Tensor: ...
+
+
+@overload
+def rotary_embedding(
+    x: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, **options: Unpack[RotaryOptions]
+) -> tuple[Tensor, Tensor]: ...
+
+
 @_PUBLIC.overridable
-def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
+def rotary_embedding(
+    x: Tensor | tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | int | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Rotary position embedding: rotates pairs of the first rotary_dim channels, copies the others.
 
     Computed in float32 and rounded once to the dtype of x, also under autocast, which changes nothing here. cos and sin

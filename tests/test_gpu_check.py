@@ -1,0 +1,123 @@
+"""scripts/gpu_check.sh: what it would run on a GPU is there, with an interpreter and tools that only take notes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["info", "hopper", "forward", "backward", "decode", "tests", "bench", "sanitizer"]
+HOPPER_FILES = {f"tests/test_{name}_sm90.py" for name in ("attention", "attention_decode")} | {
+    "tests/test_sm90_units.py"
+}
+
+PYTHON = """#!/bin/bash
+echo " $*" | tr '\n' ' ' >> "$NOTES"; echo >> "$NOTES"
+case "$*" in
+  *get_device_capability*) echo 9 0 ;;
+  "-P - "*) printf '{"part": "%s", "exit_code": %s, "commit": "%s"}' "$4" "$5" "$7" > "$3" ;;
+esac
+"""
+SANITIZER = """#!/bin/bash
+"${@:5}"
+[ "$2" != "$FAILS" ] || exit 9
+"""
+
+
+@pytest.fixture
+def check(tmp_path):
+    """check(part, ...) -> (exit code, what was printed, the pytest calls: [(paths, text of -k), ...])."""
+
+    def run(*parts, fails=""):
+        tools, notes = tmp_path / "tools", tmp_path / "notes"
+        tools.mkdir(exist_ok=True)
+        notes.write_text("")
+        for name, text in (
+            ("python", PYTHON), ("compute-sanitizer", SANITIZER), ("nvidia-smi", "#!/bin/bash\n"),
+        ):  # fmt: skip
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+        environment = os.environ | {
+            "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "NOTES": str(notes),
+            "OUT": str(tmp_path / "out"), "FAILS": fails,
+        }  # fmt: skip
+        done = subprocess.run(
+            ["bash", ROOT / "scripts" / "gpu_check.sh", *parts], env=environment, capture_output=True, text=True
+        )
+        calls = []
+        for line in notes.read_text().splitlines():
+            if " -m pytest " in line:
+                arguments, _, keywords = re.sub(r" --benchmark-json \S+", "", line).partition(" -k ")
+                calls.append((re.findall(r"(?:tests|benchmarks)/\S+", arguments), keywords.strip()))
+        return done.returncode, done.stdout + done.stderr, calls
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """The ids of all tests in the files that the script names."""
+    script = (ROOT / "scripts" / "gpu_check.sh").read_text()
+    ids = []
+    for folder in ("tests", "benchmarks"):
+        files = {path for name in re.findall(rf"{folder}/[\w*]+\.py", script) for path in ROOT.glob(name)}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *sorted(files)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        ids += [line for line in done.stdout.splitlines() if "::" in line]
+    return ids
+
+
+def selected(ids, paths, keywords):
+    """The tests that pytest takes from these paths with this -k."""
+    expression = re.sub(
+        r"[^\s()]+", lambda word: word[0] if word[0] in ("and", "or", "not") else f"({word[0]!r} in name)", keywords
+    )
+    there = [name for name in ids if any(name == path or name.startswith((f"{path}::", f"{path}[")) for path in paths)]
+    return [name for name in there if not keywords or eval(expression, {"name": name})]
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "info"])
+def test_a_part_names_tests_that_exist(part, check, collected):
+    if part in ("forward", "backward", "decode", "bench"):
+        pytest.importorskip("pytest_benchmark")
+    code, printed, calls = check(part)
+    assert code == 0, printed
+    assert calls
+    for paths, keywords in calls:
+        for path in paths:
+            assert selected(collected, [path], ""), f"no test in {path}"
+        assert selected(collected, paths, keywords), f"-k {keywords!r} selects nothing in {paths}"
+
+
+def test_the_part_for_hopper_runs_every_test_of_its_files(check, collected):
+    _, _, calls = check("hopper")
+    run = {name for paths, keywords in calls for name in selected(collected, paths, keywords)}
+    assert [name for name in collected if name.partition("::")[0] in HOPPER_FILES and name not in run] == []
+
+
+@pytest.mark.parametrize(("part", "tool", "code"), [
+    ("hopper", "memcheck", 1), ("hopper", "racecheck", 0), ("sanitizer", "racecheck", 1),
+])  # fmt: skip
+def test_what_a_sanitizer_reports_fails_its_part(part, tool, code, check):
+    """But what racecheck says of kernels that order their copies by mbarriers."""
+    found, printed, _ = check(part, fails=tool)
+    assert found == code
+    assert f"gpu_check: {part} ended with {code}" in printed
+    assert ("racecheck did not pass" in printed) == (code == 0)
+
+
+def test_a_part_that_passed_is_not_run_again(check):
+    assert check()[0] == 0
+    code, printed, calls = check()
+    assert (code, calls) == (0, [])
+    assert re.findall(r"gpu_check: (\w+) passed before", printed) == PARTS
+
+
+def test_an_unknown_part_is_refused(check):
+    code, printed, _ = check("everything")
+    assert code == 2
+    assert "expected info hopper forward backward decode tests bench sanitizer or --force, got 'everything'" in printed
