@@ -36,7 +36,9 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature_is_that_of_flash_attn(name):
-    assert str(inspect.signature(getattr(flash_attn, name))) == SIGNATURES[name]
+    signature = inspect.signature(getattr(flash_attn, name))
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]  # theirs has no types
+    assert str(inspect.Signature(bare)) == SIGNATURES[name]
 
 
 def swapped(*tensors):

@@ -1,7 +1,7 @@
 """What one step of an encoder layer with dropout runs: nothing but attention, products and fused passes, counted.
 
 Counted are the ops that reach the dispatcher on the CPU, views and allocations left out, and the kernels that Triton
-launches in the interpreter. docs/performance-notes.md has the table.
+launches in the interpreter. docs/lab/gpu-rows.md has the table.
 """
 
 import collections

@@ -7,8 +7,10 @@ causal and window_size are aligned bottom-right. What differs, and the tests tha
 """
 
 from inspect import signature
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastattn.ops._attention_checks import check_int32, resolve_window
 from fastattn.ops._public import Public
@@ -52,9 +54,18 @@ def _check_layout(name, layout, **tensors):
 
 @_named
 def flash_attn_func(
-    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
     """`attention` under the signature of flash-attn.
 
     Args:
@@ -86,9 +97,17 @@ def flash_attn_func(
 
 @_named
 def flash_attn_kvpacked_func(
-    q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_func` with keys and values in one tensor (batch, seqlen_k, 2, n_kv_heads, head_dim)."""
     _check_layout("flash_attn_kvpacked_func", ("batch", "seqlen", 2, "heads", "head_dim"), kv=kv)
     return flash_attn_func(
@@ -99,9 +118,16 @@ def flash_attn_kvpacked_func(
 
 @_named
 def flash_attn_qkvpacked_func(
-    qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_func` with all three in one tensor (batch, seqlen, 3, n_heads, head_dim)."""
     _check_layout("flash_attn_qkvpacked_func", ("batch", "seqlen", 3, "heads", "head_dim"), qkv=qkv)
     return flash_attn_func(
@@ -112,10 +138,23 @@ def flash_attn_qkvpacked_func(
 
 @_named
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-    block_table=None,
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_func` on sequences behind one another, each aligned by its own lengths.
 
     Args:
@@ -147,9 +186,21 @@ def flash_attn_varlen_func(
 
 @_named
 def flash_attn_varlen_kvpacked_func(
-    q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_varlen_func` with keys and values in one tensor (total_k, 2, n_kv_heads, head_dim)."""
     _check_layout("flash_attn_varlen_kvpacked_func", ("total", 2, "heads", "head_dim"), kv=kv)
     return flash_attn_varlen_func(
@@ -160,9 +211,18 @@ def flash_attn_varlen_kvpacked_func(
 
 @_named
 def flash_attn_varlen_qkvpacked_func(
-    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
     """`flash_attn_varlen_func` with all three in one tensor (total, 3, n_heads, head_dim)."""
     _check_layout("flash_attn_varlen_qkvpacked_func", ("total", 3, "heads", "head_dim"), qkv=qkv)
     return flash_attn_varlen_func(
@@ -173,10 +233,26 @@ def flash_attn_varlen_qkvpacked_func(
 
 @_named
 def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
-    cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
-):  # fmt: skip
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Tensor | int | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int | None = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention_decode` under the signature of flash-attn: attention on a cache, which k and v extend in place.
 
     Args:
@@ -230,10 +306,10 @@ def flash_attn_with_kvcache(
         positions_q, positions_k = (end + torch.arange(t.shape[2], device=q.device) for t in (q, k))
         if left == right == -1:
             positions_q = end.expand_as(positions_q)
-        tables = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
+        tables: dict[str, Any] = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
         q = rotary_embedding(q, positions=positions_q, **tables)
-        k = rotary_embedding(k, positions=positions_k, **tables)
-    result = attention_decode(
+        k = rotary_embedding(k, positions=positions_k, **tables)  # type: ignore[arg-type]  # checked above
+    result: Any = attention_decode(  # type: ignore[call-overload, misc]  # a bool decides which
         q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, block_table=block_table,
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, causal=causal, window=window_size,
         softcap=softcap, alibi_slopes=alibi_slopes, scale=softmax_scale, num_splits=num_splits,

@@ -5,11 +5,14 @@ position, queries, keys and values become one matrix. Token types other than the
 """
 
 import json
+import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 _ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
@@ -49,7 +52,7 @@ _GPT2 = {
 _IGNORED = re.compile(r".*\.(position_ids|attn\.bias|attn\.masked_bias)|cls\.seq_rel.*")
 
 
-def load_hugging_face(folder, *, layers="fastattn"):
+def load_hugging_face(folder: str | os.PathLike[str], *, layers: str = "fastattn") -> nn.Module:
     """The model of a folder with config.json and model.safetensors or pytorch_model.bin.
 
     Args:
@@ -68,6 +71,7 @@ def load_hugging_face(folder, *, layers="fastattn"):
     vocab_size = len(weights["token_embedding.weight" if task == "lm" else "encoder.token_embedding.weight"])
     head_transform, pooling = shape.pop("head_transform"), shape.pop("pooling")
     tied = {"tied": shape.pop("tied")}
+    model: nn.Module
     if task == "lm":
         model = CausalLM(vocab_size, layers=layers, **tied, **shape)
     elif task == "classify":
@@ -82,7 +86,7 @@ def load_hugging_face(folder, *, layers="fastattn"):
     return model.eval()
 
 
-def read_config(folder):
+def read_config(folder: str | os.PathLike[str]) -> tuple[str, Any, dict[str, Any]]:
     """What a folder holds.
 
     Returns: (task, labels, shape): "lm" of GPT-2, "classify" of a BERT with a classifier, "masked_lm" of any other; a
@@ -144,7 +148,7 @@ def read_config(folder):
     return "classify", [labels[number] for number in sorted(labels, key=int)], shape
 
 
-def read_weights(folder):
+def read_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """{name: fp32 tensor} of a folder, in the names and shapes of our models: encoder, pooler and head of a BERT.
 
     Raises:
@@ -152,7 +156,8 @@ def read_weights(folder):
     """
     task, _, shape = read_config(folder)
     names, prefix = (_GPT2, "transformer.") if task == "lm" else (_BERT, "bert.")
-    weights, parts = {}, {}
+    weights: dict[str, Tensor] = {}
+    parts: dict[Any, Tensor] = {}
     for name, value in sorted(_read_tensors(folder).items()):
         value = value.float()
         plain = name.removeprefix(prefix).replace(".gamma", ".weight").replace(".beta", ".bias")
@@ -160,7 +165,7 @@ def read_weights(folder):
         general = plain if block is None else plain.replace(f".{block[1]}.", ".{}.", 1)
         stem, _, leaf = general.rpartition(".")
         if part := re.fullmatch(r"encoder\.layer\.\{\}\.attention\.self\.(query|key|value)\.(weight|bias)", general):
-            parts[int(block[1]), part[2], part[1]] = value
+            parts[int(block[1]), part[2], part[1]] = value  # type: ignore[index]
         elif general in names or stem in names:
             ours = names[general] if general in names else f"{names[stem]}.{leaf}"
             if task == "lm" and block is not None and value.dim() == 2:  # Conv1D: (columns, rows)

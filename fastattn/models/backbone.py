@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -277,7 +278,7 @@ def _linear_cross_entropy(x, weight, targets, *, bias, **options):
     return F.cross_entropy(linear(x, weight, bias).view(-1, len(weight)).float(), targets.flatten(), **options)
 
 
-def num_parameters(model):
+def num_parameters(model: nn.Module) -> int:
     """Number of parameters without the position tables, as the field counts them."""
-    tables = [m.position_embedding for m in model.modules() if getattr(m, "position_embedding", None) is not None]
-    return sum(p.numel() for p in model.parameters()) - sum(table.weight.numel() for table in tables)
+    tables: list[Any] = [getattr(m, "position_embedding", None) for m in model.modules()]
+    return sum(p.numel() for p in model.parameters()) - sum(t.weight.numel() for t in tables if t is not None)

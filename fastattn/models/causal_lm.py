@@ -3,6 +3,10 @@
 Shape and initialisation: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
+from typing import Any
+
+from torch import Tensor
+
 from .backbone import Backbone, Head, num_parameters
 from .initialize import initialize
 
@@ -22,12 +26,26 @@ class CausalLM(Backbone):
 
     num_parameters = num_parameters
 
-    def __init__(self, vocab_size, *, tied=True, init="gpt2", label_smoothing=0.0, **shape):
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        tied: bool = True,
+        init: str = "gpt2",
+        label_smoothing: float = 0.0,
+        **shape: Any,
+    ) -> None:
         super().__init__(vocab_size, **shape)
         self.head = Head(vocab_size, self.d_model, tied, label_smoothing, self.layers)
         initialize(self, init, len(self.blocks))
 
-    def forward(self, tokens, targets=None, cache=None, cu_seqlens=None):
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: Any = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the next token, or the mean loss when the next tokens are given.
 
         Args:

@@ -1,8 +1,10 @@
 """From a text to one of a few classes: a transformer, a recurrent or a convolutional network, or a bag of words."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .backbone import Backbone, check_choice, check_lengths, check_tokens, num_parameters
@@ -35,8 +37,16 @@ class Classifier(nn.Module):
     num_parameters = num_parameters
 
     def __init__(
-        self, vocab_size, n_classes, *, body="transformer", pooling="mean", init="gpt2", label_smoothing=0.0, **shape
-    ):
+        self,
+        vocab_size: int,
+        n_classes: int,
+        *,
+        body: str = "transformer",
+        pooling: str = "mean",
+        init: str = "gpt2",
+        label_smoothing: float = 0.0,
+        **shape: Any,
+    ) -> None:
         super().__init__()
         check_choice("body", body, BODIES)
         check_choice("pooling", pooling, ("mean", "first", "pooler"))
@@ -69,7 +79,7 @@ class Classifier(nn.Module):
         for module in self.children() if not as_torch else (self.token_embedding, self.head):
             initialize(module, init, shape["n_layer"])
 
-    def forward(self, tokens, lengths, targets=None):
+    def forward(self, tokens: Tensor, lengths: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits of the classes, or the mean loss.
 
         Args:

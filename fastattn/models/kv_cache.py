@@ -1,9 +1,11 @@
 """Keys and values of the tokens a model has read, so that a new token costs one row instead of the whole sequence."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastattn.ops import attention_decode
 
@@ -20,7 +22,13 @@ class KeyValueCache:
             its keys and values are computed here, once.
     """
 
-    def __init__(self, model, batch, memory=None, memory_lengths=None):
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        memory: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+    ) -> None:
         attn = model.blocks[0].self_attn
         weight = attn.out_proj.weight
         n_kv_head = getattr(attn, "num_kv_heads", attn.num_heads)
@@ -35,14 +43,14 @@ class KeyValueCache:
             self.memory_lengths = memory_lengths.to(torch.int32)
             self.memory_rows = torch.arange(batch, dtype=torch.int32, device=memory.device)
 
-    def reorder(self, rows):
+    def reorder(self, rows: Tensor) -> None:
         """Row i of the batch becomes row rows[i]; there may be more or fewer of them than before."""
         with torch.inference_mode(False):
             self.k, self.v = self.k[:, rows], self.v[:, rows]
         if self.memory[0] is not None:  # its keys and values stay where they are
             self.memory_rows, self.memory_lengths = self.memory_rows[rows], self.memory_lengths[rows]
 
-    def run_blocks(self, blocks, x, sequences):
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, sequences: Any) -> Tensor:
         """The blocks of a model on new rows, which see everything cached before them and each other causally.
 
         Args:

@@ -1,9 +1,11 @@
 """An encoder that predicts tokens hidden in a text, and its weights for other models."""
 
 from collections import namedtuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .backbone import Backbone, Head, num_parameters
 from .initialize import initialize
@@ -23,7 +25,16 @@ class MaskedLM(nn.Module):
 
     num_parameters = num_parameters
 
-    def __init__(self, vocab_size, *, tied=True, init="gpt2", label_smoothing=0.0, head_transform=False, **shape):
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        tied: bool = True,
+        init: str = "gpt2",
+        label_smoothing: float = 0.0,
+        head_transform: bool = False,
+        **shape: Any,
+    ) -> None:
         super().__init__()
         self.encoder = Backbone(vocab_size, **shape)
         self.block_size, self.layers = self.encoder.block_size, self.encoder.layers
@@ -31,7 +42,7 @@ class MaskedLM(nn.Module):
         self.head = Head(vocab_size, self.encoder.d_model, tied, label_smoothing, self.layers, transform)
         initialize(self, init, len(self.encoder.blocks))
 
-    def forward(self, tokens, lengths, targets=None):
+    def forward(self, tokens: Tensor, lengths: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits of every token, or the mean loss of those to be predicted.
 
         Args:
@@ -55,7 +66,7 @@ LoadedEncoder = namedtuple("LoadedEncoder", "loaded missing unused")
 
 
 @torch.no_grad()
-def load_encoder(model, state_dict):
+def load_encoder(model: nn.Module, state_dict: Mapping[str, Tensor]) -> LoadedEncoder:
     """Copy pretrained weights into the encoder of a model, by name.
 
     Args:

@@ -1,7 +1,9 @@
 """An encoder-decoder with one vocabulary: it reads a source and writes a target."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .backbone import Backbone, Head, num_parameters
 from .initialize import initialize
@@ -25,7 +27,15 @@ class Seq2Seq(nn.Module):
 
     num_parameters = num_parameters
 
-    def __init__(self, vocab_size, *, tied=True, init="gpt2", label_smoothing=0.0, **shape):
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        tied: bool = True,
+        init: str = "gpt2",
+        label_smoothing: float = 0.0,
+        **shape: Any,
+    ) -> None:
         super().__init__()
         self.encoder = Backbone(vocab_size, **shape)
         embedding = self.encoder.token_embedding
@@ -34,11 +44,17 @@ class Seq2Seq(nn.Module):
         self.head = Head(vocab_size, self.encoder.d_model, tied, label_smoothing, self.layers)
         initialize(self, init, len(self.encoder.blocks))
 
-    def encode(self, source, lengths):
+    def encode(self, source: Tensor, lengths: Tensor) -> Tensor:
         """The states (batch, seqlen, d_model) of source (batch, seqlen), padded on the right, of lengths (batch,)."""
         return self.encoder(source, lengths=lengths)
 
-    def forward(self, source, source_lengths, target_in, target_out=None):
+    def forward(
+        self,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_in: Tensor,
+        target_out: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the next target token, or the mean loss when the next tokens are given.
 
         Args:
@@ -57,7 +73,18 @@ class Seq2Seq(nn.Module):
         return self.head(x, self.encoder.token_embedding, target_out)
 
     @torch.no_grad()
-    def generate(self, source, lengths, *, begin, end, max_new_tokens, beams=1, length_penalty=1.0, use_cache=True):
+    def generate(
+        self,
+        source: Tensor,
+        lengths: Tensor,
+        *,
+        begin: int,
+        end: int,
+        max_new_tokens: int,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        use_cache: bool = True,
+    ) -> list[list[int]]:
         """The likeliest targets, greedily or by beam search; the mode of the model (training or evaluation) stays.
 
         Args:

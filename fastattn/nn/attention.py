@@ -9,6 +9,7 @@ as a module, so whatever hangs on it takes effect.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastattn import reference
 from fastattn._autocast import matmul
@@ -88,6 +89,9 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     return out, weights
 
 
+_FLAGS = "need_weights average_attn_weights is_causal"
+
+
 @remember_forward
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on `fastattn.attention`: the same arguments, parameters and masks.
@@ -104,21 +108,43 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     strict_torch = False
 
+    @Public("nn.MultiheadAttention", flags="strict_torch").answering
     def __init__(
-        self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False, kdim=None,
-        vdim=None, batch_first=False, device=None, dtype=None, *, strict_torch=False,
-    ):  # fmt: skip
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        strict_torch: bool = False,
+    ) -> None:
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         if strict_torch:
             self.strict_torch = True
 
-    @Public("nn.MultiheadAttention", tensors="query key value key_padding_mask attn_mask", nested=None).answering
+    @Public(
+        "nn.MultiheadAttention", tensors="query key value key_padding_mask attn_mask", flags=_FLAGS, nested=None
+    ).answering
     def forward(
-        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
-        is_causal=False,
-    ):  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend from query to key and value.
 
         Args:
@@ -159,9 +185,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self.out_proj(out), weights
 
     def attend(
-        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
-        is_causal=False,
-    ):  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """What `forward` hands to out_proj, and the weights or None; arguments as there."""
         check_mask_dtype(key_padding_mask, "key_padding_mask")
         check_mask_dtype(attn_mask, "attn_mask")
@@ -219,6 +252,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise AssertionError(
                     f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
                 )
+            for label, t, width in (("key", key, self.kdim), ("value", value, self.vdim)):
+                if t.shape[-1] != width:
+                    raise AssertionError(f"was expecting a last dimension of {width} of {label}, but got {t.shape[-1]}")
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             projected = map(linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
         return self._heads_first((t.unflatten(-1, heads) for t in projected), batched, batch_first)
@@ -304,7 +340,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_row_q = is_row_q[..., None] if average_attn_weights else is_row_q[:, None, :, None]
         return out[is_row_q.flatten(1)], weights * is_row_q
 
-    def forward_packed(self, x, cu_seqlens, max_seqlen, is_causal=False):
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, is_causal: bool = False) -> Tensor:
         """Self-attention within sequences that lie one after the other.
 
         Args:

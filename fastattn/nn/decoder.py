@@ -6,8 +6,12 @@
 Fused or composed as the encoder layer is.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.encoder import add_and_norm, add_then_norm, are_plain, attend, block_and_bias, sequence_length
@@ -38,10 +42,23 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     Source: torch.nn.TransformerDecoderLayer.
     """
 
+    @Public("nn.TransformerDecoderLayer", flags="strict_torch").answering
     def __init__(
-        self, d_model, nhead, dim_feedforward=2048, dropout=0.1, activation=F.relu, layer_norm_eps=1e-5,
-        batch_first=False, norm_first=False, bias=True, device=None, dtype=None, *, strict_torch=False,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-05,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        strict_torch: bool = False,
+    ) -> None:
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype,
@@ -50,13 +67,23 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         self.self_attn.__class__ = self.multihead_attn.__class__ = MultiheadAttention
         self.norm1.__class__ = self.norm2.__class__ = self.norm3.__class__ = LayerNorm
         if strict_torch:
-            self.self_attn.strict_torch = self.multihead_attn.strict_torch = True
+            for attn in (self.self_attn, self.multihead_attn):
+                attn.strict_torch = True  # type: ignore[assignment]
 
-    @Public("nn.TransformerDecoderLayer", tensors=_TENSORS, nested=None).answering
+    @Public(
+        "nn.TransformerDecoderLayer", tensors=_TENSORS, flags="tgt_is_causal memory_is_causal", nested=None
+    ).answering
     def forward(
-        self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
-        tgt_is_causal=False, memory_is_causal=False,
-    ):  # fmt: skip
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
         """Decode tgt with a view of memory.
 
         Args:
@@ -74,7 +101,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
         if nested and (recorded := leaf_call(self, tgt, memory, *masks)) is not None:
             return recorded
-        m, cls, own, x = self._modules, type(self), self.__dict__, tgt
+        m: dict[str, Any] = self._modules
+        cls, own, x = type(self), self.__dict__, tgt
         if (
             _TorchLayer.forward is not _FORWARD
             or cls._sa_block is not _SA_BLOCK
@@ -90,10 +118,10 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         ):
             return super().forward(tgt, memory, *masks)  # torch's forward has no fast path: it is the composition
 
-        def self_attend(x):
+        def self_attend(x) -> tuple[Tensor, Tensor | None]:
             return attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
 
-        def cross_attend(x):
+        def cross_attend(x) -> tuple[Tensor, Tensor | None]:
             return attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
 
         if self.norm_first:
@@ -104,8 +132,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             return dropout(h, dropout_p(m["dropout3"]), residual=x)
         x = add_and_norm(*self_attend(x), x, m["dropout1"], m["norm1"])
         x = add_and_norm(*cross_attend(x), x, m["dropout2"], m["norm2"])
-        h = block_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
-        return add_and_norm(*h, x, m["dropout3"], m["norm3"])
+        h, h_bias = block_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
+        return add_and_norm(h, h_bias, x, m["dropout3"], m["norm3"])
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):
@@ -121,16 +149,31 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
 
     strict_torch = False
 
-    def __init__(self, decoder_layer, num_layers, norm=None, *, strict_torch=False):
+    @Public("nn.TransformerDecoder", flags="strict_torch").answering
+    def __init__(
+        self,
+        decoder_layer: Any,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        *,
+        strict_torch: bool = False,
+    ) -> None:
         super().__init__(decoder_layer, num_layers, norm)
         if strict_torch:
             self.strict_torch = True
 
-    @Public("nn.TransformerDecoder", tensors=_TENSORS, nested=None).answering
+    @Public("nn.TransformerDecoder", tensors=_TENSORS, flags="tgt_is_causal memory_is_causal", nested=None).answering
     def forward(
-        self, tgt, memory, tgt_mask=None, memory_mask=None, tgt_key_padding_mask=None, memory_key_padding_mask=None,
-        tgt_is_causal=None, memory_is_causal=False,
-    ):  # fmt: skip
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
         """Pass tgt through the layers; arguments as in `TransformerDecoderLayer`.
 
         Args:

@@ -7,8 +7,12 @@ The fused layer joins dropout, residual add and norm to one op and computes FF b
 as long as each of them is what torch.nn makes it; otherwise, or if a subclass overrides a block, they are called.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.nn.attention import MultiheadAttention
@@ -96,10 +100,23 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     Source: torch.nn.TransformerEncoderLayer.
     """
 
+    @Public("nn.TransformerEncoderLayer", flags="strict_torch").answering
     def __init__(
-        self, d_model, nhead, dim_feedforward=2048, dropout=0.1, activation=F.relu, layer_norm_eps=1e-5,
-        batch_first=False, norm_first=False, bias=True, device=None, dtype=None, *, strict_torch=False,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-05,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        strict_torch: bool = False,
+    ) -> None:
         super().__init__(
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype,
@@ -108,10 +125,18 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         self.self_attn.__class__ = MultiheadAttention
         self.norm1.__class__ = self.norm2.__class__ = LayerNorm
         if strict_torch:
-            self.self_attn.strict_torch = True
+            self.self_attn.strict_torch = True  # type: ignore[assignment]
 
-    @Public("nn.TransformerEncoderLayer", tensors="src src_mask src_key_padding_mask", nested=None).answering
-    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+    @Public(
+        "nn.TransformerEncoderLayer", tensors="src src_mask src_key_padding_mask", flags="is_causal", nested=None
+    ).answering
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         """Encode src.
 
         Args:
@@ -143,7 +168,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
         return self._fused(src, lambda x: attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal))
 
-    def forward_packed(self, x, cu_seqlens, max_seqlen, is_causal=False):
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, is_causal: bool = False) -> Tensor:
         """Encode sequences that lie one after the other, without padding; an overridden _sa_block is not called.
 
         Args:
@@ -214,16 +239,30 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     strict_torch = False
 
+    @Public("nn.TransformerEncoder", flags="strict_torch").answering
     def __init__(
-        self, encoder_layer, num_layers, norm=None, enable_nested_tensor=True, mask_check=True, *, strict_torch=False
-    ):
+        self,
+        encoder_layer: Any,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
+        *,
+        strict_torch: bool = False,
+    ) -> None:
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor and strict_torch, mask_check)
         self.enable_nested_tensor = enable_nested_tensor
         if strict_torch:
             self.strict_torch = True
 
-    @Public("nn.TransformerEncoder", tensors="src mask src_key_padding_mask", nested=None).answering
-    def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
+    @Public("nn.TransformerEncoder", tensors="src mask src_key_padding_mask", flags="is_causal", nested=None).answering
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
         """Pass src through the layers.
 
         Args:

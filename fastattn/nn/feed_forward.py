@@ -2,12 +2,14 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastattn import reference
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p
+from fastattn.ops._types import Activation
 from fastattn.ops.linear import linear
 
 
@@ -61,9 +63,18 @@ class FeedForward(torch.nn.Module):
 
     @Public("nn.FeedForward", numbers="dropout", integers="d_model d_ff", flags="gated bias recompute").answering
     def __init__(
-        self, d_model, d_ff=2048, *, activation="gelu", dropout=0.0, gated=False, bias=True, recompute=False,
-        device=None, dtype=None,
-    ):  # fmt: skip
+        self,
+        d_model: int,
+        d_ff: int = 2048,
+        *,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        gated: bool = False,
+        bias: bool = True,
+        recompute: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if activation not in tuple(reference.ACTIVATIONS):
             known = ", ".join(reference.ACTIVATIONS)
@@ -80,7 +91,7 @@ class FeedForward(torch.nn.Module):
         self.linear2 = torch.nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype)
 
     @Public("nn.FeedForward", tensors="x", nested=None).answering
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model) → (..., d_model)."""
         linear1, linear2, gate, linear = self.linear1, self.linear2, self.gate, torch.nn.Linear
         plain = (
@@ -100,5 +111,5 @@ class FeedForward(torch.nn.Module):
             b_gate=b_gate, dropout_p=dropout_p(self.dropout), recompute=self.recompute,
         )  # fmt: skip
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"activation={self.activation!r}, gated={self.gate is not None}"

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastattn.nn.plain import leaf_call, remember_forward
 from fastattn.ops import layer_norm, rms_norm
@@ -59,7 +60,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     @Public("nn.LayerNorm", tensors="input", nested=None).answering
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         replaced = F.layer_norm is not _LAYER_NORM or _TorchLayerNorm.forward is not _LAYER_NORM_FORWARD
         if replaced or input.is_nested is not False:
             recorded = leaf_call(self, input)
@@ -84,7 +85,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     @Public("nn.RMSNorm", tensors="x", nested=None).answering
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         replaced = F.rms_norm is not _RMS_NORM or _TorchRMSNorm.forward is not _RMS_NORM_FORWARD
         if replaced or x.is_nested is not False:
             recorded = leaf_call(self, x)

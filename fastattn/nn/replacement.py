@@ -1,5 +1,6 @@
 """Swap the torch.nn modules of any model for ours, in place."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,7 +43,11 @@ class Report:
         return "\n".join(lines)
 
 
-def replace(model, *, only=None):
+def replace(
+    model: torch.nn.Module,
+    *,
+    only: str | type[torch.nn.Module] | Iterable[str | type[torch.nn.Module]] | None = None,
+) -> Report:
     """Turn the torch.nn modules of a model that fastattn.nn has into ours, in place.
 
     The modules stay the same objects with the same parameters, buffers, hooks and modes, so optimizers and references

@@ -1,5 +1,7 @@
 """One module per op: the public function, its checks, the schema of its raw ops, and its backward."""
 
+from typing import Any
+
 from fastattn._imports import import_after
 from fastattn.ops import attention as _attention
 from fastattn.ops import attention_decode as _attention_decode
@@ -10,6 +12,7 @@ from fastattn.ops import norm as _norm
 from fastattn.ops import rotary as _rotary
 from fastattn.ops import scaled_dot_product_attention as _scaled_dot_product_attention
 from fastattn.ops._backends import Answer, Question
+from fastattn.ops._types import Backend
 
 import_after("torch.utils.flop_counter", "fastattn.ops._flops")  # it imports Triton
 
@@ -24,7 +27,7 @@ rms_norm = _norm.rms_norm
 rotary_embedding = _rotary.rotary_embedding
 
 
-_OPS = {
+_OPS: dict[str, Any] = {
     function.__name__: function
     for function in (
         attention, attention_decode, dropout, feed_forward, layer_norm, linear_cross_entropy, rms_norm,
@@ -33,7 +36,7 @@ _OPS = {
 }  # fmt: skip
 
 
-def explain(op, *args, backend=None, **kwargs):
+def explain(op: str, *args: Any, backend: Backend = None, **kwargs: Any) -> str:
     """Which backend would run `op` for these arguments, and why the others would not. Nothing is computed.
 
     Args:

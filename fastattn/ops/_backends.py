@@ -7,10 +7,14 @@ the device in order; the order is data, set from recorded benchmarks. Argument >
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+
+from fastattn.ops._types import Backend
+
+_CONSTANT = "_dynamo_marked_constant"
 
 BACKENDS = ("native", "triton", "reference")
 
@@ -60,7 +64,7 @@ def device_name(device):
     return str(device)
 
 
-device_name._dynamo_marked_constant = True  # as for _decide below
+setattr(device_name, _CONSTANT, True)  # as for _decide below
 
 
 def _type_and_index(device):
@@ -193,7 +197,8 @@ def _decide_named(op, facts, backend):
 
 # torch.compile evaluates them while tracing: facts are constants there. What torch.compiler.assume_constant_result
 # sets, without the import of the compiler that comes with it.
-_decide._dynamo_marked_constant = _decide_named._dynamo_marked_constant = True
+for _function in (_decide, _decide_named):
+    setattr(_function, _CONSTANT, True)
 
 
 def asked_for(backend=None, source="backend"):
@@ -223,7 +228,7 @@ def choose(op, facts, backend=None):
 
 
 @contextlib.contextmanager
-def use_backend(name):
+def use_backend(name: Backend) -> Iterator[None]:
     """Within the block every op runs on backend `name`: "native", "triton", "reference" or "auto", the usual choice.
 
     An op that the backend cannot serve raises ValueError with the reason. Holds for all threads of the process.
@@ -265,7 +270,7 @@ def explanation(op, facts, backend=None):
     return "\n".join(lines)
 
 
-def backends():
+def backends() -> dict[str, dict[str, str]]:
     """Per device type, which backends are there: {"cpu": {"native": "available", "triton": "<why not>", ...}, ...}.
 
     Where one GPU is served and another is not the text names each: "cuda:0: available; cuda:1: <why not>".

@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
@@ -127,8 +127,8 @@ class Public:
                     raise
             return self._instead(otherwise)
 
-        call.explained = self.answering(function)
-        return call
+        setattr(call, "explained", self.answering(function))  # noqa: B010  for a type checker a function has none
+        return cast(_Function, call)
 
     def answering(self, function: _Function) -> _Function:
         """Answer to mistakes only."""
@@ -138,8 +138,12 @@ class Public:
 
         @functools.wraps(function)
         def call(*args, **kwargs):
-            if exact and (kwargs or len(args) > first):
-                self._check_exact(parameters, dict(zip(by_position, args, strict=False)) | kwargs)
+            if kwargs:
+                for label in kwargs:
+                    if label in exact and type(kwargs[label]) not in exact[label]:
+                        self._check_kind(parameters, label, kwargs[label])
+            if len(args) > first:
+                self._check_exact(parameters, dict(zip(by_position, args, strict=False)))
             try:
                 return function(*args, **kwargs)
             except Exception as error:
@@ -149,7 +153,7 @@ class Public:
                     raise
             return self._instead(otherwise)
 
-        return call
+        return cast(_Function, call)
 
     def _first_exact(self, by_position):
         """How many arguments by position a call may have without a flag or an integer among them."""

@@ -13,8 +13,12 @@ The raw ops take (batch, heads, seqlen, head_dim) views of any strides. Packed s
 cu_seqlens; then i, j, off and the Philox slab count per sequence. Causal is window_right = 0.
 """
 
+from typing import Literal, overload
+
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from typing_extensions import Unpack
 
 from fastattn import reference
 from fastattn.ops._attention_call import N_TENSORS, AttentionCall, Facts, attention_call, is_plain
@@ -28,6 +32,7 @@ from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     observed,
     python_kernel,
@@ -36,6 +41,7 @@ from fastattn.ops._register import (
     register_fake,
     register_reference,
 )  # fmt: skip
+from fastattn.ops._types import AttentionOptions, Backend, Causal, Window
 
 N_ARGUMENTS = len(AttentionCall._fields)
 
@@ -140,7 +146,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse, _):
         out, lse, lse_low, *tensors = ctx.saved_tensors
-        q, k, v, bias, sink, *others = (*tensors, *ctx.options)
+        q, k, v, bias, sink, *others = tuple(tensors) + ctx.options
         no_grads = (None,) * len(others)
         if torch.is_grad_enabled():  # create_graph=True
             grads = differentiate(lambda *inputs: _reference(*inputs, *others), (q, k, v, bias, sink), (do, dlse))
@@ -176,7 +182,7 @@ def _apply(backend, *arguments):
     call = AttentionCall(*arguments[:N_ARGUMENTS])
     backward = backend if _has_backward(backend, call.q) else "triton"
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _Attention.apply(backend, backward, deterministic, _needs_low(call), *call)
+    return apply(_Attention, backend, backward, deterministic, _needs_low(call), *call)
 
 
 def _reference_of_op(*arguments):
@@ -208,12 +214,42 @@ _ATTENTION = Public(
 )
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[AttentionOptions]
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+) -> tuple[Tensor, Tensor]: ...
+
+
 @_ATTENTION.overridable
 def attention(
-    q, k, v, *, mask=None, bias=None, causal=False, window=None, seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None,
-    max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0, scale=None,
-    return_lse=False, deterministic=None, backend=None,
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: Causal = False,
+    window: Window | None = None,
+    seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = 0.0,
+    sink: Tensor | None = None,
+    dropout_p: float | None = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention: softmax(scale * q·kᵀ + bias) · v, with memory linear in the sequence length.
 
     With off = 0 for causal="top_left" and seqlen_k - seqlen_q otherwise (bottom-right), query i stands at key i + off.
@@ -295,7 +331,7 @@ def _run_on(runs, facts, call, need_lse, deterministic):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         backward = runs if _has_backward(runs, q) else choose("attention", facts, "triton")
-        out, lse, _ = _Attention.apply(runs, backward, deterministic, _needs_low(call), *call)
+        out, lse, _ = apply(_Attention, runs, backward, deterministic, _needs_low(call), *call)
         return out, lse
     if runs == "native" and not need_lse and q.is_cpu and call.window_left == -1 and is_plain(facts):
         return _infer(q, k, v, call.window_right, call.top_left, call.scale), None

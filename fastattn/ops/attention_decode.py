@@ -8,10 +8,11 @@ of one tile, and the keys of a sequence are divided into splits that run at the 
 Two raw ops: attention_decode_append writes new keys and values into the cache, attention_decode_fwd only reads it.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastattn import reference
 from fastattn._autocast import autocast_dtype
@@ -23,6 +24,7 @@ from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readab
 from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._public import Public
 from fastattn.ops._register import observed, raw_ops, register_fake, register_reference
+from fastattn.ops._types import Backend, Causal, DecodeOptions, Window
 
 MIN_PAGE_SIZE = 16
 HOPPER_KEYS = 64  # of a block of the CUDA kernel, which pages must be a multiple of
@@ -275,12 +277,42 @@ _PUBLIC = Public(
 )
 
 
+@overload
+def attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, return_lse: Literal[False] = False,
+    **options: Unpack[DecodeOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, return_lse: Literal[True],
+    **options: Unpack[DecodeOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 @_PUBLIC.overridable
 def attention_decode(
-    q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
-    causal=True, window=None, softcap=0.0, alibi_slopes=None, sink=None, scale=None, num_splits=0, return_lse=False,
-    backend=None,
-):  # fmt: skip
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    causal: Causal = True,
+    window: Window | None = None,
+    softcap: float | None = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    scale: float | None = None,
+    num_splits: int | None = 0,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of a few queries on a cache of keys and values, contiguous or paged, which k and v extend in place.
 
     Sequence b has length = cache_seqlens[b] + seqlen_new keys, and its last query stands at its last: query i at key

@@ -6,6 +6,7 @@ The backward is the forward without a residual: the mask is drawn again from (se
 """
 
 import torch
+from torch import Tensor
 
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
@@ -14,7 +15,8 @@ from fastattn.ops._kinds import check_float, is_dtensor
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
+from fastattn.ops._register import RECORDED, apply, observed, raw_ops, register_autograd, register_fake
+from fastattn.ops._types import Backend
 
 
 def _dropout_fake(x, residual, rng, dropout_p):
@@ -50,7 +52,7 @@ class _Dropout(torch.autograd.Function):
 
 register_autograd(
     "dropout_fwd",
-    lambda backend, x, residual, rng, dropout_p: _Dropout.apply(x, residual, rng, dropout_p, backend),
+    lambda backend, x, residual, rng, dropout_p: apply(_Dropout, x, residual, rng, dropout_p, backend),
     lambda x, residual, rng, dropout_p: reference.dropout(x, dropout_p, residual, rng),
 )
 
@@ -59,7 +61,13 @@ _DROPOUT = Public("dropout", tensors="x residual", numbers="dropout_p", nested=o
 
 
 @_DROPOUT.overridable
-def dropout(x, dropout_p=0.5, *, residual=None, backend=None):
+def dropout(
+    x: Tensor,
+    dropout_p: float = 0.5,
+    *,
+    residual: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
     """residual + dropout(x), with the mask that every backend and device draws alike for one (seed, offset).
 
     Args:
@@ -86,7 +94,7 @@ def _dropout(x, residual, rng, dropout_p, runs):
     if runs == "reference":
         return reference.dropout(x, dropout_p, residual, rng)
     if runs not in RECORDED and grad_wanted(x, residual):
-        return _Dropout.apply(x, residual, rng, dropout_p, runs)
+        return apply(_Dropout, x, residual, rng, dropout_p, runs)
     return _fwd[runs](x, residual, rng, dropout_p)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
@@ -27,12 +28,14 @@ from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     observed,
     raw_ops,
     register_autograd,
     register_fake,
 )  # fmt: skip
+from fastattn.ops._types import Activation, Backend
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -187,7 +190,7 @@ def _activation_reference(preact, gate, rng, dropout_p, activation):
     return reference.dropout(hidden, dropout_p, rng=rng).to(preact.dtype)
 
 
-register_autograd("activation_fwd", lambda backend, *args: _Activation.apply(*args, backend), _activation_reference)
+register_autograd("activation_fwd", lambda backend, *args: apply(_Activation, *args, backend), _activation_reference)
 
 
 def _reference(rng, dropout_p, activation, **product):
@@ -259,8 +262,19 @@ _FEED_FORWARD = Public(
 
 @_FEED_FORWARD.overridable
 def feed_forward(
-    x, w1, b1, w2, b2, *, activation="gelu", w_gate=None, b_gate=None, dropout_p=0.0, recompute=False, backend=None
-):
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: Activation = "gelu",
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    dropout_p: float | None = 0.0,
+    recompute: bool = False,
+    backend: Backend | None = None,
+) -> Tensor:
     """w2·dropout(act(w1·x + b1)) + b2; with w_gate: w2·dropout(act(w_gate·x + b_gate) ∘ (w1·x + b1)) + b2.
 
     Args:
@@ -303,7 +317,7 @@ def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation,
         return _reference(rng, dropout_p, activation)(*inputs)[0]
     fused = fuses and runs not in RECORDED
     if runs not in RECORDED and grad_wanted(*inputs):
-        return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs, fused)
+        return apply(_FeedForward, *inputs, rng, dropout_p, activation, recompute, runs, fused)
     return _forward(*inputs, rng, dropout_p, activation, runs, fused, False)[0]
 
 

@@ -8,9 +8,11 @@ dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),
 dx_bias = sum_rows(dx)
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
+from torch import Tensor
+from typing_extensions import Unpack
 
 from fastattn import reference
 from fastattn._autocast import as_autocast_norm
@@ -22,6 +24,7 @@ from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     observed,
     raw_ops,
@@ -29,6 +32,7 @@ from fastattn.ops._register import (
     register_fake,
     register_reference,
 )  # fmt: skip
+from fastattn.ops._types import Backend, NormOptions
 
 
 def _norm_infer_fake(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
@@ -156,7 +160,7 @@ def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
 
 
 def _apply(backend, x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
-    y, r, stats = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend)
+    y, r, stats = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend)
     return y, x.new_empty(0) if r is None else r, stats
 
 
@@ -245,7 +249,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     elif runs in RECORDED:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     elif grad_wanted(x, residual, weight, bias, x_bias):
-        y, r, _ = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
+        y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
     elif return_residual and not plain:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     else:
@@ -284,11 +288,33 @@ _LAYER_NORM, _RMS_NORM = (
 )
 
 
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float | None = 1e-5, *,
+    return_residual: Literal[False] = False, **options: Unpack[NormOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float | None = 1e-5, *,
+    return_residual: Literal[True], **options: Unpack[NormOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 @_LAYER_NORM.overridable
 def layer_norm(
-    x, weight=None, bias=None, eps=1e-5, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False,
-    backend=None,
-):  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-5,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    dropout_p: float | None = 0.0,
+    return_residual: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over the last dimension of dropout(x + x_bias) + residual.
 
     Args:
@@ -311,10 +337,32 @@ def layer_norm(
     )  # fmt: skip
 
 
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float | None = None, *, return_residual: Literal[False] = False,
+    **options: Unpack[NormOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float | None = None, *, return_residual: Literal[True],
+    **options: Unpack[NormOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 @_RMS_NORM.overridable
 def rms_norm(
-    x, weight=None, eps=None, *, x_bias=None, residual=None, dropout_p=0.0, return_residual=False, backend=None
-):
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    dropout_p: float | None = 0.0,
+    return_residual: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last dimension of dropout(x + x_bias) + residual: r * rsqrt(mean(r²) + eps) * weight.
 
     Args, Returns and Raises as for `layer_norm`; eps None is the epsilon of the accumulator: 1.19e-7, for fp64 2.2e-16.

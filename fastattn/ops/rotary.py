@@ -5,9 +5,11 @@
 The backward is the same op with the angle negated, `conjugate`; it is differentiable in turn. Nothing of x is saved.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
+from torch import Tensor
+from typing_extensions import Unpack
 
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
@@ -16,7 +18,8 @@ from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_nested
 from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
-from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
+from fastattn.ops._register import RECORDED, apply, observed, raw_ops, register_autograd, register_fake
+from fastattn.ops._types import Backend, RotaryOptions
 
 
 class Facts(NamedTuple):
@@ -31,9 +34,9 @@ class Facts(NamedTuple):
 class RotaryCall(NamedTuple):
     """The arguments of the raw op between the tensors that it rotates and `conjugate`, in their order."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    positions: torch.Tensor | None
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None
     offset: int
     rotary_dim: int
     interleaved: bool
@@ -112,8 +115,8 @@ def _run(backend, inplace, xs, *rest):
             torch.autograd.graph.increment_version([x for x in xs if not x.is_inference()])
         return _launch(backend, inplace, xs, *rest)
     if inplace:  # autograd follows a function that changes views only if it changes one
-        return tuple(_Rotary.apply(x, None, backend, True, *rest)[0] for x in xs)
-    return _Rotary.apply(xs[0], xs[1] if len(xs) == 2 else None, backend, False, *rest)
+        return tuple(apply(_Rotary, x, None, backend, True, *rest)[0] for x in xs)
+    return apply(_Rotary, xs[0], xs[1] if len(xs) == 2 else None, backend, False, *rest)
 
 
 def _pair(results, q):
@@ -128,7 +131,7 @@ def _raw_reference(q, k, cos, sin, positions, offset, rotary_dim, interleaved, c
 
 register_autograd(
     "rotary_fwd",
-    lambda backend, q, k, *rest: _pair(_Rotary.apply(q, k, backend, False, *rest), q),
+    lambda backend, q, k, *rest: _pair(apply(_Rotary, q, k, backend, False, *rest), q),
     _raw_reference,
 )
 
@@ -265,8 +268,27 @@ _PUBLIC = Public(
 )
 
 
+@overload
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, **options: Unpack[RotaryOptions]) -> Tensor: ...
+
+
+@overload
+def rotary_embedding(
+    x: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, **options: Unpack[RotaryOptions]
+) -> tuple[Tensor, Tensor]: ...
+
+
 @_PUBLIC.overridable
-def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=False, backend=None):
+def rotary_embedding(
+    x: Tensor | tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | int | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Rotary position embedding: rotates pairs of the first rotary_dim channels, copies the others.
 
     Computed in float32 and rounded once to the dtype of x, also under autocast, which changes nothing here. cos and sin
@@ -306,8 +328,15 @@ def rotary_embedding(x, cos, sin, *, positions=None, interleaved=False, inplace=
 def _rotate(runs, xs, call, inplace):
     runs = observed(runs)
     by_reference, traced = runs == "reference", runs in RECORDED
-    # what the kernels cannot write in place is copied back; torch.compile removes that copy where it can
-    copies = inplace and (by_reference or traced or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
+    # What the kernels cannot write in place is copied back; torch.compile removes that copy where it can. Modes that
+    # look at what an operator writes know the copy, and take no operator that may get None there.
+    copies = inplace and (
+        by_reference
+        or traced
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(t.stride(-1) != 1 for t in xs)
+    )
     if by_reference:
         out = _reference(xs, *call)
     elif traced:

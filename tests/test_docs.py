@@ -1,0 +1,126 @@
+"""The documents: links and named files exist, and speeds are those of the result files."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+SOURCES = ("fastattn", "kernels", "csrc", "benchmarks", "scripts", "recipes", "tests", "docs")
+SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh", ".sh", ".yaml", ".md"}
+NUMBERS = {"one": 1, "two": 2}
+SPEED = re.compile(r"\d+\.\d+ \(\d+\.\d+\)")  # ratio of medians (of minima)
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def without_code(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text):
+    """The anchors that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def tables(text):
+    """(the lines of the section of level 2 before a table, its header, its rows), cells as text."""
+    before, table = [], []
+    for line in [*text.split("\n"), ""]:
+        if line.startswith("|"):
+            table.append([cell.strip() for cell in line.strip("|").split("|")])
+            continue
+        if table:
+            yield "\n".join(before), table[0], table[2:]
+            table = []
+        before = [line] if line.startswith("## ") else [*before, line]
+
+
+@functools.cache
+def results(name):
+    """{(benchmark, implementation): (median in us, "ratio of medians (of minima)")} of a result file."""
+    return {
+        (row[0], row[1]): (float(row[2]), f"{row[3]} ({row[4]})")
+        for _, header, rows in tables(read(name))
+        if header[0] == "benchmark"
+        for row in rows
+    }
+
+
+def speed(found, benchmark, column):
+    """What the files say for the cell of a benchmark in a column such as "fp32", "fp32 fwd", "torch.compile, fp32"."""
+    *implementation, form = column.split(", ")
+    key = benchmark.replace("*", form.replace(" ", "-")), *(implementation or ["fastattn"])
+    assert key in found, f"no linked result file has a row for {key}"
+    return found[key][1]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(read(name))):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), f"{name} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{name}: {target} has no such heading"
+
+
+def test_named_files_exist():
+    """Whatever file of ours is named by its path in another one. Placeholders are in capitals."""
+    files = [ROOT / name for name in DOCUMENTS]
+    files += [file for folder in SOURCES for file in (ROOT / folder).rglob("*") if file.suffix in SUFFIXES]
+    folders = "docs|benchmarks|scripts|recipes|tests|kernels|csrc"
+    named = re.compile(rf"(?<![\w./-])(?:{folders})/[\w./-]+\.(?:md|py|sh|yaml|h|cpp|cuh?)\b")
+    absent = "kernels/__init__.py"  # a test demands that there is none
+    missing = {
+        f"{file.relative_to(ROOT)}: {path}"
+        for file in files
+        for path in named.findall(file.read_text(encoding="utf-8"))
+        if not (ROOT / path).exists() and not re.search(r"[A-Z]{4}\.", path) and path != absent
+    }
+    assert not missing
+
+
+def test_speeds_are_those_of_the_result_files():
+    """Each cell of docs/performance.md is in a result file that is linked above its table, one machine a section."""
+    checked = 0
+    for before, header, rows in tables(read("docs/performance.md")):
+        if header[-1] != "row of the file":
+            assert not SPEED.search(str(rows)), f"the table {header} does not say where its speeds come from"
+            continue
+        found = {}
+        for name in re.findall(r"\]\(\.\./(benchmarks/results/[\w.-]+)\)", before):
+            machine, threads = re.match(r"## (.*), (\w+) thread", before).groups()
+            assert machine in read(name)
+            assert f", {NUMBERS[threads]} threads; torch" in read(name)
+            found |= results(name)
+        for *cells, benchmark in rows:
+            benchmark = benchmark.strip("`")
+            for column, cell in list(zip(header, cells, strict=False))[1:]:
+                if "µs" in column:  # of one of 100 calls
+                    implementation = {"PyTorch": "torch", "fastattn": "fastattn"}[column.split(",")[0]]
+                    assert cell == f"{found[benchmark, implementation][0] / 100:.1f}", (benchmark, column)
+                else:
+                    assert cell == speed(found, benchmark, column), (benchmark, column)
+                checked += 1
+    assert checked > 100
+
+
+def test_speeds_of_the_readme_are_in_the_performance_page():
+    (speeds,) = (rows for _, header, rows in tables(read("README.md")) if header[-1] == "speed-up")
+    performance = read("docs/performance.md")
+    assert 0 < len(speeds) <= 5
+    for label, cell in speeds:
+        assert SPEED.fullmatch(cell), label
+        assert f"| {cell} |" in performance, label
