@@ -74,6 +74,10 @@ INTEGERS = {
     "max_seqlen_q", "max_seqlen_k", "max_seqlen", "num_splits", "ignore_index", "chunk_size", "d_model", "d_ff",
     "rotary_dim",
 }  # fmt: skip
+LAYER_FLAGS = {
+    "need_weights", "average_attn_weights", "is_causal", "tgt_is_causal", "memory_is_causal", "src_is_causal",
+    "strict_torch",
+}  # fmt: skip
 PROBABILITIES = {"dropout_p", "dropout", "label_smoothing"}
 NUMBERS = {"scale", "softcap", "eps", "z_loss", "softmax_scale", "base"} | PROBABILITIES
 WINDOWS = {"window", "window_size"}
@@ -131,6 +135,32 @@ def test_flags(name):
             call(name, label, value)
 
 
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (lambda **more: nn.MultiheadAttention(8, 2, **more), 3),
+        (lambda **more: nn.TransformerEncoderLayer(8, 2, 8, **more), 1),
+        (lambda **more: nn.TransformerDecoderLayer(8, 2, 8, **more), 2),
+        (lambda **more: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1, **more), 1),
+        (lambda **more: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 8), 1, **more), 2),
+        (lambda **more: nn.Transformer(8, 2, 1, 1, 8, **more), 2),
+    ],
+    ids=["attention", "encoder layer", "decoder layer", "encoder", "decoder", "transformer"],
+)
+def test_flags_of_layers(make, inputs):
+    """torch.nn takes the truth of anything; a text as is_causal must not make a layer causal without a word."""
+    layer, x = make(), torch.randn(5, 3, 8)
+    for label in set(inspect.signature(layer.forward).parameters) & LAYER_FLAGS:
+        for value in ("no", 2, 0.5, abs, torch.ones(2), [True]):
+            with pytest.raises(TypeError, match=r"^nn\.\w+: \w*is_causal|\w*weights must be True or False"):
+                layer(*[x] * inputs, **{label: value})
+        for value in (True, 1, 0, np.False_, torch.tensor(True)):
+            layer(*[x] * inputs, **{label: value})
+    for value in ("no", 2, abs):
+        with pytest.raises(TypeError, match=r"^nn\.\w+: strict_torch must be True or False, got"):
+            make(strict_torch=value)
+
+
 def test_flags_by_position():
     with pytest.raises(TypeError, match=r"^scaled_dot_product_attention: is_causal must be True or False, got str"):
         fastattn.scaled_dot_product_attention(Q, Q, Q, None, 0.0, "no")
@@ -174,7 +204,7 @@ def test_windows(name):
 
 
 def test_choices(name):
-    check_refused(name, CHOICES, ["nope", 5, abs, b"native", 1j, ["native"], {}], ValueError, "must be")
+    check_refused(name, CHOICES, ["nope", 5, abs, b"native", 1j, ["native"], {1: 1}], ValueError, "must be")
     wrong = [torch.ones(6, 6, dtype=torch.bool), 2, 0.5, "false", *ARRAYS]
     check_refused(name, {"causal"}, wrong, ValueError, "must be")
 

@@ -127,7 +127,7 @@ class TestExplain:
         x = torch.ones(2, 3, 4, 8)
         text = fastattn.explain("scaled_dot_product_attention", x, x, x, is_causal=True)
         assert text == fastattn.explain("attention", x, x, x, causal="top_left")
-        with pytest.raises(ValueError, match="attn_mask must be None when is_causal is True"):
+        with pytest.raises(ValueError, match="attn_mask should not be set when is_causal=True"):
             fastattn.explain("scaled_dot_product_attention", x, x, x, torch.ones(4, 4), is_causal=True)
 
     def test_unknown_op_and_bad_arguments(self):

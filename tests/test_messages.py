@@ -199,6 +199,25 @@ def test_numbers(op, label):
             function(*args, **kwargs, **{label: wrong})
 
 
+def test_a_stream_in_fp32_begins_with_zeros():
+    x = X.bfloat16()
+    for op in ("layer_norm", "rms_norm"):
+        function, _ = functions(op)
+        with pytest.raises(TypeError, match=rf"^{op}: there is no argument residual_in_fp32: pass the residual in fl"):
+            function(x, residual_in_fp32=True)
+        y, stream = function(x, residual=torch.zeros_like(x, dtype=torch.float32), return_residual=True)
+        assert (y.dtype, stream.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(stream, x.float())
+        assert torch.equal(y, function(x))
+
+
+def test_float64_runs_on_the_reference():
+    q = Q.double()
+    text = fastattn.explain("scaled_dot_product_attention", q, q, q)
+    assert "reference: runs" in text
+    assert "it takes float32, bfloat16 and float16, got torch.float64" in text
+
+
 def test_a_learnable_scale_says_the_way_out_and_the_way_out_is_right():
     scale = torch.tensor(0.3, requires_grad=True)
     with pytest.raises(TypeError, match=r"multiply q by it and pass scale=1.0"):
@@ -370,7 +389,7 @@ def test_errors_are_caught_as_those_of_pytorch_too(op):
 
 def test_errors_of_the_drop_in_functions_are_runtime_errors():
     calls = {
-        "attn_mask must be None when is_causal": lambda: fastattn.scaled_dot_product_attention(
+        "Explicit attn_mask should not be set when is_causal=True": lambda: fastattn.scaled_dot_product_attention(
             Q, Q, Q, MASK, is_causal=True
         ),
         "at least 2 dimensions": lambda: fastattn.scaled_dot_product_attention(B, B, B),

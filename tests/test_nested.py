@@ -183,6 +183,47 @@ class TestAttention:
         assert_alike(fastattn.layer_norm(whole), [fastattn.layer_norm(t) for t in gaps.unbind()])
 
 
+class TestStridedAsInTorch:
+    """What torch.nn.functional.scaled_dot_product_attention takes as strided nested tensors, by heads of its own."""
+
+    QUERIES, KEYS = (2, 3, 4), (3, 4, 5)
+
+    @pytest.mark.parametrize("is_causal", [False, True])
+    @pytest.mark.parametrize("heads", [None, (2, 3, 4), (1, 3, 1)])
+    def test_without_heads_and_with_other_heads_in_every_sequence(self, heads, is_causal):
+        leading = [()] * 3 if heads is None else [(count,) for count in heads]
+        lists = [
+            [torch.randn(*lead, length, 8, requires_grad=True) for lead, length in zip(leading, lengths, strict=True)]
+            for lengths in (self.QUERIES, self.KEYS, self.KEYS)
+        ]
+        out = fastattn.scaled_dot_product_attention(
+            *(torch.nested.as_nested_tensor(tensors) for tensors in lists), is_causal=is_causal
+        )
+        right = [F.scaled_dot_product_attention(*qkv, is_causal=is_causal) for qkv in zip(*lists, strict=True)]
+        inputs = [t for tensors in lists for t in tensors]
+        grads = torch.autograd.grad(sum((t * t).sum() for t in out.unbind()), inputs)
+        for got, want in zip(out.unbind(), right, strict=True):
+            torch.testing.assert_close(got, want)
+        for got, want in zip(grads, torch.autograd.grad(sum((t * t).sum() for t in right), inputs), strict=True):
+            torch.testing.assert_close(got, want)
+
+    def test_what_does_not_fit_is_named(self):
+        q = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(1, 3, 8)])
+        k = torch.nested.nested_tensor([torch.randn(1, 3, 8), torch.randn(2, 3, 8)])
+        flat = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(4, 8)])
+        ragged = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 3, 4)])
+        for function, args, message in (
+            (fastattn.scaled_dot_product_attention, (q, k, k), "key must have the heads of query in every sequence"),
+            (fastattn.scaled_dot_product_attention, (flat, q, q), "query must be nested .*, got 3 dimensions"),
+            (fastattn.scaled_dot_product_attention, (q, flat, flat), "key must be nested .*, got 3 dimensions"),
+            (fastattn.attention, (flat, flat, flat), "q must be nested .*, got 3 dimensions"),
+            (fastattn.attention, (ragged, ragged, ragged), "q must not be ragged in its last dimension"),
+            (fastattn.layer_norm, (ragged,), "x must not be ragged in its last dimension"),
+        ):
+            with pytest.raises(ValueError, match=f"{function.__name__}: {message}"):
+                function(*args)
+
+
 # an op of rows: (function of x and residual, whether residual is taken)
 ROWS = {
     "layer_norm": lambda x, r: fastattn.layer_norm(x, W, B),

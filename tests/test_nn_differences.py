@@ -386,6 +386,15 @@ class TestErrors:
             with pytest.raises(kind):
                 module(*args, need_weights=need_weights, **kwargs)
 
+    @pytest.mark.parametrize("wrong", ["key", "value"])
+    def test_width_of_keys(self, x, wrong):
+        """An AssertionError where they have their own width, as in torch, which goes by the weights."""
+        for module in pair("MultiheadAttention", E, H, batch_first=True, kdim=6, vdim=4):
+            right = {"key": x[..., :6], "value": x[..., :4]}
+            module(x, **right)
+            with pytest.raises(AssertionError, match="expecting"):
+                module(x, **right | {wrong: x[..., :3]})
+
     @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
     def test_of_norms(self, x, name):
         for shape, given in (((L + 1, E), x), ((N, L, E), x[0]), ((), torch.ones(()))):
@@ -408,7 +417,7 @@ class TestScaledDotProductAttention:
     def test_a_mask_beside_is_causal_raises(self, mask):
         """The documentation of torch says so; its kernel for the CPU takes both."""
         q = torch.randn(2, H, L, 8)
-        with pytest.raises(RuntimeError, match="attn_mask must be None when is_causal is True"):
+        with pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal=True"):
             fastattn.scaled_dot_product_attention(q, q, q, mask, is_causal=True)
 
     @pytest.mark.parametrize(

@@ -24,6 +24,12 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// The left operand of a product, or the right one: rows or columns `ld` floats apart.
+struct Operand {
+  const float* data;
+  int64_t ld;
+};
+
 // Memory of one thread for the time of one call, carved into 64-byte aligned pieces.
 class Arena {
  public:

@@ -89,6 +89,9 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     return out, weights
 
 
+_FLAGS = "need_weights average_attn_weights is_causal"
+
+
 @remember_forward
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on `fastattn.attention`: the same arguments, parameters and masks.
@@ -105,6 +108,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     strict_torch = False
 
+    @Public("nn.MultiheadAttention", flags="strict_torch").answering
     def __init__(
         self,
         embed_dim: int,
@@ -127,7 +131,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if strict_torch:
             self.strict_torch = True
 
-    @Public("nn.MultiheadAttention", tensors="query key value key_padding_mask attn_mask", nested=None).answering
+    @Public(
+        "nn.MultiheadAttention", tensors="query key value key_padding_mask attn_mask", flags=_FLAGS, nested=None
+    ).answering
     def forward(
         self,
         query: Tensor,
@@ -246,6 +252,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise AssertionError(
                     f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
                 )
+            for label, t, width in (("key", key, self.kdim), ("value", value, self.vdim)):
+                if t.shape[-1] != width:
+                    raise AssertionError(f"was expecting a last dimension of {width} of {label}, but got {t.shape[-1]}")
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             projected = map(linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
         return self._heads_first((t.unflatten(-1, heads) for t in projected), batched, batch_first)

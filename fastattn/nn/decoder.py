@@ -42,6 +42,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     Source: torch.nn.TransformerDecoderLayer.
     """
 
+    @Public("nn.TransformerDecoderLayer", flags="strict_torch").answering
     def __init__(
         self,
         d_model: int,
@@ -69,7 +70,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             for attn in (self.self_attn, self.multihead_attn):
                 attn.strict_torch = True  # type: ignore[assignment]
 
-    @Public("nn.TransformerDecoderLayer", tensors=_TENSORS, nested=None).answering
+    @Public(
+        "nn.TransformerDecoderLayer", tensors=_TENSORS, flags="tgt_is_causal memory_is_causal", nested=None
+    ).answering
     def forward(
         self,
         tgt: Tensor,
@@ -146,6 +149,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
 
     strict_torch = False
 
+    @Public("nn.TransformerDecoder", flags="strict_torch").answering
     def __init__(
         self,
         decoder_layer: Any,
@@ -158,7 +162,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         if strict_torch:
             self.strict_torch = True
 
-    @Public("nn.TransformerDecoder", tensors=_TENSORS, nested=None).answering
+    @Public("nn.TransformerDecoder", tensors=_TENSORS, flags="tgt_is_causal memory_is_causal", nested=None).answering
     def forward(
         self,
         tgt: Tensor,

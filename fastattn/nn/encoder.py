@@ -100,6 +100,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     Source: torch.nn.TransformerEncoderLayer.
     """
 
+    @Public("nn.TransformerEncoderLayer", flags="strict_torch").answering
     def __init__(
         self,
         d_model: int,
@@ -126,7 +127,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if strict_torch:
             self.self_attn.strict_torch = True  # type: ignore[assignment]
 
-    @Public("nn.TransformerEncoderLayer", tensors="src src_mask src_key_padding_mask", nested=None).answering
+    @Public(
+        "nn.TransformerEncoderLayer", tensors="src src_mask src_key_padding_mask", flags="is_causal", nested=None
+    ).answering
     def forward(
         self,
         src: Tensor,
@@ -236,6 +239,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     strict_torch = False
 
+    @Public("nn.TransformerEncoder", flags="strict_torch").answering
     def __init__(
         self,
         encoder_layer: Any,
@@ -251,7 +255,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if strict_torch:
             self.strict_torch = True
 
-    @Public("nn.TransformerEncoder", tensors="src mask src_key_padding_mask", nested=None).answering
+    @Public("nn.TransformerEncoder", tensors="src mask src_key_padding_mask", flags="is_causal", nested=None).answering
     def forward(
         self,
         src: Tensor,

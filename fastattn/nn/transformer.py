@@ -11,6 +11,7 @@ from fastattn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from fastattn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import leaf_call
+from fastattn.ops._public import Public
 
 
 class Transformer(torch.nn.Transformer):
@@ -23,6 +24,7 @@ class Transformer(torch.nn.Transformer):
     Source: torch.nn.Transformer.
     """
 
+    @Public("nn.Transformer", flags="strict_torch").answering
     def __init__(
         self,
         d_model: int = 512,

@@ -28,7 +28,7 @@ class Rows:
                 raise ValueError(f"{name}: {label} must not be ragged in its last dimension, got {nested.shape}")
             self.tensor, self.max_seqlen = nested.values(), nested._maybe_max_seqlen
             return
-        sequences = _sequences(name, label, nested)
+        sequences = _sequences(name, label, nested, last)
         self.shapes = [sequence.shape[: sequence.dim() - last] for sequence in sequences]
         self.tensor = torch.cat([t.reshape(-1, *t.shape[t.dim() - last :]) for t in sequences])
         self.max_seqlen = max(shape.numel() for shape in self.shapes)
@@ -63,10 +63,14 @@ def _check_gaps(name, label, nested):
         raise ValueError(f"{name}: {label} must be a nested tensor without gaps: call its contiguous() before")
 
 
-def _sequences(name, label, nested):
+def _sequences(name, label, nested, last=1):
+    """The sequences of a strided nested tensor, which agree in their last dimensions."""
     sequences = nested.unbind()
     if not sequences:
         raise ValueError(f"{name}: {label} must be a nested tensor with at least one sequence, got none")
+    ends = {tuple(t.shape[t.dim() - last :]) for t in sequences}
+    if len(ends) > 1:
+        raise ValueError(f"{name}: {label} must not be ragged in its last dimension, got {sorted(ends)}")
     return sequences
 
 
@@ -130,12 +134,15 @@ def longest(nested):
 
 
 class Sequences:
-    """Nested (batch, heads, seqlen, ...) as packed sequences: `tensor` (total, heads, ...) and `cu_seqlens`."""
+    """Nested (batch, heads, seqlen, ...) as packed sequences: `tensor` (total, heads, ...) and `cu_seqlens`.
+
+    Where the sequences of a strided tensor differ in heads, each head is a sequence of its own.
+    """
 
     def __init__(self, name, label, nested):
         self.nested = nested
         self.is_jagged = nested.layout is torch.jagged
-        if nested.dim() < 3 or (self.is_jagged and nested._ragged_idx != 2):
+        if nested.dim() < 4 - self.is_jagged or (self.is_jagged and nested._ragged_idx != 2):
             form = tuple(nested.shape) if self.is_jagged else f"{nested.dim()} dimensions"
             raise ValueError(
                 f"{name}: {label} must be nested (batch, heads, seqlen, head_dim), ragged in seqlen, got {form}; a"
@@ -147,9 +154,12 @@ class Sequences:
             self.offsets = nested.offsets()
             self.max_seqlen = nested._maybe_max_seqlen
             return
-        sequences = [sequence.transpose(0, 1) for sequence in _sequences(name, label, nested)]
-        self.lengths = [len(sequence) for sequence in sequences]
-        self.tensor = torch.cat(sequences)
+        parts = _sequences(name, label, nested)
+        self.heads = [part.shape[0] for part in parts]
+        if len(set(self.heads)) > 1:
+            parts = [head[None] for part in parts for head in part]
+        self.lengths = [part.shape[1] for part in parts]
+        self.tensor = torch.cat([part.transpose(0, 1) for part in parts])
         self.offsets = _offsets(self.lengths, nested.device)
         self.max_seqlen = max(self.lengths)
 
@@ -157,13 +167,26 @@ class Sequences:
         """A result (total, heads, ...) as a nested tensor (batch, heads, seqlen, ...)."""
         if self.is_jagged:
             return _as_jagged(packed, self.nested, 1).transpose(1, 2)
-        return torch.nested.as_nested_tensor([part.transpose(0, 1) for part in packed.split(self.lengths)])
+        parts = [part.transpose(0, 1) for part in packed.split(self.lengths)]
+        if len(set(self.heads)) > 1:
+            heads = iter(parts)
+            parts = [torch.cat([next(heads) for _ in range(count)]) for count in self.heads]
+        return torch.nested.as_nested_tensor(parts)
+
+    def has_heads_of(self, other):
+        """Whether the sequences of both have the same heads, or each of them as many as its others."""
+        if self.is_jagged or other.is_jagged:
+            return True
+        return self.heads == other.heads or len(set(self.heads)) == len(set(other.heads)) == 1
 
 
 def sequences_of(name, given, *labels):
     """The `Sequences` of the arguments `labels`; the last two must have the same lengths."""
     check_nested(name, given, labels)
     found = [Sequences(name, label, given[label]) for label in labels]
+    for label, other in zip(labels[1:], found[1:], strict=True):
+        if not found[0].has_heads_of(other):
+            raise ValueError(f"{name}: {label} must have the heads of {labels[0]} in every sequence where these differ")
     for a, b in itertools.pairwise(found[-2:]):
         if a.offsets is not b.offsets and not torch.equal(a.offsets, b.offsets):
             raise ValueError(f"{name}: {labels[-1]} must have sequences of the same lengths as {labels[-2]}")

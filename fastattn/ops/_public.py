@@ -138,8 +138,12 @@ class Public:
 
         @functools.wraps(function)
         def call(*args, **kwargs):
-            if exact and (kwargs or len(args) > first):
-                self._check_exact(parameters, dict(zip(by_position, args, strict=False)) | kwargs)
+            if kwargs:
+                for label in kwargs:
+                    if label in exact and type(kwargs[label]) not in exact[label]:
+                        self._check_kind(parameters, label, kwargs[label])
+            if len(args) > first:
+                self._check_exact(parameters, dict(zip(by_position, args, strict=False)))
             try:
                 return function(*args, **kwargs)
             except Exception as error:

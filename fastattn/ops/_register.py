@@ -223,6 +223,22 @@ def is_recorded(tensor):
     )
 
 
+def apply(function, *args):
+    """`function.apply(*args)` of an autograd.Function, compiled as well where one tensor stands in several places.
+
+    torch.compile traces no function that gets a tensor twice. There every other place gets a view of it.
+    """
+    return function.apply(*(_distinct(args) if _is_compiling() else args))
+
+
+def _distinct(args):
+    found = []
+    for arg in args:
+        repeated = isinstance(arg, torch.Tensor) and any(arg is other for other in found)
+        found.append(arg.view_as(arg) if repeated else arg)
+    return found
+
+
 def differentiate(function, inputs, grad_outputs):
     """Gradients by way of the reference, with a graph of their own: for backward(create_graph=True).
 

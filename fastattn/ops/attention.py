@@ -33,6 +33,7 @@ from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     observed,
     python_kernel,
@@ -182,7 +183,7 @@ def _apply(backend, *arguments):
     call = AttentionCall(*arguments[:N_ARGUMENTS])
     backward = backend if _has_backward(backend, call.q) else "triton"
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _Attention.apply(backend, backward, deterministic, _needs_low(call), *call)
+    return apply(_Attention, backend, backward, deterministic, _needs_low(call), *call)
 
 
 def _reference_of_op(*arguments):
@@ -331,7 +332,7 @@ def _run_on(runs, facts, call, need_lse, deterministic):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         backward = runs if _has_backward(runs, q) else choose("attention", facts, "triton")
-        out, lse, _ = _Attention.apply(runs, backward, deterministic, _needs_low(call), *call)
+        out, lse, _ = apply(_Attention, runs, backward, deterministic, _needs_low(call), *call)
         return out, lse
     if runs == "native" and not need_lse and q.is_cpu and call.window_left == -1 and is_plain(facts):
         infer = _raw("infer", runs)

@@ -25,6 +25,7 @@ from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     observed,
     raw_ops,
@@ -162,7 +163,7 @@ def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
 
 
 def _apply(backend, x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
-    y, r, stats = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend)
+    y, r, stats = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend)
     return y, x.new_empty(0) if r is None else r, stats
 
 
@@ -255,7 +256,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     elif runs in RECORDED:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     elif grad_wanted(x, residual, weight, bias, x_bias):
-        y, r, _ = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
+        y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
     elif return_residual and not plain:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     else:

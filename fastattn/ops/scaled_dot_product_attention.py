@@ -20,7 +20,10 @@ _QKV = ("query", "key", "value")
 def _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa):
     """PyTorch's conventions in ours: (q, k, v, mask, bias) with four dimensions."""
     if is_causal and attn_mask is not None:
-        raise ValueError(f"{_NAME}: attn_mask must be None when is_causal is True, got shape {tuple(attn_mask.shape)}")
+        raise ValueError(
+            f"{_NAME}: Explicit attn_mask should not be set when is_causal=True, got one of shape"
+            f" {tuple(attn_mask.shape)}"
+        )
     for label, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2:
             raise ValueError(f"{_NAME}: {label} must have at least 2 dimensions, got shape {tuple(t.shape)}")
@@ -106,6 +109,9 @@ def _nested(name, function, given):
     if is_nested(query) and query.layout is torch.jagged and query._ragged_idx == 1 and query.dim() > 3:
         labels = (*_QKV, "attn_mask") if is_nested(given.get("attn_mask")) else _QKV
         return on_rows(*labels)(name, function, given)
+    tensors = {label: given[label] for label in _QKV}
+    if all(is_nested(t) and t.layout is torch.strided and t.dim() == 3 for t in tensors.values()):  # without heads
+        return _nested(name, function, given | {label: t.unsqueeze(1) for label, t in tensors.items()}).squeeze(1)
     if given.get("attn_mask") is not None:
         raise ValueError(f"{name}: attn_mask must be None for nested tensors, whose sequences share no grid")
     q, k, v = sequences_of(name, given, *_QKV)
