@@ -55,8 +55,10 @@ struct ActivationBackwardCall : ActivationCall {
       : ActivationCall(x, gate_tensor, rng, dropout_p, activation), dhidden(operand(dhidden_in, x, "dhidden")) {
     args.dhidden = dhidden.tensor.const_data_ptr();
     args.dhidden_stride = dhidden.stride;
+    const Place place(x);
+    const ScalarType dtype = x.scalar_type();
     const auto output = [&](bool wanted, torch::headeronly::IntHeaderOnlyArrayRef sizes, void** data) {
-      const Tensor tensor = wanted ? empty_beside(x, sizes, x.scalar_type()) : empty_beside(x, {0}, x.scalar_type());
+      const Tensor tensor = wanted ? place.empty(sizes, dtype) : place.empty({0}, dtype);
       *data = wanted ? tensor.mutable_data_ptr() : nullptr;
       return tensor;
     };
