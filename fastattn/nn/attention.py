@@ -349,7 +349,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             max_seqlen: the longest sequence.
         Returns: (total, embed_dim).
         """
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.embed_dim // self.num_heads))
+        heads = (self.num_heads, self.embed_dim // self.num_heads)
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, *heads))
         out = attention(
             *qkv.unbind(1), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
             max_seqlen_k=max_seqlen, causal="top_left" if is_causal else False,

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.encoder import add_and_norm, add_then_norm, are_plain, attend, block_and_bias, fit_fused_ops, sequence_length
+from fastattn.nn.encoder import (
+    add_and_norm,
+    add_then_norm,
+    are_plain,
+    attend,
+    block_and_bias,
+    fit_fused_ops,
+    sequence_length,
+)
 from fastattn.nn.feed_forward import block
 from fastattn.nn.masks import is_causal_mask
 from fastattn.nn.norm import LayerNorm

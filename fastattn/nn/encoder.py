@@ -109,12 +109,8 @@ def fit_fused_ops(modules, linears, norms, width):
         bias, shape = linear.bias, linear.weight.shape
         if bias is not None and bias.shape != shape[:1]:
             return False
-    if shape[0] != width:  # of the last one
-        return False
-    for name in norms:
-        if tuple(modules[name].normalized_shape) != (width,):
-            return False
-    return True
+    # what the last one adds to has `width`
+    return shape[0] == width and all(tuple(modules[name].normalized_shape) == (width,) for name in norms)
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -217,7 +213,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """Whether all but self-attention is what torch.nn makes it, for inputs of `width`."""
         m, linears, norms = self._modules, ("linear1", "linear2"), ("norm1", "norm2")
         plain = are_plain(m, linears, ("dropout", "dropout1", "dropout2"), norms)
-        return plain and fit_fused_ops(m, linears, norms, width) and type(self)._ff_block is _FF_BLOCK and "_ff_block" not in self.__dict__
+        return (
+            plain
+            and fit_fused_ops(m, linears, norms, width)
+            and type(self)._ff_block is _FF_BLOCK
+            and "_ff_block" not in self.__dict__
+        )
 
     def _fused(self, x, self_attend):
         m = self._modules
