@@ -22,7 +22,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = ("attention", "attention_bwd", "attention_dbias", "attention_decode", "cross_entropy", "dropout",
-           "feed_forward", "feed_forward_gemm", "norm", "rotary")  # fmt: skip
+           "feed_forward", "norm", "rotary")  # fmt: skip
 
 
 class NoDriver:
@@ -54,8 +54,7 @@ def pretend(arch):
     config = kernels("attention_config")
     if not hasattr(config, "real_architecture"):
         config.real_architecture = config.architecture
-    for module in (config, kernels("feed_forward_gemm")):
-        module.architecture = lambda device: config.real_architecture(torch.device("cuda"))
+    config.architecture = lambda device: config.real_architecture(torch.device("cuda"))
     config.pick.cache_clear()
     kernels("attention").plan_for.cache_clear()
 
@@ -106,14 +105,6 @@ def feed_forward():
             x, rng = torch.ones(rows, 512), torch.ones(2, dtype=torch.int64)
             kernels("feed_forward").activation_fwd(x, None, rng, p, 0)
             kernels("feed_forward").activation_bwd(x, x, None, rng, p, 0, True, True, False)
-
-
-def feed_forward_gemm():
-    for rows in LENGTHS:
-        x, w, rng = torch.ones(rows, 64).half(), torch.ones(256, 64).half(), torch.ones(2, dtype=torch.int64)
-        module = kernels("feed_forward_gemm")
-        preact, _ = module.linear_activation_fwd(x, w, None, rng, 0.1, 0, True)
-        module.linear_activation_bwd(x, w.T.contiguous(), preact, rng, 0.1, 0, True, True)
 
 
 def cross_entropy():
@@ -170,7 +161,6 @@ SCENARIOS = {
     "wide norm": wide_norm,
     "dropout": dropout,
     "feed_forward": feed_forward,
-    "feed_forward_gemm": feed_forward_gemm,
     "cross_entropy": cross_entropy,
     "attention": attention,
     "attention window": attention_window,
