@@ -27,7 +27,6 @@ from fastattn.kernels.attention_tile import (
     block_start,
     find_head,
     head_frame,
-    head_ptr,
     keep_tile,
     key_blocks,
     key_side,
@@ -67,15 +66,13 @@ def attention_preprocess_kernel(out, do, lse_ptr, lse_low_ptr, dlse_ptr, sink_pt
     pid = tl.program_id(0)
     batch = (pid // blocks // n_heads).to(tl.int64)
     head = (pid // blocks % n_heads).to(tl.int64)
-    offs_m = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_DV)
+    start_m = pid % blocks * BLOCK_M
+    out_side = side_of(out, batch, head, 0, 0, total_q, HEAD_DIM_V, BLOCK_DV, BLOCK_M, False)
+    do_side = side_of(do, batch, head, 0, 0, total_q, HEAD_DIM_V, BLOCK_DV, BLOCK_M, False)
+    out_tile = load_tile(out_side, start_m, HEAD_DIM_V, BLOCK_DV, BLOCK_M, True, False).to(tl.float32)
+    do_tile = load_tile(do_side, start_m, HEAD_DIM_V, BLOCK_DV, BLOCK_M, True, False).to(tl.float32)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     inside = offs_m < total_q
-    tile = inside[:, None] & (offs_d < HEAD_DIM_V)[None, :]
-    rows = offs_m.to(tl.int64)[:, None]
-    out_ptrs = head_ptr(out, batch, head) + rows * out.strides[2] + offs_d[None, :]
-    do_ptrs = head_ptr(do, batch, head) + rows * do.strides[2] + offs_d[None, :]
-    out_tile = tl.load(out_ptrs, mask=tile, other=0.0).to(tl.float32)
-    do_tile = tl.load(do_ptrs, mask=tile, other=0.0).to(tl.float32)
     row = (batch * n_heads + head) * total_q + offs_m
     d = tl.sum(out_tile * do_tile, 1)
     if dlse_ptr is not None:
