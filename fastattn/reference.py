@@ -267,11 +267,11 @@ def attention(
     if alibi_slopes is not None:
         i, j, off = _positions(seqlen_q, seqlen_k, causal, seqlens_k, q.device)
         s = s - alibi_slopes[..., None, None] * (i + off - j).abs()
-    s = torch.where(visible, s, float("-inf")).to(acc)
+    s = torch.where(visible, s, float("-inf"))  # in fp64 beside such a bias, which may be too large for fp32
 
     row_max = s.detach().amax(-1, keepdim=True) if seqlen_k else s.new_full((*s.shape[:-1], 1), float("-inf"))
     if sink is not None:
-        sink = sink.to(acc).view(1, -1, 1, 1)
+        sink = sink.to(s.dtype).view(1, -1, 1, 1)
         row_max = torch.maximum(row_max, sink.detach())
     row_max = torch.where(row_max == float("-inf"), 0.0, row_max)
     e = torch.exp(s - row_max)
@@ -280,16 +280,19 @@ def attention(
         total = total + torch.exp(sink - row_max)
     empty = total == 0
     total = torch.where(empty, 1.0, total)
-    lse = torch.where(empty, float("-inf"), row_max + torch.log(total))
+    lse = row_max + torch.log(total)
+    if lse.dtype != acc:
+        lse = lse.clamp(torch.finfo(acc).min, torch.finfo(acc).max)  # finite: only an empty row has -inf
+    lse = torch.where(empty, float("-inf"), lse).to(acc)
     p = e / total
     if dropout_p > 0:
         slab = first_slab + torch.arange(batch * n_heads, device=q.device).view(batch, n_heads, 1)
         keep = philox_keep(rng, dropout_p, torch.arange(seqlen_q, device=q.device), slab, seqlen_k)
         p = torch.where(keep, p * dropout_scale(dropout_p), 0.0)
-    out = matmul(p, v).to(q.dtype)
+    out = matmul(p, v.to(p.dtype)).to(q.dtype)
     if not need_low:
         return out, lse.squeeze(-1)
-    low = torch.where(empty, 0.0, row_max - lse + torch.log(total))
+    low = torch.where(empty, 0.0, row_max - lse + torch.log(total)).to(acc)
     return out, lse.squeeze(-1), low.squeeze(-1)
 
 

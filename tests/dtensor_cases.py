@@ -734,6 +734,14 @@ def compiled():
             compare_modules(expected, found, SEQUENCES[:1], place, lambda m, x: (layer if m is found else m)(x))  # noqa: B023
 
 
+@case("torch.export")
+def exported():
+    module = distribute_all(nn.LayerNorm(8))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), raises(NotImplementedError, "layer_norm: torch.export takes no DTensors"):
+            torch.export.export(module, (distribute(torch.randn(4, 8)),), strict=False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -318,3 +318,28 @@ def test_weights_of_keys_that_a_bias_hides():
     with torch.no_grad():
         got, expected = (module(x, k, k, key_padding_mask=mask) for k in (key, x))
     assert got[1].equal(expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_masks_beyond_fp32(dtype):
+    """A bias in fp64 runs on the reference whatever the dtype of q, and its numbers may be any of fp64."""
+    q, k, v = (torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3))
+    bias = torch.zeros(6, 6, dtype=torch.float64)
+    bias[0], bias[1], bias[2, 1:], bias[3, 4], bias[4, :3], bias[5] = -1e300, 1e300, -1e300, 1e300, -1e300, -math.inf
+    leaves = [t.requires_grad_() for t in (q, k, v, bias)]
+    out, lse = fastattn.attention(*leaves[:3], bias=bias, return_lse=True)
+    assert "reference: runs" in fastattn.explain("attention", q, k, v, bias=bias)
+    grads = torch.autograd.grad(out[..., 0].sum(), leaves)
+    mean, atol = v.double().mean(-2), 1e-2 if dtype == torch.bfloat16 else 1e-6
+    for row, expected in {0: mean, 1: mean, 2: v[:, :, 0].double(), 3: v[:, :, 4].double(), 5: 0 * mean}.items():
+        torch.testing.assert_close(out[:, :, row].double(), expected, atol=atol, rtol=0)
+    assert all(t.isfinite().all() for t in (out, *grads))
+    assert lse.dtype == torch.promote_types(dtype, torch.float32)
+    assert lse[..., :5].isfinite().all()
+    assert (lse[..., 5] == -math.inf).all()
+    (dv,) = torch.autograd.grad(fastattn.attention(q, k, v, bias=bias)[..., 0, 0].sum(), v)
+    torch.testing.assert_close(dv[..., 0].double(), torch.full((1, 2, 6), 1 / 6).double(), atol=atol, rtol=0)
+    for name in ("native", "triton"):
+        if unavailable(name, "cpu") is None:
+            with pytest.raises(ValueError, match="float64"):
+                fastattn.attention(q, k, v, bias=bias, backend=name)

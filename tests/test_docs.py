@@ -14,6 +14,7 @@ DOCUMENTS = sorted(
 )
 SOURCES = ("fastattn", "kernels", "csrc", "benchmarks", "scripts", "recipes", "tests", "docs")
 SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh", ".sh", ".yaml", ".md"}
+NUMBERS = {"one": 1, "two": 2}
 SPEED = re.compile(r"\d+\.\d+ \(\d+\.\d+\)")  # ratio of medians (of minima)
 
 
@@ -32,7 +33,7 @@ def anchors(text):
 
 
 def tables(text):
-    """(the lines before a table since the last heading of level 2, its header, its rows), cells as text."""
+    """(the lines of the section of level 2 before a table, its header, its rows), cells as text."""
     before, table = [], []
     for line in [*text.split("\n"), ""]:
         if line.startswith("|"):
@@ -41,7 +42,7 @@ def tables(text):
         if table:
             yield "\n".join(before), table[0], table[2:]
             table = []
-        before = [] if line.startswith("## ") else [*before, line]
+        before = [line] if line.startswith("## ") else [*before, line]
 
 
 @functools.cache
@@ -100,6 +101,9 @@ def test_speeds_are_those_of_the_result_files():
             continue
         found = {}
         for name in re.findall(r"\]\(\.\./(benchmarks/results/[\w.-]+)\)", before):
+            machine, threads = re.match(r"## (.*), (\w+) thread", before).groups()
+            assert machine in read(name)
+            assert f", {NUMBERS[threads]} threads; torch" in read(name)
             found |= results(name)
         for *cells, benchmark in rows:
             benchmark = benchmark.strip("`")

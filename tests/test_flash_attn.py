@@ -154,8 +154,8 @@ class TestLayouts:
     def inputs(self, monkeypatch):
         """The q, k and v that reach the raw op."""
         seen = []
-        raw = _ops["fwd", "native"]
-        monkeypatch.setitem(_ops, ("fwd", "native"), lambda *args: seen.extend(args[:3]) or raw(*args))
+        raw = _ops["fwd"]["native"]
+        monkeypatch.setitem(_ops["fwd"].direct, "native", lambda *args: seen.extend(args[:3]) or raw(*args))
         if fastattn.backends()["cpu"]["native"] != "available":
             pytest.skip("the native backend is not built")
         return seen

@@ -103,3 +103,27 @@ def test_transforms_and_double_backward(name):
         torch.func.grad(lambda x: ours(x).square().sum())(x), torch.func.grad(lambda x: theirs(x).square().sum())(x)
     )
     assert torch.autograd.gradgradcheck(ours, x[:1, :2].detach().requires_grad_())
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_memory_format(requires_grad):
+    """LayerNorm's output is contiguous as in torch, RMSNorm's too, where torch keeps channels_last."""
+    dense = torch.randn(2, 3, 4, 5, requires_grad=requires_grad)
+    for x in (
+        dense.to(memory_format=torch.channels_last), dense[None].to(memory_format=torch.channels_last_3d),
+        dense.transpose(1, 2), dense.permute(3, 2, 1, 0), dense[..., ::2], dense[:1].expand(4, 3, 4, 5),
+    ):  # fmt: skip
+        for name, torch_contiguous in (("LayerNorm", True), ("RMSNorm", x.stride(1) != 1)):
+            ours, theirs = pair(name, x.shape[-1])
+            got, expected = ours(x), theirs(x)
+            torch.testing.assert_close(got, expected)
+            assert got.is_contiguous()
+            assert expected.is_contiguous() == torch_contiguous
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_symbolic_trace_of_the_module_itself(name):
+    ours, _ = pair(name, 8)
+    traced, x = torch.fx.symbolic_trace(ours), torch.randn(3, 8)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    torch.testing.assert_close(traced(x), ours(x))

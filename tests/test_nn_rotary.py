@@ -268,6 +268,38 @@ def test_trains_right_whatever_was_before(history, seqlen):
         assert (table - exact).abs().max() <= 2**-24
 
 
+@pytest.mark.parametrize("seqlen", [3, 10])
+@pytest.mark.parametrize("history", [name for name in HISTORIES if "inference_mode" in name])
+def test_trains_compiled_after_inference_mode(history, seqlen):
+    """A compiler cannot ask whether the tables are tensors for inference, which no backward takes."""
+    rotary = RotaryEmbedding(8, max_seqlen=4)
+    made = HISTORIES[history](rotary, randn(1, 2, 10, 8))
+    rotary = made if isinstance(made, RotaryEmbedding) else rotary
+    compiled, x = torch.compile(rotary, backend="aot_eager", fullgraph=True), randn(1, 2, seqlen, 8).requires_grad_()
+    (dx,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    torch.testing.assert_close(dx, 2 * x)
+
+
+def test_is_a_leaf_of_a_symbolic_trace():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rotary = RotaryEmbedding(8, max_seqlen=4)
+
+        def forward(self, q, k):
+            q, k = self.rotary(q, k, positions=2)
+            return self.rotary(q + k, inplace=True)
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["rotary", "rotary"]
+    for seqlen in (3, 10):
+        q, k = randn(1, 2, seqlen, 8), randn(1, 2, seqlen, 8, seed=1)
+        torch.testing.assert_close(traced(q, k), model(q, k))
+    with pytest.raises(ValueError, match="co_varnames"):  # the tracer's own words about arguments by name alone
+        torch.fx.symbolic_trace(model.rotary)
+
+
 def test_threads_may_let_it_grow():
     rotary, large, wrong = RotaryEmbedding(8, max_seqlen=1), RotaryEmbedding(8, max_seqlen=4000), []
 

@@ -611,3 +611,24 @@ def test_raw_ops_check_again(device):
             OPS.rotary_fwd.native(*arguments)
     with pytest.raises(RuntimeError, match="in place takes tensors whose last stride is 1"):
         OPS.rotary_fwd_.native(q.mT.contiguous().mT, None, cos, sin, None, 0, 8, *rest)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_in_place_on_tensors_that_a_backward_needs(pair, grad):
+    """PyTorch clones them before, if it is told to and sees what is written."""
+    x, factor = torch.randn(2, 2, 9, 8), torch.tensor(2.0, requires_grad=True)
+    angle = torch.arange(9)[:, None] / torch.arange(1, 5)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        q, k = ((part * factor if grad else part.clone()) for part in x)
+        loss = (q * factor).square().sum() + (k * factor).square().sum()
+        q, k = (t[None] for t in (q, k))
+        out = fastattn.rotary_embedding((q, k) if pair else q, angle.cos(), angle.sin(), inplace=True)
+        rotated = sum(t.square().sum() for t in out) if pair else out.square().sum()
+        (got,) = torch.autograd.grad(loss + rotated, factor)
+    seen = x if pair else x[0]  # whose length a rotation keeps
+    expected = 2 * 2.0 * x.square().sum() if not grad else 4 * 2.0**3 * x.square().sum() + 2 * 2.0 * seen.square().sum()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        q[0], fastattn.rotary_embedding(x[:1] * (2.0 if grad else 1.0), angle.cos(), angle.sin())[0]
+    )

@@ -153,3 +153,43 @@ def test_program_of_torch_operators_alone(op):
     assert not [node for node in portable.graph.nodes if "fastattn" in str(node.target)]
     got = several(portable.module()(*tensors(*shapes)))
     torch.testing.assert_close(got, several(function(*tensors(*shapes))))
+
+
+TWICE = {
+    "all of attention": (lambda q, c: fastattn.attention(q, q, q, alibi_slopes=c, sink=c), [(2, 4, 7, 8), 4]),
+    "keys that are values": (lambda q, k: fastattn.scaled_dot_product_attention(q, k, k), [(2, 4, 7, 8)] * 2),
+    "packed attention": (lambda x: fastattn.attention(x, x, x, **PACKED), [(7, 4, 8)]),
+    "a norm with its input as residual": (
+        lambda x, w: fastattn.layer_norm(x, w, w, x_bias=w, residual=x, return_residual=True), [(2, 7, 8), 8],
+    ),
+    "rms_norm": (lambda x, w: fastattn.rms_norm(x, w, x_bias=w, residual=x), [(2, 7, 8), 8]),
+    "dropout": (lambda x: fastattn.dropout(x, 0.0, residual=x), [(2, 7, 8)]),
+    "weights": (lambda w, b: fastattn.feed_forward(w, w, b, w, b, w_gate=w, b_gate=b), [(8, 8), 8]),
+    "the loss": (lambda x: LOSS(x, x, TARGET[0]), [(7, 8)]),
+    "a pair": (lambda q: fastattn.rotary_embedding((q, q), COS, COS), [(2, 4, 7, 8)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", TWICE)
+def test_compiled_with_one_tensor_in_several_places(op):
+    """Within the function, and as several arguments of it."""
+    function, shapes = TWICE[op]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(trained(compiled, tensors(*shapes)), trained(function, tensors(*shapes)))
+
+
+@pytest.mark.parametrize("op", ["attention", "scaled_dot_product_attention", "layer_norm", "gated feed_forward"])
+def test_compiled_with_one_argument_in_several_places(op):
+    function, shapes = OPS[op]
+    if op == "attention":
+        shapes = [QKV[1]] * 3
+    elif op == "gated feed_forward":
+        shapes = [(8, 8)] * 4
+
+    def step(function):
+        leaves = {size: x.requires_grad_() for size, x in zip(shapes, tensors(*shapes), strict=True)}
+        out = several(function(*(leaves[size] for size in shapes)))
+        return *out, *torch.autograd.grad(weighted(out), list(leaves.values()))
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(step(compiled), step(function), rtol=1e-4, atol=1e-5)

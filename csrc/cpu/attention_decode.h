@@ -478,7 +478,7 @@ void decode(const DecodeArgs& args) {
   float* sums = arena.take(width);
   float* own = arena.take(stride);
 
-  for (int64_t n; (n = args.next->fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+  for (int64_t n; (n = next_task(args)) < tasks;) {
     const DecodeTask task(args, n);
     for (int r = 0; r < task.rows; ++r) {
       pack_row<T, kPairs>(q + r * width_q, task.row<const T>(args.q, r), args.head_dim);

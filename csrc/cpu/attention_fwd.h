@@ -12,33 +12,29 @@ namespace {
 
 // K or V as the left operand of a product over head_dim: as it lies where it can, else a copy in slots.
 template <typename T, bool kPairs>
-const float* left_rows(const T* src, int64_t stride, int rows, int64_t cols, float* copy, int64_t& ld) {
+Operand left_rows(const T* src, int64_t stride, int rows, int64_t cols, float* copy) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    ld = stride;
-    return reinterpret_cast<const float*>(src);
+    return {reinterpret_cast<const float*>(src), stride};
   }
   if (kPairs && cols % 2 == 0 && stride % 2 == 0) {
-    ld = stride / 2;
-    return reinterpret_cast<const float*>(src);
+    return {reinterpret_cast<const float*>(src), stride / 2};
   }
-  ld = round_up(slots<kPairs>(cols), kVec);
+  const int64_t ld = round_up(slots<kPairs>(cols), kVec);
   for (int r = 0; r < rows; ++r) {
     slot_row<kPairs>(copy + r * ld, src + r * stride, cols, ld);
   }
-  return copy;
+  return {copy, ld};
 }
 
 // K or V as the transposed left operand of a product over the keys.
 template <typename T, bool kPairs>
-const float* left_depth(const T* src, int64_t stride, int rows, int64_t cols, const uint8_t* seen, float* copy,
-                        int64_t& ld) {
+Operand left_depth(const T* src, int64_t stride, int rows, int64_t cols, const uint8_t* seen, float* copy) {
   if (sizeof(T) == sizeof(float) && !seen) {
-    ld = stride;
-    return reinterpret_cast<const float*>(src);
+    return {reinterpret_cast<const float*>(src), stride};
   }
-  ld = round_up(cols, kVec);
+  const int64_t ld = round_up(cols, kVec);
   pack_depth<kPairs>(copy, ld, src, stride, rows, cols, seen);
-  return copy;
+  return {copy, ld};
 }
 
 // One tile into the running softmax: scores s become weights p (s itself, or slots of two rows with kPairs).
@@ -95,9 +91,11 @@ inline void store_lse(double most, float total, float* lse, float* low) {
   }
 }
 
+constexpr float kLeastTotal = 1e-37f;  // a row that sees a key sums up to 1 or more, one that sees none to 0
+
 template <typename T, bool kPairs>
 void forward(const AttentionArgs& args) {
-  const int64_t group = args.n_heads / (args.n_kv_heads ? args.n_kv_heads : 1);
+  const int64_t group = heads_per_key_head(args);
   const int64_t blocks = (args.seqlen_q + kLanes - 1) / kLanes;
   const int64_t tasks = args.batch * args.n_heads * blocks;
   const int64_t width = round_up(slots<kPairs>(args.head_dim), kVec), width_v = round_up(args.head_dim_v, kVec);
@@ -120,14 +118,14 @@ void forward(const AttentionArgs& args) {
   float* v_copy = arena.take(kKeys * width_v);
   float *m = arena.take(kLanes), *l = arena.take(kLanes), *alpha = arena.take(kLanes);
 
-  for (int64_t task; (task = args.next->fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+  for (int64_t task; (task = next_task(args)) < tasks;) {
     const int64_t b = task / blocks / args.n_heads, h = task / blocks % args.n_heads;
     const int64_t i0 = (blocks - 1 - task % blocks) * kLanes;  // causal: the longest first
     const Sequence sequence(args, b);
     if (i0 >= sequence.len_q) {
       continue;
     }
-    const int rows = static_cast<int>(sequence.len_q - i0 < kLanes ? sequence.len_q - i0 : kLanes);
+    const int rows = sequence.block_rows(i0);
     const int lane_vecs = (rows + kVec - 1) / kVec;
     scores.select_head(sequence, h);
     const T* k = sequence.rows<const T>(args.k, h / group, sequence.k_start);
@@ -140,16 +138,15 @@ void forward(const AttentionArgs& args) {
     }
 
     bool first = true;
-    int64_t begin, end;
-    scores.key_range(i0, rows, 0, sequence.len_k, begin, end);
-    for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
-      const int keys = static_cast<int>(end - j0 < kKeys ? end - j0 : kKeys);
+    const KeyRange range = scores.key_range(i0, rows, 0, sequence.len_k);
+    for (int64_t j0 = range.begin; j0 < range.end; j0 += kKeys) {
+      const int keys = at_most(range.end - j0, kKeys);
       if (!scores.prepare(i0, rows, j0, keys)) {
         continue;
       }
-      int64_t ld;
-      const float* left = left_rows<T, kPairs>(k + j0 * args.k.row, args.k.row, keys, args.head_dim, k_copy, ld);
-      product_into_scores<kPairs>(left, ld, q_t, slots<kPairs>(args.head_dim), s, keys, rows, scores.diagonal());
+      Operand left = left_rows<T, kPairs>(k + j0 * args.k.row, args.k.row, keys, args.head_dim, k_copy);
+      product_into_scores<kPairs>(left.data, left.ld, q_t, slots<kPairs>(args.head_dim), s, keys, rows,
+                                  scores.diagonal());
       float c = scores.multiplier();
       if (scores.finish_needed()) {
         scores.finish(s, keys, lane_vecs);
@@ -161,8 +158,8 @@ void forward(const AttentionArgs& args) {
       } else {
         online_softmax<kPairs, kShort, false>(s, keys, scores.diagonal(), lane_vecs, c, keep, p, m, l, alpha);
       }
-      left = left_depth<T, kPairs>(v + j0 * args.v.row, args.v.row, keys, args.head_dim_v, scores.seen(), v_copy, ld);
-      product_over_keys<kPairs>(left, ld, p, keys, o_t, args.head_dim_v, rows, scores.diagonal(),
+      left = left_depth<T, kPairs>(v + j0 * args.v.row, args.v.row, keys, args.head_dim_v, scores.seen(), v_copy);
+      product_over_keys<kPairs>(left.data, left.ld, p, keys, o_t, args.head_dim_v, rows, scores.diagonal(),
                                 first ? Start::kZero : Start::kScale, alpha);
       first = false;
     }
@@ -183,7 +180,7 @@ void forward(const AttentionArgs& args) {
       }
       most.store(m + x);
       total.store(l + x);
-      select(total < Vec::fill(1e-37f), Vec::fill(0.f), scale / total).store(alpha + x);
+      select(total < Vec::fill(kLeastTotal), Vec::fill(0.f), scale / total).store(alpha + x);
     }
     const int64_t lse_at = sequence.lse_offset(args, h) + i0;
     for (int r = 0; args.lse && r < rows; ++r) {

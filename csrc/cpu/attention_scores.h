@@ -4,7 +4,7 @@
 // a sink takes part they are kept as they are: times log2(e) a number as large as FLT_MAX would be infinite, and scores
 // that a large bias makes equal would be rounded to different ones.
 #include "../api.h"
-#include "attention_tile.h"
+#include "tile.h"
 
 namespace {
 
@@ -12,9 +12,29 @@ using fastattn::AttentionArgs;
 using fastattn::DType;
 using fastattn::ScoreTensor;
 
-// Where sequence b lies and how its queries are aligned to its keys.
+// The number of the next task. Threads take them as they come; results do not depend on who takes which.
+template <typename Args>
+int64_t next_task(const Args& args) {
+  return args.next->fetch_add(1, std::memory_order_relaxed);
+}
+
+inline int64_t heads_per_key_head(const AttentionArgs& args) {
+  return args.n_heads / (args.n_kv_heads ? args.n_kv_heads : 1);
+}
+
+constexpr int at_most(int64_t n, int most) {
+  return static_cast<int>(n < most ? n : most);
+}
+
+// Keys [begin, end), none if begin >= end.
+struct KeyRange {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+// Where sequence b lies and how its queries are aligned to its keys: query i stands at key i + off.
 struct Sequence {
-  int64_t len_q, len_k, off, q_start, k_start, index;
+  int64_t len_q, len_k, rows_k, off, q_start, k_start, index;  // len_k of the rows_k keys are visible
 
   Sequence(const AttentionArgs& args, int64_t b)
       : len_q(args.seqlen_q), len_k(args.seqlen_k), q_start(0), k_start(0), index(b) {
@@ -24,6 +44,7 @@ struct Sequence {
       len_q = args.cu_seqlens_q[b + 1] - q_start;
       len_k = args.cu_seqlens_k[b + 1] - k_start;
     }
+    rows_k = len_k;
     if (args.seqlens_k) {
       const int64_t visible = args.seqlens_k[b];
       len_k = visible < 0 ? 0 : visible < len_k ? visible : len_k;
@@ -35,6 +56,8 @@ struct Sequence {
   T* rows(const fastattn::HeadTensor& t, int64_t head, int64_t start) const {
     return static_cast<T*>(t.data) + index * t.batch + head * t.head + start * t.row;
   }
+  // Of the block that begins at query i0
+  int block_rows(int64_t i0) const { return at_most(len_q - i0, kLanes); }
   int64_t lse_offset(const AttentionArgs& args, int64_t head) const {
     return index * args.lse_batch + head * args.lse_head + q_start;
   }
@@ -159,28 +182,27 @@ class Scores {
     slab_ = static_cast<uint32_t>(b * args_.n_heads + head);
   }
 
-  // The keys of [first, last) that some query of the block may see: [begin, end), empty if begin >= end.
-  void key_range(int64_t i0, int64_t rows, int64_t first, int64_t last, int64_t& begin, int64_t& end) {
+  // The keys of [first, last) that some query of the block may see.
+  KeyRange key_range(int64_t i0, int64_t rows, int64_t first, int64_t last) {
     const Sequence& s = *sequence_;
-    begin = first;
-    end = last < s.len_k ? last : s.len_k;
-    if (args_.window_left >= 0 && i0 + s.off - args_.window_left > begin) {
-      begin = i0 + s.off - args_.window_left;
+    KeyRange range{first, last < s.len_k ? last : s.len_k};
+    if (args_.window_left >= 0 && i0 + s.off - args_.window_left > range.begin) {
+      range.begin = i0 + s.off - args_.window_left;
     }
-    if (args_.window_right >= 0 && i0 + rows + s.off + args_.window_right < end) {
-      end = i0 + rows + s.off + args_.window_right;
+    if (args_.window_right >= 0 && i0 + rows + s.off + args_.window_right < range.end) {
+      range.end = i0 + rows + s.off + args_.window_right;
     }
-    begin_ = begin;
-    end_ = end;
+    range_ = range;
+    return range;
   }
 
   // Look at the tile of queries i0.. and keys j0..; false if mask or bias hides all of it.
   bool prepare(int64_t i0, int rows, int64_t j0, int keys) {
     i0_ = i0;
     j0_ = j0;
-    const int64_t diagonal = i0 + sequence_->off;
-    diagonal_ = args_.window_right >= 0 ? diagonal + args_.window_right - j0 : kKeys;
-    edge_ = diagonal_ < keys - 1 || (args_.window_left >= 0 && j0 < diagonal + rows - 1 - args_.window_left);
+    const int64_t stands_at = i0 + sequence_->off;
+    diagonal_ = args_.window_right >= 0 ? stands_at + args_.window_right - j0 : kKeys;
+    edge_ = diagonal_ < keys - 1 || (args_.window_left >= 0 && j0 < stands_at + rows - 1 - args_.window_left);
     kind_ = Kind::kNone;
     seen_ = nullptr;
     if (!mask_ && !args_.bias.data) {
@@ -248,11 +270,11 @@ class Scores {
     const bool adds = kind_ == Kind::kPerKey || kind_ == Kind::kTile;
     const Vec multiplier = Vec::fill(kind_ == Kind::kDirect ? 1.f : cap > 0 ? args_.scale / cap : multiplier_);
     const Vec hidden = Vec::fill(-kInf);
-    const int64_t diagonal = i0_ + sequence_->off;
+    const int64_t stands_at = i0_ + sequence_->off;
     for (int r = 0; r < keys; ++r) {
       const int64_t j = j0_ + r;
-      const float first = bound(args_.window_right >= 0 ? j - diagonal - args_.window_right : -1);
-      const float last = bound(args_.window_left >= 0 ? j - diagonal + args_.window_left : kLanes);
+      const float first = bound(args_.window_right >= 0 ? j - stands_at - args_.window_right : -1);
+      const float last = bound(args_.window_left >= 0 ? j - stands_at + args_.window_left : kLanes);
       for (int x = first_lane(r, diagonal_) / kVec; x < lane_vecs; ++x) {
         float* at = s + r * kLanes + x * kVec;
         Vec product = Vec::load(at), factor = multiplier;
@@ -269,7 +291,7 @@ class Scores {
           score = add_or_hide(product, factor, kind_ == Kind::kPerKey ? Vec::fill(*add) : Vec::load(add));
         }
         if (slope_ != 0.f) {
-          const Vec distance = lanes_from(static_cast<float>(diagonal - j + x * kVec));
+          const Vec distance = lanes_from(static_cast<float>(stands_at - j + x * kVec));
           score = fnma(Vec::fill(slope_), abs(distance), score);
         }
         if (edge_) {
@@ -348,7 +370,7 @@ class Scores {
       least = min(add, least);  // a NaN leaves it as it is
     };
     // Fetch the tile that comes next: its short rows lie too far apart for the processor to see it coming.
-    const int64_t to_next = j0_ + kKeys < end_ ? kKeys : kLanes * args_.bias.row + begin_ - j0_;
+    const int64_t to_next = j0_ + kKeys < range_.end ? kKeys : kLanes * args_.bias.row + range_.begin - j0_;
     constexpr int kSlots = kKeys * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(float));
     for (int r = 0; r < kLanes; r += kVec) {
       for (int slot = 0; slot < kSlots; slot += kVec) {
@@ -433,7 +455,8 @@ class Scores {
   int64_t bias_offset_ = 0;
   float slope_ = 0.f;
   uint32_t slab_ = 0;
-  int64_t begin_ = 0, end_ = 0, i0_ = 0, j0_ = 0, diagonal_ = kKeys;
+  KeyRange range_{};
+  int64_t i0_ = 0, j0_ = 0, diagonal_ = kKeys;
   bool edge_ = false;
   Kind kind_ = Kind::kNone;
   const uint8_t* seen_ = nullptr;

@@ -96,12 +96,17 @@ def must_call_children():
     return False
 
 
-def leaf_call(module, *args):
-    """What symbolic tracing records of a module of torch.nn, a call of it, if an argument is symbolic; else None."""
-    for value in args:
+def leaf_call(module, *args, **options):
+    """What symbolic tracing records of a module of torch.nn, a call of it, if an argument is symbolic; else None.
+
+    None for the module that is traced: its own forward is what is asked for.
+    """
+    for value in (*args, *options.values()):
         if isinstance(value, Proxy):
             tracer = value.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+            if module is tracer.root:
+                return None
+            return tracer.create_proxy("call_module", tracer.path_of_module(module), args, options)
     return None
 
 

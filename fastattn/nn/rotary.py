@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.nn.plain import leaf_call
 from fastattn.ops import rotary_embedding
 from fastattn.ops._nested import longest
 from fastattn.ops._public import Public
@@ -41,6 +42,7 @@ class RotaryEmbedding(torch.nn.Module):
     """
 
     _made_for = None  # (rotary_dim, base) of the tables
+    _may_be_for_inference = False  # whether a compiler or a copy made the tables where no gradient was wanted
 
     @Public("nn.RotaryEmbedding", numbers="base", integers="rotary_dim max_seqlen", flags="interleaved").answering
     def __init__(
@@ -72,6 +74,7 @@ class RotaryEmbedding(torch.nn.Module):
             _wait_for_streams(cos)
         self.cos, self.sin = cos, sin
         self._made_for = self.rotary_dim, self.base
+        self._may_be_for_inference = torch.compiler.is_compiling() and not torch.is_grad_enabled()
         return cos, sin
 
     def _make(self, rows, device):
@@ -98,12 +101,15 @@ class RotaryEmbedding(torch.nn.Module):
             return self._make(rows, device)  # part of the record, and no tensor that outlives it
         return self._fill(rows, device, in_use=True)
 
-    @staticmethod
-    def _are_for_inference_only(cos):
-        """A module that is copied or loaded in inference mode has tensors that no backward takes."""
-        if torch.compiler.is_compiling():  # where it cannot be asked
-            return False
+    def _are_for_inference_only(self, cos):
+        """Tables that are made by a compiler, copied or loaded in inference mode are tensors that no backward takes."""
+        if torch.compiler.is_compiling():  # where they cannot be asked
+            return self._may_be_for_inference and torch.is_grad_enabled()
         return cos.is_inference() and not torch.is_inference_mode_enabled()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._may_be_for_inference = self.cos.is_inference()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -123,6 +129,9 @@ class RotaryEmbedding(torch.nn.Module):
         inplace: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The rotated q, with k the pair (q, k); shapes and positions as `fastattn.rotary_embedding` takes them."""
+        recorded = leaf_call(self, q, k, positions=positions, inplace=inplace)
+        if recorded is not None:
+            return recorded
         if q.size(-1) < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others
             raise ValueError(
                 f"nn.RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.size(-1)}"

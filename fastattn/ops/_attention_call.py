@@ -104,8 +104,6 @@ def attention_call(
         if mask is not None or bias is not None:
             raise ValueError(f"{name}: packed sequences take no mask and no bias: they share no grid of positions")
         check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, max_seqlen_q, max_seqlen_k)
-        if cu_seqlens_q is cu_seqlens_k and torch.compiler.is_compiling():
-            cu_seqlens_k = cu_seqlens_q.clone()  # Dynamo traces no autograd.Function that gets one tensor twice
         batch = cu_seqlens_q.shape[0] - 1
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     elif max_seqlen_q is not None or max_seqlen_k is not None:

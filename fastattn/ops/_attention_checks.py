@@ -172,8 +172,11 @@ def check_numbers(name, softcap, dropout_p, scale):
 
 def resolve_window(name, causal, window):
     """(window_left, window_right, top_left): causal is a right side of 0, and only says besides where it is aligned."""
-    fits = causal in ("top_left", "bottom_right") if isinstance(causal, str) else causal is False or is_flag(causal)
-    if not fits:
+    if (
+        causal is not True
+        and causal is not False
+        and not (causal in ("top_left", "bottom_right") if isinstance(causal, str) else is_flag(causal))
+    ):
         raise ValueError(f'{name}: causal must be False, True, "bottom_right" or "top_left", got {causal!r}')
     left = right = -1
     if window is not None:

@@ -35,6 +35,7 @@ class ShardedCall:
         TypeError: a plain tensor stands beside the DTensors.
         ValueError: DTensors lie on different meshes, or one of `in_place` is divided as the op cannot take it.
         RuntimeError: this process is not part of the mesh.
+        NotImplementedError: torch.export records the call.
     """
 
     def __init__(self, op, operands, letters, *, divisible=None, plain=(), in_place=()):
@@ -81,6 +82,10 @@ class ShardedCall:
         )
 
     def _check(self, plain):
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                f"{self.op}: torch.export takes no DTensors here: export a model of plain tensors, or use torch.compile"
+            )
         if self.mesh.get_coordinate() is None:
             raise RuntimeError(f"{self.op}: this process is not part of the mesh of its DTensors, {self.mesh}")
         for label, (t, _) in self.operands.items():

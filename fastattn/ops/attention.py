@@ -17,6 +17,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from typing_extensions import Unpack
 
@@ -32,6 +33,7 @@ from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     observed,
     python_kernel,
@@ -65,14 +67,14 @@ def _attention_bwd_fake(do, dlse, q, k, v, out, lse, lse_low, bias, sink, *other
 register_fake("attention_fwd", _attention_fwd_fake)
 register_fake("attention_bwd", _attention_bwd_fake)
 register_fake("attention_infer", lambda q, k, v, *_: empty_in_layout(q, v.shape[-1]))
-_infer = torch.ops.fastattn.attention_infer.native
-_ops = {(direction, name): op for direction in ("fwd", "bwd") for name, op in raw_ops(f"attention_{direction}").items()}
+_ops = {name: raw_ops(f"attention_{name}") for name in ("fwd", "bwd", "infer")}
 
 
 def _raw(direction, backend, *tensors):
     """The raw op, or its kernel where that is in Python and may be called directly."""
-    direct = python_kernel(f"attention_{direction}", backend, *tensors) if backend == "triton" else None
-    return direct or _ops[direction, backend]
+    kernel = python_kernel(f"attention_{direction}", backend, *tensors) if backend == "triton" else None
+    ops = _ops[direction]
+    return kernel or (ops if is_dynamo_compiling() else ops.direct)[backend]
 
 
 def refuses(facts):
@@ -181,7 +183,7 @@ def _apply(backend, *arguments):
     call = AttentionCall(*arguments[:N_ARGUMENTS])
     backward = backend if _has_backward(backend, call.q) else "triton"
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _Attention.apply(backend, backward, deterministic, _needs_low(call), *call)
+    return apply(_Attention, backend, backward, deterministic, _needs_low(call), *call)
 
 
 def _reference_of_op(*arguments):
@@ -325,15 +327,16 @@ def _run_on(runs, facts, call, need_lse, deterministic):
     if runs == "reference":
         return _reference(*call)
     if runs in RECORDED:
-        return _ops["fwd", runs](*call, False)[:2]
+        return _ops["fwd"][runs](*call, False)[:2]
     if grad_wanted(q, k, v, call.bias, call.sink):
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         backward = runs if _has_backward(runs, q) else choose("attention", facts, "triton")
-        out, lse, _ = _Attention.apply(runs, backward, deterministic, _needs_low(call), *call)
+        out, lse, _ = apply(_Attention, runs, backward, deterministic, _needs_low(call), *call)
         return out, lse
     if runs == "native" and not need_lse and q.is_cpu and call.window_left == -1 and is_plain(facts):
-        return _infer(q, k, v, call.window_right, call.top_left, call.scale), None
+        infer = _raw("infer", runs)
+        return infer(q, k, v, call.window_right, call.top_left, call.scale), None
     out, lse, _ = _raw("fwd", runs, q, k, v)(*call, False)
     return out, lse
 

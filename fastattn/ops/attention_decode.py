@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from typing_extensions import Unpack
 
 from fastattn import reference
@@ -199,7 +200,7 @@ def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_n
 
 def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window,
              softcap, alibi_slopes, sink, scale, num_splits):  # fmt: skip
-    """Check, cast and bring into the form of the raw ops: (Facts, DecodeCall)."""
+    """Check, cast and bring into the form of the raw ops: (facts, DecodeCall)."""
     device = "cpu" if q.is_cpu else device_name(q.device)
     if autocast_dtype(q) is not None:  # the caches are updated in place: they set the dtype
         dtype = k_cache.dtype
@@ -226,11 +227,11 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
     wide = True if head_dim > 256 or v_cache.shape[3] > 256 else False  # noqa: SIM210  bool() would stay symbolic
-    call = DecodeCall(
+    call = tuple.__new__(DecodeCall, (  # as for an AttentionCall
         q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink,
         seqlen_new, left, right, float(softcap), float(scale), num_splits,
-    )  # fmt: skip
-    facts = Facts(device, q.dtype, wide)
+    ))  # fmt: skip
+    facts = (device, q.dtype, wide)
     if device.startswith("cuda"):  # conditions as expressions, as in attention
         tiles = True if head_dim in HOPPER_HEAD_DIMS and v_cache.shape[3] == head_dim else False  # noqa: SIM210
         odd_strides = False
@@ -238,7 +239,8 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
             for stride in t.stride()[:3]:
                 if stride == 0 or stride % 8 or t.storage_offset() % 8:
                     odd_strides = True
-        facts = facts._replace(
+        facts = Facts(
+            *facts,
             hopper_head_dim=tiles,
             odd_strides=odd_strides,
             odd_pages=True if block_table is not None and k_cache.shape[2] % HOPPER_KEYS else False,  # noqa: SIM210
@@ -374,7 +376,8 @@ def _run(runs, call):
         _append[runs](k_cache, v_cache, k, v, call.cache_seqlens, call.block_table, call.cache_batch_idx)
         if not torch.compiler.is_compiling() and not k_cache.is_inference():
             torch.autograd.graph.increment_version((k_cache, v_cache))
-    return _fwd[runs](q, k_cache, v_cache, *others)
+    fwd = _fwd if is_dynamo_compiling() else _fwd.direct
+    return fwd[runs](q, k_cache, v_cache, *others)
 
 
 def _run_sharded(runs, call):

@@ -15,7 +15,7 @@ from fastattn.ops._kinds import check_float, is_dtensor
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
+from fastattn.ops._register import RECORDED, apply, observed, raw_ops, register_autograd, register_fake
 from fastattn.ops._types import Backend
 
 
@@ -52,7 +52,7 @@ class _Dropout(torch.autograd.Function):
 
 register_autograd(
     "dropout_fwd",
-    lambda backend, x, residual, rng, dropout_p: _Dropout.apply(x, residual, rng, dropout_p, backend),
+    lambda backend, x, residual, rng, dropout_p: apply(_Dropout, x, residual, rng, dropout_p, backend),
     lambda x, residual, rng, dropout_p: reference.dropout(x, dropout_p, residual, rng),
 )
 
@@ -94,7 +94,7 @@ def _dropout(x, residual, rng, dropout_p, runs):
     if runs == "reference":
         return reference.dropout(x, dropout_p, residual, rng)
     if runs not in RECORDED and grad_wanted(x, residual):
-        return _Dropout.apply(x, residual, rng, dropout_p, runs)
+        return apply(_Dropout, x, residual, rng, dropout_p, runs)
     return _fwd[runs](x, residual, rng, dropout_p)
 
 

@@ -27,6 +27,7 @@ from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     observed,
     raw_ops,
@@ -165,7 +166,7 @@ def _activation_reference(preact, gate, rng, dropout_p, activation):
     return reference.dropout(hidden, dropout_p, rng=rng).to(preact.dtype)
 
 
-register_autograd("activation_fwd", lambda backend, *args: _Activation.apply(*args, backend), _activation_reference)
+register_autograd("activation_fwd", lambda backend, *args: apply(_Activation, *args, backend), _activation_reference)
 
 
 def _reference(rng, dropout_p, activation, **product):
@@ -285,7 +286,7 @@ def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation,
     if runs == "reference":
         return _reference(rng, dropout_p, activation)(*inputs)[0]
     if runs not in RECORDED and grad_wanted(*inputs):
-        return _FeedForward.apply(*inputs, rng, dropout_p, activation, recompute, runs)
+        return apply(_FeedForward, *inputs, rng, dropout_p, activation, recompute, runs)
     return _forward(*inputs, rng, dropout_p, activation, runs)[0]
 
 

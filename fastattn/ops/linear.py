@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fastattn import _autocast
 from fastattn.ops import _gemm
 from fastattn.ops._backends import grad_wanted
+from fastattn.ops._register import apply
 
 _LEAST = 2**20  # multiplications below which the Python of an autograd.Function costs more than the product gains
 
@@ -52,5 +53,5 @@ def linear(x, weight, bias=None):
     if not fits or (needs_grad and x.numel() * weight.shape[0] < _LEAST):
         return F.linear(x, weight, bias)
     rows = x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)
-    y = _Linear.apply(rows, weight, bias) if needs_grad else _gemm.linear(rows, weight, bias)
+    y = apply(_Linear, rows, weight, bias) if needs_grad else _gemm.linear(rows, weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

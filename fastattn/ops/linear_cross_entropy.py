@@ -8,8 +8,9 @@ dx = ds·weight,  dweight = dsᵀ·x,  dbias = sum_tokens(ds)
 
 Tokens are taken in chunks. The products are the vendor library's; between them the raw op cross_entropy_fwd makes the
 losses of a chunk and replaces its logits by ds. Sum and mean have one dloss for all tokens, so that ds, and with it all
-gradients, are made in the forward for dloss = 1 and multiplied in the backward; without reduction the backward goes
-through the chunks again with the true dloss. The chunks run inside of one op, which torch.compile takes as a whole.
+gradients, are made in the forward for dloss = 1 and multiplied in the backward. 1 / tokens instead would underflow in
+fp16. Without reduction the backward goes through the chunks again with the true dloss. The chunks run inside of one op,
+which torch.compile takes as a whole.
 """
 
 import math
@@ -29,6 +30,7 @@ from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     implement,
     observed,
@@ -221,7 +223,7 @@ def _reference(target, options, reduction, **product):
 
 def _apply(backend, x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, *needs):
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    loss = _LinearCrossEntropy.apply(x, weight, bias, target, options, "none", chunk_size, backend)
+    loss = apply(_LinearCrossEntropy, x, weight, bias, target, options, "none", chunk_size, backend)
     return loss, *(loss.new_empty(0) for _ in needs)
 
 
@@ -350,7 +352,7 @@ def _loss(x, weight, bias, target, options, reduction, chunk_size, runs):
         return _reference(target, options, reduction)(x, weight, bias)[0]
     chunk_size = chunk_size or 0
     if runs not in RECORDED and grad_wanted(x, weight, bias):
-        return _LinearCrossEntropy.apply(x, weight, bias, target, options, reduction, chunk_size, runs)
+        return apply(_LinearCrossEntropy, x, weight, bias, target, options, reduction, chunk_size, runs)
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
     return _reduce(loss, target, options.ignore_index, reduction)[0]
 

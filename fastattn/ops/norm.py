@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from typing_extensions import Unpack
 
 from fastattn import reference
@@ -24,6 +25,7 @@ from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
     RECORDED,
+    apply,
     differentiate,
     observed,
     raw_ops,
@@ -89,7 +91,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend):
         plain = residual is None and rng is None and x_bias is None
-        y, r, stats = _fwd[backend](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
+        fwd = _fwd if is_dynamo_compiling() else _fwd.direct
+        y, r, stats = fwd[backend](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if plain else r, weight, bias, stats, rng)
         ctx.options = (dropout_p, eps, rms, backend)
@@ -124,7 +127,8 @@ class _Norm(torch.autograd.Function):
             (need_dbias and bias.dtype != weight.dtype) or (need_dx_bias and x_bias_dtype != weight.dtype)
         ):
             wide = weight.float()  # the sums over rows come in the dtype of the weight
-        dx, dresidual, dweight, dbias, dx_bias = _bwd[backend](
+        bwd = _bwd if is_dynamo_compiling() else _bwd.direct
+        dx, dresidual, dweight, dbias, dx_bias = bwd[backend](
             dy, dr_out, r, wide, stats, rng, dropout_p, rms, separate, need_dweight, need_dbias, need_dx_bias
         )
         if not separate:
@@ -159,7 +163,7 @@ def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
 
 
 def _apply(backend, x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
-    y, r, stats = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend)
+    y, r, stats = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, backend)
     return y, x.new_empty(0) if r is None else r, stats
 
 
@@ -183,16 +187,17 @@ def _check(name, x, weight, bias, x_bias, residual):
     if (
         not cols
         or x.dtype not in FLOAT_DTYPES
-        or (
-            weight is not None and (weight.shape != cols or weight.device != device or weight.dtype not in FLOAT_DTYPES)
-        )
-        or (bias is not None and (bias.shape != cols or bias.device != device or bias.dtype not in FLOAT_DTYPES))
+        or (weight is not None and (weight.shape != cols or weight.device != device))
+        or (bias is not None and (bias.shape != cols or bias.device != device))
         or (x_bias is not None and (x_bias.shape != cols or x_bias.device != device))
         or (residual is not None and (residual.shape != shape or residual.device != device))
-        or (x_bias is not None and x_bias.dtype not in FLOAT_DTYPES)
-        or (residual is not None and residual.dtype not in FLOAT_DTYPES)
     ):
         _raise_for(name, x, weight, bias, x_bias, residual)
+
+
+def _check_dtypes(name, **tensors):
+    for label, t in tensors.items():
+        check_float(name, label, t)
 
 
 def _raise_for(name, x, weight, bias, x_bias, residual):
@@ -236,6 +241,8 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
         eps = as_number(name, "eps", eps, torch.finfo(reference.accumulator(x.dtype)).eps)
     dropout_p = check_dropout_p(name, dropout_p) if dropout_p else 0.0
     x = as_autocast_norm(x)
+    if backend is not None:  # `explain` asks by it, and ends in choose
+        _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
     runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, runs)
@@ -244,15 +251,17 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     plain = residual is None and rng is None and x_bias is None
     runs = observed(runs)
     if runs == "reference":
+        _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
         y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
     elif runs in RECORDED:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     elif grad_wanted(x, residual, weight, bias, x_bias):
-        y, r, _ = _Norm.apply(x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
+        y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
     elif return_residual and not plain:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     else:
-        y = _infer[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
+        infer = _infer if is_dynamo_compiling() else _infer.direct
+        y = infer[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     if return_residual:
         return y, x if plain else r
     return y

@@ -18,7 +18,7 @@ from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_nested
 from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
-from fastattn.ops._register import RECORDED, observed, raw_ops, register_autograd, register_fake
+from fastattn.ops._register import RECORDED, apply, observed, raw_ops, register_autograd, register_fake
 from fastattn.ops._types import Backend, RotaryOptions
 
 
@@ -115,8 +115,8 @@ def _run(backend, inplace, xs, *rest):
             torch.autograd.graph.increment_version([x for x in xs if not x.is_inference()])
         return _launch(backend, inplace, xs, *rest)
     if inplace:  # autograd follows a function that changes views only if it changes one
-        return tuple(_Rotary.apply(x, None, backend, True, *rest)[0] for x in xs)
-    return _Rotary.apply(xs[0], xs[1] if len(xs) == 2 else None, backend, False, *rest)
+        return tuple(apply(_Rotary, x, None, backend, True, *rest)[0] for x in xs)
+    return apply(_Rotary, xs[0], xs[1] if len(xs) == 2 else None, backend, False, *rest)
 
 
 def _pair(results, q):
@@ -131,7 +131,7 @@ def _raw_reference(q, k, cos, sin, positions, offset, rotary_dim, interleaved, c
 
 register_autograd(
     "rotary_fwd",
-    lambda backend, q, k, *rest: _pair(_Rotary.apply(q, k, backend, False, *rest), q),
+    lambda backend, q, k, *rest: _pair(apply(_Rotary, q, k, backend, False, *rest), q),
     _raw_reference,
 )
 
@@ -328,8 +328,15 @@ def rotary_embedding(
 def _rotate(runs, xs, call, inplace):
     runs = observed(runs)
     by_reference, traced = runs == "reference", runs in RECORDED
-    # what the kernels cannot write in place is copied back; torch.compile removes that copy where it can
-    copies = inplace and (by_reference or traced or torch.compiler.is_compiling() or any(t.stride(-1) != 1 for t in xs))
+    # What the kernels cannot write in place is copied back; torch.compile removes that copy where it can. Modes that
+    # look at what an operator writes know the copy, and take no operator that may get None there.
+    copies = inplace and (
+        by_reference
+        or traced
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(t.stride(-1) != 1 for t in xs)
+    )
     if by_reference:
         out = _reference(xs, *call)
     elif traced:
