@@ -114,7 +114,7 @@ def test_dropout_drops_in_training_only(layers):
 def test_wrong_sizes_are_told():
     with pytest.raises(ValueError, match="multiple of n_head, got d_model 30 and n_head 4"):
         make_model("torch", d_model=30)
-    with pytest.raises(ValueError, match="expected 'fastattn' or 'torch', got 'jax'"):
+    with pytest.raises(ValueError, match="layers must be 'fastattn' or 'torch', got 'jax'"):
         make_model("jax")
     with pytest.raises(ValueError, match="at most block_size = 16 in a row, got 17"):
         make_model("torch")(random_tokens(1, 17))
