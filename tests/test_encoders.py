@@ -227,7 +227,7 @@ def test_what_does_not_fit_an_encoder_is_told_and_changes_nothing():
     model = build(Classifier, "torch", 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     longer = build(MaskedLM, "torch", block_size=17).state_dict()
-    with pytest.raises(ValueError, match=r"encoder.position_embedding.weight of shape \(16, 32\), got \(17, 32\)"):
+    with pytest.raises(ValueError, match=r"position_embedding.weight must have shape \(16, 32\), got \(17, 32\)"):
         load_encoder(model, longer)
     with pytest.raises(ValueError, match="the state has no encoder, only head"):
         load_encoder(model, {"head.weight": torch.zeros(5, 32)})
@@ -239,10 +239,10 @@ def test_what_does_not_fit_an_encoder_is_told_and_changes_nothing():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"body": "mlp"}, "body: expected 'transformer' or .*, got 'mlp'"),
-        ({"pooling": "max"}, "pooling: expected 'mean' or 'first' or 'pooler', got 'max'"),
-        ({"body": "gru", "pooling": "first"}, "pooling: expected 'mean' with the body 'gru', got 'first'"),
-        ({"label_smoothing": -0.1}, "label_smoothing: expected 0 <= x < 1, got -0.1"),
+        ({"body": "mlp"}, "body must be 'transformer' or .*, got 'mlp'"),
+        ({"pooling": "max"}, "pooling must be 'mean' or 'first' or 'pooler', got 'max'"),
+        ({"body": "gru", "pooling": "first"}, "pooling must be 'mean' with the body 'gru', got 'first'"),
+        ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 1, got -0.1"),
     ],
 )
 def test_wrong_classifiers_are_told(changes, message):

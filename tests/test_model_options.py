@@ -210,15 +210,15 @@ def test_bfloat16_keeps_the_tables_of_positions(layers):
         ({"n_kv_head": 3}, "n_kv_head must be a divisor of n_head = 4, got 3"),
         ({"n_kv_head": 0}, "n_kv_head must be a divisor of n_head = 4, got 0"),
         ({"positions": "absolute"}, "positions: expected 'learned' or 'sinusoidal' or 'rotary' or 'alibi', got 'absol"),
-        ({"feed_forward": "mish"}, "feed_forward: expected 'gelu' or .* or 'reglu', got 'mish'"),
+        ({"feed_forward": "mish"}, "feed_forward must be 'gelu' or .* or 'reglu', got 'mish'"),
         ({"positions": "rotary", "d_model": 12}, "d_model / n_head must be even for rotary .*, got 3"),
         (
             {"positions": "sinusoidal", "d_model": 15, "n_head": 3},
             "d_model must be even for sin.*, got 15",
         ),
-        ({"label_smoothing": 1.0}, "label_smoothing: expected 0 <= x < 1, got 1.0"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),
         ({"init": "zeros"}, "init must be one of gpt2, .*, got 'zeros'"),
-        ({"layers": "jax"}, "layers: expected 'fastattn' or 'torch', got 'jax'"),
+        ({"layers": "jax"}, "layers must be 'fastattn' or 'torch', got 'jax'"),
     ],
 )
 def test_wrong_options_are_told(changes, message):
@@ -232,8 +232,8 @@ def test_wrong_options_are_told(changes, message):
         (torch.tensor([0, 16, 32]), r"cu_seqlens must be int32 of shape \(documents \+ 1,\), got torch.int64 \(3,\)"),
         (torch.tensor([[0, 16, 32]], dtype=torch.int32), r"got torch.int32 \(1, 3\)"),
         (torch.tensor([0, 20, 32], dtype=torch.int32), r"end of every row of 16 tokens, got \[0, 20, 32\]"),
-        (torch.tensor([0, 16], dtype=torch.int32), r"from 0 to 32, .* got \[0, 16\]"),
-        (torch.tensor([0, 16, 9, 32], dtype=torch.int32), "in order"),
+        (torch.tensor([0, 16], dtype=torch.int32), r"rise from 0 to 32 .* got \[0, 16\]"),
+        (torch.tensor([0, 16, 9, 32], dtype=torch.int32), "must rise from 0 to 32"),
     ],
 )
 def test_wrong_documents_are_told(cu_seqlens, message):
