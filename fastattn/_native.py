@@ -36,8 +36,8 @@ def _native_refuses(index):
     info = build_info()
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     return (
-        f"built with CUDA {info['nvcc']} for {', '.join(info['cuda_archs'])}, it cannot run on this GPU (compute"
-        f" capability {capability}): {error.decode()}"
+        f"built with CUDA {info['nvcc']} for {', '.join(info['cuda_archs'])}, it cannot run on this GPU of compute"
+        f" capability {capability}: {error.decode()}"
     )
 
 

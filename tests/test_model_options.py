@@ -209,7 +209,7 @@ def test_bfloat16_keeps_the_tables_of_positions(layers):
     [
         ({"n_kv_head": 3}, "n_kv_head must be a divisor of n_head = 4, got 3"),
         ({"n_kv_head": 0}, "n_kv_head must be a divisor of n_head = 4, got 0"),
-        ({"positions": "absolute"}, "positions: expected 'learned' or 'sinusoidal' or 'rotary' or 'alibi', got 'absol"),
+        ({"positions": "absolute"}, "positions must be 'learned' or 'sinusoidal' or 'rotary' or 'alibi', got 'absol"),
         ({"feed_forward": "mish"}, "feed_forward must be 'gelu' or .* or 'reglu', got 'mish'"),
         ({"positions": "rotary", "d_model": 12}, "d_model / n_head must be even for rotary .*, got 3"),
         (
