@@ -24,6 +24,7 @@ from fastattn.nn.sublayers import (
     attend,
     feed_forward_and_bias,
     feed_forward_block,
+    fit_fused_ops,
     sequence_length,
 )
 from fastattn.ops import dropout, layer_norm
@@ -122,6 +123,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             or not are_plain(
                 m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2", "dropout3"), ("norm1", "norm2", "norm3")
             )
+            or not fit_fused_ops(m, ("linear1", "linear2"), ("norm1", "norm2", "norm3"), tgt.shape[-1])
             or "_sa_block" in own
             or "_mha_block" in own
             or "_ff_block" in own

@@ -18,6 +18,8 @@ _LINEARS, _DROPOUTS, _NORMS = (torch.nn.Linear,), (torch.nn.Dropout,), (LayerNor
 
 def add_norm(x, x_bias, residual, dropout_module, norm):
     """norm(residual + dropout(x + x_bias)) in the dtype of the residual: the end of a post-norm sub-layer."""
+    if x.shape != residual.shape:  # from a user's attention
+        return norm(_add(x, x_bias, residual, dropout_module))
     if x.dtype != residual.dtype:  # autocast: the op returns the dtype of x, torch the dtype of the sum
         x = x.to(residual.dtype)
     return layer_norm(
@@ -27,16 +29,28 @@ def add_norm(x, x_bias, residual, dropout_module, norm):
 
 def add_norm_keep_sum(x, x_bias, residual, dropout_module, norm):
     """(norm(r), r) with r = residual + dropout(x + x_bias): the step from one pre-norm sub-layer to the next."""
+    if x.shape != residual.shape:
+        r = _add(x, x_bias, residual, dropout_module)
+        return norm(r), r
     return layer_norm(
         x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module),
         return_residual=True,
     )  # fmt: skip
 
 
+def _add(x, x_bias, residual, dropout_module):
+    """residual + dropout(x + x_bias) as torch computes it, with broadcasting."""
+    return residual + dropout_module(x if x_bias is None else x + x_bias)
+
+
 def attend(attn, query, memory, attn_mask, key_padding_mask, is_causal):
     """(out, x_bias): attention from query to memory, and the bias of out_proj if the next norm is to add it."""
     masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
-    if is_plain(attn, MultiheadAttention) and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear):
+    if (
+        is_plain(attn, MultiheadAttention)
+        and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear)
+        and fit_fused_ops(attn._modules, ("out_proj",), (), query.shape[-1])
+    ):
         out, _ = attn.attend(query, memory, memory, need_weights=False, **masks)
         weight, bias = attn.out_proj.weight, attn.out_proj.bias
         return (linear(out, weight), bias) if defers_bias(attn.out_proj) else (linear(out, weight, bias), None)
@@ -97,6 +111,17 @@ def are_plain(modules, linears, dropouts, norms):
             if not is_plain(modules[name], *classes):
                 return False
     return True
+
+
+def fit_fused_ops(modules, linears, norms, width):
+    """Whether plain children fit the fused ops, which add and normalise rows of `width`; torch also broadcasts."""
+    for name in linears:
+        linear = modules[name]
+        bias, shape = linear.bias, linear.weight.shape
+        if bias is not None and bias.shape != shape[:1]:
+            return False
+    # the last linear layer writes into the residual stream
+    return shape[0] == width and all(tuple(modules[name].normalized_shape) == (width,) for name in norms)
 
 
 def sequence_length(x, batch_first):
