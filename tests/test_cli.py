@@ -139,7 +139,7 @@ def test_a_translator(folder, capsys):
     assert main([*generate, "--beams", "2"]) == 0
     capsys.readouterr()
     for name, value in {"max_new_tokens": "3", "temperature": "0", "top_k": "1", "stop": "b", "seed": "1"}.items():
-        assert_refused(folder, capsys, [*generate, f"--{name}", value], f"{name}: expected for task lm only")
+        assert_refused(folder, capsys, [*generate, f"--{name}", value], f"{name} is for task lm only")
 
 
 def test_baseline_and_a_classifier_in_one_table(folder, capsys):
@@ -168,7 +168,7 @@ def test_baseline_and_a_classifier_in_one_table(folder, capsys):
     out = capsys.readouterr().out
     assert "bag of words of words, logistic regression" in out
     assert f"| {report['accuracy']:.4f} |" in out
-    assert_refused(folder, capsys, ["baseline", *data, "--split", "tests"], "split: expected one of train, validation")
+    assert_refused(folder, capsys, ["baseline", *data, "--split", "tests"], "split must be one of train, validation")
 
 
 def test_resume_with_more_steps(run, capsys):
@@ -226,14 +226,14 @@ def test_config_mistakes(folder, capsys, line, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["command: expected one of train, finetune, evaluate", "got nothing"]),
-        (["trian"], ["command: expected one of train, ", "got 'trian'"]),
-        (["--steps", "3"], ["command: expected one of train, ", "got '--steps'"]),
+        ([], ["a command is missing; the commands are train, finetune, evaluate"]),
+        (["trian"], ["there is no command 'trian'; the commands are train, "]),
+        (["--steps", "3"], ["there is no command '--steps'; the commands are train, "]),
         (["info", "now"], ["now"]),
         (["data"], ["stats"]),
         (["train", "--config", "nothing.yaml"], ["nothing.yaml"]),
-        (["train", "--config", "text.txt"], ["Unexpected config: a rose", "; expected the options"]),
-        (["train", "--config", "binary"], ["config: expected UTF-8 text, got "]),
+        (["train", "--config", "text.txt"], ["Unexpected config: a rose", "; --help lists the options"]),
+        (["train", "--config", "binary"], ["config: the file is not UTF-8 text: "]),
         (["train", "--config", "list.yaml"], ["Unexpected config: - 1 - 2"]),
         (["train", "--config", "config.yaml", "--model.n_layr", "3"], ["--model.n_layr", "--help"]),
         (["train", "--config", "config.yaml", "--steps", "1.5"], ["steps", "1.5"]),
@@ -256,7 +256,7 @@ def test_config_mistakes(folder, capsys, line, expected):
         ),
         (["train", "--resume", "nothing"], ["nothing': expected the folder of a run, got nothing there"]),
         (["train", "--resume", "no_text"], ["expected the folder of a run, got one without config.yaml"]),
-        (["train", "--resume", "no_text", "--overwrite"], ["expected one of --resume and --overwrite, got both"]),
+        (["train", "--resume", "no_text", "--overwrite"], ["train takes either --resume or --overwrite, not both"]),
         (["evaluate"], ["run"]),
         (["evaluate", "nothing"], ["expected the folder of a run, got nothing there"]),
         (["evaluate", "text.txt"], ["expected the folder of a run, got a file"]),
@@ -281,7 +281,7 @@ def test_mistakes_with_a_run(run, capsys):
         (["train", "--config", "config.yaml"], ["got an existing run; continue it with --resume", "--overwrite"]),
         (
             ["train", "--resume", "runs/small", "--model.n_layer", "2"],
-            ["model.n_layer: expected 1 as in the run", "got 2"],
+            ["model.n_layer must be 1 as in the resumed run", "got 2"],
         ),
         (["train", "--resume", "runs/small", "--data.source", "other.txt"], ["this run was trained on", "got 720"]),
         (
@@ -292,8 +292,8 @@ def test_mistakes_with_a_run(run, capsys):
         (["evaluate", "runs/small", "--data", "other.txt"], ["8 characters of the vocabulary, got also 'h' 'n'"]),
         (["evaluate", "runs/small", "--data", "text.txt", "--split", "test"], ["split: expected none beside --data"]),
         (["evaluate", "runs/small", "--checkpoint", "3"], ["a saved step (2, 4), got '3'"]),
-        (["evaluate", "runs/small", "--accelerator", "tpu"], ["expected one of auto, cpu, cuda, got 'tpu'"]),
-        (["evaluate", "runs/small", "--layers", "jax"], ["layers: expected one of fastattn, torch, got 'jax'"]),
+        (["evaluate", "runs/small", "--accelerator", "tpu"], ["accelerator must be one of auto, cpu, cuda, got 'tpu'"]),
+        (["evaluate", "runs/small", "--layers", "jax"], ["layers must be one of fastattn, torch, got 'jax'"]),
         (["generate", "runs/small", "--prompt", "rosé"], ["8 characters of the vocabulary, got also 'é'"]),
         (["generate", "runs/small", "--prompt", ""], ["expected at least one token, got an empty text"]),
         (
@@ -354,12 +354,12 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_told(folder, capsys):
 
 def test_what_makes_another_run_is_not_resumed(run, capsys):
     for options, expected in [
-        ("--task masked_lm", "task: expected 'lm' as in the run that is resumed, got 'masked_lm'"),
-        ("--trained head --start runs/small", "trained: expected 'all' as in the run that is resumed, got 'head'"),
-        ("--data.tokenizer byte", "data.tokenizer: expected 'char' as in the run that is resumed, got 'byte'"),
-        ("--data.packed true", "data.packed: expected False as in the run that is resumed, got True"),
-        ("--optim.ema 0.9", "optim.ema: expected 0.0 as in the run that is resumed, got 0.9"),
-        ("--optim.name sgd", "optim.name: expected 'adamw' as in the run that is resumed, got 'sgd'"),
+        ("--task masked_lm", "task must be 'lm' as in the resumed run, got 'masked_lm'"),
+        ("--trained head --start runs/small", "trained must be 'all' as in the resumed run, got 'head'"),
+        ("--data.tokenizer byte", "data.tokenizer must be 'char' as in the resumed run, got 'byte'"),
+        ("--data.packed true", "data.packed must be False as in the resumed run, got True"),
+        ("--optim.ema 0.9", "optim.ema must be 0.0 as in the resumed run, got 0.9"),
+        ("--optim.name sgd", "optim.name must be 'adamw' as in the resumed run, got 'sgd'"),
     ]:
         assert_refused(run.parents[1], capsys, ["train", "--resume", "runs/small", *options.split()], expected)
 
@@ -413,7 +413,7 @@ def test_missing_package_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     for name in ("loop", "train"):
         monkeypatch.delitem(sys.modules, f"fastattn.training.runs.{name}", raising=False)
-    expected = "expected the packages of pip install 'fastattn[train]', got no lightning_fabric"
+    expected = "missing package lightning_fabric: run pip install 'fastattn[train]'"
     assert_refused(folder, capsys, ["train", "--config", "config.yaml"], expected)
 
 

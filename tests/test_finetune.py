@@ -351,7 +351,7 @@ def test_finetune_command(folder, tmp_path, monkeypatch, capsys):
     common = f"""--sample_tokens 0 --tensorboard false --accelerator cpu --steps 4 --evaluate_every 2 --batch_size 4
         --data.source {folder / "documents.jsonl"} --data.validation_fraction 0.2 --data.columns.label label""".split()
     assert main(["finetune", "--task", "classify", "--run", "run", *common]) == 2
-    assert "finetune: expected --start FOLDER, a run or a Hugging Face model" in capsys.readouterr().err
+    assert "finetune needs --start FOLDER, a run or a Hugging Face model" in capsys.readouterr().err
     arguments = ["finetune", "--start", str(folder / "masked_lm"), "--task", "classify", "--run", "run", *common]
     assert main([*arguments, "--model.n_layer", "1"]) == 2
     assert "model.n_layer: expected 2 as in" in capsys.readouterr().err
@@ -369,7 +369,7 @@ def test_finetune_command(folder, tmp_path, monkeypatch, capsys):
     assert main(["evaluate", "run", "--split", "validation", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] in (2, 4)
     assert main(["train", "--resume", "run", "--lora_rank", "3"]) == 2
-    assert "lora_rank: expected 8 as in the run that is resumed, got 3" in capsys.readouterr().err
+    assert "lora_rank must be 8 as in the resumed run, got 3" in capsys.readouterr().err
     assert main(["finetune", "--resume", "run", "--steps", "5"]) == 0
     stored = load_file(next((tmp_path / "run" / "checkpoints").glob("step-00000005")) / "model.safetensors")
     assert any(".lora_a" in name for name in stored)

@@ -274,16 +274,16 @@ def test_what_a_folder_holds(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "expected"),
     [
-        ("bert", {"model_type": "t5"}, "expected model_type 'bert' or 'gpt2', got 't5'"),
-        ("bert", {"is_decoder": True}, "expected is_decoder False, got True"),
-        ("bert", {"position_embedding_type": "relative_key"}, "expected position_embedding_type 'absolute'"),
-        ("bert", {"hidden_act": "mish"}, "expected one of the activations gelu, .*, got 'mish'"),
-        ("bert", {"hidden_act": "relu"}, "expected hidden_act 'gelu' with a masked language model's head, got 'relu'"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "expected scale_attn_by_inverse_layer_idx False, got True"),
-        ("gpt2", {"n_embd": None}, "expected n_embd, got none"),
-        ("gpt2", "config.json", "expected the config of a Hugging Face model, got FileNotFoundError"),
-        ("gpt2", "model.safetensors", "expected model.safetensors or pytorch_model.bin, got neither"),
-        ("gpt2", {"tensor": "transformer.h.0.adapter.weight"}, "got also transformer.h.0.adapter.weight"),
+        ("bert", {"model_type": "t5"}, "model_type must be 'bert' or 'gpt2', got 't5'"),
+        ("bert", {"is_decoder": True}, "is_decoder must be False, got True"),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type must be 'absolute'"),
+        ("bert", {"hidden_act": "mish"}, "the activation must be one of gelu, .*, got 'mish'"),
+        ("bert", {"hidden_act": "relu"}, "hidden_act must be 'gelu' with a masked language model's head, got 'relu'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False, got True"),
+        ("gpt2", {"n_embd": None}, "config.json has no n_embd"),
+        ("gpt2", "config.json", "config.json is not a readable config of a Hugging Face model: FileNotFoundError"),
+        ("gpt2", "model.safetensors", "has neither model.safetensors nor pytorch_model.bin"),
+        ("gpt2", {"tensor": "transformer.h.0.adapter.weight"}, "the tensor transformer.h.0.adapter.weight is not part"),
     ],
 )
 def test_folders_that_are_refused(tmp_path, kind, changes, expected):
@@ -302,11 +302,11 @@ def test_folders_that_are_refused(tmp_path, kind, changes, expected):
 def test_a_damaged_file_and_code_in_a_file_are_refused(tmp_path):
     make_up(tmp_path, "gpt2")
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"model.safetensors: expected weights, got"):
+    with pytest.raises(ValueError, match=r"model.safetensors has no readable weights: "):
         load_hugging_face(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save({"x": Path("x")}, tmp_path / "pytorch_model.bin")  # unpickling would call what the file names
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: expected weights, got UnpicklingError"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin has no readable weights: UnpicklingError"):
         load_hugging_face(tmp_path)
 
 

@@ -111,5 +111,5 @@ def test_initialization(scheme):
 
 
 def test_unknown_scheme():
-    with pytest.raises(ValueError, match=r"scheme: expected one of gpt2, .*he, got 'best'"):
+    with pytest.raises(ValueError, match=r"init must be one of gpt2, .*he, got 'best'"):
         initialize(torch.nn.Linear(2, 2), "best")

@@ -136,5 +136,5 @@ def test_a_missing_tensorboard_is_told_before_a_run_is_made(tmp_path, monkeypatc
     data = DataConfig(source=str(tmp_path / "text.txt"))
     assert main(["train", "--run", str(run), "--data.source", data.source, "--steps", "1"]) == 2
     error = capsys.readouterr().err
-    assert error == "fastattn: error: expected the packages of pip install 'fastattn[train]', got no tensorboard\n"
+    assert error == "fastattn: error: missing package tensorboard: run pip install 'fastattn[train]'\n"
     assert not run.exists()
