@@ -164,7 +164,7 @@ def _starts(*labels):
 
 def _visible(pattern, padding, batch, n_queries, n_keys, q_offset, kv_offset, device):
     """The Visible of a pattern and a padding (batch, keys of the sequence), or None if only a mask can say it."""
-    if (pattern.positions is None) != (pattern.documents is None):
+    if pattern.positions is not None and pattern.documents is None:
         return None
     first = q_offset - kv_offset  # the key at which the first query stands
     causal = pattern.right == 0
