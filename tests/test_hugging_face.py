@@ -372,7 +372,7 @@ def test_bert_to_a_classifier(documents, capsys, trained):
     ]
     assert main([*arguments, "--trained", trained]) == 0
     error = capsys.readouterr().err
-    assert "all weights taken over but head.weight, head.bias" in error
+    assert "loaded all weights except head.weight, head.bias" in error
     stored = load_file(run / "checkpoints" / "step-00000004" / "model.safetensors")
     start = load_file(documents / "bert" / "model.safetensors")
     same = torch.equal(stored["encoder.token_embedding.weight"], start["bert.embeddings.word_embeddings.weight"])
@@ -388,7 +388,7 @@ def test_the_head_of_a_bert_classifier_goes_on(documents, capsys):
     source = ["--data.source", str(documents / "documents.jsonl"), "--data.columns.label", "label"]
     arguments = [*command(documents), "--start", str(documents / "classes"), "--task", "classify", *source]
     assert main([*arguments, "--run", str(documents / "run")]) == 0
-    assert "all weights taken over" not in capsys.readouterr().err
+    assert "loaded all weights" not in capsys.readouterr().err
 
 
 def test_bert_as_a_masked_lm(documents, capsys):
@@ -397,7 +397,7 @@ def test_bert_as_a_masked_lm(documents, capsys):
     source = ["--data.source", str(documents / "documents.jsonl")]
     arguments = [*command(documents), "--start", str(documents / "bert"), "--task", "masked_lm", *source]
     assert main([*arguments, "--run", str(documents / "run")]) == 0
-    assert "all weights taken over" not in capsys.readouterr().err
+    assert "loaded all weights" not in capsys.readouterr().err
     assert main([*arguments, "--run", str(documents / "other"), "--model.head_transform", "false"]) == 2
     assert "got head.bias, for which it has no place" in capsys.readouterr().err
 
@@ -411,7 +411,7 @@ def test_gpt2_on_other_text(documents, capsys, packed):
     arguments = [*command(documents), "--start", str(documents / "gpt2"), *source, "--run", str(run)]
     assert main(arguments) == 0
     out, error = capsys.readouterr()
-    assert "all weights taken over" not in error
+    assert "loaded all weights" not in error
     losses = [
         float(line.split("validation loss ")[1].split()[0]) for line in out.splitlines() if line.startswith("step ")
     ]
@@ -426,10 +426,10 @@ def test_a_hugging_face_folder_that_does_not_fit(documents, capsys):
     base = ["--data.source", str(documents / "text.txt"), "--run", str(documents / "run")]
     (documents / "bert" / "tokenizer.json").unlink()
     for start, options, expected in (
-        ("bert", ["--task", "masked_lm"], "expected a tokenizer.json beside the weights, got none"),
-        ("gpt2", ["--task", "masked_lm"], "expected a model for task masked_lm, got one of lm"),
+        ("bert", ["--task", "masked_lm"], "has no tokenizer.json"),
+        ("gpt2", ["--task", "masked_lm"], "is of task lm, which cannot start task masked_lm"),
         ("gpt2", ["--model.block_size", "25"], "position_embedding.weight (24, 16) for (25, 16)"),
-        ("gpt2", ["--model.norm_eps", "1e-6"], "model.norm_eps: expected 1e-05 as in"),
+        ("gpt2", ["--model.norm_eps", "1e-6"], "model.norm_eps must be 1e-05 as in"),
     ):
         assert main([*command(documents), "--start", str(documents / start), *options, *base]) == 2
         assert expected in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_values_of_the_schedules():
 
 
 def test_unknown_names_and_values():
-    with pytest.raises(UsageError, match=r"optim\.momentum: expected 0 <= x < 1, got 1\.0"):
+    with pytest.raises(UsageError, match=r"optim\.momentum must be at least 0 and below 1, got 1\.0"):
         OptimConfig(momentum=1.0)
 
 

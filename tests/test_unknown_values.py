@@ -106,7 +106,7 @@ def test_a_validation_part_without_a_prediction_is_no_loss_of_0(tmp_path):
         (tmp_path / "data" / f"{part}.jsonl").write_text(json.dumps({"text": text}) + "\n")
     data = DataConfig(source=str(tmp_path / "data"), tokenizer="word")
     config = table_config("masked_lm", tmp_path / "run", tmp_path / "data", batch_size=1, steps=1, data=data)
-    with pytest.raises(UsageError, match="expected at least one token to predict in the validation part, got none"):
+    with pytest.raises(UsageError, match="the validation part must have at least one token to predict"):
         train(config)
 
 
