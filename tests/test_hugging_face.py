@@ -399,7 +399,7 @@ def test_bert_as_a_masked_lm(documents, capsys):
     assert main([*arguments, "--run", str(documents / "run")]) == 0
     assert "loaded all weights" not in capsys.readouterr().err
     assert main([*arguments, "--run", str(documents / "other"), "--model.head_transform", "false"]) == 2
-    assert "got head.bias, for which it has no place" in capsys.readouterr().err
+    assert "the checkpoint has head.bias, which this model does not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("packed", ["true", "false"])
@@ -428,7 +428,11 @@ def test_a_hugging_face_folder_that_does_not_fit(documents, capsys):
     for start, options, expected in (
         ("bert", ["--task", "masked_lm"], "has no tokenizer.json"),
         ("gpt2", ["--task", "masked_lm"], "is of task lm, which cannot start task masked_lm"),
-        ("gpt2", ["--model.block_size", "25"], "position_embedding.weight (24, 16) for (25, 16)"),
+        (
+            "gpt2",
+            ["--model.block_size", "25"],
+            "position_embedding.weight must have shape (25, 16) as in this model, got (24, 16)",
+        ),
         ("gpt2", ["--model.norm_eps", "1e-6"], "model.norm_eps must be 1e-05 as in"),
     ):
         assert main([*command(documents), "--start", str(documents / start), *options, *base]) == 2

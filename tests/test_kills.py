@@ -120,9 +120,8 @@ def test_a_full_disk_is_told_in_one_line_and_breaks_no_checkpoint(tmp_path, text
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith(
-        f"fastattn: error: checkpoint '{run}/checkpoints/step-00000008' could not be"
-    )
+    folder = run / "checkpoints" / "step-00000008"
+    assert error.splitlines()[-1].startswith(f"fastattn: error: checkpoint '{folder}' could not be written")
     assert "Traceback" not in error
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before
     assert main(["train", "--resume", str(run)]) == 0

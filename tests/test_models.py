@@ -188,8 +188,8 @@ def test_generation_follows_seed_temperature_and_top_k():
     [
         ({"prompt": []}, "prompt must have at least one token"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
-        ({"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
+        ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
     ],
 )

@@ -251,7 +251,7 @@ def test_checkpoints_side_by_side(tmp_path):
 
 
 def test_runs_that_cannot_be_compared(tmp_path):
-    with pytest.raises(UsageError, match="at least one run, got none"):
+    with pytest.raises(UsageError, match="compare needs at least one run"):
         compare_runs([])
     with pytest.raises(UsageError, match=r"has neither config\.yaml nor report\.json"):
         compare_runs([str(tmp_path / "nothing")])
@@ -348,7 +348,7 @@ def test_attention_maps_of_what_has_none():
         def forward(self, x):
             return x
 
-    with pytest.raises(UsageError, match="whose self_attn is a MultiheadAttention, got NoneType"):
+    with pytest.raises(UsageError, match="self_attn of every block must be a MultiheadAttention, got NoneType"):
         attention_maps(Model(torch.nn.Linear(2, 2)), torch.zeros(1, 2, 2))
     with pytest.raises(UsageError, match="got no blocks"):
         attention_maps(Model(), torch.zeros(1, 2, 2))

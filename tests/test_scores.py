@@ -156,7 +156,7 @@ def test_translations_at_the_ends():
     silent = translation_scores([""], ["a b c d"])
     assert silent["bleu"] == silent["chrf"] == silent["exact_match"] == silent["length_ratio"] == 0
     assert translation_scores(["a"], [""])["length_ratio"] == 0
-    with pytest.raises(UsageError, match="at least one example, got 0"):
+    with pytest.raises(UsageError, match="the number of translations must be at least 1, got 0"):
         translation_scores([], [])
     with pytest.raises(UsageError, match="must be 2, one per reference, got 1"):
         translation_scores(["a"], ["a", "b"])
@@ -172,7 +172,7 @@ def test_tokens():
     }
     assert "bits_per_character" not in language_scores(1.0, 1, None)
     assert language_scores(1e6, 1, 1)["perplexity"] == math.inf
-    with pytest.raises(UsageError, match="at least one predicted token, got 0"):
+    with pytest.raises(UsageError, match="predicted tokens must be at least 1, got 0"):
         language_scores(0.0, 0, 1)
     with pytest.raises(UsageError, match="at least one character, got 0"):
         language_scores(1.0, 1, 0)
@@ -196,7 +196,7 @@ def test_baseline_separates_what_words_separate():
         (Documents(["a b"]), Documents(["a b"], labels=["x"]), "the train part must have labels"),
         (Documents(["ab"], labels=["x"]), Documents(["ab"]), "the test part must have labels"),
         (Documents([], labels=[]), Documents(["ab"], labels=["x"]), "the train part must have labels"),
-        (Documents(["ab"], labels=["x"]), Documents(["ab"], labels=["x"]), "at least two classes, got 'x' alone"),
+        (Documents(["ab"], labels=["x"]), Documents(["ab"], labels=["x"]), "at least two classes, got only 'x'"),
         (Documents(["a", "b"], labels=["x", "y"]), Documents(["a"], labels=["x"]), "words of two letters or more"),
     ],
 )

@@ -46,9 +46,8 @@ def test_exact_resume_after_sigterm(tmp_path, text_file, monkeypatch, capsys, la
         interrupt_after(patch, 16)
         assert train(tiny_config(parts, text_file, layers=layers)) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == previous
-    assert (
-        "stopped by SIGTERM after step 16 and saved; continue with: fastattn train --resume" in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "stopped by SIGTERM after step 16 and saved; continue with: fastattn train --resume" in error
     assert len(column(parts, "train_loss")) == 16
     torch.manual_seed(999)  # the state of generators does not matter
     assert train(tiny_config(parts, text_file, layers=layers), resume=True) == 0

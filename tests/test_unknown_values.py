@@ -122,7 +122,7 @@ def test_a_part_without_documents_is_refused_before_a_run_is_made(tmp_path, tabl
 
     read_parts = base.read_parts
     monkeypatch.setattr(base, "read_parts", parts)
-    with pytest.raises(UsageError, match=f"got none in {part}|two classes, got no document"):
+    with pytest.raises(UsageError, match=f"the {part} part has no documents|two classes, got none"):
         train(table_config(task, tmp_path / "run", table))
     assert not (tmp_path / "run").exists()
 
