@@ -162,7 +162,7 @@ def test_training_on_from_a_run_is_better_at_once_than_anew(folder, tmp_path, ca
         ("masked_lm", "classify", {"model": {"n_head": 4}}, "model.n_head must be 2"),
         ("masked_lm", "classify", {"model": {"norm_first": False}}, "model.norm_first must be True"),
         ("masked_lm", "classify", {"model": {"body": "lstm"}}, "model.body must be 'transformer'"),
-        ("masked_lm", "classify", {"model": {"block_size": 13}}, r"embedding.weight must have shape \(13, 16\) as in this model, got \(12, 16\)"),
+        ("masked_lm", "classify", {"model": {"block_size": 13}}, r"must have shape \(13, 16\) .*, got \(12, 16\)"),
         ("lm", "classify", {}, "is of task lm, which cannot start task classify"),
         ("classify", "lm", {}, "is of task classify, which cannot start task lm"),
         ("lm", "lm", {"trained": "head"}, "trained 'head' needs a head with its own weights"),

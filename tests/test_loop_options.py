@@ -132,7 +132,7 @@ def test_best_checkpoint_by_accuracy(tmp_path, table, monkeypatch, capsys):
     assert ckpt.choose_checkpoint(run, "best")[1]["step"] == 6  # the lowest loss is that of step 4
     assert [meta["step"] for _, meta in ckpt.find_checkpoints(run)] == [6, 8]
     assert "best validation loss 0.7500, accuracy 0.3750 at step 6" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="select must be 'loss' for the task lm, got 'accuracy'"):
+    with pytest.raises(UsageError, match="select must be 'loss' for the task translate, got 'accuracy'"):
         table_config("translate", run, table, select="accuracy")
 
 

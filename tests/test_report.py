@@ -353,5 +353,5 @@ def test_attention_maps_of_what_has_none():
     with pytest.raises(UsageError, match="got no blocks"):
         attention_maps(Model(), torch.zeros(1, 2, 2))
     layer = torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    with pytest.raises(UsageError, match="one that computes it otherwise"):
+    with pytest.raises(UsageError, match="a block does not call its self_attn"):
         attention_maps(Model(layer), torch.zeros(1, 2, 4))

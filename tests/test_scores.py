@@ -174,7 +174,7 @@ def test_tokens():
     assert language_scores(1e6, 1, 1)["perplexity"] == math.inf
     with pytest.raises(UsageError, match="predicted tokens must be at least 1, got 0"):
         language_scores(0.0, 0, 1)
-    with pytest.raises(UsageError, match="at least one character, got 0"):
+    with pytest.raises(UsageError, match="characters must be at least 1, got 0"):
         language_scores(1.0, 1, 0)
 
 
