@@ -87,7 +87,7 @@ def _nucleus(probabilities, top_p):
         if n >= vocab_size or bool((total[:, -1] >= top_p).all()):
             break
         n *= 8
-    kept = likely.masked_fill(total - likely >= top_p, 0.0)  # the tokens before it reach top_p without it
+    kept = likely.masked_fill(total - likely >= top_p, 0.0)  # the tokens before it already reach top_p
     return torch.zeros_like(probabilities).scatter(1, index, kept / kept.sum(-1, keepdim=True))
 
 
