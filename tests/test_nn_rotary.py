@@ -296,7 +296,8 @@ def test_is_a_leaf_of_a_symbolic_trace():
     for seqlen in (3, 10):
         q, k = randn(1, 2, seqlen, 8), randn(1, 2, seqlen, 8, seed=1)
         torch.testing.assert_close(traced(q, k), model(q, k))
-    with pytest.raises(ValueError, match="co_varnames"):  # the tracer's own words about arguments by name alone
+    # the words are those of the tracer, which differ with what it meets first
+    with pytest.raises(ValueError, match="co_varnames|symbolically traced"):
         torch.fx.symbolic_trace(model.rotary)
 
 
