@@ -297,7 +297,7 @@ def test_is_a_leaf_of_a_symbolic_trace():
         q, k = randn(1, 2, seqlen, 8), randn(1, 2, seqlen, 8, seed=1)
         torch.testing.assert_close(traced(q, k), model(q, k))
     # the words are those of the tracer, which differ with what it meets first
-    with pytest.raises(ValueError, match="co_varnames|symbolically traced"):
+    with pytest.raises(ValueError, match=r"co_varnames|symbolically traced"):
         torch.fx.symbolic_trace(model.rotary)
 
 
