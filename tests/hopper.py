@@ -15,12 +15,13 @@ def use_hopper_kernels(monkeypatch, library, places):
 
     Args:
         library: of emulate_cuda.
-        places: (table, key, name of the op) of the ops that the public function takes from tables.
+        places: (RawOps, name of the op) of the tables from which the public function takes its ops.
     """
     reason = fastattn.backends()["cuda"]["native"] if HOPPER else emulate_cuda.unavailable() or "available"
     if reason != "available":
         pytest.skip(reason)
     if not HOPPER:
         ops = emulate_cuda.load(library)
-        for table, key, op in places:
-            monkeypatch.setitem(table, key, getattr(ops, op).native)
+        for table, op in places:
+            for kind in (table, table.direct):
+                monkeypatch.setitem(kind, "native", getattr(ops, op).native)

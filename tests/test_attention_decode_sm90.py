@@ -18,8 +18,8 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def native(monkeypatch):
-    places = [(decode_module._fwd, "native", "attention_decode_fwd")]
-    places += [(decode_module._append, "native", "attention_decode_append")]
+    places = [(decode_module._fwd, "attention_decode_fwd")]
+    places += [(decode_module._append, "attention_decode_append")]
     use_hopper_kernels(monkeypatch, emulate_cuda.DECODE, places)
 
 

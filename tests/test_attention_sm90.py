@@ -26,7 +26,7 @@ attention_module = importlib.import_module("fastattn.ops.attention")  # fastattn
 @pytest.fixture(autouse=True)
 def native(monkeypatch):
     table = attention_module._ops
-    places = [(table, (direction, "native"), f"attention_{direction}") for direction in ("fwd", "bwd")]
+    places = [(table[direction], f"attention_{direction}") for direction in ("fwd", "bwd")]
     use_hopper_kernels(monkeypatch, emulate_cuda.ATTENTION, places)
 
 
@@ -343,7 +343,7 @@ def test_backward_after_the_forward_of_another_backend():
     rest = (None, None, None, None, None, None, None, None, 70, 90, -1, 0, False, 0.0, 0.0, 0.125)
     for deterministic in (False, True):
         tensors = (do, None, q, k, v, out.detach(), lse.detach(), lse.new_empty(0))
-        got = attention_module._ops["bwd", "native"](*tensors, *rest, False, deterministic)
+        got = attention_module._ops["bwd"]["native"](*tensors, *rest, False, deterministic)
         for a, b in zip(got, expected, strict=False):
             torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 
@@ -356,9 +356,9 @@ def test_raw_op_refuses_what_it_does_not_serve():
         bad = [*rest]
         bad[place] = value
         with pytest.raises(RuntimeError, match="takes no bias, sink, mask, ALiBi slopes, softcap or dropout"):
-            attention_module._ops["fwd", "native"](q, k, v, *bad, False)
+            attention_module._ops["fwd"]["native"](q, k, v, *bad, False)
     for inputs in ((q[..., :32], k[..., :32], v[..., :32]), (q.float(), k.float(), v.float()), (q, k, v[..., :32])):
         with pytest.raises(RuntimeError, match="half precision and head dims 64, 96, 128, 192 and 256"):
-            attention_module._ops["fwd", "native"](*inputs, *rest, False)
+            attention_module._ops["fwd"]["native"](*inputs, *rest, False)
     with pytest.raises(RuntimeError, match="makes no lse_low"):
-        attention_module._ops["fwd", "native"](q, k, v, *rest, True)
+        attention_module._ops["fwd"]["native"](q, k, v, *rest, True)
