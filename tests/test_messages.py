@@ -343,6 +343,19 @@ class TestModules:
         with pytest.raises(ValueError, match="explain: op must be one of attention, "):
             fastattn.explain(["attention"])
 
+    def test_inputs_that_are_no_tensors(self):
+        x = torch.randn(5, 2, 8)
+        model = nn.Transformer(8, 2, 1, 1, 16)
+        for wrong in (x.numpy(), x.tolist(), None, torch.relu, 1.0):
+            for args, label in (((wrong, x), "src"), ((x, wrong), "tgt")):
+                with pytest.raises(TypeError, match=rf"^nn\.Transformer: {label} must be a tensor, got"):
+                    model(*args)
+        with pytest.raises(TypeError, match=r"^nn\.Transformer: src_mask must be a tensor or None, got list"):
+            model(x, x, x.tolist())
+        for layer, inputs in ((nn.TransformerEncoderLayer, 1), (nn.TransformerDecoderLayer, 2)):
+            with pytest.raises(AssertionError, match="0-D query"):
+                layer(8, 2, 16)(*[torch.tensor(1.0)] * inputs)
+
     def test_a_report_is_not_the_model(self):
         model = torch.nn.Sequential(torch.nn.LayerNorm(8))
         model = nn.replace(model)

@@ -119,6 +119,34 @@ class TestCausalBias:
         with pytest.raises(ValueError, match="packed sequences take no mask"):
             fastattn.attention(*[Q[0].transpose(0, 1)] * 3, bias=bias, **packed)
 
+    def test_is_no_operand(self):
+        """It has a shape, (1, 5, 5), but nobody wrote its memory: torch computes with that."""
+        x, weight = torch.randn(1, 5, 5), torch.randn(5, 5)
+        cos, sin = torch.randn(5, 2).unbind(-1)
+        calls = {
+            "layer_norm: x": lambda t: fastattn.layer_norm(t),
+            "layer_norm: residual": lambda t: fastattn.layer_norm(x, residual=t),
+            "rms_norm: x": lambda t: fastattn.rms_norm(x=t),
+            "dropout: x": lambda t: fastattn.dropout(t, 0.5),
+            "feed_forward: x": lambda t: fastattn.feed_forward(t, weight, None, weight, None),
+            "linear_cross_entropy: x": lambda t: fastattn.linear_cross_entropy(t, weight, torch.zeros(1, 5).long()),
+            "rotary_embedding: x": lambda t: fastattn.rotary_embedding((x, t), cos[:, None], sin[:, None]),
+            "scaled_dot_product_attention: value": lambda t: fastattn.scaled_dot_product_attention(x, x, t),
+            "attention: q": lambda t: fastattn.attention(t, x, x),
+        }
+        attention = nn.MultiheadAttention(5, 1)
+        layers = (
+            nn.LayerNorm(5), nn.RMSNorm(5), nn.FeedForward(5, 8), nn.RotaryEmbedding(2),
+            nn.TransformerEncoderLayer(5, 1, 8), lambda t: attention(t, t, t),
+        )  # fmt: skip
+        for bias in (causal_upper_left(5, 5), causal_lower_right(5, 5)):
+            for name, call in calls.items():
+                with pytest.raises(TypeError, match=f"^{name} must be a tensor that holds values, got a CausalBias"):
+                    call(bias)
+            for layer in layers:
+                with pytest.raises(TypeError, match="must be .* got a CausalBias"):
+                    layer(bias)
+
     def test_layers_refuse_it_as_torch_does(self):
         """Also where its shape fits by chance, which torch does not notice."""
         x = torch.randn(1, 5, 8)

@@ -123,7 +123,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             or not are_plain(
                 m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2", "dropout3"), ("norm1", "norm2", "norm3")
             )
-            or not fit_fused_ops(m, ("linear1", "linear2"), ("norm1", "norm2", "norm3"), tgt.shape[-1])
+            or not fit_fused_ops(m, ("linear1", "linear2"), ("norm1", "norm2", "norm3"), tgt)
             or "_sa_block" in own
             or "_mha_block" in own
             or "_ff_block" in own

@@ -114,7 +114,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             # user code gets float masks, as it does from torch
             src_mask = as_float_mask(src_mask, src.dtype)
             src_key_padding_mask = as_float_mask(src_key_padding_mask, src.dtype)
-        if overridden or not self._ff_is_plain(src.size(-1) if src.dim() else 0):
+        if overridden or not self._ff_is_plain(src):
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
         if nested:
             return self._nested(src, src_mask, src_key_padding_mask, is_causal)
@@ -133,17 +133,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         def self_attend(x):
             return self.self_attn.forward_packed(x, cu_seqlens, max_seqlen, is_causal)
 
-        if self._ff_is_plain(x.shape[-1]):
+        if self._ff_is_plain(x):
             return self._fused(x, lambda x: (self_attend(x), None))
         return self._add_sublayers(x, lambda x: self.dropout1(self_attend(x)))
 
-    def _ff_is_plain(self, width):
-        """Whether everything except self-attention is as torch.nn creates it, and fits inputs of `width`."""
+    def _ff_is_plain(self, x):
+        """Whether everything except self-attention is as torch.nn creates it, and fits x."""
         m, linears, norms = self._modules, ("linear1", "linear2"), ("norm1", "norm2")
         plain = are_plain(m, linears, ("dropout", "dropout1", "dropout2"), norms)
         return (
             plain
-            and fit_fused_ops(m, linears, norms, width)
+            and fit_fused_ops(m, linears, norms, x)
             and type(self)._ff_block is _FF_BLOCK
             and "_ff_block" not in self.__dict__
         )

@@ -49,7 +49,7 @@ def attend(attn, query, memory, attn_mask, key_padding_mask, is_causal):
     if (
         is_plain(attn, MultiheadAttention)
         and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear)
-        and fit_fused_ops(attn._modules, ("out_proj",), (), query.shape[-1])
+        and fit_fused_ops(attn._modules, ("out_proj",), (), query)
     ):
         out, _ = attn.attend(query, memory, memory, need_weights=False, **masks)
         weight, bias = attn.out_proj.weight, attn.out_proj.bias
@@ -113,8 +113,9 @@ def are_plain(modules, linears, dropouts, norms):
     return True
 
 
-def fit_fused_ops(modules, linears, norms, width):
-    """Whether plain children fit the fused ops, which add and normalise rows of `width`; torch also broadcasts."""
+def fit_fused_ops(modules, linears, norms, x):
+    """Whether plain children fit the fused ops, which add and normalise rows as wide as x; torch also broadcasts."""
+    width = x.size(-1) if x.dim() else None
     for name in linears:
         linear = modules[name]
         bias, shape = linear.bias, linear.weight.shape

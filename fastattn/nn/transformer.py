@@ -66,6 +66,13 @@ class Transformer(torch.nn.Transformer):
             custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype,
         )  # fmt: skip
 
+    @Public(
+        "nn.Transformer",
+        tensors="src tgt src_mask tgt_mask memory_mask src_key_padding_mask tgt_key_padding_mask"
+        " memory_key_padding_mask",
+        flags="src_is_causal tgt_is_causal memory_is_causal",
+        nested=None,
+    ).answering
     def forward(
         self,
         src: Tensor,

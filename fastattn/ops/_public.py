@@ -32,6 +32,7 @@ class ArgumentTypeError(TypeError, RuntimeError):
 
 
 _KINDS = {ValueError: ArgumentValueError, TypeError: ArgumentTypeError}
+_SCORES = ("mask", "bias", "attn_mask")  # the parameters that a CausalBias may stand for
 _INNER = re.compile(r"^(attention|attention_decode|rotary_embedding|flash_attn_\w+): (\w+)")
 
 
@@ -178,7 +179,16 @@ class Public:
         return f"{self.name}: {self.inner.get(match[2], match[2])}"
 
     def _relevant(self, given):
-        """The arguments whose `__torch_function__` may take the place of the function."""
+        """The arguments whose `__torch_function__` may take the place of the function.
+
+        Raises:
+            TypeError: a CausalBias stands where values are read. It has a shape, and memory that nobody wrote.
+        """
+        for label, value in given.items():
+            if label not in _SCORES and any(is_causal_bias(t) for t in self._one_by_one(label, value)):
+                raise ArgumentTypeError(
+                    f"{self.name}: {label} must be a tensor that holds values, got a CausalBias, which holds none"
+                )
         relevant = [t for name, t in given.items() if name not in self.weights]
         if self.takes_pair:
             relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
