@@ -144,7 +144,7 @@ class TestCausalBias:
                 with pytest.raises(TypeError, match=f"^{name} must be a tensor that holds values, got a CausalBias"):
                     call(bias)
             for layer in layers:
-                with pytest.raises(TypeError, match="must be .* got a CausalBias"):
+                with pytest.raises(TypeError, match=r"must be .* got a CausalBias"):
                     layer(bias)
 
     def test_layers_refuse_it_as_torch_does(self):

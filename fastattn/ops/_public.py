@@ -32,7 +32,6 @@ class ArgumentTypeError(TypeError, RuntimeError):
 
 
 _KINDS = {ValueError: ArgumentValueError, TypeError: ArgumentTypeError}
-_SCORES = ("mask", "bias", "attn_mask")  # the parameters that a CausalBias may stand for
 _INNER = re.compile(r"^(attention|attention_decode|rotary_embedding|flash_attn_\w+): (\w+)")
 
 
@@ -113,7 +112,9 @@ class Public:
                 values = (*values[0], *values[1:])
             # torch.compile sees modes by the first question only
             if _is_mode_enabled() or has_torch_function(values):
-                relevant = self._relevant(dict(zip(by_position, args, strict=False)) | kwargs)
+                given = dict(zip(by_position, args, strict=False)) | kwargs
+                self._refuse_causal_bias(given)
+                relevant = self._relevant(given)
                 # torch.compile answers the last question with True even where overriding is turned off
                 if _is_mode_enabled() or (torch._C._is_torch_function_enabled() and has_torch_function(relevant)):
                     return handle_torch_function(call, relevant, *args, **kwargs)
@@ -122,10 +123,7 @@ class Public:
                     return self.nested(self.name, function, dict(zip(by_position, args, strict=False)) | kwargs)
                 return function(*args, **kwargs)
             except Exception as error:
-                otherwise = self._otherwise(function, args, kwargs, error)
-                if otherwise is None:
-                    self._raise_as_ours(error)
-                    raise
+                otherwise = self._otherwise_or_raise(function, args, kwargs, error)
             return self._instead(otherwise)
 
         setattr(call, "explained", self.answering(function))  # noqa: B010  for a type checker a function has none
@@ -145,13 +143,12 @@ class Public:
                         self._check_kind(parameters, label, kwargs[label])
             if len(args) > first:
                 self._check_exact(parameters, dict(zip(by_position, args, strict=False)))
+            if has_torch_function((*args, *kwargs.values()) if kwargs else args):
+                self._refuse_causal_bias(dict(zip(by_position, args, strict=False)) | kwargs)
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                otherwise = self._otherwise(function, args, kwargs, error)
-                if otherwise is None:
-                    self._raise_as_ours(error)
-                    raise
+                otherwise = self._otherwise_or_raise(function, args, kwargs, error)
             return self._instead(otherwise)
 
         return cast(_Function, call)
@@ -179,20 +176,31 @@ class Public:
         return f"{self.name}: {self.inner.get(match[2], match[2])}"
 
     def _relevant(self, given):
-        """The arguments whose `__torch_function__` may take the place of the function.
-
-        Raises:
-            TypeError: a CausalBias stands where values are read. It has a shape, and memory that nobody wrote.
-        """
-        for label, value in given.items():
-            if label not in _SCORES and any(is_causal_bias(t) for t in self._one_by_one(label, value)):
-                raise ArgumentTypeError(
-                    f"{self.name}: {label} must be a tensor that holds values, got a CausalBias, which holds none"
-                )
+        """The arguments whose `__torch_function__` may take the place of the function."""
         relevant = [t for name, t in given.items() if name not in self.weights]
         if self.takes_pair:
             relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
         return tuple(t for t in relevant if not is_causal_bias(t) and not is_jagged(t))
+
+    def _otherwise_or_raise(self, function, args, kwargs, error):
+        otherwise = self._otherwise(function, args, kwargs, error)
+        if otherwise is None:
+            self._raise_as_ours(error)
+            raise error
+        return otherwise
+
+    def _refuse_causal_bias(self, given):
+        """Raise TypeError where a CausalBias is given as an operand: it has a shape, but its memory holds nothing.
+
+        Masks are checked where they are read.
+        """
+        for label, value in given.items():
+            if label.endswith("mask") or (label == "bias" and self.name == "attention"):
+                continue
+            if any(is_causal_bias(t) for t in self._one_by_one(label, value)):
+                raise ArgumentTypeError(
+                    f"{self.name}: {label} must be a tensor that holds values, got a CausalBias, which holds none"
+                )
 
     def _instead(self, call):
         try:
