@@ -376,7 +376,7 @@ def raises(kind, text):
 def mixed():
     x, w1, w2 = torch.randn(512, 512), torch.randn(1024, 512), torch.randn(512, 1024)  # of a size for our own product
     dtensor, target = distribute(x), torch.zeros(512, dtype=torch.int64)
-    mine, torchs = "must be a DTensor, as other inputs are, got a plain tensor", "got mixed torch.Tensor and DTensor"
+    mine, torchs = "must be a DTensor, like other inputs, got a plain tensor", "got mixed torch.Tensor and DTensor"
     for kind, text, call in (
         (TypeError, f"layer_norm: weight {mine}", lambda: fastattn.layer_norm(dtensor, x[0])),
         (RuntimeError, torchs, lambda: fastattn.layer_norm(x, dtensor[0])),

@@ -17,7 +17,7 @@ def use_hopper_kernels(monkeypatch, library, places):
         library: of emulate_cuda.
         places: (table, key, name of the op) of the ops that the public function takes from tables.
     """
-    reason = fastattn.backends()["cuda"]["native"] if HOPPER else emulate_cuda.unavailable() or "available"
+    reason = fastattn.backends()["cuda"]["native"] if HOPPER else emulate_cuda.why_not_available() or "available"
     if reason != "available":
         pytest.skip(reason)
     if not HOPPER:
