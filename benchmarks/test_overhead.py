@@ -98,11 +98,11 @@ def test_triton_attention_host_time_without_launch(compare, monkeypatch, directi
     In fp32 it asks for the TF32 switch besides. The row of PyTorch is its CPU or GPU op as it is: a scale for the speed
     of the machine.
     """
-    from fastattn.kernels import attention as forward
     from fastattn.kernels import attention_bwd as backward
+    from fastattn.kernels import attention_fwd as forward
 
-    monkeypatch.setattr(forward, "attention_fwd", NoLaunch(forward.attention_fwd))
-    for name in ("attention_preprocess", "attention_dkdv", "attention_dq"):
+    monkeypatch.setattr(forward, "attention_fwd_kernel", NoLaunch(forward.attention_fwd_kernel))
+    for name in ("attention_preprocess_kernel", "attention_dkdv_kernel", "attention_dq_kernel"):
         monkeypatch.setattr(backward, name, NoLaunch(getattr(backward, name)))
     q, k, v = torch.randn(3, 2, 4, 64, 32, dtype=dtype, device=DEVICE)
     inputs = [t.requires_grad_(direction == "bwd") for t in (q, k, v)]

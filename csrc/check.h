@@ -112,11 +112,21 @@ inline Tensor empty_on(int32_t device_type, int32_t device_index, torch::headero
   return Tensor(handle);
 }
 
+// The device of `like`, asked once for several tensors.
+struct Place {
+  int32_t device_type = 0, device_index;
+
+  explicit Place(const Tensor& like) : device_index(like.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  }
+  Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
+    return empty_on(device_type, device_index, sizes, dtype);
+  }
+};
+
 // An uninitialised contiguous tensor on the device of `like`.
 inline Tensor empty_beside(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  return empty_on(device_type, like.get_device_index(), sizes, dtype);
+  return Place(like).empty(sizes, dtype);
 }
 
 inline void check_device(const std::optional<Tensor>& tensor, const Tensor& like, const char* name) {

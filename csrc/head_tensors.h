@@ -1,11 +1,30 @@
 #pragma once
-// Tensors of shape (batch, heads, seqlen, head_dim) in any memory order.
+// Tensors of shape (batch, heads, seqlen, head_dim) in any memory order, and the vectors beside them.
 #include <algorithm>
 #include <array>
+#include <tuple>
+#include <utility>
 
 #include "check.h"
 
 namespace fastattn {
+
+using OptionalTensor = std::optional<Tensor>;
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+}
+
+template <typename T>
+const T* vector_data(const OptionalTensor& t, ScalarType dtype, int64_t size, const char* name) {
+  if (!t) {
+    return nullptr;
+  }
+  STD_TORCH_CHECK(t->scalar_type() == dtype && t->numel() == size && t->is_contiguous(), name, " must be contiguous ",
+                  torch::headeronly::toString(dtype), " of ", size, " elements, got ",
+                  torch::headeronly::toString(t->scalar_type()), " of ", t->numel());
+  return static_cast<const T*>(t->const_data_ptr());
+}
 
 template <size_t N>
 Tensor empty_strided(const Tensor& like, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides,
@@ -41,6 +60,16 @@ inline Tensor inner_contiguous(const Tensor& t) {
 
 inline HeadTensor heads(const Tensor& t, bool packed = false) {
   return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// ALiBi slopes (n_heads) or (batch, n_heads), contiguous
+template <typename Args>
+void set_alibi(Args& args, const OptionalTensor& slopes) {
+  if (slopes) {
+    args.alibi_batch = slopes->dim() == 2 ? args.n_heads : 0;
+    args.alibi_slopes = vector_data<float>(slopes, ScalarType::Float,
+                                           args.n_heads * (args.alibi_batch ? args.batch : 1), "alibi_slopes");
+  }
 }
 
 }  // namespace fastattn

@@ -84,9 +84,10 @@ struct NormBackwardCall {
         "stats must be contiguous float32 of ", rms ? rows : 2 * rows, " elements, got ", stats.numel());
     STD_TORCH_CHECK(!dr_out || dr_out->scalar_type() == r.scalar_type(), "dr_out must have the dtype of r");
     const ScalarType sum_type = weight_in ? weight_in->scalar_type() : ScalarType::Float;
+    const Place place(dy);
     const auto output = [&](bool wanted, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
                             void** data) {
-      const Tensor tensor = wanted ? empty_beside(dy, sizes, dtype) : empty_beside(dy, {0}, dtype);
+      const Tensor tensor = wanted ? place.empty(sizes, dtype) : place.empty({0}, dtype);
       *data = wanted ? tensor.mutable_data_ptr() : nullptr;
       return tensor;
     };

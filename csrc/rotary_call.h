@@ -57,6 +57,17 @@ class RotaryCall {
     args.conjugate = conjugate;
   }
 
+  // Sets `out` to new tensors in the layout of q and k. Without k the second one is empty.
+  std::tuple<Tensor, Tensor> make_outputs(const Tensor& q, const std::optional<Tensor>& k) {
+    const Tensor out_q = rotary_empty_like(q),
+                 out_k = k ? rotary_empty_like(*k) : empty_beside(q, {0}, q.scalar_type());
+    args.out[0] = rotary_strides(out_q);
+    if (k) {
+      args.out[1] = rotary_strides(out_k);
+    }
+    return {out_q, out_k};
+  }
+
   // Sets `out` to q and k themselves.
   void write_in_place(const Tensor& q, const std::optional<Tensor>& k) {
     STD_TORCH_CHECK(args.x[0].data == q.const_data_ptr() && (!k || args.x[1].data == k->const_data_ptr()),

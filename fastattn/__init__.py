@@ -51,12 +51,24 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "nn",
+    "register",
     "replace",
     "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",
     "use_backend",
 ]
+
+
+def register() -> None:
+    """Make `attn_implementation="fastattn"` known to Hugging Face transformers, which this imports.
+
+    Example:
+        fastattn.register()
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
+    """
+    import fastattn.integrations.transformers  # noqa: F401  it registers what it has
+
 
 load_backends()
 use_kernel(cpu_capability())

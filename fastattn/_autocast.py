@@ -51,6 +51,8 @@ def shielded(product):
     return function
 
 
+_transforms = torch._C._are_functorch_transforms_active
+_functorch = torch._C._functorch
 _TRANSFORMS = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 
 
@@ -78,17 +80,23 @@ class _Product(torch.autograd.Function):
         )
 
 
+def _excludes_functions():
+    """Whether no autograd.Function can run: in an operator's own kernel under torch.func, and under functionalize."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORMS) or (
+        _transforms() and _functorch.peek_interpreter_stack().key() == _functorch.TransformType.Functionalize
+    )
+
+
 def _needs_function(*operands):
     """Whether autograd makes the gradients of the product, later, in whatever region the backward runs in.
 
-    A tracer that records the operators alone gets PyTorch's own, as does forward mode, whose tangents are computed now,
-    and an operator's own kernel under a transform of torch.func, where no autograd.Function can run.
+    A tracer that records the operators alone gets PyTorch's own, as does forward mode, whose tangents are computed now.
     """
     return (
         torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in operands)
         and forward_ad._current_level < 0
-        and (torch.compiler.is_compiling() or not torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORMS))
+        and (torch.compiler.is_compiling() or not _excludes_functions())
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
     )

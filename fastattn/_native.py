@@ -13,7 +13,7 @@ from fastattn.ops._libraries import PACKAGE, build_info, load_library
 # in the order of CpuCapability in csrc/cpu/capability.h
 CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")
 _KERNEL_MODULES = (
-    "attention_bwd", "attention_decode", "cross_entropy", "dropout", "feed_forward", "feed_forward_gemm", "norm",
+    "attention_fwd", "attention_bwd", "attention_decode", "cross_entropy", "dropout", "feed_forward", "norm",
     "rotary",
 )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Block sizes, warps and stages of the attention kernels: a table, and no search when a kernel is called.
 
-A key is (architecture, kernel, bytes of an element, head_dim), its row the (BLOCK_M, BLOCK_N, num_warps, num_stages)
-for calls without a mask ("full"), with causal or a window ("causal") and with features that cost registers ("extra":
-mask, bias, ALiBi, softcap or dropout). Architecture 86 stands for all with about 100 KB of shared memory.
+A key is (architecture, kernel, bytes of an element, head_dim), its row one Launch for each kind of call: without a mask
+("full"), with causal or a window ("causal") and with features that cost registers ("extra": mask, bias, ALiBi, softcap
+or dropout). Architecture 86 stands for all with about 100 KB of shared memory.
 """
 
 import functools
@@ -10,12 +10,12 @@ import functools
 import torch
 
 from fastattn.kernels.attention_table import TABLE
+from fastattn.kernels.common import Launch
 
 KERNELS = ("fwd", "dkdv", "dq", "dbias")
 HEAD_DIMS = (32, 64, 128, 256)
-VARIANTS = ("full", "causal", "extra")
-PREPROCESS = {"BLOCK_M": 64, "num_warps": 4}
-INTERPRETED = (64, 64, 4, 2)  # few large blocks: the interpreter takes its time per program and per operation
+PREPROCESS = Launch(64, 0, 4)
+INTERPRETED = Launch(64, 64, 4, 2)  # few large blocks: the interpreter takes its time per program and per operation
 
 
 def architecture(device):
@@ -37,13 +37,8 @@ def table_key(arch, kernel, element_size, head_dim):
 
 @functools.cache
 def pick(kernel, device, dtype, head_dim, extra, windowed):
-    """(constants and options of a launch, whether TMA may be used) for one kind of call."""
+    """(Launch, whether TMA may be used) for one kind of call."""
     arch, tma = architecture(device)
-    variant = 2 if extra else int(windowed)
-    row = INTERPRETED if arch == 0 else TABLE[table_key(arch, kernel, dtype.itemsize, head_dim)][variant]
-    return as_config(row), tma and dtype.itemsize == 2
-
-
-def as_config(row):
-    """A row of the table as the keyword arguments of a launch."""
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), row, strict=True))
+    kind = "extra" if extra else "causal" if windowed else "full"
+    row = INTERPRETED if arch == 0 else getattr(TABLE[table_key(arch, kernel, dtype.itemsize, head_dim)], kind)
+    return row, tma and dtype.itemsize == 2

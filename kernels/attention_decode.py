@@ -16,55 +16,111 @@ Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention import (
-    exponential,
-    key_blocks,
+from fastattn.kernels.attention_call import (
+    Features,
+    Head,
+    Rows,
+    Span,
+    geometry,
+    padded,
     precision,
+    rows_of,
+)
+from fastattn.kernels.attention_tile import (
+    empty_softmax,
+    exponential,
+    head_ptr,
+    key_blocks,
     tile_scores,
     visible_tile,
 )
-from fastattn.kernels.common import LN_2, contiguous, launch, multiprocessors, register, unit_stride
+from fastattn.kernels.common import LN_2, Launch, contiguous, launch, multiprocessors, register, unit_stride
 from fastattn.ops._layout import empty_in_layout
 
 MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 128, 16, 16
-# (bytes of an element, head dim, most rows) -> (keys of a block, warps, stages), the same for every architecture: about
-# 32 KB of keys and values a stage for few rows. They compile without spills; not yet measured on hardware.
-CONFIGS = {
-    (2, 32, 16): (128, 4, 3), (2, 64, 16): (128, 4, 3), (2, 128, 16): (64, 4, 3), (2, 256, 16): (32, 4, 3),
-    (2, 32, 64): (64, 4, 3), (2, 64, 64): (64, 4, 3), (2, 128, 64): (32, 8, 3), (2, 256, 64): (16, 8, 2),
-    (4, 32, 16): (64, 4, 2), (4, 64, 16): (64, 4, 2), (4, 128, 16): (32, 8, 2), (4, 256, 16): (16, 8, 2),
+# by (bytes of an element, head dim, most rows), the same for every architecture: about 32 KB of keys and values a stage
+# for few rows. They compile without spills; not yet measured on hardware.
+TABLE = {
+    (2, 32, 16): Launch(16, 128, 4, 3), (2, 64, 16): Launch(16, 128, 4, 3), (2, 128, 16): Launch(16, 64, 4, 3),
+    (2, 256, 16): Launch(16, 32, 4, 3), (2, 32, 64): Launch(64, 64, 4, 3), (2, 64, 64): Launch(64, 64, 4, 3),
+    (2, 128, 64): Launch(64, 32, 8, 3), (2, 256, 64): Launch(64, 16, 8, 2), (4, 32, 16): Launch(16, 64, 4, 2),
+    (4, 64, 16): Launch(16, 64, 4, 2), (4, 128, 16): Launch(16, 32, 8, 2), (4, 256, 16): Launch(16, 16, 8, 2),
 }  # fmt: skip
 
 
-def configuration(element_size, head_dim, rows, paged):
-    """(rows of a tile, keys of a block, warps, stages) for a key head with so many rows."""
-    block_m = 16 if rows <= 16 or element_size == 4 else 32 if rows <= 32 else 64
+def pick(element_size, head_dim, rows, paged):
+    """The Launch for a key head with so many rows."""
+    few = rows <= 16 or element_size == 4
     head_dim = next(d for d in (32, 64, 128, 256) if head_dim <= d)
-    block_n, num_warps, num_stages = CONFIGS[element_size, head_dim, 16 if block_m == 16 else 64]
+    config = TABLE[element_size, head_dim, 16 if few else 64]
+    if not few and rows <= 32:
+        config = config._replace(block_m=32)
     if paged:  # the number of a page must be there before its keys are asked for: else fewer blocks are on their way
-        num_stages = 2 * num_stages - 1
-    return block_m, block_n, num_warps, num_stages
+        config = config._replace(stages=2 * config.stages - 1)
+    return config
+
+
+class Cache(NamedTuple):
+    """Which keys of the cache belong to each batch entry. What is absent is None."""
+
+    seqlens_ptr: Any
+    block_table_ptr: Any
+    batch_idx_ptr: Any
+    leftpad_ptr: Any
+
+
+class DecodeForm(NamedTuple):
+    """The constants of attention_decode_split_kernel: those of Form that it shares have the same names."""
+
+    HEAD_DIM: Any
+    HEAD_DIM_V: Any
+    BLOCK_D: Any
+    BLOCK_DV: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    HAS_LEFT: Any
+    HAS_RIGHT: Any
+    SOFTCAP: Any
+    NATURAL: Any
+    SPLIT: Any  # there are several splits
+    WHOLE_PAGES: Any  # each block of keys lies in one page
+    PRECISION: Any
 
 
 @triton.jit
-def cache_rows(rows, inside, batch, row_stride, page_stride, block_table, pages, page_size, BLOCK_N: tl.constexpr,
-               WHOLE_PAGES: tl.constexpr):  # fmt: skip
-    """Where the rows of a block of keys begin, in elements from the first row of the key head."""
-    if block_table is None:
-        offsets = rows.to(tl.int64) * row_stride
+def find_places(rows, inside, batch, cache, pages, page_size, WHOLE_PAGES: tl.constexpr):
+    """(page, row within it) of rows of the cache; without pages (0, row)."""
+    if cache.block_table_ptr is None:
+        page = 0
+        row = rows.to(tl.int64)
     elif WHOLE_PAGES:  # all of the block lies in one page
         first = tl.min(rows, 0)
-        page = tl.load(block_table + batch * pages + first // page_size).to(tl.int64)
-        offsets = page * page_stride + (first % page_size + tl.arange(0, BLOCK_N)).to(tl.int64) * row_stride
+        page = tl.load(cache.block_table_ptr + batch * pages + first // page_size).to(tl.int64)
+        row = (first % page_size + tl.arange(0, rows.shape[0])).to(tl.int64)
     else:
-        page = tl.load(block_table + batch * pages + rows // page_size, mask=inside, other=0).to(tl.int64)
-        offsets = page * page_stride + (rows % page_size).to(tl.int64) * row_stride
-    return offsets
+        table_ptr = cache.block_table_ptr + batch * pages
+        page = tl.load(table_ptr + rows // page_size, mask=inside, other=0).to(tl.int64)
+        row = (rows % page_size).to(tl.int64)
+    return page, row
+
+
+@triton.jit
+def cache_ptr(side, batch, kv_head, cache):
+    """Where a key head begins: in the rows of its batch entry, or in the first page."""
+    if cache.block_table_ptr is None:
+        row = batch
+        if cache.batch_idx_ptr is not None:
+            row = tl.load(cache.batch_idx_ptr + batch).to(tl.int64)
+        ptr = head_ptr(side, row, kv_head)
+    else:
+        ptr = side.ptr + kv_head * side.strides[1]
+    return ptr
 
 
 @triton.jit
@@ -76,191 +132,168 @@ def load_rows(base, offsets, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(base + offsets[:, None] + offs_d[None, :], mask=mask, other=0.0)
 
 
-UNSPECIALIZED = ["seqlen_q", "capacity", "seqlen_new", "group", "splits", "window_left", "window_right",
-                 "slopes_stride", "page_size", "pages", "blocks_m"]  # fmt: skip
+UNSPECIALIZED = ["seqlen_q", "capacity", "seqlen_new", "group", "splits", "window_left", "window_right", "page_size",
+                 "pages", "blocks"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_decode_split(q, k, v, out, lse, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, slopes, sink,
-                           q_strides, k_strides, v_strides, out_strides, slopes_stride, n_kv_heads, group, seqlen_q,
-                           seqlen_new, capacity, page_size, pages, splits, blocks_m, window_left, window_right,
-                           softcap, scale, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-                           BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                           HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-                           SPLIT: tl.constexpr, WHOLE_PAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_heads, group, seqlen_q, seqlen_new,
+                                  capacity, page_size, pages, splits, blocks, window_left, window_right,
+                                  form: tl.constexpr):  # fmt: skip
     """SPLIT: out is fp32 sums (splits, batch, heads, seqlen_q, head_dim_v), lse (2, splits, batch, heads, seqlen_q) the
     maxima and the sums of their weights, all without the sink."""
-    ALIBI: tl.constexpr = slopes is not None
     pid = tl.program_id(0)
     split = tl.program_id(1)
-    start_m = pid % blocks_m * BLOCK_M
-    kv_head = (pid // blocks_m % n_kv_heads).to(tl.int64)
-    batch = (pid // blocks_m // n_kv_heads).to(tl.int64)
-    length = tl.maximum(tl.minimum(tl.load(cache_seqlens + batch) + seqlen_new, capacity), 0)
-    off = length - seqlen_q
+    start_m = pid % blocks * form.BLOCK_M
+    kv_head = (pid // blocks % n_kv_heads).to(tl.int64)
+    batch = (pid // blocks // n_kv_heads).to(tl.int64)
+    length = tl.maximum(tl.minimum(tl.load(cache.seqlens_ptr + batch) + seqlen_new, capacity), 0)
     begin = 0
-    if cache_leftpad is not None:
-        begin = tl.maximum(tl.load(cache_leftpad + batch), 0)
-    row = batch
-    if cache_batch_idx is not None:
-        row = tl.load(cache_batch_idx + batch).to(tl.int64)
-    k += kv_head * k_strides[1]
-    v += kv_head * v_strides[1]
-    if block_table is None:
-        k += row * k_strides[0]
-        v += row * v_strides[0]
+    if cache.leftpad_ptr is not None:
+        begin = tl.maximum(tl.load(cache.leftpad_ptr + batch), 0)
+    k_ptr = cache_ptr(k, batch, kv_head, cache)
+    v_ptr = cache_ptr(v, batch, kv_head, cache)
 
     # row r of the tile is query r // group of head r % group of those that share the key head
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_m = start_m + tl.arange(0, form.BLOCK_M)
     query = offs_m // group
-    head = kv_head * group + offs_m % group
+    q_head = kv_head * group + offs_m % group
     inside_m = query < seqlen_q
-    q_offsets = batch * q_strides[0] + head * q_strides[1] + query.to(tl.int64) * q_strides[2]
-    q_tile = load_rows(q, q_offsets, inside_m, HEAD_DIM, BLOCK_D)
+    q_offsets = batch * q.strides[0] + q_head * q.strides[1] + query.to(tl.int64) * q.strides[2]
+    q_tile = load_rows(q.ptr, q_offsets, inside_m, form.HEAD_DIM, form.BLOCK_D)
     slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes + batch * slopes_stride + head, mask=inside_m, other=0.0)[:, None]
+    if features.slopes is not None:
+        slopes = features.slopes.ptr + batch * features.slopes.strides[0] + q_head
+        slope = tl.load(slopes, mask=inside_m, other=0.0)[:, None]
+    span = Span(batch, batch >= 0, batch, 0, 0, seqlen_q, capacity, length, length - seqlen_q, window_left,
+                window_right)  # fmt: skip
+    head = Head(batch, q_head, slope, 0, 0)
 
-    # the share of this split in the blocks of keys that some row sees
+    # the share of this split in the blocks of keys that some row sees; all of them are treated as edges: comparisons
+    # are free beside the reads
     first_query = start_m // group
-    queries = (start_m + BLOCK_M - 1) // group + 1 - first_query
-    first, first_full, end_full, end = key_blocks(  # noqa: RUF059  the loop below would carry a `_`
-        first_query, queries, BLOCK_N, seqlen_q, length, off, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )  # all blocks are treated as edges: comparisons are free beside the reads
-    first = tl.minimum(tl.maximum(first, begin // BLOCK_N), end)
-    share = (end - first + splits - 1) // splits
+    queries = (start_m + form.BLOCK_M - 1) // group + 1 - first_query
+    seen = key_blocks(first_query, queries, span, form)
+    first = tl.minimum(tl.maximum(seen.first, begin // form.BLOCK_N), seen.end)
+    share = (seen.end - first + splits - 1) // splits
     first += split * share
-    end = tl.minimum(first + share, end)
+    end = tl.minimum(first + share, seen.end)
     begin_k = begin
     end_k = length
-    if HAS_LEFT:  # keys that no query sees are not even read
-        begin_k = tl.maximum(begin_k, off - window_left)
-    if HAS_RIGHT:
-        end_k = tl.minimum(end_k, seqlen_q + off + window_right)
+    if form.HAS_LEFT:  # keys that no query sees are not even read
+        begin_k = tl.maximum(begin_k, span.off - window_left)
+    if form.HAS_RIGHT:
+        end_k = tl.minimum(end_k, seqlen_q + span.off + window_right)
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc, l_i, m_i = empty_softmax(form.BLOCK_M, form.BLOCK_DV)
+    BLOCK_N: tl.constexpr = form.BLOCK_N
     i = query[:, None]
     for block in range(first, end):
         rows = tl.multiple_of(block * BLOCK_N, BLOCK_N) + tl.arange(0, BLOCK_N)
         inside = (rows >= begin_k) & (rows < end_k)
         j = rows[None, :]
-        k_rows = cache_rows(rows, inside, batch, k_strides[2], k_strides[0], block_table, pages, page_size, BLOCK_N,
-                            WHOLE_PAGES)  # fmt: skip
-        qk = tl.dot(q_tile, tl.trans(load_rows(k, k_rows, inside, HEAD_DIM, BLOCK_D)), input_precision=PRECISION)
-        s, _ = tile_scores(
-            qk, i, j, off, seqlen_q, length, scale, softcap, None, q_strides, slope, SOFTCAP, ALIBI, True
-        )
-        visible = visible_tile(i, j, off, seqlen_q, length, window_left, window_right, None, q_strides, HAS_LEFT,
-                               HAS_RIGHT, True)  # fmt: skip
+        page, row = find_places(rows, inside, batch, cache, pages, page_size, form.WHOLE_PAGES)
+        k_tile = load_rows(k_ptr, page * k.strides[0] + row * k.strides[2], inside, form.HEAD_DIM, form.BLOCK_D)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=form.PRECISION)
+        s, _ = tile_scores(qk, i, j, span, head, features, form)
+        visible = visible_tile(i, j, span, head, features, form, True)
         s = tl.where(visible & (j >= begin), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = exponential(s - m_safe[:, None], True)
         alpha = exponential(m_i - m_safe, True)
         l_i = l_i * alpha + tl.sum(p, 1)
-        v_rows = cache_rows(rows, inside, batch, v_strides[2], v_strides[0], block_table, pages, page_size, BLOCK_N,
-                            WHOLE_PAGES)  # fmt: skip
-        v_tile = load_rows(v, v_rows, inside, HEAD_DIM_V, BLOCK_DV)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=PRECISION)
+        v_tile = load_rows(v_ptr, page * v.strides[0] + row * v.strides[2], inside, form.HEAD_DIM_V, form.BLOCK_DV)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=form.PRECISION)
         m_i = m_new
 
-    if sink is not None and not SPLIT:
-        sink_score = tl.load(sink + head, mask=inside_m, other=float("-inf"))
+    if features.sink_ptr is not None and not form.SPLIT:
+        sink_score = tl.load(features.sink_ptr + q_head, mask=inside_m, other=float("-inf"))
         m_new = tl.maximum(m_i, sink_score)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = exponential(m_i - m_safe, True)
         l_i = l_i * alpha + exponential(sink_score - m_safe, True)
         acc *= alpha[:, None]
         m_i = m_new
-    number = (batch * n_kv_heads * group + head) * seqlen_q + query
-    offs_d = tl.arange(0, BLOCK_DV)
-    if SPLIT:
-        rows = (tl.num_programs(0) // blocks_m).to(tl.int64) * group * seqlen_q
+    number = (batch * n_kv_heads * group + q_head) * seqlen_q + query
+    offs_d = tl.arange(0, form.BLOCK_DV)
+    if form.SPLIT:
+        rows = (tl.num_programs(0) // blocks).to(tl.int64) * group * seqlen_q
         number += split * rows
-        offsets = number * HEAD_DIM_V
-        tl.store(lse + number, m_i, mask=inside_m)
-        tl.store(lse + splits * rows + number, l_i, mask=inside_m)
+        offsets = number * form.HEAD_DIM_V
+        tl.store(lse_ptr + number, m_i, mask=inside_m)
+        tl.store(lse_ptr + splits * rows + number, l_i, mask=inside_m)
     else:
         # a row that saw nothing gives output 0 and lse -inf
         l_safe = tl.where(l_i == 0.0, 1.0, l_i)
         acc = acc / l_safe[:, None]
-        offsets = batch * out_strides[0] + head * out_strides[1] + query.to(tl.int64) * out_strides[2]
+        offsets = batch * out.strides[0] + q_head * out.strides[1] + query.to(tl.int64) * out.strides[2]
         row_lse = tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe) * LN_2)
-        tl.store(lse + number, row_lse, mask=inside_m)
-    mask = inside_m[:, None] & (offs_d < HEAD_DIM_V)[None, :]
-    tl.store(out + offsets[:, None] + offs_d[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        tl.store(lse_ptr + number, row_lse, mask=inside_m)
+    mask = inside_m[:, None] & (offs_d < form.HEAD_DIM_V)[None, :]
+    tl.store(out.ptr + offsets[:, None] + offs_d[None, :], acc.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_decode_combine(parts, part_stats, sink, out, lse, out_strides, n_heads, seqlen_q, splits,
-                             HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
-    """One program adds up the splits of one row. part_stats: maxima and sums, as attention_decode_split leaves them."""
+def attention_decode_combine_kernel(parts_ptr, stats_ptr, sink_ptr, out, lse_ptr, n_heads, seqlen_q, splits,
+                                    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
+                                    BLOCK_S: tl.constexpr):  # fmt: skip
+    """One program adds up the splits of one row: what attention_decode_split_kernel leaves in out and lse."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     head = row // seqlen_q % n_heads
     offs_d = tl.arange(0, BLOCK_DV)
     m_i = float("-inf")
-    if sink is not None:
-        m_i = tl.load(sink + head)
+    if sink_ptr is not None:
+        m_i = tl.load(sink_ptr + head)
     l_i = 0.0
-    if sink is not None:
+    if sink_ptr is not None:
         l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([BLOCK_DV], tl.float32)
     for start in range(0, splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        part_m = tl.load(part_stats + offs_s * rows + row, mask=offs_s < splits, other=float("-inf"))
-        part_l = tl.load(part_stats + (splits + offs_s) * rows + row, mask=offs_s < splits, other=0.0)
+        part_m = tl.load(stats_ptr + offs_s * rows + row, mask=offs_s < splits, other=float("-inf"))
+        part_l = tl.load(stats_ptr + (splits + offs_s) * rows + row, mask=offs_s < splits, other=0.0)
         m_new = tl.maximum(m_i, tl.max(part_m, 0))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         weight = exponential(part_m - m_safe, True)
         alpha = exponential(m_i - m_safe, True)
-        pointers = parts + (offs_s * rows + row)[:, None] * HEAD_DIM_V + offs_d[None, :]
+        pointers = parts_ptr + (offs_s * rows + row)[:, None] * HEAD_DIM_V + offs_d[None, :]
         mask = (offs_s < splits)[:, None] & (offs_d < HEAD_DIM_V)[None, :]
         values = tl.load(pointers, mask=mask, other=0.0)
         acc = acc * alpha + tl.sum(weight[:, None] * values, 0)
         l_i = l_i * alpha + tl.sum(weight * part_l, 0)
         m_i = m_new
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
-    batch = row // seqlen_q // n_heads
-    out += batch * out_strides[0] + head * out_strides[1] + row % seqlen_q * out_strides[2]
-    tl.store(out + offs_d, (acc / l_safe).to(out.dtype.element_ty), mask=offs_d < HEAD_DIM_V)
-    tl.store(lse + row, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe) * LN_2))
+    out_ptr = head_ptr(out, row // seqlen_q // n_heads, head) + row % seqlen_q * out.strides[2]
+    tl.store(out_ptr + offs_d, (acc / l_safe).to(out.ptr.dtype.element_ty), mask=offs_d < HEAD_DIM_V)
+    tl.store(lse_ptr + row, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe) * LN_2))
+
+
+@triton.jit
+def _append(rows, cached, new, page, row, inside, batch, kv_head, cache, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Copy the rows `new` of k or v of a head to the places (page, row) of the cache."""
+    offs_d = tl.arange(0, BLOCK_D)
+    tile = load_rows(head_ptr(rows, batch, kv_head), new.to(tl.int64) * rows.strides[2], inside, DIM, BLOCK_D)
+    offsets = page * cached.strides[0] + row * cached.strides[2]
+    pointers = cache_ptr(cached, batch, kv_head, cache) + offsets[:, None] + offs_d[None, :]
+    tl.store(pointers, tile, mask=inside[:, None] & (offs_d < DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_decode_append(k, v, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, k_strides, v_strides,
-                            k_cache_strides, v_cache_strides, n_kv_heads, seqlen_new, capacity, page_size, pages,
-                            HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-                            BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """One program copies BLOCK_N new keys and values of one head; those that the cache has no room for are dropped."""
+def attention_decode_append_kernel(k, v, k_cache, v_cache, cache, n_kv_heads, seqlen_new, capacity, page_size, pages,
+                                   HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
+                                   BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """One program copies BLOCK_M new keys and values of one head; those that the cache has no room for are dropped."""
     pid = tl.program_id(0)
     kv_head = (pid % n_kv_heads).to(tl.int64)
     batch = (pid // n_kv_heads).to(tl.int64)
-    new = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    position = tl.load(cache_seqlens + batch) + new
+    new = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    position = tl.load(cache.seqlens_ptr + batch) + new
     inside = (new < seqlen_new) & (position >= 0) & (position < capacity)
-    row = batch
-    if cache_batch_idx is not None:
-        row = tl.load(cache_batch_idx + batch).to(tl.int64)
-    k_rows = cache_rows(position, inside, batch, k_cache_strides[2], k_cache_strides[0], block_table, pages, page_size,
-                        BLOCK_N, False)  # fmt: skip
-    v_rows = cache_rows(position, inside, batch, v_cache_strides[2], v_cache_strides[0], block_table, pages, page_size,
-                        BLOCK_N, False)  # fmt: skip
-    if block_table is None:
-        k_rows += row * k_cache_strides[0]
-        v_rows += row * v_cache_strides[0]
-    offs_d = tl.arange(0, BLOCK_D)
-    tile = load_rows(k + batch * k_strides[0] + kv_head * k_strides[1], new.to(tl.int64) * k_strides[2], inside,
-                     HEAD_DIM, BLOCK_D)  # fmt: skip
-    pointers = k_cache + kv_head * k_cache_strides[1] + k_rows[:, None] + offs_d[None, :]
-    tl.store(pointers, tile, mask=inside[:, None] & (offs_d < HEAD_DIM)[None, :])
-    offs_d = tl.arange(0, BLOCK_DV)
-    tile = load_rows(v + batch * v_strides[0] + kv_head * v_strides[1], new.to(tl.int64) * v_strides[2], inside,
-                     HEAD_DIM_V, BLOCK_DV)  # fmt: skip
-    pointers = v_cache + kv_head * v_cache_strides[1] + v_rows[:, None] + offs_d[None, :]
-    tl.store(pointers, tile, mask=inside[:, None] & (offs_d < HEAD_DIM_V)[None, :])
+    page, row = find_places(position, inside, batch, cache, pages, page_size, False)
+    _append(k, k_cache, new, page, row, inside, batch, kv_head, cache, HEAD_DIM, BLOCK_D)
+    _append(v, v_cache, new, page, row, inside, batch, kv_head, cache, HEAD_DIM_V, BLOCK_DV)
 
 
 def choose_splits(programs, blocks, slots):
@@ -280,7 +313,7 @@ def choose_splits(programs, blocks, slots):
 
 
 class Plan:
-    """What follows from shapes, strides and options alone, made once for each kind of call; lengths are not in it."""
+    """Everything that follows from shapes, strides and options alone, made once for each kind of call."""
 
     def __init__(self, q, k_cache, v_cache, dtype, device, pages, slopes_dims, window_left, window_right, softcap,
                  num_splits, fp32_precision):  # fmt: skip
@@ -289,15 +322,14 @@ class Plan:
         head_dim_v, v_strides = v_cache[0][3], v_cache[1]
         group = n_heads // max(n_kv_heads, 1)
         capacity = page_size * (pages or 1)
-        block_m, block_n, num_warps, num_stages = configuration(
-            dtype.itemsize, max(head_dim, head_dim_v), group * seqlen_q, pages is not None
-        )
+        config = pick(dtype.itemsize, max(head_dim, head_dim_v), group * seqlen_q, pages is not None)
+        block_n = config.block_n
         whole_pages = False
         if pages is not None:  # smaller blocks, if that keeps each in one page
             fitting = next((n for n in (block_n, block_n // 2, block_n // 4) if n >= 16 and page_size % n == 0), 0)
             whole_pages = fitting >= min(32, block_n)
             block_n = fitting if whole_pages else block_n
-        blocks_m = triton.cdiv(group * seqlen_q, block_m)
+        blocks_m = triton.cdiv(group * seqlen_q, config.block_m)
         programs, blocks = batch * n_kv_heads * blocks_m, max(1, triton.cdiv(capacity, block_n))
         # two programs of four warps share a multiprocessor
         splits = min(num_splits, MAX_SPLITS, blocks) or choose_splits(programs, blocks, 2 * multiprocessors(device))
@@ -305,35 +337,28 @@ class Plan:
         self.out_layout = out.shape, out.stride()
         self.rows = batch * n_heads * seqlen_q
         self.parts = (splits, self.rows) if splits > 1 else None
-        self.head_dim_v, self.block_dv = head_dim_v, max(16, triton.next_power_of_2(head_dim_v))
         self.grid = programs, splits
         self.strides = q_strides[:3], k_strides[:3], v_strides[:3], out.stride()[:3]
         self.sizes = (n_kv_heads, group, seqlen_q)
-        self.slopes_stride = n_heads if slopes_dims == 2 else 0
+        self.slopes_strides = (n_heads if slopes_dims == 2 else 0,)
         self.cache = (capacity, page_size, pages or 1, splits, blocks_m)
         reach = capacity + seqlen_q  # a side as long as this is no limit
-        self.constants = {
-            "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-            "BLOCK_DV": self.block_dv, "BLOCK_M": block_m, "BLOCK_N": block_n, "HAS_LEFT": 0 <= window_left < reach,
-            "HAS_RIGHT": 0 <= window_right < reach, "SOFTCAP": softcap > 0.0, "SPLIT": splits > 1,
-            "WHOLE_PAGES": whole_pages, "PRECISION": fp32_precision, "num_warps": num_warps, "num_stages": num_stages,
-        }  # fmt: skip
+        has_left, has_right = 0 <= window_left < reach, 0 <= window_right < reach
+        self.head_dim_v, self.block_dv = head_dim_v, padded(head_dim_v)
+        self.form = DecodeForm(
+            head_dim, head_dim_v, padded(head_dim), self.block_dv, config.block_m, block_n, has_left, has_right,
+            softcap > 0.0, True, splits > 1, whole_pages, fp32_precision,
+        )  # fmt: skip
+        self.options = config.options()
 
 
 plan_for = functools.lru_cache(4096)(Plan)
 
 
-def geometry(t):
-    return t.shape, t.stride()
-
-
-def launch_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, slopes, sink,
-               seqlen_new, window_left, window_right, softcap, scale, num_splits):  # fmt: skip
+def attention_decode_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, slopes, sink,
+                         seqlen_new, window_left, window_right, softcap, scale, num_splits):  # fmt: skip
     """The raw op attention_decode_fwd: (out, lse)."""
-    q = unit_stride(q)
-    cache_seqlens, block_table, cache_batch_idx, cache_leftpad, slopes, sink = (
-        contiguous(t) for t in (cache_seqlens, block_table, cache_batch_idx, cache_leftpad, slopes, sink)
-    )
+    q, sink = unit_stride(q), contiguous(sink)
     plan = plan_for(
         geometry(q), geometry(k_cache), geometry(v_cache), q.dtype, q.device,
         None if block_table is None else block_table.shape[1], 0 if slopes is None else slopes.dim(), window_left,
@@ -347,21 +372,23 @@ def launch_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx,
     if plan.parts:
         to = torch.empty((*plan.parts, plan.head_dim_v), dtype=torch.float32, device=q.device)
         to_lse = torch.empty((2, *plan.parts), dtype=torch.float32, device=q.device)
+    slopes = None if slopes is None else Rows(slopes.contiguous(), plan.slopes_strides)
+    features = Features(scale, softcap, 1.0, None, None, None, slopes, sink, None, None, None)
+    cache = Cache(*map(contiguous, (cache_seqlens, block_table, cache_batch_idx, cache_leftpad)))
     launch(
-        attention_decode_split, plan.grid, q.device, q, k_cache, v_cache, to, to_lse, cache_seqlens, block_table,
-        cache_batch_idx, cache_leftpad, slopes, sink, *plan.strides, plan.slopes_stride, *plan.sizes, seqlen_new,
-        *plan.cache, window_left, window_right, softcap, scale, **plan.constants,
+        attention_decode_split_kernel, plan.grid, q.device, *map(Rows, (q, k_cache, v_cache, to), plan.strides), to_lse,
+        features, cache, *plan.sizes, seqlen_new, *plan.cache, window_left, window_right, plan.form, **plan.options,
     )  # fmt: skip
     if plan.parts:
         launch(
-            attention_decode_combine, (plan.rows,), q.device, to, to_lse, sink, out, lse, plan.strides[3], q.shape[1],
+            attention_decode_combine_kernel, (plan.rows,), q.device, to, to_lse, sink, rows_of(out), lse, q.shape[1],
             q.shape[2], plan.parts[0], HEAD_DIM_V=plan.head_dim_v, BLOCK_DV=plan.block_dv, BLOCK_S=COMBINE_SPLITS,
             num_warps=4,
         )  # fmt: skip
     return out, lse
 
 
-def launch_append(k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx):
+def attention_decode_append(k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx):
     """The raw op attention_decode_append: k_cache and v_cache are changed in place."""
     k, v = unit_stride(k), unit_stride(v)
     batch, n_kv_heads, seqlen_new, head_dim = k.shape
@@ -369,14 +396,13 @@ def launch_append(k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batc
         return
     page_size, pages = k_cache.shape[2], 1 if block_table is None else block_table.shape[1]
     grid = batch * n_kv_heads, triton.cdiv(seqlen_new, APPEND_ROWS)
+    cache = Cache(contiguous(cache_seqlens), contiguous(block_table), contiguous(cache_batch_idx), None)
     launch(
-        attention_decode_append, grid, k.device, k, v, k_cache, v_cache, contiguous(cache_seqlens),
-        contiguous(block_table), contiguous(cache_batch_idx), k.stride()[:3], v.stride()[:3], k_cache.stride()[:3],
-        v_cache.stride()[:3], n_kv_heads, seqlen_new, page_size * pages, page_size, pages, HEAD_DIM=head_dim,
-        HEAD_DIM_V=v.shape[3], BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_DV=max(16, triton.next_power_of_2(v.shape[3])), BLOCK_N=APPEND_ROWS, num_warps=4,
+        attention_decode_append_kernel, grid, k.device, *map(rows_of, (k, v, k_cache, v_cache)), cache, n_kv_heads,
+        seqlen_new, page_size * pages, page_size, pages, HEAD_DIM=head_dim, HEAD_DIM_V=v.shape[3],
+        BLOCK_D=padded(head_dim), BLOCK_DV=padded(v.shape[3]), BLOCK_M=APPEND_ROWS, num_warps=4,
     )  # fmt: skip
 
 
-register("attention_decode_fwd", launch_fwd)
-register("attention_decode_append", launch_append)
+register("attention_decode_fwd", attention_decode_fwd)
+register("attention_decode_append", attention_decode_append)

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import functools
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,28 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 _INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to show that partial sums are added up
+
+
+class Launch(NamedTuple):
+    """A row of a table of launch parameters: the tile of a program, its warps, the stages of its loops' loads."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int | None = None  # None leaves them to Triton
+
+    def options(self):
+        """What Triton is told by keyword."""
+        stages = {} if self.stages is None else {"num_stages": self.stages}
+        return {"num_warps": self.warps} | stages
+
+
+class Variants(NamedTuple):
+    """A row of the table of attention: how a kernel is launched for each kind of call."""
+
+    full: Launch
+    causal: Launch
+    extra: Launch
 
 
 @triton.jit
@@ -131,15 +154,20 @@ def _launch_with_scratch(kernel, grid, args, constants):
     kernel[grid](*args, **constants)
 
 
+def uses_tma(args):
+    """Whether the last argument of a kernel is a Form with TMA."""
+    return bool(args and getattr(args[-1], "TMA", False))
+
+
 def launch(kernel, grid, device, *args, **constants):
     """kernel[grid](*args, **constants) on a device, with the options that every launch has.
 
-    Sums and products are fused, whatever the default of this version of Triton is. A kernel with TMA=True gets memory
-    for its descriptors; the allocator that the caller has set stays set.
+    Sums and products are fused, whatever the default of this version of Triton is. A kernel whose form, its last
+    argument, has TMA gets memory for its descriptors; the allocator that the caller has set stays set.
     """
     constants["enable_fp_fusion"] = True
     with device_guard(device):
-        if constants.get("TMA"):
+        if uses_tma(args):
             contextvars.copy_context().run(_launch_with_scratch, kernel, grid, args, constants)
         else:
             kernel[grid](*args, **constants)

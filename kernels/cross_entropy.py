@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.common import launch, register, tanh
+from fastattn.kernels.common import Launch, launch, register, tanh
 
-# columns rounded up to a power of two -> num_warps; a wider row is looped over in blocks of the last width
-WARPS = {256: 1, 1024: 4, 4096: 8}
+# by columns: the first that a row fits into; a wider row is looped over in blocks of the last
+TABLE = {256: Launch(1, 256, 1), 1024: Launch(1, 1024, 4), 4096: Launch(1, 4096, 8)}
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _cap(x, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_kernel(
+def cross_entropy_fwd_kernel(
     logits_ptr, target_ptr, dloss_ptr, loss_ptr, cols, logits_stride, ignore_index, smoothing, z_loss, softcap,
     SOFTCAP: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -95,11 +95,11 @@ def cross_entropy_fwd(logits, target, dloss, ignore_index, label_smoothing, z_lo
         raise RuntimeError(f"logits must have inner stride 1, got strides {logits.stride()}")
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        block_n = next((n for n in WARPS if cols <= n), max(WARPS))
+        config = TABLE[next((n for n in TABLE if cols <= n), max(TABLE))]
         launch(
-            cross_entropy_kernel, (rows,), logits.device, logits, target, dloss, loss, cols, logits.stride(0),
-            ignore_index, label_smoothing, z_loss, softcap, SOFTCAP=softcap > 0, NEED_GRAD=need_grad, BLOCK_N=block_n,
-            num_warps=WARPS[block_n],
+            cross_entropy_fwd_kernel, (rows,), logits.device, logits, target, dloss, loss, cols, logits.stride(0),
+            ignore_index, label_smoothing, z_loss, softcap, SOFTCAP=softcap > 0, NEED_GRAD=need_grad,
+            BLOCK_N=config.block_n, **config.options(),
         )  # fmt: skip
     return loss
 

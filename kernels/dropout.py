@@ -15,7 +15,7 @@ WIDTHS = (64, 1024)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def dropout_kernel(
+def dropout_fwd_kernel(
     x_ptr, residual_ptr, rng_ptr, out_ptr, rows, cols, x_stride, residual_stride, threshold, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def dropout_fwd(x, residual, rng, dropout_p):
     block_n = min(max(WIDTHS[0], triton.next_power_of_2(cols)), WIDTHS[1])
     block_m = TILE // block_n
     launch(
-        dropout_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),), x.device, x, residual, rng, out,
+        dropout_fwd_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),), x.device, x, residual, rng, out,
         rows, cols, x_stride, residual_stride, threshold, scale, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS,
     )  # fmt: skip
     return out

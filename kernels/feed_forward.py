@@ -18,6 +18,7 @@ import triton.language as tl
 
 from fastattn.kernels.common import (
     VARYING,
+    Launch,
     as_rows,
     dropout_constants,
     dropout_halfwords,
@@ -29,9 +30,8 @@ from fastattn.kernels.norm import add_up
 from fastattn.reference import ACTIVATIONS
 
 NAMES = tuple(ACTIVATIONS)
-# (BLOCK_M, BLOCK_N, num_warps)
-FORWARD = (8, 256, 4)
-BACKWARD = (8, 128, 4)
+FORWARD = Launch(8, 256, 4)
+BACKWARD = Launch(8, 128, 4)
 PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
@@ -167,7 +167,7 @@ def activation_fwd(preact, gate, rng, dropout_p, activation):
         return hidden
     rows, cols, preact, preact_stride, gate, gate_stride = _flat(preact, gate)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
-    block_m, block_n, warps = FORWARD
+    block_m, block_n, warps, _ = FORWARD
     launch(
         activation_fwd_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),), preact.device, preact, gate,
         rng, hidden, rows, cols, preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation],
@@ -192,7 +192,7 @@ def activation_bwd(dhidden, preact, gate, rng, dropout_p, activation, need_hidde
     rows, cols, preact, preact_stride, gate, gate_stride = _flat(preact, gate)
     dhidden, dhidden_stride = as_rows(dhidden)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
-    block_m, block_n, warps = BACKWARD
+    block_m, block_n, warps, _ = BACKWARD
     strips = triton.cdiv(cols, block_n)
     walkers = triton.cdiv(persistent_programs(device, PROGRAMS_PER_MULTIPROCESSOR), strips)
     programs = min(triton.cdiv(rows, block_m), walkers)

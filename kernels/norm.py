@@ -22,6 +22,7 @@ import triton.language as tl
 from fastattn.kernels.common import (
     INTERPRETED,
     VARYING,
+    Launch,
     as_rows,
     contiguous,
     dropout_constants,
@@ -31,26 +32,34 @@ from fastattn.kernels.common import (
     register,
 )  # fmt: skip
 
-# columns rounded up to a power of two -> (BLOCK_M, num_warps); a wider row is looped over in blocks of the last width
+# by columns rounded up to a power of two, which are block_n; a wider row is looped over in blocks of WIDE.block_n
 FORWARD = {
-    128: (16, 4),
-    256: (8, 4),
-    512: (4, 4),
-    1024: (2, 4),
-    2048: (1, 4),
-    4096: (1, 8),
-    8192: (1, 8),
-    16384: (1, 16),
+    128: Launch(16, 128, 4),
+    256: Launch(8, 256, 4),
+    512: Launch(4, 512, 4),
+    1024: Launch(2, 1024, 4),
+    2048: Launch(1, 2048, 4),
+    4096: Launch(1, 4096, 8),
+    8192: Launch(1, 8192, 8),
+    16384: Launch(1, 16384, 16),
 }
-BACKWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8192: (1, 16)}
+BACKWARD = {
+    128: Launch(16, 128, 4),
+    256: Launch(8, 256, 4),
+    512: Launch(4, 512, 4),
+    1024: Launch(2, 1024, 4),
+    2048: Launch(1, 2048, 4),
+    4096: Launch(1, 4096, 8),
+    8192: Launch(1, 8192, 16),
+}
 # with dx_bias a thread has a third sum: wider rows would spill, and only 12 warps of up to 144 registers fit, not 16
 BIASED_HELD, BIASED_WARPS = 4096, 12
-WIDE_BLOCK_N, WIDE_WARPS = 4096, 8
+WIDE = Launch(1, 4096, 8)
 # sums over all rows of a strip of wide ones; a program has 32 KB of 16-bit dy and r on their way: by Little's law
 # 4.8 TB/s and 0.8 us ask for 29 KB a multiprocessor
-STRIP_M, STRIP_N, STRIP_WARPS = 128, 64, 16
+STRIP = Launch(128, 64, 16)
 INTERPRETED_STRIP_N = 4096  # where a program costs as much whatever its width
-SUM_M, SUM_N, SUM_WARPS = 128, 32, 4  # adding up the partial sums
+SUM = Launch(128, 32, 4)  # adding up the partial sums
 
 
 @triton.jit
@@ -360,8 +369,8 @@ def add_up(partials, outputs):
     programs, cols = next(t for t in partials if t is not None).shape
     out = next(t for t in outputs if t is not None)
     launch(
-        add_up_kernel, (triton.cdiv(cols, SUM_N),), out.device, *partials, *outputs, programs, cols, BLOCK_M=SUM_M,
-        BLOCK_N=SUM_N, num_warps=SUM_WARPS,
+        add_up_kernel, (triton.cdiv(cols, SUM.block_n),), out.device, *partials, *outputs, programs, cols,
+        BLOCK_M=SUM.block_m, BLOCK_N=SUM.block_n, **SUM.options(),
     )  # fmt: skip
 
 
@@ -381,11 +390,11 @@ def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, 
     )  # fmt: skip
     block_n = _block_n(cols)
     if block_n in FORWARD:
-        block_m, warps = FORWARD[block_n]
+        block_m, block_n, warps, _ = FORWARD[block_n]
         grid = (triton.cdiv(rows, block_m),)
         launch(norm_fwd_kernel, grid, x.device, *args, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
     else:
-        launch(norm_fwd_wide_kernel, (rows,), x.device, *args, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
+        launch(norm_fwd_wide_kernel, (rows,), x.device, *args, RMS=rms, BLOCK_N=WIDE.block_n, **WIDE.options())
 
 
 def norm_infer(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
@@ -429,7 +438,7 @@ def norm_bwd(
     outputs = [t if wanted else None for t, wanted in zip(sums, needed, strict=True)]
     block_n = _block_n(cols)
     if block_n in BACKWARD and block_n <= (BIASED_HELD if need_dx_bias else block_n):
-        block_m, warps = BACKWARD[block_n]
+        block_m, block_n, warps, _ = BACKWARD[block_n]
         resident = BIASED_WARPS if need_dx_bias and warps == 4 else 16
         programs = min(triton.cdiv(rows, block_m), persistent_programs(device, resident // warps))
         # Triton 3.8 and 3.9 crash while they compile dbias and dx_bias without dweight for sm_90 at this width
@@ -445,12 +454,12 @@ def norm_bwd(
         if any(needed):
             add_up(partials, outputs)
         return dx, dresidual, *sums
-    strip_n = INTERPRETED_STRIP_N if INTERPRETED else STRIP_N
-    launch(norm_bwd_wide_kernel, (rows,), device, *inputs, *sizes, RMS=rms, BLOCK_N=WIDE_BLOCK_N, num_warps=WIDE_WARPS)
+    strip = STRIP._replace(block_n=INTERPRETED_STRIP_N) if INTERPRETED else STRIP
+    launch(norm_bwd_wide_kernel, (rows,), device, *inputs, *sizes, RMS=rms, BLOCK_N=WIDE.block_n, **WIDE.options())
     if any(needed):
         launch(
-            norm_bwd_strip_kernel, (triton.cdiv(cols, strip_n),), device, dy, r, dx, stats, *outputs, rows, cols,
-            dy_stride, r_stride, RMS=rms, BLOCK_M=STRIP_M, BLOCK_N=strip_n, num_warps=STRIP_WARPS,
+            norm_bwd_strip_kernel, (triton.cdiv(cols, strip.block_n),), device, dy, r, dx, stats, *outputs, rows, cols,
+            dy_stride, r_stride, RMS=rms, BLOCK_M=strip.block_m, BLOCK_N=strip.block_n, **strip.options(),
         )  # fmt: skip
     return dx, dresidual, *sums
 

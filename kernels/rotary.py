@@ -52,7 +52,7 @@ def _rotate(
 
 
 @triton.jit(do_not_specialize=["offset", "tokens", "seqlen", "table_rows", "positions_batch"])
-def rotary_kernel(
+def rotary_fwd_kernel(
     q_ptr, k_ptr, out_q_ptr, out_k_ptr, cos_ptr, sin_ptr, positions_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     out_q_batch, out_q_head, out_q_row, out_k_batch, out_k_head, out_k_row,
@@ -123,7 +123,7 @@ def _rotate_into(q, k, out_q, out_k, cos, sin, positions, offset, rotary_dim, in
     no_k = (0, 0, 0)
     grid = triton.cdiv(tokens, block_m), triton.cdiv(q_heads, block_h) + triton.cdiv(k_heads, block_h)
     launch(
-        rotary_kernel, grid, q.device, q, k, out_q, out_k, cos, sin, positions,
+        rotary_fwd_kernel, grid, q.device, q, k, out_q, out_k, cos, sin, positions,
         *_strides(q), *(no_k if k is None else _strides(k)),
         *_strides(out_q), *(no_k if k is None else _strides(out_k)),
         cos.stride(0) if cos.dim() == 3 and cos.shape[0] > 1 else 0, cos.stride(-2), cos.shape[-2],

@@ -28,7 +28,7 @@ FLOORS = [
     ("ops",),
     ("kernels",),
     ("_native",),
-    ("nn",),
+    ("nn", "integrations.transformers", "integrations.sdpa"),
     ("",),  # fastattn itself: what `import fastattn` offers
     ("models", "_info"),
     ("integrations",),

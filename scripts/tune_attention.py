@@ -11,21 +11,30 @@ of which the others stay as they are. Clocks should be locked and the GPU be idl
 import argparse
 import itertools
 import pathlib
-import pprint
 
 TABLE_FILE = pathlib.Path(__file__).resolve().parent.parent / "kernels" / "attention_table.py"
-HEADER = '''"""Configurations of the attention kernels, rewritten by scripts/tune_attention.py.
+TEXT = '''"""Configurations of the attention kernels, rewritten by scripts/tune_attention.py.
 
 {origin}
 """
 
+from fastattn.kernels.common import Launch, Variants
+
+# (block_m, block_n, warps, stages) of "full", "causal" and "extra"
+# fmt: off
+_ROWS = {{
+{rows}}}
+# fmt: on
+TABLE = {{key: Variants(*(Launch(*row) for row in rows)) for key, rows in _ROWS.items()}}
 '''
 TOKENS, SEQLEN, WIDTH = 16384, 4096, 2048  # of the workload: batch * seqlen, seqlen, heads * head_dim
 MARGIN = 0.98
 
 
 def candidates(kernel, size, head_dim):
-    """Rows worth trying: tiles whose scores and accumulators have a chance to stay in registers."""
+    """Launches worth trying: tiles whose scores and accumulators have a chance to stay in registers."""
+    from fastattn.kernels.common import Launch
+
     for block_m, block_n, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
         threads = 32 * warps
         owned = block_n if kernel == "dkdv" else block_m
@@ -33,45 +42,44 @@ def candidates(kernel, size, head_dim):
         held = (accumulators + block_m * block_n * (1 if kernel == "fwd" else 2)) / threads
         moving = size * (block_m + block_n - owned) * head_dim * 2 * stages + size * owned * head_dim
         if 16 <= held <= 224 and moving <= 227 * 1024:
-            yield block_m, block_n, warps, stages
+            yield Launch(block_m, block_n, warps, stages)
 
 
 def tune(table, keys, variants, measure, report=print):
-    """The table with the fastest row for each key and variant.
+    """The table with the fastest Launch for each key and variant.
 
     Args:
-        table: (arch, kernel, element size, head_dim) -> one row per variant; not changed.
-        keys: the keys to measure; variants: index -> name of the variants to measure.
-        measure: (table, key, variant index) -> milliseconds of that row, or None if it cannot run.
+        table: (arch, kernel, element size, head_dim) -> Variants; not changed.
+        keys: the keys to measure; variants: the names of the variants to measure.
+        measure: (table, key, variant) -> milliseconds of that Launch, or None if it cannot run.
     """
     best = dict(table)
     for key in keys:
         _, kernel, size, head_dim = key
-        for index, name in variants.items():
-            current = best[key]
+        for variant in variants:
+            current = getattr(best[key], variant)
 
-            def with_row(row, table=best, key=key, index=index):
-                rows = table[key]
-                return table | {key: (*rows[:index], row, *rows[index + 1 :])}
+            def with_row(row, table=best, key=key, variant=variant):
+                return table | {key: table[key]._replace(**{variant: row})}
 
-            limit = measure(best, key, index)
-            chosen, time = current[index], limit
+            limit = measure(best, key, variant)
+            chosen, time = current, limit
             for row in candidates(kernel, size, head_dim):
-                if row == current[index]:
+                if row == current:
                     continue
-                found = measure(with_row(row), key, index)
+                found = measure(with_row(row), key, variant)
                 if found is not None and (time is None or found < time):
                     chosen, time = row, found
             if limit is None or (time is not None and time < MARGIN * limit):
                 best = with_row(chosen)
-            report(f"{key} {name}: {current[index]} {limit} ms -> {best[key][index]} {time} ms")
+            report(f"{key} {variant}: {tuple(current)} {limit} ms -> {tuple(getattr(best[key], variant))} {time} ms")
     return best
 
 
 def table_source(table, origin):
     """The text of attention_table.py."""
-    rows = "".join(f"    {key!r}: {pprint.pformat(table[key], width=110)},\n" for key in sorted(table))
-    return HEADER.format(origin=origin) + "# fmt: off\nTABLE = {\n" + rows + "}\n"
+    rows = "".join(f"    {key!r}: {tuple(map(tuple, table[key]))!r},\n" for key in sorted(table))
+    return TEXT.format(origin=origin, rows=rows)
 
 
 class Workload:
@@ -81,11 +89,11 @@ class Workload:
         import torch
         import triton.testing
 
-        from fastattn.kernels import attention, attention_config
+        from fastattn.kernels import attention_call, attention_config
 
         self.torch, self.bench, self.device = torch, triton.testing.do_bench, device
         self.table = attention_config.TABLE
-        self.caches = attention.plan_for, attention_config.pick
+        self.caches = attention_call.plan_for, attention_config.pick
         self.inputs = None, None
 
     def prepare(self, key, variant):
@@ -96,10 +104,10 @@ class Workload:
             torch.randn(batch, SEQLEN, heads, head_dim, device=self.device, dtype=dtype).transpose(1, 2)
             for _ in range(4)
         )
-        right = -1 if variant == 0 else 0
+        right = -1 if variant == "full" else 0
         bias = rng = None
         p = 0.0
-        if variant == 2:
+        if variant == "extra":
             rng, p = torch.tensor([1, 2], device=self.device), 0.1
             bias = torch.randn(1, heads, SEQLEN, SEQLEN, device=self.device, dtype=dtype) if key[1] == "dbias" else None
         rest = (bias, None, None, None, None, None, None, rng, SEQLEN, SEQLEN, -1, right, False, 0.0, p, head_dim**-0.5)
@@ -150,8 +158,7 @@ def main(arguments=None):
         config.table_key(arch, kernel, size, head_dim)
         for kernel, size, head_dim in itertools.product(options.kernels, sizes, options.head_dims)
     ]
-    variants = {index: name for index, name in enumerate(config.VARIANTS) if name in options.variants}
-    table = tune(dict(config.TABLE), keys, variants, Workload(device).measure)
+    table = tune(dict(config.TABLE), keys, options.variants, Workload(device).measure)
     origin = (
         f"Last measured: {torch.cuda.get_device_name(device)}, {len(keys)} rows; the others compile without spills."
     )

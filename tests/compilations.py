@@ -21,8 +21,8 @@ import aot
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MODULES = ("attention", "attention_bwd", "attention_dbias", "attention_decode", "cross_entropy", "dropout",
-           "feed_forward", "feed_forward_gemm", "norm", "rotary")  # fmt: skip
+MODULES = ("attention_fwd", "attention_bwd", "attention_dbias", "attention_decode", "cross_entropy", "dropout",
+           "feed_forward", "norm", "rotary")  # fmt: skip
 
 
 class NoDriver:
@@ -54,10 +54,9 @@ def pretend(arch):
     config = kernels("attention_config")
     if not hasattr(config, "real_architecture"):
         config.real_architecture = config.architecture
-    for module in (config, kernels("feed_forward_gemm")):
-        module.architecture = lambda device: config.real_architecture(torch.device("cuda"))
+    config.architecture = lambda device: config.real_architecture(torch.device("cuda"))
     config.pick.cache_clear()
-    kernels("attention").plan_for.cache_clear()
+    kernels("attention_call").plan_for.cache_clear()
 
 
 def kernels(name):
@@ -108,14 +107,6 @@ def feed_forward():
             kernels("feed_forward").activation_bwd(x, x, None, rng, p, 0, True, True, False)
 
 
-def feed_forward_gemm():
-    for rows in LENGTHS:
-        x, w, rng = torch.ones(rows, 64).half(), torch.ones(256, 64).half(), torch.ones(2, dtype=torch.int64)
-        module = kernels("feed_forward_gemm")
-        preact, _ = module.linear_activation_fwd(x, w, None, rng, 0.1, 0, True)
-        module.linear_activation_bwd(x, w.T.contiguous(), preact, rng, 0.1, 0, True, True)
-
-
 def cross_entropy():
     for rows in LENGTHS:
         logits, target = torch.ones(rows, 1024), torch.zeros(rows, dtype=torch.int64)
@@ -125,8 +116,8 @@ def cross_entropy():
 def run_attention(q, k, cu_q=None, cu_k=None, left=-1, right=-1, seqlens=None):
     options = (q.shape[2], k.shape[2], left, right, False, 0.0, 0.0, 0.125)
     rest = (None, seqlens, cu_q, cu_k, None, None, *options)
-    out, lse, low = kernels("attention").launch_fwd(q, k, k, None, None, *rest, False)
-    kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, None, None, *rest, False, False)
+    out, lse, low = kernels("attention_fwd").attention_fwd(q, k, k, None, None, *rest, False)
+    kernels("attention_bwd").attention_bwd(out, None, q, k, k, out, lse, low, None, None, *rest, False, False)
 
 
 def attention():
@@ -158,8 +149,10 @@ def attention_decode():
                 cache = torch.ones(batch, capacity, 2, 64).half().transpose(1, 2)
                 lengths = torch.ones(batch).int()
                 module = kernels("attention_decode")
-                module.launch_append(cache, cache, new, new, lengths, None, None)
-                module.launch_fwd(q, cache, cache, lengths, None, None, None, None, None, seqlen, -1, 0, 0.0, 0.1, 2)
+                module.attention_decode_append(cache, cache, new, new, lengths, None, None)
+                module.attention_decode_fwd(
+                    q, cache, cache, lengths, None, None, None, None, None, seqlen, -1, 0, 0.0, 0.1, 2
+                )
 
 
 SCENARIOS = {
@@ -170,7 +163,6 @@ SCENARIOS = {
     "wide norm": wide_norm,
     "dropout": dropout,
     "feed_forward": feed_forward,
-    "feed_forward_gemm": feed_forward_gemm,
     "cross_entropy": cross_entropy,
     "attention": attention,
     "attention window": attention_window,
@@ -207,9 +199,9 @@ def norm_bwd(width, needed, dropout=False, residual=False):
 
 
 def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024, left=-1, right=-1, mask=False,
-                   packed=False, backward=True, bias=None, alibi=False, sink=False, softcap=0.0,
+                   packed=False, backward=True, lengths=False, bias=None, alibi=False, sink=False, softcap=0.0,
                    dropout_p=0.0):  # fmt: skip
-    """bias: None, or its shape, with a gradient."""
+    """lengths: with seqlens_k; bias: None, or its shape, with a gradient."""
     dtype = getattr(torch, dtype)
     q, k = (torch.ones(2, seqlen, n, head_dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
     ends = None
@@ -221,15 +213,16 @@ def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024,
     sink, slopes = (torch.ones(heads) if wanted else None for wanted in (sink, alibi))
     rng = torch.ones(2, dtype=torch.int64) if dropout_p else None
     options = (seqlen, seqlen, left, right, False, softcap, dropout_p, 0.125)
-    rest = (mask, None, ends, ends, slopes, rng, *options)
-    out, lse, low = kernels("attention").launch_fwd(q, k, k, bias, sink, *rest, False)
+    lengths = torch.ones(2).int() if lengths else None
+    rest = (mask, lengths, ends, ends, slopes, rng, *options)
+    out, lse, low = kernels("attention_fwd").attention_fwd(q, k, k, bias, sink, *rest, False)
     if backward:
-        kernels("attention_bwd").launch_bwd(out, None, q, k, k, out, lse, low, bias, sink, *rest, bias is not None,
+        kernels("attention_bwd").attention_bwd(out, None, q, k, k, out, lse, low, bias, sink, *rest, bias is not None,
                                             False)  # fmt: skip
 
 
 def attention_decode_call(head_dim, dtype="bfloat16", queries=1, page_size=0, num_splits=4, left=-1, softcap=0.0,
-                          alibi=False, sink=False):  # fmt: skip
+                          alibi=False, sink=False, batch_idx=False, leftpad=False):  # fmt: skip
     dtype, batch, capacity = getattr(torch, dtype), 2, 4096
     q, new = (torch.ones(batch, heads, queries, head_dim, dtype=dtype) for heads in (8, 2))
     cache, table = torch.ones(batch, capacity, 2, head_dim, dtype=dtype).transpose(1, 2), None
@@ -240,9 +233,10 @@ def attention_decode_call(head_dim, dtype="bfloat16", queries=1, page_size=0, nu
     lengths = torch.ones(batch).int()
     sink, slopes = (torch.ones(8) if wanted else None for wanted in (sink, alibi))
     module = kernels("attention_decode")
-    module.launch_append(cache, cache, new, new, lengths, table, None)
-    module.launch_fwd(q, cache, cache, lengths, table, None, None, slopes, sink, queries, left, 0, softcap, 0.1,
-                      num_splits)  # fmt: skip
+    batch_idx, leftpad = (torch.ones(batch).int() if wanted else None for wanted in (batch_idx, leftpad))
+    module.attention_decode_append(cache, cache, new, new, lengths, table, batch_idx)
+    module.attention_decode_fwd(q, cache, cache, lengths, table, batch_idx, leftpad, slopes, sink, queries, left, 0,
+                                softcap, 0.1, num_splits)  # fmt: skip
 
 
 def norm_call(width, dtype="bfloat16", rms=False, dropout_p=0.0, rows=4096):
@@ -281,16 +275,17 @@ CALLS = {
 
 
 def compile_one(case):
-    """The case, and of each kernel that it launches the name and resources."""
+    """The case, and of each kernel that it launches the name, tile and resources; of those in "only" if it is there."""
     pretend(case["arch"])
     compiled = []
 
     def launch(kernel, grid, device, *args, **constants):
+        if case.get("only") and kernel.__name__ not in case["only"]:
+            return
         made = kernel.run(*args, grid=grid, warmup=True, enable_fp_fusion=True, **constants)
-        compiled.append(
-            {"kernel": kernel.__name__, "tma": bool(constants.get("TMA")), "shared": made.metadata.shared}
-            | aot.resources(made.asm["cubin"])
-        )
+        tile = [int(getattr(args[-1], name, 0)) for name in ("BLOCK_M", "BLOCK_N")]
+        facts = {"kernel": kernel.__name__, "tile": tile, "tma": kernels("common").uses_tma(args)}
+        compiled.append(facts | {"shared": made.metadata.shared} | aot.resources(made.asm["cubin"]))
 
     for name in MODULES:
         kernels(name).launch = launch

@@ -13,7 +13,7 @@ try:
     import triton
     import triton.language as tl
 
-    from fastattn.kernels.attention import find_tile
+    from fastattn.kernels.attention_tile import find_tile
 except ImportError:
     triton = None
 
@@ -152,7 +152,7 @@ def recorded(monkeypatch):
     """The grids of Triton's attention kernels as if on a GPU with TMA, none of which runs."""
     if reason := why_not_available("triton", "cpu"):
         pytest.skip(reason)
-    from fastattn.kernels import attention, attention_bwd
+    from fastattn.kernels import attention_bwd, attention_call, attention_fwd
 
     grids = {}
 
@@ -161,16 +161,16 @@ def recorded(monkeypatch):
             self.name = name
 
         def __getitem__(self, grid):
-            return lambda *args, **constants: grids.setdefault(self.name, (grid[0], constants))
+            return lambda *args, **constants: grids.setdefault(self.name, (grid[0], args, constants))
 
-    attention.plan_for.cache_clear()
+    attention_call.plan_for.cache_clear()
     for module, name in (
-        (attention, "attention_fwd"), (attention_bwd, "attention_preprocess"), (attention_bwd, "attention_dkdv"),
-        (attention_bwd, "attention_dq"),
+        (attention_fwd, "attention_fwd_kernel"), (attention_bwd, "attention_preprocess_kernel"),
+        (attention_bwd, "attention_dkdv_kernel"), (attention_bwd, "attention_dq_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Recorder(name))
     yield grids
-    attention.plan_for.cache_clear()
+    attention_call.plan_for.cache_clear()
 
 
 @pytest.mark.parametrize("max_seqlen", [None, 5000])
@@ -185,7 +185,9 @@ def test_programs_grow_with_rows_and_sequences_and_not_with_their_product(record
     )  # fmt: skip
     out.backward(out)
     assert len(recorded) == 4
-    for name, (programs, constants) in recorded.items():
-        block = constants["BLOCK_N" if name == "attention_dkdv" else "BLOCK_M"]
-        most = (total // block + count + 1) * (kv_heads if name == "attention_dkdv" else heads)
+    for name, (programs, args, constants) in recorded.items():
+        by_keys = name == "attention_dkdv_kernel"
+        form = args[-1]
+        block = constants.get("BLOCK_M") or int(form.BLOCK_N if by_keys else form.BLOCK_M)
+        most = (total // block + count + 1) * (kv_heads if by_keys else heads)
         assert 0 < programs <= most, name

@@ -243,18 +243,19 @@ def test_random_combination(seed):
 
 @pytest.fixture
 def launchers():
-    """The module with the launchers, to be patched: nothing that it planned before or in the test is kept."""
-    from fastattn.kernels import attention
+    """The module with the plans of launches, to be patched: nothing that it planned before or in the test is kept."""
+    from fastattn.kernels import attention_call
 
-    attention.plan_for.cache_clear()
-    yield attention
-    attention.plan_for.cache_clear()
+    attention_call.plan_for.cache_clear()
+    yield attention_call
+    attention_call.plan_for.cache_clear()
 
 
 @pytest.mark.parametrize("blocks", [(32, 64), (64, 16)])
 def test_block_shapes_do_not_matter(blocks, launchers, monkeypatch):
-    config = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(launchers, "pick", lambda kernel, *kind: (config, False))
+    from fastattn.kernels.common import Launch
+
+    monkeypatch.setattr(launchers, "pick", lambda kernel, *kind: (Launch(*blocks, 4, 1), False))
     Case(sq=75, sk=90, left=40, right=10, p=0.3, bias="f1ff", mask="11ff", heads=1).check()
 
 
@@ -264,12 +265,9 @@ def test_block_shapes_do_not_matter(blocks, launchers, monkeypatch):
 )
 def test_descriptors(options, launchers, monkeypatch):
     """The TMA path, which the interpreter executes too."""
-    from fastattn.kernels import attention_bwd
-
     pick, fit, used = launchers.pick, launchers.descriptors_fit, []
     monkeypatch.setattr(launchers, "pick", lambda *kind: (pick(*kind)[0], True))
-    for module in (launchers, attention_bwd):
-        monkeypatch.setattr(module, "descriptors_fit", lambda *tensors: used.append(fit(*tensors)) or used[-1])
+    monkeypatch.setattr(launchers, "descriptors_fit", lambda *tensors: used.append(fit(*tensors)) or used[-1])
     Case(heads=4, kv_heads=2, dtype=torch.float16, **options).check()
     assert used == [True] * 3
 

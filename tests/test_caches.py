@@ -67,17 +67,17 @@ def gradients(kind):
 @needs_triton
 def test_a_plan_serves_only_calls_of_its_kind(monkeypatch):
     """Each kind of call gives the same bits from what is remembered of all of them as from a plan of its own."""
-    from fastattn.kernels import attention
+    from fastattn.kernels import attention_call
 
-    remembered = attention.plan_for
+    remembered = attention_call.plan_for
 
     def fresh(*args):
         remembered(*args)
-        return attention.Plan(*args)
+        return attention_call.Plan(*args)
 
-    monkeypatch.setattr(attention, "plan_for", fresh)
+    monkeypatch.setattr(attention_call, "plan_for", fresh)
     alone = {kind: gradients(kind) for kind in KINDS}
-    monkeypatch.setattr(attention, "plan_for", remembered)
+    monkeypatch.setattr(attention_call, "plan_for", remembered)
     for kind in KINDS:
         for before, now in zip(alone[kind], gradients(kind), strict=True):
             assert torch.equal(before, now), kind
@@ -85,16 +85,16 @@ def test_a_plan_serves_only_calls_of_its_kind(monkeypatch):
 
 @needs_triton
 def test_a_plan_asks_for_the_precision_of_products_in_every_call(monkeypatch):
-    from fastattn.kernels import attention
+    from fastattn.kernels import attention_call
 
-    seen, plan_for = [], attention.plan_for
-    monkeypatch.setattr(attention, "plan_for", lambda *args: seen.append(plan_for(*args)) or seen[-1])
+    seen, plan_for = [], attention_call.plan_for
+    monkeypatch.setattr(attention_call, "plan_for", lambda *args: seen.append(plan_for(*args)) or seen[-1])
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for precision in ("ieee", "tf32", "ieee"):
             torch.backends.cuda.matmul.fp32_precision = precision
             fastattn.attention(*tensors(), backend="triton")
-            assert seen[-1].switches["PRECISION"] == precision
+            assert precision == seen[-1].form.PRECISION
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

@@ -24,7 +24,7 @@ def counted():
 def test_one_binary_serves_all_sizes(scenario, counted):
     """Each one more is a stall of seconds in the middle of a run."""
     # a cache is read by rows of 16 or of 64, as there are queries
-    allowed = {"attention_decode_split": 2}
+    allowed = {"attention_decode_split_kernel": 2}
     assert counted[scenario]
     for kernel, binaries in counted[scenario].items():
         assert binaries == allowed.get(kernel, 1), f"{kernel}: {binaries} binaries"
@@ -44,14 +44,14 @@ def test_the_callers_allocator_stays_set(monkeypatch):
         pytest.skip(reason)
     from triton.runtime import _allocation
 
-    from fastattn.kernels import attention
+    from fastattn.kernels import attention_call
 
     used = []
     set_allocator = triton.set_allocator
     monkeypatch.setattr(triton, "set_allocator", lambda allocator: used.append(allocator) or set_allocator(allocator))
-    pick = attention.pick
-    monkeypatch.setattr(attention, "pick", lambda *kind: (pick(*kind)[0], True))
-    attention.plan_for.cache_clear()
+    pick = attention_call.pick
+    monkeypatch.setattr(attention_call, "pick", lambda *kind: (pick(*kind)[0], True))
+    attention_call.plan_for.cache_clear()
 
     def mine(size, alignment, stream):
         return torch.empty(size, dtype=torch.int8, device=device)
@@ -61,7 +61,7 @@ def test_the_callers_allocator_stays_set(monkeypatch):
     fastattn_out = torch.ops.fastattn.attention_fwd.triton(
         q.detach(), q.detach(), q.detach(), *[None] * 8, 20, 20, -1, -1, False, 0.0, 0.0, 0.1, False
     )
-    attention.plan_for.cache_clear()
+    attention_call.plan_for.cache_clear()
     assert fastattn_out[0].shape == q.shape
     assert len(used) == 1
     assert used[0](3, 1, None).numel() == 3

@@ -303,7 +303,7 @@ def test_triton_kernels_compile_without_spills():
     configs = []
     cases = (("gelu", True, True, "*bf16"), ("gelu_tanh", False, True, "*fp32"), ("silu", True, False, "*fp16"))
     for arch, (activation, gated, dropped, dtype) in itertools.product((80, 90, 100), cases):
-        for kernel, (block_m, block_n, warps) in (("fwd", FORWARD), ("bwd", BACKWARD)):
+        for kernel, (block_m, block_n, warps, _) in (("fwd", FORWARD), ("bwd", BACKWARD)):
             absent = [] if dropped else ["rng_ptr"]
             if not gated:
                 absent += ["gate_ptr"] if kernel == "fwd" else ["gate_ptr", "dgate_ptr", "dbias_gate_ptr"]

@@ -51,6 +51,19 @@ def test_probabilities():
     assert probabilities(p[::-1], top_k=3, top_p=0.7) == pytest.approx([0, 0, 0.375, 0.625])
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 20.0])  # from one token that has it all to all alike
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
+def test_top_p_keeps_what_sorting_the_vocabulary_would(scale, top_p):
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) * scale
+    logits += torch.arange(2000) * 1e-4  # no two alike
+    found = next_token_probabilities(logits, top_p=top_p)
+    ordered, index = logits.double().softmax(-1).sort(descending=True)
+    kept = ordered * (ordered.cumsum(-1) - ordered < top_p - 1e-6)
+    expected = torch.zeros_like(kept).scatter(1, index, kept / kept.sum(-1, keepdim=True))
+    torch.testing.assert_close(found.double(), expected, atol=1e-3 / 2000, rtol=2e-3)
+    assert ((found > 0).sum(-1) - (expected > 0).sum(-1)).abs().max() <= 1  # fp32 may end one token later
+
+
 def test_repetition_penalty_divides_or_multiplies_once():
     logits = torch.tensor([[2.0, -1.0, 0.5]])
     got = next_token_probabilities(logits, torch.tensor([[0, 1, 1]]), repetition_penalty=2.0)

@@ -78,10 +78,10 @@ def test_triton_launches_of_a_training_step(norm_first, monkeypatch):
         forward = dict(launches)
         y.sum().backward()
     backward = launches - collections.Counter(forward)
-    passes = {"norm_fwd_kernel": 2, "activation_fwd_kernel": 1} | ({"dropout_kernel": 1} if norm_first else {})
-    assert forward == {"attention_fwd": 1} | passes
+    passes = {"norm_fwd_kernel": 2, "activation_fwd_kernel": 1} | ({"dropout_fwd_kernel": 1} if norm_first else {})
+    assert forward == {"attention_fwd_kernel": 1} | passes
     passes = {"norm_bwd_kernel": 2, "activation_bwd_kernel": 1, "add_up_kernel": 3}
-    passes |= {"dropout_kernel": 1} if norm_first else {}
+    passes |= {"dropout_fwd_kernel": 1} if norm_first else {}
     attention = {name: count for name, count in backward.items() if name.startswith("attention")}
     assert sum(attention.values()) == 3, attention  # delta, then dk and dv, then dq
     assert {name: count for name, count in backward.items() if name not in attention} == passes

@@ -497,24 +497,22 @@ def test_triton_kernel_compiles_without_spills():
     pytest.importorskip("triton", reason="Triton is not installed")
     from aot import compile_all
 
-    from fastattn.kernels.cross_entropy import WARPS
+    from fastattn.kernels.cross_entropy import TABLE
 
     sizes = dict.fromkeys(("cols", "logits_stride", "ignore_index"), "i32")
     numbers = dict.fromkeys(("smoothing", "z_loss", "softcap"), "fp32")
     configs = []
     for arch in (80, 90, 100):
-        for (block_n, warps), dtype, softcap in zip(
-            WARPS.items(), ("*fp16", "*bf16", "*bf16"), (False, True, True), strict=True
-        ):
+        for row, dtype, softcap in zip(TABLE.values(), ("*fp16", "*bf16", "*bf16"), (False, True, True), strict=True):
             configs.append(
                 {
                     "module": "fastattn.kernels.cross_entropy",
-                    "kernel": "cross_entropy_kernel",
+                    "kernel": "cross_entropy_fwd_kernel",
                     "arch": arch,
-                    "num_warps": warps,
+                    "num_warps": row.warps,
                     "types": sizes | numbers
                     | {"logits_ptr": dtype, "target_ptr": "*i64", "dloss_ptr": "*fp32", "loss_ptr": "*fp32"},
-                    "constants": {"SOFTCAP": softcap, "NEED_GRAD": True, "BLOCK_N": block_n},
+                    "constants": {"SOFTCAP": softcap, "NEED_GRAD": True, "BLOCK_N": row.block_n},
                 }
             )  # fmt: skip
         configs.append(configs[-1] | {"types": configs[-1]["types"] | {"logits_ptr": "*fp32"}})

@@ -271,6 +271,49 @@ class TestReplacedChildren:
         assert_same(ours, theirs, x)
         assert fused
 
+    @pytest.mark.parametrize("name", LAYERS)
+    @pytest.mark.parametrize("norm_first", [False, True])
+    @pytest.mark.parametrize(
+        ("path", "shape"),
+        [
+            ("linear1.bias", (1,)),
+            ("linear2.bias", (5, E)),
+            ("self_attn.out_proj.bias", (1, E)),
+            ("linear2", (FF, 1)),
+            ("self_attn.out_proj", (E, 1)),
+            ("norm1", (5, E)),
+            ("norm2", (1,)),
+        ],
+    )
+    def test_shapes_that_torch_broadcasts(self, name, norm_first, path, shape):
+        """The classes are torch's, and what they compute is: linear layers and norms of rows that others do not fit."""
+        ours, theirs, x = build(name, norm_first=norm_first)
+        parent, _, child = path.rpartition(".")
+        if child == "bias":
+            new = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+        elif child.startswith("norm"):
+            new = torch.nn.LayerNorm(shape, dtype=torch.float64)
+        else:
+            new = torch.nn.Linear(*shape, dtype=torch.float64)
+        for layer in (ours, theirs):
+            setattr(layer.get_submodule(parent), child, new)
+        if shape == (1,) and child == "norm2":
+            for layer in (ours, theirs):
+                with pytest.raises(RuntimeError, match="normalized_shape"):
+                    layer(*x)
+            return
+        assert_same(ours, theirs, x)
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_the_number_of_heads_may_change(self, name):
+        """torch computes head_dim in every call, and reads no attribute of that name."""
+        ours, theirs, x = build(name)
+        for layer in (ours, theirs):
+            for module in layer.modules():
+                if isinstance(module, torch.nn.MultiheadAttention):
+                    module.num_heads = 2
+        assert_same(ours, theirs, x)
+
     def test_custom_attention_gets_float_masks(self):
         class Custom(torch.nn.Module):
             batch_first = True

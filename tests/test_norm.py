@@ -198,6 +198,24 @@ def test_only_one_output_used(backend, device):
     torch.testing.assert_close(torch.autograd.grad(y, c.x, c.dy), torch.autograd.grad(y0, c.x, c.dy))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_parameters_of_an_unused_output_get_no_gradient(backend, device, create_graph):
+    """None as in torch, not zeros: an optimizer with weight decay would change the parameter."""
+    c = case((6, 40), device=device, residual=torch.float32, return_residual=True, x_bias=True)
+    _, r = c.ours(c.inputs)
+    of = (c.x, c.weight, c.bias)
+    dx, dweight, dbias = torch.autograd.grad(r, of, c.dr_out, allow_unused=True, create_graph=create_graph)
+    assert torch.equal(dx, c.dr_out)
+    assert dweight is dbias is None
+
+
+def test_a_last_bias_gets_no_gradient_of_second_order(backend, device):
+    c = case((6, 40), device=device, residual=torch.float32)
+    y = c.ours(c.inputs)
+    (dx,) = torch.autograd.grad(y[0] if isinstance(y, tuple) else y, c.x, c.dy, create_graph=True)
+    assert torch.autograd.grad(dx.square().sum(), c.bias, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_expanded_gradients(backend, device, fused):
     options = {"residual": torch.float32, "dropout_p": 0.2, "return_residual": True} if fused else {}

@@ -158,7 +158,10 @@ def test_more_wide_rows_than_are_in_flight(kernels, monkeypatch):
     """Sums over rows that a strip of columns takes several turns for, the last one not full."""
     rows, cols = 140, 8200
     if kernels.name == "triton" and DEVICE == "cpu":
-        monkeypatch.setattr("fastattn.kernels.norm.STRIP_M", 8)  # 128 rows at a time are slow in the interpreter
+        from fastattn.kernels.common import Launch
+
+        strip = Launch(8, 64, 16)
+        monkeypatch.setattr("fastattn.kernels.norm.STRIP", strip)  # 128 rows at a time are slow in the interpreter
         rows, cols = 21, 4104
     Case(rows, cols, FP32, x_bias=FP32).check(kernels)
 

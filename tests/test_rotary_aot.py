@@ -30,7 +30,7 @@ def config(arch, dtypes, head_dim, rotary_dim, interleaved):
     names = ("BLOCK_M", "BLOCK_H", "BLOCK_HALF", "BLOCK_REST")
     constants = dict(zip(names, rotary.blocks(32, rotary_dim // 2, head_dim - rotary_dim), strict=True))
     constants |= {"INTERLEAVED": interleaved, "CONJUGATE": False}
-    return {"module": rotary.__name__, "kernel": "rotary_kernel", "arch": arch, "num_warps": rotary.WARPS,
+    return {"module": rotary.__name__, "kernel": "rotary_fwd_kernel", "arch": arch, "num_warps": rotary.WARPS,
             "types": types, "constants": constants}  # fmt: skip
 
 

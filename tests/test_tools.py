@@ -313,6 +313,11 @@ def jacrev(module, inputs):
 
 
 @tool()
+def functionalize(module, inputs):
+    return [torch.func.functionalize(lambda *inputs: first(module(*inputs)))(*inputs).detach()]
+
+
+@tool()
 def batched_gradients(module, inputs):
     out = first(module(*inputs))
     grads = torch.stack([torch.ones_like(out), out.detach()])

@@ -42,20 +42,21 @@ def config(module, kernel, arch, dtypes, num_warps, **constants):
             "constants": constants}  # fmt: skip
 
 
+def tiled(kernel, arch, dtypes, row):
+    return config(norm, kernel, arch, dtypes, row.warps, BLOCK_M=row.block_m, BLOCK_N=row.block_n)
+
+
 def configs(everything):
     """One function (arch, dtypes) -> configuration per row of the tables; the last of a table is its largest."""
     tables = [
-        [lambda a, d, n=n, m=m, w=w: config(norm, "norm_fwd_kernel", a, d, w, BLOCK_M=m, BLOCK_N=n)
-         for n, (m, w) in norm.FORWARD.items()],
-        [lambda a, d, n=n, m=m, w=w: config(norm, "norm_bwd_kernel", a, d, w, BLOCK_M=m, BLOCK_N=n)
-         for n, (m, w) in norm.BACKWARD.items()],
-        [lambda a, d: config(norm, "norm_fwd_wide_kernel", a, d, norm.WIDE_WARPS, BLOCK_N=norm.WIDE_BLOCK_N)],
-        [lambda a, d: config(norm, "norm_bwd_wide_kernel", a, d, norm.WIDE_WARPS, BLOCK_N=norm.WIDE_BLOCK_N)],
-        [lambda a, d: config(norm, "norm_bwd_strip_kernel", a, d, norm.STRIP_WARPS, BLOCK_M=norm.STRIP_M,
-                             BLOCK_N=norm.STRIP_N)],
-        [lambda a, d: config(norm, "add_up_kernel", a, d, norm.SUM_WARPS, BLOCK_M=norm.SUM_M, BLOCK_N=norm.SUM_N)],
-        [lambda a, d, n=n: config(dropout, "dropout_kernel", a, d, dropout.WARPS, BLOCK_M=dropout.TILE // n, BLOCK_N=n)
-         for n in dropout.WIDTHS],
+        [lambda a, d, row=row: tiled("norm_fwd_kernel", a, d, row) for row in norm.FORWARD.values()],
+        [lambda a, d, row=row: tiled("norm_bwd_kernel", a, d, row) for row in norm.BACKWARD.values()],
+        [lambda a, d: config(norm, "norm_fwd_wide_kernel", a, d, norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)],
+        [lambda a, d: config(norm, "norm_bwd_wide_kernel", a, d, norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)],
+        [lambda a, d: tiled("norm_bwd_strip_kernel", a, d, norm.STRIP)],
+        [lambda a, d: tiled("add_up_kernel", a, d, norm.SUM)],
+        [lambda a, d, n=n: config(dropout, "dropout_fwd_kernel", a, d, dropout.WARPS, BLOCK_M=dropout.TILE // n,
+                                  BLOCK_N=n) for n in dropout.WIDTHS],
     ]  # fmt: skip
     if everything:
         return [make(a, d) for table in tables for make in table for a in ARCHS for d in DTYPES]
@@ -85,12 +86,13 @@ def test_every_configuration_compiles_without_spills_and_with_wide_accesses():
 
 def test_one_row_compiles():
     """An argument that is 1 is a constant to the compiler, without a tensor's methods; the interpreter hides it."""
-    tables = [("norm_fwd_kernel", 512, *norm.FORWARD[512]), ("norm_bwd_kernel", 512, *norm.BACKWARD[512])]
-    tables += [(f"norm_{d}_wide_kernel", norm.WIDE_BLOCK_N, None, norm.WIDE_WARPS) for d in ("fwd", "bwd")]
-    tables += [("norm_bwd_strip_kernel", norm.STRIP_N, norm.STRIP_M, norm.STRIP_WARPS)]
-    wanted = [
-        config(norm, kernel, 90, DTYPES[0], warps, BLOCK_N=n, **({"BLOCK_M": m} if m else {}))
-        for kernel, n, m, warps in tables
+    tables = {
+        "norm_fwd_kernel": norm.FORWARD[512], "norm_bwd_kernel": norm.BACKWARD[512], "norm_bwd_strip_kernel": norm.STRIP
+    }  # fmt: skip
+    wanted = [tiled(kernel, 90, DTYPES[0], row) for kernel, row in tables.items()]
+    wanted += [
+        config(norm, f"norm_{d}_wide_kernel", 90, DTYPES[0], norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)
+        for d in ("fwd", "bwd")
     ]
     for one in wanted:
         one["constants"]["rows"] = 1

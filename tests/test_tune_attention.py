@@ -5,9 +5,12 @@ import pathlib
 
 import pytest
 
+pytest.importorskip("triton", reason="Triton is not installed")
+from fastattn.kernels.common import Launch, Variants
+
 SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "tune_attention.py"
 KEY, OTHER = (90, "fwd", 2, 64), (90, "dq", 2, 128)
-ROWS = ((64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1))
+ROWS = Variants(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(32, 32, 4, 1))
 
 
 @pytest.fixture(scope="module")
@@ -20,27 +23,27 @@ def script():
 
 def timer(times, default):
     """Milliseconds by row; every other row takes `default`."""
-    return lambda table, key, variant: times.get(table[key][variant], default)
+    return lambda table, key, variant: times.get(getattr(table[key], variant), default)
 
 
 def test_the_fastest_row_is_taken_for_the_measured_variant_only(script):
     fast = (128, 64, 8, 3)
     assert fast in list(script.candidates("fwd", 2, 64))
     table = {KEY: ROWS, OTHER: ROWS}
-    tuned = script.tune(table, [KEY], {1: "causal"}, timer({fast: 1.0}, 2.0), report=lambda line: None)
-    assert tuned == {KEY: (ROWS[0], fast, ROWS[2]), OTHER: ROWS}
+    tuned = script.tune(table, [KEY], ["causal"], timer({fast: 1.0}, 2.0), report=lambda line: None)
+    assert tuned == {KEY: ROWS._replace(causal=fast), OTHER: ROWS}
     assert table == {KEY: ROWS, OTHER: ROWS}
 
 
 def test_a_row_that_is_hardly_slower_stays(script):
-    tuned = script.tune({KEY: ROWS}, [KEY], {0: "full"}, timer({(128, 64, 8, 3): 1.99}, 2.0), report=lambda line: None)
+    tuned = script.tune({KEY: ROWS}, [KEY], ["full"], timer({(128, 64, 8, 3): 1.99}, 2.0), report=lambda line: None)
     assert tuned == {KEY: ROWS}
 
 
 def test_rows_that_cannot_run_are_passed_over(script):
-    tuned = script.tune({KEY: ROWS}, [KEY], {0: "full"}, timer({(128, 32, 8, 2): 5.0}, None), report=lambda line: None)
-    assert tuned[KEY][0] == (128, 32, 8, 2)
-    tuned = script.tune({KEY: ROWS}, [KEY], {0: "full"}, timer({}, None), report=lambda line: None)
+    tuned = script.tune({KEY: ROWS}, [KEY], ["full"], timer({(128, 32, 8, 2): 5.0}, None), report=lambda line: None)
+    assert tuned[KEY].full == (128, 32, 8, 2)
+    tuned = script.tune({KEY: ROWS}, [KEY], ["full"], timer({}, None), report=lambda line: None)
     assert tuned == {KEY: ROWS}
 
 

@@ -4,7 +4,7 @@
 // a sink takes part they are kept as they are: times log2(e) a number as large as FLT_MAX would be infinite, and scores
 // that a large bias makes equal would be rounded to different ones.
 #include "../api.h"
-#include "attention_tile.h"
+#include "tile.h"
 
 namespace {
 

@@ -12,7 +12,7 @@
 // with k. A single row is summed by lanes instead and may differ from the same row among others in the last bit.
 // Reference: Goto, van de Geijn, "Anatomy of high-performance matrix multiplication", 2008.
 #include "api.h"
-#include "attention_tile.h"
+#include "tile.h"
 
 namespace fastattn {
 namespace {
@@ -110,21 +110,7 @@ inline void register_block(const float* a, int64_t lda, const float* b, int64_t 
       acc[r][x] = Vec::fill(0.f);
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[kColumnVecs];
-#pragma GCC unroll 4
-    for (int x = 0; x < kColumnVecs; ++x) {
-      row[x] = Vec::load(b + k * ldb + x * kVec);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec value = Vec::fill(kPacked ? a[k * kRows + r] : a[r * lda + k]);
-#pragma GCC unroll 4
-      for (int x = 0; x < kColumnVecs; ++x) {
-        acc[r][x] = fma(value, row[x], acc[r][x]);
-      }
-    }
-  }
+  accumulate<false, kPacked>(a, kPacked ? kRows : lda, b, ldb, depth, acc);
   if (cols == kColumns) {
 #pragma GCC unroll 4
     for (int x = 0; x < kColumnVecs; ++x) {

@@ -30,14 +30,9 @@ std::tuple<Tensor, Tensor> rotary_fwd(const Tensor& q, const std::optional<Tenso
                                       int64_t rotary_dim, bool interleaved, bool conjugate) {
   const fastattn::DeviceGuard guard(q.get_device_index());
   RotaryCall call(q, k, cos, sin, positions, offset, rotary_dim, interleaved, conjugate);
-  const Tensor out_q = fastattn::rotary_empty_like(q);
-  const Tensor out_k = k ? fastattn::rotary_empty_like(*k) : fastattn::empty_beside(q, {0}, q.scalar_type());
-  call.args.out[0] = fastattn::rotary_strides(out_q);
-  if (k) {
-    call.args.out[1] = fastattn::rotary_strides(out_k);
-  }
+  std::tuple<Tensor, Tensor> outputs = call.make_outputs(q, k);
   run(call.args, q);
-  return {out_q, out_k};
+  return outputs;
 }
 
 void rotary_fwd_(Tensor q, std::optional<Tensor> k, const Tensor& cos, const Tensor& sin,

@@ -232,7 +232,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _project(self, query, key, value, batched, batch_first):
         """q, k and v as (batch, heads, seqlen, head_dim) views of what the linear layers wrote."""
         weight, bias, embed_dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
-        heads = (self.num_heads, self.head_dim)
+        heads = (self.num_heads, embed_dim // self.num_heads)
         if query is key and key is value and self._qkv_same_embed_dim:
             # apart before they are permuted: the backward writes the gradient of the projection by one copy
             projected = linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
@@ -281,11 +281,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             mask, causal = triangle if mask is None else triangle & mask, False
         extra_k, extra_v = [k], [v]
         if self.bias_k is not None:
-            shape = (1, self.num_heads, 1, self.head_dim)
+            shape = (1, self.num_heads, 1, k.shape[-1])
             extra_k.append(self.bias_k.view(shape).expand(k.shape[0], -1, -1, -1).to(k.dtype))
             extra_v.append(self.bias_v.view(shape).expand(k.shape[0], -1, -1, -1).to(v.dtype))
         if self.add_zero_attn:
-            zero = k.new_zeros(k.shape[0], self.num_heads, 1, self.head_dim)
+            zero = k.new_zeros(k.shape[0], self.num_heads, 1, k.shape[-1])
             extra_k.append(zero)
             extra_v.append(zero)
         count = len(extra_k) - 1
@@ -349,7 +349,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             max_seqlen: the longest sequence.
         Returns: (total, embed_dim).
         """
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        heads = (self.num_heads, self.embed_dim // self.num_heads)
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, *heads))
         out = attention(
             *qkv.unbind(1), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen,
             max_seqlen_k=max_seqlen, causal="top_left" if is_causal else False,

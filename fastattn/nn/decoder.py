@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.encoder import add_and_norm, add_then_norm, are_plain, attend, block_and_bias, sequence_length
+from fastattn.nn.encoder import (
+    add_and_norm,
+    add_then_norm,
+    are_plain,
+    attend,
+    block_and_bias,
+    fit_fused_ops,
+    sequence_length,
+)
 from fastattn.nn.feed_forward import block
 from fastattn.nn.masks import is_causal_mask
 from fastattn.nn.norm import LayerNorm
@@ -112,6 +120,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             or not are_plain(
                 m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2", "dropout3"), ("norm1", "norm2", "norm3")
             )
+            or not fit_fused_ops(m, ("linear1", "linear2"), ("norm1", "norm2", "norm3"), tgt.shape[-1])
             or "_sa_block" in own
             or "_mha_block" in own
             or "_ff_block" in own

@@ -36,6 +36,8 @@ _LINEARS, _DROPOUTS, _NORMS = (torch.nn.Linear,), (torch.nn.Dropout,), (LayerNor
 
 def add_and_norm(x, x_bias, residual, dropout_module, norm):
     """norm(residual + dropout(x + x_bias)) in the dtype of the residual: what a post-norm sub-layer ends with."""
+    if x.shape != residual.shape:  # from attention of the user
+        return norm(_add(x, x_bias, residual, dropout_module))
     if x.dtype != residual.dtype:  # autocast: the op returns the dtype of x, torch that of the sum
         x = x.to(residual.dtype)
     return layer_norm(
@@ -45,10 +47,18 @@ def add_and_norm(x, x_bias, residual, dropout_module, norm):
 
 def add_then_norm(x, x_bias, residual, dropout_module, norm):
     """(norm(r), r) with r = residual + dropout(x + x_bias): from one pre-norm sub-layer to the next."""
+    if x.shape != residual.shape:
+        r = _add(x, x_bias, residual, dropout_module)
+        return norm(r), r
     return layer_norm(
         x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module),
         return_residual=True,
     )  # fmt: skip
+
+
+def _add(x, x_bias, residual, dropout_module):
+    """residual + dropout(x + x_bias) as torch computes it, which broadcasts."""
+    return residual + dropout_module(x if x_bias is None else x + x_bias)
 
 
 def block_and_bias(x, linear1, activation, dropout_module, linear2):
@@ -70,7 +80,11 @@ def leaves_bias(linear):
 def attend(attn, query, memory, attn_mask, key_padding_mask, is_causal):
     """(out, x_bias): attention from query to memory, and the bias of out_proj if the norm that follows is to add it."""
     masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
-    if is_plain(attn, MultiheadAttention) and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear):
+    if (
+        is_plain(attn, MultiheadAttention)
+        and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear)
+        and fit_fused_ops(attn._modules, ("out_proj",), (), query.shape[-1])
+    ):
         out, _ = attn.attend(query, memory, memory, need_weights=False, **masks)
         weight, bias = attn.out_proj.weight, attn.out_proj.bias
         return (linear(out, weight), bias) if leaves_bias(attn.out_proj) else (linear(out, weight, bias), None)
@@ -86,6 +100,17 @@ def are_plain(modules, linears, dropouts, norms):
             if not is_plain(modules[name], *classes):
                 return False
     return True
+
+
+def fit_fused_ops(modules, linears, norms, width):
+    """Whether plain children add and normalise one row of `width` at a time; torch broadcasts other biases, for one."""
+    for name in linears:
+        linear = modules[name]
+        bias, shape = linear.bias, linear.weight.shape
+        if bias is not None and bias.shape != shape[:1]:
+            return False
+    # what the last one adds to has `width`
+    return shape[0] == width and all(tuple(modules[name].normalized_shape) == (width,) for name in norms)
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -161,7 +186,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             # code of the user gets float masks, as from torch
             src_mask = as_float_mask(src_mask, src.dtype)
             src_key_padding_mask = as_float_mask(src_key_padding_mask, src.dtype)
-        if overridden or not self._ff_is_plain():
+        if overridden or not self._ff_is_plain(src.size(-1) if src.dim() else 0):
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
         if nested:
             return self._nested(src, src_mask, src_key_padding_mask, is_causal)
@@ -180,16 +205,20 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         def self_attend(x):
             return self.self_attn.forward_packed(x, cu_seqlens, max_seqlen, is_causal)
 
-        if self._ff_is_plain():
+        if self._ff_is_plain(x.shape[-1]):
             return self._fused(x, lambda x: (self_attend(x), None))
         return self._add_sublayers(x, lambda x: self.dropout1(self_attend(x)))
 
-    def _ff_is_plain(self):
-        """Whether all but self-attention is what torch.nn makes it."""
-        plain = are_plain(
-            self._modules, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2"), ("norm1", "norm2")
+    def _ff_is_plain(self, width):
+        """Whether all but self-attention is what torch.nn makes it, for inputs of `width`."""
+        m, linears, norms = self._modules, ("linear1", "linear2"), ("norm1", "norm2")
+        plain = are_plain(m, linears, ("dropout", "dropout1", "dropout2"), norms)
+        return (
+            plain
+            and fit_fused_ops(m, linears, norms, width)
+            and type(self)._ff_block is _FF_BLOCK
+            and "_ff_block" not in self.__dict__
         )
-        return plain and type(self)._ff_block is _FF_BLOCK and "_ff_block" not in self.__dict__
 
     def _fused(self, x, self_attend):
         m = self._modules

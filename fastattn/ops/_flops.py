@@ -72,11 +72,6 @@ def _product_flop(x, w):
     return 2 * x[0] * w[0] * w[1]
 
 
-@register_flop_formula([_ops.linear_activation_fwd, _ops.linear_activation_bwd])
-def _product(x, w, *_, out_shape=None):
-    return _product_flop(x, w)
-
-
 def _gemm_flop(a, b, transpose_b):
     return 2 * a[0] * a[1] * b[0 if transpose_b else 1]
 

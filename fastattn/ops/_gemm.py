@@ -28,24 +28,6 @@ _add_product = torch.ops.fastattn.gemm_add_.native
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-_fused = None
-
-
-def set_fused(fuses):
-    """Set for which feed-forward blocks a product and the pass after it run in one kernel.
-
-    Args:
-        fuses: ("fwd" or "bwd", device, dtype, d_model, d_ff) -> bool, or None for no block.
-    """
-    global _fused
-    _fused = fuses
-
-
-def is_fused(way, x, weight, d_model, d_ff):
-    """Whether the product with `weight` in the forward or backward runs in one kernel with the pass after it."""
-    return _fused is not None and _fused(way, x.device, x.dtype, d_model, d_ff) and weight.numel() > 0
-
-
 def _slow_halves():
     """The half-precision dtypes for which no library has a fast product on this processor."""
     supported = {

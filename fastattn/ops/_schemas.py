@@ -89,16 +89,6 @@ _SCHEMAS = (
         " bool need_hidden, bool need_dbias, bool need_dbias_gate)"
         " -> (Tensor dpreact, Tensor dgate, Tensor hidden, Tensor dbias, Tensor dbias_gate)",
     ),
-    (
-        (".triton",),
-        "linear_activation_fwd(Tensor x, Tensor w, Tensor? bias, Tensor? rng, float dropout_p, int activation,"
-        " bool need_preact) -> (Tensor preact, Tensor hidden)",
-    ),
-    (
-        (".triton",),
-        "linear_activation_bwd(Tensor dy, Tensor w, Tensor preact, Tensor? rng, float dropout_p, int activation,"
-        " bool need_hidden, bool need_dbias) -> (Tensor dpreact, Tensor hidden, Tensor dbias)",
-    ),
     # loss: fp32 (rows). If need_grad, logits (rows, vocab) are overwritten by their gradient for dloss, fp32 (rows) or
     # None for ones. A target that is neither a column nor ignore_index makes the loss and gradient of its row NaN.
     (

@@ -6,8 +6,7 @@ y = w2·hidden + b2
 
 The matrix products come from _gemm.py. Our kernels are the passes between them, the raw ops activation_fwd and
 activation_bwd. The latter computes the gradients of preact, gate and their biases, and recomputes hidden, so only x and
-the pre-activations are saved. For blocks where it was measured to be faster, a Triton GEMM does the pass in its
-epilogue: the raw ops linear_activation_fwd and linear_activation_bwd.
+the pre-activations are saved.
 """
 
 import math
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn._autocast import as_autocast
-from fastattn.ops._backends import asked_for, choose, device_name, grad_wanted, register_backend
+from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
-from fastattn.ops._gemm import input_grad, is_fused, linear, weight_grad
+from fastattn.ops._gemm import input_grad, linear, weight_grad
 from fastattn.ops._kinds import check_float, is_dtensor, nonplain_kind
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
@@ -59,21 +58,7 @@ register_fake("activation_fwd", _activation_fwd_fake)
 register_fake("activation_bwd", _activation_bwd_fake)
 
 
-def _linear_activation_fwd_fake(x, w, bias, rng, dropout_p, activation, need_preact):
-    shape = (x.shape[0], w.shape[0])
-    return x.new_empty(shape if need_preact else (0,)), x.new_empty(shape)
-
-
-def _linear_activation_bwd_fake(dy, w, preact, rng, dropout_p, activation, need_hidden, need_dbias):
-    hidden = dy.new_empty(preact.shape if need_hidden else (0,))
-    return dy.new_empty(preact.shape), hidden, dy.new_empty(w.shape[1] if need_dbias else 0)
-
-
-register_fake("linear_activation_fwd", _linear_activation_fwd_fake)
-register_fake("linear_activation_bwd", _linear_activation_bwd_fake)
 _fwd, _bwd = raw_ops("activation_fwd"), raw_ops("activation_bwd")
-_linear_activation_fwd = torch.ops.fastattn.linear_activation_fwd.triton
-_linear_activation_bwd = torch.ops.fastattn.linear_activation_bwd.triton
 
 
 class Facts(NamedTuple):
@@ -98,36 +83,31 @@ def _rows(x):
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend, fused):
-        y, preact, gate = _forward(
-            x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend, fused, not recompute
-        )
+    def forward(ctx, x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
+        y, preact, gate = _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend)
         ctx.save_for_backward(
             x, w1, b1, w2, b2, w_gate, b_gate, rng, None if recompute else preact, None if recompute else gate
         )
-        ctx.options = (dropout_p, activation, backend, fused)
+        ctx.options = (dropout_p, activation, backend)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, w1, b1, w2, b2, w_gate, b_gate, rng, preact, gate = ctx.saved_tensors
-        dropout_p, activation, backend, fused = ctx.options
+        dropout_p, activation, backend = ctx.options
         inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
         if torch.is_grad_enabled():  # create_graph=True
             grads = differentiate(_reference(rng, dropout_p, activation), inputs, (dy,))
-            return *grads, None, None, None, None, None, None
+            return *grads, None, None, None, None, None
         need_dx, need_dw1, need_db1, need_dw2, need_db2, need_dw_gate, need_db_gate = ctx.needs_input_grad[:7]
         x2, dy = _rows(x), _rows(dy)
         if preact is None:
             preact, gate = linear(x2, w1, b1), None if w_gate is None else linear(x2, w_gate, b_gate)
-        dx = dw1 = dw2 = db2 = dw_gate = dgate = db_gate = None
+        dx = dw1 = dw2 = db2 = dw_gate = None
         drop_and_act = (rng, dropout_p, ACTIVATIONS.index(activation))
-        if fused and is_fused("bwd", dy, w2, *w2.shape):
-            dpreact, hidden, db1 = _linear_activation_bwd(dy, w2, preact, *drop_and_act, need_dw2, need_db1)
-        else:
-            dpreact, dgate, hidden, db1, db_gate = _bwd[backend](
-                input_grad(dy, w2), preact, gate, *drop_and_act, need_dw2, need_db1, need_db_gate
-            )
+        dpreact, dgate, hidden, db1, db_gate = _bwd[backend](
+            input_grad(dy, w2), preact, gate, *drop_and_act, need_dw2, need_db1, need_db_gate
+        )
         if need_dw2:
             dw2 = weight_grad(dy, hidden)
             del hidden  # free it before the peak
@@ -143,18 +123,14 @@ class _FeedForward(torch.autograd.Function):
                 dx += input_grad(dgate, w_gate)
             dx = dx.view(x.shape)
         grads = (dx, dw1, db1 if need_db1 else None, dw2, db2, dw_gate, db_gate if need_db_gate else None)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
-def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend, fused, need_preact):
-    x2, gate = _rows(x), None
-    drop_and_act = (rng, dropout_p, ACTIVATIONS.index(activation))
-    if fused and is_fused("fwd", x2, w1, x2.shape[1], w1.shape[0]):
-        preact, hidden = _linear_activation_fwd(x2, w1, b1, *drop_and_act, need_preact)
-    else:
-        preact = linear(x2, w1, b1)
-        gate = None if w_gate is None else linear(x2, w_gate, b_gate)
-        hidden = _fwd[backend](preact, gate, *drop_and_act)
+def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend):
+    x2 = _rows(x)
+    preact = linear(x2, w1, b1)
+    gate = None if w_gate is None else linear(x2, w_gate, b_gate)
+    hidden = _fwd[backend](preact, gate, rng, dropout_p, ACTIVATIONS.index(activation))
     y = linear(hidden, w2, b2)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w2.shape[0]), preact, gate
 
@@ -249,11 +225,6 @@ def _facts(x, nonplain=None):
     return "cpu" if x.is_cpu else device_name(x.device), x.dtype, nonplain
 
 
-def _may_fuse(runs, w_gate, backend):
-    """Whether the fused Triton GEMM may run: not for gated blocks (they need two) or if another backend is named."""
-    return w_gate is None and (runs == "triton" or (runs == "native" and asked_for(backend) is None))
-
-
 _FEED_FORWARD = Public(
     "feed_forward", tensors="x w1 b1? w2 b2? w_gate b_gate", weights="w1 w2 w_gate", numbers="dropout_p",
     flags="recompute", nested=on_rows("x"),
@@ -309,25 +280,23 @@ def feed_forward(
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
     _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
     runs = choose("feed_forward", _facts(x), backend)
-    fuses = _may_fuse(runs, w_gate, backend)
-    options = (dropout_p, activation, recompute, runs, fuses)
+    options = (dropout_p, activation, recompute, runs)
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, *options)
     return _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, draw_rng(x) if dropout_p else None, *options)
 
 
-def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, runs, fuses):
+def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, runs):
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
     runs = traced_backend(runs)
     if runs == "reference":
         return _reference(rng, dropout_p, activation)(*inputs)[0]
-    fused = fuses and runs not in TRACED
     if runs not in TRACED and grad_wanted(*inputs):
-        return apply(_FeedForward, *inputs, rng, dropout_p, activation, recompute, runs, fused)
-    return _forward(*inputs, rng, dropout_p, activation, runs, fused, False)[0]
+        return apply(_FeedForward, *inputs, rng, dropout_p, activation, recompute, runs)
+    return _forward(*inputs, rng, dropout_p, activation, runs)[0]
 
 
-def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activation, recompute, runs, fuses):
+def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activation, recompute, runs):
     from fastattn.ops._sharded import ROWS, ShardedCall
 
     rows = ROWS[: x.dim() - 1]
@@ -339,7 +308,7 @@ def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activati
 
     def function(x, w1, b1, w2, b2, w_gate, b_gate):
         b2 = b2 if adds_bias else None
-        y = _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, runs, fuses)
+        y = _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, runs)
         return (y,)
 
     (y,) = call(function, (rows + "o",))

@@ -112,11 +112,11 @@ class _Norm(torch.autograd.Function):
         dropout_p, _, rms, backend = ctx.options
         x_dtype, residual_dtype, x_bias_dtype = ctx.dtypes
         need_dx, need_dresidual, need_dweight, need_dbias, need_dx_bias = ctx.needs_input_grad[:5]
-        if dy is None:
-            dy = torch.zeros(r.shape, dtype=x_dtype, device=r.device)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng)
             return *grads, None, None, None, None, None
+        if dy is None:  # y was not used: return no gradients instead of zeros, which an optimizer would decay
+            dy, need_dweight, need_dbias = torch.zeros(r.shape, dtype=x_dtype, device=r.device), False, False
         # x and residual share one gradient unless dropout or the dtypes make them differ
         before_dropout = need_dx or need_dx_bias
         separate = need_dresidual and (residual_dtype != x_dtype or (before_dropout and rng is not None))
@@ -153,7 +153,7 @@ def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
         y, _ = reference.norm(r, None, weight, bias, eps=eps, rms=rms)
         return (y.to(x_dtype),)
 
-    dr, dweight, dbias = differentiate(normalise, (leaf, weight, bias), (dy,))
+    dr, dweight, dbias = (0.0, None, None) if dy is None else differentiate(normalise, (leaf, weight, bias), (dy,))
     if dr_out is not None:
         dr = dr + dr_out
     dx = reference.dropout(dr.to(x_dtype), dropout_p if rng is not None else 0.0, rng=rng)

@@ -6,6 +6,8 @@ from fastattn.models import KeyValueCache, search
 
 from ..messages import UsageError
 
+_NUCLEUS = 64  # tokens to look at first in search of those that reach top_p
+
 
 def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, beams=1):
     """Raises UsageError for values that cannot be sampled with."""
@@ -62,23 +64,36 @@ def next_token_probabilities(logits, seen=None, *, temperature=1.0, top_k=None, 
     Returns:
         (batch, vocab_size) fp32, rows sum to 1.
     """
-    logits = logits.float()
-    if repetition_penalty != 1.0 and seen is not None:
-        scores = logits.gather(1, seen)
-        logits = logits.scatter(
-            1, seen, torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
-        )
+    logits = _penalised(logits.float(), seen, repetition_penalty)
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probabilities = (logits / temperature).softmax(-1)
-    if top_p is not None and top_p < 1:
-        ordered, index = probabilities.sort(descending=True)
-        surplus = ordered.cumsum(-1) - ordered >= top_p  # those before it reach top_p without it
-        probabilities = probabilities.masked_fill(surplus.scatter(1, index, surplus), 0.0)
-        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    return probabilities
+    return probabilities if top_p is None or top_p >= 1 else _nucleus(probabilities, top_p)
+
+
+def _penalised(logits, seen, repetition_penalty):
+    if repetition_penalty == 1.0 or seen is None:
+        return logits
+    scores = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty))
+
+
+def _nucleus(probabilities, top_p):
+    """The fewest most likely tokens whose probabilities reach top_p, scaled to a sum of 1; the others get 0.
+
+    A trained model puts most of the probability on few tokens, so a sort of the whole vocabulary is seldom needed.
+    """
+    vocab_size, n = probabilities.shape[-1], _NUCLEUS
+    while True:
+        likely, index = probabilities.topk(min(n, vocab_size))
+        total = likely.cumsum(-1)
+        if n >= vocab_size or bool((total[:, -1] >= top_p).all()):
+            break
+        n *= 8
+    kept = likely.masked_fill(total - likely >= top_p, 0.0)  # the tokens before it reach top_p without it
+    return torch.zeros_like(probabilities).scatter(1, index, kept / kept.sum(-1, keepdim=True))
 
 
 @torch.no_grad()
@@ -112,11 +127,15 @@ def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None,
     next_logits = _NextLogits(model, use_cache)
     try:
         for _ in range(max_new_tokens):
-            probabilities = next_token_probabilities(
-                next_logits(tokens), tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                repetition_penalty=repetition_penalty,
-            )  # fmt: skip
-            chosen = torch.multinomial(probabilities, 1, generator=generator)
+            logits = next_logits(tokens)
+            if temperature == 0:  # no probabilities, nothing to draw
+                chosen = _penalised(logits.float(), tokens, repetition_penalty).argmax(-1, keepdim=True)
+            else:
+                probabilities = next_token_probabilities(
+                    logits, tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                    repetition_penalty=repetition_penalty,
+                )  # fmt: skip
+                chosen = torch.multinomial(probabilities, 1, generator=generator)
             if (number := chosen.item()) in stop:
                 return
             yield number

@@ -1,7 +1,7 @@
 #pragma once
-// Tiles of the attention kernels: a register-blocked product, transposes and packing. Score tiles lie transposed, keys
-// down and queries along the vector lanes, so that the softmax needs no horizontal step and the rows of K and V are
-// read by broadcasts as they lie in memory.
+// Tiles of the attention kernels and of gemm.cpp: a register-blocked product, transposes and packing. Score tiles lie
+// transposed, keys down and queries along the vector lanes, so that the softmax needs no horizontal step and the rows
+// of K and V are read by broadcasts as they lie in memory.
 //
 // A slot is 32 bits of an operand: one float, or with kPairs two bf16 that follow each other along the summed
 // dimension, which one dot-product instruction multiplies and adds in fp32.
@@ -60,10 +60,31 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 
+// acc[r][x] += sum_k a(r, k) * b[k][x] for R rows and C vectors of columns, in the order of k; a(r, k) lies at
+// a[r * lda + k], or at a[k * lda + r] if kTransposed.
+template <bool kPairs, bool kTransposed, int R, int C>
+[[gnu::always_inline]] inline void accumulate(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                                              Vec (&acc)[R][C]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[C];
+#pragma GCC unroll 4
+    for (int x = 0; x < C; ++x) {
+      row[x] = Vec::load(b + k * ldb + x * kVec);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec value = Vec::fill(kTransposed ? a[k * lda + r] : a[r * lda + k]);
+#pragma GCC unroll 4
+      for (int x = 0; x < C; ++x) {
+        acc[r][x] = multiply_add<kPairs>(value, row[x], acc[r][x]);
+      }
+    }
+  }
+}
+
 enum class Start { kZero, kAdd, kScale };  // what a product is added to: nothing, c, c * factor[column]
 
-// c[r][x] = start + sum_k a(r, k) * b[k][x] for R rows and C vectors of columns; a(r, k) lies at a[r * lda + k], or at
-// a[k * lda + r] if kTransposed.
+// c[r][x] = start + sum_k a(r, k) * b[k][x], as accumulate() has it
 template <bool kPairs, bool kTransposed, int R, int C>
 inline void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
                           int64_t ldc, Start start, const float* factor) {
@@ -85,21 +106,7 @@ inline void product_block(const float* a, int64_t lda, const float* b, int64_t l
       }
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[C];
-#pragma GCC unroll 4
-    for (int x = 0; x < C; ++x) {
-      row[x] = Vec::load(b + k * ldb + x * kVec);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec value = Vec::fill(kTransposed ? a[k * lda + r] : a[r * lda + k]);
-#pragma GCC unroll 4
-      for (int x = 0; x < C; ++x) {
-        acc[r][x] = multiply_add<kPairs>(value, row[x], acc[r][x]);
-      }
-    }
-  }
+  accumulate<kPairs, kTransposed>(a, lda, b, ldb, depth, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

@@ -1,0 +1,360 @@
+"""What the attention kernels share on the device: where a program stands, and the arithmetic on a tile of scores.
+
+The values that go through these functions are described in attention_call.py.
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.attention_call import Blocks, Head, Side, Span
+from fastattn.kernels.common import LOG2_E, dropout_halfwords, tanh
+
+SEARCHED = tl.constexpr(128)  # sequences that one step of find_tile looks at
+
+
+@triton.jit
+def find_tile(cu_seqlens_ptr, tiles, total, tile, BLOCK: tl.constexpr):
+    """(sequence, tile within it, whether it is a sequence) of one of the `tiles` into which packed rows are divided.
+
+    Sequence b begins with tile cu_seqlens[b] // BLOCK + b. So it gets at least as many tiles as its rows need, and all
+    sequences together total // BLOCK + sequences: the grid grows with the rows and not with the longest sequence. The
+    rows behind the last sequence come after it as if they were one more.
+    """
+    sequences = tiles - 1 - total // BLOCK
+    low = sequences * 0
+    size = sequences + 1
+    while size > 1:  # the answer is among sequences low to low + size - 1
+        step = (size + SEARCHED - 1) // SEARCHED
+        local = tl.arange(0, SEARCHED) * step
+        begins = tl.load(cu_seqlens_ptr + low + local, mask=local < size, other=0) // BLOCK + low + local
+        passed = tl.sum(((begins <= tile) & (local < size)).to(tl.int32))
+        low += tl.maximum(passed - 1, 0) * step
+        size = tl.minimum(step, sequences + 1 - low)
+    tile -= tl.load(cu_seqlens_ptr + low) // BLOCK + low
+    return low.to(tl.int64), tile, low < sequences
+
+
+@triton.jit
+def locate(batch, within, features, total_q, total_k, left, right, form: tl.constexpr, OF_KEYS: tl.constexpr):
+    """The Span of a batch entry or packed sequence.
+
+    Where `batch` is not `within` the packed sequences the rows are those behind the last one, and there is nothing on
+    the other side. OF_KEYS: the rows in question are keys.
+    """
+    index = batch
+    first_q = batch * 0
+    first_k = batch * 0
+    seqlen_q = total_q
+    seqlen_k = total_k
+    if features.cu_seqlens_q_ptr is not None:
+        index = batch * 0
+        begin_q = tl.load(features.cu_seqlens_q_ptr + batch)
+        begin_k = tl.load(features.cu_seqlens_k_ptr + batch)
+        end_q = tl.load(features.cu_seqlens_q_ptr + batch + 1, mask=within, other=begin_q if OF_KEYS else total_q)
+        end_k = tl.load(features.cu_seqlens_k_ptr + batch + 1, mask=within, other=total_k if OF_KEYS else begin_k)
+        seqlen_q = end_q - begin_q
+        seqlen_k = end_k - begin_k
+        first_q = begin_q.to(tl.int64)
+        first_k = begin_k.to(tl.int64)
+    length_k = seqlen_k
+    if features.seqlens_k_ptr is not None:
+        length = load_of_sequence(features.seqlens_k_ptr + batch, within, 0, features)
+        length_k = tl.maximum(tl.minimum(length, seqlen_k), 0)
+    off = length_k - seqlen_q
+    if form.TOP_LEFT:
+        off *= 0
+    return Span(batch, within, index, first_q, first_k, seqlen_q, seqlen_k, length_k, off, left, right)
+
+
+@triton.jit
+def load_of_sequence(ptr, within, other, features):
+    """A number of a sequence, or `other` for the rows behind the last packed one."""
+    if features.cu_seqlens_q_ptr is not None:
+        number = tl.load(ptr, mask=within, other=other)
+    else:
+        number = tl.load(ptr)
+    return number
+
+
+@triton.jit
+def head_frame(features, heads, total_q, total_k, blocks, left, right, form: tl.constexpr, OF_KEYS: tl.constexpr):
+    """(first row of this program within its sequence, head of q, or of k if OF_KEYS, Span) from the grid.
+
+    The grid has `blocks` programs for each of `heads` and each batch entry, one for BLOCK_M queries or BLOCK_N keys.
+    """
+    pid = tl.program_id(0)
+    block = pid % blocks
+    if form.HAS_RIGHT and not OF_KEYS:
+        block = blocks - 1 - block  # causal: the longest rows first; the first keys are seen by the most queries
+    batch = (pid // blocks // heads).to(tl.int64)
+    head = (pid // blocks % heads).to(tl.int64)
+    within = batch >= 0
+    if OF_KEYS:
+        if features.cu_seqlens_k_ptr is not None:
+            batch, block, within = find_tile(features.cu_seqlens_k_ptr, blocks, total_k, block, form.BLOCK_N)
+        start = block * form.BLOCK_N
+    else:
+        if features.cu_seqlens_q_ptr is not None:
+            batch, block, within = find_tile(features.cu_seqlens_q_ptr, blocks, total_q, block, form.BLOCK_M)
+        start = block * form.BLOCK_M
+    return start, head, locate(batch, within, features, total_q, total_k, left, right, form, OF_KEYS)
+
+
+@triton.jit
+def find_head(head, span, features, n_heads, threshold):
+    """The Head of a query head."""
+    slope = 0.0
+    if features.slopes is not None:
+        slopes = features.slopes.ptr + span.batch * features.slopes.strides[0] + head
+        slope = load_of_sequence(slopes, span.within, 0.0, features)
+    slab = (span.batch * n_heads + head).to(tl.int32)
+    return Head(span.batch, head, slope, slab, threshold)
+
+
+@triton.jit
+def head_ptr(rows, batch, head):
+    """Where a head begins."""
+    return rows.ptr + batch * rows.strides[0] + head * rows.strides[1]
+
+
+@triton.jit
+def side_of(rows, index, head, first, begin, end, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+            TMA: tl.constexpr):  # fmt: skip
+    """Rows [begin, end) of a head, counted from its row `first`, as load_tile takes them."""
+    stride = rows.strides[2]
+    source = head_ptr(rows, index, head) + first * stride
+    if TMA:
+        source = tl.make_tensor_descriptor(source, [tl.maximum(end, 1), DIM], [stride, 1], [BLOCK, BLOCK_D])
+    return Side(source, stride, begin, end)
+
+
+@triton.jit
+def query_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    """The rows of q, or of a tensor like q, in a head."""
+    return side_of(rows, span.index, head, span.first_q, 0, span.seqlen_q, DIM, BLOCK_D, BLOCK, TMA)
+
+
+@triton.jit
+def key_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, form: tl.constexpr):
+    """The rows of k or v in a head, without those that the windows leave to no query at all: they are not even read."""
+    begin = 0
+    end = span.length_k
+    if form.HAS_LEFT:
+        begin = span.off - span.left
+    if form.HAS_RIGHT:
+        end = tl.minimum(span.length_k, span.seqlen_q + span.off + span.right)
+    return side_of(rows, span.index, head, span.first_k, begin, end, DIM, BLOCK_D, form.BLOCK_N, form.TMA)
+
+
+@triton.jit
+def key_blocks(start_m, rows, span, form: tl.constexpr):
+    """Blocks of keys that the queries start_m to start_m + rows - 1 see; "full" is seen by every one of them."""
+    end_m = tl.minimum(start_m + rows, span.seqlen_q)
+    low = 0
+    high = span.length_k
+    full_low = 0
+    full_high = span.length_k
+    if form.HAS_LEFT:
+        low = tl.minimum(tl.maximum(start_m + span.off - span.left, 0), span.length_k)
+        full_low = tl.maximum(end_m - 1 + span.off - span.left, 0)
+    if form.HAS_RIGHT:
+        high = tl.maximum(tl.minimum(span.length_k, end_m + span.off + span.right), 0)
+        full_high = tl.maximum(tl.minimum(span.length_k, start_m + span.off + span.right + 1), 0)
+    return blocks_of(low, high, full_low, full_high, form.BLOCK_N)
+
+
+@triton.jit
+def query_blocks(start_n, span, form: tl.constexpr):
+    """Blocks of queries that see the keys of the block at start_n; "full" sees every one of them."""
+    end_n = tl.minimum(start_n + form.BLOCK_N, span.length_k)
+    low = 0
+    high = tl.where(end_n > start_n, span.seqlen_q, 0)
+    full_low = 0
+    full_high = span.seqlen_q
+    if form.HAS_RIGHT:
+        low = tl.minimum(tl.maximum(start_n - span.off - span.right, 0), span.seqlen_q)
+        full_low = tl.maximum(end_n - 1 - span.off - span.right, 0)
+    if form.HAS_LEFT:
+        high = tl.minimum(high, tl.maximum(end_n - span.off + span.left, 0))
+        full_high = tl.maximum(tl.minimum(span.seqlen_q, start_n - span.off + span.left + 1), 0)
+    return blocks_of(low, high, full_low, full_high, form.BLOCK_M)
+
+
+@triton.jit
+def blocks_of(low, high, full_low, full_high, BLOCK: tl.constexpr):
+    """The Blocks that hold rows low to high - 1, and those that lie within full_low to full_high - 1."""
+    first = low // BLOCK
+    end = tl.maximum((high + BLOCK - 1) // BLOCK, first)
+    full = tl.minimum(tl.maximum((full_low + BLOCK - 1) // BLOCK, first), end)
+    end_full = tl.minimum(tl.maximum(full_high // BLOCK, full), end)
+    return Blocks(first, full, end_full, end)
+
+
+@triton.jit
+def walk(blocks, EDGE: tl.constexpr, BOTH_SIDES: tl.constexpr):
+    """(begin, end) of a loop over the full blocks, or over the EDGEs, which lie on BOTH_SIDES of them or behind."""
+    if not EDGE:
+        begin = blocks.full
+        end = blocks.end_full
+    elif BOTH_SIDES:
+        begin = blocks.first
+        end = blocks.end - (blocks.end_full - blocks.full)
+    else:
+        begin = blocks.end_full
+        end = blocks.end
+    return begin, end
+
+
+@triton.jit
+def block_start(block, blocks, BLOCK: tl.constexpr, EDGE: tl.constexpr, BOTH_SIDES: tl.constexpr):
+    """The first row of a step of `walk`, which leaves the full blocks out if it goes over the edges."""
+    start = block * BLOCK
+    if EDGE and BOTH_SIDES:
+        start = tl.where(block < blocks.full, block, block + (blocks.end_full - blocks.full)) * BLOCK
+    return tl.multiple_of(start, BLOCK)
+
+
+@triton.jit
+def load_tile(side, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
+              TMA: tl.constexpr):  # fmt: skip
+    """Rows start to start + BLOCK - 1, zeros in those outside of [begin, end) if EDGE and in columns past DIM."""
+    if TMA:
+        tile = side.source.load([start, 0])
+    else:
+        rows = start + tl.arange(0, BLOCK)
+        offs_d = tl.arange(0, BLOCK_D)
+        pointers = side.source + rows.to(tl.int64)[:, None] * side.stride + offs_d[None, :]
+        inside = ((rows >= side.begin) & (rows < side.end))[:, None]
+        if EDGE and DIM != BLOCK_D:
+            tile = tl.load(pointers, mask=inside & (offs_d < DIM)[None, :], other=0.0)
+        elif EDGE:
+            tile = tl.load(pointers, mask=inside, other=0.0)
+        elif DIM != BLOCK_D:
+            tile = tl.load(pointers, mask=(offs_d < DIM)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(rows, index, head, first, start, end, tile, DIM: tl.constexpr):
+    """Store a tile at rows first + start... of a head: those before first + end, and the columns before DIM."""
+    offs = start + tl.arange(0, tile.shape[0])
+    offs_d = tl.arange(0, tile.shape[1])
+    base = head_ptr(rows, index, head) + first * rows.strides[2]
+    pointers = base + offs.to(tl.int64)[:, None] * rows.strides[2] + offs_d[None, :]
+    tl.store(pointers, tile.to(rows.ptr.dtype.element_ty), mask=(offs < end)[:, None] & (offs_d < DIM)[None, :])
+
+
+@triton.jit
+def score_ptrs(rows, head, i, j):
+    """Pointers to the elements of a tile in a bias, its gradient or a mask."""
+    return head_ptr(rows, head.batch, head.head) + i.to(tl.int64) * rows.strides[2] + j.to(tl.int64) * rows.strides[3]
+
+
+@triton.jit
+def visible_tile(i, j, span, head, features, form: tl.constexpr, EDGE: tl.constexpr):
+    """Which key each query sees; i and j are positions shaped to broadcast, so that it serves transposed tiles too."""
+    inside = (j < span.length_k) & (i < span.seqlen_q)
+    visible = inside
+    if EDGE and form.HAS_LEFT:
+        visible = visible & (j >= i + (span.off - span.left))
+    if EDGE and form.HAS_RIGHT:
+        visible = visible & (j <= i + (span.off + span.right))
+    if features.mask is not None:
+        visible = visible & (tl.load(score_ptrs(features.mask, head, i, j), mask=inside, other=0) != 0)
+    return visible
+
+
+@triton.jit
+def tile_scores(qk, i, j, span, head, features, form: tl.constexpr):
+    """(scores, times log2(e) unless NATURAL, capped / softcap); the second is meaningless without a cap."""
+    capped = qk
+    factor = features.scale
+    if form.SOFTCAP:
+        capped = tanh(qk * (features.scale / features.softcap))
+        factor = features.softcap
+    if not form.NATURAL:
+        factor *= LOG2_E
+    if features.bias is not None:
+        inside = (i < span.seqlen_q) & (j < span.length_k)
+        add = tl.load(score_ptrs(features.bias, head, i, j), mask=inside, other=0.0).to(tl.float32)
+        s = tl.fma(capped, factor, add)  # fused by name: forward and backward must round alike
+    else:
+        s = capped * factor
+    if features.slopes is not None:
+        s = tl.fma(tl.abs(i + span.off - j).to(tl.float32), -head.slope, s)
+    return s, capped
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def empty_softmax(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(sum of the weighted values, sum of the weights, greatest score) of rows that have seen nothing yet."""
+    greatest = tl.full([ROWS], float("-inf"), tl.float32)
+    return zeros(ROWS, COLUMNS), tl.zeros([ROWS], tl.float32), greatest
+
+
+@triton.jit
+def exponential(difference, NATURAL: tl.constexpr):
+    """e to the difference of two scores."""
+    if NATURAL:
+        difference *= LOG2_E
+    return tl.exp2(difference)
+
+
+@triton.jit
+def probability(s, lse_high, lse_low, NATURAL: tl.constexpr):
+    """exp(s - lse) for both parts of lse as the preprocess of the backward leaves them."""
+    difference = s - lse_high
+    if NATURAL:
+        # above 0 only where another backend, whose lse it is, rounded the scores otherwise: by 64 beside a bias of 1e9
+        difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2_E - lse_low
+    return tl.exp2(difference)
+
+
+@triton.jit
+def keep_tile(start_m, start_n, head, features, form: tl.constexpr):
+    """Dropout's decisions on a tile of scores: row and column are positions, the slab is batch * n_heads + head."""
+    row = start_m + tl.arange(0, form.BLOCK_M)
+    group = start_n // 8 + tl.arange(0, form.BLOCK_N // 8)
+    return dropout_halfwords(features.rng_ptr, row, row * 0 + head.slab, group) >= head.threshold
+
+
+@triton.jit
+def load_softmax(softmax, first, rows, end, form: tl.constexpr):
+    """(both parts of lse, delta) of rows first + rows as the preprocess leaves them; +inf from row `end` on: p = 0."""
+    inside = rows < end
+    high = tl.load(softmax.high_ptr + first + rows, mask=inside, other=float("inf"))
+    low = high
+    if form.NATURAL:
+        low = tl.load(softmax.low_ptr + first + rows, mask=inside, other=0.0)
+    return high, low, tl.load(softmax.delta_ptr + first + rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def score_gradient(
+    q, k, v, do, softmax, start_m, start_n, span, head, features, form: tl.constexpr, EDGE: tl.constexpr
+):
+    """(ds, capped score, visible) of a tile with queries as rows; softmax: what load_softmax gives for them."""
+    row_high, row_low, row_delta = softmax
+    i = (start_m + tl.arange(0, form.BLOCK_M))[:, None]
+    j = (start_n + tl.arange(0, form.BLOCK_N))[None, :]
+    qk = tl.dot(q, tl.trans(k), input_precision=form.PRECISION)
+    s, capped = tile_scores(qk, i, j, span, head, features, form)
+    visible = visible_tile(i, j, span, head, features, form, EDGE)
+    MASKED: tl.constexpr = EDGE or features.mask is not None
+    if MASKED:  # before the exponential: lse may lie far below 0, the score of a key that is none
+        s = tl.where(visible, s, float("-inf"))
+    p = probability(s, row_high[:, None], row_low[:, None], form.NATURAL)
+    dp = tl.dot(do, tl.trans(v), input_precision=form.PRECISION)
+    if features.rng_ptr is not None:
+        dp = tl.where(keep_tile(start_m, start_n, head, features, form), dp * features.rescale, 0.0)
+    ds = p * (dp - row_delta[:, None])
+    if MASKED:
+        ds = tl.where(visible, ds, 0.0)
+    return ds, capped, visible
