@@ -1,8 +1,8 @@
 """Builds fastattn: op libraries on the LibTorch stable ABI, a pybind11 module, Triton kernels in Python.
 
-torch is never imported and never required to build: its headers are found in the environment that is installed into,
-and the libraries link against empty stubs that carry torch's sonames. Every native part is optional; what was built,
-and why something was not, is written to fastattn/_build_info.json.
+The build neither imports nor requires torch: its headers are found in the environment of the installation, and the
+libraries link against empty stubs with torch's sonames. Every native part is optional; fastattn/_build_info.json lists
+the parts that were built, and why the others were not.
 
 Environment:
   FASTATTN_NATIVE      auto | 0 | 1   0: no native part; 1: a native part that cannot be built is an error (CI)
@@ -33,12 +33,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = pathlib.Path(__file__).parent.resolve()
 PACKAGE = "fastattn"
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "g++")
-OLDEST_TORCH = (2, 11)  # the libraries load on this one and every later one
+OLDEST_TORCH = (2, 11)  # the libraries load on this version and every later one
 TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 DEFINITIONS = runpy.run_path(str(ROOT / PACKAGE / "ops/_schemas.py"))["DEFINITIONS"]
-SCHEMAS = "libfastattn_schemas.so"  # the others find it by this name in the folder that they lie in
+SCHEMAS = "libfastattn_schemas.so"  # the other libraries find it by this name in their own folder
 
-# Every csrc/cpu/*.cpp but the *ops.cpp is compiled once per instruction set, with CPU_CAPABILITY naming the variant.
+# Every csrc/cpu/*.cpp except *ops.cpp is compiled once per instruction set, with CPU_CAPABILITY naming the variant.
 CPU_VARIANTS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_VARIANTS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -47,11 +47,11 @@ if platform.machine() in ("x86_64", "AMD64"):
 CPU_VARIANT_OF_SUFFIX = {"_avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c"}
 
 
-# gcc 12 warns falsely inside its own AVX-512 headers; clang does not know the first of the two
+# gcc 12 gives false warnings in its own AVX-512 headers; clang does not know the first flag
 KERNEL_FLAGS = "-fno-exceptions -Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-warning-option"
 
-# A file named *_sm90.cu is compiled for that architecture only: its instructions exist nowhere else. The wrappers learn
-# by FASTATTN_HAS_SM90 whether it was.
+# A file named *_sm90.cu is compiled for that architecture only, as no other has its instructions. FASTATTN_HAS_SM90
+# tells the wrappers whether it was compiled.
 ARCH_OF_SUFFIX = {"_sm90": "90a", "_sm100": "100a"}
 
 RULES = """\
@@ -93,11 +93,10 @@ def wanted_archs():
 
 
 def find_torch():
-    """(directory of the torch package, None), or (None, why there is none to build with).
+    """(directory of the torch package, None), or (None, why there is no usable one).
 
-    Looked for: FASTATTN_TORCH_DIR, then this environment. An isolated build hides the environment that is installed
-    into, but pip runs it with that environment's interpreter: started afresh, without the variables that isolate, it
-    sees it again.
+    Searches FASTATTN_TORCH_DIR, then this environment. An isolated build hides the target environment, but pip runs the
+    build with that environment's interpreter, which sees it if started again without the variables of the isolation.
     """
     candidates = [os.environ.get("FASTATTN_TORCH_DIR")]
     spec = importlib.util.find_spec("torch")
@@ -120,7 +119,7 @@ def torch_version(directory):
 
 
 def find_cuda():
-    """The root of a CUDA toolkit: one that pip put in the build environment, CUDA_HOME, or the system's."""
+    """The root of a CUDA toolkit: from pip in the build environment, CUDA_HOME, or the system's."""
     candidates = [os.path.join(path, "nvidia/cu13") for path in sys.path]
     candidates += [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     on_path = shutil.which("nvcc")
@@ -156,7 +155,7 @@ def first_match(pattern, text):
 
 
 def job_count():
-    """MAX_JOBS, or one compiler per core we may use and per 2 GiB of available memory."""
+    """MAX_JOBS, or one compiler per usable core and per 2 GiB of available memory."""
     wanted = os.environ.get("MAX_JOBS") or "auto"
     if wanted.isdigit():
         return max(1, int(wanted))
@@ -167,7 +166,7 @@ def job_count():
 
 
 def arch_flags(stem, archs):
-    """The -gencode flags of one .cu file; a generic file also carries PTX, so that it runs on architectures to come."""
+    """The -gencode flags of one .cu file; a generic file also has PTX, so that it runs on future architectures."""
     for suffix, only in ARCH_OF_SUFFIX.items():
         if stem.endswith(suffix):
             return f"-gencode=arch=compute_{only},code=sm_{only}" if only in archs else None
@@ -179,10 +178,10 @@ def arch_flags(stem, archs):
 
 
 class NinjaFile:
-    """A build.ninja under construction, run in the directory it stands in. Objects mirror the source tree there."""
+    """A build.ninja under construction; it runs in its own directory, where objects mirror the source tree."""
 
     def __init__(self, nvcc):
-        # nvcc takes the C++ compiler on PATH; one that was named is meant for it too
+        # nvcc uses the C++ compiler on PATH, unless CXX names another
         ccbin = f"-ccbin {CXX}" if os.environ.get("CXX") and " " not in CXX else ""
         self.text = RULES.format(cxx=CXX, nvcc=shlex.quote(str(nvcc)), ccbin=ccbin)
 
@@ -200,11 +199,11 @@ class NinjaFile:
         return self.add(source.relative_to(ROOT).with_suffix(suffix), rule, [source], flags=flags)
 
     def stub(self, soname):
-        """An empty library: gives DT_NEEDED on torch's library without needing that very torch to link."""
+        """An empty library, which gives DT_NEEDED on torch's library without that torch at link time."""
         return self.add(soname, "stub", [], soname=soname)
 
     def library(self, name, objects, libraries, flags=""):
-        """A shared library that needs `libraries`, even if it takes no symbol from them: the stubs have none."""
+        """A shared library that depends on `libraries`, even if it uses no symbol of them, as the stubs have none."""
         needed = f"-Wl,--no-as-needed {' '.join(libraries)} -Wl,--as-needed -Wl,-rpath,'$$ORIGIN'"
         self.add(name, "link", objects, libraries, flags=f"-Wl,-soname,{name} {needed} {flags}")
 
@@ -214,17 +213,17 @@ def include(*directories, system=True):
 
 
 def write_schema_library(ninja, torch_flags, build_dir):
-    """libfastattn_schemas.so: the definitions of all ops, on which the op libraries depend."""
+    """libfastattn_schemas.so: the definitions of all ops; the op libraries depend on it."""
     text = "".join(f'"{definition}",\n' for definition in DEFINITIONS.values())
     inc = build_dir / "schemas.inc"
-    if not inc.exists() or inc.read_text() != text:  # its time decides what is compiled again
+    if not inc.exists() or inc.read_text() != text:  # its timestamp decides what is compiled again
         inc.write_text(text)
     flags = f"{torch_flags} {include(build_dir, system=False)}"
     ninja.library(SCHEMAS, [ninja.compile("cxx", ROOT / "csrc/schemas.cpp", flags)], [ninja.stub("libtorch_cpu.so")])
 
 
 def write_cpu_library(ninja, torch_flags):
-    """_cpu.so: kernels once per instruction set, and the *ops.cpp, which register them with torch."""
+    """_cpu.so: the kernels, once per instruction set, and the *ops.cpp, which register them with torch."""
     objects = []
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         if source.stem.endswith("ops"):
@@ -240,7 +239,7 @@ def write_cpu_library(ninja, torch_flags):
 
 
 def write_cuda_library(ninja, torch_flags, cuda, archs):
-    """_cuda.so: torch-free .cu files, host wrapper by the C++ compiler, the CUDA runtime linked statically."""
+    """_cuda.so: torch-free .cu files and C++ host wrappers, with the CUDA runtime linked statically."""
     has = " ".join(f"-DFASTATTN_HAS{suffix.upper()}" for suffix, arch in ARCH_OF_SUFFIX.items() if arch in archs)
     objects = [
         ninja.compile("cxx", source, f"{torch_flags} {has}") for source in sorted((ROOT / "csrc/cuda").glob("*.cpp"))
@@ -261,7 +260,7 @@ def write_introspection_module(ninja, name, pybind11):
 
 
 def run_ninja(build_dir, target):
-    """Build one target; None, or the part of the output that says why it failed."""
+    """Build one target; returns None, or the part of the output that explains the failure."""
     on_path = shutil.which("ninja")
     command = [on_path] if on_path else [sys.executable, "-m", "ninja"]
     command += ["-C", str(build_dir), f"-j{job_count()}", target]
@@ -280,7 +279,7 @@ def run_ninja(build_dir, target):
 
 
 def replace_file(path, content):
-    """Write a file in one step: a process that has the old library mapped keeps it, a killed build leaves no half."""
+    """Write a file atomically: processes keep an old library that they have mapped, a killed build leaves no part."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     temporary.chmod(0o755 if path.suffix == ".so" else 0o644)
@@ -294,7 +293,7 @@ class BuildNative(build_ext):
         self.parts = (SCHEMAS, "_cpu.so", "_cuda.so", self.module)
         out_dir = ROOT / PACKAGE if self.inplace else pathlib.Path(self.build_lib).resolve() / PACKAGE
         build_dir = pathlib.Path(self.build_temp).resolve()
-        if self.editable_mode:  # not the temporary directory of an editable install: the next one is incremental
+        if self.editable_mode:  # not its temporary directory, so that the next build is incremental
             build_dir = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         for directory in (out_dir, build_dir):
             directory.mkdir(parents=True, exist_ok=True)
@@ -303,7 +302,7 @@ class BuildNative(build_ext):
         skipped = info["not_built"]
         for part in self.parts:
             if part in skipped:
-                (out_dir / part).unlink(missing_ok=True)  # never leave the library of an older source
+                (out_dir / part).unlink(missing_ok=True)  # never keep a library of older sources
                 print(f"{PACKAGE}: {part} not built: {skipped[part]}", file=sys.stderr)
             else:
                 replace_file(out_dir / part, (build_dir / part).read_bytes())
@@ -315,10 +314,10 @@ class BuildNative(build_ext):
         missing = sorted(required & skipped.keys())
         if missing:
             reasons = "\n".join(f"{part}: {skipped[part]}" for part in missing)
-            raise SystemExit(f"{PACKAGE}: FASTATTN_NATIVE or FASTATTN_CUDA is 1, but not all was built\n{reasons}")
+            raise SystemExit(f"{PACKAGE}: FASTATTN_NATIVE or FASTATTN_CUDA is 1, but a part was not built\n{reasons}")
 
     def build(self, build_dir):
-        """Build in `build_dir` what can be built; what that was, and why the rest was not, as _build_info.json."""
+        """Build every possible part in `build_dir`; returns the parts built and the reasons for the rest."""
         archs = wanted_archs()
         torch, no_torch = find_torch()
         cuda = find_cuda() if self.want_cuda != "0" else None
@@ -334,7 +333,7 @@ class BuildNative(build_ext):
         if self.native == "0":
             skip("FASTATTN_NATIVE=0", *self.parts)
         if not sys.platform.startswith("linux"):
-            skip(f"the native part is built on Linux only, this is {sys.platform}", *self.parts)
+            skip(f"the native part builds on Linux only, this is {sys.platform}", *self.parts)
         if not shutil.which(shlex.split(CXX)[0]):
             skip(f"no C++ compiler: {CXX} not found (install g++, or set CXX)", *self.parts)
         if torch is None:
@@ -372,7 +371,7 @@ class BuildNative(build_ext):
         }
 
     def get_output_mapping(self):
-        """For editable installs that link file by file: where an installed package looks -> the file in this tree."""
+        """For editable installs that link file by file: path in the installed package -> file in this tree."""
         if not self.inplace:
             return {}
         names = [name for name in (*self.parts, "_build_info.json") if (ROOT / PACKAGE / name).exists()]
@@ -383,7 +382,7 @@ class BuildNative(build_ext):
 
 
 class CleanBuild(build):
-    """Starts from an empty build_lib: a module or library that left the source must not travel on from there."""
+    """Starts from an empty build_lib, so that files deleted from the source do not stay in the package."""
 
     def run(self):
         shutil.rmtree(self.build_lib, ignore_errors=True)
@@ -402,11 +401,11 @@ class Wheel(bdist_wheel):
 
 
 def source_folders():
-    """Which folders hold which packages.
+    """The folders of the packages.
 
-    fastattn/kernels is a link to kernels/, which some archives and file systems lose: the wheel does not depend on it.
-    An editable install gets a folder on sys.path that holds a link to the package and nothing else: type checkers see
-    that, unlike an import hook of setuptools, and no other folder of this repository can be imported.
+    fastattn/kernels is a symbolic link to kernels/, which some archives and file systems lose, so the wheel does not
+    depend on it. An editable install puts a folder on sys.path with a link to the package only: type checkers follow
+    it, unlike an import hook of setuptools, and no other folder of this repository becomes importable.
     """
     if "editable_wheel" in sys.argv and (ROOT / PACKAGE / "kernels").is_dir():
         link = ROOT / ".editable" / PACKAGE

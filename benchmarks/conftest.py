@@ -1,8 +1,8 @@
 """Side-by-side benchmarks: every candidate of a test is verified, then timed interleaved with the others.
 
 The `compare` fixture runs the candidates of one test round by round in rotating order, so that clock drift and noisy
-neighbours hit each alike. Every candidate becomes a pytest-benchmark record of one group, so its tables,
---benchmark-json and --benchmark-compare work. The ceilings of the percentages are measured in the same session.
+neighbours affect all of them equally. The candidates of a test are the pytest-benchmark records of one group, so its
+tables, --benchmark-json and --benchmark-compare work. The percentages refer to peak rates measured in the same session.
 """
 
 import functools
@@ -51,7 +51,9 @@ def synchronize():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--cpu-time", action="store_true", help="processor time of one thread: ratios that a busy machine leaves alone"
+        "--cpu-time",
+        action="store_true",
+        help="measure the processor time of one thread, robust on busy machines",
     )
 
 
@@ -91,9 +93,9 @@ def fastest(fn, rounds=10):
 
 @functools.cache
 def copy_rate(nbytes):
-    """Bytes per second of a copy that moves `nbytes`, read plus written: on a CPU the same caches hold it.
+    """Bytes per second, read plus written, of a copy that moves `nbytes` and so fits the same CPU caches.
 
-    On a GPU, whose cache is flushed between rounds, that of a copy of 1 GiB.
+    On a GPU, whose cache is flushed between rounds, the copy is 1 GiB.
     """
     x = torch.ones((2**30 if CUDA else max(nbytes // 2, 4)) // 4, device=DEVICE)
     y = torch.ones_like(x)
@@ -104,7 +106,7 @@ def copy_rate(nbytes):
 def gemm_rate(dtype):
     """FLOP per second of a large square product: the best of PyTorch and, on a CPU in fp32, oneDNN and ours.
 
-    On a CPU without products of `dtype` the rate in fp32.
+    On a CPU without products of `dtype`, this is the rate in fp32.
     """
     n = 8192 if CUDA else 1024
     a, b = torch.randn(2, n, n, dtype=dtype, device=DEVICE)
@@ -149,7 +151,7 @@ class Candidate:
 
 
 def verify_equal(results, tolerance):
-    """Every candidate's result (a tensor or tensors) equals that of the first."""
+    """Check that every candidate's result (a tensor or tensors) equals the first one's."""
     names = list(results)
     for name in names[1:]:
         torch.testing.assert_close(
@@ -181,7 +183,8 @@ def compare(request, flush_cache):
         verify: name -> callable whose result must equal the first one's; the candidates themselves when None.
             With dropout the masks of PyTorch and fastattn differ, so verify passes the same calls with dropout 0.
         tolerance: absolute and relative, for verify.
-        nbytes: bytes a perfect implementation moves; flops: what it computes; dtype: of the products in `flops`.
+        nbytes: bytes that a perfect implementation moves.
+        flops: operations that it computes; dtype: of the products in them.
     Under --benchmark-disable nothing is timed: the benchmark becomes a test of correctness.
     """
     session = request.config._benchmarksession

@@ -1,7 +1,7 @@
-"""attention_decode beside F.scaled_dot_product_attention on the same cache, one new query a sequence or up to 16.
+"""attention_decode against F.scaled_dot_product_attention on the same cache, with 1 to 16 new queries per sequence.
 
-nbytes is the cache that must be read. In the same rounds "read" sums as many bytes, and "copy" moves as many, half read
-and half written.
+nbytes is the size of the cache, which must be read. In the same rounds, "read" sums as many bytes, and "copy" moves as
+many, half read and half written.
 """
 
 import pytest
@@ -34,14 +34,14 @@ def inputs(shape, dtype, seqlen_q=1):
 
 
 def ours(call):
-    """What to time of fastattn: call(backend) of the automatic choice; on a GPU of every backend that can, by name."""
+    """The candidates of fastattn: call(backend) with the automatic choice, or on a GPU with every usable backend."""
     if DEVICE == "cpu":
         return {"fastattn": lambda: call(None)}
     candidates = {}
     for name in ("native", "triton"):
         try:
             call(name)
-        except Exception as error:  # its row is missing, and the log says why
+        except Exception as error:  # the row is missing, and the log says why
             print(f"{name} left out: {str(error).splitlines()[0]}")
             continue
         candidates[f"fastattn {name}"] = lambda name=name: call(name)

@@ -1,7 +1,7 @@
-"""Attention on a GPU beside each backend of PyTorch by name, FlexAttention and our kernels, all in one run.
+"""Attention on a GPU: each backend of PyTorch, FlexAttention and our kernels, all in one run.
 
-SDPA is pinned to one backend a candidate, so that every row says what really ran; ours are named too. TFLOP/s count 4
-of a forward and 10 of a backward per score and column, of what is visible.
+Each SDPA candidate is pinned to one backend, so that every row states what really ran; ours are named too. TFLOP/s
+count 4 operations of a forward and 10 of a backward per visible score and column.
 """
 
 import pytest
@@ -15,7 +15,7 @@ import fastattn
 pytestmark = pytest.mark.skipif(not CUDA, reason="no GPU")
 
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# the most telling first: a run may be cut short
+# the most important first: a run may be cut short
 SHAPES = [(16, 16, 4096, 128), (16, 16, 4096, 64), (2, 16, 16384, 128), (2, 16, 16384, 64), (16, 16, 1024, 128)]
 SHAPES += [(16, 16, 1024, 64), (16, 16, 4096, 96), (8, 16, 4096, 192), (8, 16, 4096, 256)]
 
@@ -50,7 +50,7 @@ def test_attention_by_backend(compare, shape, causal, direction):
         return call
 
     forwards = {f"sdpa {name}": pinned(which) for name, which in SDPA.items()}
-    if seqlen == 4096 and head_dim in (64, 128):  # it is compiled for every size, which takes longer than the rest
+    if seqlen == 4096 and head_dim in (64, 128):  # it compiles for every size, which takes longer than the rest
         forwards["flex"] = flex(q, k, v, causal)
     ours = {"native": {}, "triton": {}}
     if backward and head_dim > 128:
@@ -65,7 +65,7 @@ def test_attention_by_backend(compare, shape, causal, direction):
     for name, forward in forwards.items():
         try:
             out = forward()
-        except Exception as error:  # a backend that cannot: its row is missing, and the log says why
+        except Exception as error:  # an unsupported backend: its row is missing, and the log says why
             print(f"{name} left out: {str(error).splitlines()[0]}")
             continue
         candidates[name] = forward

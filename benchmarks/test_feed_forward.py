@@ -1,4 +1,4 @@
-"""Feed-forward block beside the same in PyTorch's own ops, and its two passes around the activation alone.
+"""The feed-forward block against PyTorch's own ops, and its two passes around the activation alone.
 
 flops counts the products: 2 forward and 4 backward, 3 and 6 in the gated form. nbytes of the passes: inputs read once,
 outputs written once.

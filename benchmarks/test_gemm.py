@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastattn.ops import _gemm
 
-pytestmark = pytest.mark.skipif(not _gemm._has_kernel, reason="the CPU kernels make no product on this processor")
+pytestmark = pytest.mark.skipif(not _gemm._has_kernel, reason="the CPU kernels have no product for this processor")
 
 # rows, d_out, d_in
 SHAPES = (

@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2}
 
 
 def layer_flops(d_model, batch, seqlen):
-    """Of the forward: four projections, the feed-forward of width 4 d_model, and the two products of attention."""
+    """FLOPs of the forward: four projections, the feed-forward of width 4 d_model, and two products of attention."""
     return 2 * batch * seqlen * d_model * (4 * d_model + 8 * d_model) + 4 * batch * seqlen**2 * d_model
 
 
@@ -41,7 +41,7 @@ def without_dropout(layer):
 
 @pytest.fixture
 def no_fast_path():
-    """torch.nn as it runs when its inference fast path cannot be used; on again afterwards."""
+    """Switch torch.nn's inference fast path off, and on again afterwards."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     yield lambda on: torch.backends.mha.set_fastpath_enabled(on)
     torch.backends.mha.set_fastpath_enabled(enabled)

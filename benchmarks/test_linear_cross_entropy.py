@@ -1,7 +1,7 @@
-"""linear_cross_entropy beside F.linear and F.cross_entropy, and its pass over the logits alone.
+"""linear_cross_entropy against F.linear and F.cross_entropy, and its pass over the logits alone.
 
-flops counts the products: one forward, two backward. The peak of memory beyond inputs and gradients, as PyTorch's
-allocator sees it, is printed with -s.
+flops counts the products: one forward, two backward. With -s, the peak memory of PyTorch's allocator beyond inputs and
+gradients is printed.
 """
 
 import os
@@ -23,7 +23,7 @@ SHAPES = (
     if CUDA
     else ((1024, 128, 50257), (2048, 256, 8192), (4096, 512, 1024))
 )
-# torch's bf16 products take minutes on a processor that has no instructions for them
+# torch's bf16 products take minutes on a processor without bf16 instructions
 BF16 = CUDA or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 DTYPES = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if BF16 else {})
 
@@ -72,7 +72,7 @@ def test_linear_cross_entropy(compare, shape, dtype, direction):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_cross_entropy_pass(compare, dtype):
-    """Loss and gradient in place of the logits, on the raw op, beside F.cross_entropy forward and backward."""
+    """The raw op, which overwrites the logits with their gradient, against F.cross_entropy forward and backward."""
     rows, cols = (8192, 50304) if CUDA else (256, 50304)
     torch.manual_seed(0)
     logits = torch.randn(rows, cols, device=DEVICE).to(dtype).requires_grad_()
@@ -93,7 +93,10 @@ def test_cross_entropy_pass(compare, dtype):
         return ours()
 
     compare(
-        {"torch": in_torch, "fastattn": ours},  # ours goes on with its own gradients: the work does not depend on them
+        {
+            "torch": in_torch,
+            "fastattn": ours,
+        },  # later rounds of ours read gradients, which is the same work
         verify={"torch": in_torch, "fastattn": verified},
         tolerance=1e-4 if dtype == torch.float32 else 4e-2,
         nbytes=3 * logits.nbytes,

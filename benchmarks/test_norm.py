@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm with dropout and residual, forward and backward, beside the same in PyTorch's own ops.
+"""LayerNorm and RMSNorm with dropout and residual, forward and backward, against PyTorch's own ops.
 
 nbytes counts what a fused implementation must move: inputs read once, outputs written once.
 """
@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
 
 
 class AddedBefore(torch.autograd.Function):
-    """x of which x_bias is a part, as a linear layer leaves it: what the bias costs is the sum in the backward."""
+    """Treats x_bias as already added to x by a linear layer, so that it costs only the sum in the backward."""
 
     @staticmethod
     def forward(ctx, x, x_bias):
@@ -55,7 +55,7 @@ IMPLEMENTATIONS = {
     "layer_norm": (torch_layer_norm, our_layer_norm),
     "rms_norm": (torch_rms_norm, our_rms_norm),
 }
-# with a residual, with the bias of the linear layer before it, dropout
+# whether there is a residual, whether there is a bias of the linear layer before it, dropout
 FORMS = {
     "plain": (False, False, 0.0),
     "add": (True, False, 0.0),
@@ -94,9 +94,9 @@ def test_norm(compare, op, form, dtype, rows, cols, direction):
     theirs, ours = IMPLEMENTATIONS[op]
     # checked against fp32: PyTorch sums the weight gradients of half precision in half precision
     in_fp32 = [None if t is None else t.float() for t in (x, residual, weight, bias, x_bias, dy)]
-    # forward: x -> y, with a residual also residual -> r when it is kept for the backward
+    # forward: x -> y; with a residual also residual -> r, if r is saved for the backward
     tensors = 2 + with_residual + (with_residual and backward)
-    if backward:  # dy, r -> dx, and dresidual where dropout tells the two apart
+    if backward:  # dy, r -> dx, and dresidual, which differs from dx with dropout
         tensors += 3 + (dropout_p > 0)
     compare(
         {"torch": call(theirs, dropout_p), "fastattn": call(ours, dropout_p)},

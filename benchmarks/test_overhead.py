@@ -1,4 +1,4 @@
-"""Host time of one call on tensors so small that nothing else counts; 100 calls a round, so divide by 100."""
+"""Host time of a call on tiny tensors; a round is 100 calls, so divide by 100."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_attention_without_grad(compare):
 
 
 class NoLaunch:
-    """Stands for a Triton kernel that is prepared but, while `skips`, not launched."""
+    """Replaces a Triton kernel: the launch is prepared but, while `skips` is true, not made."""
 
     skips = False
 
@@ -93,10 +93,9 @@ class NoLaunch:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_triton_attention_host_time_without_launch(compare, monkeypatch, direction, dtype):
-    """What Python does before Triton's own launch, which is left out: `fwd` a call, `bwd` autograd's backward of it.
+    """The time of Python before Triton's own launch, which is skipped: `fwd` a call, `bwd` its backward by autograd.
 
-    In fp32 it asks for the TF32 switch besides. The row of PyTorch is its CPU or GPU op as it is: a scale for the speed
-    of the machine.
+    fp32 also reads the TF32 setting. PyTorch's row is its whole CPU or GPU op, as a scale for the speed of the machine.
     """
     from fastattn.kernels import attention_bwd as backward
     from fastattn.kernels import attention_fwd as forward

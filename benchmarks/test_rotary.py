@@ -1,6 +1,6 @@
-"""Rotary embedding of q and k of a layer, as slices of one projection, beside the usual composition of PyTorch ops.
+"""Rotary embedding of a layer's q and k, slices of one projection, against the usual composition of PyTorch ops.
 
-nbytes counts what a fused implementation must move: q and k read once and written once, the tables not at all.
+nbytes counts what a fused implementation must move: q and k read once and written once, but not the tables.
 """
 
 import pytest
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
 
 
 def in_torch(x, cos, sin, interleaved):
-    """x·cos + rotate(x)·sin, with tables of full width, in the dtype of x as models have it."""
+    """x·cos + rotate(x)·sin, with tables of full width in the dtype of x, as in most models."""
     if interleaved:
         turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
         return x * cos.repeat_interleave(2, -1) + turned * sin.repeat_interleave(2, -1)

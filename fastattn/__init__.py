@@ -2,6 +2,7 @@
 
 from fastattn import nn
 from fastattn._native import cpu_capability, load_backends
+from fastattn.integrations.sdpa import patch_sdpa
 from fastattn.nn import (
     FeedForward,
     LayerNorm,
@@ -51,6 +52,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "nn",
+    "patch_sdpa",
     "register",
     "replace",
     "rms_norm",

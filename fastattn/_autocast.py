@@ -1,9 +1,9 @@
-"""Autocast: an op casts its inputs once, where it is entered; what it computes from them is out of autocast's reach.
+"""Autocast: an op casts its inputs once, on entry; autocast does not affect what it computes from them.
 
-torch's autocast casts the operands of every product that runs while it is enabled: also those of a backward that runs
-inside of the region when the forward ran outside, and fp32 scores on their way to an exponential. So every product of
-ours is either `shielded`, where we make the gradients ourselves, or it is the `matmul` or `linear` of this module,
-whose gradients of any order are shielded as well.
+torch's autocast casts the operands of every product while it is enabled. That includes a backward inside the region
+whose forward ran outside, and fp32 scores that go into an exponential. So each of our products is either `shielded`,
+where we write the gradients ourselves, or is the `matmul` or `linear` of this module, whose gradients of any order are
+also shielded.
 """
 
 import functools
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-_is_any_enabled = torch._C._is_any_autocast_enabled  # costs a third of asking for the device and its autocast
+_is_any_enabled = torch._C._is_any_autocast_enabled  # a third of the cost of the check per device
 
 
 def autocast_dtype(x):
-    """The dtype in which autocast has products on the device of x computed, or None where it is not enabled."""
+    """The dtype that autocast uses for products on the device of x, or None if autocast is not enabled."""
     if not _is_any_enabled() or x.is_meta:
         return None
     device = x.device.type
@@ -24,7 +24,7 @@ def autocast_dtype(x):
 
 
 def as_autocast(*tensors):
-    """The tensors or None as operands of one product: in autocast's dtype where it is enabled; fp64 stays."""
+    """The operands of one product (tensors or None), cast to autocast's dtype if it is enabled; fp64 stays."""
     dtype = autocast_dtype(tensors[0])
     if dtype is None:
         return tensors
@@ -34,12 +34,12 @@ def as_autocast(*tensors):
 
 
 def as_autocast_norm(x):
-    """The input of a norm: in fp32 where autocast is enabled, but not on the CPU, where it leaves norms alone."""
+    """The input of a norm, cast to fp32 if autocast is enabled; not on the CPU, where autocast does not cast norms."""
     return x if x.is_cpu or x.dtype == torch.float64 or autocast_dtype(x) is None else x.float()
 
 
 def shielded(product):
-    """Decorator: the product is computed as if autocast were disabled. Its operands share the dtype of the first."""
+    """Decorator: compute the product as if autocast were disabled. All operands have the dtype of the first."""
 
     @functools.wraps(product)
     def function(first, *rest):
@@ -57,7 +57,7 @@ _TRANSFORMS = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 
 
 class _Product(torch.autograd.Function):
-    """a @ b, or c + a @ b, for torch.func too."""
+    """a @ b, or c + a @ b; also works under torch.func."""
 
     generate_vmap_rule = True
 
@@ -88,9 +88,10 @@ def _excludes_functions():
 
 
 def _needs_function(*operands):
-    """Whether autograd makes the gradients of the product, later, in whatever region the backward runs in.
+    """Whether autograd will compute the gradients of the product later, possibly in another autocast region.
 
-    A tracer that records the operators alone gets PyTorch's own, as does forward mode, whose tangents are computed now.
+    Otherwise PyTorch's own product is used: for a tracer that records operators only, and for forward mode, which
+    computes tangents now.
     """
     return (
         torch.is_grad_enabled()
@@ -104,7 +105,7 @@ def _needs_function(*operands):
 
 @shielded
 def matmul(a, b):
-    """a (..., m, k) · b (..., k, n), the leading dimensions the same."""
+    """a (..., m, k) · b (..., k, n), with equal leading dimensions."""
     return _Product.apply(a, b, None) if _needs_function(a, b) else a @ b
 
 

@@ -1,14 +1,14 @@
-"""Work that waits until somebody imports a module which would take too long to import here."""
+"""Imports that wait until the program imports another module, which is too slow to import here."""
 
 import importlib
 import importlib.machinery
 import sys
 
-_waiting = {}  # module -> module of ours that it needs
+_waiting = {}  # module -> our module to import after it
 
 
 class _Finder:
-    """Finds the modules in `_waiting` as Python would, and imports ours after them."""
+    """Finds the modules in `_waiting` as Python does, and imports ours after them."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -27,7 +27,7 @@ class _Finder:
 
 
 def import_after(module, follower):
-    """Import `follower` as soon as `module` is there: now, or when somebody imports it."""
+    """Import `follower` now if `module` is loaded, else right after `module` is imported."""
     if module in sys.modules:
         importlib.import_module(follower)
         return

@@ -1,4 +1,4 @@
-"""The text of `fastattn info`: what is installed, what runs where, and the reason for everything that does not."""
+"""The text of `fastattn info`: what is installed, which backends run where, and why the others do not."""
 
 import importlib.metadata
 import importlib.util
@@ -55,17 +55,17 @@ def _backends():
             text = reason if reason == "available" else f"no: {reason}"
             capability = _native.cpu_capability()
             if (device, name) == ("cpu", "native") and capability:
-                text += f", runs its {capability} kernels"
+                text += f", using its {capability} kernels"
             yield f"{device} {name}", text
 
 
 def _served(op, device):
-    """The backends of an op on a device as text, those apart that serve only a call that names them."""
-    there = [name for name in order(device) if why_not_on_device(op, name, device) is None]
-    text = " > ".join(name for name in there if on_request(op, name, device) is None)
-    for name in there:
+    """The backends of an op on a device as text; those that run only when named are listed separately."""
+    usable = [name for name in order(device) if why_not_on_device(op, name, device) is None]
+    text = " > ".join(name for name in usable if on_request(op, name, device) is None)
+    for name in usable:
         if reason := on_request(op, name, device):
-            text += f" ({name} where it is named: {reason})"
+            text += f" ({name} only if named: {reason})"
     return f"{device}: {text}"
 
 
@@ -98,15 +98,15 @@ def _environment():
 
 
 def report():
-    """Versions, devices, backends per op, the build, and every reason for what is missing.
+    """Versions, devices, backends per op, the build, and the reason for each missing part.
 
-    Returns: text of several lines, no newline at the end.
+    Returns: str of several lines, without a newline at the end.
     """
     sections = {
         "Versions": _versions(),
         "Devices": _devices(),
         "Backends": _backends(),
-        "Ops (in the order in which backends are asked)": _ops(),
+        "Ops (backends in the order of choice)": _ops(),
         "Compiled part": _build(),
         "Environment variables": _environment(),
     }

@@ -1,7 +1,7 @@
-"""The command line: fastattn COMMAND, each in its module of fastattn.commands.
+"""The command line: fastattn COMMAND, with one module of fastattn.commands per command.
 
-Exit code 0 on success, 2 on a user's mistake (one line on stderr), 1 on a fault of ours (a traceback), and 128 + the
-signal's number for a training run that was asked to stop.
+Exit code: 0 on success; 2 on a user's mistake (one line on stderr); 1 on a bug (a traceback); 128 + the signal's number
+if a signal stopped a training run.
 """
 
 import importlib
@@ -11,19 +11,19 @@ import sys
 from fastattn.commands._parse import parse
 from fastattn.training.messages import UsageError
 
-EXTRA = (  # what pip install 'fastattn[train]' brings, by import name
+EXTRA = (  # the packages of pip install 'fastattn[train]', by import name
     "jsonargparse lightning_fabric matplotlib numpy safetensors tensorboard tokenizers tqdm yaml"
 )
 COMMANDS = {
     "train": "train a model on text",
-    "finetune": "train with --start: from the weights of another model",
-    "evaluate": "scores on a whole split: report.json, report.md and pictures",
-    "compare": "scores of several runs side by side",
-    "baseline": "what counted words and a linear classifier reach",
-    "predict": "the class of a text",
-    "generate": "text from a trained model",
-    "data": "stats, clean, split, tokenize or vectorize documents",
-    "info": "versions, devices, backends and reasons",
+    "finetune": "train from the weights of another model (--start)",
+    "evaluate": "score a model on a whole split: report.json, report.md and pictures",
+    "compare": "show the scores of several runs side by side",
+    "baseline": "score a linear classifier on word counts",
+    "predict": "classify texts",
+    "generate": "generate text with a trained model",
+    "data": "count, clean, split, tokenize or vectorize documents",
+    "info": "show versions, devices and backends, and why one is missing",
 }
 
 
@@ -31,7 +31,7 @@ def main(argv=None):
     """Run one command.
 
     Args:
-        argv: list of str, None for the process's own.
+        argv: list of str; None: the arguments of the process.
 
     Returns:
         The exit code.
@@ -39,10 +39,10 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a text may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # a text may have characters that the terminal cannot show
     try:
         return run_command(argv) or 0
-    except BrokenPipeError:  # the reader of our output has left: nothing to tell, and nobody to tell it to
+    except BrokenPipeError:  # the program that reads our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:
@@ -50,12 +50,12 @@ def main(argv=None):
     except ImportError as error:
         if (error.name or "?").partition(".")[0] not in EXTRA:
             raise
-        return complain(f"expected the packages of pip install 'fastattn[train]', got no {error.name}")
+        return report_error(f"missing package {error.name}: run pip install 'fastattn[train]'")
     except (UsageError, OSError) as error:
-        return complain(error)
+        return report_error(error)
 
 
-def complain(message):
+def report_error(message):
     line = " ".join(str(message).split())
     print(f"fastattn: error: {line}", file=sys.stderr)
     return 2
@@ -66,8 +66,8 @@ def run_command(argv):
     if name in (["-h"], ["--help"]):
         return print(help_text())
     if not name or name[0] not in COMMANDS:
-        got = repr(name[0]) if name else "nothing"
-        raise UsageError(f"command: expected one of {', '.join(COMMANDS)}, got {got}; fastattn --help explains them")
+        problem = f"there is no command {name[0]!r}" if name else "a command is missing"
+        raise UsageError(f"{problem}; the commands are {', '.join(COMMANDS)} (see fastattn --help)")
     command = importlib.import_module(f"fastattn.commands.{name[0]}")
     return command.run(parse(command.parser(), arguments), arguments)
 

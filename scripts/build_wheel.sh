@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds one wheel with the kernels for CPU and CUDA into dist/, and checks it. Needs a C++ compiler, no GPU and no CUDA
-# toolkit: without nvcc pip fetches the compiler for the time of the build.
+# Builds a wheel with the kernels for CPU and CUDA into dist/, and checks it. Needs a C++ compiler, but no GPU and no
+# CUDA toolkit: without nvcc, pip downloads the compiler for the build.
 #
-# The wheel serves every CPython from 3.10 on and every PyTorch from 2.11 on, whatever both were at build time. Only
-# fastattn._C, which nothing but tests uses, is bound to the Python of the build.
+# The wheel works with CPython 3.10 or newer and PyTorch 2.11 or newer, whatever the build used. Only fastattn._C, which
+# is optional, is bound to the Python of the build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup_env.sh --torch-only
@@ -16,13 +16,13 @@ FASTATTN_NATIVE=1 FASTATTN_CUDA=1 "$python" -m pip wheel --quiet --disable-pip-v
 wheel=$(echo "$scratch"/fastattn-*.whl)
 case $wheel in
   *-py3-none-linux_*.whl) ;;
-  *) echo "wheel: error: expected the tag py3-none-linux_*, got ${wheel##*/}" >&2 && exit 1 ;;
+  *) echo "wheel: error: the tag must be py3-none-linux_*, got ${wheel##*/}" >&2 && exit 1 ;;
 esac
 
 echo "[wheel] contents"
 "$python" -m zipfile -l "$wheel"
 
-echo "[wheel] loading it in a virtual environment of its own, beside PyTorch only"
+echo "[wheel] loading it in a new virtual environment that has only PyTorch"
 "$python" -m venv "$scratch/venv"
 "$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"
 "$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
@@ -55,7 +55,7 @@ cd - >/dev/null
 if "$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check torch-abi-audit >/dev/null 2>&1; then
   "$scratch/venv/bin/torch-abi-audit" fastattn
 else
-  echo "[wheel] torch-abi-audit cannot be installed: that check is left out"
+  echo "[wheel] torch-abi-audit cannot be installed: skipping this check"
 fi
 mkdir -p dist
 mv "$wheel" dist/

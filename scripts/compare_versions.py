@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Whether a benchmark became slower: two checkouts of fastattn, measured in turns on one machine.
+"""Finds benchmarks that became slower: measures two checkouts of fastattn alternately on one machine.
 
     python scripts/compare_versions.py OLD NEW [--rounds N] [-- arguments of pytest]
 
-Each checkout runs its own `pytest benchmarks`, with its own build, in a process of its own: one process cannot load two
-versions of the library. A benchmark's time is the least of all rounds. The other candidates of a benchmark, such as
-PyTorch, are the same code in both checkouts: the spread of their ratios is the noise that a ratio of ours stands in.
-Prints a Markdown table of new/old, the slowest first.
+Each checkout runs its own `pytest benchmarks` with its own build in a separate process, because one process cannot load
+two versions of the library. A benchmark's time is the minimum over all rounds. The other candidates of a benchmark,
+such as PyTorch, are the same code in both checkouts, so the spread of their ratios is the noise of ours. Prints a
+Markdown table of new/old, the slowest first.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def least_times(checkout, arguments):
         command = [sys.executable, "-m", "pytest", "-q", f"--benchmark-json={path}", *arguments]
         done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
         if not path.exists():
-            sys.exit(f"{checkout}: pytest wrote no times\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            sys.exit(f"{checkout}: pytest did not write any times\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         records = json.loads(path.read_text())["benchmarks"]
     return {(record["group"], record["name"]): record["stats"]["min"] for record in records}
 
@@ -37,7 +37,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each checkout, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each checkout, alternating")
     given = sys.argv[1:]
     split = given.index("--") if "--" in given else len(given)
     options, arguments = parser.parse_args(given[:split]), given[split + 1 :] or ["benchmarks"]

@@ -1,6 +1,6 @@
-"""Counts what tells whether the code stays easy to change, at two states of the repository side by side.
+"""Compares counts that show how easy the code is to change, at two revisions of the repository.
 
-    python scripts/count_code.py BEFORE [AFTER]      git revisions; AFTER is the working tree if it is left out
+    python scripts/count_code.py BEFORE [AFTER]      git revisions; AFTER defaults to the working tree
 
 Python is counted in fastattn/ and kernels/; repeated lines and long files in C++ and CUDA as well, and in tests/.
 """
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("fastattn/", "kernels/", "csrc/", "tests/", "benchmarks/", "scripts/", "setup.py")
 SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh", ".inc")
 MOST_PARAMETERS, MOST_LINES, LONGEST_FILE = 12, 60, 400
-REPEATED_LINES = 6  # as many equal lines in a row are a repetition
+REPEATED_LINES = 6  # this many equal lines in a row are a repetition
 
 # rooms of the package, lowest first; those on one line import nothing from one another
 FLOORS = [
@@ -39,7 +39,7 @@ FLOORS = [
     ("training.tasks",),
     ("training.runs",),
     ("training.evaluation",),
-    ("training",),  # a module that stands in none of these rooms; its imports are not judged
+    ("training",),  # a module outside these rooms; its imports are not checked
     ("commands",),
     ("cli",),
     ("__main__",),
@@ -48,7 +48,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def read_sources(revision):
-    """{path: text} of the files that are counted, at a git revision, or in the working tree for None."""
+    """{path: text} of the files to count, at a git revision, or in the working tree if the revision is None."""
     if revision is None:
         names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
         paths = [ROOT / name for name in names.splitlines() if is_counted(name)]
@@ -82,7 +82,7 @@ def parameters_of(function):
 
 
 def lines_of_code(function):
-    """Lines that hold a statement or a part of one: no docstring, no comment, no empty line."""
+    """The lines of code: without docstrings, comments and empty lines."""
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
     lines = set()
     for statement in body:
@@ -98,7 +98,7 @@ def is_annotated(function):
 
 
 def import_arrows(trees):
-    """{(module, module that it imports)}, imports inside functions too."""
+    """{(module, module that it imports)}, including imports inside functions."""
     modules = {module_of(path): path for path in trees}
     arrows = set()
     for module, path in modules.items():
@@ -118,7 +118,7 @@ def import_arrows(trees):
 
 
 def circles(arrows):
-    """Groups of more than one node, each of which reaches all others of its group."""
+    """Groups of several nodes in which each node reaches all others (strongly connected components)."""
     following = collections.defaultdict(set)
     for start, end in arrows:
         following[start].add(end)
@@ -142,7 +142,7 @@ def room_of(module):
     while name not in FLOOR_OF:
         name, dot, _ = name.rpartition(".")
         if not dot:
-            raise SystemExit(f"{module}: expected it to stand on one of the FLOORS, found it on none")
+            raise SystemExit(f"{module} is on none of the FLOORS; add it to one")
     return name
 
 
@@ -173,7 +173,7 @@ def repeated_pairs(sources):
 
 
 def parse_package(sources):
-    """{path: syntax tree} of the package, the Triton kernels among it."""
+    """{path: syntax tree} of the package, including the Triton kernels."""
     return {
         path: ast.parse(text)
         for path, text in sources.items()

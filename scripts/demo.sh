@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Sets everything up, trains a small language model on text that ships with Python, and lets it write.
+# Sets up the environment, trains a small language model on text that ships with Python, and prints a sample.
 #
 #   scripts/demo.sh [--steps N ...]        options of `fastattn train`
 #
-# The environment variables of scripts/setup_env.sh hold here too.
+# The environment variables of scripts/setup_env.sh apply here too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run=runs/demo
 
 if ! nvidia-smi -L >/dev/null 2>&1 && [ ! -e fastattn/_cuda.so ]; then
-  export FASTATTN_CUDA=${FASTATTN_CUDA:-0} # nothing here would run the CUDA kernels
+  export FASTATTN_CUDA=${FASTATTN_CUDA:-0} # the demo does not run the CUDA kernels
 fi
 scripts/setup_env.sh train
 fastattn() {

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, on a machine that may have no network: what loads, tests, benchmarks, sanitizer.
+# Runs all checks that need an NVIDIA GPU (no network needed): info, tests, benchmarks, sanitizer.
 #
-#   scripts/gpu_check.sh [--force] [PART ...]      all parts by default, the most telling first:
-#     info       versions, device, which backends are there and why others are not
-#     hopper     compute capability 9.0: the building blocks of the attention kernels, those kernels, and memcheck of some
-#                of their calls; what racecheck says of these is printed and decides nothing
-#     forward    their speed beside PyTorch's backends, FlexAttention and Triton
-#     backward   the same of the gradients
+#   scripts/gpu_check.sh [--force] [PART ...]      all parts by default, the most important first:
+#     info       versions, device, available backends, and why the others are unavailable
+#     hopper     compute capability 9.0: the building blocks of the attention kernels, those kernels, and memcheck of
+#                some of their calls; the results of racecheck are printed but do not fail the part
+#     forward    the speed of these kernels against PyTorch's backends, FlexAttention and Triton
+#     backward   the same for the gradients
 #     decode     the same on a cache
-#     tests      streams, graphs, sizes beyond 32 bits, and the ops' numbers on CUDA
-#     bench      norm side by side with PyTorch
+#     tests      streams, graphs, sizes beyond 32 bits, and the results of the ops on CUDA
+#     bench      norm against PyTorch
 #     sanitizer  memcheck, racecheck, initcheck and synccheck on small cases
 #
-# Wheels in dist/ are used as they are (scripts/build_wheel.sh makes ours on a machine without a GPU; pytest and
-# pytest-benchmark may lie beside it); without them the kernels are built here, which takes nvcc, ninja and pybind11.
-# Each part ends within nine minutes. A part that passed is not run again unless --force is given. Results, one JSON and
-# one log a part, go to $OUT if that is set, else to benchmarks/results/gpu. PYTHON names the interpreter.
+# Wheels in dist/ are used if present (scripts/build_wheel.sh builds ours without a GPU; those of pytest and
+# pytest-benchmark may be there too). Otherwise the kernels are built here, which needs nvcc, ninja and pybind11. Each
+# part takes at most nine minutes. A part that passed is not run again without --force. Results, one JSON and one log
+# per part, go to $OUT if set, else to benchmarks/results/gpu. PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
@@ -30,7 +30,7 @@ for argument in "$@"; do
   case $argument in
     --force) force=1 ;;
     info | hopper | forward | backward | decode | tests | bench | sanitizer) parts+=("$argument") ;;
-    *) echo "gpu_check: expected ${all[*]} or --force, got '$argument'" >&2 && exit 2 ;;
+    *) echo "gpu_check: there is no part '$argument'; the parts are ${all[*]}, and the only option is --force" >&2 && exit 2 ;;
   esac
 done
 [ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
@@ -48,7 +48,7 @@ export FASTATTN_REQUIRE=native,triton
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 status=0
 
-# run_part NAME COMMAND...: its log, and what a reader of the result needs to know
+# run_part NAME COMMAND...: writes the log and the JSON of a part
 run_part() {
   local name=$1 code started=$SECONDS
   shift
@@ -99,7 +99,7 @@ sanitizer() {
   return $code
 }
 
-# What a deadlock would hang gets a process and a time limit of its own.
+# Tests that could deadlock get their own process and time limit.
 hopper() {
   local capability code=0
   capability=$("$python" -P -c 'import torch; print(*torch.cuda.get_device_capability())')
@@ -123,7 +123,7 @@ hopper() {
     timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" tests/test_attention_sm90.py \
       tests/test_attention_decode_sm90.py -k "lengths or nothing or forward_only and 256 or split_counts" && continue
     if [ "$tool" = racecheck ]; then
-      echo "racecheck did not pass. That alone fails nothing here: it can report a race where an mbarrier orders a copy."
+      echo "racecheck did not pass. This does not fail the part: racecheck can report a race where an mbarrier orders a copy."
     else
       code=1
     fi
@@ -136,7 +136,7 @@ export python
 for part in "${parts[@]}"; do
   if [ -z "$force" ] && grep -qs '"exit_code": 0' "$results/$part.json" && grep -qs "\"$commit\"" "$results/$part.json"
   then
-    echo "gpu_check: $part passed before"
+    echo "gpu_check: $part has already passed"
     continue
   fi
   case $part in

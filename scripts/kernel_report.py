@@ -1,13 +1,13 @@
-"""Registers, stack, shared memory and instructions of every Triton kernel, compiled ahead of time, with no GPU.
+"""Registers, stack, shared memory and instructions of every Triton kernel, compiled ahead of time without a GPU.
 
     python scripts/kernel_report.py                         all cases, as a table
-    python scripts/kernel_report.py --only attention sm_90  those whose title has one of these words
-    python scripts/kernel_report.py --save before.json      keep the numbers, before a change
-    python scripts/kernel_report.py --against before.json   what the change did to them
+    python scripts/kernel_report.py --only attention sm_90  the cases whose title has one of these words
+    python scripts/kernel_report.py --save before.json      save the numbers before a change
+    python scripts/kernel_report.py --against before.json   show what the change did to them
 
-The launchers run on CPU tensors that stand for those of a GPU, so the cases are calls and not lists of arguments, and
-the kernels are compiled with the options, constants and properties of integers that the launchers pass. Fewer
-instructions are not always faster; more registers, stack or shared memory are never free.
+The cases are calls: the launchers run on CPU tensors in place of GPU tensors, and the kernels are compiled with the
+options, constants and integer properties that the launchers pass. Fewer instructions are not always faster; more
+registers, stack or shared memory always cost something.
 """
 
 import argparse
@@ -45,7 +45,7 @@ NORM = {
 }
 CALLS = {"attention": ATTENTION, "attention_decode": DECODE, "norm": NORM, "passes": {"1024": {"width": 1024}}}
 ARCHS = {"attention": (80, 90, 100, 120), "attention_decode": (80, 90), "norm": (80, 90), "passes": (80, 90)}
-SPARSE = {120: ("d64", "d128 causal")}  # of an architecture whose rows others have, these cases alone
+SPARSE = {120: ("d64", "d128 causal")}  # the only cases for an architecture that shares the table rows of another
 SHOWN = ("registers", "stack", "spills", "shared", "instructions", "products")
 
 
@@ -59,7 +59,7 @@ def cases(only):
 
 
 def measured(case):
-    """(title of a kernel in a case, its numbers) for each kernel that the case launches."""
+    """Yield (title, numbers) for each kernel that the case launches."""
     seen = {}
     for kernel in case["compiled"]:
         name = kernel["kernel"].removesuffix("_kernel")
@@ -71,7 +71,7 @@ def measured(case):
 
 
 def changes(before, after):
-    """Lines of a table: what two reports have in common, each number that differs as before → after."""
+    """The table rows of the kernels in both reports; a changed number is shown as before → after."""
     for title in before.keys() & after.keys():
         pairs = [(before[title][name], after[title][name]) for name in SHOWN]
         yield title, [str(new) if old == new else f"{old} → {new}" for old, new in pairs]
@@ -83,7 +83,7 @@ def table(rows):
 
 
 def summary(before, after):
-    """One line per number: its sum before and after, and in how many kernels it grew or shrank."""
+    """One line per number: its sums before and after, and the number of kernels in which it grew or shrank."""
     common = before.keys() & after.keys()
     for name in SHOWN:
         pairs = [(before[title][name], after[title][name]) for title in common]
@@ -95,8 +95,8 @@ def summary(before, after):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=(), help="cases whose title has one of these words")
-    parser.add_argument("--save", type=pathlib.Path, help="a file for the numbers, as JSON")
-    parser.add_argument("--against", type=pathlib.Path, help="numbers that --save has kept")
+    parser.add_argument("--save", type=pathlib.Path, help="JSON file to save the numbers in")
+    parser.add_argument("--against", type=pathlib.Path, help="JSON file that --save has written")
     options = parser.parse_args(arguments)
 
     sys.path.insert(0, str(ROOT / "tests"))

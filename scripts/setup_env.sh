@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the virtual environment of this checkout, with PyTorch and fastattn in it, compiled kernels included; what is
-# there already is used again. The other scripts call it.
+# Creates the virtual environment of this checkout, with PyTorch, fastattn and its compiled kernels, or reuses an
+# existing one. The other scripts call it.
 #
 #   scripts/setup_env.sh [EXTRAS]          extras of pyproject.toml, e.g. train,test
 #   scripts/setup_env.sh --torch-only      PyTorch without fastattn
@@ -23,7 +23,7 @@ die() {
   exit 1
 }
 
-# the first Python that is new enough, by version and not by name
+# the first Python that is new enough, judged by its version, not its name
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3 python3.{13,12,11,10} python; do
@@ -55,17 +55,17 @@ make_venv() {
     rm -rf "$venv"
     die "expected a working venv module in $base (Debian, Ubuntu: apt-get install python3-venv)"
   fi
-  if torch_version "$python" >/dev/null; then # not if $base is in a virtual environment itself
+  if torch_version "$python" >/dev/null; then # not if $base is itself in a virtual environment
     say "it takes over PyTorch $(torch_version "$python") of this Python"
   fi
 }
 
-# pip with its output in a file
+# runs pip with its output in a file
 try_pip_install() {
   "$python" -m pip install --disable-pip-version-check "$@" >"$venv/setup.log" 2>&1
 }
 
-# the same; if it fails, the end of the file is shown and the setup ends
+# the same; on failure, prints the end of the file and exits
 pip_install() {
   try_pip_install "$@" || pip_failed "$@"
 }
@@ -94,14 +94,14 @@ install_torch() {
     pip_install "torch>=2.11"
     return
   fi
-  wanted=torch==2.13.0 # one release, so that all machines without a GPU test the same one
+  wanted=torch==2.13.0 # a fixed release, so that all machines without a GPU test the same one
   if [ "$(uname -s)" = Linux ]; then
     from_cpu_index=(--index-url "$cpu_index" --timeout 10 --retries 0 "$wanted")
     say "PyTorch: no GPU here, so the CPU build: pip install $wanted --index-url $cpu_index (about 200 MB)"
     if try_pip_install "${from_cpu_index[@]}"; then
       return
     fi
-    # a download that breaks off must not become one of gigabytes: only an index that gives nothing is left
+    # give up an index only if it has nothing: a broken download must not turn into one of gigabytes
     grep -q 'No matching distribution' "$venv/setup.log" || pip_failed "${from_cpu_index[@]}"
     say "that index cannot be reached; the default index gives a build with CUDA on most machines (about 3 GB)"
   fi
@@ -109,7 +109,7 @@ install_torch() {
   pip_install "$wanted"
 }
 
-# what this PyTorch makes of the GPU that nvidia-smi lists
+# whether this PyTorch can use the GPU that nvidia-smi lists
 say_what_torch_sees() {
   local line
   "$python" - <<'END' | while read -r line; do say "$line"; done
@@ -135,7 +135,7 @@ if ! "$python" -m pip --version >/dev/null 2>&1; then
   if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
     die "$venv is there but is no virtual environment: move it away, or set FASTATTN_VENV"
   fi
-  rm -rf "$venv" # an interrupted setup, or its Python is gone
+  rm -rf "$venv" # an interrupted setup, or its Python no longer exists
   make_venv
 fi
 

@@ -4,8 +4,8 @@
     python scripts/tune_attention.py --kernels fwd dq --head-dims 64 128 --dtypes bfloat16 float32
     python scripts/tune_attention.py --dry-run                            print the table instead of writing it
 
-A row is replaced if a candidate is at least 2 % faster than it. A backward kernel is timed within the whole backward,
-of which the others stay as they are. Clocks should be locked and the GPU be idle.
+A row is replaced if a candidate is at least 2 % faster. A backward kernel is timed within the whole backward, whose
+other kernels keep their configurations. Lock the clocks, and keep the GPU otherwise idle.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MARGIN = 0.98
 
 
 def candidates(kernel, size, head_dim):
-    """Launches worth trying: tiles whose scores and accumulators have a chance to stay in registers."""
+    """The launches to try: tiles whose scores and accumulators may fit in registers."""
     from fastattn.kernels.common import Launch
 
     for block_m, block_n, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
@@ -142,7 +142,7 @@ def main(arguments=None):
     parser.add_argument("--head-dims", nargs="+", type=int, choices=(32, 64, 128, 256), default=(64, 128))
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16",))
     parser.add_argument("--variants", nargs="+", choices=("full", "causal", "extra"), default=("full", "causal"))
-    parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the table instead of writing it")
     options = parser.parse_args(arguments)
 
     import torch
@@ -150,7 +150,7 @@ def main(arguments=None):
     from fastattn.kernels import attention_config as config
 
     if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device: there is nothing to measure")
+        parser.error("torch sees no CUDA device to measure on")
     device = torch.device("cuda")
     arch, _ = config.architecture(device)
     sizes = [{"bfloat16": 2, "float32": 4}[name] for name in options.dtypes]

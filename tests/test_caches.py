@@ -232,5 +232,5 @@ def test_keys_and_values_may_be_added_in_another_mode(modes, positions, layers):
 @layers
 def test_a_cache_refuses_another_number_of_sequences(layers):
     model = build("learned", layers)
-    with torch.no_grad(), pytest.raises(ValueError, match="KeyValueCache: expected 2 sequences, got 1"):
+    with torch.no_grad(), pytest.raises(ValueError, match="KeyValueCache: the cache is for 2 sequences, got 1"):
         model(torch.zeros(1, 4, dtype=torch.int64), cache=KeyValueCache(model, 2))

@@ -76,7 +76,7 @@ def test_train_evaluate_generate(folder, capsys):
     for line in (
         "text: ",
         "data: train 336 tokens, validation 112 tokens, test 112 tokens; vocabulary 8",
-        "what it writes:\n----",
+        "sample:\n----",
         "----\na",
     ):
         assert line in out
@@ -139,7 +139,7 @@ def test_a_translator(folder, capsys):
     assert main([*generate, "--beams", "2"]) == 0
     capsys.readouterr()
     for name, value in {"max_new_tokens": "3", "temperature": "0", "top_k": "1", "stop": "b", "seed": "1"}.items():
-        assert_refused(folder, capsys, [*generate, f"--{name}", value], f"{name}: expected for task lm only")
+        assert_refused(folder, capsys, [*generate, f"--{name}", value], f"{name} is for task lm only")
 
 
 def test_baseline_and_a_classifier_in_one_table(folder, capsys):
@@ -168,7 +168,7 @@ def test_baseline_and_a_classifier_in_one_table(folder, capsys):
     out = capsys.readouterr().out
     assert "bag of words of words, logistic regression" in out
     assert f"| {report['accuracy']:.4f} |" in out
-    assert_refused(folder, capsys, ["baseline", *data, "--split", "tests"], "split: expected one of train, validation")
+    assert_refused(folder, capsys, ["baseline", *data, "--split", "tests"], "split must be one of train, validation")
 
 
 def test_resume_with_more_steps(run, capsys):
@@ -189,7 +189,7 @@ def test_overwrite_replaces_a_run_and_nothing_else(run, capsys):
     (run / "thesis.txt").write_text("years of work")
     folder = run.parents[1]
     arguments = ["train", "--config", "config.yaml", "--overwrite"]
-    assert_refused(folder, capsys, arguments, "expected a new folder, got one with 'thesis.txt', which no run writes")
+    assert_refused(folder, capsys, arguments, "has 'thesis.txt', which is not part of a run; name a new folder")
 
 
 def yaml_with(folder, line):
@@ -201,21 +201,27 @@ def yaml_with(folder, line):
     [
         ("n_layr: 3", ["n_layr"]),
         ("steps: many", ["steps", "int", "many"]),
-        ("steps: 0", ["steps: expected at least 1, got 0"]),
+        ("steps: 0", ["steps must be at least 1, got 0"]),
         ("steps: [", ["config"]),
         ("layers: jax", ["layers", "fastattn", "torch", "jax"]),
-        ("batch_size: 3\naccumulate: 2", ["batch_size: expected a multiple of", "= 2, got 3"]),
+        ("batch_size: 3\naccumulate: 2", ["batch_size must be a multiple of", "= 2, got 3"]),
         ("model: {n_layr: 3}", ["'model'", "'n_layr'"]),
-        ("model: {n_head: 3, d_model: 8}", ["model.d_model: expected a multiple of n_head = 3, got 8"]),
-        ("model: {dropout: 1.5}", ["model.dropout: expected 0 <= x < 1, got 1.5"]),
-        ("data: {validation_fraction: 0.6, test_fraction: 0.5}", ["validation_fraction + test_fraction below 1"]),
-        ("data: {tokenizer: bpe, vocab_size: 100}", ["data.vocab_size: expected more than the 256 bytes, got 100"]),
-        ("optim: {min_learning_rate: 1}", ["optim.min_learning_rate: expected 0 to learning_rate = 0.001, got 1"]),
-        ("seed: -1", ["seed: expected 0 <= seed < 2**63, got -1"]),
-        ("precision: 16-mixed", ["precision: expected 32-true, bf16-mixed or bf16-true on a CPU, got '16-mixed'"]),
-        ("devices: 2", ["strategy: expected 'ddp' or 'fsdp' for 2 x 1 devices, got 'auto'"]),
-        ("sample_prompt: Q", ["vocabulary, got also 'Q'"]),
-        ("model: {block_size: 200}", ["more than block_size = 200 tokens in the validation split"]),
+        ("model: {n_head: 3, d_model: 8}", ["model.d_model must be a multiple of n_head = 3, got 8"]),
+        ("model: {dropout: 1.5}", ["model.dropout must be at least 0 and below 1, got 1.5"]),
+        (
+            "data: {validation_fraction: 0.6, test_fraction: 0.5}",
+            ["data.test_fraction must be below 1, got 1.1"],
+        ),
+        (
+            "data: {tokenizer: bpe, vocab_size: 100}",
+            ["data.vocab_size must be above 256 (the bytes), got 100"],
+        ),
+        ("optim: {min_learning_rate: 1}", ["optim.min_learning_rate must be from 0 to learning_rate = 0.001, got 1"]),
+        ("seed: -1", ["seed must be at least 0 and below 2**63, got -1"]),
+        ("precision: 16-mixed", ["precision must be 32-true, bf16-mixed or bf16-true on a CPU, got '16-mixed'"]),
+        ("devices: 2", ["strategy must be 'ddp' or 'fsdp' for 2 x 1 devices, got 'auto'"]),
+        ("sample_prompt: Q", ["of the vocabulary: 'Q'"]),
+        ("model: {block_size: 200}", ["the validation split must have more than block_size = 200 tokens"]),
     ],
 )
 def test_config_mistakes(folder, capsys, line, expected):
@@ -226,41 +232,41 @@ def test_config_mistakes(folder, capsys, line, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ["command: expected one of train, finetune, evaluate", "got nothing"]),
-        (["trian"], ["command: expected one of train, ", "got 'trian'"]),
-        (["--steps", "3"], ["command: expected one of train, ", "got '--steps'"]),
+        ([], ["a command is missing; the commands are train, finetune, evaluate"]),
+        (["trian"], ["there is no command 'trian'; the commands are train, "]),
+        (["--steps", "3"], ["there is no command '--steps'; the commands are train, "]),
         (["info", "now"], ["now"]),
         (["data"], ["stats"]),
         (["train", "--config", "nothing.yaml"], ["nothing.yaml"]),
-        (["train", "--config", "text.txt"], ["Unexpected config: a rose", "; expected the options"]),
-        (["train", "--config", "binary"], ["config: expected UTF-8 text, got "]),
+        (["train", "--config", "text.txt"], ["Unexpected config: a rose", "; --help lists the options"]),
+        (["train", "--config", "binary"], ["config: the file is not UTF-8 text: "]),
         (["train", "--config", "list.yaml"], ["Unexpected config: - 1 - 2"]),
         (["train", "--config", "config.yaml", "--model.n_layr", "3"], ["--model.n_layr", "--help"]),
         (["train", "--config", "config.yaml", "--steps", "1.5"], ["steps", "1.5"]),
-        (["train", "--config", "config.yaml", "--data.source", "nothing.txt"], ["got no '", "nothing.txt'"]),
-        (["train", "--config", "config.yaml", "--data.source", "empty"], ["expected text, got an empty file"]),
-        (["train", "--config", "config.yaml", "--data.source", "binary"], ["expected text, got a binary file"]),
+        (["train", "--config", "config.yaml", "--data.source", "nothing.txt"], ["nothing.txt' is neither 'topics'"]),
+        (["train", "--config", "config.yaml", "--data.source", "empty"], ["empty' is empty"]),
+        (["train", "--config", "config.yaml", "--data.source", "binary"], ["is a binary file"]),
         (
             ["train", "--config", "config.yaml", "--data.source", "no_text"],
-            ["expected files ending in .txt", "got none"],
+            ["the folder has no files ending in .txt"],
         ),
         (
             ["train", "--config", "config.yaml", "--data.train_limit", "3"],
-            ["data.train_limit: expected null for task lm without data.packed, got 3"],
+            ["data.train_limit must be null for the task lm without data.packed, got 3"],
         ),
-        (["train", "--config", "config.yaml", "--run", "text.txt"], ["expected a folder or nothing, got a file"]),
-        (["train", "--config", "config.yaml", "--run", "."], ["which no run writes"]),
+        (["train", "--config", "config.yaml", "--run", "text.txt"], ["text.txt' is a file; name a new folder"]),
+        (["train", "--config", "config.yaml", "--run", "."], ["which is not part of a run"]),
         (
             ["train", "--config", "config.yaml", "--run", "text.txt/run"],
-            ["expected a folder inside folders, got the file"],
+            ["cannot be created", "is a file, not a folder"],
         ),
-        (["train", "--resume", "nothing"], ["nothing': expected the folder of a run, got nothing there"]),
-        (["train", "--resume", "no_text"], ["expected the folder of a run, got one without config.yaml"]),
-        (["train", "--resume", "no_text", "--overwrite"], ["expected one of --resume and --overwrite, got both"]),
+        (["train", "--resume", "nothing"], ["nothing' does not exist"]),
+        (["train", "--resume", "no_text"], ["is not the folder of a run: it has no config.yaml"]),
+        (["train", "--resume", "no_text", "--overwrite"], ["train takes either --resume or --overwrite, not both"]),
         (["evaluate"], ["run"]),
-        (["evaluate", "nothing"], ["expected the folder of a run, got nothing there"]),
-        (["evaluate", "text.txt"], ["expected the folder of a run, got a file"]),
-        (["generate", "nothing", "--prompt", "a"], ["expected the folder of a run, got nothing there"]),
+        (["evaluate", "nothing"], ["nothing' does not exist"]),
+        (["evaluate", "text.txt"], ["text.txt' is a file, not a folder"]),
+        (["generate", "nothing", "--prompt", "a"], ["nothing' does not exist"]),
         (["generate", "nothing"], ["prompt"]),
     ],
 )
@@ -278,30 +284,36 @@ def test_mistakes_with_a_run(run, capsys):
     (folder / "binary").write_bytes(b"\0\1")
     (folder / "other.txt").write_text("quite another text" * 40)
     for arguments, expected in [
-        (["train", "--config", "config.yaml"], ["got an existing run; continue it with --resume", "--overwrite"]),
+        (["train", "--config", "config.yaml"], ["already exists; continue it with --resume", "--overwrite"]),
         (
             ["train", "--resume", "runs/small", "--model.n_layer", "2"],
-            ["model.n_layer: expected 1 as in the run", "got 2"],
+            ["model.n_layer must be 1 as in the resumed run", "got 2"],
         ),
-        (["train", "--resume", "runs/small", "--data.source", "other.txt"], ["this run was trained on", "got 720"]),
+        (
+            ["train", "--resume", "runs/small", "--data.source", "other.txt"],
+            ["this run was trained on", "this one 720"],
+        ),
         (
             ["evaluate", "runs/small", "--split", "nightly"],
-            ["split: expected one of train, validation, test", "'nightly'"],
+            ["split must be one of train, validation, test", "'nightly'"],
         ),
-        (["evaluate", "runs/small", "--data", "binary"], ["expected text, got a binary file"]),
-        (["evaluate", "runs/small", "--data", "other.txt"], ["8 characters of the vocabulary, got also 'h' 'n'"]),
-        (["evaluate", "runs/small", "--data", "text.txt", "--split", "test"], ["split: expected none beside --data"]),
+        (["evaluate", "runs/small", "--data", "binary"], ["is a binary file"]),
+        (["evaluate", "runs/small", "--data", "other.txt"], ["not among the 8 of the vocabulary: 'h' 'n'"]),
+        (
+            ["evaluate", "runs/small", "--data", "text.txt", "--split", "test"],
+            ["--split cannot be used with --data"],
+        ),
         (["evaluate", "runs/small", "--checkpoint", "3"], ["a saved step (2, 4), got '3'"]),
-        (["evaluate", "runs/small", "--accelerator", "tpu"], ["expected one of auto, cpu, cuda, got 'tpu'"]),
-        (["evaluate", "runs/small", "--layers", "jax"], ["layers: expected one of fastattn, torch, got 'jax'"]),
-        (["generate", "runs/small", "--prompt", "rosé"], ["8 characters of the vocabulary, got also 'é'"]),
-        (["generate", "runs/small", "--prompt", ""], ["expected at least one token, got an empty text"]),
+        (["evaluate", "runs/small", "--accelerator", "tpu"], ["accelerator must be one of auto, cpu, cuda, got 'tpu'"]),
+        (["evaluate", "runs/small", "--layers", "jax"], ["layers must be one of fastattn, torch, got 'jax'"]),
+        (["generate", "runs/small", "--prompt", "rosé"], ["not among the 8 of the vocabulary: 'é'"]),
+        (["generate", "runs/small", "--prompt", ""], ["prompt must have at least one token, got an empty text"]),
         (
             ["generate", "runs/small", "--prompt", "a", "--temperature", "-1"],
-            ["temperature: expected 0 or more, got -1"],
+            ["temperature must be at least 0 and finite, got -1"],
         ),
         (["generate", "runs/small", "--prompt", "a", "--max_new_tokens", "x"], ["max_new_tokens", "int", "x"]),
-        (["generate", "runs/small", "--prompt", "a", "--top_k", "0"], ["top_k: expected at least 1, got 0"]),
+        (["generate", "runs/small", "--prompt", "a", "--top_k", "0"], ["top_k must be at least 1, got 0"]),
     ]:
         assert_refused(folder, capsys, arguments, *expected)
 
@@ -309,22 +321,22 @@ def test_mistakes_with_a_run(run, capsys):
 @pytest.mark.parametrize(
     ("task", "name", "arguments", "expected"),
     [
-        ("classify", "empty.jsonl", "", ["empty.jsonl': expected text, got an empty file"]),
-        ("classify", "one_class.jsonl", "", ["expected at least two classes, got only 'x'"]),
-        ("classify", "good.jsonl", "--data.columns.label kind", ["line 1: expected a column 'kind', got text, label"]),
-        ("translate", "good.jsonl", "", ["line 1: expected a column 'target', got text, label"]),
-        ("masked_lm", "latin.jsonl", "", ["latin.jsonl': expected UTF-8, got byte 0xe9 at 13"]),
-        ("classify", "missing.jsonl", "", ["line 21: expected a value in column 'label', got nothing"]),
-        ("classify", "no_labels.jsonl", "", ["line 1: expected a column 'label', got text"]),
-        ("classify", "good.jsonl", "--data.columns.label null", ["expected labels, got none; name their column"]),
-        ("classify", "good.jsonl", "--data.train_limit 2 --batch_size 4", ["at most the 2 training documents"]),
-        ("classify", "few.jsonl", "", ["expected documents in every part, got none for validation of 3"]),
-        ("masked_lm", "good.jsonl", "--data.vocab_size 5", ["expected more than the 5 special tokens, got 5"]),
-        ("masked_lm", "good.jsonl", "--model.block_size 2", ["model.block_size: expected at least 3 for documents"]),
-        ("lm", "good.jsonl", "--data.packed true --model.block_size 90", ["more than block_size = 90 tokens in the "]),
-        ("lm", "good.jsonl", "--model.body lstm", ["model.body: expected transformer for the task lm, got 'lstm'"]),
-        ("classify", "good.jsonl", "--model.body gru --model.pooling first", ["model.pooling: expected mean for the "]),
-        ("lm", "good.jsonl", "--model.positions rotary --model.d_model 6", ["an even number for rotary positions"]),
+        ("classify", "empty.jsonl", "", ["empty.jsonl' is empty"]),
+        ("classify", "one_class.jsonl", "", ["must have at least two classes, got only 'x'"]),
+        ("classify", "good.jsonl", "--data.columns.label kind", ["line 1: no column 'kind' among text, label"]),
+        ("translate", "good.jsonl", "", ["line 1: no column 'target' among text, label"]),
+        ("masked_lm", "latin.jsonl", "", ["latin.jsonl' is not UTF-8: byte 0xe9 at 13"]),
+        ("classify", "missing.jsonl", "", ["line 21: column 'label' is empty"]),
+        ("classify", "no_labels.jsonl", "", ["line 1: no column 'label' among text"]),
+        ("classify", "good.jsonl", "--data.columns.label null", ["has no labels; name their column"]),
+        ("classify", "good.jsonl", "--data.train_limit 2 --batch_size 4", ["must be at most 2, the training docu"]),
+        ("classify", "few.jsonl", "", ["3 documents are too few, the validation part would be empty"]),
+        ("masked_lm", "good.jsonl", "--data.vocab_size 5", ["must be above 5, the number of special tokens, got 5"]),
+        ("masked_lm", "good.jsonl", "--model.block_size 2", ["model.block_size must be at least 3 for documents"]),
+        ("lm", "good.jsonl", "--data.packed true --model.block_size 90", ["must have more than block_size = 90 "]),
+        ("lm", "good.jsonl", "--model.body lstm", ["model.body must be 'transformer' for the task lm, got 'lstm'"]),
+        ("classify", "good.jsonl", "--model.body gru --model.pooling first", ["model.pooling must be 'mean' for the "]),
+        ("lm", "good.jsonl", "--model.positions rotary --model.d_model 6", ["must be even for rotary positions"]),
     ],
 )  # fmt: skip
 def test_mistakes_in_documents(folder, capsys, task, name, arguments, expected):
@@ -349,17 +361,17 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_told(folder, capsys):
     (folder / "text.txt").write_text(text)
     options = ["--task", "masked_lm", "--data.tokenizer", "wordpiece", "--data.vocab_size", "5000"]
     assert main(["train", "--config", "config.yaml", *options]) == 0
-    assert re.search(r"; vocabulary \d\d, fewer than the 5,000 asked for\n", capsys.readouterr().out)
+    assert re.search(r"; vocabulary \d\d, fewer than the 5,000 allowed\n", capsys.readouterr().out)
 
 
 def test_what_makes_another_run_is_not_resumed(run, capsys):
     for options, expected in [
-        ("--task masked_lm", "task: expected 'lm' as in the run that is resumed, got 'masked_lm'"),
-        ("--trained head --start runs/small", "trained: expected 'all' as in the run that is resumed, got 'head'"),
-        ("--data.tokenizer byte", "data.tokenizer: expected 'char' as in the run that is resumed, got 'byte'"),
-        ("--data.packed true", "data.packed: expected False as in the run that is resumed, got True"),
-        ("--optim.ema 0.9", "optim.ema: expected 0.0 as in the run that is resumed, got 0.9"),
-        ("--optim.name sgd", "optim.name: expected 'adamw' as in the run that is resumed, got 'sgd'"),
+        ("--task masked_lm", "task must be 'lm' as in the resumed run, got 'masked_lm'"),
+        ("--trained head --start runs/small", "trained must be 'all' as in the resumed run, got 'head'"),
+        ("--data.tokenizer byte", "data.tokenizer must be 'char' as in the resumed run, got 'byte'"),
+        ("--data.packed true", "data.packed must be False as in the resumed run, got True"),
+        ("--optim.ema 0.9", "optim.ema must be 0.0 as in the resumed run, got 0.9"),
+        ("--optim.name sgd", "optim.name must be 'adamw' as in the resumed run, got 'sgd'"),
     ]:
         assert_refused(run.parents[1], capsys, ["train", "--resume", "runs/small", *options.split()], expected)
 
@@ -375,9 +387,9 @@ def test_damaged_run(run, capsys):
     assert "step-00000004 is damaged (model.safetensors differs from its sha256); using step-00000002" in error
     (run / "checkpoints" / "step-00000002" / "meta.json").unlink()
     for arguments in (["evaluate", "runs/small"], ["train", "--resume", "runs/small"]):
-        assert_refused(folder, capsys, arguments, "expected an undamaged one", "step-00000004", "step-00000002")
+        assert_refused(folder, capsys, arguments, "has no undamaged checkpoint", "step-00000004", "step-00000002")
     (run / "tokenizer.json").write_text("{")
-    assert_refused(folder, capsys, ["evaluate", "runs/small"], "tokenizer.json: expected a tokenizer")
+    assert_refused(folder, capsys, ["evaluate", "runs/small"], "tokenizer.json is not a readable tokenizer")
     (run / "config.yaml").write_text("nonsense: 1")
     assert_refused(folder, capsys, ["evaluate", "runs/small"], "config.yaml", "nonsense")
 
@@ -385,7 +397,7 @@ def test_damaged_run(run, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that must be missing here")
 def test_cuda_without_a_gpu(run, capsys):
     folder = run.parents[1]
-    expected = "accelerator: expected a CUDA GPU for 'cuda', got a machine without one"
+    expected = "accelerator 'cuda' needs a CUDA GPU, but PyTorch finds none"
     arguments = ["train", "--config", "config.yaml", "--run", "runs/other", "--accelerator", "cuda"]
     assert_refused(folder, capsys, arguments, expected)
     assert_refused(folder, capsys, ["evaluate", "runs/small", "--accelerator", "cuda"], expected)
@@ -413,7 +425,7 @@ def test_missing_package_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     for name in ("loop", "train"):
         monkeypatch.delitem(sys.modules, f"fastattn.training.runs.{name}", raising=False)
-    expected = "expected the packages of pip install 'fastattn[train]', got no lightning_fabric"
+    expected = "missing package lightning_fabric: run pip install 'fastattn[train]'"
     assert_refused(folder, capsys, ["train", "--config", "config.yaml"], expected)
 
 

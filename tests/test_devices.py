@@ -160,7 +160,7 @@ def test_rocm_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert _native._load_triton()[1] == "its kernels are for NVIDIA GPUs, this torch is built for ROCm"
+    assert _native._load_triton()[1] == "its kernels are for NVIDIA GPUs, but this torch is built for ROCm"
     assert _native._load_cuda() == "this torch is built without CUDA"
 
 
@@ -204,7 +204,7 @@ def test_info_agrees_with_explain(gpus):
     """What is there but not used by default is said to be so, and what no call can have is not listed."""
     gpus((8, 0), (9, 0))
     lines = {line.split()[0]: line for line in _info.report().partition("\nOps")[2].splitlines() if line.strip()}
-    named = "(native where it is named: not yet run on hardware)"
+    named = "(native only if named: not yet run on hardware)"
     for op in ("attention", "attention_decode"):
         a100, h100 = lines[op].partition("cuda:0: ")[2].split("   cuda:1: ")
         assert a100.strip() == "triton > reference"

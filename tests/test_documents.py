@@ -71,7 +71,7 @@ def test_parallel_files(tmp_path):
     documents = read_one(tmp_path / "a.en", target_source=str(tmp_path / "a.de"))
     assert documents == Documents(["one", "", "three"], targets=["eins", "zwei", "drei"])
     (tmp_path / "a.de").write_text("eins\nzwei\n")
-    with pytest.raises(UsageError, match=r"expected as many lines in '.*a\.de' as in '.*a\.en', got 2 and 3"):
+    with pytest.raises(UsageError, match=r"a\.de' must have as many lines as '.*a\.en', got 2 and 3"):
         read_documents(str(tmp_path / "a.en"), target_source=str(tmp_path / "a.de"))
 
 
@@ -86,19 +86,19 @@ def test_what_is_written_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "columns", "message"),
     [
-        ("a.csv", b"text\n", None, "expected documents, got none"),
-        ("a.csv", b"", None, "expected text, got an empty file"),
-        ("a.csv", b"text,label\none,1\n", Columns(label="class"), "line 2: expected a column 'class', got text, label"),
-        ("a.csv", b"text,label\none,1\ntwo,\n", LABELLED, "line 3: expected a value in column 'label', got nothing"),
-        ("a.csv", b"text,label\none\n", LABELLED, "line 2: expected a column 'label', got text"),
-        ("a.csv", b"text,label\none, two,1\n", LABELLED, "line 2: expected 2 values, .* text, label, got 3"),
-        ("a.csv", b'text\n"one\n', None, "expected ','-separated values, got unexpected end of data"),
-        ("a.csv", b"text\ncaf\xe9\n", None, "expected UTF-8, got byte 0xe9 at 8"),
-        ("a.jsonl", b'{"text": "one"}\n{"text": \n', None, "line 2: expected a JSON object, got Expecting value"),
-        ("a.jsonl", b"[1]\n", None, "line 1: expected a JSON object, got list"),
-        ("a.jsonl", b'{"text": null}\n', None, "line 1: expected a value in column 'text', got nothing"),
-        ("a.txt", b"one\n", LABELLED, "expected a table .* to have named columns, got a text file"),
-        ("a.txt.gz", b"one\n", None, "expected gzip data, got Not a gzipped file"),
+        ("a.csv", b"text\n", None, "has no documents"),
+        ("a.csv", b"", None, "is empty"),
+        ("a.csv", b"text,label\none,1\n", Columns(label="class"), "line 2: no column 'class' among text, label"),
+        ("a.csv", b"text,label\none,1\ntwo,\n", LABELLED, "line 3: column 'label' is empty"),
+        ("a.csv", b"text,label\none\n", LABELLED, "line 2: no column 'label' among text"),
+        ("a.csv", b"text,label\none, two,1\n", LABELLED, r"line 2: the line must have 2 values \(text, label\), got 3"),
+        ("a.csv", b'text\n"one\n', None, "does not hold ','-separated values: unexpected end of data"),
+        ("a.csv", b"text\ncaf\xe9\n", None, "is not UTF-8: byte 0xe9 at 8"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', None, "line 2 is not valid JSON: Expecting value"),
+        ("a.jsonl", b"[1]\n", None, "line 1 must be a JSON object, got list"),
+        ("a.jsonl", b'{"text": null}\n', None, "line 1: column 'text' is empty"),
+        ("a.txt", b"one\n", LABELLED, "is a text file: named columns need a table"),
+        ("a.txt.gz", b"one\n", None, "is not valid gzip data: Not a gzipped file"),
     ],
 )
 def test_unusable_files(tmp_path, name, content, columns, message):
@@ -108,7 +108,7 @@ def test_unusable_files(tmp_path, name, content, columns, message):
 
 
 def test_unknown_source_lists_the_known_sets(tmp_path):
-    with pytest.raises(UsageError, match=r"a folder, 'hf:NAME' or one of clinc150, .*sst2"):
+    with pytest.raises(UsageError, match=r"a folder, 'hf:NAME' nor one of clinc150, .*sst2"):
         read_documents(str(tmp_path / "nothing"))
 
 
@@ -123,7 +123,7 @@ def test_hugging_face_data_set(tmp_path):
 
 def test_hugging_face_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match="expected the package 'datasets', got none installed"):
+    with pytest.raises(UsageError, match="needs the package 'datasets', which is not installed"):
         read_documents("hf:anything")
 
 
@@ -243,7 +243,7 @@ def test_no_text_and_no_group_is_in_two_parts():
 
 
 def test_split_without_documents_for_a_part():
-    with pytest.raises(UsageError, match="expected documents in every part, got none for validation of 2"):
+    with pytest.raises(UsageError, match="2 documents are too few, the validation part would be empty"):
         split_documents(Documents(["a", "b"]), 0.1, 0.1, seed=0)
 
 
@@ -283,7 +283,7 @@ def test_a_plain_text_may_have_words_for_tokens(tmp_path, kind):
 
 
 def test_word_vocabularies_need_the_unknown_token():
-    with pytest.raises(UsageError, match=r"tokenizer 'word': expected special tokens with \[UNK\], got \[\]"):
+    with pytest.raises(UsageError, match=r"tokenizer 'word': the special tokens must include \[UNK\], got \[\]"):
         build_tokenizer("word", ["a"], ["a"], 300)
 
 
@@ -298,9 +298,9 @@ def test_tokens_on_disk(tmp_path):
     assert write_tokens(path, []) == 0
     assert open_tokens(path).shape == (0,)
     path.write_bytes(b"12345")
-    with pytest.raises(UsageError, match="expected a multiple of 4 bytes, got 5"):
+    with pytest.raises(UsageError, match="must be a multiple of 4 bytes, got 5"):
         open_tokens(path)
-    with pytest.raises(UsageError, match="expected a file, got No such file"):
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
         open_tokens(tmp_path / "none")
 
     def broken():
@@ -317,7 +317,7 @@ def test_one_hot():
 
     assert torch.equal(one_hot([[0, 2]], 3), torch.tensor([[[1.0, 0, 0], [0, 0, 1]]]))
     assert one_hot([], 3).shape == (0, 3)
-    with pytest.raises(UsageError, match="expected numbers from 0 to 2, got 0 to 3"):
+    with pytest.raises(UsageError, match="numbers must be from 0 to 2, got 0 to 3"):
         one_hot([0, 3], 3)
 
 
@@ -351,9 +351,9 @@ def test_word2vec_and_embedding():
     king = embedding.weight[tokenizer.number_of("king")]
     assert torch.nn.functional.cosine_similarity(king, torch.tensor(vectors["king"]), dim=0) > 0.9999
     assert 0.5 < embedding.weight.std() / spread < 2
-    with pytest.raises(UsageError, match="expected dimension 8, got 16"):
+    with pytest.raises(UsageError, match="must have dimension 8, got 16"):
         initialize_embedding(torch.nn.Embedding(tokenizer.vocab_size, 8), tokenizer, vectors)
-    with pytest.raises(UsageError, match="expected words that occur 1000 times, got none in 400 texts"):
+    with pytest.raises(UsageError, match="no word occurs 1000 times in the 400 texts"):
         word2vec(texts, min_count=1000)
 
 
@@ -409,9 +409,9 @@ def test_what_cannot_be_counted(tmp_path, table, capsys):
     pytest.importorskip("sklearn", reason="needs the packages of fastattn[eval]")
     (tmp_path / "letters.txt").write_text("a\nb\n")
     for source, option, message in (
-        (table, "--max_ngram=0", "max_ngram: expected at least 1, got 0"),
-        (table, "--max_features=0", "max_features: expected at least 1, got 0"),
-        (tmp_path / "letters.txt", "--kind=tfidf", "expected words of two letters or more, got none"),
+        (table, "--max_ngram=0", "max_ngram must be at least 1, got 0"),
+        (table, "--max_features=0", "max_features must be at least 1, got 0"),
+        (tmp_path / "letters.txt", "--kind=tfidf", "have no words of two letters or more"),
     ):
         assert main(["data", "vectorize", str(source), option, "--output", str(tmp_path / "vectors")]) == 2
         assert message in capsys.readouterr().err
@@ -421,10 +421,13 @@ def test_what_cannot_be_counted(tmp_path, table, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stats", "nothing.csv"], "expected a file, a folder"),
-        (["clean", "a.csv", "--output", "a.csv"], "expected a new name, got one that is there already"),
-        (["clean", "a.csv", "--output", "b", "--cleaning.max_characters", "0"], "max_characters: expected null or at"),
-        (["split", "a.csv", "--output", "b", "--test_fraction", "1"], "test_fraction: expected 0 <= x < 1, got 1.0"),
+        (["stats", "nothing.csv"], "is neither a file, a folder"),
+        (["clean", "a.csv", "--output", "a.csv"], "already exists; choose a new name"),
+        (["clean", "a.csv", "--output", "b", "--cleaning.max_characters", "0"], "max_characters must be null or at"),
+        (
+            ["split", "a.csv", "--output", "b", "--test_fraction", "1"],
+            "test_fraction must be at least 0 and below 1",
+        ),
         (["tokenize", "a.csv", "--output", "b", "--tokenizer", "letters"], "letters"),
         (["polish", "a.csv"], "polish"),
     ],

@@ -112,7 +112,7 @@ def test_what_a_start_gives(folder, tmp_path, monkeypatch, capsys, start, task, 
         new = fresh
     assert fresh == new
     error = capsys.readouterr().err
-    assert error.count("all weights taken over but") == bool(new)
+    assert error.count("loaded all weights except") == bool(new)
     assert sum(name in error for name in new) == min(6, len(new))
     assert (tmp_path / "run" / "tokenizer.json").read_text() == (folder / start / "tokenizer.json").read_text()
 
@@ -157,20 +157,20 @@ def test_training_on_from_a_run_is_better_at_once_than_anew(folder, tmp_path, ca
 @pytest.mark.parametrize(
     ("start", "task", "changes", "expected"),
     [
-        ("masked_lm", "classify", {"model": {"n_layer": 3}}, "model.n_layer: expected 2 as in .*masked_lm, got 3"),
-        ("masked_lm", "classify", {"model": {"n_layer": 1}}, "model.n_layer: expected 2 as in .*masked_lm, got 1"),
-        ("masked_lm", "classify", {"model": {"n_head": 4}}, "model.n_head: expected 2"),
-        ("masked_lm", "classify", {"model": {"norm_first": False}}, "model.norm_first: expected True"),
-        ("masked_lm", "classify", {"model": {"body": "lstm"}}, "model.body: expected 'transformer'"),
-        ("masked_lm", "classify", {"model": {"block_size": 13}}, r"embedding.weight \(12, 16\) for \(13, 16\)"),
-        ("lm", "classify", {}, "expected a model for task classify, got one of lm"),
-        ("classify", "lm", {}, "expected a model for task lm, got one of classify"),
-        ("lm", "lm", {"trained": "head"}, "expected a head with weights of its own for 'head', got none"),
-        ("lm", "lm", {"data": {"source": "documents.jsonl"}}, "characters of the vocabulary, got also"),
-        ("unfinished", "lm", {}, "expected a checkpoint, got none yet"),
-        ("nothing", "lm", {}, "got no such folder"),
-        (".", "lm", {}, "got neither file in it"),
-        ("damaged", "lm", {}, "config.yaml: expected the config of a run, got"),
+        ("masked_lm", "classify", {"model": {"n_layer": 3}}, "model.n_layer must be 2 as in .*masked_lm, got 3"),
+        ("masked_lm", "classify", {"model": {"n_layer": 1}}, "model.n_layer must be 2 as in .*masked_lm, got 1"),
+        ("masked_lm", "classify", {"model": {"n_head": 4}}, "model.n_head must be 2"),
+        ("masked_lm", "classify", {"model": {"norm_first": False}}, "model.norm_first must be True"),
+        ("masked_lm", "classify", {"model": {"body": "lstm"}}, "model.body must be 'transformer'"),
+        ("masked_lm", "classify", {"model": {"block_size": 13}}, r"must have shape \(13, 16\) .*, got \(12, 16\)"),
+        ("lm", "classify", {}, "is of task lm, which cannot start task classify"),
+        ("classify", "lm", {}, "is of task classify, which cannot start task lm"),
+        ("lm", "lm", {"trained": "head"}, "trained 'head' needs a head with its own weights"),
+        ("lm", "lm", {"data": {"source": "documents.jsonl"}}, "characters that are not among the 14 of the vocabulary"),
+        ("unfinished", "lm", {}, "has no checkpoint yet"),
+        ("nothing", "lm", {}, "but it does not exist"),
+        (".", "lm", {}, "but it has neither file"),
+        ("damaged", "lm", {}, "config.yaml is not the config of a run"),
     ],
 )  # fmt: skip
 def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(
@@ -198,7 +198,7 @@ def test_tokens_on_disk_must_be_those_of_the_start(folder, tmp_path):
     data_split(SourceConfig(str(folder / "documents.jsonl")), str(tmp_path / "split"))
     data_tokenize(SourceConfig(str(tmp_path / "split")), str(tmp_path / "tokens"), "byte")
     data = {"source": str(tmp_path / "tokens")}
-    with pytest.raises(UsageError, match="expected tokens of the model's own tokenizer, got another's"):
+    with pytest.raises(UsageError, match="come from another tokenizer than the model's"):
         train(config_for("lm", tmp_path / "run", folder, folder / "lm", data=data))
     assert train(config_for("lm", tmp_path / "bytes", folder, data=data)) == 0
     assert train(config_for("lm", tmp_path / "run", folder, tmp_path / "bytes", data=data)) == 0
@@ -216,13 +216,13 @@ def test_low_rank_additions_in_an_average_of_weights(folder, tmp_path):
 
 
 def test_a_run_does_not_overwrite_its_start(folder):
-    with pytest.raises(UsageError, match=r"run .*lm': expected another folder than that of start, got the same"):
+    with pytest.raises(UsageError, match=r"run .*lm' must not be the folder of start"):
         train(config_for("lm", folder / "lm", folder, folder / "lm"), overwrite=True)
     assert best_weights(folder / "lm")
 
 
 def test_nothing_but_all_learns_without_a_start(tmp_path):
-    with pytest.raises(UsageError, match="trained: expected 'all' without start, got 'lora'"):
+    with pytest.raises(UsageError, match="trained must be 'all' without start, got 'lora'"):
         TrainConfig(run=str(tmp_path), trained="lora")
 
 
@@ -324,7 +324,10 @@ def test_a_run_with_low_rank_additions_can_be_a_start(folder, tmp_path, monkeypa
 def test_models_without_blocks_or_head():
     config = TrainConfig(task="classify", model=ModelConfig(body="bag_of_words", **SHAPE))
     tokenizer = type("Tokenizer", (), {"vocab_size": 9})
-    for what, expected in (("lora", "a transformer for 'lora'"), ("head", "a head with weights of its own")):
+    for what, expected in (
+        ("lora", "'lora' needs a transformer"),
+        ("head", "needs a head with its own weights"),
+    ):
         model = TASKS["classify"].build_model(config, tokenizer, {"labels": LABELS})
         with pytest.raises(UsageError, match=expected):
             loop.train_only(model, what, 2)
@@ -351,14 +354,14 @@ def test_finetune_command(folder, tmp_path, monkeypatch, capsys):
     common = f"""--sample_tokens 0 --tensorboard false --accelerator cpu --steps 4 --evaluate_every 2 --batch_size 4
         --data.source {folder / "documents.jsonl"} --data.validation_fraction 0.2 --data.columns.label label""".split()
     assert main(["finetune", "--task", "classify", "--run", "run", *common]) == 2
-    assert "finetune: expected --start FOLDER, a run or a Hugging Face model" in capsys.readouterr().err
+    assert "finetune needs --start FOLDER, a run or a Hugging Face model" in capsys.readouterr().err
     arguments = ["finetune", "--start", str(folder / "masked_lm"), "--task", "classify", "--run", "run", *common]
     assert main([*arguments, "--model.n_layer", "1"]) == 2
-    assert "model.n_layer: expected 2 as in" in capsys.readouterr().err
+    assert "model.n_layer must be 2 as in" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--trained", "lora", "--model.dropout", "0.3"]) == 0
     error = capsys.readouterr().err
-    assert "all weights taken over but head.weight, head.bias" in error
+    assert "loaded all weights except head.weight, head.bias" in error
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert {name: config["model"][name] for name in SHAPE} == SHAPE
     assert config["model"]["dropout"] == 0.3
@@ -369,7 +372,7 @@ def test_finetune_command(folder, tmp_path, monkeypatch, capsys):
     assert main(["evaluate", "run", "--split", "validation", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] in (2, 4)
     assert main(["train", "--resume", "run", "--lora_rank", "3"]) == 2
-    assert "lora_rank: expected 8 as in the run that is resumed, got 3" in capsys.readouterr().err
+    assert "lora_rank must be 8 as in the resumed run, got 3" in capsys.readouterr().err
     assert main(["finetune", "--resume", "run", "--steps", "5"]) == 0
     stored = load_file(next((tmp_path / "run" / "checkpoints").glob("step-00000005")) / "model.safetensors")
     assert any(".lora_a" in name for name in stored)

@@ -146,9 +146,9 @@ def test_pieces_of_text():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"top_p": 0.0}, "top_p: expected 0 < x <= 1, got 0.0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty: expected more than 0, got 0.0"),
-        ({"beams": 0}, "beams: expected at least 1, got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite, got 0.0"),
+        ({"beams": 0}, "beams must be at least 1, got 0"),
     ],
 )
 def test_values_out_of_range(values, message):

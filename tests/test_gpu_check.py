@@ -114,10 +114,11 @@ def test_a_part_that_passed_is_not_run_again(check):
     assert check()[0] == 0
     code, printed, calls = check()
     assert (code, calls) == (0, [])
-    assert re.findall(r"gpu_check: (\w+) passed before", printed) == PARTS
+    assert re.findall(r"gpu_check: (\w+) has already passed", printed) == PARTS
 
 
 def test_an_unknown_part_is_refused(check):
     code, printed, _ = check("everything")
     assert code == 2
-    assert "expected info hopper forward backward decode tests bench sanitizer or --force, got 'everything'" in printed
+    parts = "info hopper forward backward decode tests bench sanitizer"
+    assert f"there is no part 'everything'; the parts are {parts}, and the only option is --force" in printed

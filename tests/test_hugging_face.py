@@ -274,16 +274,16 @@ def test_what_a_folder_holds(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "expected"),
     [
-        ("bert", {"model_type": "t5"}, "expected model_type 'bert' or 'gpt2', got 't5'"),
-        ("bert", {"is_decoder": True}, "expected is_decoder False, got True"),
-        ("bert", {"position_embedding_type": "relative_key"}, "expected position_embedding_type 'absolute'"),
-        ("bert", {"hidden_act": "mish"}, "expected one of the activations gelu, .*, got 'mish'"),
-        ("bert", {"hidden_act": "relu"}, "expected hidden_act 'gelu' with a masked language model's head, got 'relu'"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "expected scale_attn_by_inverse_layer_idx False, got True"),
-        ("gpt2", {"n_embd": None}, "expected n_embd, got none"),
-        ("gpt2", "config.json", "expected the config of a Hugging Face model, got FileNotFoundError"),
-        ("gpt2", "model.safetensors", "expected model.safetensors or pytorch_model.bin, got neither"),
-        ("gpt2", {"tensor": "transformer.h.0.adapter.weight"}, "got also transformer.h.0.adapter.weight"),
+        ("bert", {"model_type": "t5"}, "model_type must be 'bert' or 'gpt2', got 't5'"),
+        ("bert", {"is_decoder": True}, "is_decoder must be False, got True"),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type must be 'absolute'"),
+        ("bert", {"hidden_act": "mish"}, "the activation must be one of gelu, .*, got 'mish'"),
+        ("bert", {"hidden_act": "relu"}, "hidden_act must be 'gelu' with a masked language model's head, got 'relu'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False, got True"),
+        ("gpt2", {"n_embd": None}, "config.json has no n_embd"),
+        ("gpt2", "config.json", "config.json is not a readable config of a Hugging Face model: FileNotFoundError"),
+        ("gpt2", "model.safetensors", "has neither model.safetensors nor pytorch_model.bin"),
+        ("gpt2", {"tensor": "transformer.h.0.adapter.weight"}, "the tensor transformer.h.0.adapter.weight is not part"),
     ],
 )
 def test_folders_that_are_refused(tmp_path, kind, changes, expected):
@@ -302,11 +302,11 @@ def test_folders_that_are_refused(tmp_path, kind, changes, expected):
 def test_a_damaged_file_and_code_in_a_file_are_refused(tmp_path):
     make_up(tmp_path, "gpt2")
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"model.safetensors: expected weights, got"):
+    with pytest.raises(ValueError, match=r"model.safetensors has no readable weights: "):
         load_hugging_face(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save({"x": Path("x")}, tmp_path / "pytorch_model.bin")  # unpickling would call what the file names
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: expected weights, got UnpicklingError"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin has no readable weights: UnpicklingError"):
         load_hugging_face(tmp_path)
 
 
@@ -372,7 +372,7 @@ def test_bert_to_a_classifier(documents, capsys, trained):
     ]
     assert main([*arguments, "--trained", trained]) == 0
     error = capsys.readouterr().err
-    assert "all weights taken over but head.weight, head.bias" in error
+    assert "loaded all weights except head.weight, head.bias" in error
     stored = load_file(run / "checkpoints" / "step-00000004" / "model.safetensors")
     start = load_file(documents / "bert" / "model.safetensors")
     same = torch.equal(stored["encoder.token_embedding.weight"], start["bert.embeddings.word_embeddings.weight"])
@@ -388,7 +388,7 @@ def test_the_head_of_a_bert_classifier_goes_on(documents, capsys):
     source = ["--data.source", str(documents / "documents.jsonl"), "--data.columns.label", "label"]
     arguments = [*command(documents), "--start", str(documents / "classes"), "--task", "classify", *source]
     assert main([*arguments, "--run", str(documents / "run")]) == 0
-    assert "all weights taken over" not in capsys.readouterr().err
+    assert "loaded all weights" not in capsys.readouterr().err
 
 
 def test_bert_as_a_masked_lm(documents, capsys):
@@ -397,9 +397,9 @@ def test_bert_as_a_masked_lm(documents, capsys):
     source = ["--data.source", str(documents / "documents.jsonl")]
     arguments = [*command(documents), "--start", str(documents / "bert"), "--task", "masked_lm", *source]
     assert main([*arguments, "--run", str(documents / "run")]) == 0
-    assert "all weights taken over" not in capsys.readouterr().err
+    assert "loaded all weights" not in capsys.readouterr().err
     assert main([*arguments, "--run", str(documents / "other"), "--model.head_transform", "false"]) == 2
-    assert "got head.bias, for which it has no place" in capsys.readouterr().err
+    assert "the checkpoint has head.bias, which this model does not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("packed", ["true", "false"])
@@ -411,7 +411,7 @@ def test_gpt2_on_other_text(documents, capsys, packed):
     arguments = [*command(documents), "--start", str(documents / "gpt2"), *source, "--run", str(run)]
     assert main(arguments) == 0
     out, error = capsys.readouterr()
-    assert "all weights taken over" not in error
+    assert "loaded all weights" not in error
     losses = [
         float(line.split("validation loss ")[1].split()[0]) for line in out.splitlines() if line.startswith("step ")
     ]
@@ -426,10 +426,14 @@ def test_a_hugging_face_folder_that_does_not_fit(documents, capsys):
     base = ["--data.source", str(documents / "text.txt"), "--run", str(documents / "run")]
     (documents / "bert" / "tokenizer.json").unlink()
     for start, options, expected in (
-        ("bert", ["--task", "masked_lm"], "expected a tokenizer.json beside the weights, got none"),
-        ("gpt2", ["--task", "masked_lm"], "expected a model for task masked_lm, got one of lm"),
-        ("gpt2", ["--model.block_size", "25"], "position_embedding.weight (24, 16) for (25, 16)"),
-        ("gpt2", ["--model.norm_eps", "1e-6"], "model.norm_eps: expected 1e-05 as in"),
+        ("bert", ["--task", "masked_lm"], "has no tokenizer.json"),
+        ("gpt2", ["--task", "masked_lm"], "is of task lm, which cannot start task masked_lm"),
+        (
+            "gpt2",
+            ["--model.block_size", "25"],
+            "position_embedding.weight must have shape (25, 16) as in this model, got (24, 16)",
+        ),
+        ("gpt2", ["--model.norm_eps", "1e-6"], "model.norm_eps must be 1e-05 as in"),
     ):
         assert main([*command(documents), "--start", str(documents / start), *options, *base]) == 2
         assert expected in capsys.readouterr().err

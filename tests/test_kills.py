@@ -120,7 +120,8 @@ def test_a_full_disk_is_told_in_one_line_and_breaks_no_checkpoint(tmp_path, text
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith(f"fastattn: error: checkpoint '{run}/checkpoints/step-00000008': expected")
+    folder = run / "checkpoints" / "step-00000008"
+    assert error.splitlines()[-1].startswith(f"fastattn: error: checkpoint '{folder}' could not be written")
     assert "Traceback" not in error
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before
     assert main(["train", "--resume", str(run)]) == 0
@@ -164,7 +165,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, text_file, capsys
         assert main(["train", "--resume", str(run), "--steps", "4"]) == 2
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 1
-        assert error[0].startswith(f"fastattn: error: {folder}: expected a state of plain numbers and tensors, got ")
+        assert error[0].startswith(f"fastattn: error: {folder}: state.pt must hold only plain numbers and tensors: ")
         assert not trace.exists()
     (folder / "model.safetensors").write_bytes(pickle.dumps(Malicious(trace), protocol=2))
     meta["sha256"]["model.safetensors"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -178,5 +179,5 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, text_file, capsys
         assert main(command) == 2
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 1
-        assert "expected weights of the model in config.yaml, got " in error[0]
+        assert "the weights do not fit the model in config.yaml: " in error[0]
     assert not trace.exists()

@@ -132,7 +132,7 @@ def test_best_checkpoint_by_accuracy(tmp_path, table, monkeypatch, capsys):
     assert ckpt.choose_checkpoint(run, "best")[1]["step"] == 6  # the lowest loss is that of step 4
     assert [meta["step"] for _, meta in ckpt.find_checkpoints(run)] == [6, 8]
     assert "best validation loss 0.7500, accuracy 0.3750 at step 6" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="select: expected loss for this task, got 'accuracy'"):
+    with pytest.raises(UsageError, match="select must be 'loss' for the task translate, got 'accuracy'"):
         table_config("translate", run, table, select="accuracy")
 
 
@@ -243,6 +243,6 @@ def test_bf16_mixed_learns_like_fp32(tmp_path, text_file):
 
 def test_16_mixed_needs_a_gpu(tmp_path, text_file):
     config = tiny_config(tmp_path / "run", text_file, precision="16-mixed")
-    with pytest.raises(UsageError, match="precision: expected 32-true, bf16-mixed or bf16-true on a CPU"):
+    with pytest.raises(UsageError, match="precision must be 32-true, bf16-mixed or bf16-true on a CPU"):
         train(config)
     assert not os.path.exists(tmp_path / "run")

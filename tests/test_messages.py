@@ -357,7 +357,7 @@ class TestModules:
         model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.RMSNorm(8))
         assert nn.replace(model, only="LayerNorm").replaced == {"0": "LayerNorm"}
         assert nn.replace(model, only=["RMSNorm", torch.nn.LayerNorm]).replaced == {"1": "RMSNorm"}
-        with pytest.raises(ValueError, match=r"only must be classes out of .*, or their names, got 'LayerNrm'"):
+        with pytest.raises(ValueError, match=r"only must name classes among .*, got 'LayerNrm'"):
             nn.replace(model, only="LayerNrm")
 
 

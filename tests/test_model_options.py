@@ -207,18 +207,18 @@ def test_bfloat16_keeps_the_tables_of_positions(layers):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_kv_head": 3}, "n_kv_head: expected a divisor of n_head = 4, got 3"),
-        ({"n_kv_head": 0}, "n_kv_head: expected a divisor of n_head = 4, got 0"),
-        ({"positions": "absolute"}, "positions: expected 'learned' or 'sinusoidal' or 'rotary' or 'alibi', got 'absol"),
-        ({"feed_forward": "mish"}, "feed_forward: expected 'gelu' or .* or 'reglu', got 'mish'"),
-        ({"positions": "rotary", "d_model": 12}, "d_model / n_head: expected an even number for rotary .*, got 3"),
+        ({"n_kv_head": 3}, "n_kv_head must be a divisor of n_head = 4, got 3"),
+        ({"n_kv_head": 0}, "n_kv_head must be a divisor of n_head = 4, got 0"),
+        ({"positions": "absolute"}, "positions must be 'learned' or 'sinusoidal' or 'rotary' or 'alibi', got 'absol"),
+        ({"feed_forward": "mish"}, "feed_forward must be 'gelu' or .* or 'reglu', got 'mish'"),
+        ({"positions": "rotary", "d_model": 12}, "d_model / n_head must be even for rotary .*, got 3"),
         (
             {"positions": "sinusoidal", "d_model": 15, "n_head": 3},
-            "d_model: expected an even number for sin.*, got 15",
+            "d_model must be even for sin.*, got 15",
         ),
-        ({"label_smoothing": 1.0}, "label_smoothing: expected 0 <= x < 1, got 1.0"),
-        ({"init": "zeros"}, "scheme: expected one of gpt2, .*, got 'zeros'"),
-        ({"layers": "jax"}, "layers: expected 'fastattn' or 'torch', got 'jax'"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, got 1.0"),
+        ({"init": "zeros"}, "init must be one of gpt2, .*, got 'zeros'"),
+        ({"layers": "jax"}, "layers must be 'fastattn' or 'torch', got 'jax'"),
     ],
 )
 def test_wrong_options_are_told(changes, message):
@@ -229,11 +229,11 @@ def test_wrong_options_are_told(changes, message):
 @pytest.mark.parametrize(
     ("cu_seqlens", "message"),
     [
-        (torch.tensor([0, 16, 32]), r"expected int32 of shape \(documents \+ 1,\), got torch.int64 \(3,\)"),
+        (torch.tensor([0, 16, 32]), r"cu_seqlens must be int32 of shape \(documents \+ 1,\), got torch.int64 \(3,\)"),
         (torch.tensor([[0, 16, 32]], dtype=torch.int32), r"got torch.int32 \(1, 3\)"),
         (torch.tensor([0, 20, 32], dtype=torch.int32), r"end of every row of 16 tokens, got \[0, 20, 32\]"),
-        (torch.tensor([0, 16], dtype=torch.int32), r"from 0 to 32, .* got \[0, 16\]"),
-        (torch.tensor([0, 16, 9, 32], dtype=torch.int32), "in order"),
+        (torch.tensor([0, 16], dtype=torch.int32), r"rise from 0 to 32 .* got \[0, 16\]"),
+        (torch.tensor([0, 16, 9, 32], dtype=torch.int32), "must rise from 0 to 32"),
     ],
 )
 def test_wrong_documents_are_told(cu_seqlens, message):
@@ -243,5 +243,5 @@ def test_wrong_documents_are_told(cu_seqlens, message):
 
 def test_cache_and_documents_exclude_each_other():
     model = build(CausalLM)
-    with pytest.raises(ValueError, match="cu_seqlens: expected None beside a cache"):
+    with pytest.raises(ValueError, match="cu_seqlens must be None with a cache"):
         model(random_tokens(1, 4), cache=KeyValueCache(model, 1), cu_seqlens=documents((4,)))

@@ -112,11 +112,11 @@ def test_dropout_drops_in_training_only(layers):
 
 
 def test_wrong_sizes_are_told():
-    with pytest.raises(ValueError, match="multiple of n_head, got d_model 30 and n_head 4"):
+    with pytest.raises(ValueError, match="d_model must be a multiple of n_head = 4, got 30"):
         make_model("torch", d_model=30)
-    with pytest.raises(ValueError, match="expected 'fastattn' or 'torch', got 'jax'"):
+    with pytest.raises(ValueError, match="layers must be 'fastattn' or 'torch', got 'jax'"):
         make_model("jax")
-    with pytest.raises(ValueError, match="at most block_size = 16 in a row, got 17"):
+    with pytest.raises(ValueError, match="at most block_size = 16 tokens, got 17"):
         make_model("torch")(random_tokens(1, 17))
 
 
@@ -152,7 +152,7 @@ def test_cached_logits_are_those_of_the_whole_sequence(layers):
         cache.reorder(torch.tensor([2, 0, 0]))
         rows = tokens[[2, 0, 0]]
         torch.testing.assert_close(model(rows[:, 9:], cache=cache), whole[[2, 0, 0], 9:], rtol=1e-4, atol=1e-5)
-        with pytest.raises(ValueError, match="at most block_size = 16 in a row, got 17"):
+        with pytest.raises(ValueError, match="at most block_size = 16 tokens, got 17"):
             model(tokens[:, :1], cache=cache)
 
 
@@ -186,11 +186,11 @@ def test_generation_follows_seed_temperature_and_top_k():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": []}, "prompt: expected at least one token"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
-        ({"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
-        ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+        ({"prompt": []}, "prompt must have at least one token"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
     ],
 )
 def test_generation_refuses(changes, message):

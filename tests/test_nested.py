@@ -491,7 +491,7 @@ class TestLayers:
         padding = torch.zeros(2, 4, dtype=torch.bool)
         outside = "MultiheadAttention does not support NestedTensor outside of its fast path: "
         for message, call in (
-            ("expected 3 dimensions, got 1", lambda: layer(torch.nested.nested_tensor([]))),
+            ("the tensors must have 3 dimensions, got 1", lambda: layer(torch.nested.nested_tensor([]))),
             ("a mask was given", lambda: layer(x, src_key_padding_mask=padding)),
             ("a mask was given", lambda: attention(x, x, x, attn_mask=torch.zeros(4, 4))),
             ("query, key and value are not nested tensors of one layout",

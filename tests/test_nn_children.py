@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize, prune
 
 import fastattn.nn.decoder
 import fastattn.nn.encoder
+import fastattn.nn.sublayers
 from fastattn import nn
 
 E, H, FF = 16, 4, 24
@@ -40,7 +41,7 @@ def fused(monkeypatch):
         return wrapper
 
     for module in (fastattn.nn.encoder, fastattn.nn.decoder):
-        for name in ("add_and_norm", "add_then_norm"):
+        for name in ("add_norm", "add_norm_keep_sum"):
             monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return calls
 
@@ -58,13 +59,13 @@ def test_untouched_layer_is_fused(name, norm_first, fused):
 def test_the_norm_adds_the_biases_before_it_where_they_want_gradients(name, norm_first, monkeypatch):
     """out_proj of every attention, and linear2 unless the layer ends without a norm; a hooked child keeps its own."""
     ours, theirs, x = build(name, norm_first=norm_first)
-    added, layer_norm = [], fastattn.nn.encoder.layer_norm
+    added, layer_norm = [], fastattn.nn.sublayers.layer_norm
 
     def noted(*args, x_bias=None, **options):
         added.append(x_bias)
         return layer_norm(*args, x_bias=x_bias, **options)
 
-    monkeypatch.setattr(fastattn.nn.encoder, "layer_norm", noted)
+    monkeypatch.setattr(fastattn.nn.sublayers, "layer_norm", noted)
     attentions = [m for m in ours.modules() if isinstance(m, torch.nn.MultiheadAttention)]
     wanted = [m.out_proj.bias for m in attentions] + ([] if norm_first else [ours.linear2.bias])
 
@@ -360,14 +361,14 @@ class TestReplacedChildren:
 def test_classes_in_the_place_of_those_of_torch_stay_fused(monkeypatch):
     """torch.nn.TransformerEncoder = fastattn.nn.TransformerEncoder and so on is no change of what torch.nn computes."""
     torch.manual_seed(0)
-    x, calls, op = torch.randn(2, 5, 8), [], fastattn.nn.encoder.layer_norm
+    x, calls, op = torch.randn(2, 5, 8), [], fastattn.nn.sublayers.layer_norm
     model = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
     expected = model(x, x)
     for name in ("LayerNorm", "RMSNorm", "MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer",
                  "TransformerEncoder", "TransformerDecoder", "Transformer"):  # fmt: skip
         monkeypatch.setattr(torch.nn, name, getattr(nn, name))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fastattn.scaled_dot_product_attention)
-    for module in (fastattn.nn.encoder, fastattn.nn.decoder):
+    for module in (fastattn.nn.encoder, fastattn.nn.decoder, fastattn.nn.sublayers):
         if hasattr(module, "layer_norm"):
             monkeypatch.setattr(
                 module, "layer_norm", lambda *args, **kwargs: calls.append(kwargs) or op(*args, **kwargs)

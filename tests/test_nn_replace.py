@@ -113,5 +113,5 @@ def test_errors():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         nn.replace("model")
     for wrong in (torch.nn.Linear, "Linear"):
-        with pytest.raises(ValueError, match=r"only must be classes out of torch.nn.LayerNorm, .*got .*L"):
+        with pytest.raises(ValueError, match=r"only must name classes among torch.nn.LayerNorm, .*got .*L"):
             nn.replace(Classifier(), only=wrong)

@@ -36,7 +36,7 @@ def test_values_of_the_schedules():
 
 
 def test_unknown_names_and_values():
-    with pytest.raises(UsageError, match=r"optim\.momentum: expected 0 <= x < 1, got 1\.0"):
+    with pytest.raises(UsageError, match=r"optim\.momentum must be at least 0 and below 1, got 1\.0"):
         OptimConfig(momentum=1.0)
 
 
@@ -111,5 +111,5 @@ def test_initialization(scheme):
 
 
 def test_unknown_scheme():
-    with pytest.raises(ValueError, match=r"scheme: expected one of gpt2, .*he, got 'best'"):
+    with pytest.raises(ValueError, match=r"init must be one of gpt2, .*he, got 'best'"):
         initialize(torch.nn.Linear(2, 2), "best")

@@ -192,7 +192,7 @@ def test_attention_picture(tmp_path):
     plot_attention(path, np.random.default_rng(0).random((1, 250, 250)), ["token"] * 250)
     assert max(read_png(path).shape) < 4000
     for wrong in (torch.rand(4, 4), torch.rand(0, 4, 4), torch.rand(2, 4, 5)):
-        with pytest.raises(UsageError, match="expected"):
+        with pytest.raises(UsageError, match="must be"):
             plot_attention(path, wrong, list("abcd"))
 
 
@@ -251,26 +251,26 @@ def test_checkpoints_side_by_side(tmp_path):
 
 
 def test_runs_that_cannot_be_compared(tmp_path):
-    with pytest.raises(UsageError, match="at least one run, got none"):
+    with pytest.raises(UsageError, match="compare needs at least one run"):
         compare_runs([])
-    with pytest.raises(UsageError, match=r"expected a folder with config\.yaml or report\.json"):
+    with pytest.raises(UsageError, match=r"has neither config\.yaml nor report\.json"):
         compare_runs([str(tmp_path / "nothing")])
     run = make_run(tmp_path / "a")
     with pytest.raises(UsageError, match=r"a saved step \(10, 20\), got '11'"):
         compare_runs([f"{run}@11"])
     (run / "report.json").write_text('{"loss"')
-    with pytest.raises(UsageError, match="expected a report"):
+    with pytest.raises(UsageError, match="is not a report"):
         compare_runs([str(run)])
     (run / "report.json").write_text("{}")
     (run / "config.yaml").write_text("a: [")
-    with pytest.raises(UsageError, match="expected YAML"):
+    with pytest.raises(UsageError, match="is not valid YAML"):
         compare_runs([str(run)])
     (run / "metrics.csv").write_text("step,validation_loss\n1,abc\n")
-    with pytest.raises(UsageError, match="expected a table of numbers"):
+    with pytest.raises(UsageError, match="is not a table of numbers"):
         compare_runs([str(run)])
     bare = tmp_path / "bare"
     write_report(bare, {})
-    with pytest.raises(UsageError, match="expected a checkpoint for '@best', got none yet"):
+    with pytest.raises(UsageError, match="has no checkpoint yet for '@best'"):
         compare_runs([f"{bare}@best"])
     assert "validation loss" in compare_runs([str(bare)], str(tmp_path / "out"))  # no curve at all: an empty picture
 
@@ -335,7 +335,7 @@ def test_attention_maps_of_cross_attention():
     for weights in attention_maps(Decoder(), x, memory, name="multihead_attn"):
         assert weights.shape == (2, 3, 5)
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
-    with pytest.raises(UsageError, match="expected a batch of one text"):
+    with pytest.raises(UsageError, match="the batch must be one text"):
         attention_maps(Decoder(), x.expand(2, -1, -1), memory.expand(2, -1, -1))
 
 
@@ -348,10 +348,10 @@ def test_attention_maps_of_what_has_none():
         def forward(self, x):
             return x
 
-    with pytest.raises(UsageError, match="whose self_attn is a MultiheadAttention, got NoneType"):
+    with pytest.raises(UsageError, match="self_attn of every block must be a MultiheadAttention, got NoneType"):
         attention_maps(Model(torch.nn.Linear(2, 2)), torch.zeros(1, 2, 2))
     with pytest.raises(UsageError, match="got no blocks"):
         attention_maps(Model(), torch.zeros(1, 2, 2))
     layer = torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    with pytest.raises(UsageError, match="one that computes it otherwise"):
+    with pytest.raises(UsageError, match="a block does not call its self_attn"):
         attention_maps(Model(layer), torch.zeros(1, 2, 4))

@@ -118,14 +118,14 @@ def test_counts_of_processes_add_up():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([], [], None), "expected at least one example, got none"),
-        (([0, 1], [0], None), r"predicted: expected shape \(2,\) as truth, got \(1,\)"),
-        (([0, 2], [0, 1], None), "truth: expected classes from 0 to 1, got 2"),
-        (([0, 1], [-1, 1], None), "predicted: expected classes from 0 to 1, got -1"),
-        (([0], [0], [[1.0, 0.0, 0.0]]), r"probabilities: expected shape \(1, 2\), got \(1, 3\)"),
-        (([0], [0], [[2.0, -1.0]]), "probabilities: expected rows"),
-        (([0], [0], [[math.nan, 1.0]]), "probabilities: expected rows"),
-        (([0], [0], [[0.9, 0.9]]), "probabilities: expected rows"),
+        (([], [], None), "need at least one example"),
+        (([0, 1], [0], None), r"predicted must be of shape \(2,\) like truth, got \(1,\)"),
+        (([0, 2], [0, 1], None), "truth must be classes from 0 to 1, got 2"),
+        (([0, 1], [-1, 1], None), "predicted must be classes from 0 to 1, got -1"),
+        (([0], [0], [[1.0, 0.0, 0.0]]), r"probabilities must be of shape \(1, 2\), got \(1, 3\)"),
+        (([0], [0], [[2.0, -1.0]]), "probabilities must be from 0 to 1"),
+        (([0], [0], [[math.nan, 1.0]]), "probabilities must be from 0 to 1"),
+        (([0], [0], [[0.9, 0.9]]), "probabilities must be from 0 to 1"),
     ],
 )
 def test_bad_predictions(arguments, message):
@@ -156,9 +156,9 @@ def test_translations_at_the_ends():
     silent = translation_scores([""], ["a b c d"])
     assert silent["bleu"] == silent["chrf"] == silent["exact_match"] == silent["length_ratio"] == 0
     assert translation_scores(["a"], [""])["length_ratio"] == 0
-    with pytest.raises(UsageError, match="at least one example, got 0"):
+    with pytest.raises(UsageError, match="the number of translations must be at least 1, got 0"):
         translation_scores([], [])
-    with pytest.raises(UsageError, match="expected 2, one a reference, got 1"):
+    with pytest.raises(UsageError, match="must be 2, one per reference, got 1"):
         translation_scores(["a"], ["a", "b"])
 
 
@@ -172,9 +172,9 @@ def test_tokens():
     }
     assert "bits_per_character" not in language_scores(1.0, 1, None)
     assert language_scores(1e6, 1, 1)["perplexity"] == math.inf
-    with pytest.raises(UsageError, match="at least one predicted token, got 0"):
+    with pytest.raises(UsageError, match="predicted tokens must be at least 1, got 0"):
         language_scores(0.0, 0, 1)
-    with pytest.raises(UsageError, match="at least one character, got 0"):
+    with pytest.raises(UsageError, match="characters must be at least 1, got 0"):
         language_scores(1.0, 1, 0)
 
 
@@ -193,10 +193,10 @@ def test_baseline_separates_what_words_separate():
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (Documents(["a b"]), Documents(["a b"], labels=["x"]), "train: expected documents with labels"),
-        (Documents(["ab"], labels=["x"]), Documents(["ab"]), "test: expected documents with labels"),
-        (Documents([], labels=[]), Documents(["ab"], labels=["x"]), "train: expected documents with labels"),
-        (Documents(["ab"], labels=["x"]), Documents(["ab"], labels=["x"]), "at least two classes, got 'x' alone"),
+        (Documents(["a b"]), Documents(["a b"], labels=["x"]), "the train part must have labels"),
+        (Documents(["ab"], labels=["x"]), Documents(["ab"]), "the test part must have labels"),
+        (Documents([], labels=[]), Documents(["ab"], labels=["x"]), "the train part must have labels"),
+        (Documents(["ab"], labels=["x"]), Documents(["ab"], labels=["x"]), "at least two classes, got only 'x'"),
         (Documents(["a", "b"], labels=["x", "y"]), Documents(["a"], labels=["x"]), "words of two letters or more"),
     ],
 )

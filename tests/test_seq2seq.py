@@ -182,17 +182,17 @@ def test_wrong_arguments_are_told():
     model, source = build(Seq2Seq), random_tokens(3, 12)
     arguments = {"begin": BEGIN, "end": END, "max_new_tokens": 4}
     for wrong, message in (
-        ({"max_new_tokens": 17}, "max_new_tokens: expected from 1 to block_size = 16, got 17"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected from 1 to block_size = 16, got 0"),
-        ({"beams": 0}, "beams: expected at least 1, got 0"),
+        ({"max_new_tokens": 17}, "max_new_tokens must be from 1 to block_size = 16, got 17"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be from 1 to block_size = 16, got 0"),
+        ({"beams": 0}, "beams must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(source, LENGTHS, **{**arguments, **wrong})
-    with pytest.raises(ValueError, match="target_in: expected 3 rows, as source has, got 2"):
+    with pytest.raises(ValueError, match="target_in must have 3 rows like source, got 2"):
         model(source, LENGTHS, random_tokens(2, 4))
-    with pytest.raises(ValueError, match="tokens: expected at most block_size = 16 in a row, got 17"):
+    with pytest.raises(ValueError, match="a row may have at most block_size = 16 tokens, got 17"):
         model(source, LENGTHS, random_tokens(3, 17))
-    with pytest.raises(ValueError, match="lengths: expected from 1 to 12, got 13"):
+    with pytest.raises(ValueError, match="lengths must be from 1 to 12, got 13"):
         model(source, LENGTHS + 1, random_tokens(3, 4))
-    with pytest.raises(ValueError, match="d_model: expected a multiple of n_head"):
+    with pytest.raises(ValueError, match="d_model must be a multiple of n_head"):
         build(Seq2Seq, d_model=30)

@@ -195,12 +195,12 @@ def test_torchrun_starts_sharded_training(tmp_path, table):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"optim": OptimConfig(ema=0.9)}, "optim.ema: expected 0 with the strategy fsdp, got 0.9"),
-        ({"trained": "lora"}, "trained: expected all or head with the strategy fsdp, got 'lora'"),
-        ({"precision": "16-mixed"}, "precision: expected another with the strategy fsdp, got '16-mixed'"),
+        ({"optim": OptimConfig(ema=0.9)}, "optim.ema must be 0 with the strategy fsdp, got 0.9"),
+        ({"trained": "lora"}, "trained must be 'all' or 'head' with the strategy fsdp, got 'lora'"),
+        ({"precision": "16-mixed"}, "precision must be .* with the strategy fsdp, got '16-mixed'"),
         (
             {"task": "classify", "model": tiny_model(body="lstm")},
-            "strategy: expected ddp for the body lstm, got 'fsdp'",
+            "strategy must be 'ddp' for the body lstm, got 'fsdp'",
         ),
     ],
 )
@@ -212,5 +212,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, table, changes, expected):
 def test_torchrun_with_another_number_of_processes_is_refused(tmp_path, table, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match=r"devices \* num_nodes = 4, the processes that torchrun started, got 2 \* 1"):
+    with pytest.raises(
+        UsageError, match=r"devices \* num_nodes must be 4, the number of processes that torchrun started, got 2 \* 1"
+    ):
         train(sharded("run", tmp_path, table))

@@ -51,18 +51,18 @@ def test_shakespeare_missing_names_every_place(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTATTN_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(fastattn, "__file__", str(tmp_path / "checkout" / "fastattn" / "__init__.py"))
-    places = f"in one of {tmp_path}/fastattn, {tmp_path}/shared/data, got none"
-    with pytest.raises(UsageError, match=f"expected tinyshakespeare.* {re.escape(places)}"):
+    places = f"{tmp_path}/fastattn, {tmp_path}/shared/data; set FASTATTN_DATA"
+    with pytest.raises(UsageError, match=f"tinyshakespeare.* is in none of {re.escape(places)}"):
         read_text("shakespeare")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected text, got an empty file"),
-        (b" \n\n", "expected text, got an empty file"),
-        (b"abc\0def", r"expected text, got a binary file \(zero at byte 3\)"),
-        (b"caf\xe9", "expected UTF-8, got byte 0xe9 at 3"),
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"abc\0def", r"is a binary file \(zero at byte 3\)"),
+        (b"caf\xe9", "is not UTF-8: byte 0xe9 at 3"),
     ],
 )
 def test_file_that_is_no_text(tmp_path, content, message):
@@ -73,9 +73,9 @@ def test_file_that_is_no_text(tmp_path, content, message):
 
 
 def test_unreadable_file_and_wrong_places(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match=r"a file or a folder, got no '.*nothing.txt'"):
+    with pytest.raises(UsageError, match=r"'.*nothing.txt' is neither .* a file nor a folder"):
         read_text(str(tmp_path / "nothing.txt"))
-    with pytest.raises(UsageError, match=r"expected files ending in \.txt, .* in folder '.*', got none"):
+    with pytest.raises(UsageError, match=r"'.*': the folder has no files ending in \.txt, "):
         read_text(str(tmp_path))
     path = tmp_path / "a.txt"
     path.write_text("abc")
@@ -84,7 +84,7 @@ def test_unreadable_file_and_wrong_places(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # the mode of a file does not stop root
-    with pytest.raises(UsageError, match=r"a\.txt': expected a readable file, got Permission denied"):
+    with pytest.raises(UsageError, match=r"a\.txt' cannot be read: Permission denied"):
         read_text(str(path))
 
 
@@ -112,7 +112,7 @@ def test_char_tokenizer_round_trip(tmp_path):
     loaded = load_tokenizer(path)
     assert isinstance(loaded, CharTokenizer)
     assert loaded.decode(loaded.encode("dröl\U0001f600")) == "dröl\U0001f600"
-    with pytest.raises(UsageError, match="vocabulary, got also 'x' 'z'"):
+    with pytest.raises(UsageError, match="of the vocabulary: 'x' 'z'"):
         loaded.encode("hexz")
 
 
@@ -147,7 +147,7 @@ def test_long_text_is_encoded_by_pieces():
 def test_damaged_tokenizer(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
-    with pytest.raises(UsageError, match=r"tokenizer\.json: expected a tokenizer, got"):
+    with pytest.raises(UsageError, match=r"tokenizer\.json is not a readable tokenizer: "):
         load_tokenizer(path)
 
 
@@ -162,12 +162,12 @@ def test_data_refuses_another_text_and_short_splits(tmp_path):
     fractions = {"validation_fraction": 0.2, "test_fraction": 0.1}
     task = task_of(path, 19, **fractions)
     assert task.sizes == {"train": "140 tokens", "validation": "40 tokens", "test": "20 tokens"}
-    with pytest.raises(UsageError, match="more than block_size = 20 tokens in the test split, got 20"):
+    with pytest.raises(UsageError, match="the test split must have more than block_size = 20 tokens, got 20"):
         task_of(path, 20, **fractions)
-    with pytest.raises(UsageError, match="more than block_size = 4 tokens in the validation split, got 1"):
+    with pytest.raises(UsageError, match="the validation split must have more than block_size = 4 tokens, got 1"):
         task_of(path, validation_fraction=0.001)
     path.write_text("abcdefghij" * 21)
-    with pytest.raises(UsageError, match=r"expected the 200 characters .* got 210"):
+    with pytest.raises(UsageError, match=r"has 200 characters .* this one 210"):
         task_of(path, expected=task.summary)
 
 

@@ -46,7 +46,8 @@ def test_exact_resume_after_sigterm(tmp_path, text_file, monkeypatch, capsys, la
         interrupt_after(patch, 16)
         assert train(tiny_config(parts, text_file, layers=layers)) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == previous
-    assert "stopped by SIGTERM after step 16, saved; continue with: fastattn train --resume" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "stopped by SIGTERM after step 16 and saved; continue with: fastattn train --resume" in error
     assert len(column(parts, "train_loss")) == 16
     torch.manual_seed(999)  # the state of generators does not matter
     assert train(tiny_config(parts, text_file, layers=layers), resume=True) == 0
@@ -183,7 +184,7 @@ def test_damaged_checkpoint_falls_back(tmp_path, text_file, capsys, damage):
     assert_same_run(fresh, run, 30)
     for folder, _ in ckpt.find_checkpoints(run):
         spoil(folder)
-    with pytest.raises(UsageError, match=r"expected an undamaged one in .* got .*step-00000030 is damaged"):
+    with pytest.raises(UsageError, match=r"has no undamaged checkpoint: .*step-00000030 is damaged"):
         train(tiny_config(run, text_file), resume=True)
 
 
@@ -277,7 +278,7 @@ def test_early_stopping(tmp_path, text_file, capsys):
 
 def test_loss_that_is_not_finite_ends_the_run_without_saving_it(tmp_path, text_file):
     optim = OptimConfig(learning_rate=1e30, min_learning_rate=0.0, warmup_steps=0, clip=0.0)
-    with pytest.raises(UsageError, match=r"expected a finite number at step \d+, got (nan|inf)"):
+    with pytest.raises(UsageError, match=r"loss is (nan|inf) at step \d+"):
         train(tiny_config(tmp_path / "run", text_file, optim=optim, evaluate_every=1))
     for folder, _ in ckpt.find_checkpoints(tmp_path / "run"):
         assert all(value.isfinite().all() for value in weights(tmp_path / "run", int(folder.name[5:])).values())

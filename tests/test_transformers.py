@@ -245,11 +245,11 @@ POSITIONS = torch.cat([torch.arange(5), torch.arange(1), torch.arange(6)])[None]
 DOCUMENTS = torch.tensor([0] * 5 + [1] + [2] * 6)[None].expand(2, -1)
 
 
-def packed_documents(function):
-    return masking_utils.and_masks(
-        masking_utils.remap_positions_for_packed_sequence(function, POSITIONS),
-        masking_utils.packed_sequence_mask_function(DOCUMENTS),
-    )
+def packed_documents(function, *, restart=True):
+    """As newer versions of transformers compose them: positions restart in each document, which chunks count from."""
+    if restart and hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        function = masking_utils.remap_positions_for_packed_sequence(function, POSITIONS)
+    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(DOCUMENTS))
 
 
 FUNCTIONS = {
@@ -260,6 +260,7 @@ FUNCTIONS = {
     "two-sided window": masking_utils.sliding_window_bidirectional_mask_function(3),
     "packed": packed_documents(masking_utils.causal_mask_function),
     "packed window": packed_documents(masking_utils.sliding_window_causal_mask_function(3)),
+    "packed window, older": packed_documents(masking_utils.sliding_window_causal_mask_function(3), restart=False),
     "packed chunks": packed_documents(masking_utils.chunked_causal_mask_function(2, torch.zeros(2, dtype=torch.int64))),
 }
 # (queries, keys, position of the first query, position of the first key)

@@ -1,4 +1,4 @@
-"""What the command line does, one module a command: `parser()` has its options, `run(options, argv)` does it.
+"""The commands of the command line, one per module: `parser()` defines the options, `run(options, argv)` runs it.
 
-A module is imported when its command is called, so none waits for the packages of another.
+A module is imported only when its command is called, so a command does not need the packages of the others.
 """

@@ -1,4 +1,4 @@
-"""Options that commands share, and how they are read."""
+"""Options that several commands share, and the functions that read them."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ def new_parser(command, description):
 
 
 def train_parser(command="train", model_options=()):
-    """The parser of a TrainConfig; `model_options`: {name: value}, defaults of its model."""
+    """The parser of a TrainConfig; model_options: {name: value}, the defaults of the model section."""
     parser = new_parser(command, "Train a model on text.")
-    parser.add_argument("--config", action="config", help="YAML file; options after it win")
+    parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_argument("--resume", metavar="RUN", type=str | None, help="continue this run from its newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_class_arguments(TrainConfig, as_group=False)
@@ -27,7 +27,7 @@ def train_parser(command="train", model_options=()):
 
 
 def read_config(options):
-    """The TrainConfig of what a train_parser has parsed."""
+    """The TrainConfig from the parsed options of a train_parser."""
     values = options.as_dict()
     for name in ("config", "resume", "overwrite"):
         values.pop(name)
@@ -54,15 +54,14 @@ def run_parser(command, description):
 
 
 def open_run(options):
-    """(folder, TrainConfig, how to load the model) of the options of a run_parser.
+    """(folder, TrainConfig, options of load_run) from the parsed options of a run_parser.
 
     Raises:
-        UsageError: no run there, or an option that no run has.
+        UsageError: the folder is not a run, or an option has an unknown value.
     """
     run = Path(options.run).expanduser().absolute()
     config = stored_config(run)
     for name, allowed in (("accelerator", ("auto", "cpu", "cuda")), ("layers", (None, "fastattn", "torch"))):
         if options[name] not in allowed:
-            expected = ", ".join(filter(None, allowed))
-            raise UsageError(f"{name}: expected one of {expected}, got {options[name]!r}")
+            raise UsageError(f"{name} must be one of {', '.join(filter(None, allowed))}, got {options[name]!r}")
     return run, config, {name: options[name] for name in ("checkpoint", "accelerator", "layers")}

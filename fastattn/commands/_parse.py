@@ -1,18 +1,31 @@
-"""Reading the arguments of a command."""
+"""Parsing the arguments of a command."""
 
+import re
 from argparse import ArgumentError
 
 from fastattn.training.messages import UsageError
 
+_KEY, _NULLABLE = r'Parser key "(\S+)": ', r"\[<class '(\w+)'>, <class 'NoneType'>\]"
+_PLAINER = (  # messages of jsonargparse → the form of ours
+    (_KEY + r"File does not exist: (.*)", r"\1: the file \2 does not exist"),
+    (_KEY + r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\1 must be \2, got \3"),
+    (_KEY + r"Expected an? typing\.Literal\[(.*)\]\. Got value: (.*)", r"\1 must be one of \2, got \3"),
+    (_KEY + rf".* Subtypes: {_NULLABLE} .* Given value: (.*)", r"\1 must be \2 or null, got \3"),
+    (r'expected "subcommand" to be one of {(.*)}, but it was not provided\.', r"a subcommand is missing: one of \1"),
+    (r"Problems parsing config: (.*)", r"config: the file is not valid YAML: \1"),
+)
+
 
 def parse(parser, argv):
-    """The parsed arguments; UsageError for what the parser or the decoding of a config file refuses."""
+    """The parsed arguments; UsageError if the parser rejects them or a config file is not UTF-8."""
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:
-        text = str(error)
-        text = text if len(text) <= 300 else text[:300] + " ..."  # it may quote a whole file
+        text = " ".join(str(error).split())
+        for pattern, plainer in _PLAINER:
+            text = re.sub(f"^{pattern}$", plainer, text)
         unknown = any(words in text for words in ("not accept", "unrecognized", "Unexpected config"))
-        raise UsageError(f"{text}{'; expected the options that --help lists' if unknown else ''}") from None
+        text = text if len(text) <= 300 else text[:300] + " ..."  # it may quote a whole file
+        raise UsageError(f"{text}{'; --help lists the options' if unknown else ''}") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"config: expected UTF-8 text, got {error}") from None
+        raise UsageError(f"config: the file is not UTF-8 text: {error}") from None

@@ -1,4 +1,4 @@
-"""fastattn baseline: what counted words and a linear classifier reach."""
+"""fastattn baseline: the scores of a linear classifier on word counts."""
 
 from fastattn.training.config import Columns, DataConfig
 from fastattn.training.data.parts import read_parts
@@ -11,12 +11,12 @@ from ._options import new_parser
 
 
 def parser():
-    parser = new_parser("baseline", "Scores of logistic regression on the words of a text.")
+    parser = new_parser("baseline", "Score logistic regression on the words of a text.")
     parser.add_class_arguments(DataConfig, "data", skip={"tokenizer", "vocab_size", "packed"})
-    parser.add_argument("--tfidf", action="store_true", help="weigh words by how few documents have them")
-    parser.add_argument("--max_ngram", type=int, default=1, help="count up to so many words in a row too")
-    parser.add_argument("--split", type=str | None, help="validation or test; default: test where there is one")
-    parser.add_argument("--output", type=str | None, help="folder for the report, which compare reads like a run")
+    parser.add_argument("--tfidf", action="store_true", help="weight words by inverse document frequency")
+    parser.add_argument("--max_ngram", type=int, default=1, help="also count sequences of up to this many words")
+    parser.add_argument("--split", type=str | None, help="validation or test; default: test if there is one")
+    parser.add_argument("--output", type=str | None, help="folder for the report; fastattn compare reads it like a run")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -27,7 +27,7 @@ def run(options, _argv):
     parts = read_parts(data)
     split = options.split or ("test" if "test" in parts else "validation")
     if split not in parts:
-        raise UsageError(f"split: expected one of {', '.join(parts)} of this source, got {split!r}")
+        raise UsageError(f"split must be one of {', '.join(parts)}, which this source has, got {split!r}")
     scores = bag_of_words_baseline(parts["train"], parts[split], tfidf=options.tfidf, max_ngram=options.max_ngram)
     report = {"source": data.source, "split": split, **scores}
     if options.output is not None:

@@ -1,4 +1,4 @@
-"""fastattn compare: runs, or checkpoints of them, side by side."""
+"""fastattn compare: shows runs or their checkpoints side by side."""
 
 from fastattn.training.evaluation.compare import compare_runs
 
@@ -6,7 +6,7 @@ from ._options import new_parser
 
 
 def parser():
-    parser = new_parser("compare", "Runs, or checkpoints of them, side by side.")
+    parser = new_parser("compare", "Show runs or their checkpoints side by side.")
     parser.add_argument(
         "runs", metavar="RUN", type=str, nargs="+", help="folder of a run, or RUN@STEP, RUN@best, RUN@last"
     )

@@ -1,4 +1,4 @@
-"""fastattn data: documents are counted, cleaned, split, turned into tokens or vectors."""
+"""fastattn data: counts, cleans and splits documents, or turns them into tokens or vectors."""
 
 import json
 from dataclasses import fields
@@ -14,13 +14,13 @@ SECTIONS = {"columns": Columns, "cleaning": CleanConfig}
 
 
 def parser():
-    parser = new_parser("data", "Prepare documents; prints its report as JSON.")
+    parser = new_parser("data", "Prepare documents and print a report as JSON.")
     steps = parser.add_subcommands(required=True, metavar="WHAT")
     for name in STEPS:
         function = getattr(prepare, f"data_{name}")
         summary = function.__doc__.partition("\n")[0]
         step = new_parser(f"data {name}", summary)
-        step.add_argument("source", metavar="SOURCE", type=str, help="table, text file, folder, hf:NAME or known set")
+        step.add_argument("source", metavar="SOURCE", type=str, help="table, text file, folder, hf:NAME or known name")
         step.add_class_arguments(prepare.SourceConfig, as_group=False, skip={"source"})
         step.add_function_arguments(function, as_group=False, skip={"documents"})
         steps.add_subcommand(name, step, help=summary)

@@ -11,12 +11,12 @@ SPECIAL = {"data": ("lm", None, "text"), "beams": ("translate", 1, "beams")}  # 
 
 
 def parser():
-    parser = run_parser("evaluate", "Scores of a trained model on a whole split.")
-    parser.add_argument("--split", type=str | None, help="train, validation or test; default: test where there is one")
-    parser.add_argument("--data", type=str | None, help="task lm: another text to read whole, a source as for train")
-    parser.add_argument("--beams", type=int, default=1, help="task translate: more than 1 searches with so many beams")
+    parser = run_parser("evaluate", "Score a trained model on a whole split.")
+    parser.add_argument("--split", type=str | None, help="train, validation or test; default: test if there is one")
+    parser.add_argument("--data", type=str | None, help="task lm: score this whole text instead; a source as for train")
+    parser.add_argument("--beams", type=int, default=1, help="task translate: number of beams; 1 is greedy search")
     parser.add_argument(
-        "--attention", metavar="TEXT", type=str | None, help="draw what the last block looks at in TEXT"
+        "--attention", metavar="TEXT", type=str | None, help="draw the attention of the last block on TEXT"
     )
     parser.add_argument("--output", type=str | None, help="folder for the report; default: RUN, or RUN/reports/STEP")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -37,11 +37,11 @@ def run(options, _argv):
 
 
 def special_options(options, run_task):
-    """Those that the task of a run has; UsageError for one that it has not."""
+    """The options of the run's task; UsageError if an option of another task is set."""
     given = {}
     for name, (task, default, argument) in SPECIAL.items():
         if run_task == task:
             given[argument] = options[name]
         elif options[name] != default:
-            raise UsageError(f"{name}: expected for task {task} only, got a run of task {run_task}")
+            raise UsageError(f"{name} is for task {task} only, but the task of this run is {run_task}")
     return given

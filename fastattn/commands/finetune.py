@@ -1,4 +1,4 @@
-"""fastattn finetune: train, from the weights of another model."""
+"""fastattn finetune: trains from the weights of another model."""
 
 from fastattn.training.messages import UsageError
 
@@ -12,5 +12,5 @@ def parser():
 
 def run(options, argv):
     if options.start is None and options.resume is None:
-        raise UsageError("finetune: expected --start FOLDER, a run or a Hugging Face model to begin from, got none")
+        raise UsageError("finetune needs --start FOLDER, a run or a Hugging Face model to start from")
     return train.run(options, argv)

@@ -1,4 +1,4 @@
-"""fastattn generate: text from a trained model, a continuation or a translation."""
+"""fastattn generate: continues or translates a text with a trained model."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from fastattn.training.runs.load import load_run, load_task
 
 from ._options import open_run, run_parser
 
-DRAWING = {  # options with their defaults that only task lm has
+DRAWING = {  # defaults of the options that only task lm has
     "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "stop": None,
     "seed": 0,
 }  # fmt: skip
@@ -20,15 +20,15 @@ def parser():
     parser.add_argument("--prompt", type=str, required=True, help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, help="tokens to add")
     parser.add_argument("--temperature", type=float, help="0 takes the most likely token")
-    parser.add_argument("--top_k", type=int | None, help="draw among the k most likely tokens only")
+    parser.add_argument("--top_k", type=int | None, help="draw from the k most likely tokens only")
     parser.add_argument(
-        "--top_p", type=float | None, help="draw among the likeliest tokens that reach this probability"
+        "--top_p", type=float | None, help="draw from the most likely tokens that together reach this probability"
     )
-    parser.add_argument("--repetition_penalty", type=float, help="more than 1 avoids tokens already there")
+    parser.add_argument("--repetition_penalty", type=float, help="above 1: avoid tokens that are already in the text")
     parser.add_argument(
-        "--beams", type=int, default=1, help="more than 1: the likeliest text of a beam search, not drawn"
+        "--beams", type=int, default=1, help="above 1: take the most likely text of a beam search instead of drawing"
     )
-    parser.add_argument("--stop", type=str | None, help="end before this text")
+    parser.add_argument("--stop", type=str | None, help="stop before this text")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.set_defaults(DRAWING)
     return parser
@@ -37,7 +37,7 @@ def parser():
 def run(options, _argv):
     run, config, how = open_run(options)
     if config.task not in ("lm", "translate"):
-        raise UsageError(f"run {str(run)!r}: expected one of task lm or translate, got {config.task}")
+        raise UsageError(f"run {str(run)!r}: generate needs a run of task lm or translate, got {config.task}")
     check_sampling(options.max_new_tokens, beams=options.beams, **{name: options[name] for name in SAMPLING})
     if config.task == "translate":
         translate(options, run, config, how)
@@ -48,7 +48,7 @@ def run(options, _argv):
 def translate(options, run, config, how):
     for name, default in DRAWING.items():
         if options[name] != default:
-            raise UsageError(f"{name}: expected for task lm only, got a run of task translate")
+            raise UsageError(f"{name} is for task lm only, but the task of this run is translate")
     model, task = load_task(run, config, **how)
     print(*task.translate(model, [options.prompt], beams=options.beams))
 
@@ -61,7 +61,7 @@ def continue_prompt(options, run, config, how):
     else:
         sampling = {name: options[name] for name in SAMPLING}
         numbers = stream_tokens(model, prompt, options.max_new_tokens, seed=options.seed, **sampling)
-        numbers = itertools.chain([next(numbers)], numbers)  # a mistake shows before anything is printed
+        numbers = itertools.chain([next(numbers)], numbers)  # an error shows before anything is printed
     print(options.prompt, end="", flush=True)
     for piece in stream_text(tokenizer, numbers, options.stop):
         print(piece, end="", flush=True)

@@ -1,4 +1,4 @@
-"""fastattn info: versions, devices and backends, and why one is missing. Needs none of the training packages."""
+"""fastattn info: shows versions, devices and backends, and why one is missing. Needs no training packages."""
 
 import argparse
 
@@ -11,7 +11,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser():
-    return Parser(prog="fastattn info", description="Versions, devices, backends, and why one is missing.")
+    return Parser(prog="fastattn info", description="Show versions, devices and backends, and why one is missing.")
 
 
 def run(_options, _argv):

@@ -1,4 +1,4 @@
-"""fastattn predict: the class of a text."""
+"""fastattn predict: classifies texts."""
 
 from fastattn.training.messages import UsageError
 from fastattn.training.runs.load import load_task
@@ -7,7 +7,7 @@ from ._options import open_run, run_parser
 
 
 def parser():
-    parser = run_parser("predict", "Classes that a trained classifier gives to texts.")
+    parser = run_parser("predict", "Classify texts with a trained classifier.")
     parser.add_argument("texts", metavar="TEXT", type=str, nargs="+", help="text to classify")
     return parser
 
@@ -15,7 +15,7 @@ def parser():
 def run(options, _argv):
     run, config, how = open_run(options)
     if config.task != "classify":
-        raise UsageError(f"run {str(run)!r}: expected one of task classify, got {config.task}")
+        raise UsageError(f"run {str(run)!r}: predict needs a run of task classify, got {config.task}")
     model, task = load_task(run, config, **how)
     for text, row in zip(options.texts, task.predict(model, options.texts).tolist(), strict=True):
         chance, name = max(zip(row, task.names, strict=True))

@@ -1,4 +1,4 @@
-"""fastattn train: a model on text, from the start or from where a run was interrupted."""
+"""fastattn train: trains a model on text, or resumes an interrupted run."""
 
 import operator
 from pathlib import Path
@@ -15,29 +15,29 @@ def parser():
 
 
 def run(options, argv):
-    from fastattn.training.runs.train import train  # needs Fabric: --help does not wait for it
+    from fastattn.training.runs.train import train  # imports Fabric, which --help does not need
 
     return train(read_train_config(options, argv), resume=options.resume is not None, overwrite=options.overwrite)
 
 
 def read_train_config(options, argv):
-    """The TrainConfig of the options, of a resumed run with its own settings below them."""
+    """The TrainConfig of the options; on resume, they override the settings of the run."""
     if options.resume is not None:
         if options.overwrite:
-            raise UsageError("train: expected one of --resume and --overwrite, got both")
+            raise UsageError("train takes either --resume or --overwrite, not both")
         run = Path(options.resume).expanduser().absolute()
         stored = stored_config(run)
         argv = ["--config", str(run / "config.yaml"), *argv, "--run", str(run)]
         config = read_config(parse(train_parser(), argv))
         check_same_run(stored, config)
         return config
-    if options.start is not None:  # the shape is that of the start unless the user says otherwise
+    if options.start is not None:  # the start decides the shape, unless the user sets it
         options = parse(train_parser(model_options=start_model_options(options.start)), argv)
     return read_config(options)
 
 
 def check_same_run(stored, config):
-    """Raises UsageError if a resumed run would read another text, build another model or need another state."""
+    """Raise UsageError if the options change the text, the model or the state of a resumed run."""
     for section, names in (
         ("", ("task", "trained", "lora_rank", "select")),
         ("optim.", ("name", "ema")),
@@ -47,4 +47,4 @@ def check_same_run(stored, config):
         for name in names:
             value, got = map(operator.attrgetter(section + name), (stored, config))
             if got != value:
-                raise UsageError(f"{section}{name}: expected {value!r} as in the run that is resumed, got {got!r}")
+                raise UsageError(f"{section}{name} must be {value!r} as in the resumed run, got {got!r}")

@@ -1,9 +1,9 @@
-"""The functions of flash-attn 2.8 on our kernels: the same arguments in the same order, with the same meaning.
+"""The functions of flash-attn 2.8 on fastattn's kernels: the same arguments in the same order and meaning.
 
     from fastattn.integrations.flash_attn import flash_attn_func  # instead of: from flash_attn import flash_attn_func
 
 Tensors are (batch, seqlen, heads, head_dim), packed sequences (total, heads, head_dim), and reach the kernels as views.
-causal and window_size are aligned bottom-right. What differs, and the tests that show it: docs/flash-attn.md.
+causal and window_size are aligned bottom-right. docs/flash-attn.md lists the differences and their tests.
 """
 
 from inspect import signature
@@ -22,7 +22,7 @@ _TENSORS = (
     "q k v kv qkv k_cache v_cache cu_seqlens cu_seqlens_q cu_seqlens_k alibi_slopes rotary_cos rotary_sin"
     " cache_batch_idx cache_leftpad cache_seqlens block_table"
 )
-# what the functions of ours that are called call the arguments, and their names here
+# argument names of our ops → their names here, for error messages
 _INNER_NAMES = {"scale": "softmax_scale", "window": "window_size", "cos": "rotary_cos", "sin": "rotary_sin"}
 _SELF_ATTENTION_NAMES = {"cu_seqlens_q": "cu_seqlens", "max_seqlen_q": "max_seqlen"}
 _BATCHED = ("batch", "seqlen", "heads", "head_dim")
@@ -44,7 +44,7 @@ def _named(function):
 
 
 def _check_layout(name, layout, **tensors):
-    """Raise unless every tensor has the dimensions of `layout`, where a number stands for itself."""
+    """Raise ValueError unless every tensor has the dimensions of `layout`, in which an int is a required size."""
     for label, t in tensors.items():
         if t.dim() != len(layout) or any(
             isinstance(want, int) and have != want for have, want in zip(t.shape, layout, strict=True)
@@ -66,18 +66,18 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """`attention` under the signature of flash-attn.
+    """`attention` with the signature of flash-attn.
 
     Args:
         q: (batch, seqlen_q, n_heads, head_dim), float32, bfloat16 or float16.
         k: (batch, seqlen_k, n_kv_heads, head_dim), v: (batch, seqlen_k, n_kv_heads, head_dim_v).
-        dropout_p: applied always, also in evaluation.
-        softmax_scale: default 1/sqrt(head_dim).
+        dropout_p: always applied, also in evaluation.
+        softmax_scale: default 1 / sqrt(head_dim).
         causal: query i sees keys up to i + seqlen_k - seqlen_q.
         window_size: (left, right): keys i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right, -1 = all.
         softcap: scores become softcap * tanh(score / softcap); 0 = off.
         alibi_slopes: float32 (n_heads,) or (batch, n_heads): slope * |i + seqlen_k - seqlen_q - j| is subtracted.
-        deterministic: as in `attention`, where False is None: torch.use_deterministic_algorithms holds here too.
+        deterministic: as in `attention`; False means None there: torch.use_deterministic_algorithms decides.
         return_attn_probs: return (out, softmax_lse, None); softmax_lse is float32 (batch, n_heads, seqlen_q) and
             differentiable. The weights, S_dmask in flash-attn, are never stored.
     Returns: out (batch, seqlen_q, n_heads, head_dim_v) in the layout of q.
@@ -155,12 +155,12 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """`flash_attn_func` on sequences behind one another, each aligned by its own lengths.
+    """`flash_attn_func` on packed sequences, each aligned by its own lengths.
 
     Args:
         q: (total_q, n_heads, head_dim); k: (total_k, n_kv_heads, head_dim), v: (total_k, n_kv_heads, head_dim_v).
-        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1];
-            empty ones are served.
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]; it may be
+            empty.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
         block_table: must be None.
         The others are as in `flash_attn_func`.
@@ -172,8 +172,8 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise ValueError(
-            "flash_attn_varlen_func: block_table must be None, got a tensor: packed keys lie in one piece; a paged"
-            " cache is read by flash_attn_with_kvcache"
+            "flash_attn_varlen_func: block_table must be None, got a tensor; use flash_attn_with_kvcache for a paged"
+            " cache"
         )
     _check_layout("flash_attn_varlen_func", _PACKED, q=q, k=k, v=v)
     out, lse = attention(
@@ -253,28 +253,28 @@ def flash_attn_with_kvcache(
     num_splits: int | None = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention_decode` under the signature of flash-attn: attention on a cache, which k and v extend in place.
+    """`attention_decode` with the signature of flash-attn: attention to a cache, which k and v extend in place.
 
     Args:
         q: (batch, seqlen_q, n_heads, head_dim), float32, bfloat16 or float16.
-        k_cache, v_cache: (batch_cache, seqlen_cache, n_kv_heads, head_dim), with block_table (num_blocks, block_size,
-            n_kv_heads, head_dim), blocks of 16 keys or more.
-        k, v: (batch, seqlen_new, n_kv_heads, head_dim), written behind the cache_seqlens valid keys of each sequence.
+        k_cache, v_cache: (batch_cache, seqlen_cache, n_kv_heads, head_dim); with block_table (num_blocks, block_size,
+            n_kv_heads, head_dim), block_size at least 16.
+        k, v: (batch, seqlen_new, n_kv_heads, head_dim), written after the cache_seqlens valid keys of each sequence.
         rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2): k, whose position is cache_seqlens + i, is rotated before
             it is written, and q likewise; without causal and window_size all queries stand at position cache_seqlens.
         cache_seqlens: int32 (batch,) or an int for all: valid keys before this call; None = the whole cache is valid.
         cache_batch_idx: int32 (batch,): rows of the caches, distinct where k is given; not together with block_table.
-        cache_leftpad: int32 (batch,): keys before it are invisible; positions count from the cache's beginning still.
+        cache_leftpad: int32 (batch,): earlier keys are invisible; positions still count from the start of the cache.
         block_table: int32 (batch, max_blocks): block n of sequence b is block_table[b, n].
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`, aligned to the last valid
-            key, the new ones included.
+            key, which includes the new ones.
         rotary_interleaved: rotate dimensions 0 and 1, 2 and 3, ..., else 0 and rotary_dim / 2, 1 and ....
-        num_splits: parts of the keys that are worked on side by side; 0 = chosen.
+        num_splits: parts of the keys processed in parallel; 0 = automatic.
         return_softmax_lse: return (out, softmax_lse) with softmax_lse float32 (batch, n_heads, seqlen_q).
     Returns: out (batch, seqlen_q, n_heads, head_dim_v) in the layout of q.
     Raises:
-        ValueError, TypeError, RuntimeError: as `attention_decode`; k without cache_seqlens, rotary_cos without
-            rotary_sin, or either without k.
+        ValueError, TypeError, RuntimeError: as `attention_decode`; k is given without cache_seqlens, rotary_cos without
+            rotary_sin, or either of these without k.
     Source: flash-attn 2.8, `flash_attn_with_kvcache`.
     """
     name = "flash_attn_with_kvcache"
@@ -284,11 +284,11 @@ def flash_attn_with_kvcache(
     if k is not None:
         _check_layout(name, _BATCHED, k=k, v=v)
         if cache_seqlens is None:
-            raise ValueError(f"{name}: k and v need cache_seqlens, where they are written, got None")
+            raise ValueError(f"{name}: k and v need cache_seqlens, the position to write them at, got None")
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError(f"{name}: rotary_cos and rotary_sin must be given together")
     if rotary_cos is not None and k is None:
-        raise ValueError(f"{name}: rotary_cos and rotary_sin need k and v: the keys of the cache are rotated already")
+        raise ValueError(f"{name}: rotary_cos and rotary_sin need k and v: keys in the cache are already rotated")
     if cache_seqlens is None:
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     left, right, _ = resolve_window(name, causal, window_size)

@@ -1,7 +1,7 @@
-"""BERT and GPT-2 checkpoints of Hugging Face in the models of fastattn: the folder is read, transformers is not needed.
+"""Loads BERT and GPT-2 checkpoints of Hugging Face into the models of fastattn.models, without transformers.
 
-What a checkpoint has and our models have not is folded into their weights: BERT's first token type is added to every
-position, queries, keys and values become one matrix. Token types other than the first are not supported.
+Weights that our models lack are folded into others: BERT's first token type is added to every position, and queries,
+keys and values become one matrix. Other token types are not supported.
 """
 
 import json
@@ -33,7 +33,7 @@ _BERT = {
     "cls.predictions.transform.dense": "head.dense",
     "cls.predictions.transform.LayerNorm": "head.norm",
     "cls.predictions.bias": "head.bias",
-    "cls.predictions.decoder.bias": "head.bias",  # the same, or where they differ the one that is used
+    "cls.predictions.decoder.bias": "head.bias",  # usually equal to the one above; if not, BERT uses this one
     "classifier": "head",
 }
 _GPT2 = {
@@ -48,20 +48,23 @@ _GPT2 = {
     "h.{}.mlp.c_fc": "blocks.{}.linear1",
     "h.{}.mlp.c_proj": "blocks.{}.linear2",
 }
-# computed, or of what we have no use for
+# buffers that are computed, and a head that our models lack
 _IGNORED = re.compile(r".*\.(position_ids|attn\.bias|attn\.masked_bias)|cls\.seq_rel.*")
 
 
 def load_hugging_face(folder: str | os.PathLike[str], *, layers: str = "fastattn") -> nn.Module:
-    """The model of a folder with config.json and model.safetensors or pytorch_model.bin.
+    """Load the model in a folder with config.json and model.safetensors or pytorch_model.bin.
 
     Args:
-        folder: its path.
-        layers: as for the models.
-    Returns: in evaluation mode, fp32: a CausalLM of GPT-2; of BERT a Classifier if the folder has a classifier's
-        weights, else a MaskedLM if it has that head, else a Backbone.
+        folder: path of the folder.
+        layers: "fastattn" or "torch", as for the models.
+    Returns: the model in evaluation mode, fp32. GPT-2 becomes a CausalLM; BERT becomes a Classifier if the folder has
+        the weights of a classifier, a MaskedLM if it has that head, else a Backbone.
     Raises:
-        ValueError: no such folder or files, another architecture, or an option of it that our models lack.
+        ValueError: the folder or a file is missing, or the model has an architecture or option that ours lack.
+    Example:
+        model = load_hugging_face("models/gpt2")
+        logits = model(torch.tensor([[15496, 995]]))  # (1, 2, 50257)
     """
     from fastattn.models import CausalLM, Classifier, MaskedLM
     from fastattn.models.backbone import Backbone
@@ -87,11 +90,11 @@ def load_hugging_face(folder: str | os.PathLike[str], *, layers: str = "fastattn
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[str, Any, dict[str, Any]]:
-    """What a folder holds.
+    """Read the config of a folder.
 
-    Returns: (task, labels, shape): "lm" of GPT-2, "classify" of a BERT with a classifier, "masked_lm" of any other; a
-        classifier's labels in the order of their numbers, else None; and the arguments of our model, with
-        head_transform and pooling as in fastattn.training.
+    Returns: (task, labels, shape). task: "lm" for GPT-2, "classify" for a BERT with a classifier, "masked_lm" for any
+        other BERT. labels: a classifier's labels in the order of their numbers, else None. shape: the arguments of our
+        model, with head_transform and pooling as in fastattn.training.
     Raises:
         ValueError: as `load_hugging_face`.
     """
@@ -100,18 +103,18 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[str, Any, dict[str, Any
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the config of a Hugging Face model, got {error!r}") from None
+        raise ValueError(f"{path} is not a readable config of a Hugging Face model: {error!r}") from None
     if kind not in ("bert", "gpt2"):
-        raise ValueError(f"{path}: expected model_type 'bert' or 'gpt2', got {kind!r}")
+        raise ValueError(f"{path}: model_type must be 'bert' or 'gpt2', got {kind!r}")
     needed = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
     if kind == "gpt2":
         needed = {"add_cross_attention": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     for name, value in needed.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{path}: expected {name} {value!r}, got {config[name]!r}")
+            raise ValueError(f"{path}: {name} must be {value!r}, got {config[name]!r}")
     activation = config.get("hidden_act" if kind == "bert" else "activation_function", "gelu")
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"{path}: expected one of the activations {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        raise ValueError(f"{path}: the activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
     shape = {"feed_forward": _ACTIVATIONS[activation], "positions": "learned", "bias": True}
     names = _tensor_names(folder)
     try:
@@ -130,7 +133,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[str, Any, dict[str, Any
         has_head = "cls.predictions.bias" in names
         if has_head and activation != "gelu":
             raise ValueError(
-                f"{path}: expected hidden_act 'gelu' with a masked language model's head, got {activation!r}"
+                f"{path}: hidden_act must be 'gelu' with a masked language model's head, got {activation!r}"
             )
         shape |= {
             "n_layer": config["num_hidden_layers"], "n_head": config["num_attention_heads"],
@@ -141,7 +144,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[str, Any, dict[str, Any
             "tied": config.get("tie_word_embeddings", True),
         }  # fmt: skip
     except KeyError as error:
-        raise ValueError(f"{path}: expected {error.args[0]}, got none") from None
+        raise ValueError(f"{path} has no {error.args[0]}") from None
     if "classifier.weight" not in names:
         return "masked_lm", None, shape
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
@@ -149,10 +152,10 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[str, Any, dict[str, Any
 
 
 def read_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """{name: fp32 tensor} of a folder, in the names and shapes of our models: encoder, pooler and head of a BERT.
+    """{name: fp32 tensor} of a folder, with the names and shapes of our models (for BERT: encoder, pooler, head).
 
     Raises:
-        ValueError: as `load_hugging_face`, or a tensor that no part of our models stands for.
+        ValueError: as `load_hugging_face`, or a tensor has no counterpart in our models.
     """
     task, _, shape = read_config(folder)
     names, prefix = (_GPT2, "transformer.") if task == "lm" else (_BERT, "bert.")
@@ -177,7 +180,7 @@ def read_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         elif plain == "embeddings.token_type_embeddings.weight":
             parts["types"] = value
         elif not _IGNORED.fullmatch(plain):
-            raise ValueError(f"{folder}: expected the tensors of a BERT or GPT-2, got also {name}")
+            raise ValueError(f"{folder}: the tensor {name} is not part of a BERT or GPT-2")
     types = parts.pop("types", None)
     if types is not None:
         weights["encoder.position_embedding.weight"] = weights["encoder.position_embedding.weight"] + types[0]
@@ -191,12 +194,12 @@ def _weight_file(folder):
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise ValueError(f"{folder}: expected model.safetensors or pytorch_model.bin, got neither")
+    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
 def _tensor_names(folder):
     path = _weight_file(folder)
-    with _told(path):
+    with _readable(path):
         if path.suffix == ".bin":
             return set(torch.load(path, map_location="cpu", weights_only=True))
         from safetensors import safe_open
@@ -207,7 +210,7 @@ def _tensor_names(folder):
 
 def _read_tensors(folder):
     path = _weight_file(folder)
-    with _told(path):
+    with _readable(path):
         if path.suffix == ".bin":
             return torch.load(path, map_location="cpu", weights_only=True)
         from safetensors.torch import load_file
@@ -216,11 +219,11 @@ def _read_tensors(folder):
 
 
 @contextmanager
-def _told(path):
-    """Whatever classes safetensors and pickle raise becomes a ValueError."""
+def _readable(path):
+    """Turn any exception of safetensors and pickle into a ValueError."""
     try:
         yield
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: expected weights, got {type(error).__name__}: {error}") from None
+        raise ValueError(f"{path} has no readable weights: {type(error).__name__}: {error}") from None

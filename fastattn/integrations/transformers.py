@@ -10,6 +10,7 @@ on. A mask of seqlen_q × seqlen_k values is made only where no argument says th
 What is served, and what is refused: docs/models.md.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,9 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, __version__, masking_utils
 
 from fastattn.ops.attention import attention
+
+if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+    raise ImportError(
+        f"fastattn.integrations.transformers needs transformers 5.6 or newer, whose mask functions take q_length, got"
+        f" {__version__}"
+    )
 
 _NAME = 'attn_implementation="fastattn"'
 _aten: Any = torch.ops.aten
@@ -157,7 +164,7 @@ def _starts(*labels):
 
 def _visible(pattern, padding, batch, n_queries, n_keys, q_offset, kv_offset, device):
     """The Visible of a pattern and a padding (batch, keys of the sequence), or None if only a mask can say it."""
-    if (pattern.positions is None) != (pattern.documents is None):
+    if pattern.positions is not None and pattern.documents is None:
         return None
     first = q_offset - kv_offset  # the key at which the first query stands
     causal = pattern.right == 0

@@ -1,4 +1,4 @@
-"""Models built from the layers of fastattn.nn, readable in one sitting."""
+"""Small, readable models built from the layers of fastattn.nn."""
 
 from .causal_lm import CausalLM
 from .classifier import Classifier

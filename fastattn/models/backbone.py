@@ -1,4 +1,4 @@
-"""What all transformer models share: embeddings with positions, blocks, the output layer and its loss."""
+"""The parts that all transformer models share: embeddings with positions, blocks, the output layer and its loss."""
 
 import math
 from functools import partial
@@ -22,7 +22,7 @@ POSITIONS = ("learned", "sinusoidal", "rotary", "alibi")
 def sinusoids(block_size, d_model):
     """(block_size, d_model): sines of the position at wavelengths from 2π to 20000π, then the cosines.
 
-    Source: Vaswani et al., "Attention is all you need", 2017, section 3.5, where the two alternate.
+    Source: Vaswani et al., "Attention is all you need", 2017, section 3.5; sines and cosines alternate there.
     """
     frequency = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
     angle = torch.outer(torch.arange(block_size, dtype=torch.float64), frequency)
@@ -30,7 +30,7 @@ def sinusoids(block_size, d_model):
 
 
 def alibi_slopes(n_head):
-    """(n_head,): 2^(-8 h / n) for heads h = 1 to n, n a power of two; for other n_head slopes between those fill up.
+    """(n_head,): 2^(-8 h / n) for heads h = 1 to n, the power of two up to n_head; then slopes between these.
 
     Source: Press et al., "Train short, test long", 2022, and their implementation for other numbers of heads.
     """
@@ -42,33 +42,33 @@ def alibi_slopes(n_head):
 def check_choice(name, value, choices):
     """Raise ValueError unless value is among the choices."""
     if value not in choices:
-        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 class Backbone(nn.Module):
     """A transformer without an output layer.
 
-    Parameters carry the same names, and one seed gives bitwise the same initial weights, for both values of `layers`.
+    For both values of `layers`, the parameters have the same names, and a seed gives bitwise the same initial weights.
 
     Args:
         vocab_size: number of distinct tokens.
-        n_layer, n_head, d_model: depth, heads of a layer, width.
+        n_layer, n_head, d_model: number of blocks, heads per block, width.
         block_size: longest sequence, in tokens.
-        n_kv_head: heads of keys and values, each for n_head / n_kv_head heads of queries; None: n_head.
-        d_ff: width of the hidden layer, None: 4 * d_model; gated or not.
+        n_kv_head: heads of keys and values, each shared by n_head / n_kv_head heads of queries; None: n_head.
+        d_ff: width of the hidden layer, gated or not; None: 4 * d_model.
         dropout: probability on embeddings, attention weights, the feed-forward activation and the residual branches.
         bias: whether linear layers and norms have biases.
-        positions: "learned" or "sinusoidal" are added to the embeddings (these times sqrt(d_model) for the latter),
-            "rotary" turns queries and keys, "alibi" lowers scores in proportion to the distance.
-        norm_first: pre-norm with a norm at the end; False: post-norm with one on the embeddings, as BERT has it.
+        positions: "learned" are added to the embeddings; "sinusoidal" too, with the embeddings times sqrt(d_model);
+            "rotary" rotates queries and keys; "alibi" lowers scores in proportion to the distance.
+        norm_first: pre-norm with a norm at the end; False: post-norm with a norm on the embeddings, as in BERT.
         feed_forward: activation "gelu" (erf), "gelu_tanh", "relu" or "silu", or gated "swiglu", "geglu" or "reglu".
-        norm_eps: what norms add to the variance.
-        checkpointing: keep only the input of each block in training and compute the block again in the backward.
-        layers: "fastattn" or "torch", who supplies the layers.
-        cross: whether the blocks attend to a memory too, as a decoder's.
-        token_embedding: None or the nn.Embedding of another model, to share it.
+        norm_eps: added to the variance in norms.
+        checkpointing: in training, save only the input of each block, and compute the block again in the backward.
+        layers: "fastattn" or "torch": where the layers come from.
+        cross: whether the blocks also attend to a memory, as in a decoder.
+        token_embedding: None, or the nn.Embedding of another model to share.
     Raises:
-        ValueError: sizes that do not fit together, or an unknown name.
+        ValueError: the sizes do not fit together, or a name is unknown.
     Sources: Vaswani et al. 2017; Devlin et al., "BERT", 2019 (post-norm); Radford et al., "Language models are
         unsupervised multitask learners", 2019 (pre-norm); Su et al., "RoFormer", 2021; Press et al., "Train short, test
         long", 2022; Shazeer, "GLU variants improve transformer", 2020; Ainslie et al., "GQA", 2023.
@@ -82,16 +82,16 @@ class Backbone(nn.Module):
         super().__init__()
         n_kv_head = n_head if n_kv_head is None else n_kv_head
         if d_model % n_head:
-            raise ValueError(f"d_model: expected a multiple of n_head, got d_model {d_model} and n_head {n_head}")
+            raise ValueError(f"d_model must be a multiple of n_head = {n_head}, got {d_model}")
         if n_kv_head < 1 or n_head % n_kv_head:
-            raise ValueError(f"n_kv_head: expected a divisor of n_head = {n_head}, got {n_kv_head}")
+            raise ValueError(f"n_kv_head must be a divisor of n_head = {n_head}, got {n_kv_head}")
         check_choice("layers", layers, ("fastattn", "torch"))
         check_choice("positions", positions, POSITIONS)
         check_choice("feed_forward", feed_forward, FEED_FORWARDS)
         width = {"rotary": d_model // n_head, "sinusoidal": d_model}.get(positions, 0)
         if width % 2:
             name = "d_model" if positions == "sinusoidal" else "d_model / n_head"
-            raise ValueError(f"{name}: expected an even number for {positions} positions, got {width}")
+            raise ValueError(f"{name} must be even for {positions} positions, got {width}")
         self.block_size, self.d_model, self.layers, self.norm_first = block_size, d_model, layers, norm_first
         self.checkpointing = checkpointing
         self.token_embedding = nn.Embedding(vocab_size, d_model) if token_embedding is None else token_embedding
@@ -105,18 +105,18 @@ class Backbone(nn.Module):
         self._table = {"sinusoidal": "sinusoids", "alibi": "alibi_slopes"}.get(positions)
         self._fill_table()
         self.dropout = nn.Dropout(dropout)
-        own = positions in ("rotary", "alibi")
+        custom_block = positions in ("rotary", "alibi")
         self.blocks = nn.ModuleList(
             make_block(d_model, n_head, n_kv_head, d_ff or 4 * d_model, dropout, bias, norm_first, feed_forward,
-                       norm_eps, own, cross, layers)
+                       norm_eps, custom_block, cross, layers)
             for _ in range(n_layer)
         )  # fmt: skip
         self.norm = (nn.LayerNorm if layers == "torch" else LayerNorm)(d_model, norm_eps, bias=bias)
 
     def _fill_table(self, device=None):
-        """Make the buffer that positions need, in fp32 whatever dtype the model is cast to."""
+        """Compute the position buffer, in fp32 even if the model is cast."""
         if self._table is not None:
-            with torch.inference_mode(False):  # it may have to serve training later
+            with torch.inference_mode(False):  # the table may be needed for training later
                 setattr(self, self._table, self._make_table().to(device))
 
     def _apply(self, fn, recurse=True):
@@ -132,20 +132,20 @@ class Backbone(nn.Module):
 
         Args:
             tokens: (batch, seqlen) int64, seqlen at most block_size.
-            causal: whether a token sees only those before it and itself.
-            lengths: None or (batch,) int64: tokens of a row from there on are padding, which no other token sees.
-            cu_seqlens: None or (n + 1,) int32, the ends of the documents in the rows laid end to end, 0 first: they see
-                nothing of each other, and positions restart at each. Every row ends with the end of a document.
-            memory, memory_lengths: (batch, seqlen_memory, d_model), what the blocks attend to besides, and (batch,).
-            cache: None or a KeyValueCache, for evaluation without gradients: `tokens` follow those it has seen, and are
-                added to it; it holds the memory as well.
+            causal: whether a token sees only itself and earlier tokens.
+            lengths: None or (batch,) int64: the rest of each row is padding, which no token sees.
+            cu_seqlens: None or (n + 1,) int32, 0 and the ends of the documents in the concatenated rows. Documents do
+                not see each other, positions restart at each, and every row ends at the end of a document.
+            memory, memory_lengths: (batch, seqlen_memory, d_model) for cross-attention, and its lengths (batch,).
+            cache: None or a KeyValueCache, for evaluation without gradients: `tokens` follow the tokens in the cache
+                and are added to it; the cache also holds the memory.
         Returns: (batch, seqlen, d_model).
         Raises:
-            ValueError: tokens of another shape, too many, those in the cache included, or lengths that do not fit them;
-                values of lengths and cu_seqlens are looked at on the CPU only, where that waits for nothing.
+            ValueError: tokens do not have 2 dimensions, are more than block_size with those in the cache, or do not fit
+                lengths or cu_seqlens; the values of these two are checked on the CPU only, where it is free.
         """
         if self._table is not None and self._buffers[self._table].is_meta and not tokens.is_meta:
-            self._fill_table(tokens.device)  # load_state_dict(assign=True) has filled all the rest
+            self._fill_table(tokens.device)  # load_state_dict(assign=True) has filled everything else
         start = 0 if cache is None else cache.length
         check_tokens(tokens, self.block_size, start)
         check_lengths(lengths, tokens)
@@ -176,7 +176,7 @@ class Backbone(nn.Module):
         return x.reshape(shape)
 
     def _embed(self, tokens, positions):
-        """positions: of the first token of all rows, or (batch, seqlen) of each."""
+        """positions: an int, the position of every row's first token, or (batch, seqlen)."""
         x = self.token_embedding(tokens)
         table = self.sinusoids
         if table is not None:
@@ -193,55 +193,55 @@ class Backbone(nn.Module):
 
 
 def check_tokens(tokens, block_size, start=0):
-    """Raise ValueError unless tokens are rows that fit the model, after `start` others."""
+    """Raise ValueError unless tokens are rows that fit the model, after `start` earlier ones."""
     if tokens.dim() != 2:
-        raise ValueError(f"tokens: expected shape (batch, seqlen), got {tuple(tokens.shape)}")
+        raise ValueError(f"tokens must have shape (batch, seqlen), got {tuple(tokens.shape)}")
     if start + tokens.shape[1] > block_size:
-        raise ValueError(f"tokens: expected at most block_size = {block_size} in a row, got {start + tokens.shape[1]}")
+        raise ValueError(f"a row may have at most block_size = {block_size} tokens, got {start + tokens.shape[1]}")
 
 
 def check_lengths(lengths, tokens, name="lengths"):
-    """Raise ValueError unless there is a length from 1 to seqlen for every row of tokens, or lengths is None."""
+    """Raise ValueError unless lengths is None or has a length from 1 to seqlen for every row of tokens."""
     if lengths is None:
         return
     batch, seqlen = tokens.shape
     if tuple(lengths.shape) != (batch,):
-        raise ValueError(f"{name}: expected shape ({batch},), one for each row, got {tuple(lengths.shape)}")
+        raise ValueError(f"{name} must have shape ({batch},), one length per row, got {tuple(lengths.shape)}")
     if lengths.is_cpu and batch and not torch.compiler.is_compiling():
         low, high = (x.item() for x in lengths.aminmax())
         if low < 1 or high > seqlen:
-            raise ValueError(f"{name}: expected from 1 to {seqlen}, got {low if low < 1 else high}")
+            raise ValueError(f"{name} must be from 1 to {seqlen}, got {low if low < 1 else high}")
 
 
 def check_documents(cu_seqlens, tokens):
-    """Raise ValueError unless cu_seqlens divides the rows of tokens into documents, or is None."""
+    """Raise ValueError unless cu_seqlens is None or divides the rows of tokens into documents."""
     if cu_seqlens is None:
         return
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
-            f"cu_seqlens: expected int32 of shape (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            f"cu_seqlens must be int32 of shape (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         ends, seqlen = cu_seqlens.tolist(), tokens.shape[1]
         missing = set(range(0, tokens.numel() + 1, seqlen)) - set(ends)
         if missing or ends != sorted(ends) or ends[0] != 0 or ends[-1] != tokens.numel():
             raise ValueError(
-                f"cu_seqlens: expected ends of documents from 0 to {tokens.numel()}, in order and with the end of every"
-                f" row of {seqlen} tokens, got {ends if len(ends) < 20 else [*ends[:20], '...']}"
+                f"cu_seqlens must rise from 0 to {tokens.numel()} and include the end of every row of {seqlen} tokens,"
+                f" got {ends if len(ends) < 20 else [*ends[:20], '...']}"
             )
 
 
 class Head(nn.Module):
-    """From hidden states to the vocabulary: logits, or the mean cross-entropy of the targets.
+    """The output layer: from hidden states to logits, or to the mean cross-entropy of the targets.
 
     Args:
         vocab_size, d_model: rows and columns of the matrix.
-        tied: whether it is the embedding's.
-        label_smoothing: share of a target's probability that is spread over the vocabulary, in training mode alone.
+        tied: whether the matrix is the embedding's.
+        label_smoothing: share of a target's probability that is spread over the vocabulary, in training mode only.
         layers: "fastattn" or "torch".
-        transform: None, or the norm_eps of a layer before the matrix, x = norm(gelu(dense(x))), which has a bias then.
+        transform: None, or the norm_eps of a layer x = norm(gelu(dense(x))) before the matrix, which then has a bias.
     Raises:
-        ValueError: label_smoothing out of range.
+        ValueError: label_smoothing is out of range.
     Source: Press and Wolf, "Using the output embedding to improve language models", 2017; Szegedy et al., "Rethinking
         the Inception architecture", 2016, for label smoothing; Devlin et al., "BERT", 2019, for the transform.
     """
@@ -249,7 +249,7 @@ class Head(nn.Module):
     def __init__(self, vocab_size, d_model, tied, label_smoothing, layers, transform=None):
         super().__init__()
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected 0 <= x < 1, got {label_smoothing}")
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
         self.label_smoothing = label_smoothing
         self.loss = _linear_cross_entropy if layers == "torch" else linear_cross_entropy
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, d_model))
@@ -260,9 +260,9 @@ class Head(nn.Module):
             self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x, embedding, targets=None):
-        """x: (..., d_model), embedding: the nn.Embedding, targets: None or (...,) int64 with -100 where none counts.
+        """x: (..., d_model); embedding: the nn.Embedding; targets: None or (...,) int64, where -100 is ignored.
 
-        Returns: logits (..., vocab_size), or the loss in nats, fp32; 0 if no target counts.
+        Returns: logits (..., vocab_size), or the mean loss in nats, fp32; 0 if every target is ignored.
         """
         weight = embedding.weight if self.weight is None else self.weight
         if self.dense is not None:
@@ -279,6 +279,6 @@ def _linear_cross_entropy(x, weight, targets, *, bias, **options):
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Number of parameters without the position tables, as the field counts them."""
+    """Number of parameters, by convention without the position tables."""
     tables: list[Any] = [getattr(m, "position_embedding", None) for m in model.modules()]
     return sum(p.numel() for p in model.parameters()) - sum(t.weight.numel() for t in tables if t is not None)

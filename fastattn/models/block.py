@@ -1,9 +1,9 @@
-"""The residual blocks of all models: those of torch.nn and fastattn.nn where these have them, and one of our own.
+"""The residual blocks of all models: the layers of torch.nn or fastattn.nn, or `Block` for features that they lack.
 
     post-norm: x = norm1(x + dropout1(SA(x)));  [x = norm2(x + dropout2(CA(x, memory)));]  x = norm(x + dropout(FF(x)))
-    pre-norm:  the norms stand before SA, CA and FF instead
+    pre-norm:  the norms come before SA, CA and FF instead
 
-The functions here take any of them, since the children carry the same names.
+The functions here take any of these, since the children have the same names.
 """
 
 import torch
@@ -11,13 +11,14 @@ from torch import nn
 
 from fastattn import reference
 from fastattn.nn.decoder import TransformerDecoderLayer
-from fastattn.nn.encoder import TransformerEncoderLayer, add_and_norm, add_then_norm, are_plain
+from fastattn.nn.encoder import TransformerEncoderLayer
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import dropout_p
+from fastattn.nn.sublayers import add_norm, add_norm_keep_sum, are_plain
 from fastattn.ops import dropout, feed_forward, layer_norm
 from fastattn.ops.linear import linear
 
-# name → (activation, whether a second first layer gates)
+# name → (activation, whether a second input layer gates the hidden layer)
 FEED_FORWARDS = {
     "gelu": ("gelu", False), "gelu_tanh": ("gelu_tanh", False), "relu": ("relu", False), "silu": ("silu", False),
     "swiglu": ("silu", True), "geglu": ("gelu", True), "reglu": ("relu", True),
@@ -25,11 +26,11 @@ FEED_FORWARDS = {
 
 
 def make_block(
-    d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, feed_forward, norm_eps, own, cross, layers
+    d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, feed_forward, norm_eps, custom_block, cross, layers
 ):  # fmt: skip
-    """A block of `layers`, with cross-attention if `cross`; `own`: one that torch.nn lacks, for its attention."""
+    """A block from `layers`, with cross-attention if `cross`; custom_block: the attention needs our `Block`."""
     activation, gated = FEED_FORWARDS[feed_forward]
-    if own or gated or n_kv_head != n_head or activation not in ("gelu", "relu"):
+    if custom_block or gated or n_kv_head != n_head or activation not in ("gelu", "relu"):
         return Block(
             d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, activation, gated, norm_eps, cross, layers
         )
@@ -43,7 +44,7 @@ def make_block(
 
 
 def run_block(block, x, sequences, memory=None, memory_sequences=None):
-    """A block on the tokens of `sequences`, (batch, seqlen, d_model) or flat (tokens, d_model), seeing `memory`."""
+    """Run a block on x, (batch, seqlen, d_model) or flat (tokens, d_model), the tokens of `sequences`."""
     if isinstance(block, Block):
         return block(x, sequences, memory, memory_sequences)
     if sequences.flat:
@@ -57,9 +58,9 @@ def run_block(block, x, sequences, memory=None, memory_sequences=None):
 
 
 def project(attn, x, parts="qkv"):
-    """The heads that an attention module makes of x by one product: q, k and v, or "q" alone, or "kv".
+    """Project x to heads in one product: q, k and v, or only "q" or "kv".
 
-    Returns: tuple of (batch, heads, seqlen, head_dim), or (tokens, heads, head_dim) of a flat x: views of the product.
+    Returns: tuple of views (batch, heads, seqlen, head_dim), or (tokens, heads, head_dim) if x is flat.
     """
     n_kv_head = getattr(attn, "num_kv_heads", attn.num_heads)
     weight, bias, counts = attn.in_proj_weight, attn.in_proj_bias, (attn.num_heads, n_kv_head, n_kv_head)
@@ -77,7 +78,7 @@ def merge_heads(out):
 
 
 def compose(block, x, self_attend, cross_attend=None):
-    """A block by calling its children, with the given functions for SA and CA."""
+    """Run a block by calling its children, with the given functions for SA and CA."""
     sublayers = [self_attend, *([] if cross_attend is None else [cross_attend]), lambda x: _feed_forward(block, x)]
     for number, sublayer in enumerate(sublayers, 1):
         norm, drop = getattr(block, f"norm{number}"), getattr(block, f"dropout{number}")
@@ -92,10 +93,10 @@ def _feed_forward(block, x):
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values may have fewer heads; positions come with the `Sequences`.
+    """Multi-head attention whose keys and values may have fewer heads; the `Sequences` supply the positions.
 
-    Parameters have the names of torch.nn.MultiheadAttention's; in_proj_weight holds n_head heads of queries, then
-    n_kv_head of keys and as many of values.
+    Parameters are named as in torch.nn.MultiheadAttention; in_proj_weight holds n_head heads of queries, then
+    n_kv_head heads of keys and n_kv_head heads of values.
     Source: Vaswani et al., "Attention is all you need", 2017; Ainslie et al., "GQA", 2023.
     """
 
@@ -110,12 +111,12 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x, sequences, memory=None):
-        """x attends to itself, or to memory, whose `sequences` they are then; x as for `run_block`, returns like x."""
+        """x attends to itself, or to memory; sequences are those of the keys. x as for `run_block`; returns like x."""
         q, k, v = self._heads(x, sequences, memory)
         return self.out_proj(merge_heads(sequences.attend(q, k, v, self.dropout if self.training else 0.0)))
 
     def weights(self, x, sequences, memory=None):
-        """(batch, n_head, seqlen_q, seqlen_k): what forward weights the values with, without dropout."""
+        """(batch, n_head, seqlen_q, seqlen_k): the attention weights of `forward`, without dropout."""
         q, k, _ = self._heads(x, sequences, memory)
         scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * self.head_dim**-0.5
         mask = sequences.mask
@@ -129,16 +130,16 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Encoder or decoder block like torch.nn's, with what that lacks: grouped heads, rotary positions, ALiBi, gates.
+    """An encoder or decoder block like torch.nn's that also has grouped heads, rotary positions, ALiBi and gates.
 
     Args:
         d_model, n_head, n_kv_head, d_ff: width, heads of queries, heads of keys and values, hidden width.
-        dropout: probability on attention weights, hidden layer and what goes into the residual stream.
-        bias: whether linear layers and norms have one.
+        dropout: probability on the attention weights, the hidden layer and the residual branches.
+        bias: whether linear layers and norms have biases.
         norm_first: pre-norm.
-        activation, gated: of the feed-forward block, linear2(dropout(activation(linear1(x)))), or with gate
+        activation, gated: the feed-forward block is linear2(dropout(activation(linear1(x)))), or if gated
             linear2(dropout(activation(gate(x)) * linear1(x))).
-        norm_eps: what norms add to the variance.
+        norm_eps: added to the variance in norms.
         cross: whether there is cross-attention.
         layers: "fastattn" or "torch".
     Source: Shazeer, "GLU variants improve transformer", 2020, for the gates.
@@ -179,11 +180,11 @@ class Block(nn.Module):
         dropouts = [getattr(self, f"dropout{number}") for number in self.numbers]
         if not self.norm_first:
             for attend, drop, norm in zip(attends, dropouts, norms, strict=False):
-                x = add_and_norm(attend(x), None, x, drop, norm)
-            return add_and_norm(self._feed_forward(x), None, x, dropouts[-1], norms[-1])
+                x = add_norm(attend(x), None, x, drop, norm)
+            return add_norm(self._feed_forward(x), None, x, dropouts[-1], norms[-1])
         h = layer_norm(x, norms[0].weight, norms[0].bias, norms[0].eps)
         for attend, drop, norm in zip(attends, dropouts, norms[1:], strict=False):
-            h, x = add_then_norm(attend(h), None, x, drop, norm)
+            h, x = add_norm_keep_sum(attend(h), None, x, drop, norm)
         return dropout(self._feed_forward(h), dropout_p(dropouts[-1]), residual=x)
 
     def _is_plain(self):

@@ -1,4 +1,4 @@
-"""A GPT-2 shaped language model: token and position embeddings, pre-norm blocks, a final norm, tied weights.
+"""A language model in the shape of GPT-2: token and position embeddings, pre-norm blocks, a final norm, tied weights.
 
 Shape and initialisation: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
@@ -17,11 +17,14 @@ class CausalLM(Backbone):
     Args:
         vocab_size: number of distinct tokens.
         tied: whether the output layer is the embedding.
-        init: how matrices start, see `initialize`.
-        label_smoothing: share of a target's probability that is spread over the vocabulary, in training mode alone.
+        init: how matrices are initialized, see `initialize`.
+        label_smoothing: share of a target's probability that is spread over the vocabulary, in training mode only.
         shape: the arguments of `Backbone`.
     Raises:
-        ValueError: as `Backbone`, and label_smoothing or init out of range.
+        ValueError: as `Backbone`; label_smoothing is out of range or init is unknown.
+    Example:
+        model = CausalLM(50257, n_layer=12, n_head=12, d_model=768, block_size=1024)
+        loss = model(tokens[:, :-1], tokens[:, 1:])  # tokens: (batch, seqlen + 1) int64
     """
 
     num_parameters = num_parameters
@@ -46,16 +49,16 @@ class CausalLM(Backbone):
         cache: Any = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next token, or the mean loss when the next tokens are given.
+        """Logits of the next token, or the mean loss if targets are given.
 
         Args:
             tokens, cache, cu_seqlens: as for `Backbone`; cache and cu_seqlens exclude each other.
-            targets: None or (batch, seqlen) int64, the token that follows each of `tokens`, -100 where none counts.
-        Returns: logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats a token, fp32.
+            targets: None or (batch, seqlen) int64, the next token at each position; -100 is ignored.
+        Returns: logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats per token, fp32.
         Raises:
             ValueError: as `Backbone`.
         """
         if cache is not None and cu_seqlens is not None:
-            raise ValueError("cu_seqlens: expected None beside a cache, which holds one document a row")
+            raise ValueError("cu_seqlens must be None with a cache, which holds one document per row")
         x = super().forward(tokens, causal=True, cu_seqlens=cu_seqlens, cache=cache)
         return self.head(x, self.token_embedding, targets)

@@ -1,4 +1,4 @@
-"""From a text to one of a few classes: a transformer, a recurrent or a convolutional network, or a bag of words."""
+"""Text classifiers: a transformer, a recurrent or convolutional network, or a bag of words."""
 
 from typing import Any
 
@@ -15,20 +15,22 @@ _WIDTHS = (3, 4, 5)
 
 
 class Classifier(nn.Module):
-    """Gives a text, padded on the right, one of n_classes classes.
+    """Predicts one of n_classes classes for each text; texts are padded on the right.
 
     Args:
         vocab_size, n_classes: number of distinct tokens and of classes.
         body: "transformer": a `Backbone` named encoder as in MaskedLM; "lstm" or "gru": n_layer bidirectional layers,
-            d_model wide each way; "cnn": d_model filters each of 3, 4 and 5 tokens, the maximum over the text;
-            "bag_of_words": a weight for each pair of token and class, summed over the distinct tokens of the text.
-        pooling: what the transformer's states become one by: "mean", "first", or "pooler", tanh(linear(first)) as in
-            BERT.
-        init: as for `CausalLM`; with "gpt2" recurrent and convolutional layers start as torch.nn makes them.
-        label_smoothing: share of a target's probability that is spread over the classes, in training mode alone.
-        shape: the arguments of `Backbone`; dropout also stands before the output layer.
+            d_model wide in each direction; "cnn": d_model filters each of 3, 4 and 5 tokens, max-pooled over the text;
+            "bag_of_words": a weight for each token and class, summed over the distinct tokens of the text.
+        pooling: how the transformer's states become one: "mean", "first", or "pooler", tanh(linear(first)) as in BERT.
+        init: as for `CausalLM`; with "gpt2" recurrent and convolutional layers keep torch.nn's initial weights.
+        label_smoothing: share of a target's probability that is spread over the classes, in training mode only.
+        shape: the arguments of `Backbone`; dropout also comes before the output layer.
     Raises:
-        ValueError: as `Backbone`, an unknown body or pooling, or label_smoothing out of range.
+        ValueError: as `Backbone`; body or pooling is unknown, or label_smoothing is out of range.
+    Example:
+        model = Classifier(8000, 2, n_layer=2, n_head=4, d_model=128, block_size=64)
+        logits = model(tokens, lengths)  # (batch, 2) for tokens (batch, seqlen) and lengths (batch,), int64
     Sources: Devlin et al., "BERT", 2019; Graves and Schmidhuber, "Framewise phoneme classification with bidirectional
         LSTM", 2005; Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014 (GRU); Kim,
         "Convolutional neural networks for sentence classification", 2014.
@@ -51,9 +53,9 @@ class Classifier(nn.Module):
         check_choice("body", body, BODIES)
         check_choice("pooling", pooling, ("mean", "first", "pooler"))
         if pooling != "mean" and body != "transformer":
-            raise ValueError(f"pooling: expected 'mean' with the body {body!r}, got {pooling!r}")
+            raise ValueError(f"pooling must be 'mean' with the body {body!r}, got {pooling!r}")
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected 0 <= x < 1, got {label_smoothing}")
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
         self.body, self.pooling, self.label_smoothing = body, pooling, label_smoothing
         self.block_size, d_model, dropout = shape["block_size"], shape["d_model"], shape.get("dropout", 0.0)
         features = d_model
@@ -67,7 +69,7 @@ class Classifier(nn.Module):
         if body in ("lstm", "gru"):
             rnn, features = {"lstm": nn.LSTM, "gru": nn.GRU}[body], 2 * d_model
             n_layer = shape["n_layer"]
-            between = dropout if n_layer > 1 else 0.0  # torch.nn warns of what it has no use for
+            between = dropout if n_layer > 1 else 0.0  # torch.nn warns if it cannot use dropout
             self.rnn = rnn(d_model, d_model, n_layer, batch_first=True, dropout=between, bidirectional=True)
         elif body == "cnn":
             self.convolutions = nn.ModuleList(nn.Conv1d(d_model, d_model, width) for width in _WIDTHS)
@@ -80,11 +82,11 @@ class Classifier(nn.Module):
             initialize(module, init, shape["n_layer"])
 
     def forward(self, tokens: Tensor, lengths: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits of the classes, or the mean loss.
+        """Logits of the classes, or the mean loss if targets are given.
 
         Args:
             tokens: (batch, seqlen) int64, padded on the right, seqlen at most block_size.
-            lengths: (batch,) int64, tokens of each row, at least 1.
+            lengths: (batch,) int64, the number of tokens in each row, at least 1.
             targets: None or (batch,) int64, the true classes.
         Returns: logits (batch, n_classes); with targets their mean cross-entropy in nats, fp32.
         Raises:
@@ -112,15 +114,15 @@ class Classifier(nn.Module):
 
     def _cnn(self, tokens, lengths):
         valid = _valid(tokens, lengths)[..., None]
-        x = (self.token_embedding(tokens) * valid).mT  # zeros follow the text however far it is padded
+        x = (self.token_embedding(tokens) * valid).mT  # zeros follow the text, whatever the padding
         maxima = []
         for width, conv in zip(_WIDTHS, self.convolutions, strict=True):
-            windows = conv(F.pad(x, ((width - 1) // 2, width // 2)))  # as many as tokens
+            windows = conv(F.pad(x, ((width - 1) // 2, width // 2)))  # one window per token
             maxima.append((windows.relu() * valid.mT).amax(-1))
         return torch.cat(maxima, 1)
 
     def _bag_of_words(self, tokens, lengths):
-        # in order, padding last: a token is new where it differs from the one before
+        # sorted, padding last: a token is new where it differs from the one before it
         ordered = tokens.masked_fill(~_valid(tokens, lengths), self.token_embedding.num_embeddings).sort(1).values
         new = ordered < self.token_embedding.num_embeddings
         new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]

@@ -1,14 +1,14 @@
-"""How the weights of a model start."""
+"""How the weights of a model are initialized."""
 
 from torch import nn
 
 SCHEMES = ("gpt2", "normal", "uniform", "xavier", "he")
-# where a layer writes into the residual stream: the last projection of attention and of the feed-forward block
+# projections into the residual stream: the last one of attention and of the feed-forward block
 _INTO_RESIDUAL = ("out_proj.weight", "linear2.weight")
 
 
 def initialize(model, scheme, n_layer=1):
-    """Fill the matrices of a model by a scheme, its biases with 0; norm weights stay 1.
+    """Initialize the matrices of a model by a scheme and its biases with 0; norm weights stay 1.
 
     Args:
         model: nn.Module.
@@ -18,13 +18,13 @@ def initialize(model, scheme, n_layer=1):
         n_layer: residual layers of the model.
 
     Raises:
-        ValueError: an unknown scheme.
+        ValueError: the scheme is unknown.
     Sources: Radford et al. 2019, "Language models are unsupervised multitask learners"; Glorot and Bengio 2010,
         "Understanding the difficulty of training deep feedforward neural networks"; He et al. 2015, "Delving deep into
         rectifiers".
     """
     if scheme not in SCHEMES:
-        raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
+        raise ValueError(f"init must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens a model has read, so that a new token costs one row instead of the whole sequence."""
+"""A cache of keys and values, so that a new token costs one row instead of the whole sequence."""
 
 from functools import partial
 from typing import Any
@@ -13,13 +13,16 @@ from .block import compose, merge_heads, project
 
 
 class KeyValueCache:
-    """The cache of a Backbone, such as a CausalLM or the decoder of a Seq2Seq, for equally long sequences.
+    """The cache of a Backbone, such as a CausalLM or the decoder of a Seq2Seq, for sequences of equal length.
 
     Args:
-        model: whose block_size is the most tokens the cache holds.
+        model: the Backbone; the cache holds up to its block_size tokens.
         batch: number of sequences.
-        memory, memory_lengths: None or (batch, seqlen_memory, d_model) and (batch,) int64, what cross-attention sees:
-            its keys and values are computed here, once.
+        memory, memory_lengths: None, or (batch, seqlen_memory, d_model) and (batch,) int64 for cross-attention; the
+            keys and values of the memory are computed here, once.
+    Example:
+        cache = KeyValueCache(model, batch=1)
+        logits = model(prompt, cache=cache)  # then, for each new token (1, 1): model(token, cache=cache)
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class KeyValueCache:
         weight = attn.out_proj.weight
         n_kv_head = getattr(attn, "num_kv_heads", attn.num_heads)
         shape = (len(model.blocks), batch, n_kv_head, model.block_size, attn.head_dim)
-        with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside inference mode
             self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             self.v = torch.zeros_like(self.k)
         self.length = 0
@@ -44,14 +47,14 @@ class KeyValueCache:
             self.memory_rows = torch.arange(batch, dtype=torch.int32, device=memory.device)
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i of the batch becomes row rows[i]; there may be more or fewer of them than before."""
+        """Replace row i of the batch by row rows[i]; the number of rows may change."""
         with torch.inference_mode(False):
             self.k, self.v = self.k[:, rows], self.v[:, rows]
-        if self.memory[0] is not None:  # its keys and values stay where they are
+        if self.memory[0] is not None:  # only the index changes, not its keys and values
             self.memory_rows, self.memory_lengths = self.memory_rows[rows], self.memory_lengths[rows]
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, sequences: Any) -> Tensor:
-        """The blocks of a model on new rows, which see everything cached before them and each other causally.
+        """Run the blocks of a model on new tokens, which see the cached tokens and, causally, each other.
 
         Args:
             blocks: of the model.
@@ -59,10 +62,10 @@ class KeyValueCache:
             sequences: their Sequences, causal and with start = self.length.
         Returns: like x.
         Raises:
-            ValueError: x has another number of sequences than the cache.
+            ValueError: x and the cache have different numbers of sequences.
         """
         if x.shape[0] != self.k.shape[1]:
-            raise ValueError(f"KeyValueCache: expected {self.k.shape[1]} sequences, got {x.shape[0]}")
+            raise ValueError(f"KeyValueCache: the cache is for {self.k.shape[1]} sequences, got {x.shape[0]}")
         use_torch = sequences.use_torch
         lengths = torch.full(x.shape[:1], self.length, dtype=torch.int32, device=x.device)
 

@@ -1,4 +1,4 @@
-"""An encoder that predicts tokens hidden in a text, and its weights for other models."""
+"""An encoder that predicts masked tokens, and the transfer of its weights to other models."""
 
 from collections import namedtuple
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from .initialize import initialize
 
 
 class MaskedLM(nn.Module):
-    """Predicts the tokens at chosen positions from all other tokens of the text.
+    """Predicts the tokens at masked positions from all other tokens of the text.
 
     Args:
         vocab_size, tied, init, label_smoothing: as for `CausalLM`.
-        head_transform: whether a layer with GELU and norm stands before the output layer, which has a bias then.
+        head_transform: whether a layer with GELU and norm comes before the output layer, which then has a bias.
         shape: the arguments of `Backbone`.
     Raises:
         ValueError: as `CausalLM`.
@@ -43,14 +43,14 @@ class MaskedLM(nn.Module):
         initialize(self, init, len(self.encoder.blocks))
 
     def forward(self, tokens: Tensor, lengths: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits of every token, or the mean loss of those to be predicted.
+        """Logits at every position, or the mean loss of the targets if given.
 
         Args:
-            tokens: (batch, seqlen) int64, what is to be predicted replaced; padded on the right.
-            lengths: (batch,) int64, tokens of each row, at least 1.
-            targets: None or (batch, seqlen) int64, -100 where nothing is predicted: the head skips these positions.
-        Returns: logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats, fp32, 0 if there are
-            none.
+            tokens: (batch, seqlen) int64 with the masked tokens replaced; padded on the right.
+            lengths: (batch,) int64, the number of tokens in each row, at least 1.
+            targets: None or (batch, seqlen) int64, -100 where nothing is predicted; the head skips these positions.
+        Returns: logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats, fp32; 0 if all are
+            -100.
         Raises:
             ValueError: as `Backbone`.
         """
@@ -61,7 +61,7 @@ class MaskedLM(nn.Module):
         return self.head(x, self.encoder.token_embedding, targets)
 
 
-# names: of parameters loaded, of those of the model's encoder that the state lacks, of those of the state not used
+# names of parameters: loaded; in the model's encoder but not in the state; in the state but not used
 LoadedEncoder = namedtuple("LoadedEncoder", "loaded missing unused")
 
 
@@ -71,20 +71,23 @@ def load_encoder(model: nn.Module, state_dict: Mapping[str, Tensor]) -> LoadedEn
 
     Args:
         model: a Classifier with the body "transformer", a MaskedLM or a Seq2Seq.
-        state_dict: {name: tensor} of one of these; what is not in its encoder is not used.
+        state_dict: {name: tensor} of such a model; only its encoder is used.
     Returns: LoadedEncoder(loaded, missing, unused), lists of names.
     Raises:
-        ValueError: the model or the state has no encoder, or a shape differs; then nothing was copied.
+        ValueError: the model or the state has no encoder, or a shape differs; then nothing is copied.
+    Example:
+        load_encoder(classifier, masked_lm.state_dict())
     """
     own = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
     loaded = [name for name in own if name in state_dict]
     if not loaded:
-        whose = "parameters of an encoder in the state" if own else "a model with an encoder"
-        raise ValueError(f"load_encoder: expected {whose}, got none: {', '.join(list(state_dict)[:3])}, ...")
+        if not own:
+            raise ValueError(f"load_encoder: the model must have an encoder, got a {type(model).__name__} without one")
+        raise ValueError(f"load_encoder: the state has no encoder, only {', '.join(list(state_dict)[:3])}, ...")
     for name in loaded:
         if own[name].shape != state_dict[name].shape:
             raise ValueError(
-                f"load_encoder: expected {name} of shape {tuple(own[name].shape)}, got {tuple(state_dict[name].shape)}"
+                f"load_encoder: {name} must have shape {tuple(own[name].shape)}, got {tuple(state_dict[name].shape)}"
             )
     for name in loaded:
         own[name].copy_(state_dict[name])

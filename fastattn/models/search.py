@@ -1,20 +1,20 @@
-"""The likeliest continuations of a batch of token rows, by any model that tells what follows them.
+"""Greedy and beam search for the likeliest continuations of a batch of token rows.
 
-`next_logits` is called with (rows, n) tokens, those of the last call with one more each, and returns (rows, vocab_size)
-logits; its method reorder(rows) is called before row i of the next call continues row rows[i] of the last.
+`next_logits` is called with tokens (rows, n), one token per row more than in the last call, and returns logits (rows,
+vocab_size). Its method reorder(rows) is called if row i of the next call continues row rows[i] of the last call.
 """
 
 import torch
 
 
 def greedy_search(next_logits, tokens, max_new_tokens, stop=()):
-    """Each time the most likely token.
+    """Add the most likely token in each step.
 
     Args:
         next_logits: see above.
         tokens: (batch, n) int64, the prompts.
-        max_new_tokens: tokens to add at most.
-        stop: tokens that end a row; they are not given out.
+        max_new_tokens: the most tokens to add.
+        stop: tokens that end a row; they are not returned.
     Returns: for each row the list of its new tokens.
     """
     results, active = [[] for _ in tokens], list(range(len(tokens)))
@@ -35,11 +35,11 @@ def greedy_search(next_logits, tokens, max_new_tokens, stop=()):
 
 
 def beam_search(next_logits, tokens, max_new_tokens, *, beams, length_penalty=1.0, stop=()):
-    """The best that a beam of `beams` candidates for each row finds; a row that is done leaves the batch.
+    """The best continuation that a beam of `beams` candidates finds for each row; finished rows leave the batch.
 
     Args:
         next_logits, tokens, max_new_tokens, stop: as for `greedy_search`.
-        beams: candidates of a row that are followed at a time.
+        beams: candidates kept for each row.
         length_penalty: candidates are compared by log-probability / length ** length_penalty, the stop token included.
     Returns: for each row the list of its new tokens.
     """
@@ -51,7 +51,7 @@ def beam_search(next_logits, tokens, max_new_tokens, *, beams, length_penalty=1.
         log_p = next_logits(tokens).float().log_softmax(-1)
         vocab_size = log_p.shape[-1]
         total = (scores.flatten()[:, None] + log_p).view(len(active), width * vocab_size)
-        # so many that `beams` are left when all that end now are taken out: as many for every row
+        # enough that `beams` are left in every row after the candidates that end now are removed
         best = total.topk(min(total.shape[1], beams * (1 + len(stop))))
         still, parents, added, follow = [], [], [], []
         for place, row in enumerate(active):
@@ -65,7 +65,7 @@ def beam_search(next_logits, tokens, max_new_tokens, *, beams, length_penalty=1.
                     candidates.append((score, parent, token))
             if not candidates:
                 continue
-            # no candidate can overtake what has ended: log-probabilities only fall
+            # no candidate can overtake the finished ones: log-probabilities only fall
             limit = candidates[0][0] / max_new_tokens**length_penalty
             if len(finished[row]) >= beams and max(score for score, _ in finished[row]) >= limit:
                 continue

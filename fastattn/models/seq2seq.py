@@ -1,4 +1,4 @@
-"""An encoder-decoder with one vocabulary: it reads a source and writes a target."""
+"""An encoder-decoder with one vocabulary, which reads a source and generates a target."""
 
 from typing import Any
 
@@ -12,16 +12,19 @@ from .search import beam_search, greedy_search
 
 
 class Seq2Seq(nn.Module):
-    """Predicts the next token of a target from those before it and from a source.
+    """Predicts the next token of a target from its earlier tokens and from a source.
 
-    Source and target share the embedding, which is the output layer too if tied; each side has its own positions and
-    n_layer blocks, and cross-attention knows none.
+    Source and target share the embedding, which is also the output layer if tied. Each side has its own positions and
+    n_layer blocks; cross-attention uses no positions.
 
     Args:
         vocab_size, tied, init, label_smoothing: as for `CausalLM`.
         shape: the arguments of `Backbone`, for both sides.
     Raises:
         ValueError: as `CausalLM`.
+    Example:
+        model = Seq2Seq(4000, n_layer=2, n_head=4, d_model=128, block_size=80)
+        targets = model.generate(source, lengths, begin=2, end=3, max_new_tokens=40, beams=4)
     Source: Vaswani et al., "Attention is all you need", 2017.
     """
 
@@ -45,7 +48,7 @@ class Seq2Seq(nn.Module):
         initialize(self, init, len(self.encoder.blocks))
 
     def encode(self, source: Tensor, lengths: Tensor) -> Tensor:
-        """The states (batch, seqlen, d_model) of source (batch, seqlen), padded on the right, of lengths (batch,)."""
+        """The hidden states (batch, seqlen, d_model) of source (batch, seqlen), right-padded, with lengths (batch,)."""
         return self.encoder(source, lengths=lengths)
 
     def forward(
@@ -55,19 +58,19 @@ class Seq2Seq(nn.Module):
         target_in: Tensor,
         target_out: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next target token, or the mean loss when the next tokens are given.
+        """Logits of the next target token, or the mean loss if target_out is given.
 
         Args:
-            source: (batch, seqlen_source) int64, padded on the right, at most block_size.
-            source_lengths: (batch,) int64, tokens of each row, at least 1.
-            target_in: (batch, seqlen) int64, the token that begins a target and the target, padded on the right.
-            target_out: None or (batch, seqlen) int64, the target and the token that ends it, -100 where none counts.
+            source: (batch, seqlen_source) int64, padded on the right, at most block_size tokens.
+            source_lengths: (batch,) int64, the number of tokens in each row, at least 1.
+            target_in: (batch, seqlen) int64, the begin token and the target, padded on the right.
+            target_out: None or (batch, seqlen) int64, the target and the end token; -100 is ignored.
         Returns: logits (batch, seqlen, vocab_size); with target_out their mean cross-entropy in nats, fp32.
         Raises:
-            ValueError: as `Backbone`, and if the batches differ.
+            ValueError: as `Backbone`; source and target_in have different numbers of rows.
         """
         if len(source) != len(target_in):
-            raise ValueError(f"target_in: expected {len(source)} rows, as source has, got {len(target_in)}")
+            raise ValueError(f"target_in must have {len(source)} rows like source, got {len(target_in)}")
         memory = self.encode(source, source_lengths)
         x = self.decoder(target_in, causal=True, memory=memory, memory_lengths=source_lengths)
         return self.head(x, self.encoder.token_embedding, target_out)
@@ -85,23 +88,23 @@ class Seq2Seq(nn.Module):
         length_penalty: float = 1.0,
         use_cache: bool = True,
     ) -> list[list[int]]:
-        """The likeliest targets, greedily or by beam search; the mode of the model (training or evaluation) stays.
+        """The likeliest targets by greedy or beam search; the model's mode (training or evaluation) does not change.
 
         Args:
             source, lengths: as for `encode`.
             begin, end: the tokens that begin and end a target.
-            max_new_tokens: tokens of a target at most, no more than block_size.
-            beams: candidates that are followed at a time; with 1 the most likely token is taken each time.
+            max_new_tokens: the most tokens in a target, at most block_size.
+            beams: candidates kept for each source; 1 is greedy search.
             length_penalty: candidates are compared by log-probability / length ** length_penalty.
-            use_cache: keep keys and values instead of reading everything again for each token.
+            use_cache: cache keys and values instead of reading all tokens again for each new one.
         Returns: for each source the list of its target's tokens, without begin and end.
         Raises:
-            ValueError: as `Backbone`, or numbers out of range.
+            ValueError: as `Backbone`; a number is out of range.
         """
         if not 1 <= max_new_tokens <= self.block_size:
-            raise ValueError(f"max_new_tokens: expected from 1 to block_size = {self.block_size}, got {max_new_tokens}")
+            raise ValueError(f"max_new_tokens must be from 1 to block_size = {self.block_size}, got {max_new_tokens}")
         if beams < 1:
-            raise ValueError(f"beams: expected at least 1, got {beams}")
+            raise ValueError(f"beams must be at least 1, got {beams}")
         was_training = self.training
         self.eval()
         try:
@@ -117,7 +120,7 @@ class Seq2Seq(nn.Module):
 
 
 class _NextLogits:
-    """The logits after each of a batch of growing targets, for the searches."""
+    """The logits after each target of a batch, for the searches."""
 
     def __init__(self, model, memory, lengths, use_cache):
         self.model, self.memory, self.lengths, self.cache = model, memory, lengths, None

@@ -1,4 +1,4 @@
-"""Which tokens of a batch attend to which, and where they stand: said once for all blocks of a model."""
+"""Which tokens of a batch attend to which, and their positions, in one object for all blocks of a model."""
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +8,16 @@ from fastattn.ops import attention
 
 
 class Sequences:
-    """Rows of tokens as sequences, in the form that the layers of fastattn.nn, of torch.nn and our own blocks take.
+    """The sequences in rows of tokens, in the forms that the layers of fastattn.nn, torch.nn and `Block` take.
 
     Args:
         layers: "fastattn" or "torch".
         tokens: (batch, seqlen), for its shape and device.
-        causal: whether a token sees none of those after it.
-        lengths: None or (batch,) int64: what a row holds from there on is padding that no token sees.
-        cu_seqlens: None or (n + 1,) int32: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1] of the rows laid
-            end to end, none crosses the end of a row; a token sees its own document, and positions restart with each.
-        start: position of the first token: how many are in a cache before it.
+        causal: whether a token sees only itself and earlier tokens.
+        lengths: None or (batch,) int64: the rest of each row is padding that no token sees.
+        cu_seqlens: None or (n + 1,) int32: document d is tokens cu_seqlens[d] to cu_seqlens[d + 1] of the concatenated
+            rows and stays within a row; a token sees only its own document, and positions restart at each document.
+        start: position of the first token, which is the number of cached tokens before it.
         rotary: None or a RotaryEmbedding.
         alibi_slopes: None or (n_head,).
     """
@@ -27,7 +27,7 @@ class Sequences:
         self.seqlen, self.device = tokens.shape[1], tokens.device
         self.use_torch, self.causal, self.cu_seqlens, self.start = layers == "torch", causal, cu_seqlens, start
         self.lengths = None if lengths is None else lengths.to(torch.int32)
-        self.padding = None  # (batch, seqlen) bool, True where there is no token, as torch.nn takes it
+        self.padding = None  # (batch, seqlen) bool, True at padding, as in torch.nn
         if lengths is not None:
             self.padding = torch.arange(self.seqlen, device=self.device) >= self.lengths[:, None]
         self.rotary = rotary
@@ -42,9 +42,9 @@ class Sequences:
 
     @property
     def mask(self):
-        """What scaled_dot_product_attention adds or leaves out, for queries of these tokens on them and the cached.
+        """The attn_mask of scaled_dot_product_attention, for these tokens as queries of themselves and the cache.
 
-        Bool, True = attend, that broadcasts to (batch, n_head, seqlen, start + seqlen); float with ALiBi.
+        Bool, True = attend, or float with ALiBi; broadcasts to (batch, n_head, seqlen, start + seqlen).
         """
         if self._mask is None:
             end = self.start + self.seqlen
@@ -63,7 +63,7 @@ class Sequences:
         return self._mask
 
     def rotate(self, q, k):
-        """q and k, (batch, heads, seqlen, head_dim) or flat (tokens, heads, head_dim), turned to their positions."""
+        """Rotate q and k, (batch, heads, seqlen, head_dim) or flat (tokens, heads, head_dim), by their positions."""
         if self.rotary is None:
             return q, k
         positions = self.positions
@@ -74,7 +74,7 @@ class Sequences:
         return tuple(reference.rotary_embedding(x, *tables, **where) for x in (q, k))
 
     def attend(self, q, k, v, dropout_p):
-        """Attention of q, of these or others, on k and v; shapes as for `rotate`, k and v may have fewer heads."""
+        """Attention of q to k and v of these tokens; shapes as for `rotate`, k and v may have fewer heads."""
         if self.use_torch:
             simple = self.lengths is None and self.cu_seqlens is None and self.alibi_slopes is None
             mask = None if simple else self.mask if self.mask.dtype == torch.bool else self.mask.to(q.dtype)
@@ -87,14 +87,14 @@ class Sequences:
             which = {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens,
                      "max_seqlen_q": self.seqlen, "max_seqlen_k": self.seqlen}  # fmt: skip
         elif self.lengths is not None and self.alibi_slopes is not None and not self.causal:
-            which = {"mask": ~self.padding[:, None, None]}  # distances would count from the last of seqlens_k
+            which = {"mask": ~self.padding[:, None, None]}  # seqlens_k would measure distances from the last key
         return attention(
             q, k, v, causal="top_left" if self.causal else False, dropout_p=dropout_p, alibi_slopes=self.alibi_slopes,
             **which,
         )  # fmt: skip
 
     def layer_masks(self, n_head):
-        """The same for an encoder layer of torch.nn or fastattn.nn: (mask, padding, is_causal)."""
+        """(mask, padding, is_causal) for an encoder layer of torch.nn or fastattn.nn."""
         if not self.use_torch:
             return None, self.padding, self.causal
         if self._document is not None:

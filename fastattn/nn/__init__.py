@@ -1,4 +1,4 @@
-"""Drop-in modules: torch.nn's classes with the same arguments, parameters and masks on fused kernels."""
+"""Drop-in modules: torch.nn's classes on fused kernels, with the same arguments, parameters and masks."""
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.decoder import TransformerDecoder, TransformerDecoderLayer

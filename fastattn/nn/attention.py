@@ -1,10 +1,10 @@
 """Multi-head attention with the arguments, masks and parameters of torch.nn.MultiheadAttention.
 
-    q, k, v = one packed product for self-attention, two or three otherwise, seen as (batch, heads, seqlen, head_dim)
+    q, k, v = one packed product for self-attention, two or three otherwise, viewed as (batch, heads, seqlen, head_dim)
     out = out_proj(attention(q, k, v))
 
 Both layouts, (batch, seqlen, d_model) and (seqlen, batch, d_model), reach the op as strided views. out_proj is called
-as a module, so whatever hangs on it takes effect.
+as a module, so its hooks and adapters take effect.
 """
 
 import torch
@@ -26,7 +26,7 @@ from fastattn.ops.linear import linear
 
 
 def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
-    """Raise AssertionError unless the numbers of dimensions agree; True if there is a batch."""
+    """Return whether the inputs are batched; raise AssertionError if their numbers of dimensions do not agree."""
     dims = query.dim()
     if dims not in (2, 3):
         raise AssertionError(f"query should be unbatched 2D or batched 3D tensor but received {dims}-D query tensor")
@@ -53,7 +53,7 @@ def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
 
 
 def _attention_and_weights(q, k, v, mask, bias, causal, dropout_p):
-    """The output of the op and, in a second pass over q and k, the weights after dropout that made it."""
+    """The output of the op, and the weights after dropout, which a second pass over q and k computes."""
     if type(q) is not torch.Tensor and is_dtensor(q):
         _, call = attention_call("MultiheadAttention", q, k, v, mask, bias, causal)
         call = sharded_call("MultiheadAttention", call, bool(causal))
@@ -76,10 +76,10 @@ def _local_attention_and_weights(q, k, v, mask, bias, causal, dropout_p, rng):
     visible = reference.attention_visible(seqlen_q, seqlen_k, mask=mask, causal=causal, device=q.device)
     if bias is not None:
         scores = scores + bias
-        visible = visible & (bias != float("-inf"))  # what stands in a key that it hides does not matter
+        visible = visible & (bias != float("-inf"))  # the values of a hidden key do not matter
     empty = lse[..., None] == float("-inf")  # a row that sees no key: weights 0, and no -inf - -inf in the gradient
     scores = torch.where(visible, scores, float("-inf")).masked_fill(empty, 0.0)
-    # not exp(scores - lse): beside a large bias lse has no room for the logarithm of the sum
+    # not exp(scores - lse): next to a large bias, lse has too few digits left for the logarithm of the sum
     weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)
     if dropout_p:
         rows = torch.arange(seqlen_q, device=q.device)
@@ -101,8 +101,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             torch.nn.
-        strict_torch: follow torch where this class differs on purpose and both are possible: is_causal needs a mask
-            and yields to key_padding_mask, and need_weights=True runs torch's own code.
+        strict_torch: follow torch where this class differs on purpose: is_causal needs a mask and is ignored next to
+            key_padding_mask, and need_weights=True runs torch's own code.
+    Example:
+        attn = fastattn.nn.MultiheadAttention(512, 8, batch_first=True)
+        x = torch.randn(4, 128, 512)
+        y, _ = attn(x, x, x, is_causal=True, need_weights=False)  # (4, 128, 512)
     Source: torch.nn.MultiheadAttention.
     """
 
@@ -149,12 +153,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Args:
             query: (batch, seqlen_q, embed_dim) if batch_first, else (seqlen_q, batch, embed_dim); unbatched (seqlen_q,
-                embed_dim). key, value: likewise with seqlen_k, kdim and vdim.
+                embed_dim).
+            key, value: the same with seqlen_k and kdim or vdim.
             key_padding_mask: (batch, seqlen_k), unbatched (seqlen_k,), bool (True = ignore) or float (added).
             need_weights: also return the weights, after dropout: (batch, seqlen_q, seqlen_k).
             attn_mask: (seqlen_q, seqlen_k) or (batch * num_heads, seqlen_q, seqlen_k), bool or float.
-            average_attn_weights: False gives the weights per head, (batch, num_heads, seqlen_q, seqlen_k).
-            is_causal: query i sees keys 0 to i, in place of attn_mask and together with key_padding_mask.
+            average_attn_weights: False returns the weights per head, (batch, num_heads, seqlen_q, seqlen_k).
+            is_causal: query i sees keys 0 to i; attn_mask is ignored, key_padding_mask still applies.
         Returns: (out like query, weights or None).
         Raises:
             AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
@@ -195,7 +200,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """What `forward` hands to out_proj, and the weights or None; arguments as there."""
+        """The input of out_proj, and the weights or None; the arguments are those of `forward`."""
         check_mask_dtype(key_padding_mask, "key_padding_mask")
         check_mask_dtype(attn_mask, "attn_mask")
         batched = _check_dims(query, key, value, key_padding_mask, attn_mask, self.num_heads)
@@ -210,7 +215,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = self._project(query, key, value, batched, batch_first)
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
-        mask, bias, causal, k, v = self._see(q, k, v, attn_mask, key_padding_mask, is_causal)
+        mask, bias, causal, k, v = self._visibility(q, k, v, attn_mask, key_padding_mask, is_causal)
         dropout_p = self.dropout if self.training else 0.0
         if need_weights:
             out, weights = _attention_and_weights(q, k, v, mask, bias, causal, dropout_p)
@@ -230,11 +235,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return key_padding_mask is None
 
     def _project(self, query, key, value, batched, batch_first):
-        """q, k and v as (batch, heads, seqlen, head_dim) views of what the linear layers wrote."""
+        """q, k and v as (batch, heads, seqlen, head_dim) views of the outputs of the linear layers."""
         weight, bias, embed_dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
         heads = (self.num_heads, embed_dim // self.num_heads)
         if query is key and key is value and self._qkv_same_embed_dim:
-            # apart before they are permuted: the backward writes the gradient of the projection by one copy
+            # unbind before permuting: the backward then writes the gradient of the projection in one copy
             projected = linear(query, weight, bias).unflatten(-1, (3, *heads)).unbind(-3)
             return self._heads_first(projected, batched, batch_first)
         if self._qkv_same_embed_dim:
@@ -265,8 +270,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         views = projected if batched else (t[None] for t in projected)
         return [t.transpose(1, 2) if batch_first else t.permute(1, 2, 0, 3) for t in views]
 
-    def _see(self, q, k, v, attn_mask, key_padding_mask, is_causal):
-        """What the op needs to know about visibility; with bias_k, bias_v and the zero key appended to k and v."""
+    def _visibility(self, q, k, v, attn_mask, key_padding_mask, is_causal):
+        """(mask, bias, causal, k, v) for the op, with bias_k, bias_v and the zero key appended to k and v."""
         seqlen_k = k.shape[2]
         mask = bias = None
         if attn_mask is not None or key_padding_mask is not None:
@@ -276,7 +281,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         causal = "top_left" if is_causal else False
         if self.bias_k is None and not self.add_zero_attn:
             return mask, bias, causal, k, v
-        if causal:  # the appended keys are visible to every query, which no causal alignment can say
+        if causal:  # every query sees the appended keys, which no causal alignment expresses
             triangle = reference.attention_visible(q.shape[2], seqlen_k, causal=causal, device=q.device)
             mask, causal = triangle if mask is None else triangle & mask, False
         extra_k, extra_v = [k], [v]
@@ -296,13 +301,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _forward_nested(
         self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
     ):
-        """Jagged tensors, and strided ones in the case that torch's containers hand over, without their padding."""
+        """Jagged tensors, and the strided ones that torch's containers pass, computed without padding."""
         tensors = query, key, value
         reason = None
         if not all(t.is_nested for t in tensors) or len({t.layout for t in tensors}) > 1:
             reason = "query, key and value are not nested tensors of one layout"
         elif any(t.dim() != 3 for t in tensors):
-            reason = f"expected 3 dimensions, got {', '.join(str(t.dim()) for t in tensors)}"
+            reason = f"the tensors must have 3 dimensions, got {', '.join(str(t.dim()) for t in tensors)}"
         elif key_padding_mask is not None or attn_mask is not None:
             reason = "a mask was given"
         elif not (self.batch_first and self.bias_k is None and not self.add_zero_attn):
@@ -341,12 +346,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return out[is_row_q.flatten(1)], weights * is_row_q
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, is_causal: bool = False) -> Tensor:
-        """Self-attention within sequences that lie one after the other.
+        """Self-attention within each of several packed sequences.
 
         Args:
             x: (total, embed_dim).
-            cu_seqlens: int32 (batch + 1,), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1].
-            max_seqlen: the longest sequence.
+            cu_seqlens: int32 (batch + 1,); sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+            max_seqlen: length of the longest sequence.
         Returns: (total, embed_dim).
         """
         heads = (self.num_heads, self.embed_dim // self.num_heads)

@@ -1,9 +1,9 @@
 """The decoder layer and its stack, with the arguments, parameters and masks of torch.nn.
 
     post-norm: x = norm1(x + dropout1(SA(x)));  x = norm2(x + dropout2(CA(x, memory)));  x = norm3(x + dropout3(FF(x)))
-    pre-norm:  the norms stand before SA, CA and FF instead
+    pre-norm:  the norms come before SA, CA and FF instead
 
-Fused or composed as the encoder layer is.
+Fused or composed under the same conditions as the encoder layer.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.encoder import (
-    add_and_norm,
-    add_then_norm,
-    are_plain,
-    attend,
-    block_and_bias,
-    fit_fused_ops,
-    sequence_length,
-)
-from fastattn.nn.feed_forward import block
 from fastattn.nn.masks import is_causal_mask
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import dropout_p, leaf_call
+from fastattn.nn.sublayers import (
+    add_norm,
+    add_norm_keep_sum,
+    are_plain,
+    attend,
+    feed_forward_and_bias,
+    feed_forward_block,
+    fit_fused_ops,
+    sequence_length,
+)
 from fastattn.ops import dropout, layer_norm
 from fastattn.ops._public import Public
 
 _TENSORS = "tgt memory tgt_mask memory_mask tgt_key_padding_mask memory_key_padding_mask"
-# the code of torch that ours stands in for, as long as nobody replaces it
+# the torch code that ours replaces, unless it has been patched
 _TorchLayer = torch.nn.TransformerDecoderLayer
 _FORWARD, _SA_BLOCK, _MHA_BLOCK, _FF_BLOCK = (
     getattr(_TorchLayer, name) for name in ("forward", "_sa_block", "_mha_block", "_ff_block")
@@ -47,6 +47,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype: as in torch.nn.
         strict_torch: as in `MultiheadAttention`.
+    Example:
+        layer = fastattn.nn.TransformerDecoderLayer(512, 8, batch_first=True)
+        y = layer(torch.randn(4, 64, 512), torch.randn(4, 128, 512), tgt_is_causal=True)  # (4, 64, 512)
     Source: torch.nn.TransformerDecoderLayer.
     """
 
@@ -71,7 +74,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype,
         )  # fmt: skip
-        # as in the encoder layer: the random draws stay those of torch
+        # as in the encoder layer: the random draws stay torch's
         self.self_attn.__class__ = self.multihead_attn.__class__ = MultiheadAttention
         self.norm1.__class__ = self.norm2.__class__ = self.norm3.__class__ = LayerNorm
         if strict_torch:
@@ -92,15 +95,15 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """Decode tgt with a view of memory.
+        """Decode tgt, attending to memory.
 
         Args:
             tgt: (batch, seqlen, d_model) if batch_first, else (seqlen, batch, d_model); unbatched (seqlen, d_model).
-            memory: likewise with its own length.
+            memory: the same with its own length.
             tgt_mask, memory_mask: (seqlen, length of tgt or memory) or (batch * nhead, ...), bool (True = ignore) or
                 float (added).
             tgt_key_padding_mask, memory_key_padding_mask: (batch, length), unbatched (length,), bool or float.
-            tgt_is_causal, memory_is_causal: position i sees positions 0 to i, in place of the mask.
+            tgt_is_causal, memory_is_causal: position i sees positions 0 to i, and the mask is ignored.
         Returns: like tgt.
         Raises:
             AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
@@ -125,7 +128,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             or "_mha_block" in own
             or "_ff_block" in own
         ):
-            return super().forward(tgt, memory, *masks)  # torch's forward has no fast path: it is the composition
+            return super().forward(tgt, memory, *masks)  # torch's decoder has no fast path: it calls the children
 
         def self_attend(x) -> tuple[Tensor, Tensor | None]:
             return attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
@@ -135,14 +138,14 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
         if self.norm_first:
             h = layer_norm(x, m["norm1"].weight, m["norm1"].bias, m["norm1"].eps)
-            h, x = add_then_norm(*self_attend(h), x, m["dropout1"], m["norm2"])
-            h, x = add_then_norm(*cross_attend(h), x, m["dropout2"], m["norm3"])
-            h = block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])
+            h, x = add_norm_keep_sum(*self_attend(h), x, m["dropout1"], m["norm2"])
+            h, x = add_norm_keep_sum(*cross_attend(h), x, m["dropout2"], m["norm3"])
+            h = feed_forward_block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])
             return dropout(h, dropout_p(m["dropout3"]), residual=x)
-        x = add_and_norm(*self_attend(x), x, m["dropout1"], m["norm1"])
-        x = add_and_norm(*cross_attend(x), x, m["dropout2"], m["norm2"])
-        h, h_bias = block_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
-        return add_and_norm(h, h_bias, x, m["dropout3"], m["norm3"])
+        x = add_norm(*self_attend(x), x, m["dropout1"], m["norm1"])
+        x = add_norm(*cross_attend(x), x, m["dropout2"], m["norm2"])
+        h, h_bias = feed_forward_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
+        return add_norm(h, h_bias, x, m["dropout3"], m["norm3"])
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):
@@ -186,8 +189,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         """Pass tgt through the layers; arguments as in `TransformerDecoderLayer`.
 
         Args:
-            tgt_is_causal: None compares tgt_mask with the causal one, but not while a graph is captured. On a GPU that
-                waits for the device; True or False does not.
+            tgt_is_causal: None compares tgt_mask with the causal one, except while a graph is captured. On a GPU the
+                comparison synchronizes; True and False do not.
         Returns: like tgt.
         """
         masks = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask

@@ -3,8 +3,8 @@
     post-norm: x = norm1(x + dropout1(SA(x)));  x = norm2(x + dropout2(FF(x)))
     pre-norm:  x = x + dropout1(SA(norm1(x)));  x = x + dropout2(FF(norm2(x)))
 
-The fused layer joins dropout, residual add and norm to one op and computes FF by another. It stands in for the children
-as long as each of them is what torch.nn makes it; otherwise, or if a subclass overrides a block, they are called.
+The fused layer runs dropout, residual add and norm as one op, and FF as another. It does so while every child is the
+plain module that torch.nn creates. Otherwise, or if a subclass overrides a block, it calls the children.
 """
 
 from collections.abc import Callable
@@ -13,104 +13,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.feed_forward import block
 from fastattn.nn.masks import as_float_mask, check_mask_dtype, is_causal_mask
 from fastattn.nn.norm import LayerNorm
-from fastattn.nn.plain import dropout_p, is_plain, leaf_call, must_call_children
+from fastattn.nn.plain import dropout_p, is_plain, leaf_call
+from fastattn.nn.sublayers import (
+    add_norm,
+    add_norm_keep_sum,
+    are_plain,
+    attend,
+    feed_forward_and_bias,
+    feed_forward_block,
+    fit_fused_ops,
+    sequence_length,
+)
 from fastattn.ops import dropout, layer_norm
 from fastattn.ops._nested import Rows
 from fastattn.ops._public import Public
-from fastattn.ops.linear import linear
 
-# the code of torch that ours stands in for, as long as nobody replaces it
+# the torch code that ours replaces, unless it has been patched
 _TorchLayer, _TorchStack = torch.nn.TransformerEncoderLayer, torch.nn.TransformerEncoder
 _FORWARD, _SA_BLOCK, _FF_BLOCK = _TorchLayer.forward, _TorchLayer._sa_block, _TorchLayer._ff_block
 _STACK_FORWARD = _TorchStack.forward
-
-
-_LINEARS, _DROPOUTS, _NORMS = (torch.nn.Linear,), (torch.nn.Dropout,), (LayerNorm, torch.nn.LayerNorm)
-
-
-def add_and_norm(x, x_bias, residual, dropout_module, norm):
-    """norm(residual + dropout(x + x_bias)) in the dtype of the residual: what a post-norm sub-layer ends with."""
-    if x.shape != residual.shape:  # from attention of the user
-        return norm(_add(x, x_bias, residual, dropout_module))
-    if x.dtype != residual.dtype:  # autocast: the op returns the dtype of x, torch that of the sum
-        x = x.to(residual.dtype)
-    return layer_norm(
-        x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module)
-    )
-
-
-def add_then_norm(x, x_bias, residual, dropout_module, norm):
-    """(norm(r), r) with r = residual + dropout(x + x_bias): from one pre-norm sub-layer to the next."""
-    if x.shape != residual.shape:
-        r = _add(x, x_bias, residual, dropout_module)
-        return norm(r), r
-    return layer_norm(
-        x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module),
-        return_residual=True,
-    )  # fmt: skip
-
-
-def _add(x, x_bias, residual, dropout_module):
-    """residual + dropout(x + x_bias) as torch computes it, which broadcasts."""
-    return residual + dropout_module(x if x_bias is None else x + x_bias)
-
-
-def block_and_bias(x, linear1, activation, dropout_module, linear2):
-    """(out, x_bias): the feed-forward block, and the bias of linear2 if the norm that follows is to add it."""
-    if leaves_bias(linear2):
-        return block(x, linear1, activation, dropout_module, linear2, last_bias=False), linear2.bias
-    return block(x, linear1, activation, dropout_module, linear2), None
-
-
-def leaves_bias(linear):
-    """Whether the norm after `linear` adds its bias: where its gradient is wanted, which that norm makes on the way.
-
-    Never for torch.jit.trace, which records once with gradients and once without, and compares.
-    """
-    bias = linear.bias
-    return bias is not None and torch.is_grad_enabled() and bias.requires_grad and not torch.jit.is_tracing()
-
-
-def attend(attn, query, memory, attn_mask, key_padding_mask, is_causal):
-    """(out, x_bias): attention from query to memory, and the bias of out_proj if the norm that follows is to add it."""
-    masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
-    if (
-        is_plain(attn, MultiheadAttention)
-        and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear)
-        and fit_fused_ops(attn._modules, ("out_proj",), (), query.shape[-1])
-    ):
-        out, _ = attn.attend(query, memory, memory, need_weights=False, **masks)
-        weight, bias = attn.out_proj.weight, attn.out_proj.bias
-        return (linear(out, weight), bias) if leaves_bias(attn.out_proj) else (linear(out, weight, bias), None)
-    return attn(query, memory, memory, need_weights=False, **masks)[0], None
-
-
-def are_plain(modules, linears, dropouts, norms):
-    """Whether every named child may be replaced by the fused kernels."""
-    if must_call_children():
-        return False
-    for names, classes in ((linears, _LINEARS), (dropouts, _DROPOUTS), (norms, _NORMS)):
-        for name in names:  # all() on a generator takes twice as long
-            if not is_plain(modules[name], *classes):
-                return False
-    return True
-
-
-def fit_fused_ops(modules, linears, norms, width):
-    """Whether plain children add and normalise one row of `width` at a time; torch broadcasts other biases, for one."""
-    for name in linears:
-        linear = modules[name]
-        bias, shape = linear.bias, linear.weight.shape
-        if bias is not None and bias.shape != shape[:1]:
-            return False
-    # what the last one adds to has `width`
-    return shape[0] == width and all(tuple(modules[name].normalized_shape) == (width,) for name in norms)
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -122,6 +47,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype: as in torch.nn.
         strict_torch: as in `MultiheadAttention`.
+    Example:
+        layer = fastattn.nn.TransformerEncoderLayer(512, 8, batch_first=True)
+        y = layer(torch.randn(4, 128, 512), is_causal=True)  # (4, 128, 512)
     Source: torch.nn.TransformerEncoderLayer.
     """
 
@@ -146,7 +74,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype,
         )  # fmt: skip
-        # the children become ours instead of being built again: the random draws stay those of torch
+        # change the class of the children instead of building them again: the random draws stay torch's
         self.self_attn.__class__ = MultiheadAttention
         self.norm1.__class__ = self.norm2.__class__ = LayerNorm
         if strict_torch:
@@ -168,7 +96,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             src: (batch, seqlen, d_model) if batch_first, else (seqlen, batch, d_model); unbatched (seqlen, d_model).
             src_mask: (seqlen, seqlen) or (batch * nhead, seqlen, seqlen), bool (True = ignore) or float (added).
             src_key_padding_mask: (batch, seqlen), unbatched (seqlen,), bool or float.
-            is_causal: position i sees positions 0 to i, in place of src_mask.
+            is_causal: position i sees positions 0 to i, and src_mask is ignored.
         Returns: like src.
         Raises:
             AssertionError, RuntimeError: dimensions, shapes or dtypes do not fit, as in torch.nn.
@@ -183,7 +111,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         m, cls, own = self._modules, type(self), self.__dict__
         overridden = cls._sa_block is not _SA_BLOCK or "_sa_block" in own
         if overridden or type(m["self_attn"]) is not MultiheadAttention:
-            # code of the user gets float masks, as from torch
+            # user code gets float masks, as it does from torch
             src_mask = as_float_mask(src_mask, src.dtype)
             src_key_padding_mask = as_float_mask(src_key_padding_mask, src.dtype)
         if overridden or not self._ff_is_plain(src.size(-1) if src.dim() else 0):
@@ -194,7 +122,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self._fused(src, lambda x: attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal))
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, is_causal: bool = False) -> Tensor:
-        """Encode sequences that lie one after the other, without padding; an overridden _sa_block is not called.
+        """Encode packed sequences, without padding; an overridden _sa_block is not called.
 
         Args:
             x: (total, d_model).
@@ -210,7 +138,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self._add_sublayers(x, lambda x: self.dropout1(self_attend(x)))
 
     def _ff_is_plain(self, width):
-        """Whether all but self-attention is what torch.nn makes it, for inputs of `width`."""
+        """Whether everything except self-attention is as torch.nn creates it, and fits inputs of `width`."""
         m, linears, norms = self._modules, ("linear1", "linear2"), ("norm1", "norm2")
         plain = are_plain(m, linears, ("dropout", "dropout1", "dropout2"), norms)
         return (
@@ -224,12 +152,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         m = self._modules
         if self.norm_first:
             h = layer_norm(x, m["norm1"].weight, m["norm1"].bias, m["norm1"].eps)
-            h, x = add_then_norm(*self_attend(h), x, m["dropout1"], m["norm2"])
-            h = block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])
+            h, x = add_norm_keep_sum(*self_attend(h), x, m["dropout1"], m["norm2"])
+            h = feed_forward_block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])
             return dropout(h, dropout_p(m["dropout2"]), residual=x)
-        x = add_and_norm(*self_attend(x), x, m["dropout1"], m["norm1"])
-        h = block_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
-        return add_and_norm(*h, x, m["dropout2"], m["norm2"])
+        x = add_norm(*self_attend(x), x, m["dropout1"], m["norm1"])
+        h = feed_forward_and_bias(x, m["linear1"], self.activation, m["dropout"], m["linear2"])
+        return add_norm(*h, x, m["dropout2"], m["norm2"])
 
     def _composed(self, x, src_mask, src_key_padding_mask, is_causal):
         return self._add_sublayers(
@@ -244,7 +172,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
     def _nested(self, src, src_mask, src_key_padding_mask, is_causal):
-        """torch's container turns padded batches into strided nested tensors: computed without the padding."""
+        """Nested tensors, computed without padding; torch's container turns padded batches into strided ones."""
         attn = self.self_attn
         packable = src.layout is torch.jagged or not self.training
         has_mask = src_mask is not None or src_key_padding_mask is not None
@@ -296,8 +224,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
         Args:
             src, mask, src_key_padding_mask: as in `TransformerEncoderLayer`.
-            is_causal: position i sees positions 0 to i, in place of mask; None compares the mask with the causal one,
-                but not while a graph is captured. On a GPU that waits for the device; True or False does not.
+            is_causal: position i sees positions 0 to i, and mask is ignored. None compares the mask with the causal
+                one, except while a graph is captured; on a GPU the comparison synchronizes, True and False do not.
         Returns: like src.
         """
         nested = src.is_nested is not False
@@ -317,8 +245,3 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 masks = as_float_mask(mask, src.dtype), as_float_mask(src_key_padding_mask, src.dtype)
             src = layer(src, src_mask=masks[0], is_causal=is_causal, src_key_padding_mask=masks[1])
         return src if self.norm is None else self.norm(src)
-
-
-def sequence_length(x, batch_first):
-    """seqlen of (seqlen, d_model), (batch, seqlen, d_model) or (seqlen, batch, d_model)."""
-    return x.shape[1 if x.dim() == 3 and batch_first else 0]

@@ -1,7 +1,6 @@
-"""The feed-forward block: as a module of its own, and as the encoder and decoder layers use it."""
+"""The feed-forward block as a module."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import reference
@@ -10,40 +9,6 @@ from fastattn.ops import feed_forward
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p
 from fastattn.ops._types import Activation
-from fastattn.ops.linear import linear
-
-
-def activation_name(activation):
-    """The op's name of an activation, or None: then the block is composed of its children.
-
-    Args:
-        activation: a function or a module.
-    """
-    if isinstance(activation, torch.nn.Module):
-        if is_plain(activation, torch.nn.GELU):
-            return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-        if is_plain(activation, torch.nn.ReLU):
-            return "relu"
-        return "silu" if is_plain(activation, torch.nn.SiLU) else None
-    if activation is F.relu or activation is torch.relu:
-        return "relu"
-    if activation is F.gelu:
-        return "gelu"
-    return "silu" if activation is F.silu else None
-
-
-def block(x, linear1, activation, dropout, linear2, last_bias=True):
-    """linear2(dropout(activation(linear1(x)))), by the fused op if it knows the activation; the children are plain.
-
-    Args:
-        last_bias: False leaves the bias of linear2 to the norm that follows.
-    """
-    name, bias = activation_name(activation), linear2.bias if last_bias else None
-    if name is None:
-        return linear(dropout(activation(linear1(x))), linear2.weight, bias)
-    return feed_forward(
-        x, linear1.weight, linear1.bias, linear2.weight, bias, activation=name, dropout_p=dropout_p(dropout)
-    )
 
 
 class FeedForward(torch.nn.Module):
@@ -52,12 +17,15 @@ class FeedForward(torch.nn.Module):
     Args:
         d_model, d_ff: width of the input and of the hidden layer.
         activation: "gelu" (erf), "gelu_tanh", "relu", "relu2" or "silu"; with gated=True and "silu" it is SwiGLU.
-        dropout: probability with which hidden elements become 0 in training.
-        gated: whether there is a second first layer, `gate`.
-        bias: whether the linear layers have one.
-        recompute: keep only x for the backward and compute the hidden layer again there.
+        dropout: probability of zeroing a hidden element in training.
+        gated: whether a second input layer, `gate`, multiplies the hidden layer.
+        bias: whether the linear layers have biases.
+        recompute: save only x for the backward, which computes the hidden layer again.
     Raises:
-        ValueError: the activation is unknown.
+        ValueError: the activation is unknown, or a number is out of range.
+    Example:
+        block = fastattn.nn.FeedForward(512, 1376, activation="silu", gated=True)  # SwiGLU
+        y = block(torch.randn(4, 128, 512))  # (4, 128, 512)
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
     """
 

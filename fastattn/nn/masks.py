@@ -13,16 +13,16 @@ def check_mask_dtype(mask, name):
 
 
 def as_float_mask(mask, dtype):
-    """The mask as torch.nn hands it on to code of the user: 0 and -inf in `dtype` if it was bool."""
+    """The mask as torch.nn passes it to user code: 0 and -inf in `dtype` if it was bool."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
 def _in_range(mask):
-    """The mask less half of the largest number of each row, where that is near an end of the range.
+    """The mask minus half of each row's maximum, in rows whose maximum is near the limits of the dtype.
 
-    It changes no weight. So the sum of two finite masks has a finite number in every row.
+    This changes no weight, and it leaves a finite number in every row of the sum of two finite masks.
     """
     if mask.shape[-1] == 0:
         return mask
@@ -34,20 +34,19 @@ def _in_range(mask):
 def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqlen_k, dtype):
     """Both masks of a MultiheadAttention as arguments of the attention op.
 
-    One of each kind costs nothing of batch × seqlen_q × seqlen_k. That is why a bool attn_mask beside a bool
-    key_padding_mask becomes a bias of its own small shape; only two float masks have to be added up.
+    One mask and one bias need no tensor of batch × seqlen_q × seqlen_k. So a bool attn_mask given with a bool
+    key_padding_mask becomes a bias of its own small shape; only two float masks have to be added.
 
     Args:
         attn_mask: (seqlen_q, seqlen_k) or (batch * n_heads, seqlen_q, seqlen_k), bool or float, or None.
         key_padding_mask: (batch, seqlen_k), bool or float, or None.
-        dtype: that of the projected query.
+        dtype: of the projected query.
     Returns: (mask, bias), views that broadcast to (batch, n_heads, seqlen_q, seqlen_k), or None.
     Raises:
-        RuntimeError: attn_mask is a CausalBias, or has another shape or a float dtype the op does not add to scores of
-            `dtype`.
-        AssertionError: key_padding_mask has another shape.
+        RuntimeError: attn_mask is a CausalBias or has the wrong shape, or a float mask is neither float32 nor `dtype`.
+        AssertionError: key_padding_mask has the wrong shape.
     """
-    if attn_mask is not None:  # looked at first, as in torch
+    if attn_mask is not None:  # checked first, as in torch
         if is_causal_bias(attn_mask):
             raise RuntimeError(
                 "attn_mask must be a bool or float tensor, got a CausalBias, which holds no values: use is_causal=True"
@@ -82,14 +81,14 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
 
 
 def is_causal_mask(mask, hint, size):
-    """What a stack tells its layers as is_causal.
+    """The is_causal that a stack passes to its layers.
 
-    Without a hint the mask is compared with the causal one in every call, once for all layers. Nothing is remembered:
-    a tensor does not notice every change (`mask.data`, numpy arrays that share its memory). Nothing is read where the
-    mask may be another when the result is used, or where it needs a gradient. Only speed depends on the answer.
+    Without a hint the mask is compared with the causal one in every call, once for all layers. The answer is not
+    cached, because some writes leave no trace on a tensor (`mask.data`, numpy arrays that share its memory). The mask
+    is not read if its values may differ when the result is used, or if it needs a gradient. Only speed depends on this.
 
     Args:
-        mask: (size, size), bool or float, or anything else that is no causal mask, or None.
+        mask: (size, size), bool or float; anything else is not a causal mask; or None.
         hint: the user's is_causal: True, False or None.
     """
     if hint is not None or mask is None:

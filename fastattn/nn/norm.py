@@ -9,7 +9,7 @@ from fastattn.ops import layer_norm, rms_norm
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import ArgumentValueError, Public
 
-# what torch.nn runs, as long as nobody replaces it
+# the code that torch.nn runs, unless it has been patched
 _TorchLayerNorm, _TorchRMSNorm = torch.nn.LayerNorm, torch.nn.RMSNorm
 _LAYER_NORM, _LAYER_NORM_FORWARD = F.layer_norm, torch.nn.LayerNorm.forward
 _RMS_NORM, _RMS_NORM_FORWARD = F.rms_norm, torch.nn.RMSNorm.forward
@@ -53,9 +53,11 @@ class LayerNorm(torch.nn.LayerNorm):
         normalized_shape: int or several sizes, the last dimensions of the input.
         eps: added to the variance.
         elementwise_affine: whether there is a weight.
-        bias: whether there is a bias beside the weight.
+        bias: whether there is also a bias.
     Raises:
-        RuntimeError and ValueError in one: the last dimensions of the input are others.
+        ArgumentValueError (a RuntimeError and a ValueError): the input does not end in normalized_shape.
+    Example:
+        y = fastattn.nn.LayerNorm(512)(torch.randn(4, 128, 512))  # (4, 128, 512)
     Source: torch.nn.LayerNorm.
     """
 
@@ -77,10 +79,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
     Args:
         normalized_shape: int or several sizes, the last dimensions of the input.
-        eps: added to the mean square; None is the epsilon of the accumulator, 1.19e-7 and for float64 2.2e-16.
+        eps: added to the mean square; None is the epsilon of the accumulator: 2.2e-16 for float64, else 1.19e-7.
         elementwise_affine: whether there is a weight.
     Raises:
-        RuntimeError and ValueError in one: the last dimensions of the input are others.
+        ArgumentValueError (a RuntimeError and a ValueError): the input does not end in normalized_shape.
+    Example:
+        y = fastattn.nn.RMSNorm(512)(torch.randn(4, 128, 512))  # (4, 128, 512)
     Source: torch.nn.RMSNorm.
     """
 

@@ -1,4 +1,4 @@
-"""Whether the modules and functions of torch.nn do what they did when they were imported, so that ours may stand in."""
+"""Checks that the modules and functions of torch.nn are unpatched, so that fused kernels may replace them."""
 
 import operator
 import types
@@ -11,22 +11,22 @@ from torch.nn.modules import module as _torch_module
 from fastattn.ops import scaled_dot_product_attention
 from fastattn.ops._kinds import nonplain_kind
 
-_torch_nn = types.SimpleNamespace(**vars(torch.nn))  # the classes of torch, whatever their names come to stand for
+_torch_nn = types.SimpleNamespace(**vars(torch.nn))  # torch's own classes, even if the names are rebound later
 
-_ours = []  # (class, the forward that it was defined with)
+_ours = []  # (class, its original forward)
 
 
 def remember_forward(cls):
-    """Decorator of a class of ours that the fused layers stand in for, as long as nobody replaces its forward."""
+    """Class decorator: the fused layers may replace the class while its forward is the original one."""
     _ours.append((cls, cls.forward))
     return cls
 
 
 def is_plain(module, *classes):
-    """True if `module` is exactly of one of `classes` and carries no hook, no forward of its own and plain parameters.
+    """True if the type of `module` is one of `classes`, with no hook, no forward set on it, and plain parameters.
 
-    Parametrizations and LoRA layers are other classes, pruning and sharding are hooks, quantisation may be in the
-    parameters. What all modules of a class do is the question of `must_call_children`.
+    Parametrizations and LoRA layers are other classes, pruning and sharding are hooks, and quantisation may be in the
+    parameters. `must_call_children` checks what holds for all modules of a class.
     """
     if type(module) not in classes:
         return False
@@ -43,10 +43,10 @@ def is_plain(module, *classes):
 
 
 def _watch(*names):
-    """A function that tells whether somebody has put something else than ours in the place of a function of torch.nn.
+    """A function that returns whether one of these functions of torch.nn has been replaced, other than by ours.
 
     Args:
-        names: where torch.nn has them, "functional.linear" or "Linear.forward".
+        names: attribute paths in torch.nn, such as "functional.linear" or "Linear.forward".
     """
     get = operator.attrgetter(*names)
     originals = get(_torch_nn)
@@ -55,7 +55,7 @@ def _watch(*names):
         found = get(_torch_nn)
         if found == originals:
             return False
-        # torch.export and make_fx replace Module.__call__ to note which module an operator came from
+        # torch.export and make_fx replace Module.__call__ to record which module an operator came from
         ignored = "Module.__call__" if get_proxy_mode() is not None else None
         return any(
             now is not before and now is not scaled_dot_product_attention and name != ignored
@@ -81,7 +81,7 @@ _torch_is_replaced = _watch(
 
 
 def must_call_children():
-    """True if somebody watches or changes what all modules do: by a global hook, or in the place of existing code."""
+    """True if a global hook or patched code observes or changes what all modules do."""
     if (
         _torch_module._global_forward_hooks
         or _torch_module._global_forward_pre_hooks
@@ -97,9 +97,9 @@ def must_call_children():
 
 
 def leaf_call(module, *args, **options):
-    """What symbolic tracing records of a module of torch.nn, a call of it, if an argument is symbolic; else None.
+    """The call of a torch.nn module as symbolic tracing (torch.fx) records it; None if no argument is symbolic.
 
-    None for the module that is traced: its own forward is what is asked for.
+    Also None for the module being traced, whose own forward is to be recorded.
     """
     for value in (*args, *options.values()):
         if isinstance(value, Proxy):
@@ -111,5 +111,5 @@ def leaf_call(module, *args, **options):
 
 
 def dropout_p(module):
-    """The probability that a torch.nn.Dropout uses now."""
+    """The current probability of a torch.nn.Dropout: 0 in evaluation mode."""
     return module.p if module.training else 0.0

@@ -1,4 +1,4 @@
-"""Swap the torch.nn modules of any model for ours, in place."""
+"""Replaces the torch.nn modules of any model with those of fastattn.nn, in place."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ _INSTEAD = "write replace(model) instead of model = replace(model)"
 
 @dataclass
 class Report:
-    """What `replace` did: name of the module in the model ("" is the model) → its class, or why it was left alone."""
+    """The result of `replace`: two dicts from a module's name ("" is the model) to its class, or to why it was left."""
 
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -48,19 +48,22 @@ def replace(
     *,
     only: str | type[torch.nn.Module] | Iterable[str | type[torch.nn.Module]] | None = None,
 ) -> Report:
-    """Turn the torch.nn modules of a model that fastattn.nn has into ours, in place.
+    """Replace the torch.nn modules of a model with their counterparts in fastattn.nn, in place.
 
     The modules stay the same objects with the same parameters, buffers, hooks and modes, so optimizers and references
-    to them stay valid; only their class changes. A subclass of a torch.nn class is not touched: it may rely on what
-    the original does.
+    to them stay valid; only their class changes. A subclass of a torch.nn class is left alone, because it may rely on
+    the original code.
 
     Args:
         model: any torch.nn.Module.
-        only: a class of torch.nn or its name, or several: the ones to replace; None = all that fastattn.nn has.
-    Returns: a Report with `replaced` and `left`, dicts by module name; `print` it.
+        only: the class or classes of torch.nn to replace, or their names; None = all that fastattn.nn has.
+    Returns: a printable Report with the dicts `replaced` and `left`, by module name.
     Raises:
-        TypeError: model is no module.
-        ValueError: `only` is or holds something else than a class that has a counterpart, or its name.
+        TypeError: model is not a module.
+        ValueError: `only` has an entry that is not a class of torch.nn with a counterpart, or the name of one.
+    Example:
+        model = torch.nn.TransformerEncoderLayer(512, 8)
+        print(fastattn.replace(model))  # 4 modules replaced, 0 left alone ...
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -70,13 +73,13 @@ def replace(
     for kind in wanted:
         if kind not in _OURS:
             known = ", ".join(f"torch.nn.{name}" for name in by_name)
-            raise ValueError(f"replace: only must be classes out of {known}, or their names, got {kind!r}")
+            raise ValueError(f"replace: only must name classes among {known}, got {kind!r}")
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)
         if kind in wanted:
             if "forward" in module.__dict__:
-                report.left[name] = f"its forward was replaced on the {kind.__name__} object"
+                report.left[name] = f"forward was replaced on this {kind.__name__} object"
             else:
                 module.__class__ = _OURS[kind]
                 report.replaced[name] = kind.__name__

@@ -1,4 +1,4 @@
-"""Rotary position embedding with its tables."""
+"""Rotary position embedding as a module that keeps its tables."""
 
 import math
 from typing import Any
@@ -14,9 +14,9 @@ from fastattn.ops._register import is_recorded, needs_reference
 
 
 def _wait_for_streams(table):
-    """Return when every stream of the device has done its work: new tables are there, and old ones are read by nobody.
+    """Wait for all streams of the device, so that the new tables are written and no kernel still reads the old ones.
 
-    A stream that did not make the tables would not wait for them, and the memory of old ones is given to whoever asks.
+    Other streams do not wait for the stream that writes the tables, and the allocator reuses the old tables' memory.
     """
     if table.is_cuda and not torch.compiler.is_compiling():
         torch.cuda.synchronize(table.device)
@@ -25,24 +25,27 @@ def _wait_for_streams(table):
 class RotaryEmbedding(torch.nn.Module):
     """Rotates q, or q and k in one launch, by the angles of their positions: `fastattn.rotary_embedding` with tables.
 
-    The angle of pair d at position p is p * base ** (-2 * d / rotary_dim), computed in float64. The tables are float32
-    whatever dtype the module is cast to, and are not part of the state_dict. They grow when an int position asks for
-    more. They are made again from rotary_dim and base when these change and when the module is moved or cast: to rotate
-    by other angles, give tables of your own to `fastattn.rotary_embedding`. Positions in a tensor must stay below
-    max_seqlen: on the CPU another one raises ValueError, on a GPU, where a check would wait, it gives NaN.
+    The angle of pair d at position p is p * base ** (-2 * d / rotary_dim), computed in float64. The tables stay float32
+    when the module is cast, and are not part of the state_dict. They grow when an int position needs more rows. They
+    are computed again from rotary_dim and base when these change, and when the module is moved or cast; for other
+    angles, pass your own tables to `fastattn.rotary_embedding`. Positions in a tensor must be below max_seqlen: larger
+    ones raise ValueError on the CPU, and give NaN on a GPU, where a check would synchronize.
 
     Args:
         rotary_dim: how many channels of a head rotate, even; head_dim for all.
-        max_seqlen: positions that the tables hold at first.
+        max_seqlen: rows of the tables at first.
         base: ratio of the longest to the shortest wavelength.
         interleaved: pairs are channels (2d, 2d + 1) instead of (d, d + rotary_dim / 2).
     Raises:
-        ValueError: an argument is out of its range, or heads are narrower than rotary_dim.
+        ValueError: an argument is out of range, or head_dim is below rotary_dim.
+    Example:
+        rotary = fastattn.nn.RotaryEmbedding(64)
+        q, k = rotary(torch.randn(4, 8, 128, 64), torch.randn(4, 2, 128, 64))  # (batch, heads, seqlen, head_dim)
     Source: Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
     """
 
     _made_for = None  # (rotary_dim, base) of the tables
-    _may_be_for_inference = False  # whether a compiler or a copy made the tables where no gradient was wanted
+    _may_be_for_inference = False  # whether a compiler or a copy may have made inference tensors of the tables
 
     @Public("nn.RotaryEmbedding", numbers="base", integers="rotary_dim max_seqlen", flags="interleaved").answering
     def __init__(
@@ -67,8 +70,8 @@ class RotaryEmbedding(torch.nn.Module):
         self._fill(max_seqlen, device)
 
     def _fill(self, rows, device, in_use=False):
-        """(cos, sin) of `rows` positions, which become the tables; in_use: other streams may know the module."""
-        with torch.inference_mode(False):  # what is made for inference may have to serve training later
+        """Make the tables for `rows` positions and return (cos, sin); in_use: other streams may use the module."""
+        with torch.inference_mode(False):  # the tables may be needed for training later
             cos, sin = self._make(rows, device)
         if in_use:
             _wait_for_streams(cos)
@@ -84,7 +87,7 @@ class RotaryEmbedding(torch.nn.Module):
         return angle.cos().float(), angle.sin().float()
 
     def tables(self, end: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) for positions below `end` of x; they are returned, as another thread may replace the buffers."""
+        """(cos, sin) for positions of x below `end`; returned because another thread may replace the buffers."""
         cos: Any = self._buffers["cos"]
         sin: Any = self._buffers["sin"]
         rows = cos.shape[0]
@@ -98,12 +101,12 @@ class RotaryEmbedding(torch.nn.Module):
         rows = rows if end <= rows else max(end, 2 * rows)
         device = x.device if cos.is_meta else cos.device
         if torch.compiler.is_exporting() or needs_reference() or is_recorded(x):
-            return self._make(rows, device)  # part of the record, and no tensor that outlives it
+            return self._make(rows, device)  # recorded as part of the graph, not stored in the module
         return self._fill(rows, device, in_use=True)
 
     def _are_for_inference_only(self, cos):
-        """Tables that are made by a compiler, copied or loaded in inference mode are tensors that no backward takes."""
-        if torch.compiler.is_compiling():  # where they cannot be asked
+        """Whether the tables are inference tensors (compiled, copied or loaded so), which a backward cannot use."""
+        if torch.compiler.is_compiling():  # is_inference() cannot be called here
             return self._may_be_for_inference and torch.is_grad_enabled()
         return cos.is_inference() and not torch.is_inference_mode_enabled()
 
@@ -128,11 +131,11 @@ class RotaryEmbedding(torch.nn.Module):
         positions: Tensor | int | None = None,
         inplace: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The rotated q, with k the pair (q, k); shapes and positions as `fastattn.rotary_embedding` takes them."""
+        """The rotated q, or the pair (q, k) if k is given; shapes and positions as for `fastattn.rotary_embedding`."""
         recorded = leaf_call(self, q, k, positions=positions, inplace=inplace)
         if recorded is not None:
             return recorded
-        if q.size(-1) < self.rotary_dim:  # the op would take the tables for doubled ones, whose angles are others
+        if q.size(-1) < self.rotary_dim:  # the op would read the tables as doubled ones, with other angles
             raise ValueError(
                 f"nn.RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.size(-1)}"
             )

@@ -1,4 +1,4 @@
-"""The encoder-decoder model of torch.nn built from our layers."""
+"""The encoder-decoder model of torch.nn, built from the layers of fastattn.nn."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +21,9 @@ class Transformer(torch.nn.Transformer):
         d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, custom_encoder,
             custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype: as in torch.nn.
         strict_torch: as in `MultiheadAttention`, for the stacks built here.
+    Example:
+        model = fastattn.nn.Transformer(512, 8, batch_first=True)
+        y = model(torch.randn(4, 128, 512), torch.randn(4, 64, 512), tgt_is_causal=True)  # (4, 64, 512)
     Source: torch.nn.Transformer.
     """
 
@@ -51,7 +54,7 @@ class Transformer(torch.nn.Transformer):
         def norm():
             return LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **factory)
 
-        # torch takes finished stacks as custom ones: built in its order, they get its random draws
+        # passed to torch as custom stacks; built in torch's order, so they get the same random draws
         if custom_encoder is None:
             encoder_layer = TransformerEncoderLayer(*layer, **factory, strict_torch=strict_torch)
             custom_encoder = TransformerEncoder(encoder_layer, num_encoder_layers, norm(), strict_torch=strict_torch)
@@ -77,7 +80,7 @@ class Transformer(torch.nn.Transformer):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        """Encode src and decode tgt with a view of it; arguments and result as in torch.nn.Transformer."""
+        """Encode src, and decode tgt attending to it; arguments and result as in torch.nn.Transformer."""
         arguments = (
             src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask,
             memory_key_padding_mask, src_is_causal, tgt_is_causal, memory_is_causal,

@@ -1,1 +1,1 @@
-"""Training and evaluation of the models in fastattn.models; imports nothing until asked."""
+"""Training and evaluation of the models in fastattn.models. Importing this package loads none of its modules."""

@@ -1,4 +1,4 @@
-"""What a user may set: plain dataclasses, one YAML file, checked before anything is touched."""
+"""The settings of a run: plain dataclasses that one YAML file fills, checked before anything is written."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,9 +12,9 @@ class Columns:
 
     Args:
         text: name of the column with the text
-        label: name of the column with the class, null = none
-        target: name of the column with the target text, null = none
-        names: names of the columns of a table that has no header line, empty = the first line names them
+        label: name of the column with the class; null = none
+        target: name of the column with the target text; null = none
+        names: names of the columns if the table has no header line; empty = the first line names them
     """
 
     text: str = "text"
@@ -25,21 +25,22 @@ class Columns:
 
 @dataclass
 class DataConfig:
-    """Which text, and how it becomes tokens.
+    """Which text is read, and how it becomes tokens.
 
     Args:
         source: "topics" (reference prose inside Python's standard library), "shakespeare", a text file or folder, or a
-            folder of `fastattn data tokenize`; with packed, and for all tasks but lm: documents (docs/data.md)
-        target_source: a second text file whose lines are the targets of those of the first
-        unit: what is one document of a text file; a paragraph ends at an empty line
-        columns: which columns of a table
-        packed: lm reads documents, several in a row of block_size tokens, with no attention from one to another
-        tokenizer: one token a character or a byte; words, byte-pair encoding or WordPiece learnt from the training part
-        vocab_size: greatest number of tokens of a word, bpe or wordpiece tokenizer; the others count theirs
-        validation_fraction: part of the text for validation, after the training part; of documents: drawn, whatever
-            the seed the same
-        test_fraction: part of the text for the final test, at the end; both only where the source has no such part
-        train_limit: read so many training documents only, as many of every class; null = all
+            folder of `fastattn data tokenize`; with packed, and for all tasks except lm, documents (docs/data.md)
+        target_source: a second text file; its lines are the targets of the lines of source
+        unit: the document unit of a text file; a paragraph ends at an empty line
+        columns: which columns of a table are read
+        packed: task lm reads documents, several per row of block_size tokens, without attention between documents
+        tokenizer: one token per character or byte; or words, byte-pair encoding or WordPiece, learnt from the training
+            part
+        vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer; ignored by char and byte
+        validation_fraction: share of the text for validation, after the training part; documents are drawn at random,
+            the same for every seed
+        test_fraction: share of the text for the final test, at the end; both are ignored if the source has such a part
+        train_limit: read only this many training documents, equally many of each class; null = all
     """
 
     source: str = "topics"
@@ -55,12 +56,13 @@ class DataConfig:
 
     def __post_init__(self):
         if self.tokenizer in ("bpe", "wordpiece"):
-            expect(self.vocab_size > 256, "data.vocab_size", "more than the 256 bytes", self.vocab_size)
-        expect(self.vocab_size > 0, "data.vocab_size", "more than 0", self.vocab_size)
-        expect(0 < self.validation_fraction < 1, "data.validation_fraction", "0 < x < 1", self.validation_fraction)
-        expect(0 <= self.test_fraction < 1, "data.test_fraction", "0 <= x < 1", self.test_fraction)
-        held_out = self.validation_fraction + self.test_fraction
-        expect(held_out < 1, "data", "validation_fraction + test_fraction below 1", held_out)
+            expect(self.vocab_size > 256, "data.vocab_size", "above 256 (the bytes)", self.vocab_size)
+        expect(self.vocab_size > 0, "data.vocab_size", "above 0", self.vocab_size)
+        fraction = self.validation_fraction
+        expect(0 < fraction < 1, "data.validation_fraction", "above 0 and below 1", fraction)
+        expect(0 <= self.test_fraction < 1, "data.test_fraction", "at least 0 and below 1", self.test_fraction)
+        held_out = fraction + self.test_fraction
+        expect(held_out < 1, "data.validation_fraction + data.test_fraction", "below 1", held_out)
         limit = self.train_limit
         expect(limit is None or limit >= 1, "data.train_limit", "null or at least 1", limit)
 
@@ -70,25 +72,25 @@ class ModelConfig:
     """The shape of the model.
 
     Args:
-        body: of a classifier; every other task has a transformer
-        n_layer: number of blocks; of a translator, in the encoder and in the decoder each
-        n_head: attention heads of a block
+        body: body of a classifier; all other tasks use a transformer
+        n_layer: number of blocks; a translator has this many in the encoder and in the decoder
+        n_head: attention heads per block
         n_kv_head: heads of keys and values, each shared by n_head / n_kv_head heads of queries; null = n_head
         d_model: width, a multiple of n_head
-        d_ff: width of the feed-forward block, null = 4 * d_model
-        block_size: tokens the model sees at once
+        d_ff: width of the feed-forward block; null = 4 * d_model
+        block_size: the most tokens the model sees at once
         dropout: probability of dropping an element
         bias: whether linear layers and norms have biases
-        positions: how the model knows the order of tokens
-        norm_first: norms before each sub-layer (pre-norm), not after it
+        positions: how the model represents the order of tokens
+        norm_first: norm before each sub-layer (pre-norm), not after it
         feed_forward: activation, or gate (swiglu, geglu, reglu), of the feed-forward block
-        tied: the output layer's weights are the embedding's
-        norm_eps: what norms add to the variance
-        head_transform: a masked_lm has a layer with GELU and norm before the output layer, as BERT
-        pooling: a classifier of a transformer takes the mean of all positions, or the first, or BERT's layer on that
-        init: how matrices start; gpt2 is normal with smaller projections into the residual stream
-        embedding: how the token embedding of a classifier starts: like the rest, or from word2vec of the training texts
-        checkpointing: compute activations again in the backward pass instead of keeping them
+        tied: whether the output layer shares the weights of the embedding
+        norm_eps: added to the variance in norms
+        head_transform: masked_lm has a layer with GELU and norm before the output layer, as in BERT
+        pooling: a transformer classifier uses the mean of all positions, the first one, or BERT's pooler on the first
+        init: how matrices are initialized; gpt2 is normal, with smaller projections into the residual stream
+        embedding: token embedding of a classifier, initialized like the rest or by word2vec on the training texts
+        checkpointing: recompute activations in the backward pass instead of saving them
     """
 
     body: Literal["transformer", "lstm", "gru", "cnn", "bag_of_words"] = "transformer"
@@ -124,33 +126,33 @@ class ModelConfig:
         )
         rotates = self.positions == "rotary" and self.body == "transformer"
         width = self.d_model // self.n_head
-        expect(not rotates or width % 2 == 0, "model.d_model / n_head", "an even number for rotary positions", width)
+        expect(not rotates or width % 2 == 0, "model.d_model / n_head", "even for rotary positions", width)
         pooled = self.pooling == "mean" or self.body == "transformer"
-        expect(pooled, "model.pooling", f"mean for the body {self.body}", self.pooling)
+        expect(pooled, "model.pooling", f"'mean' for the body {self.body}", self.pooling)
         embedded = self.embedding == "random" or self.body != "bag_of_words"
-        expect(embedded, "model.embedding", "random for the body bag_of_words", self.embedding)
+        expect(embedded, "model.embedding", "'random' for the body bag_of_words", self.embedding)
         expect(self.d_ff is None or self.d_ff >= 1, "model.d_ff", "null or at least 1", self.d_ff)
-        expect(0 <= self.dropout < 1, "model.dropout", "0 <= x < 1", self.dropout)
-        expect(self.norm_eps > 0, "model.norm_eps", "more than 0", self.norm_eps)
+        expect(0 <= self.dropout < 1, "model.dropout", "at least 0 and below 1", self.dropout)
+        expect(self.norm_eps > 0, "model.norm_eps", "above 0", self.norm_eps)
 
 
 @dataclass
 class OptimConfig:
-    """Which optimizer, and its learning rate: a linear warm-up, then a schedule.
+    """The optimizer and its learning rate: a linear warm-up, then a schedule.
 
     Args:
         name: momentum and nesterov are sgd with momentum; adamw decays weights, adam adds the decay to gradients
-        schedule: after the warm-up; noam falls with 1 / sqrt(step)
-        learning_rate: the highest, reached after the warm-up
-        min_learning_rate: cosine and linear reach it in the last step, noam falls no further, constant ignores it
-        warmup_steps: steps from 0 to the highest
-        momentum: of momentum and nesterov
-        beta1: decay of the mean of gradients, of adam and adamw
-        beta2: decay of the mean of squared gradients, of adam and adamw
-        weight_decay: on matrices only
-        clip: largest norm of all gradients together, 0 = no clipping
-        label_smoothing: part of the target's probability that is spread over all classes, in training only
-        ema: decay a step of the average of weights that is validated and saved, 0 = the weights themselves
+        schedule: learning rate after the warm-up; noam falls with 1 / sqrt(step)
+        learning_rate: highest learning rate, reached after the warm-up
+        min_learning_rate: cosine and linear end at it, noam does not fall below it, constant ignores it
+        warmup_steps: steps of the warm-up from 0 to learning_rate
+        momentum: momentum of momentum and nesterov
+        beta1: decay of the mean of gradients (adam, adamw)
+        beta2: decay of the mean of squared gradients (adam, adamw)
+        weight_decay: weight decay, of matrices only
+        clip: largest norm of all gradients together; 0 = no clipping
+        label_smoothing: share of the target's probability that is spread over all classes, in training only
+        ema: decay per step of the moving average of weights that is validated and saved; 0 = no average
     """
 
     name: Literal["sgd", "momentum", "nesterov", "adam", "adamw"] = "adamw"
@@ -167,17 +169,17 @@ class OptimConfig:
     ema: float = 0.0
 
     def __post_init__(self):
-        expect(self.learning_rate > 0, "optim.learning_rate", "more than 0", self.learning_rate)
+        expect(self.learning_rate > 0, "optim.learning_rate", "above 0", self.learning_rate)
         expect(
             0 <= self.min_learning_rate <= self.learning_rate,
             "optim.min_learning_rate",
-            f"0 to learning_rate = {self.learning_rate}",
+            f"from 0 to learning_rate = {self.learning_rate}",
             self.min_learning_rate,
         )
         for name in ("warmup_steps", "weight_decay", "clip"):
             expect(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
         for name in ("momentum", "beta1", "beta2", "label_smoothing", "ema"):
-            expect(0 <= getattr(self, name) < 1, f"optim.{name}", "0 <= x < 1", getattr(self, name))
+            expect(0 <= getattr(self, name) < 1, f"optim.{name}", "at least 0 and below 1", getattr(self, name))
 
 
 @dataclass
@@ -185,33 +187,34 @@ class TrainConfig:
     """Train a model on text.
 
     Args:
-        task: next token, tokens under a mask, class of a document, or translation of a document
-        run: folder to create: config, tokenizer, checkpoints, metrics, loss curve, sample
-        start: folder of a run to take tokenizer and weights from, or of a BERT or GPT-2 of Hugging Face; null = anew
-        trained: all weights, the head only, or low-rank additions to the blocks' matrices beside the head (LoRA)
-        lora_rank: rank of those
-        layers: who supplies the layers of the model
+        task: predict the next token, masked tokens, the class of a document, or its translation
+        run: folder to create for config, tokenizer, checkpoints, metrics, loss curve and sample
+        start: folder of a run, or of a Hugging Face BERT or GPT-2, to take tokenizer and weights from; null = from
+            scratch
+        trained: train all weights, only the head, or the head and low-rank updates of the blocks' matrices (LoRA)
+        lora_rank: rank of the low-rank updates
+        layers: which library the layers of the model come from
         steps: optimizer steps
-        epochs: passes over the training documents in place of steps, null = steps counts
-        batch_size: sequences of a step, over all devices and accumulation steps
-        accumulate: backward passes a step is divided into
-        seed: decides weights, batches and dropout
+        epochs: passes over the training documents, used instead of steps; null = use steps
+        batch_size: sequences per step, over all devices and accumulation steps
+        accumulate: number of backward passes per step
+        seed: seed of weights, batches and dropout
         log_every: steps between two rows of metrics.csv
-        evaluate_every: steps between two validations; a checkpoint follows each
-        select: what the best checkpoint and patience go by; accuracy is for masked_lm and classify
-        validation_windows: windows of block_size tokens to validate on, null = the whole split; lm only
-        keep: newest checkpoints to keep beside the best
-        patience: validations without a new best before training stops, 0 = never
-        sample_prompt: text that the sample at the end continues
-        sample_tokens: length of that sample, 0 = none
-        tensorboard: write TensorBoard logs beside metrics.csv
-        accelerator: auto takes a GPU when there is one
+        evaluate_every: steps between two validations, each followed by a checkpoint
+        select: criterion for the best checkpoint and for patience; accuracy is for masked_lm and classify
+        validation_windows: number of windows of block_size tokens to validate on; null = the whole split; lm only
+        keep: number of newest checkpoints to keep in addition to the best
+        patience: validations without a new best before training stops; 0 = never stop early
+        sample_prompt: prompt of the sample text at the end
+        sample_tokens: length of the sample; 0 = no sample
+        tensorboard: also write TensorBoard logs
+        accelerator: auto uses a GPU if there is one
         devices: number of devices
         num_nodes: number of machines
-        strategy: for several devices; ddp keeps all weights on each, fsdp a part of them
+        strategy: for several devices; ddp keeps all weights on each device, fsdp a shard of them
         precision: number format of parameters and arithmetic
         compile: compile the model with torch.compile
-        deterministic: refuse operations that are not reproducible
+        deterministic: raise an error for operations that are not reproducible
         data: the text and its tokens
         model: the shape of the model
         optim: the optimizer and its learning rate
@@ -262,31 +265,31 @@ class TrainConfig:
         )
         for name in counts:
             expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        expect(self.epochs is None or self.epochs > 0, "epochs", "null or more than 0", self.epochs)
-        expect(
-            self.select == "loss" or self.task in ("masked_lm", "classify"), "select", "loss for this task", self.select
-        )
+        expect(self.epochs is None or self.epochs > 0, "epochs", "null or above 0", self.epochs)
+        selectable = self.select == "loss" or self.task in ("masked_lm", "classify")
+        expect(selectable, "select", f"'loss' for the task {self.task}", self.select)
         if self.task != "classify":
             for name, value in (("body", "transformer"), ("embedding", "random")):
                 got = getattr(self.model, name)
-                expect(got == value, f"model.{name}", f"{value} for the task {self.task}", got)
+                expect(got == value, f"model.{name}", f"{value!r} for the task {self.task}", got)
         if self.task == "lm" and not self.data.packed:
-            for name in ("train_limit", "target_source"):  # not ignored in silence: a plain text has no documents
+            for name in ("train_limit", "target_source"):  # an error, as a plain text has no documents
                 got = getattr(self.data, name)
-                expect(got is None, f"data.{name}", "null for task lm without data.packed", got)
+                expect(got is None, f"data.{name}", "null for the task lm without data.packed", got)
         if self.strategy == "fsdp":
-            expect(self.model.body == "transformer", "strategy", f"ddp for the body {self.model.body}", "fsdp")
-            expect(self.trained != "lora", "trained", "all or head with the strategy fsdp", self.trained)
+            expect(self.model.body == "transformer", "strategy", f"'ddp' for the body {self.model.body}", "fsdp")
+            expect(self.trained != "lora", "trained", "'all' or 'head' with the strategy fsdp", self.trained)
             expect(not self.optim.ema, "optim.ema", "0 with the strategy fsdp", self.optim.ema)
-            expect(self.precision != "16-mixed", "precision", "another with the strategy fsdp", self.precision)
+            precisions = "32-true, bf16-mixed or bf16-true"
+            expect(self.precision != "16-mixed", "precision", f"{precisions} with the strategy fsdp", self.precision)
         windows = self.validation_windows
         expect(windows is None or windows >= 1, "validation_windows", "null or at least 1", windows)
-        expect(0 <= self.seed < 2**63, "seed", "0 <= seed < 2**63", self.seed)
+        expect(0 <= self.seed < 2**63, "seed", "at least 0 and below 2**63", self.seed)
         for name in ("patience", "sample_tokens"):
             expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         expect(self.trained == "all" or self.start is not None, "trained", "'all' without start", self.trained)
-        expect(bool(self.run), "run", "a folder name", self.run)
-        expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character", "")
+        expect(bool(self.run), "run", "the name of a folder", self.run)
+        expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character long", "")
         parts = self.accumulate * self.devices * self.num_nodes
         expect(
             self.batch_size % parts == 0,
@@ -297,7 +300,7 @@ class TrainConfig:
 
 
 def config_from_dict(values):
-    """A TrainConfig from nested dictionaries whose keys and types a parser has already checked."""
+    """A TrainConfig from nested dicts; the parser has already checked keys and types."""
     sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
     values = {**values, "data": {**values["data"], "columns": Columns(**values["data"]["columns"])}}
     return TrainConfig(**{k: sections[k](**v) if k in sections else v for k, v in values.items()})

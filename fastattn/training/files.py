@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and paths as a user writes them."""
+"""Atomic writes of files, and the paths of runs."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path):
-    """Gives a binary file beside `path`, flushed to the disk and renamed at the end: the old one stays until then."""
+    """Open a temporary binary file next to `path`; on success flush it to disk and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -22,13 +22,13 @@ def replacing(path):
 
 
 def write_atomic(path, content):
-    """Write bytes or text; a reader of `path` finds the old content or all of the new."""
+    """Write bytes or text; a reader of `path` sees either the old content or all of the new."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync(folder):
-    """The rename itself must reach the disk."""
+    """Flush a folder to disk, so that a rename in it is durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

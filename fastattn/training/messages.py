@@ -1,15 +1,15 @@
-"""What a user is told: mistakes and warnings, one line each."""
+"""Messages to the user: errors and warnings, one line each."""
 
 import sys
 
 
 class UsageError(ValueError):
-    """A user's mistake, told in one line: what was expected, what came."""
+    """A user's mistake, in one line: what was expected, and what was given."""
 
 
 def expect(condition, name, expected, got):
     if not condition:
-        raise UsageError(f"{name}: expected {expected}, got {got!r}")
+        raise UsageError(f"{name} must be {expected}, got {got!r}")
 
 
 def warn(message):

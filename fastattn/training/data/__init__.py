@@ -1,1 +1,1 @@
-"""From a source to batches: texts and documents, their parts, tokens, windows and rows."""
+"""The way from a source to batches: texts and documents, their parts, tokens, windows and rows."""

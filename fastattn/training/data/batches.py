@@ -1,4 +1,4 @@
-"""Batches of documents of unequal length: which of them belong to a step, and how they are padded."""
+"""Batches of documents of unequal length: which documents a step reads, and how they are padded."""
 
 import math
 
@@ -7,29 +7,29 @@ import torch
 
 from ..messages import UsageError
 
-IGNORED = -100  # a target that is no target, as in torch.nn.functional.cross_entropy
-MASKED = 0.15  # of the tokens are asked for
+IGNORED = -100  # a target that is ignored, as in torch.nn.functional.cross_entropy
+MASKED = 0.15  # share of the tokens to predict
 
 
 class LengthBatches:
-    """Batches of documents that are about equally long, so that little is padding; another order in every epoch.
+    """Batches of documents of similar length, which need little padding; each epoch has its own order.
 
     Args:
-        lengths: list of int, one a document.
-        batch_size: documents of a batch.
-        seed: decides the order of every epoch.
-        batches_a_group: batches whose documents are sorted by length together.
+        lengths: list of int, one per document.
+        batch_size: documents per batch.
+        seed: decides the order in every epoch.
+        batches_a_group: number of batches whose documents are sorted by length together.
 
     Raises:
-        UsageError: fewer documents than a batch needs.
+        UsageError: there are fewer documents than batch_size.
     """
 
     def __init__(self, lengths, batch_size, seed, batches_a_group=32):
         if len(lengths) < batch_size:
-            raise UsageError(f"batch_size: expected at most the {len(lengths)} training documents, got {batch_size}")
+            raise UsageError(f"batch_size must be at most {len(lengths)}, the training documents, got {batch_size}")
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.group = batch_size, seed, batches_a_group * batch_size
-        self.batches_an_epoch = len(lengths) // batch_size  # what is left over belongs to another epoch's remainder
+        self.batches_an_epoch = len(lengths) // batch_size  # an epoch leaves out an incomplete batch, drawn at random
         self._epoch, self._batches = None, None
 
     def __getitem__(self, step):
@@ -48,14 +48,14 @@ class LengthBatches:
 
 
 def by_length(lengths, batch_size, rank=0, world_size=1):
-    """Every document once, shortest first: yields lists of indices; this process takes every world_size-th batch."""
+    """Yield lists of indices of all documents, shortest first; this process takes every world_size-th list."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(rank * batch_size, len(order), world_size * batch_size):
         yield order[start : start + batch_size]
 
 
 def pad(rows, value):
-    """Lists of token numbers as one tensor (rows, longest) int64, filled up with `value` on the right."""
+    """Lists of token numbers as one tensor (rows, longest) int64, padded with `value` on the right."""
     padded = torch.full((len(rows), max(map(len, rows), default=0)), value)
     for row, numbers in zip(padded, rows, strict=True):
         row[: len(numbers)] = torch.as_tensor(numbers)
@@ -63,22 +63,22 @@ def pad(rows, value):
 
 
 def draw_masks(tokens, lengths, specials, mask_token, vocab_size, key, fraction=MASKED):
-    """Hide some tokens of every row and ask for them.
+    """Mask some tokens of every row and make them the targets.
 
-    Of the tokens drawn 80 % become the mask token, 10 % any token, and 10 % stay (Devlin et al. 2019, "BERT", 3.1). At
-    least one a row is drawn.
+    Of the drawn tokens, 80 % become the mask token, 10 % a random token, and 10 % stay (Devlin et al. 2019, "BERT",
+    section 3.1). At least one token per row is drawn.
 
     Args:
         tokens: (batch, seqlen) int64, padded on the right.
         lengths: (batch,) int64.
-        specials: list of token numbers that are never drawn and never put in.
+        specials: list of token numbers that are neither drawn nor used as replacements.
         mask_token: number of the mask token.
         vocab_size: number of tokens.
-        key: two ints that decide the draw.
-        fraction: of the tokens.
+        key: two ints that seed the draw.
+        fraction: share of the tokens to draw.
 
     Returns:
-        (tokens with some replaced, targets with -100 where nothing is asked for), both like tokens.
+        (tokens with replacements, targets with -100 where nothing was drawn), both like tokens.
     """
     generator = np.random.Generator(np.random.Philox(key=list(key)))
     usable = (torch.arange(tokens.shape[1]) < lengths[:, None]) & ~torch.isin(tokens, torch.tensor(specials))

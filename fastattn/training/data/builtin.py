@@ -1,6 +1,6 @@
-"""Corpora that every Python carries: reference prose, docstrings by package, Hangul and its romanisation.
+"""Corpora from Python's standard library: reference prose, docstrings by package, Hangul and its romanisation.
 
-Nothing is downloaded and nothing is stored in this project: the texts are read from the running interpreter.
+The texts are read from the running interpreter; nothing is downloaded.
 """
 
 import ast
@@ -22,12 +22,12 @@ HELD_OUT_SYLLABLES = 1117  # a tenth
 
 
 def topics():
-    """The articles of Python's help() on topics, joined: English reference prose of some 460,000 characters."""
+    """All articles of Python's help() on topics: about 460,000 characters of English reference prose."""
     try:
         from pydoc_data.topics import topics as articles
     except ImportError as error:
         raise UsageError(
-            f"text source 'topics': expected pydoc_data in Python's standard library, got {error}; name a text file"
+            f"text source 'topics': this Python has no pydoc_data ({error}); name a text file instead"
         ) from None
     return "".join(f"{key}\n{articles[key]}\n" for key in sorted(articles))
 
@@ -49,19 +49,19 @@ def _docstrings():
         texts = filter(None, map(ast.get_docstring, documented))
         found += [(parts[0].removesuffix(".py"), text) for text in texts]
     if not found:
-        raise UsageError(f"text source 'docstrings': expected Python files in {library}, got none")
+        raise UsageError(f"text source 'docstrings': there are no Python files in {library}")
     return found
 
 
 def docstrings():
-    """Every distinct docstring of the standard library, without labels: text to pretrain on."""
+    """All distinct docstrings of the standard library, without labels, for pretraining."""
     return {"all": Documents(list(dict.fromkeys(text for _, text in _docstrings())))}
 
 
 def docstring_classes():
-    """Docstrings of eight packages, labelled with the package: longer than 20 characters, found in one package only.
+    """Docstrings of eight packages, labelled with the package; longer than 20 characters and in one package only.
 
-    In parts of 70, 10 and 20 % of every package, so that `docstring_text` can leave out what is tested on.
+    The parts are 70, 10 and 20 % of each package; `docstring_text` leaves out the last two.
     """
     packages = {}
     for package, text in _docstrings():
@@ -76,7 +76,7 @@ def docstring_classes():
 
 
 def docstring_text():
-    """The articles of help() by paragraphs and all docstrings, without those that docstring_classes tests on."""
+    """The articles of help() by paragraph and all docstrings, except those that docstring_classes evaluates on."""
     parts = docstring_classes()
     tested = {text for name in ("validation", "test") for text in parts[name].texts}
     articles = [piece for piece in topics().split("\n\n") if piece.strip()]
@@ -89,13 +89,13 @@ def _romanised(syllable):
 
 
 def hangul(seed=0, train=20000, held_out=1000):
-    """Words of 1 to 5 Hangul syllables, decomposed into letters, and their romanisation, syllables joined by "-".
+    """Words of 1 to 5 Hangul syllables, decomposed into letters, and their romanisation, with syllables joined by "-".
 
-    Validation and test words are made of syllables that no training word has, so what is learnt is the spelling.
+    Validation and test words consist of syllables that no training word has, so they measure the rules of spelling.
 
     Args:
-        seed: decides the words and which syllables are held out.
-        train, held_out: number of training words; of validation words, and of test words.
+        seed: decides the words and the held-out syllables.
+        train, held_out: number of training words, and of validation and of test words.
     """
     generator = np.random.default_rng(seed)
     order = generator.permutation(_SYLLABLES) + _FIRST_SYLLABLE

@@ -1,4 +1,4 @@
-"""Cleaning of documents, with an account of what was changed and removed."""
+"""Cleaning of documents, with a report of what was changed and removed."""
 
 import collections
 import html
@@ -13,23 +13,24 @@ from .documents import Documents
 
 _SPACES = re.compile(r"[^\S\n]+")
 _BLANK_LINES = re.compile(r"\n\s*\n")
-# invisible and without meaning for what is read; joiners and direction marks stay, scripts need them
+# invisible characters without meaning; joiners and direction marks stay, because some scripts need them
 _INVISIBLE = {0x00AD, 0x200B, 0x2060, 0xFEFF}
 
 
 @dataclass
 class CleanConfig:
-    """What is done to every document, in this order.
+    """The cleaning steps for every document, in this order.
 
     Args:
-        markup: remove HTML and XML tags, comments, scripts and styles, and replace entities
-        normalization: Unicode normal form, null = none; NFKC also replaces compatibility characters such as ligatures
-        control: remove control characters (but tab and newline), soft hyphens, zero-width spaces and byte order marks
-        whitespace: one space for a run of spaces, no spaces at the ends of lines, at most one empty line in a row
-        lowercase: fold to lower case
-        min_characters: shorter documents are removed
-        max_characters: longer documents are removed, null = no limit
-        duplicates: keep the first of documents that are equal after all this
+        markup: remove HTML and XML tags, comments, scripts and styles, and decode entities
+        normalization: Unicode normal form; null = none; NFKC also replaces compatibility characters such as ligatures
+        control: remove control characters (except tab and newline), soft hyphens, zero-width spaces and byte order
+            marks
+        whitespace: collapse runs of spaces, strip the ends of lines, and keep at most one empty line in a row
+        lowercase: convert to lower case
+        min_characters: remove shorter documents
+        max_characters: remove longer documents; null = no limit
+        duplicates: of documents that are then equal, keep only the first
     """
 
     markup: bool = False
@@ -53,7 +54,7 @@ class CleanConfig:
 
 
 class _TextOf(html.parser.HTMLParser):
-    """Collects what a reader of a page sees; tags of blocks become line breaks."""
+    """Collects the visible text of a page; tags of block elements become line breaks."""
 
     INLINE = frozenset(
         ("a", "abbr", "b", "bdo", "cite", "code", "em", "font", "i", "kbd", "mark", "q", "s", "small", "span", "strong",
@@ -90,7 +91,7 @@ def _without_markup(text):
 
 
 def _without_control(text):
-    if text.isprintable():  # no control character, but perhaps one that only looks like nothing
+    if text.isprintable():  # no control character, but perhaps an invisible one
         return text.translate(dict.fromkeys(_INVISIBLE)) if not text.isascii() else text
     kept = (c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and ord(c) not in _INVISIBLE))
     return "".join(kept)
@@ -114,15 +115,15 @@ def cleaning_steps(config):
 
 
 def clean(documents, config=None):
-    """Clean every text and target, then remove what is too short, too long or there already.
+    """Clean every text and target, then remove documents that are too short, too long or duplicates.
 
     Args:
-        documents: Documents, left as they are.
+        documents: Documents; they are not modified.
         config: CleanConfig, default CleanConfig().
 
     Returns:
-        (Documents, report): the report says how many documents each step changed, how many were removed and why, and
-            how many equal texts had different labels or targets.
+        (Documents, report): the report counts the documents that each step changed, the removed documents by reason,
+            and the duplicates whose labels differ.
     """
     config = config or CleanConfig()
     steps = cleaning_steps(config)

@@ -1,4 +1,4 @@
-"""Documents and what belongs to each."""
+"""Documents with their labels, targets and groups."""
 
 import json
 from dataclasses import dataclass, fields
@@ -10,13 +10,13 @@ PARTS = ("train", "validation", "test")
 
 @dataclass
 class Documents:
-    """Texts with parallel lists of what belongs to each; a list that does not exist is None.
+    """Texts with parallel lists of their attributes; a missing list is None.
 
     Args:
-        texts: what is read.
-        labels: classes.
-        targets: what a text becomes, for example its translation.
-        groups: what must stay in one part of a split, for example the file a text comes from.
+        texts: the texts to read.
+        labels: their classes.
+        targets: the texts to predict from them, for example translations.
+        groups: a split keeps documents of one group together, for example those of one file.
     """
 
     texts: list
@@ -28,7 +28,7 @@ class Documents:
         return len(self.texts)
 
     def select(self, indices):
-        """The documents at these indices, in their order."""
+        """The documents at these indices, in the order of the indices."""
         picked = {}
         for column in fields(self):
             values = getattr(self, column.name)

@@ -7,16 +7,16 @@ from .documents import PARTS
 from .sources import read_documents
 from .split import split_documents
 
-SPLIT_SEED = 0  # the parts of a source are the same whatever seed a run has, so that runs can be compared
+SPLIT_SEED = 0  # the same parts for every seed of a run, so that runs are comparable
 
 
 def read_parts(data):
-    """{part: Documents} of a DataConfig: train, validation and mostly test; UsageError as read_documents."""
+    """{part: Documents} of a DataConfig: train, validation and usually test; UsageError as read_documents."""
     parts = read_documents(data.source, data.columns, target_source=data.target_source, unit=data.unit)
     if "all" in parts:
         parts = split_documents(parts["all"], data.validation_fraction, data.test_fraction, SPLIT_SEED)
     elif "train" not in parts:
-        raise UsageError(f"source {data.source!r}: expected a training part, got {', '.join(parts)}")
+        raise UsageError(f"source {data.source!r} has no training part, only {', '.join(parts)}")
     elif "validation" not in parts:
         parts = parts | split_documents(parts["train"], data.validation_fraction, 0.0, SPLIT_SEED)
     if data.train_limit is not None:
@@ -25,7 +25,7 @@ def read_parts(data):
 
 
 def limit_documents(documents, limit):
-    """The documents that are read when only `limit` of them may be: as many of every class as there are, drawn once."""
+    """A fixed random choice of `limit` documents, balanced over the classes."""
     order = np.random.default_rng(0).permutation(len(documents)).tolist()
     if documents.labels is None:
         return documents.select(sorted(order[:limit]))

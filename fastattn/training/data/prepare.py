@@ -1,4 +1,4 @@
-"""What `fastattn data` does, one function a command: count, clean, split, tokenize, vectorize documents."""
+"""The subcommands of `fastattn data`, one function each: count, clean, split, tokenize and vectorize documents."""
 
 import collections
 import json
@@ -26,10 +26,10 @@ class SourceConfig:
     """Which documents.
 
     Args:
-        source: a .csv, .tsv or .jsonl file, a text file or a folder of them, hf:NAME, or the name of a known set
-        target_source: a second text file whose lines are the targets of those of the first
-        unit: what is one document of a text file; a paragraph ends at an empty line
-        columns: which columns of a table
+        source: a .csv, .tsv or .jsonl file, a text file, a folder of text files, hf:NAME, or the name of a known set
+        target_source: a second text file; its lines are the targets of the lines of source
+        unit: the document unit of a text file; a paragraph ends at an empty line
+        columns: which columns of a table are read
     """
 
     source: str
@@ -42,7 +42,7 @@ class SourceConfig:
 
 
 def data_stats(documents: SourceConfig):
-    """Count what a source holds: documents, characters, classes, duplicates, texts shared by two parts."""
+    """Count the documents, characters, classes and duplicates of a source, and the texts shared by two parts."""
     parts = documents.read()
     report = {name: _describe(part) for name, part in parts.items()}
     if shared := shared_texts(parts):
@@ -84,12 +84,13 @@ def data_split(
 ):  # fmt: skip
     """Draw training, validation and test documents and write them as JSON lines into a new folder."""
     for name, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
-        expect(0 <= fraction < 1, name, "0 <= x < 1", fraction)
-    expect(validation_fraction + test_fraction < 1, "split", "fractions below 1 together", validation_fraction)
+        expect(0 <= fraction < 1, name, "at least 0 and below 1", fraction)
+    held_out = validation_fraction + test_fraction
+    expect(held_out < 1, "validation_fraction + test_fraction", "below 1", held_out)
     expect(seed >= 0, "seed", "at least 0", seed)
     parts = documents.read()
     whole = {name: [] for name in ("texts", "labels", "targets", "groups")}
-    for part in parts.values():  # what was published in parts is put together and drawn anew
+    for part in parts.values():  # published parts are merged and drawn again
         for name, values in whole.items():
             values.extend(getattr(part, name) or [])
     whole = Documents(**{name: values or None for name, values in whole.items()})
@@ -105,7 +106,7 @@ def data_tokenize(
 ):  # fmt: skip
     """Turn documents into token numbers on disk: tokenizer.json and, for each part, PART.tokens and PART.ends.
 
-    PART.ends holds, as int64, where each document ends. The tokenizer learns from the training part, or is read.
+    PART.ends holds the end of each document as int64. The tokenizer is trained on the training part, or is read.
     """
     parts = documents.read()
     texts = [text for part in parts.values() for text in part.texts]
@@ -145,9 +146,9 @@ def data_vectorize(
     documents: SourceConfig, output: str, kind: Literal["bag_of_words", "tfidf", "word2vec"] = "tfidf",
     dimension: int = 100, max_ngram: int = 1, max_features: int | None = None, seed: int = 0,
 ):  # fmt: skip
-    """Turn documents into vectors: sparse .npz with the features beside it, or word vectors as text.
+    """Turn documents into vectors: sparse .npz files with a list of the features, or word vectors as text.
 
-    What is counted or learnt comes from the training part; the other parts are only transformed.
+    The features are learnt from the training part; the other parts are only transformed.
     """
 
     parts = documents.read()
@@ -172,7 +173,7 @@ def data_vectorize(
 def _new_path(output):
     path = Path(output).expanduser().absolute()
     if path.exists():
-        raise UsageError(f"output {str(path)!r}: expected a new name, got one that is there already")
+        raise UsageError(f"output {str(path)!r} already exists; choose a new name")
     return path
 
 

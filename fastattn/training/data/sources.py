@@ -1,4 +1,4 @@
-"""Where documents come from: tables with named columns, text files, folders, parallel files and named sets."""
+"""Sources of documents: tables with named columns, text files, folders, parallel files and named sets."""
 
 import csv
 import gzip
@@ -15,22 +15,22 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 
 
 def read_documents(source, columns=None, *, target_source=None, unit="line"):
-    """The documents of a source, as one list or in the parts in which they are published.
+    """The documents of a source, as one list or in their published parts.
 
     Args:
-        source: a .csv, .tsv or .jsonl file with named columns, a text file, a folder of text files (each also with
-            .gz), a folder with train.jsonl and perhaps validation.jsonl and test.jsonl, "hf:NAME" (a data set of the
+        source: a .csv, .tsv or .jsonl file with named columns, a text file, a folder of text files (each may end in
+            .gz), a folder with train.jsonl and optionally validation.jsonl and test.jsonl, "hf:NAME" (a data set of the
             `datasets` package), or a name of NAMED_SETS.
-        columns: Columns of a table; default: text alone.
-        target_source: a second text file whose lines are the targets of those of the first.
-        unit: what is one document of a text file: "line", "paragraph" (between empty lines) or "file".
+        columns: Columns of a table; default: only text.
+        target_source: a second text file; its lines are the targets of the lines of source.
+        unit: the document unit of a text file: "line", "paragraph" (between empty lines) or "file".
 
     Returns:
-        {"all": Documents}, or those of "train", "validation" and "test" that there are.
+        {"all": Documents}, or the existing ones of "train", "validation" and "test".
 
     Raises:
-        UsageError: nothing there, not readable as what its name says, no such column, a label or target missing in some
-            row, parallel files of unequal length, or no document at all.
+        UsageError: the source does not exist, is not of the type that its name says, lacks a column or a value in some
+            row, has parallel files of unequal length, or has no documents.
     """
     columns = columns or Columns()
     if target_source is not None:
@@ -45,7 +45,7 @@ def read_documents(source, columns=None, *, target_source=None, unit="line"):
     else:
         parts = {"all": _read_path(folder, columns, unit)}
     if not any(map(len, parts.values())):
-        raise UsageError(f"source {source!r}: expected documents, got none")
+        raise UsageError(f"source {source!r} has no documents")
     return parts
 
 
@@ -56,7 +56,7 @@ def _content(path):
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError) as error:
-            raise UsageError(f"file {str(path)!r}: expected gzip data, got {error}") from None
+            raise UsageError(f"file {str(path)!r} is not valid gzip data: {error}") from None
     return decode_text(content, path)
 
 
@@ -67,12 +67,12 @@ def _suffix(path):
 def _read_path(path, columns, unit):
     if not path.exists():
         raise UsageError(
-            f"source {str(path)!r}: expected a file, a folder, 'hf:NAME' or one of {', '.join(sorted(NAMED_SETS))}"
+            f"source {str(path)!r} is neither a file, a folder, 'hf:NAME' nor one of {', '.join(sorted(NAMED_SETS))}"
         )
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES)
         if not files:
-            raise UsageError(f"source {str(path)!r}: expected files ending in {', '.join(SUFFIXES)}, got none")
+            raise UsageError(f"source {str(path)!r}: the folder has no files ending in {', '.join(SUFFIXES)}")
         texts, groups = [], []
         for file in files:
             pieces = _pieces(_content(file), unit)
@@ -85,7 +85,7 @@ def _read_path(path, columns, unit):
         return _table_documents(path, _json_rows(path), columns)
     if columns.label or columns.target:
         wanted = ", ".join([*TABLES, ".jsonl"])
-        raise UsageError(f"source {str(path)!r}: expected a table ({wanted}) to have named columns, got a text file")
+        raise UsageError(f"source {str(path)!r} is a text file: named columns need a table ({wanted})")
     return Documents(_pieces(_content(path), unit))
 
 
@@ -99,7 +99,7 @@ def _pieces(text, unit):
 
 def _table_rows(path, columns):
     delimiter = TABLES[_suffix(path)]
-    # tab-separated text quotes nothing: a quotation mark there is a character like any other
+    # tab-separated files do not quote values: a quotation mark is an ordinary character there
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     lines = (line + "\n" for line in _content(path).split("\n"))
     limit = csv.field_size_limit(2**31 - 1)
@@ -107,14 +107,14 @@ def _table_rows(path, columns):
         reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         names = list(columns.names) or next(reader, [])
         for row in filter(None, reader):
-            if len(row) > len(names):  # most likely a delimiter in a text that is not quoted: all after it has moved
+            if len(row) > len(names):  # most likely a text with an unquoted delimiter
                 raise UsageError(
-                    f"{path}, line {reader.line_num}: expected {len(names)} values, one for each of"
-                    f" {', '.join(names)}, got {len(row)}"
+                    f"{path}, line {reader.line_num}: the line must have {len(names)} values"
+                    f" ({', '.join(names)}), got {len(row)}"
                 )
             yield reader.line_num, dict(zip(names, row, strict=False))
     except csv.Error as error:
-        raise UsageError(f"table {str(path)!r}: expected {delimiter!r}-separated values, got {error}") from None
+        raise UsageError(f"table {str(path)!r} does not hold {delimiter!r}-separated values: {error}") from None
     finally:
         csv.field_size_limit(limit)
 
@@ -126,9 +126,9 @@ def _json_rows(path):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UsageError(f"{path}, line {number}: expected a JSON object, got {error}") from None
+            raise UsageError(f"{path}, line {number} is not valid JSON: {error}") from None
         if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            raise UsageError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}")
         yield number, row
 
 
@@ -141,9 +141,9 @@ def _table_documents(path, rows, columns):
         for key, name in wanted.items():
             value = row.get(name)
             if name not in row:
-                raise UsageError(f"{path}, line {number}: expected a column {name!r}, got {', '.join(map(str, row))}")
+                raise UsageError(f"{path}, line {number}: no column {name!r} among {', '.join(map(str, row))}")
             if value is None or (key != "texts" and not str(value).strip()):
-                raise UsageError(f"{path}, line {number}: expected a value in column {name!r}, got nothing")
+                raise UsageError(f"{path}, line {number}: column {name!r} is empty")
             collected[key].append(str(value))
     return Documents(**collected) if collected["texts"] else Documents([])
 
@@ -155,7 +155,7 @@ def _parallel(source, target_source):
             lines.pop()
     if len(texts) != len(targets):
         raise UsageError(
-            f"parallel files: expected as many lines in {target_source!r} as in {source!r}, got {len(targets)} and"
+            f"parallel files: {target_source!r} must have as many lines as {source!r}, got {len(targets)} and"
             f" {len(texts)}"
         )
     return Documents(texts, targets=targets)
@@ -165,12 +165,12 @@ def _hugging_face(name, columns):
     try:
         import datasets
     except ImportError:
-        raise UsageError(f"source 'hf:{name}': expected the package 'datasets', got none installed") from None
+        raise UsageError(f"source 'hf:{name}' needs the package 'datasets', which is not installed") from None
     try:
         path = Path(name).expanduser()
         loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(name)
     except Exception as error:  # the package raises many kinds
-        raise UsageError(f"source 'hf:{name}': expected a data set, got {type(error).__name__}: {error}") from None
+        raise UsageError(f"source 'hf:{name}' cannot be loaded: {type(error).__name__}: {error}") from None
     if isinstance(loaded, datasets.Dataset):
         loaded = {"all": loaded}
     parts = {}
@@ -204,7 +204,7 @@ def _clinc150():
 
 
 def _clinc150_text():
-    """The unlabelled Wikipedia sentences and the questions of the training part; validation: its questions."""
+    """train: unlabelled Wikipedia sentences and the training questions; validation: the validation questions."""
     parts = _clinc150()
     sentences = [line.strip() for line in _content(find_data("clinc150", "all_wiki_sents.txt")).split("\n")]
     text = [*filter(None, sentences), *parts["train"].texts]
@@ -222,7 +222,7 @@ def _python_docs_es():
     return {"all": _read_path(find_data("python_docs_es", "en-es.tsv.gz"), columns, "line")}
 
 
-NAMED_SETS = {  # the first four are made from what Python itself carries
+NAMED_SETS = {  # the first four come from Python's standard library
     "docstrings": builtin.docstrings,
     "docstring_text": builtin.docstring_text,
     "docstring_classes": builtin.docstring_classes,
@@ -237,6 +237,6 @@ NAMED_SETS = {  # the first four are made from what Python itself carries
 
 
 def resolve_source(source):
-    """The source as a run should remember it: a name stays, a path becomes absolute."""
+    """The source as stored with a run: names are kept, paths become absolute."""
     is_name = source in ("topics", "shakespeare", *NAMED_SETS) or source.startswith("hf:")
     return source if is_name else str(Path(source).expanduser().resolve())

@@ -1,4 +1,4 @@
-"""Documents into a training, a validation and a test part, with no text in two of them."""
+"""Splits documents into training, validation and test parts that share no text."""
 
 import collections
 
@@ -11,28 +11,28 @@ from .documents import PARTS
 def split_documents(documents, validation_fraction, test_fraction, seed, *, stratify=True):
     """Draw the parts of a split.
 
-    Documents with the same text or the same group (for example the file they come from) go into one part.
+    Documents with the same text or the same group (for example from one file) stay in one part.
 
     Args:
         documents: Documents.
-        validation_fraction, test_fraction: parts of all documents.
+        validation_fraction, test_fraction: shares of all documents.
         seed: the same seed gives the same split.
-        stratify: draw these fractions of every class, where there are labels.
+        stratify: draw these fractions of every class, if there are labels.
 
     Returns:
-        {"train": Documents, "validation": ..., "test": ...}, in the order of the source; none of fraction 0.
+        {"train": Documents, "validation": ..., "test": ...}, in the order of the source; no part for a fraction of 0.
 
     Raises:
-        UsageError: a part that should be there would be empty.
+        UsageError: a part would be empty.
     """
     fractions = {"test": test_fraction, "validation": validation_fraction}
     labels = documents.labels if stratify and documents.labels else [None] * len(documents)
-    strata = collections.defaultdict(list)  # a unit belongs to the class of its first document
+    strata = collections.defaultdict(list)  # a unit has the class of its first document
     for unit in _units(documents):
         strata[labels[unit[0]]].append(unit)
     generator = np.random.default_rng(seed)
     parts = {name: [] for name in PARTS}
-    owed = dict.fromkeys(fractions, 0.0)  # what rounding left, passed on from class to class
+    owed = dict.fromkeys(fractions, 0.0)  # remainders of rounding, carried over to the next class
     for units in strata.values():
         total = sum(map(len, units))
         order = iter(generator.permutation(len(units)).tolist())
@@ -46,12 +46,12 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
     fractions["train"] = 1.0
     parts = {name: documents.select(sorted(chosen)) for name, chosen in parts.items() if fractions[name]}
     if empty := [name for name, part in parts.items() if not len(part)]:
-        raise UsageError(f"split: expected documents in every part, got none for {empty[0]} of {len(documents)}")
+        raise UsageError(f"split: {len(documents)} documents are too few, the {empty[0]} part would be empty")
     return parts
 
 
 def _units(documents):
-    """Lists of indices that belong together: connected by an equal text or an equal group."""
+    """Lists of indices of documents that are connected by equal texts or groups."""
     parent = list(range(len(documents)))
 
     def root(i):
@@ -71,7 +71,7 @@ def _units(documents):
 
 
 def shared_texts(parts):
-    """How many documents of one part have a text that an earlier part has too: {(earlier, part): count > 0}."""
+    """The number of documents of a part whose text is also in an earlier part: {(earlier, part): count > 0}."""
     shared, seen = {}, {}
     for name, documents in parts.items():
         for earlier, texts in seen.items():

@@ -1,4 +1,4 @@
-"""Tokens on disk, read through a memory map: a text may be larger than the memory.
+"""Token files, read through a memory map, so that a text may be larger than memory.
 
 NAME.tokens    little-endian int32 numbers, one after the other
 """
@@ -13,10 +13,10 @@ SUFFIX = ".tokens"
 
 
 def write_tokens(path, chunks):
-    """Write token numbers as they come; the file appears under its name when it is whole.
+    """Write token numbers as a stream; the file gets its name when it is complete.
 
     Args:
-        path: of the file.
+        path: path of the file.
         chunks: iterable of lists or arrays of int.
 
     Returns:
@@ -32,17 +32,17 @@ def write_tokens(path, chunks):
 
 
 def open_tokens(path):
-    """The tokens of a file as int32 tensor (tokens,), whose pages are read when they are used.
+    """The tokens of a file as a memory-mapped int32 tensor (tokens,).
 
     Raises:
-        UsageError: no such file, or not one of whole numbers.
+        UsageError: the file does not exist, or its size is not a multiple of 4 bytes.
     """
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise UsageError(f"token file {str(path)!r}: expected a file, got {error.strerror}") from None
+        raise UsageError(f"token file {str(path)!r} cannot be read: {error.strerror}") from None
     if size % 4:
-        raise UsageError(f"token file {str(path)!r}: expected a multiple of 4 bytes, got {size}")
+        raise UsageError(f"token file {str(path)!r}: the size must be a multiple of 4 bytes, got {size}")
     if not size:
         return torch.empty(0, dtype=torch.int32)
     return torch.from_file(str(path), shared=False, size=size // 4, dtype=torch.int32)

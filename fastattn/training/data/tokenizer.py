@@ -1,7 +1,7 @@
-"""Text to token numbers and back: characters, bytes, words, byte-pair encoding and WordPiece.
+"""Tokenizers, from text to token numbers and back: characters, bytes, words, byte-pair encoding and WordPiece.
 
-The last three are trained and stored by the `tokenizers` library. Special tokens have the first numbers, in the order
-in which they are named; a tokenizer without them is what a plain language model needs.
+The `tokenizers` library trains and stores the last three. Special tokens have the first numbers, in the given order; a
+plain language model needs none.
 """
 
 import json
@@ -10,12 +10,12 @@ from ..messages import UsageError
 
 KINDS = ("char", "byte", "word", "bpe", "wordpiece")
 PAD, UNKNOWN, BEGIN, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
-END_OF_TEXT = "<|endoftext|>"  # all that GPT-2 has
-SPECIALS = (PAD, UNKNOWN, BEGIN, END, MASK)  # what models that read padded sentences need
+END_OF_TEXT = "<|endoftext|>"  # the only special token of GPT-2
+SPECIALS = (PAD, UNKNOWN, BEGIN, END, MASK)  # for models that read padded sentences
 
 
 class CharTokenizer:
-    """One token a character; `characters` in the order of their numbers, after the special tokens."""
+    """One token per character; `characters` in the order of their numbers, after the special tokens."""
 
     def __init__(self, characters, specials=()):
         self.characters = characters
@@ -30,7 +30,7 @@ class CharTokenizer:
                 return [self.numbers.get(character, self.numbers[UNKNOWN]) for character in text]
             shown = " ".join(map(repr, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
             raise UsageError(
-                f"text: expected the {len(self.characters)} characters of the vocabulary, got also {shown}"
+                f"the text has characters that are not among the {len(self.characters)} of the vocabulary: {shown}"
             )
         return [self.numbers[character] for character in text]
 
@@ -52,7 +52,7 @@ class CharTokenizer:
 
 
 class ByteTokenizer:
-    """One token a byte of the text in UTF-8, after the special tokens: any text can be encoded, nothing is learnt."""
+    """One token per byte of the UTF-8 text, after the special tokens; it can encode any text."""
 
     def __init__(self, specials=()):
         self.specials = tuple(specials)
@@ -81,25 +81,25 @@ class LearntTokenizer:
     """A tokenizer of the `tokenizers` library: words, byte-pair encoding or WordPiece."""
 
     def __init__(self, tokenizer):
-        tokenizer.no_truncation()  # published ones may cut a text at 512 tokens, or fill it up
+        tokenizer.no_truncation()  # published tokenizers may truncate or pad texts to 512 tokens
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
 
     @classmethod
     def train(cls, kind, texts, vocab_size, specials=()):
-        """Learn from an iterable of texts; `specials` must hold the unknown token unless kind is "bpe".
+        """Train on an iterable of texts; `specials` must have the unknown token unless kind is "bpe".
 
         Raises:
-            UsageError: a word or WordPiece vocabulary without the unknown token, or no room beside special tokens.
+            UsageError: the unknown token is missing, or vocab_size leaves no room after the special tokens.
         """
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
         if kind != "bpe" and UNKNOWN not in specials:
-            raise UsageError(f"tokenizer {kind!r}: expected special tokens with {UNKNOWN}, got {list(specials)}")
+            raise UsageError(f"tokenizer {kind!r}: the special tokens must include {UNKNOWN}, got {list(specials)}")
         if vocab_size <= len(specials):
             raise UsageError(
-                f"data.vocab_size: expected more than the {len(specials)} special tokens, got {vocab_size}"
+                f"data.vocab_size must be above {len(specials)}, the number of special tokens, got {vocab_size}"
             )
         options = {"vocab_size": vocab_size, "special_tokens": list(specials), "show_progress": False}
         if kind == "bpe":
@@ -138,7 +138,7 @@ class LearntTokenizer:
 
 
 def needed_specials(kind):
-    """The special tokens without which a tokenizer of this kind cannot encode every text."""
+    """The special tokens that a tokenizer of this kind needs to encode any text."""
     return [UNKNOWN] if kind in ("word", "wordpiece") else []
 
 
@@ -147,10 +147,10 @@ def build_tokenizer(kind, texts, train_texts, vocab_size, specials=()):
 
     Args:
         kind: "char", "byte", "word", "bpe" or "wordpiece".
-        texts: iterable of all texts, whose characters make the vocabulary of a character tokenizer.
-        train_texts: iterable of those a word, bpe or wordpiece vocabulary is learnt from.
-        vocab_size: its greatest number of tokens; the others count theirs.
-        specials: names of tokens that stand for no text and are never decoded.
+        texts: iterable of all texts; their characters are the vocabulary of a character tokenizer.
+        train_texts: iterable of the texts that a word, bpe or wordpiece vocabulary is learnt from.
+        vocab_size: its largest number of tokens; ignored by "char" and "byte".
+        specials: names of tokens that represent no text and are never decoded.
 
     Returns:
         An object with vocab_size, encode(text) -> list of int, decode(numbers) -> text, token_of(number) -> str,
@@ -164,13 +164,13 @@ def build_tokenizer(kind, texts, train_texts, vocab_size, specials=()):
 
 
 def load_tokenizer(path):
-    """The tokenizer of a run.
+    """Load a tokenizer.
 
     Args:
-        path: its tokenizer.json.
+        path: a tokenizer.json.
 
     Raises:
-        UsageError: unreadable or damaged file.
+        UsageError: the file is unreadable or damaged.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -185,4 +185,4 @@ def load_tokenizer(path):
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises plain Exception
-        raise UsageError(f"{path}: expected a tokenizer, got {type(error).__name__}: {error}") from None
+        raise UsageError(f"{path} is not a readable tokenizer: {type(error).__name__}: {error}") from None

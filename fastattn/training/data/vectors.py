@@ -1,6 +1,6 @@
 """Texts as vectors: one-hot, bag of words, TF-IDF and Word2Vec, which also initialises an embedding.
 
-The counting is scikit-learn's and the word vectors are gensim's (pip install 'fastattn[eval,words]').
+scikit-learn counts the words, and gensim trains the word vectors (pip install 'fastattn[eval,words]').
 """
 
 import re
@@ -16,13 +16,11 @@ def one_hot(numbers, vocab_size):
     """Token numbers (...,) int as vectors (..., vocab_size) of float32: a one at the number, zeros elsewhere.
 
     Raises:
-        UsageError: a number outside of the vocabulary.
+        UsageError: a number is outside the vocabulary.
     """
     numbers = torch.as_tensor(numbers, dtype=torch.int64)
     if numbers.numel() and not 0 <= numbers.min() <= numbers.max() < vocab_size:
-        raise UsageError(
-            f"one_hot: expected numbers from 0 to {vocab_size - 1}, got {numbers.min()} to {numbers.max()}"
-        )
+        raise UsageError(f"one_hot: numbers must be from 0 to {vocab_size - 1}, got {numbers.min()} to {numbers.max()}")
     return torch.nn.functional.one_hot(numbers, vocab_size).float()
 
 
@@ -30,14 +28,14 @@ def bag_of_words(*, tfidf=False, max_ngram=1, max_features=None, min_documents=1
     """An unfitted vectorizer of scikit-learn: fit_transform(texts) -> sparse (documents, words).
 
     Args:
-        tfidf: sublinear term frequency times inverse document frequency, rows of length 1; False: 1 where the word is
-            there, 0 elsewhere.
-        max_ngram: longest run of words that counts as a feature.
-        max_features: how many of the most frequent to keep, None = all.
-        min_documents: features found in fewer documents are left out.
+        tfidf: sublinear term frequency times inverse document frequency, rows of length 1; False: 1 if the document has
+            the word, else 0.
+        max_ngram: longest sequence of words that counts as a feature.
+        max_features: number of most frequent features to keep; None = all.
+        min_documents: features in fewer documents are left out.
 
     Raises:
-        UsageError: max_ngram or max_features below 1.
+        UsageError: max_ngram or max_features is below 1.
     """
     from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
@@ -48,15 +46,15 @@ def bag_of_words(*, tfidf=False, max_ngram=1, max_features=None, min_documents=1
 
 
 def count_words(vectorizer, texts):
-    """vectorizer.fit_transform(texts); UsageError if there is not a word in them."""
+    """vectorizer.fit_transform(texts); UsageError if the texts have no words."""
     try:
         return vectorizer.fit_transform(texts)
     except ValueError as error:
-        raise UsageError(f"train: expected words of two letters or more, got none ({error})") from None
+        raise UsageError(f"the training texts have no words of two letters or more ({error})") from None
 
 
 def words_of(text):
-    """The lower-cased words of a text, as scikit-learn's vectorizers find them but with single letters."""
+    """The lower-cased words of a text, as in scikit-learn's vectorizers but including single letters."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -65,11 +63,11 @@ def word2vec(texts, dimension=100, *, window=5, min_count=2, epochs=10, seed=0):
 
     Args:
         texts: list of str.
-        dimension: of a vector.
-        window: words on either side that count as context.
+        dimension: length of a vector.
+        window: number of context words on each side.
         min_count: rarer words get no vector.
         epochs: passes over the texts.
-        seed: with one worker, as here, it decides the result.
+        seed: the same seed gives the same vectors, as there is one worker.
 
     Returns:
         gensim KeyedVectors: `vectors[word]` is float32 (dimension,); most_similar(word) lists the nearest words.
@@ -87,30 +85,30 @@ def word2vec(texts, dimension=100, *, window=5, min_count=2, epochs=10, seed=0):
     )  # fmt: skip
     model.build_vocab(sentences)
     if not len(model.wv):
-        raise UsageError(f"word2vec: expected words that occur {min_count} times, got none in {len(texts)} texts")
+        raise UsageError(f"word2vec: no word occurs {min_count} times in the {len(texts)} texts")
     model.train(sentences, total_examples=len(sentences), epochs=epochs)
     return model.wv
 
 
 @torch.no_grad()
 def initialize_embedding(embedding, tokenizer, vectors):
-    """Put word vectors into the rows of the tokens that are words; the other rows stay as they are.
+    """Copy word vectors into the embedding rows of tokens that are words; other rows do not change.
 
-    The vectors are scaled so that their elements vary as much as those of the embedding did.
+    The vectors are scaled to the standard deviation of the embedding.
 
     Args:
         embedding: nn.Embedding (tokenizer.vocab_size, dimension of the vectors).
         tokenizer: with token_of(number) -> str.
-        vectors: of `word2vec`.
+        vectors: from `word2vec`.
 
     Returns:
-        How many rows were set.
+        The number of rows set.
 
     Raises:
-        UsageError: another dimension.
+        UsageError: the dimensions differ.
     """
     if embedding.embedding_dim != vectors.vector_size:
-        raise UsageError(f"word vectors: expected dimension {embedding.embedding_dim}, got {vectors.vector_size}")
+        raise UsageError(f"word vectors must have dimension {embedding.embedding_dim}, got {vectors.vector_size}")
     factor = float(embedding.weight.std()) / float(np.std(vectors.vectors))
     count = 0
     for number in range(tokenizer.vocab_size):

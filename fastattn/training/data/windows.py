@@ -1,4 +1,4 @@
-"""Tokens of a text and the two ways they are read: random windows to learn from, consecutive ones to evaluate on."""
+"""The tokens of a text, read in random windows for training and in consecutive ones for evaluation."""
 
 import numpy as np
 import torch
@@ -11,12 +11,12 @@ class TextData:
     """The splits of a text as token numbers.
 
     Args:
-        config: DataConfig, says which text and how to cut it.
+        config: DataConfig, which names the text and the split.
         tokenizer: None builds one from the text.
         expected: None or the summary of the text that a run was trained on.
 
     Raises:
-        UsageError: no usable text, characters unknown to the tokenizer, or another text than expected.
+        UsageError: the text is unusable or not the expected one, or has characters unknown to the tokenizer.
     """
 
     def __init__(self, config, tokenizer=None, expected=None):
@@ -39,34 +39,34 @@ class TextData:
 
 
 def to_tokens(tokenizer, text, piece=2**20):
-    """The text as int32 tensor (tokens,), encoded by pieces of so many characters: a list of all would not fit."""
+    """The text as int32 tensor (tokens,), encoded in chunks of `piece` characters to save memory."""
     starts = range(0, max(1, len(text)), piece)
     return torch.cat([torch.tensor(tokenizer.encode(text[s : s + piece]), dtype=torch.int32) for s in starts])
 
 
 def random_starts(n_tokens, seed, step, batch_size, block_size):
-    """Where the windows of a step start, a pure function of (seed, step): nothing to save, the same on any devices.
+    """The starts of the windows of a step, a pure function of (seed, step): no state to save, equal on all devices.
 
     Args:
-        n_tokens: of the text, more than block_size.
+        n_tokens: tokens in the text, more than block_size.
         seed, step: at least 0.
-        batch_size, block_size: windows, tokens in each; one more follows each.
+        batch_size, block_size: number of windows, and tokens in each; one more token follows each.
 
     Returns:
         (batch_size,) int64.
     """
-    # a counter-based generator: (seed, step) is its key, so no two steps share a stream
+    # a counter-based generator keyed by (seed, step): no two steps share a stream
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     return torch.from_numpy(generator.integers(n_tokens - block_size, size=batch_size))
 
 
 def window_starts(n_tokens, block_size, limit=None, rank=0, world_size=1, windows_a_batch=64):
-    """Where all consecutive non-overlapping windows start, in batches; the tail shorter than a window is left out.
+    """The starts of all consecutive non-overlapping windows, in batches; an incomplete last window is left out.
 
     Args:
-        n_tokens: of the text.
-        block_size: tokens in a window; one more follows each.
-        limit: None or the number of windows to read.
+        n_tokens: tokens in the text.
+        block_size: tokens in a window; one more token follows each.
+        limit: None or the largest number of windows.
         rank, world_size: this process takes every world_size-th batch.
         windows_a_batch: windows in a batch.
 

@@ -1,1 +1,1 @@
-"""How good a trained model is: the scores of a run, its report, runs side by side, a baseline."""
+"""Evaluation of trained models: the scores of a run, its report, comparisons of runs, and a baseline."""

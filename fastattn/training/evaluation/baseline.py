@@ -1,4 +1,4 @@
-"""What a network has to beat: counted words and a linear classifier."""
+"""A baseline for networks: a linear classifier on word counts."""
 
 import time
 
@@ -17,23 +17,23 @@ def bag_of_words_baseline(train, test, *, tfidf=False, max_ngram=1):
         tfidf, max_ngram: as for `vectors.bag_of_words`.
 
     Returns:
-        dict: the classification_scores of `test` over the classes of both; architecture; parameters; seconds, of
+        dict: the classification_scores of `test` over the classes of both; architecture; parameters; seconds of
         counting and fitting.
 
     Raises:
-        UsageError: labels missing, one class alone, no words.
+        UsageError: labels are missing, there is only one class, or there are no words.
     """
     from sklearn.linear_model import LogisticRegression
 
     for name, documents in (("train", train), ("test", test)):
         if not documents.labels:
-            raise UsageError(f"{name}: expected documents with labels, got {len(documents)} documents without")
+            raise UsageError(f"the {name} part must have labels, got {len(documents)} documents without")
     if len(set(train.labels)) < 2:
-        raise UsageError(f"train: expected at least two classes, got {train.labels[0]!r} alone")
+        raise UsageError(f"the train part must have at least two classes, got only {train.labels[0]!r}")
     start = time.perf_counter()
     vectorizer = bag_of_words(tfidf=tfidf, max_ngram=max_ngram)
     features = count_words(vectorizer, train.texts)
-    # rows of TF-IDF have length 1, shorter than rows of ones: they need larger weights for the same certainty
+    # TF-IDF rows have length 1, less than rows of ones, so the same confidence needs larger weights
     model = LogisticRegression(C=10.0 if tfidf else 1.0, max_iter=1000).fit(features, train.labels)
     seconds = time.perf_counter() - start
     names = sorted({*train.labels, *test.labels})

@@ -1,4 +1,4 @@
-"""Several runs, or several checkpoints of a run, side by side."""
+"""Compares several runs, or several checkpoints of a run."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from ..runs.checkpoint import choose_checkpoint
 from ..runs.metrics import read_metrics
 from .report import table
 
-# title → where a report has it; a column is shown if any report has it
+# title → path in a report; a column is shown if any report has it
 SCORES = {
     "loss": ("loss",),
     "perplexity": ("perplexity",),
@@ -34,21 +34,20 @@ def compare_runs(runs, output=None):
     """A table of runs, and their validation curves.
 
     Args:
-        runs: list of "RUN", with its latest report, or "RUN@STEP", "RUN@best", "RUN@last", with that of a checkpoint,
-            from RUN/report.json or RUN/reports/*/report.json. A folder with a report.json alone, as of a baseline, is
-            a run as well.
+        runs: list of "RUN", for its latest report, or "RUN@STEP", "RUN@best", "RUN@last", for that of a checkpoint,
+            from RUN/report.json or RUN/reports/*/report.json. A folder with only a report.json, as of a baseline, also
+            counts as a run.
         output: None, or a folder for comparison.md and comparison.png.
 
     Returns:
-        The Markdown table; "–" stands where nothing is known. Parameters are those in a checkpoint, shared ones once;
-        without @ the validation loss is the best and the steps are all; seconds are those of training, without
-        validation.
+        The Markdown table, with "–" for unknown values. Parameters are counted in a checkpoint, shared ones once.
+        Without @, the validation loss is the best one and the steps are all steps. Seconds exclude validation.
 
     Raises:
-        UsageError: no run, not a run, no such checkpoint, or a file that cannot be read.
+        UsageError: runs is empty, a folder is not a run, a checkpoint is missing, or a file cannot be read.
     """
     if not runs:
-        raise UsageError("compare: expected at least one run, got none")
+        raise UsageError("compare needs at least one run")
     entries = [_read_entry(name) for name in runs]
     for title, path in SCORES.items():
         values = [_score(report, path) for report, _, _ in entries]
@@ -67,20 +66,20 @@ def compare_runs(runs, output=None):
 
 
 def _read_entry(name):
-    """Of one run: its report, {} if there is none; what the table says besides scores; [(step, validation loss)]."""
+    """(report, row, curve) of a run: its report or {}, its cells except scores, and [(step, validation loss)]."""
     base, which = name, None
     if not run_path(name).is_dir() and "@" in name:
         base, _, which = name.rpartition("@")
     run = run_path(base)
     if not any((run / file).is_file() for file in ("config.yaml", "report.json")):
-        raise UsageError(f"run {base!r}: expected a folder with config.yaml or report.json, got none there")
+        raise UsageError(f"run {base!r} has neither config.yaml nor report.json")
     try:
         metrics = [row for row in read_metrics(run) if "step" in row]
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{run / 'metrics.csv'}: expected a table of numbers, got {error}") from None
+        raise UsageError(f"{run / 'metrics.csv'} is not a table of numbers: {error}") from None
     checkpoint = choose_checkpoint(run, which or "best", needed=())
     if which and checkpoint is None:
-        raise UsageError(f"run {base!r}: expected a checkpoint for '@{which}', got none yet")
+        raise UsageError(f"run {base!r} has no checkpoint yet for '@{which}'")
     step = checkpoint[1]["step"] if which else None
     if which:
         metrics = [row for row in metrics if row["step"] <= step]
@@ -109,26 +108,26 @@ def _score(report, path):
 
 
 def _read_report(run, step):
-    """The report of a step, None: the latest; {} if there is none."""
+    """The report of a step, or the latest if step is None; {} if there is none."""
     paths = [run / "report.json", *([] if step is None else sorted(run.glob("reports/*/report.json")))]
     for path in filter(lambda path: path.is_file(), paths):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UsageError(f"{path}: expected a report, got {error}") from None
+            raise UsageError(f"{path} is not a report: {error}") from None
         if not isinstance(report, dict):
-            raise UsageError(f"{path}: expected a report, got a {type(report).__name__}")
+            raise UsageError(f"{path} is not a report: it holds a {type(report).__name__}")
         if step is None or report.get("step") == step:
             return report
     return {}
 
 
 def _architecture(path):
-    """Of a config.yaml, for example "transformer, 4 × 128, 4 heads, fastattn"; None if that says nothing of a model."""
+    """The architecture in a config.yaml, such as "transformer, 4 × 128, 4 heads, fastattn"; None without a model."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     model = config.get("model") if isinstance(config, dict) else None
     if not isinstance(model, dict):
         return None
@@ -142,7 +141,7 @@ def _architecture(path):
 
 
 def _count_parameters(folder):
-    """How many numbers model.safetensors holds, by its header alone; None if that is damaged."""
+    """The number of parameters in model.safetensors, read from its header; None if the header is damaged."""
     try:
         with open(folder / "model.safetensors", "rb") as file:
             size = int.from_bytes(file.read(8), "little")

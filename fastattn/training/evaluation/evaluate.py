@@ -1,4 +1,4 @@
-"""A trained model from its run, its loss on a part of the data, and the report of a run."""
+"""Evaluates a run: its scores on a part of the data, and a drawing of its attention."""
 
 from ..inspect.figures import plot_attention
 from ..messages import UsageError
@@ -8,17 +8,16 @@ from ..tasks.registry import make_task
 
 
 def draw_attention(run, config, text, path, **options):
-    """Draw what the heads of the last block look at while a trained model reads a text.
+    """Draw the attention of the last block's heads on a text.
 
     Args:
         run, config, options: as for load_run.
-        text: a document; of a translation it is the source, and the decoder's attention to it is drawn.
-        path: of the PNG.
+        text: a document; for task translate the source, to which the decoder's attention is drawn.
+        path: path of the PNG.
 
     Raises:
-        UsageError: as load_run; a model without attention.
+        UsageError: as load_run; the model has no attention.
     """
-
     model, task = load_task(run, config, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     plot_attention(path, *task.attention(model, text))
@@ -29,22 +28,22 @@ def evaluate_run(run, config, *, split=None, checkpoint="best", accelerator="aut
 
     Args:
         run, config, checkpoint, accelerator, layers: as for load_run.
-        split: "train", "validation", "test"; None is "test" where the run has one, else "validation".
-        options: of the task's report: text for lm, another text that is read whole; beams for translate.
+        split: "train", "validation" or "test"; None: "test" if the run has it, else "validation".
+        options: of the task's report: `text` for lm, another text to score as a whole; `beams` for translate.
 
     Returns:
-        dict: the scores of the task, and what they were measured on.
+        dict: the scores of the task, and the data that they were measured on.
 
     Raises:
-        UsageError: as load_run; a split the run does not have; data that are not those of the run.
+        UsageError: as load_run; the run has no such split, or the data have changed since the run.
     """
     model, tokenizer, step = load_run(run, config, checkpoint=checkpoint, accelerator=accelerator, layers=layers)
     if options.get("text") is not None and split is not None:
-        raise UsageError(f"split: expected none beside --data, which is read whole, got {split!r}")
+        raise UsageError(f"--split cannot be used with --data, which is read as a whole, got {split!r}")
     task = make_task(config, tokenizer, read_summary(run))
     split = split or ("test" if "test" in task.sizes else "validation")
     if split not in task.sizes:
-        raise UsageError(f"split: expected one of {', '.join(task.sizes)} of this run, got {split!r}")
+        raise UsageError(f"split must be one of {', '.join(task.sizes)}, which this run has, got {split!r}")
     scores = task.report(model, split, **options)
     if options.get("text") is not None:
         source, split = options["text"], "all"

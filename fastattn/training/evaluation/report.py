@@ -1,4 +1,4 @@
-"""The report of an evaluation: report.json for programs, report.md and pictures for people."""
+"""The report of an evaluation: report.json for programs, report.md and pictures for readers."""
 
 import html
 import json
@@ -17,11 +17,12 @@ N_CONFUSIONS = 20
 
 
 def write_report(folder, report):
-    """Write report.json, report.md and, of classes, confusion.png and calibration.png.
+    """Write report.json and report.md, and for classifiers confusion.png and calibration.png.
 
     Args:
-        folder: where to, made if it is not there; report.md shows other pictures of a run that it finds there.
-        report: dict: what was evaluated, and scores of `inspect.scores`; the first table holds what is no list or dict.
+        folder: output folder, created if missing; report.md also shows the other pictures of a run in it.
+        report: dict of what was evaluated, and of scores of `inspect.scores`; lists and dicts stay out of the first
+            table.
 
     Returns:
         list of the paths written.
@@ -41,21 +42,21 @@ def write_report(folder, report):
 
 
 def report_json(report):
-    """The report as JSON, a line for each key; what is not finite, which JSON cannot say, is null."""
+    """The report as JSON, one line per key; numbers that are not finite become null, as JSON has none."""
     lines = (f" {json.dumps(key)}: {json.dumps(_finite(value), allow_nan=False)}" for key, value in report.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def report_text(report):
-    """The scores of a report as lines for a terminal, a name and a number each."""
+    """The scores of a report as lines for a terminal, each with a name and a number."""
     scores = {name: value for name, value in report.items() if not isinstance(value, (list, dict))}
     width = max(map(len, scores)) + 2
-    # a text as it is: what a Markdown cell has to escape would be copied from here
+    # text is not escaped as in a Markdown cell, because users copy it
     return "".join(f"{name:{width}}{v if isinstance(v, str) else cell(v)}\n" for name, v in scores.items())
 
 
 def report_markdown(report, pictures=()):
-    """The report as Markdown text, with links to pictures beside it (names of PICTURES)."""
+    """The report as Markdown text, with links to pictures (names in PICTURES) in the same folder."""
     scalars = [(key, value) for key, value in report.items() if not isinstance(value, (dict, list))]
     parts = [f"# Evaluation of {cell(report.get('run', 'a model'))}", table(("", ""), scalars)]
     if "averages" in report:
@@ -73,14 +74,14 @@ def report_markdown(report, pictures=()):
 
 
 def confusions(confusion, names):
-    """What was taken for what: [(true, predicted, examples, share of the true class)], most examples first."""
+    """The wrong predictions: [(true, predicted, examples, share of the true class)], most examples first."""
     found = [
         (names[i], names[j], count, count / sum(row))
         for i, row in enumerate(confusion)
         for j, count in enumerate(row)
         if i != j and count
     ]
-    return sorted(found, key=lambda pair: (-pair[2], -pair[3]))  # stable: else in the order of the classes
+    return sorted(found, key=lambda pair: (-pair[2], -pair[3]))  # stable: ties stay in the order of the classes
 
 
 def table(header, rows):

@@ -1,1 +1,1 @@
-"""What comes out of a model: generated text, scores of predictions, attention maps, and pictures of them."""
+"""The outputs of a model: generated text, scores of predictions, attention maps, and figures of them."""

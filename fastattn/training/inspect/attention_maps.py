@@ -9,26 +9,26 @@ from ..messages import UsageError
 
 @torch.no_grad()
 def attention_maps(model, *inputs, blocks=None, name="self_attn", **options):
-    """What the blocks of a model look at while it reads one text, dropout off.
+    """The attention weights of the blocks of a model on one text, without dropout.
 
     Args:
-        model: calls its blocks; left in the mode it was in.
-        inputs, options: what model(...) takes, with a batch of one, for example tokens (1, seqlen).
+        model: a model that calls its blocks; its mode does not change.
+        inputs, options: the arguments of model(...), with a batch of one, for example tokens (1, seqlen).
         blocks: encoder or decoder layers, of torch.nn, fastattn.nn or fastattn.models; None: model.blocks.
-        name: of their attention, "multihead_attn" for that of decoder layers to the encoder's output.
+        name: attribute of the attention; "multihead_attn" is the attention of decoder layers to the encoder's output.
 
     Returns:
-        list of (n_head, seqlen_q, seqlen_k), the softmax of the scores, one a block.
+        list of (n_head, seqlen_q, seqlen_k), the softmax of the scores, one per block.
 
     Raises:
-        UsageError: blocks without such an attention, or that compute it in a way that leaves no weights; another batch.
+        UsageError: a block has no such attention or does not call it as a module, or the batch is not one text.
     """
     blocks = getattr(model, "blocks", ()) if blocks is None else blocks
     attentions = [getattr(block, name, None) for block in blocks]
     known = (torch.nn.MultiheadAttention, Attention)
     if not attentions or not all(isinstance(attention, known) for attention in attentions):
         kinds = ", ".join(sorted({type(attention).__name__ for attention in attentions})) or "no blocks"
-        raise UsageError(f"attention map: expected blocks whose {name} is a MultiheadAttention, got {kinds}")
+        raise UsageError(f"attention map: {name} of every block must be a MultiheadAttention, got {kinds}")
     maps = [None] * len(attentions)
 
     def want_weights(module, arguments, keywords):
@@ -55,7 +55,7 @@ def attention_maps(model, *inputs, blocks=None, name="self_attn", **options):
             handle.remove()
         model.train(was_training)
     if any(weights is None for weights in maps):
-        raise UsageError(f"attention map: expected blocks that call their {name}, got one that computes it otherwise")
+        raise UsageError(f"attention map: a block does not call its {name} as a module, so it has no weights")
     if any(weights.dim() != 4 or len(weights) != 1 for weights in maps):
-        raise UsageError(f"attention map: expected a batch of one text, got weights {tuple(maps[0].shape)}")
+        raise UsageError(f"attention map: the batch must be one text, got weights of shape {tuple(maps[0].shape)}")
     return [weights[0] for weights in maps]

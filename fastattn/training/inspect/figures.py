@@ -1,6 +1,6 @@
-"""Pictures of an evaluation: confusion matrix, reliability diagram, attention map. Drawn by Agg, without a display.
+"""Figures of an evaluation: confusion matrix, reliability diagram, attention map. Drawn without a display.
 
-Labels come from data: what would be read as a formula, or has no glyph in the font, is written as an escape.
+Labels come from data, so formula signs and characters without a glyph in the font are escaped.
 """
 
 import functools
@@ -15,7 +15,7 @@ from ..messages import expect
 
 
 def new_figure(width, height, layout="constrained"):
-    """A figure of that many inches that belongs to nobody else: pyplot would keep it."""
+    """A standalone figure, sized in inches; pyplot would keep a global reference."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout)
@@ -29,30 +29,30 @@ def save_png(figure, path):
 
 @functools.cache
 def _glyphs():
-    """The characters that the font has, as numbers."""
+    """The code points that the font has."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def label(text, limit=24):
-    """A text as matplotlib draws it without complaint: one line, at most `limit` characters of it, no formula."""
+    """A text as matplotlib can draw it: one line, at most `limit` characters, no formulas."""
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     shown = (c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in text)
     return "".join(shown).replace("$", r"\$")
 
 
 def plot_confusion(path, confusion, names):
-    """Draw a confusion matrix, truth by row, coloured by the share of the row and with counts where they can be read.
+    """Draw a confusion matrix, true classes by row, coloured by the share of the row; with counts if they are legible.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG.
         confusion: (classes, classes) counts.
         names: list of str.
     """
     counts = np.asarray(confusion)
     share = counts / counts.sum(1, keepdims=True).clip(1)
-    cell = 0.55 if len(names) <= 20 else min(0.12, 24 / len(names))  # inches; a picture of 24 can still be opened
+    cell = 0.55 if len(names) <= 20 else min(0.12, 24 / len(names))  # inches; viewers still open a picture of 24
     texts = [label(name) for name in names]
     figure, (axes,) = _matrices(share[None], texts, texts, cell, 1.0, "Blues", "share of the true class")
     axes.set(xlabel="predicted", ylabel="true")
@@ -64,11 +64,11 @@ def plot_confusion(path, confusion, names):
 
 
 def plot_calibration(path, bins):
-    """Draw a reliability diagram: how often predictions of some probability were right, and how many there were.
+    """Draw a reliability diagram: accuracy and number of predictions by predicted probability.
 
     Args:
-        path: of the PNG.
-        bins: the calibration of `scores.scores_from_counts`.
+        path: path of the PNG.
+        bins: `calibration` of `scores.scores_from_counts`.
     """
     figure = new_figure(5, 6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -85,21 +85,22 @@ def plot_calibration(path, bins):
 
 
 def plot_attention(path, weights, tokens, keys=None):
-    """Draw attention weights, one panel a head, queries by row.
+    """Draw attention weights, one panel per head, queries by row.
 
     Args:
-        path: of the PNG.
-        weights: (n_head, seqlen_q, seqlen_k), for example of `attention_maps.attention_maps`.
+        path: path of the PNG.
+        weights: (n_head, seqlen_q, seqlen_k), for example from `attention_maps.attention_maps`.
         tokens: list of str, the texts of the queries.
         keys: list of str, the texts of the keys; None: the same tokens.
 
     Raises:
-        UsageError: the numbers of tokens are not those of the weights.
+        UsageError: the numbers of tokens do not match the weights.
     """
     weights = torch.as_tensor(weights).detach().float().cpu().numpy()
     keys = tokens if keys is None else keys
-    expect(weights.ndim == 3 and weights.size, "weights", "shape (n_head, seqlen_q, seqlen_k)", weights.shape)
-    expect(weights.shape[1:] == (len(tokens), len(keys)), "tokens", f"{weights.shape[1:]}", (len(tokens), len(keys)))
+    expect(weights.ndim == 3 and weights.size, "weights", "of shape (n_head, seqlen_q, seqlen_k)", weights.shape)
+    sizes = len(tokens), len(keys)
+    expect(weights.shape[1:] == sizes, "the numbers of tokens and keys", f"{weights.shape[1:]}", sizes)
     cell = min(0.2, 24 / math.ceil(len(weights) ** 0.5) / max(len(tokens), len(keys)))  # inches
     texts = ([label(token.replace(" ", "␣"), 12) for token in line] for line in (tokens, keys))
     figure, panels = _matrices(weights, *texts, cell, weights.max(), "viridis", "weight")
@@ -109,14 +110,14 @@ def plot_attention(path, weights, tokens, keys=None):
 
 
 def _matrices(matrices, rows, columns, cell, top, colours, bar):
-    """A figure of equally large matrices, in a square grid, with a colour bar from 0 to `top`: (figure, their axes).
+    """A figure of matrices of equal size in a square grid, with a colour bar from 0 to `top`: (figure, axes).
 
-    Every size is known, so everything is placed in inches: the layout engine takes seconds for hundreds of labels.
+    All sizes are known, so everything is placed in inches; the layout engine takes seconds for hundreds of labels.
 
     Args:
         matrices: (n, len(rows), len(columns)).
-        rows, columns: labels; those of the columns stand under the lowest panels, those of the rows left of the first.
-        cell: inches of a cell; where that is too narrow for letters only every nth is named.
+        rows, columns: labels, shown left of the first panels and below the lowest ones.
+        cell: inches per cell; if that is too narrow for letters, only every nth label is shown.
     """
     across = math.ceil(len(matrices) ** 0.5)
     step = max(math.ceil(0.09 / cell), math.ceil(max(len(rows), len(columns)) / 200))

@@ -1,33 +1,28 @@
-"""Text from a trained model, one token after the other: greedy, sampled, or by beam search."""
+"""Generates text with a trained model, token by token: greedy, sampled, or by beam search."""
 
 import torch
 
 from fastattn.models import KeyValueCache, search
 
-from ..messages import UsageError
+from ..messages import UsageError, expect
 
 _NUCLEUS = 64  # tokens to look at first in search of those that reach top_p
 
 
 def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, beams=1):
-    """Raises UsageError for values that cannot be sampled with."""
-    expectations = (
-        (max_new_tokens >= 1, "max_new_tokens: expected at least 1", max_new_tokens),
-        (0 <= temperature < float("inf"), "temperature: expected 0 or more", temperature),
-        (top_k is None or top_k >= 1, "top_k: expected at least 1", top_k),
-        (top_p is None or 0 < top_p <= 1, "top_p: expected 0 < x <= 1", top_p),
-        (0 < repetition_penalty < float("inf"), "repetition_penalty: expected more than 0", repetition_penalty),
-        (beams >= 1, "beams: expected at least 1", beams),
-    )
-    for holds, expected, got in expectations:
-        if not holds:
-            raise UsageError(f"{expected}, got {got}")
+    """Raise UsageError if a value is out of range."""
+    expect(max_new_tokens >= 1, "max_new_tokens", "at least 1", max_new_tokens)
+    expect(0 <= temperature < float("inf"), "temperature", "at least 0 and finite", temperature)
+    expect(top_k is None or top_k >= 1, "top_k", "at least 1", top_k)
+    expect(top_p is None or 0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
+    expect(0 < repetition_penalty < float("inf"), "repetition_penalty", "above 0 and finite", repetition_penalty)
+    expect(beams >= 1, "beams", "at least 1", beams)
 
 
 class _NextLogits:
-    """The logits after each of a batch of growing token rows, from a cache as long as they fit the model's window.
+    """The logits after each row of a growing batch, with a cache while the rows fit the model's window.
 
-    A window that moves gives every token another position: then all of it is read again, as without a cache.
+    When the window moves, every token changes its position, so the whole window is read again.
     """
 
     def __init__(self, model, use_cache):
@@ -36,7 +31,7 @@ class _NextLogits:
         self.cache = None
 
     def __call__(self, tokens):
-        """tokens: (batch, n), those of the last call with one more each; returns (batch, vocab_size)."""
+        """tokens: (batch, n), one more per row than in the last call; returns (batch, vocab_size)."""
         if not self.use_cache or tokens.shape[1] > self.model.block_size:
             return self.model(tokens[:, -self.model.block_size :])[:, -1]
         if self.cache is None:
@@ -49,16 +44,16 @@ class _NextLogits:
 
 
 def next_token_probabilities(logits, seen=None, *, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0):
-    """What the next token is drawn from.
+    """The probabilities from which the next token is drawn.
 
     Args:
         logits: (batch, vocab_size), float.
         seen: None or (batch, n) int64, the tokens so far: their logits are divided by the penalty if positive and
             multiplied by it if negative, once for each distinct token (Keskar et al., "CTRL", 2019, section 4.1).
-        temperature: logits are divided by it; 0 leaves the most likely token alone.
-        top_k: None or how many of the most likely tokens to keep.
-        top_p: None or how much probability: the fewest most likely tokens that reach it are kept (Holtzman et al.,
-            "The curious case of neural text degeneration", 2019).
+        temperature: divides the logits; 0 keeps only the most likely token.
+        top_k: None, or the number of most likely tokens to keep.
+        top_p: None, or the probability that the kept tokens must reach, as few as possible (Holtzman et al., "The
+            curious case of neural text degeneration", 2019).
         repetition_penalty: 1.0 = none.
 
     Returns:
@@ -92,7 +87,7 @@ def _nucleus(probabilities, top_p):
         if n >= vocab_size or bool((total[:, -1] >= top_p).all()):
             break
         n *= 8
-    kept = likely.masked_fill(total - likely >= top_p, 0.0)  # the tokens before it reach top_p without it
+    kept = likely.masked_fill(total - likely >= top_p, 0.0)  # the tokens before it already reach top_p
     return torch.zeros_like(probabilities).scatter(1, index, kept / kept.sum(-1, keepdim=True))
 
 
@@ -102,23 +97,23 @@ def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None,
     """Continue a prompt, token by token.
 
     Args:
-        model: a CausalLM; left in the mode (training or evaluation) it was in.
-        prompt: list of int, at least one token; the model sees the last block_size of everything so far.
-        max_new_tokens: tokens to add at most.
+        model: a CausalLM; its mode (training or evaluation) does not change.
+        prompt: list of int, at least one token; the model sees the last block_size tokens of the text so far.
+        max_new_tokens: the most tokens to add.
         temperature, top_k, top_p, repetition_penalty: as for next_token_probabilities.
-        stop: tokens that end the text; they are not given out.
+        stop: tokens that end the text; they are not yielded.
         seed: the same seed gives the same text.
-        use_cache: keep keys and values instead of reading everything again for each token.
+        use_cache: cache keys and values instead of reading all tokens again for each new one.
 
     Yields:
-        int: the new tokens, each as soon as it is drawn.
+        int: each new token as soon as it is drawn.
 
     Raises:
-        UsageError: an empty prompt or values out of range.
+        UsageError: the prompt is empty or a value is out of range.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     if not prompt:
-        raise UsageError("prompt: expected at least one token, got an empty text")
+        raise UsageError("prompt must have at least one token, got an empty text")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -150,12 +145,12 @@ def generate_tokens(model, prompt, max_new_tokens, **options):
 
 
 def stream_text(tokenizer, numbers, stop=None):
-    """Tokens as text, in pieces that join to tokenizer.decode of all of them.
+    """Tokens as text, in pieces whose concatenation is tokenizer.decode of all tokens.
 
     Args:
-        tokenizer: as of `build_tokenizer`.
+        tokenizer: as from `build_tokenizer`.
         numbers: iterable of int.
-        stop: None or a text: what comes before its first occurrence is the end.
+        stop: None, or a text; the output ends before its first occurrence.
 
     Yields:
         str, not empty.
@@ -168,7 +163,7 @@ def stream_text(tokenizer, numbers, stop=None):
             if end > shown:
                 yield text[shown:end]
             return
-        # half a character is not shown, nor what may become the stop text
+        # hold back an incomplete character, and text that may become the stop text
         safe = len(text.rstrip("\ufffd")) - (len(stop) - 1 if stop else 0)
         if safe > shown:
             yield text[shown:safe]
@@ -183,18 +178,18 @@ def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, s
 
     Args:
         model, prompt, max_new_tokens, stop, use_cache: as for stream_tokens.
-        beams: candidates that are followed at a time.
+        beams: number of candidates kept.
         length_penalty: candidates are compared by log-probability / length ** length_penalty.
 
     Returns:
         list of int: the new tokens, without the stop token.
 
     Raises:
-        UsageError: an empty prompt or values out of range.
+        UsageError: the prompt is empty or a value is out of range.
     """
     check_sampling(max_new_tokens, beams=beams)
     if not prompt:
-        raise UsageError("prompt: expected at least one token, got an empty text")
+        raise UsageError("prompt must have at least one token, got an empty text")
     was_training = model.training
     model.eval()
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)

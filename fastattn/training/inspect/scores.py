@@ -1,7 +1,7 @@
-"""Numbers that say how good predictions are: of classes, of translations, of the next token.
+"""Scores of predicted classes, of translations and of language models.
 
-What is counted of classes adds up: processes count their own share and sum the counts, so that any number of them
-gives the scores of one. scikit-learn derives precision, recall and F1 from the counts, sacrebleu gives BLEU and chrF.
+Counts of class predictions add up: each process counts its share, and the sum gives the same scores for any number of
+processes. scikit-learn computes precision, recall and F1 from the counts; sacrebleu computes BLEU and chrF.
 """
 
 import math
@@ -10,16 +10,16 @@ import numpy as np
 
 from ..messages import UsageError, expect
 
-N_BINS = 15  # of the reliability diagram, equally wide
+N_BINS = 15  # bins of the reliability diagram, equally wide
 
 
 def classification_scores(truth, predicted, probabilities, names):
-    """Scores of predicted classes; arguments as for `count_predictions`, result as of `scores_from_counts`."""
+    """Scores of predicted classes; arguments as for `count_predictions`, result as from `scores_from_counts`."""
     return scores_from_counts(count_predictions(truth, predicted, probabilities, len(names)), names)
 
 
 def count_predictions(truth, predicted, probabilities, n_classes):
-    """What `scores_from_counts` needs of some examples; the counts of several processes may be added, key by key.
+    """The counts that `scores_from_counts` needs; the counts of several processes may be added, key by key.
 
     Args:
         truth, predicted: (examples,) int, true and predicted classes.
@@ -27,16 +27,16 @@ def count_predictions(truth, predicted, probabilities, n_classes):
         n_classes: number of classes.
 
     Returns:
-        {"confusion": (n_classes, n_classes) int64, truth by row}, and with probabilities {"bins": (N_BINS, 3) float64,
-        of each bin of the probability of the predicted class: examples, sum of that probability, right ones;
+        {"confusion": (n_classes, n_classes) int64, true classes by row}, and with probabilities also {"bins": (N_BINS,
+        3) float64, per bin of the predicted class's probability: examples, sum of that probability, correct examples;
         "log_loss" and "brier": () float64, sums over the examples}.
 
     Raises:
-        UsageError: shapes that differ, a number that is no class, rows that are no probabilities.
+        UsageError: shapes differ, a number is not a class, or rows are not probabilities.
     """
     truth, predicted = np.asarray(truth, dtype=np.int64), np.asarray(predicted, dtype=np.int64)
-    expect(truth.ndim == 1, "truth", "one class an example", truth.shape)
-    expect(predicted.shape == truth.shape, "predicted", f"shape {truth.shape} as truth", predicted.shape)
+    expect(truth.ndim == 1, "truth", "of shape (examples,)", truth.shape)
+    expect(predicted.shape == truth.shape, "predicted", f"of shape {truth.shape} like truth", predicted.shape)
     for name, numbers in (("truth", truth), ("predicted", predicted)):
         wrong = numbers[(numbers < 0) | (numbers >= n_classes)]
         expect(not len(wrong), name, f"classes from 0 to {n_classes - 1}", int(wrong[0]) if len(wrong) else None)
@@ -45,15 +45,15 @@ def count_predictions(truth, predicted, probabilities, n_classes):
     if probabilities is None:
         return counts
     p = np.asarray(probabilities, dtype=np.float64)
-    expect(p.shape == (len(truth), n_classes), "probabilities", f"shape {(len(truth), n_classes)}", p.shape)
-    if not ((p >= 0).all() and np.allclose(p.sum(1), 1, rtol=0, atol=1e-3)):  # false for NaN too
-        raise UsageError("probabilities: expected rows of numbers from 0 to 1 that sum to 1, got others")
+    expect(p.shape == (len(truth), n_classes), "probabilities", f"of shape {(len(truth), n_classes)}", p.shape)
+    if not ((p >= 0).all() and np.allclose(p.sum(1), 1, rtol=0, atol=1e-3)):  # also false for NaN
+        raise UsageError("probabilities must be from 0 to 1 and sum to 1 in every row")
     rows = np.arange(len(truth))
     confidence = p[rows, predicted]
     bins = (np.ceil(confidence * N_BINS) - 1).clip(0, N_BINS - 1).astype(np.int64)  # a bin holds its upper end
     columns = (None, confidence, predicted == truth)
     counts["bins"] = np.stack([np.bincount(bins, column, N_BINS).astype(np.float64) for column in columns], 1)
-    # the least that is not taken for 0 is the resolution of float64, as in scikit-learn
+    # clipped at the resolution of float64, as in scikit-learn
     counts["log_loss"] = -np.log(p[rows, truth].clip(np.finfo(np.float64).eps)).sum()
     counts["brier"] = (p**2).sum() - 2 * p[rows, truth].sum() + len(truth)
     return counts
@@ -63,18 +63,18 @@ def scores_from_counts(counts, names):
     """The scores of counted predictions.
 
     Args:
-        counts: of `count_predictions`, or a sum of several.
+        counts: from `count_predictions`, or a sum of several.
         names: list of str, of the classes.
 
     Returns:
         dict: examples; accuracy; averages: {"micro", "macro", "weighted": {precision, recall, f1}}, macro and weighted
-        over the classes that occur among truth or predictions; classes: [{name, precision, recall, f1, support,
-        predicted}], 0 where nothing was there to divide by; confusion: truth by row. With probabilities also log_loss
-        (nats an example); brier (squared distance to the true class, summed over the classes, 0 to 2);
+        over the classes that occur in truth or predictions; classes: [{name, precision, recall, f1, support,
+        predicted}], 0 instead of 0 / 0; confusion: true classes by row. With probabilities also log_loss (nats per
+        example); brier (squared distance to the true class, summed over the classes, 0 to 2);
         expected_calibration_error; calibration: [{low, high, examples, confidence, accuracy}], None in an empty bin.
 
     Raises:
-        UsageError: no example.
+        UsageError: there are no examples.
     Source: Guo et al., "On calibration of modern neural networks", 2017; Brier, "Verification of forecasts expressed in
         terms of probability", 1950.
     """
@@ -83,8 +83,8 @@ def scores_from_counts(counts, names):
     confusion = np.asarray(counts["confusion"]).astype(np.int64)
     total = int(confusion.sum())
     if not total:
-        raise UsageError("classification: expected at least one example, got none")
-    truth, predicted = confusion.nonzero()  # every pair of classes once, with its count as weight
+        raise UsageError("classification scores need at least one example")
+    truth, predicted = confusion.nonzero()  # each pair of classes once, weighted by its count
 
     def evaluate(**options):
         weights = confusion[truth, predicted]
@@ -129,24 +129,25 @@ def scores_from_counts(counts, names):
 
 
 def translation_scores(hypotheses, references):
-    """Scores of translations, as plain text with its case and without tokenization of one's own.
+    """Scores of translations given as plain, cased, untokenized text.
 
     Args:
-        hypotheses, references: lists of str, one reference each.
+        hypotheses, references: lists of str, one reference per hypothesis.
 
     Returns:
-        dict: examples; bleu and chrf, 0 to 100, of the whole list, with bleu_signature and chrf_signature, which say
-        how they were computed; exact_match: share that equals its reference but for white space at the ends;
-        length_ratio: words of the hypotheses over words of the references.
+        dict: examples; bleu and chrf, 0 to 100, over the whole list, with bleu_signature and chrf_signature, which
+        state how they were computed; exact_match: share equal to the reference, except for white space at the ends;
+        length_ratio: words of the hypotheses divided by words of the references.
 
     Raises:
-        UsageError: lists of different lengths, or empty.
+        UsageError: the lists differ in length or are empty.
     Source: Post, "A call for clarity in reporting BLEU scores", 2018; Popović, "chrF", 2015.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
-    expect(len(hypotheses) == len(references), "hypotheses", f"{len(references)}, one a reference", len(hypotheses))
-    expect(len(references) > 0, "translation", "at least one example", 0)
+    same = len(hypotheses) == len(references)
+    expect(same, "the number of hypotheses", f"{len(references)}, one per reference", len(hypotheses))
+    expect(len(references) > 0, "the number of translations", "at least 1", 0)
     bleu, chrf = BLEU(), CHRF()
     score = bleu.corpus_score(hypotheses, [references])
     equal = sum(a.strip() == b.strip() for a, b in zip(hypotheses, references, strict=True))
@@ -166,17 +167,17 @@ def language_scores(total_nats, tokens, characters):
 
     Args:
         total_nats: sum of their cross-entropies.
-        tokens: how many were predicted.
-        characters: of their text, None where that says nothing, for example of masked tokens.
+        tokens: number of predicted tokens.
+        characters: number of characters in their text; None if meaningless, as for masked tokens.
 
     Returns:
-        dict: loss in nats a token, perplexity, bits_per_token, and with characters bits_per_character.
+        dict: loss in nats per token, perplexity, bits_per_token, and with characters bits_per_character.
 
     Raises:
-        UsageError: no token, or no character.
+        UsageError: there are no tokens or no characters.
     """
-    expect(tokens > 0, "language model", "at least one predicted token", tokens)
-    expect(characters is None or characters > 0, "language model", "at least one character", characters)
+    expect(tokens > 0, "the number of predicted tokens", "at least 1", tokens)
+    expect(characters is None or characters > 0, "the number of characters", "at least 1", characters)
     loss = total_nats / tokens
     scores = {
         "loss": loss,

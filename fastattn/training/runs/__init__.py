@@ -1,1 +1,1 @@
-"""A run: what it starts from, the loop over steps with its optimizer and logs, and how it is loaded again."""
+"""A run: its starting point, the loop over steps with optimizer and logs, its checkpoints, and loading it again."""

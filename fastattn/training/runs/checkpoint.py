@@ -1,11 +1,11 @@
-"""The folder of a run and its checkpoints: whole after a kill at any moment.
+"""The folder of a run and its checkpoints, which stay intact if the process is killed at any moment.
 
     RUN/config.yaml tokenizer.json data.json metrics.csv loss.png sample.txt tensorboard/
     RUN/report.json report.md confusion.png calibration.png attention.png, and those of one step in reports/STEP/
     RUN/checkpoints/step-00000250/{model.safetensors, state.pt, meta.json}
 
-Everything is written beside its final name, flushed to the disk and renamed: a reader finds all of it or nothing.
-meta.json holds the step, the validation loss and the sha256 of the other two, so damage is noticed.
+Everything is written under a temporary name, flushed to disk and renamed, so a reader finds all of it or nothing.
+meta.json holds the step, the validation loss and the sha256 of the other two files, which reveals damage.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ RUN_FILES = {
 
 
 def create_run(run, files, overwrite):
-    """Make the folder of a run with its first files, all at once; an old run is replaced at the last moment.
+    """Create the folder of a run with its first files atomically; an old run is replaced last.
 
     Args:
-        run: the folder, as check_new_run has seen it.
+        run: the folder, which check_new_run has accepted.
         files: {name: text}.
-        overwrite: whether an old run may be replaced.
+        overwrite: whether to replace an old run.
     """
     check_new_run(run, overwrite)
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -52,30 +52,28 @@ def create_run(run, files, overwrite):
 
 
 def check_new_run(run, overwrite):
-    """Raises UsageError if `run` cannot become a new run: something is there that may not be replaced."""
+    """Raise UsageError if `run` exists and may not be replaced, or cannot be created."""
     if file := next((parent for parent in run.parents if parent.exists() and not parent.is_dir()), None):
-        raise UsageError(f"run {str(run)!r}: expected a folder inside folders, got the file {str(file)!r} on the way")
+        raise UsageError(f"run {str(run)!r} cannot be created: {str(file)!r} is a file, not a folder")
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         return
     if not run.is_dir():
-        raise UsageError(f"run {str(run)!r}: expected a folder or nothing, got a file")
+        raise UsageError(f"run {str(run)!r} is a file; name a new folder")
     if foreign := sorted(p.name for p in run.iterdir() if p.name not in RUN_FILES and not p.name.endswith(".tmp")):
-        raise UsageError(f"run {str(run)!r}: expected a new folder, got one with {foreign[0]!r}, which no run writes")
+        raise UsageError(f"run {str(run)!r} has {foreign[0]!r}, which is not part of a run; name a new folder")
     if not overwrite:
         raise UsageError(
-            f"run {str(run)!r}: expected a new folder, got an existing run; "
-            f"continue it with --resume {run} or replace it with --overwrite"
+            f"run {str(run)!r} already exists; continue it with --resume {run} or replace it with --overwrite"
         )
 
 
 def check_run(run):
-    """Raises UsageError unless `run` is the folder of a run."""
+    """Raise UsageError unless `run` is the folder of a run."""
     if not run.is_dir():
-        got = "a file" if run.exists() else "nothing there"
-        raise UsageError(f"run {str(run)!r}: expected the folder of a run, got {got}")
+        raise UsageError(f"run {str(run)!r} {'is a file, not a folder' if run.exists() else 'does not exist'}")
     for name in ("config.yaml", "tokenizer.json", "data.json"):
         if not (run / name).is_file():
-            raise UsageError(f"run {str(run)!r}: expected the folder of a run, got one without {name}")
+            raise UsageError(f"{str(run)!r} is not the folder of a run: it has no {name}")
 
 
 def read_summary(run):
@@ -84,7 +82,7 @@ def read_summary(run):
         summary = json.loads((run / "data.json").read_text())
         return {**summary, **{name: summary[name] for name in ("source", "characters", "sha256")}}
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{run / 'data.json'}: expected source, characters and sha256, got {error}") from None
+        raise UsageError(f"{run / 'data.json'} must hold source, characters and sha256, got {error}") from None
 
 
 def save_checkpoint(run, step, model, state, validation, keep):
@@ -92,14 +90,14 @@ def save_checkpoint(run, step, model, state, validation, keep):
 
     Args:
         run: the folder of the run.
-        step: finished steps.
+        step: number of finished steps.
         model: the module whose weights are saved.
-        state: what resuming needs besides, loadable with weights_only=True.
+        state: the other state that resuming needs, loadable with weights_only=True.
         validation: {"validation_loss": ..., "score": ...}, the best has the lowest score; None if not validated.
         keep: number of newest checkpoints to keep.
 
     Raises:
-        OSError: it could not be written; the others are as they were.
+        OSError: the checkpoint could not be written; the others are unchanged.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -109,13 +107,13 @@ def save_checkpoint(run, step, model, state, validation, keep):
         try:
             save_model(model, str(temporary / "model.safetensors"))
             torch.save(state, temporary / "state.pt")
-        except (SafetensorError, RuntimeError) as error:  # a full disk is no OSError to them
-            raise OSError(f"checkpoint {str(folder)!r}: expected room to write it, got {error}") from error
-        shutil.copymode(temporary / "state.pt", temporary / "model.safetensors")  # safetensors makes it private
+        except (SafetensorError, RuntimeError) as error:  # they do not raise OSError if the disk is full
+            raise OSError(f"checkpoint {str(folder)!r} could not be written: {error}") from error
+        shutil.copymode(temporary / "state.pt", temporary / "model.safetensors")  # safetensors makes its file private
         meta = {"step": step, "validation_loss": None, **(validation or {})}
         meta["sha256"] = {name: _flush_and_hash(temporary / name) for name in ("model.safetensors", "state.pt")}
         write_atomic(temporary / "meta.json", json.dumps(meta))
-        if folder.exists():  # a damaged one that training has passed again
+        if folder.exists():  # a damaged checkpoint from before a resume
             _remove(folder)
         os.replace(temporary, folder)
     except BaseException:
@@ -131,24 +129,24 @@ def find_checkpoints(run):
 
 
 def best_checkpoint(run):
-    """(folder, meta) of the lowest score; None if none was validated."""
+    """(folder, meta) of the checkpoint with the lowest score; None if none was validated."""
     validated = [(f, m) for f, m in find_checkpoints(run) if m and m["validation_loss"] is not None]
     return min(validated, key=lambda item: item[1].get("score", item[1]["validation_loss"]), default=None)
 
 
 def choose_checkpoint(run, which="last", needed=("model.safetensors",)):
-    """An undamaged checkpoint of a run; a damaged one is reported on stderr and the next older good one taken.
+    """An undamaged checkpoint of a run; warns of a damaged one and takes the next older good one.
 
     Args:
         run: the folder of the run.
         which: "last", "best", or a step as text.
-        needed: files that must be whole.
+        needed: files that must be undamaged.
 
     Returns:
-        (folder, meta), or None if the run has no checkpoint at all.
+        (folder, meta), or None if the run has no checkpoint.
 
     Raises:
-        UsageError: no such step, or all that could serve are damaged.
+        UsageError: there is no such step, or all candidates are damaged.
     """
     found = find_checkpoints(run)
     candidates = found[::-1]
@@ -156,7 +154,7 @@ def choose_checkpoint(run, which="last", needed=("model.safetensors",)):
         candidates = [(f, m) for f, m in found if which.isdecimal() and f.name == f"step-{int(which):08d}"]
         if not candidates:
             steps = ", ".join(str(int(f.name[5:])) for f, _ in found) or "none"
-            raise UsageError(f"checkpoint: expected 'best', 'last' or a saved step ({steps}), got {which!r}")
+            raise UsageError(f"checkpoint must be 'best', 'last' or a saved step ({steps}), got {which!r}")
     elif which == "best" and (best := best_checkpoint(run)):
         candidates.sort(key=lambda checkpoint: checkpoint[0] != best[0])  # stable: the best, then newest to oldest
     damages = []
@@ -168,21 +166,21 @@ def choose_checkpoint(run, which="last", needed=("model.safetensors",)):
             return folder, meta
         damages.append(f"{folder} is damaged ({damage})")
     if damages:
-        raise UsageError(f"checkpoint: expected an undamaged one in {str(run)!r}, got {'; '.join(damages)}")
+        raise UsageError(f"run {str(run)!r} has no undamaged checkpoint: {'; '.join(damages)}")
     return None
 
 
 def load_state(folder):
-    """The state of a checkpoint; UsageError if there is more in it than plain values: no code of a file is run."""
+    """The state of a checkpoint; UsageError unless it holds only plain values. Never runs code from the file."""
     try:
         return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         text = " ".join(str(error).split())
-        raise UsageError(f"{folder}: expected a state of plain numbers and tensors, got {text[:200]}") from None
+        raise UsageError(f"{folder}: state.pt must hold only plain numbers and tensors: {text[:200]}") from None
 
 
 def remove_leftovers(run):
-    """Delete what a killed process left half-written."""
+    """Delete the temporary files of a killed process."""
     for path in [*run.glob(".*.tmp"), *(run / "checkpoints").glob(".*.tmp")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -195,7 +193,7 @@ def _rotate(run, keep):
 
 
 def _remove(folder):
-    """Delete a folder; its name goes first and at once, so a kill leaves no half of it under that name."""
+    """Delete a folder; it is renamed first, so a killed process leaves no partial folder under its name."""
     doomed = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)

@@ -1,4 +1,4 @@
-"""What a person and the logs are told of a run: its beginning, every step, and its end."""
+"""The output of a run on the terminal and in the logs: at the start, at every step, and at the end."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from .optim import learning_rate
 
 
 def describe(trainer):
-    """Print what is about to be trained, on what and where."""
+    """Print the data, the model and the device of a run before it trains."""
     config, task, summary = trainer.config, trainer.task, trainer.task.summary
     model, fabric = trainer.raw_model, trainer.fabric
     sizes = ", ".join(f"{name} {size}" for name, size in task.sizes.items())
@@ -37,17 +37,17 @@ def vocabulary(config, task):
     size = task.tokenizer.vocab_size
     learnt = config.start is None and config.data.tokenizer in ("word", "bpe", "wordpiece")
     fewer = learnt and size < config.data.vocab_size
-    return f"{size:,}" + (f", fewer than the {config.data.vocab_size:,} asked for" if fewer else "")
+    return f"{size:,}" + (f", fewer than the {config.data.vocab_size:,} allowed" if fewer else "")
 
 
 class Console:
-    """The log, the lines and the bar of a run while it trains; silent in all processes but the first."""
+    """The log, the output lines and the progress bar of a run; silent in all processes except the first."""
 
     def __init__(self, trainer):
         config, self.trainer, self.main = trainer.config, trainer, trainer.fabric.is_global_zero
         self.speed = []
         self.log = MetricsLog(trainer.run, trainer.step, config.tensorboard) if self.main else None
-        interval = 0.2 if os.isatty(2) else 10.0  # seconds; a log file wants few lines
+        interval = 0.2 if os.isatty(2) else 10.0  # seconds; a log file needs few lines
         self.bar = tqdm(
             total=config.steps, initial=trainer.step, unit="step", disable=not self.main, mininterval=interval
         )  # fmt: skip
@@ -58,7 +58,7 @@ class Console:
             self.log.close()
 
     def trained(self, loss, norm):
-        """A step whose loss is known; norm: of its gradients, or None."""
+        """Log a step; norm: the norm of its gradients, or None."""
         if not self.main:
             return
         trainer = self.trainer
@@ -85,19 +85,19 @@ class Console:
 
 
 def speed_texts(reading):
-    """The speed as a person reads it: a list of texts, without what is unknown."""
+    """The speed as a list of texts, without unknown values."""
     speed, mfu = reading["tokens_per_second"], reading["mfu"]
     texts = (speed is not None and f"{speed:,.0f} tokens/s", mfu is not None and f"MFU {mfu:.0%}")
     return [text for text in texts if text]
 
 
 def conclude(trainer, stopped):
-    """Print how a run ended and what can be done with it; draw its losses, and write what its model writes."""
+    """Print how a run ended and the next commands; draw its losses, and write a sample of the model."""
     run, config, task = trainer.run, trainer.config, trainer.task
     plot = plot_losses(run)
     if stopped:
         name = signal.Signals(stopped).name
-        warn(f"stopped by {name} after step {trainer.step}, saved; continue with: fastattn train --resume {run}")
+        warn(f"stopped by {name} after step {trainer.step} and saved; continue with: fastattn train --resume {run}")
         return
     if trainer.step < config.steps:
         print(f"stopped early after step {trainer.step}: no better validation in {trainer.stale} validations")
@@ -108,5 +108,5 @@ def conclude(trainer, stopped):
     model, _, _ = load_run(run, config, accelerator=config.accelerator)
     if text := task.sample(model):
         write_atomic(run / "sample.txt", text)
-        print(f"what it writes:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
+        print(f"sample:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
     print(f"loss curve: {plot}\nnext: fastattn evaluate {run}; {task.next_command.format(run=run)}")

@@ -1,4 +1,4 @@
-"""A trained model from the folder of its run."""
+"""Loads a trained model from the folder of its run."""
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model
@@ -19,20 +19,20 @@ def load_run(run, config, *, checkpoint="best", accelerator="auto", layers=None)
         config: its TrainConfig.
         checkpoint: "best", "last" or a step.
         accelerator: "auto", "cpu" or "cuda".
-        layers: None or other layers than the model was trained with.
+        layers: "fastattn" or "torch"; None: as the model was trained.
 
     Returns:
         (model in evaluation mode, tokenizer, step).
 
     Raises:
-        UsageError: no such run or device, no undamaged checkpoint.
+        UsageError: the run or device does not exist, or there is no undamaged checkpoint.
     """
     check_run(run)
     device = pick_device(accelerator)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     chosen = choose_checkpoint(run, checkpoint)
     if chosen is None:
-        raise UsageError(f"run {str(run)!r}: expected a checkpoint, got none yet; continue it with --resume {run}")
+        raise UsageError(f"run {str(run)!r} has no checkpoint yet; continue it with --resume {run}")
     model = TASKS[config.task].build_model(config, tokenizer, read_summary(run), layers)
     if config.trained == "lora":
         add_lora(model, config.lora_rank)
@@ -42,15 +42,15 @@ def load_run(run, config, *, checkpoint="best", accelerator="auto", layers=None)
 
 
 def load_task(run, config, checkpoint="best", accelerator="auto", layers=None):
-    """(model, task without data) of a run, for texts that come later; as load_run."""
+    """(model, task without data) of a run, to apply to new texts; otherwise as load_run."""
     model, tokenizer, _ = load_run(run, config, checkpoint=checkpoint, accelerator=accelerator, layers=layers)
     return model, TASKS[config.task].without_data(config, tokenizer, read_summary(run))
 
 
 def load_weights(model, folder):
-    """Fill a model from a checkpoint folder; UsageError if the weights are those of another shape."""
+    """Load a checkpoint folder into a model; UsageError if the weights do not fit."""
     try:
         load_model(model, str(folder / "model.safetensors"), strict=True)
     except (SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        raise UsageError(f"{folder}: expected weights of the model in config.yaml, got {text[:200]}") from None
+        raise UsageError(f"{folder}: the weights do not fit the model in config.yaml: {text[:200]}") from None

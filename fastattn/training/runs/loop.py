@@ -1,4 +1,4 @@
-"""The training loop: batches from (seed, step), an optimizer, validation, checkpoints, exact resume."""
+"""The training loop: batches from (seed, step), an optimizer, validation, checkpoints and exact resume."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ from .throughput import Speedometer, flops_per_token
 
 
 def dropout_seed(seed, step, rank):
-    """Dropout of a step depends on (seed, step, rank) alone, so resuming needs no generator state."""
+    """The dropout seed of a step, from (seed, step, rank) only, so that resuming needs no generator state."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
@@ -36,7 +36,7 @@ class Trainer:
         self.speedometer = Speedometer(task.tokens_a_step, flops / fabric.world_size, fabric.device, config.precision)
         model = torch.compile(self.raw_model) if config.compile else self.raw_model
         self.model = fabric.setup_module(model)
-        # a gradient scaler and fused optimizers exclude each other in Fabric's clipping; shards have no fused SGD
+        # Fabric cannot clip with both a gradient scaler and a fused optimizer; there is no fused SGD for shards
         fused = config.precision != "16-mixed" and (not self.sharded or config.optim.name in ("adam", "adamw"))
         self.optimizer = fabric.setup_optimizers(build_optimizer(self.raw_model, config.optim, fused))
         self.average = average_of(self.raw_model, config.optim.ema)
@@ -45,7 +45,7 @@ class Trainer:
             self.load_state(chosen[0])
 
     def build_model(self, chosen):
-        """The model on the CPU, with the weights of a checkpoint, of the start, or new ones."""
+        """The model on the CPU, with the weights of a checkpoint or of config.start, or newly initialized."""
         config, task = self.config, self.task
         model = task.build_model(config, task.tokenizer, task.summary)
         if chosen is None and config.start is not None:
@@ -59,7 +59,7 @@ class Trainer:
 
     @property
     def judged_model(self):
-        """The model that is validated and saved: the average of weights where there is one."""
+        """The model that is validated and saved: the average of the weights if there is one."""
         return self.average.module if self.average else self.raw_model
 
     @property
@@ -97,7 +97,7 @@ class Trainer:
         self.fabric.barrier()
 
     def fit(self):
-        """Train to the last step, or until nothing gets better or a signal comes; returns the signal's number or 0."""
+        """Train to the last step, until patience runs out, or until a signal; returns the signal's number or 0."""
         stopped = 0
         with StopSignal() as stop, contextlib.closing(Console(self)) as console:
             if self.step == 0:
@@ -129,7 +129,7 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.steps
 
     def train_step(self):
-        """One optimizer step; returns the loss of its whole batch and the norm of the gradients, None if unknown."""
+        """One optimizer step; returns the loss of its batch, and the norm of the gradients or None."""
         rate = learning_rate(self.step, self.config.steps, self.config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -145,14 +145,14 @@ class Trainer:
         return loss, norm
 
     def backward(self, batch):
-        """Gradients of the mean loss over a batch, part by part; returns this process's share of that loss."""
+        """Accumulate gradients of the mean loss over a batch; returns this process's share of that loss."""
         config, fabric, task = self.config, self.fabric, self.task
         part = config.batch_size // (config.accumulate * fabric.world_size)
         total, count = torch.zeros((), device=fabric.device), task.count(batch)
         for number in range(config.accumulate):
             start = (number * fabric.world_size + fabric.global_rank) * part
             rows = tuple(tensor[start : start + part] for tensor in batch)
-            # the mean over the whole batch, however its predictions are spread; processes are averaged
+            # the mean over the whole batch, even if parts differ in predictions; DDP averages the processes
             weight = task.count(rows) * fabric.world_size / max(1, count)
             with fabric.no_backward_sync(self.model, enabled=number < config.accumulate - 1):
                 loss = self.model(*fabric.to_device(task.inputs(rows))) * weight
@@ -161,7 +161,7 @@ class Trainer:
         return total
 
     def clip_gradients(self):
-        """The norm of all gradients, which without clipping nobody computes: None."""
+        """Clip the gradients and return their norm; None without clipping, which does not compute it."""
         largest = self.config.optim.clip
         if not largest:
             return None
@@ -174,17 +174,17 @@ class Trainer:
         return loss
 
     def validate(self):
-        """{"validation_loss", "validation_accuracy" if the task has one, "score", of which the best is the lowest}."""
+        """{"validation_loss", "validation_accuracy" if the task has one, "score": lower is better}."""
         fabric = self.fabric
         sums = evaluate_part(
             self.judged_model, self.task, "validation", limit=self.config.validation_windows,
             rank=fabric.global_rank, world_size=fabric.world_size, autocast=fabric.autocast,
-            anywhere=self.maximum if self.sharded else None,
+            any_rank=self.maximum if self.sharded else None,
         )  # fmt: skip
         sums = torch.tensor(sums, dtype=torch.float64, device=fabric.device)
         total, right, count = fabric.all_reduce(sums, reduce_op="sum").tolist()
-        if not count:  # a loss of 0 would be the best of all
-            raise UsageError("validation: expected at least one token to predict in the validation part, got none")
+        if not count:  # a loss of 0 would be the best possible
+            raise UsageError("the validation part must have at least one token to predict")
         values = {"validation_loss": total / count}
         if self.task.has_accuracy:
             values["validation_accuracy"] = right / count
@@ -199,17 +199,17 @@ class Trainer:
     def check_finite(self, loss, name):
         if not math.isfinite(loss):
             raise UsageError(
-                f"{name}: expected a finite number at step {self.step}, got {loss}; the last checkpoint is kept, "
+                f"{name} is {loss} at step {self.step}; the last checkpoint is kept, "
                 f"try a learning rate below {self.config.optim.learning_rate}"
             )
 
     def maximum(self, number):
-        """The greatest int or bool of all processes."""
+        """The largest int or bool of all processes."""
         return int(self.fabric.all_reduce(torch.tensor(int(number), device=self.fabric.device), reduce_op="max"))
 
     def must_stop(self, stop):
         if self.fabric.world_size == 1:
             return stop.number
-        if self.step % self.config.log_every:  # asking the others waits for the device
+        if self.step % self.config.log_every:  # the all-reduce waits for the device
             return 0
         return self.maximum(stop.number)

@@ -1,4 +1,4 @@
-"""Which weights of a model learn: all, its head, or its head and low-rank additions to the others (LoRA)."""
+"""Selects the trainable weights of a model: all, its head, or its head and low-rank updates of the others (LoRA)."""
 
 import torch
 from torch import nn
@@ -6,11 +6,11 @@ from torch.nn.utils import parametrize
 
 from ..messages import UsageError
 
-HEADS = ("head.", "pooler.")  # what stands behind the states of a model
+HEADS = ("head.", "pooler.")  # the modules after the hidden states
 
 
 class LowRank(nn.Module):
-    """weight + lora_b @ lora_a: (rows, columns), of which only the two factors learn; at the start it is the weight.
+    """weight + lora_b @ lora_a: (rows, columns); only the two factors are trained, and the update starts at 0.
 
     Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language models", with alpha = rank.
     """
@@ -26,25 +26,23 @@ class LowRank(nn.Module):
 
 
 def train_only(model, what, rank):
-    """Leave gradients to all weights ("all"), to the head ("head"), or to it and to low-rank additions ("lora").
+    """Make all weights trainable ("all"), only the head ("head"), or the head and low-rank updates ("lora").
 
     Raises:
-        UsageError: a model without what is to learn.
+        UsageError: the model has no such weights.
     """
     if what == "all":
         return
     if what == "lora" and not add_lora(model, rank):
-        raise UsageError("trained: expected a transformer for 'lora', got a model without blocks")
+        raise UsageError("trained 'lora' needs a transformer, got a model without blocks")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(HEADS) or ".lora_" in name)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(
-            "trained: expected a head with weights of its own for 'head', got none; with --model.tied false it has some"
-        )
+        raise UsageError("trained 'head' needs a head with its own weights; set --model.tied false")
 
 
 def add_lora(model, rank):
-    """Give every matrix of the blocks a LowRank of `rank`; embeddings, norms and heads stay plain.
+    """Add a LowRank of `rank` to every matrix of the blocks, but not to embeddings, norms and heads.
 
     Returns:
         The number of matrices.
@@ -62,7 +60,7 @@ def add_lora(model, rank):
 
 
 def merge_lora(model):
-    """Make the sums the weights, so that the model is the plain one again."""
+    """Replace the weights by their sums with the updates, so that the model is plain again."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):

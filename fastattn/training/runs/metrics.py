@@ -1,4 +1,4 @@
-"""The course of a run: metrics.csv, TensorBoard, and the loss curve drawn from the CSV."""
+"""The metrics of a run: metrics.csv, TensorBoard, and the loss curve drawn from the CSV."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import math
 from ..files import write_atomic
 from ..inspect.figures import label, new_figure, save_png
 
-# seconds: of training since the row before that has it, without validation and checkpoints
+# seconds: training time since the last row with a value, without validation and checkpoints
 COLUMNS = (
     "step", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "grad_norm", "tokens_per_second",
     "mfu", "seconds",
@@ -15,7 +15,7 @@ COLUMNS = (
 
 
 def read_metrics(run):
-    """Rows of metrics.csv: list of {column: float}, empty cells left out, a torn last line left out."""
+    """Rows of metrics.csv: list of {column: float}, without empty cells and an incomplete last line."""
     path = run / "metrics.csv"
     if not path.exists():
         return []
@@ -29,17 +29,17 @@ class MetricsLog:
 
     Args:
         run: the folder of the run.
-        step: finished steps; later rows are dropped.
-        tensorboard: whether to write for TensorBoard too.
+        step: number of finished steps; later rows are dropped.
+        tensorboard: whether to write TensorBoard logs too.
     """
 
-    # Fabric's CSVLogger starts a new file, or appends after rows that a resumed run will write again
+    # Fabric's CSVLogger starts a new file, or appends to rows that a resumed run will write again
     def __init__(self, run, step, tensorboard):
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in read_metrics(run):
-            if step and row["step"] <= step:  # a run that begins anew validates at step 0 again
+            if step and row["step"] <= step:  # a restarted run validates at step 0 again
                 writer.writerow({**row, "step": int(row["step"])})
         write_atomic(run / "metrics.csv", text.getvalue())
         self.file = open(run / "metrics.csv", "a", newline="", buffering=1)  # noqa: SIM115, closed by close()
@@ -52,7 +52,7 @@ class MetricsLog:
             self.tensorboard = TensorBoardLogger(run, name="tensorboard", version="", purge_step=purge)
 
     def log(self, step, **values):
-        """Append a row; a value of None is unknown and left out: an empty cell, no point in TensorBoard."""
+        """Append a row; None is an unknown value: an empty cell, and no point in TensorBoard."""
         known = {name: value for name, value in values.items() if value is not None}
         self.writer.writerow({"step": step, **known})
         if self.tensorboard:

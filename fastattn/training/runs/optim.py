@@ -1,4 +1,4 @@
-"""Optimizers and learning rates."""
+"""Optimizers and learning-rate schedules."""
 
 import math
 
@@ -6,10 +6,10 @@ import torch
 
 
 def learning_rate(step, steps, optim):
-    """Linear warm-up, then the schedule of an OptimConfig down to its min_learning_rate; `step` counts from 0.
+    """The learning rate of a step, counted from 0: a linear warm-up, then the schedule of an OptimConfig.
 
     constant stays at learning_rate; cosine and linear reach min_learning_rate at `steps`; noam falls with
-    1 / sqrt(step) from the end of the warm-up on (Vaswani et al., "Attention is all you need", 2017, section 5.3).
+    1 / sqrt(step) after the warm-up (Vaswani et al., "Attention is all you need", 2017, section 5.3).
     """
     high, low, warmup = optim.learning_rate, optim.min_learning_rate, optim.warmup_steps
     if step < warmup:
@@ -28,7 +28,7 @@ def build_optimizer(model, optim, fused):
     """The optimizer of an OptimConfig, with weight decay on matrices (and embeddings) only.
 
     Args:
-        model: whose parameters are trained; those that need no gradient are left out.
+        model: the model to train; parameters that need no gradient are left out.
         optim: OptimConfig.
         fused: use PyTorch's fused implementation.
     """
@@ -48,7 +48,7 @@ def build_optimizer(model, optim, fused):
 
 
 def average_of(model, decay):
-    """The exponential moving average of a model's weights (AveragedModel), None for a decay of 0."""
+    """The exponential moving average of a model's weights (AveragedModel), or None for a decay of 0."""
     if not decay:
         return None
     return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))

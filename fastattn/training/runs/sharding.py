@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state divided among processes (FSDP2): to shards, and back to whole tensors."""
+"""Sharding of weights, gradients and optimizer state over processes (FSDP2), and gathering them again."""
 
 from lightning_fabric.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -8,12 +8,12 @@ from fastattn.models.backbone import Backbone
 
 
 def sharded_strategy(processes):
-    """The Fabric strategy that divides a model among so many processes."""
+    """The Fabric strategy that shards a model over this number of processes."""
     return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
 
 
 def _shard(model, mesh):
-    """A block's weights are whole while it runs and sharded otherwise; embeddings, norm and head are the root's."""
+    """Shard each block, whose weights are gathered while it runs; embeddings, norm and head belong to the root."""
     mesh = mesh["data_parallel"]
     for backbone in model.modules():
         for block in backbone.blocks if isinstance(backbone, Backbone) else ():
@@ -24,7 +24,7 @@ def _shard(model, mesh):
 
 
 def gather(values):
-    """Nested dictionaries and lists with whole tensors in place of shards; all processes must call it."""
+    """Nested dicts and lists with full tensors instead of shards; all processes must call it."""
     if isinstance(values, DTensor):
         return values.full_tensor()
     if isinstance(values, dict):
@@ -33,7 +33,7 @@ def gather(values):
 
 
 def divide(state, optimizer):
-    """What Optimizer.state_dict() returned when it was gathered, with tensors sharded as the parameters are now."""
+    """A gathered Optimizer.state_dict() with its tensors sharded like the parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def like(parameter, value):

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Handling of signals that stop a run."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ class StopSignal:
 
     def __enter__(self):
         self.number, self.previous = 0, {}
-        with contextlib.suppress(ValueError):  # not the main thread: signals stay with whoever has them
+        with contextlib.suppress(ValueError):  # not the main thread, which alone may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self._remember)
         return self

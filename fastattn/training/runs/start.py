@@ -1,4 +1,4 @@
-"""What a run starts from: tokenizer, shape and weights of another run, or of a BERT or GPT-2 of Hugging Face."""
+"""The starting point of a run: tokenizer, shape and weights of another run, or of a BERT or GPT-2 of Hugging Face."""
 
 from collections import namedtuple
 from pathlib import Path
@@ -11,10 +11,10 @@ from ..messages import UsageError, expect
 from .checkpoint import check_run, read_summary
 from .load import load_run
 
-# task; labels: of a classifier, else None; model: its ModelConfig; read_weights: () → {name: tensor}
+# task; labels of a classifier, else None; model: ModelConfig; read_weights: () → {name: tensor}
 Start = namedtuple("Start", "task labels model read_weights")
 
-# what decides the meaning of weights, whatever their shape
+# settings that decide the meaning of the weights, not only their shape
 _KEPT = ("body", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "bias", "positions", "norm_first",
          "feed_forward", "norm_eps")  # fmt: skip
 _WITH_ENCODER = {"masked_lm", "classify", "translate"}
@@ -25,7 +25,7 @@ def open_start(start):
     """The Start in a folder: a run with config.yaml, or a Hugging Face model with config.json.
 
     Raises:
-        UsageError: neither of them, or one that cannot be read.
+        UsageError: the folder is neither, or cannot be read.
     """
     folder = Path(start).expanduser()
     if (folder / "config.yaml").is_file():
@@ -33,84 +33,86 @@ def open_start(start):
     if (folder / "config.json").is_file():
         return _hugging_face_start(folder)
     raise UsageError(
-        f"start {start!r}: expected the folder of a run (config.yaml) or of a Hugging Face model (config.json), got "
-        + ("neither file in it" if folder.is_dir() else "no such folder")
+        f"start {start!r} must be the folder of a run (config.yaml) or of a Hugging Face model (config.json), but it "
+        + ("has neither file" if folder.is_dir() else "does not exist")
     )
 
 
 def start_tokenizer(config):
-    """The tokenizer of config.start; UsageError if there is none, or a model of another task or shape."""
+    """The tokenizer of config.start; UsageError if it is missing, or the task or shape differs."""
     _matching_start(config)
     path = Path(config.start) / "tokenizer.json"
     if not path.is_file():
-        raise UsageError(f"start {config.start!r}: expected a tokenizer.json beside the weights, got none")
+        raise UsageError(f"start {config.start!r} has no tokenizer.json")
     return load_tokenizer(path)
 
 
 def start_model_options(start):
-    """{name: value} of the ModelConfig of a start, for a run that does not say otherwise."""
+    """{name: value} of the ModelConfig of a start: the defaults of a run that starts from it."""
     options = dict(vars(open_start(start).model))
-    del options["embedding"], options["init"], options["checkpointing"]  # they say how weights began, and how to save
+    del options["embedding"], options["init"], options["checkpointing"]  # about initial weights and memory
     return options
 
 
 def load_start(model, config, labels=None):
-    """Fill a model with the weights of config.start.
+    """Load the weights of config.start into a model.
 
-    The same task takes all of them over, except the head of a classifier of other labels; another task takes the
-    encoder. Rows of tokens and positions that the model does not have are left out.
+    The same task takes all weights, except the head of a classifier with other labels; another task takes the encoder.
+    Rows for tokens and positions that the model does not have are dropped.
 
     Args:
-        model: of the task, before add_lora.
+        model: the task's model, before add_lora.
         config: its TrainConfig.
         labels: the names of its classes, if it is a classifier.
-    Returns: names of the parameters that stay as they were.
+    Returns: names of the parameters that were not loaded.
     Raises:
-        UsageError: a start that is not there, of a task that does not fit, of another shape, or with other labels where
-            nothing would be left of it.
+        UsageError: the start is missing, has an unsuitable task or another shape, or is a bag of words with other
+            labels, of which no weight would be left.
     """
     start = _matching_start(config)
     same = start.task == config.task
-    weights, own = start.read_weights(), model.state_dict()
+    weights, state = start.read_weights(), model.state_dict()
     if not same:
         weights = {name: value for name, value in weights.items() if name.startswith(("encoder.", "pooler."))}
     elif start.labels != labels:
-        expect(config.model.body != "bag_of_words", "data", f"the labels {start.labels} of the start", labels)
+        body = config.model.body
+        expect(body != "bag_of_words", "the labels of the data", f"{start.labels} as in the start", labels)
         weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
-    if same and "head.weight" in own and "head.weight" not in weights and labels is None:  # tied there, untied here
+    if same and "head.weight" in state and "head.weight" not in weights and labels is None:  # tied there, untied here
         weights["head.weight"] = next(weights[n] for n in weights if n.endswith("token_embedding.weight"))
     for name, value in weights.items():
-        if name in own and name.endswith(_BY_TOKEN_OR_POSITION) and len(value) > len(own[name]):
-            weights[name] = value[: len(own[name])]
-    weights = {name: value for name, value in weights.items() if name in own or not name.startswith("pooler.")}
-    _check_tensors(weights, own, ("head.", "pooler.") if same else ("head.", "pooler.", "decoder."), config.start)
+        if name in state and name.endswith(_BY_TOKEN_OR_POSITION) and len(value) > len(state[name]):
+            weights[name] = value[: len(state[name])]
+    weights = {name: value for name, value in weights.items() if name in state or not name.startswith("pooler.")}
+    _check_tensors(weights, state, ("head.", "pooler.") if same else ("head.", "pooler.", "decoder."), config.start)
     model.load_state_dict(weights, strict=False)
     return [name for name, _ in model.named_parameters() if name not in weights]
 
 
 def _matching_start(config):
-    """The Start of a TrainConfig; UsageError unless its weights mean the same in the model of the config."""
+    """The Start of a TrainConfig; UsageError unless its weights keep their meaning in the model of the config."""
     start = open_start(config.start)
     if start.task != config.task and not {start.task, config.task} <= _WITH_ENCODER:
-        raise UsageError(f"start {config.start!r}: expected a model for task {config.task}, got one of {start.task}")
+        raise UsageError(f"start {config.start!r} is of task {start.task}, which cannot start task {config.task}")
     theirs, ours = _shape(start.model), _shape(config.model)
     for name in _KEPT:
         expect(theirs[name] == ours[name], f"model.{name}", f"{theirs[name]!r} as in {config.start}", ours[name])
     return start
 
 
-def _check_tensors(weights, own, may_be_new, start):
-    """Raises UsageError if weights would be lost, have another shape, or what may not be new would stay as it is."""
-    for name in [*weights, *own]:
-        if name not in own:
-            got = f"{name}, for which it has no place"
-        elif name in weights and weights[name].shape != own[name].shape:
-            got = f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
+def _check_tensors(weights, state, may_be_new, start):
+    """Raise UsageError if a weight has no counterpart or another shape; `may_be_new`: prefixes that may be missing."""
+    for name in [*weights, *state]:
+        if name not in state:
+            problem = f"the checkpoint has {name}, which this model does not"
+        elif name in weights and weights[name].shape != state[name].shape:
+            shapes = tuple(state[name].shape), tuple(weights[name].shape)
+            problem = f"{name} must have shape {shapes[0]} as in this model, got {shapes[1]}"
         elif name not in weights and not name.startswith(may_be_new):
-            got = f"no {name}"
+            problem = f"the checkpoint lacks {name}, which this model has"
         else:
             continue
-        raise UsageError(f"start {start!r}: expected weights of the model in this config, got {got}")
+        raise UsageError(f"start {start!r}: {problem}")
 
 
 def _shape(model):
@@ -123,10 +125,9 @@ def _run_start(folder):
     try:
         config = config_from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, UsageError) as error:
-        raise UsageError(f"{folder / 'config.yaml'}: expected the config of a run, got {error}") from None
+        raise UsageError(f"{folder / 'config.yaml'} is not the config of a run: {error}") from None
 
     def read_weights():
-
         return load_run(folder, config, accelerator="cpu")[0].state_dict()
 
     return Start(config.task, read_summary(folder).get("labels"), config.model, read_weights)

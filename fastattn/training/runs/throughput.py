@@ -1,4 +1,4 @@
-"""How much of a device's arithmetic a training run uses (model FLOPs utilization, MFU)."""
+"""The speed of a training run, and its share of a device's peak arithmetic (model FLOPs utilization, MFU)."""
 
 import functools
 import time
@@ -11,20 +11,20 @@ from fastattn.models.backbone import Head
 from ..data.batches import MASKED
 from .lora import HEADS
 
-# dense bf16 and fp16 products of a device, FLOP/s, by the makers' data sheets; sparse figures are twice these
+# peak FLOP/s of dense bf16 and fp16 products, from data sheets; sparse figures are twice these
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def flops_per_token(model, shape):
-    """Operations of a training step for each token.
+    """Operations of a training step per token.
 
-    2 a weight of a matrix and 4 * d_model * block_size a layer of attention in the forward pass. The gradients cost
-    the same for the weights that are trained, and once more for the inputs unless only the head is trained. Looking up
-    an embedding and making the sums of LoRA cost nothing; an output layer counts also when it is tied to the embedding,
-    that of a MaskedLM for the tokens it predicts. Half the tokens of a translator pass its encoder, half its decoder.
+    The forward pass costs 2 per matrix weight, and 4 * d_model * block_size per attention layer. The backward costs the
+    same for trained weights, and the same again for the inputs unless only the head is trained. Embedding look-ups and
+    the sums of LoRA are not counted. The output layer counts even if tied; for a MaskedLM only the masked tokens pass
+    it. Half the tokens of a translator pass the encoder, half the decoder.
 
     Args:
-        model: nn.Module, of whose weights those are trained that require a gradient.
+        model: nn.Module; the weights that require a gradient are trained.
         shape: ModelConfig.
     Source: Chowdhery et al. 2022, "PaLM: scaling language modeling with pathways", appendix B.
     """
@@ -49,11 +49,11 @@ def flops_per_token(model, shape):
 
 
 def peak_flops(device, precision):
-    """FLOP/s of matrix products: a GPU's by its data sheet, a CPU's measured (about 0.1 s); None for an unknown GPU.
+    """FLOP/s of matrix products: from the data sheet of a GPU, measured on a CPU (about 0.1 s); None if unknown.
 
     Args:
         device: torch.device.
-        precision: of a TrainConfig; a CPU's products are measured in its number format.
+        precision: of a TrainConfig; a CPU is measured in this number format.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -65,15 +65,15 @@ def peak_flops(device, precision):
         start = time.perf_counter()
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best if best else None  # a clock that did not move tells nothing
+    return 2 * n**3 / best if best else None  # None if the clock is too coarse
 
 
 class Speedometer:
-    """Times the steps of a run: a `with` block is one step.
+    """Times the steps of a run; each `with` block is one step.
 
     Args:
-        tokens_a_step: tokens that a step reads, on average.
-        flops_per_token: operations of one device for each token of a step.
+        tokens_a_step: average number of tokens per step.
+        flops_per_token: operations of one device per token of a step.
         device, precision: as for `peak_flops`.
     """
 
@@ -90,19 +90,19 @@ class Speedometer:
         self.steps += 1
 
     def read(self):
-        """Of the steps since the last reading: {"tokens_per_second", "mfu", "seconds"}, None for what is unknown."""
+        """{"tokens_per_second", "mfu", "seconds"} of the steps since the last reading; None if unknown."""
         speed = self.tokens_a_step * self.steps / self.seconds if self.seconds else None
         reading = {"tokens_per_second": speed, "mfu": self.utilization(speed), "seconds": self.seconds}
         self.seconds, self.steps = 0.0, 0
         return reading
 
     def utilization(self, tokens_per_second):
-        """The model's arithmetic a second over that of the device's matrix products (MFU); None where unknown."""
+        """The model's FLOP/s divided by the device's peak (MFU); None if unknown."""
         if tokens_per_second is None:
             return None
         rate = tokens_per_second * self.flops_per_token
         if self.peak is None:
             self.peak = self.measure_peak()
-        if self.peak is not None and rate > self.peak:  # a CPU's peak was measured while others used it
+        if self.peak is not None and rate > self.peak:  # the CPU was busy when its peak was measured
             self.peak = max(self.peak, self.measure_peak() or 0.0)
         return rate / self.peak if self.peak is not None and rate <= self.peak else None

@@ -1,4 +1,4 @@
-"""Training as a whole: what a user can get wrong is checked, the folder is made, the loop runs."""
+"""A whole training run: checks the user's settings, creates the folder, and runs the loop."""
 
 import dataclasses
 import json
@@ -23,15 +23,15 @@ from .start import load_start, start_tokenizer
 
 
 def train(config, *, resume=False, overwrite=False):
-    """Train a model as `config` says, from the start or from the newest checkpoint of config.run.
+    """Train a model from the beginning, or from the newest checkpoint of config.run.
 
     Args:
         config: TrainConfig.
-        resume: continue the run in config.run; losses are then the same bits as without the interruption.
-        overwrite: replace a run that is already there.
+        resume: continue the run in config.run; its losses are bitwise the same as without the interruption.
+        overwrite: replace an existing run.
 
     Returns:
-        0 when finished, 128 + the signal's number when SIGINT or SIGTERM ended it early (after a checkpoint).
+        0 if finished; 128 + the signal's number if SIGINT or SIGTERM stopped the run, after a checkpoint.
 
     Raises:
         UsageError: a user's mistake; nothing was written.
@@ -70,10 +70,10 @@ def train(config, *, resume=False, overwrite=False):
 
 
 def prepare_run(run, config, resume, overwrite):
-    """Everything a user can get wrong, checked before anything is written; returns the Task."""
+    """Check all user settings before anything is written; returns the Task."""
     tokenizer, expected = None, None
     if config.tensorboard:
-        import torch.utils.tensorboard  # noqa: F401, a missing package shows before the run has a folder
+        import torch.utils.tensorboard  # noqa: F401, raises if the package is missing, before the run has a folder
     if resume:
         check_run(run)
         tokenizer, expected = load_tokenizer(run / "tokenizer.json"), read_summary(run)
@@ -81,7 +81,7 @@ def prepare_run(run, config, resume, overwrite):
     else:
         check_new_run(run, overwrite)
         if config.start == str(run):
-            raise UsageError(f"run {config.run!r}: expected another folder than that of start, got the same")
+            raise UsageError(f"run {config.run!r} must not be the folder of start")
         if config.start is not None:
             tokenizer = start_tokenizer(config)
     task = make_task(config, tokenizer, expected)
@@ -89,11 +89,11 @@ def prepare_run(run, config, resume, overwrite):
         config.steps = max(1, round(config.epochs * task.steps_an_epoch))
     task.check_sample()
     if config.start is not None and not resume:
-        model = task.build_model(config, task.tokenizer, task.summary)  # tells what does not fit
+        model = task.build_model(config, task.tokenizer, task.summary)  # raises if something does not fit
         new = load_start(model, config, task.summary.get("labels"))
         train_only(model, config.trained, config.lora_rank)
         if new:
-            warn(f"start {config.start}: all weights taken over but {', '.join(new[:6])}{' ...' if new[6:] else ''}")
+            warn(f"start {config.start}: loaded all weights except {', '.join(new[:6])}{' ...' if new[6:] else ''}")
     return task
 
 

@@ -1,1 +1,1 @@
-"""What a model can learn, one file a task: its data, its batches, its model and its scores."""
+"""The tasks that a model can learn, one file per task: its data, its batches, its model and its scores."""

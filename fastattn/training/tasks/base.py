@@ -1,4 +1,4 @@
-"""What the training loop asks of a task, and what tasks on documents have in common."""
+"""The interface of a task to the training loop, and the base class of tasks on documents."""
 
 import json
 from contextlib import nullcontext
@@ -15,22 +15,22 @@ from ..messages import UsageError
 
 
 class Task:
-    """The interface; `rows` are tuples of tensors whose first dimension is the batch, on the CPU.
+    """The interface of a task; `rows` are tuples of CPU tensors whose first dimension is the batch.
 
     Attributes:
-        tokenizer: as of build_tokenizer.
-        summary: what data.json keeps: source, characters, sha256, and what a model's shape follows from.
-        sizes: {part: text}, how much of it there is.
-        steps_an_epoch: batches in a pass over the training part.
-        tokens_a_step: tokens that a step reads, on average.
+        tokenizer: as from build_tokenizer.
+        summary: the content of data.json: source, characters, sha256, and values that decide a model's shape.
+        sizes: {part: text}, the size of each part.
+        steps_an_epoch: batches per pass over the training part.
+        tokens_a_step: average number of tokens per step.
     """
 
-    next_command = "fastattn generate {run} --prompt TEXT"  # what to do with a trained model
-    has_accuracy = False  # whether `sums` counts right predictions
+    next_command = "fastattn generate {run} --prompt TEXT"  # the next command for a trained model
+    has_accuracy = False  # whether `sums` counts correct predictions
 
     @classmethod
     def without_data(cls, config, tokenizer, summary):
-        """A task that can do with texts what a model has learnt, without the data it was learnt from."""
+        """A task that can apply a model to new texts, without its training data."""
         task = cls.__new__(cls)
         task.config, task.tokenizer, task.summary = config, tokenizer, summary
         return task
@@ -40,11 +40,11 @@ class Task:
         raise NotImplementedError
 
     def rows(self, part, limit=None, rank=0, world_size=1):
-        """Yields all of a part in batches, in an order that never changes; those of this process."""
+        """Yield this process's batches of a whole part, in a fixed order."""
         raise NotImplementedError
 
     def inputs(self, rows):
-        """The arguments for which the model returns the mean loss over `count(rows)` predictions."""
+        """The arguments of the model, which then returns the mean loss over `count(rows)` predictions."""
         return rows
 
     def count(self, rows):
@@ -52,21 +52,21 @@ class Task:
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
-        """The model of a TrainConfig, on the CPU; `summary`: data.json."""
+        """The model of a TrainConfig, on the CPU; `summary`: the content of data.json."""
         raise NotImplementedError
 
     def initialize(self, model):
-        """What a new model of this task starts with beside its own initial weights."""
+        """Change the initial weights of a new model of this task."""
 
     def check_sample(self):
-        """Raises UsageError if `sample` could not be made."""
+        """Raise UsageError if `sample` would fail."""
 
     def sample(self, model):
-        """What the best model writes at the end of training: text, "" for nothing."""
+        """A text that the best model generates at the end of training; "" for none."""
         return ""
 
     def sums(self, model, rows, device):
-        """(loss summed over predictions in nats, right predictions, predictions) of a model in evaluation mode."""
+        """(summed loss in nats, correct predictions, predictions) of a model in evaluation mode."""
         count = self.count(rows)
         loss = model(*_to(self.inputs(rows), device))
         return loss.double().item() * count, 0, count
@@ -76,7 +76,7 @@ class Task:
         raise NotImplementedError
 
     def attention(self, model, text):
-        """What the last block looks at: (weights (n_head, seqlen_q, seqlen_k), texts of queries, texts of keys)."""
+        """The last block's attention: (weights (n_head, seqlen_q, seqlen_k), texts of queries, texts of keys)."""
         raise NotImplementedError
 
     def token_texts(self, numbers):
@@ -88,7 +88,7 @@ def _to(values, device):
 
 
 def summed_loss_of_logits(logits, targets):
-    """(summed cross-entropy in nats, right predictions, predictions); targets of -100 do not count."""
+    """(summed cross-entropy in nats, correct predictions, predictions); targets of -100 do not count."""
     wanted = targets != IGNORED
     logits, targets = logits[wanted].float(), targets[wanted]
     loss = F.cross_entropy(logits, targets, reduction="sum").double().item()
@@ -96,7 +96,7 @@ def summed_loss_of_logits(logits, targets):
 
 
 def shape_of(config, layers=None):
-    """The arguments that all models share, from a TrainConfig."""
+    """The arguments of a TrainConfig that all models take."""
     shape = dict(vars(config.model))
     for name in ("body", "pooling", "embedding", "head_transform"):
         del shape[name]
@@ -106,7 +106,7 @@ def shape_of(config, layers=None):
 class DocumentTask(Task):
     """A task on documents in three parts, read in batches of about equal length.
 
-    A source that is published in parts keeps them; what is missing is drawn from the training part.
+    A source with published parts keeps them; a missing part is drawn from the training part.
     """
 
     tokenize_targets = False
@@ -120,7 +120,7 @@ class DocumentTask(Task):
     def __init__(self, config, tokenizer=None, expected=None):
         self.config = config
         if config.model.block_size < 3:
-            raise UsageError(f"model.block_size: expected at least 3 for documents, got {config.model.block_size}")
+            raise UsageError(f"model.block_size must be at least 3 for documents, got {config.model.block_size}")
         self.parts = read_parts(config.data)
         texts = [text for part in self.parts.values() for text in part.texts]
         self.summary = {
@@ -133,7 +133,7 @@ class DocumentTask(Task):
         self.specials = {name: self.special(name) for name in SPECIALS}
         self.prepare()
         if empty := [name for name, examples in self.examples.items() if not examples]:
-            raise UsageError(f"source {config.data.source!r}: expected documents with text, got none in {empty[0]}")
+            raise UsageError(f"source {config.data.source!r}: the {empty[0]} part has no documents with text")
         self.sizes = {name: f"{len(self.examples[name]):,} documents" for name in self.examples}
         lengths = self.lengths("train")
         self.train_batches = LengthBatches(lengths, config.batch_size, config.seed)
@@ -152,7 +152,6 @@ class DocumentTask(Task):
         )
 
     def attention(self, model, text):
-
         numbers = self.encode(text)
         tokens = torch.tensor([numbers], device=next(model.parameters()).device)
         lengths = torch.tensor([len(numbers)], device=tokens.device)
@@ -163,23 +162,23 @@ class DocumentTask(Task):
     def special(self, name):
         number = self.tokenizer.number_of(name)
         if number is None:
-            raise UsageError(f"tokenizer: expected the token {name} for task {self.config.task}, got none")
+            raise UsageError(f"tokenizer: task {self.config.task} needs the token {name}, which is missing")
         return number
 
     def encode(self, text):
-        """Token numbers of a text between the tokens that begin and end it, cut to block_size."""
+        """Token numbers of a text with begin and end tokens, truncated to block_size."""
         numbers = self.tokenizer.encode(text)[: self.config.model.block_size - 2]
         return [self.specials[BEGIN], *numbers, self.specials[END]]
 
     def prepare(self):
-        """Set self.examples: {part: list}, whatever `collate` makes rows from."""
+        """Set self.examples: {part: list}, the input of `collate`."""
         raise NotImplementedError
 
     def lengths(self, part):
         raise NotImplementedError
 
     def collate(self, part, indices, key):
-        """The rows of these examples; `key`: two ints that decide what is drawn."""
+        """The rows of these examples; `key`: two ints that seed random draws."""
         raise NotImplementedError
 
     def train_rows(self, step):
@@ -191,29 +190,29 @@ class DocumentTask(Task):
 
 
 @torch.no_grad()
-def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autocast=nullcontext, anywhere=None):
-    """Losses and right predictions over a part, dropout off.
+def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autocast=nullcontext, any_rank=None):
+    """Losses and correct predictions over a part, without dropout.
 
     Args:
-        model: of the task; left in the mode it was in.
+        model: of the task; its mode does not change.
         task: Task.
         part: "train", "validation" or "test".
         limit: None or the number of windows of text to read.
-        rank, world_size: which share of the part is this process's.
-        autocast: gives the context to run the model in.
-        anywhere: None, or tells whether something is true in any process: all run a sharded model equally often.
+        rank, world_size: this process's share of the part.
+        autocast: returns the context to run the model in.
+        any_rank: None, or f(bool) -> bool, true if true on any rank: every rank must run a sharded model equally often.
 
     Returns:
-        (sum of the losses in nats, right predictions, predictions).
+        (sum of the losses in nats, correct predictions, predictions).
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     total, right, count = 0.0, 0, 0
-    own = task.rows(part, limit, rank, world_size)
+    batches = task.rows(part, limit, rank, world_size)
     while True:
-        rows = next(own, None)
-        if not (anywhere or bool)(rows is not None):
+        rows = next(batches, None)
+        if not (any_rank or bool)(rows is not None):
             break
         with autocast():
             sums = task.sums(model, next(task.rows(part, limit)) if rows is None else rows, device)

@@ -1,4 +1,4 @@
-"""The class of a document."""
+"""Classification of documents."""
 
 import torch
 
@@ -21,18 +21,16 @@ class Classification(DocumentTask):
     def prepare(self):
         source = self.config.data.source
         if any(part.labels is None for part in self.parts.values()):
-            raise UsageError(
-                f"source {source!r}: expected labels, got none; name their column with --data.columns.label"
-            )
+            raise UsageError(f"source {source!r} has no labels; name their column with --data.columns.label")
         names = sorted(set(self.parts["train"].labels))
         if len(names) < 2:
-            got = f"only {names[0]!r}" if names else "no document"
-            raise UsageError(f"source {source!r}: expected at least two classes, got {got}")
+            got = f"only {names[0]!r}" if names else "none"
+            raise UsageError(f"source {source!r} must have at least two classes, got {got}")
         numbers = {name: number for number, name in enumerate(names)}
         for name, part in self.parts.items():
             if unknown := sorted(set(part.labels) - numbers.keys()):
                 raise UsageError(
-                    f"source {source!r}: expected classes of the training part in the {name} part, got {unknown[0]!r}"
+                    f"source {source!r}: class {unknown[0]!r} of the {name} part is not in the training part"
                 )
         self.summary["labels"] = names
         self.examples = {name: list(map(self.encode, part.texts)) for name, part in self.parts.items()}
@@ -48,7 +46,6 @@ class Classification(DocumentTask):
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
-
         shape = shape_of(config, layers)
         del shape["tied"]
         return Classifier(
@@ -71,7 +68,7 @@ class Classification(DocumentTask):
 
     @torch.no_grad()
     def predict(self, model, texts):
-        """Probabilities (texts, classes) fp32 on the CPU."""
+        """The probabilities (texts, classes), fp32 on the CPU."""
         device = next(model.parameters()).device
         encoded = list(map(self.encode, texts))
         lengths = list(map(len, encoded))
@@ -83,6 +80,5 @@ class Classification(DocumentTask):
         return result
 
     def report(self, model, part):
-
         probabilities = self.predict(model, self.parts[part].texts).numpy()
         return classification_scores(self.classes[part], probabilities.argmax(-1), probabilities, self.names)

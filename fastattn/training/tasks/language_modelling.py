@@ -1,4 +1,4 @@
-"""The next token of a text, of tokens on disk, or of documents packed into rows."""
+"""Prediction of the next token, in a text, in tokens on disk, or in documents packed into rows."""
 
 import hashlib
 import math
@@ -25,10 +25,10 @@ from .base import Task, evaluate_part, shape_of
 
 
 class LanguageModelling(Task):
-    """Rows of block_size tokens: random windows to learn from, consecutive ones to evaluate on.
+    """Rows of block_size tokens: random windows for training, consecutive ones for evaluation.
 
-    A row is (tokens, the tokens that follow them), and with config.data.packed the number of each token's document:
-    attention stays within a document, and its last token has no target.
+    A row is (tokens, next tokens), and with config.data.packed also the document number of each token: attention stays
+    within a document, and its last token has no target.
     """
 
     def __init__(self, config, tokenizer=None, expected=None):
@@ -47,7 +47,7 @@ class LanguageModelling(Task):
         for name, tokens in self.splits.items():
             if len(tokens) <= block_size:
                 raise UsageError(
-                    f"text {data.source!r}: expected more than block_size = {block_size} tokens in the {name} split, "
+                    f"text {data.source!r}: the {name} split must have more than block_size = {block_size} tokens, "
                     f"got {len(tokens)}"
                 )
         self.sizes = {name: f"{len(tokens):,} tokens" for name, tokens in self.splits.items()}
@@ -57,11 +57,11 @@ class LanguageModelling(Task):
     def _open_folder(self, folder, tokenizer):
         self.tokenizer = load_tokenizer(folder / "tokenizer.json")
         if tokenizer is not None and tokenizer.to_json() != self.tokenizer.to_json():
-            raise UsageError(f"tokens {str(folder)!r}: expected tokens of the model's own tokenizer, got another's")
+            raise UsageError(f"tokens {str(folder)!r} come from another tokenizer than the model's")
         self.splits = {p: open_tokens(folder / f"{p}{SUFFIX}") for p in PARTS if (folder / f"{p}{SUFFIX}").exists()}
         if "validation" not in self.splits:
             raise UsageError(
-                f"tokens {str(folder)!r}: expected validation{SUFFIX} beside train{SUFFIX}, got none; tokenize the "
+                f"tokens {str(folder)!r}: there is no validation{SUFFIX} next to train{SUFFIX}; tokenize the "
                 "folder that `fastattn data split` wrote"
             )
         if self.config.data.packed:
@@ -91,7 +91,7 @@ class LanguageModelling(Task):
         if end is None:
             end = self.tokenizer.number_of(END_OF_TEXT)
         if end is None:
-            raise UsageError(f"tokenizer: expected the token {END} or {END_OF_TEXT} for packed documents, got none")
+            raise UsageError(f"tokenizer: packed documents need the token {END} or {END_OF_TEXT}, but both are missing")
         self.splits = {}
         for name, part in parts.items():
             numbers = [torch.tensor([*self.tokenizer.encode(text), end], dtype=torch.int32) for text in part.texts]
@@ -132,7 +132,6 @@ class LanguageModelling(Task):
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
-
         return CausalLM(tokenizer.vocab_size, **shape_of(config, layers))
 
     def check_sample(self):
@@ -147,21 +146,19 @@ class LanguageModelling(Task):
         return self.config.sample_prompt + self.tokenizer.decode(new)
 
     def attention(self, model, text):
-
         numbers = self.tokenizer.encode(text)[: self.config.model.block_size]
         if not numbers:
-            raise UsageError("attention: expected a text of at least one token, got none")
+            raise UsageError("attention: the text must have at least one token, got an empty text")
         maps = attention_maps(model, torch.tensor([numbers], device=next(model.parameters()).device))
         return maps[-1], self.token_texts(numbers), self.token_texts(numbers)
 
     def report(self, model, part, *, text=None):
-        """Loss over a whole part, or over another text that is read whole, in windows of block_size tokens."""
-
+        """Scores of a whole part, or of another whole text, in windows of block_size tokens."""
         if text is not None:
             block_size, tokens = self.config.model.block_size, to_tokens(self.tokenizer, read_text(text))
             if len(tokens) <= block_size:
                 raise UsageError(
-                    f"text {text!r}: expected more than block_size = {block_size} tokens, got {len(tokens)}"
+                    f"text {text!r} must have more than block_size = {block_size} tokens, got {len(tokens)}"
                 )
             self.splits, part, self.ends = {"all": tokens}, "all", {"all": torch.tensor([len(tokens)])}
         start = time.perf_counter()

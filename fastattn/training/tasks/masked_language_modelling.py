@@ -1,4 +1,4 @@
-"""Tokens under a mask, from the tokens on both sides: what an encoder is pretrained with."""
+"""Prediction of masked tokens from the tokens on both sides, which pretrains an encoder."""
 
 import torch
 
@@ -11,7 +11,7 @@ from .base import DocumentTask, evaluate_part, shape_of, summed_loss_of_logits
 
 
 class MaskedLanguageModelling(DocumentTask):
-    """Rows (tokens, lengths, targets), other masks in every epoch; those of validation never change.
+    """Rows (tokens, lengths, targets), with new masks in every epoch; the masks of validation are fixed.
 
     Documents longer than block_size are cut into pieces.
     """
@@ -45,7 +45,6 @@ class MaskedLanguageModelling(DocumentTask):
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
-
         return MaskedLM(tokenizer.vocab_size, head_transform=config.model.head_transform, **shape_of(config, layers))
 
     def sums(self, model, rows, device):
@@ -53,6 +52,5 @@ class MaskedLanguageModelling(DocumentTask):
         return summed_loss_of_logits(model(tokens, lengths), targets)
 
     def report(self, model, part):
-
         loss, right, count = evaluate_part(model, self, part)
         return {**language_scores(loss, count, None), "accuracy": right / count, "tokens": count}

@@ -1,4 +1,4 @@
-"""The tasks by the names they have in a config."""
+"""The tasks by their names in a config."""
 
 from .classification import Classification
 from .language_modelling import LanguageModelling
@@ -18,10 +18,10 @@ def make_task(config, tokenizer=None, expected=None):
 
     Args:
         config: TrainConfig.
-        tokenizer: None learns one from the training part.
+        tokenizer: None trains one on the training part.
         expected: None or the summary (data.json) of the data that a run was trained on.
 
     Raises:
-        UsageError: data that cannot be used, or other data than expected.
+        UsageError: the data cannot be used, or are not the expected ones.
     """
     return TASKS[config.task](config, tokenizer, expected)

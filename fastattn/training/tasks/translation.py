@@ -1,4 +1,4 @@
-"""What a document becomes: a translation, a spelling, a summary."""
+"""Translation of documents into other texts: another language, a spelling, a summary."""
 
 import torch
 
@@ -13,9 +13,9 @@ from .base import DocumentTask, evaluate_part, shape_of
 
 
 class Translation(DocumentTask):
-    """Rows (source, its lengths, target behind the token that begins it, target before the token that ends it).
+    """Rows (source, source lengths, begin token + target, target + end token).
 
-    One vocabulary serves both languages.
+    Both languages share one vocabulary.
     """
 
     tokenize_targets = True
@@ -23,7 +23,7 @@ class Translation(DocumentTask):
     def prepare(self):
         if any(part.targets is None for part in self.parts.values()):
             raise UsageError(
-                f"source {self.config.data.source!r}: expected targets, got none; name their column with "
+                f"source {self.config.data.source!r} has no targets; name their column with "
                 "--data.columns.target or their file with --data.target_source"
             )
         self.examples = {
@@ -47,11 +47,10 @@ class Translation(DocumentTask):
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
-
         return Seq2Seq(tokenizer.vocab_size, **shape_of(config, layers))
 
     def translate(self, model, texts, *, beams=1, length_penalty=1.0):
-        """The texts as the model writes them: list of str."""
+        """The model's translations of the texts: list of str."""
         device = next(model.parameters()).device
         encoded = [self.encode(text)[1:] for text in texts]
         lengths = list(map(len, encoded))
@@ -73,8 +72,7 @@ class Translation(DocumentTask):
         return "".join(f"{text}\n  -> {target}\n" for text, target in zip(part.texts, written, strict=True))
 
     def attention(self, model, text):
-        """Of the decoder, on the source, while it writes the translation that `translate` gives."""
-
+        """The decoder's attention to the source while it generates the translation."""
         device = next(model.parameters()).device
         source, target = self.encode(text)[1:], self.encode(self.translate(model, [text])[0])[:-1]
         tokens, lengths, target_in = (torch.tensor(x, device=device) for x in ([source], [len(source)], [target]))
@@ -84,7 +82,6 @@ class Translation(DocumentTask):
         return maps[-1], self.token_texts(target), self.token_texts(source)
 
     def report(self, model, part, *, beams=1):
-
         loss, _, count = evaluate_part(model, self, part)
         documents = self.parts[part]
         written = self.translate(model, documents.texts, beams=beams)

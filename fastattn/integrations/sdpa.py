@@ -1,0 +1,113 @@
+"""`torch.nn.functional.scaled_dot_product_attention` served by our kernels, for code that nobody wants to edit."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.ops._attention_call import Facts
+from fastattn.ops._backends import device_name, order, refusal
+from fastattn.ops._kinds import odd_kind
+from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
+
+
+def _reason(query, key, value, attn_mask):
+    """Why a call is left to torch, or None. What the arguments do not fit shows only when they are checked."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "a graph is traced"
+    kind = odd_kind(query, key, value, attn_mask)
+    if kind is not None:
+        return f"{kind} is given"
+    wide = query.shape[-1] > 256 or value.shape[-1] > 256
+    facts = Facts(device_name(query.device), query.dtype, wide_heads=wide)
+    reasons = {name: refusal("attention", name, facts) for name in order(facts.device) if name != "reference"}
+    if all(reasons.values()):
+        return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return None
+
+
+class SdpaPatch:
+    """What `patch_sdpa` did: served counts the calls that ran on our kernels, left those that went to torch, by reason.
+
+    A context manager; `undo()` puts back what was there before.
+    """
+
+    def __init__(self):
+        self.served = 0
+        self.left: Counter[str] = Counter()
+        self._before = F.scaled_dot_product_attention
+        self._function = self._make()
+        F.scaled_dot_product_attention = self._function
+
+    def _make(self):
+        def patched_scaled_dot_product_attention(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            scale: float | None = None,
+            enable_gqa: bool = False,
+        ) -> Tensor:
+            given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
+            named: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+            reason = _reason(query, key, value, attn_mask)
+            if reason is None:
+                try:
+                    out = scaled_dot_product_attention(*given, **named)
+                except (TypeError, ValueError) as error:
+                    reason = str(error)
+                else:
+                    self.served += 1
+                    return out
+            if not torch.compiler.is_compiling():
+                self.left[reason] += 1
+            return self._before(*given, **named)
+
+        return patched_scaled_dot_product_attention
+
+    def undo(self) -> None:
+        """Put back the function that was there before; nothing happens the second time.
+
+        Raises:
+            RuntimeError: somebody has put another function there since.
+        """
+        if self._function is None:
+            return
+        if F.scaled_dot_product_attention is not self._function:
+            raise RuntimeError(
+                "patch_sdpa: another function has taken the place of scaled_dot_product_attention: undo that first"
+            )
+        F.scaled_dot_product_attention, self._function = self._before, None
+
+    def __enter__(self) -> "SdpaPatch":
+        """The patch, which holds since `patch_sdpa` was called."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Undo it."""
+        self.undo()
+
+    def __str__(self):
+        lines = [f"{self.served} calls served by fastattn, {self.left.total()} left to torch"]
+        return "\n".join([*lines, *(f"  {count} left to torch: {reason}" for reason, count in self.left.items())])
+
+
+def patch_sdpa() -> SdpaPatch:
+    """Let `torch.nn.functional.scaled_dot_product_attention` run on our kernels, in this whole process.
+
+    A call that we cannot serve goes to torch: float64, nested tensors and other subclasses, calls in a graph that
+    is traced, and arguments that do not fit, of which torch then says so itself. Code that took the function out of
+    torch.nn.functional by name before keeps torch's, and so does what is written in C++.
+
+    Returns: an SdpaPatch; `print` it to see how many calls were served, and why others were not.
+
+    Example:
+        with fastattn.patch_sdpa() as patch:
+            model(x)
+        print(patch)
+    """
+    return SdpaPatch()
