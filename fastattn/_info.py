@@ -8,7 +8,7 @@ import platform
 import torch
 
 from fastattn import __version__, _native
-from fastattn.ops._backends import backends, on_request, order, refuses_device, registered_ops
+from fastattn.ops._backends import backends, on_request, order, registered_ops, why_not_on_device
 
 _VARIABLES = ("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CXX", "MAX_JOBS", "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
@@ -61,7 +61,7 @@ def _backends():
 
 def _served(op, device):
     """The backends of an op on a device as text; those that run only when named are listed separately."""
-    usable = [name for name in order(device) if refuses_device(op, name, device) is None]
+    usable = [name for name in order(device) if why_not_on_device(op, name, device) is None]
     text = " > ".join(name for name in usable if on_request(op, name, device) is None)
     for name in usable:
         if reason := on_request(op, name, device):

@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from fastattn.ops._backends import set_unavailable, unavailable
+from fastattn.ops._backends import set_unavailable, why_not_available
 from fastattn.ops._libraries import PACKAGE, build_info, load_library
 
 # in the order of CpuCapability in csrc/cpu/capability.h
@@ -47,7 +47,7 @@ def _triton_refuses(index):
 
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
-        return f"it takes GPUs of compute capability 8.0 or newer, this one has {'.'.join(map(str, capability))}"
+        return f"it needs a GPU of compute capability 8.0 or newer, this one has {'.'.join(map(str, capability))}"
     try:
         with torch.cuda.device(index):  # the driver compiles its launcher, which needs a C compiler
             triton.runtime.driver.active.get_current_target()
@@ -106,6 +106,6 @@ def load_backends():
 
 def cpu_capability():
     """The instruction set of the CPU kernels in use (one of CPU_CAPABILITIES), or None without these kernels."""
-    if unavailable("native", "cpu") is not None:
+    if why_not_available("native", "cpu") is not None:
         return None
     return CPU_CAPABILITIES[torch.ops.fastattn.cpu_capability()]

@@ -1,7 +1,7 @@
 """The specification: one function per op in plain PyTorch, differentiable any number of times, for any float dtype.
 
-Every backend is tested against these functions in fp64. Half-precision inputs are computed in fp32 and rounded where an
-op rounds: at a stored intermediate and at the result. Nothing here is tuned.
+Every backend is tested against these functions in fp64. Half-precision inputs are computed in fp32 and rounded where
+the op rounds: at stored intermediates and at the result. Nothing here is tuned.
 """
 
 import torch
@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 
 def accumulator(dtype):
-    """The dtype in which a value of `dtype` is computed: fp64 for fp64, else fp32."""
+    """The dtype used to compute with values of `dtype`: fp64 for fp64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -39,7 +39,10 @@ def philox4x32(counter, key):
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        product0, product1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]  # 64-bit products; int64 wraps to the right bits
+        product0, product1 = (
+            c0 * _PHILOX_M[0],
+            c2 * _PHILOX_M[1],
+        )  # 64-bit products; int64 overflow keeps the right bits
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _U32) ^ c1 ^ k0,
             product1 & _U32,
@@ -51,25 +54,25 @@ def philox4x32(counter, key):
 
 
 def dropout_threshold(dropout_p):
-    """A halfword of the stream below this number drops its element; 65536 steps between p = 0 and p = 1."""
+    """The threshold below which a 16-bit word of the random stream drops its element; 65536 is p = 1."""
     return round(dropout_p * 65536)
 
 
 def dropout_scale(dropout_p):
-    """What a kept element is multiplied by: one over the rate at which elements are really kept."""
+    """The factor of kept elements: the reciprocal of the actual keep rate."""
     kept = 65536 - dropout_threshold(dropout_p)
     return 65536 / kept if kept else 0.0
 
 
 def philox_keep(rng, dropout_p, row, slab, cols):
-    """Which elements dropout keeps.
+    """The elements that dropout keeps.
 
-    The element at (slab, row, column) is decided by halfword column % 8 of the Philox block with key rng[0] and counter
-    (column // 8, row, slab, rng[1]): a function of its position alone, so that every backend, tile and thread agrees.
+    16-bit word column % 8 of the Philox block with key rng[0] and counter (column // 8, row, slab, rng[1]) decides
+    about the element at (slab, row, column). It depends only on the position, so all backends, tiles and threads agree.
 
     Args:
-        rng: int64 (2,), seed and offset (its low 32 bits count).
-        row, slab: int64 tensors that broadcast against each other, low 32 bits used.
+        rng: int64 (2,), seed and offset (low 32 bits used).
+        row, slab: int64 tensors that broadcast against each other (low 32 bits used).
         cols: number of columns.
     Returns: bool (*broadcast(row, slab).shape, cols).
     """
@@ -86,7 +89,7 @@ def philox_keep(rng, dropout_p, row, slab, cols):
 
 
 def dropout(x, dropout_p, residual=None, rng=None, x_bias=None):
-    """residual + dropout(x + x_bias) over the elements of x seen as (rows, columns), columns the last dimension.
+    """residual + dropout(x + x_bias), with x viewed as (rows, columns): columns are its last dimension.
 
     x + x_bias is not rounded. The result has the dtype of the residual, or of x without one.
     """
@@ -117,7 +120,7 @@ def norm(x, residual=None, weight=None, bias=None, x_bias=None, *, eps, rms, dro
     centered = r.to(acc)
     if not rms:
         centered = centered - centered.mean(-1, keepdim=True)
-        centered = centered - centered.mean(-1, keepdim=True)  # what rounding took from a mean far from 0
+        centered = centered - centered.mean(-1, keepdim=True)  # corrects the rounding error of a large mean
     y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * weight
@@ -140,18 +143,18 @@ def feed_forward(
 
 
 def rotary_embedding(x, cos, sin, *, rotary_dim=None, positions=None, offset=0, interleaved=False):
-    """Rotates pairs of the first rotary_dim channels of x by the angles of its positions, copies the other channels.
+    """Rotate pairs of the first rotary_dim channels of x by the angles of its positions; copy the other channels.
 
         y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin
 
-    A pair (x1, x2) is (x[d], x[d + rotary_dim / 2]); interleaved (x[2d], x[2d + 1]). The gradient: -sin for sin.
+    A pair (x1, x2) is (x[d], x[d + rotary_dim / 2]), or interleaved (x[2d], x[2d + 1]). The gradient uses -sin.
 
     Args:
         x: (batch, n_heads, seqlen, head_dim) or packed (total, n_heads, head_dim).
-        cos, sin: (rows, rotary_dim / 2), row p for position p; or (batch or 1, seqlen, rotary_dim / 2): one per token.
-        rotary_dim: 2 * cos.shape[-1] if None; columns of the tables past rotary_dim / 2 are not used.
-        positions: integers (seqlen,), (batch or 1, seqlen) or packed (total,); None counts from `offset`. One outside
-            of the table gives NaN.
+        cos, sin: (rows, rotary_dim / 2), row p for position p; or (batch or 1, seqlen, rotary_dim / 2), one per token.
+        rotary_dim: 2 * cos.shape[-1] if None; table columns from rotary_dim / 2 on are not used.
+        positions: integers (seqlen,), (batch or 1, seqlen) or packed (total,); None counts from `offset`. A position
+            outside the tables gives NaN.
     Source: Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
     """
     rotary_dim = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
@@ -178,8 +181,8 @@ def linear_cross_entropy(
 ):  # fmt: skip
     """F.cross_entropy(s, target) + z_loss * logsumexp(s)², s = x·weightᵀ + bias, capped by softcap * tanh(s / softcap).
 
-    An ignored token has loss and gradient 0; the mean is over the others, NaN with gradient 0 where there are none.
-    Returns: () or, for reduction "none", the shape of target; in the accumulator's dtype.
+    An ignored token has loss and gradient 0. The mean is over the others; without any it is NaN with gradient 0.
+    Returns: shape () or, for reduction "none", that of target; in the dtype of the accumulator.
     """
     logits = linear(x, weight, bias).to(accumulator(x.dtype)).view(target.numel(), weight.shape[0])
     if softcap > 0:
@@ -187,7 +190,7 @@ def linear_cross_entropy(
     labels = target.reshape(-1).long()
     loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     kept = labels != ignore_index
-    if label_smoothing:  # of F.cross_entropy the ONNX exporter translates it wrongly
+    if label_smoothing:  # the ONNX exporter translates label_smoothing of F.cross_entropy wrongly
         spread = -F.log_softmax(logits, -1).mean(-1)
         loss = (1 - label_smoothing) * loss + torch.where(kept, label_smoothing * spread, 0.0)
     if z_loss:
@@ -201,10 +204,10 @@ def linear_cross_entropy(
 
 
 def attention_visible(seqlen_q, seqlen_k, *, mask=None, causal=False, window=(-1, -1), seqlens_k=None, device=None):
-    """Which key each query sees: bool, broadcastable to (batch, heads, seqlen_q, seqlen_k).
+    """The keys that each query sees: bool, broadcastable to (batch, heads, seqlen_q, seqlen_k).
 
-    Key j is visible to query i iff i + off - left <= j <= i + off + right (a negative side is unlimited; causal sets
-    right = 0) and j < seqlens_k[batch] and mask is True there; off = 0 for causal="top_left", else length_k - seqlen_q.
+    Key j is visible to query i iff i + off - left <= j <= i + off + right (a negative side is unlimited; causal means
+    right = 0), j < seqlens_k[batch] and mask is True. off = 0 for causal="top_left", otherwise length_k - seqlen_q.
     """
     i, j, off = _positions(seqlen_q, seqlen_k, causal, seqlens_k, device)
     left, right = window
@@ -231,14 +234,14 @@ def attention(
     cu_seqlens_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0, scale=None, rng=None, first_slab=0,
     need_low=False,
 ):  # fmt: skip
-    """softmax(scores) · v with every feature of `fastattn.attention`; arguments as there.
+    """softmax(scores) · v with every feature of `fastattn.attention`, which documents the arguments.
 
         s = scale * q·k;  s = softcap * tanh(s / softcap);  s = s + bias - slope * |i + off - j|;  -inf where invisible
         lse = log(sum_j exp(s) [+ exp(sink)]);  p = exp(s - lse);  out = (p ∘ keep * dropout_scale) · v
 
-    A row that sees no key has out 0, lse -inf (or the sink) and gradients 0. What stands in keys that no query sees
-    does not matter, NaN included. `first_slab` is the Philox slab of batch 0, head 0.
-    Returns: (out, lse), lse in the accumulator's dtype; with need_low (out, lse, what rounding took from lse).
+    A row that sees no key has out 0, lse -inf (or the sink) and gradients 0. Keys that no query sees have
+    no effect, even if they are NaN. `first_slab` is the Philox slab of batch 0, head 0.
+    Returns: (out, lse), lse in the dtype of the accumulator; with need_low (out, lse, rounding error of lse).
     """
     if cu_seqlens_q is not None:
         return _attention_packed(
@@ -256,7 +259,7 @@ def attention(
         seqlen_q, seqlen_k, mask=mask, causal=causal, window=window, seqlens_k=seqlens_k, device=q.device
     ).expand(batch, n_heads, seqlen_q, seqlen_k)
 
-    seen = visible.any(-2)[..., None]  # a key that nobody sees must not spread its NaN through 0 * NaN
+    seen = visible.any(-2)[..., None]  # a NaN in an invisible key must not spread through 0 * NaN
     k = torch.where(seen, k.to(acc).repeat_interleave(group, 1), 0.0)
     v = torch.where(seen, v.to(acc).repeat_interleave(group, 1), 0.0)
     s = matmul(q.to(acc), k.transpose(-2, -1)) * scale
@@ -267,7 +270,7 @@ def attention(
     if alibi_slopes is not None:
         i, j, off = _positions(seqlen_q, seqlen_k, causal, seqlens_k, q.device)
         s = s - alibi_slopes[..., None, None] * (i + off - j).abs()
-    s = torch.where(visible, s, float("-inf"))  # in fp64 beside such a bias, which may be too large for fp32
+    s = torch.where(visible, s, float("-inf"))  # fp64 with an fp64 bias, which may be too large for fp32
 
     row_max = s.detach().amax(-1, keepdim=True) if seqlen_k else s.new_full((*s.shape[:-1], 1), float("-inf"))
     if sink is not None:
@@ -297,12 +300,12 @@ def attention(
 
 
 def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_slopes, need_low, **options):
-    """Sequence by sequence: q (total_q, heads, head_dim), k and v (total_k, kv_heads, ...); lse (heads, total_q).
+    """Compute each sequence: q (total_q, heads, head_dim), k and v (total_k, kv_heads, ...); lse (heads, total_q).
 
-    Rows behind the last sequence are those of one without keys: out 0, lse -inf, and no sink either.
+    Rows after the last sequence have no keys and no sink: out 0, lse -inf.
     """
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    outs, lses = [], []  # lses: and what is left of them
+    outs, lses = [], []  # lses: with their rounding errors if need_low
 
     def append(rows_q, rows_k, **options):
         q_b, k_b, v_b = (t[rows].transpose(0, 1)[None] for t, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
@@ -321,9 +324,9 @@ def _attention_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqlens_k, *, alibi_s
 
 
 def cache_append(cache, new, cache_seqlens, block_table=None, cache_batch_idx=None):
-    """Write new (batch, kv_heads, seqlen_new, last) into the cache in place, behind the valid keys of each sequence.
+    """Write new (batch, kv_heads, seqlen_new, last) into the cache in place, after the valid keys of each sequence.
 
-    A cache is (cache_batch, kv_heads, max_seqlen, last), or with block_table (num_pages, kv_heads, page_size, last).
+    The cache is (cache_batch, kv_heads, max_seqlen, last), or with block_table (num_pages, kv_heads, page_size, last).
     """
     batch, _, seqlen_new, _ = new.shape
     row = torch.arange(batch, device=new.device) if cache_batch_idx is None else cache_batch_idx.long()
@@ -340,11 +343,11 @@ def attention_decode(
     q, k_cache, v_cache, *, k=None, v=None, cache_seqlens, block_table=None, cache_batch_idx=None, cache_leftpad=None,
     causal=True, window=(-1, -1), softcap=0.0, alibi_slopes=None, sink=None, scale=None,
 ):  # fmt: skip
-    """`attention` on the keys and values of a cache, after k and v were appended to it; arguments as there.
+    """`attention` on the keys and values of a cache, after appending k and v; see `fastattn.attention_decode`.
 
-    The sequence of row b is cache[b], cache[cache_batch_idx[b]] or the pages block_table[b] in a row; its first
-    cache_seqlens[b] (+ new) keys count as seqlens_k, of which those before cache_leftpad[b] are invisible.
-    Returns: (out, lse), lse in the accumulator's dtype.
+    The sequence of row b is cache[b], cache[cache_batch_idx[b]] or the concatenated pages block_table[b]. Its first
+    cache_seqlens[b] (+ new) keys are valid; of these, keys before cache_leftpad[b] are invisible.
+    Returns: (out, lse), lse in the dtype of the accumulator.
     """
     seqlens_k = cache_seqlens
     if k is not None:
@@ -353,7 +356,7 @@ def attention_decode(
         seqlens_k = cache_seqlens + k.shape[2]
     keys, values = k_cache, v_cache
     if block_table is not None:
-        pages = block_table.long().clamp(0, k_cache.shape[0] - 1)  # what stands behind the last page does not count
+        pages = block_table.long().clamp(0, k_cache.shape[0] - 1)  # entries after the last valid page are not used
         keys, values = (cache[pages].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))
     elif cache_batch_idx is not None:
         keys, values = (cache[cache_batch_idx.long()] for cache in (k_cache, v_cache))

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they run on CPU tensors
 
 import fastattn
-from fastattn.ops._backends import BACKENDS, refusal, unavailable, use_backend
+from fastattn.ops._backends import BACKENDS, use_backend, why_not, why_not_available
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ def pytest_report_header():
         f"torch {torch.__version__}, triton {_triton_version()}, {torch.get_num_threads()} threads",
     ]
     for device in DEVICES:
-        states = (f"{name}: {unavailable(name, device) or 'available'}" for name in BACKENDS)
+        states = (f"{name}: {why_not_available(name, device) or 'available'}" for name in BACKENDS)
         lines.append(f"backends on {device}: " + "; ".join(states))
     return lines
 
@@ -41,7 +41,7 @@ def pytest_configure():
     for name in filter(None, os.environ.get("FASTATTN_REQUIRE", "").split(",")):
         if name not in BACKENDS:
             raise pytest.UsageError(f"FASTATTN_REQUIRE: expected names among {', '.join(BACKENDS)}, got {name!r}")
-        reasons = [unavailable(name, device) for device in DEVICES]
+        reasons = [why_not_available(name, device) for device in DEVICES]
         if None not in reasons:
             raise pytest.UsageError(f"FASTATTN_REQUIRE={name}, but it is not available: {'; '.join(reasons)}")
 
@@ -53,11 +53,11 @@ def device(request):
 
 def _need(backend, device, op):
     """Skip, or fail if FASTATTN_REQUIRE names it, where a backend cannot run the op that the test module names."""
-    reason = refusal(op, backend, (device, torch.float32)) if op else unavailable(backend, device)
+    reason = why_not(op, backend, (device, torch.float32)) if op else why_not_available(backend, device)
     if reason is not None:
         required = backend in os.environ.get("FASTATTN_REQUIRE", "").split(",") and device == DEVICES[-1]
         # on the CPU every backend has every op; on a GPU some ops have no native kernel, however complete the build
-        absent = device == "cpu" or unavailable(backend, device) is not None
+        absent = device == "cpu" or why_not_available(backend, device) is not None
         (pytest.fail if required and absent else pytest.skip)(reason)
 
 

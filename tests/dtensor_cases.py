@@ -361,7 +361,7 @@ def decoded():
             caches = (distribute(cache, cached) for _ in range(2))
             found = fastattn.attention_decode(distribute(q, place), *caches, cache_seqlens=lengths, **indices)
             assert_close(found, expected)
-    with raises(ValueError, "attention_decode: k_cache and v_cache are DTensors that are written in place: they must"):
+    with raises(ValueError, "attention_decode: k_cache and v_cache are written in place: they must"):
         fastattn.attention_decode(
             distribute(q), distribute(cache, "S2"), distribute(cache, "S2"), k=distribute(new), v=distribute(new),
             cache_seqlens=lengths,
@@ -376,7 +376,7 @@ def raises(kind, text):
 def mixed():
     x, w1, w2 = torch.randn(512, 512), torch.randn(1024, 512), torch.randn(512, 1024)  # of a size for our own product
     dtensor, target = distribute(x), torch.zeros(512, dtype=torch.int64)
-    mine, torchs = "must be a DTensor, as other inputs are, got a plain tensor", "got mixed torch.Tensor and DTensor"
+    mine, torchs = "must be a DTensor, like other inputs, got a plain tensor", "got mixed torch.Tensor and DTensor"
     for kind, text, call in (
         (TypeError, f"layer_norm: weight {mine}", lambda: fastattn.layer_norm(dtensor, x[0])),
         (RuntimeError, torchs, lambda: fastattn.layer_norm(x, dtensor[0])),
@@ -738,7 +738,7 @@ def compiled():
 def exported():
     module = distribute_all(nn.LayerNorm(8))
     for grad in (True, False):
-        with torch.set_grad_enabled(grad), raises(NotImplementedError, "layer_norm: torch.export takes no DTensors"):
+        with torch.set_grad_enabled(grad), raises(NotImplementedError, "torch.export does not support DTensors"):
             torch.export.export(module, (distribute(torch.randn(4, 8)),), strict=False)
 
 

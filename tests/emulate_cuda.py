@@ -78,7 +78,7 @@ def cuda_headers():
     return found[0] if found else None
 
 
-def unavailable():
+def why_not_available():
     """Why the kernels cannot be emulated here, or None."""
     if shutil.which("g++") is None:
         return "no g++"

@@ -17,7 +17,7 @@ def use_hopper_kernels(monkeypatch, library, places):
         library: of emulate_cuda.
         places: (RawOps, name of the op) of the tables from which the public function takes its ops.
     """
-    reason = fastattn.backends()["cuda"]["native"] if HOPPER else emulate_cuda.unavailable() or "available"
+    reason = fastattn.backends()["cuda"]["native"] if HOPPER else emulate_cuda.why_not_available() or "available"
     if reason != "available":
         pytest.skip(reason)
     if not HOPPER:

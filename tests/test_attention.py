@@ -183,7 +183,7 @@ REFUSED = [
     ({"seqlens_k": torch.tensor([1, 2])}, TypeError, "seqlens_k must be int32, got torch.int64"),
     ({"seqlens_k": torch.tensor([1], dtype=torch.int32)}, ValueError, r"shape \(2,\), got \(1,\)"),
     ({"cu_seqlens_q": torch.tensor([0, 5], dtype=torch.int32)}, ValueError, "q must be .total, heads"),
-    ({"max_seqlen_q": 3}, ValueError, "belong to packed sequences"),
+    ({"max_seqlen_q": 3}, ValueError, "are for packed sequences"),
     ({"alibi_slopes": torch.ones(3)}, ValueError, r"\(4,\) or \(2, 4\), got \(3,\)"),
     ({"sink": torch.ones(4, 1)}, ValueError, r"\(4,\), got \(4, 1\)"),
     ({"sink": torch.ones(4, dtype=torch.int32)}, TypeError, "sink must be float32, got torch.int32"),
@@ -218,7 +218,7 @@ def test_packed_mistakes_are_named():
         ({"cu_seqlens_q": torch.empty(0).int(), "cu_seqlens_k": torch.empty(0).int()}, ValueError, "got none"),
         ({"cu_seqlens_k": torch.tensor([0, 11, 10]).int()}, ValueError, r"shape \(2,\), got \(3,\)"),
         ({"cu_seqlens_k": torch.tensor([1, 10]).int()}, ValueError, r"got \[1, 10\]"),
-        ({"mask": torch.ones(9, 10, dtype=torch.bool)}, ValueError, "no mask and no bias"),
+        ({"mask": torch.ones(9, 10, dtype=torch.bool)}, ValueError, "neither mask nor bias"),
     ):
         with pytest.raises(error, match=message):
             fastattn.attention(q, k, v, **(good | change))

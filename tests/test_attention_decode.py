@@ -10,10 +10,10 @@ from memory_guard import guarded
 from processes import run_code
 
 import fastattn
-from fastattn.ops._backends import unavailable
+from fastattn.ops._backends import why_not_available
 
 OP = "attention_decode"
-NATIVE = unavailable("native", "cpu")
+NATIVE = why_not_available("native", "cpu")
 needs_native = pytest.mark.skipif(NATIVE is not None, reason=f"no C++ kernels for the CPU: {NATIVE}")
 SEEDS, PARTS = 240, 8  # pytest shows where it is
 FEW_SEEDS = 24  # in the interpreter
@@ -52,8 +52,8 @@ def test_random_calls_native(part, monkeypatch):
 
 @pytest.mark.parametrize("part", range(4))
 def test_random_calls_triton(part, monkeypatch, device):
-    if unavailable("triton", device):
-        pytest.skip(unavailable("triton", device))
+    if why_not_available("triton", device):
+        pytest.skip(why_not_available("triton", device))
     for seed in range(1000 + part, 1000 + (FEW_SEEDS if device == "cpu" else SEEDS), 4):
         check(seed, "triton", monkeypatch, device, **(SMALL if device == "cpu" else {}))
 

@@ -15,7 +15,7 @@ from attention_cases import normal, on, qkv, results
 from oracle import exact
 
 import fastattn
-from fastattn.ops._backends import unavailable
+from fastattn.ops._backends import why_not_available
 from fastattn.ops.attention import _reference
 
 OP = "attention"
@@ -199,7 +199,7 @@ def raw_call(backend, direction, *arguments):
 )
 def test_forward_on_one_backend_and_backward_on_another(order, device):
     for name in order:
-        if reason := unavailable(name, device):
+        if reason := why_not_available(name, device):
             pytest.skip(f"{name} cannot run here: {reason}")
     seqlen_q, seqlen_k = size = (40, 70) if "triton" in order and device == "cpu" else (SQ, SK)
     for scores in ("zero", "random"):
@@ -219,7 +219,7 @@ def test_forward_on_one_backend_and_backward_on_another(order, device):
 
 def test_where_another_backend_rounded_the_scores_otherwise():
     """One unit of a score of 1e9 is 64: no weight may become a power of e for it."""
-    if reason := unavailable("native", "cpu"):
+    if reason := why_not_available("native", "cpu"):
         pytest.skip(reason)
     q, k, v = (t.detach() for t in inputs("zero"))
     bias = torch.full((1, 1, SQ, SK), -1e9)
@@ -340,6 +340,6 @@ def test_masks_beyond_fp32(dtype):
     (dv,) = torch.autograd.grad(fastattn.attention(q, k, v, bias=bias)[..., 0, 0].sum(), v)
     torch.testing.assert_close(dv[..., 0].double(), torch.full((1, 2, 6), 1 / 6).double(), atol=atol, rtol=0)
     for name in ("native", "triton"):
-        if unavailable(name, "cpu") is None:
+        if why_not_available(name, "cpu") is None:
             with pytest.raises(ValueError, match="float64"):
                 fastattn.attention(q, k, v, bias=bias, backend=name)

@@ -12,10 +12,10 @@ from processes import run_code
 
 import fastattn
 from fastattn import reference
-from fastattn.ops._backends import unavailable
+from fastattn.ops._backends import why_not_available
 from fastattn.ops.attention import _ops, _reference
 
-REASON = unavailable("native", "cpu")
+REASON = why_not_available("native", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no C++ kernels for the CPU: {REASON}")
 
 SEEDS = 500

@@ -7,7 +7,7 @@ import torch
 from memory_guard import leave_nan
 
 import fastattn
-from fastattn.ops._backends import unavailable
+from fastattn.ops._backends import why_not_available
 
 try:
     import triton
@@ -124,7 +124,7 @@ if triton is not None:
 @pytest.mark.parametrize("count", [0, 1, 2, 128, 129, 20000])
 def test_every_tile_finds_its_sequence(count):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if reason := unavailable("triton", device):
+    if reason := why_not_available("triton", device):
         pytest.skip(reason)
     draw, block = random.Random(count), 16
     lengths = torch.tensor([draw.choice([0, 0, 1, block - 1, block, block + 1, 3 * block]) for _ in range(count)])
@@ -150,7 +150,7 @@ def test_every_tile_finds_its_sequence(count):
 @pytest.fixture
 def recorded(monkeypatch):
     """The grids of Triton's attention kernels as if on a GPU with TMA, none of which runs."""
-    if reason := unavailable("triton", "cpu"):
+    if reason := why_not_available("triton", "cpu"):
         pytest.skip(reason)
     from fastattn.kernels import attention_bwd, attention_call, attention_fwd
 

@@ -17,7 +17,7 @@ from memory_guard import guarded, leave_nan
 
 import fastattn
 from fastattn import reference
-from fastattn.ops._backends import unavailable
+from fastattn.ops._backends import why_not_available
 
 BF16, FP16 = torch.bfloat16, torch.float16
 attention_module = importlib.import_module("fastattn.ops.attention")  # fastattn.ops.attention is the function
@@ -137,7 +137,7 @@ def test_head_dims_with_a_forward_only(head_dim, monkeypatch):
 
 def test_gradients_where_native_has_a_forward_only(monkeypatch):
     """They are those of the Triton kernels, from the out and lse of this forward."""
-    reason = unavailable("triton", DEVICE)
+    reason = why_not_available("triton", DEVICE)
     if reason:
         pytest.skip(reason)
     if not HOPPER:  # the device of the call says so there

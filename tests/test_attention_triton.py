@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import reference
-from fastattn.ops._backends import refusal
+from fastattn.ops._backends import why_not
 from fastattn.ops._register import python_kernel
 from fastattn.ops.attention import _reference
 
@@ -307,7 +307,7 @@ EVERYTHING = {
 @pytest.mark.parametrize("name", EVERYTHING)
 @pytest.mark.parametrize("order", [("triton", "native"), ("native", "triton")])
 def test_forward_and_backward_on_different_backends(order, name):
-    reason = refusal("attention", "native", (DEVICE, torch.float32))
+    reason = why_not("attention", "native", (DEVICE, torch.float32))
     if reason is not None:
         pytest.skip(f"the native backend cannot run here: {reason}")
     case = Case(**EVERYTHING[name])

@@ -11,12 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 from fastattn.ops import _backends
-from fastattn.ops._backends import BACKENDS, choose, unavailable, use_backend
+from fastattn.ops._backends import BACKENDS, choose, use_backend, why_not_available
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = ("cpu", torch.float32, None, None, None)
-first_of_cpu = next(b for b in BACKENDS if unavailable(b, "cpu") is None)
-needs_native = pytest.mark.skipif(unavailable("native", "cpu") is not None, reason=str(unavailable("native", "cpu")))
+first_of_cpu = next(b for b in BACKENDS if why_not_available(b, "cpu") is None)
+needs_native = pytest.mark.skipif(
+    why_not_available("native", "cpu") is not None, reason=str(why_not_available("native", "cpu"))
+)
 
 
 @pytest.fixture
@@ -106,13 +108,13 @@ class TestExplain:
             assert f"  {name}: no: " in text
         assert text.endswith("  reference: runs")
         if first_of_cpu == "native":
-            assert "native: no: it takes float32, bfloat16 and float16, got torch.float64" in text
+            assert "native: no: it supports float32, bfloat16 and float16, got torch.float64" in text
 
     def test_what_could_run_says_so(self):
         text = fastattn.explain("rms_norm", torch.ones(2, 3))
         assert f"{first_of_cpu}: runs" in text
         if first_of_cpu != "reference":
-            assert "reference: could, but comes later in the order" in text
+            assert "reference: could run, but comes later in the order" in text
         text = fastattn.explain("rms_norm", torch.ones(2, 3), backend="reference")
         assert "reference: runs" in text
         assert "reference asked for" in text
@@ -184,7 +186,7 @@ def test_kernels_run_on_the_threads_of_torch():
 def hopper(monkeypatch, capability=(9, 0)):
     """As on a GPU of that capability with every kernel built."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(_backends, "missing", lambda op, backend, device: None)
+    monkeypatch.setattr(_backends, "why_not_implemented", lambda op, backend, device: None)
     monkeypatch.setattr(_backends, "_decisions", {})
 
 
@@ -210,15 +212,15 @@ def test_kernels_that_no_hardware_has_run_are_used_only_where_they_are_named(mon
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
-        ({"hopper_head_dim": False}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
-        ({"unequal_head_dims": True}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
-        ({"mask": True, "dropout": True}, "it takes no mask, no dropout"),
-        ({"bias_dtype": torch.float32}, "it takes no bias"),
-        ({"alibi": True, "softcap": True, "sink": True}, "it takes no ALiBi, no softcap, no sink"),
+        ({"dtype": torch.float32}, "it supports bfloat16 and float16, got torch.float32"),
+        ({"hopper_head_dim": False}, "it supports head dims 64, 96, 128, 192, 256, equal for q, k and v"),
+        ({"unequal_head_dims": True}, "it supports head dims 64, 96, 128, 192, 256, equal for q, k and v"),
+        ({"mask": True, "dropout": True}, "it does not support mask, dropout"),
+        ({"bias_dtype": torch.float32}, "it does not support bias"),
+        ({"alibi": True, "softcap": True, "sink": True}, "it does not support ALiBi, softcap, sink"),
     ],
 )
-def test_what_native_attention_refuses_on_cuda(facts, reason, monkeypatch):
+def test_why_not_native_attention_on_cuda(facts, reason, monkeypatch):
     hopper(monkeypatch)
     with pytest.raises(ValueError, match=f"cannot serve this call: {reason}"):
         choose("attention", attention_facts(**facts), "native")
@@ -233,15 +235,15 @@ def decode_facts(**facts):
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
-        ({"hopper_head_dim": False}, "it takes head dims 64, 96, 128, 192, 256, the same for q, k and v"),
-        ({"odd_strides": True}, "it takes no caches with strides other than multiples of 16 bytes"),
-        ({"odd_pages": True}, "it takes no pages that are no multiple of 64 keys"),
-        ({"leftpad": True, "alibi": True}, "it takes no cache leftpad, no ALiBi"),
-        ({"softcap": True, "sink": True}, "it takes no softcap, no sink"),
+        ({"dtype": torch.float32}, "it supports bfloat16 and float16, got torch.float32"),
+        ({"hopper_head_dim": False}, "it supports head dims 64, 96, 128, 192, 256, equal for q, k and v"),
+        ({"unaligned_strides": True}, "it does not support cache strides that are not multiples of 16 bytes"),
+        ({"unaligned_pages": True}, "it does not support page sizes that are not multiples of 64 keys"),
+        ({"leftpad": True, "alibi": True}, "it does not support cache_leftpad, ALiBi"),
+        ({"softcap": True, "sink": True}, "it does not support softcap, sink"),
     ],
 )
-def test_what_native_attention_decode_refuses_on_cuda(facts, reason, monkeypatch, no_override):
+def test_why_not_native_attention_decode_on_cuda(facts, reason, monkeypatch, no_override):
     hopper(monkeypatch)
     assert choose("attention_decode", decode_facts()) == "triton"
     assert choose("attention_decode", decode_facts(), "native") == "native"
@@ -256,7 +258,7 @@ def test_explain_says_which_head_dims_have_only_a_native_forward(above, monkeypa
     assert ("native has no backward above head dim 128" in text) == above
 
 
-@pytest.mark.parametrize("backend", ["native", "native_recorded", "triton"])
+@pytest.mark.parametrize("backend", ["native", "native_traced", "triton"])
 @pytest.mark.parametrize("head_dim", [128, 192])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_who_has_a_backward(backend, head_dim, device):
@@ -288,12 +290,12 @@ def test_facts_of_a_decode_call_on_cuda(fake_hopper):
     page, new = on_cuda(2, 2, 48, 128), on_cuda(2, 2, 1, 128)
     for reason, change in {
         'not yet run on hardware: name backend="native"': {},
-        "no: it takes head dims": {"v_cache": on_cuda(2, 2, 320, 64)},
-        "no: it takes no caches with strides": {"v_cache": gap},
-        "no: it takes no caches with": {"k_cache": expanded},
-        "no: it takes no pages": {"k_cache": page, "v_cache": page, "block_table": table},
-        "no: it takes no cache leftpad": {"cache_leftpad": lengths},
-        "no: it takes no ALiBi, no softcap, no sink": {
+        "no: it supports head dims": {"v_cache": on_cuda(2, 2, 320, 64)},
+        "no: it does not support cache strides": {"v_cache": gap},
+        "no: it does not support cache strides that": {"k_cache": expanded},
+        "no: it does not support page sizes": {"k_cache": page, "v_cache": page, "block_table": table},
+        "no: it does not support cache_leftpad": {"cache_leftpad": lengths},
+        "no: it does not support ALiBi, softcap, sink": {
             "alibi_slopes": on_cuda(8, dtype=torch.float32), "softcap": 1.0, "sink": on_cuda(8, dtype=torch.float32),
         },
     }.items():  # fmt: skip
@@ -311,12 +313,12 @@ def test_gradients_of_wide_heads_on_cuda(fake_hopper):
         q = on_cuda(1, 2, 70, head_dim)
         text = fastattn.explain("attention", q, q, q, backend="native")
         assert "native: runs" in text
-        assert ("triton makes the gradients" in text) == elsewhere
+        assert ("triton computes the gradients" in text) == elsewhere
     text = fastattn.explain("attention", *[on_cuda(1, 2, 70, 80)] * 3)
-    assert "native: no: it takes head dims 64, 96, 128, 192, 256" in text
+    assert "native: no: it supports head dims 64, 96, 128, 192, 256" in text
 
 
 def test_native_attention_on_another_gpu(monkeypatch):
     hopper(monkeypatch, (8, 6))
-    with pytest.raises(ValueError, match=r"it takes GPUs of compute capability 9\.0, this one has 8\.6"):
+    with pytest.raises(ValueError, match=r"it needs a GPU of compute capability 9\.0, this one has 8\.6"):
         choose("attention", attention_facts(), "native")

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import compilations
 import triton
 
-from fastattn.ops._backends import unavailable
+from fastattn.ops._backends import why_not_available
 
 KERNELS = pathlib.Path(compilations.ROOT, "kernels")
 
@@ -40,7 +40,7 @@ def test_every_launch_goes_through_the_function_with_the_common_options():
 
 def test_the_callers_allocator_stays_set(monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if reason := unavailable("triton", device):
+    if reason := why_not_available("triton", device):
         pytest.skip(reason)
     from triton.runtime import _allocation
 

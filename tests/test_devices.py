@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastattn
 from fastattn import _info, _native
 from fastattn.ops import _backends
-from fastattn.ops._backends import choose, explanation, unavailable
+from fastattn.ops._backends import choose, explanation, why_not_available
 
 FASTATTN = pathlib.Path(fastattn.__file__).parent
-TOO_OLD = "it takes GPUs of compute capability 8.0 or newer, this one has 7.5"
+TOO_OLD = "it needs a GPU of compute capability 8.0 or newer, this one has 7.5"
 OPS = ("attention", "attention_decode", "dropout", "feed_forward", "linear_cross_entropy", "norm", "rotary")
 
 
@@ -94,8 +94,8 @@ def test_two_gpus_get_each_what_serves_them(op, gpus):
         assert choose(op, facts("cuda:0")) == "reference"
         assert choose(op, facts("cuda:1")) == ("triton" if op in on_request else "native")
         assert choose(op, facts("cuda:2")) == "triton"
-    assert unavailable("triton", "cuda") is None
-    assert unavailable("triton", "cuda:0") == TOO_OLD
+    assert why_not_available("triton", "cuda") is None
+    assert why_not_available("triton", "cuda:0") == TOO_OLD
     assert fastattn.backends()["cuda"] == {
         "native": "cuda:0: no code for it; cuda:1: available; cuda:2: no code for it",
         "triton": f"cuda:0: {TOO_OLD}; cuda:1: available; cuda:2: available",
@@ -109,7 +109,7 @@ def test_kernels_for_hopper_ask_for_the_device_of_the_call(op, gpus):
     gpus((8, 0), (9, 0))
     fields = importlib.import_module(f"fastattn.ops.{op}").Facts
     assert choose(op, tuple(fields("cuda:1", torch.bfloat16, hopper_head_dim=True)), "native") == "native"
-    with pytest.raises(ValueError, match=r"it takes GPUs of compute capability 9\.0, this one has 8\.0"):
+    with pytest.raises(ValueError, match=r"it needs a GPU of compute capability 9\.0, this one has 8\.0"):
         choose(op, tuple(fields("cuda:0", torch.bfloat16, hopper_head_dim=True)), "native")
 
 

@@ -1,10 +1,14 @@
-"""The documents: links and named files exist, and speeds are those of the result files."""
+"""The documents: links and named files exist, speeds match the result files, and examples run."""
 
+import doctest
 import functools
 import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastattn
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -90,6 +94,16 @@ def test_named_files_exist():
         if not (ROOT / path).exists() and not re.search(r"[A-Z]{4}\.", path) and path != absent
     }
     assert not missing
+
+
+@pytest.mark.parametrize("name", sorted({*fastattn.ops._OPS, "explain", "use_backend"}))
+def test_examples_run(name):
+    """The examples in the docstrings of the public ops."""
+    (example,) = doctest.DocTestFinder(recurse=False).find(
+        getattr(fastattn, name), name, globs={"torch": torch, "fastattn": fastattn}
+    )
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_speeds_are_those_of_the_result_files():

@@ -34,7 +34,7 @@ class Kernels:
     def __init__(self, name):
         self.name, self.device, namespace, backend = name, "cpu", torch.ops.fastattn, BACKEND
         if name == "emulated":
-            if reason := emulate_cuda.unavailable():
+            if reason := emulate_cuda.why_not_available():
                 pytest.skip(reason)
             namespace, backend = emulate_cuda.load(), "native"
         else:

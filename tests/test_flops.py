@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastattn
 from fastattn import nn
 from fastattn.ops import _gemm
-from fastattn.ops._backends import unavailable
+from fastattn.ops._backends import why_not_available
 
 aten = torch.ops.aten
 # torch 2.13 counts nothing for its attention on the CPU, which has the arguments of the one on a GPU
@@ -96,8 +96,8 @@ def test_attention_decode_counts_the_valid_keys():
 @pytest.mark.parametrize("ours", [False, True])
 def test_feed_forward(rows, ours, monkeypatch):
     """With our kernel the products are no aten ops."""
-    if ours and unavailable("native", "cpu") is not None:
-        pytest.skip(f"no C++ kernels: {unavailable('native', 'cpu')}")
+    if ours and why_not_available("native", "cpu") is not None:
+        pytest.skip(f"no C++ kernels: {why_not_available('native', 'cpu')}")
     monkeypatch.setattr(_gemm, "_has_kernel", ours)
     x, w1, w2 = leaves((rows, 128), (256, 128), (128, 256))
     product = 2 * rows * 128 * 256

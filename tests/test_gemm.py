@@ -12,10 +12,10 @@ import torch
 from memory_guard import guarded
 from oracle import FP32_EPS, assert_accurate
 
-from fastattn.ops._backends import unavailable
+from fastattn.ops._backends import why_not_available
 
 pytestmark = pytest.mark.skipif(
-    unavailable("native", "cpu") is not None, reason=f"no C++ kernels: {unavailable('native', 'cpu')}"
+    why_not_available("native", "cpu") is not None, reason=f"no C++ kernels: {why_not_available('native', 'cpu')}"
 )
 gemm = torch.ops.fastattn.gemm.native
 gemm_add = torch.ops.fastattn.gemm_add_.native

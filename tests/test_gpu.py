@@ -8,7 +8,7 @@ import torch
 
 import fastattn
 from fastattn import reference
-from fastattn.ops._backends import refusal
+from fastattn.ops._backends import why_not
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 RAW = torch.ops.fastattn
@@ -300,7 +300,7 @@ def decode_call(dtype=torch.bfloat16, seed=0):
 @pytest.fixture(params=BACKENDS)
 def attention_backend(request):
     """A backend that serves attention and attention_decode in bf16 at head dims 64 and 128."""
-    reason = refusal("attention_decode", request.param, ("cuda", torch.bfloat16, False, True))
+    reason = why_not("attention_decode", request.param, ("cuda", torch.bfloat16, False, True))
     return pytest.skip(reason) if reason else request.param
 
 

@@ -7,7 +7,7 @@ import torch
 import fastattn
 from fastattn import _info, _native
 from fastattn.cli import main
-from fastattn.ops._backends import missing, set_unavailable, unavailable
+from fastattn.ops._backends import set_unavailable, why_not_available, why_not_implemented
 
 
 def section(report, title):
@@ -35,7 +35,7 @@ def test_every_backend_is_available_or_has_its_reason():
 
 
 def test_an_op_lists_the_backends_that_serve_it():
-    before = unavailable("native", "cpu")
+    before = why_not_available("native", "cpu")
     try:
         set_unavailable("native", "cpu", "switched off by a test")
         without = section("\n" + _info.report(), "Ops")["norm"]
@@ -43,7 +43,7 @@ def test_an_op_lists_the_backends_that_serve_it():
         set_unavailable("native", "cpu", before)
     assert "native" not in without.partition("cuda:")[0]
     assert "reference" in without
-    if missing("norm", "native", "cpu") is None:
+    if why_not_implemented("norm", "native", "cpu") is None:
         assert section("\n" + _info.report(), "Ops")["norm"].strip().startswith("cpu: native > ")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn.ops._backends import unavailable
+from fastattn.ops._backends import why_not_available
 
 VIEWS = {"view", "t", "transpose", "permute", "unbind", "detach", "_unsafe_view", "empty", "empty_strided", "new_empty"}
 PRODUCTS = ("addmm", "mm", "gemm", "linear")
@@ -37,7 +37,7 @@ def layer_and_input(norm_first):
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post_norm", "pre_norm"])
 def test_ops_of_a_training_step(norm_first, backend):
-    if reason := unavailable(backend, "cpu"):
+    if reason := why_not_available(backend, "cpu"):
         pytest.skip(reason)
     layer, x = layer_and_input(norm_first)
     with fastattn.use_backend(backend):
@@ -60,7 +60,7 @@ def test_ops_of_a_training_step(norm_first, backend):
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post_norm", "pre_norm"])
 def test_triton_launches_of_a_training_step(norm_first, monkeypatch):
-    if torch.cuda.is_available() or unavailable("triton", "cpu"):
+    if torch.cuda.is_available() or why_not_available("triton", "cpu"):
         pytest.skip("counted in the interpreter, which runs where there is Triton and no GPU")
     import triton.runtime.interpreter
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import fastattn
 from fastattn import reference
-from fastattn.ops._backends import missing, unavailable, use_backend
+from fastattn.ops._backends import use_backend, why_not_available, why_not_implemented
 from fastattn.ops.linear_cross_entropy import REDUCTIONS, default_chunk_size
 
 OP = "linear_cross_entropy"
@@ -276,7 +276,7 @@ def test_only_what_is_wanted_is_computed(backend, device):
 
 
 def test_forward_on_one_backend_backward_on_another(device):
-    names = [n for n in ("native", "triton", "reference") if missing(OP, n, device) is None]
+    names = [n for n in ("native", "triton", "reference") if why_not_implemented(OP, n, device) is None]
     x, weight, bias, target = arguments(10, 8, 70, biased=True, device=device)
     results = []
     for forward in names:
@@ -472,7 +472,7 @@ def test_named_backend_that_cannot_serve_raises_and_explain_says_why():
     assert "reference: runs" in fastattn.explain(OP, *args)
 
 
-@pytest.mark.skipif(unavailable("native", "cpu") is not None, reason=str(unavailable("native", "cpu")))
+@pytest.mark.skipif(why_not_available("native", "cpu") is not None, reason=str(why_not_available("native", "cpu")))
 def test_peak_memory():
     """Beyond inputs and gradients at most 15 % of what F.linear and F.cross_entropy need, forward and backward."""
     x, weight, _, target = arguments(2048, 16, 50257)
@@ -486,7 +486,7 @@ def test_peak_memory():
     assert ours < 0.15 * unfused, f"{ours / 2**20:.0f} MiB of {unfused / 2**20:.0f}"
 
 
-@pytest.mark.skipif(unavailable("native", "cpu") is not None, reason=str(unavailable("native", "cpu")))
+@pytest.mark.skipif(why_not_available("native", "cpu") is not None, reason=str(why_not_available("native", "cpu")))
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_lower_instruction_sets(capability):
     selected = "native and not triton and (combined and native-1 or large_logits or guards or masked)"

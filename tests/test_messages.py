@@ -100,7 +100,7 @@ def test_names_of_other_libraries_are_answered_with_ours(op, more, message):
             r"takes q, k, v by position, got 4 arguments: use mask= .*, or call scaled_dot_",
         ),
         ("dropout", (X, 0.5, True), r"takes x, dropout_p by position, got 3 arguments: there is no training flag"),
-        ("linear_cross_entropy", (X, W, TARGET, B), "got 4 arguments: name the others: bias=, ignore_index="),
+        ("linear_cross_entropy", (X, W, TARGET, B), "got 4 arguments: pass the others by name: bias=, ignore_index="),
         ("rotary_embedding", (Q, Q, COS, SIN), r"got 4 arguments: q and k are passed as one pair, \(q, k\)"),
         ("layer_norm", (X, (8,), B, B), "weight must be a tensor or None, got tuple: there is no normalized_shape"),
         ("layer_norm", (X, 8), "weight must be a tensor or None, got int"),
@@ -215,7 +215,7 @@ def test_float64_runs_on_the_reference():
     q = Q.double()
     text = fastattn.explain("scaled_dot_product_attention", q, q, q)
     assert "reference: runs" in text
-    assert "it takes float32, bfloat16 and float16, got torch.float64" in text
+    assert "it supports float32, bfloat16 and float16, got torch.float64" in text
 
 
 def test_a_learnable_scale_says_the_way_out_and_the_way_out_is_right():

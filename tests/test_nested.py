@@ -152,15 +152,15 @@ class TestAttention:
         cu_seqlens = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
         attention, torchs = fastattn.attention, fastattn.scaled_dot_product_attention
         for error, message, call in (
-            (ValueError, "attention: packed sequences take no mask", lambda: attention(q, q, q, mask=dense[0, 0] > 0)),
-            (ValueError, "attention: k must be a nested tensor, as q is", lambda: attention(q, dense, dense)),
-            (ValueError, "attention: q must be a nested tensor, as k is", lambda: attention(dense, q, q)),
+            (ValueError, "packed sequences take neither mask", lambda: attention(q, q, q, mask=dense[0, 0] > 0)),
+            (ValueError, "attention: k must be a nested tensor, like q", lambda: attention(q, dense, dense)),
+            (ValueError, "attention: q must be a nested tensor, like k", lambda: attention(dense, q, q)),
             (ValueError, "attention: v must have sequences of the same lengths as k", lambda: attention(q, q, kv)),
             (ValueError, "attention: cu_seqlens_q must be None", lambda: attention(q, q, q, cu_seqlens_q=cu_seqlens)),
             (TypeError, "attention: there is no argument attn_mask", lambda: attention(q, q, q, attn_mask=dense)),
             (TypeError, "attention: takes q, k, v by position, got 4", lambda: attention(q, q, q, dense)),
             (ValueError, "scaled_.*: attn_mask must be None for nested", lambda: torchs(q, q, q, dense[0, 0, :5, :5])),
-            (ValueError, "scaled_.*: query must be a nested tensor, as key is", lambda: torchs(dense, q, q)),
+            (ValueError, "scaled_.*: query must be a nested tensor, like key", lambda: torchs(dense, q, q)),
             (TypeError, "attention_decode: q must not be a nested tensor",
              lambda: fastattn.attention_decode(q, dense, dense, cache_seqlens=cu_seqlens[1:])),
         ):  # fmt: skip
@@ -171,11 +171,11 @@ class TestAttention:
 
     def test_other_ragged_dimensions_are_named(self):
         x = nest(sequences(LENGTHS, 4, 8), torch.jagged)  # not transposed
-        with pytest.raises(ValueError, match=r"ragged in seqlen, got .*; a .* one is passed as t.transpose\(1, 2\)"):
+        with pytest.raises(ValueError, match=r"ragged in seqlen, got .*; pass a .* tensor as t.transpose\(1, 2\)"):
             fastattn.attention(x, x, x)
         padded = torch.randn(3, 6, 2, 8)
         gaps = torch.nested.narrow(padded, 1, torch.tensor([0, 1, 2]), torch.tensor([2, 3, 4]), layout=torch.jagged)
-        with pytest.raises(ValueError, match=r"without gaps: call its contiguous\(\) before"):
+        with pytest.raises(ValueError, match=r"without gaps: call its contiguous\(\) first"):
             fastattn.attention(*[gaps.transpose(1, 2)] * 3)
         with pytest.raises(ValueError, match="without gaps"):
             fastattn.layer_norm(gaps)
@@ -213,7 +213,11 @@ class TestStridedAsInTorch:
         flat = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(4, 8)])
         ragged = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 3, 4)])
         for function, args, message in (
-            (fastattn.scaled_dot_product_attention, (q, k, k), "key must have the heads of query in every sequence"),
+            (
+                fastattn.scaled_dot_product_attention,
+                (q, k, k),
+                "key must have as many heads as query in every sequence",
+            ),
             (fastattn.scaled_dot_product_attention, (flat, q, q), "query must be nested .*, got 3 dimensions"),
             (fastattn.scaled_dot_product_attention, (q, flat, flat), "key must be nested .*, got 3 dimensions"),
             (fastattn.attention, (flat, flat, flat), "q must be nested .*, got 3 dimensions"),
@@ -295,9 +299,9 @@ class TestRows:
         for error, message, call in (
             (ValueError, "layer_norm: residual must have sequences of the same lengths as x",
              lambda: fastattn.layer_norm(x, residual=other)),
-            (ValueError, "layer_norm: residual must be a nested tensor, as x is",
+            (ValueError, "layer_norm: residual must be a nested tensor, like x",
              lambda: fastattn.layer_norm(x, residual=rows)),
-            (ValueError, "rms_norm: (x must be a nested tensor, as residual is|residual must have shape)",
+            (ValueError, "rms_norm: (x must be a nested tensor, like residual|residual must have shape)",
              lambda: fastattn.rms_norm(rows, residual=x)),
             (ValueError, "layer_norm: weight must ", lambda: fastattn.layer_norm(rows, x)),
             (ValueError, "layer_norm: weight must not be a nested tensor", lambda: fastattn.layer_norm(x, x)),

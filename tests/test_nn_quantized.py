@@ -129,10 +129,10 @@ def test_feed_forward(quantize, sizes, gated):
             wanted = ours(x)
         assert out.dtype == wanted.dtype
         torch.testing.assert_close(out.float(), right, rtol=0.05, atol=0.05)
-    with pytest.raises(ValueError, match=r"backend 'native' .* it takes plain weights, got a"):
+    with pytest.raises(ValueError, match=r"backend 'native' .* it needs plain weights, got a"):
         fastattn.feed_forward(x, *weights, **options, backend="native")
     text = fastattn.explain("feed_forward", x, *weights, **options)
-    assert "it takes plain weights, got a" in text
+    assert "it needs plain weights, got a" in text
     assert "reference: runs" in text
 
 

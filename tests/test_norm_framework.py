@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn import reference
-from fastattn.ops._backends import missing, unavailable, use_backend
+from fastattn.ops._backends import use_backend, why_not_available, why_not_implemented
 from fastattn.ops._random import draw_rng
 
 OP = "norm"
@@ -47,7 +47,7 @@ def test_raw_ops_keep_their_schema(raw_backend, device, rms, biased, plain):
 
 def test_backward_of_another_backend(device):
     """What one backend saves, another understands."""
-    names = [name for name in ("native", "triton") if missing(OP, name, device) is None]
+    names = [name for name in ("native", "triton") if why_not_implemented(OP, name, device) is None]
     x, residual, weight, bias, x_bias = operands(6, 40, device=device, grad=False, count=5)
     dy, rng = torch.randn_like(x), draw_rng(x.device)
     results = []
@@ -163,8 +163,8 @@ def test_compile_without_a_graph_break(backend, device, interpreted, dynamic):
 
 
 def test_compile_uses_the_kernels_also_backward():
-    if unavailable("native", "cpu"):
-        pytest.skip(unavailable("native", "cpu"))
+    if why_not_available("native", "cpu"):
+        pytest.skip(why_not_available("native", "cpu"))
     torch._dynamo.reset()
     called = []
 
@@ -267,7 +267,7 @@ BAD_CALLS = {
     ),
     "fp64 x_bias on a kernel": (
         lambda: fastattn.layer_norm(X, x_bias=W.double(), backend="native"),
-        "cannot serve this call: it takes float32, bfloat16 and float16, got torch.float64",
+        "cannot serve this call: it supports float32, bfloat16 and float16, got torch.float64",
     ),
     "residual of another shape": (
         lambda: fastattn.layer_norm(X, residual=torch.ones(6)),
@@ -309,8 +309,8 @@ def test_bad_input(name):
 
 def test_raw_ops_check_again(device):
     """Below the public function the wrappers refuse what would read outside of an operand."""
-    if unavailable("native", device):
-        pytest.skip(unavailable("native", device))
+    if why_not_available("native", device):
+        pytest.skip(why_not_available("native", device))
     x, weight = torch.randn(4, 8, device=device), torch.randn(8, device=device)
     for arguments, message in (
         ((x, None, weight[:5], None, None, 0.0, 1e-5, False), "weight"),

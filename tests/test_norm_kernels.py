@@ -51,7 +51,7 @@ class Kernels:
 @pytest.fixture(scope="module", params=["triton", "native", "emulated"])
 def kernels(request):
     if request.param == "emulated":
-        reason = emulate_cuda.unavailable()
+        reason = emulate_cuda.why_not_available()
         if reason or DEVICE == "cuda":
             pytest.skip(reason or "there is a GPU: the native kernels run on it")
         return Kernels("emulated", emulate_cuda.load(), "native")

@@ -116,7 +116,7 @@ class TestCausalBias:
             fastattn.scaled_dot_product_attention(Q, Q[:, :, :4], Q[:, :, :4], bias)
         cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
         packed = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens)
-        with pytest.raises(ValueError, match="packed sequences take no mask"):
+        with pytest.raises(ValueError, match="packed sequences take neither mask"):
             fastattn.attention(*[Q[0].transpose(0, 1)] * 3, bias=bias, **packed)
 
     def test_is_no_operand(self):

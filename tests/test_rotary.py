@@ -8,7 +8,7 @@ from processes import run_code
 
 import fastattn
 from fastattn import reference
-from fastattn.ops._backends import missing, unavailable, use_backend
+from fastattn.ops._backends import use_backend, why_not_available, why_not_implemented
 
 OP = "rotary"
 OPS = torch.ops.fastattn
@@ -239,7 +239,7 @@ def test_hugging_face_tables(backend, device, dtype, table_dtype):
 
 def test_no_table_is_read_past_its_end():
     """They end where memory ends that may be read: a lane of a block beyond the last token must not look there."""
-    reason = unavailable("triton", "cpu")
+    reason = why_not_available("triton", "cpu")
     if reason:
         pytest.skip(reason)
     run_code("""
@@ -371,8 +371,10 @@ def test_tables_that_want_gradients_run_on_the_reference(device):
     (dangle,) = torch.autograd.grad(y.square().sum() + y[..., 0].sum(), angle)
     assert dangle.any()
     cos.requires_grad_()
-    if unavailable("native", device) is None:
-        assert "native: no: it makes no gradient for cos and sin" in fastattn.explain("rotary_embedding", x, cos, sin)
+    if why_not_available("native", device) is None:
+        assert "native: no: it computes no gradients of cos and sin" in fastattn.explain(
+            "rotary_embedding", x, cos, sin
+        )
         with torch.no_grad():
             assert "native: runs" in fastattn.explain("rotary_embedding", x, cos, sin)
 
@@ -414,7 +416,9 @@ def test_raw_ops_keep_their_schema(raw_backend, device, form):
 def test_backends_agree(device):
     """In full precision only fused products tell the backends apart; a gradient may come from any."""
     names = [
-        name for name in ("native", "triton", "reference") if name == "reference" or missing(OP, name, device) is None
+        name
+        for name in ("native", "triton", "reference")
+        if name == "reference" or why_not_implemented(OP, name, device) is None
     ]
     x, (cos, sin) = randn(2, 3, 9, 40, device=device), tables(9, 32, device=device)
     for interleaved in (False, True):
@@ -555,7 +559,7 @@ BAD_CALLS = {
     "positions of other tokens": (
         lambda f: f(X, COS, SIN, positions=torch.zeros(2, dtype=torch.int64)),
         ValueError,
-        r"shape \(5,\) or \(2, 5\), as the tokens of x, got \(2,\)",
+        r"shape \(5,\) or \(2, 5\), like the tokens of x, got \(2,\)",
     ),
     "positions elsewhere": (
         lambda f: f(X, COS, SIN, positions=torch.zeros(5, dtype=torch.int64, device="meta")),
@@ -586,8 +590,8 @@ def test_a_named_backend_that_cannot_serve_raises():
 
 def test_raw_ops_check_again(device):
     """Below the public function the wrappers refuse what would read outside of an operand."""
-    if unavailable("native", device):
-        pytest.skip(unavailable("native", device))
+    if why_not_available("native", device):
+        pytest.skip(why_not_available("native", device))
     q, (cos, sin) = randn(2, 3, 5, 8, device=device), tables(9, 8, device=device)
     here = torch.zeros(5, dtype=torch.int64, device=device)
     rest = (False, False)

@@ -16,7 +16,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.fixture(scope="module")
 def ops():
-    reason = emulate_cuda.unavailable()
+    reason = emulate_cuda.why_not_available()
     if reason or torch.cuda.is_available():
         pytest.skip(reason or "there is a GPU: the native kernels run on it")
     return emulate_cuda.load()

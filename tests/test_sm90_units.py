@@ -33,7 +33,7 @@ def on_hardware():
 
 
 def emulated(*flags):
-    reason = emulate_cuda.unavailable()
+    reason = emulate_cuda.why_not_available()
     if reason:
         pytest.skip(reason)
     return emulate_cuda.compile_library(emulate_cuda.rewritten("tests/sm90_units.cu"), flags, with_torch=False)

@@ -146,7 +146,7 @@ def test_program_of_torch_operators_alone(op):
     assert ours
     table = torch.export.default_decompositions() | torch._decomp.get_decompositions(list(ours))
     if op == "packed attention":
-        with pytest.raises(NotImplementedError, match="packed sequences cannot be written in PyTorch's operators"):
+        with pytest.raises(NotImplementedError, match="packed sequences cannot be exported as PyTorch operators"):
             program.run_decompositions(table)
         return
     portable = program.run_decompositions(table)

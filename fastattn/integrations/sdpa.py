@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.ops._attention_call import Facts
-from fastattn.ops._backends import device_name, order, refusal
-from fastattn.ops._kinds import odd_kind
+from fastattn.ops._backends import device_name, order, why_not
+from fastattn.ops._kinds import nonplain_kind
 from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 
@@ -17,12 +17,12 @@ def _reason(query, key, value, attn_mask):
     """Why a call is left to torch, or None. What the arguments do not fit shows only when they are checked."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "a graph is traced"
-    kind = odd_kind(query, key, value, attn_mask)
+    kind = nonplain_kind(query, key, value, attn_mask)
     if kind is not None:
         return f"{kind} is given"
     wide = query.shape[-1] > 256 or value.shape[-1] > 256
     facts = Facts(device_name(query.device), query.dtype, wide_heads=wide)
-    reasons = {name: refusal("attention", name, facts) for name in order(facts.device) if name != "reference"}
+    reasons = {name: why_not("attention", name, facts) for name in order(facts.device) if name != "reference"}
     if all(reasons.values()):
         return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return None

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as _torch_module
 
 from fastattn.ops import scaled_dot_product_attention
-from fastattn.ops._kinds import odd_kind
+from fastattn.ops._kinds import nonplain_kind
 
 _torch_nn = types.SimpleNamespace(**vars(torch.nn))  # torch's own classes, even if the names are rebound later
 
@@ -38,7 +38,7 @@ def is_plain(module, *classes):
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
-        or (parameters and odd_kind(*parameters.values()))
+        or (parameters and nonplain_kind(*parameters.values()))
     )
 
 

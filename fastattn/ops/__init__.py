@@ -37,13 +37,16 @@ _OPS: dict[str, Any] = {
 
 
 def explain(op: str, *args: Any, backend: Backend = None, **kwargs: Any) -> str:
-    """Which backend would run `op` for these arguments, and why the others would not. Nothing is computed.
+    """Say which backend would run `op` for these arguments, and why the others would not. Nothing is computed.
 
     Args:
-        op: name of a public op, e.g. "layer_norm"; the other arguments are the op's own.
-    Returns: text, a line per backend.
+        op: name of a public op, e.g. "layer_norm". All other arguments are those of the op.
+    Returns: a text with a line per backend.
     Raises:
         ValueError: there is no such op, or the arguments do not fit it.
+    Example:
+        >>> print(fastattn.explain("rms_norm", torch.randn(4, 64), backend="reference").splitlines()[0])
+        norm on cpu, float32, reference asked for
     """
     if op not in tuple(_OPS):
         raise ValueError(f"explain: op must be one of {', '.join(sorted(_OPS))}, got {op!r}")
@@ -51,4 +54,4 @@ def explain(op: str, *args: Any, backend: Backend = None, **kwargs: Any) -> str:
         _OPS[op].explained(*args, backend=Question("" if backend is None else backend), **kwargs)
     except Answer as answer:
         return str(answer)
-    return f"{op}: no backend is chosen: there is nothing that a kernel would do"
+    return f"{op}: no backend is chosen, because no kernel is needed for this call"

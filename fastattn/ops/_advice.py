@@ -1,7 +1,7 @@
-"""What a function says when it is given an argument that it does not have: names of PyTorch, flash-attn and others.
+"""Advice for arguments that a function does not have, such as the names that PyTorch and flash-attn use.
 
-A key holds the names that were given, the text says what to use instead. "*" is for too many arguments by position. A
-name that the function does have is for a value that is no tensor.
+A key holds the unknown names, separated by spaces; the text says what to use instead. The key "*" is for too many
+positional arguments. The name of an argument that exists is for a value of the wrong type.
 """
 
 
@@ -12,12 +12,12 @@ def _table(*parts):
 
 _DROPOUT = {
     "dropout p dropout_prob dropout_rate attn_dropout attention_dropout": "use dropout_p=",
-    "training is_training": "dropout acts always: pass dropout_p=0.0 in evaluation",
+    "training is_training": "dropout is always applied: pass dropout_p=0.0 in evaluation",
 }
 _NO_DROPOUT = dict.fromkeys((*_DROPOUT, "dropout_p"), "it has no dropout")
 _SCORES = {
     "softmax_scale sm_scale scaling": "use scale=",
-    "need_weights average_attn_weights output_attentions": "the weights are never stored, and nn.MultiheadAttention"
+    "need_weights average_attn_weights output_attentions": "the weights are never stored; nn.MultiheadAttention"
     " computes them in a second pass",
     "layout qkv_format tensor_layout": "tensors are (batch, heads, seqlen, head_dim); transpose(1, 2) of a (batch,"
     " seqlen, heads, head_dim) tensor costs no copy",
@@ -93,9 +93,9 @@ ADVICE = {
         _ATTENTION,
         {
             "is_causal": 'use causal=True or "bottom_right"',
-            "mask attn_mask attention_mask bias attn_bias key_padding_mask": "say what is visible by cache_seqlens=,"
-            " cache_leftpad= and window=",
-            "rotary_cos rotary_sin rotary_interleaved": "rotate q and k with rotary_embedding before",
+            "mask attn_mask attention_mask bias attn_bias key_padding_mask": "use cache_seqlens=, cache_leftpad= and"
+            " window= to say which keys are visible",
+            "rotary_cos rotary_sin rotary_interleaved": "rotate q and k with rotary_embedding first",
             "seqused_k seqlens_k": "use cache_seqlens= (valid keys before the call)",
             "page_table block_tables": "use block_table=",
             "cache_seqlens": "int32 (batch,), the valid keys of each sequence before the call",
@@ -130,14 +130,14 @@ ADVICE = {
     ),
     "linear_cross_entropy": _table(
         {
-            "input hidden_states logits": "use x=, what the last linear layer is applied to",
+            "input hidden_states logits": "use x=, the input of the last linear layer",
             "labels targets": "use target=",
             "lin_weight linear_weight lm_head classifier": "use weight=, (vocab, d_model)",
             "class_weight class_weights ce_weight": "the classes have no weights",
             "lse_square_scale": "use z_loss=",
             "logit_softcap soft_cap": "use softcap=",
             "size_average reduce": 'use reduction="mean", "sum" or "none"',
-            "shift": "shift x and target before",
+            "shift": "shift x and target first",
             "weight": "(vocab, d_model)",
         },
     ),
@@ -148,7 +148,7 @@ ADVICE = {
             "position_ids seqlen_offsets offset": "use positions=",
             "rotary_cos rotary_sin freqs_cis": "use cos= and sin=",
             "rotary_dim": "it follows from the width of cos",
-            "cu_seqlens max_seqlen": "use positions= (total,), the position of each token in its own sequence",
+            "cu_seqlens max_seqlen": "use positions= (total,), the position of each token in its sequence",
             "conjugate": "use -sin",
             "x": "or a pair of tensors",
         },

@@ -1,4 +1,4 @@
-"""One call of attention as a value: what was asked for, checked, cast and in the form of the raw op."""
+"""One call of attention as a value: its arguments, checked, cast and in the form that the raw op takes."""
 
 from typing import NamedTuple
 
@@ -22,9 +22,9 @@ from fastattn.ops._kinds import is_causal_bias
 
 
 class AttentionCall(NamedTuple):
-    """The arguments of the raw op attention_fwd in their order, without need_low.
+    """The arguments of the raw op attention_fwd, in order, without need_low.
 
-    The tensors come first. Packed sequences are a batch of 1.
+    The tensors come first. Packed sequences form a batch of 1.
     """
 
     q: Tensor
@@ -52,7 +52,7 @@ N_TENSORS = AttentionCall._fields.index("max_seqlen_q")
 
 
 class Facts(NamedTuple):
-    """What a backend may refuse a call by. Sizes stay out, so that decisions can be cached."""
+    """The properties of a call that decide which backends can serve it. No sizes, so that decisions can be cached."""
 
     device: str
     dtype: torch.dtype
@@ -76,7 +76,7 @@ _MORE_THAN_A_WINDOW = slice(Facts._fields.index("bias_dtype"), Facts._fields.ind
 
 
 def is_plain(facts):
-    """Whether the scores are scale * q·k, seen through a causal or local window at most."""
+    """Whether the scores are scale * q·k with at most a causal or local window."""
     return not any(facts[_MORE_THAN_A_WINDOW])
 
 
@@ -85,10 +85,10 @@ def attention_call(
     cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, alibi_slopes=None, softcap=0.0, sink=None, dropout_p=0.0,
     scale=None,
 ):  # fmt: skip
-    """(facts, AttentionCall) for the arguments of the public op `attention`; `name` is the op that messages name.
+    """Check the arguments of the public op `attention` and return (facts, AttentionCall). Messages name the op `name`.
 
-    The facts are a plain tuple in the order of Facts: to give them names takes 0.3 us, and only a new decision needs
-    these. The random state of a call with dropout is still None: it is drawn after the choice of a backend.
+    The facts are a plain tuple in the order of Facts: making a Facts takes 0.3 us, and only a new decision needs one.
+    The random state of a call with dropout is still None: it is drawn after the backend is chosen.
     """
     device = "cpu" if q.is_cpu else device_name(q.device)
     q, k, v = as_autocast(q, k, v)
@@ -102,12 +102,12 @@ def attention_call(
     left, right, top_left = resolve_window(name, causal, window)
     if packed:
         if mask is not None or bias is not None:
-            raise ValueError(f"{name}: packed sequences take no mask and no bias: they share no grid of positions")
+            raise ValueError(f"{name}: packed sequences take neither mask nor bias: they share no grid of positions")
         check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, max_seqlen_q, max_seqlen_k)
         batch = cu_seqlens_q.shape[0] - 1
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     elif max_seqlen_q is not None or max_seqlen_k is not None:
-        raise ValueError(f"{name}: max_seqlen_q and max_seqlen_k belong to packed sequences, which need cu_seqlens")
+        raise ValueError(f"{name}: max_seqlen_q and max_seqlen_k are for packed sequences, which need cu_seqlens")
     full = (batch, n_heads, seqlen_q, seqlen_k)
     if mask is not None:
         mask = check_scores(name, "mask", mask, q, full)
@@ -121,7 +121,7 @@ def attention_call(
         sink = check_per_head(name, "sink", sink, q, ((n_heads,),))
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
-    # conditions as expressions: bool() would leave symbolic what torch.compile made symbolic
+    # conditional expressions, because bool() of a symbolic condition stays symbolic under torch.compile
     facts = (
         device, q.dtype, left >= 0 or right >= 0, None if bias is None else bias.dtype, mask is not None,
         seqlens_k is not None, packed, alibi_slopes is not None,
@@ -134,7 +134,7 @@ def attention_call(
         True if head_dim in HOPPER_HEAD_DIMS else False,  # noqa: SIM210
         True if head_dim > 128 else False,  # noqa: SIM210
     )  # fmt: skip
-    call = tuple.__new__(AttentionCall, (  # the constructor of a NamedTuple is a function in Python, 0.2 us slower
+    call = tuple.__new__(AttentionCall, (  # the constructor of a NamedTuple is a Python function and 0.2 us slower
         q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None,
         seqlen_q if max_seqlen_q is None else int(max_seqlen_q),
         seqlen_k if max_seqlen_k is None else int(max_seqlen_k),

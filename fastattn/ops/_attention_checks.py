@@ -1,4 +1,4 @@
-"""Argument checks of the attention entry points: every mistake is named with what was expected and what came."""
+"""Argument checks of the attention ops. Each message says what was expected and what was given."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from fastattn.ops._random import check_dropout_p
 
 
 def check_qkv(name, q, k, v, packed):
-    """Raise unless q, k and v fit each other.
+    """Raise unless q, k and v match each other.
 
     Returns: (batch or None if packed, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v).
     """
@@ -22,7 +22,7 @@ def check_qkv(name, q, k, v, packed):
         or not dtype == k.dtype == v.dtype
         or not device == k.device == v.device
     ):
-        _complain(name, q, k, v, packed)
+        _raise_for_qkv(name, q, k, v, packed)
     if packed:
         (seqlen_q, n_heads, head_dim), (seqlen_k, n_kv_heads, head_dim_k) = shape_q, shape_k
         batch = batch_k = batch_v = None
@@ -45,7 +45,7 @@ def check_qkv(name, q, k, v, packed):
     return batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v
 
 
-def _complain(name, q, k, v, packed):
+def _raise_for_qkv(name, q, k, v, packed):
     labels = ("query", "key", "value") if name == "scaled_dot_product_attention" else ("q", "k", "v")
     for label, t in zip(labels, (q, k, v), strict=True):
         if t.dim() != (3 if packed else 4):
@@ -60,9 +60,9 @@ def _complain(name, q, k, v, packed):
 
 
 def causal_flag(name, label, bias, causal, seqlen_q, seqlen_k):
-    """What `causal` becomes where a CausalBias stands in the place of a mask."""
+    """The value of `causal` that a CausalBias passed as a mask or bias stands for."""
     if causal:
-        raise ValueError(f"{name}: CausalBias should not be used with causal={causal!r}: it takes the place of causal")
+        raise ValueError(f"{name}: CausalBias should not be used with causal={causal!r}, which it replaces")
     if bias.seq_len_q != seqlen_q or bias.seq_len_kv != seqlen_k:
         raise ValueError(
             f"{name}: {label} must be a CausalBias for {seqlen_q} queries and {seqlen_k} keys, got one for"
@@ -104,7 +104,7 @@ def check_int32(name, label, t, q, length):
 
 
 def check_seqlens_k(name, seqlens_k, q, batch, seqlen_k, cu_seqlens_k):
-    """Raise unless the lengths fit; the values are looked at only where that costs no synchronisation."""
+    """Raise unless the lengths are valid. The values are read only where that needs no device synchronisation."""
     check_int32(name, "seqlens_k", seqlens_k, q, batch)
     if not is_readable(seqlens_k) or (cu_seqlens_k is not None and not is_readable(cu_seqlens_k)):
         return
@@ -116,7 +116,7 @@ def check_seqlens_k(name, seqlens_k, q, batch, seqlen_k, cu_seqlens_k):
 
 
 def check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, total_q, total_k, max_seqlen_q, max_seqlen_k):
-    """Raise unless both are there and fit; the values are looked at only where that costs no synchronisation."""
+    """Raise unless both are given and valid. The values are read only where that needs no device synchronisation."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         raise ValueError(f"{name}: cu_seqlens_q and cu_seqlens_k must be given together")
     check_int32(name, "cu_seqlens_q", cu_seqlens_q, q, None)
@@ -131,7 +131,7 @@ def check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, total_q, total_k, max_
             continue
         label, ends = f"cu_seqlens_{side}", numbers(t)
         if ends[0] != 0 or ends[-1] > total or ends != sorted(ends):
-            raise ValueError(f"{name}: {label} must rise from 0 to at most the total length {total}, got {ends}")
+            raise ValueError(f"{name}: {label} must increase from 0 to at most the total length {total}, got {ends}")
         lengths = [end - start for start, end in itertools.pairwise(ends)]
         if longest is not None and longest < max(lengths, default=0):
             raise ValueError(
@@ -143,7 +143,7 @@ def check_per_head(name, label, t, q, shapes):
     """Raise unless `t` is a float tensor of one of `shapes`; returns it in fp32 (fp64 if q is)."""
     if t.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: {label} must be float32, got {t.dtype}")
-    # number by number: torch.compile finds no tuple of sizes equal where some are symbols and some are not
+    # size by size: under torch.compile, tuples of sizes compare unequal if only some of them are symbolic
     if not any(
         t.dim() == len(shape) and all(have == want for have, want in zip(t.shape, shape, strict=True))
         for shape in shapes
@@ -156,7 +156,7 @@ def check_per_head(name, label, t, q, shapes):
 
 
 def check_numbers(name, softcap, dropout_p, scale):
-    """The three as numbers, None as off but for scale; raise unless they are finite and in their range."""
+    """The three as numbers; None switches softcap and dropout off. Raise unless they are finite and in range."""
     if type(softcap) is not float or type(dropout_p) is not float or scale is not None:
         softcap = as_number(name, "softcap", softcap)
         dropout_p = as_number(name, "dropout_p", dropout_p)
@@ -171,7 +171,7 @@ def check_numbers(name, softcap, dropout_p, scale):
 
 
 def resolve_window(name, causal, window):
-    """(window_left, window_right, top_left): causal is a right side of 0, and only says besides where it is aligned."""
+    """(window_left, window_right, top_left). Causal means window_right = 0; it also sets the alignment."""
     if (
         causal is not True
         and causal is not False
@@ -181,7 +181,7 @@ def resolve_window(name, causal, window):
     left = right = -1
     if window is not None:
         if not isinstance(window, (tuple, list)):
-            window = window.tolist() if hasattr(window, "tolist") else window  # of torch or numpy
+            window = window.tolist() if hasattr(window, "tolist") else window  # a torch or numpy array
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise ValueError(f"{name}: window must be a pair (left, right), got {window!r}")
         left, right = (-1 if side is None else side for side in window)

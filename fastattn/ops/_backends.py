@@ -1,7 +1,7 @@
-"""Which backend serves a call: `choose`, the reasons behind it, and the ways to override it.
+"""The choice of a backend for a call (`choose`), its reasons, and the ways to override it.
 
-An op registers, per backend, a function that answers why it cannot take a call, or None. `choose` walks the backends of
-the device in order; the order is data, set from recorded benchmarks. Argument > use_backend() > FASTATTN_BACKEND.
+For each backend, an op registers a function that returns why the backend cannot serve a call, or None. `choose` tries
+the backends of the device in an order set from benchmarks. Precedence: argument, use_backend(), FASTATTN_BACKEND.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ _CONSTANT = "_dynamo_marked_constant"
 
 BACKENDS = ("native", "triton", "reference")
 
-# per device, the order in which backends are asked; the reference comes last and takes everything
+# per device, the order in which backends are tried; the reference comes last and serves every call
 _ORDER = {"cpu": ("native", "triton", "reference"), "cuda": ("native", "triton", "reference")}
 
-# The recorded table of exceptions from that order: kernels that are built but that no benchmark has put into it. They
-# run where they are named, and only there; a row goes once docs/gpu-verification.md names a device.
+# Kernels that are built but not yet benchmarked. The automatic choice skips them; they run only when named. Delete a
+# row once docs/gpu-verification.md lists a device for it.
 _ON_REQUEST = {
     ("attention", "native", "cuda"): "not yet run on hardware",
     ("attention_decode", "native", "cuda"): "not yet run on hardware",
@@ -30,21 +30,21 @@ _ON_REQUEST = {
 
 
 class _Registration(NamedTuple):
-    """What `register_backend` was told."""
+    """The arguments of `register_backend`."""
 
-    refuses: Callable
+    why_not: Callable
     raw: str
-    refuses_device: Callable
+    why_not_device: Callable
     facts: Callable | None
     note: Callable
 
     def named(self, facts):
-        """A tuple of facts as the NamedTuple that the functions of the op read."""
+        """The facts, a plain tuple, as the NamedTuple of the op."""
         return facts if self.facts is None else self.facts(*facts)
 
 
 _registered = {}  # (op, backend) -> _Registration
-_unavailable = {}  # (backend, device type) -> reason, or a function: index of a device -> its reason or None
+_unavailable = {}  # (backend, device type) -> reason, or a function: device index -> reason or None
 _decisions = {}  # (op, facts, wanted) -> backend
 
 
@@ -60,11 +60,11 @@ _override = _checked(os.environ.get("FASTATTN_BACKEND"), "FASTATTN_BACKEND")
 
 
 def device_name(device):
-    """How facts name the device of a tensor, with its index: "cuda:1". Decisions differ between two GPUs."""
+    """The name of a device in facts, with its index ("cuda:1"), because two GPUs may get different decisions."""
     return str(device)
 
 
-setattr(device_name, _CONSTANT, True)  # as for _decide below
+setattr(device_name, _CONSTANT, True)  # see _decide below
 
 
 def _type_and_index(device):
@@ -72,18 +72,18 @@ def _type_and_index(device):
     return kind, int(index) if index else None
 
 
-def register_backend(op, backend, refuses, raw=None, *, facts=None, refuses_device=None, note=None):
-    """Tell that `op` can run on `backend`.
+def register_backend(op, backend, why_not, raw=None, *, facts=None, why_not_device=None, note=None):
+    """Register `backend` as an implementation of `op`.
 
     Args:
-        refuses: facts -> why the backend cannot serve the call, or None.
-        raw: the raw op that must have a kernel for the device, <op>_fwd by default.
-        facts: the NamedTuple of the facts of this op; the first two are "cpu" or a `device_name`, and the dtype.
-        refuses_device: name of a device -> why no call can be served there, or None.
-        note: facts -> what `explain` adds for a call that the backend can serve, or None.
+        why_not: facts -> why the backend cannot serve the call, or None.
+        raw: the raw op that must have a kernel for the device; default <op>_fwd.
+        facts: the NamedTuple of the facts of this op. Its first two fields are "cpu" or a `device_name`, and the dtype.
+        why_not_device: name of a device -> why the backend can serve no call there, or None.
+        note: facts -> a line that `explain` adds if the backend can serve the call, or None.
     """
     _registered[op, backend] = _Registration(
-        refuses, raw or f"{op}_fwd", refuses_device or _nothing, facts, note or _nothing
+        why_not, raw or f"{op}_fwd", why_not_device or _nothing, facts, note or _nothing
     )
     _decisions.clear()
 
@@ -93,16 +93,16 @@ def _nothing(_):
 
 
 def set_unavailable(backend, device, reason):
-    """Record that a backend does not exist on a device type ("cpu", "cuda"), and why; None takes it back.
+    """Record why a backend is not available on a device type ("cpu", "cuda"); None makes it available again.
 
-    Where devices of the type differ, `reason` is a function of the index of one: its reason or None, asked once each.
+    If devices of the type differ, `reason` is a function: device index -> reason or None, called once per device.
     """
     _unavailable[backend, device] = functools.cache(reason) if callable(reason) else reason
     _decisions.clear()
 
 
 def _reasons(backend, device):
-    """Why `backend` does not exist on a device; where only a type is named one reason for each of its devices."""
+    """Why `backend` is not available on a device, as a list; for a device type, one entry for each of its devices."""
     kind, index = _type_and_index(device)
     reason = _unavailable.get((backend, kind), f"there is no {backend} backend for {kind} tensors")
     if not callable(reason):
@@ -110,8 +110,8 @@ def _reasons(backend, device):
     return [reason(i) for i in ([index] if index is not None else range(torch.cuda.device_count()))]
 
 
-def unavailable(backend, device):
-    """Why `backend` does not exist on a device ("cuda:1"), or on none of a type ("cuda"); None where it does."""
+def why_not_available(backend, device):
+    """Why `backend` is not available on a device ("cuda:1") or on any device of a type ("cuda"), or None."""
     if backend == "reference":
         return None
     reasons = _reasons(backend, device)
@@ -119,13 +119,13 @@ def unavailable(backend, device):
 
 
 def registered_ops():
-    """The names of all ops that a backend has registered."""
+    """The names of all ops with a registered backend."""
     return sorted({op for op, _ in _registered})
 
 
-def missing(op, backend, device):
-    """Why there is no kernel of `op` by `backend` for a device, or a type of them, or None."""
-    reason = unavailable(backend, device)
+def why_not_implemented(op, backend, device):
+    """Why `backend` has no kernel of `op` for a device or device type, or None."""
+    reason = why_not_available(backend, device)
     if reason is not None or backend == "reference":
         return reason
     registered = _registered.get((op, backend))
@@ -136,41 +136,41 @@ def missing(op, backend, device):
     return None
 
 
-def refuses_device(op, backend, device):
-    """Why no call of `op` can run on `backend` on a device, or None."""
-    reason = missing(op, backend, device)
+def why_not_on_device(op, backend, device):
+    """Why `backend` can serve no call of `op` on a device, or None."""
+    reason = why_not_implemented(op, backend, device)
     if reason is not None or backend == "reference":
         return reason
-    return _registered[op, backend].refuses_device(device)
+    return _registered[op, backend].why_not_device(device)
 
 
-def refusal(op, backend, facts):
+def why_not(op, backend, facts):
     """Why `backend` cannot serve this call of `op`, or None."""
-    reason = refuses_device(op, backend, facts[0])
+    reason = why_not_on_device(op, backend, facts[0])
     if reason is not None or backend == "reference":
         return reason
     registered = _registered[op, backend]
-    return registered.refuses(registered.named(facts))
+    return registered.why_not(registered.named(facts))
 
 
 def order(device):
-    """The backends of a device in the order in which they are asked."""
+    """The backends of a device in the order in which they are tried."""
     return _ORDER.get(_type_and_index(device)[0], BACKENDS)
 
 
 def on_request(op, backend, device):
-    """Why `backend` serves `op` on a device only where it is named, or None."""
+    """Why `backend` serves `op` on a device only when named, or None."""
     return _ON_REQUEST.get((op, backend, _type_and_index(device)[0]))
 
 
 class Question(str):
-    """The name of a backend, or "", that asks which one would serve the call. `choose` answers instead of choosing."""
+    """A backend name, or "", that makes `choose` raise an `Answer` with the explanation instead of choosing."""
 
     __slots__ = ()
 
 
 class Answer(BaseException):
-    """The answer to a `Question`. It is no Exception, so that nothing on its way up takes it for a mistake."""
+    """The answer to a `Question`. Not an Exception, so that no `except Exception` on the way catches it."""
 
 
 def _decide(op, facts, wanted):
@@ -178,10 +178,10 @@ def _decide(op, facts, wanted):
     if decision is None:
         if wanted is None:
             decision = next(
-                b for b in order(facts[0]) if on_request(op, b, facts[0]) is None and refusal(op, b, facts) is None
+                b for b in order(facts[0]) if on_request(op, b, facts[0]) is None and why_not(op, b, facts) is None
             )
         else:
-            reason = refusal(op, wanted, facts)
+            reason = why_not(op, wanted, facts)
             if reason is not None:
                 raise ValueError(f"{op}: backend {wanted!r} was asked for but cannot serve this call: {reason}")
             decision = wanted
@@ -195,17 +195,17 @@ def _decide_named(op, facts, backend):
     return _decide(op, facts, asked_for(backend))
 
 
-# torch.compile evaluates them while tracing: facts are constants there. What torch.compiler.assume_constant_result
-# sets, without the import of the compiler that comes with it.
+# torch.compile evaluates them while tracing, where facts are constants. assume_constant_result does the same, but it
+# imports the compiler.
 for _function in (_decide, _decide_named):
     setattr(_function, _CONSTANT, True)
 
 
 def asked_for(backend=None, source="backend"):
-    """The backend that the argument, use_backend() or FASTATTN_BACKEND name, or None.
+    """The backend named by the argument, use_backend() or FASTATTN_BACKEND, or None.
 
     Args:
-        source: what messages call the argument.
+        source: the name of the argument in messages.
     """
     return _checked(backend, source) if backend else _override
 
@@ -213,13 +213,13 @@ def asked_for(backend=None, source="backend"):
 def choose(op, facts, backend=None):
     """The backend that serves a call of `op`.
 
-    Ops choose before they draw random numbers, move data or write anything: `explain` ends there.
+    Ops must call it before they draw random numbers, move data or write anything, because `explain` stops here.
 
     Args:
-        facts: the facts of the op, hashable, as `register_backend` says.
+        facts: the facts of the call, hashable, as described at `register_backend`.
         backend: a name, or None for use_backend(), FASTATTN_BACKEND or the automatic choice.
     Raises:
-        ValueError: the name is unknown, or that backend cannot serve the call; the message has the reason.
+        ValueError: the name is unknown, or that backend cannot serve the call. The message gives the reason.
         Answer: `backend` is a Question.
     """
     if backend is None:
@@ -229,9 +229,14 @@ def choose(op, facts, backend=None):
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Within the block every op runs on backend `name`: "native", "triton", "reference" or "auto", the usual choice.
+    """Run every op in the block on backend `name`: "native", "triton", "reference" or "auto" (the automatic choice).
 
-    An op that the backend cannot serve raises ValueError with the reason. Holds for all threads of the process.
+    A call that the backend cannot serve raises ValueError with the reason. Applies to all threads of the process.
+
+    Example:
+        >>> with fastattn.use_backend("reference"):
+        ...     fastattn.rms_norm(torch.randn(4, 64)).shape
+        torch.Size([4, 64])
     """
     global _override
     before, _override = _override, _checked(name, "backend")
@@ -244,7 +249,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 def explanation(op, facts, backend=None):
     """The text of `fastattn.explain` for one call."""
     wanted = asked_for(backend)
-    reasons = {name: refusal(op, name, facts) for name in order(facts[0])}
+    reasons = {name: why_not(op, name, facts) for name in order(facts[0])}
     try:
         runs = _decide(op, tuple(facts), wanted)
     except ValueError:
@@ -260,7 +265,7 @@ def explanation(op, facts, backend=None):
         elif wanted is None and on_request(op, name, facts[0]):
             text = f'{on_request(op, name, facts[0])}: name backend="{name}" to use it'
         else:
-            text = "could, but comes later in the order" if wanted is None else "could, but was not asked for"
+            text = "could run, but comes later in the order" if wanted is None else "could run, but was not asked for"
         lines.append(f"  {name}: {text}")
     for name, reason in reasons.items():
         registered = _registered.get((op, name))
@@ -271,9 +276,9 @@ def explanation(op, facts, backend=None):
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Per device type, which backends are there: {"cpu": {"native": "available", "triton": "<why not>", ...}, ...}.
+    """The state of each backend per device type: {"cpu": {"native": "available", "triton": "<why not>", ...}, ...}.
 
-    Where one GPU is served and another is not the text names each: "cuda:0: available; cuda:1: <why not>".
+    If GPUs differ, the text names each: "cuda:0: available; cuda:1: <why not>".
     """
     return {device: {name: _state(name, device) for name in names} for device, names in _ORDER.items()}
 
@@ -288,7 +293,7 @@ def _state(backend, device):
 
 
 def grad_wanted(*tensors):
-    """Whether autograd must see this call."""
+    """Whether autograd must record this call."""
     if torch.is_grad_enabled():
         for t in tensors:  # any() on a generator takes twice as long, in every call of every op
             if t is not None and t.requires_grad:

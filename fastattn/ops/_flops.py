@@ -1,7 +1,7 @@
-"""What torch.utils.flop_counter.FlopCounterMode counts for the raw ops: the products in them, as for those of torch.
+"""FLOP formulas of the raw ops for torch.utils.flop_counter.FlopCounterMode: matrix products only, as for torch's ops.
 
-As for torch's own attention, invisible keys count too, and a backward computes the scores again. Norms, dropout, rotary
-and activations are no products and count 0.
+As for torch's attention, invisible keys count too, and a backward recomputes the scores. Norms, dropout, rotary and
+activations contain no matrix products and count 0.
 """
 
 import itertools
@@ -16,17 +16,17 @@ _ops = torch.ops.fastattn
 
 
 def _names(name):
-    """All operators of an op, those that tracers record among them."""
+    """All operators of an op, including those that tracers record."""
     return [getattr(_ops, full) for full in sorted({full.partition(".")[0] for full in NAMES[name]})]
 
 
 def _values(t):
-    """The values of an integer tensor, or None where it has none."""
+    """The values of an integer tensor, or None if it is meta or fake."""
     return None if t.is_meta or isinstance(t, FakeTensor) else t.tolist()
 
 
 def _pairs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    """How many pairs of a query and a key there are, times heads."""
+    """The number of query-key pairs, times the number of heads."""
     batch, n_heads, seqlen_q, _ = q.shape
     if cu_seqlens_q is None:
         return batch * n_heads * seqlen_q * k.shape[2]

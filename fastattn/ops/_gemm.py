@@ -1,20 +1,20 @@
-"""Matrix products: our own kernel for fp32 on processors with AVX-512, else torch's choice.
+"""Matrix products: our own kernel for fp32 on processors with AVX-512, otherwise the library that torch calls.
 
-For fp32 torch calls MKL, which stays on its AVX2 path on AMD processors, at 43 % of what their cores do. Our kernel is
-1.5 to 2.5 times as fast as MKL from 16 rows on, and 0.93 to 1.8 times as fast as oneDNN (benchmarks/test_gemm.py). It
-reads operands of any strides, where oneDNN takes 2000 times as long for a second operand with gaps, and it needs no
-preparation for a new shape, which costs oneDNN 0.7 ms. Below AVX-512 MKL is as fast. A row times a matrix stays with
-MKL, which is twice as fast: we would pack the whole matrix for it.
+For fp32 torch calls MKL, which uses only its AVX2 path on AMD processors, at 43 % of their peak. From 16 rows on, our
+kernel is 1.5 to 2.5 times as fast as MKL and 0.93 to 1.8 times as fast as oneDNN (benchmarks/test_gemm.py). It reads
+operands of any strides; oneDNN takes 2000 times as long if the second operand has gaps. It needs no setup for a new
+shape, which costs oneDNN 0.7 ms. Without AVX-512, MKL is as fast. Products of one row stay with MKL, which is twice as
+fast there, because our kernel would pack the whole matrix.
 
-Half precision on a processor without instructions for it: torch's own loops take 2 to 120 times as long as the product
-in fp32 with its conversions, dy · weight the longest, so large ones are computed in fp32 and rounded once.
+On a processor without half-precision instructions, torch's loops take 2 to 120 times as long as a product in fp32 with
+its conversions; dy · weight is the slowest. Large products are therefore computed in fp32 and rounded once.
 """
 
 import torch
 import torch.nn.functional as F
 
 from fastattn._autocast import shielded
-from fastattn.ops._register import observed, register_fake
+from fastattn.ops._register import register_fake, traced_backend
 
 
 def _gemm_fake(a, b, bias, transpose_a, transpose_b):
@@ -29,7 +29,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _slow_halves():
-    """The half-precision dtypes whose products no library makes on this processor."""
+    """The half-precision dtypes for which no library has a fast product on this processor."""
     supported = {
         dtype: getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
@@ -38,8 +38,8 @@ def _slow_halves():
 
 
 _SLOW_HALVES = _slow_halves()
-_LARGE = 2**23  # multiplications from which a detour over fp32 pays
-_STRIP = 4096  # rows of a half-precision product on its way into an fp32 sum
+_LARGE = 2**23  # multiplications from which converting to fp32 is worth it
+_STRIP = 4096  # rows per half-precision product that is added to an fp32 sum
 
 
 def _is_large(a, b, size):
@@ -50,15 +50,15 @@ _has_kernel = False
 
 
 def use_kernel(capability):
-    """Say which instruction set the CPU kernels use (a word of CPU_CAPABILITIES), or None without them."""
+    """Set the instruction set of the CPU kernels, one of CPU_CAPABILITIES, or None if there are no CPU kernels."""
     global _has_kernel
     _has_kernel = capability in ("avx512", "avx512bf16")
 
 
 def is_ours(a, b):
-    """Whether our kernel makes the product of two matrices.
+    """Whether our kernel computes the product of two matrices.
 
-    Subclasses of Tensor, transforms and tracers that record a portable graph get PyTorch's product.
+    Tensor subclasses, functorch transforms and tracers that record a portable graph get PyTorch's product.
     """
     return (
         _has_kernel
@@ -68,7 +68,7 @@ def is_ours(a, b):
         and type(a) in _PLAIN
         and type(b) in _PLAIN
         and not torch.compiler.is_exporting()
-        and observed("native") == "native"
+        and traced_backend("native") == "native"
     )
 
 
@@ -115,6 +115,6 @@ def add_weight_grad(total, dy, x):
         total.addmm_(dy.t(), x)
     elif dy.is_cuda:
         torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
-    else:  # no such product on a CPU
+    else:  # CPUs have no mixed-dtype addmm
         for strip, sums in zip(dy.split(_STRIP, 1), total.split(_STRIP), strict=True):
             sums += weight_grad(strip, x)

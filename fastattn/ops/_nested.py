@@ -1,6 +1,6 @@
-"""Nested tensors: an op gets their rows, one sequence after the other, and its result gets their structure.
+"""Nested tensors: an op runs on their rows, and its result gets the same nested structure.
 
-Both layouts are served: the rows of a jagged tensor are its values, those of a strided one are put together by a copy.
+Both layouts are supported. The rows of a jagged tensor are its values; those of a strided one are copied together.
 """
 
 import itertools
@@ -11,12 +11,12 @@ from fastattn.ops._kinds import is_nested
 
 
 class Rows:
-    """The rows of a nested tensor and the way back.
+    """The rows of a nested tensor, and how to make a nested tensor of a result.
 
     Args:
-        name, label: of the op and the argument, for messages.
+        name, label: names of the op and the argument, for messages.
         nested: (batch, ..., last) with one ragged dimension, which must not be the last.
-        last: how many dimensions a row has: 1, or 0 for a tensor with a number per row.
+        last: number of dimensions of a row: 1, or 0 for a tensor with one number per row.
     """
 
     def __init__(self, name, label, nested, last=1):
@@ -35,13 +35,13 @@ class Rows:
 
     @property
     def offsets(self):
-        """Where the rows of each sequence begin, and the end."""
+        """The index of the first row of each sequence, and the total."""
         if self.is_jagged:
             return self.nested.offsets()
         return _offsets([shape.numel() for shape in self.shapes], self.nested.device)
 
     def restore(self, rows):
-        """A result with these rows as a nested tensor."""
+        """Return a result with these rows as a nested tensor."""
         if not self.is_jagged:
             parts = rows.split([shape.numel() for shape in self.shapes])
             return torch.nested.as_nested_tensor(
@@ -50,7 +50,7 @@ class Rows:
         return _as_jagged(rows, self.nested, self.nested._ragged_idx)
 
     def has_lengths_of(self, other):
-        """Whether both have rows of the same sequences."""
+        """Whether the sequences of both have the same lengths."""
         if self.is_jagged != other.is_jagged:
             return False
         if self.is_jagged:
@@ -60,11 +60,11 @@ class Rows:
 
 def _check_gaps(name, label, nested):
     if nested.lengths() is not None:
-        raise ValueError(f"{name}: {label} must be a nested tensor without gaps: call its contiguous() before")
+        raise ValueError(f"{name}: {label} must be a nested tensor without gaps: call its contiguous() first")
 
 
 def _sequences(name, label, nested, last=1):
-    """The sequences of a strided nested tensor, which agree in their last dimensions."""
+    """The sequences of a strided nested tensor. Raise unless their last dimensions agree."""
     sequences = nested.unbind()
     if not sequences:
         raise ValueError(f"{name}: {label} must be a nested tensor with at least one sequence, got none")
@@ -86,22 +86,22 @@ def _as_jagged(values, like, ragged_dim):
 
 
 def check_nested(name, given, labels):
-    """Raise unless of the arguments those in `labels` are nested or None, and no others."""
+    """Raise unless the arguments in `labels` are nested or None, and no other argument is nested."""
     nested = [label for label, t in given.items() if is_nested(t)]
     for label in nested:
         if label not in labels:
             raise ValueError(f"{name}: {label} must not be a nested tensor")
     for label in labels:
         if label not in nested and given.get(label) is not None:
-            raise ValueError(f"{name}: {label} must be a nested tensor, as {nested[0]} is")
+            raise ValueError(f"{name}: {label} must be a nested tensor, like {nested[0]}")
 
 
 def on_rows(*labels, last=(1, 1)):
-    """A function for Public(nested=): the op runs on the rows of the arguments `labels`, which must have equal lengths.
+    """A function for Public(nested=) that runs the op on the rows of the arguments `labels`, which need equal lengths.
 
     Args:
-        labels: the first must be given; a result has its structure, or, if each row has a number, that of the last.
-        last: how many dimensions a row of the first and of each other one has.
+        labels: the first is required. Results get its structure, or that of the last if they have one number per row.
+        last: number of dimensions of a row, for the first argument and for the others.
     """
 
     def serve(name, function, given):
@@ -126,7 +126,7 @@ def on_rows(*labels, last=(1, 1)):
 
 
 def longest(nested):
-    """An upper bound of the sequences of (batch, heads, seqlen, head_dim)."""
+    """An upper bound of the sequence lengths of a nested (batch, heads, seqlen, head_dim)."""
     if nested.layout is not torch.jagged:
         return max((t.shape[-2] for t in nested.unbind()), default=0)
     known = nested._maybe_max_seqlen
@@ -136,7 +136,7 @@ def longest(nested):
 class Sequences:
     """Nested (batch, heads, seqlen, ...) as packed sequences: `tensor` (total, heads, ...) and `cu_seqlens`.
 
-    Where the sequences of a strided tensor differ in heads, each head is a sequence of its own.
+    If the sequences of a strided tensor differ in their number of heads, each head becomes a sequence.
     """
 
     def __init__(self, name, label, nested):
@@ -145,8 +145,8 @@ class Sequences:
         if nested.dim() < 4 - self.is_jagged or (self.is_jagged and nested._ragged_idx != 2):
             form = tuple(nested.shape) if self.is_jagged else f"{nested.dim()} dimensions"
             raise ValueError(
-                f"{name}: {label} must be nested (batch, heads, seqlen, head_dim), ragged in seqlen, got {form}; a"
-                " (batch, seqlen, heads, head_dim) one is passed as t.transpose(1, 2)"
+                f"{name}: {label} must be nested (batch, heads, seqlen, head_dim), ragged in seqlen, got {form}; pass a"
+                " (batch, seqlen, heads, head_dim) tensor as t.transpose(1, 2)"
             )
         if self.is_jagged:
             _check_gaps(name, label, nested)
@@ -164,7 +164,7 @@ class Sequences:
         self.max_seqlen = max(self.lengths)
 
     def restore(self, packed):
-        """A result (total, heads, ...) as a nested tensor (batch, heads, seqlen, ...)."""
+        """Return a result (total, heads, ...) as a nested tensor (batch, heads, seqlen, ...)."""
         if self.is_jagged:
             return _as_jagged(packed, self.nested, 1).transpose(1, 2)
         parts = [part.transpose(0, 1) for part in packed.split(self.lengths)]
@@ -174,19 +174,19 @@ class Sequences:
         return torch.nested.as_nested_tensor(parts)
 
     def has_heads_of(self, other):
-        """Whether the sequences of both have the same heads, or each of them as many as its others."""
+        """Whether corresponding sequences have equally many heads, or all sequences of each tensor do."""
         if self.is_jagged or other.is_jagged:
             return True
         return self.heads == other.heads or len(set(self.heads)) == len(set(other.heads)) == 1
 
 
 def sequences_of(name, given, *labels):
-    """The `Sequences` of the arguments `labels`; the last two must have the same lengths."""
+    """The `Sequences` of the arguments `labels`. The last two must have the same lengths."""
     check_nested(name, given, labels)
     found = [Sequences(name, label, given[label]) for label in labels]
     for label, other in zip(labels[1:], found[1:], strict=True):
         if not found[0].has_heads_of(other):
-            raise ValueError(f"{name}: {label} must have the heads of {labels[0]} in every sequence where these differ")
+            raise ValueError(f"{name}: {label} must have as many heads as {labels[0]} in every sequence")
     for a, b in itertools.pairwise(found[-2:]):
         if a.offsets is not b.offsets and not torch.equal(a.offsets, b.offsets):
             raise ValueError(f"{name}: {labels[-1]} must have sequences of the same lengths as {labels[-2]}")
@@ -194,7 +194,7 @@ def sequences_of(name, given, *labels):
 
 
 def packed_arguments(q, k):
-    """The arguments of `attention` that say where the sequences of q and k, `Sequences` or `Rows`, begin and end."""
+    """The arguments of `attention` that describe the packed sequences of q and k, each `Sequences` or `Rows`."""
     offsets_q, offsets_k = q.offsets, k.offsets
     cu_seqlens_q = offsets_q.to(torch.int32)
     return {
@@ -206,11 +206,11 @@ def packed_arguments(q, k):
 
 
 def packed_attention(name, function, given):
-    """For Public(nested=): `attention` or its explain on packed sequences."""
+    """For Public(nested=): run or explain `attention` on packed sequences."""
     q, k, v = sequences_of(name, given, "q", "k", "v")
     for label in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"):
         if given.get(label) is not None:
-            raise ValueError(f"{name}: {label} must be None for nested tensors, which have lengths of their own")
+            raise ValueError(f"{name}: {label} must be None for nested tensors, which hold their lengths")
     out = function(**given | packed_arguments(q, k) | {"q": q.tensor, "k": k.tensor, "v": v.tensor})
     if isinstance(out, tuple):
         return q.restore(out[0]), q.restore(out[1].transpose(0, 1))

@@ -1,8 +1,8 @@
-"""What stands around every public function: it can be overridden, as those of torch can, and it answers to mistakes.
+"""The wrapper of every public function: it supports `__torch_function__` and explains wrong arguments.
 
-A call pays for one look at the types of its arguments, and for no more unless it fails. Then the arguments are looked
-at again: an argument of an unknown name, or of a kind that the function does not take, is named instead of the error
-that it led to. Flags and integers are looked at before: a wrong one, such as the text "no", would not fail.
+A successful call pays only for one look at the types of its arguments. If a call fails, the arguments are checked
+again: an unknown name or a wrong type is reported instead of the error that it caused. Flags and integers are checked
+before the call, because a wrong one, such as the string "no", might not cause an error.
 """
 
 import difflib
@@ -17,18 +17,27 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn.ops._advice import ADVICE
 from fastattn.ops._backends import asked_for
-from fastattn.ops._kinds import describe, is_causal_bias, is_flag, is_integer, is_jagged, is_nested, is_number, odd_kind
+from fastattn.ops._kinds import (
+    describe,
+    is_causal_bias,
+    is_flag,
+    is_integer,
+    is_jagged,
+    is_nested,
+    is_number,
+    nonplain_kind,
+)
 
 _Function = TypeVar("_Function", bound=Callable)
 _is_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 
 class ArgumentValueError(ValueError, RuntimeError):
-    """An argument has a wrong value. It is a RuntimeError too, which is what PyTorch and flash-attn raise."""
+    """An argument has a wrong value. Also a RuntimeError, because PyTorch and flash-attn raise that."""
 
 
 class ArgumentTypeError(TypeError, RuntimeError):
-    """An argument has a wrong type or dtype; a RuntimeError for the same reason."""
+    """An argument has a wrong type or dtype. Also a RuntimeError, for the same reason."""
 
 
 _KINDS = {ValueError: ArgumentValueError, TypeError: ArgumentTypeError}
@@ -45,20 +54,20 @@ def _refuse_nested(name, function, given):
 
 
 class Public:
-    """The public side of one function.
+    """The wrapper of one public function.
 
     Args:
-        name: what messages call it, and the key of what _advice.py has for it.
+        name: its name in messages and its key in _advice.py.
         tensors, numbers, integers, flags: names of the parameters that take a tensor, a number, an integer, or True or
-            False; a tensor NAME? may be None without being so by default.
-        weights: those of `tensors` that are not asked to take the place of the function: they are asked in it, by
-            torch.nn.functional.linear, which their own kinds know.
-        takes_pair: whether the first parameter takes a pair of tensors too.
-        nested: (name, function, arguments by name) -> result, for calls with nested tensors; None leaves these to the
+            False. A tensor parameter written NAME? may be None although that is not its default.
+        weights: those of `tensors` whose `__torch_function__` does not override the function itself. Instead,
+            torch.nn.functional.linear calls it inside; weight subclasses implement that function.
+        takes_pair: whether the first parameter also takes a pair of tensors.
+        nested: (name, function, arguments by name) -> result, for calls with nested tensors; None passes these to the
             function itself.
-        on_reference: the function on the reference, where it has no parameter `backend`.
-        inner: for a function that hands its arguments on to others of ours: {name of a parameter there: name here}.
-            What they say is said in the words of this one.
+        on_reference: the function on the reference backend, if it has no parameter `backend`.
+        inner: for a function that calls other public functions: {name of a parameter there: name here}. Messages of
+            the inner function are translated to the names of this one.
     """
 
     def __init__(
@@ -81,7 +90,7 @@ class Public:
         self.numbers, self.integers, self.flags = numbers.split(), integers.split(), flags.split()
         self.weights = weights.split()
         also_tensors = {label: (torch.Tensor,) if label in self.tensors else () for label in self.integers}
-        # {flag or integer: the types that need no closer look}
+        # {flag or integer: the types that need no further check}
         self.exact = {label: (int, type(None), *more) for label, more in also_tensors.items()}
         self.exact |= dict.fromkeys(self.flags, (bool, type(None)))
         self.takes_pair = takes_pair
@@ -90,9 +99,10 @@ class Public:
         self.inner = inner
 
     def overridable(self, function: _Function) -> _Function:
-        """Let `__torch_function__` of its arguments, or of a mode, take the place of a function; answer to mistakes.
+        """Let `__torch_function__` of its arguments, or of a mode, override a function; explain wrong arguments.
 
-        A CausalBias and a jagged nested tensor have such a method too, but these know torch's own functions only.
+        The `__torch_function__` of CausalBias and of jagged nested tensors is skipped: they support only torch's own
+        functions.
         """
         parameters, takes_pair = inspect.signature(function).parameters, self.takes_pair
         by_position = _by_position(parameters)
@@ -110,12 +120,12 @@ class Public:
                 self._check_exact(parameters, dict(zip(by_position, args, strict=False)))
             if takes_pair and values and isinstance(values[0], (tuple, list)):
                 values = (*values[0], *values[1:])
-            # torch.compile sees modes by the first question only
+            # torch.compile recognises modes only by the first condition
             if _is_mode_enabled() or has_torch_function(values):
                 given = dict(zip(by_position, args, strict=False)) | kwargs
                 self._refuse_causal_bias(given)
                 relevant = self._relevant(given)
-                # torch.compile answers the last question with True even where overriding is turned off
+                # under torch.compile the last condition is True even if overriding is disabled
                 if _is_mode_enabled() or (torch._C._is_torch_function_enabled() and has_torch_function(relevant)):
                     return handle_torch_function(call, relevant, *args, **kwargs)
             try:
@@ -126,11 +136,11 @@ class Public:
                 otherwise = self._otherwise_or_raise(function, args, kwargs, error)
             return self._instead(otherwise)
 
-        setattr(call, "explained", self.answering(function))  # noqa: B010  for a type checker a function has none
+        setattr(call, "explained", self.answering(function))  # noqa: B010  type checkers reject attributes of functions
         return cast(_Function, call)
 
     def answering(self, function: _Function) -> _Function:
-        """Answer to mistakes only."""
+        """Explain wrong arguments of a function, without `__torch_function__`."""
         parameters = inspect.signature(function).parameters
         by_position = _by_position(parameters)
         exact, first = self.exact, self._first_exact(by_position)
@@ -154,17 +164,17 @@ class Public:
         return cast(_Function, call)
 
     def _first_exact(self, by_position):
-        """How many arguments by position a call may have without a flag or an integer among them."""
+        """How many positional arguments come before the first flag or integer."""
         return min((i for i, label in enumerate(by_position) if label in self.exact), default=len(by_position))
 
     def _check_exact(self, parameters, given):
-        """Raise TypeError unless the flags and the integers among the arguments are some."""
+        """Raise TypeError unless the flags and integers among the arguments have the right type."""
         for label, value in given.items():
             if label in self.exact and type(value) not in self.exact[label]:
                 self._check_kind(parameters, label, value)
 
     def _raise_as_ours(self, error):
-        """Raise ValueError and TypeError as the classes above, in the words of this function."""
+        """Raise ValueError and TypeError as the classes above, with the parameter names of this function."""
         kind = _KINDS.get(type(error))
         if kind is None and self.inner is not None and type(error) in _KINDS.values():
             kind = type(error)
@@ -176,13 +186,14 @@ class Public:
         return f"{self.name}: {self.inner.get(match[2], match[2])}"
 
     def _relevant(self, given):
-        """The arguments whose `__torch_function__` may take the place of the function."""
+        """The arguments whose `__torch_function__` may override the function."""
         relevant = [t for name, t in given.items() if name not in self.weights]
         if self.takes_pair:
             relevant += [t for pair in relevant if isinstance(pair, (tuple, list)) for t in pair]
         return tuple(t for t in relevant if not is_causal_bias(t) and not is_jagged(t))
 
     def _otherwise_or_raise(self, function, args, kwargs, error):
+        """The call that replaces one that failed with `error`. Without one, the error in the words of this function."""
         otherwise = self._otherwise(function, args, kwargs, error)
         if otherwise is None:
             self._raise_as_ours(error)
@@ -210,7 +221,7 @@ class Public:
             raise
 
     def _otherwise(self, function, args, kwargs, error):
-        """What to call instead of a call that failed, or None. TypeError if its arguments have wrong names or kinds."""
+        """What to call instead of a failed call, or None. Raise TypeError if arguments have wrong names or types."""
         if torch.compiler.is_compiling() or (isinstance(error, TypeError) and str(error).startswith(f"{self.name}:")):
             return None
         parameters = inspect.signature(function).parameters
@@ -233,29 +244,30 @@ class Public:
             if isinstance(t, torch.Tensor)
         ]
         if any(t.is_nested for _, t in tensors):
-            serves = self.nested is not None and not isinstance(error, ValueError)  # which its own checks raise
+            # a ValueError comes from the checks of `nested` itself
+            serves = self.nested is not None and not isinstance(error, ValueError)
             return functools.partial(self.nested, self.name, function, given) if serves else None
         for label, t in tensors:
             if t.layout is not torch.strided and label not in self.weights:
                 raise ArgumentTypeError(
                     f"{self.name}: {label} must be a dense tensor, got one of layout {t.layout}"
                 ) from None
-        odd = {label: odd_kind(t) for label, t in tensors if odd_kind(t)}
-        for label, kind in odd.items():
+        nonplain = {label: nonplain_kind(t) for label, t in tensors if nonplain_kind(t)}
+        for label, kind in nonplain.items():
             if label in self.weights and isinstance(error, (RuntimeError, TypeError)):
                 raise ArgumentTypeError(
                     f"{self.name}: {label} must be a weight that torch.nn.functional.linear takes, got {kind}"
                 ) from error
-        if not odd or not isinstance(error, (NotImplementedError, TypeError)):
+        if not nonplain or not isinstance(error, (NotImplementedError, TypeError)):
             return None
-        return self._try_reference(function, given, "backend" in parameters, *next(iter(odd.items())))
+        return self._try_reference(function, given, "backend" in parameters, *next(iter(nonplain.items())))
 
     def _one_by_one(self, label, value):
         """The tensors of a pair, or the value itself."""
         return value if self.takes_pair and label == "x" and isinstance(value, (tuple, list)) else (value,)
 
     def _try_reference(self, function, given, has_backend, label, kind):
-        """The call on the reference: subclasses of Tensor that know no operator of ours may know those of PyTorch."""
+        """The call on the reference: Tensor subclasses without our operators may support those of PyTorch."""
         if asked_for(given.get("backend")) is not None or not (has_backend or self.on_reference):
             raise ArgumentTypeError(f"{self.name}: {label} must be a plain tensor here, got {kind}") from None
 
@@ -264,13 +276,13 @@ class Public:
                 return function(**given | {"backend": "reference"}) if has_backend else self.on_reference(**given)
             except Exception as error:
                 raise ArgumentTypeError(
-                    f"{self.name}: {label} must be a tensor that the kernels or PyTorch's operators know, got {kind}"
+                    f"{self.name}: {label} must be a tensor that the kernels or PyTorch's operators support, got {kind}"
                 ) from error
 
         return run
 
     def _check_kind(self, parameters, label, value):
-        """Raise TypeError if a value is of none of the kinds that a parameter takes."""
+        """Raise TypeError unless a value has a type that the parameter takes."""
         if torch.compiler.is_compiling():
             return
         allowed = []
@@ -290,7 +302,7 @@ class Public:
             raise ArgumentTypeError(f"{text}: {advice}" if advice else text) from None
 
     def _about_names(self, parameters, args, kwargs):
-        """What is wrong with the names or the number of arguments, or None: then Python's own words say it."""
+        """What is wrong with the names or the number of arguments; None leaves it to Python's message."""
         known, by_position = list(parameters), _by_position(parameters)
         unknown = next((name for name in kwargs if name not in known), None)
         if unknown is not None:
@@ -301,6 +313,6 @@ class Public:
             return f"there is no argument {unknown}: {advice}"
         if len(args) > len(by_position):
             others = ", ".join(f"{name}=" for name in known if name not in by_position)
-            advice = self.advice.get("*", f"name the others: {others}" if others else "there are no others")
+            advice = self.advice.get("*", f"pass the others by name: {others}" if others else "there are no others")
             return f"takes {', '.join(by_position)} by position, got {len(args)} arguments: {advice}"
         return None

@@ -1,4 +1,4 @@
-"""The random state that an op with dropout takes: (seed, offset) drawn from PyTorch's generator."""
+"""The random state of an op with dropout: (seed, offset), drawn from PyTorch's generator."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -9,10 +9,10 @@ _INT64 = torch.iinfo(torch.int64)
 
 
 def draw_rng(where):
-    """int64 (2,) from the generator of a device: reproducible by torch.manual_seed, safe in CUDA graphs.
+    """Draw int64 (2,) from the generator of a device. Reproducible with torch.manual_seed, safe in CUDA graphs.
 
     Args:
-        where: a device or a tensor, which may be a fake one.
+        where: a device or a tensor, which may be fake.
     """
     if isinstance(where, FakeTensor):
         with where.fake_mode:
@@ -22,7 +22,7 @@ def draw_rng(where):
 
 
 def check_dropout_p(name, dropout_p, label="dropout_p"):
-    """dropout_p as a number, None as 0; ValueError unless it is a probability."""
+    """Return dropout_p as a number, None as 0. Raise ValueError unless it is a probability."""
     dropout_p = as_number(name, label, dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name}: {label} must be between 0 and 1, got {dropout_p}")

@@ -1,11 +1,11 @@
-"""The only place that talks to torch.library.
+"""The only module that uses torch.library.
 
-Raw ops have a schema (in _schemas.py) and a fake, and no autograd: an autograd.Function in the op's file stands outside
-of them, which is the cheapest way from Python. The overload name is the backend, the dispatch key the device.
+Raw ops have a schema (in _schemas.py) and a fake implementation, but no autograd: the autograd.Function in the file of
+each op calls them, which is the fastest way from Python. The overload name is the backend, the dispatch key the device.
 
-A tracer records operators and no autograd.Function: what it recorded would have no gradients, or could not be saved. So
-where one is at work (`observed`), the op under another name is called, fastattn::<name>_<backend>, which has gradients
-of its own and is slower by them. Both run the same kernel.
+Tracers record operators but not autograd.Functions, so a recorded raw op would have no gradients or could not be saved.
+While a tracer is active (`traced_backend`), the op fastattn::<name>_<backend> is called instead. It runs the same
+kernel, but has its own autograd formula, which makes it slower.
 """
 
 import functools
@@ -24,17 +24,17 @@ from fastattn.ops._libraries import load_library
 from fastattn.ops._schemas import DEFINITIONS, NAMES
 
 _BACKENDS = ("native", "triton")
-_recorded = {backend: f"{backend}_recorded" for backend in _BACKENDS}
-RECORDED = frozenset(_recorded.values())
-"""The names of backends for ops as tracers record them."""
+_traced = {backend: f"{backend}_traced" for backend in _BACKENDS}
+TRACED = frozenset(_traced.values())
+"""The backend names of the ops that tracers record."""
 
-# every call of an op asks them
+# every call of an op calls them
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 _transforms = torch._C._are_functorch_transforms_active
 
 
 def _ask_fx():
-    """The cheapest question whether torch.fx traces: from PyTorch 2.14 on its own one takes a microsecond."""
+    """The cheapest test for torch.fx tracing; from PyTorch 2.14 on, torch's own takes a microsecond."""
     of_thread = getattr(_symbolic_trace, "_is_fx_tracing_tls", None)
     if of_thread is None:
         return _symbolic_trace.is_fx_symbolic_tracing
@@ -43,7 +43,7 @@ def _ask_fx():
 
 _is_fx_tracing = _ask_fx()
 
-# our checks read sizes while torch.jit.trace records; torch turns this off for its own code in the same way
+# our checks read sizes while torch.jit.trace records; torch silences the warning for its own code in the same way
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"fastattn\.")
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
@@ -54,7 +54,7 @@ _fakes = {}  # name -> function
 def _define_all():
     load_library("libfastattn_schemas.so")
     for name, definition in DEFINITIONS.items():
-        if not torch._C._dispatch_has_kernel(f"fastattn::{name}"):  # whatever its name says: it has a schema
+        if not torch._C._dispatch_has_kernel(f"fastattn::{name}"):  # True if it has a schema, despite the name
             _library.define(definition)
 
 
@@ -62,10 +62,10 @@ _define_all()
 
 
 def register_fake(name, fake):
-    """Say what the results of a raw op look like, whatever its backend.
+    """Register the fake implementation of a raw op for all backends.
 
     Args:
-        fake: the arguments of `name` on fake tensors -> results of the right shape, dtype and strides.
+        fake: arguments of `name` as fake tensors -> fake results with the shapes, dtypes and strides of the real ones.
     """
 
     @functools.wraps(fake)
@@ -84,9 +84,9 @@ def _operator(full):
 
 
 class RawOps(dict):
-    """{backend: raw op}, and as `direct` the same without the call of an OpOverload, a function in Python.
+    """{backend: raw op}, and as `direct` the same without OpOverload.__call__, a Python function that takes 0.2 us.
 
-    It takes 0.2 us. torch.compile needs it: `(ops if is_dynamo_compiling() else ops.direct)[backend](...)`.
+    torch.compile needs the OpOverload: `(ops if is_dynamo_compiling() else ops.direct)[backend](...)`.
     """
 
     def __init__(self, ops):
@@ -95,28 +95,28 @@ class RawOps(dict):
 
 
 def raw_ops(name):
-    """The raw op of each backend, and for each of RECORDED the one that tracers record.
+    """The raw op of each backend, and for each of TRACED the op that tracers record.
 
-    For an op that tracers do not record, such as a backward, that is the raw op itself.
+    Ops without a traced variant, such as a backward, have the raw op in both places.
     """
     ops = {}
     for backend in _BACKENDS:
         if f"{name}.{backend}" in NAMES[name]:
-            ops[backend] = ops[_recorded[backend]] = _operator(f"{name}.{backend}")
+            ops[backend] = ops[_traced[backend]] = _operator(f"{name}.{backend}")
         if f"{name}_{backend}" in NAMES[name]:
-            ops[_recorded[backend]] = _operator(f"{name}_{backend}")
+            ops[_traced[backend]] = _operator(f"{name}_{backend}")
     return RawOps(ops)
 
 
 def register_reference(name, function):
-    """Say what a raw op computes in plain PyTorch, for those who cannot run it: the ONNX exporter, or torch.func.
+    """Register a raw op in plain PyTorch, for the ONNX exporter and torch.func, which cannot run the kernel.
 
     Args:
         function: the arguments of `name` -> its results.
     """
 
     def decomposition(*args, **kwargs):
-        # a FakeTensorMode looks into the same table, but only to learn what the results look like
+        # a FakeTensorMode uses the same table, but needs only the metadata of the results
         return (_fakes[name] if get_proxy_mode() is None else function)(*args, **kwargs)
 
     for full in NAMES[name]:
@@ -124,17 +124,17 @@ def register_reference(name, function):
 
 
 def _excuse_from_lowering(name):
-    """Let inductor call an op that has a decomposition. With CI in the environment it takes that for an oversight."""
+    """Let inductor call an op that has a decomposition. With CI in the environment, inductor raises for it."""
     lowering = sys.modules.get("torch._inductor.lowering")
     if lowering is not None and os.environ.get("CI"):
         lowering.FALLBACK_ALLOW_LIST.add(f"fastattn::{name}")
 
 
 def register_autograd(name, apply, reference):
-    """Give the op under the names that tracers record gradients, and register its reference.
+    """Register the autograd formula of the ops that tracers record, and their reference.
 
     Args:
-        apply: (one of RECORDED, the arguments of `name`) -> its results, by the autograd.Function of the op.
+        apply: (one of TRACED, the arguments of `name`) -> its results, through the autograd.Function of the op.
         reference: as in `register_reference`.
     """
     register_reference(name, reference)
@@ -151,8 +151,8 @@ def _autograd_kernel(name, backend, apply, reference):
         if needs_reference():
             return reference(*args)
         tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
-        if grad_wanted(*tensors) and not _is_tracing():  # that would record the autograd.Function as well
-            return apply(_recorded[backend], *args)
+        if grad_wanted(*tensors) and not _is_tracing():  # tracing would record the autograd.Function as well
+            return apply(_traced[backend], *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -168,10 +168,10 @@ def implement(name, backend, device, function):
 
 
 def python_kernel(name, backend, *tensors):
-    """What `fastattn::<name>.<backend>` would end in for tensors, where it may be called without the dispatcher.
+    """The Python kernel behind `fastattn::<name>.<backend>`, for calling it without the dispatcher.
 
-    Passing twenty arguments to a kernel in Python through the dispatcher takes longer than preparing a launch. None
-    where there is no such kernel, or where somebody looks on: a compiler, a dispatch mode, a subclass of Tensor.
+    Passing twenty arguments through the dispatcher to a Python kernel takes longer than preparing a launch. None if
+    there is no such kernel, or if a compiler, dispatch mode or tensor subclass must see the call.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None
@@ -182,18 +182,18 @@ def python_kernel(name, backend, *tensors):
 
 
 def needs_reference():
-    """A functorch transform or forward-mode AD is active: raw ops would lose tangents without an error."""
+    """Whether a functorch transform or forward-mode AD is active, in which raw ops would silently lose tangents."""
     return _transforms() or forward_ad._current_level >= 0
 
 
-def observed(runs):
-    """The backend that serves a call, where somebody may look on.
+def traced_backend(runs):
+    """The backend to call, given the active tracers and transforms.
 
     Args:
-        runs: the backend by `choose`.
-    Returns: one of RECORDED where a tracer records the call: torch.jit.trace, or in grad mode torch.export or make_fx,
-        but not torch.compile. Without gradients torch.export and make_fx get the raw ops, which leave out what only a
-        backward needs. "reference" where raw ops are unknown, as in `needs_reference`. Else `runs`.
+        runs: the backend from `choose`.
+    Returns: one of TRACED if a tracer records the call: torch.jit.trace, or torch.export or make_fx in grad mode, but
+        not torch.compile. Without gradients, torch.export and make_fx record the raw ops, which skip the outputs that
+        only a backward needs. "reference" if raw ops cannot run, as in `needs_reference`. Otherwise `runs`.
     """
     if runs == "reference" or _transforms() or forward_ad._current_level >= 0:
         return "reference"
@@ -205,15 +205,15 @@ def observed(runs):
         is_traced = True
     else:
         is_traced = _is_fx_tracing() and torch.is_grad_enabled() and get_proxy_mode() is not None
-    return _recorded[runs] if is_traced else runs
+    return _traced[runs] if is_traced else runs
 
 
 def is_recorded(tensor):
-    """This call is recorded for later ones: by torch.jit.trace, torch.fx, a FakeTensorMode or in a CUDA graph.
+    """Whether this call is recorded for later runs: by torch.jit.trace, torch.fx, a FakeTensorMode or a CUDA graph.
 
-    What tensors hold now, or are, is then not what they hold when the record runs. A compiler is not meant.
+    The record may run on other tensors or values than those of this call. torch.compile does not count.
     """
-    if torch.compiler.is_compiling():  # it traces no question below
+    if torch.compiler.is_compiling():  # it can trace none of the tests below
         return False
     return (
         torch._C._is_tracing()
@@ -224,9 +224,9 @@ def is_recorded(tensor):
 
 
 def apply(function, *args):
-    """`function.apply(*args)` of an autograd.Function, compiled as well where one tensor stands in several places.
+    """`function.apply(*args)` of an autograd.Function; under torch.compile, repeated tensors become views.
 
-    torch.compile traces no function that gets a tensor twice. There every other place gets a view of it.
+    torch.compile cannot trace an autograd.Function that gets the same tensor twice.
     """
     return function.apply(*(_distinct(args) if _is_compiling() else args))
 
@@ -240,7 +240,7 @@ def _distinct(args):
 
 
 def differentiate(function, inputs, grad_outputs):
-    """Gradients by way of the reference, with a graph of their own: for backward(create_graph=True).
+    """Differentiable gradients, computed by the reference: for backward(create_graph=True).
 
     Args:
         function: the reference as a function of `inputs` that returns a tuple of outputs.
@@ -256,7 +256,7 @@ def differentiate(function, inputs, grad_outputs):
             arguments[i] = tensor
         return function(*arguments)
 
-    # vjp takes the inputs as independent variables; torch.autograd.grad would follow the graph from one to another
+    # vjp treats the inputs as independent; torch.autograd.grad would follow the graph from one input to another
     outputs, vjp = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))
     found = vjp(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grad_outputs, strict=True)))
     grads = [None] * len(inputs)
@@ -266,11 +266,11 @@ def differentiate(function, inputs, grad_outputs):
 
 
 def _is_causal_mask(mask):
-    """The op on devices without a kernel of their own: on a GPU its answer is waited for."""
+    """The op on devices without a kernel of their own. On a GPU it synchronises."""
     hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu_(1)
     if mask.dtype != torch.bool:
         if not mask.is_floating_point():
-            return False  # no kind of mask
+            return False  # not a mask
         hidden = torch.zeros_like(mask).masked_fill_(hidden, float("-inf"))
     return bool((mask == hidden).all())
 

@@ -1,22 +1,23 @@
-"""The schemas of the raw ops: the only place where they are written, and nothing but data.
+"""The schemas of the raw ops, as data. They are defined nowhere else.
 
-setup.py makes a library from them, which the compiled kernels need and load by themselves: so a program that loads
-_cpu.so alone, without this package and without Python, finds the ops. Where that library was not built, fastattn.ops
-defines them. An op has one overload per backend; the device is the dispatch key. What makes outputs of a model also has
-a name per backend: the same kernel as tracers record it (`_register.observed`), with gradients of its own. A name,
-because TorchScript forgets overloads.
+setup.py builds a library from them that the compiled kernels load themselves, so a program that loads only _cpu.so,
+without this package and without Python, finds the ops. If that library was not built, fastattn.ops defines the ops.
+
+An op has one overload per backend; the device is the dispatch key. Ops that compute outputs of a model also exist as
+<name>_<backend>: the same kernel, with an autograd formula, for tracers to record (`_register.traced_backend`). They
+are separate names because TorchScript drops overload names.
 """
 
 _BOTH = (".native", ".triton")
-_RECORDED = (*_BOTH, "_native", "_triton")
+_TRACED = (*_BOTH, "_native", "_triton")
 
 _ATTENTION_INPUTS = (
     "Tensor? bias, Tensor? sink, Tensor? mask, Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
     " Tensor? alibi_slopes, Tensor? rng, SymInt max_seqlen_q, SymInt max_seqlen_k, SymInt window_left,"
     " SymInt window_right, bool top_left, float softcap, float dropout_p, float scale"
 )
-# q, k: (batch, heads, seqlen, head_dim) or, a batch of one, (total, heads, head_dim), of any strides. cos, sin: (rows,
-# columns), or (batch or 1, seqlen, columns) without positions and offset; the first rotary_dim / 2 columns count.
+# q, k: (batch, heads, seqlen, head_dim) or, for a batch of one, (total, heads, head_dim), any strides. cos, sin: (rows,
+# columns), or (batch or 1, seqlen, columns) without positions and offset; the first rotary_dim / 2 columns are read.
 # positions: integers (seqlen,) or (batch or 1, seqlen); without them the position of a token is its index plus offset.
 _ROTARY_INPUTS = (
     "Tensor cos, Tensor sin, Tensor? positions, SymInt offset, SymInt rotary_dim, bool interleaved, bool conjugate"
@@ -24,9 +25,9 @@ _ROTARY_INPUTS = (
 
 _SCHEMAS = (
     # (batch, heads, seqlen, head_dim) views of any strides; packed sequences are a batch of 1 with cu_seqlens. lse_low:
-    # what rounding takes from lse, (0,) unless it is needed; in the backward (0,) where it is not known
+    # the rounding error of lse, (0,) unless need_low; in the backward (0,) if unknown
     (
-        _RECORDED,
+        _TRACED,
         f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ATTENTION_INPUTS}, bool need_low)"
         " -> (Tensor out, Tensor lse, Tensor lse_low)",
     ),
@@ -36,50 +37,50 @@ _SCHEMAS = (
         f" {_ATTENTION_INPUTS}, bool need_dbias, bool deterministic)"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     ),
-    # out alone, of a call without any feature: the other arguments and lse take 3 of the 7 us of a small call
+    # only out, for a call without features: the other arguments and lse take 3 of the 7 us of a small call
     (
         (".native",),
         "attention_infer(Tensor q, Tensor k, Tensor v, SymInt window_right, bool top_left, float scale) -> Tensor",
     ),
     (
-        _RECORDED,
+        _TRACED,
         "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
         " Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? alibi_slopes, Tensor? sink, SymInt seqlen_new,"
         " SymInt window_left, SymInt window_right, float softcap, float scale, SymInt num_splits)"
         " -> (Tensor out, Tensor lse)",
     ),
     (
-        _RECORDED,
+        _TRACED,
         "attention_decode_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens,"
         " Tensor? block_table, Tensor? cache_batch_idx) -> ()",
     ),
-    # y alone, in the dtype of x and contiguous: what a call without gradients pays for
+    # only y, contiguous in the dtype of x, for calls without gradients
     (
         _BOTH,
         "norm_infer(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
         " bool rms, Tensor? x_bias=None) -> Tensor",
     ),
-    # r is empty, (0,), where it would be x: without residual, rng and x_bias. stats: fp32 (2, rows), mean and rstd;
-    # for rms (1, rows)
+    # r is (0,) if it equals x: without residual, rng and x_bias. stats: fp32 (2, rows), mean and rstd; for rms only
+    # rstd, (1, rows)
     (
-        _RECORDED,
+        _TRACED,
         "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float dropout_p, float eps,"
         " bool rms, Tensor? x_bias=None) -> (Tensor y, Tensor r, Tensor stats)",
     ),
-    # dx = dropout backward of dr, in the dtype of dy; dresidual = dr in the dtype of r, (0,) unless asked for
-    # separately; dweight, dbias and dx_bias in the dtype of the weight, fp32 without one, (0,) where not needed
+    # dx: the dropout backward of dr, in the dtype of dy. dresidual: dr in the dtype of r, (0,) unless
+    # separate_dresidual. dweight, dbias and dx_bias: in the dtype of the weight, fp32 without one, (0,) if not needed
     (
         _BOTH,
         "norm_bwd(Tensor dy, Tensor? dr_out, Tensor r, Tensor? weight, Tensor stats, Tensor? rng, float dropout_p,"
         " bool rms, bool separate_dresidual, bool need_dweight, bool need_dbias, bool need_dx_bias=False)"
         " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
     ),
-    (_RECORDED, "dropout_fwd(Tensor x, Tensor? residual, Tensor rng, float dropout_p) -> Tensor"),
-    # results in the layout of q and k; the second is (0,) without k
-    (_RECORDED, f"rotary_fwd(Tensor q, Tensor? k, {_ROTARY_INPUTS}) -> (Tensor, Tensor)"),
+    (_TRACED, "dropout_fwd(Tensor x, Tensor? residual, Tensor rng, float dropout_p) -> Tensor"),
+    # results have the layout of q and k; the second is (0,) without k
+    (_TRACED, f"rotary_fwd(Tensor q, Tensor? k, {_ROTARY_INPUTS}) -> (Tensor, Tensor)"),
     (_BOTH, f"rotary_fwd_(Tensor(a!) q, Tensor(b!)? k, {_ROTARY_INPUTS}) -> ()"),
     (
-        _RECORDED,
+        _TRACED,
         "activation_fwd(Tensor preact, Tensor? gate, Tensor? rng, float dropout_p, int activation) -> Tensor",
     ),
     (
@@ -88,17 +89,17 @@ _SCHEMAS = (
         " bool need_hidden, bool need_dbias, bool need_dbias_gate)"
         " -> (Tensor dpreact, Tensor dgate, Tensor hidden, Tensor dbias, Tensor dbias_gate)",
     ),
-    # loss: fp32 (rows). logits (rows, vocab) become their gradient for dloss, fp32 (rows) or None for ones, if
-    # need_grad. A target that is neither a column nor ignore_index makes loss and gradient of its row NaN.
+    # loss: fp32 (rows). If need_grad, logits (rows, vocab) are overwritten by their gradient for dloss, fp32 (rows) or
+    # None for ones. A target that is neither a column nor ignore_index makes the loss and gradient of its row NaN.
     (
         _BOTH,
         "cross_entropy_fwd(Tensor(a!) logits, Tensor target, Tensor? dloss, int ignore_index, float label_smoothing,"
         " float z_loss, float softcap, bool need_grad) -> Tensor",
     ),
-    # x (tokens, d_model), target int64 (tokens); dx in the dtype of x, the sums over tokens in fp32; (0,) where not
-    # needed. chunk_size 0: by the sizes
+    # x (tokens, d_model), target int64 (tokens); dx in the dtype of x, dweight and dbias in fp32; (0,) if not needed.
+    # chunk_size 0: chosen from the sizes
     (
-        _RECORDED,
+        _TRACED,
         "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? dloss,"
         " int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk_size, bool need_dx,"
         " bool need_dweight, bool need_dbias) -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
@@ -110,18 +111,18 @@ _SCHEMAS = (
     ),
     # out (m, n), last stride 1, += a (m, k) · b (k, n)
     ((".native",), "gemm_add_(Tensor(a!) out, Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> ()"),
-    # mask (size, size), bool with True = ignore or float: whether row i sees columns 0 to i
+    # mask (size, size), bool (True = ignore) or float. Returns whether row i sees exactly columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),
-    # what the CPU library says about itself, for tests and `fastattn info`
+    # properties of the CPU library, for tests and `fastattn info`
     (("",), "parallel_chunks() -> int"),
     (("",), "cpu_capability() -> int"),
 )
 
 
 NAMES = {}
-"""Per op ("norm_fwd"), the full names that it has ("norm_fwd.native", ...)."""
+"""Per op ("norm_fwd"), its full names ("norm_fwd.native", ...)."""
 DEFINITIONS = {}
-"""Per full name, the schema as torch.library takes it, without the namespace."""
+"""Per full name, the schema that torch.library takes, without the namespace."""
 
 for _suffixes, _schema in _SCHEMAS:
     _name, _, _signature = _schema.partition("(")

@@ -1,16 +1,16 @@
-"""Ops on DTensors: each process runs the op on its own part, and what belongs together is brought together before.
+"""Ops on DTensors: inputs are redistributed where necessary, then each process runs the op on its local shards.
 
-A raw op never sees a DTensor. A public op names the dimensions of its tensors by letters, as einsum does: the same
-letter in two tensors stands for the same positions. On each dimension of the mesh, all tensors are then divided along
-one letter, or all are whole. Along a letter
+A raw op never gets a DTensor. A public op names the dimensions of its tensors by letters, as einsum does: the same
+letter in two tensors stands for the same positions. On each mesh dimension, either all tensors are sharded along one
+letter, or all are replicated. If they are sharded along a letter:
 
     a tensor that has the letter       is Shard there, and so is its gradient
-    an input that does not have it     is Replicate, and its gradient is Partial: each process sees a part of the sum
+    an input that does not have it     is Replicate, and its gradient is Partial: each process has a part of the sum
     an output that does not have it    is Partial
 
-The letter is one along which an input is divided already: that by which the fewest elements have to be moved.
+Candidates are the letters along which an input is already sharded; the one that moves the fewest elements is chosen.
 
-Imported by the first call with a DTensor, because torch.distributed.tensor takes long to import.
+The first call with a DTensor imports this module, because torch.distributed.tensor takes long to import.
 """
 
 import math
@@ -27,15 +27,15 @@ class ShardedCall:
     Args:
         op: name of the op, for messages.
         operands: label -> (tensor or None, letters of its dimensions).
-        letters: those along which the op may be divided, the preferred first.
-        divisible: letter -> size that the number of parts must divide, where parts of unequal size would not fit.
-        plain: labels of operands that may be plain tensors, the same in every process.
-        in_place: labels of operands that the op writes, and which therefore stay as they are.
+        letters: letters along which the op may be sharded, the preferred ones first.
+        divisible: letter -> size that the number of shards must divide, because shards of unequal size would not work.
+        plain: labels of operands that may be plain tensors, equal in every process.
+        in_place: labels of operands that the op writes and that therefore cannot be redistributed.
     Raises:
-        TypeError: a plain tensor stands beside the DTensors.
-        ValueError: DTensors lie on different meshes, or one of `in_place` is divided as the op cannot take it.
+        TypeError: an operand that must be a DTensor is a plain tensor.
+        ValueError: DTensors are on different meshes, or one of `in_place` has a sharding that the op cannot use.
         RuntimeError: this process is not part of the mesh.
-        NotImplementedError: torch.export records the call.
+        NotImplementedError: torch.export traces the call.
     """
 
     def __init__(self, op, operands, letters, *, divisible=None, plain=(), in_place=()):
@@ -52,14 +52,14 @@ class ShardedCall:
         for axis in range(self.mesh.ndim):
             self.chosen.append(self._choose(axis, letters))
 
-    def is_split(self, letter):
-        """Whether the op runs on parts along this letter."""
+    def is_sharded_along(self, letter):
+        """Whether the op is sharded along this letter."""
         return letter in self.chosen
 
     def draw_rng(self):
-        """(seed, offset): equal in the processes that compute the same part, different in those that do not."""
+        """(seed, offset): equal in processes that compute the same shard, different in the others."""
         device = next(iter(self.operands.values()))[0].device
-        # a random op of DTensors draws the same everywhere: torch sees to it on a GPU, on a CPU it needs equal seeds
+        # a random op on DTensors draws the same in all processes: torch ensures it on GPUs, CPUs need equal seeds
         bounds, state = torch.iinfo(torch.int64), torch.empty(2, dtype=torch.int64, device=device)
         rng = torch.randint_like(self._replicated(state), bounds.min, bounds.max).to_local()
         part = 0
@@ -69,10 +69,10 @@ class ShardedCall:
         return rng + torch.tensor([0, part], device=rng.device) if part else rng
 
     def __call__(self, function, outputs):
-        """Run the op on the part of this process.
+        """Run the op on the local shards of this process.
 
         Args:
-            function: takes the local tensors in the order of the operands, returns a tuple of tensors or None.
+            function: local tensors in the order of the operands -> a tuple of tensors or None.
             outputs: letters of the dimensions of each result.
         Returns: the results as a tuple of DTensors or None.
         """
@@ -84,7 +84,8 @@ class ShardedCall:
     def _check(self, plain):
         if torch.compiler.is_exporting():
             raise NotImplementedError(
-                f"{self.op}: torch.export takes no DTensors here: export a model of plain tensors, or use torch.compile"
+                f"{self.op}: torch.export does not support DTensors; export a model of plain tensors or use"
+                " torch.compile"
             )
         if self.mesh.get_coordinate() is None:
             raise RuntimeError(f"{self.op}: this process is not part of the mesh of its DTensors, {self.mesh}")
@@ -92,29 +93,29 @@ class ShardedCall:
             if not isinstance(t, DTensor):
                 if label not in plain or t.requires_grad:
                     raise TypeError(
-                        f"{self.op}: {label} must be a DTensor, as other inputs are, got a plain tensor; make it one by"
+                        f"{self.op}: {label} must be a DTensor, like other inputs, got a plain tensor; convert it with"
                         " torch.distributed.tensor.distribute_tensor or DTensor.from_local"
                     )
             elif t.device_mesh != self.mesh:
                 raise ValueError(f"{self.op}: all DTensors must be on one mesh, got {self.mesh} and {t.device_mesh}")
 
     def _choose(self, axis, letters):
-        """The letter to divide along on one dimension of the mesh, or None."""
+        """The letter to shard along on one mesh dimension, or None."""
         used = set()
         for t, dims in self.operands.values():
             used |= {letter for dim, letter in enumerate(dims) if _placements(t, self.mesh)[axis] == Shard(dim)}
-        choices = [letter for letter in letters if letter in used and self._may_split(letter, axis)] + [None]
+        choices = [letter for letter in letters if letter in used and self._may_shard(letter, axis)] + [None]
         costs = [self._cost(axis, letter) for letter in choices]
         if min(costs) == math.inf:
             names = " and ".join(self.in_place)
             have = ", ".join(f"{label} {_placements(t, self.mesh)}" for label, (t, _) in self.operands.items())
             raise ValueError(
-                f"{self.op}: {names} are DTensors that are written in place: they must be replicated, or divided along"
-                f" the batch or the heads as the other inputs can be, got {have}; redistribute them before"
+                f"{self.op}: {names} are written in place: they must be replicated, or sharded along the batch or the"
+                f" heads in a way that the other inputs can follow, got {have}; redistribute them first"
             )
         return choices[costs.index(min(costs))]
 
-    def _may_split(self, letter, axis):
+    def _may_shard(self, letter, axis):
         parts = self.mesh.size(axis)
         for other, chosen in enumerate(self.chosen):
             if chosen == letter:
@@ -122,7 +123,7 @@ class ShardedCall:
         return self.divisible.get(letter, parts) % parts == 0
 
     def _cost(self, axis, letter):
-        """How many elements have to be moved to divide all operands along this letter on one dimension of the mesh."""
+        """The number of elements moved by sharding all operands along this letter on one mesh dimension."""
         cost = 0
         for label, (t, dims) in self.operands.items():
             have, want = _placements(t, self.mesh)[axis], self._placement(t, dims, letter)
@@ -130,7 +131,7 @@ class ShardedCall:
                 continue
             if label in self.in_place:
                 return math.inf
-            if not have.is_replicate():  # what is whole is cut where it lies
+            if not have.is_replicate():  # a replicated tensor is sliced locally
                 cost += t.numel() * (2 if have.is_partial() and want.is_replicate() else 1)
         return cost
 
@@ -140,7 +141,7 @@ class ShardedCall:
         return Replicate() if dim < 0 or t.shape[dim] == 1 < self.sizes[letter] else Shard(dim)
 
     def _local(self, t, dims):
-        """The part of an operand that this process computes with."""
+        """The local shard of an operand."""
         if t is None:
             return None
         t = t if isinstance(t, DTensor) else self._replicated(t)
@@ -155,12 +156,12 @@ class ShardedCall:
         return _ToLocal.apply(t, grad, moves)
 
     def _whole(self, out, dims):
-        """The DTensor of which this process computed a part."""
+        """The DTensor of which this process computed a shard."""
         shape = torch.Size(self.sizes.get(letter, size) for letter, size in zip(dims, out.shape, strict=True))
         placements = []
         for letter in self.chosen:
-            divided = Shard(dims.index(letter)) if letter and letter in dims else Partial()
-            placements.append(divided if letter else Replicate())
+            sharded = Shard(dims.index(letter)) if letter and letter in dims else Partial()
+            placements.append(sharded if letter else Replicate())
         return _FromLocal.apply(out, self.mesh, tuple(placements), shape)
 
     def _replicated(self, t):
@@ -172,7 +173,7 @@ def _placements(t, mesh):
 
 
 def _nested_strides(shape, like):
-    """Strides of a dense tensor of this shape, its dimensions nested as those with the strides `like`."""
+    """Strides of a dense tensor of this shape, with the stride order of `like`."""
     strides = [1] * len(shape)
     for outer, stride in enumerate(like):
         for inner, other in enumerate(like):
@@ -181,9 +182,9 @@ def _nested_strides(shape, like):
     return tuple(strides)
 
 
-# DTensor.to_local and from_local, differentiable any number of times. Those of torch lose the graph of a gradient: some
-# versions always, others where the gradient has to be redistributed. And they take the gradient of the gradient of a
-# Partial for Replicate, though each process has a part of the sum.
+# DTensor.to_local and from_local, differentiable any number of times. Those of torch lose the graph of a gradient: in
+# some versions always, in others if the gradient is redistributed. They also treat the second-order gradient of a
+# Partial as Replicate, although each process has only a part of the sum.
 
 
 class _ToLocal(torch.autograd.Function):
@@ -195,8 +196,8 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # what torch redistributes is contiguous afterwards, but keeps the strides that are on record; and only those of
-        # dense tensors can be
+        # torch makes a redistributed tensor contiguous but still records its old strides, and it can record only the
+        # strides of dense tensors
         if ctx.moves or 0 in grad.stride():
             grad = grad.contiguous()
         return _FromLocal.apply(grad, ctx.mesh, ctx.placements, ctx.shape), None, None

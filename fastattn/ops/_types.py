@@ -1,4 +1,4 @@
-"""The types of the public ops' arguments, as an editor and a type checker read them."""
+"""The types of the public ops' arguments, for editors and type checkers."""
 
 from typing import Literal, TypedDict
 
@@ -12,7 +12,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class NormOptions(TypedDict, total=False):
-    """The options of `layer_norm` and `rms_norm` but return_residual, which decides what is returned."""
+    """The options of `layer_norm` and `rms_norm`, except return_residual, which changes the return type."""
 
     x_bias: Tensor | None
     residual: Tensor | None
@@ -21,7 +21,7 @@ class NormOptions(TypedDict, total=False):
 
 
 class AttentionOptions(TypedDict, total=False):
-    """The options of `attention` but return_lse, which decides what is returned."""
+    """The options of `attention`, except return_lse, which changes the return type."""
 
     mask: Tensor | None
     bias: Tensor | None
@@ -42,7 +42,7 @@ class AttentionOptions(TypedDict, total=False):
 
 
 class DecodeOptions(TypedDict, total=False):
-    """The options of `attention_decode` that may be left out, but return_lse, which decides what is returned."""
+    """The optional arguments of `attention_decode`, except return_lse, which changes the return type."""
 
     k: Tensor | None
     v: Tensor | None

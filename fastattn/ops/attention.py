@@ -7,10 +7,10 @@
     dsr  = ds * (1 - (s_capped / softcap)²),  dq = scale * dsr·k,  dk = scale * dsrᵀ·q
 
 Saved for the backward: q, k, v, out, lse, (seed, offset) and the small inputs; never anything of seqlen_q × seqlen_k.
-lse is saved in two parts where they differ from one, lse and lse_low: beside a mask of -1e9 fp32 has no room for the
-logarithm of a sum, without which p would not sum up to 1.
-The raw ops take (batch, heads, seqlen, head_dim) views of any strides. Packed sequences come as batch 1 with
-cu_seqlens; then i, j, off and the Philox slab count per sequence. Causal is window_right = 0.
+If one fp32 number is not enough, lse is saved as lse + lse_low: next to a mask of -1e9, fp32 cannot hold the logarithm
+of the sum, and without it the rows of p would not sum to 1.
+The raw ops take (batch, heads, seqlen, head_dim) views of any strides. Packed sequences are a batch of 1 with
+cu_seqlens; i, j, off and the Philox slab then count per sequence. Causal means window_right = 0.
 """
 
 from typing import Literal, overload
@@ -24,23 +24,23 @@ from typing_extensions import Unpack
 from fastattn import reference
 from fastattn.ops._attention_call import N_TENSORS, AttentionCall, Facts, attention_call, is_plain
 from fastattn.ops._backends import choose, grad_wanted, register_backend
-from fastattn.ops._dtypes import refuse_dtypes
-from fastattn.ops._hopper import hopper_refuses, hopper_refuses_device
+from fastattn.ops._dtypes import why_not_dtypes
+from fastattn.ops._hopper import why_not_hopper, why_not_hopper_device
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._nested import packed_attention
 from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import (
-    RECORDED,
+    TRACED,
     apply,
     differentiate,
-    observed,
     python_kernel,
     raw_ops,
     register_autograd,
     register_fake,
     register_reference,
+    traced_backend,
 )  # fmt: skip
 from fastattn.ops._types import AttentionOptions, Backend, Causal, Window
 
@@ -71,52 +71,54 @@ _ops = {name: raw_ops(f"attention_{name}") for name in ("fwd", "bwd", "infer")}
 
 
 def _raw(direction, backend, *tensors):
-    """The raw op, or its kernel where that is in Python and may be called directly."""
+    """The raw op, or its kernel if that is a Python function that can be called directly."""
     kernel = python_kernel(f"attention_{direction}", backend, *tensors) if backend == "triton" else None
     ops = _ops[direction]
     return kernel or (ops if is_dynamo_compiling() else ops.direct)[backend]
 
 
-def refuses(facts):
-    """What every compiled backend refuses."""
-    return refuse_dtypes(facts.dtype, facts.bias_dtype)
+def why_not_compiled(facts):
+    """Why no compiled backend can serve a call, or None."""
+    return why_not_dtypes(facts.dtype, facts.bias_dtype)
 
 
-def refuses_triton(facts):
-    """What the Triton kernels refuse."""
-    return "it takes head dims up to 256" if facts.wide_heads else refuses(facts)
+def why_not_triton(facts):
+    """Why the Triton kernels cannot serve a call, or None."""
+    return "it supports head dims up to 256" if facts.wide_heads else why_not_compiled(facts)
 
 
-def refuses_native(facts):
-    """What the C++ kernels refuse: on CUDA there are those for Hopper."""
+def why_not_native(facts):
+    """Why the C++ kernels cannot serve a call, or None. On CUDA there are only those for Hopper."""
     if not facts.device.startswith("cuda"):
-        return refuses(facts)
-    return hopper_refuses(
-        facts.dtype, facts.hopper_head_dim and not facts.unequal_head_dims, mask=facts.mask,
-        bias=facts.bias_dtype is not None, ALiBi=facts.alibi, softcap=facts.softcap, sink=facts.sink,
-        dropout=facts.dropout,
+        return why_not_compiled(facts)
+    return why_not_hopper(
+        facts.dtype, facts.hopper_head_dim and not facts.unequal_head_dims,
+        {
+            "mask": facts.mask, "bias": facts.bias_dtype is not None, "ALiBi": facts.alibi, "softcap": facts.softcap,
+            "sink": facts.sink, "dropout": facts.dropout,
+        },
     )  # fmt: skip
 
 
 def _has_backward(backend, q):
-    """Whether a backend that serves the forward has a backward: the native kernels for Hopper end at head dim 128."""
+    """Whether a backend that serves the forward has a backward: native kernels for Hopper only up to head dim 128."""
     return not (backend.startswith("native") and q.is_cuda and q.shape[-1] > 128)
 
 
 def _note_native(facts):
     if facts.above_128 and facts.device.startswith("cuda"):
-        return "native has no backward above head dim 128: triton makes the gradients"
+        return "native has no backward above head dim 128: triton computes the gradients"
     return None
 
 
 register_backend(
-    "attention", "native", refuses_native, facts=Facts, refuses_device=hopper_refuses_device, note=_note_native
+    "attention", "native", why_not_native, facts=Facts, why_not_device=why_not_hopper_device, note=_note_native
 )
-register_backend("attention", "triton", refuses_triton, facts=Facts)
+register_backend("attention", "triton", why_not_triton, facts=Facts)
 
 
 def _reference(*arguments):
-    """The reference under the arguments of the raw op, of which need_low may be left out."""
+    """The reference with the arguments of the raw op, of which need_low is optional."""
     call, need_low = AttentionCall(*arguments[:N_ARGUMENTS]), arguments[N_ARGUMENTS:] == (True,)
     packed = call.cu_seqlens_q is not None
     q, k, v = (t[0].transpose(0, 1) for t in call[:3]) if packed else call[:3]
@@ -139,9 +141,9 @@ class _Attention(torch.autograd.Function):
         ctx.options = arguments[N_TENSORS:]
         ctx.backend = backward_backend
         ctx.deterministic = deterministic
-        if backend not in RECORDED:
+        if backend not in TRACED:
             return out, lse, None
-        ctx.mark_non_differentiable(lse_low)  # what a graph with a backward in it goes on with
+        ctx.mark_non_differentiable(lse_low)  # only a graph that includes the backward uses it
         return out, lse, lse_low
 
     @staticmethod
@@ -172,10 +174,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _needs_low(call):
-    """Whether the backward needs lse in two parts: not where q·k in half precision is all of a score.
-
-    Its own rounding is far above that of lse.
-    """
+    """Whether the backward needs lse_low: not for plain q·k in half precision, whose error exceeds that of lse."""
     return call.q.dtype == torch.float32 or call.bias is not None or call.alibi_slopes is not None
 
 
@@ -189,8 +188,8 @@ def _apply(backend, *arguments):
 def _reference_of_op(*arguments):
     if AttentionCall(*arguments[:N_ARGUMENTS]).cu_seqlens_q is not None and get_proxy_mode() is not None:  # in a graph
         raise NotImplementedError(
-            "attention: packed sequences cannot be written in PyTorch's operators: the shapes of their parts are the"
-            " values of cu_seqlens; export a padded batch"
+            "attention: packed sequences cannot be exported as PyTorch operators, because the values of cu_seqlens are"
+            " shapes there; export a padded batch"
         )
     out, lse, *low = _reference(*arguments)
     return out, lse, low[0] if low else lse.new_empty(0)
@@ -253,44 +252,48 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention: softmax(scale * q·kᵀ + bias) · v, with memory linear in the sequence length.
 
-    With off = 0 for causal="top_left" and seqlen_k - seqlen_q otherwise (bottom-right), query i stands at key i + off.
-    A row that sees no key gives 0, lse -inf and no gradient.
+    Query i is aligned with key i + off, where off = 0 for causal="top_left" and seqlen_k - seqlen_q otherwise
+    (bottom-right). A row that sees no key gives 0, lse -inf and no gradient.
 
     Args:
         q: (batch, n_heads, seqlen_q, head_dim), float32, bfloat16 or float16 (float64 runs on the reference); any
-            strides, so a transposed (batch, seqlen, heads, head_dim) costs no copy.
+            strides, so a transposed (batch, seqlen, heads, head_dim) tensor needs no copy.
         k: (batch, n_kv_heads, seqlen_k, head_dim), v: (batch, n_kv_heads, seqlen_k, head_dim_v); n_heads must be a
-            multiple of n_kv_heads, query head h uses head h // (n_heads // n_kv_heads). All three may be nested,
-            ragged in seqlen: they run as packed sequences, and the results are nested like q.
-        mask: bool, True = attend, 2 to 4 dimensions that broadcast to (batch, n_heads, seqlen_q, seqlen_k).
-        bias: float, shapes as mask, added to the scaled and capped scores; gets a gradient. A CausalBias of
-            torch.nn.attention.bias, as mask or as bias, takes the place of causal.
+            multiple of n_kv_heads; query head h uses head h // (n_heads // n_kv_heads). All three may be nested, ragged
+            in seqlen: they run as packed sequences, and results are nested like q.
+        mask: bool, True = attend; 2 to 4 dimensions that broadcast to (batch, n_heads, seqlen_q, seqlen_k).
+        bias: float, shaped like mask, added to the scaled and capped scores; gets a gradient. A CausalBias of
+            torch.nn.attention.bias, passed as mask or bias, replaces causal.
         causal: False, True or "bottom_right", or "top_left": key j is visible iff j <= i + off.
-        window: (left, right): keys i + off - left to i + off + right are visible, -1 = unlimited; causal sets right 0.
-        seqlens_k: int32 (batch,), keys at or past it are invisible; it takes the place of seqlen_k in off.
+        window: (left, right): keys i + off - left to i + off + right are visible; -1 = unlimited. causal sets right.
+        seqlens_k: int32 (batch,): keys from this index on are invisible; it replaces seqlen_k in off.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): q is (total_q, n_heads, head_dim), k and v (total_k, n_kv_heads,
-            ...), sequence b reaches from cu_seqlens[b] to cu_seqlens[b + 1]. No mask or bias then. Rows behind the last
+            ...), sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] - 1. Excludes mask and bias. Rows after the last
             sequence give 0 and lse -inf, and get no gradient.
-        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths. No backend needs them: without them the result
-            is the same, and neither time nor memory grows with the longest sequence. The native kernel on CUDA chooses
-            the size of its blocks by max_seqlen_k. A bound that is too small is an error on a CPU; on a GPU nothing
-            reads the lengths.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths. Optional: results do not depend on them, and
+            neither time nor memory grows with the longest sequence. The native CUDA kernel chooses its block size by
+            max_seqlen_k. A bound that is too small raises on a CPU; on a GPU the lengths are not read.
         alibi_slopes: float32 (n_heads,) or (batch, n_heads): slope * |i + off - j| is subtracted; gets no gradient.
         softcap: scores become softcap * tanh(score / softcap) before the bias; 0 = off.
-        sink: float32 (n_heads,), one more logit in the denominator; gets a gradient.
-        dropout_p: probability with which an attention weight becomes 0 after the softmax; drawn anew in every call.
+        sink: float32 (n_heads,), an extra logit in the softmax denominator; gets a gradient.
+        dropout_p: probability of setting an attention weight to 0 after the softmax; each call draws a new mask.
         scale: default 1/sqrt(head_dim).
         return_lse: also return the log-sum-exp of each row, differentiable.
-        deterministic: whether gradients must have the same bits in every run; None follows
-            torch.use_deterministic_algorithms. Only native on CUDA differs: it sums dq as its parts come, unless told.
-        backend: "native", "triton" or "reference" instead of the automatic choice. On CUDA native has no backward above
-            head dim 128: Triton makes the gradients there.
+        deterministic: whether gradients must be bitwise reproducible; None follows
+            torch.use_deterministic_algorithms. Only the native CUDA backend is affected: by default it accumulates dq
+            in arrival order.
+        backend: "native", "triton" or "reference" instead of the automatic choice. On CUDA, native has no backward
+            above head dim 128: Triton computes the gradients there.
     Returns: out (batch, n_heads, seqlen_q, head_dim_v) in the layout of q, packed (total_q, n_heads, head_dim_v); with
         return_lse (out, lse), lse float32 (batch, n_heads, seqlen_q), packed (n_heads, total_q).
     Raises:
-        ValueError: shapes, devices, lengths or numbers do not fit, or the named backend cannot serve the call.
-        TypeError: a dtype does not fit.
+        ValueError: shapes, devices, lengths or numbers are invalid, or the named backend cannot serve the call.
+        TypeError: an argument has a wrong type or dtype.
     Source: Dao, "FlashAttention-2", 2023; alignment and window as in flash-attn 2.1 and later.
+    Example:
+        >>> q, k = torch.randn(2, 8, 100, 64), torch.randn(2, 2, 100, 64)
+        >>> fastattn.attention(q, k, k, causal=True).shape
+        torch.Size([2, 8, 100, 64])
     """
     facts, call = attention_call(
         "attention", q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
@@ -304,7 +307,7 @@ def attention(
 
 @_ATTENTION.answering
 def attention_with_rng(q, k, v, *, mask=None, bias=None, causal=False, dropout_p=0.0, rng=None, backend=None):
-    """`attention` with return_lse and with the random state named, for callers that need to redraw the dropout mask."""
+    """`attention` with return_lse and a given random state, for callers that need to redraw the dropout mask."""
     facts, call = attention_call("attention", q, k, v, mask, bias, causal, dropout_p=dropout_p)
     return run(facts, call._replace(rng=rng), backend, True)
 
@@ -319,14 +322,14 @@ def run(facts, call, backend=None, need_lse=False, deterministic=None):
 
 def _run_on(runs, facts, call, need_lse, deterministic):
     q, k, v = call.q, call.k, call.v
-    runs = observed(runs)
+    runs = traced_backend(runs)
     if q.is_meta and call.cu_seqlens_q is not None:
-        runs = "native"  # for the shapes: the reference would read cu_seqlens
+        runs = "native"  # computes only shapes; the reference would read cu_seqlens
     if call.dropout_p and call.rng is None:
         call = call._replace(rng=draw_rng(q))
     if runs == "reference":
         return _reference(*call)
-    if runs in RECORDED:
+    if runs in TRACED:
         return _ops["fwd"][runs](*call, False)[:2]
     if grad_wanted(q, k, v, call.bias, call.sink):
         if deterministic is None:
@@ -342,18 +345,18 @@ def _run_on(runs, facts, call, need_lse, deterministic):
 
 
 def sharded_call(name, call, positions):
-    """An AttentionCall on DTensors, divided among the processes.
+    """A `ShardedCall` for an AttentionCall on DTensors.
 
     Args:
-        name: of the op, for messages.
-        positions: whether the result depends on where the queries stand.
+        name: name of the op, for messages.
+        positions: whether the result depends on the positions of the queries.
     """
     from fastattn.ops._sharded import ShardedCall
 
-    # with equal numbers of heads any part of them fits; one head of k and v serves every part
+    # any sharding of the heads works if k and v have as many heads as q, or one
     n_heads, n_kv_heads = call.q.shape[1], call.k.shape[1]
     divisible = {} if n_kv_heads in (1, n_heads) else {"h": n_kv_heads}
-    row = "b" if call.cu_seqlens_q is None else "r"  # packed sequences lie in a batch of 1
+    row = "b" if call.cu_seqlens_q is None else "r"  # packed sequences are a batch of 1
     slopes = call.alibi_slopes
     dims = {
         "q": "bhsd", "k": "bhtd", "v": "bhte", "bias": "bhst", "sink": "h", "mask": "bhst", "seqlens_k": row,

@@ -1,10 +1,10 @@
-"""Attention of a few new queries on a cache of keys and values, which it can extend in place.
+"""Attention of a few new queries on a cache of keys and values. It can append to the cache in place.
 
     s    = scale * q·k;  s = softcap * tanh(s / softcap);  s = s - slope * |i + off - j|;  -inf where invisible
     lse  = log(sum_j exp(s) [+ exp(sink)]),  out = exp(s - lse) · v,     off = valid keys - seqlen_q
 
-The cache is far larger than all else, so every byte of it is read once: the query heads that share a key head are rows
-of one tile, and the keys of a sequence are divided into splits that run at the same time and are combined by their lse.
+The cache is far larger than all other operands, so each byte of it is read once: the query heads that share a key head
+are rows of one tile, and the keys of a sequence are divided into splits that run in parallel and are combined by lse.
 Two raw ops: attention_decode_append writes new keys and values into the cache, attention_decode_fwd only reads it.
 """
 
@@ -19,28 +19,28 @@ from fastattn import reference
 from fastattn._autocast import autocast_dtype
 from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
-from fastattn.ops._dtypes import refuse_dtypes
-from fastattn.ops._hopper import HOPPER_HEAD_DIMS, hopper_refuses, hopper_refuses_device
+from fastattn.ops._dtypes import why_not_dtypes
+from fastattn.ops._hopper import HOPPER_HEAD_DIMS, why_not_hopper, why_not_hopper_device
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
 from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._public import Public
-from fastattn.ops._register import observed, raw_ops, register_fake, register_reference
+from fastattn.ops._register import raw_ops, register_fake, register_reference, traced_backend
 from fastattn.ops._types import Backend, Causal, DecodeOptions, Window
 
 MIN_PAGE_SIZE = 16
-HOPPER_KEYS = 64  # of a block of the CUDA kernel, which pages must be a multiple of
+HOPPER_KEYS = 64  # keys in a block of the CUDA kernel; page sizes must be a multiple
 _NAME = "attention_decode"
 
 
 class Facts(NamedTuple):
-    """What a backend may refuse a call by. Sizes stay out, so that decisions can be cached."""
+    """The properties of a call that decide which backends can serve it. No sizes, so that decisions can be cached."""
 
     device: str
     dtype: torch.dtype
     wide_heads: bool = False
     hopper_head_dim: bool = False
-    odd_strides: bool = False
-    odd_pages: bool = False
+    unaligned_strides: bool = False
+    unaligned_pages: bool = False
     leftpad: bool = False
     alibi: bool = False
     softcap: bool = False
@@ -48,7 +48,7 @@ class Facts(NamedTuple):
 
 
 class DecodeCall(NamedTuple):
-    """The arguments of attention_decode_fwd, and k and v, which attention_decode_append writes before."""
+    """The arguments of attention_decode_fwd, plus k and v, which attention_decode_append writes first."""
 
     q: Tensor
     k_cache: Tensor
@@ -78,33 +78,36 @@ register_fake("attention_decode_append", lambda *_: None)
 _fwd, _append = raw_ops("attention_decode_fwd"), raw_ops("attention_decode_append")
 
 
-def refuses(facts):
-    """What every compiled backend refuses."""
-    return refuse_dtypes(facts.dtype)
+def why_not_compiled(facts):
+    """Why no compiled backend can serve a call, or None."""
+    return why_not_dtypes(facts.dtype)
 
 
-def refuses_triton(facts):
-    """What the Triton kernels refuse."""
-    return "it takes head dims up to 256" if facts.wide_heads else refuses(facts)
+def why_not_triton(facts):
+    """Why the Triton kernels cannot serve a call, or None."""
+    return "it supports head dims up to 256" if facts.wide_heads else why_not_compiled(facts)
 
 
-def refuses_native(facts):
-    """What the C++ kernels refuse: on CUDA there are those for Hopper."""
+def why_not_native(facts):
+    """Why the C++ kernels cannot serve a call, or None. On CUDA there are only those for Hopper."""
     if not facts.device.startswith("cuda"):
-        return refuses(facts)
-    return hopper_refuses(
-        facts.dtype, facts.hopper_head_dim, caches_with_strides_other_than_multiples_of_16_bytes=facts.odd_strides,
-        pages_that_are_no_multiple_of_64_keys=facts.odd_pages, cache_leftpad=facts.leftpad, ALiBi=facts.alibi,
-        softcap=facts.softcap, sink=facts.sink,
+        return why_not_compiled(facts)
+    return why_not_hopper(
+        facts.dtype, facts.hopper_head_dim,
+        {
+            "cache strides that are not multiples of 16 bytes": facts.unaligned_strides,
+            "page sizes that are not multiples of 64 keys": facts.unaligned_pages,
+            "cache_leftpad": facts.leftpad, "ALiBi": facts.alibi, "softcap": facts.softcap, "sink": facts.sink,
+        },
     )  # fmt: skip
 
 
-register_backend(_NAME, "native", refuses_native, facts=Facts, refuses_device=hopper_refuses_device)
-register_backend(_NAME, "triton", refuses_triton, facts=Facts)
+register_backend(_NAME, "native", why_not_native, facts=Facts, why_not_device=why_not_hopper_device)
+register_backend(_NAME, "triton", why_not_triton, facts=Facts)
 
 
 def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
-    """Raise unless the tensors fit each other; returns how many keys a sequence has room for."""
+    """Raise unless the tensors match each other; return how many keys the cache can hold per sequence."""
     for label, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise ValueError(f"{_NAME}: {label} must have 4 dimensions, got shape {tuple(t.shape)}")
@@ -138,7 +141,7 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError(
-                f"{_NAME}: block_table and cache_batch_idx exclude each other: both name rows of the cache"
+                f"{_NAME}: block_table and cache_batch_idx exclude each other: both select rows of the cache"
             )
         if block_table.dtype != torch.int32:
             raise TypeError(f"{_NAME}: block_table must be int32, got {block_table.dtype}")
@@ -178,7 +181,7 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
 
 
 def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_new, capacity):
-    """Raise where a length or an index leaves the cache: on the CPU only, where looking costs no synchronisation."""
+    """Raise if a length or index is outside the cache. For CPU tensors only, where reading needs no synchronisation."""
     lengths = numbers(cache_seqlens)
     if lengths and (min(lengths) < 0 or max(lengths) + seqlen_new > capacity):
         new = f" with {seqlen_new} new keys" if seqlen_new else ""
@@ -189,7 +192,7 @@ def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_n
         if found and (min(found) < 0 or max(found) >= rows):
             raise ValueError(f"{_NAME}: cache_batch_idx must be from 0 to {rows - 1}, got {found}")
         if seqlen_new and len(set(found)) != len(found):
-            raise ValueError(f"{_NAME}: cache_batch_idx must be distinct where k and v are appended, got {found}")
+            raise ValueError(f"{_NAME}: cache_batch_idx must be distinct if k and v are appended, got {found}")
     if block_table is not None:
         page_size = k_cache.shape[2]
         for pages, length in zip(numbers(block_table), lengths, strict=True):
@@ -200,9 +203,9 @@ def _check_values(k_cache, cache_seqlens, block_table, cache_batch_idx, seqlen_n
 
 def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window,
              softcap, alibi_slopes, sink, scale, num_splits):  # fmt: skip
-    """Check, cast and bring into the form of the raw ops: (facts, DecodeCall)."""
+    """Check and cast the arguments and return (facts, DecodeCall)."""
     device = "cpu" if q.is_cpu else device_name(q.device)
-    if autocast_dtype(q) is not None:  # the caches are updated in place: they set the dtype
+    if autocast_dtype(q) is not None:  # the caches are updated in place, so they set the dtype
         dtype = k_cache.dtype
         q, k, v = (t.to(dtype) if t is not None and t.is_floating_point() else t for t in (q, k, v))
     capacity = _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx)
@@ -232,18 +235,18 @@ def _prepare(q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_
         seqlen_new, left, right, float(softcap), float(scale), num_splits,
     ))  # fmt: skip
     facts = (device, q.dtype, wide)
-    if device.startswith("cuda"):  # conditions as expressions, as in attention
+    if device.startswith("cuda"):  # conditional expressions, as in attention_call
         tiles = True if head_dim in HOPPER_HEAD_DIMS and v_cache.shape[3] == head_dim else False  # noqa: SIM210
-        odd_strides = False
+        unaligned_strides = False
         for t in (k_cache, v_cache):
             for stride in t.stride()[:3]:
                 if stride == 0 or stride % 8 or t.storage_offset() % 8:
-                    odd_strides = True
+                    unaligned_strides = True
         facts = Facts(
             *facts,
             hopper_head_dim=tiles,
-            odd_strides=odd_strides,
-            odd_pages=True if block_table is not None and k_cache.shape[2] % HOPPER_KEYS else False,  # noqa: SIM210
+            unaligned_strides=unaligned_strides,
+            unaligned_pages=True if block_table is not None and k_cache.shape[2] % HOPPER_KEYS else False,  # noqa: SIM210
             leftpad=cache_leftpad is not None,
             alibi=alibi_slopes is not None,
             softcap=True if softcap > 0 else False,  # noqa: SIM210
@@ -262,7 +265,7 @@ def _reference(call):
 
 
 def _decode_reference(q, k_cache, v_cache, *others):
-    """The reference of attention_decode_fwd, which comes after attention_decode_append."""
+    """The reference of attention_decode_fwd, which runs after attention_decode_append."""
     call = DecodeCall(q, k_cache, v_cache, None, None, *others)
     return _reference(call._replace(cache_seqlens=call.cache_seqlens + call.seqlen_new))
 
@@ -315,42 +318,46 @@ def attention_decode(
     return_lse: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of a few queries on a cache of keys and values, contiguous or paged, which k and v extend in place.
+    """`attention` of a few queries on a contiguous or paged cache of keys and values; k and v are appended in place.
 
-    Sequence b has length = cache_seqlens[b] + seqlen_new keys, and its last query stands at its last: query i at key
-    i + length - seqlen_q. A row that sees no key gives 0 and lse -inf.
+    Sequence b has length = cache_seqlens[b] + seqlen_new keys. Its last query is aligned with its last key: query i
+    with key i + length - seqlen_q. A row that sees no key gives 0 and lse -inf.
 
     Args:
         q: (batch, n_heads, seqlen_q, head_dim), float32, bfloat16 or float16 (float64 runs on the reference).
         k_cache: (batch, n_kv_heads, max_seqlen, head_dim), v_cache: (batch, n_kv_heads, max_seqlen, head_dim_v), any
-            strides with last stride 1, so a (batch, max_seqlen, n_kv_heads, head_dim) cache is a transposed view. With
-            block_table (num_pages, n_kv_heads, page_size, ...), page_size at least 16.
-        k: (batch, n_kv_heads, seqlen_new, head_dim), v: (batch, n_kv_heads, seqlen_new, head_dim_v), together or not at
-            all: written into the caches behind the valid keys before anything else happens. cache_seqlens stays as it
-            is; add seqlen_new to it for the next call.
+            strides with last stride 1, so a (batch, max_seqlen, n_kv_heads, head_dim) cache is passed as a transposed
+            view. With block_table: (num_pages, n_kv_heads, page_size, ...), page_size at least 16.
+        k: (batch, n_kv_heads, seqlen_new, head_dim), v: (batch, n_kv_heads, seqlen_new, head_dim_v), both or
+            neither: first written into the caches after the valid keys. cache_seqlens does not change; add seqlen_new
+            to it for the next call.
         cache_seqlens: int32 (batch,), valid keys before this call.
-        block_table: int32 (batch, pages_per_sequence): page n of sequence b is block_table[b, n]; entries behind the
-            last valid key are not looked at.
-        cache_batch_idx: int32 (batch,): row b of q uses row cache_batch_idx[b] of the caches, whose batch may be
-            larger then; distinct rows where k and v are given. Not together with block_table.
-        cache_leftpad: int32 (batch,): keys before it are invisible, all of them if it is the length or more. Distances
-            between queries and keys do not change.
-        causal: True or "bottom_right": no key behind the query's own position is visible; False: all are.
+        block_table: int32 (batch, pages_per_sequence): page n of sequence b is block_table[b, n]; entries after the
+            last valid key are not read.
+        cache_batch_idx: int32 (batch,): row b of q uses row cache_batch_idx[b] of the caches, whose batch may then
+            be larger. Rows must be distinct if k and v are given. Excludes block_table.
+        cache_leftpad: int32 (batch,): keys before this index are invisible; all are if it is at least the length.
+            Distances between queries and keys do not change.
+        causal: True or "bottom_right": keys after the query's own position are invisible; False: all are visible.
         window: (left, right) as in `attention`; -1 = unlimited.
         softcap, alibi_slopes, sink, scale: as in `attention`.
-        num_splits: into how many parts the keys of a sequence are divided; 0 = chosen from sizes (on a GPU that of the
-            cache, as lengths are not known to the host), never from the number of threads.
+        num_splits: number of parts into which the keys of a sequence are divided; 0 = chosen from sizes (on a GPU from
+            that of the cache, because the host does not know the lengths), never from the number of threads.
         return_lse: also return the log-sum-exp of each row.
         backend: "native", "triton" or "reference" instead of the automatic choice.
     Returns: out (batch, n_heads, seqlen_q, head_dim_v) in the layout of q; with return_lse (out, lse), lse float32
         (batch, n_heads, seqlen_q).
     Raises:
-        ValueError: shapes, devices, lengths or numbers do not fit, or the named backend cannot serve the call. Lengths
-            and indices are looked at on the CPU only: on a GPU that would wait for it. There keys that the cache has no
-            room for are dropped, and indices of rows and pages must be right.
-        TypeError: a dtype does not fit. Under autocast q, k and v are cast to the dtype of the caches.
-        RuntimeError: a gradient would be needed: there is no backward.
-    Source: Dao et al., "Flash-Decoding for long-context inference", 2023; the cache as in flash-attn's kvcache.
+        ValueError: shapes, devices, lengths or numbers are invalid, or the named backend cannot serve the call. Lengths
+            and indices are checked on the CPU only, because on a GPU that would synchronise. There, keys that do not
+            fit into the cache are dropped, and row and page indices must be valid.
+        TypeError: an argument has a wrong type or dtype. Autocast casts q, k and v to the dtype of the caches.
+        RuntimeError: an input requires grad; there is no backward.
+    Source: Dao et al., "Flash-Decoding for long-context inference", 2023; cache as in flash_attn_with_kvcache.
+    Example:
+        >>> q, cache, lengths = torch.randn(2, 8, 1, 64), torch.randn(2, 2, 512, 64), torch.tensor([300, 7]).int()
+        >>> fastattn.attention_decode(q, cache, cache, cache_seqlens=lengths).shape
+        torch.Size([2, 8, 1, 64])
     """
     facts, call = _prepare(
         q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, causal, window, softcap,
@@ -359,7 +366,7 @@ def attention_decode(
     runs = choose(_NAME, facts, backend)
     if grad_wanted(call.q, k_cache, v_cache, call.k, call.v, sink):
         raise RuntimeError(
-            f"{_NAME}: there is no backward, and an input requires grad: call it under torch.no_grad() or"
+            f"{_NAME}: there is no backward, but an input requires grad: call it under torch.no_grad() or"
             " torch.inference_mode(), or use attention"
         )
     sharded = type(call.q) is not torch.Tensor and is_dtensor(call.q)
@@ -368,7 +375,7 @@ def attention_decode(
 
 
 def _run(runs, call):
-    runs = observed(runs)
+    runs = traced_backend(runs)
     if runs == "reference":
         return _reference(call)
     q, k_cache, v_cache, k, v, *others = call
@@ -384,7 +391,7 @@ def _run_sharded(runs, call):
     from fastattn.ops._sharded import ShardedCall
 
     n_heads, n_kv_heads = call.q.shape[1], call.k_cache.shape[1]
-    # pages and rows of the cache belong to no sequence: only a cache that is whole has all those that a part needs
+    # any sequence may use any page or row of the cache, so only a replicated cache has all that a shard needs
     row = "b" if call.block_table is None and call.cache_batch_idx is None else "p"
     letters = "bh" if call.k is None or row == "b" else "h"
     slopes = call.alibi_slopes

@@ -2,7 +2,7 @@
 
     out = keep * dropout_scale * x + residual          dx = keep * dropout_scale * dout,  dresidual = dout
 
-The backward is the forward without a residual: the mask is drawn again from (seed, offset), never stored.
+The backward is the forward without a residual. The mask is never stored, but redrawn from (seed, offset).
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
-from fastattn.ops._dtypes import refuse_dtypes
+from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._kinds import check_float, is_dtensor
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
-from fastattn.ops._register import RECORDED, apply, observed, raw_ops, register_autograd, register_fake
+from fastattn.ops._register import TRACED, apply, raw_ops, register_autograd, register_fake, traced_backend
 from fastattn.ops._types import Backend
 
 
@@ -26,7 +26,7 @@ def _dropout_fake(x, residual, rng, dropout_p):
 register_fake("dropout_fwd", _dropout_fake)
 _fwd = raw_ops("dropout_fwd")
 for _backend in ("native", "triton"):
-    register_backend("dropout", _backend, lambda facts: refuse_dtypes(*facts[1:]))
+    register_backend("dropout", _backend, lambda facts: why_not_dtypes(*facts[1:]))
 
 
 class _Dropout(torch.autograd.Function):
@@ -68,17 +68,22 @@ def dropout(
     residual: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """residual + dropout(x), with the mask that every backend and device draws alike for one (seed, offset).
+    """residual + dropout(x). All backends and devices draw the same mask for the same (seed, offset).
 
     Args:
         x: (..., cols), float32, bfloat16 or float16 (float64 runs on the reference), any strides.
-        dropout_p: probability with which elements of x become 0; the others are scaled by one over the kept rate.
+        dropout_p: probability of setting an element of x to 0; the others are divided by the rate of kept elements.
         residual: like x, of any float dtype, or None.
         backend: "native", "triton" or "reference" instead of the automatic choice.
-    Returns: like x; with a residual its dtype. x itself when there is nothing to do.
+    Returns: like x; with a residual, in its dtype. x itself if dropout_p is 0 and there is no residual.
     Raises:
-        ValueError: shapes, devices or dropout_p do not fit, or the named backend cannot serve the call.
+        ValueError: shapes, devices or dropout_p are invalid, or the named backend cannot serve the call.
+        TypeError: an argument has a wrong type or dtype.
     Source: torch.nn.functional.dropout; the rate is exact to 1/65536.
+    Example:
+        >>> x = torch.randn(4, 64)
+        >>> fastattn.dropout(x, 0.1, residual=x).shape
+        torch.Size([4, 64])
     """
     dropout_p = _check(x, dropout_p, residual)
     if not dropout_p:
@@ -90,10 +95,10 @@ def dropout(
 
 
 def _dropout(x, residual, rng, dropout_p, runs):
-    runs = observed(runs)
+    runs = traced_backend(runs)
     if runs == "reference":
         return reference.dropout(x, dropout_p, residual, rng)
-    if runs not in RECORDED and grad_wanted(x, residual):
+    if runs not in TRACED and grad_wanted(x, residual):
         return apply(_Dropout, x, residual, rng, dropout_p, runs)
     return _fwd[runs](x, residual, rng, dropout_p)
 
@@ -112,7 +117,7 @@ def _facts(x, residual):
 
 
 def _check(x, dropout_p, residual):
-    """Raise unless the arguments fit; returns dropout_p as a number."""
+    """Raise unless the arguments are valid; return dropout_p as a number."""
     dropout_p = check_dropout_p("dropout", dropout_p)
     if not x.dim() or not x.is_floating_point():
         raise ValueError(

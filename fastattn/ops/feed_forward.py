@@ -1,12 +1,12 @@
-"""Feed-forward block: two linear layers around an activation, or around a gated one, with dropout between them.
+"""Feed-forward block: two linear layers with an activation, gated or not, and dropout between them.
 
 preact = w1·x + b1,  gate = w_gate·x + b_gate
 hidden = keep * dropout_scale * act(preact)                 gated: act(gate) * preact
 y = w2·hidden + b2
 
-The products are the vendor library's. Ours are the two passes around the activation, the raw ops activation_fwd and
-activation_bwd; the second gives the gradients of preact, gate and their biases, and hidden again, so that x and the
-pre-activations are all that is saved.
+The matrix products come from _gemm.py. Our kernels are the passes between them, the raw ops activation_fwd and
+activation_bwd. The latter computes the gradients of preact, gate and their biases, and recomputes hidden, so only x and
+the pre-activations are saved.
 """
 
 import math
@@ -19,20 +19,20 @@ from torch import Tensor
 from fastattn import reference
 from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
-from fastattn.ops._dtypes import refuse_dtypes
+from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._gemm import input_grad, linear, weight_grad
-from fastattn.ops._kinds import check_float, is_dtensor, odd_kind
+from fastattn.ops._kinds import check_float, is_dtensor, nonplain_kind
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
-    RECORDED,
+    TRACED,
     apply,
     differentiate,
-    observed,
     raw_ops,
     register_autograd,
     register_fake,
+    traced_backend,
 )  # fmt: skip
 from fastattn.ops._types import Activation, Backend
 
@@ -62,19 +62,19 @@ _fwd, _bwd = raw_ops("activation_fwd"), raw_ops("activation_bwd")
 
 
 class Facts(NamedTuple):
-    """What a backend may refuse a call by; odd: the kind of a weight that is no plain tensor."""
+    """The properties of a call that decide which backends can serve it; nonplain: the kind of a non-plain weight."""
 
     device: str
     dtype: torch.dtype
-    odd: str | None = None
+    nonplain: str | None = None
 
 
-def _refuses(facts):
-    return refuse_dtypes(facts.dtype) or (f"it takes plain weights, got {facts.odd}" if facts.odd else None)
+def _why_not(facts):
+    return why_not_dtypes(facts.dtype) or (f"it needs plain weights, got {facts.nonplain}" if facts.nonplain else None)
 
 
 for _backend in ("native", "triton"):
-    register_backend("feed_forward", _backend, _refuses, raw="activation_fwd", facts=Facts)
+    register_backend("feed_forward", _backend, _why_not, raw="activation_fwd", facts=Facts)
 
 
 def _rows(x):
@@ -110,7 +110,7 @@ class _FeedForward(torch.autograd.Function):
         )
         if need_dw2:
             dw2 = weight_grad(dy, hidden)
-            del hidden  # not needed at the peak
+            del hidden  # free it before the peak
         if need_db2:
             db2 = dy.sum(0)
         if need_dw1:
@@ -136,7 +136,7 @@ def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, back
 
 
 class _Activation(torch.autograd.Function):
-    """The pass between the products by itself, for tracers: the products have gradients of their own there."""
+    """The pass between the products alone, for tracers, which differentiate the products themselves."""
 
     @staticmethod
     def forward(ctx, preact, gate, rng, dropout_p, activation, backend):
@@ -188,7 +188,7 @@ def _check_tensor(label, tensor, shape, meaning, x):
 
 
 def _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p):
-    """Raise unless the arguments fit; returns dropout_p as a number."""
+    """Raise unless the arguments are valid; return dropout_p as a number."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"feed_forward: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     dropout_p = check_dropout_p("feed_forward", dropout_p)
@@ -221,8 +221,8 @@ def _check_dtypes(x, **others):
             raise ValueError(f"feed_forward: {label} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
-def _facts(x, odd=None):
-    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, odd
+def _facts(x, nonplain=None):
+    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, nonplain
 
 
 _FEED_FORWARD = Public(
@@ -250,25 +250,31 @@ def feed_forward(
 
     Args:
         x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides. Under autocast
-            everything is cast to the autocast dtype; otherwise the dtypes must agree.
-        w1, w_gate: (d_ff, d_model), as nn.Linear stores them; w_gate or None. With quantised or sparse weights the
-            block runs on the reference, its products on torch.nn.functional.linear.
+            all tensors are cast to the autocast dtype; otherwise the dtypes must agree.
+        w1, w_gate: (d_ff, d_model), as nn.Linear stores them; w_gate may be None. With quantised or sparse
+            weights the block runs on the reference, with torch.nn.functional.linear for its products.
         w2: (d_model, d_ff).
         b1, b_gate: (d_ff,) or None. b2: (d_model,) or None.
         activation: "gelu" (erf), "gelu_tanh", "relu", "relu2" (squared) or "silu".
-        dropout_p: probability with which elements of the hidden layer become 0; drawn anew in every call.
-        recompute: keep only x for the backward and compute w1·x + b1 again there.
+        dropout_p: probability of setting an element of the hidden layer to 0; each call draws a new mask.
+        recompute: save only x for the backward, which then recomputes the pre-activations.
         backend: "native", "triton" or "reference" instead of the automatic choice.
     Returns: (..., d_model).
     Raises:
-        ValueError: the activation is unknown, shapes, dtypes, devices or dropout_p do not fit, or the named backend
+        ValueError: the activation is unknown, shapes, dtypes, devices or dropout_p are invalid, or the named backend
             cannot serve the call.
+        TypeError: an argument has a wrong type.
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
+    Example:
+        >>> x, w1, w2 = torch.randn(4, 64), torch.randn(256, 64), torch.randn(64, 256)
+        >>> fastattn.feed_forward(x, w1, None, w2, None, activation="silu", w_gate=w1).shape
+        torch.Size([4, 64])
     """
     dropout_p = _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p)
-    odd = odd_kind(w1, w2, w_gate)
-    if odd is not None:
-        choose("feed_forward", _facts(x, odd), backend)  # raises if another backend than the reference was asked for
+    nonplain = nonplain_kind(w1, w2, w_gate)
+    if nonplain is not None:
+        # raises if a backend other than the reference was asked for
+        choose("feed_forward", _facts(x, nonplain), backend)
         rng = draw_rng(x) if dropout_p else None
         return _reference(rng, dropout_p, activation, linear=F.linear)(x, w1, b1, w2, b2, w_gate, b_gate)[0]
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
@@ -282,10 +288,10 @@ def feed_forward(
 
 def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, runs):
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
-    runs = observed(runs)
+    runs = traced_backend(runs)
     if runs == "reference":
         return _reference(rng, dropout_p, activation)(*inputs)[0]
-    if runs not in RECORDED and grad_wanted(*inputs):
+    if runs not in TRACED and grad_wanted(*inputs):
         return apply(_FeedForward, *inputs, rng, dropout_p, activation, recompute, runs)
     return _forward(*inputs, rng, dropout_p, activation, runs)[0]
 
@@ -298,7 +304,7 @@ def _feed_forward_sharded(x, w1, b1, w2, b2, w_gate, b_gate, dropout_p, activati
                 "w_gate": (w_gate, "fd"), "b_gate": (b_gate, "f")}  # fmt: skip
     call = ShardedCall("feed_forward", operands, "f" + rows)
     rng = call.draw_rng() if dropout_p else None
-    adds_bias = b2 is not None and not call.is_split("f")  # parts of a sum: the bias comes to the whole
+    adds_bias = b2 is not None and not call.is_sharded_along("f")  # shards are partial sums: add the bias to the total
 
     def function(x, w1, b1, w2, b2, w_gate, b_gate):
         b2 = b2 if adds_bias else None

@@ -1,4 +1,4 @@
-"""A linear layer, y = x · weightᵀ + bias, whose products are those of _gemm.py, gradients included.
+"""A linear layer, y = x · weightᵀ + bias, with the matrix products of _gemm.py in the forward and backward.
 
 dx = dy · weight,  dweight = dyᵀ · x,  dbias = sum of dy over the rows
 """
@@ -11,7 +11,7 @@ from fastattn.ops import _gemm
 from fastattn.ops._backends import grad_wanted
 from fastattn.ops._register import apply
 
-_LEAST = 2**20  # multiplications below which the Python of an autograd.Function costs more than the product gains
+_LEAST = 2**20  # multiplications below which the overhead of an autograd.Function exceeds the gain
 
 
 class _Linear(torch.autograd.Function):
@@ -34,7 +34,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x, weight, bias=None):
-    """`torch.nn.functional.linear` on the fastest product for the operands.
+    """`torch.nn.functional.linear` on the fastest matrix product for the operands.
 
     Args:
         x: (..., d_in) of any strides. weight: (d_out, d_in). bias: (d_out,) or None.

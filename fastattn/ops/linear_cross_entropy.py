@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs that never holds the logits of all tokens.
+"""Cross-entropy of the outputs of a linear layer, without storing the logits of all tokens.
 
 s = x·weightᵀ + bias;  s = softcap * tanh(s / softcap);  lse = log(sum_j exp(s_j));  p = exp(s - lse)
 loss = lse - (1 - label_smoothing) * s_target - label_smoothing * mean(s) + z_loss * lse²
@@ -6,11 +6,11 @@ ds = dloss * ((1 + 2 * z_loss * lse) * p - (1 - label_smoothing) * onehot(target
 ds = ds * (1 - (s / softcap)²)
 dx = ds·weight,  dweight = dsᵀ·x,  dbias = sum_tokens(ds)
 
-Tokens are taken in chunks. The products are the vendor library's; between them the raw op cross_entropy_fwd makes the
-losses of a chunk and replaces its logits by ds. Sum and mean have one dloss for all tokens, so that ds, and with it all
-gradients, are made in the forward for dloss = 1 and multiplied in the backward. 1 / tokens instead would underflow in
-fp16. Without reduction the backward goes through the chunks again with the true dloss. The chunks run inside of one op,
-which torch.compile takes as a whole.
+Tokens are processed in chunks. The matrix products come from _gemm.py; between them, the raw op cross_entropy_fwd
+computes the losses of a chunk and overwrites its logits with ds. For the reductions sum and mean, all tokens share one
+dloss, so the forward computes all gradients for dloss = 1 and the backward multiplies them. (1 / tokens would underflow
+in fp16.) Without reduction, the backward processes the chunks again with the true dloss. All chunks run inside one op,
+which is opaque to torch.compile.
 """
 
 import math
@@ -23,26 +23,26 @@ from torch import Tensor
 from fastattn import reference
 from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
-from fastattn.ops._dtypes import refuse_dtypes
+from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
-from fastattn.ops._kinds import as_number, check_float, is_dtensor, odd_kind
+from fastattn.ops._kinds import as_number, check_float, is_dtensor, nonplain_kind
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._register import (
-    RECORDED,
+    TRACED,
     apply,
     differentiate,
     implement,
-    observed,
     raw_ops,
     register_autograd,
     register_fake,
+    traced_backend,
 )  # fmt: skip
 from fastattn.ops._types import Backend, Reduction
 
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
-_MIN_CHUNK = 256  # each chunk reads all weights: 10 % of the time of its products, and more below
+_MIN_CHUNK = 256  # each chunk reads all weights: 10 % of its time at this size, more below
 
 
 def _cross_entropy_fwd_fake(logits, target, dloss, ignore_index, label_smoothing, z_loss, softcap, need_grad):
@@ -67,14 +67,14 @@ _fwd = raw_ops("linear_cross_entropy_fwd")
 
 
 def default_chunk_size(tokens, d_model, vocab):
-    """Tokens of a chunk whose logits are about as large as x, but enough of them to keep the products busy."""
+    """Tokens per chunk: enough for efficient products, otherwise so that the logits are about as large as x."""
     return max(math.ceil(tokens * d_model / max(vocab, 1)), _MIN_CHUNK)
 
 
 def _implementation(backend):
     cross_entropy_fwd = getattr(torch.ops.fastattn.cross_entropy_fwd, backend)
 
-    @torch.no_grad()  # a graph that holds the op may run where grad mode is on
+    @torch.no_grad()  # a graph that contains the op may run in grad mode
     def function(
         x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, need_dx,
         need_dweight, need_dbias,
@@ -89,7 +89,7 @@ def _implementation(backend):
         if x.is_cpu:
             _check_range(target, vocab, ignore_index)
         chunks = math.ceil(tokens / (chunk_size or default_chunk_size(tokens, d_model, vocab)))
-        for chunk in range(chunks):  # of equal size, give or take one
+        for chunk in range(chunks):  # sizes differ by at most one
             rows = slice(tokens * chunk // chunks, tokens * (chunk + 1) // chunks)
             logits = linear(x[rows], weight, bias)
             loss[rows] = cross_entropy_fwd(
@@ -102,7 +102,7 @@ def _implementation(backend):
                 add_weight_grad(dweight, logits, x[rows])
             if need_dbias:
                 dbias += logits.sum(0, dtype=torch.float32)
-            del logits  # before the next are made
+            del logits  # free them before the next chunk
         return loss, dx, dweight, dbias
 
     return function
@@ -118,7 +118,7 @@ def _check_range(target, vocab, ignore_index):
 
 
 class Options(NamedTuple):
-    """What is done with the logits, in the order of the raw op."""
+    """The options of the loss, in the order of the raw op."""
 
     ignore_index: int
     label_smoothing: float
@@ -127,19 +127,19 @@ class Options(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a backend may refuse a call by; odd: the kind of a weight that is no plain tensor."""
+    """The properties of a call that decide which backends can serve it; nonplain: the kind of a non-plain weight."""
 
     device: str
     dtype: torch.dtype
-    odd: str | None = None
+    nonplain: str | None = None
 
 
-def _refuses(facts):
-    return refuse_dtypes(facts.dtype) or (f"it takes a plain weight, got {facts.odd}" if facts.odd else None)
+def _why_not(facts):
+    return why_not_dtypes(facts.dtype) or (f"it needs a plain weight, got {facts.nonplain}" if facts.nonplain else None)
 
 
 for _backend in ("native", "triton"):
-    register_backend(_NAME, _backend, _refuses, raw="cross_entropy_fwd", facts=Facts)
+    register_backend(_NAME, _backend, _why_not, raw="cross_entropy_fwd", facts=Facts)
     for _device in ("CPU", "CUDA"):
         implement("linear_cross_entropy_fwd", _backend, _device, _implementation(_backend))
 
@@ -181,7 +181,7 @@ def _flat(x, weight, bias, target):
 
 
 def _reduce(loss, target, ignore_index, reduction):
-    """The result, and for the mean the number of tokens it is taken over."""
+    """(result, number of tokens in the mean or None)."""
     if reduction == "none":
         return loss.view(target.shape), None
     if reduction == "sum":
@@ -191,9 +191,9 @@ def _reduce(loss, target, ignore_index, reduction):
 
 
 def _is_last_backward(dloss):
-    """Whether what this node saved is freed after the backward that runs: without retain_graph.
+    """Whether the tensors that this node saved are freed after the running backward: without retain_graph.
 
-    A batch of gradients (is_grads_batched=True) fits into no memory of theirs.
+    False for batched gradients (is_grads_batched=True), which do not fit into the saved tensors.
     """
     return not (
         torch.compiler.is_compiling()
@@ -204,9 +204,9 @@ def _is_last_backward(dloss):
 
 
 def _scaled(grad, scale, like, last):
-    """grad * scale in the dtype of `like`; in the memory of grad, which may be as large as the weight, if it can be.
+    """grad * scale in the dtype of `like`; in place if `last`, because grad may be as large as the weight.
 
-    scale is fp32 without dimensions: the product is computed in fp32 and rounded once.
+    scale is an fp32 scalar tensor: the product is computed in fp32 and rounded once.
     """
     return (grad.mul_(scale) if last else grad * scale).to(like.dtype)
 
@@ -247,7 +247,7 @@ def _check_shape(label, tensor, shape, meaning, x):
 
 
 def _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size):
-    """Raise unless the arguments fit; returns label_smoothing, z_loss and softcap as numbers."""
+    """Raise unless the arguments are valid; return label_smoothing, z_loss and softcap as numbers."""
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(
             f"linear_cross_entropy: x must be a floating-point tensor with at least one dimension, got {x.dtype}"
@@ -284,8 +284,8 @@ def _check_dtypes(x, weight, bias):
             raise ValueError(f"linear_cross_entropy: {label} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
-def _facts(x, odd=None):
-    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, odd
+def _facts(x, nonplain=None):
+    return "cpu" if x.is_cpu else device_name(x.device), x.dtype, nonplain
 
 
 _PUBLIC = Public(
@@ -310,33 +310,38 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Cross-entropy between x·weightᵀ + bias and target, in memory that does not grow with tokens times vocabulary.
+    """Cross-entropy of x·weightᵀ + bias and target. Memory does not grow with tokens times vocabulary.
 
     Args:
         x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides. Under autocast
             x, weight and bias are cast to the autocast dtype; otherwise their dtypes must agree.
         weight: (vocab, d_model), as nn.Linear stores it. bias: (vocab,) or None. With a quantised or sparse weight the
-            loss is computed by the reference, which holds all logits.
-        target: (...,) of x, int64 or int32: the true class of every token, or ignore_index.
-        ignore_index: tokens with this target have loss and gradient 0 and do not count in the mean.
+            loss runs on the reference, which stores all logits.
+        target: (...,) as in x, int64 or int32: the true class of each token, or ignore_index.
+        ignore_index: tokens with this target have loss and gradient 0 and are excluded from the mean.
         label_smoothing: share of the target's probability that is spread evenly over the vocabulary.
-        z_loss: adds z_loss * lse² to the loss of a token, lse = logsumexp of its logits; reduced like the rest.
-        softcap: logits become softcap * tanh(logits / softcap); 0 for none.
+        z_loss: adds z_loss * lse² to the loss of each token before the reduction, lse = logsumexp of its logits.
+        softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         reduction: "mean" over the tokens that are not ignored (NaN with gradient 0 if all are), "sum" or "none".
-        chunk_size: tokens whose logits exist at the same time; None: chosen by the sizes.
+        chunk_size: number of tokens whose logits are stored at a time; None = chosen from the sizes.
         backend: "native", "triton" or "reference" instead of the automatic choice.
-    Returns: (), or the shape of target for reduction "none"; float32, for float64 float64.
+    Returns: shape (), or that of target for reduction "none"; float32, or float64 if x is.
     Raises:
-        ValueError: shapes, dtypes, devices or options do not fit, or the named backend cannot serve the call.
-        IndexError: a target is neither in the vocabulary nor ignore_index. On a GPU, where looking would wait for the
-            device, the loss is NaN instead.
+        ValueError: shapes, dtypes, devices or options are invalid, or the named backend cannot serve the call.
+        TypeError: an argument has a wrong type.
+        IndexError: a target is neither in the vocabulary nor ignore_index. On a GPU, where a check would synchronise,
+            the loss is NaN instead.
     Source: torch.nn.functional.cross_entropy; z_loss as in Chowdhery et al., "PaLM" (2022).
+    Example:
+        >>> x, weight, target = torch.randn(4, 64), torch.randn(1000, 64), torch.randint(1000, (4,))
+        >>> fastattn.linear_cross_entropy(x, weight, target).shape
+        torch.Size([])
     """
     numbers = _check(x, weight, target, bias, label_smoothing, z_loss, softcap, reduction, chunk_size)
     options = Options(ignore_index, *numbers)
-    odd = odd_kind(weight)
-    if odd is not None:
-        choose(_NAME, _facts(x, odd), backend)  # raises if another backend than the reference was asked for
+    nonplain = nonplain_kind(weight)
+    if nonplain is not None:
+        choose(_NAME, _facts(x, nonplain), backend)  # raises if a backend other than the reference was asked for
         return _reference(target, options, reduction, linear=F.linear)(x, weight, bias)[0]
     x, weight, bias = as_autocast(x, weight, bias)
     _check_dtypes(x, weight, bias)
@@ -347,11 +352,11 @@ def linear_cross_entropy(
 
 
 def _loss(x, weight, bias, target, options, reduction, chunk_size, runs):
-    runs = observed(runs)
+    runs = traced_backend(runs)
     if runs == "reference":
         return _reference(target, options, reduction)(x, weight, bias)[0]
     chunk_size = chunk_size or 0
-    if runs not in RECORDED and grad_wanted(x, weight, bias):
+    if runs not in TRACED and grad_wanted(x, weight, bias):
         return apply(_LinearCrossEntropy, x, weight, bias, target, options, reduction, chunk_size, runs)
     loss, *_ = _fwd[runs](*_flat(x, weight, bias, target), None, *options, chunk_size, False, False, False)
     return _reduce(loss, target, options.ignore_index, reduction)[0]

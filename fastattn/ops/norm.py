@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm with the bias, the dropout and the residual add before them in the same pass.
+"""LayerNorm and RMSNorm, with the preceding bias, dropout and residual add in the same pass.
 
 r = dropout(x + x_bias) + residual                          r is stored: the backward and pre-norm layers need it
 y = (r - mean) * rstd * weight + bias                       rms: mean = 0, no bias
@@ -18,20 +18,20 @@ from typing_extensions import Unpack
 from fastattn import reference
 from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
-from fastattn.ops._dtypes import refuse_dtypes
+from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
-    RECORDED,
+    TRACED,
     apply,
     differentiate,
-    observed,
     raw_ops,
     register_autograd,
     register_fake,
     register_reference,
+    traced_backend,
 )  # fmt: skip
 from fastattn.ops._types import Backend, NormOptions
 
@@ -68,7 +68,7 @@ _infer, _fwd, _bwd = (raw_ops(op) for op in ("norm_infer", "norm_fwd", "norm_bwd
 
 
 class Facts(NamedTuple):
-    """What a backend may refuse a call by."""
+    """The properties of a call that decide which backends can serve it."""
 
     device: str
     dtype: torch.dtype
@@ -78,13 +78,13 @@ class Facts(NamedTuple):
     x_bias: torch.dtype | None = None
 
 
-def _refuses(facts):
+def _why_not(facts):
     _, *dtypes = facts
-    return refuse_dtypes(*dtypes)
+    return why_not_dtypes(*dtypes)
 
 
 for _backend in ("native", "triton"):
-    register_backend("norm", _backend, _refuses, facts=Facts)
+    register_backend("norm", _backend, _why_not, facts=Facts)
 
 
 class _Norm(torch.autograd.Function):
@@ -101,9 +101,9 @@ class _Norm(torch.autograd.Function):
             None if residual is None else residual.dtype,
             None if x_bias is None else x_bias.dtype,
         )
-        if backend not in RECORDED:
+        if backend not in TRACED:
             return y, None if plain else r, None
-        ctx.mark_non_differentiable(stats)  # what a graph with a backward in it goes on with
+        ctx.mark_non_differentiable(stats)  # only a graph that includes the backward uses it
         return y, None if plain else r, stats
 
     @staticmethod
@@ -115,9 +115,9 @@ class _Norm(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng)
             return *grads, None, None, None, None, None
-        if dy is None:  # nothing was made of y: no gradients rather than zeros, which an optimizer would decay
+        if dy is None:  # y was not used: return no gradients instead of zeros, which an optimizer would decay
             dy, need_dweight, need_dbias = torch.zeros(r.shape, dtype=x_dtype, device=r.device), False, False
-        # one gradient serves x and residual unless dropout or the dtype tells them apart
+        # x and residual share one gradient unless dropout or the dtypes make them differ
         before_dropout = need_dx or need_dx_bias
         separate = need_dresidual and (residual_dtype != x_dtype or (before_dropout and rng is not None))
         if need_dresidual and not before_dropout and not separate:
@@ -126,7 +126,7 @@ class _Norm(torch.autograd.Function):
         if weight is not None and (
             (need_dbias and bias.dtype != weight.dtype) or (need_dx_bias and x_bias_dtype != weight.dtype)
         ):
-            wide = weight.float()  # the sums over rows come in the dtype of the weight
+            wide = weight.float()  # the sums over rows get the dtype of the weight
         bwd = _bwd if is_dynamo_compiling() else _bwd.direct
         dx, dresidual, dweight, dbias, dx_bias = bwd[backend](
             dy, dr_out, r, wide, stats, rng, dropout_p, rms, separate, need_dweight, need_dbias, need_dx_bias
@@ -144,7 +144,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx, dy, dr_out, r, weight, bias, rng):
-    # r hangs in the graph, as the input or as this node's own output: what is differentiated again flows through it
+    # r is in the graph, as the input or as this node's own output, so second-order gradients flow through it
     dropout_p, eps, rms, _ = ctx.options
     x_dtype, _, x_bias_dtype = ctx.dtypes
     leaf = r if r.requires_grad else r.detach().requires_grad_()
@@ -192,7 +192,7 @@ def _check(name, x, weight, bias, x_bias, residual):
         or (x_bias is not None and (x_bias.shape != cols or x_bias.device != device))
         or (residual is not None and (residual.shape != shape or residual.device != device))
     ):
-        _raise_for(name, x, weight, bias, x_bias, residual)
+        _raise_for_operands(name, x, weight, bias, x_bias, residual)
 
 
 def _check_dtypes(name, **tensors):
@@ -200,8 +200,8 @@ def _check_dtypes(name, **tensors):
         check_float(name, label, t)
 
 
-def _raise_for(name, x, weight, bias, x_bias, residual):
-    """Name the first operand that does not fit."""
+def _raise_for_operands(name, x, weight, bias, x_bias, residual):
+    """Raise for the first invalid operand."""
     if not x.dim() or not x.is_floating_point():
         raise ValueError(
             f"{name}: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
@@ -241,7 +241,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
         eps = as_number(name, "eps", eps, torch.finfo(reference.accumulator(x.dtype)).eps)
     dropout_p = check_dropout_p(name, dropout_p) if dropout_p else 0.0
     x = as_autocast_norm(x)
-    if backend is not None:  # `explain` asks by it, and ends in choose
+    if backend is not None:  # `explain` passes one, and stops in choose
         _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
     runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
     if type(x) is not torch.Tensor and is_dtensor(x):
@@ -249,11 +249,11 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     if dropout_p and rng is None:
         rng = draw_rng(x)
     plain = residual is None and rng is None and x_bias is None
-    runs = observed(runs)
+    runs = traced_backend(runs)
     if runs == "reference":
         _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
         y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
-    elif runs in RECORDED:
+    elif runs in TRACED:
         y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
     elif grad_wanted(x, residual, weight, bias, x_bias):
         y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
@@ -329,16 +329,20 @@ def layer_norm(
         x: (..., d_model), float32, bfloat16 or float16 (float64 runs on the reference), any strides.
         weight, bias: (d_model,), any float dtype, or None.
         eps: added to the variance.
-        x_bias: (d_model,), any float dtype, or None: the bias of the linear layer that made x without adding it. The
-            sum is not rounded, and the backward makes the gradient of x_bias in the pass that makes that of x.
-        residual: like x, of any float dtype (an fp32 stream beside bf16 activations is usual), or None.
-        dropout_p: probability with which elements of x become 0; drawn anew in every call.
+        x_bias: (d_model,), any float dtype, or None: the bias of the linear layer that computed x without it. The
+            sum is not rounded, and the backward computes the gradients of x and x_bias in one pass.
+        residual: like x, of any float dtype (fp32 with bf16 activations is common), or None.
+        dropout_p: probability of setting an element of x to 0; each call draws a new mask.
         return_residual: also return dropout(x + x_bias) + residual, which has the dtype of the residual.
         backend: "native", "triton" or "reference" instead of the automatic choice.
     Returns: y like x; with return_residual (y, dropout(x + x_bias) + residual).
     Raises:
-        ValueError: shapes, devices or dropout_p do not fit, or the named backend cannot serve the call.
+        ValueError: shapes, devices or dropout_p are invalid, or the named backend cannot serve the call.
+        TypeError: an argument has a wrong type or dtype.
     Source: torch.nn.functional.layer_norm; statistics in fp32, biased variance.
+    Example:
+        >>> x, weight = torch.randn(4, 64), torch.ones(64)
+        >>> y, stream = fastattn.layer_norm(x, weight, residual=x, dropout_p=0.1, return_residual=True)
     """
     return _norm(
         "layer_norm", x, residual, weight, bias, x_bias, eps, False, dropout_p, return_residual, backend
@@ -373,7 +377,11 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last dimension of dropout(x + x_bias) + residual: r * rsqrt(mean(r²) + eps) * weight.
 
-    Args, Returns and Raises as for `layer_norm`; eps None is the epsilon of the accumulator: 1.19e-7, for fp64 2.2e-16.
+    Args, Returns and Raises as for `layer_norm`. eps None means the epsilon of the accumulator: 1.19e-7, for fp64
+    2.2e-16.
     Source: torch.nn.functional.rms_norm.
+    Example:
+        >>> fastattn.rms_norm(torch.randn(4, 64), torch.ones(64)).shape
+        torch.Size([4, 64])
     """
     return _norm("rms_norm", x, residual, weight, None, x_bias, eps, True, dropout_p, return_residual, backend)

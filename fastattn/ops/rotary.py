@@ -2,7 +2,7 @@
 
     y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin       dx1 = dy1 * cos + dy2 * sin,  dx2 = dy2 * cos - dy1 * sin
 
-The backward is the same op with the angle negated, `conjugate`; it is differentiable in turn. Nothing of x is saved.
+The backward is the same op with negated angles (`conjugate`), and is itself differentiable. x is not saved.
 """
 
 from typing import NamedTuple, overload
@@ -13,17 +13,17 @@ from typing_extensions import Unpack
 
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
-from fastattn.ops._dtypes import refuse_dtypes
+from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_nested, is_readable, numbers
 from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
-from fastattn.ops._register import RECORDED, apply, observed, raw_ops, register_autograd, register_fake
+from fastattn.ops._register import TRACED, apply, raw_ops, register_autograd, register_fake, traced_backend
 from fastattn.ops._types import Backend, RotaryOptions
 
 
 class Facts(NamedTuple):
-    """What a backend may refuse a call by."""
+    """The properties of a call that decide which backends can serve it."""
 
     device: str
     dtype: torch.dtype
@@ -32,7 +32,7 @@ class Facts(NamedTuple):
 
 
 class RotaryCall(NamedTuple):
-    """The arguments of the raw op between the tensors that it rotates and `conjugate`, in their order."""
+    """The arguments of the raw op after q and k and before `conjugate`, in order."""
 
     cos: Tensor
     sin: Tensor
@@ -55,17 +55,17 @@ register_fake("rotary_fwd_", lambda *_: None)
 _fwd, _fwd_ = raw_ops("rotary_fwd"), raw_ops("rotary_fwd_")
 
 
-def _refuses(facts):
+def _why_not(facts):
     _, dtype, table_dtype, table_grad = facts
-    if reason := refuse_dtypes(dtype):
+    if reason := why_not_dtypes(dtype):
         return reason
     if table_dtype not in (torch.float32, dtype):
-        return f"it takes cos and sin in float32 or the dtype of x, {dtype}, got {table_dtype}"
-    return "it makes no gradient for cos and sin" if table_grad else None
+        return f"it supports cos and sin in float32 or the dtype of x, {dtype}, got {table_dtype}"
+    return "it computes no gradients of cos and sin" if table_grad else None
 
 
 for _backend in ("native", "triton"):
-    register_backend("rotary", _backend, _refuses, facts=Facts)
+    register_backend("rotary", _backend, _why_not, facts=Facts)
 
 
 def _reference(xs, cos, sin, positions, offset, rotary_dim, interleaved):
@@ -79,7 +79,7 @@ def _reference(xs, cos, sin, positions, offset, rotary_dim, interleaved):
 
 
 class _Rotary(torch.autograd.Function):
-    # q comes first: where autograd follows a change of a view it takes the first tensor for the one that changes
+    # q must come first: when autograd tracks an in-place change of a view, it assumes that the first tensor changes
     @staticmethod
     def forward(ctx, q, k, backend, inplace, cos, sin, positions, offset, rotary_dim, interleaved, conjugate):
         ctx.set_materialize_grads(False)
@@ -109,18 +109,18 @@ def _launch(backend, inplace, xs, *rest):
 
 
 def _run(backend, inplace, xs, *rest):
-    """The kernels, under autograd where it must see them."""
+    """Run the kernels, under autograd if it must record them."""
     if not grad_wanted(*xs):
         if inplace:
             torch.autograd.graph.increment_version([x for x in xs if not x.is_inference()])
         return _launch(backend, inplace, xs, *rest)
-    if inplace:  # autograd follows a function that changes views only if it changes one
+    if inplace:  # autograd allows a function to change a view only if it changes no other tensor
         return tuple(apply(_Rotary, x, None, backend, True, *rest)[0] for x in xs)
     return apply(_Rotary, xs[0], xs[1] if len(xs) == 2 else None, backend, False, *rest)
 
 
 def _pair(results, q):
-    """The results of the raw op, the second (0,) where there is one tensor."""
+    """The results of the raw op; the second is (0,) for a single tensor."""
     return (*results, q.new_empty(0))[:2]
 
 
@@ -136,29 +136,29 @@ register_autograd(
 )
 
 
-def _complain(expected, got):
+def _fail(expected, got):
     raise ValueError(f"rotary_embedding: {expected}, got {got}")
 
 
 def _check_inputs(xs, inplace):
-    """(batch, seqlen, head_dim) of one or two tensors that fit each other."""
+    """(batch, seqlen, head_dim) of one or two tensors. Raise unless they match each other."""
     first = xs[0]
     dims = first.dim()
     if dims not in (3, 4):
-        _complain("x must be (batch, n_heads, seqlen, head_dim) or (total, n_heads, head_dim)", tuple(first.shape))
+        _fail("x must be (batch, n_heads, seqlen, head_dim) or (total, n_heads, head_dim)", tuple(first.shape))
     for x in xs:
         if x.dtype not in FLOAT_DTYPES:
             check_float("rotary_embedding", "x", x)
         if inplace and 0 in x.stride() and x.numel() > 1 and any(
             step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)
         ):  # fmt: skip
-            _complain("an expanded x cannot be rotated in place", f"strides {x.stride()}")
+            _fail("an expanded x cannot be rotated in place", f"strides {x.stride()}")
     if len(xs) == 2:
         a, b = first.shape, xs[1].shape
         if len(a) != len(b) or a[0] != b[0] or a[2:] != b[2:]:
-            _complain("the two tensors must agree in all but the number of heads", f"{tuple(a)} and {tuple(b)}")
+            _fail("the two tensors must agree in all but the number of heads", f"{tuple(a)} and {tuple(b)}")
         if xs[1].dtype != first.dtype or xs[1].device != first.device:
-            _complain(
+            _fail(
                 "the two tensors must have one dtype and device",
                 f"{first.dtype} on {first.device} and {xs[1].dtype} on {xs[1].device}",
             )
@@ -166,14 +166,14 @@ def _check_inputs(xs, inplace):
 
 
 def _check_tables(x, cos, sin, batch, seqlen, head_dim, interleaved):
-    """rotary_dim, from the form of the tables."""
+    """rotary_dim, derived from the shape of the tables."""
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
-        _complain(
+        _fail(
             "cos and sin must have one shape and dtype",
             f"{tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}",
         )
     if cos.device != x.device or sin.device != x.device:
-        _complain(f"cos and sin must be on the device of x, {x.device}", f"{cos.device} and {sin.device}")
+        _fail(f"cos and sin must be on the device of x, {x.device}", f"{cos.device} and {sin.device}")
     if cos.dtype not in FLOAT_DTYPES:
         check_float("rotary_embedding", "cos and sin", cos)
     dims, width = cos.dim(), cos.shape[-1] if cos.dim() else 0
@@ -181,15 +181,15 @@ def _check_tables(x, cos, sin, batch, seqlen, head_dim, interleaved):
         return 2 * width
     doubled = (dims == 2 and width == head_dim) or (dims == 3 and width <= head_dim)
     if not doubled or width % 2 or not width:
-        _complain(
+        _fail(
             f"cos and sin must be (max_seqlen, rotary_dim / 2), (seqlen, {head_dim}) or (batch, seqlen, rotary_dim)"
             f" with an even rotary_dim of at most head_dim = {head_dim}",
             tuple(cos.shape),
         )
     if interleaved:
-        _complain("interleaved takes tables (max_seqlen, rotary_dim / 2): doubled ones are ambiguous", tuple(cos.shape))
+        _fail("interleaved needs tables (max_seqlen, rotary_dim / 2): doubled ones are ambiguous", tuple(cos.shape))
     if dims == 3 and (cos.shape[0] not in (1, batch) or cos.shape[1] != seqlen):
-        _complain(f"cos and sin must have {batch} or 1 rows of {seqlen} tokens, as x", tuple(cos.shape))
+        _fail(f"cos and sin must have {batch} or 1 rows of {seqlen} tokens, like x", tuple(cos.shape))
     return width
 
 
@@ -197,7 +197,7 @@ def _check_positions(x, positions, cos, batch, seqlen):
     """(positions or None, offset)."""
     if cos.dim() == 3:
         if positions is not None:
-            _complain("positions must be None where cos and sin have a row per token", f"{positions!r}")
+            _fail("positions must be None if cos and sin have a row per token", f"{positions!r}")
         return None, 0
     rows = cos.shape[0]
     if not isinstance(positions, torch.Tensor):
@@ -205,27 +205,27 @@ def _check_positions(x, positions, cos, batch, seqlen):
         if isinstance(offset, (bool, float)):
             raise TypeError(f"rotary_embedding: positions must be None, an int or an integer tensor, got {offset!r}")
         if offset < 0 or offset + seqlen > rows:
-            _complain(f"positions must lie within the {rows} rows of cos", f"{offset} to {offset + seqlen - 1}")
+            _fail(f"positions must lie within the {rows} rows of cos", f"{offset} to {offset + seqlen - 1}")
         return None, offset
     if positions.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"rotary_embedding: positions must be int32 or int64, got {positions.dtype}")
     if positions.device != x.device:
-        _complain(f"positions must be on the device of x, {x.device}", positions.device)
+        _fail(f"positions must be on the device of x, {x.device}", positions.device)
     shape = tuple(positions.shape)
     if shape not in ((seqlen,), (1, seqlen), (batch, seqlen)):
-        _complain(f"positions must have shape ({seqlen},) or ({batch}, {seqlen}), as the tokens of x", shape)
+        _fail(f"positions must have shape ({seqlen},) or ({batch}, {seqlen}), like the tokens of x", shape)
     if positions.numel() and is_readable(positions):
         low, high = (numbers(bound) for bound in positions.aminmax())
         if low < 0 or high >= rows:
-            _complain(f"positions must lie within the {rows} rows of cos", f"{low} to {high}")
+            _fail(f"positions must lie within the {rows} rows of cos", f"{low} to {high}")
     return positions, 0
 
 
 def _prepare(x, cos, sin, positions, interleaved, inplace):
-    """Check: (facts, tensors, RotaryCall)."""
+    """Check the arguments and return (facts, tensors, RotaryCall)."""
     xs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
     if len(xs) not in (1, 2):
-        _complain("x must be a tensor or a pair of tensors", f"{len(xs)} tensors")
+        _fail("x must be a tensor or a pair of tensors", f"{len(xs)} tensors")
     first = xs[0]
     batch, seqlen, head_dim = _check_inputs(xs, inplace)
     rotary_dim = _check_tables(first, cos, sin, batch, seqlen, head_dim, interleaved)
@@ -235,7 +235,7 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
 
 
 def _nested(name, function, given):
-    """For Public(nested=): packed sequences, each of which begins anew."""
+    """For Public(nested=): run as packed sequences, whose positions each start at 0."""
     x, positions = given["x"], given.get("positions")
     pair = isinstance(x, (tuple, list))
     labels = ("q", "k")[: len(x)] if pair else ("x",)
@@ -245,7 +245,7 @@ def _nested(name, function, given):
         raise ValueError(f"{name}: inplace must be False for nested tensors")
     if isinstance(positions, torch.Tensor):
         if not is_nested(positions):
-            raise ValueError(f"{name}: positions must be None, an int or nested, as {labels[0]} is")
+            raise ValueError(f"{name}: positions must be None, an int or nested, like {labels[0]}")
         positions = Rows(name, "positions", positions, last=0).tensor
     else:
         total = found[0].tensor.shape[0]
@@ -289,35 +289,39 @@ def rotary_embedding(
     inplace: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Rotary position embedding: rotates pairs of the first rotary_dim channels, copies the others.
+    """Rotary position embedding: rotate pairs of the first rotary_dim channels and copy the others.
 
-    Computed in float32 and rounded once to the dtype of x, also under autocast, which changes nothing here. cos and sin
-    get a gradient on the reference only, where such a call runs by itself.
+    Computed in float32 and rounded once to the dtype of x. Autocast has no effect. If cos or sin requires grad, the
+    call runs on the reference.
 
     Args:
         x: (batch, n_heads, seqlen, head_dim) as `attention` takes it, or packed (total, n_heads, head_dim); float32,
             bfloat16 or float16 (float64 runs on the reference); any strides, so a transposed (batch, seqlen, heads,
-            head_dim) or a slice of a projection costs no copy. A pair (q, k), which may differ in n_heads, takes one
-            launch. Nested (batch, n_heads, seqlen, head_dim) tensors run packed, each sequence from its own position 0.
+            head_dim) tensor or a slice of a projection needs no copy. Or a pair (q, k), which may differ in n_heads and
+            takes one launch. Nested (batch, n_heads, seqlen, head_dim) tensors run packed; each sequence starts at 0.
         cos, sin: (max_seqlen, rotary_dim / 2), a row per position, float32 or the dtype of x; rotary_dim <= head_dim.
-            Or Hugging Face's doubled form, of which the first half is read: (batch or 1, seqlen, rotary_dim), always
-            taken for it, or (max_seqlen, head_dim), which cannot be another. Not with interleaved.
-        positions: row of the tables for each token: None, 0 to seqlen - 1; an int, that much later; or int32 or int64
-            (seqlen,), (batch, seqlen), packed (total,). Packed sequences each begin anew only if positions say so. On a
-            GPU, where a check would wait, a position outside of the tables gives NaN.
+            Or Hugging Face's doubled form, of which the first half is read: (batch or 1, seqlen, rotary_dim) or
+            (max_seqlen, head_dim). The doubled form excludes interleaved.
+        positions: table row of each token. None: 0 to seqlen - 1; an int: the same plus this offset; or int32 or int64
+            (seqlen,), (batch, seqlen), packed (total,). Packed sequences start at 0 only if positions do. On a GPU,
+            where a check would synchronise, a position outside the tables gives NaN.
         interleaved: pairs are channels (2d, 2d + 1) instead of (d, d + rotary_dim / 2).
-        inplace: write over x and return it; with gradients a pair then takes two launches.
+        inplace: overwrite x and return it. With gradients, a pair then takes two launches.
         backend: "native", "triton" or "reference" instead of the automatic choice.
-    Returns: like x, in its layout (of the reference contiguous); for a pair a tuple.
+    Returns: like x, in its layout (from the reference contiguous); for a pair, a tuple.
     Raises:
-        ValueError: shapes, devices or positions do not fit, or the named backend cannot serve the call.
-        TypeError: a dtype does not fit.
+        ValueError: shapes, devices or positions are invalid, or the named backend cannot serve the call.
+        TypeError: an argument has a wrong type or dtype.
     Source: Su et al., "RoFormer", 2021; half-split pairs as in GPT-NeoX and Hugging Face, interleaved as in GPT-J.
+    Example:
+        >>> q, angle = torch.randn(2, 8, 100, 64), torch.arange(100)[:, None] * 10_000 ** -torch.linspace(0, 1, 32)
+        >>> fastattn.rotary_embedding(q, angle.cos(), angle.sin()).shape
+        torch.Size([2, 8, 100, 64])
     """
     facts, xs, call = _prepare(x, cos, sin, positions, interleaved, inplace)
     runs = choose("rotary", facts, backend)
     if type(xs[0]) is not torch.Tensor and is_dtensor(xs[0]):
-        out = tuple(_rotate_sharded(runs, x, call) for x in xs)  # each as it is divided
+        out = tuple(_rotate_sharded(runs, x, call) for x in xs)  # each with its own sharding
         if inplace:
             out = tuple(x.copy_(rotated) for x, rotated in zip(xs, out, strict=True))
     else:
@@ -326,10 +330,10 @@ def rotary_embedding(
 
 
 def _rotate(runs, xs, call, inplace):
-    runs = observed(runs)
-    by_reference, traced = runs == "reference", runs in RECORDED
-    # What the kernels cannot write in place is copied back; torch.compile removes that copy where it can. Modes that
-    # look at what an operator writes know the copy, and take no operator that may get None there.
+    runs = traced_backend(runs)
+    by_reference, traced = runs == "reference", runs in TRACED
+    # If the kernels cannot write in place, the result is copied back; torch.compile removes that copy if possible.
+    # Dispatch modes that track writes understand the copy, but not an in-place operator that may get None.
     copies = inplace and (
         by_reference
         or traced
@@ -354,7 +358,7 @@ def _rotate_sharded(runs, x, call):
     cos, sin, positions, offset, *_ = call
 
     dims = "bhsd" if x.dim() == 4 else "shd"
-    if positions is None and cos.dim() == 2:  # a row per token, so that a part of the sequence finds its own
+    if positions is None and cos.dim() == 2:  # a row per token, so that a shard of the sequence gets its own rows
         cos, sin = (t[offset : offset + x.shape[dims.index("s")]] for t in (cos, sin))
         offset = 0
     table = "bsc" if cos.dim() == 3 else "sc" if positions is None else "rc"

@@ -18,7 +18,7 @@ _QKV = ("query", "key", "value")
 
 
 def _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa):
-    """PyTorch's conventions in ours: (q, k, v, mask, bias) with four dimensions."""
+    """Convert PyTorch's arguments to those of `attention`: (q, k, v, mask, bias) with four dimensions."""
     if is_causal and attn_mask is not None:
         raise ValueError(
             f"{_NAME}: Explicit attn_mask should not be set when is_causal=True, got one of shape"
@@ -34,7 +34,7 @@ def _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa):
             query.device.type
         ):
             raise TypeError(
-                f"{_NAME}: attn_mask must be bool, float32 or {query.dtype} as query, got {attn_mask.dtype}"
+                f"{_NAME}: attn_mask must be bool, float32 or {query.dtype} like query, got {attn_mask.dtype}"
             )
     if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
         query, key, value, attn_mask = _four_dimensions(query, key, value, attn_mask)
@@ -64,7 +64,7 @@ def _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa):
 
 
 def _four_dimensions(query, key, value, attn_mask):
-    """Broadcast the leading dimensions and fold all but the last of them into the batch."""
+    """Broadcast the leading dimensions and flatten all but the last three dimensions into the batch."""
     inputs = [query, key, value] + ([] if attn_mask is None else [attn_mask])
     inputs = [t[(None,) * (3 - t.dim())] if t.dim() < 3 else t for t in inputs]
     try:
@@ -104,7 +104,7 @@ def _scaled_dot_product_attention(
 
 
 def _nested(name, function, given):
-    """For Public(nested=): packed sequences, or, if the ragged dimension is one more of the batch, the values."""
+    """For Public(nested=): run as packed sequences, or, if the ragged dimension is a batch dimension, on the values."""
     query = given["query"]
     if is_nested(query) and query.layout is torch.jagged and query._ragged_idx == 1 and query.dim() > 3:
         labels = (*_QKV, "attn_mask") if is_nested(given.get("attn_mask")) else _QKV
@@ -113,7 +113,9 @@ def _nested(name, function, given):
     if all(is_nested(t) and t.layout is torch.strided and t.dim() == 3 for t in tensors.values()):  # without heads
         return _nested(name, function, given | {label: t.unsqueeze(1) for label, t in tensors.items()}).squeeze(1)
     if given.get("attn_mask") is not None:
-        raise ValueError(f"{name}: attn_mask must be None for nested tensors, whose sequences share no grid")
+        raise ValueError(
+            f"{name}: attn_mask must be None for nested tensors, whose sequences share no grid of positions"
+        )
     q, k, v = sequences_of(name, given, *_QKV)
     if q.tensor.shape[1] != k.tensor.shape[1] and not given.get("enable_gqa"):
         raise ValueError(
@@ -149,17 +151,21 @@ def scaled_dot_product_attention(
 
     Args:
         query: (..., n_heads, seqlen_q, head_dim); key, value: (..., n_kv_heads, seqlen_k, head_dim or head_dim_v). All
-            three may be nested tensors (batch, n_heads, seqlen, head_dim), then without attn_mask.
+            three may be nested tensors (batch, n_heads, seqlen, head_dim); this excludes attn_mask.
         attn_mask: bool (True = attend), float32 or the dtype of query (added to the scores), at least 2 dimensions; or
             a CausalBias of torch.nn.attention.bias for these lengths.
-        dropout_p: applied always, as in PyTorch: pass 0.0 in evaluation.
-        is_causal: query i sees keys 0 to i (top-left); not together with attn_mask.
+        dropout_p: always applied, as in PyTorch: pass 0.0 in evaluation.
+        is_causal: query i sees keys 0 to i (top-left); excludes attn_mask.
         scale: default 1/sqrt(head_dim).
         enable_gqa: allow fewer heads in key and value than in query.
     Returns: (..., n_heads, seqlen_q, head_dim_v) in the layout of query.
     Raises:
-        ValueError, TypeError: as `attention`; each is a RuntimeError too, which PyTorch raises.
+        ValueError, TypeError: as `attention`; each is also a RuntimeError, which PyTorch raises.
     Source: torch.nn.functional.scaled_dot_product_attention.
+    Example:
+        >>> q = torch.randn(2, 8, 100, 64)
+        >>> fastattn.scaled_dot_product_attention(q, q, q, is_causal=True).shape
+        torch.Size([2, 8, 100, 64])
     """
     return _scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
