@@ -93,7 +93,7 @@ sanitizer() {
   for tool in memcheck racecheck initcheck synccheck; do
     echo "[$tool]"
     timeout 130 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -P -m pytest -q -p no:cacheprovider tests/test_norm_kernels.py \
+      "$python" -P -m pytest -q -p no:cacheprovider tests/kernels/test_norm_kernels.py \
       -k "test_widths and (17-64 or 5-100 or 6-768 or 2-2056) or test_dropout_keeps and 5-100" || code=1
   done
   return $code
@@ -105,23 +105,23 @@ hopper() {
   capability=$("$python" -P -c 'import torch; print(*torch.cuda.get_device_capability())')
   [ "$capability" = "9 0" ] || { echo "compute capability $capability: these kernels are for 9 0" && return 0; }
   local pytest=("$python" -P -m pytest -q -x -p no:cacheprovider)
-  timeout 120 "${pytest[@]}" tests/test_sm90_units.py || return 1
+  timeout 120 "${pytest[@]}" tests/kernels/test_sm90_units.py || return 1
   for name in lengths stages random forward_only packed columns hidden nothing far_behind strides empty same_bits \
     deterministic backward_after raw nan_in gradients; do
     echo "[$name]"
-    timeout 60 "${pytest[@]}" tests/test_attention_sm90.py -k "$name" || code=1
+    timeout 60 "${pytest[@]}" tests/kernels/test_attention_sm90.py -k "$name" || code=1
   done
   for name in random equal_scores every_query stages split_counts strides empty raw; do
     echo "[decode $name]"
-    timeout 60 "${pytest[@]}" tests/test_attention_decode_sm90.py -k "$name" || code=1
+    timeout 60 "${pytest[@]}" tests/kernels/test_attention_decode_sm90.py -k "$name" || code=1
   done
   [ $code -eq 0 ] || return 1
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed" && return 1; }
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
     echo "[$tool]"
-    timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" tests/test_attention_sm90.py \
-      tests/test_attention_decode_sm90.py -k "lengths or nothing or forward_only and 256 or split_counts" && continue
+    timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" tests/kernels/test_attention_sm90.py \
+      tests/kernels/test_attention_decode_sm90.py -k "lengths or nothing or forward_only and 256 or split_counts" && continue
     if [ "$tool" = racecheck ]; then
       echo "racecheck did not pass. This does not fail the part: racecheck can report a race where an mbarrier orders a copy."
     else
@@ -141,8 +141,8 @@ for part in "${parts[@]}"; do
   fi
   case $part in
     tests)
-      run_part tests "$python" -P -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_*_kernels.py \
-        tests/test_norm.py tests/test_dropout.py tests/test_attention_decode.py::test_random_calls_triton -k "not cpu"
+      run_part tests "$python" -P -m pytest -q -p no:cacheprovider tests/kernels/test_gpu.py tests/kernels/test_*_kernels.py \
+        tests/ops/test_norm.py tests/ops/test_dropout.py tests/ops/test_attention_decode.py::test_random_calls_triton -k "not cpu"
       ;;
     forward | backward)
       run_part "$part" "$python" -P -m pytest -q -s -p no:cacheprovider benchmarks/test_attention_gpu.py \

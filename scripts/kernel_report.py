@@ -99,7 +99,7 @@ def main(arguments=None):
     parser.add_argument("--against", type=pathlib.Path, help="JSON file that --save has written")
     options = parser.parse_args(arguments)
 
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import compilations
 
     results = compilations.run(json.dumps(list(cases(options.only))), timeout=None)

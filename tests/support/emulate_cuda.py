@@ -16,7 +16,7 @@ import subprocess
 
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # per library: the sources, in one translation unit each library, and the ops they register
 _ROWS = ("norm", "dropout", "feed_forward", "rotary")
 ROWS = (
@@ -97,8 +97,8 @@ def compile_library(source, flags=(), with_torch=True):
     """Compile C++ against emulate_cuda.h, once per content: the path of the library in build/."""
     headers = [
         *glob.glob(os.path.join(ROOT, "csrc/**/*.*h"), recursive=True),
-        *glob.glob(os.path.join(ROOT, "tests/emulate_cuda.*")),
-        *glob.glob(os.path.join(ROOT, "tests/emulated/**/*.cuh"), recursive=True),
+        *glob.glob(os.path.join(ROOT, "tests/support/emulate_cuda.*")),
+        *glob.glob(os.path.join(ROOT, "tests/support/emulated/**/*.cuh"), recursive=True),
     ]
     parts = [
         source.encode(),
@@ -113,7 +113,7 @@ def compile_library(source, flags=(), with_torch=True):
         os.makedirs(build, exist_ok=True)
         command = ["g++", "-x", "c++", "-", "-o", f"{library}.{os.getpid()}", "-shared", "-fPIC", "-std=c++20", "-O1"]
         command += ["-fvisibility=hidden", "-w", "-DTORCH_TARGET_VERSION=0x020b000000000000", *flags]
-        command += [f"-I{ROOT}/{folder}" for folder in ("tests/emulated", "csrc", "csrc/cuda", "tests")]
+        command += [f"-I{ROOT}/{folder}" for folder in ("tests/support/emulated", "csrc", "csrc/cuda", "tests/support")]
         command += ["-isystem", cuda_headers()]
         if with_torch:
             torch_dir = os.path.dirname(torch.__file__)

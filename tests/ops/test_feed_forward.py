@@ -1,11 +1,11 @@
 import itertools
-import os
 import random
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from feed_forward_cases import FLOATS, keep_factor, needs_kernels
 from oracle import BACKWARD, assert_accurate, exact
 from torch.testing import assert_close
 
@@ -15,16 +15,7 @@ from fastattn.ops import _gemm
 from fastattn.ops.feed_forward import ACTIVATIONS
 
 # the tests of the kernels run again in processes of their own, on another backend or instruction set
-BACKEND = os.environ.get("FASTATTN_BACKEND") or "native"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton's interpreter computes bf16 on raw bits and truncates where it stores
-FLOATS = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("x", "w1", "b1", "w2", "b2", "w_gate", "b_gate")
-
-needs_kernels = pytest.mark.skipif(
-    fastattn.backends()["cpu"][BACKEND] != "available",
-    reason=f"no {BACKEND} kernels for the CPU: {fastattn.backends()['cpu'][BACKEND]}",
-)
 
 
 def arguments(shape, d_ff, dtype=torch.float32, gated=False, biased=True, d_out=None, seed=0):
@@ -61,12 +52,6 @@ def drawn(seed):
     rng = torch.randint(torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (2,))
     torch.manual_seed(seed)
     return rng
-
-
-def keep_factor(rng, dropout_p, shape):
-    rows = torch.arange(shape[:-1].numel())
-    keep = reference.philox_keep(rng, dropout_p, rows, rows >> 32, shape[-1]).view(shape)
-    return keep * reference.dropout_scale(dropout_p)
 
 
 def gradients(y, args, dy):

@@ -10,10 +10,10 @@ import emulate_cuda
 import pytest
 import torch
 from aot import compile_all
+from feed_forward_cases import BACKEND, FLOATS, INTERPRETED, keep_factor, needs_kernels
 from memory_guard import guarded
 from oracle import BACKWARD, assert_accurate, exact
 from processes import run_tests
-from test_feed_forward import BACKEND, FLOATS, INTERPRETED, keep_factor, needs_kernels
 from torch.testing import assert_close
 
 import fastattn
@@ -278,7 +278,7 @@ def test_raw_ops_reject_what_does_not_fit(kernels):
 
 def run_again(selected, **environment):
     """The selected tests of these files in a process with this environment, none skipped."""
-    files = (__file__, "test_feed_forward.py")
+    files = (__file__, "ops/test_feed_forward.py")
     assert "skipped" not in run_tests(f"({selected}) and not emulated", *files, **environment)
 
 

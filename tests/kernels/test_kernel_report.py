@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "kernel_report.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "kernel_report.py"
 NUMBERS = {"registers": 100, "stack": 0, "spills": 0, "shared": 1024, "instructions": 2000, "products": 32}
 
 

@@ -16,7 +16,7 @@ import compilations
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, 121: 101_376}
 ALL = os.environ.get("FASTATTN_AOT") == "all"
-# bytes of stack a thread that we accept, as in tests/test_attention_aot.py: (kernel, arch, head_dim, grouped heads)
+# bytes of stack a thread that we accept, as in test_attention_aot.py: (kernel, arch, head_dim, grouped heads)
 STACK = 16
 SPILLS = {}
 

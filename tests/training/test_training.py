@@ -27,7 +27,7 @@ from fastattn.training.runs.train import train
 from fastattn.training.tasks.base import evaluate_part
 from fastattn.training.tasks.registry import make_task
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

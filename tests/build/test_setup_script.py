@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "setup_env.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "setup_env.sh"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 FROM_CPU_INDEX = f"--index-url {CPU_INDEX} --timeout 10 --retries 0 torch==2.13.0"
 

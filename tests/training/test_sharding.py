@@ -32,7 +32,7 @@ from fastattn.training.messages import UsageError
 from fastattn.training.runs.sharding import _shard, divide, gather
 from fastattn.training.runs.train import train
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not can_fork, reason="this system cannot fork")
 
 

@@ -2,7 +2,9 @@
 
 A process that used Triton's interpreter cannot compile, so tests run this file in one of its own:
 
-    python tests/aot.py '[{"kernel": "norm_fwd_kernel", ...}, ...]'      a JSON list of configurations; answers with one
+    python tests/support/aot.py '[{"kernel": "norm_fwd_kernel", ...}, ...]'
+
+The argument is a JSON list of configurations; the answer is one.
 
 A configuration: module, kernel, arch, num_warps, num_stages (may be left out), types (name -> "*fp16", "i32", "fp32", a
 list for a tuple), constants (name -> value, None for an absent pointer). Pointers and integers count as divisible by
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # global and shared accesses, spills, asynchronous copies, matrix products by generation
 _COUNTED = ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDGSTS", "UTMALDG", "HMMA", "HGMMA", "UTCHMMA")
 

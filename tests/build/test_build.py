@@ -19,7 +19,7 @@ import torch
 import fastattn
 from fastattn import _native, reference
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = pathlib.Path(_native.__file__).parent
 FIRST_NORM = "import torch, fastattn; print(fastattn.layer_norm(torch.ones(2, 4)).tolist())"
 OF_NORM = str([[0.0] * 4] * 2)

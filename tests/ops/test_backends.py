@@ -13,7 +13,7 @@ import fastattn
 from fastattn.ops import _backends
 from fastattn.ops._backends import BACKENDS, choose, use_backend, why_not_available
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FACTS = ("cpu", torch.float32, None, None, None)
 first_of_cpu = next(b for b in BACKENDS if why_not_available(b, "cpu") is None)
 needs_native = pytest.mark.skipif(
@@ -165,7 +165,7 @@ def test_bad_environment(name, value, message):
 
 def test_required_backends():
     """FASTATTN_REQUIRE turns an absent backend into a failure of the whole run."""
-    command = "import sys, pytest; sys.exit(pytest.main(['-q', '--collect-only', 'tests/test_backends.py']))"
+    command = "import sys, pytest; sys.exit(pytest.main(['-q', '--collect-only', 'tests/ops/test_backends.py']))"
     done = python(f"import os; os.chdir({str(ROOT)!r}); {command}", FASTATTN_REQUIRE="nativ")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "got 'nativ'" in done.stderr + done.stdout

@@ -3,8 +3,9 @@
 Triton keys a binary by dtypes, constants, options and what it sees in an integer: whether it is 1, or a multiple of 16.
 A process that used the interpreter cannot compile, so tests run this file in one of its own:
 
-    python tests/compilations.py        prints {scenario: {kernel: number of different binaries}} as JSON, compiles none
-    python tests/compilations.py '[{"arch": 90, "call": "norm_bwd", "arguments": {...}}, ...]'
+    python tests/support/compilations.py
+                                        prints {scenario: {kernel: number of different binaries}} as JSON, compiles none
+    python tests/support/compilations.py '[{"arch": 90, "call": "norm_bwd", "arguments": {...}}, ...]'
                                         compiles what these calls launch; answers with the resources of each kernel
 """
 
@@ -20,7 +21,7 @@ import sys
 import aot
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MODULES = ("attention_fwd", "attention_bwd", "attention_dbias", "attention_decode", "cross_entropy", "dropout",
            "feed_forward", "norm", "rotary")  # fmt: skip
 

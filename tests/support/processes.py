@@ -1,10 +1,12 @@
 """What a test runs in a process of its own: in another environment, or in memory that nothing else has used."""
 
+import glob
 import os
 import subprocess
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOMS = glob.glob(os.path.join(TESTS, "*/"))
 
 
 def _output_of(*arguments, **environment):
@@ -15,12 +17,13 @@ def _output_of(*arguments, **environment):
 
 
 def run_code(code, *arguments, **environment):
-    """What this code prints; it finds the modules that are found here."""
-    return _output_of("-W", "ignore", "-c", code, *arguments, PYTHONPATH=os.pathsep.join(sys.path), **environment)
+    """What this code prints; it finds the modules that are found here, and all test files."""
+    path = os.pathsep.join([*sys.path, *ROOMS])
+    return _output_of("-W", "ignore", "-c", code, *arguments, PYTHONPATH=path, **environment)
 
 
 def run_tests(selected, *files, **environment):
-    """pytest's last line about the selected tests of these files, of which none fails."""
-    paths = [os.path.join(HERE, file) for file in files]
+    """pytest's last line about the selected tests of these files, named from tests/, of which none fails."""
+    paths = [os.path.join(TESTS, file) for file in files]
     output = _output_of("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths, "-k", selected, **environment)
     return output.splitlines()[-1]

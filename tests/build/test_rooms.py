@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "scripts" / "count_code.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "count_code.py"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from fastattn.integrations.hugging_face import load_hugging_face, read_config
 from fastattn.models import CausalLM, Classifier, MaskedLM
 from fastattn.models.backbone import Backbone
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 LENGTHS = torch.tensor([11, 16, 2])
 VALID = torch.arange(16) < LENGTHS[:, None]
 SHAPES = {

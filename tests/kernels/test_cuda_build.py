@@ -15,7 +15,7 @@ import pytest
 
 import fastattn
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LIBRARY = os.path.join(os.path.dirname(fastattn.__file__), "_cuda.so")
 
 # kernel -> registers a thread may use, which is what the launchers count on to fill a multiprocessor

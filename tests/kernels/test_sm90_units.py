@@ -1,7 +1,8 @@
-"""The building blocks of the kernels for Hopper, each against a model of its own: tests/sm90_units.cu.
+"""The building blocks of the kernels for Hopper, each against a model of its own: tests/support/sm90_units.cu.
 
-On a GPU of compute capability 9.0 the blocks themselves run; elsewhere their software versions in tests/emulated, and
-the index functions, which are the same. The models here are written from the PTX ISA and share no code with them.
+On a GPU of compute capability 9.0 the blocks themselves run; elsewhere their software versions in
+tests/support/emulated, and the index functions, which are the same. The models here are written from the PTX ISA and
+share no code with them.
 """
 
 import ctypes
@@ -27,7 +28,9 @@ def on_hardware():
     os.makedirs(os.path.dirname(library), exist_ok=True)
     command = [nvcc, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-o", library]
     command += ["-gencode=arch=compute_90a,code=sm_90a", f"-I{emulate_cuda.ROOT}/csrc"]
-    done = subprocess.run([*command, f"{emulate_cuda.ROOT}/tests/sm90_units.cu"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, f"{emulate_cuda.ROOT}/tests/support/sm90_units.cu"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return library
 
@@ -36,7 +39,7 @@ def emulated(*flags):
     reason = emulate_cuda.why_not_available()
     if reason:
         pytest.skip(reason)
-    return emulate_cuda.compile_library(emulate_cuda.rewritten("tests/sm90_units.cu"), flags, with_torch=False)
+    return emulate_cuda.compile_library(emulate_cuda.rewritten("tests/support/sm90_units.cu"), flags, with_torch=False)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from training_cases import write_table
 
 from fastattn.cli import COMMANDS, main
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = """
 run: runs/small
 layers: torch

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["info", "hopper", "forward", "backward", "decode", "tests", "bench", "sanitizer"]
 HOPPER_FILES = {f"tests/test_{name}_sm90.py" for name in ("attention", "attention_decode")} | {
-    "tests/test_sm90_units.py"
+    "tests/kernels/test_sm90_units.py"
 }
 
 PYTHON = """#!/bin/bash
@@ -63,7 +63,7 @@ def collected():
     script = (ROOT / "scripts" / "gpu_check.sh").read_text()
     ids = []
     for folder in ("tests", "benchmarks"):
-        files = {path for name in re.findall(rf"{folder}/[\w*]+\.py", script) for path in ROOT.glob(name)}
+        files = {path for name in re.findall(rf"{folder}/[\w*/]+\.py", script) for path in ROOT.glob(name)}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *sorted(files)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

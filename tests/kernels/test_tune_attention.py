@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 from fastattn.kernels.common import Launch, Variants
 
-SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "tune_attention.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "tune_attention.py"
 KEY, OTHER = (90, "fwd", 2, 64), (90, "dq", 2, 128)
 ROWS = Variants(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(32, 32, 4, 1))
 
