@@ -1,5 +1,6 @@
 """The rooms of the package: which may import which, as scripts/count_code.py lists them."""
 
+import fnmatch
 import importlib.util
 import pathlib
 
@@ -66,3 +67,10 @@ def test_functions_and_repeated_lines(count_code):
     assert counted["annotated, parameters and result"] == 1
     assert counted["median lines of code"] == 71
     assert counted["pairs of 6 repeated lines or more"] == 1
+
+
+def test_pytest_enters_every_room_of_the_tests(request):
+    """It leaves out folders by name; one named build would be among them."""
+    left_out = request.config.getini("norecursedirs")
+    for folder in pathlib.Path(__file__).parents[1].iterdir():
+        assert not folder.is_dir() or not any(fnmatch.fnmatch(folder.name, name) for name in left_out), folder

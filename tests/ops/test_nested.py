@@ -252,7 +252,9 @@ class TestRows:
         assert out.layout is layout
         assert_alike(out, right)
         (grad,) = torch.autograd.grad(sum((t * t).sum() for t in out.unbind()), x)
-        assert_alike(grad, torch.autograd.grad(sum((t * t).sum() for t in right), twins), rtol=1e-4, atol=1e-5)
+        expected = torch.autograd.grad(sum((t * t).sum() for t in right), twins)
+        largest = max(t.abs().max().item() for t in expected if t.numel())  # an element may be a sum that cancels
+        assert_alike(grad, expected, rtol=1e-4, atol=1e-6 * largest)
 
     def test_more_dimensions(self):
         x, _ = heads(sequences(LENGTHS, 2, 8), torch.jagged)  # (batch, heads, ragged, 8)
