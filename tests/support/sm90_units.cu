@@ -1,5 +1,6 @@
 // One kernel per building block of csrc/cuda/sm90, for what a run on hardware must show before the attention kernels
-// are worth a try. Called through ctypes with plain pointers by tests/kernels/test_sm90_units.py, on a GPU or in the emulation.
+// are worth a try. Called through ctypes with plain pointers by tests/kernels/test_sm90_units.py, on a GPU or in the
+// emulation.
 #include <cstring>
 
 #include "cuda/sm90/attention_common.cuh"
