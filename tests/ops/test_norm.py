@@ -224,7 +224,10 @@ def test_expanded_gradients(backend, device, fused):
         c.dy = c.dr_out = row.expand(9, 70)
         strided = forward_backward(c)
         c.dy = c.dr_out = row.expand(9, 70).contiguous()
-        assert equal(strided, forward_backward(c))
+        if backend == "reference":  # PyTorch adds an expanded tensor in another order
+            torch.testing.assert_close(strided, forward_backward(c))
+        else:
+            assert equal(strided, forward_backward(c))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3, 5])
