@@ -25,6 +25,8 @@ def autocast_dtype(x):
 
 def as_autocast(*tensors):
     """The operands of one product (tensors or None), cast to autocast's dtype if it is enabled; fp64 stays."""
+    if not _is_any_enabled():
+        return tensors
     dtype = autocast_dtype(tensors[0])
     if dtype is None:
         return tensors

@@ -13,7 +13,7 @@ from fastattn import reference
 from fastattn.nn.decoder import TransformerDecoderLayer
 from fastattn.nn.encoder import TransformerEncoderLayer
 from fastattn.nn.norm import LayerNorm
-from fastattn.nn.plain import dropout_p
+from fastattn.nn.plain import affine, dropout_p
 from fastattn.nn.sublayers import add_norm, add_norm_keep_sum, are_plain
 from fastattn.ops import dropout, feed_forward, layer_norm
 from fastattn.ops.linear import linear
@@ -182,7 +182,7 @@ class Block(nn.Module):
             for attend, drop, norm in zip(attends, dropouts, norms, strict=False):
                 x = add_norm(attend(x), None, x, drop, norm)
             return add_norm(self._feed_forward(x), None, x, dropouts[-1], norms[-1])
-        h = layer_norm(x, norms[0].weight, norms[0].bias, norms[0].eps)
+        h = layer_norm(x, *affine(norms[0]), norms[0].eps)
         for attend, drop, norm in zip(attends, dropouts, norms[1:], strict=False):
             h, x = add_norm_keep_sum(attend(h), None, x, drop, norm)
         return dropout(self._feed_forward(h), dropout_p(dropouts[-1]), residual=x)
@@ -193,8 +193,9 @@ class Block(nn.Module):
         return are_plain(self._modules, linears, dropouts, [f"norm{number}" for number in self.numbers])
 
     def _feed_forward(self, x):
-        w_gate, b_gate = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
+        m, gate = self._modules, self.gate
+        w_gate, b_gate = (None, None) if gate is None else affine(gate)
         return feed_forward(
-            x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias,
-            activation=self.activation_name, w_gate=w_gate, b_gate=b_gate, dropout_p=dropout_p(self.dropout),
+            x, *affine(m["linear1"]), *affine(m["linear2"]), activation=self.activation_name, w_gate=w_gate,
+            b_gate=b_gate, dropout_p=dropout_p(m["dropout"]),
         )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.masks import is_causal_mask
 from fastattn.nn.norm import LayerNorm
-from fastattn.nn.plain import dropout_p, leaf_call
+from fastattn.nn.plain import affine, dropout_p, leaf_call
 from fastattn.nn.sublayers import (
     add_norm,
     add_norm_keep_sum,
@@ -131,13 +131,13 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             return super().forward(tgt, memory, *masks)  # torch's decoder has no fast path: it calls the children
 
         def self_attend(x) -> tuple[Tensor, Tensor | None]:
-            return attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            return attend(m["self_attn"], x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
 
         def cross_attend(x) -> tuple[Tensor, Tensor | None]:
-            return attend(self.multihead_attn, x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+            return attend(m["multihead_attn"], x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
 
         if self.norm_first:
-            h = layer_norm(x, m["norm1"].weight, m["norm1"].bias, m["norm1"].eps)
+            h = layer_norm(x, *affine(m["norm1"]), m["norm1"].eps)
             h, x = add_norm_keep_sum(*self_attend(h), x, m["dropout1"], m["norm2"])
             h, x = add_norm_keep_sum(*cross_attend(h), x, m["dropout2"], m["norm3"])
             h = feed_forward_block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])

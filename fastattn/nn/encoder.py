@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.masks import as_float_mask, check_mask_dtype, is_causal_mask
 from fastattn.nn.norm import LayerNorm
-from fastattn.nn.plain import dropout_p, is_plain, leaf_call
+from fastattn.nn.plain import affine, dropout_p, is_plain, leaf_call
 from fastattn.nn.sublayers import (
     add_norm,
     add_norm_keep_sum,
@@ -119,7 +119,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if nested:
             return self._nested(src, src_mask, src_key_padding_mask, is_causal)
 
-        return self._fused(src, lambda x: attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal))
+        return self._fused(src, lambda x: attend(m["self_attn"], x, x, src_mask, src_key_padding_mask, is_causal))
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, is_causal: bool = False) -> Tensor:
         """Encode packed sequences, without padding; an overridden _sa_block is not called.
@@ -151,7 +151,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     def _fused(self, x, self_attend):
         m = self._modules
         if self.norm_first:
-            h = layer_norm(x, m["norm1"].weight, m["norm1"].bias, m["norm1"].eps)
+            h = layer_norm(x, *affine(m["norm1"]), m["norm1"].eps)
             h, x = add_norm_keep_sum(*self_attend(h), x, m["dropout1"], m["norm2"])
             h = feed_forward_block(h, m["linear1"], self.activation, m["dropout"], m["linear2"])
             return dropout(h, dropout_p(m["dropout2"]), residual=x)

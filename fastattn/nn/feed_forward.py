@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.nn.plain import dropout_p, is_plain, must_call_children
+from fastattn.nn.plain import affine, dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p
@@ -61,22 +61,23 @@ class FeedForward(torch.nn.Module):
     @Public("nn.FeedForward", tensors="x", nested=None).answering
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model) → (..., d_model)."""
-        linear1, linear2, gate, linear = self.linear1, self.linear2, self.gate, torch.nn.Linear
+        m, linear = self._modules, torch.nn.Linear
+        linear1, linear2, dropout, gate = m["linear1"], m["linear2"], m["dropout"], m.get("gate")
         plain = (
             is_plain(linear1, linear)
             and is_plain(linear2, linear)
             and (gate is None or is_plain(gate, linear))
-            and is_plain(self.dropout, torch.nn.Dropout)
+            and is_plain(dropout, torch.nn.Dropout)
             and not must_call_children()
         )
         if not plain:
             act = reference.ACTIVATIONS[self.activation]
             up = linear1(x)
-            return linear2(self.dropout(act(up) if gate is None else act(gate(x)) * up))
-        w_gate, b_gate = (None, None) if gate is None else (gate.weight, gate.bias)
+            return linear2(dropout(act(up) if gate is None else act(gate(x)) * up))
+        w_gate, b_gate = (None, None) if gate is None else affine(gate)
         return feed_forward(
-            x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, activation=self.activation, w_gate=w_gate,
-            b_gate=b_gate, dropout_p=dropout_p(self.dropout), recompute=self.recompute,
+            x, *affine(linear1), *affine(linear2), activation=self.activation, w_gate=w_gate, b_gate=b_gate,
+            dropout_p=dropout_p(dropout), recompute=self.recompute,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

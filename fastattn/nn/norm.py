@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.nn.plain import leaf_call, remember_forward
+from fastattn.nn.plain import affine, leaf_call, remember_forward
 from fastattn.ops import layer_norm, rms_norm
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._public import ArgumentValueError, Public
@@ -22,7 +22,7 @@ def _apply(op, module, x, *affine):
             f"Given normalized_shape={list(dims)}, expected input with shape [*, {', '.join(map(str, dims))}],"
             f" but got input of size {list(x.shape)}"
         )
-    if len(dims) == 1:
+    if len(dims) == 1:  # not the tuple that torch.nn sets
         return op(x, *affine, module.eps)
     if not dims:
         raise ArgumentValueError(
@@ -71,6 +71,8 @@ class LayerNorm(torch.nn.LayerNorm):
             if replaced or len(self.normalized_shape) > 1:
                 return super().forward(input)
             return layer_norm(input, self.weight, self.bias, self.eps)
+        if input.shape[-1:] == self.normalized_shape:
+            return layer_norm(input, *affine(self), self.eps)
         return _apply(layer_norm, self, input, self.weight, self.bias)
 
 
@@ -98,4 +100,6 @@ class RMSNorm(torch.nn.RMSNorm):
             if replaced or len(self.normalized_shape) > 1:
                 return super().forward(x)
             return rms_norm(x, self.weight, self.eps)
+        if x.shape[-1:] == self.normalized_shape:
+            return rms_norm(x, self._parameters["weight"] if "weight" in self._parameters else self.weight, self.eps)
         return _apply(rms_norm, self, x, self.weight)

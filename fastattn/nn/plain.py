@@ -42,6 +42,17 @@ def is_plain(module, *classes):
     )
 
 
+def affine(module):
+    """(weight, bias) of a Linear or LayerNorm.
+
+    Reading a parameter as an attribute calls Module.__getattr__, which takes about 0.8 us.
+    """
+    parameters = module.__dict__["_parameters"]
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return module.weight, module.bias  # parametrized, or plain attributes as in the replicas of DataParallel
+
+
 def _watch(*names):
     """A function that returns whether one of these functions of torch.nn has been replaced, other than by ours.
 

@@ -9,7 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm
-from fastattn.nn.plain import dropout_p, is_plain, must_call_children
+from fastattn.nn.plain import affine, dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward, layer_norm
 from fastattn.ops.linear import linear
 
@@ -22,9 +22,7 @@ def add_norm(x, x_bias, residual, dropout_module, norm):
         return norm(_add(x, x_bias, residual, dropout_module))
     if x.dtype != residual.dtype:  # autocast: the op returns the dtype of x, torch the dtype of the sum
         x = x.to(residual.dtype)
-    return layer_norm(
-        x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module)
-    )
+    return layer_norm(x, *affine(norm), norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module))
 
 
 def add_norm_keep_sum(x, x_bias, residual, dropout_module, norm):
@@ -33,7 +31,7 @@ def add_norm_keep_sum(x, x_bias, residual, dropout_module, norm):
         r = _add(x, x_bias, residual, dropout_module)
         return norm(r), r
     return layer_norm(
-        x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module),
+        x, *affine(norm), norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module),
         return_residual=True,
     )  # fmt: skip
 
@@ -46,21 +44,22 @@ def _add(x, x_bias, residual, dropout_module):
 def attend(attn, query, memory, attn_mask, key_padding_mask, is_causal):
     """(out, x_bias): attention from query to memory, and the bias of out_proj if the next norm is to add it."""
     masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
-    if (
-        is_plain(attn, MultiheadAttention)
-        and is_plain(attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear)
-        and fit_fused_ops(attn._modules, ("out_proj",), (), query)
-    ):
-        out, _ = attn.attend(query, memory, memory, need_weights=False, **masks)
-        weight, bias = attn.out_proj.weight, attn.out_proj.bias
-        return (linear(out, weight), bias) if defers_bias(attn.out_proj) else (linear(out, weight, bias), None)
+    if is_plain(attn, MultiheadAttention):
+        out_proj = attn._modules["out_proj"]
+        if is_plain(out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear) and fit_fused_ops(
+            attn._modules, ("out_proj",), (), query
+        ):
+            out, _ = attn.attend(query, memory, memory, need_weights=False, **masks)
+            weight, bias = affine(out_proj)
+            return (linear(out, weight), bias) if defers(bias) else (linear(out, weight, bias), None)
     return attn(query, memory, memory, need_weights=False, **masks)[0], None
 
 
 def feed_forward_and_bias(x, linear1, activation, dropout_module, linear2):
     """(out, x_bias): the feed-forward block, and the bias of linear2 if the next norm is to add it."""
-    if defers_bias(linear2):
-        return feed_forward_block(x, linear1, activation, dropout_module, linear2, last_bias=False), linear2.bias
+    _, bias = affine(linear2)
+    if defers(bias):
+        return feed_forward_block(x, linear1, activation, dropout_module, linear2, last_bias=False), bias
     return feed_forward_block(x, linear1, activation, dropout_module, linear2), None
 
 
@@ -70,12 +69,12 @@ def feed_forward_block(x, linear1, activation, dropout_module, linear2, last_bia
     Args:
         last_bias: False leaves out the bias of linear2, which the next norm adds.
     """
-    name, bias = activation_name(activation), linear2.bias if last_bias else None
+    name, (weight, bias) = activation_name(activation), affine(linear2)
+    if not last_bias:
+        bias = None
     if name is None:
-        return linear(dropout_module(activation(linear1(x))), linear2.weight, bias)
-    return feed_forward(
-        x, linear1.weight, linear1.bias, linear2.weight, bias, activation=name, dropout_p=dropout_p(dropout_module)
-    )
+        return linear(dropout_module(activation(linear1(x))), weight, bias)
+    return feed_forward(x, *affine(linear1), weight, bias, activation=name, dropout_p=dropout_p(dropout_module))
 
 
 def activation_name(activation):
@@ -93,12 +92,11 @@ def activation_name(activation):
     return "silu" if activation is F.silu else None
 
 
-def defers_bias(linear):
-    """Whether the norm after `linear` adds its bias: yes if the bias needs a gradient, which that norm also computes.
+def defers(bias):
+    """Whether the norm after a linear layer adds its bias: yes if the bias needs a gradient, which the norm computes.
 
     Never under torch.jit.trace, which records once with gradients and once without, and compares.
     """
-    bias = linear.bias
     return bias is not None and torch.is_grad_enabled() and bias.requires_grad and not torch.jit.is_tracing()
 
 
@@ -117,12 +115,15 @@ def fit_fused_ops(modules, linears, norms, x):
     """Whether plain children fit the fused ops, which add and normalise rows as wide as x; torch also broadcasts."""
     width = x.size(-1) if x.dim() else None
     for name in linears:
-        linear = modules[name]
-        bias, shape = linear.bias, linear.weight.shape
-        if bias is not None and bias.shape != shape[:1]:
+        weight, bias = affine(modules[name])
+        if bias is not None and bias.shape != weight.shape[:1]:
             return False
-    # the last linear layer writes into the residual stream
-    return shape[0] == width and all(tuple(modules[name].normalized_shape) == (width,) for name in norms)
+    if weight.shape[0] != width:  # the last linear layer writes into the residual stream
+        return False
+    for name in norms:  # all() on a generator takes twice as long
+        if modules[name].normalized_shape != (width,):
+            return False
+    return True
 
 
 def sequence_length(x, batch_first):

@@ -140,10 +140,12 @@ class Public:
         return cast(_Function, call)
 
     def answering(self, function: _Function) -> _Function:
-        """Explain wrong arguments of a function, without `__torch_function__`."""
+        """Explain wrong arguments of a function or method, without `__torch_function__`."""
         parameters = inspect.signature(function).parameters
         by_position = _by_position(parameters)
         exact, first = self.exact, self._first_exact(by_position)
+        # the search for __torch_function__ on a module would fail in Module.__getattr__, which takes 2 us
+        skipped = 1 if by_position[:1] == ["self"] else 0
 
         @functools.wraps(function)
         def call(*args, **kwargs):
@@ -153,7 +155,8 @@ class Public:
                         self._check_kind(parameters, label, kwargs[label])
             if len(args) > first:
                 self._check_exact(parameters, dict(zip(by_position, args, strict=False)))
-            if has_torch_function((*args, *kwargs.values()) if kwargs else args):
+            values = args[skipped:]
+            if has_torch_function((*values, *kwargs.values()) if kwargs else values):
                 self._refuse_causal_bias(dict(zip(by_position, args, strict=False)) | kwargs)
             try:
                 return function(*args, **kwargs)

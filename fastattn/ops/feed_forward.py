@@ -21,7 +21,7 @@ from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._gemm import input_grad, linear, weight_grad
-from fastattn.ops._kinds import check_float, is_dtensor, nonplain_kind
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, nonplain_kind
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
@@ -191,7 +191,25 @@ def _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p):
     """Raise unless the arguments are valid; return dropout_p as a number."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"feed_forward: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    dropout_p = check_dropout_p("feed_forward", dropout_p)
+    dropout_p = check_dropout_p("feed_forward", dropout_p) if dropout_p != 0.0 else 0.0
+    shape1, shape2, device = w1.shape, w2.shape, x.device
+    hidden, out = shape1[:1], shape2[:1]
+    if (
+        x.dtype not in FLOAT_DTYPES
+        or not len(shape1) == len(shape2) == 2
+        or not (x.shape[-1:] == shape1[1:] and shape2[1:] == hidden)
+        or not w1.device == w2.device == device
+        or (b1 is not None and not (b1.shape == hidden and b1.device == device))
+        or (b2 is not None and not (b2.shape == out and b2.device == device))
+        or (w_gate is not None and not (w_gate.shape == shape1 and w_gate.device == device))
+        or (b_gate is not None and not (w_gate is not None and b_gate.shape == hidden and b_gate.device == device))
+    ):
+        _raise_for_operands(x, w1, b1, w2, b2, w_gate, b_gate)
+    return dropout_p
+
+
+def _raise_for_operands(x, w1, b1, w2, b2, w_gate, b_gate):
+    """Raise for the first invalid operand."""
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(
             f"feed_forward: x must be a floating-point tensor with at least one dimension, got {x.dtype}"
@@ -212,13 +230,13 @@ def _check(x, w1, b1, w2, b2, activation, w_gate, b_gate, dropout_p):
     for label, bias, size in (("b1", b1, d_ff), ("b_gate", b_gate, d_ff), ("b2", b2, d_out)):
         if bias is not None:
             _check_tensor(label, bias, (size,), "the first dimension of its weight", x)
-    return dropout_p
 
 
-def _check_dtypes(x, **others):
-    for label, tensor in others.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"feed_forward: {label} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+def _check_dtypes(x, *others):
+    dtype = x.dtype
+    for label, tensor in zip(("w1", "b1", "w2", "b2", "w_gate", "b_gate"), others, strict=True):
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"feed_forward: {label} must have the dtype of x, {dtype}, got {tensor.dtype}")
 
 
 def _facts(x, nonplain=None):
@@ -278,7 +296,7 @@ def feed_forward(
         rng = draw_rng(x) if dropout_p else None
         return _reference(rng, dropout_p, activation, linear=F.linear)(x, w1, b1, w2, b2, w_gate, b_gate)[0]
     x, w1, b1, w2, b2, w_gate, b_gate = as_autocast(x, w1, b1, w2, b2, w_gate, b_gate)
-    _check_dtypes(x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
+    _check_dtypes(x, w1, b1, w2, b2, w_gate, b_gate)
     runs = choose("feed_forward", _facts(x), backend)
     options = (dropout_p, activation, recompute, runs)
     if type(x) is not torch.Tensor and is_dtensor(x):
