@@ -1,5 +1,7 @@
 """The feed-forward block as a module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,8 @@ class FeedForward(torch.nn.Module):
     @Public("nn.FeedForward", tensors="x", nested=None).answering
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_model) → (..., d_model)."""
-        m, linear = self._modules, torch.nn.Linear
+        linear = torch.nn.Linear
+        m: dict[str, Any] = self._modules
         linear1, linear2, dropout, gate = m["linear1"], m["linear2"], m["dropout"], m.get("gate")
         plain = (
             is_plain(linear1, linear)

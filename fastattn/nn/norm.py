@@ -101,5 +101,6 @@ class RMSNorm(torch.nn.RMSNorm):
                 return super().forward(x)
             return rms_norm(x, self.weight, self.eps)
         if x.shape[-1:] == self.normalized_shape:
-            return rms_norm(x, self._parameters["weight"] if "weight" in self._parameters else self.weight, self.eps)
+            weight = self._parameters["weight"] if "weight" in self._parameters else self.weight  # noqa: SIM401  slower
+            return rms_norm(x, weight, self.eps)
         return _apply(rms_norm, self, x, self.weight)

@@ -120,7 +120,7 @@ def fit_fused_ops(modules, linears, norms, x):
             return False
     if weight.shape[0] != width:  # the last linear layer writes into the residual stream
         return False
-    for name in norms:  # all() on a generator takes twice as long
+    for name in norms:  # noqa: SIM110  all() on a generator takes twice as long
         if modules[name].normalized_shape != (width,):
             return False
     return True
