@@ -71,7 +71,7 @@ class LayerNorm(torch.nn.LayerNorm):
             if replaced or len(self.normalized_shape) > 1:
                 return super().forward(input)
             return layer_norm(input, self.weight, self.bias, self.eps)
-        if input.shape[-1:] == self.normalized_shape:
+        if input.shape[-1:] == self.normalized_shape != ():
             return layer_norm(input, *affine(self), self.eps)
         return _apply(layer_norm, self, input, self.weight, self.bias)
 
@@ -100,7 +100,7 @@ class RMSNorm(torch.nn.RMSNorm):
             if replaced or len(self.normalized_shape) > 1:
                 return super().forward(x)
             return rms_norm(x, self.weight, self.eps)
-        if x.shape[-1:] == self.normalized_shape:
+        if x.shape[-1:] == self.normalized_shape != ():
             weight = self._parameters["weight"] if "weight" in self._parameters else self.weight  # noqa: SIM401  slower
             return rms_norm(x, weight, self.eps)
         return _apply(rms_norm, self, x, self.weight)
