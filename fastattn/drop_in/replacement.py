@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import torch
 
-from fastattn.drop_in import attention, norms, torch_nn
+from fastattn.drop_in import attention, loss, norms, torch_nn
 from fastattn.drop_in.change import Change, Replaced
 from fastattn.drop_in.report import Report
 
-KINDS = {"norms": norms.find, "attention": attention.find}
+KINDS = {"norms": norms.find, "attention": attention.find, "loss": loss.find}
 
 
 def replace(
