@@ -2,6 +2,7 @@
 
 from fastattn import nn
 from fastattn._native import cpu_capability, load_backends
+from fastattn.drop_in import replace
 from fastattn.integrations.sdpa import patch_sdpa
 from fastattn.nn import (
     FeedForward,
@@ -14,7 +15,6 @@ from fastattn.nn import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
-    replace,
 )
 from fastattn.ops import (
     attention,

@@ -29,6 +29,7 @@ FLOORS = [
     ("kernels",),
     ("_native",),
     ("nn", "integrations.transformers", "integrations.sdpa"),
+    ("drop_in",),
     ("",),  # fastattn itself: what `import fastattn` offers
     ("models", "_info"),
     ("integrations",),

@@ -28,6 +28,30 @@ def _reason(query, key, value, attn_mask):
     return None
 
 
+def serve(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor | None, str | None]:
+    """(result, None) of a call of torch's function on our kernels, or (None, why it is left to torch)."""
+    reason = _reason(query, key, value, attn_mask)
+    if reason is not None:
+        return None, reason
+    try:
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    except (TypeError, ValueError) as error:
+        return None, str(error)
+    return out, None
+
+
 class SdpaPatch:
     """What `patch_sdpa` did: served counts the calls that ran on our kernels, left those that went to torch, by reason.
 
@@ -54,17 +78,12 @@ class SdpaPatch:
         ) -> Tensor:
             given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
             named: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-            reason = _reason(query, key, value, attn_mask)
-            if reason is None:
-                try:
-                    out = scaled_dot_product_attention(*given, **named)
-                except (TypeError, ValueError) as error:
-                    reason = str(error)
-                else:
-                    self.served += 1
-                    return out
+            out, reason = serve(*given, **named)
+            if out is not None:
+                self.served += 1
+                return out
             if not torch.compiler.is_compiling():
-                self.left[reason] += 1
+                self.left[str(reason)] += 1
             return self._before(*given, **named)
 
         return patched_scaled_dot_product_attention

@@ -5,7 +5,6 @@ from fastattn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from fastattn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from fastattn.nn.feed_forward import FeedForward
 from fastattn.nn.norm import LayerNorm, RMSNorm
-from fastattn.nn.replacement import replace
 from fastattn.nn.rotary import RotaryEmbedding
 from fastattn.nn.transformer import Transformer
 
@@ -20,5 +19,4 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
-    "replace",
 ]

@@ -358,7 +358,7 @@ class TestModules:
 
     def test_a_report_is_not_the_model(self):
         model = torch.nn.Sequential(torch.nn.LayerNorm(8))
-        model = nn.replace(model)
+        model = fastattn.replace(model)
         with pytest.raises(TypeError, match=r"returns a report, not the model: write replace\(model\) inst"):
             model(X)
         with pytest.raises(AttributeError, match=r"no attribute 'parameters': replace returns a report, not the model"):
@@ -368,10 +368,10 @@ class TestModules:
 
     def test_replace_takes_names(self):
         model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.RMSNorm(8))
-        assert nn.replace(model, only="LayerNorm").replaced == {"0": "LayerNorm"}
-        assert nn.replace(model, only=["RMSNorm", torch.nn.LayerNorm]).replaced == {"1": "RMSNorm"}
+        assert fastattn.replace(model, only="LayerNorm").replaced == {"0": "LayerNorm"}
+        assert fastattn.replace(model, only=["RMSNorm", torch.nn.LayerNorm]).replaced == {"1": "RMSNorm"}
         with pytest.raises(ValueError, match=r"only must name classes among .*, got 'LayerNrm'"):
-            nn.replace(model, only="LayerNrm")
+            fastattn.replace(model, only="LayerNrm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int32])

@@ -462,7 +462,7 @@ class TestLayers:
         torch.manual_seed(0)
         layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
         ours = copy.deepcopy(layer)
-        nn.replace(ours)
+        fastattn.replace(ours)
         parts = sequences((4, 1, 2), 16)
         x, strided = nest(parts, layout), nest(parts, torch.strided)
         with torch.no_grad():

@@ -309,7 +309,7 @@ def _layers():
     found = {}
     for name, (layer, inputs) in theirs.items():
         ours = copy.deepcopy(layer)
-        nn.replace(ours)
+        fastattn.replace(ours)
         found[name] = (layer, ours, inputs)
     feed_forward = nn.FeedForward(8, 16)
     found["FeedForward"] = (

@@ -7,6 +7,7 @@ import torch
 from nn_oracle import slow_path
 from torch.nn.utils import parametrize
 
+import fastattn
 from fastattn import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
@@ -45,7 +46,7 @@ def test_results_parameters_and_modes_stay():
     with slow_path():
         expected = model(tokens)
     fired.clear()
-    report = nn.replace(model)
+    report = fastattn.replace(model)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert [m.training for m in model.modules()] == modes
@@ -59,13 +60,13 @@ def test_results_parameters_and_modes_stay():
     assert len(report.replaced) == 12
     assert report.left == {}
     assert "12 modules replaced, 0 left alone" in str(report)
-    assert nn.replace(model).replaced == {}
+    assert fastattn.replace(model).replaced == {}
 
 
 def test_copies_and_state_dict_after_it():
     model = Classifier()
     state = copy.deepcopy(model.state_dict())
-    nn.replace(model)
+    fastattn.replace(model)
     twin = copy.deepcopy(model)
     assert type(twin.attend) is nn.MultiheadAttention
     assert list(twin.state_dict()) == list(state)
@@ -74,7 +75,7 @@ def test_copies_and_state_dict_after_it():
 
 def test_the_model_itself():
     model = torch.nn.Transformer(E, H, 1, 1, FF)
-    report = nn.replace(model)
+    report = fastattn.replace(model)
     assert type(model) is nn.Transformer
     assert report.replaced[""] == "Transformer"
 
@@ -89,7 +90,7 @@ def test_what_is_left_alone():
     model = torch.nn.ModuleDict(
         {"mine": Mine(E, H, FF), "patched": patched, "changed": changed, "ours": nn.LayerNorm(E)}
     )
-    report = nn.replace(model)
+    report = fastattn.replace(model)
     assert type(model["mine"]) is Mine
     assert type(model["patched"]) is torch.nn.LayerNorm
     assert set(report.left) == {"mine", "patched", "changed"}
@@ -101,17 +102,17 @@ def test_what_is_left_alone():
 
 def test_only():
     model = Classifier()
-    report = nn.replace(model, only=torch.nn.LayerNorm)
+    report = fastattn.replace(model, only=torch.nn.LayerNorm)
     assert set(report.replaced.values()) == {"LayerNorm"}
     assert type(model.attend) is torch.nn.MultiheadAttention
     assert report.left == {}
-    report = nn.replace(model, only=[torch.nn.RMSNorm, torch.nn.MultiheadAttention])
+    report = fastattn.replace(model, only=[torch.nn.RMSNorm, torch.nn.MultiheadAttention])
     assert set(report.replaced.values()) == {"RMSNorm", "MultiheadAttention"}
 
 
 def test_errors():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
-        nn.replace("model")
+        fastattn.replace("model")
     for wrong in (torch.nn.Linear, "Linear"):
         with pytest.raises(ValueError, match=r"only must name classes among torch.nn.LayerNorm, .*got .*L"):
-            nn.replace(Classifier(), only=wrong)
+            fastattn.replace(Classifier(), only=wrong)

@@ -1,0 +1,109 @@
+"""A change of one module, and the classes that modules of other libraries get.
+
+A module stays the same object: only its class becomes a subclass of what it was. The subclass has the name of the
+original and a forward of ours, which calls the original forward wherever it cannot serve a call. It is made when it is
+needed, so pickle and deepcopy store the original class and the kind of the change instead of it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.ops._kinds import FLOAT_DTYPES, nonplain_kind
+
+ON_META = "its parameters are on the meta device: load the weights first"
+
+
+class Change(NamedTuple):
+    """A change of a module that was found possible.
+
+    what: its words in the report.
+    apply: makes it, and returns the function that takes it back.
+    new_class: the class that the module gets, or None if the change is another.
+    """
+
+    what: str
+    apply: Callable[[], Callable[[], None]]
+    new_class: type | None = None
+
+
+def change_class(module: torch.nn.Module, new_class: type, what: str) -> Change:
+    """The Change that gives a module another class."""
+
+    def apply():
+        module.__class__, before = new_class, module.__class__
+
+        def undo():
+            module.__class__ = before
+
+        return undo
+
+    return Change(what, apply, new_class)
+
+
+class Replaced:
+    """The base of the classes that this room makes; `_fastattn` says what the forward needs to know."""
+
+    _fastattn: Any = None
+    _original: type = torch.nn.Module
+
+    def __reduce_ex__(self, protocol):
+        """The original class and the change, instead of a class that cannot be imported."""
+        new, (cls, *args), *state = super().__reduce_ex__(max(protocol, 2))
+        if cls is not type(self) or "_fastattn" not in cls.__dict__:
+            return (new, (cls, *args), *state)
+        return (_new, (cls.__bases__[0], self._original, self._fastattn), *state)
+
+
+def _new(mixin, original, facts):
+    kind = make_class(mixin, original, facts)
+    return kind.__new__(kind)
+
+
+@functools.cache
+def make_class(mixin: type, original: type, facts: Any) -> type:
+    """The subclass of `original` with the forward of `mixin`, which finds `facts`, a hashable value, in `_fastattn`."""
+
+    @functools.wraps(original.forward)  # who asks for its arguments gets those of the original
+    def forward(self, *args, **kwargs):
+        return mixin.forward(self, *args, **kwargs)
+
+    names = {name: original.__dict__.get(name) for name in ("__module__", "__doc__")}
+    names |= {"__qualname__": original.__qualname__, "_fastattn": facts, "_original": original, "forward": forward}
+    return type(original)(original.__name__, (mixin, original), names)
+
+
+def is_plain_input(x: Any) -> bool:
+    """Whether a value is a tensor that our ops serve here: no subclass, no symbolic value of a tracer."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided and x.dtype in FLOAT_DTYPES
+
+
+def is_foreign(module: torch.nn.Module) -> bool:
+    """Whether the class of a module is neither torch's nor ours; a parametrized module counts as what it was."""
+    kinds = (kind.__module__ for kind in type(module).__mro__)
+    module_name = next(name for name in kinds if name != "torch.nn.utils.parametrize")
+    return not isinstance(module, Replaced) and module_name.partition(".")[0] not in ("torch", "fastattn")
+
+
+def why_not_take_over(module: torch.nn.Module) -> str | None:
+    """Why a module of another library must be left alone in the state in which it is, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by TorchScript"
+    if "forward" in module.__dict__:
+        return f"forward was replaced on this {type(module).__name__} object"
+    definer = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
+    origin = getattr(definer.__dict__["forward"], "__module__", definer.__module__)
+    if origin != definer.__module__:
+        return f"the forward of {definer.__name__} was replaced by code of {origin}"
+    if hasattr(module, "parametrizations"):
+        return "its parameters are parametrized"
+    parameters = list(module.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return ON_META
+    kind = nonplain_kind(*parameters)
+    if kind is None and any(p.dtype not in FLOAT_DTYPES for p in parameters):
+        kind = next(f"{p.dtype} values" for p in parameters if p.dtype not in FLOAT_DTYPES)
+    return kind and f"it has {kind} as a parameter"

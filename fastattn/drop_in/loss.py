@@ -1,0 +1,56 @@
+"""The output layer of a language model: in training, its cross-entropy runs without the logits of all tokens."""
+
+import sys
+
+import torch
+
+from fastattn._autocast import autocast_dtype
+from fastattn.drop_in.change import Change, Replaced, change_class, is_plain_input, make_class, why_not_take_over
+from fastattn.drop_in.logits import DeferredLogits, Product
+from fastattn.nn.plain import is_plain, must_call_children
+
+
+class OutputLayer(Replaced):
+    """A linear layer whose outputs are logits, which are deferred in training."""
+
+    def forward(self, input):
+        """(..., d_model) → (..., vocabulary); a DeferredLogits in training, when a gradient is recorded."""
+        if not self.training or not torch.is_grad_enabled() or not is_plain_input(input) or _is_traced():
+            return super().forward(input)
+        weight, bias = self.weight, self.bias
+        wanted = any(t is not None and t.requires_grad for t in (input, weight, bias))
+        fits = input.dim() >= 2 and input.shape[-1] == weight.shape[-1] and input.device == weight.device
+        as_made = "_fastattn" in type(self).__dict__ and is_plain(self, type(self))  # not parametrized since, no hooks
+        if not wanted or not fits or not as_made or must_call_children():
+            return super().forward(input)
+        dtype = autocast_dtype(input)
+        product = Product(*(t if t is None or dtype is None else t.to(dtype) for t in (input, weight, bias)))
+        if any(t is not None and t.dtype != product.x.dtype for t in product[:3]):
+            return super().forward(input)
+        return DeferredLogits.make(product)
+
+
+def _is_traced():
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
+    """A Change for the output layer of each language model: the one that a model of transformers names, and each linear
+    layer that has the weight of an embedding."""
+    library = sys.modules.get("transformers.modeling_utils")
+    models = () if library is None else library.PreTrainedModel
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, torch.nn.Embedding)}
+    named = {id(m.get_output_embeddings()) for m in modules.values() if isinstance(m, models)}
+    found: dict[str, Change | str] = {}
+    for name, module in modules.items():
+        if type(module) is not torch.nn.Linear or not (id(module) in named or id(module.weight) in embeddings):
+            continue
+        reason = why_not_take_over(module)
+        new_class = make_class(OutputLayer, torch.nn.Linear, "logits")
+        found[name] = reason or change_class(module, new_class, "output layer whose loss needs no logits")
+    return found

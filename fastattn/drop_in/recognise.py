@@ -1,0 +1,113 @@
+"""Does a module compute what we think? The answer comes from its own code on small random numbers, never from its name.
+
+A twin of the module, with other random weights, runs its own forward and then ours: in training and in evaluation, in
+fp32 with all gradients, and in the dtypes that the module may meet. The module itself is not called.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+_HALF = torch.bfloat16
+_FP32_SLACK, _HALF_SLACK = 64, 4  # units in the last place of the largest value
+
+
+@contextlib.contextmanager
+def quiet(device: torch.device):
+    """Neither the random numbers of the caller nor its modes have to do with a check."""
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        torch.manual_seed(0)
+        yield
+
+
+def randomise(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Give a twin new parameters of the same shapes: random, and none near 0 or 1."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                values = 0.4 * torch.randn(parameter.shape, device=parameter.device) + 0.7
+                part._parameters[name] = torch.nn.Parameter(values.to(dtype))
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round the parameters of a twin to a dtype."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(parameter.detach().to(dtype))
+
+
+def run(module: torch.nn.Module, *inputs: Tensor) -> Tensor | None:
+    """What the module's own forward gives, without hooks; None if it fails or gives something else than a tensor."""
+    try:
+        out = type(module).forward(module, *inputs)
+    except Exception:
+        return None
+    return out if isinstance(out, Tensor) and out.is_floating_point() else None
+
+
+def _close(got, expected, dtype=torch.float32, factor=1):
+    """Equal but for rounding to `dtype`, the narrowest in the computation."""
+    if got is None or expected is None:
+        return got is expected
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        return False
+    slack = factor * (_FP32_SLACK if dtype == torch.float32 else _HALF_SLACK) * torch.finfo(dtype).eps
+    error = (got.double() - expected.double()).abs().max().item()  # a NaN fails the comparison
+    return error <= slack * expected.abs().max().item()
+
+
+def _gradients(module, x):
+    leaf = x.detach().requires_grad_()
+    out = run(module, leaf)
+    if out is None or not out.requires_grad:
+        return None
+    weights = torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape)
+    leaves = [leaf, *module.parameters()]
+    return torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
+
+
+def computes_the_same(
+    twin: torch.nn.Module, become: Callable[[], None], x: Tensor, halves: Iterable[tuple[torch.dtype, torch.dtype]]
+) -> bool:
+    """Whether a twin in fp32 gives the same before and after `become()` changed it.
+
+    Args:
+        x: an input in fp32.
+        halves: pairs of dtypes (parameters, input) with at least one bfloat16. The results are compared in them too,
+            unless its own forward refuses them.
+    """
+
+    def results():
+        found = []
+        for training in (True, False):
+            twin.train(training)
+            found.append(run(twin, x))
+        found.append(_gradients(twin, x))
+        for weights, inputs in halves:
+            cast(twin, weights)
+            found.append(run(twin, x.to(inputs)))
+        return found
+
+    kept = [dict(part._parameters) for part in twin.modules()]
+    expected = results()
+    if expected[0] is None or expected[2] is None or not expected[0].any():
+        return False
+    for part, parameters in zip(twin.modules(), kept, strict=True):
+        part._parameters.update(parameters)
+    become()
+    got = results()
+    return (
+        all(_close(a, b) for a, b in zip(got[:2], expected[:2], strict=True))
+        and got[2] is not None
+        and all(_close(a, b, factor=4) for a, b in zip(got[2], expected[2], strict=True))
+        and all(b is None or _close(a, b, _HALF) for a, b in zip(got[3:], expected[3:], strict=True))
+    )

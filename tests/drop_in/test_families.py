@@ -1,0 +1,179 @@
+"""`replace` on tiny models of transformers with random weights: results, gradients, tokens, and the way back."""
+
+import copy
+import io
+
+import pytest
+import torch
+from oracle import BACKWARD, assert_accurate
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+from transformers_families import FAMILIES, PADDINGS, inputs_of, logits_and_gradients, model_of, plain_implementation
+
+import fastattn
+
+# family: number of norms that are taken over
+NORMS = {
+    "llama": 5, "mistral": 5, "mixtral": 5, "qwen2": 5, "qwen3": 9, "gemma2": 9, "gemma3": 13, "phi3": 5, "olmo2": 9,
+    "gpt_oss": 5, "llama4": 6, "deepseek_v3": 9, "gpt2": 5, "gpt_neox": 5, "bert": 6, "roberta": 6, "distilbert": 6,
+    "modernbert": 6, "t5": 12, "bart": 12, "whisper": 12, "vit": 5, "siglip": 6, "clip": 11,
+}  # fmt: skip
+
+
+# families whose model has a head for a vocabulary
+HEADS = [family for family in FAMILIES if family not in ("vit", "siglip", "clip")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain():
+    with plain_implementation():
+        yield
+
+
+def eager(family):
+    model = copy.deepcopy(model_of(family))
+    model.set_attn_implementation("eager")
+    return model
+
+
+def check(family, padding, dtype):
+    given, real = inputs_of(FAMILIES[family][2], padding)
+    model = eager(family).double()
+    model.set_attn_implementation("plain")
+    exact, exact_grads = logits_and_gradients(model, given, real)
+    largest = max(grad.abs().max().item() for grad in exact_grads.values())
+    model = eager(family).to(dtype)
+    logits, grads = logits_and_gradients(model, given, real)
+    state, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
+    report = fastattn.replace(model)
+    assert report.left == {}
+    assert ("output layer whose loss needs no logits" in report.replaced.values()) == (family in HEADS)
+    assert sum("Norm" in what for what in report.replaced.values()) == NORMS[family]
+    assert report.replaced[""] == "attention, attn_implementation='fastattn' (was 'eager')"
+    assert list(model.state_dict()) == state
+    ours, our_grads = logits_and_gradients(model, given, real)
+    assert_accurate(ours, exact, logits, what="logits")
+    assert our_grads.keys() == grads.keys()
+    for name, grad in our_grads.items():
+        slack = torch.finfo(torch.float32).eps * largest
+        if name.endswith(("k_proj.bias", "key.bias", "k_lin.bias")):  # 0 in exact numbers: all that is left is rounding
+            slack = 4 * torch.finfo(dtype).eps * exact_grads[name.replace("bias", "weight")].abs().max().item()
+        assert_accurate(grad, exact_grads[name], grads[name], BACKWARD, f"gradient of {name}", slack)
+    report.undo()
+    assert [type(module) for module in model.modules()] == kinds
+    again, again_grads = logits_and_gradients(model, given, real)
+    assert torch.equal(again, logits)
+    assert all(torch.equal(again_grads[name], grad) for name, grad in grads.items())
+
+
+def padding_of(family):
+    return next(padding for padding in ("left", "right", "whole") if padding in PADDINGS[FAMILIES[family][2]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients(family):
+    check(family, padding_of(family), torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "t5", "bert", "phi3"])
+def test_logits_and_gradients_in_bfloat16(family):
+    check(family, padding_of(family), torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_loss_without_logits(family):
+    """Labels are given, some are ignored: the loss, its gradients, and the logits for whoever reads them."""
+    given, real = inputs_of(FAMILIES[family][2], "whole" if family == "whisper" else "right")
+    labels = given.get("decoder_input_ids", given.get("input_ids")).masked_fill(~real.bool(), -100)
+    found, models = [], [eager(family), eager(family)]
+    fastattn.replace(models[1], only="loss")
+    for model in models:
+        out = model(**given, labels=labels)
+        out.loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((out.loss, grads, out.logits))
+    (loss, grads, logits), (our_loss, our_grads, our_logits) = found
+    assert our_logits._made is None
+    torch.testing.assert_close(our_loss, loss)
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    assert our_grads.keys() == grads.keys()
+    for name, grad in our_grads.items():
+        torch.testing.assert_close(grad, grads[name], atol=1e-5 * largest, rtol=1e-4)
+    assert torch.equal(our_logits, logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss", "gpt2", "qwen3", "t5", "bart"])
+def test_generated_tokens(family):
+    model = eager(family).eval()
+    given, _ = inputs_of("decoder", "right" if FAMILIES[family][2] == "seq2seq" else "left", seqlen=14)
+    expected = model.generate(**given, max_new_tokens=10, do_sample=False)
+    fastattn.replace(model)
+    assert torch.equal(model.generate(**given, max_new_tokens=10, do_sample=False), expected)
+    assert expected.unique().numel() > 1
+
+
+def test_copies_and_checkpoints(tmp_path):
+    import transformers
+
+    model = eager("gemma3").eval()
+    given, _ = inputs_of("decoder", "whole")
+    expected = model(**given).logits
+    fastattn.replace(model)
+    ours = model(**given).logits
+    torch.testing.assert_close(ours, expected)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        assert torch.equal(twin(**given).logits, ours)
+    model.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert type(plain) is type(eager("gemma3"))
+    torch.testing.assert_close(plain(**given).logits, expected)
+    model.load_state_dict(eager("gemma3").state_dict())
+
+
+def test_gradient_checkpointing():
+    model = eager("llama")
+    fastattn.replace(model)
+    given, real = inputs_of("decoder", "left")
+    expected, grads = logits_and_gradients(model, given, real)
+    model.gradient_checkpointing_enable()
+    got, got_grads = logits_and_gradients(model, given, real)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(got_grads[name], grad) for name, grad in grads.items())
+
+
+def test_compiled():
+    model = eager("llama").eval()
+    given, _ = inputs_of("decoder", "whole")
+    expected = model(**given).logits
+    fastattn.replace(model)
+    torch._dynamo.reset()
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(**given, use_cache=False).logits
+    torch.testing.assert_close(got, expected)
+
+
+def test_lora():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(eager("llama"), config)
+    given, _ = inputs_of("decoder", "right")
+    ours = copy.deepcopy(theirs)
+    before = eager("llama")
+    fastattn.replace(before)
+    torch.manual_seed(0)
+    first = peft.get_peft_model(before, config)  # replaced, then LoRA
+    fastattn.replace(ours)  # LoRA, then replaced
+    found = []
+    for model in (theirs, ours, first):
+        out = model(**given, labels=given["input_ids"])
+        out.loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((out.logits[given["attention_mask"].bool()], grads))
+    for logits, grads in found[1:]:
+        torch.testing.assert_close(logits, found[0][0])
+        for name, grad in found[0][1].items():
+            torch.testing.assert_close(grads[name], grad, atol=1e-5, rtol=1e-3)
