@@ -15,12 +15,25 @@ class Columns:
         label: name of the column with the class; null = none
         target: name of the column with the target text; null = none
         names: names of the columns if the table has no header line; empty = the first line names them
+        delimiter: character between the values; null = a comma in .csv, a tab in .tsv
+        quoting: whether quotation marks enclose values (csv) or are part of them (none); auto = they enclose values if
+            the delimiter is no tab, or if the whole file can be read only so
     """
 
     text: str = "text"
     label: str | None = None
     target: str | None = None
     names: list[str] = field(default_factory=list)
+    delimiter: str | None = None
+    quoting: Literal["auto", "csv", "none"] = "auto"
+
+    def __post_init__(self):
+        if self.delimiter == "\\t":  # as typed in a shell
+            self.delimiter = "\t"
+        usable = self.delimiter is None or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n')
+        expect(usable, "columns.delimiter", "null or one character, no quotation mark or line end", self.delimiter)
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        expect(not twice, "columns.names", "without repeated names", twice[:1])
 
 
 @dataclass
@@ -272,10 +285,15 @@ class TrainConfig:
             for name, value in (("body", "transformer"), ("embedding", "random")):
                 got = getattr(self.model, name)
                 expect(got == value, f"model.{name}", f"{value!r} for the task {self.task}", got)
-        if self.task == "lm" and not self.data.packed:
-            for name in ("train_limit", "target_source"):  # an error, as a plain text has no documents
-                got = getattr(self.data, name)
-                expect(got is None, f"data.{name}", "null for the task lm without data.packed", got)
+        if self.task == "lm" and not self.data.packed:  # a plain text has no documents
+            for name in ("train_limit", "target_source", "unit", "columns"):
+                got, default = getattr(self.data, name), getattr(DataConfig(), name)
+                expected = "null" if default is None else repr(default) if name == "unit" else "left out"
+                expect(got == default, f"data.{name}", f"{expected} for the task lm without data.packed", got)
+        if self.task != "lm":
+            windows = self.validation_windows
+            expect(windows is None, "validation_windows", f"null for the task {self.task}", windows)
+            expect(not self.data.packed, "data.packed", f"false for the task {self.task}", self.data.packed)
         if self.strategy == "fsdp":
             expect(self.model.body == "transformer", "strategy", f"'ddp' for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "'all' or 'head' with the strategy fsdp", self.trained)

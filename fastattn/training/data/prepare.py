@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ..config import Columns
-from ..files import write_atomic
+from ..files import new_folder, write_atomic
 from ..messages import UsageError, expect
 from . import vectors
 from .clean import CleanConfig, clean
@@ -115,15 +115,14 @@ def data_tokenize(
     else:
         learn_from = next(iter(parts.values())).texts
         built = build_tokenizer(tokenizer, texts, learn_from, vocab_size, specials or needed_specials(tokenizer))
-    path = _new_path(output)
-    path.mkdir(parents=True)
-    write_atomic(path / "tokenizer.json", built.to_json())
     report = {"vocabulary": built.vocab_size}
-    for name, part in parts.items():
-        report[name] = _write_tokens(path / name, (built.encode(text) for text in part.texts))
-        characters = sum(map(len, part.texts))
-        report[name]["characters a token"] = round(characters / max(1, report[name]["tokens"]), 3)
-    write_atomic(path / "data.json", json.dumps(report, indent=1))
+    with new_folder(_new_path(output)) as path:
+        write_atomic(path / "tokenizer.json", built.to_json())
+        for name, part in parts.items():
+            report[name] = _write_tokens(path / name, (built.encode(text) for text in part.texts))
+            characters = sum(map(len, part.texts))
+            report[name]["characters a token"] = round(characters / max(1, report[name]["tokens"]), 3)
+        write_atomic(path / "data.json", json.dumps(report, indent=1))
     return report
 
 
@@ -156,17 +155,17 @@ def data_vectorize(
     train = next(iter(parts.values()))
     if kind == "word2vec":
         learnt = vectors.word2vec(train.texts, dimension, seed=seed)
-        path.mkdir(parents=True)
-        learnt.save_word2vec_format(str(path / "vectors.txt"))
+        with new_folder(path) as folder:
+            learnt.save_word2vec_format(str(folder / "vectors.txt"))
         return {"words": len(learnt), "dimension": learnt.vector_size}
     from scipy.sparse import save_npz
 
     vectorizer = vectors.bag_of_words(tfidf=kind == "tfidf", max_ngram=max_ngram, max_features=max_features)
     vectors.count_words(vectorizer, train.texts)
-    path.mkdir(parents=True)
-    for name, part in parts.items():
-        save_npz(path / f"{name}.npz", vectorizer.transform(part.texts))
-    write_atomic(path / "features.txt", "".join(f"{word}\n" for word in vectorizer.get_feature_names_out()))
+    with new_folder(path) as folder:
+        for name, part in parts.items():
+            save_npz(folder / f"{name}.npz", vectorizer.transform(part.texts))
+        write_atomic(folder / "features.txt", "".join(f"{word}\n" for word in vectorizer.get_feature_names_out()))
     return {"features": len(vectorizer.vocabulary_)} | {name: len(part) for name, part in parts.items()}
 
 
@@ -177,8 +176,8 @@ def _new_path(output):
     return path
 
 
-def _write_parts(folder, parts):
-    folder.mkdir(parents=True)
-    for name in PARTS:
-        if name in parts:
-            write_documents(folder / f"{name}.jsonl", parts[name])
+def _write_parts(path, parts):
+    with new_folder(path) as folder:
+        for name in PARTS:
+            if name in parts:
+                write_documents(folder / f"{name}.jsonl", parts[name])
