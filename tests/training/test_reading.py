@@ -9,7 +9,7 @@ import random
 import pytest
 
 pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]")
-hypothesis = pytest.importorskip("hypothesis", reason="needs the package hypothesis")
+pytest.importorskip("hypothesis", reason="needs the package hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +42,14 @@ def documents_of(path, columns=None, **options):
     return read_documents(str(path), columns, **options)["all"]
 
 
+def read_or_reason(path, columns=None):
+    """(documents, None), or (None, the message that says why the file is refused)."""
+    try:
+        return documents_of(path, columns), None
+    except UsageError as error:
+        return None, str(error)
+
+
 def expected(rows):
     return Documents([text for text, _ in rows], labels=[label.strip() for _, label in rows])
 
@@ -67,10 +75,8 @@ def test_tabs_quoted_by_csv_are_read_or_refused(folder, rows, quoting):
     csv.writer(content, delimiter="\t", quoting=quoting, lineterminator="\n").writerows([("text", "label"), *rows])
     path = write(folder / "a.tsv", content.getvalue())
     assert documents_of(path, Columns(label="label", quoting="csv")) == expected(rows)
-    try:
-        assert documents_of(path, COLUMNS) == expected(rows)
-    except UsageError as error:
-        assert "set columns.quoting to csv or none" in str(error)
+    documents, reason = read_or_reason(path, COLUMNS)
+    assert documents == expected(rows) if reason is None else "set columns.quoting to csv or none" in reason
 
 
 @given(rows=TABLES)
@@ -79,10 +85,9 @@ def test_tabs_without_quoting_keep_every_mark(folder, rows):
     rows = [(text or "x", label if label.strip() else "y") for text, label in rows]
     path = write(folder / "b.tsv", "".join("\t".join(row) + "\n" for row in [("text", "label"), *rows]))
     assert documents_of(path, Columns(label="label", quoting="none")) == expected(rows)
-    try:
-        read = documents_of(path, COLUMNS)
-    except UsageError as error:
-        assert "set columns.quoting to csv or none" in str(error)
+    read, reason = read_or_reason(path, COLUMNS)
+    if reason is not None:
+        assert "set columns.quoting to csv or none" in reason
     else:  # a file that csv could have written is read as csv does
         quoted = list(csv.reader(io.StringIO(path.read_text("utf-8"), newline=""), delimiter="\t"))[1:]
         assert read in (expected(rows), expected([tuple(row) for row in quoted if row]))
@@ -126,11 +131,10 @@ VALUES = st.recursive(
 def test_any_json_value_is_used_as_it_is_or_refused_with_its_line(folder, rows):
     path = folder / "values.jsonl"
     path.write_text("".join(json.dumps({"text": t, "label": c}) + "\n" for t, c in rows))
-    try:
-        documents = documents_of(path, COLUMNS)
-    except UsageError as error:
-        assert str(error).startswith(f"{path}, line ")
-        assert "column" in str(error)
+    documents, reason = read_or_reason(path, COLUMNS)
+    if reason is not None:
+        assert reason.startswith(f"{path}, line ")
+        assert "column" in reason
     else:
         assert documents.texts == [str(text) for text, _ in rows]
         assert documents.labels == [str(label).strip() for _, label in rows]
@@ -147,10 +151,9 @@ def test_damaged_archives_and_bytes_end_in_one_line(folder, data):
     del damaged[data.draw(st.integers(1, len(damaged))) :]
     path = folder / "damaged.csv.gz"
     path.write_bytes(damaged)
-    try:
-        documents = documents_of(path, COLUMNS)
-    except UsageError as error:
-        assert str(path) in str(error)
+    documents, reason = read_or_reason(path, COLUMNS)
+    if reason is not None:
+        assert str(path) in reason
     else:  # only the header of the archive was damaged
         assert documents.texts == [f"row {i}" for i in range(300)]
 
@@ -159,12 +162,11 @@ def test_damaged_archives_and_bytes_end_in_one_line(folder, data):
 def test_any_bytes_are_read_or_refused(folder, content, suffix):
     path = folder / f"bytes{suffix}"
     path.write_bytes(content)
-    try:
-        documents = documents_of(path)
-    except UsageError as error:
-        assert f"bytes{suffix}" in str(error)
+    documents, reason = read_or_reason(path)
+    if reason is not None:
+        assert f"bytes{suffix}" in reason
     else:
-        assert all(text.encode() or True for text in documents.texts)
+        "".join(documents.texts).encode()  # no lone surrogate
 
 
 @pytest.mark.parametrize(
@@ -252,14 +254,14 @@ def test_settings_without_a_meaning_are_refused(tmp_path, name, options, message
 def test_options_that_a_task_does_not_read_are_refused(values, message):
     with pytest.raises(UsageError, match=message):
         TrainConfig(**values)
-    with pytest.raises(UsageError, match="columns.names must be without repeated names"):
+    with pytest.raises(UsageError, match=r"columns\.names must be without repeated names"):
         Columns(names=["text", "label", "text"])
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl.gz", "t.json"])
 def test_a_table_is_no_plain_text(tmp_path, name):
     write(tmp_path / name, "text,label\na,b\n")
-    with pytest.raises(UsageError, match="is a table; --data.packed true reads its rows as documents"):
+    with pytest.raises(UsageError, match=r"is a table; --data\.packed true reads its rows as documents"):
         read_text(str(tmp_path / name))
 
 

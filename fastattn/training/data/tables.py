@@ -216,9 +216,8 @@ def _text_of(value, where):
 
 def _label_of(text, value, where, first, first_where):
     if type(value) is not type(first):
-        raise UsageError(
-            f"{where} is {value!r}, {_KINDS[type(value)]}, but that of {first_where} is {first!r}, {_KINDS[type(first)]}"
-        )
+        kind, first_kind = _KINDS[type(value)], _KINDS[type(first)]
+        raise UsageError(f"{where} is {value!r}, {kind}, but that of {first_where} is {first!r}, {first_kind}")
     if text.strip().lower() == "nan":
         raise UsageError(f"{where} is {text!r}, which stands for a missing value")
     return text.strip()
