@@ -50,6 +50,7 @@ class DataConfig:
         tokenizer: one token per character or byte; or words, byte-pair encoding or WordPiece, learnt from the training
             part
         vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer; ignored by char and byte
+        strip_accents: a word or wordpiece tokenizer drops accents, vowel signs and other marks on letters
         validation_fraction: share of the text for validation, after the training part; documents are drawn at random,
             the same for every seed
         test_fraction: share of the text for the final test, at the end; both are ignored if the source has such a part
@@ -63,6 +64,7 @@ class DataConfig:
     packed: bool = False
     tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "char"
     vocab_size: int = 4096
+    strip_accents: bool = False
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     train_limit: int | None = None
@@ -71,6 +73,8 @@ class DataConfig:
         if self.tokenizer in ("bpe", "wordpiece"):
             expect(self.vocab_size > 256, "data.vocab_size", "above 256 (the bytes)", self.vocab_size)
         expect(self.vocab_size > 0, "data.vocab_size", "above 0", self.vocab_size)
+        strips = not self.strip_accents or self.tokenizer in ("word", "wordpiece")
+        expect(strips, "data.strip_accents", f"false for the tokenizer {self.tokenizer}", self.strip_accents)
         fraction = self.validation_fraction
         expect(0 < fraction < 1, "data.validation_fraction", "above 0 and below 1", fraction)
         expect(0 <= self.test_fraction < 1, "data.test_fraction", "at least 0 and below 1", self.test_fraction)
@@ -218,7 +222,8 @@ class TrainConfig:
         validation_windows: number of windows of block_size tokens to validate on; null = the whole split; lm only
         keep: number of newest checkpoints to keep in addition to the best
         patience: validations without a new best before training stops; 0 = never stop early
-        sample_prompt: prompt of the sample text at the end
+        sample_prompt: prompt of the sample text at the end; null = a line end or, for tokenizers and documents without
+            line ends, the first token of the validation part
         sample_tokens: length of the sample; 0 = no sample
         tensorboard: also write TensorBoard logs
         accelerator: auto uses a GPU if there is one
@@ -250,7 +255,7 @@ class TrainConfig:
     validation_windows: int | None = None
     keep: int = 2
     patience: int = 0
-    sample_prompt: str = "\n"
+    sample_prompt: str | None = None
     sample_tokens: int = 300
     tensorboard: bool = True
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -286,10 +291,9 @@ class TrainConfig:
                 got = getattr(self.model, name)
                 expect(got == value, f"model.{name}", f"{value!r} for the task {self.task}", got)
         if self.task == "lm" and not self.data.packed:  # a plain text has no documents
-            for name in ("train_limit", "target_source", "unit", "columns"):
-                got, default = getattr(self.data, name), getattr(DataConfig(), name)
-                expected = "null" if default is None else repr(default) if name == "unit" else "left out"
-                expect(got == default, f"data.{name}", f"{expected} for the task lm without data.packed", got)
+            for name in ("train_limit", "target_source"):
+                got = getattr(self.data, name)
+                expect(got is None, f"data.{name}", "null for the task lm without data.packed", got)
         if self.task != "lm":
             windows = self.validation_windows
             expect(windows is None, "validation_windows", f"null for the task {self.task}", windows)
@@ -307,7 +311,8 @@ class TrainConfig:
             expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         expect(self.trained == "all" or self.start is not None, "trained", "'all' without start", self.trained)
         expect(bool(self.run), "run", "the name of a folder", self.run)
-        expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character long", "")
+        prompted = self.sample_prompt != "" or not self.sample_tokens
+        expect(prompted, "sample_prompt", "at least one character long", "")
         parts = self.accumulate * self.devices * self.num_nodes
         expect(
             self.batch_size % parts == 0,

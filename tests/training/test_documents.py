@@ -91,7 +91,7 @@ def test_what_is_written_is_read_again(tmp_path):
         ("a.csv", b"", None, "is empty"),
         ("a.csv", b"text,label\none,1\n", Columns(label="class"), "line 1: no column 'class' among text, label"),
         ("a.csv", b"text,label\none,1\ntwo,\n", LABELLED, "line 3: column 'label' is empty"),
-        ("a.csv", b"text,label\none\n", LABELLED, "line 1: no column 'label' among text"),
+        ("a.csv", b"text,label\none\n", LABELLED, r"line 2: the line must have 2 values \(text, label\), got 1"),
         ("a.csv", b"text,label\none, two,1\n", LABELLED, r"line 2: the line must have 2 values \(text, label\), got 3"),
         ("a.csv", b'text\n"one\n', None, "does not hold ','-separated values: unexpected end of data"),
         ("a.csv", b"text\ncaf\xe9\n", None, "is not UTF-8: byte 0xe9 at 8"),

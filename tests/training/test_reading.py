@@ -19,6 +19,7 @@ from fastattn.training.data.documents import Documents
 from fastattn.training.data.reading import lines_of, read_file
 from fastattn.training.data.sources import read_documents
 from fastattn.training.data.text import read_text
+from fastattn.training.data.windows import TextData
 from fastattn.training.messages import UsageError
 
 settings.register_profile("fastattn", max_examples=80, deadline=None, derandomize=True, database=None)
@@ -245,8 +246,6 @@ def test_settings_without_a_meaning_are_refused(tmp_path, name, options, message
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"data": DataConfig(columns=Columns(text="body"))}, "data.columns must be left out for the task lm without"),
-        ({"data": DataConfig(unit="paragraph")}, "data.unit must be 'line' for the task lm without data.packed"),
         ({"task": "classify", "validation_windows": 3}, "validation_windows must be null for the task classify"),
         ({"task": "classify", "data": DataConfig(packed=True)}, "data.packed must be false for the task classify"),
     ],
@@ -256,6 +255,14 @@ def test_options_that_a_task_does_not_read_are_refused(values, message):
         TrainConfig(**values)
     with pytest.raises(UsageError, match=r"columns\.names must be without repeated names"):
         Columns(names=["text", "label", "text"])
+
+
+@pytest.mark.parametrize(
+    "data", [{"columns": Columns(text="body")}, {"columns": Columns(label="label")}, {"unit": "paragraph"}]
+)
+def test_settings_of_documents_are_refused_for_a_text(data):
+    with pytest.raises(UsageError, match=r"data\.\w+ must be left out for a text; --data\.packed true reads documents"):
+        TextData(DataConfig(**data))
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl.gz", "t.json"])
