@@ -14,10 +14,15 @@ def parser():
     return train_parser()
 
 
-def run(options, argv):
+def run(options, argv, command="train"):
+    from fastattn.training.runs.processes import follow_parent, needs_processes, run_processes
     from fastattn.training.runs.train import train  # imports Fabric, which --help does not need
 
-    return train(read_train_config(options, argv), resume=options.resume is not None, overwrite=options.overwrite)
+    follow_parent()
+    config = read_train_config(options, argv)
+    if needs_processes(config):
+        return run_processes(config, [command, *argv])
+    return train(config, resume=options.resume is not None, overwrite=options.overwrite)
 
 
 def read_train_config(options, argv):

@@ -198,7 +198,7 @@ def test_no_option_in_range_makes_probabilities_infinite(temperature, penalty):
         ("--beams 2 --top_p .5", "top_p cannot be used with beams, got 0.5"),
         ("--beams 2 --seed 7", "seed cannot be used with beams, got 7"),
         ("--seed 99999999999999999999999", "seed must be at least 0 and below 2**63"),
-        ("--top_k 0", "top_k must be at least 1, or left out to draw from all tokens"),
+        ("--top_k 0", "top_k must be at least 1"),
     ],
 )
 def test_options_of_generate_are_used_or_refused(packed, capsys, options, message):

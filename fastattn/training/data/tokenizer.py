@@ -198,6 +198,18 @@ def build_tokenizer(kind, texts, train_texts, vocab_size, specials=(), strip_acc
     return LearntTokenizer.train(kind, train_texts, vocab_size, specials, strip_accents)
 
 
+def read_tokenizer(content):
+    """The tokenizer with this to_json()."""
+    values = json.loads(content)
+    if values.get("type") == "characters":
+        return CharTokenizer(values["characters"], values.get("specials", ()))
+    if values.get("type") == "bytes":
+        return ByteTokenizer(values["specials"])
+    from tokenizers import Tokenizer
+
+    return LearntTokenizer(Tokenizer.from_str(content))
+
+
 def load_tokenizer(path):
     """Load a tokenizer.
 
@@ -208,15 +220,7 @@ def load_tokenizer(path):
         UsageError: the file is unreadable or damaged.
     """
     try:
-        content = path.read_text(encoding="utf-8")
-        values = json.loads(content)
-        if values.get("type") == "characters":
-            return CharTokenizer(values["characters"], values.get("specials", ()))
-        if values.get("type") == "bytes":
-            return ByteTokenizer(values["specials"])
-        from tokenizers import Tokenizer
-
-        return LearntTokenizer(Tokenizer.from_str(content))
+        return read_tokenizer(path.read_text(encoding="utf-8"))
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises plain Exception

@@ -13,7 +13,7 @@ def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repe
     """Raise UsageError if a value is out of range."""
     expect(max_new_tokens >= 1, "max_new_tokens", "at least 1", max_new_tokens)
     expect(0 <= temperature < float("inf"), "temperature", "at least 0 and finite", temperature)
-    expect(top_k is None or top_k >= 1, "top_k", "at least 1, or left out to draw from all tokens", top_k)
+    expect(top_k is None or top_k >= 1, "top_k", "at least 1", top_k)
     expect(top_p is None or 0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
     expect(0 < repetition_penalty < float("inf"), "repetition_penalty", "above 0 and finite", repetition_penalty)
     expect(beams >= 1, "beams", "at least 1", beams)

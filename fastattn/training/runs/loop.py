@@ -30,7 +30,8 @@ class Trainer:
     def __init__(self, run, config, task, fabric):
         self.run, self.config, self.task, self.fabric = run, config, task, fabric
         torch.manual_seed(config.seed)
-        chosen = choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
+        needed = ("model.safetensors", "state.pt")
+        chosen = fabric.broadcast(choose_checkpoint(run, needed=needed) if fabric.is_global_zero else None)
         self.raw_model = self.build_model(chosen)
         flops = flops_per_token(self.raw_model, config.model)
         self.speedometer = Speedometer(task.tokens_a_step, flops / fabric.world_size, fabric.device, config.precision)
@@ -210,6 +211,6 @@ class Trainer:
     def must_stop(self, stop):
         if self.fabric.world_size == 1:
             return stop.number
-        if self.step % self.config.log_every:  # the all-reduce waits for the device
+        if self.fabric.device.type == "cuda" and self.step % self.config.log_every:  # an all-reduce waits for the GPU
             return 0
         return self.maximum(stop.number)

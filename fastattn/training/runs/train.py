@@ -9,7 +9,7 @@ import yaml
 from lightning_fabric import Fabric
 
 from ..data.sources import resolve_source
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..files import run_path, write_atomic
 from ..messages import UsageError, warn
 from ..tasks.registry import make_task
@@ -57,9 +57,9 @@ def train(config, *, resume=False, overwrite=False):
     fabric.launch()
     if fabric.global_rank == 0:
         open_run(run, config, task, resume, overwrite)
-    fabric.barrier()
-    if task is None:
-        task = make_task(config, load_tokenizer(run / "tokenizer.json"), read_summary(run))
+    config, tokenizer, summary = fabric.broadcast(task and (config, task.tokenizer.to_json(), task.summary))
+    if task is None:  # all that decides a step comes from the first process; the data must be the same
+        task = make_task(config, read_tokenizer(tokenizer), summary)
     trainer = Trainer(run, config, task, fabric)
     if fabric.is_global_zero:
         describe(trainer)
