@@ -77,7 +77,7 @@ def prepare_run(run, config, resume, overwrite):
     if resume:
         check_run(run)
         tokenizer, expected = load_tokenizer(run / "tokenizer.json"), read_summary(run)
-        choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
+        chosen = choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
     else:
         check_new_run(run, overwrite)
         if config.start == str(run):
@@ -87,6 +87,8 @@ def prepare_run(run, config, resume, overwrite):
     task = make_task(config, tokenizer, expected)
     if config.epochs is not None:
         config.steps = max(1, round(config.epochs * task.steps_an_epoch))
+    if resume and chosen and config.steps < (done := chosen[1]["step"]):
+        raise UsageError(f"steps must be at least {done}, the steps that the run has done, got {config.steps}")
     task.check_sample()
     if config.start is not None and not resume:
         model = task.build_model(config, task.tokenizer, task.summary)  # raises if something does not fit
