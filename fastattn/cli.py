@@ -68,8 +68,18 @@ def run_command(argv):
     if not name or name[0] not in COMMANDS:
         problem = f"there is no command {name[0]!r}" if name else "a command is missing"
         raise UsageError(f"{problem}; the commands are {', '.join(COMMANDS)} (see fastattn --help)")
+    for number, argument in enumerate(arguments, 2):
+        if not _is_text(argument):
+            raise UsageError(f"argument {number} is not UTF-8 text: {argument!r}")
     command = importlib.import_module(f"fastattn.commands.{name[0]}")
     return command.run(parse(command.parser(), arguments), arguments)
+
+
+def _is_text(argument):
+    try:
+        return argument.encode() is not None
+    except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as half surrogate pairs
+        return False
 
 
 def help_text():

@@ -6,18 +6,21 @@ from argparse import ArgumentError
 from fastattn.training.messages import UsageError
 
 _KEY, _NULLABLE = r'Parser key "(\S+)": ', r"\[<class '(\w+)'>, <class 'NoneType'>\]"
+_ALIAS = re.compile(r"^--(run|start)_folder(?==|$)")  # torchrun takes --run and --start for options of its own
 _PLAINER = (  # messages of jsonargparse → the form of ours
     (_KEY + r"File does not exist: (.*)", r"\1: the file \2 does not exist"),
     (_KEY + r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\1 must be \2, got \3"),
     (_KEY + r"Expected an? typing\.Literal\[(.*)\]\. Got value: (.*)", r"\1 must be one of \2, got \3"),
     (_KEY + rf".* Subtypes: {_NULLABLE} .* Given value: (.*)", r"\1 must be \2 or null, got \3"),
     (r'expected "subcommand" to be one of {(.*)}, but it was not provided\.', r"a subcommand is missing: one of \1"),
+    (r"the following arguments are required: (?:\w+\.)?(\w+)", r"--\1 is missing"),
     (r"Problems parsing config: (.*)", r"config: the file is not valid YAML: \1"),
 )
 
 
 def parse(parser, argv):
     """The parsed arguments; UsageError if the parser rejects them or a config file is not UTF-8."""
+    argv = [_ALIAS.sub(r"--\1", argument) for argument in argv]
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:

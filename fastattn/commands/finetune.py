@@ -13,4 +13,4 @@ def parser():
 def run(options, argv):
     if options.start is None and options.resume is None:
         raise UsageError("finetune needs --start FOLDER, a run or a Hugging Face model to start from")
-    return train.run(options, argv)
+    return train.run(options, argv, "finetune")

@@ -2,8 +2,9 @@
 
 import itertools
 
+from fastattn.training.data.tokenizer import count_unknown, end_tokens
 from fastattn.training.inspect.generate import beam_search, check_sampling, stream_text, stream_tokens
-from fastattn.training.messages import UsageError
+from fastattn.training.messages import UsageError, warn
 from fastattn.training.runs.load import load_run, load_task
 
 from ._options import open_run, run_parser
@@ -38,7 +39,12 @@ def run(options, _argv):
     run, config, how = open_run(options)
     if config.task not in ("lm", "translate"):
         raise UsageError(f"run {str(run)!r}: generate needs a run of task lm or translate, got {config.task}")
-    check_sampling(options.max_new_tokens, beams=options.beams, **{name: options[name] for name in SAMPLING})
+    numbers = ("beams", "seed", *SAMPLING)
+    check_sampling(options.max_new_tokens, **{name: options[name] for name in numbers})
+    if options.beams > 1:  # a search draws nothing
+        for name in (*SAMPLING, "seed"):
+            if options[name] != DRAWING[name]:
+                raise UsageError(f"{name} cannot be used with beams, got {options[name]!r}")
     if config.task == "translate":
         translate(options, run, config, how)
     else:
@@ -55,14 +61,16 @@ def translate(options, run, config, how):
 
 def continue_prompt(options, run, config, how):
     model, tokenizer, _ = load_run(run, config, **how)
-    prompt = tokenizer.encode(options.prompt)
+    prompt, stop = tokenizer.encode(options.prompt), end_tokens(tokenizer)
+    if unknown := count_unknown(tokenizer, prompt):
+        warn(f"the vocabulary does not know {unknown} of the {len(prompt)} tokens of the prompt")
     if options.beams > 1:
-        numbers = beam_search(model, prompt, options.max_new_tokens, beams=options.beams)
+        numbers = beam_search(model, prompt, options.max_new_tokens, beams=options.beams, stop=stop)
     else:
         sampling = {name: options[name] for name in SAMPLING}
-        numbers = stream_tokens(model, prompt, options.max_new_tokens, seed=options.seed, **sampling)
-        numbers = itertools.chain([next(numbers)], numbers)  # an error shows before anything is printed
+        numbers = stream_tokens(model, prompt, options.max_new_tokens, seed=options.seed, stop=stop, **sampling)
+        numbers = itertools.chain([*itertools.islice(numbers, 1)], numbers)  # an error shows before anything is printed
     print(options.prompt, end="", flush=True)
-    for piece in stream_text(tokenizer, numbers, options.stop):
+    for piece in stream_text(tokenizer, numbers, options.stop, prompt=prompt, typed=options.prompt):
         print(piece, end="", flush=True)
     print()

@@ -5,6 +5,8 @@ from fastattn.training.runs.load import load_task
 
 from ._options import open_run, run_parser
 
+ESCAPED = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})  # one line per text, three columns
+
 
 def parser():
     parser = run_parser("predict", "Classify texts with a trained classifier.")
@@ -19,4 +21,4 @@ def run(options, _argv):
     model, task = load_task(run, config, **how)
     for text, row in zip(options.texts, task.predict(model, options.texts).tolist(), strict=True):
         chance, name = max(zip(row, task.names, strict=True))
-        print(f"{name}\t{chance:.3f}\t{text}")
+        print(f"{name.translate(ESCAPED)}\t{chance:.3f}\t{text.translate(ESCAPED)}")

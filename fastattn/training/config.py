@@ -15,12 +15,25 @@ class Columns:
         label: name of the column with the class; null = none
         target: name of the column with the target text; null = none
         names: names of the columns if the table has no header line; empty = the first line names them
+        delimiter: character between the values; null = a comma in .csv, a tab in .tsv
+        quoting: whether quotation marks enclose values (csv) or are part of them (none); auto = they enclose values if
+            the delimiter is no tab, or if the whole file can be read only so
     """
 
     text: str = "text"
     label: str | None = None
     target: str | None = None
     names: list[str] = field(default_factory=list)
+    delimiter: str | None = None
+    quoting: Literal["auto", "csv", "none"] = "auto"
+
+    def __post_init__(self):
+        if self.delimiter == "\\t":  # as typed in a shell
+            self.delimiter = "\t"
+        usable = self.delimiter is None or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n')
+        expect(usable, "columns.delimiter", "null or one character, no quotation mark or line end", self.delimiter)
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        expect(not twice, "columns.names", "without repeated names", twice[:1])
 
 
 @dataclass
@@ -37,6 +50,7 @@ class DataConfig:
         tokenizer: one token per character or byte; or words, byte-pair encoding or WordPiece, learnt from the training
             part
         vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer; ignored by char and byte
+        strip_accents: a word or wordpiece tokenizer drops accents, vowel signs and other marks on letters
         validation_fraction: share of the text for validation, after the training part; documents are drawn at random,
             the same for every seed
         test_fraction: share of the text for the final test, at the end; both are ignored if the source has such a part
@@ -50,6 +64,7 @@ class DataConfig:
     packed: bool = False
     tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "char"
     vocab_size: int = 4096
+    strip_accents: bool = False
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     train_limit: int | None = None
@@ -58,6 +73,8 @@ class DataConfig:
         if self.tokenizer in ("bpe", "wordpiece"):
             expect(self.vocab_size > 256, "data.vocab_size", "above 256 (the bytes)", self.vocab_size)
         expect(self.vocab_size > 0, "data.vocab_size", "above 0", self.vocab_size)
+        strips = not self.strip_accents or self.tokenizer in ("word", "wordpiece")
+        expect(strips, "data.strip_accents", f"false for the tokenizer {self.tokenizer}", self.strip_accents)
         fraction = self.validation_fraction
         expect(0 < fraction < 1, "data.validation_fraction", "above 0 and below 1", fraction)
         expect(0 <= self.test_fraction < 1, "data.test_fraction", "at least 0 and below 1", self.test_fraction)
@@ -205,7 +222,8 @@ class TrainConfig:
         validation_windows: number of windows of block_size tokens to validate on; null = the whole split; lm only
         keep: number of newest checkpoints to keep in addition to the best
         patience: validations without a new best before training stops; 0 = never stop early
-        sample_prompt: prompt of the sample text at the end
+        sample_prompt: prompt of the sample text at the end; null = a line end or, for tokenizers and documents without
+            line ends, the first token of the validation part
         sample_tokens: length of the sample; 0 = no sample
         tensorboard: also write TensorBoard logs
         accelerator: auto uses a GPU if there is one
@@ -237,7 +255,7 @@ class TrainConfig:
     validation_windows: int | None = None
     keep: int = 2
     patience: int = 0
-    sample_prompt: str = "\n"
+    sample_prompt: str | None = None
     sample_tokens: int = 300
     tensorboard: bool = True
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -272,10 +290,14 @@ class TrainConfig:
             for name, value in (("body", "transformer"), ("embedding", "random")):
                 got = getattr(self.model, name)
                 expect(got == value, f"model.{name}", f"{value!r} for the task {self.task}", got)
-        if self.task == "lm" and not self.data.packed:
-            for name in ("train_limit", "target_source"):  # an error, as a plain text has no documents
+        if self.task == "lm" and not self.data.packed:  # a plain text has no documents
+            for name in ("train_limit", "target_source"):
                 got = getattr(self.data, name)
                 expect(got is None, f"data.{name}", "null for the task lm without data.packed", got)
+        if self.task != "lm":
+            windows = self.validation_windows
+            expect(windows is None, "validation_windows", f"null for the task {self.task}", windows)
+            expect(not self.data.packed, "data.packed", f"false for the task {self.task}", self.data.packed)
         if self.strategy == "fsdp":
             expect(self.model.body == "transformer", "strategy", f"'ddp' for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "'all' or 'head' with the strategy fsdp", self.trained)
@@ -289,7 +311,8 @@ class TrainConfig:
             expect(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         expect(self.trained == "all" or self.start is not None, "trained", "'all' without start", self.trained)
         expect(bool(self.run), "run", "the name of a folder", self.run)
-        expect(self.sample_prompt or not self.sample_tokens, "sample_prompt", "at least one character long", "")
+        prompted = self.sample_prompt != "" or not self.sample_tokens
+        expect(prompted, "sample_prompt", "at least one character long", "")
         parts = self.accumulate * self.devices * self.num_nodes
         expect(
             self.batch_size % parts == 0,

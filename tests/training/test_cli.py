@@ -166,7 +166,7 @@ def test_baseline_and_a_classifier_in_one_table(folder, capsys):
     capsys.readouterr()
     assert main(["compare", "runs/small", "words"]) == 0
     out = capsys.readouterr().out
-    assert "bag of words of words, logistic regression" in out
+    assert "bag of words, logistic regression" in out
     assert f"| {report['accuracy']:.4f} |" in out
     assert_refused(folder, capsys, ["baseline", *data, "--split", "tests"], "split must be one of train, validation")
 

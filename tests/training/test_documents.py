@@ -65,13 +65,14 @@ def test_text_files_and_folders(tmp_path):
     )
 
 
-def test_parallel_files(tmp_path):
-    (tmp_path / "a.en").write_text("one\n\nthree\n")
-    (tmp_path / "a.de").write_text("eins\nzwei\ndrei")
+def test_parallel_files(tmp_path, capsys):
+    (tmp_path / "a.en").write_text("one\n\nthree\n\nfive\n")
+    (tmp_path / "a.de").write_text("eins\nzwei\ndrei\n\nfünf")
     documents = read_one(tmp_path / "a.en", target_source=str(tmp_path / "a.de"))
-    assert documents == Documents(["one", "", "three"], targets=["eins", "zwei", "drei"])
+    assert documents == Documents(["one", "three", "five"], targets=["eins", "drei", "fünf"])
+    assert "left out 2 of 5 pairs with an empty side, the first in line 2" in capsys.readouterr().err
     (tmp_path / "a.de").write_text("eins\nzwei\n")
-    with pytest.raises(UsageError, match=r"a\.de' must have as many lines as '.*a\.en', got 2 and 3"):
+    with pytest.raises(UsageError, match=r"a\.de' must have as many lines as '.*a\.en', got 2 and 5"):
         read_documents(str(tmp_path / "a.en"), target_source=str(tmp_path / "a.de"))
 
 
@@ -88,9 +89,9 @@ def test_what_is_written_is_read_again(tmp_path):
     [
         ("a.csv", b"text\n", None, "has no documents"),
         ("a.csv", b"", None, "is empty"),
-        ("a.csv", b"text,label\none,1\n", Columns(label="class"), "line 2: no column 'class' among text, label"),
+        ("a.csv", b"text,label\none,1\n", Columns(label="class"), "line 1: no column 'class' among text, label"),
         ("a.csv", b"text,label\none,1\ntwo,\n", LABELLED, "line 3: column 'label' is empty"),
-        ("a.csv", b"text,label\none\n", LABELLED, "line 2: no column 'label' among text"),
+        ("a.csv", b"text,label\none\n", LABELLED, r"line 2: the line must have 2 values \(text, label\), got 1"),
         ("a.csv", b"text,label\none, two,1\n", LABELLED, r"line 2: the line must have 2 values \(text, label\), got 3"),
         ("a.csv", b'text\n"one\n', None, "does not hold ','-separated values: unexpected end of data"),
         ("a.csv", b"text\ncaf\xe9\n", None, "is not UTF-8: byte 0xe9 at 8"),

@@ -220,15 +220,20 @@ def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch)
         assert part == pytest.approx(speed * expected / 1e15)
 
 
-def test_a_peak_measured_on_a_busy_machine_is_measured_again_or_left_out(tmp_path, text_file, monkeypatch):
-    for later, logged in ((1e15, 2), (1.0, 0)):
-        measured = iter([1.0])
-        monkeypatch.setattr("fastattn.training.runs.throughput.peak_flops", lambda *_, m=measured, p=later: next(m, p))
-        run = tmp_path / f"run{logged}"
-        train(tiny_config(run, text_file, steps=4, log_every=2))
-        shares = numbers(run, "mfu")
-        assert len(shares) == logged
-        assert all(0 < share <= 1 for share in shares)
+@pytest.mark.parametrize(("peak", "logged"), [(1e15, 2), (1.0, 0), (None, 0)])
+def test_a_share_of_more_than_the_peak_is_left_out(tmp_path, text_file, monkeypatch, peak, logged):
+    monkeypatch.setattr("fastattn.training.runs.throughput.peak_flops", lambda *_: peak)
+    train(tiny_config(tmp_path / "run", text_file, steps=4, log_every=2))
+    shares = numbers(tmp_path / "run", "mfu")
+    assert len(shares) == logged
+    assert all(0 < share <= 1 for share in shares)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_every_number_format_trains_on_a_cpu_with_every_logger(tmp_path, text_file, precision):
+    assert train(tiny_config(tmp_path / "run", text_file, steps=4, precision=precision, tensorboard=True)) == 0
+    assert len(numbers(tmp_path / "run", "tokens_per_second")) == 4
+    assert numbers(tmp_path / "run", "mfu") == []  # the peak of a CPU is not known
 
 
 def test_bf16_mixed_learns_like_fp32(tmp_path, text_file):

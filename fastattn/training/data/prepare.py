@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ..config import Columns
-from ..files import write_atomic
+from ..files import new_folder, write_atomic
 from ..messages import UsageError, expect
 from . import vectors
 from .clean import CleanConfig, clean
@@ -18,7 +18,7 @@ from .documents import PARTS, Documents, write_documents
 from .sources import read_documents
 from .split import shared_texts, split_documents
 from .token_file import SUFFIX, write_tokens
-from .tokenizer import build_tokenizer, load_tokenizer, needed_specials
+from .tokenizer import build_tokenizer, load_tokenizer, needed_specials, smallest_vocabulary
 
 
 @dataclass
@@ -87,7 +87,7 @@ def data_split(
         expect(0 <= fraction < 1, name, "at least 0 and below 1", fraction)
     held_out = validation_fraction + test_fraction
     expect(held_out < 1, "validation_fraction + test_fraction", "below 1", held_out)
-    expect(seed >= 0, "seed", "at least 0", seed)
+    expect(0 <= seed < 2**63, "seed", "at least 0 and below 2**63", seed)
     parts = documents.read()
     whole = {name: [] for name in ("texts", "labels", "targets", "groups")}
     for part in parts.values():  # published parts are merged and drawn again
@@ -103,27 +103,30 @@ def data_split(
 def data_tokenize(
     documents: SourceConfig, output: str, tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "bpe",
     vocab_size: int = 4096, specials: list[str] | None = None, tokenizer_file: str | None = None,
+    strip_accents: bool = False,
 ):  # fmt: skip
     """Turn documents into token numbers on disk: tokenizer.json and, for each part, PART.tokens and PART.ends.
 
     PART.ends holds the end of each document as int64. The tokenizer is trained on the training part, or is read.
     """
+    path, smallest = _new_path(output), 0 if tokenizer_file is not None else smallest_vocabulary(tokenizer)
+    expect(vocab_size > smallest, "vocab_size", f"above {smallest}{' (the bytes)' if smallest else ''}", vocab_size)
     parts = documents.read()
     texts = [text for part in parts.values() for text in part.texts]
     if tokenizer_file is not None:
         built = load_tokenizer(Path(tokenizer_file).expanduser())
     else:
         learn_from = next(iter(parts.values())).texts
-        built = build_tokenizer(tokenizer, texts, learn_from, vocab_size, specials or needed_specials(tokenizer))
-    path = _new_path(output)
-    path.mkdir(parents=True)
-    write_atomic(path / "tokenizer.json", built.to_json())
+        specials = specials or needed_specials(tokenizer)
+        built = build_tokenizer(tokenizer, texts, learn_from, vocab_size, specials, strip_accents)
     report = {"vocabulary": built.vocab_size}
-    for name, part in parts.items():
-        report[name] = _write_tokens(path / name, (built.encode(text) for text in part.texts))
-        characters = sum(map(len, part.texts))
-        report[name]["characters a token"] = round(characters / max(1, report[name]["tokens"]), 3)
-    write_atomic(path / "data.json", json.dumps(report, indent=1))
+    with new_folder(path) as path:
+        write_atomic(path / "tokenizer.json", built.to_json())
+        for name, part in parts.items():
+            report[name] = _write_tokens(path / name, (built.encode(text) for text in part.texts))
+            characters = sum(map(len, part.texts))
+            report[name]["characters a token"] = round(characters / max(1, report[name]["tokens"]), 3)
+        write_atomic(path / "data.json", json.dumps(report, indent=1))
     return report
 
 
@@ -150,23 +153,24 @@ def data_vectorize(
 
     The features are learnt from the training part; the other parts are only transformed.
     """
-
+    expect(dimension >= 1, "dimension", "at least 1", dimension)
+    expect(0 <= seed < 2**32, "seed", "at least 0 and below 2**32", seed)
     parts = documents.read()
     path = _new_path(output)
     train = next(iter(parts.values()))
     if kind == "word2vec":
         learnt = vectors.word2vec(train.texts, dimension, seed=seed)
-        path.mkdir(parents=True)
-        learnt.save_word2vec_format(str(path / "vectors.txt"))
+        with new_folder(path) as folder:
+            learnt.save_word2vec_format(str(folder / "vectors.txt"))
         return {"words": len(learnt), "dimension": learnt.vector_size}
     from scipy.sparse import save_npz
 
     vectorizer = vectors.bag_of_words(tfidf=kind == "tfidf", max_ngram=max_ngram, max_features=max_features)
     vectors.count_words(vectorizer, train.texts)
-    path.mkdir(parents=True)
-    for name, part in parts.items():
-        save_npz(path / f"{name}.npz", vectorizer.transform(part.texts))
-    write_atomic(path / "features.txt", "".join(f"{word}\n" for word in vectorizer.get_feature_names_out()))
+    with new_folder(path) as folder:
+        for name, part in parts.items():
+            save_npz(folder / f"{name}.npz", vectorizer.transform(part.texts))
+        write_atomic(folder / "features.txt", "".join(f"{word}\n" for word in vectorizer.get_feature_names_out()))
     return {"features": len(vectorizer.vocabulary_)} | {name: len(part) for name, part in parts.items()}
 
 
@@ -177,8 +181,8 @@ def _new_path(output):
     return path
 
 
-def _write_parts(folder, parts):
-    folder.mkdir(parents=True)
-    for name in PARTS:
-        if name in parts:
-            write_documents(folder / f"{name}.jsonl", parts[name])
+def _write_parts(path, parts):
+    with new_folder(path) as folder:
+        for name in PARTS:
+            if name in parts:
+                write_documents(folder / f"{name}.jsonl", parts[name])

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..messages import UsageError
 from .documents import PARTS
+from .tables import looks_like_numbers
 
 
 def split_documents(documents, validation_fraction, test_fraction, seed, *, stratify=True):
@@ -17,7 +18,8 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
         documents: Documents.
         validation_fraction, test_fraction: shares of all documents.
         seed: the same seed gives the same split.
-        stratify: draw these fractions of every class, if there are labels.
+        stratify: draw these fractions of every class, if the labels are classes: of each the training part has at
+            least one document.
 
     Returns:
         {"train": Documents, "validation": ..., "test": ...}, in the order of the source; no part for a fraction of 0.
@@ -26,28 +28,47 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
         UsageError: a part would be empty.
     """
     fractions = {"test": test_fraction, "validation": validation_fraction}
-    labels = documents.labels if stratify and documents.labels else [None] * len(documents)
+    classes = stratify and documents.labels and not looks_like_numbers(documents.labels)
+    labels = documents.labels if classes else [None] * len(documents)
     strata = collections.defaultdict(list)  # a unit has the class of its first document
-    for unit in _units(documents):
+    units = _units(documents)
+    for unit in units:
         strata[labels[unit[0]]].append(unit)
     generator = np.random.default_rng(seed)
     parts = {name: [] for name in PARTS}
     owed = dict.fromkeys(fractions, 0.0)  # remainders of rounding, carried over to the next class
-    for units in strata.values():
-        total = sum(map(len, units))
-        order = iter(generator.permutation(len(units)).tolist())
+    for stratum in strata.values():
+        total = sum(map(len, stratum))
+        *order, last = generator.permutation(len(stratum)).tolist()  # the last one is for training
+        order = iter(order)
         for name, fraction in fractions.items():
             owed[name] += fraction * total
             while owed[name] >= 0.5 and (index := next(order, None)) is not None:
-                parts[name] += units[index]
-                owed[name] -= len(units[index])
-        for index in order:
-            parts["train"] += units[index]
+                parts[name] += stratum[index]
+                owed[name] -= len(stratum[index])
+        for index in (*order, last):
+            parts["train"] += stratum[index]
+    _complete_training(parts, labels, units)
     fractions["train"] = 1.0
     parts = {name: documents.select(sorted(chosen)) for name, chosen in parts.items() if fractions[name]}
     if empty := [name for name, part in parts.items() if not len(part)]:
-        raise UsageError(f"split: {len(documents)} documents are too few, the {empty[0]} part would be empty")
+        raise UsageError(
+            f"split: {len(documents)} documents are too few, the {empty[0]} part would be empty; equal texts and files "
+            f"stay together ({len(units)} are left), and the training part has one of each class ({len(strata)})"
+        )
     return parts
+
+
+def _complete_training(parts, labels, units):
+    """Move units to the training part until it has each class: a unit of several may be the only one of a class."""
+    known = {labels[i] for i in parts["train"]}
+    held_out = {i: name for name in parts if name != "train" for i in parts[name]}
+    for unit in units:
+        if unit[0] in held_out and not known.issuperset(labels[i] for i in unit):
+            name = held_out[unit[0]]
+            parts[name] = [i for i in parts[name] if i not in unit]
+            parts["train"] += unit
+            known |= {labels[i] for i in unit}
 
 
 def _units(documents):

@@ -8,35 +8,34 @@ import fastattn
 
 from ..messages import UsageError
 from .builtin import topics
-
-SUFFIXES = (".txt", ".text", ".md", ".rst")  # of the files that are read from a folder
+from .reading import TABLES, read_file, suffix_of, text_files
 
 
 def read_text(source):
     """The text of a source.
 
     Args:
-        source: "topics", "shakespeare", or the path of a UTF-8 text file or of a folder with such files.
+        source: "topics", "shakespeare", or the path of a UTF-8 text file or of a folder with such files; each may end
+            in .gz.
 
     Returns:
         The text, lines ended by "\\n", without a byte order mark.
 
     Raises:
-        UsageError: the source does not exist, is not readable, is not text, or is empty.
+        UsageError: the source does not exist, is not readable, is a table, is not text, or is empty.
     """
     if source == "topics":
         return topics()
     if source == "shakespeare":
-        return _read_file(find_data("tinyshakespeare", "input.txt"))
+        return read_file(find_data("tinyshakespeare", "input.txt"))
     path = Path(source).expanduser()
     if not path.exists():
         raise UsageError(f"text source {source!r} is neither 'topics', 'shakespeare', a file nor a folder")
-    if not path.is_dir():
-        return _read_file(path)
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise UsageError(f"text source {source!r}: the folder has no files ending in {', '.join(SUFFIXES)}")
-    return "\n".join(_read_file(p) for p in files)
+    if path.is_dir():
+        return "\n".join(read_file(file) for file, _ in text_files(path))
+    if suffix_of(path) in TABLES:
+        raise UsageError(f"text source {source!r} is a table; --data.packed true reads its rows as documents")
+    return read_file(path)
 
 
 def split_text(text, validation_fraction, test_fraction):
@@ -82,34 +81,6 @@ def find_data(*name):
         f"data {name.parts[0]!r}: {name} is in none of {', '.join(map(str, folders))}; "
         "set FASTATTN_DATA, name the file itself, or use 'topics', which needs no file"
     )
-
-
-def read_bytes(path):
-    """The bytes of a file; UsageError if it is not readable or has only white space."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"text file {str(path)!r} cannot be read: {error.strerror}") from None
-    if not content.strip():
-        raise UsageError(f"text file {str(path)!r} is empty")
-    return content
-
-
-def decode_text(content, path):
-    """The bytes of the file `path` as text, lines ended by "\\n"; UsageError if they are not UTF-8."""
-    if b"\0" in content:
-        raise UsageError(f"text file {str(path)!r} is a binary file (zero at byte {content.index(0)})")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"text file {str(path)!r} is not UTF-8: byte 0x{content[error.start]:02x} at {error.start}"
-        ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _read_file(path):
-    return decode_text(read_bytes(path), path)
 
 
 def check_summary(summary, expected):

@@ -6,7 +6,7 @@ plain language model needs none.
 
 import json
 
-from ..messages import UsageError
+from ..messages import UsageError, expect
 
 KINDS = ("char", "byte", "word", "bpe", "wordpiece")
 PAD, UNKNOWN, BEGIN, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -16,6 +16,8 @@ SPECIALS = (PAD, UNKNOWN, BEGIN, END, MASK)  # for models that read padded sente
 
 class CharTokenizer:
     """One token per character; `characters` in the order of their numbers, after the special tokens."""
+
+    exact = True  # decode(encode(text)) is the text, unless tokens are unknown
 
     def __init__(self, characters, specials=()):
         self.characters = characters
@@ -54,6 +56,8 @@ class CharTokenizer:
 class ByteTokenizer:
     """One token per byte of the UTF-8 text, after the special tokens; it can encode any text."""
 
+    exact = True
+
     def __init__(self, specials=()):
         self.specials = tuple(specials)
         self.vocab_size = len(self.specials) + 256
@@ -81,20 +85,29 @@ class LearntTokenizer:
     """A tokenizer of the `tokenizers` library: words, byte-pair encoding or WordPiece."""
 
     def __init__(self, tokenizer):
+        from tokenizers import decoders
+
         tokenizer.no_truncation()  # published tokenizers may truncate or pad texts to 512 tokens
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
+        # others lose white space, and some of them case or accents
+        self.exact = isinstance(tokenizer.decoder, decoders.ByteLevel) and tokenizer.normalizer is None
 
     @classmethod
-    def train(cls, kind, texts, vocab_size, specials=()):
+    def train(cls, kind, texts, vocab_size, specials=(), strip_accents=False):
         """Train on an iterable of texts; `specials` must have the unknown token unless kind is "bpe".
+
+        strip_accents: of "word" and "wordpiece", which write everything in lower case, also drop accents and other
+        marks on letters.
 
         Raises:
             UsageError: the unknown token is missing, or vocab_size leaves no room after the special tokens.
         """
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+        smallest = smallest_vocabulary(kind)
+        expect(vocab_size > smallest, "vocab_size", f"above {smallest} (the bytes)", vocab_size)
         if kind != "bpe" and UNKNOWN not in specials:
             raise UsageError(f"tokenizer {kind!r}: the special tokens must include {UNKNOWN}, got {list(specials)}")
         if vocab_size <= len(specials):
@@ -109,20 +122,24 @@ class LearntTokenizer:
             trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
         elif kind == "wordpiece":
             tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-            tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+            tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=strip_accents)
             tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             tokenizer.decoder = decoders.WordPiece()
             trainer = trainers.WordPieceTrainer(**options)
         else:
             tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
-            tokenizer.normalizer = normalizers.Lowercase()
+            stripped = [normalizers.NFD(), normalizers.StripAccents(), normalizers.NFC()] if strip_accents else []
+            tokenizer.normalizer = normalizers.Sequence([*stripped, normalizers.Lowercase()])
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
             trainer = trainers.WordLevelTrainer(**options)
         tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer)
 
     def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:  # half of a surrogate pair
+            raise UsageError(f"the text is not Unicode text: {text[:40]!a}") from None
 
     def decode(self, numbers):
         return self.tokenizer.decode(list(numbers))
@@ -137,12 +154,29 @@ class LearntTokenizer:
         return self.tokenizer.to_str(pretty=False)
 
 
+def smallest_vocabulary(kind):
+    """The number of tokens that a vocabulary of this kind must exceed."""
+    return 256 if kind in ("bpe", "wordpiece") else 0
+
+
 def needed_specials(kind):
     """The special tokens that a tokenizer of this kind needs to encode any text."""
     return [UNKNOWN] if kind in ("word", "wordpiece") else []
 
 
-def build_tokenizer(kind, texts, train_texts, vocab_size, specials=()):
+def end_tokens(tokenizer):
+    """The numbers of the tokens that end a document, as far as the tokenizer has them."""
+    numbers = map(tokenizer.number_of, (END, END_OF_TEXT))
+    return tuple(number for number in numbers if number is not None)
+
+
+def count_unknown(tokenizer, numbers):
+    """How many of these token numbers are the unknown token."""
+    unknown = tokenizer.number_of(UNKNOWN)
+    return 0 if unknown is None else sum(number == unknown for number in numbers)
+
+
+def build_tokenizer(kind, texts, train_texts, vocab_size, specials=(), strip_accents=False):
     """A tokenizer for texts.
 
     Args:
@@ -151,16 +185,29 @@ def build_tokenizer(kind, texts, train_texts, vocab_size, specials=()):
         train_texts: iterable of the texts that a word, bpe or wordpiece vocabulary is learnt from.
         vocab_size: its largest number of tokens; ignored by "char" and "byte".
         specials: names of tokens that represent no text and are never decoded.
+        strip_accents: whether a word or wordpiece tokenizer drops accents; ignored by the others.
 
     Returns:
         An object with vocab_size, encode(text) -> list of int, decode(numbers) -> text, token_of(number) -> str,
-        number_of(token) -> int or None, to_json() -> text.
+        number_of(token) -> int or None, to_json() -> text, and exact: whether decode(encode(text)) is the text.
     """
     if kind == "char":
         return CharTokenizer("".join(sorted(set().union(*texts))), specials)
     if kind == "byte":
         return ByteTokenizer(specials)
-    return LearntTokenizer.train(kind, train_texts, vocab_size, specials)
+    return LearntTokenizer.train(kind, train_texts, vocab_size, specials, strip_accents)
+
+
+def read_tokenizer(content):
+    """The tokenizer with this to_json()."""
+    values = json.loads(content)
+    if values.get("type") == "characters":
+        return CharTokenizer(values["characters"], values.get("specials", ()))
+    if values.get("type") == "bytes":
+        return ByteTokenizer(values["specials"])
+    from tokenizers import Tokenizer
+
+    return LearntTokenizer(Tokenizer.from_str(content))
 
 
 def load_tokenizer(path):
@@ -173,15 +220,7 @@ def load_tokenizer(path):
         UsageError: the file is unreadable or damaged.
     """
     try:
-        content = path.read_text(encoding="utf-8")
-        values = json.loads(content)
-        if values.get("type") == "characters":
-            return CharTokenizer(values["characters"], values.get("specials", ()))
-        if values.get("type") == "bytes":
-            return ByteTokenizer(values["specials"])
-        from tokenizers import Tokenizer
-
-        return LearntTokenizer(Tokenizer.from_str(content))
+        return read_tokenizer(path.read_text(encoding="utf-8"))
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises plain Exception

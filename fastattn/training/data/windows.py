@@ -1,8 +1,12 @@
 """The tokens of a text, read in random windows for training and in consecutive ones for evaluation."""
 
+import io
+
 import numpy as np
 import torch
 
+from ..config import DataConfig
+from ..messages import expect
 from .text import check_summary, fingerprint, read_text, split_text
 from .tokenizer import build_tokenizer, needed_specials
 
@@ -16,10 +20,14 @@ class TextData:
         expected: None or the summary of the text that a run was trained on.
 
     Raises:
-        UsageError: the text is unusable or not the expected one, or has characters unknown to the tokenizer.
+        UsageError: the text is unusable or not the expected one, has characters unknown to the tokenizer, or the config
+            has settings of documents.
     """
 
     def __init__(self, config, tokenizer=None, expected=None):
+        for name in ("unit", "columns"):
+            got, default = getattr(config, name), getattr(DataConfig(), name)
+            expect(got == default, f"data.{name}", "left out for a text; --data.packed true reads documents", got)
         text = read_text(config.source)
         self.summary = {"source": config.source, "characters": len(text), "sha256": fingerprint(text)}
         check_summary(self.summary, expected)
@@ -28,9 +36,10 @@ class TextData:
             tokenizer = build_tokenizer(
                 config.tokenizer,
                 [text],
-                parts["train"].splitlines(keepends=True),
+                io.StringIO(parts["train"], newline="\n"),
                 config.vocab_size,
                 needed_specials(config.tokenizer),
+                config.strip_accents,
             )
         self.tokenizer = tokenizer
         if not config.test_fraction:
@@ -39,9 +48,18 @@ class TextData:
 
 
 def to_tokens(tokenizer, text, piece=2**20):
-    """The text as int32 tensor (tokens,), encoded in chunks of `piece` characters to save memory."""
-    starts = range(0, max(1, len(text)), piece)
-    return torch.cat([torch.tensor(tokenizer.encode(text[s : s + piece]), dtype=torch.int32) for s in starts])
+    """The text as int32 tensor (tokens,), encoded in chunks of about `piece` characters to save memory.
+
+    A chunk ends with a line if it has a line end, so that no word is cut in two.
+    """
+    chunks, start = [], 0
+    while start < len(text) or not chunks:
+        end = start + piece
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        chunks.append(torch.tensor(tokenizer.encode(text[start:end]), dtype=torch.int32))
+        start = end
+    return torch.cat(chunks)
 
 
 def random_starts(n_tokens, seed, step, batch_size, block_size):

@@ -41,7 +41,7 @@ def bag_of_words_baseline(train, test, *, tfidf=False, max_ngram=1):
     probabilities = np.zeros((len(test), len(names)))
     probabilities[:, [number[name] for name in model.classes_]] = model.predict_proba(vectorizer.transform(test.texts))
     truth = [number[label] for label in test.labels]
-    kind, grams = "TF-IDF" if tfidf else "bag of words", "words" if max_ngram == 1 else f"up to {max_ngram} words"
+    kind, grams = "TF-IDF" if tfidf else "bag", "words" if max_ngram == 1 else f"up to {max_ngram} words"
     return {
         "architecture": f"{kind} of {grams}, logistic regression",
         "parameters": model.coef_.size + model.intercept_.size,

@@ -9,7 +9,7 @@ from ..messages import UsageError, expect
 _NUCLEUS = 64  # tokens to look at first in search of those that reach top_p
 
 
-def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, beams=1):
+def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, beams=1, seed=0):
     """Raise UsageError if a value is out of range."""
     expect(max_new_tokens >= 1, "max_new_tokens", "at least 1", max_new_tokens)
     expect(0 <= temperature < float("inf"), "temperature", "at least 0 and finite", temperature)
@@ -17,6 +17,7 @@ def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repe
     expect(top_p is None or 0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
     expect(0 < repetition_penalty < float("inf"), "repetition_penalty", "above 0 and finite", repetition_penalty)
     expect(beams >= 1, "beams", "at least 1", beams)
+    expect(0 <= seed < 2**63, "seed", "at least 0 and below 2**63", seed)
 
 
 class _NextLogits:
@@ -64,14 +65,15 @@ def next_token_probabilities(logits, seen=None, *, temperature=1.0, top_k=None, 
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    probabilities = (logits / temperature).softmax(-1)
+    # the largest becomes 0, so that no temperature makes it infinite
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)
     return probabilities if top_p is None or top_p >= 1 else _nucleus(probabilities, top_p)
 
 
 def _penalised(logits, seen, repetition_penalty):
     if repetition_penalty == 1.0 or seen is None:
         return logits
-    scores = logits.gather(1, seen)
+    scores, repetition_penalty = logits.gather(1, seen), min(max(repetition_penalty, 1e-30), 1e30)  # stay finite
     return logits.scatter(1, seen, torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty))
 
 
@@ -111,7 +113,7 @@ def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None,
     Raises:
         UsageError: the prompt is empty or a value is out of range.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed=seed)
     if not prompt:
         raise UsageError("prompt must have at least one token, got an empty text")
     was_training = model.training
@@ -144,32 +146,50 @@ def generate_tokens(model, prompt, max_new_tokens, **options):
     return list(stream_tokens(model, prompt, max_new_tokens, **options))
 
 
-def stream_text(tokenizer, numbers, stop=None):
-    """Tokens as text, in pieces whose concatenation is tokenizer.decode of all tokens.
+def stream_text(tokenizer, numbers, stop=None, *, prompt=(), typed=""):
+    """Tokens as text, in pieces.
 
     Args:
         tokenizer: as from `build_tokenizer`.
         numbers: iterable of int.
         stop: None, or a text; the output ends before its first occurrence.
+        prompt: the tokens before them.
+        typed: the text of the prompt, as its writer gave it.
 
     Yields:
-        str, not empty.
+        str, not empty; together what the tokenizer writes for `numbers` after the prompt, with the space between them.
     """
-    so_far, shown = [], 0
+    prompt, so_far, shown = list(prompt), [], 0
     for number in numbers:
         so_far.append(number)
-        text = tokenizer.decode(so_far)
+        text = _continuation(tokenizer, prompt, so_far, typed)
         if stop and (end := text.find(stop)) >= 0:
             if end > shown:
                 yield text[shown:end]
             return
-        # hold back an incomplete character, and text that may become the stop text
-        safe = len(text.rstrip("\ufffd")) - (len(stop) - 1 if stop else 0)
+        # hold back an incomplete character, an apostrophe that may lose the space before it, and text that may become
+        # the stop text
+        safe = len(text.rstrip("\ufffd").removesuffix(" '")) - (len(stop) - 1 if stop else 0)
         if safe > shown:
             yield text[shown:safe]
             shown = safe
-    if rest := tokenizer.decode(so_far)[shown:]:
+    if rest := _continuation(tokenizer, prompt, so_far, typed)[shown:]:
         yield rest
+
+
+def _continuation(tokenizer, prompt, numbers, typed):
+    """What the tokenizer writes for `numbers` after the prompt."""
+    before, text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *numbers])
+    if text.startswith(before):
+        rest = text[len(before) :]
+    else:  # WordPiece has removed a space at the end of the prompt
+        place, letters = 0, sum(not c.isspace() for c in before)
+        while letters:
+            letters -= not text[place].isspace()
+            place += 1
+        rest = text[place:]
+    spaced = typed[-1:].isspace() and not before[-1:].isspace()
+    return rest.lstrip(" ") if spaced else rest
 
 
 @torch.no_grad()

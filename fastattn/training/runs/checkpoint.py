@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
 import shutil
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 
-from ..files import sync, write_atomic
+from ..files import new_folder, sync, write_atomic
 from ..messages import UsageError, warn
 
 RUN_FILES = {
@@ -28,43 +29,66 @@ RUN_FILES = {
 
 
 def create_run(run, files, overwrite):
-    """Create the folder of a run with its first files atomically; an old run is replaced last.
+    """Create the folder of a run with its first files; an old run is replaced last.
+
+    A new folder appears at once. One that exists stays and gets config.yaml last, without which it is not a run: it may
+    be a mount point, the target of a link, or the current folder.
 
     Args:
         run: the folder, which check_new_run has accepted.
-        files: {name: text}.
+        files: {name: text}, with config.yaml.
         overwrite: whether to replace an old run.
     """
     check_new_run(run, overwrite)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    temporary = run.with_name(f".{run.name}.{os.getpid()}.tmp")
+    run = run.resolve()
+    if not run.exists():
+        with new_folder(run) as folder:
+            _fill(folder, files)
+        return
+    staging = run / ".new.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
     try:
-        (temporary / "checkpoints").mkdir(parents=True)
-        for name, text in files.items():
-            write_atomic(temporary / name, text)
-        if run.is_dir() and any(run.iterdir()):
-            _remove(run)
-        os.replace(temporary, run)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(run.parent)
+        _fill(staging, files)
+        last = "config.yaml"
+        for path in sorted(run.iterdir(), key=lambda path: path.name != last):
+            if path != staging:
+                _remove(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == last):
+            os.replace(path, run / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    sync(run)
+
+
+def _fill(folder, files):
+    (folder / "checkpoints").mkdir()
+    for name, text in files.items():
+        write_atomic(folder / name, text)
 
 
 def check_new_run(run, overwrite):
     """Raise UsageError if `run` exists and may not be replaced, or cannot be created."""
-    if file := next((parent for parent in run.parents if parent.exists() and not parent.is_dir()), None):
-        raise UsageError(f"run {str(run)!r} cannot be created: {str(file)!r} is a file, not a folder")
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    try:
+        real = run.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise UsageError(f"run {str(run)!r} cannot be created: {error}") from None
+    nearest = next(folder for folder in (real, *real.parents) if folder.exists())
+    if not nearest.is_dir():
+        if nearest == real:
+            raise UsageError(f"run {str(run)!r} is a file; name a new folder")
+        raise UsageError(f"run {str(run)!r} cannot be created: {str(nearest)!r} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"run {str(run)!r} cannot be created: the folder {str(nearest)!r} is not writable")
+    if nearest != real or not any(real.iterdir()):
         return
-    if not run.is_dir():
-        raise UsageError(f"run {str(run)!r} is a file; name a new folder")
-    if foreign := sorted(p.name for p in run.iterdir() if p.name not in RUN_FILES and not p.name.endswith(".tmp")):
+    if foreign := sorted(p.name for p in real.iterdir() if p.name not in RUN_FILES and not p.name.endswith(".tmp")):
         raise UsageError(f"run {str(run)!r} has {foreign[0]!r}, which is not part of a run; name a new folder")
     if not overwrite:
-        raise UsageError(
-            f"run {str(run)!r} already exists; continue it with --resume {run} or replace it with --overwrite"
-        )
+        way_out = "replace it with --overwrite"
+        if (real / "config.yaml").exists():
+            way_out = f"continue it with --resume {shlex.quote(str(run))} or {way_out}"
+        raise UsageError(f"run {str(run)!r} already exists; {way_out}")
 
 
 def check_run(run):

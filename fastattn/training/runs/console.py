@@ -1,6 +1,7 @@
 """The output of a run on the terminal and in the logs: at the start, at every step, and at the end."""
 
 import os
+import shlex
 import signal
 
 import torch
@@ -97,7 +98,10 @@ def conclude(trainer, stopped):
     plot = plot_losses(run)
     if stopped:
         name = signal.Signals(stopped).name
-        warn(f"stopped by {name} after step {trainer.step} and saved; continue with: fastattn train --resume {run}")
+        warn(
+            f"stopped by {name} after step {trainer.step} and saved; continue with: fastattn train --resume "
+            f"{shlex.quote(str(run))}"
+        )
         return
     if trainer.step < config.steps:
         print(f"stopped early after step {trainer.step}: no better validation in {trainer.stale} validations")
@@ -105,8 +109,18 @@ def conclude(trainer, stopped):
     if meta["validation_loss"] is not None:  # None: saved by a signal, then resumed with fewer steps
         accuracy = f", accuracy {meta['validation_accuracy']:.4f}" if "validation_accuracy" in meta else ""
         print(f"best validation loss {meta['validation_loss']:.4f}{accuracy} at step {meta['step']}")
-    model, _, _ = load_run(run, config, accelerator=config.accelerator)
-    if text := task.sample(model):
+    if text := sample(trainer):
         write_atomic(run / "sample.txt", text)
         print(f"sample:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
-    print(f"loss curve: {plot}\nnext: fastattn evaluate {run}; {task.next_command.format(run=run)}")
+    named = shlex.quote(str(run))
+    print(f"loss curve: {plot}\nnext: fastattn evaluate {named}; {task.next_command.format(run=named)}")
+
+
+def sample(trainer):
+    """A text of the best model, or "": a sample that fails costs no trained run its exit code."""
+    try:
+        model, _, _ = load_run(trainer.run, trainer.config, accelerator=trainer.config.accelerator)
+        return trainer.task.sample(model)
+    except Exception as error:
+        warn(f"no sample was written: {type(error).__name__}: {error}")
+        return ""

@@ -8,7 +8,7 @@ import torch
 
 from ..messages import UsageError
 from ..tasks.base import evaluate_part
-from .checkpoint import choose_checkpoint, load_state, save_checkpoint
+from .checkpoint import choose_checkpoint, find_checkpoints, load_state, save_checkpoint
 from .console import Console
 from .load import load_weights
 from .lora import train_only
@@ -30,7 +30,8 @@ class Trainer:
     def __init__(self, run, config, task, fabric):
         self.run, self.config, self.task, self.fabric = run, config, task, fabric
         torch.manual_seed(config.seed)
-        chosen = choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
+        needed = ("model.safetensors", "state.pt")
+        chosen = fabric.broadcast(choose_checkpoint(run, needed=needed) if fabric.is_global_zero else None)
         self.raw_model = self.build_model(chosen)
         flops = flops_per_token(self.raw_model, config.model)
         self.speedometer = Speedometer(task.tokens_a_step, flops / fabric.world_size, fabric.device, config.precision)
@@ -72,7 +73,10 @@ class Trainer:
             self.raw_model.load_state_dict(state["weights"])
             self.average.n_averaged.copy_(state["n_averaged"])
         optimizer = state["optimizer"]
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(divide(optimizer, self.optimizer) if self.sharded else optimizer)
+        for group, settings in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.update(settings)  # those of the config win: it may have changed
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.step, self.best_score, self.stale = state["step"], state["best_score"], state["stale"]
 
@@ -198,10 +202,11 @@ class Trainer:
 
     def check_finite(self, loss, name):
         if not math.isfinite(loss):
-            raise UsageError(
-                f"{name} is {loss} at step {self.step}; the last checkpoint is kept, "
-                f"try a learning rate below {self.config.optim.learning_rate}"
-            )
+            kept = "the last checkpoint is kept"
+            if not find_checkpoints(self.run):
+                kept = "there is no checkpoint yet, --overwrite begins anew"
+            rate = self.config.optim.learning_rate
+            raise UsageError(f"{name} is {loss} at step {self.step}; {kept}, try a learning rate below {rate}")
 
     def maximum(self, number):
         """The largest int or bool of all processes."""
@@ -210,6 +215,6 @@ class Trainer:
     def must_stop(self, stop):
         if self.fabric.world_size == 1:
             return stop.number
-        if self.step % self.config.log_every:  # the all-reduce waits for the device
+        if self.fabric.device.type == "cuda" and self.step % self.config.log_every:  # an all-reduce waits for the GPU
             return 0
         return self.maximum(stop.number)

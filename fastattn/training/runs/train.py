@@ -9,7 +9,7 @@ import yaml
 from lightning_fabric import Fabric
 
 from ..data.sources import resolve_source
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..files import run_path, write_atomic
 from ..messages import UsageError, warn
 from ..tasks.registry import make_task
@@ -57,9 +57,9 @@ def train(config, *, resume=False, overwrite=False):
     fabric.launch()
     if fabric.global_rank == 0:
         open_run(run, config, task, resume, overwrite)
-    fabric.barrier()
-    if task is None:
-        task = make_task(config, load_tokenizer(run / "tokenizer.json"), read_summary(run))
+    config, tokenizer, summary = fabric.broadcast(task and (config, task.tokenizer.to_json(), task.summary))
+    if task is None:  # all that decides a step comes from the first process; the data must be the same
+        task = make_task(config, read_tokenizer(tokenizer), summary)
     trainer = Trainer(run, config, task, fabric)
     if fabric.is_global_zero:
         describe(trainer)
@@ -77,7 +77,7 @@ def prepare_run(run, config, resume, overwrite):
     if resume:
         check_run(run)
         tokenizer, expected = load_tokenizer(run / "tokenizer.json"), read_summary(run)
-        choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
+        chosen = choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
     else:
         check_new_run(run, overwrite)
         if config.start == str(run):
@@ -87,6 +87,8 @@ def prepare_run(run, config, resume, overwrite):
     task = make_task(config, tokenizer, expected)
     if config.epochs is not None:
         config.steps = max(1, round(config.epochs * task.steps_an_epoch))
+    if resume and chosen and config.steps < (done := chosen[1]["step"]):
+        raise UsageError(f"steps must be at least {done}, the steps that the run has done, got {config.steps}")
     task.check_sample()
     if config.start is not None and not resume:
         model = task.build_model(config, task.tokenizer, task.summary)  # raises if something does not fit

@@ -148,8 +148,9 @@ class DocumentTask(Task):
                     yield from part.targets or ()
 
         return build_tokenizer(
-            data.tokenizer, texts(self.parts.values()), texts([self.parts["train"]]), data.vocab_size, SPECIALS
-        )
+            data.tokenizer, texts(self.parts.values()), texts([self.parts["train"]]), data.vocab_size, SPECIALS,
+            data.strip_accents,
+        )  # fmt: skip
 
     def attention(self, model, text):
         numbers = self.encode(text)

@@ -5,6 +5,7 @@ import torch
 from fastattn.models import Classifier
 
 from ..data.batches import by_length, pad
+from ..data.tables import looks_like_numbers
 from ..data.tokenizer import PAD
 from ..data.vectors import initialize_embedding, word2vec
 from ..inspect.scores import classification_scores
@@ -26,11 +27,17 @@ class Classification(DocumentTask):
         if len(names) < 2:
             got = f"only {names[0]!r}" if names else "none"
             raise UsageError(f"source {source!r} must have at least two classes, got {got}")
+        if looks_like_numbers(self.parts["train"].labels):
+            raise UsageError(
+                f"source {source!r}: the labels are {len(names)} different numbers such as {names[0]} and {names[1]}; "
+                "task classify needs the names of classes and does not estimate numbers (regression)"
+            )
         numbers = {name: number for number, name in enumerate(names)}
         for name, part in self.parts.items():
             if unknown := sorted(set(part.labels) - numbers.keys()):
                 raise UsageError(
-                    f"source {source!r}: class {unknown[0]!r} of the {name} part is not in the training part"
+                    f"source {source!r}: class {unknown[0]!r} of the {name} part is not in the training part; "
+                    "`fastattn data split` draws parts anew, with each class in the training part"
                 )
         self.summary["labels"] = names
         self.examples = {name: list(map(self.encode, part.texts)) for name, part in self.parts.items()}

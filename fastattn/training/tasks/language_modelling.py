@@ -15,10 +15,19 @@ from ..data.documents import PARTS
 from ..data.parts import read_parts
 from ..data.text import check_summary, fingerprint, read_text
 from ..data.token_file import SUFFIX, open_tokens
-from ..data.tokenizer import END, END_OF_TEXT, build_tokenizer, load_tokenizer, needed_specials
+from ..data.tokenizer import (
+    END,
+    END_OF_TEXT,
+    UNKNOWN,
+    build_tokenizer,
+    count_unknown,
+    end_tokens,
+    load_tokenizer,
+    needed_specials,
+)
 from ..data.windows import TextData, random_starts, to_tokens, window_starts
 from ..inspect.attention_maps import attention_maps
-from ..inspect.generate import generate_tokens
+from ..inspect.generate import generate_tokens, stream_text
 from ..inspect.scores import language_scores
 from ..messages import UsageError
 from .base import Task, evaluate_part, shape_of
@@ -85,7 +94,7 @@ class LanguageModelling(Task):
         check_summary(self.summary, expected)
         specials = [*needed_specials(data.tokenizer), END]
         self.tokenizer = tokenizer or build_tokenizer(
-            data.tokenizer, texts, parts["train"].texts, data.vocab_size, specials
+            data.tokenizer, texts, parts["train"].texts, data.vocab_size, specials, data.strip_accents
         )
         end = self.tokenizer.number_of(END)
         if end is None:
@@ -136,14 +145,35 @@ class LanguageModelling(Task):
 
     def check_sample(self):
         if self.config.sample_tokens:
-            self.tokenizer.encode(self.config.sample_prompt)
+            self._sample_prompt()
+
+    def _sample_prompt(self):
+        """(text, tokens) of the prompt of the sample, with at least one token that the vocabulary knows."""
+        given = self.config.sample_prompt
+        for text in ("\n",) if given is None else (given,):
+            try:
+                numbers = self.tokenizer.encode(text)
+            except UsageError as error:  # characters that are not in the vocabulary
+                if given is not None:
+                    raise UsageError(f"sample_prompt: {error}") from None
+                continue
+            if count_unknown(self.tokenizer, numbers) < len(numbers):
+                return text, numbers
+        if given is not None:
+            raise UsageError(f"sample_prompt must have a token of the vocabulary, got {given!r}")
+        unknown = self.tokenizer.number_of(UNKNOWN)
+        numbers = self.splits["validation"][:100].tolist()
+        first = next((n for n in numbers if n != unknown and self.tokenizer.decode([n]).strip()), numbers[0])
+        return self.tokenizer.decode([first]), [first]
 
     def sample(self, model):
         if not self.config.sample_tokens:
             return ""
-        prompt = self.tokenizer.encode(self.config.sample_prompt)
-        new = generate_tokens(model, prompt, self.config.sample_tokens, seed=self.config.seed)
-        return self.config.sample_prompt + self.tokenizer.decode(new)
+        text, prompt = self._sample_prompt()
+        new = generate_tokens(
+            model, prompt, self.config.sample_tokens, seed=self.config.seed, stop=end_tokens(self.tokenizer)
+        )
+        return text + "".join(stream_text(self.tokenizer, new, prompt=prompt, typed=text))
 
     def attention(self, model, text):
         numbers = self.tokenizer.encode(text)[: self.config.model.block_size]

@@ -1,0 +1,234 @@
+"""Tables: rows of separated values and of JSON objects, and the documents in their columns.
+
+A value is used as it is meant, or refused with file, line and column: nothing is guessed in silence.
+"""
+
+import csv
+import json
+import math
+from typing import NamedTuple
+
+from ..messages import UsageError
+from .documents import Documents
+from .reading import suffix_of
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number with a point"}
+
+
+class Row(NamedTuple):
+    """A row of a table: where it is, for messages, and its values by column."""
+
+    where: str
+    names: list
+    values: list
+
+
+class _Object(list):
+    """A JSON object as its pairs, so that a repeated key is not lost."""
+
+
+def read_rows(path, text, columns):
+    """Yield a Row for each row of a table.
+
+    Args:
+        path: of the file; its suffix names the format.
+        text: its content, lines ended by "\\n".
+        columns: Columns; names, delimiter and quoting are for separated values.
+
+    Raises:
+        UsageError: the content is not of this format, or a row has too many or too few values.
+    """
+    suffix = suffix_of(path)
+    if suffix in SEPARATORS:
+        return _separated_rows(path, text, columns)
+    for name in ("names", "delimiter"):
+        if getattr(columns, name):
+            raise UsageError(f"columns.{name} is for {' and '.join(SEPARATORS)} files, but the source is {str(path)!r}")
+    if suffix == ".json" and text.lstrip().startswith("["):
+        return _json_array(path, text)
+    return _json_rows(path, text)
+
+
+def _separated_rows(path, text, columns):
+    delimiter = columns.delimiter or SEPARATORS[suffix_of(path)]
+    quoted = columns.quoting == "csv" or (columns.quoting == "auto" and _is_quoted(path, text, delimiter))
+    names, expected = list(columns.names), ""
+    for line, values in _split(path, text, delimiter, quoted):
+        where = f"{path}, line {line}"
+        if not names:
+            names = values
+            check_columns(Row(where, names, []), columns, hint=True)
+        elif len(values) != len(names):  # too many: most likely a text with an unquoted delimiter
+            expected = expected or f"{len(names)} values ({', '.join(names)})"
+            raise UsageError(f"{where}: the line must have {expected}, got {len(values)}")
+        else:
+            yield Row(where, names, values)
+
+
+def _split(path, text, delimiter, quoted):
+    """(number of the first line, values) of each row that is not blank."""
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        reader, end = csv.reader(_lines(text), delimiter=delimiter, quoting=quoting, strict=True), 0
+        for values in reader:
+            if values:
+                yield end + 1, values
+            end = reader.line_num
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {end + 1} does not hold {delimiter!r}-separated values: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _lines(text):
+    return (line + "\n" for line in text.split("\n"))
+
+
+def _is_quoted(path, text, delimiter):
+    """Whether quotation marks enclose values, as in files of csv and pandas, or are part of them.
+
+    Comma-separated values are always quoted. In others, a value that begins with a quotation mark decides.
+
+    Raises:
+        UsageError: the file can be read both ways.
+    """
+    if delimiter != "\t":
+        return True
+    if '"' not in text:
+        return False
+    raw = [(line, values) for line, values in _split(path, text, delimiter, False)]
+    marked = [(line, value) for line, values in raw for value in values if value.startswith('"')]
+    if not marked:
+        return False
+    try:
+        quoted = [values for _, values in _split(path, text, delimiter, True)]
+    except UsageError:
+        return False
+    if not _is_even(quoted):
+        return False
+    if not _is_even([values for _, values in raw]):
+        return True
+    # a writer that quotes only where it must has doubled the marks inside; one that quotes all texts leaves none out
+    needed = [value == '""' or '""' in value[1:-1] for _, value in marked]
+    if all(needed) or all(value.startswith('"') or _is_number(value) for _, values in raw for value in values):
+        return True
+    if not any(needed):
+        return False
+    line, value = marked[needed.index(False)]
+    raise UsageError(
+        f"{path}, line {line}: {value[:40]!r} may be quoted or begin with a quotation mark; "
+        "set columns.quoting to csv or none"
+    )
+
+
+def _is_even(rows):
+    return len(set(map(len, rows))) == 1
+
+
+def _is_number(value):
+    try:
+        float(value or "0")
+    except ValueError:
+        return False
+    return True
+
+
+def _json_rows(path, text):
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield _object_row(f"{path}, line {number}", _parse(f"{path}, line {number}", line))
+
+
+def _json_array(path, text):
+    for number, value in enumerate(_parse(str(path), text), 1):
+        yield _object_row(f"{path}, item {number}", value)
+
+
+def _parse(where, text):
+    try:
+        return json.loads(text, object_pairs_hook=_Object)
+    except RecursionError:
+        raise UsageError(f"{where} is nested too deeply") from None
+    except ValueError as error:
+        raise UsageError(f"{where} is not valid JSON: {error}") from None
+
+
+def _object_row(where, value):
+    if not isinstance(value, _Object):
+        raise UsageError(f"{where} must be a JSON object, got {type(value).__name__}")
+    return Row(where, [name for name, _ in value], [item for _, item in value])
+
+
+def check_columns(row, columns, hint=False):
+    """Raise UsageError unless the row has each of the columns that are read exactly once."""
+    for name in filter(None, (columns.text, columns.label, columns.target)):
+        count = row.names.count(name)
+        if count > 1:
+            raise UsageError(f"{row.where}: the column {name!r} occurs {count} times")
+        if not count:
+            way_out = "; columns.names names those of a file without a header, columns.delimiter its delimiter"
+            raise UsageError(
+                f"{row.where}: no column {name!r} among {', '.join(map(str, row.names))}{way_out if hint else ''}"
+            )
+
+
+def table_documents(rows, columns):
+    """The Documents of an iterable of Row, with the texts, labels and targets of Columns.
+
+    Labels lose the white space at their ends.
+
+    Raises:
+        UsageError: a column is missing or occurs twice; a value is missing, not a single text or number, or half of a
+            surrogate pair; labels have different types; a pair has an empty side.
+    """
+    wanted = {"texts": columns.text, "labels": columns.label, "targets": columns.target}
+    wanted = {key: name for key, name in wanted.items() if name}
+    collected, first_label = {key: [] for key in wanted}, None
+    for row in rows:
+        check_columns(row, columns)
+        for key, name in wanted.items():
+            value, where = row.values[row.names.index(name)], f"{row.where}: column {name!r}"
+            text = _text_of(value, where)
+            if not text.strip() and (key != "texts" or "targets" in wanted):
+                raise UsageError(f"{where} is empty")
+            if key == "labels":
+                first_label = first_label or (value, row.where)
+                text = _label_of(text, value, where, *first_label)
+            collected[key].append(text)
+    return Documents(**collected) if collected["texts"] else Documents([])
+
+
+def _text_of(value, where):
+    if value is None:
+        raise UsageError(f"{where} is empty")
+    if type(value) not in _KINDS:
+        kind = "an object" if isinstance(value, (_Object, dict)) else f"a {type(value).__name__}"
+        raise UsageError(f"{where} must be a text or a number, got {kind}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{where} must be a text or a number, got {value}")
+    text = str(value)
+    if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
+        raise UsageError(f"{where} has half of a surrogate pair, {half!a}, which is not text")
+    return text
+
+
+def _label_of(text, value, where, first, first_where):
+    if type(value) is not type(first):
+        kind, first_kind = _KINDS[type(value)], _KINDS[type(first)]
+        raise UsageError(f"{where} is {value!r}, {kind}, but that of {first_where} is {first!r}, {first_kind}")
+    if text.strip().lower() == "nan":
+        raise UsageError(f"{where} is {text!r}, which stands for a missing value")
+    return text.strip()
+
+
+def looks_like_numbers(labels):
+    """Whether labels are numbers to estimate (regression) rather than names of classes."""
+    distinct = set(labels)
+    try:
+        numbers = [float(label) for label in distinct]
+    except ValueError:
+        return False
+    fractions = any(not number.is_integer() for number in numbers)
+    return fractions and (len(distinct) > 11 or 4 * len(distinct) > len(labels))  # half-star ratings have 11 values
