@@ -10,7 +10,7 @@ from ._options import open_run, run_parser
 
 DRAWING = {  # defaults of the options that only task lm has
     "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "stop": None,
-    "seed": 0,
+    "seed": 0, "weights": None,
 }  # fmt: skip
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -30,6 +30,10 @@ def parser():
     )
     parser.add_argument("--stop", type=str | None, help="stop before this text")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument(
+        "--weights", type=str | None,
+        help="bf16 or int8: read the weights in this dtype, which is faster and rounds them; only on a CPU",
+    )  # fmt: skip
     parser.set_defaults(DRAWING)
     return parser
 
@@ -38,7 +42,8 @@ def run(options, _argv):
     run, config, how = open_run(options)
     if config.task not in ("lm", "translate"):
         raise UsageError(f"run {str(run)!r}: generate needs a run of task lm or translate, got {config.task}")
-    check_sampling(options.max_new_tokens, beams=options.beams, **{name: options[name] for name in SAMPLING})
+    numbers = {"beams": options.beams, "weights": options.weights}
+    check_sampling(options.max_new_tokens, **numbers, **{name: options[name] for name in SAMPLING})
     if config.task == "translate":
         translate(options, run, config, how)
     else:
@@ -57,10 +62,11 @@ def continue_prompt(options, run, config, how):
     model, tokenizer, _ = load_run(run, config, **how)
     prompt = tokenizer.encode(options.prompt)
     if options.beams > 1:
-        numbers = beam_search(model, prompt, options.max_new_tokens, beams=options.beams)
+        numbers = beam_search(model, prompt, options.max_new_tokens, beams=options.beams, weights=options.weights)
     else:
         sampling = {name: options[name] for name in SAMPLING}
-        numbers = stream_tokens(model, prompt, options.max_new_tokens, seed=options.seed, **sampling)
+        sampling |= {"seed": options.seed, "weights": options.weights}
+        numbers = stream_tokens(model, prompt, options.max_new_tokens, **sampling)
         numbers = itertools.chain([next(numbers)], numbers)  # an error shows before anything is printed
     print(options.prompt, end="", flush=True)
     for piece in stream_text(tokenizer, numbers, options.stop):
