@@ -6,7 +6,7 @@ operands of any strides; oneDNN takes 2000 times as long if the second operand h
 shape, which costs oneDNN 0.7 ms. Without AVX-512, MKL is as fast. Products dy · weight of one row stay with MKL,
 which is twice as fast there, because our kernel would pack the whole matrix.
 
-x · weightᵀ with few rows has a kernel of its own, which reads the weight as it lies, in bfloat16 or int8 too (layer.py).
+x · weightᵀ with few rows has a kernel of its own, which reads the weight as it lies, also in 16 or 8 bits (layer.py).
 `_few_rows_table.py` says up to how many rows it serves an fp32 weight.
 
 On a processor without half-precision instructions, torch's loops take 2 to 120 times as long as a product in fp32 with
@@ -64,7 +64,7 @@ def use_kernel(capability):
 
 
 def is_few(x, weight):
-    """Whether the kernel for few rows computes x · weightᵀ: x (..., k) has so few rows that reading the weight takes longest."""
+    """Whether the kernel for few rows computes x (..., k) · weightᵀ."""
     return (
         x.dim() > 0
         and x.numel() <= _most_rows * x.shape[-1]
