@@ -142,6 +142,24 @@ constexpr int64_t kGemmPanel = 64;     // kBlocked: columns of a task
 constexpr int64_t kGemmGroup = 16;     // kFewRows: columns of a task
 FASTATTN_DECLARE_CPU(gemm, GemmArgs);  // tasks
 
+// y (m, n) = x (m, k) · weightᵀ, times scale, plus bias, plus residual: few rows, the weight read as it lies. Rows lie a
+// stride apart, in elements; the last stride is 1.
+enum class WeightType : int { kFloat32, kBFloat16, kInt8 };
+
+struct GemvArgs {
+  const float* x;
+  const void* weight;     // (n, k)
+  const float* scale;     // (n), or null
+  const float* bias;      // (n), or null
+  const float* residual;  // (m, n), or null; may be y
+  float* y;
+  int64_t m, n, k;
+  int64_t x_row, weight_row, residual_row, y_row;
+  WeightType type;
+};
+constexpr int64_t kGemvGroup = 16;     // columns of a task
+FASTATTN_DECLARE_CPU(gemv, GemvArgs);  // tasks
+
 // Attention. Sizes and strides count elements; the last stride is 1. Packed sequences: batch stride 0, row b of
 // cu_seqlens says where sequence b begins.
 struct HeadTensor {

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "attention_decode_call.h"
+#include "decode_run.h"
 #include "dispatch.h"
 #include "host.h"
 
@@ -73,56 +74,17 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
                                                 const fastattn::DecodeInputs& in) {
   Call call(q, k_cache, v_cache, in);
   check_places(call, k_cache, v_cache, in.seqlen_new);
-  DecodeArgs& args = call.args;
-  if (call.rows() == 0) {
-    return {call.out, call.lse};
+  if (call.rows() > 0) {
+    fastattn::run_attention_decode(call.args, in.num_splits);
   }
-  const int64_t all_rows = args.n_heads * args.seqlen_q;
-  const int64_t rows = std::min(all_rows / args.n_kv_heads, fastattn::kDecodeRows);
-  const int64_t blocks = (all_rows / args.n_kv_heads + fastattn::kDecodeRows - 1) / fastattn::kDecodeRows;
-  const int64_t groups = args.batch * args.n_kv_heads * blocks;
-  args.splits = choose_splits(args, groups, in.num_splits);
-  const int64_t tasks = groups * args.splits;
-  OptionalTensor partial;
-  std::unique_ptr<std::atomic<int32_t>[]> remaining;
-  if (args.splits > 1) {
-    partial = fastattn::empty_cpu({tasks * fastattn::decode_partial(rows, args.head_dim_v)}, ScalarType::Float);
-    args.partial = static_cast<float*>(partial->mutable_data_ptr());
-    remaining.reset(new std::atomic<int32_t>[groups]);
-    std::fill_n(remaining.get(), groups, static_cast<int32_t>(args.splits));
-    args.remaining = remaining.get();
-  }
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  args.next = &next;
-  args.failed = &failed;
-  const auto kernel = FASTATTN_SELECT_CPU_BF16(attention_decode, args.dtype);
-  int64_t keys = 0;
-  for (int64_t b = 0; b < args.batch; ++b) {
-    keys += args.cache_seqlens[b] + in.seqlen_new;
-  }
-  // threads take tasks as they come, the first free one the next
-  fastattn::for_pieces(tasks, keys * args.n_kv_heads * blocks * (args.head_dim + args.head_dim_v) / tasks + 1,
-                       [&](int64_t, int64_t) { kernel(args); });
-  STD_TORCH_CHECK(!failed, "attention_decode: out of memory");
   return {call.out, call.lse};
 }
 
 void append(const Tensor& rows_in, const HeadTensor& to, const DecodeArgs& args) {
   const Tensor rows = fastattn::inner_contiguous(rows_in);
-  const HeadTensor from = fastattn::heads(rows);
-  const int64_t heads = rows.size(1), seqlen = rows.size(2), size = rows.size(3) * rows.element_size();
-  fastattn::for_pieces(rows.size(0) * heads * seqlen, rows.size(3), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t b = n / seqlen / heads, h = n / seqlen % heads, i = n % seqlen;
-      const int64_t position = args.cache_seqlens[b] + i;
-      const int64_t at = page_of(args, b, position) * to.batch + h * to.head + position % args.page_size * to.row;
-      std::memcpy(
-          static_cast<char*>(to.data) + at * rows.element_size(),
-          static_cast<const char*>(from.data) + (b * from.batch + h * from.head + i * from.row) * rows.element_size(),
-          size);
-    }
-  });
+  const int64_t element_size = rows.element_size();
+  fastattn::append_rows(
+      {fastattn::heads(rows), to, rows.size(1), rows.size(2), rows.size(3) * element_size, element_size}, args);
 }
 
 void attention_decode_append(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
@@ -135,6 +97,56 @@ void attention_decode_append(const Tensor& k_cache, const Tensor& v_cache, const
 }
 
 }  // namespace
+
+namespace fastattn {
+
+void run_attention_decode(DecodeArgs& args, int64_t num_splits) {
+  const int64_t all_rows = args.n_heads * args.seqlen_q;
+  const int64_t rows = std::min(all_rows / args.n_kv_heads, kDecodeRows);
+  const int64_t blocks = (all_rows / args.n_kv_heads + kDecodeRows - 1) / kDecodeRows;
+  const int64_t groups = args.batch * args.n_kv_heads * blocks;
+  args.splits = choose_splits(args, groups, num_splits);
+  const int64_t tasks = groups * args.splits;
+  OptionalTensor partial;
+  std::unique_ptr<std::atomic<int32_t>[]> remaining;
+  if (args.splits > 1) {
+    partial = empty_cpu({tasks * decode_partial(rows, args.head_dim_v)}, ScalarType::Float);
+    args.partial = static_cast<float*>(partial->mutable_data_ptr());
+    remaining.reset(new std::atomic<int32_t>[groups]);
+    std::fill_n(remaining.get(), groups, static_cast<int32_t>(args.splits));
+    args.remaining = remaining.get();
+  }
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  args.next = &next;
+  args.failed = &failed;
+  const auto kernel = FASTATTN_SELECT_CPU_BF16(attention_decode, args.dtype);
+  int64_t keys = 0;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    keys += args.cache_seqlens[b] + args.seqlen_new;
+  }
+  // threads take tasks as they come, the first free one the next
+  for_pieces(tasks, keys * args.n_kv_heads * blocks * (args.head_dim + args.head_dim_v) / tasks + 1,
+             [&](int64_t, int64_t) { kernel(args); });
+  STD_TORCH_CHECK(!failed, "attention_decode: out of memory");
+}
+
+void append_rows(const AppendCall& call, const DecodeArgs& args) {
+  const auto [from, to, heads, seqlen, size, element_size] = call;
+  const int64_t rows = args.batch * heads * seqlen;
+  for_pieces(rows, size / element_size, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t b = n / seqlen / heads, h = n / seqlen % heads, i = n % seqlen;
+      const int64_t position = args.cache_seqlens[b] + i;
+      const int64_t at = page_of(args, b, position) * to.batch + h * to.head + position % args.page_size * to.row;
+      std::memcpy(static_cast<char*>(to.data) + at * element_size,
+                  static_cast<const char*>(from.data) + (b * from.batch + h * from.head + i * from.row) * element_size,
+                  size);
+    }
+  });
+}
+
+}  // namespace fastattn
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_decode_fwd.native", TORCH_BOX(&fastattn::attention_decode_fwd_op<attention_decode_fwd>));

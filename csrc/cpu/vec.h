@@ -3,7 +3,7 @@
 // vector extension of gcc and clang (SSE2, NEON). at::vec is not part of the stable ABI, and its inline functions would
 // be shared between translation units of different flags; here everything has internal linkage.
 //
-// Storage types: float, BF16, FP16. Loads widen to fp32, stores round to nearest even and keep NaN.
+// Storage types: float, BF16, FP16, and int8 for loads. Loads widen to fp32, stores round to nearest even and keep NaN.
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -91,6 +91,7 @@ struct Vec {
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const BF16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const FP16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Vec load(const int8_t* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   // 2 * kSize elements in half the work of two loads: those with an even index, and those with an odd one
   static void load_halves(const BF16* p, Vec& even, Vec& odd) { Vec{_mm512_loadu_ps(p)}.halves<BF16>(even, odd); }
   // the same for lanes that hold two elements of 16 bits
@@ -122,6 +123,7 @@ struct Vec {
   static Vec load(const T* p, int n) {
     return widen(p, _mm256_maskz_loadu_epi16(first(n), p));
   }
+  static Vec load(const int8_t* p, int n) { return widen(_mm_maskz_loadu_epi8(first(n), p)); }
   void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   template <typename T>
   void store(T* p, int n) const {
@@ -137,6 +139,7 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
   }
   static Vec widen(const FP16*, __m256i half) { return {_mm512_cvtph_ps(half)}; }
+  static Vec widen(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
   __m256i narrow(const BF16*) const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -227,6 +230,9 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
   }
   static Vec load(const FP16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static Vec load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+  }
   static void load_halves(const BF16* p, Vec& even, Vec& odd) {
     Vec{_mm256_loadu_ps(reinterpret_cast<const float*>(p))}.halves<BF16>(even, odd);
   }

@@ -11,7 +11,7 @@ from ._options import open_run, run_parser
 
 DRAWING = {  # defaults of the options that only task lm has
     "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "stop": None,
-    "seed": 0,
+    "seed": 0, "weights": None,
 }  # fmt: skip
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -31,6 +31,10 @@ def parser():
     )
     parser.add_argument("--stop", type=str | None, help="stop before this text")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument(
+        "--weights", type=str | None,
+        help="bf16 or int8: read the weights in this dtype, which is faster and rounds them; only on a CPU",
+    )  # fmt: skip
     parser.set_defaults(DRAWING)
     return parser
 
@@ -39,7 +43,7 @@ def run(options, _argv):
     run, config, how = open_run(options)
     if config.task not in ("lm", "translate"):
         raise UsageError(f"run {str(run)!r}: generate needs a run of task lm or translate, got {config.task}")
-    numbers = ("beams", "seed", *SAMPLING)
+    numbers = ("beams", "seed", "weights", *SAMPLING)
     check_sampling(options.max_new_tokens, **{name: options[name] for name in numbers})
     if options.beams > 1:  # a search draws nothing
         for name in (*SAMPLING, "seed"):
@@ -65,10 +69,12 @@ def continue_prompt(options, run, config, how):
     if unknown := count_unknown(tokenizer, prompt):
         warn(f"the vocabulary does not know {unknown} of the {len(prompt)} tokens of the prompt")
     if options.beams > 1:
-        numbers = beam_search(model, prompt, options.max_new_tokens, beams=options.beams, stop=stop)
+        numbers = beam_search(
+            model, prompt, options.max_new_tokens, beams=options.beams, stop=stop, weights=options.weights
+        )
     else:
-        sampling = {name: options[name] for name in SAMPLING}
-        numbers = stream_tokens(model, prompt, options.max_new_tokens, seed=options.seed, stop=stop, **sampling)
+        sampling = {name: options[name] for name in (*SAMPLING, "seed", "weights")}
+        numbers = stream_tokens(model, prompt, options.max_new_tokens, stop=stop, **sampling)
         numbers = itertools.chain([*itertools.islice(numbers, 1)], numbers)  # an error shows before anything is printed
     print(options.prompt, end="", flush=True)
     for piece in stream_text(tokenizer, numbers, options.stop, prompt=prompt, typed=options.prompt):

@@ -48,17 +48,23 @@ class CausalLM(Backbone):
         targets: Tensor | None = None,
         cache: Any = None,
         cu_seqlens: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Logits of the next token, or the mean loss if targets are given.
 
         Args:
             tokens, cache, cu_seqlens: as for `Backbone`; cache and cu_seqlens exclude each other.
             targets: None or (batch, seqlen) int64, the next token at each position; -100 is ignored.
+            last: compute only the logits after the last token, (batch, 1, vocab_size).
         Returns: logits (batch, seqlen, vocab_size); with targets their mean cross-entropy in nats per token, fp32.
         Raises:
-            ValueError: as `Backbone`.
+            ValueError: as `Backbone`; targets are given with last.
         """
+        if last and targets is not None:
+            raise ValueError("targets must be None with last, which leaves out the logits of all other tokens")
         if cache is not None and cu_seqlens is not None:
             raise ValueError("cu_seqlens must be None with a cache, which holds one document per row")
         x = super().forward(tokens, causal=True, cu_seqlens=cu_seqlens, cache=cache)
-        return self.head(x, self.token_embedding, targets)
+        x = x[:, -1:] if last else x
+        logits = None if cache is None or targets is not None else cache.logits(x)
+        return self.head(x, self.token_embedding, targets) if logits is None else logits

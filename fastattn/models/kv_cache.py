@@ -8,8 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.ops import attention_decode
+from fastattn.ops import layer as layer_op
 
 from .block import compose, merge_heads, project
+from .decoding import convert_head, convert_layers, read_layers
+
+_FEW_TOKENS = 16  # the most new tokens for which reading fp32 weights takes longest
+_AT_ONCE = 64  # new tokens that converted weights are read for at a time
 
 
 class KeyValueCache:
@@ -20,6 +25,13 @@ class KeyValueCache:
         batch: number of sequences.
         memory, memory_lengths: None, or (batch, seqlen_memory, d_model) and (batch,) int64 for cross-attention; the
             keys and values of the memory are computed here, once.
+        weights: None, or "bf16" or "int8": read the weights of the blocks and of the output layer in that dtype, with
+            fp32 activations and sums. The copies are made here, so they are those of the model at this moment, as the
+            cached keys and values are: after a change of the model, make a new cache. int8 is symmetric with a scale
+            for each output channel.
+    Raises:
+        ValueError: weights is unknown, or the model is not one of `layers` "fastattn" in fp32 on the CPU with plain
+            children.
     Example:
         cache = KeyValueCache(model, batch=1)
         logits = model(prompt, cache=cache)  # then, for each new token (1, 1): model(token, cache=cache)
@@ -31,7 +43,10 @@ class KeyValueCache:
         batch: int,
         memory: Tensor | None = None,
         memory_lengths: Tensor | None = None,
+        weights: str | None = None,
     ) -> None:
+        if weights not in (None, *layer_op.WEIGHTS):
+            raise ValueError(f"weights must be None, 'bf16' or 'int8', got {weights!r}")
         attn = model.blocks[0].self_attn
         weight = attn.out_proj.weight
         n_kv_head = getattr(attn, "num_kv_heads", attn.num_heads)
@@ -40,6 +55,11 @@ class KeyValueCache:
             self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             self.v = torch.zeros_like(self.k)
         self.length = 0
+        self._layers = self._head = None
+        if weights is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._layers = convert_layers(model.blocks, weights)
+                self._head = convert_head(model, weights)
         self.memory = [None] * len(model.blocks)
         if memory is not None:
             self.memory = [project(block.multihead_attn, memory, "kv") for block in model.blocks]
@@ -66,6 +86,9 @@ class KeyValueCache:
         """
         if x.shape[0] != self.k.shape[1]:
             raise ValueError(f"KeyValueCache: the cache is for {self.k.shape[1]} sequences, got {x.shape[0]}")
+        layers = self._few_token_layers(blocks, x)
+        if layers is not None:
+            return self._run_layers(layers, x, sequences)
         use_torch = sequences.use_torch
         lengths = torch.full(x.shape[:1], self.length, dtype=torch.int32, device=x.device)
 
@@ -91,6 +114,39 @@ class KeyValueCache:
             x = compose(block, x, *attends)
         self.length += x.shape[1]
         return x
+
+    def _few_token_layers(self, blocks, x):
+        """The layers for the op that computes a whole layer, or None where the children are called."""
+        if not layer_op.serves(x, self.k.shape[-1]):
+            if self._layers is None:
+                return None
+            raise RuntimeError("KeyValueCache: converted weights need fp32 tokens, no gradients, no autocast, no trace")
+        if self._layers is not None:
+            return self._layers
+        if x.shape[0] * x.shape[1] > _FEW_TOKENS or self.memory[0] is not None:
+            return None
+        return read_layers(blocks)
+
+    def _run_layers(self, layers, x, sequences):
+        step = x.shape[1] if x.shape[0] * x.shape[1] <= _AT_ONCE else max(1, _AT_ONCE // x.shape[0])
+        slopes, rotary = sequences.alibi_slopes, sequences.rotary
+        positions = layer_op.Positions(None, None, False, slopes)
+        if rotary is not None:
+            tables = rotary.tables(self.length + x.shape[1], x)
+            positions = layer_op.Positions(*tables, rotary.interleaved, slopes)
+        parts = []
+        for part in x.split(step, 1) if x.shape[1] else [x]:
+            lengths = torch.full(x.shape[:1], self.length, dtype=torch.int32)
+            for layer, k, v in zip(layers, self.k.unbind(), self.v.unbind(), strict=True):
+                part = layer_op.decode_layer(part, layer, layer_op.Cache(k, v, lengths), positions)
+            self.length += part.shape[1]
+            parts.append(part)
+        torch.autograd.graph.increment_version((self.k, self.v))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def logits(self, x: Tensor) -> Tensor | None:
+        """The output layer with converted weights: x (..., d_model) -> (..., vocab_size); None without such weights."""
+        return None if self._head is None else layer_op.few_rows_linear(x, self._head)
 
     def _cross_attend(self, x, attn, memory, use_torch):
         (q,), (k, v) = project(attn, x, "q"), memory

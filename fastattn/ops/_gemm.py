@@ -3,8 +3,11 @@
 For fp32 torch calls MKL, which uses only its AVX2 path on AMD processors, at 43 % of their peak. From 16 rows on, our
 kernel is 1.5 to 2.5 times as fast as MKL and 0.93 to 1.8 times as fast as oneDNN (benchmarks/test_gemm.py). It reads
 operands of any strides; oneDNN takes 2000 times as long if the second operand has gaps. It needs no setup for a new
-shape, which costs oneDNN 0.7 ms. Without AVX-512, MKL is as fast. Products of one row stay with MKL, which is twice as
-fast there, because our kernel would pack the whole matrix.
+shape, which costs oneDNN 0.7 ms. Without AVX-512, MKL is as fast. Products dy · weight of one row stay with MKL,
+which is twice as fast there, because our kernel would pack the whole matrix.
+
+x · weightᵀ with few rows has a kernel of its own, which reads the weight as it lies, also in 16 or 8 bits (layer.py).
+`_few_rows_table.py` says up to how many rows it serves an fp32 weight.
 
 On a processor without half-precision instructions, torch's loops take 2 to 120 times as long as a product in fp32 with
 its conversions; dy · weight is the slowest. Large products are therefore computed in fp32 and rounded once.
@@ -14,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn._autocast import shielded
+from fastattn.ops._few_rows_table import MOST_ROWS
 from fastattn.ops._register import register_fake, traced_backend
 
 
@@ -23,7 +27,9 @@ def _gemm_fake(a, b, bias, transpose_a, transpose_b):
 
 register_fake("gemm", _gemm_fake)
 register_fake("gemm_add_", lambda *_: None)
+register_fake("gemv", lambda x, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[0]))
 _product = torch.ops.fastattn.gemm.native
+_few_rows = torch.ops.fastattn.gemv.native
 _add_product = torch.ops.fastattn.gemm_add_.native
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -47,12 +53,26 @@ def _is_large(a, b, size):
 
 
 _has_kernel = False
+_most_rows = 0  # of x, up to which `few_rows` serves x · weightᵀ in fp32
 
 
 def use_kernel(capability):
     """Set the instruction set of the CPU kernels, one of CPU_CAPABILITIES, or None if there are no CPU kernels."""
-    global _has_kernel
+    global _has_kernel, _most_rows
     _has_kernel = capability in ("avx512", "avx512bf16")
+    _most_rows = MOST_ROWS.get(capability, 0)
+
+
+def is_few(x, weight):
+    """Whether the kernel for few rows computes x (..., k) · weightᵀ."""
+    return (
+        x.dim() > 0
+        and x.numel() <= _most_rows * x.shape[-1]
+        and _fits(x, weight)
+        and weight.layout is torch.strided
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+    )
 
 
 def is_ours(a, b):
@@ -60,9 +80,12 @@ def is_ours(a, b):
 
     Tensor subclasses, functorch transforms and tracers that record a portable graph get PyTorch's product.
     """
+    return _has_kernel and _fits(a, b)
+
+
+def _fits(a, b):
     return (
-        _has_kernel
-        and a.is_cpu
+        a.is_cpu
         and a.dtype == torch.float32
         and b.dtype == torch.float32
         and type(a) in _PLAIN
@@ -79,6 +102,8 @@ def _use_fp32(a, b, size):
 @shielded
 def linear(x, weight, bias=None):
     """x (rows, k) · weightᵀ (k, n) + bias."""
+    if is_few(x, weight) and (bias is None or bias.dtype == x.dtype):
+        return _few_rows(x, weight, None, None if bias is None else bias.contiguous())
     if is_ours(x, weight) and (bias is None or bias.dtype == x.dtype):
         return _product(x, weight, None if bias is None else bias.contiguous(), False, True)
     if _use_fp32(x, weight, x.shape[1]):

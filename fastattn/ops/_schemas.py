@@ -111,6 +111,17 @@ _SCHEMAS = (
     ),
     # out (m, n), last stride 1, += a (m, k) · b (k, n)
     ((".native",), "gemm_add_(Tensor(a!) out, Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> ()"),
+    # x (m, k) float32 · weightᵀ + bias, for few rows: weight (n, k) float32, bfloat16, or int8 with a scale (n)
+    ((".native",), "gemv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor"),
+    # a layer of new tokens x (batch, seqlen, d_model), float32, whose keys and values are added to the caches.
+    # norms: weight and bias of norm1 and norm2; linears: weight, scale and bias of in_proj, out_proj, linear1, linear2
+    # and, if gated, gate. A tensor without elements is absent. cos, sin: (rows, rotary_dim / 2)
+    (
+        (".native",),
+        "layer_decode(Tensor x, Tensor[] norms, Tensor[] linears, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+        " Tensor cache_seqlens, Tensor? cos, Tensor? sin, bool interleaved, Tensor? alibi_slopes, int n_heads,"
+        " bool norm_first, int activation, float eps1, float eps2) -> Tensor",
+    ),
     # mask (size, size), bool (True = ignore) or float. Returns whether row i sees exactly columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),
     # properties of the CPU library, for tests and `fastattn info`

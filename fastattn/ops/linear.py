@@ -43,7 +43,7 @@ def linear(x, weight, bias=None):
         RuntimeError: as torch.nn.functional.linear.
     """
     if (
-        not _gemm.is_ours(x, weight)
+        not (_gemm.is_ours(x, weight) or _gemm.is_few(x, weight))
         or not x.layout is weight.layout is torch.strided
         or _autocast.autocast_dtype(x) is not None
     ):

@@ -2,14 +2,17 @@
 
 import torch
 
-from fastattn.models import KeyValueCache, search
+from fastattn.models import CausalLM, KeyValueCache, search
+from fastattn.ops.layer import WEIGHTS
 
 from ..messages import UsageError, expect
 
 _NUCLEUS = 64  # tokens to look at first in search of those that reach top_p
 
 
-def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, beams=1, seed=0):
+def check_sampling(
+    max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0, beams=1, seed=0, weights=None
+):
     """Raise UsageError if a value is out of range."""
     expect(max_new_tokens >= 1, "max_new_tokens", "at least 1", max_new_tokens)
     expect(0 <= temperature < float("inf"), "temperature", "at least 0 and finite", temperature)
@@ -18,26 +21,39 @@ def check_sampling(max_new_tokens, temperature=1.0, top_k=None, top_p=None, repe
     expect(0 < repetition_penalty < float("inf"), "repetition_penalty", "above 0 and finite", repetition_penalty)
     expect(beams >= 1, "beams", "at least 1", beams)
     expect(0 <= seed < 2**63, "seed", "at least 0 and below 2**63", seed)
+    expect(weights in (None, *WEIGHTS), "weights", " or ".join(map(repr, (None, *WEIGHTS))), weights)
 
 
 class _NextLogits:
     """The logits after each row of a growing batch, with a cache while the rows fit the model's window.
 
-    When the window moves, every token changes its position, so the whole window is read again.
+    When the window moves, every token changes its position, so the whole window is read again. Converted weights belong
+    to a cache, which is then filled anew for each window.
     """
 
-    def __init__(self, model, use_cache):
-        self.model = model
+    def __init__(self, model, use_cache, weights=None):
+        self.model, self.weights, self.cache = model, weights, None
         self.use_cache = use_cache and hasattr(model, "blocks")
-        self.cache = None
+        self.last = {"last": True} if isinstance(model, CausalLM) else {}  # of a prompt, only the last logits are used
+        expect(weights is None or isinstance(model, CausalLM), "weights", "None for this model", weights)
 
     def __call__(self, tokens):
         """tokens: (batch, n), one more per row than in the last call; returns (batch, vocab_size)."""
-        if not self.use_cache or tokens.shape[1] > self.model.block_size:
-            return self.model(tokens[:, -self.model.block_size :])[:, -1]
+        window = tokens[:, -self.model.block_size :]
+        keeps = self.use_cache and tokens.shape[1] <= self.model.block_size
+        if not keeps and self.weights is None:
+            return self.model(window, **self.last)[:, -1]
         if self.cache is None:
-            self.cache = KeyValueCache(self.model, len(tokens))
-        return self.model(tokens[:, self.cache.length :], cache=self.cache)[:, -1]
+            self.cache = self._make_cache(len(tokens))
+        if not keeps:
+            self.cache.length = 0
+        return self.model(window[:, self.cache.length :], cache=self.cache, **self.last)[:, -1]
+
+    def _make_cache(self, batch):
+        try:
+            return KeyValueCache(self.model, batch, weights=self.weights)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def reorder(self, rows):
         if self.cache is not None:
@@ -63,11 +79,33 @@ def next_token_probabilities(logits, seen=None, *, temperature=1.0, top_k=None, 
     logits = _penalised(logits.float(), seen, repetition_penalty)
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    probabilities, index = _candidates(logits, temperature, top_k, top_p)
+    return probabilities if index is None else torch.zeros_like(logits).scatter(1, index, probabilities)
+
+
+def _candidates(logits, temperature, top_k, top_p):
+    """(probabilities, their tokens): of the tokens that may be drawn, the most likely first; of all tokens, (.., None).
+
+    A row that drops tokens gives them 0, and the others add up to 1.
+    """
+    index = None
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        logits, index = logits.topk(top_k)
     # the largest becomes 0, so that no temperature makes it infinite
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)
-    return probabilities if top_p is None or top_p >= 1 else _nucleus(probabilities, top_p)
+    if top_p is None or top_p >= 1:
+        return probabilities, index
+    if index is None:
+        return _nucleus(probabilities, top_p)
+    return _reach(probabilities, top_p), index
+
+
+def _draw(probabilities, index, generator):
+    """One token of each row by one uniform number: the first token at which the sum of probabilities exceeds it."""
+    total = probabilities.cumsum(-1, dtype=torch.float64)
+    place = torch.rand(len(total), 1, dtype=torch.float64, device=total.device, generator=generator) * total[:, -1:]
+    chosen = torch.searchsorted(total, place, right=True).clamp_max(total.shape[-1] - 1)
+    return chosen if index is None else index.gather(1, chosen)
 
 
 def _penalised(logits, seen, repetition_penalty):
@@ -78,24 +116,27 @@ def _penalised(logits, seen, repetition_penalty):
 
 
 def _nucleus(probabilities, top_p):
-    """The fewest most likely tokens whose probabilities reach top_p, scaled to a sum of 1; the others get 0.
+    """The fewest most likely tokens whose probabilities reach top_p, as `_candidates` returns them.
 
     A trained model puts most of the probability on few tokens, so a sort of the whole vocabulary is seldom needed.
     """
     vocab_size, n = probabilities.shape[-1], _NUCLEUS
     while True:
         likely, index = probabilities.topk(min(n, vocab_size))
-        total = likely.cumsum(-1)
-        if n >= vocab_size or bool((total[:, -1] >= top_p).all()):
-            break
+        if n >= vocab_size or bool((likely.sum(-1) >= top_p).all()):
+            return _reach(likely, top_p), index
         n *= 8
-    kept = likely.masked_fill(total - likely >= top_p, 0.0)  # the tokens before it already reach top_p
-    return torch.zeros_like(probabilities).scatter(1, index, kept / kept.sum(-1, keepdim=True))
+
+
+def _reach(likely, top_p):
+    """Rows in falling order without the tokens after those that reach top_p, scaled to a sum of 1."""
+    kept = likely.masked_fill(likely.cumsum(-1) - likely >= top_p, 0.0)  # the tokens before it already reach top_p
+    return kept / kept.sum(-1, keepdim=True)
 
 
 @torch.no_grad()
 def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None, top_p=None, repetition_penalty=1.0,
-                  stop=(), seed=0, use_cache=True):  # fmt: skip
+                  stop=(), seed=0, use_cache=True, weights=None):  # fmt: skip
     """Continue a prompt, token by token.
 
     Args:
@@ -106,14 +147,17 @@ def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None,
         stop: tokens that end the text; they are not yielded.
         seed: the same seed gives the same text.
         use_cache: cache keys and values instead of reading all tokens again for each new one.
+        weights: None, or "bf16" or "int8": read the weights of the blocks and of the output layer in that dtype, as
+            `KeyValueCache` does. They are converted when the first token is asked for; a later change of the model does
+            not show in this text, only in that of the next call.
 
     Yields:
         int: each new token as soon as it is drawn.
 
     Raises:
-        UsageError: the prompt is empty or a value is out of range.
+        UsageError: the prompt is empty, a value is out of range, or the weights of this model cannot be converted.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed=seed)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed=seed, weights=weights)
     if not prompt:
         raise UsageError("prompt must have at least one token, got an empty text")
     was_training = model.training
@@ -121,18 +165,15 @@ def stream_tokens(model, prompt, max_new_tokens, *, temperature=0.8, top_k=None,
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)
-    next_logits = _NextLogits(model, use_cache)
     try:
+        next_logits = _NextLogits(model, use_cache, weights)
         for _ in range(max_new_tokens):
             logits = next_logits(tokens)
             if temperature == 0:  # no probabilities, nothing to draw
                 chosen = _penalised(logits.float(), tokens, repetition_penalty).argmax(-1, keepdim=True)
             else:
-                probabilities = next_token_probabilities(
-                    logits, tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                    repetition_penalty=repetition_penalty,
-                )  # fmt: skip
-                chosen = torch.multinomial(probabilities, 1, generator=generator)
+                penalised = _penalised(logits.float(), tokens, repetition_penalty)
+                chosen = _draw(*_candidates(penalised, temperature, top_k, top_p), generator)
             if (number := chosen.item()) in stop:
                 return
             yield number
@@ -193,11 +234,12 @@ def _continuation(tokenizer, prompt, numbers, typed):
 
 
 @torch.no_grad()
-def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, stop=(), use_cache=True):
+def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, stop=(), use_cache=True,
+                weights=None):  # fmt: skip
     """The most likely continuation that a beam of `beams` candidates finds.
 
     Args:
-        model, prompt, max_new_tokens, stop, use_cache: as for stream_tokens.
+        model, prompt, max_new_tokens, stop, use_cache, weights: as for stream_tokens.
         beams: number of candidates kept.
         length_penalty: candidates are compared by log-probability / length ** length_penalty.
 
@@ -205,16 +247,18 @@ def beam_search(model, prompt, max_new_tokens, *, beams=4, length_penalty=1.0, s
         list of int: the new tokens, without the stop token.
 
     Raises:
-        UsageError: the prompt is empty or a value is out of range.
+        UsageError: as for stream_tokens.
     """
-    check_sampling(max_new_tokens, beams=beams)
+    check_sampling(max_new_tokens, beams=beams, weights=weights)
     if not prompt:
         raise UsageError("prompt must have at least one token, got an empty text")
     was_training = model.training
     model.eval()
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
-    found = search.beam_search(
-        _NextLogits(model, use_cache), tokens, max_new_tokens, beams=beams, length_penalty=length_penalty, stop=stop
-    )
-    model.train(was_training)
-    return found[0]
+    try:
+        next_logits = _NextLogits(model, use_cache, weights)
+        return search.beam_search(
+            next_logits, tokens, max_new_tokens, beams=beams, length_penalty=length_penalty, stop=stop
+        )[0]
+    finally:
+        model.train(was_training)

@@ -1,0 +1,141 @@
+"""A whole transformer layer of new tokens on a cache of keys and values, in one call: for CPUs, without gradients.
+
+pre-norm   r = x + out_proj(attention(in_proj(norm1(x)))),  y = r + linear2(hidden(norm2(r)))
+post-norm  r = norm1(x + out_proj(attention(in_proj(x)))),  y = norm2(r + linear2(hidden(r)))
+hidden(h) = activation(linear1(h)), or gated activation(gate(h)) * linear1(h)
+
+With few tokens a layer takes as long as reading its weights, so they may be kept in bfloat16 or int8; activations and
+sums are fp32.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn._autocast import autocast_dtype
+from fastattn.ops._backends import choose
+from fastattn.ops._register import register_fake, traced_backend
+from fastattn.ops.feed_forward import ACTIVATIONS
+
+WEIGHTS = ("bf16", "int8")
+_STRIP = 2**16  # elements of a weight that are converted at a time, so that the passes of a strip stay in the cache
+_ABSENT = torch.empty(0)
+
+
+class Linear(NamedTuple):
+    """The tensors of a linear layer: weight (d_out, d_in), scale and bias (d_out,), each without elements if absent."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+class Layer(NamedTuple):
+    """A layer as `decode_layer` takes it.
+
+    norms: weight and bias of norm1, then of norm2; linears: in_proj, out_proj, linear1, linear2 and, if gated, gate.
+    """
+
+    norms: tuple
+    linears: tuple
+    n_heads: int
+    norm_first: bool
+    activation: str
+    eps: tuple
+
+
+class Cache(NamedTuple):
+    """What a layer attends to: k and v, (batch, n_kv_heads, capacity, head_dim), and lengths, int32 (batch,)."""
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+
+
+class Positions(NamedTuple):
+    """How positions enter a layer: tables of a rotary embedding, (rows, rotary_dim / 2), or ALiBi's slopes, or None."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
+    alibi_slopes: Tensor | None
+
+
+def present(t):
+    """t, or the tensor without elements that stands for None."""
+    return _ABSENT if t is None else t
+
+
+def convert_linear(weight: Tensor, bias: Tensor | None, kind: str) -> Linear:
+    """A copy of an fp32 linear layer with its weight in bfloat16 or int8.
+
+    int8 is symmetric, with one scale for each row of the weight: weight ≈ scale * integer, from -127 to 127. An element
+    is off by at most half a scale, which is 1/254 of the largest element of its row; in bfloat16 by at most 1/256 of
+    itself.
+
+    Args:
+        weight: (d_out, d_in) fp32; bias: (d_out,) or None.
+        kind: "bf16" or "int8".
+    """
+    bias = _ABSENT if bias is None else bias.detach().clone()
+    weight = weight.detach()
+    if kind == "bf16":
+        return Linear(weight.to(torch.bfloat16, copy=True).contiguous(), _ABSENT, bias)
+    integers, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    rows = max(1, _STRIP // max(1, weight.shape[1]))
+    for part, out, scales in zip(weight.split(rows), integers.split(rows), scale.split(rows), strict=True):
+        if not part.numel():
+            continue
+        largest = part.abs().amax(1)
+        torch.div(largest, 127, out=scales)
+        scales.masked_fill_(scales == 0, 1.0)
+        out.copy_((part / scales[:, None]).round_())
+    return Linear(integers, scale, bias)
+
+
+def few_rows_linear(x: Tensor, linear: Linear) -> Tensor:
+    """x (..., d_in), fp32, through a `Linear`: (..., d_out)."""
+    weight, scale, bias = linear
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
+    y = _gemv(rows, weight, scale if weight.dtype == torch.int8 else None, bias if bias.numel() else None)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+_gemv = torch.ops.fastattn.gemv.native._op
+
+
+def serves(x: Tensor, head_dim: int) -> bool:
+    """Whether `decode_layer` computes a layer of tokens x: fp32 on the CPU, with no gradient, cast or trace."""
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and type(x) is torch.Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and autocast_dtype(x) is None
+        and traced_backend("native") == "native"
+        and choose("attention_decode", ("cpu", x.dtype, head_dim > 256)) == "native"
+    )
+
+
+def decode_layer(x: Tensor, layer: Layer, cache: Cache, positions: Positions) -> Tensor:
+    """A layer of new tokens, whose keys and values are added to the cache.
+
+    Args:
+        x: (batch, seqlen, d_model) fp32, for which `serves` is true.
+        layer: its weights and options.
+        cache: updated in place; its lengths are those before the call.
+        positions: with rotary tables, all lengths must be equal.
+    Returns: (batch, seqlen, d_model).
+    Raises:
+        RuntimeError: shapes or dtypes do not fit, or the cache is full.
+    """
+    return _layer(
+        x, layer.norms, [t for linear in layer.linears for t in linear], *cache, *positions, layer.n_heads,
+        layer.norm_first, ACTIVATIONS.index(layer.activation), *layer.eps,
+    )  # fmt: skip
+
+
+register_fake("layer_decode", lambda x, *_: x.new_empty(x.shape))
+_layer = torch.ops.fastattn.layer_decode.native._op

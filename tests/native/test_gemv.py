@@ -1,0 +1,157 @@
+"""The product of few rows against fp64: weights of three dtypes, odd sizes, every stride, any number of threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from memory_guard import guarded
+from oracle import FP32_EPS, assert_accurate
+
+from fastattn.ops._backends import why_not_available
+from fastattn.ops.layer import convert_linear, few_rows_linear
+
+pytestmark = pytest.mark.skipif(
+    why_not_available("native", "cpu") is not None, reason=f"no C++ kernels: {why_not_available('native', 'cpu')}"
+)
+gemv = torch.ops.fastattn.gemv.native
+
+# (n, k): around vectors, groups of columns, chains; empty
+SIZES = ((1, 1), (3, 5), (16, 8), (17, 33), (5, 64), (50, 130), (9, 4100), (65, 300), (4, 0), (0, 7))
+ROWS = (0, 1, 2, 3, 4, 7, 17)
+KINDS = (None, "bf16", "int8")
+
+
+def matrix(tensor, layout):
+    if layout == "dense":
+        return guarded(tensor)
+    if layout == "gaps":
+        return guarded(tensor, offset=3, gap=5)
+    return tensor.repeat_interleave(2, 1)[:, ::2]  # x only: columns apart
+
+
+def guarded_bytes(tensor, gap):
+    """An int8 matrix between elements of -128, which quantised weights never are; `gap` of them follow each row."""
+    rows, cols = tensor.shape
+    buffer = torch.full((rows + 2, cols + gap), -128, dtype=torch.int8)
+    return buffer[1:-1, :cols].copy_(tensor)
+
+
+def operands(rows, n, k, kind, layout_x, layout_w):
+    """(the op's arguments, the fp32 weight that they stand for)."""
+    x, weight, bias = matrix(torch.randn(rows, k), layout_x), torch.randn(n, k), guarded(torch.randn(n))
+    if kind is None:
+        return (x, matrix(weight, layout_w), None, bias), weight
+    linear = convert_linear(weight, bias, kind)
+    if kind == "bf16":
+        return (x, matrix(linear.weight, layout_w), None, bias), linear.weight.float()
+    stored = guarded_bytes(linear.weight, 5 if layout_w == "gaps" else 0)
+    return (x, stored, guarded(linear.scale), bias), linear.weight.float() * linear.scale[:, None]
+
+
+@pytest.mark.parametrize("layout_w", ["dense", "gaps"])
+@pytest.mark.parametrize("layout_x", ["dense", "gaps", "columns apart"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_fp64(kind, layout_x, layout_w):
+    for n, k in SIZES:
+        for rows in ROWS:
+            arguments, weight = operands(rows, n, k, kind, layout_x, layout_w)
+            x, bias = arguments[0], arguments[3]
+            exact = x.double() @ weight.double().t()
+            baseline = x.contiguous() @ weight.t()
+            bound = (x.abs() @ weight.abs().t()).max().item() if exact.numel() and k else 0.0
+            slack = 4 * FP32_EPS * bound
+            what = f"{rows} x {n} x {k}"
+            assert_accurate(gemv(*arguments), exact + bias, baseline + bias, what=what, slack=slack)
+            assert_accurate(gemv(*arguments[:3], None), exact, baseline, what=f"{what} without bias", slack=slack)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_depend_neither_on_threads_nor_on_the_other_rows(kind):
+    threads = torch.get_num_threads()
+    try:
+        for n, k in ((200, 800), (1000, 70), (37, 5000)):
+            arguments, _ = operands(16, n, k, kind, "dense", "gaps")
+            results = []
+            for count in range(1, 9):
+                torch.set_num_threads(count)
+                results.append(gemv(*arguments))
+            assert all(torch.equal(results[0], result) for result in results[1:])
+            x, *others = arguments
+            for rows in (slice(3, 4), slice(1, 3), slice(5, 8), slice(0, 4)):
+                assert torch.equal(gemv(x[rows], *others), results[0][rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """A higher one than the processor has is the best that it has: then these are the tests above once more."""
+    code = (
+        "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'fp64 and gaps-gaps or bits',"
+        f" {__file__!r}]))"
+    )
+    environment = {**os.environ, "FASTATTN_CPU_CAPABILITY": capability}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_a_converted_weight_is_as_near_as_stated(kind):
+    weight = torch.randn(40, 300) * torch.logspace(-6, 6, 40)[:, None]
+    weight[3] = 0
+    linear = convert_linear(weight, None, kind)
+    if kind == "bf16":
+        assert ((linear.weight.double() - weight.double()).abs() <= weight.double().abs() / 256).all()
+    else:
+        restored = linear.weight.double() * linear.scale.double()[:, None]
+        assert ((restored - weight.double()).abs() <= weight.double().abs().amax(1, True) / 253.9).all()
+        assert linear.weight.abs().max() == 127
+    x = torch.randn(2, 3, 300)
+    y, exact = few_rows_linear(x, linear), x.double() @ weight.double().t()
+    # errors of independent roundings add up by their squares
+    size = (x.double().square().sum(-1, True) * weight.double().square().amax(1)).sqrt()
+    assert ((y - exact).abs() <= 5 * size / (256 if kind == "bf16" else 254) + 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_a_nan_in_a_weight_is_a_nan_in_its_column_alone(kind):
+    weight = torch.randn(6, 40)
+    weight[2, 7] = float("nan")
+    y = few_rows_linear(torch.randn(3, 40), convert_linear(weight, torch.randn(6), kind))
+    assert y[:, 2].isnan().all()
+    assert y[:, [0, 1, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_empty_weights(kind, shape):
+    bias = torch.randn(shape[0])
+    y = few_rows_linear(torch.randn(2, shape[1]), convert_linear(torch.randn(shape), bias, kind))
+    assert torch.equal(y, bias.expand(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 4)}, "x must be float32 of two dimensions and 3 columns"),
+        ({"x": torch.zeros(2, 3, dtype=torch.float64)}, "x must be float32"),
+        ({"weight": torch.zeros(5)}, "weight must have two dimensions, got 1"),
+        ({"weight": torch.zeros(3, 5).t()}, "weight must have last stride 1"),
+        ({"weight": torch.zeros(5, 3, dtype=torch.float16)}, "weight must be float32, bfloat16 or int8, got Half"),
+        ({"weight": torch.zeros(5, 3, dtype=torch.int8)}, "scale belongs to an int8 weight"),
+        ({"scale": torch.zeros(5)}, "scale belongs to an int8 weight"),
+        ({"bias": torch.zeros(4)}, "bias must be contiguous float32 of 5"),
+    ],
+)
+def test_bad_operands_are_named(change, message):
+    arguments = {"x": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "scale": None, "bias": None} | change
+    with pytest.raises(RuntimeError, match=message):
+        gemv(*arguments.values())
+
+
+def test_opcheck():
+    for kind in KINDS:
+        arguments, _ = operands(3, 6, 7, kind, "dense", "dense")
+        torch.library.opcheck(gemv, arguments)
