@@ -1,4 +1,4 @@
-// Attention on the CPU for float32, float16 and bfloat16, summed in fp32: see attention_fwd.h and attention_bwd.h.
+// Attention on the CPU for float32, float16 and bfloat16, summed in fp32. See attention_fwd.h and attention_bwd.h.
 #include "attention_bwd.h"
 
 namespace fastattn {

@@ -1,4 +1,4 @@
-// Attention in bfloat16 by the dot products of AVX512-BF16: compiled for that instruction set only.
+// Attention in bfloat16 with the dot products of AVX512-BF16. Compiled for this instruction set only.
 #include "attention_bwd.h"
 
 namespace fastattn {

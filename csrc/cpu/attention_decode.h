@@ -1,13 +1,14 @@
 #pragma once
-// Attention of few queries on a cache: one task is a block of rows and a split of the keys that they see. The rows are
-// the queries of all heads that share a key head, so that every row of the cache is read once.
+// Attention of few queries on a cache. A task is a block of rows and a split of the keys that they see. The rows are
+// the queries of all heads that share a key head, so every row of the cache is read only once.
 //
 //   s = q·Kᵀ,  m' = max(m, s),  alpha = e^(m - m'),  p = e^(s - m'),  l = l * alpha + sum p,  o = o * alpha + p·V
 //
-// Head dims lie along the vector lanes, as the cache has them: with a row or a few, lanes of queries would be empty. A
-// dot product then ends in a sum over lanes, taken for as many products at once as a vector has lanes. Keys and values
-// are found by pointers to their rows, which makes pages, layouts and other rows of the batch one and the same.
-// The splits of a block leave unfinished rows; the last one to end combines them, always in the same order.
+// The head dim lies along the vector lanes, as in the cache; with one row or a few, lanes of queries would be mostly
+// empty. Each dot product therefore ends in a sum over lanes, which is computed for as many products at once as a
+// vector has lanes. Keys and values are found through pointers to their rows, so pages, layouts and cache_batch_idx
+// need no code of their own. Each split of a block leaves a partial result; the last split to finish combines them,
+// always in the same order.
 #include <cmath>
 #include <type_traits>
 
@@ -19,7 +20,7 @@ using fastattn::DecodeArgs;
 
 constexpr int kTileKeys = fastattn::kDecodeKeys;
 
-// The sums over the lanes of kVec vectors, as one vector.
+// Returns the sums over the lanes of kVec vectors, as one vector.
 inline Vec lane_sums(const Vec* a) {
 #if defined(__AVX512F__)
   __m512 pairs[8], quads[4], halves[2];
@@ -48,18 +49,18 @@ inline Vec lane_sums(const Vec* a) {
 #endif
 }
 
-// How a row of T is taken in: kCols elements are one load. bf16 is widened as even and odd elements, or multiplied in
-// pairs by kPairs; q and the sums of values are laid out accordingly, and place() says where a column then is.
+// How a row of T is read: one load covers kCols elements. bf16 is widened to even and odd elements, or multiplied in
+// pairs with kPairs. q and the sums of values are stored in the matching order; place() gives the position of a column.
 template <typename T, bool kPairs>
 struct Row {
   static constexpr bool kHalves = std::is_same_v<T, BF16>;
   static constexpr int kCols = kHalves ? 2 * kVec : kVec;
   static constexpr int kKeyVecs = kPairs ? 1 : kCols / kVec;  // of a load of a key
-  static constexpr int kValueVecs = kCols / kVec;             // of a load of a value, with kPairs of two values
+  static constexpr int kValueVecs = kCols / kVec;             // of a load of a value; with kPairs, of two values
 
   static constexpr int64_t width(int64_t cols) { return round_up(cols, kCols); }
 
-  // Where the sums of values have column c: unpacked pairs are interleaved by 4 lanes, halves by one.
+  // The position of column c in the sums of values. Unpacked pairs are interleaved by 4 lanes, halves by one.
   static constexpr int64_t place(int64_t c) {
     const int64_t in = c % kCols;
     return c - in + (kPairs ? in / 4 % 2 * 16 + in / 8 * 4 + in % 4 : kHalves ? in % 2 * kVec + in / 2 : in);
@@ -87,15 +88,15 @@ struct Row {
     }
   }
 
-  // The last n columns of a row, n < kCols, and zeros.
+  // The last n columns of a row, n < kCols, padded with zeros.
   struct Tail {
     alignas(64) T data[kCols] = {};
     Tail(const T* p, int n) { std::memcpy(data, p, n * sizeof(T)); }
   };
 };
 
-// s[r][j] = q[r]·k[j] for R rows and all keys of a tile, rounded up to whole vectors. The first rows to see a tile
-// (kFirst) also fetch `next`, the rows of the tile to come: they are too far away for the processor to see them coming.
+// s[r][j] = q[r]·k[j] for R rows and all keys of a tile, rounded up to whole vectors. The first rows of a tile (kFirst)
+// also prefetch `next`, the rows of the next tile, which the hardware prefetcher does not reach.
 template <typename T, bool kPairs, int R, bool kFirst>
 void score_rows(const float* q, int64_t width, const T* const* k, const T* const* next, int keys, int64_t cols,
                 float* s) {
@@ -122,7 +123,7 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
       }
     };
     if constexpr (kFirst) {
-      // key by key, as they lie in memory: reading eight at a time the processor's own prefetching gave 10 GB/s, not 14
+      // one key at a time, in memory order: with eight at a time, the hardware prefetcher reached 10 GB/s instead of 14
 #pragma GCC unroll 16
       for (int n = 0; n < K; ++n) {
         for (int64_t x = 0; x < whole; ++x) {
@@ -130,7 +131,7 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
           add(n, x, k[j + n] + x * In::kCols);
         }
       }
-    } else {  // from the cache: K keys at a time share the loads of the rows
+    } else {  // from the cache: K keys at a time share the loads of q
       for (int64_t x = 0; x < whole; ++x) {
 #pragma GCC unroll 16
         for (int n = 0; n < K; ++n) {
@@ -153,8 +154,8 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
   }
 }
 
-// o[r][..] = o[r][..] * alpha[r] + sum_j p[r][j] * v[j][..] for R rows and U loads of a value from column `col` on; at
-// the start o is not read. A tail, of `rest` columns, is one load.
+// o[r][..] = o[r][..] * alpha[r] + sum_j p[r][j] * v[j][..] for R rows and U loads of a value from column `col` on.
+// With kFirst, o is not read. A tail of `rest` columns is one load.
 template <typename T, bool kPairs, int R, int U, bool kFirst>
 void add_values_block(const float* p, const T* const* v, const T* const* next, int keys, int64_t col, int rest,
                       bool start, const float* alpha, float* o, int64_t width) {
@@ -220,7 +221,7 @@ void add_values_block(const float* p, const T* const* v, const T* const* next, i
 template <typename T, bool kPairs, int R, bool kFirst>
 void add_values(const float* p, const T* const* v, const T* const* next, int keys, int64_t cols, bool start,
                 const float* alpha, float* o, int64_t width) {
-  // as many accumulators as hide the latency of a multiplication and leave registers for the values
+  // enough accumulators to hide the latency of a multiplication, while registers remain for the values
   using In = Row<T, kPairs>;
   constexpr int kCols = In::kCols, U = (kVec == 16 ? (R == 4 ? 4 : 8) : 8 / R) / In::kValueVecs;
   int64_t col = 0;
@@ -233,7 +234,7 @@ void add_values(const float* p, const T* const* v, const T* const* next, int key
   }
 }
 
-// The row of a query as score_rows takes it.
+// A row of a query in the layout that score_rows reads.
 template <typename T, bool kPairs>
 inline void pack_row(float* dst, const T* src, int64_t cols) {
   using In = Row<T, kPairs>;
@@ -247,7 +248,7 @@ inline void pack_row(float* dst, const T* src, int64_t cols) {
   }
 }
 
-// body<R, whether they are the first>(first row) for all rows, four, two or one at a time
+// Calls body<R, whether these are the first rows>(first row) for all rows, four, two or one at a time.
 template <typename Body>
 inline void for_row_groups(int rows, Body body) {
   const auto group = [&](auto count, int r) {
@@ -270,7 +271,7 @@ inline void for_row_groups(int rows, Body body) {
   }
 }
 
-// Where a task stands and what its rows see. Row r of a key head is query r / group of head r % group of its group.
+// The position of a task and what its rows see. Row r of a key head is query r / group of head r % group of its group.
 struct DecodeTask {
   int64_t batch, kv_head, block, split, group, off, begin, end;
   int64_t from, to;  // the keys of the split: [from, to)
@@ -307,7 +308,7 @@ struct DecodeTask {
   }
 };
 
-// Pointers to the rows of `keys` keys from j on, the last one repeated up to whole vectors.
+// Pointers to the rows of `keys` keys from j on. The last one is repeated up to a whole vector.
 template <typename T>
 inline void find_rows(const DecodeArgs& args, const fastattn::HeadTensor& cache, const DecodeTask& task, int64_t j,
                       int keys, const T** rows) {
@@ -328,11 +329,11 @@ inline void find_rows(const DecodeArgs& args, const fastattn::HeadTensor& cache,
   }
 }
 
-// The scores of row r of a tile become weights p; the running maximum, total and alpha of the row follow.
+// Turns the scores of row r of a tile into weights p and updates the maximum, total and alpha of the row.
 template <bool kPairs>
 void softmax_row(const DecodeArgs& args, const DecodeTask& task, int r, int64_t j0, int keys, float* s, float* m,
                  float* l, float* alpha) {
-  const int64_t position = task.query(r) + task.off - j0;  // of the query, counted from the first key of the tile
+  const int64_t position = task.query(r) + task.off - j0;  // of the query, relative to the first key of the tile
   const auto bound = [](int64_t lane) {
     return static_cast<float>(lane < -1 ? -1 : lane > kTileKeys ? kTileKeys : lane);
   };
@@ -384,8 +385,8 @@ void softmax_row(const DecodeArgs& args, const DecodeTask& task, int r, int64_t 
   *alpha = rescale[0];
 }
 
-// Unfinished rows of all splits of a block become rows of out and lse. A split of `stride` floats holds o, then m and
-// l.
+// Combines the partial results of all splits of a block into rows of out and lse. A split has `stride` floats: o, then
+// m and l.
 template <typename T, bool kPairs>
 void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* partial, int64_t stride, int64_t width,
                  float* sums) {
@@ -401,7 +402,7 @@ void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* pa
     float total = std::exp(sink - base);
     zero(sums, width);
     for (int64_t n = 0; n < args.splits; ++n) {
-      if (l[n * stride] == 0.f) {  // it saw nothing, and may have written nothing
+      if (l[n * stride] == 0.f) {  // this split saw no key and may not have written o
         continue;
       }
       const float share = std::exp(m[n * stride] - base);
@@ -421,7 +422,7 @@ void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* pa
   }
 }
 
-// The rows of a task over the keys of its split: o (rows, width), m and l.
+// Computes the rows of a task over the keys of its split: o (rows, width), m and l.
 template <typename T, bool kPairs>
 void attend(const DecodeArgs& args, const DecodeTask& task, const float* q, int64_t width_q, float* s, float* alpha,
             float* o, int64_t width, float* m, float* l) {
@@ -441,7 +442,7 @@ void attend(const DecodeArgs& args, const DecodeTask& task, const float* q, int6
     const int64_t tile = (j0 - task.from) / kTileKeys % 2;
     const auto& now = found[tile];
     const int keys_next = j0 + kTileKeys < task.to ? find(j0 + kTileKeys, found[1 - tile]) : 0;
-    // what is fetched must be there for as many keys as now: the last tile may be shorter
+    // the prefetched tile must have as many keys as this one; the last tile may be shorter
     const auto& next = found[keys_next == kTileKeys ? 1 - tile : tile];
     for_row_groups(task.rows, [&](auto count, auto first, int r) {
       score_rows<T, kPairs, count.value, first.value>(q + r * width_q, width_q, now[0], next[0], keys, args.head_dim,
