@@ -26,7 +26,7 @@ inline void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   }
   STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) &&
                       v.size(2) == k.size(2) && k.size(3) == q.size(3),
-                  "attention: q, k and v do not fit each other");
+                  "attention: the shapes of q, k and v do not match");
   STD_TORCH_CHECK(q.size(1) == k.size(1) || (k.size(1) && q.size(1) % k.size(1) == 0),
                   "attention: the heads of q must be a multiple of those of k, got ", q.size(1), " and ", k.size(1));
 }
@@ -151,7 +151,7 @@ struct AttentionBackwardCall : AttentionCall<Args, read> {
     STD_TORCH_CHECK(fits(saved.out) && (!saved.dout || fits(*saved.dout)) && saved.lse.numel() == rows &&
                         (saved.lse_low.numel() == 0 || saved.lse_low.numel() == rows) &&
                         (!saved.dlse || saved.dlse->numel() == rows),
-                    "attention: dout, dlse, out, lse and lse_low do not fit q and v");
+                    "attention: the shapes of dout, dlse, out, lse and lse_low do not match q and v");
     const auto is = [](const OptionalTensor& t, ScalarType dtype) { return !t || t->scalar_type() == dtype; };
     STD_TORCH_CHECK(is(saved.dout, q.scalar_type()) && is(saved.out, q.scalar_type()) &&
                         is(saved.lse, ScalarType::Float) && is(saved.lse_low, ScalarType::Float) &&

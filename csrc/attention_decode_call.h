@@ -32,7 +32,7 @@ struct CacheCall {
     STD_TORCH_CHECK(k_cache.size(0) == v_cache.size(0) && k_cache.size(1) == v_cache.size(1) &&
                         k_cache.size(2) == v_cache.size(2) && k_cache.size(3) == rows.size(3) &&
                         k_cache.scalar_type() == rows.scalar_type() && v_cache.scalar_type() == rows.scalar_type(),
-                    "attention_decode: the caches do not fit each other or the other tensors");
+                    "attention_decode: the shapes of the caches do not match each other or the other tensors");
     STD_TORCH_CHECK(!block_table || block_table->dim() == 2, "attention_decode: block_table must have 2 dimensions");
     args.dtype = dtype_of(rows, "attention_decode: tensors");
     args.batch = rows.size(0);
@@ -52,7 +52,7 @@ struct CacheCall {
     STD_TORCH_CHECK(v.dim() == 4 && k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
                         k.size(1) == k_cache.size(1) && v.size(3) == v_cache.size(3) &&
                         v.scalar_type() == k.scalar_type(),
-                    "attention_decode: k and v do not fit each other or the caches");
+                    "attention_decode: the shapes of k and v do not match each other or the caches");
   }
 };
 

@@ -40,8 +40,8 @@ class RotaryCall {
     if (k) {
       STD_TORCH_CHECK(k->dim() == dims && k->size(0) == q.size(0) && k->size(dims - 1) == args.head_dim &&
                           k->size(dims - 2) == (dims == 4 ? args.seqlen : k->size(1)),
-                      "rotary: k must have the shape of q but for its heads, got ", k->numel(), " elements in ",
-                      k->dim(), " dimensions");
+                      "rotary: k must have the shape of q except for the number of heads, got ", k->numel(),
+                      " elements in ", k->dim(), " dimensions");
       STD_TORCH_CHECK(k->scalar_type() == q.scalar_type() && k->device() == q.device(),
                       "rotary: k must have the dtype and device of q");
       add(1, *k);
@@ -72,7 +72,7 @@ class RotaryCall {
   // Sets `out` to q and k themselves.
   void write_in_place(const Tensor& q, const std::optional<Tensor>& k) {
     STD_TORCH_CHECK(args.x[0].data == q.const_data_ptr() && (!k || args.x[1].data == k->const_data_ptr()),
-                    "rotary: in place takes tensors whose last stride is 1");
+                    "rotary: tensors rotated in place must have last stride 1");
     args.out[0] = args.x[0];
     args.out[1] = args.x[1];
   }

@@ -32,7 +32,7 @@ using Kernel = void (*)(const AttentionArgs&);
 int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t total, const char* name) {
   int64_t most = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    STD_TORCH_CHECK(cu_seqlens[b + 1] >= cu_seqlens[b], name, " must not fall, got ", cu_seqlens[b + 1], " after ",
+    STD_TORCH_CHECK(cu_seqlens[b + 1] >= cu_seqlens[b], name, " must not decrease, got ", cu_seqlens[b + 1], " after ",
                     cu_seqlens[b]);
     most = std::max<int64_t>(most, cu_seqlens[b + 1] - cu_seqlens[b]);
   }

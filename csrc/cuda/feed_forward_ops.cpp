@@ -1,4 +1,4 @@
-// fastattn::activation_fwd and activation_bwd for CUDA tensors: the passes of feed-forward between its products.
+// fastattn::activation_fwd and activation_bwd for CUDA tensors: the passes of feed_forward between its matrix products.
 #include "host.h"  // before every other header: it switches on what they declare for CUDA
 
 #include <torch/csrc/stable/library.h>

@@ -360,5 +360,5 @@ def test_raw_op_refuses_what_it_does_not_serve():
     for inputs in ((q[..., :32], k[..., :32], v[..., :32]), (q.float(), k.float(), v.float()), (q, k, v[..., :32])):
         with pytest.raises(RuntimeError, match="half precision and head dims 64, 96, 128, 192 and 256"):
             attention_module._ops["fwd"]["native"](*inputs, *rest, False)
-    with pytest.raises(RuntimeError, match="makes no lse_low"):
+    with pytest.raises(RuntimeError, match="does not compute lse_low"):
         attention_module._ops["fwd"]["native"](q, k, v, *rest, True)

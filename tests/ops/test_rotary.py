@@ -597,7 +597,7 @@ def test_raw_ops_check_again(device):
     rest = (False, False)
     bad = [
         ((q[0, 0], None, cos, sin, None, 0, 8, *rest), "q must have 3 or 4 dimensions, got 2"),
-        ((q, q[:, :, :4], cos, sin, None, 0, 8, *rest), "k must have the shape of q but for its heads"),
+        ((q, q[:, :, :4], cos, sin, None, 0, 8, *rest), "k must have the shape of q except for the number of heads"),
         ((q, q.half(), cos, sin, None, 0, 8, *rest), "k must have the dtype and device of q"),
         ((q, None, cos, sin, None, 0, 10, *rest), "rotary_dim must be even, above 0 and at most 8, got 10"),
         ((q, None, cos[:, :3], sin[:, :3], None, 0, 8, *rest), "cos must have at least 4 columns, got 3"),
@@ -613,7 +613,7 @@ def test_raw_ops_check_again(device):
     for arguments, message in bad:
         with pytest.raises(RuntimeError, match=message):
             OPS.rotary_fwd.native(*arguments)
-    with pytest.raises(RuntimeError, match="in place takes tensors whose last stride is 1"):
+    with pytest.raises(RuntimeError, match="tensors rotated in place must have last stride 1"):
         OPS.rotary_fwd_.native(q.mT.contiguous().mT, None, cos, sin, None, 0, 8, *rest)
 
 
