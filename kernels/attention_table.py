@@ -1,6 +1,6 @@
-"""Configurations of the attention kernels, rewritten by scripts/tune_attention.py.
+"""Launch parameters of the attention kernels, rewritten by scripts/tune_attention.py.
 
-Chosen so that tiles stay in registers when compiled; not yet measured on hardware.
+They are chosen so that tiles stay in registers when compiled; not yet measured on hardware.
 """
 
 from fastattn.kernels.common import Launch, Variants

@@ -6,9 +6,9 @@
                                                                       dgate = dact * preact * act'(gate)
     dbias = sum_rows(dpreact),  dbias_gate = sum_rows(dgate)
 
-Forward: a program owns a tile. Backward: a program owns a strip of BLOCK_N columns, walks over blocks of rows and adds
-up its share of the bias gradients in fp32; a second kernel adds the shares, in a fixed order, without atomics. It also
-stores hidden again, for the gradient of w2. Saved: the pre-activations, never hidden or a mask.
+Forward: a program owns a tile. Backward: a program owns a strip of BLOCK_N columns, loops over blocks of rows and sums
+its share of the bias gradients in fp32. A second kernel adds the shares in a fixed order, without atomics. The backward
+also stores hidden again, for the gradient of w2. Saved: the pre-activations, never hidden or a mask.
 Limits: fewer than 2^31 columns. Reference: fastattn.reference.feed_forward.
 """
 
@@ -37,18 +37,18 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + e^-x) and 1 minus it, both to full relative precision."""
+    """The sigmoid 1 / (1 + e^-x) and 1 minus it, both to full relative precision."""
     e = tl.exp(-x)
     s = 1 / (1 + e)
-    return s, tl.minimum(e, 8.5e37) * s  # no inf * 0
+    return s, tl.minimum(e, 8.5e37) * s  # the bound avoids inf * 0
 
 
 @triton.jit
 def _activation(x, ACTIVATION: tl.constexpr):
-    """What the activation is at x, and its slope there."""
+    """Return the value of the activation at x and its slope there."""
     if ACTIVATION == "gelu":
-        # the normal distribution: P(-a) = exp(-a^2 / 2) * q(1 / (1 + 0.4 a)) for a >= 0, q fitted to erfcx, relative
-        # error 9e-8; 1 + erf would cancel where x is negative
+        # The normal distribution: P(-a) = exp(-a^2 / 2) * q(1 / (1 + 0.4 a)) for a >= 0. q was fitted to erfcx, with a
+        # relative error of 9e-8. 1 + erf would cancel for negative x.
         a = tl.minimum(tl.abs(x), 15.0)
         t = 1 / (1 + 0.4 * a)
         e = tl.exp(-0.5 * a * a)
@@ -142,7 +142,7 @@ def activation_bwd_kernel(
             dpreact = dact * value
             dgate = dact * preact * slope
             tl.store(dgate_ptr + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-            dbias_gate += dgate  # rows beyond the last one add 0: their dhidden loads as 0
+            dbias_gate += dgate  # rows after the last one add 0, because their dhidden loads as 0
         else:
             dpreact = dact * slope
         tl.store(dpreact_ptr + offs, dpreact.to(dpreact_ptr.dtype.element_ty), mask=mask)
@@ -156,7 +156,7 @@ def activation_bwd_kernel(
 
 
 def _flat(preact, gate):
-    """rows, cols, and preact and gate as rows with their strides."""
+    """Return rows, cols, and preact and gate as rows with their strides."""
     cols = preact.shape[-1]
     return preact.numel() // cols, cols, *as_rows(preact), *((None, 0) if gate is None else as_rows(gate))
 

@@ -1,10 +1,10 @@
 """Rotary position embedding: y1 = x1 * cos - x2 * sin, y2 = x2 * cos + x1 * sin, over the pairs of the first rotary_dim
-channels; the others are copied. The backward is the same with -sin.
+channels. The other channels are copied. The backward is the same with -sin.
 
-A program owns BLOCK_M tokens of BLOCK_H heads, of q or of k, and loads the tables' rows of its tokens once for all of
-them. Half-split pairs are two tiles; interleaved ones are one tile of twice the width, taken apart in registers. In
-place is safe: a program has loaded a row before it stores it, and no other one touches it.
-A position outside of the table gives NaN. Limits: fewer than 2^31 tokens.
+A program owns BLOCK_M tokens of BLOCK_H heads, of q or of k, and loads the table rows of its tokens once for all of
+them. Half-split pairs are two tiles; interleaved pairs are one tile of twice the width, separated in registers. The op
+can work in place, because a program loads a row before it stores it, and no other program touches the row.
+A position outside the table gives NaN. Limits: fewer than 2^31 tokens.
 Reference: fastattn.reference.rotary_embedding.
 """
 
@@ -93,12 +93,12 @@ def rotary_fwd_kernel(
 
 
 def _strides(t):
-    """(batch, head, row) of a tensor, and the position of its tokens in shape."""
+    """Return the strides (batch, head, row) of a tensor. A packed one has batch stride 0."""
     return (0, t.stride(1), t.stride(0)) if t.dim() == 3 else t.stride()[:3]
 
 
 def blocks(heads, half, rest):
-    """(BLOCK_M, BLOCK_H, BLOCK_HALF, BLOCK_REST) for so many heads, pairs and channels that only are copied."""
+    """Return (BLOCK_M, BLOCK_H, BLOCK_HALF, BLOCK_REST) for the numbers of heads, pairs and copied channels."""
     block_half = triton.next_power_of_2(half)
     block_h = max(1, min(triton.next_power_of_2(heads), MAX_HEADS, PAIRS // block_half))
     return max(1, PAIRS // (block_half * block_h)), block_h, block_half, rest and 2 * block_half
