@@ -41,6 +41,11 @@ class Launch(NamedTuple):
         return {"num_warps": self.warps} | stages
 
 
+def launch_for(table, cols):
+    """Return the first Launch of a table, ordered by block_n, that holds a row of `cols` columns, or None."""
+    return next((row for row in table if cols <= row.block_n), None)
+
+
 class Variants(NamedTuple):
     """A row of the table of attention: one Launch for each kind of call."""
 

@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.common import Launch, launch, register, tanh
+from fastattn.kernels.common import Launch, launch, launch_for, register, tanh
 
-# By columns: the first entry that a row fits into. Wider rows are read in blocks of the last entry.
-TABLE = {256: Launch(1, 256, 1), 1024: Launch(1, 1024, 4), 4096: Launch(1, 4096, 8)}
+# By width; wider rows are read in blocks of the last entry.
+TABLE = (Launch(1, 256, 1), Launch(1, 1024, 4), Launch(1, 4096, 8))
 
 
 @triton.jit
@@ -96,11 +96,11 @@ def cross_entropy_fwd(logits, target, dloss, ignore_index, label_smoothing, z_lo
         raise RuntimeError(f"logits must have inner stride 1, got strides {logits.stride()}")
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        config = TABLE[next((n for n in TABLE if cols <= n), max(TABLE))]
+        tile = launch_for(TABLE, cols) or TABLE[-1]
         launch(
             cross_entropy_fwd_kernel, (rows,), logits.device, logits, target, dloss, loss, cols, logits.stride(0),
             ignore_index, label_smoothing, z_loss, softcap, SOFTCAP=softcap > 0, NEED_GRAD=need_grad,
-            BLOCK_N=config.block_n, **config.options(),
+            BLOCK_N=tile.block_n, **tile.options(),
         )  # fmt: skip
     return loss
 

@@ -167,11 +167,11 @@ def activation_fwd(preact, gate, rng, dropout_p, activation):
         return hidden
     rows, cols, preact, preact_stride, gate, gate_stride = _flat(preact, gate)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
-    block_m, block_n, warps, _ = FORWARD
+    grid = (triton.cdiv(rows, FORWARD.block_m) * triton.cdiv(cols, FORWARD.block_n),)
     launch(
-        activation_fwd_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),), preact.device, preact, gate,
-        rng, hidden, rows, cols, preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation],
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        activation_fwd_kernel, grid, preact.device, preact, gate, rng, hidden, rows, cols, preact_stride, gate_stride,
+        threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=FORWARD.block_m, BLOCK_N=FORWARD.block_n,
+        **FORWARD.options(),
     )  # fmt: skip
     return hidden
 
@@ -192,10 +192,9 @@ def activation_bwd(dhidden, preact, gate, rng, dropout_p, activation, need_hidde
     rows, cols, preact, preact_stride, gate, gate_stride = _flat(preact, gate)
     dhidden, dhidden_stride = as_rows(dhidden)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
-    block_m, block_n, warps, _ = BACKWARD
-    strips = triton.cdiv(cols, block_n)
+    strips = triton.cdiv(cols, BACKWARD.block_n)
     walkers = triton.cdiv(persistent_programs(device, PROGRAMS_PER_MULTIPROCESSOR), strips)
-    programs = min(triton.cdiv(rows, block_m), walkers)
+    programs = min(triton.cdiv(rows, BACKWARD.block_m), walkers)
     partials = [
         torch.empty((programs, cols), dtype=torch.float32, device=device) if needed else None
         for needed in (need_dbias, need_dbias_gate)
@@ -203,8 +202,8 @@ def activation_bwd(dhidden, preact, gate, rng, dropout_p, activation, need_hidde
     launch(
         activation_bwd_kernel, (strips, programs), device, dhidden, preact, gate, rng, dpreact,
         None if gate is None else dgate, hidden if need_hidden else None, *partials, rows, cols, dhidden_stride,
-        preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=warps,
+        preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=BACKWARD.block_m,
+        BLOCK_N=BACKWARD.block_n, **BACKWARD.options(),
     )  # fmt: skip
     if need_dbias or need_dbias_gate:
         add_up((*partials, None), (dbias if need_dbias else None, dbias_gate if need_dbias_gate else None, None))

@@ -28,33 +28,34 @@ from fastattn.kernels.common import (
     dropout_constants,
     dropout_rows,
     launch,
+    launch_for,
     persistent_programs,
     register,
 )  # fmt: skip
 
-# By columns, rounded up to a power of two, which is block_n. Wider rows are read in blocks of WIDE.block_n.
-FORWARD = {
-    128: Launch(16, 128, 4),
-    256: Launch(8, 256, 4),
-    512: Launch(4, 512, 4),
-    1024: Launch(2, 1024, 4),
-    2048: Launch(1, 2048, 4),
-    4096: Launch(1, 4096, 8),
-    8192: Launch(1, 8192, 8),
-    16384: Launch(1, 16384, 16),
-}
-BACKWARD = {
-    128: Launch(16, 128, 4),
-    256: Launch(8, 256, 4),
-    512: Launch(4, 512, 4),
-    1024: Launch(2, 1024, 4),
-    2048: Launch(1, 2048, 4),
-    4096: Launch(1, 4096, 8),
-    8192: Launch(1, 8192, 16),
-}
-# With dx_bias each thread keeps a third sum. Wider rows would spill, and with up to 144 registers per thread only 12
-# warps fit instead of 16.
-BIASED_HELD, BIASED_WARPS = 4096, 12
+# By width: block_n is the number of columns, rounded up to a power of two. Wider rows are read in blocks of WIDE.
+FORWARD = (
+    Launch(16, 128, 4),
+    Launch(8, 256, 4),
+    Launch(4, 512, 4),
+    Launch(2, 1024, 4),
+    Launch(1, 2048, 4),
+    Launch(1, 4096, 8),
+    Launch(1, 8192, 8),
+    Launch(1, 16384, 16),
+)
+BACKWARD = (
+    Launch(16, 128, 4),
+    Launch(8, 256, 4),
+    Launch(4, 512, 4),
+    Launch(2, 1024, 4),
+    Launch(1, 2048, 4),
+    Launch(1, 4096, 8),
+    Launch(1, 8192, 16),
+)
+# Warps that fit on a multiprocessor. With dx_bias each thread keeps a third sum: it has up to 144 registers, so fewer
+# warps fit, and rows of more than BIASED_COLS columns would spill.
+RESIDENT_WARPS, BIASED_WARPS, BIASED_COLS = 16, 12, 4096
 WIDE = Launch(1, 4096, 8)
 # Sums over all rows of a strip of wide rows. A program has 32 KB of 16-bit dy and r in flight; by Little's law, 4.8
 # TB/s and 0.8 us need 29 KB per multiprocessor.
@@ -375,10 +376,6 @@ def add_up(partials, outputs):
     )  # fmt: skip
 
 
-def _block_n(cols):
-    return max(128, triton.next_power_of_2(cols))
-
-
 def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, stats):
     cols = x.shape[-1]
     rows = x.numel() // cols
@@ -389,11 +386,12 @@ def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, 
         x, contiguous(x_bias), residual, contiguous(weight), contiguous(bias), rng, y, r, stats,
         rows, cols, x_stride, residual_stride, threshold, scale, eps,
     )  # fmt: skip
-    block_n = _block_n(cols)
-    if block_n in FORWARD:
-        block_m, block_n, warps, _ = FORWARD[block_n]
-        grid = (triton.cdiv(rows, block_m),)
-        launch(norm_fwd_kernel, grid, x.device, *args, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
+    tile = launch_for(FORWARD, cols)
+    if tile is not None:
+        launch(
+            norm_fwd_kernel, (triton.cdiv(rows, tile.block_m),), x.device, *args, RMS=rms, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, **tile.options(),
+        )  # fmt: skip
     else:
         launch(norm_fwd_wide_kernel, (rows,), x.device, *args, RMS=rms, BLOCK_N=WIDE.block_n, **WIDE.options())
 
@@ -437,20 +435,19 @@ def norm_bwd(
     inputs = (dy, dr_out, r, contiguous(weight), stats, rng, dx, dresidual if separate_dresidual else None)
     sizes = (rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale)
     outputs = [t if wanted else None for t, wanted in zip(sums, needed, strict=True)]
-    block_n = _block_n(cols)
-    if block_n in BACKWARD and block_n <= (BIASED_HELD if need_dx_bias else block_n):
-        block_m, block_n, warps, _ = BACKWARD[block_n]
-        resident = BIASED_WARPS if need_dx_bias and warps == 4 else 16
-        programs = min(triton.cdiv(rows, block_m), persistent_programs(device, resident // warps))
+    tile = launch_for(BACKWARD, cols)
+    if tile is not None and not (need_dx_bias and cols > BIASED_COLS):
+        resident = BIASED_WARPS if need_dx_bias and tile.warps == 4 else RESIDENT_WARPS
+        programs = min(triton.cdiv(rows, tile.block_m), persistent_programs(device, resident // tile.warps))
         # Triton 3.8 and 3.9 crash at this width on sm_90 when they compile dbias and dx_bias without dweight
-        with_dweight = need_dweight or (need_dbias and need_dx_bias and block_n == 128)
+        with_dweight = need_dweight or (need_dbias and need_dx_bias and tile.block_n == 128)
         partials = [
             torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None
             for wanted in (with_dweight, need_dbias, need_dx_bias)
         ]
         launch(
-            norm_bwd_kernel, (programs,), device, *inputs, *partials, *sizes, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=warps,
+            norm_bwd_kernel, (programs,), device, *inputs, *partials, *sizes, RMS=rms, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, **tile.options(),
         )  # fmt: skip
         if any(needed):
             add_up(partials, outputs)
