@@ -1,7 +1,7 @@
 """The Triton kernels of attention against the reference in fp64: on a GPU, or on CPU tensors in the interpreter.
 
-The raw ops are called, so every case says exactly what reaches the kernels. The backward takes out and lse of the
-reference in half of the cases and those of the Triton forward in the others: any forward may precede it.
+The raw ops are called, so every case states exactly what the kernels get. In half of the cases the backward reads out
+and lse of the reference, in the others those of the Triton forward: the forward may come from any backend.
 """
 
 import itertools
@@ -203,7 +203,7 @@ def random_case(seed):
         "softcap": draw.choice([0.0, 0.0, 0.0, 1.5]),
         "seed": seed,
     }
-    if options["top_left"]:  # belongs to causal
+    if options["top_left"]:  # only causal calls have it
         options["right"] = 0
     if draw.random() < 0.25:
         ends = [[0], [0]]
@@ -275,7 +275,7 @@ def test_descriptors(options, launchers, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"right": 0, "batch": 2}, {"packed": ([0, 20, 50], [0, 33, 90])}])
 def test_dropout_mask_is_the_specified_one(options):
     case = Case(heads=2, sk=90, d=16, dv=128, p=0.4, **options)
-    case.v = torch.zeros_like(case.v)  # its rows pick out single keys
+    case.v = torch.zeros_like(case.v)  # each row of v selects single keys
     packed = case.cu_q is not None
     ends = list(zip(case.cu_q.tolist(), case.cu_k.tolist(), strict=True)) if packed else None
     for j in range(case.v.shape[2]):
@@ -338,7 +338,7 @@ UNSEEN = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # from numpy, in the interpreter
 @pytest.mark.parametrize("name", UNSEEN)
 def test_nan_in_unseen_keys_does_not_spread(name):
     case = Case(heads=1, **UNSEEN[name])
@@ -373,7 +373,7 @@ def test_fully_masked_rows():
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
 def test_scores_far_below_zero_with_a_key_tail():
-    """The zeros that pad the last block of keys score far above lse: they must be masked before the exponential."""
+    """The zeros that pad the last block of keys have scores far above lse, so they are masked before exp."""
     case = Case(sk=70, heads=1, d=16)
     case.q = case.q.abs() + 20
     case.k = -case.k.abs() - 1
@@ -438,7 +438,7 @@ def test_reruns_are_equal_bit_for_bit():
 
 
 def test_raw_ops_pass_opcheck():
-    checks = ("test_schema", "test_faketensor")  # the others are about autograd, which raw ops have none of
+    checks = ("test_schema", "test_faketensor")  # the other checks are about autograd, which raw ops do not have
     for options in (
         {"bias": "11f1", "sink": True, "bshd": True, "heads": 2, "kv_heads": 1, "dv": 8},
         {"packed": ([0, 3, 9], [0, 4, 18]), "slopes": 1, "p": 0.3},
@@ -472,7 +472,7 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize(("name", "dim"), [("q", 0), ("k", 2), ("v", 1), ("mask", 2), ("bias", 1), ("do", 2)])
 def test_offsets_beyond_32_bits(name, dim):
-    """One dimension is spread over 2^31 elements, in memory that is reserved and hardly touched."""
+    """One dimension is spread over 2^31 elements, in memory that is reserved but hardly touched."""
     sizes = {"batch": 3 if dim == 0 else 1, "heads": 3 if dim == 1 else 1}
     case = Case(**sizes, sq=3, sk=3, d=16, dtype=torch.float16, mask="ffff", bias="ffff")
     results = []

@@ -1,7 +1,7 @@
 """The raw ops activation_fwd and activation_bwd against the reference in fp64.
 
 cpu: the kernels of the CPU, or Triton's in a process with TRITON_INTERPRET=1. emulated: the sources of the CUDA kernels
-and their wrappers, compiled for the CPU, where there is no GPU. cuda-native, cuda-triton: on a GPU.
+and their wrappers, compiled for the CPU; used if there is no GPU. cuda-native, cuda-triton: on a GPU.
 """
 
 import itertools
@@ -61,7 +61,7 @@ def kernels(request):
 
 
 class Case:
-    """Operands of both ops, and what the reference makes of them."""
+    """Operands of both ops, and the results of the reference."""
 
     def __init__(self, rows, cols, activation="gelu", dtype=torch.float32, gated=False, dropout_p=0.0, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -148,7 +148,7 @@ def test_expanded_and_transposed_operands(kernels):
 
 
 def test_three_dimensions_and_many_rows(kernels):
-    """More rows than the blocks of the grid take at once; a sum that PyTorch itself makes in fp32."""
+    """More rows than the blocks of the grid process at once, and a sum that PyTorch itself computes in fp32."""
     case = Case(600, 16, "silu", gated=True, dropout_p=0.3)
     flat = case.check(kernels)
     for name in ("preact", "gate", "dhidden"):
@@ -160,7 +160,7 @@ def test_three_dimensions_and_many_rows(kernels):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_activation_over_its_range(kernels, activation, dtype):
-    """Value and slope on a dense grid; in fp32 the relative error is that of an exponent of up to 88."""
+    """Value and slope on a dense grid. In fp32 the relative error is that of an exponent of up to 88."""
     x = torch.cat((torch.linspace(-16, 16, 100_003), torch.logspace(-30, 1, 5000), -torch.logspace(-30, 1, 5000)))
     x = x.to(dtype).requires_grad_()
     index = ACTIVATIONS.index(activation)
@@ -240,7 +240,7 @@ def test_bias_gradient_does_not_depend_on_threads_and_repeats(dtype):
 @pytest.mark.parametrize(("cols", "offset"), [(1, 1), (15, 3), (37, 5), (64, 1)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_reads_nothing_outside_of_the_rows(kernels, dtype, cols, offset):
-    """Rows with NaN between and around them, pointers off their alignment."""
+    """Rows with NaN between and around them, at unaligned addresses."""
     rng = torch.tensor([5, 6])
     tensors = [torch.randn(35, cols).to(dtype) for _ in range(3)]
     results = []
@@ -277,7 +277,7 @@ def test_raw_ops_reject_what_does_not_fit(kernels):
 
 
 def run_again(selected, **environment):
-    """The selected tests of these files in a process with this environment, none skipped."""
+    """Run the selected tests of these files in a process with this environment; none may be skipped."""
     files = (__file__, "ops/test_feed_forward.py")
     assert "skipped" not in run_tests(f"({selected}) and not emulated", *files, **environment)
 

@@ -1,7 +1,7 @@
 """The raw norm and dropout ops of the GPU kernels against the reference in fp64.
 
 triton: on a GPU, or on CPU tensors in a process with TRITON_INTERPRET=1. native: on a GPU. emulated: the sources of the
-native kernels and their wrappers, compiled for the CPU, where there is no GPU.
+native kernels and their wrappers, compiled for the CPU; used if there is no GPU.
 """
 
 import random
@@ -27,7 +27,7 @@ class Kernels:
             setattr(self, op, getattr(getattr(namespace, op), overload))
 
     def counted(self, monkeypatch):
-        """A function that tells how many kernels were launched since it was called last."""
+        """A function that returns the number of kernels launched since its last call."""
         if self.name == "emulated":
             emulate_cuda.load.launches()
             return emulate_cuda.load.launches
@@ -133,15 +133,15 @@ class Case:
             if exact is None:
                 assert got.shape == (0,), name
             else:
-                if name == "dx_bias":  # as PyTorch makes it: from dx in its own dtype
+                if name == "dx_bias":  # PyTorch computes it from dx in its own dtype
                     own = grads_own[0].float().sum(0)
-                own = own.to(got.dtype)  # dbias and dx_bias come in the dtype of the weight
+                own = own.to(got.dtype)  # dbias and dx_bias have the dtype of the weight
                 assert_accurate(got, exact, own, factor=BACKWARD, what=name)
         return y, r, stats, *grads
 
 
-# widths on both sides of every boundary of the kernels' tables; 8192 < and 16384 < are walked over in pieces,
-# and so is 2051, which is not aligned, in the native backward
+# Widths on both sides of every boundary in the kernels' tables. Rows of more than 8192 and 16384 columns are read in
+# pieces; so is 2051, which is not aligned, in the native backward.
 @pytest.mark.parametrize(
     ("rows", "cols"),
     [(1, 1), (3, 8), (17, 64), (5, 100), (9, 128), (7, 264), (6, 768), (5, 1000), (3, 1023), (3, 2048), (2, 2056),
@@ -155,7 +155,7 @@ def test_widths(kernels, rows, cols):
 
 
 def test_more_wide_rows_than_are_in_flight(kernels, monkeypatch):
-    """Sums over rows that a strip of columns takes several turns for, the last one not full."""
+    """Sums over more rows than a strip of columns processes at once; the last iteration is not full."""
     rows, cols = 140, 8200
     if kernels.name == "triton" and DEVICE == "cpu":
         from fastattn.kernels.common import Launch
@@ -167,7 +167,7 @@ def test_more_wide_rows_than_are_in_flight(kernels, monkeypatch):
 
 
 def test_x_bias_changes_nothing_else(kernels):
-    """Gradients beside dx_bias keep their bits, with and without it, on held and on wide rows."""
+    """dx_bias does not change the bits of other gradients, for rows held in registers and for wide rows."""
     for cols in (96, 2056, 8200):
         case = Case(40 if cols < 100 else 3, cols, FP32, FP32, p=0.1, x_bias=FP32)
         _, r, stats = kernels.norm_fwd(*case.arguments())
@@ -184,7 +184,7 @@ def test_x_bias_changes_nothing_else(kernels):
 @pytest.mark.parametrize("x_bias", [None, FP32])
 @pytest.mark.parametrize("cols", [100, 1024, 4096, 20000])
 def test_number_of_launches(kernels, monkeypatch, x_bias, cols):
-    """One forward; backward one, and one for the sums over rows, whatever the width."""
+    """One launch forward; backward one, and one more for the sums over rows, whatever the width."""
     if DEVICE == "cuda":
         pytest.skip("launches are counted in the emulation and in the interpreter")
     case = Case(3, cols, FP16, FP32, p=0.1, x_bias=x_bias)
@@ -239,7 +239,7 @@ def test_nothing_outside_the_operands_is_read(kernels, cols, offset, gap):
         setattr(case, name, guarded(getattr(case, name), offset, gap))
     case.weight, case.bias, case.x_bias = (guarded(t[None], offset)[0] for t in (case.weight, case.bias, case.x_bias))
     for got, expected in zip(case.check(kernels), want, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # another path may round differently
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # another code path may round differently
 
 
 def test_expanded_operands(kernels):

@@ -1,4 +1,4 @@
-"""Seeded random calls of attention with features combined freely, and how their results are judged."""
+"""Seeded random calls of attention with any combination of features, and how their results are judged."""
 
 import random
 
@@ -12,18 +12,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def some(rng, *values, p):
-    """One of the values with probability p, else None."""
+    """Return one of the values with probability p, else None."""
     return rng.choice(values) if rng.random() < p else None
 
 
 def broadcast(rng, shape):
-    """The shape with random dimensions 1, sometimes without the leading ones."""
+    """Return the shape with random dimensions set to 1, sometimes without the leading ones."""
     shape = [1 if rng.random() < 0.35 else size for size in shape]
     return shape[rng.choice((0, 0, 1, 2)) :]
 
 
 def random_case(seed, dtypes=DTYPES, lengths=(1, 2, 5, 17, 63, 64, 65, 100, 129), head_dims=(8, 16, 31, 40, 64, 65)):
-    """(q, k, v, keyword arguments) of a call; float tensors but ALiBi slopes require grad."""
+    """Return (q, k, v, keyword arguments) of a call. Float tensors require grad, except ALiBi slopes."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
 
@@ -61,7 +61,7 @@ def random_case(seed, dtypes=DTYPES, lengths=(1, 2, 5, 17, 63, 64, 65, 100, 129)
         seqlen_q, seqlen_k = rng.choice(lengths), rng.choice(lengths)
         q = normal(batch, n_heads, seqlen_q, head_dim, dtype=dtype)
         k, v = (normal(batch, kv_heads, seqlen_k, size, dtype=dtype) for size in (head_dim, head_dim_v))
-        if rng.random() < 0.5:  # as torch.nn lays them out
+        if rng.random() < 0.5:  # in the layout of torch.nn
             q, k, v = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v))
         full = (batch, n_heads, seqlen_q, seqlen_k)
         if rng.random() < 0.3:
@@ -78,13 +78,13 @@ def random_case(seed, dtypes=DTYPES, lengths=(1, 2, 5, 17, 63, 64, 65, 100, 129)
 
 
 def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
-    """A leaf of normal numbers, the same for the same seed."""
+    """A leaf of normal random numbers that depend on the seed only."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
 
 
 def qkv(batch, n_heads, seqlen_q, seqlen_k, head_dim, dtype=torch.float32, kv_heads=None, head_dim_v=None, scale=1.0):
-    """q, k and v of a call; `scale` makes the scores large."""
+    """q, k and v of a call; a large `scale` makes the scores large."""
     kv_heads = kv_heads or n_heads
     return (
         normal(batch, n_heads, seqlen_q, head_dim, dtype=dtype, seed=1, scale=scale),
@@ -94,16 +94,16 @@ def qkv(batch, n_heads, seqlen_q, seqlen_k, head_dim, dtype=torch.float32, kv_he
 
 
 def on(device, *values):
-    """Tensors, detached, on a device; one that requires grad becomes a new leaf. What is no tensor stays."""
+    """Tensors, detached, on a device. One that requires grad becomes a new leaf; other values are unchanged."""
     return [t.detach().to(device).requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in values]
 
 
 def results(q, k, v, kwargs, backend, seed=0, use_lse=True, call=fastattn.attention):
-    """out, lse and all gradients of a random cotangent, by name; lse -inf as it is, without a gradient.
+    """Return out, lse and all gradients for a random cotangent, by name. An lse of -inf gets no gradient.
 
-    `call` stands for `fastattn.attention` where another entry is tested, and takes its arguments.
+    `call` replaces `fastattn.attention` if another entry point is tested; it takes the same arguments.
     """
-    torch.manual_seed(seed)  # the same (seed, offset) of dropout in every call
+    torch.manual_seed(seed)  # every call draws the same (seed, offset) for dropout
     out, lse = call(q, k, v, **kwargs, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(1)
     loss = (out.double() * torch.randn(out.shape, generator=generator).to(out.device)).sum()
@@ -122,7 +122,7 @@ def results(q, k, v, kwargs, backend, seed=0, use_lse=True, call=fastattn.attent
 
 
 def truth_and_baseline(monkeypatch, q, k, v, kwargs, seed=0):
-    """The results in fp64, and by the same plain PyTorch in the dtype of q, its softmax included."""
+    """Return the results in fp64, and those of plain PyTorch in the dtype of q, including its softmax."""
     names = list(kwargs)
     *qkv, values = *exact(q, k, v), dict(zip(names, [exact(kwargs[name]) for name in names], strict=True))
     truth = results(*qkv, values, "reference", seed)
@@ -134,10 +134,10 @@ def truth_and_baseline(monkeypatch, q, k, v, kwargs, seed=0):
 
 
 def assert_close_to(ours, truth, baseline, what):
-    """Twice the error of PyTorch's math, three times for gradients.
+    """The error may be twice that of PyTorch's math, three times for gradients.
 
-    Beside it some units in the last place of the largest value, in the dtype of out: delta is taken from the rounded
-    out, where PyTorch's softmax may cancel exactly, and sums are in another order. 1e-5 for lse, whatever the dtype.
+    Some units in the last place of the largest value are added, in the dtype of out: delta is computed from the rounded
+    out, where PyTorch's softmax may cancel exactly, and sums have another order. For lse it is 1e-5 in every dtype.
     """
     eps = torch.finfo(ours["out"].dtype).eps
     for name, expected in truth.items():
@@ -160,7 +160,7 @@ def assert_close_to(ours, truth, baseline, what):
 
 
 def check(monkeypatch, what, q, k, v, seed=0, *, backend, device="cpu", call=fastattn.attention, **kwargs):
-    """One call of `fastattn.attention`, or what stands for it, and its gradients against the truth."""
+    """Check one call of `fastattn.attention`, or its replacement, and its gradients against the truth."""
     kwargs = {"softcap": 0.0} | kwargs
     q, k, v = on(device, q, k, v)
     kwargs = dict(zip(kwargs, on(device, *kwargs.values()), strict=True))

@@ -1,4 +1,4 @@
-"""What the tests of the feed-forward op and of its kernels share."""
+"""Shared by the tests of the feed-forward op and of its kernels."""
 
 import os
 
@@ -10,7 +10,7 @@ from fastattn import reference
 
 BACKEND = os.environ.get("FASTATTN_BACKEND") or "native"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton's interpreter computes bf16 on raw bits and truncates where it stores
+# Triton's interpreter computes bf16 on raw bits and truncates in stores
 FLOATS = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
 
 needs_kernels = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""A call of norm with all it depends on, computed by fastattn, by the reference in fp64 and by plain PyTorch."""
+"""A call of norm with all its arguments, computed by fastattn, by the reference in fp64 and by plain PyTorch."""
 
 import random
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ class Case:
         return reference.norm(*inputs, **options)[: 1 + self.return_residual]
 
     def eager(self, inputs):
-        """PyTorch's own ops in the dtype of x, the residual stream in its own."""
+        """PyTorch's own ops, x in its dtype and the residual in its own."""
         x, residual, weight, bias, x_bias = inputs
         r = x if x_bias is None else x + x_bias.to(x.dtype)
         if self.dropout_p:
@@ -68,7 +68,7 @@ class Case:
         return (y, r)[: 1 + self.return_residual]
 
     def check(self):
-        """y, r and every wanted gradient keep to the error rule."""
+        """Check that y, r and every wanted gradient keep to the error rule."""
         grads_in = [self.dy, self.dr_out][: 1 + self.return_residual]
         results = []
         for compute, inputs in ((self.ours, self.inputs), (self.exact, exact(*self.inputs)), (self.eager, self.inputs)):
@@ -109,7 +109,7 @@ def strided(tensor, style):
         return torch.stack((tensor, tensor), -1)[..., 0]
     if style == "swapped":  # (a, b, cols) stored as (b, a, cols): rows do not collapse
         return tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() == 3 else tensor
-    if style == "expanded" and tensor.dim() == 2:  # every row the same memory
+    if style == "expanded" and tensor.dim() == 2:  # all rows share memory
         return tensor[:1].expand_as(tensor)
     return tensor
 
@@ -118,7 +118,7 @@ STRIDES = ("contiguous", "contiguous", "columns", "step", "swapped", "expanded")
 
 
 def random_case(seed, dtypes, device="cpu"):
-    """A case of every kind, the same for the same seed."""
+    """A case of any kind, which depends on the seed only."""
     choose = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     shape = choose.choice([(1,), (3,), (17,), (70,), (2, 3), (4, 1, 5), ()])

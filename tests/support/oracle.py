@@ -1,4 +1,4 @@
-"""How the tests judge numbers: against the reference in fp64, by the error that PyTorch itself makes in that dtype."""
+"""The error rule of the tests: against the reference in fp64, by the error that PyTorch itself makes in that dtype."""
 
 import torch
 
@@ -7,7 +7,7 @@ FP32_EPS = torch.finfo(torch.float32).eps
 
 
 def exact(*values):
-    """The same arguments in fp64, detached: a tensor that requires grad becomes a new leaf, None stays None."""
+    """The same arguments in fp64, detached. A tensor that requires grad becomes a new leaf; None stays None."""
     twins = [
         v.detach().double().requires_grad_(v.requires_grad)
         if isinstance(v, torch.Tensor) and v.is_floating_point()
