@@ -144,8 +144,8 @@ constexpr int64_t kGemmPanel = 64;     // kBlocked: columns of a task
 constexpr int64_t kGemmGroup = 16;     // kFewRows: columns of a task
 FASTATTN_DECLARE_CPU(gemm, GemmArgs);  // tasks
 
-// Attention. Sizes and strides count elements; the last stride is 1. Packed sequences have batch stride 0, and row b of
-// cu_seqlens is the start of sequence b.
+// Attention. Sizes and strides count elements; the last stride is 1. Packed sequences: batch stride 0, row b of
+// cu_seqlens says where sequence b begins.
 struct HeadTensor {
   void* data;
   int64_t batch, head, row;

@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
   for (int64_t b = 0; b < args.batch; ++b) {
     keys += args.cache_seqlens[b] + in.seqlen_new;
   }
-  // threads claim tasks dynamically
+  // threads take tasks as they come, the first free one the next
   fastattn::for_pieces(tasks, keys * args.n_kv_heads * blocks * (args.head_dim + args.head_dim_v) / tasks + 1,
                        [&](int64_t, int64_t) { kernel(args); });
   STD_TORCH_CHECK(!failed, "attention_decode: out of memory");

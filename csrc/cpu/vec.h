@@ -1,9 +1,9 @@
 #pragma once
-// A vector of floats in the widest registers that the compiler flags allow: AVX-512, AVX2, or 16 bytes in the portable
+// One vector of floats in the widest registers the compiler flags allow: AVX-512, AVX2, else 16 bytes in the portable
 // vector extension of gcc and clang (SSE2, NEON). at::vec is not part of the stable ABI, and its inline functions would
-// be shared between translation units with different flags; here everything has internal linkage.
+// be shared between translation units of different flags; here everything has internal linkage.
 //
-// Storage types: float, BF16, FP16. Loads widen to fp32. Stores round to nearest even and keep NaN.
+// Storage types: float, BF16, FP16. Loads widen to fp32, stores round to nearest even and keep NaN.
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -91,9 +91,9 @@ struct Vec {
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const BF16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const FP16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  // Loads 2 * kSize elements with half the work of two loads: those with an even index, and those with an odd one.
+  // 2 * kSize elements in half the work of two loads: those with an even index, and those with an odd one
   static void load_halves(const BF16* p, Vec& even, Vec& odd) { Vec{_mm512_loadu_ps(p)}.halves<BF16>(even, odd); }
-  // The same for lanes that hold two 16-bit elements.
+  // the same for lanes that hold two elements of 16 bits
   template <typename T>
   void halves(Vec& even, Vec& odd) const {
     const __m512i both = _mm512_castps_si512(v);
