@@ -177,6 +177,13 @@ struct AttentionArgs {
   float softcap, scale;
   Dropout dropout;
   DType dtype;
+};
+
+// What the kernels for the CPU need in addition.
+struct AttentionCpuArgs : AttentionArgs {
+  // The next task. Threads claim tasks dynamically; results do not depend on which thread takes which.
+  std::atomic<int64_t>* next;
+  std::atomic<bool>* failed;  // set if a thread runs out of memory
   // the backward
   float* dsink_partial;  // (batch, head), or null
   ScoreTensor dbias;     // strides as if broadcast dimensions had size 1; null if not wanted
@@ -186,9 +193,6 @@ struct AttentionArgs {
   bool piece_per_task;  // each piece of a head's keys is a task; for 16-bit dtypes attention_dq then computes dq
   // (batch, head, block of queries): pieces added to dq so far; for fp32 with piece_per_task
   std::atomic<int32_t>* dq_turns;
-  // The next task. Threads claim tasks dynamically; results do not depend on which thread takes which.
-  std::atomic<int64_t>* next;
-  std::atomic<bool>* failed;  // set if a thread runs out of memory
 };
 
 // Rotary embedding of one tensor, or of two that share head_dim and the position of each token. Packed sequences are a
@@ -212,11 +216,11 @@ FASTATTN_DECLARE_CPU(rotary_fwd, RotaryArgs);  // processes pieces; a batch entr
 
 int rotary_fwd_cuda(const RotaryArgs& args, void* stream);
 
-#define FASTATTN_DECLARE_ATTENTION(variant)                \
-  void attention_fwd_##variant(const AttentionArgs& args); \
-  void attention_bwd_##variant(const AttentionArgs& args); \
-  void attention_dq_##variant(const AttentionArgs& args);  \
-  void attention_dbias_##variant(const AttentionArgs& args)
+#define FASTATTN_DECLARE_ATTENTION(variant)                   \
+  void attention_fwd_##variant(const AttentionCpuArgs& args); \
+  void attention_bwd_##variant(const AttentionCpuArgs& args); \
+  void attention_dq_##variant(const AttentionCpuArgs& args);  \
+  void attention_dbias_##variant(const AttentionCpuArgs& args)
 
 FASTATTN_DECLARE_ATTENTION(default);
 FASTATTN_DECLARE_ATTENTION(avx2);

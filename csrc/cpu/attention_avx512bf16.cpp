@@ -3,19 +3,19 @@
 
 namespace fastattn {
 
-void attention_fwd_avx512bf16(const AttentionArgs& args) {
+void attention_fwd_avx512bf16(const AttentionCpuArgs& args) {
   forward<BF16, true>(args);
 }
 
-void attention_bwd_avx512bf16(const AttentionArgs& args) {
+void attention_bwd_avx512bf16(const AttentionCpuArgs& args) {
   backward<BF16, true>(args);
 }
 
-void attention_dq_avx512bf16(const AttentionArgs& args) {
+void attention_dq_avx512bf16(const AttentionCpuArgs& args) {
   query_gradient<BF16, true>(args);
 }
 
-void attention_dbias_avx512bf16(const AttentionArgs& args) {
+void attention_dbias_avx512bf16(const AttentionCpuArgs& args) {
   bias_gradient<BF16, true>(args);
 }
 

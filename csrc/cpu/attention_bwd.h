@@ -26,14 +26,14 @@ struct Piece {
 template <typename T, bool kPairs, class Dq>
 class Backward {
  public:
-  static int64_t floats(const AttentionArgs& args) {
+  static int64_t floats(const AttentionCpuArgs& args) {
     const Sizes sizes(args);
     return Scores::kArena + QueryBlock<T, kPairs>::floats(args) +
            TileGradient<T, kPairs>::floats(args, sizes.piece_keys) + TaskDbias::floats(args) + Dq::floats(args) +
            BlockDq::floats(args) + sizes.kept * sizes.piece_keys * (sizes.width + sizes.width_v);
   }
 
-  Backward(const AttentionArgs& args, Arena& arena)
+  Backward(const AttentionCpuArgs& args, Arena& arena)
       : args_(args),
         sizes_(args),
         scores_(args, arena, true),
@@ -66,7 +66,7 @@ class Backward {
     int64_t group, pieces, piece_keys, width, width_v;
     int64_t kept;  // pieces whose dk and dv are kept until all heads of the group are added
 
-    explicit Sizes(const AttentionArgs& args)
+    explicit Sizes(const AttentionCpuArgs& args)
         : group(heads_per_key_head(args)),
           pieces(args.seqlen_k > kAttentionPieceKeys ? (args.seqlen_k + kAttentionPieceKeys - 1) / kAttentionPieceKeys
                                                      : 1),
@@ -180,7 +180,7 @@ class Backward {
     }
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const Sizes sizes_;
   Scores scores_;
   QueryBlock<T, kPairs> block_;
@@ -193,7 +193,7 @@ class Backward {
 };
 
 template <typename T, bool kPairs, class Dq>
-void run_backward(const AttentionArgs& args) {
+void run_backward(const AttentionCpuArgs& args) {
   Arena arena(Backward<T, kPairs, Dq>::floats(args));
   if (arena.failed()) {
     *args.failed = true;
@@ -203,7 +203,7 @@ void run_backward(const AttentionArgs& args) {
 }
 
 template <typename T, bool kPairs>
-void backward(const AttentionArgs& args) {
+void backward(const AttentionCpuArgs& args) {
   if constexpr (sizeof(T) == sizeof(float)) {
     run_backward<T, kPairs, DqInPlace>(args);
   } else if (args.piece_per_task) {

@@ -33,7 +33,7 @@ struct DbiasRows {
   int64_t stride;
   DType dtype;
 
-  DbiasRows(const AttentionArgs& args, int64_t b, int64_t h) : stride(args.dbias.row), dtype(args.bias_dtype) {
+  DbiasRows(const AttentionCpuArgs& args, int64_t b, int64_t h) : stride(args.dbias.row), dtype(args.bias_dtype) {
     const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
     data = static_cast<char*>(const_cast<void*>(args.dbias.data)) + (b * args.dbias.batch + h * args.dbias.head) * size;
   }
@@ -65,17 +65,17 @@ struct DbiasRows {
 // sequences of the batch in order; for 16-bit dtypes it does so in memory of its own.
 class TaskDbias {
  public:
-  static int64_t floats(const AttentionArgs& args) { return sums(args) ? round_up(sums(args), 16) + 16 : 0; }
+  static int64_t floats(const AttentionCpuArgs& args) { return sums(args) ? round_up(sums(args), 16) + 16 : 0; }
 
-  TaskDbias(const AttentionArgs& args, Arena& arena)
+  TaskDbias(const AttentionCpuArgs& args, Arena& arena)
       : args_(args),
-        wanted_(args.dbias.data && args.dbias_from != AttentionArgs::DbiasFrom::kOwnPass),
+        wanted_(args.dbias.data && args.dbias_from != AttentionCpuArgs::DbiasFrom::kOwnPass),
         sum_(sums(args) ? arena.take(sums(args) + kVec) : nullptr),
         own_(args, 0, 0),
         rows_(own_) {}
 
   // The number of sequences that a task sums over.
-  static int64_t sequences(const AttentionArgs& args) { return whole_batch(args) ? args.batch : 1; }
+  static int64_t sequences(const AttentionCpuArgs& args) { return whole_batch(args) ? args.batch : 1; }
 
   // Selects query head h of a sequence, which is the g-th head of the task's group. The sequence is number n of the
   // task.
@@ -104,17 +104,17 @@ class TaskDbias {
   }
 
  private:
-  static bool whole_batch(const AttentionArgs& args) {
-    return args.dbias.data && args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch;
+  static bool whole_batch(const AttentionCpuArgs& args) {
+    return args.dbias.data && args.dbias_from == AttentionCpuArgs::DbiasFrom::kWholeBatch;
   }
-  static int64_t sums(const AttentionArgs& args) {
+  static int64_t sums(const AttentionCpuArgs& args) {
     return whole_batch(args) && args.bias_dtype != DType::kFloat32
                ? heads_per_key_head(args) * args.seqlen_q * args.seqlen_k
                : 0;
   }
   const float* sum_of_head() const { return static_cast<const float*>(rows_.data); }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const bool wanted_;
   float* sum_;
   DbiasRows own_, rows_;  // the rows of the head in dbias, and where they are summed
@@ -127,12 +127,12 @@ class TaskDbias {
 template <typename T, bool kPairs>
 class BiasGradient {
  public:
-  static int64_t floats(const AttentionArgs& args) {
+  static int64_t floats(const AttentionCpuArgs& args) {
     return Scores::kArena + QueryBlock<T, kPairs>::floats(args) + TileGradient<T, kPairs>::floats(args, kKeys) +
            3 * round_up(sums(args), kVec) * kLanes;
   }
 
-  BiasGradient(const AttentionArgs& args, Arena& arena)
+  BiasGradient(const AttentionCpuArgs& args, Arena& arena)
       : args_(args),
         sums_(sums(args)),
         scores_(args, arena, true),
@@ -151,8 +151,8 @@ class BiasGradient {
   }
 
  private:
-  static int64_t key_tiles(const AttentionArgs& args) { return (args.seqlen_k + kKeys - 1) / kKeys; }
-  static int64_t sums(const AttentionArgs& args) {
+  static int64_t key_tiles(const AttentionCpuArgs& args) { return (args.seqlen_k + kKeys - 1) / kKeys; }
+  static int64_t sums(const AttentionCpuArgs& args) {
     return args.dbias.key == 0 ? 1 : args.dbias.row != 0 ? key_tiles(args) * kKeys : kKeys;
   }
 
@@ -240,7 +240,7 @@ class BiasGradient {
     }
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const bool has_rows_ = args_.dbias.row != 0, has_keys_ = args_.dbias.key != 0;
   const int64_t sums_;  // the number of sums in a task
   Scores scores_;
@@ -254,7 +254,7 @@ class BiasGradient {
 };
 
 template <typename T, bool kPairs>
-void bias_gradient(const AttentionArgs& args) {
+void bias_gradient(const AttentionCpuArgs& args) {
   Arena arena(BiasGradient<T, kPairs>::floats(args));
   if (arena.failed()) {
     *args.failed = true;

@@ -12,9 +12,9 @@ namespace {
 // dQᵀ of a block of queries over some keys, and the same as rows.
 class BlockDq {
  public:
-  static int64_t floats(const AttentionArgs& args) { return 2 * kLanes * round_up(args.head_dim, kVec); }
+  static int64_t floats(const AttentionCpuArgs& args) { return 2 * kLanes * round_up(args.head_dim, kVec); }
 
-  BlockDq(const AttentionArgs& args, Arena& arena)
+  BlockDq(const AttentionCpuArgs& args, Arena& arena)
       : width_(round_up(args.head_dim, kVec)),
         transposed_(arena.take(kLanes * width_)),
         rows_(arena.take(kLanes * width_)) {}
@@ -37,9 +37,9 @@ class BlockDq {
 class DqInPlace {
  public:
   static constexpr bool kMakesDq = true;
-  static int64_t floats(const AttentionArgs&) { return 0; }
+  static int64_t floats(const AttentionCpuArgs&) { return 0; }
 
-  DqInPlace(const AttentionArgs& args, Arena&) : args_(args) {}
+  DqInPlace(const AttentionCpuArgs& args, Arena&) : args_(args) {}
 
   void select_head(const Sequence& sequence, int64_t h) {
     const int64_t blocks = (args_.seqlen_q + kLanes - 1) / kLanes;
@@ -61,7 +61,7 @@ class DqInPlace {
   void finish_head() {}
 
  private:
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   float* rows_ = nullptr;
   std::atomic<int32_t>* turns_ = nullptr;
 };
@@ -70,11 +70,11 @@ template <typename T>
 class DqOwnSum {
  public:
   static constexpr bool kMakesDq = true;
-  static int64_t floats(const AttentionArgs& args) {
+  static int64_t floats(const AttentionCpuArgs& args) {
     return round_up(args.seqlen_q, kLanes) * round_up(args.head_dim, kVec);
   }
 
-  DqOwnSum(const AttentionArgs& args, Arena& arena)
+  DqOwnSum(const AttentionCpuArgs& args, Arena& arena)
       : args_(args), width_(round_up(args.head_dim, kVec)), sum_(arena.take(floats(args))) {}
 
   void select_head(const Sequence& sequence, int64_t h) {
@@ -88,7 +88,7 @@ class DqOwnSum {
   void finish_head() { store_rows(rows_, args_.dq.row, sum_, width_, count_, args_.head_dim, args_.scale); }
 
  private:
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const int64_t width_;
   float* sum_;
   T* rows_ = nullptr;
@@ -98,9 +98,9 @@ class DqOwnSum {
 class DqLater {
  public:
   static constexpr bool kMakesDq = false;
-  static int64_t floats(const AttentionArgs&) { return 0; }
+  static int64_t floats(const AttentionCpuArgs&) { return 0; }
 
-  DqLater(const AttentionArgs&, Arena&) {}
+  DqLater(const AttentionCpuArgs&, Arena&) {}
 
   void select_head(const Sequence&, int64_t) {}
   void begin(int64_t, int) {}
@@ -109,7 +109,7 @@ class DqLater {
 
 // dq in a pass of its own. A task is a block of queries of one head.
 template <typename T, bool kPairs>
-void query_gradient(const AttentionArgs& args) {
+void query_gradient(const AttentionCpuArgs& args) {
   const int64_t group = heads_per_key_head(args);
   const int64_t blocks = (args.seqlen_q + kLanes - 1) / kLanes, tasks = args.batch * args.n_heads * blocks;
   Arena arena(Scores::kArena + QueryBlock<T, kPairs>::floats(args) + TileGradient<T, kPairs>::floats(args, kKeys) +

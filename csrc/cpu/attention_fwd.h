@@ -94,7 +94,7 @@ inline void store_lse(double most, float total, float* lse, float* low) {
 constexpr float kLeastTotal = 1e-37f;  // the total of a row that sees a key is 1 or more, otherwise it is 0
 
 template <typename T, bool kPairs>
-void forward(const AttentionArgs& args) {
+void forward(const AttentionCpuArgs& args) {
   const int64_t group = heads_per_key_head(args);
   const int64_t blocks = (args.seqlen_q + kLanes - 1) / kLanes;
   const int64_t tasks = args.batch * args.n_heads * blocks;

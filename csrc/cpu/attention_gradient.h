@@ -49,12 +49,12 @@ void zero_rows(T* dst, int64_t stride, int rows, int64_t cols) {
 template <typename T, bool kPairs>
 class QueryBlock {
  public:
-  static int64_t floats(const AttentionArgs& args) {
+  static int64_t floats(const AttentionCpuArgs& args) {
     const int64_t width = round_up(args.head_dim, kVec), width_v = round_up(args.head_dim_v, kVec);
     return kLanes * (2 * (width + width_v) + 3 + (width > width_v ? width : width_v));
   }
 
-  QueryBlock(const AttentionArgs& args, Arena& arena)
+  QueryBlock(const AttentionCpuArgs& args, Arena& arena)
       : args_(args),
         width_(round_up(args.head_dim, kVec)),
         width_v_(round_up(args.head_dim_v, kVec)),
@@ -130,7 +130,7 @@ class QueryBlock {
     return direct(cols) ? Operand{reinterpret_cast<const float*>(rows), stride} : Operand{packed, width};
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const int64_t width_, width_v_;
   const T *q_ = nullptr, *dout_ = nullptr;
   float *q_t_, *dout_t_, *q_depth_, *dout_depth_, *lse_high_, *lse_low_, *delta_, *stage_;
@@ -140,13 +140,13 @@ class QueryBlock {
 template <typename T, bool kPairs>
 class TileGradient {
  public:
-  static int64_t floats(const AttentionArgs& args, int64_t keys) {
+  static int64_t floats(const AttentionCpuArgs& args, int64_t keys) {
     const int64_t width = round_up(args.head_dim, kVec), width_v = round_up(args.head_dim_v, kVec);
     return 2 * kLanes * kKeys + copied(keys) * (width + width_v) + kKeys * width + 3 * kSlots;
   }
 
   // load_keys takes at most `keys` keys.
-  TileGradient(const AttentionArgs& args, Arena& arena, int64_t keys)
+  TileGradient(const AttentionCpuArgs& args, Arena& arena, int64_t keys)
       : p(arena.take(kLanes * kKeys)),
         ds(arena.take(kLanes * kKeys)),
         args_(args),
@@ -290,7 +290,7 @@ class TileGradient {
     return {tile, kLanes};
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   float *k_copy_, *v_copy_, *k_depth_, *p_slots_, *ds_slots_, *ds_depth_;
   const T* rows_k_ = nullptr;
   Operand k_{}, v_{};

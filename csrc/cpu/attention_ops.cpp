@@ -17,16 +17,16 @@
 
 namespace {
 
-using fastattn::AttentionArgs;
+using fastattn::AttentionCpuArgs;
 using fastattn::AttentionInputs;
 using fastattn::AttentionOutputs;
 using fastattn::DType;
 using fastattn::kAttentionPieceKeys;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Call = fastattn::AttentionCall<AttentionArgs, fastattn::inner_contiguous>;
-using BackwardCall = fastattn::AttentionBackwardCall<AttentionArgs, fastattn::inner_contiguous>;
-using Kernel = void (*)(const AttentionArgs&);
+using Call = fastattn::AttentionCall<AttentionCpuArgs, fastattn::inner_contiguous>;
+using BackwardCall = fastattn::AttentionBackwardCall<AttentionCpuArgs, fastattn::inner_contiguous>;
+using Kernel = void (*)(const AttentionCpuArgs&);
 
 // Checks that cu_seqlens rises from 0 to at most `total` and returns the length of the longest sequence.
 int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t total, const char* name) {
@@ -51,7 +51,7 @@ void fill_behind(Tensor t, const int32_t* cu_seqlens, int64_t batch, double valu
 
 // Checks the lengths of packed sequences and sets the longest ones.
 void set_longest(Call& call) {
-  AttentionArgs& args = call.args;
+  AttentionCpuArgs& args = call.args;
   if (call.packed) {
     args.seqlen_q = longest(args.cu_seqlens_q, args.batch, call.q.size(2), "cu_seqlens_q");
     args.seqlen_k = longest(args.cu_seqlens_k, args.batch, call.k.size(2), "cu_seqlens_k");
@@ -59,7 +59,7 @@ void set_longest(Call& call) {
 }
 
 // Runs the kernel on torch's threads. Threads claim tasks from a shared counter.
-void run(Kernel kernel, AttentionArgs& args, int64_t tasks) {
+void run(Kernel kernel, AttentionCpuArgs& args, int64_t tasks) {
   // The number of multiplications that justify waking a thread, which takes some microseconds.
   constexpr int64_t kLeastWork = 1 << 17;
   const int64_t work = args.batch * args.n_heads * args.seqlen_q * args.seqlen_k * (args.head_dim + args.head_dim_v) /
@@ -94,7 +94,7 @@ constexpr int64_t blocks_of(int64_t n) {
 // Computes out, and both parts of lse if there is memory for them.
 Tensor forward(Call& call, const Tensor& q_in, float* lse, float* lse_low) {
   set_longest(call);
-  AttentionArgs& args = call.args;
+  AttentionCpuArgs& args = call.args;
   const Tensor out = fastattn::empty_in_layout(q_in, args.head_dim_v);
   args.out = fastattn::heads(out, call.packed);
   args.lse = lse;
@@ -133,7 +133,7 @@ Tensor attention_infer(const Tensor& q, const Tensor& k, const Tensor& v, int64_
 }
 
 // True if one task may sum the dbias of a whole batch: in fp32 in place, for 16-bit dtypes in memory of the thread.
-bool dbias_sum_fits(const AttentionArgs& args) {
+bool dbias_sum_fits(const AttentionCpuArgs& args) {
   constexpr int64_t kMostFloats = 1 << 21;
   return args.bias_dtype == DType::kFloat32 ||
          args.n_heads / args.n_kv_heads * args.seqlen_q * args.seqlen_k <= kMostFloats;
@@ -141,9 +141,9 @@ bool dbias_sum_fits(const AttentionArgs& args) {
 
 // True if every piece of a head's keys is a task. Depends on sizes only, never on the number of threads, so results do
 // not depend on it either.
-bool has_task_per_piece(const AttentionArgs& args) {
+bool has_task_per_piece(const AttentionCpuArgs& args) {
   constexpr int64_t kManyTasks = 8;
-  const bool whole_batch = args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch;
+  const bool whole_batch = args.dbias_from == AttentionCpuArgs::DbiasFrom::kWholeBatch;
   return (whole_batch ? 1 : args.batch) * args.n_kv_heads < kManyTasks && args.seqlen_k > kAttentionPieceKeys;
 }
 
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
                                                                  bool) {  // deterministic: the CPU backward always is
   BackwardCall call(q, k, v, outputs, std::move(inputs));
   set_longest(call);
-  AttentionArgs& args = call.args;
+  AttentionCpuArgs& args = call.args;
   const AttentionInputs& in = call.in;
   const Tensor dsink = torch::stable::new_zeros(q, {in.sink ? args.n_heads : 0}, ScalarType::Float);
   const int64_t full = args.batch * args.n_heads * args.seqlen_q * args.seqlen_k;
@@ -162,11 +162,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
     advise_huge_pages(dbias);
     args.dbias = fastattn::score_tensor(dbias);
     if (dbias.numel() == full) {
-      args.dbias_from = AttentionArgs::DbiasFrom::kSequence;
+      args.dbias_from = AttentionCpuArgs::DbiasFrom::kSequence;
     } else if (dbias.numel() * args.batch == full && dbias.size(0) == 1 && dbias_sum_fits(args)) {
-      args.dbias_from = AttentionArgs::DbiasFrom::kWholeBatch;
+      args.dbias_from = AttentionCpuArgs::DbiasFrom::kWholeBatch;
     } else {
-      args.dbias_from = AttentionArgs::DbiasFrom::kOwnPass;
+      args.dbias_from = AttentionCpuArgs::DbiasFrom::kOwnPass;
     }
   }
   const Tensor dsink_partial =
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
   }
   if (need_dbias && full == 0) {
     torch::stable::zero_(dbias);
-  } else if (need_dbias && args.dbias_from == AttentionArgs::DbiasFrom::kOwnPass) {
+  } else if (need_dbias && args.dbias_from == AttentionCpuArgs::DbiasFrom::kOwnPass) {
     const int64_t parts = std::max<int64_t>(dbias.size(2) > 1 ? blocks_of(args.seqlen_q) : 1,
                                             dbias.size(3) > 1 ? blocks_of(args.seqlen_k) : 1);
     run(FASTATTN_SELECT_CPU_BF16(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);

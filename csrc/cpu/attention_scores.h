@@ -13,9 +13,9 @@ class Scores {
  public:
   static constexpr int64_t kArena = 4 * kLanes * kKeys;
 
-  static bool natural(const AttentionArgs& args) { return args.bias.data || args.alibi_slopes || args.sink; }
+  static bool natural(const AttentionCpuArgs& args) { return args.bias.data || args.alibi_slopes || args.sink; }
 
-  Scores(const AttentionArgs& args, Arena& arena, bool backward)
+  Scores(const AttentionCpuArgs& args, Arena& arena, bool backward)
       : args_(args),
         unit_(natural(args) ? 1.f : kLog2e),
         multiplier_(args.scale * unit_),
@@ -300,7 +300,7 @@ class Scores {
     }
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const Sequence* sequence_ = nullptr;
   const float unit_;  // the stored value of a score of 1
   const float multiplier_;

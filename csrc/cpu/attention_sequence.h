@@ -6,7 +6,7 @@
 
 namespace {
 
-using fastattn::AttentionArgs;
+using fastattn::AttentionCpuArgs;
 using fastattn::DType;
 using fastattn::ScoreTensor;
 
@@ -16,7 +16,7 @@ int64_t next_task(const Args& args) {
   return args.next->fetch_add(1, std::memory_order_relaxed);
 }
 
-inline int64_t heads_per_key_head(const AttentionArgs& args) {
+inline int64_t heads_per_key_head(const AttentionCpuArgs& args) {
   return args.n_heads / (args.n_kv_heads ? args.n_kv_heads : 1);
 }
 
@@ -34,7 +34,7 @@ struct KeyRange {
 struct Sequence {
   int64_t len_q, len_k, rows_k, off, q_start, k_start, index;  // the first len_k of the rows_k keys are visible
 
-  Sequence(const AttentionArgs& args, int64_t b)
+  Sequence(const AttentionCpuArgs& args, int64_t b)
       : len_q(args.seqlen_q), len_k(args.seqlen_k), q_start(0), k_start(0), index(b) {
     if (args.cu_seqlens_q) {
       q_start = args.cu_seqlens_q[b];
@@ -56,7 +56,7 @@ struct Sequence {
   }
   // The number of rows in the block that begins at i0.
   int block_rows(int64_t i0) const { return at_most(len_q - i0, kLanes); }
-  int64_t lse_offset(const AttentionArgs& args, int64_t head) const {
+  int64_t lse_offset(const AttentionCpuArgs& args, int64_t head) const {
     return index * args.lse_batch + head * args.lse_head + q_start;
   }
 };
