@@ -1,6 +1,6 @@
 // fastattn::attention_fwd and attention_bwd for CUDA tensors on Hopper. Triton serves other devices and features
 // (kernels/).
-#include "host.h"  // before every other header: it switches on what they declare for CUDA
+#include "host.h"  // must be first: it enables the CUDA declarations of the other headers
 
 #include <torch/csrc/stable/library.h>
 
