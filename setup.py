@@ -142,6 +142,13 @@ def find_pybind11(torch):
         return bundled if bundled and (bundled / "pybind11").is_dir() else None
 
 
+def cpp_object(value):
+    """The C++ expression of a Python object: None, a str, or a list of str."""
+    if value is None:
+        return "py::none()"
+    return json.dumps(value) if isinstance(value, str) else f"py::make_tuple({', '.join(map(json.dumps, value))})"
+
+
 def output_of(*command, cwd=None):
     try:
         return subprocess.run(command, capture_output=True, text=True, cwd=cwd).stdout
@@ -212,12 +219,16 @@ def include(*directories, system=True):
     return " ".join(f"{'-isystem' if system else '-I'} {shlex.quote(str(directory))}" for directory in directories)
 
 
+def write_if_changed(path, text):
+    """Write a generated source; its timestamp decides what is compiled again."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
 def write_schema_library(ninja, torch_flags, build_dir):
     """libfastattn_schemas.so: the definitions of all ops; the op libraries depend on it."""
     text = "".join(f'"{definition}",\n' for definition in DEFINITIONS.values())
-    inc = build_dir / "schemas.inc"
-    if not inc.exists() or inc.read_text() != text:  # its timestamp decides what is compiled again
-        inc.write_text(text)
+    write_if_changed(build_dir / "schemas.inc", text)
     flags = f"{torch_flags} {include(build_dir, system=False)}"
     ninja.library(SCHEMAS, [ninja.compile("cxx", ROOT / "csrc/schemas.cpp", flags)], [ninja.stub("libtorch_cpu.so")])
 
@@ -253,9 +264,11 @@ def write_cuda_library(ninja, torch_flags, cuda, archs):
     ninja.library("_cuda.so", objects, libraries, f"{folders} -lcudart_static -lrt -lpthread -ldl")
 
 
-def write_introspection_module(ninja, name, pybind11):
-    """_C: needs Python and pybind11 but no torch. The one part that is tied to a Python version."""
-    flags = include(ROOT / "csrc", system=False) + " " + include(pybind11, sysconfig.get_path("include"))
+def write_introspection_module(ninja, name, pybind11, build_dir, info):
+    """_C: answers `info` at run time. It needs Python and pybind11 but no torch, and is tied to a Python version."""
+    text = "".join(f'info["{key}"] = {cpp_object(value)};\n' for key, value in info.items())
+    write_if_changed(build_dir / "build_info.inc", text)
+    flags = include(ROOT / "csrc", build_dir, system=False) + " " + include(pybind11, sysconfig.get_path("include"))
     ninja.add(name, "link", [ninja.compile("cxx", ROOT / "csrc/introspection.cpp", flags)], flags="-s")
 
 
@@ -323,6 +336,13 @@ class BuildNative(build_ext):
         cuda = find_cuda() if self.want_cuda != "0" else None
         pybind11 = find_pybind11(torch)
         ninja = NinjaFile(cuda and cuda / "bin/nvcc")
+        info = {
+            "cpu_variants": [*CPU_VARIANTS, *(s[1:] for s in CPU_VARIANT_OF_SUFFIX if len(CPU_VARIANTS) > 1)],
+            "torch": torch and torch_version(torch),
+            "nvcc": cuda and first_match(r"V(\d[\d.]+)", output_of(str(cuda / "bin/nvcc"), "--version")),
+            "cuda_archs": archs if cuda else None,
+            "cxx": output_of(*shlex.split(CXX), "--version").partition("\n")[0] or None,
+        }
 
         skipped = {}
 
@@ -351,7 +371,7 @@ class BuildNative(build_ext):
         if torch and cuda:
             write_cuda_library(ninja, torch_flags, cuda, archs)
         if pybind11:
-            write_introspection_module(ninja, self.module, pybind11)
+            write_introspection_module(ninja, self.module, pybind11, build_dir, info)
         (build_dir / "build.ninja").write_text(ninja.text)
 
         for part in self.parts:
@@ -359,16 +379,8 @@ class BuildNative(build_ext):
                 error = run_ninja(build_dir, part)
                 if error:
                     skipped[part] = error
-        return {
-            "built": [part for part in self.parts if part not in skipped],
-            "not_built": skipped,
-            "schemas": DEFINITIONS,
-            "cpu_variants": list(CPU_VARIANTS),
-            "torch": torch and torch_version(torch),
-            "nvcc": cuda and first_match(r"V(\d[\d.]+)", output_of(str(cuda / "bin/nvcc"), "--version")),
-            "cuda_archs": archs if cuda else None,
-            "cxx": output_of(*shlex.split(CXX), "--version").partition("\n")[0] or None,
-        }
+        built = [part for part in self.parts if part not in skipped]
+        return {"built": built, "not_built": skipped, "schemas": DEFINITIONS} | info
 
     def get_output_mapping(self):
         """For editable installs that link file by file: path in the installed package -> file in this tree."""

@@ -93,7 +93,7 @@ def fastest(fn, rounds=10):
 
 @functools.cache
 def copy_rate(nbytes):
-    """Bytes per second, read plus written, of a copy that moves `nbytes` and so fits the same CPU caches.
+    """Return the bytes per second, read plus written, of a copy that moves `nbytes` and so fits the same CPU caches.
 
     On a GPU, whose cache is flushed between rounds, the copy is 1 GiB.
     """
@@ -104,9 +104,9 @@ def copy_rate(nbytes):
 
 @functools.cache
 def gemm_rate(dtype):
-    """FLOP per second of a large square product: the best of PyTorch and, on a CPU in fp32, oneDNN and ours.
+    """Return the FLOP per second of a large square product: the best of PyTorch and, on a CPU in fp32, oneDNN and ours.
 
-    On a CPU without products of `dtype`, this is the rate in fp32.
+    On a CPU without products of `dtype`, the fp32 rate is returned.
     """
     n = 8192 if CUDA else 1024
     a, b = torch.randn(2, n, n, dtype=dtype, device=DEVICE)
@@ -195,7 +195,7 @@ def compare(request, flush_cache):
             pytest.skip("benchmarks are skipped (--benchmark-skip)")
         verify_equal({name: fn() for name, fn in (verify or candidates).items()}, tolerance)
         for fn in candidates.values():
-            fn()  # compile, warm up
+            fn()  # compiles and warms up
         if session.disabled:
             return
         group = f"{node.originalname}[{node.callspec.id}]" if hasattr(node, "callspec") else node.name

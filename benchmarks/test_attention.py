@@ -1,6 +1,6 @@
 """Attention against F.scaled_dot_product_attention, forward and backward, with the features that cost PyTorch most.
 
-Window and padding are a mask for PyTorch, and two numbers or lengths for fastattn. flops counts visible scores only.
+A window or padding is a mask for PyTorch; for fastattn, two numbers or the lengths. flops counts visible scores only.
 """
 
 import pytest
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def side_by_side(compare, shape, dtype, direction, torch_kwargs, our_kwargs, visible=1.0, bias=None, dropout_p=0.0):
-    """`visible` is the share of the scores that are not masked; a bias gets its gradient."""
+    """`visible` is the share of scores that are not masked. The gradient of a bias is computed too."""
     batch, n_heads, seqlen, head_dim = shape
     backward = direction == "fwd_bwd"
     torch.manual_seed(0)

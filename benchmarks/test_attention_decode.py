@@ -1,7 +1,7 @@
 """attention_decode against F.scaled_dot_product_attention on the same cache, with 1 to 16 new queries per sequence.
 
 nbytes is the size of the cache, which must be read. In the same rounds, "read" sums as many bytes, and "copy" moves as
-many, half read and half written.
+many, of which half are read and half are written.
 """
 
 import pytest
@@ -41,7 +41,7 @@ def ours(call):
     for name in ("native", "triton"):
         try:
             call(name)
-        except Exception as error:  # the row is missing, and the log says why
+        except Exception as error:  # the row is missing from the table, and the log says why
             print(f"{name} left out: {str(error).splitlines()[0]}")
             continue
         candidates[f"fastattn {name}"] = lambda name=name: call(name)

@@ -1,6 +1,6 @@
 """Attention on a GPU: each backend of PyTorch, FlexAttention and our kernels, all in one run.
 
-Each SDPA candidate is pinned to one backend, so that every row states what really ran; ours are named too. TFLOP/s
+Each SDPA candidate is fixed to one backend, so every row states what really ran. Our backends are named too. TFLOP/s
 count 4 operations of a forward and 10 of a backward per visible score and column.
 """
 
@@ -50,7 +50,7 @@ def test_attention_by_backend(compare, shape, causal, direction):
         return call
 
     forwards = {f"sdpa {name}": pinned(which) for name, which in SDPA.items()}
-    if seqlen == 4096 and head_dim in (64, 128):  # it compiles for every size, which takes longer than the rest
+    if seqlen == 4096 and head_dim in (64, 128):  # it compiles once per size, which takes longer than the measurement
         forwards["flex"] = flex(q, k, v, causal)
     ours = {"native": {}, "triton": {}}
     if backward and head_dim > 128:
@@ -65,7 +65,7 @@ def test_attention_by_backend(compare, shape, causal, direction):
     for name, forward in forwards.items():
         try:
             out = forward()
-        except Exception as error:  # an unsupported backend: its row is missing, and the log says why
+        except Exception as error:  # an unsupported backend: its row is missing from the table, and the log says why
             print(f"{name} left out: {str(error).splitlines()[0]}")
             continue
         candidates[name] = forward

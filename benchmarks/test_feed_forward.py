@@ -1,7 +1,7 @@
-"""The feed-forward block against PyTorch's own ops, and its two passes around the activation alone.
+"""The feed-forward block against PyTorch's own ops, and its two activation passes alone.
 
-flops counts the products: 2 forward and 4 backward, 3 and 6 in the gated form. nbytes of the passes: inputs read once,
-outputs written once.
+flops counts the matrix products: 2 forward and 4 backward, or 3 and 6 if gated. nbytes of the passes counts inputs
+read once and outputs written once.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """linear_cross_entropy against F.linear and F.cross_entropy, and its pass over the logits alone.
 
-flops counts the products: one forward, two backward. With -s, the peak memory of PyTorch's allocator beyond inputs and
-gradients is printed.
+flops counts the products: one forward, two backward. With -s, the peak memory of PyTorch's allocator in excess of
+inputs and gradients is printed.
 """
 
 import os
@@ -96,7 +96,7 @@ def test_cross_entropy_pass(compare, dtype):
         {
             "torch": in_torch,
             "fastattn": ours,
-        },  # later rounds of ours read gradients, which is the same work
+        },  # our later rounds read gradients instead of logits, which is the same work
         verify={"torch": in_torch, "fastattn": verified},
         tolerance=1e-4 if dtype == torch.float32 else 4e-2,
         nbytes=3 * logits.nbytes,

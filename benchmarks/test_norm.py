@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
 
 
 class AddedBefore(torch.autograd.Function):
-    """Treats x_bias as already added to x by a linear layer, so that it costs only the sum in the backward."""
+    """Treats x_bias as already added to x by a linear layer, so it costs only its sum in the backward."""
 
     @staticmethod
     def forward(ctx, x, x_bias):
@@ -55,7 +55,7 @@ IMPLEMENTATIONS = {
     "layer_norm": (torch_layer_norm, our_layer_norm),
     "rms_norm": (torch_rms_norm, our_rms_norm),
 }
-# whether there is a residual, whether there is a bias of the linear layer before it, dropout
+# residual, bias of the preceding linear layer, dropout
 FORMS = {
     "plain": (False, False, 0.0),
     "add": (True, False, 0.0),
@@ -92,7 +92,7 @@ def test_norm(compare, op, form, dtype, rows, cols, direction):
         return run
 
     theirs, ours = IMPLEMENTATIONS[op]
-    # checked against fp32: PyTorch sums the weight gradients of half precision in half precision
+    # verified in fp32, because PyTorch sums weight gradients of half precision in half precision
     in_fp32 = [None if t is None else t.float() for t in (x, residual, weight, bias, x_bias, dy)]
     # forward: x -> y; with a residual also residual -> r, if r is saved for the backward
     tensors = 2 + with_residual + (with_residual and backward)

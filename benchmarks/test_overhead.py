@@ -93,7 +93,7 @@ class NoLaunch:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_triton_attention_host_time_without_launch(compare, monkeypatch, direction, dtype):
-    """The time of Python before Triton's own launch, which is skipped: `fwd` a call, `bwd` its backward by autograd.
+    """The time of Python before Triton's own launch, which is skipped. `fwd`: a call; `bwd`: its backward by autograd.
 
     fp32 also reads the TF32 setting. PyTorch's row is its whole CPU or GPU op, as a scale for the speed of the machine.
     """

@@ -1,12 +1,12 @@
 #pragma once
-// From the tensors of activation_fwd and activation_bwd to ActivationArgs, for the wrappers of both devices.
+// Converts the tensors of activation_fwd and activation_bwd to ActivationArgs, for the wrappers of both devices.
 #include <tuple>
 
 #include "check.h"
 
 namespace fastattn {
 
-// It holds the rows, which may be contiguous copies of the operands.
+// Holds the rows of the operands, which may be contiguous copies of them.
 struct ActivationCall {
   Rows preact;
   Rows gate;
@@ -71,7 +71,7 @@ struct ActivationBackwardCall : ActivationCall {
 
   bool needs_sums() const { return args.dbias || args.dbias_gate; }
 
-  // Allocates the sums of so many chunks of rows. The tensor must live until the kernels have run.
+  // Allocates the sums of `chunks` chunks of rows. The tensor must live until the kernels have run.
   Tensor make_sums(const Tensor& like, int64_t chunks) {
     const bool both = args.dbias && args.dbias_gate;
     const Tensor sums = empty_beside(like, {needs_sums() ? both + 1 : 0, chunks, args.cols}, ScalarType::Float);

@@ -1,12 +1,12 @@
 #pragma once
-// The activations of the feed-forward block, value and slope at a point, for CPU vectors and for a CUDA thread alike.
+// The activations of the feed-forward block: value and slope at a point, for CPU vectors and for CUDA threads.
 //
 //   gelu       x * P(x), P the normal distribution                    slope P(x) + x * exp(-x^2 / 2) / sqrt(2 pi)
 //   gelu_tanh  x * s(2 sqrt(2 / pi) (x + 0.044715 x^3)), s = sigmoid, since (1 + tanh(z)) / 2 = s(2 z)
 //   silu       x * s(x)                                               slope s + x * s * (1 - s) * inner'
 //
-// V is a number or a vector of them with fill, + - * /, <, fma, exp, abs, min, max and select; where an operand of min
-// and max is NaN, the second one is the result.
+// V is a number, or a vector of numbers, with fill, + - * /, <, fma, exp, abs, min, max and select. If an operand of
+// min or max is NaN, the result is the second operand.
 #include "api.h"
 #include "philox.h"  // FASTATTN_HOST_DEVICE
 
@@ -19,7 +19,7 @@ struct Point {
   V slope;
 };
 
-// 1 / (1 + e^-x) and 1 minus it, both to full relative precision
+// The sigmoid 1 / (1 + e^-x) and 1 minus it, both to full relative precision.
 template <typename V>
 struct Sigmoid {
   V value;
@@ -28,14 +28,14 @@ struct Sigmoid {
   FASTATTN_HOST_DEVICE explicit Sigmoid(V x) {
     const V e = exp(-x);
     value = V::fill(1.f) / (V::fill(1.f) + e);
-    complement = min(V::fill(0x1p126f), e) * value;  // no inf * 0
+    complement = min(V::fill(0x1p126f), e) * value;  // the bound avoids inf * 0
   }
 };
 
 template <typename V>
 struct Gelu {
   FASTATTN_HOST_DEVICE static Point<V> at(V x) {
-    // P(-a) = exp(-a^2 / 2) * q(1 / (1 + 0.4 a)) for a >= 0; q fitted to erfcx, relative error 9e-8
+    // P(-a) = exp(-a^2 / 2) * q(1 / (1 + 0.4 a)) for a >= 0. q was fitted to erfcx; its relative error is 9e-8.
     const V a = min(V::fill(15.f), abs(x));
     const V t = V::fill(1.f) / fma(V::fill(0.4f), a, V::fill(1.f));
     const V e = exp(V::fill(-0.5f) * a * a);
@@ -86,7 +86,7 @@ struct Silu {
   }
 };
 
-// body(act), with act of the type whose static function `at` computes the activation
+// Calls body(act), where act has the type whose static function `at` computes the activation.
 template <typename V, typename Body>
 void with_activation(Activation activation, Body body) {
   switch (activation) {

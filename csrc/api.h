@@ -1,6 +1,6 @@
 #pragma once
-// The interface between the op wrappers (LibTorch stable ABI) and the kernels (no torch header at all):
-// plain structs and raw pointers in, an error code out.
+// The interface between the op wrappers (LibTorch stable ABI) and the kernels, which include no torch header. The
+// kernels take plain structs and raw pointers and return an error code.
 #include <atomic>
 #include <cstdint>
 
@@ -8,14 +8,15 @@ namespace fastattn {
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
 
-// Declares one CPU kernel for every instruction set: rows, tiles or chunks [begin, end) on the calling thread.
+// Declares one CPU kernel for every instruction set. It processes rows, tiles or chunks [begin, end) on the calling
+// thread.
 #define FASTATTN_DECLARE_CPU(name, Args)                             \
   void name##_default(const Args& args, int64_t begin, int64_t end); \
   void name##_avx2(const Args& args, int64_t begin, int64_t end);    \
   void name##_avx512(const Args& args, int64_t begin, int64_t end)
 
-// Dropout: a kept element is multiplied by scale; the halfword of an element is compared with threshold. rng points to
-// (seed, offset) on the device of the op; nullptr: no dropout; else threshold > 0.
+// Dropout. A kept element is multiplied by scale. An element is kept if its 16-bit random word is at least threshold.
+// rng points to (seed, offset) on the device of the op. Without dropout it is null; otherwise threshold > 0.
 struct Dropout {
   const int64_t* rng;
   uint32_t threshold;
@@ -24,63 +25,64 @@ struct Dropout {
 
 struct DropoutArgs {
   const void* x;         // (rows, cols), rows x_stride apart
-  const void* residual;  // of out_dtype, or null
+  const void* residual;  // has out_dtype, or null
   void* out;             // contiguous
   int64_t rows, cols, x_stride, residual_stride;
   DType x_dtype, out_dtype;
   Dropout dropout;
 };
-FASTATTN_DECLARE_CPU(dropout_fwd, DropoutArgs);  // rows
+FASTATTN_DECLARE_CPU(dropout_fwd, DropoutArgs);  // processes rows
 
 struct NormFwdArgs {
   const void* x;         // (rows, cols), rows x_stride apart
-  const void* residual;  // of r_dtype, or null
-  const void* weight;    // (cols) of weight_dtype, or null; the CPU kernels take fp32
-  const void* bias;      // (cols) of bias_dtype, or null; the CPU kernels take fp32
-  const void* x_bias;    // (cols) of x_bias_dtype, or null; the CPU kernels take fp32
-  void* y;               // of x_dtype, contiguous
-  void* r;               // contiguous, or null: not wanted
-  float* mean;           // (rows), null for rms or where not wanted
-  float* rstd;           // (rows), null where not wanted
+  const void* residual;  // has r_dtype, or null
+  const void* weight;    // (cols) of weight_dtype, or null; the CPU kernels read fp32
+  const void* bias;      // (cols) of bias_dtype, or null; the CPU kernels read fp32
+  const void* x_bias;    // (cols) of x_bias_dtype, or null; the CPU kernels read fp32
+  void* y;               // has x_dtype, contiguous
+  void* r;               // contiguous, or null if not wanted
+  float* mean;           // (rows), or null for RMSNorm or if not wanted
+  float* rstd;           // (rows), or null if not wanted
   int64_t rows, cols, x_stride, residual_stride;
   float eps;
   bool rms;
   DType x_dtype, r_dtype, weight_dtype, bias_dtype, x_bias_dtype;
   Dropout dropout;
 };
-FASTATTN_DECLARE_CPU(norm_fwd, NormFwdArgs);  // rows
+FASTATTN_DECLARE_CPU(norm_fwd, NormFwdArgs);  // processes rows
 
 constexpr int kNormSums = 3;
 
 struct NormBwdArgs {
-  const void* dy;      // of x_dtype, rows dy_stride apart
-  const void* dr_out;  // of r_dtype, or null
+  const void* dy;      // has x_dtype, rows dy_stride apart
+  const void* dr_out;  // has r_dtype, or null
   const void* r;       // rows r_stride apart
-  const void* weight;  // of weight_dtype, or null; the CPU kernels take fp32
-  const float* mean;   // null: rms
+  const void* weight;  // has weight_dtype, or null; the CPU kernels read fp32
+  const float* mean;   // null for RMSNorm
   const float* rstd;
-  void* dx;         // of x_dtype, contiguous
-  void* dresidual;  // of r_dtype, contiguous, or null: the same as dx
-  void* dweight;    // of weight_dtype, or null
-  void* dbias;      // of weight_dtype, or null
-  void* dx_bias;    // of weight_dtype, or null
-  float* sums;      // (chunks, kNormSums, cols): dweight, dbias and dx_bias of the rows of each chunk
+  void* dx;         // has x_dtype, contiguous
+  void* dresidual;  // has r_dtype, contiguous, or null if it is equal to dx
+  void* dweight;    // has weight_dtype, or null
+  void* dbias;      // has weight_dtype, or null
+  void* dx_bias;    // has weight_dtype, or null
+  float* sums;      // (chunks, kNormSums, cols): sums of dweight, dbias and dx_bias over the rows of a chunk
   int64_t rows, cols, dy_stride, dr_out_stride, r_stride, rows_per_chunk, chunks;
   DType x_dtype, r_dtype, weight_dtype;
   Dropout dropout;
 };
-FASTATTN_DECLARE_CPU(norm_bwd, NormBwdArgs);          // chunks
-FASTATTN_DECLARE_CPU(norm_bwd_columns, NormBwdArgs);  // columns, after all chunks
+FASTATTN_DECLARE_CPU(norm_bwd, NormBwdArgs);          // processes chunks
+FASTATTN_DECLARE_CPU(norm_bwd_columns, NormBwdArgs);  // processes columns, after all chunks
 
-// CUDA: launch on `stream`, a cudaStream_t of the current device; the result is a cudaError_t.
+// The CUDA launchers. `stream` is a cudaStream_t of the current device; the result is a cudaError_t.
 int dropout_fwd_cuda(const DropoutArgs& args, void* stream);
 int norm_fwd_cuda(const NormFwdArgs& args, void* stream);
 int norm_bwd_cuda(const NormBwdArgs& args, void* stream);
-int64_t norm_bwd_chunks_cuda(const NormBwdArgs& args);  // what args.chunks must be; 0: no sums
+int64_t norm_bwd_chunks_cuda(const NormBwdArgs& args);  // the required args.chunks; 0 if no sums are wanted
 const char* cuda_error_string(int error);
 
-// Feed-forward: the passes between the products. Rows of inputs lie a stride apart, outputs are contiguous; a null
-// pointer is an input that is absent or an output that nobody wants. Order of the names as in reference.ACTIVATIONS.
+// Feed-forward: the passes between the matrix products. The rows of inputs are a stride apart; outputs are contiguous.
+// A null pointer means an absent input or an output that is not wanted. The activations have the order of
+// reference.ACTIVATIONS.
 enum class Activation : int { kGelu, kGeluTanh, kRelu, kRelu2, kSilu };
 
 struct ActivationArgs {
@@ -91,7 +93,7 @@ struct ActivationArgs {
   void* hidden;
   void* dpreact;
   void* dgate;
-  float* dbias_partial;  // one row of sums per block of rows, on CUDA per chunk, which are added in order
+  float* dbias_partial;  // one row of sums per block of rows (CUDA: per chunk), later added in order
   float* dbias_gate_partial;
   void* dbias;
   void* dbias_gate;
@@ -103,26 +105,26 @@ struct ActivationArgs {
 
 constexpr int64_t kActivationBlockRows = 32;
 
-FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);    // rows
-FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);    // blocks of kActivationBlockRows rows
-FASTATTN_DECLARE_CPU(activation_dbias, ActivationArgs);  // columns
+FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);    // processes rows
+FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);    // processes blocks of kActivationBlockRows rows
+FASTATTN_DECLARE_CPU(activation_dbias, ActivationArgs);  // processes columns
 
 int activation_fwd_cuda(const ActivationArgs& args, void* stream);
 int activation_bwd_cuda(const ActivationArgs& args, void* stream);
-int64_t activation_bwd_chunks_cuda(const ActivationArgs& args);  // what args.chunks must be; looks at sizes
+int64_t activation_bwd_chunks_cuda(const ActivationArgs& args);  // the required args.chunks; reads the sizes only
 
-// Softmax cross-entropy of rows of logits, which become their gradient where it is wanted.
+// Softmax cross-entropy of rows of logits. If the gradient is wanted, it replaces the logits.
 struct CrossEntropyArgs {
   void* logits;           // (rows, cols), rows logits_stride apart
-  const int64_t* target;  // (rows): a column or ignore_index; anything else makes the row NaN
-  const float* dloss;     // (rows), or null: ones
+  const int64_t* target;  // (rows): a column or ignore_index; any other value makes the row NaN
+  const float* dloss;     // (rows), or null, which means ones
   float* loss;            // (rows)
   int64_t rows, cols, logits_stride, ignore_index;
-  float label_smoothing, z_loss, softcap;  // softcap 0: none
+  float label_smoothing, z_loss, softcap;  // softcap 0 means no cap
   bool need_grad;
   DType dtype;
 };
-FASTATTN_DECLARE_CPU(cross_entropy_fwd, CrossEntropyArgs);  // rows
+FASTATTN_DECLARE_CPU(cross_entropy_fwd, CrossEntropyArgs);  // processes rows
 
 // c (m, n) = a (m, k) · b (k, n) in fp32, plus bias or plus c. Strides count elements; of the two strides of a one is
 // 1, of b likewise.
@@ -167,18 +169,19 @@ struct HeadTensor {
   int64_t batch, head, row;
 };
 
-struct ScoreTensor {  // broadcast dimensions have stride 0; null: absent
+// A dimension that is broadcast has stride 0. If the tensor is absent, data is null.
+struct ScoreTensor {
   const void* data;
   int64_t batch, head, row, key;
 };
 
-constexpr int64_t kAttentionPieceKeys = 256;  // the CPU backward sums dk and dv for that many keys at a time
+constexpr int64_t kAttentionPieceKeys = 256;  // the CPU backward sums dk and dv over this many keys at a time
 
 struct AttentionArgs {
   HeadTensor q, k, v, out, dout, dq, dk, dv;
-  float* lse;         // (batch, head, row): strides lse_batch, lse_head, 1; null in the forward: not wanted
-  float* lse_low;     // as lse, what rounding took from it; null: not wanted, in the backward not known
-  const float* dlse;  // as lse, or null
+  float* lse;         // (batch, head, row): strides lse_batch, lse_head, 1; null if the forward need not save it
+  float* lse_low;     // like lse: its rounding error; null if not wanted (forward) or not saved (backward)
+  const float* dlse;  // like lse, or null
   int64_t lse_batch, lse_head;
   ScoreTensor mask, bias;
   DType bias_dtype;
@@ -186,84 +189,91 @@ struct AttentionArgs {
   const float* alibi_slopes;
   int64_t alibi_batch;
   const float* sink;
-  int64_t batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;  // packed: seqlens are the longest
-  int64_t window_left, window_right;                                             // -1: unlimited
+  int64_t batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;  // packed: the seqlens are the largest
+  int64_t window_left, window_right;                                             // -1 means unlimited
   bool top_left;
   float softcap, scale;
   Dropout dropout;
   DType dtype;
-  // backward
-  float* dsink_partial;  // (batch, head), or null
-  ScoreTensor dbias;     // strides as if broadcast dimensions had size 1; null: not wanted
-  // which tasks make dbias: those of the backward, one per key head and sequence or one for all sequences of a batch,
-  // or those of attention_dbias
-  enum class DbiasFrom { kSequence, kWholeBatch, kOwnPass } dbias_from;
-  bool split;  // pieces of a head's keys are tasks of their own; 16 bits: attention_dq makes dq then
-  std::atomic<int32_t>* dq_turns;  // (batch, head, block of queries): how many pieces dq has; fp32 and split only
-  std::atomic<int64_t>* next;      // the task to take next; threads take them as they come, results do not depend on it
-  std::atomic<bool>* failed;       // out of memory
 };
 
-// Rotary embedding of one tensor, or of two with one head_dim and one position per token. Packed sequences are one
-// batch.
+// What the kernels for the CPU need in addition.
+struct AttentionCpuArgs : AttentionArgs {
+  // The next task. Threads claim tasks dynamically; results do not depend on which thread takes which.
+  std::atomic<int64_t>* next;
+  std::atomic<bool>* failed;  // set if a thread runs out of memory
+  // the backward
+  float* dsink_partial;  // (batch, head), or null
+  ScoreTensor dbias;     // strides as if broadcast dimensions had size 1; null if not wanted
+  // Which tasks compute dbias: those of the backward, for one sequence or summed over a whole batch, or
+  // attention_dbias.
+  enum class DbiasFrom { kSequence, kWholeBatch, kOwnPass } dbias_from;
+  bool piece_per_task;  // each piece of a head's keys is a task; for 16-bit dtypes attention_dq then computes dq
+  // (batch, head, block of queries): pieces added to dq so far; for fp32 with piece_per_task
+  std::atomic<int32_t>* dq_turns;
+};
+
+// Rotary embedding of one tensor, or of two that share head_dim and the position of each token. Packed sequences are a
+// batch of one.
 struct RotaryArgs {
-  HeadTensor x[2], out[2];  // out may be x
-  int64_t n_heads[2];       // 0: no second tensor
-  const void *cos, *sin;    // of table_dtype; row p for position p, table_batch apart from batch entry to batch entry
+  HeadTensor x[2], out[2];  // out may alias x
+  int64_t n_heads[2];       // 0 if there is no second tensor
+  const void *cos, *sin;    // of table_dtype; row p is position p, batch entries are table_batch apart
   int64_t table_rows, table_row, table_batch;
   const void*
       positions;  // int64 if wide_positions, else int32, positions_batch apart; null: offset + index of the token
   int64_t positions_batch, offset;
   int64_t batch, seqlen, head_dim, rotary_dim;
-  bool wide_positions, interleaved, conjugate;  // conjugate: sin negated
+  bool wide_positions, interleaved, conjugate;  // conjugate: negates sin
   DType dtype, table_dtype;
 };
 
-constexpr int64_t kRotaryTokens = 16;  // of a piece of the CPU kernel
+constexpr int64_t kRotaryTokens = 16;  // tokens of a piece of the CPU kernel
 
-FASTATTN_DECLARE_CPU(rotary_fwd, RotaryArgs);  // pieces; every batch entry has ceil(seqlen / kRotaryTokens)
+FASTATTN_DECLARE_CPU(rotary_fwd, RotaryArgs);  // processes pieces; a batch entry has ceil(seqlen / kRotaryTokens)
 
 int rotary_fwd_cuda(const RotaryArgs& args, void* stream);
 
-#define FASTATTN_DECLARE_ATTENTION(variant)                \
-  void attention_fwd_##variant(const AttentionArgs& args); \
-  void attention_bwd_##variant(const AttentionArgs& args); \
-  void attention_dq_##variant(const AttentionArgs& args);  \
-  void attention_dbias_##variant(const AttentionArgs& args)
+#define FASTATTN_DECLARE_ATTENTION(variant)                   \
+  void attention_fwd_##variant(const AttentionCpuArgs& args); \
+  void attention_bwd_##variant(const AttentionCpuArgs& args); \
+  void attention_dq_##variant(const AttentionCpuArgs& args);  \
+  void attention_dbias_##variant(const AttentionCpuArgs& args)
 
 FASTATTN_DECLARE_ATTENTION(default);
 FASTATTN_DECLARE_ATTENTION(avx2);
 FASTATTN_DECLARE_ATTENTION(avx512);
 FASTATTN_DECLARE_ATTENTION(avx512bf16);  // bf16 only
 
-// Attention on a cache of keys and values. A row of the cache is a page of page_size keys; without block_table each
+// Attention on a cache of keys and values. A row of the cache is a page of page_size keys. Without block_table, each
 // sequence has one page.
 struct DecodeArgs {
-  HeadTensor q, k, v, out;         // k, v: batch is the stride from page to page
+  HeadTensor q, k, v, out;         // the batch stride of k and v is the stride between pages
   float* lse;                      // (batch, head, row), contiguous
-  const int32_t* cache_seqlens;    // valid keys without the seqlen_new that were appended
+  const int32_t* cache_seqlens;    // valid keys, without the seqlen_new appended ones
   const int32_t* block_table;      // (batch, pages), or null
-  const int32_t* cache_batch_idx;  // the page of each sequence, or null: its own number
-  const int32_t* cache_leftpad;    // the first visible key, or null
-  const float* alibi_slopes;       // as in AttentionArgs
+  const int32_t* cache_batch_idx;  // the page of each sequence; null: its own index
+  const int32_t* cache_leftpad;    // the first visible key; null: 0
+  const float* alibi_slopes;       // like in AttentionArgs
   const float* sink;               // (n_heads), or null
   int64_t alibi_batch, seqlen_new, page_size, pages;
   int64_t batch, n_heads, n_kv_heads, seqlen_q, head_dim, head_dim_v;
-  int64_t window_left, window_right;  // -1: unlimited
+  int64_t window_left, window_right;  // -1 means unlimited
   float softcap, scale;
   DType dtype;
-  int64_t splits;              // parts the keys of a sequence are divided into
-  float* partial;              // if splits > 1, decode_partial floats a task
-  std::atomic<int64_t>* next;  // the task to take next
+  int64_t splits;              // the number of parts into which the keys of a sequence are divided
+  float* partial;              // if splits > 1: decode_partial() floats per task
+  std::atomic<int64_t>* next;  // the next task
   std::atomic<int32_t>*
       remaining;              // if splits > 1: splits that are still at work, per group of tasks; the last combines
-  std::atomic<bool>* failed;  // out of memory
+  std::atomic<bool>* failed;  // set if a thread runs out of memory
 };
 
-constexpr int64_t kDecodeRows = 64;  // of a task: the queries of the heads that share a key head
-constexpr int kDecodeKeys = 128;     // of a tile
+constexpr int64_t kDecodeRows = 64;  // rows of a task: the queries of all heads that share a key head
+constexpr int kDecodeKeys = 128;     // keys of a tile
 
-// Floats of the unfinished rows of a task: sums as wide as the widest vectors want them, maximum and total of each row.
+// The number of floats for the partial result of a task: the weighted sums, padded for the widest vectors, and the
+// maximum and total of each row.
 constexpr int64_t decode_partial(int64_t rows, int64_t head_dim_v) {
   return rows * ((head_dim_v + 31) / 32 * 32 + 2);
 }
@@ -273,30 +283,32 @@ void attention_decode_avx2(const DecodeArgs& args);
 void attention_decode_avx512(const DecodeArgs& args);
 void attention_decode_avx512bf16(const DecodeArgs& args);  // bf16 only
 
-// CUDA on Hopper (csrc/cuda/attention_*_sm90.cu); packed: the tensors have batch 1
+// CUDA on Hopper (csrc/cuda/attention_*_sm90.cu). Packed tensors have batch 1.
 struct AttentionCudaArgs : AttentionArgs {
-  int64_t rows_q, rows_k;  // of the tensors: the sum of the lengths if packed
+  int64_t rows_q, rows_k;  // rows of the tensors; packed: the sum of all lengths
   float *lse2, *delta;     // workspace of the backward: (batch, head, row), strides stats_batch, stats_head, 1
   int64_t stats_batch, stats_head;
-  float* dq_sums;           // workspace: (batch, head, row, head_dim), or nullptr: dq from a kernel of its own
+  float* dq_sums;           // workspace: (batch, head, row, head_dim); null: a kernel of its own computes dq
   uint32_t* tile_counters;  // workspace: 1 word for the forward, 2 for the backward
 };
-int64_t attention_stats_rows_sm90(const AttentionCudaArgs& args);  // what stats_head must be
+int64_t attention_stats_rows_sm90(const AttentionCudaArgs& args);  // the required stats_head
 int attention_fwd_sm90(const AttentionCudaArgs& args, void* stream);
-int attention_stats_sm90(const AttentionCudaArgs& args, void* stream);  // fills the workspace, before the next
-int attention_dkdv_sm90(const AttentionCudaArgs& args, void* stream);   // with dq_sums adds to them
+// fills the workspace; must run before the next kernels
+int attention_stats_sm90(const AttentionCudaArgs& args, void* stream);
+int attention_dkdv_sm90(const AttentionCudaArgs& args, void* stream);  // also adds to dq_sums, unless it is null
 int attention_dq_sm90(const AttentionCudaArgs& args, void* stream);
-int attention_round_sm90(const AttentionCudaArgs& args, void* stream);  // dq from dq_sums
+int attention_round_sm90(const AttentionCudaArgs& args, void* stream);  // computes dq from dq_sums
 
-// Neither leftpad, ALiBi, softcap nor sink; pages hold whole blocks of kDecodeKeysSm90. partial: (split, batch, head,
-// row, head_dim) if there are several splits, and without the last the maxima, times log2(e), and sums of the weights.
+// Without leftpad, ALiBi, softcap and sink. A page holds whole blocks of kDecodeKeysSm90 keys. With several splits,
+// partial is (split, batch, head, row, head_dim). partial_max and partial_sum lack its last dimension; they hold the
+// maxima times log2(e) and the sums of the weights.
 struct DecodeCudaArgs : DecodeArgs {
   int64_t cache_rows;
-  HeadTensor k_new, v_new;  // of seqlen_new keys, to be appended
+  HeadTensor k_new, v_new;  // seqlen_new keys to append
   float *partial_max, *partial_sum;
 };
 constexpr int kDecodeKeysSm90 = 64;
-int64_t attention_decode_splits_sm90(const DecodeCudaArgs& args, int64_t wanted);  // what args.splits must be
+int64_t attention_decode_splits_sm90(const DecodeCudaArgs& args, int64_t wanted);  // the required args.splits
 int attention_decode_fwd_sm90(const DecodeCudaArgs& args, void* stream);
 int attention_decode_append_sm90(const DecodeCudaArgs& args, void* stream);
 

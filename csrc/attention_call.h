@@ -1,10 +1,10 @@
 #pragma once
-// From the tensors of the attention ops to AttentionArgs, for the wrappers of both devices.
+// Converts the tensors of the attention ops to AttentionArgs, for the wrappers of both devices.
 #include "head_tensors.h"
 
 namespace fastattn {
 
-// What a call has besides q, k and v, in the order of the schema.
+// The arguments of a call besides q, k and v, in the order of the schema.
 struct AttentionInputs {
   OptionalTensor bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng;
   int64_t max_seqlen_q, max_seqlen_k, window_left, window_right;
@@ -12,13 +12,13 @@ struct AttentionInputs {
   double softcap, dropout_p, scale;
 };
 
-// What the backward reads of the forward, and the gradients of it.
+// The results of the forward that the backward reads, and their gradients.
 struct AttentionOutputs {
   OptionalTensor dout, dlse;
   Tensor out, lse, lse_low;
 };
 
-// Sizes that fit each other; the public function says it better.
+// Checks that the sizes match. The public function reports such mistakes in more detail.
 inline void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   for (const Tensor* t : {&q, &k, &v}) {
     STD_TORCH_CHECK(t->dim() == 4, "attention: q, k and v must have 4 dimensions, got ", t->dim());
@@ -26,19 +26,19 @@ inline void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   }
   STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) &&
                       v.size(2) == k.size(2) && k.size(3) == q.size(3),
-                  "attention: q, k and v do not fit each other");
+                  "attention: the shapes of q, k and v do not match");
   STD_TORCH_CHECK(q.size(1) == k.size(1) || (k.size(1) && q.size(1) % k.size(1) == 0),
                   "attention: the heads of q must be a multiple of those of k, got ", q.size(1), " and ", k.size(1));
 }
 
-// Dimensions of size 1 become stride 0.
+// Sets the stride of dimensions of size 1 to 0.
 inline ScoreTensor score_tensor(const Tensor& t) {
   const auto stride = [&](int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); };
   return {t.const_data_ptr(), stride(0), stride(1), stride(2), stride(3)};
 }
 
-// A call owns the tensors that its args point to. read: how a device takes a tensor with heads, itself or a copy. Args:
-// AttentionArgs or what a device adds to it.
+// Owns the tensors that its args point to. `read` returns the tensor that the kernels of a device read: the tensor
+// itself or a copy. Args is AttentionArgs, or the struct that a device derives from it.
 template <typename Args, Tensor (*read)(const Tensor&)>
 struct AttentionCall {
   Tensor q, k, v;
@@ -57,7 +57,7 @@ struct AttentionCall {
     }
     set_sizes();
     set_scores();
-    constexpr int64_t kFar = int64_t{1} << 40;  // as good as unlimited, and sums with it do not overflow
+    constexpr int64_t kFar = int64_t{1} << 40;  // in effect unlimited, but sums with it do not overflow
     args.window_left = std::min(in.window_left, kFar);
     args.window_right = std::min(in.window_right, kFar);
     args.top_left = in.top_left;
@@ -69,7 +69,7 @@ struct AttentionCall {
     args.v = heads(v, packed);
   }
 
-  // whether there is nothing to compute
+  // True if there is nothing to compute.
   bool empty() const { return q.numel() == 0 || k.numel() == 0 || args.batch == 0; }
 
  private:
@@ -151,7 +151,7 @@ struct AttentionBackwardCall : AttentionCall<Args, read> {
     STD_TORCH_CHECK(fits(saved.out) && (!saved.dout || fits(*saved.dout)) && saved.lse.numel() == rows &&
                         (saved.lse_low.numel() == 0 || saved.lse_low.numel() == rows) &&
                         (!saved.dlse || saved.dlse->numel() == rows),
-                    "attention: dout, dlse, out, lse and lse_low do not fit q and v");
+                    "attention: the shapes of dout, dlse, out, lse and lse_low do not match q and v");
     const auto is = [](const OptionalTensor& t, ScalarType dtype) { return !t || t->scalar_type() == dtype; };
     STD_TORCH_CHECK(is(saved.dout, q.scalar_type()) && is(saved.out, q.scalar_type()) &&
                         is(saved.lse, ScalarType::Float) && is(saved.lse_low, ScalarType::Float) &&
@@ -160,7 +160,7 @@ struct AttentionBackwardCall : AttentionCall<Args, read> {
   }
 };
 
-// The functions that TORCH_BOX takes: they have the arguments of the schema and hand them to `run` as values.
+// The functions for TORCH_BOX. They have the arguments of the schema and pass them to `run` as values.
 template <auto run>
 std::tuple<Tensor, Tensor, Tensor> attention_fwd_op(const Tensor& q, const Tensor& k, const Tensor& v,
                                                     OptionalTensor bias, OptionalTensor sink, OptionalTensor mask,

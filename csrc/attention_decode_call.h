@@ -1,5 +1,5 @@
 #pragma once
-// From the tensors of the decode ops to DecodeArgs, for the wrappers of both devices.
+// Converts the tensors of the decode ops to DecodeArgs, for the wrappers of both devices.
 #include "head_tensors.h"
 
 namespace fastattn {
@@ -32,7 +32,7 @@ struct CacheCall {
     STD_TORCH_CHECK(k_cache.size(0) == v_cache.size(0) && k_cache.size(1) == v_cache.size(1) &&
                         k_cache.size(2) == v_cache.size(2) && k_cache.size(3) == rows.size(3) &&
                         k_cache.scalar_type() == rows.scalar_type() && v_cache.scalar_type() == rows.scalar_type(),
-                    "attention_decode: the caches do not fit each other or the other tensors");
+                    "attention_decode: the shapes of the caches do not match each other or the other tensors");
     STD_TORCH_CHECK(!block_table || block_table->dim() == 2, "attention_decode: block_table must have 2 dimensions");
     args.dtype = dtype_of(rows, "attention_decode: tensors");
     args.batch = rows.size(0);
@@ -52,7 +52,7 @@ struct CacheCall {
     STD_TORCH_CHECK(v.dim() == 4 && k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2) &&
                         k.size(1) == k_cache.size(1) && v.size(3) == v_cache.size(3) &&
                         v.scalar_type() == k.scalar_type(),
-                    "attention_decode: k and v do not fit each other or the caches");
+                    "attention_decode: the shapes of k and v do not match each other or the caches");
   }
 };
 
@@ -79,7 +79,7 @@ struct DecodeCall : CacheCall<Args> {
     args.cache_leftpad = vector_data<int32_t>(cache_leftpad, ScalarType::Int, args.batch, "cache_leftpad");
     args.sink = vector_data<float>(sink, ScalarType::Float, args.n_heads, "sink");
     set_alibi(args, alibi_slopes);
-    constexpr int64_t kFar = int64_t{1} << 40;  // as good as unlimited, and sums with it do not overflow
+    constexpr int64_t kFar = int64_t{1} << 40;  // in effect unlimited, but sums with it do not overflow
     args.seqlen_new = in.seqlen_new;
     args.window_left = std::min(in.window_left, kFar);
     args.window_right = std::min(in.window_right, kFar);
@@ -93,7 +93,7 @@ struct DecodeCall : CacheCall<Args> {
   int64_t rows() const { return this->args.batch * this->args.n_heads * this->args.seqlen_q; }
 };
 
-// The function that TORCH_BOX takes: it has the arguments of the schema and hands them to `run` as values.
+// The function for TORCH_BOX. It has the arguments of the schema and passes them to `run` as values.
 template <auto run>
 std::tuple<Tensor, Tensor> attention_decode_fwd_op(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                                    const Tensor& cache_seqlens, OptionalTensor block_table,

@@ -1,6 +1,6 @@
 #pragma once
-// What every op wrapper needs: checks whose messages print the values, and the way from a tensor to plain pointers.
-// The public functions check arguments in Python; these are the net below, for raw ops called directly.
+// Shared by all op wrappers: checks with the values in their messages, and the conversion of tensors to plain pointers.
+// The public functions check arguments in Python; these checks protect raw ops that are called directly.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -36,7 +36,7 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-// threshold and scale as reference.dropout_threshold and dropout_scale define them
+// threshold and scale are defined as in reference.dropout_threshold and reference.dropout_scale.
 inline Dropout dropout_args(const std::optional<Tensor>& rng, double dropout_p) {
   Dropout dropout{nullptr, 0, 1.f};
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be between 0 and 1, got ", dropout_p);
@@ -52,9 +52,9 @@ inline Dropout dropout_args(const std::optional<Tensor>& rng, double dropout_p) 
   return dropout;
 }
 
-// A view of (..., cols) as rows a fixed stride apart, inner stride 1.
+// A tensor (..., cols) viewed as rows at a fixed stride, with inner stride 1.
 struct Rows {
-  Tensor tensor;  // the tensor itself, or a contiguous copy where its strides do not collapse
+  Tensor tensor;  // the tensor, or a contiguous copy if its strides do not collapse
   int64_t rows;
   int64_t cols;
   int64_t stride;
@@ -65,7 +65,7 @@ inline Rows as_rows(const Tensor& tensor) {
   STD_TORCH_CHECK(dims >= 1, "expected at least one dimension, got 0");
   const int64_t cols = tensor.size(dims - 1);
   int64_t rows = 1;
-  int64_t stride = 0;  // between rows; 0 while there is one row at most
+  int64_t stride = 0;  // between rows; 0 if there is at most one row
   bool collapses = cols <= 1 || tensor.stride(dims - 1) == 1;
   for (int64_t d = dims - 2; d >= 0; --d) {
     const int64_t size = tensor.size(d);
@@ -81,7 +81,7 @@ inline Rows as_rows(const Tensor& tensor) {
   return {torch::stable::contiguous(tensor), rows, cols, cols};
 }
 
-// as_rows of an operand with the shape of `like`; without a tensor the data is not to be used.
+// as_rows of an operand with the shape of `like`. Without a tensor, the data must not be used.
 inline Rows as_rows_like(const std::optional<Tensor>& tensor, const Tensor& like, const char* name) {
   if (!tensor) {
     return {like, 0, 0, 0};
@@ -93,7 +93,7 @@ inline Rows as_rows_like(const std::optional<Tensor>& tensor, const Tensor& like
   return as_rows(*tensor);
 }
 
-// An uninitialised contiguous tensor; torch::stable::empty would go through the dispatcher.
+// Returns an uninitialised contiguous tensor. torch::stable::empty would call the dispatcher.
 inline Tensor empty_on(int32_t device_type, int32_t device_index, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                        ScalarType dtype) {
   constexpr size_t kMaxDims = 64;
@@ -112,7 +112,7 @@ inline Tensor empty_on(int32_t device_type, int32_t device_index, torch::headero
   return Tensor(handle);
 }
 
-// The device of `like`, asked once for several tensors.
+// The device of `like`, looked up once for several tensors.
 struct Place {
   int32_t device_type = 0, device_index;
 
@@ -124,7 +124,7 @@ struct Place {
   }
 };
 
-// An uninitialised contiguous tensor on the device of `like`.
+// Returns an uninitialised contiguous tensor on the device of `like`.
 inline Tensor empty_beside(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   return Place(like).empty(sizes, dtype);
 }

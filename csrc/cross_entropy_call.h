@@ -1,5 +1,5 @@
 #pragma once
-// From the tensors of cross_entropy_fwd to CrossEntropyArgs, for the wrapper of any device.
+// Converts the tensors of cross_entropy_fwd to CrossEntropyArgs, for the wrapper of any device.
 #include "check.h"
 
 namespace fastattn {

@@ -1,10 +1,10 @@
 #pragma once
-// From the tensors of dropout_fwd to DropoutArgs, for the wrappers of both devices.
+// Converts the tensors of dropout_fwd to DropoutArgs, for the wrappers of both devices.
 #include "check.h"
 
 namespace fastattn {
 
-// A call owns its output and keeps the rows alive that its args point to.
+// Owns the output, and the rows that its args point to.
 struct DropoutCall {
   Rows in, added;
   Tensor out;

@@ -1,5 +1,5 @@
 #pragma once
-// Tensors of shape (batch, heads, seqlen, head_dim) in any memory order, and the vectors beside them.
+// Tensors of shape (batch, heads, seqlen, head_dim) in any memory order, and the vectors that go with them.
 #include <algorithm>
 #include <array>
 #include <tuple>
@@ -38,8 +38,8 @@ Tensor empty_strided(const Tensor& like, const std::array<int64_t, N>& sizes, co
   return Tensor(handle);
 }
 
-// An uninitialised (batch, heads, seqlen, last) whose first three dimensions have the memory order of `like`. The fake
-// does the same.
+// Returns an uninitialised tensor (batch, heads, seqlen, last) whose first three dimensions have the memory order of
+// `like`. The fake implementation has the same layout.
 inline Tensor empty_in_layout(const Tensor& like, int64_t last) {
   std::array<int, 3> order{0, 1, 2};
   if (like.stride(0) && like.stride(1) && like.stride(2)) {
@@ -62,7 +62,7 @@ inline HeadTensor heads(const Tensor& t, bool packed = false) {
   return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// ALiBi slopes (n_heads) or (batch, n_heads), contiguous
+// Sets the ALiBi slopes: (n_heads) or (batch, n_heads), contiguous.
 template <typename Args>
 void set_alibi(Args& args, const OptionalTensor& slopes) {
   if (slopes) {

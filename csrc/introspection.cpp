@@ -1,10 +1,10 @@
-// fastattn._C: what was built, which CPU kernels run, and the random stream that dropout uses, for tests to compare
-// against. pybind11 only, no torch header. The package works without this module.
+// fastattn._C answers questions about the compiled part: what it was built with and for, which instruction set this
+// processor runs, and the random numbers of dropout. `fastattn info` and `fastattn.explain` ask it. It uses pybind11
+// and no torch header. The package works without this module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
-#include <map>
 #include <string>
 
 #include "cpu/capability.h"
@@ -12,8 +12,14 @@
 
 namespace {
 
-std::map<std::string, std::string> build_info() {
-  return {{"compiler", __VERSION__}, {"cplusplus", std::to_string(__cplusplus)}};
+namespace py = pybind11;
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["cplusplus"] = std::to_string(__cplusplus);
+#include "build_info.inc"  // made by setup.py
+  return info;
 }
 
 std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
@@ -22,13 +28,21 @@ std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std
   return {out.word[0], out.word[1], out.word[2], out.word[3]};
 }
 
+std::string name_of(fastattn::CpuCapability capability) {
+  return fastattn::capability_name(capability);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "Compiler and language level of the native part.");
+  m.def("build_info", &build_info,
+        "What the libraries were built with and for: compiler, cplusplus, cxx, torch, nvcc, cuda_archs, cpu_variants.");
   m.def(
-      "cpu_capability", [] { return std::string(fastattn::capability_name(fastattn::cpu_capability())); },
-      "The instruction set of the CPU kernels in use: default, avx2, avx512 or avx512bf16.");
-  m.def("philox", &philox, pybind11::arg("counter"), pybind11::arg("key"),
+      "best_cpu_capability", [] { return name_of(fastattn::best_capability()); },
+      "The best instruction set of this processor: default, avx2, avx512 or avx512bf16.");
+  m.def(
+      "cpu_capability", [] { return name_of(fastattn::cpu_capability()); },
+      "The instruction set of the CPU kernels in use, which FASTATTN_CPU_CAPABILITY may lower.");
+  m.def("philox", &philox, py::arg("counter"), py::arg("key"),
         "The four words of Philox4x32-10 for a counter of four and a key of two 32-bit words.");
 }

@@ -1,6 +1,6 @@
 #pragma once
-// From the tensors of the norm ops to NormFwdArgs and NormBwdArgs, for the wrappers of both devices. A call owns the
-// tensors that its args point to. Parameter is how a device reads weight and biases: it is constructed as
+// Converts the tensors of the norm ops to NormFwdArgs and NormBwdArgs, for the wrappers of both devices. A call owns
+// the tensors that its args point to. Parameter is the way a device reads weight and biases: it is constructed as
 // Parameter(tensor, like, cols, name) and has the members data and dtype.
 #include <tuple>
 
@@ -44,7 +44,7 @@ struct NormForwardCall {
     args.dropout = dropout_args(rng, dropout_p);
   }
 
-  // Allocates what the backward needs: (r, stats). r is empty if it would be equal to x.
+  // Allocates (r, stats), which the backward needs. r is empty if it would be equal to x.
   std::tuple<Tensor, Tensor> save(const Tensor& x, const std::optional<Tensor>& residual, bool has_rng) {
     const bool plain = !residual && !has_rng && !args.x_bias;
     const int64_t rows = in.cols ? in.rows : 0;
@@ -114,7 +114,7 @@ struct NormBackwardCall {
     args.dropout = dropout_args(rng, dropout_p);
   }
 
-  // Allocates the sums of args.chunks chunks. The tensor must live until the kernel has run.
+  // Allocates the sums of args.chunks chunks. The tensor must live until the kernels have run.
   Tensor make_sums(const Tensor& like) {
     const Tensor sums = empty_beside(like, {needs_sums ? args.chunks : 0, kNormSums, cols}, ScalarType::Float);
     args.sums = static_cast<float*>(sums.mutable_data_ptr());

@@ -1,6 +1,6 @@
 #pragma once
-// Philox4x32-10: the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1,
-// 2, 3" (SC 2011). One call turns a 128-bit counter and a 64-bit key into four 32-bit words; nothing is stored.
+// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1,
+// 2, 3" (SC 2011). A call turns a 128-bit counter and a 64-bit key into four 32-bit words. There is no stored state.
 #include <cstdint>
 
 #if defined(__CUDACC__)

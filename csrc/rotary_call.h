@@ -1,5 +1,5 @@
 #pragma once
-// From the tensors of a rotary op to RotaryArgs, for the wrappers of both devices.
+// Converts the tensors of a rotary op to RotaryArgs, for the wrappers of both devices.
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -8,19 +8,20 @@
 
 namespace fastattn {
 
-// The form of a tensor as the kernels see it: (batch, heads, tokens, head_dim); packed is a batch of one.
+// The strides of a tensor as (batch, heads, tokens, head_dim). A packed tensor is a batch of one.
 inline HeadTensor rotary_strides(const Tensor& t) {
   void* data = const_cast<void*>(t.const_data_ptr());
   return t.dim() == 4 ? HeadTensor{data, t.stride(0), t.stride(1), t.stride(2)}
                       : HeadTensor{data, 0, t.stride(1), t.stride(0)};
 }
 
-// An uninitialised tensor of the shape and memory order of `like`, which is packed if it has three dimensions.
+// Returns an uninitialised tensor with the shape and memory order of `like`, which is packed if it has three
+// dimensions.
 inline Tensor rotary_empty_like(const Tensor& like) {
   return like.dim() == 3 ? empty_beside(like, like.sizes(), like.scalar_type()) : empty_in_layout(like, like.size(3));
 }
 
-// The arguments of a call, checked, `out` still to be set; keeps the copies alive that some of them point to.
+// The checked arguments of a call, without `out`. Owns the copies that some of them point to.
 class RotaryCall {
  public:
   RotaryCall(const Tensor& q, const std::optional<Tensor>& k, const Tensor& cos, const Tensor& sin,
@@ -39,8 +40,8 @@ class RotaryCall {
     if (k) {
       STD_TORCH_CHECK(k->dim() == dims && k->size(0) == q.size(0) && k->size(dims - 1) == args.head_dim &&
                           k->size(dims - 2) == (dims == 4 ? args.seqlen : k->size(1)),
-                      "rotary: k must have the shape of q but for its heads, got ", k->numel(), " elements in ",
-                      k->dim(), " dimensions");
+                      "rotary: k must have the shape of q except for the number of heads, got ", k->numel(),
+                      " elements in ", k->dim(), " dimensions");
       STD_TORCH_CHECK(k->scalar_type() == q.scalar_type() && k->device() == q.device(),
                       "rotary: k must have the dtype and device of q");
       add(1, *k);
@@ -57,7 +58,7 @@ class RotaryCall {
     args.conjugate = conjugate;
   }
 
-  // Sets `out` to new tensors in the layout of q and k. Without k the second one is empty.
+  // Sets `out` to new tensors in the layout of q and k. Without k, the second one is empty.
   std::tuple<Tensor, Tensor> make_outputs(const Tensor& q, const std::optional<Tensor>& k) {
     const Tensor out_q = rotary_empty_like(q),
                  out_k = k ? rotary_empty_like(*k) : empty_beside(q, {0}, q.scalar_type());
@@ -71,7 +72,7 @@ class RotaryCall {
   // Sets `out` to q and k themselves.
   void write_in_place(const Tensor& q, const std::optional<Tensor>& k) {
     STD_TORCH_CHECK(args.x[0].data == q.const_data_ptr() && (!k || args.x[1].data == k->const_data_ptr()),
-                    "rotary: in place takes tensors whose last stride is 1");
+                    "rotary: tensors rotated in place must have last stride 1");
     args.out[0] = args.x[0];
     args.out[1] = args.x[1];
   }

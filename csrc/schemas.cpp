@@ -1,4 +1,4 @@
-// The schemas of all ops, in a library of their own that the op libraries link to: whichever of them is loaded first,
+// The schemas of all ops, in a library of its own that the op libraries link to. Whichever of these is loaded first,
 // the ops are defined once and before their kernels.
 #include <torch/csrc/stable/library.h>
 

@@ -1,13 +1,13 @@
 """The text of `fastattn info`: what is installed, which backends run where, and why the others do not."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 
 import torch
 
-from fastattn import __version__, _native
+from fastattn import __version__, _native, reference
+from fastattn.ops import _libraries
 from fastattn.ops._backends import backends, on_request, order, registered_ops, why_not_on_device
 
 _VARIABLES = ("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CXX", "MAX_JOBS", "OMP_NUM_THREADS", "TRITON_INTERPRET")
@@ -76,19 +76,33 @@ def _ops():
 
 
 def _build():
-    info = _native.build_info()
+    info = _libraries.build_info()
     if not info:
         yield "nothing", "this checkout was never built (pip install -e .)"
         return
-    yield "compiler", info["cxx"] or "none"
-    yield "nvcc", f"{info['nvcc']} for {', '.join(info['cuda_archs'])}" if info["nvcc"] else "none"
-    yield "torch headers", info["torch"] or "none"
+    made = _libraries.built_for()
+    yield "compiler", made["cxx"] or "none"
+    yield "nvcc", f"{made['nvcc']} for {', '.join(made['cuda_archs'])}" if made["nvcc"] else "none"
+    yield "torch headers", made["torch"] or "none"
     for part in info["built"]:
-        yield part, "built" + (f" for {', '.join(info['cpu_variants'])}" if part == "_cpu.so" else "")
+        yield part, "built" + (f" for {', '.join(made['cpu_variants'])}" if part == "_cpu.so" else "")
     for part, reason in info["not_built"].items():
         yield part, "not built: " + reason.strip().replace("\n", "\n    ")
-    if importlib.util.find_spec("fastattn._C") is None:
-        yield "_C", f"not importable by Python {platform.python_version()} (only tests need it)"
+    module = _libraries.introspection()
+    if module is None:
+        yield "_C", f"not built for Python {platform.python_version()}: the facts above are those of the last build"
+        return
+    best, used = module.best_cpu_capability(), module.cpu_capability()
+    yield "this processor", best if best == used else f"{best}, limited to {used} by FASTATTN_CPU_CAPABILITY"
+    same = "the same numbers as" if _is_philox_of_reference(module) else "OTHER NUMBERS THAN"
+    yield "dropout", f"Philox4x32-10, {same} the reference"
+
+
+def _is_philox_of_reference(module):
+    """Whether the compiled random number generator gives the words of fastattn.reference."""
+    counter, key = [1, 2**31, 3, 2**32 - 1], [5, 2**32 - 2]
+    words = reference.philox4x32([torch.tensor(word) for word in counter], [torch.tensor(word) for word in key])
+    return module.philox(counter, key) == [int(word) for word in words]
 
 
 def _environment():

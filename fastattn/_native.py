@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from fastattn.ops._backends import set_unavailable, why_not_available
-from fastattn.ops._libraries import PACKAGE, build_info, load_library
+from fastattn.ops._libraries import PACKAGE, built_for, load_library
 
 # in the order of CpuCapability in csrc/cpu/capability.h
 CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")
@@ -33,7 +33,7 @@ def _native_refuses(index):
         error = answer()
     if error is None:
         return None
-    info = build_info()
+    info = built_for()
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     return (
         f"built with CUDA {info['nvcc']} for {', '.join(info['cuda_archs'])}, it cannot run on this GPU of compute"

@@ -6,12 +6,12 @@
     dv = pdᵀ·do,  dk = scale * dsrᵀ·q                   attention_dkdv_kernel: a block of keys of one head of k
     dq = scale * dsr·k                                  attention_dq_kernel: a block of queries of one head
     dbias = ds summed over the broadcast dims           attention_dq_kernel if there are none, else attention_dbias.py
-    dsink[h] = -sum exp(sink - lse) * delta             attention_preprocess_kernel, one partial sum a program
+    dsink[h] = -sum exp(sink - lse) * delta             attention_preprocess_kernel, one partial sum per program
 
-The scores are computed twice, in attention_dkdv_kernel (transposed, so that p and ds are left operands without a
-shuffle) and in attention_dq_kernel; in return no gradient needs a buffer in fp32 and the order of every sum is fixed.
+The scores are computed twice: in attention_dkdv_kernel, transposed so that p and ds are left operands without a
+shuffle, and in attention_dq_kernel. In return no gradient needs an fp32 buffer, and the order of every sum is fixed.
 
-Limits and features as in the forward. Reference: Dao, "FlashAttention-2", 2023, algorithm 2.
+The limits and features are those of the forward. Reference: Dao, "FlashAttention-2", 2023, algorithm 2.
 """
 
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ from fastattn.kernels.common import LOG2_E, contiguous, launch, register, unit_s
 
 
 class Softmax(NamedTuple):
-    """What the backward needs of each row of scores, (batch, heads, rows) in fp32: see attention_preprocess_kernel."""
+    """What the backward reads for each row of scores, (batch, heads, rows) in fp32. See attention_preprocess_kernel."""
 
     high_ptr: Any
     low_ptr: Any
@@ -59,9 +59,10 @@ class Softmax(NamedTuple):
 def attention_preprocess_kernel(out, do, lse_ptr, lse_low_ptr, dlse_ptr, sink_ptr, dsink_ptr, softmax, n_heads, total_q,
                                 blocks, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
                                 BLOCK_M: tl.constexpr):  # fmt: skip
-    """Packed sequences are rows like any other here. lse comes in one part or two, and goes on as the other kernels
-    subtract it: `high` +inf where a row saw nothing, `low` times log2(e); without `low`, `high` is all times log2(e).
-    A row that saw nothing has no part in dsink, whatever stands in do. Rows behind the last packed sequence are such.
+    """Packed sequences need no special treatment here. lse is read in one part or two, and written in the form that the
+    other kernels subtract: `high` is +inf if a row saw nothing, `low` is times log2(e); without `low`, all of lse is in
+    `high`, times log2(e). A row that saw nothing does not contribute to dsink, whatever its do. The rows after the
+    last packed sequence are such rows.
     """
     pid = tl.program_id(0)
     batch = (pid // blocks // n_heads).to(tl.int64)
@@ -87,7 +88,7 @@ def attention_preprocess_kernel(out, do, lse_ptr, lse_low_ptr, dlse_ptr, sink_pt
     if softmax.low_ptr is not None:
         tl.store(softmax.high_ptr + row, row_lse, mask=inside)
         tl.store(softmax.low_ptr + row, row_low, mask=inside)
-    else:  # finite below: a row may have nothing but a sink near -FLT_MAX
+    else:  # the bound keeps it finite: the row may have only a sink near -FLT_MAX
         tl.store(softmax.high_ptr + row, tl.maximum(row_lse * LOG2_E, -3e38), mask=inside)
     if sink_ptr is not None:
         share = tl.exp2((tl.load(sink_ptr + head) - row_lse) * LOG2_E - row_low)
@@ -98,7 +99,7 @@ def attention_preprocess_kernel(out, do, lse_ptr, lse_low_ptr, dlse_ptr, sink_pt
 @triton.jit
 def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n, span, head, features,
                  form: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """first: where the rows of the query head begin in `softmax`."""
+    """first: the first row of the query head in `softmax`."""
     MASKED: tl.constexpr = EDGE or features.mask is not None
     j = (start_n + tl.arange(0, form.BLOCK_N))[:, None]
     begin, end = walk(blocks, EDGE, True)
@@ -109,7 +110,7 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
         rows = start_m + tl.arange(0, form.BLOCK_M)
         row_high, row_low, row_delta = load_softmax(softmax, first, rows, span.seqlen_q, form)
 
-        # everything transposed: keys are rows
+        # everything is transposed: rows are keys
         i = rows[None, :]
         qk = tl.dot(k, tl.trans(q), input_precision=form.PRECISION)
         s, capped = tile_scores(qk, i, j, span, head, features, form)
@@ -127,7 +128,7 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
         ds = p * (dp - row_delta[None, :])
         if form.SOFTCAP:
             ds *= 1 - capped * capped
-        if MASKED:  # p = 0 alone would let a NaN of an unseen key through
+        if MASKED:  # p = 0 is not enough: a hidden key may be NaN
             ds = tl.where(visible, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=form.PRECISION)
     return dk, dv
@@ -149,7 +150,7 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
     v_tile = load_tile(v_side, start_n, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_N, True, False)
     seen_by = query_blocks(start_n, span, form)
 
-    # the query heads that share these keys, one after the other
+    # loop over the query heads that share these keys
     dk_acc = zeros(form.BLOCK_N, form.BLOCK_D)
     dv_acc = zeros(form.BLOCK_N, form.BLOCK_DV)
     for member in range(form.GROUP):
@@ -167,7 +168,7 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
             form, EDGE=False,
         )  # fmt: skip
 
-    # keys past seqlens_k have gradient 0; whatever their rows accumulated is not theirs
+    # keys past seqlens_k have gradient 0, whatever was accumulated in their rows
     seen = (start_n + tl.arange(0, form.BLOCK_N) < span.length_k)[:, None]
     dk_acc = tl.where(seen, dk_acc * features.scale, 0.0)
     dv_acc = tl.where(seen, dv_acc * features.rescale, 0.0)
@@ -178,7 +179,7 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
 @triton.jit
 def _dq_blocks(dq, dbias, q, do, softmax, k_side, v_side, blocks, start_m, span, head, features, form: tl.constexpr,
                EDGE: tl.constexpr):  # fmt: skip
-    """softmax: what load_softmax gives."""
+    """softmax: the result of load_softmax."""
     begin, end = walk(blocks, EDGE, form.HAS_LEFT)
     for block in range(begin, end):
         start_n = block_start(block, blocks, form.BLOCK_N, EDGE, form.HAS_LEFT)
@@ -192,7 +193,7 @@ def _dq_blocks(dq, dbias, q, do, softmax, k_side, v_side, blocks, start_m, span,
             tl.store(score_ptrs(dbias, head, i, j), ds.to(dbias.ptr.dtype.element_ty), mask=inside)
         if form.SOFTCAP:
             ds *= 1 - capped * capped
-        if features.mask is not None:  # an unseen key may hold NaN: neither its score nor its row may count
+        if features.mask is not None:  # a hidden key may be NaN, so its row must be cleared as well as its score
             ds = tl.where(visible, ds, 0.0)
             seen = tl.max(visible.to(tl.int32), 0) > 0
             k = tl.where(seen[:, None], k, 0.0)
@@ -232,7 +233,7 @@ def attention_dq_kernel(q, k, v, do, dq, dbias, softmax, features, n_heads, grou
 
 def attention_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, *rest):
     """The raw op attention_bwd: (dq, dk, dv, dbias, dsink)."""
-    *rest, need_dbias, _ = rest  # deterministic: it always is
+    *rest, need_dbias, _ = rest  # deterministic: this backward always is
     sink = rest[0]
     do = torch.zeros_like(out) if do is None else do
     q, k, v, do, out = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(do), unit_stride(out)

@@ -1,12 +1,13 @@
-"""The values that travel through the attention kernels, and the plan of a launch.
+"""The values that the attention kernels pass on, and the plan of a launch.
 
-On the host a call is `Features`, what it asks for besides q, k and v, and a `Form`, its constants. On the device `Span`
-says where a sequence stands and `Head` which head of it a program works on. All of them go from function to function
-whole, so that a new feature is a field here and a line in the function of attention_tile.py that computes with it.
+On the host, a call is `Features`, the arguments besides q, k and v, and a `Form`, its constants. On the device, `Span`
+is the position of a sequence and `Head` the head of it that a program works on. Functions pass them on whole, so a new
+feature is a field here and a line in the function of attention_tile.py that computes with it.
 
-Triton shapes the split. Constants are one argument, a Form: where a kernel itself builds a NamedTuple, Triton turns
-constants into numbers, and in version 3.6 no function can return a None. Integers of which one binary serves all values
-are arguments of their own, as in a tuple Triton makes binaries for 1 and for multiples of 16.
+The division follows from limits of Triton. Constants are one argument, a Form, because Triton turns constants into
+numbers if a kernel builds a NamedTuple of them, and in version 3.6 no function can return a None. Integers for which
+one binary serves all values are separate arguments, because in a tuple Triton compiles binaries for 1 and for multiples
+of 16.
 """
 
 import functools
@@ -19,27 +20,27 @@ from fastattn.kernels.attention_config import pick
 from fastattn.kernels.common import contiguous, dropout_constants
 from fastattn.ops._layout import empty_in_layout
 
-# what varies from call to call without making better code: one binary for all values
+# integers that vary between calls and do not affect the quality of the code: one binary serves all values
 UNSPECIALIZED = ["n_heads", "group", "total_q", "total_k", "blocks", "window_left", "window_right", "threshold"]
 
 
 class Rows(NamedTuple):
-    """A (batch, heads, rows, columns) tensor: q, k, v and the like without a stride of columns, which is 1."""
+    """A (batch, heads, rows, columns) tensor such as q, k or v, with its strides. The stride of columns is 1."""
 
     ptr: Any
     strides: Any
 
 
 class Features(NamedTuple):
-    """What a call asks for besides q, k and v. What is absent is None."""
+    """The arguments of a call besides q, k and v. Absent ones are None."""
 
     scale: Any
     softcap: Any
-    rescale: Any  # dropout's factor
+    rescale: Any  # the scale of kept elements
     rng_ptr: Any
     bias: Any  # Rows
     mask: Any  # Rows
-    slopes: Any  # Rows of ALiBi, strides (from batch entry to batch entry,)
+    slopes: Any  # the ALiBi slopes as Rows, strides (between batch entries,)
     sink_ptr: Any
     seqlens_k_ptr: Any
     cu_seqlens_q_ptr: Any
@@ -47,7 +48,7 @@ class Features(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The constants of a kernel: one binary for each."""
+    """The constants of a kernel. Each Form is compiled to a binary."""
 
     HEAD_DIM: Any
     HEAD_DIM_V: Any
@@ -59,41 +60,41 @@ class Form(NamedTuple):
     HAS_RIGHT: Any
     TOP_LEFT: Any
     SOFTCAP: Any
-    NATURAL: Any  # scores are not kept times log2(e)
-    FUSED_SCALE: Any  # the scale is applied together with the maximum
-    GROUP: Any  # query heads of a key head, in attention_dkdv_kernel
+    NATURAL: Any  # scores are kept unscaled instead of times log2(e)
+    FUSED_SCALE: Any  # the scale is applied together with the subtraction of the maximum
+    GROUP: Any  # query heads per key head, in attention_dkdv_kernel
     TMA: Any
     PRECISION: Any
 
 
 class Span(NamedTuple):
-    """A sequence: where its rows lie, how its queries stand to its keys, and how far a window reaches."""
+    """A sequence: its rows, the alignment of its queries to its keys, and the sides of the window."""
 
-    batch: Any  # which sequence it is
-    within: Any  # whether it is one: the rows behind the last packed sequence are none
+    batch: Any  # the index of the sequence
+    within: Any  # false for the rows after the last packed sequence
     index: Any  # in the batch dimension of q, k and v
-    first_q: Any  # its first rows there
+    first_q: Any  # its first rows in q and k
     first_k: Any
     seqlen_q: Any
     seqlen_k: Any
-    length_k: Any  # of the keys, those that may be seen
-    off: Any  # query i stands at key i + off
+    length_k: Any  # the number of keys that may be seen
+    off: Any  # query i is aligned with key i + off
     left: Any
     right: Any
 
 
 class Head(NamedTuple):
-    """A query head of a sequence, with what its scores need."""
+    """A query head of a sequence, and what its scores need."""
 
     batch: Any
     head: Any
-    slope: Any  # of ALiBi, meaningless without it
+    slope: Any  # of ALiBi; undefined without it
     slab: Any  # of the random numbers of dropout
-    threshold: Any  # below which they drop
+    threshold: Any  # elements whose random number is below it are dropped
 
 
 class Side(NamedTuple):
-    """Rows of a head, to be loaded in tiles: a pointer or TMA descriptor, the step from row to row, rows to be read."""
+    """Rows of a head to load in tiles: a pointer or TMA descriptor, the stride of rows, and the range of rows."""
 
     source: Any
     stride: Any
@@ -102,7 +103,7 @@ class Side(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Blocks that are seen at all, from first to end, and those that are seen in full, from full to end_full."""
+    """The blocks that at least one row sees, [first, end), and those that all rows see, [full, end_full)."""
 
     first: Any
     full: Any
@@ -111,22 +112,22 @@ class Blocks(NamedTuple):
 
 
 def rows_of(t):
-    """q, k, v, their results or gradients as kernels take them."""
+    """q, k, v, or tensors like them, in the form that kernels read."""
     return Rows(t, t.stride()[:3])
 
 
 def broadcast_strides(shape, strides):
-    """Strides of a (1 or batch, 1 or heads, ...) tensor with 0 where it is broadcast."""
+    """Return the strides of a (1 or batch, 1 or heads, ...) tensor, with 0 for broadcast dimensions."""
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
 def precision(dtype):
-    """How fp32 products are computed: as the TF32 switch of PyTorch says."""
+    """The precision of fp32 products: follows the TF32 switch of PyTorch."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def descriptors_fit(*tensors):
-    """Whether TMA can read these (batch, heads, rows, columns) tensors: addresses, strides multiples of 16 bytes."""
+    """Whether TMA can read (batch, heads, rows, columns) tensors: addresses, strides are multiples of 16 bytes."""
     for t in tensors:
         unit = 16 // t.element_size()
         batch, head, row = t.stride()[:3]
@@ -136,28 +137,28 @@ def descriptors_fit(*tensors):
 
 
 def padded(head_dim):
-    """The columns of a tile that holds a head: tl.dot takes no fewer than 16."""
+    """The number of columns of a tile that holds a head. tl.dot needs at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 class Start(NamedTuple):
-    """How a kernel is launched."""
+    """The launch of a kernel."""
 
     grid: tuple
-    blocks: int  # into which the rows of a head, or all packed rows, are divided
+    blocks: int  # the number of blocks of the rows of a head, or of all packed rows
     form: Form
-    form_tma: Form | None  # for tensors that TMA can read; None where it must not
+    form_tma: Form | None  # for tensors that TMA can read; None if TMA must not be used
     options: dict
 
     def choose(self, *tensors):
-        """The form for these tensors, which the kernel would read with TMA."""
+        """Return the form for these tensors, which the kernel would read with TMA."""
         return self.form_tma if self.form_tma is not None and descriptors_fit(*tensors) else self.form
 
 
 class Plan:
-    """Everything that follows from shapes, strides and options alone, made once for each kind of call.
+    """Everything that depends on shapes, strides and options only. It is cached per signature.
 
-    q, k, v, bias, mask are (shape, strides) or None; `sequences` is the number of packed sequences or None.
+    q, k, v, bias, mask are (shape, strides) or None. `sequences` is the number of packed sequences or None.
     """
 
     def __init__(self, q, k, v, bias, mask, dtype, device, fp32_precision, alibi_dims, drops, sequences,
@@ -172,7 +173,7 @@ class Plan:
                 empty_in_layout(torch.empty_strided(*t, device="meta"), last)
                 for t, last in ((q, head_dim_v), (q, head_dim), (k, head_dim), (v, head_dim_v))
             )
-        ]  # of out, dq, dk, dv
+        ]  # of out, dq, dk and dv
         rows = torch.empty((batch, self.n_heads, self.total_q), device="meta")
         self.lse_layout = (rows.shape, rows.stride())  # empty_strided takes half the time of empty
         self.copies = any(shape[3] != 1 and strides[3] != 1 for shape, strides in (q, k, v))
@@ -185,7 +186,7 @@ class Plan:
         self.window = (window_left, window_right, threshold)
         self.sizes = (self.n_heads, self.group, self.total_q, self.total_k)
 
-        reach = self.total_q + self.total_k  # a side as long as this is no limit
+        reach = self.total_q + self.total_k  # a side of the window that is this long is no limit
         has_left, has_right = 0 <= window_left < reach, 0 <= window_right < reach
         linear = bias is None and not alibi_dims and softcap == 0.0
         self.natural = dtype == torch.float32 or bias is not None or alibi_dims > 0
@@ -198,12 +199,12 @@ class Plan:
         self.starts = {}
 
     def inputs(self, q, k, v):
-        """q, k and v as kernels take them."""
+        """q, k and v in the form that kernels read."""
         q_strides, k_strides, v_strides = self.strides
         return Rows(q, q_strides), Rows(k, k_strides), Rows(v, v_strides)
 
     def start(self, kernel):
-        """How one of attention_config.KERNELS is launched."""
+        """Return the launch of one of attention_config.KERNELS."""
         if kernel not in self.starts:
             self.starts[kernel] = self._start(kernel)
         return self.starts[kernel]
@@ -213,11 +214,11 @@ class Plan:
         block, length, heads = config.block_m, self.total_q, self.n_heads
         if kernel == "dkdv":
             block, length, heads = config.block_n, self.total_k, self.kv_heads
-        elif self.form.HAS_LEFT:  # keys before the first window must not be read: a descriptor cannot say so
+        elif self.form.HAS_LEFT:  # keys before the first window must not be read, which a descriptor cannot express
             tma = False
         blocks = triton.cdiv(length, block)
         if self.sequences is not None and blocks:
-            blocks = length // block + self.sequences + 1  # what find_tile counts on
+            blocks = length // block + self.sequences + 1  # find_tile relies on this number
         form = self.form._replace(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
@@ -237,9 +238,9 @@ def geometry(t):
 
 def prepare(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, slopes, rng, max_seqlen_q, max_seqlen_k,
             *options):  # fmt: skip
-    """(plan, features) for the arguments of the raw ops.
+    """Return (plan, features) for the arguments of the raw ops.
 
-    The longest lengths that a caller promises do not matter: programs find their sequence.
+    The maximum lengths that the caller states are not used: programs search for their sequence.
     """
     plan = plan_for(
         geometry(q), geometry(k), geometry(v), geometry(bias), geometry(mask), q.dtype, q.device,

@@ -1,8 +1,8 @@
-"""Block sizes, warps and stages of the attention kernels: a table, and no search when a kernel is called.
+"""Block sizes, warps and stages of the attention kernels. They come from a table; there is no search at run time.
 
-A key is (architecture, kernel, bytes of an element, head_dim), its row one Launch for each kind of call: without a mask
-("full"), with causal or a window ("causal") and with features that cost registers ("extra": mask, bias, ALiBi, softcap
-or dropout). Architecture 86 stands for all with about 100 KB of shared memory.
+A key is (architecture, kernel, bytes per element, head_dim). Its row has one Launch for each kind of call: no mask
+("full"), causal or a window ("causal"), and features that need registers ("extra": mask, bias, ALiBi, softcap or
+dropout). Architecture 86 stands for all that have about 100 KB of shared memory.
 """
 
 import functools
@@ -15,11 +15,11 @@ from fastattn.kernels.common import Launch
 KERNELS = ("fwd", "dkdv", "dq", "dbias")
 HEAD_DIMS = (32, 64, 128, 256)
 PREPROCESS = Launch(64, 0, 4)
-INTERPRETED = Launch(64, 64, 4, 2)  # few large blocks: the interpreter takes its time per program and per operation
+INTERPRETED = Launch(64, 64, 4, 2)  # few large blocks, because the interpreter needs time per program and per operation
 
 
 def architecture(device):
-    """(the table's architecture, whether the device has TMA) for a device; the interpreter has architecture 0."""
+    """Return (the table's architecture, whether the device has TMA). The interpreter has architecture 0."""
     if device.type == "cpu":
         return 0, False
     major, minor = torch.cuda.get_device_capability(device)
@@ -29,15 +29,15 @@ def architecture(device):
 
 
 def table_key(arch, kernel, element_size, head_dim):
-    """The row of the table that serves a head dim: the next larger one of HEAD_DIMS."""
+    """Return the key of the row for a head dim: that of the next larger one of HEAD_DIMS."""
     if element_size == 4:
-        arch = 80  # products of fp32 run on the same units everywhere: one set of rows
+        arch = 80  # products of fp32 run on the same units on all architectures: one set of rows
     return arch, kernel, element_size, next(d for d in HEAD_DIMS if head_dim <= d)
 
 
 @functools.cache
 def pick(kernel, device, dtype, head_dim, extra, windowed):
-    """(Launch, whether TMA may be used) for one kind of call."""
+    """Return (Launch, whether TMA may be used) for one kind of call."""
     arch, tma = architecture(device)
     kind = "extra" if extra else "causal" if windowed else "full"
     row = INTERPRETED if arch == 0 else getattr(TABLE[table_key(arch, kernel, dtype.itemsize, head_dim)], kind)

@@ -1,9 +1,9 @@
-"""Gradient of an attention bias that broadcasts: ds of the backward, summed over the broadcast dimensions.
+"""Gradient of an attention bias that is broadcast: ds of the backward, summed over the broadcast dimensions.
 
-A program owns a tile of dbias and computes the scores of all batch entries, heads, rows and columns that share it once
-more, summing in fp32 registers. Where that gives too few programs the sum is cut into chunks, whose partial sums are
-added in order. So equal inputs give equal bits without atomics, in the memory of dbias and at most a quarter of q:
-never a score matrix. The price is two more matrix products per tile of scores.
+A program owns a tile of dbias. It recomputes the scores of all batch entries, heads, rows and columns that share the
+tile, and sums in fp32 registers. If that gives too few programs, the sum is divided into parts, which are added in
+order. So equal inputs give equal bits without atomics. Besides dbias, the memory is at most a quarter of q, never a
+score matrix. The price is two more matrix products per tile of scores.
 """
 
 import math
@@ -26,7 +26,7 @@ from fastattn.kernels.attention_tile import (
 )
 from fastattn.kernels.common import launch
 
-# of the tile grid and of the sum: one binary for all values, as for UNSPECIALIZED
+# sizes of the tile grid and of the sum: one binary serves all values, as for UNSPECIALIZED
 COUNTS = ["bias_batch", "bias_heads", "bias_rows", "sum_heads", "sum_rows", "sum_cols", "tile_rows", "tile_cols",
           "n_terms", "chunk"]  # fmt: skip
 
@@ -36,17 +36,18 @@ def attention_dbias_kernel(q, k, v, do, dbias_ptr, softmax, features, n_heads, g
                            bias_heads, bias_rows, bias_cols, sum_heads, sum_rows, sum_cols, tile_rows, tile_cols,
                            n_terms, chunk, window_left, window_right, threshold, form: tl.constexpr, ROW: tl.constexpr,
                            COLUMN: tl.constexpr):  # fmt: skip
-    """dbias (chunks, *bias.shape) contiguous. The terms of the sum are numbered (batch, head, row block, column block),
-    sum_* of each that the bias broadcasts over, else 1; ROW, COLUMN: the bias has one row, one column for all."""
+    """dbias is (parts, *bias.shape), contiguous. The terms of the sum have the indices (batch, head, row block, column
+    block). sum_* is the number of terms in each of these dimensions: 1 unless the bias is broadcast there. ROW, COLUMN:
+    the bias has one row, one column."""
     pid = tl.program_id(0).to(tl.int64)
     tile_n = (pid % tile_cols).to(tl.int32)
     tile_m = (pid // tile_cols % tile_rows).to(tl.int32)
     own_head = pid // tile_cols // tile_rows % bias_heads
     own_batch = pid // tile_cols // tile_rows // bias_heads % bias_batch
-    split = (pid // tile_cols // tile_rows // bias_heads // bias_batch).to(tl.int32)
+    part = (pid // tile_cols // tile_rows // bias_heads // bias_batch).to(tl.int32)
 
     acc = zeros(form.BLOCK_M, form.BLOCK_N)
-    for term in range(split * chunk, tl.minimum((split + 1) * chunk, n_terms)):
+    for term in range(part * chunk, tl.minimum((part + 1) * chunk, n_terms)):
         start_n = (tile_n + term % sum_cols) * form.BLOCK_N
         start_m = (tile_m + term // sum_cols % sum_rows) * form.BLOCK_M
         q_head = own_head + term // sum_cols // sum_rows % sum_heads
@@ -72,7 +73,7 @@ def attention_dbias_kernel(q, k, v, do, dbias_ptr, softmax, features, n_heads, g
             )
             acc += ds
 
-    dbias_ptr += ((split * bias_batch + own_batch) * bias_heads + own_head) * bias_rows * bias_cols
+    dbias_ptr += ((part * bias_batch + own_batch) * bias_heads + own_head) * bias_rows * bias_cols
     rows = (tile_m * form.BLOCK_M + tl.arange(0, form.BLOCK_M)).to(tl.int64)
     cols = tile_n * form.BLOCK_N + tl.arange(0, form.BLOCK_N)
     if ROW and COLUMN:
@@ -86,11 +87,11 @@ def attention_dbias_kernel(q, k, v, do, dbias_ptr, softmax, features, n_heads, g
                  mask=(rows < bias_rows)[:, None] & (cols < bias_cols)[None, :])  # fmt: skip
 
 
-_PROGRAMS = 512  # of attention_dbias_kernel: as many as keep a large GPU busy
+_PROGRAMS = 512  # of attention_dbias_kernel: enough to keep a large GPU busy
 
 
 def attention_dbias(plan, inputs, softmax, features):
-    """dbias of a bias that broadcasts over at least one dimension."""
+    """Compute dbias of a bias that is broadcast over at least one dimension."""
     q, bias = inputs[0].ptr, features.bias.ptr
     start = plan.start("dbias")
     n_heads, _, total_q, total_k = plan.sizes
@@ -103,7 +104,8 @@ def attention_dbias(plan, inputs, softmax, features):
     n_tiles, n_terms = math.prod(tiles), math.prod(terms)
     if n_tiles == 0 or n_terms == 0:
         return torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-    room = q.numel() * q.element_size() // (16 * bias.numel())  # partial sums in fp32 take at most a quarter of q
+    # the fp32 partial sums take at most a quarter of the memory of q
+    room = q.numel() * q.element_size() // (16 * bias.numel())
     chunk = triton.cdiv(n_terms, max(1, min(n_terms, triton.cdiv(_PROGRAMS, n_tiles), room)))
     chunks = triton.cdiv(n_terms, chunk)
     dbias = bias.new_empty((chunks, *bias.shape), dtype=torch.float32 if chunks > 1 else bias.dtype)

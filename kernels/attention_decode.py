@@ -1,17 +1,18 @@
 """Attention of a few queries on a cache, contiguous or paged: split over the keys, then combined.
 
-    s   = scale * q·k;  s = softcap * tanh(s / softcap);  s = s - slope * |i + off - j|;  -inf where invisible
+    s   = scale * q·k;  s = softcap * tanh(s / softcap);  s = s - slope * |i + off - j|;  -inf where hidden
     lse = log(sum_j exp(s) [+ exp(sink)]);  out = exp(s - lse) · v
     a split n: m_n = max(s), l_n = sum_j exp(s - m_n), o_n = exp(s - m_n) · v
     all splits: m = max(m_n), l = sum_n l_n * exp(m_n - m), out = sum_n o_n * exp(m_n - m) / l, lse = m + log(l)
 
-One program owns a split of the keys of one sequence and key head, and up to 64 rows: queries of the heads that share
-that key head, so that the cache is read once. Lengths are known to the device alone: the number of splits follows from
-the size of the cache, and each program takes its share of the keys that its sequence really has. With one split it
-writes out and lse itself, else fp32 parts, which a second kernel adds up in a fixed order. A third appends new keys.
-Maximum and sum are kept apart: one fp32 lse of a split has no room for the logarithm of its sum beside large scores.
+One program owns a split of the keys of one sequence and key head, and up to 64 rows: the queries of the heads that
+share the key head, so the cache is read only once. Only the device knows the lengths. The number of splits therefore
+depends on the size of the cache, and each program takes its share of the keys that its sequence has. With one split,
+the program writes out and lse; otherwise it writes fp32 parts, which a second kernel adds in a fixed order. A third
+kernel appends new keys. Maximum and sum are stored separately, because one fp32 lse of a split would lose the logarithm
+of its sum next to large scores.
 
-Limits: head dims up to 256. Pages are read block by block where a block of keys lies in one page, else row by row.
+Limits: head dims up to 256. Blocks of keys that lie in one page are read as blocks, others row by row.
 Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
@@ -44,8 +45,8 @@ from fastattn.kernels.common import LN_2, Launch, contiguous, launch, multiproce
 from fastattn.ops._layout import empty_in_layout
 
 MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 128, 16, 16
-# by (bytes of an element, head dim, most rows), the same for every architecture: about 32 KB of keys and values a stage
-# for few rows. They compile without spills; not yet measured on hardware.
+# By (bytes per element, head dim, maximum of rows), for all architectures: about 32 KB of keys and values per stage for
+# few rows. They compile without spills; not yet measured on hardware.
 TABLE = {
     (2, 32, 16): Launch(16, 128, 4, 3), (2, 64, 16): Launch(16, 128, 4, 3), (2, 128, 16): Launch(16, 64, 4, 3),
     (2, 256, 16): Launch(16, 32, 4, 3), (2, 32, 64): Launch(64, 64, 4, 3), (2, 64, 64): Launch(64, 64, 4, 3),
@@ -55,19 +56,19 @@ TABLE = {
 
 
 def pick(element_size, head_dim, rows, paged):
-    """The Launch for a key head with so many rows."""
+    """Return the Launch for a key head with `rows` rows."""
     few = rows <= 16 or element_size == 4
     head_dim = next(d for d in (32, 64, 128, 256) if head_dim <= d)
     config = TABLE[element_size, head_dim, 16 if few else 64]
     if not few and rows <= 32:
         config = config._replace(block_m=32)
-    if paged:  # the number of a page must be there before its keys are asked for: else fewer blocks are on their way
+    if paged:  # the page number is needed before its keys are requested, so fewer blocks would be in flight
         config = config._replace(stages=2 * config.stages - 1)
     return config
 
 
 class Cache(NamedTuple):
-    """Which keys of the cache belong to each batch entry. What is absent is None."""
+    """Which keys of the cache belong to each batch entry. Absent tensors are None."""
 
     seqlens_ptr: Any
     block_table_ptr: Any
@@ -76,7 +77,7 @@ class Cache(NamedTuple):
 
 
 class DecodeForm(NamedTuple):
-    """The constants of attention_decode_split_kernel: those of Form that it shares have the same names."""
+    """The constants of attention_decode_split_kernel. Those that Form has too have the same names."""
 
     HEAD_DIM: Any
     HEAD_DIM_V: Any
@@ -88,18 +89,18 @@ class DecodeForm(NamedTuple):
     HAS_RIGHT: Any
     SOFTCAP: Any
     NATURAL: Any
-    SPLIT: Any  # there are several splits
+    SPLIT: Any  # there is more than one split
     WHOLE_PAGES: Any  # each block of keys lies in one page
     PRECISION: Any
 
 
 @triton.jit
 def find_places(rows, inside, batch, cache, pages, page_size, WHOLE_PAGES: tl.constexpr):
-    """(page, row within it) of rows of the cache; without pages (0, row)."""
+    """Return (page, row within it) for rows of the cache; without pages (0, row)."""
     if cache.block_table_ptr is None:
         page = 0
         row = rows.to(tl.int64)
-    elif WHOLE_PAGES:  # all of the block lies in one page
+    elif WHOLE_PAGES:  # the whole block lies in one page
         first = tl.min(rows, 0)
         page = tl.load(cache.block_table_ptr + batch * pages + first // page_size).to(tl.int64)
         row = (first % page_size + tl.arange(0, rows.shape[0])).to(tl.int64)
@@ -112,7 +113,7 @@ def find_places(rows, inside, batch, cache, pages, page_size, WHOLE_PAGES: tl.co
 
 @triton.jit
 def cache_ptr(side, batch, kv_head, cache):
-    """Where a key head begins: in the rows of its batch entry, or in the first page."""
+    """Return the start of a key head, in the rows of its batch entry or in the first page."""
     if cache.block_table_ptr is None:
         row = batch
         if cache.batch_idx_ptr is not None:
@@ -140,8 +141,8 @@ UNSPECIALIZED = ["seqlen_q", "capacity", "seqlen_new", "group", "splits", "windo
 def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_heads, group, seqlen_q, seqlen_new,
                                   capacity, page_size, pages, splits, blocks, window_left, window_right,
                                   form: tl.constexpr):  # fmt: skip
-    """SPLIT: out is fp32 sums (splits, batch, heads, seqlen_q, head_dim_v), lse (2, splits, batch, heads, seqlen_q) the
-    maxima and the sums of their weights, all without the sink."""
+    """SPLIT: out receives fp32 sums (splits, batch, heads, seqlen_q, head_dim_v), and lse (2, splits, batch, heads,
+    seqlen_q) the maxima and the sums of weights, all without the sink."""
     pid = tl.program_id(0)
     split = tl.program_id(1)
     start_m = pid % blocks * form.BLOCK_M
@@ -154,7 +155,7 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
     k_ptr = cache_ptr(k, batch, kv_head, cache)
     v_ptr = cache_ptr(v, batch, kv_head, cache)
 
-    # row r of the tile is query r // group of head r % group of those that share the key head
+    # row r of the tile is query r // group of head r % group of the heads that share the key head
     offs_m = start_m + tl.arange(0, form.BLOCK_M)
     query = offs_m // group
     q_head = kv_head * group + offs_m % group
@@ -169,8 +170,8 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
                 window_right)  # fmt: skip
     head = Head(batch, q_head, slope, 0, 0)
 
-    # the share of this split in the blocks of keys that some row sees; all of them are treated as edges: comparisons
-    # are free beside the reads
+    # This split's share of the key blocks that some row sees. All blocks are treated as edges, because comparisons are
+    # cheap compared with the reads.
     first_query = start_m // group
     queries = (start_m + form.BLOCK_M - 1) // group + 1 - first_query
     seen = key_blocks(first_query, queries, span, form)
@@ -180,7 +181,7 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
     end = tl.minimum(first + share, seen.end)
     begin_k = begin
     end_k = length
-    if form.HAS_LEFT:  # keys that no query sees are not even read
+    if form.HAS_LEFT:  # skip loading keys that no query sees
         begin_k = tl.maximum(begin_k, span.off - window_left)
     if form.HAS_RIGHT:
         end_k = tl.minimum(end_k, seqlen_q + span.off + window_right)
@@ -238,7 +239,7 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
 def attention_decode_combine_kernel(parts_ptr, stats_ptr, sink_ptr, out, lse_ptr, n_heads, seqlen_q, splits,
                                     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
                                     BLOCK_S: tl.constexpr):  # fmt: skip
-    """One program adds up the splits of one row: what attention_decode_split_kernel leaves in out and lse."""
+    """Combine the splits of one row: the parts that attention_decode_split_kernel wrote."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     head = row // seqlen_q % n_heads
@@ -272,7 +273,7 @@ def attention_decode_combine_kernel(parts_ptr, stats_ptr, sink_ptr, out, lse_ptr
 
 @triton.jit
 def _append(rows, cached, new, page, row, inside, batch, kv_head, cache, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copy the rows `new` of k or v of a head to the places (page, row) of the cache."""
+    """Copy the rows `new` of k or v of a head to the positions (page, row) of the cache."""
     offs_d = tl.arange(0, BLOCK_D)
     tile = load_rows(head_ptr(rows, batch, kv_head), new.to(tl.int64) * rows.strides[2], inside, DIM, BLOCK_D)
     offsets = page * cached.strides[0] + row * cached.strides[2]
@@ -284,7 +285,7 @@ def _append(rows, cached, new, page, row, inside, batch, kv_head, cache, DIM: tl
 def attention_decode_append_kernel(k, v, k_cache, v_cache, cache, n_kv_heads, seqlen_new, capacity, page_size, pages,
                                    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
                                    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """One program copies BLOCK_M new keys and values of one head; those that the cache has no room for are dropped."""
+    """Copy BLOCK_M new keys and values of one head. Those that do not fit into the cache are dropped."""
     pid = tl.program_id(0)
     kv_head = (pid % n_kv_heads).to(tl.int64)
     batch = (pid // n_kv_heads).to(tl.int64)
@@ -297,10 +298,10 @@ def attention_decode_append_kernel(k, v, k_cache, v_cache, cache, n_kv_heads, se
 
 
 def choose_splits(programs, blocks, slots):
-    """The smallest number of splits whose last wave of programs leaves little of the device idle.
+    """Return the smallest number of splits whose last wave of programs leaves little of the device idle.
 
     Args:
-        programs: without splits; blocks: of keys in a full cache; slots: programs that run at the same time.
+        programs: their number without splits; blocks: of keys in a full cache; slots: programs that run concurrently.
     """
     if programs >= 0.8 * slots or blocks <= 4:
         return 1
@@ -313,7 +314,7 @@ def choose_splits(programs, blocks, slots):
 
 
 class Plan:
-    """Everything that follows from shapes, strides and options alone, made once for each kind of call."""
+    """Everything that depends on shapes, strides and options only. It is cached per signature."""
 
     def __init__(self, q, k_cache, v_cache, dtype, device, pages, slopes_dims, window_left, window_right, softcap,
                  num_splits, fp32_precision):  # fmt: skip
@@ -325,7 +326,7 @@ class Plan:
         config = pick(dtype.itemsize, max(head_dim, head_dim_v), group * seqlen_q, pages is not None)
         block_n = config.block_n
         whole_pages = False
-        if pages is not None:  # smaller blocks, if that keeps each in one page
+        if pages is not None:  # smaller blocks, if each then lies in one page
             fitting = next((n for n in (block_n, block_n // 2, block_n // 4) if n >= 16 and page_size % n == 0), 0)
             whole_pages = fitting >= min(32, block_n)
             block_n = fitting if whole_pages else block_n
@@ -342,7 +343,7 @@ class Plan:
         self.sizes = (n_kv_heads, group, seqlen_q)
         self.slopes_strides = (n_heads if slopes_dims == 2 else 0,)
         self.cache = (capacity, page_size, pages or 1, splits, blocks_m)
-        reach = capacity + seqlen_q  # a side as long as this is no limit
+        reach = capacity + seqlen_q  # a side of the window that is this long is no limit
         has_left, has_right = 0 <= window_left < reach, 0 <= window_right < reach
         self.head_dim_v, self.block_dv = head_dim_v, padded(head_dim_v)
         self.form = DecodeForm(
@@ -357,7 +358,7 @@ plan_for = functools.lru_cache(4096)(Plan)
 
 def attention_decode_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, slopes, sink,
                          seqlen_new, window_left, window_right, softcap, scale, num_splits):  # fmt: skip
-    """The raw op attention_decode_fwd: (out, lse)."""
+    """The raw op attention_decode_fwd: returns (out, lse)."""
     q, sink = unit_stride(q), contiguous(sink)
     plan = plan_for(
         geometry(q), geometry(k_cache), geometry(v_cache), q.dtype, q.device,
@@ -389,7 +390,7 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_
 
 
 def attention_decode_append(k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx):
-    """The raw op attention_decode_append: k_cache and v_cache are changed in place."""
+    """The raw op attention_decode_append: changes k_cache and v_cache in place."""
     k, v = unit_stride(k), unit_stride(v)
     batch, n_kv_heads, seqlen_new, head_dim = k.shape
     if not batch * n_kv_heads * seqlen_new:

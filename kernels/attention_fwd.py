@@ -1,19 +1,19 @@
 """Attention forward.
 
-    s   = scale * q·k;  s = softcap * tanh(s / softcap);  s = s + bias - slope * |i + off - j|;  -inf where invisible
+    s   = scale * q·k;  s = softcap * tanh(s / softcap);  s = s + bias - slope * |i + off - j|;  -inf where hidden
     lse = log(sum_j exp(s) [+ exp(sink)]);  out = (exp(s - lse) ∘ keep * dropout_scale) · v
 
-One program owns BLOCK_M queries of one head and walks over the keys with an online softmax in base 2. Blocks of keys
-that no query of it sees are skipped; blocks that all of them see take a loop without comparisons, the others (edges)
-one with. Features are compile-time switches (an absent tensor is None), so a plain call pays for none of them. Row
-offsets are 64 bits wide. Saved for the backward: out and lse, natural logarithm in fp32.
+One program owns BLOCK_M queries of one head and loops over the keys with an online softmax in base 2. Blocks of keys
+that no query sees are skipped. Blocks that all queries see have a loop without comparisons, the other ones (edges) a
+loop with them. Features are compile-time switches (an absent tensor is None), so a plain call pays for none of them.
+Row offsets have 64 bits. Saved for the backward: out and lse, the natural logarithm, in fp32.
 
-Scores are kept times log2(e), so that the softmax needs one FMA for its exponent. NATURAL keeps them as they are, and
-lse in two parts: beside a bias as large as FLT_MAX log2(e) would make them infinite, and scores that a large bias makes
-equal would be rounded to different ones. The same for ALiBi, and in fp32, where products cost far more than that.
+Scores are kept times log2(e), so that the softmax needs one FMA for its exponent. With NATURAL they are kept unscaled,
+and lse is saved in two parts: a bias near FLT_MAX times log2(e) would be infinite, and scores that a large bias makes
+equal would be rounded to different values. ALiBi uses this too, and so does fp32, where products cost far more.
 
-Limits: head dims up to 256, padded with zeros in the kernel to a power of two. Keys and values come through TMA
-descriptors on sm_90 and newer where strides and addresses are multiples of 16 bytes, else through pointers.
+Limits: head dims up to 256, padded with zeros in the kernel to a power of two. On sm_90 and newer, keys and values are
+loaded through TMA descriptors if strides and addresses are multiples of 16 bytes, otherwise through pointers.
 Reference: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
 """
 
@@ -62,12 +62,12 @@ def _forward_blocks(
         if MASKED:
             s = tl.where(visible, s, float("-inf"))
 
-        if form.FUSED_SCALE:  # the scale is positive: it may be applied to the maximum, and then in one FMA per score
+        if form.FUSED_SCALE:  # the scale is positive, so one FMA per score can scale and subtract the maximum
             m_new = tl.maximum(m_i, tl.max(s, 1) * (features.scale * LOG2_E))
         else:
             m_new = tl.maximum(m_i, tl.max(s, 1))
         m_safe = m_new
-        if MASKED or features.bias is not None:  # a row that has seen nothing: exponentiate around 0, not -inf - -inf
+        if MASKED or features.bias is not None:  # if a row has seen nothing, subtract 0, because -inf - -inf is NaN
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         if form.FUSED_SCALE:
             p = tl.exp2(s * (features.scale * LOG2_E) - m_safe[:, None])
@@ -79,7 +79,7 @@ def _forward_blocks(
             p = tl.where(keep_tile(start_m, start_n, head, features, form), p, 0.0)
 
         v = load_tile(v_side, start_n, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_N, EDGE, form.TMA)
-        if features.mask is not None:  # what stands in a key that nobody sees must not spread through 0 * NaN
+        if features.mask is not None:  # a hidden key may be NaN, and 0 * NaN is NaN
             seen = tl.max(visible.to(tl.int32), 0) > 0
             v = tl.where(seen[:, None], v, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=form.PRECISION)
@@ -90,8 +90,8 @@ def _forward_blocks(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_fwd_kernel(q, k, v, out, lse_ptr, lse_low_ptr, features, n_heads, group, total_q, total_k, blocks,
                          window_left, window_right, threshold, form: tl.constexpr):  # fmt: skip
-    """total_q, total_k: rows of q and k in a batch entry, all packed sequences together; lse_low_ptr: for what rounding
-    takes from lse, or None."""
+    """total_q, total_k: rows of q and k per batch entry, or of all packed sequences. lse_low_ptr: the rounding error of
+    lse, or None."""
     start_m, q_head, span = head_frame(
         features, n_heads, total_q, total_k, blocks, window_left, window_right, form, False
     )
@@ -143,7 +143,7 @@ NOTHING = ((0,), (1,))  # shape and strides
 
 
 def attention_fwd(q, k, v, *rest):
-    """The raw op attention_fwd: (out, lse, lse_low)."""
+    """The raw op attention_fwd: returns (out, lse, lse_low)."""
     *inputs, need_low = rest
     plan, features = prepare(q, k, v, *inputs)
     if plan.copies:

@@ -1,6 +1,6 @@
-"""What the attention kernels share on the device: where a program stands, and the arithmetic on a tile of scores.
+"""Device code that the attention kernels share: the position of a program, and the arithmetic on a tile of scores.
 
-The values that go through these functions are described in attention_call.py.
+attention_call.py describes the values that these functions take.
 """
 
 import triton
@@ -9,21 +9,21 @@ import triton.language as tl
 from fastattn.kernels.attention_call import Blocks, Head, Side, Span
 from fastattn.kernels.common import LOG2_E, dropout_halfwords, tanh
 
-SEARCHED = tl.constexpr(128)  # sequences that one step of find_tile looks at
+SEARCHED = tl.constexpr(128)  # the number of sequences that find_tile reads in one step
 
 
 @triton.jit
 def find_tile(cu_seqlens_ptr, tiles, total, tile, BLOCK: tl.constexpr):
-    """(sequence, tile within it, whether it is a sequence) of one of the `tiles` into which packed rows are divided.
+    """Return (sequence, tile within it, whether it is a sequence) for one of the `tiles` of packed rows.
 
-    Sequence b begins with tile cu_seqlens[b] // BLOCK + b. So it gets at least as many tiles as its rows need, and all
-    sequences together total // BLOCK + sequences: the grid grows with the rows and not with the longest sequence. The
-    rows behind the last sequence come after it as if they were one more.
+    Sequence b begins with tile cu_seqlens[b] // BLOCK + b. Each sequence gets at least as many tiles as it needs, and
+    all sequences together total // BLOCK + sequences: the grid grows with the number of rows, not with the longest
+    sequence. The rows after the last sequence are treated as one more.
     """
     sequences = tiles - 1 - total // BLOCK
     low = sequences * 0
     size = sequences + 1
-    while size > 1:  # the answer is among sequences low to low + size - 1
+    while size > 1:  # the answer is one of the sequences low to low + size - 1
         step = (size + SEARCHED - 1) // SEARCHED
         local = tl.arange(0, SEARCHED) * step
         begins = tl.load(cu_seqlens_ptr + low + local, mask=local < size, other=0) // BLOCK + low + local
@@ -36,10 +36,10 @@ def find_tile(cu_seqlens_ptr, tiles, total, tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def locate(batch, within, features, total_q, total_k, left, right, form: tl.constexpr, OF_KEYS: tl.constexpr):
-    """The Span of a batch entry or packed sequence.
+    """Return the Span of a batch entry or packed sequence.
 
-    Where `batch` is not `within` the packed sequences the rows are those behind the last one, and there is nothing on
-    the other side. OF_KEYS: the rows in question are keys.
+    If `batch` is not `within` the packed sequences, the rows are those after the last one, and the other side is empty.
+    OF_KEYS: the rows are keys.
     """
     index = batch
     first_q = batch * 0
@@ -68,7 +68,7 @@ def locate(batch, within, features, total_q, total_k, left, right, form: tl.cons
 
 @triton.jit
 def load_of_sequence(ptr, within, other, features):
-    """A number of a sequence, or `other` for the rows behind the last packed one."""
+    """Load a number for a sequence; `other` for the rows after the last packed one."""
     if features.cu_seqlens_q_ptr is not None:
         number = tl.load(ptr, mask=within, other=other)
     else:
@@ -78,14 +78,14 @@ def load_of_sequence(ptr, within, other, features):
 
 @triton.jit
 def head_frame(features, heads, total_q, total_k, blocks, left, right, form: tl.constexpr, OF_KEYS: tl.constexpr):
-    """(first row of this program within its sequence, head of q, or of k if OF_KEYS, Span) from the grid.
+    """Return (first row of this program within its sequence, head of q, or of k if OF_KEYS, Span) from the grid.
 
-    The grid has `blocks` programs for each of `heads` and each batch entry, one for BLOCK_M queries or BLOCK_N keys.
+    The grid has `blocks` programs per head and batch entry, each for BLOCK_M queries or BLOCK_N keys.
     """
     pid = tl.program_id(0)
     block = pid % blocks
     if form.HAS_RIGHT and not OF_KEYS:
-        block = blocks - 1 - block  # causal: the longest rows first; the first keys are seen by the most queries
+        block = blocks - 1 - block  # causal: the longest rows first; for keys, the first ones are seen by most queries
     batch = (pid // blocks // heads).to(tl.int64)
     head = (pid // blocks % heads).to(tl.int64)
     within = batch >= 0
@@ -102,7 +102,7 @@ def head_frame(features, heads, total_q, total_k, blocks, left, right, form: tl.
 
 @triton.jit
 def find_head(head, span, features, n_heads, threshold):
-    """The Head of a query head."""
+    """Return the Head of a query head."""
     slope = 0.0
     if features.slopes is not None:
         slopes = features.slopes.ptr + span.batch * features.slopes.strides[0] + head
@@ -113,14 +113,14 @@ def find_head(head, span, features, n_heads, threshold):
 
 @triton.jit
 def head_ptr(rows, batch, head):
-    """Where a head begins."""
+    """Return the start of a head."""
     return rows.ptr + batch * rows.strides[0] + head * rows.strides[1]
 
 
 @triton.jit
 def side_of(rows, index, head, first, begin, end, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
             TMA: tl.constexpr):  # fmt: skip
-    """Rows [begin, end) of a head, counted from its row `first`, as load_tile takes them."""
+    """Return the Side for rows [begin, end) of a head, counted from its row `first`."""
     stride = rows.strides[2]
     source = head_ptr(rows, index, head) + first * stride
     if TMA:
@@ -130,13 +130,13 @@ def side_of(rows, index, head, first, begin, end, DIM: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def query_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """The rows of q, or of a tensor like q, in a head."""
+    """Return the Side for the rows of q, or of a tensor like q, in a head."""
     return side_of(rows, span.index, head, span.first_q, 0, span.seqlen_q, DIM, BLOCK_D, BLOCK, TMA)
 
 
 @triton.jit
 def key_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, form: tl.constexpr):
-    """The rows of k or v in a head, without those that the windows leave to no query at all: they are not even read."""
+    """Return the Side for the rows of k or v in a head, without keys that no query can see: those are not read."""
     begin = 0
     end = span.length_k
     if form.HAS_LEFT:
@@ -148,7 +148,7 @@ def key_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, form: t
 
 @triton.jit
 def key_blocks(start_m, rows, span, form: tl.constexpr):
-    """Blocks of keys that the queries start_m to start_m + rows - 1 see; "full" is seen by every one of them."""
+    """Return the blocks of keys that rows start_m to start_m + rows - 1 see; each row sees all of the "full" ones."""
     end_m = tl.minimum(start_m + rows, span.seqlen_q)
     low = 0
     high = span.length_k
@@ -165,7 +165,7 @@ def key_blocks(start_m, rows, span, form: tl.constexpr):
 
 @triton.jit
 def query_blocks(start_n, span, form: tl.constexpr):
-    """Blocks of queries that see the keys of the block at start_n; "full" sees every one of them."""
+    """Return the blocks of queries that see keys of the block at start_n; "full" ones see all of these keys."""
     end_n = tl.minimum(start_n + form.BLOCK_N, span.length_k)
     low = 0
     high = tl.where(end_n > start_n, span.seqlen_q, 0)
@@ -182,7 +182,7 @@ def query_blocks(start_n, span, form: tl.constexpr):
 
 @triton.jit
 def blocks_of(low, high, full_low, full_high, BLOCK: tl.constexpr):
-    """The Blocks that hold rows low to high - 1, and those that lie within full_low to full_high - 1."""
+    """Return the Blocks that hold rows low to high - 1; the full ones lie within full_low to full_high - 1."""
     first = low // BLOCK
     end = tl.maximum((high + BLOCK - 1) // BLOCK, first)
     full = tl.minimum(tl.maximum((full_low + BLOCK - 1) // BLOCK, first), end)
@@ -192,7 +192,7 @@ def blocks_of(low, high, full_low, full_high, BLOCK: tl.constexpr):
 
 @triton.jit
 def walk(blocks, EDGE: tl.constexpr, BOTH_SIDES: tl.constexpr):
-    """(begin, end) of a loop over the full blocks, or over the EDGEs, which lie on BOTH_SIDES of them or behind."""
+    """Return (begin, end) of a loop over the full blocks, or over the EDGEs, on BOTH_SIDES of these or after them."""
     if not EDGE:
         begin = blocks.full
         end = blocks.end_full
@@ -207,7 +207,7 @@ def walk(blocks, EDGE: tl.constexpr, BOTH_SIDES: tl.constexpr):
 
 @triton.jit
 def block_start(block, blocks, BLOCK: tl.constexpr, EDGE: tl.constexpr, BOTH_SIDES: tl.constexpr):
-    """The first row of a step of `walk`, which leaves the full blocks out if it goes over the edges."""
+    """Return the first row for a step of `walk`; a walk over the edges skips the full blocks."""
     start = block * BLOCK
     if EDGE and BOTH_SIDES:
         start = tl.where(block < blocks.full, block, block + (blocks.end_full - blocks.full)) * BLOCK
@@ -217,7 +217,7 @@ def block_start(block, blocks, BLOCK: tl.constexpr, EDGE: tl.constexpr, BOTH_SID
 @triton.jit
 def load_tile(side, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
               TMA: tl.constexpr):  # fmt: skip
-    """Rows start to start + BLOCK - 1, zeros in those outside of [begin, end) if EDGE and in columns past DIM."""
+    """Load rows start to start + BLOCK - 1. Rows outside [begin, end), if EDGE, and columns past DIM are zeros."""
     if TMA:
         tile = side.source.load([start, 0])
     else:
@@ -238,7 +238,7 @@ def load_tile(side, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def store_tile(rows, index, head, first, start, end, tile, DIM: tl.constexpr):
-    """Store a tile at rows first + start... of a head: those before first + end, and the columns before DIM."""
+    """Store a tile at row first + start of a head: the rows before first + end and the columns before DIM."""
     offs = start + tl.arange(0, tile.shape[0])
     offs_d = tl.arange(0, tile.shape[1])
     base = head_ptr(rows, index, head) + first * rows.strides[2]
@@ -248,13 +248,13 @@ def store_tile(rows, index, head, first, start, end, tile, DIM: tl.constexpr):
 
 @triton.jit
 def score_ptrs(rows, head, i, j):
-    """Pointers to the elements of a tile in a bias, its gradient or a mask."""
+    """Return pointers to the elements of a tile in a bias, its gradient or a mask."""
     return head_ptr(rows, head.batch, head.head) + i.to(tl.int64) * rows.strides[2] + j.to(tl.int64) * rows.strides[3]
 
 
 @triton.jit
 def visible_tile(i, j, span, head, features, form: tl.constexpr, EDGE: tl.constexpr):
-    """Which key each query sees; i and j are positions shaped to broadcast, so that it serves transposed tiles too."""
+    """Return which key each query sees. i and j are positions that broadcast; a transposed tile works too."""
     inside = (j < span.length_k) & (i < span.seqlen_q)
     visible = inside
     if EDGE and form.HAS_LEFT:
@@ -268,7 +268,7 @@ def visible_tile(i, j, span, head, features, form: tl.constexpr, EDGE: tl.conste
 
 @triton.jit
 def tile_scores(qk, i, j, span, head, features, form: tl.constexpr):
-    """(scores, times log2(e) unless NATURAL, capped / softcap); the second is meaningless without a cap."""
+    """Return (scores, times log2(e) unless NATURAL; capped / softcap, undefined without a cap)."""
     capped = qk
     factor = features.scale
     if form.SOFTCAP:
@@ -279,7 +279,7 @@ def tile_scores(qk, i, j, span, head, features, form: tl.constexpr):
     if features.bias is not None:
         inside = (i < span.seqlen_q) & (j < span.length_k)
         add = tl.load(score_ptrs(features.bias, head, i, j), mask=inside, other=0.0).to(tl.float32)
-        s = tl.fma(capped, factor, add)  # fused by name: forward and backward must round alike
+        s = tl.fma(capped, factor, add)  # an explicit FMA: forward and backward must round the same way
     else:
         s = capped * factor
     if features.slopes is not None:
@@ -294,14 +294,14 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def empty_softmax(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(sum of the weighted values, sum of the weights, greatest score) of rows that have seen nothing yet."""
+    """Return (weighted sum of values, sum of weights, maximum) for rows that have seen nothing yet."""
     greatest = tl.full([ROWS], float("-inf"), tl.float32)
     return zeros(ROWS, COLUMNS), tl.zeros([ROWS], tl.float32), greatest
 
 
 @triton.jit
 def exponential(difference, NATURAL: tl.constexpr):
-    """e to the difference of two scores."""
+    """e to the power of a difference of scores."""
     if NATURAL:
         difference *= LOG2_E
     return tl.exp2(difference)
@@ -309,17 +309,17 @@ def exponential(difference, NATURAL: tl.constexpr):
 
 @triton.jit
 def probability(s, lse_high, lse_low, NATURAL: tl.constexpr):
-    """exp(s - lse) for both parts of lse as the preprocess of the backward leaves them."""
+    """exp(s - lse) for both parts of lse as the preprocess kernel of the backward writes them."""
     difference = s - lse_high
     if NATURAL:
-        # above 0 only where another backend, whose lse it is, rounded the scores otherwise: by 64 beside a bias of 1e9
+        # above 0 only if lse comes from another backend, which rounded the scores differently: by 64 for a bias of 1e9
         difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2_E - lse_low
     return tl.exp2(difference)
 
 
 @triton.jit
 def keep_tile(start_m, start_n, head, features, form: tl.constexpr):
-    """Dropout's decisions on a tile of scores: row and column are positions, the slab is batch * n_heads + head."""
+    """Return dropout's decisions for a tile. Row and column are positions; the slab is batch * n_heads + head."""
     row = start_m + tl.arange(0, form.BLOCK_M)
     group = start_n // 8 + tl.arange(0, form.BLOCK_N // 8)
     return dropout_halfwords(features.rng_ptr, row, row * 0 + head.slab, group) >= head.threshold
@@ -327,7 +327,7 @@ def keep_tile(start_m, start_n, head, features, form: tl.constexpr):
 
 @triton.jit
 def load_softmax(softmax, first, rows, end, form: tl.constexpr):
-    """(both parts of lse, delta) of rows first + rows as the preprocess leaves them; +inf from row `end` on: p = 0."""
+    """Load (both parts of lse, delta) of rows first + rows. From row `end` on, lse is +inf, so p = 0."""
     inside = rows < end
     high = tl.load(softmax.high_ptr + first + rows, mask=inside, other=float("inf"))
     low = high
@@ -340,7 +340,7 @@ def load_softmax(softmax, first, rows, end, form: tl.constexpr):
 def score_gradient(
     q, k, v, do, softmax, start_m, start_n, span, head, features, form: tl.constexpr, EDGE: tl.constexpr
 ):
-    """(ds, capped score, visible) of a tile with queries as rows; softmax: what load_softmax gives for them."""
+    """Return (ds, capped score, visible) for a tile with queries as rows. softmax: the result of load_softmax."""
     row_high, row_low, row_delta = softmax
     i = (start_m + tl.arange(0, form.BLOCK_M))[:, None]
     j = (start_n + tl.arange(0, form.BLOCK_N))[None, :]
@@ -348,7 +348,7 @@ def score_gradient(
     s, capped = tile_scores(qk, i, j, span, head, features, form)
     visible = visible_tile(i, j, span, head, features, form, EDGE)
     MASKED: tl.constexpr = EDGE or features.mask is not None
-    if MASKED:  # before the exponential: lse may lie far below 0, the score of a key that is none
+    if MASKED:  # before the exponential, because lse may be far below 0, the score of a missing key
         s = tl.where(visible, s, float("-inf"))
     p = probability(s, row_high[:, None], row_low[:, None], form.NATURAL)
     dp = tl.dot(do, tl.trans(v), input_precision=form.PRECISION)

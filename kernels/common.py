@@ -1,6 +1,6 @@
-"""What the kernels share: dropout from the Philox layout of the project, tensors as rows, per-device facts, launching.
+"""Shared by the kernels: dropout in the project's Philox layout, tensors as rows, facts about devices, launches.
 
-Dropout: Philox4x32-10 with key rng[0] and counter (column // 8, row, slab, rng[1]); halfword column % 8 of the four
+Dropout uses Philox4x32-10 with key rng[0] and counter (column // 8, row, slab, rng[1]). Halfword column % 8 of the four
 words, in little-endian order, drops its element if it is below the threshold. `fastattn.reference.philox_keep` is the
 specification; masks are equal to it bit for bit.
 """
@@ -18,31 +18,36 @@ import triton.language as tl
 from fastattn.ops._register import implement
 from fastattn.reference import dropout_scale, dropout_threshold
 
-# Sizes that vary from call to call and make no better code: a kernel has one binary for all of their values. Without
-# this there would be one for 1, one for multiples of 16 and one for the rest.
+# Sizes that vary between calls and do not affect the quality of the code: one binary serves all values. Without this,
+# Triton would compile one for 1, one for multiples of 16 and one for the rest.
 VARYING = ["rows", "threshold", "programs"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-_INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to show that partial sums are added up
+_INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to test that partial sums are added
 
 
 class Launch(NamedTuple):
-    """A row of a table of launch parameters: the tile of a program, its warps, the stages of its loops' loads."""
+    """A row of a table of launch parameters: the tile of a program, its warps, and the stages of loads in its loops."""
 
     block_m: int
     block_n: int
     warps: int
-    stages: int | None = None  # None leaves them to Triton
+    stages: int | None = None  # None: Triton decides
 
     def options(self):
-        """What Triton is told by keyword."""
+        """The keyword arguments of a Triton launch."""
         stages = {} if self.stages is None else {"num_stages": self.stages}
         return {"num_warps": self.warps} | stages
 
 
+def launch_for(table, cols):
+    """Return the first Launch of a table, ordered by block_n, that holds a row of `cols` columns, or None."""
+    return next((row for row in table if cols <= row.block_n), None)
+
+
 class Variants(NamedTuple):
-    """A row of the table of attention: how a kernel is launched for each kind of call."""
+    """A row of the table of attention: one Launch for each kind of call."""
 
     full: Launch
     causal: Launch
@@ -51,7 +56,7 @@ class Variants(NamedTuple):
 
 @triton.jit
 def tanh(x):
-    # the quotient cancels near 0, where the series is exact to fp32
+    # the quotient cancels near 0; the series is exact to fp32 there
     x2 = x * x
     series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
     e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
@@ -61,12 +66,12 @@ def tanh(x):
 
 @triton.jit
 def dropout_halfwords(rng_ptr, row, slab, group):
-    """The 16-bit numbers that decide the columns of `group`.
+    """Return the 16-bit numbers that decide about the columns of `group`.
 
     Args:
-        row, slab: int64 (M,), low 32 bits used.
+        row, slab: int64 (M,), of which the low 32 bits are used.
         group: (G,), column // 8, consecutive.
-    Returns: uint32 (M, 8 * G), column 8 * group[0] first.
+    Returns: uint32 (M, 8 * G), starting with column 8 * group[0].
     """
     seed = tl.load(rng_ptr)
     offset = tl.load(rng_ptr + 1)
@@ -86,20 +91,20 @@ def dropout_halfwords(rng_ptr, row, slab, group):
 
 @triton.jit
 def dropout_rows(x, rng_ptr, threshold, scale, row, first_col, BLOCK_N: tl.constexpr):
-    """keep * scale * x for x (M, BLOCK_N) in fp32, whose rows are numbered by `row`, int64; first_col % 8 = 0."""
+    """keep * scale * x for x (M, BLOCK_N) in fp32. `row` has the row numbers, int64; first_col % 8 = 0."""
     group = first_col // 8 + tl.arange(0, BLOCK_N // 8)
     halfword = dropout_halfwords(rng_ptr, row, row >> 32, group)
     return tl.where(halfword >= threshold, x * scale, 0.0)
 
 
 def dropout_constants(rng, dropout_p):
-    """(rng or None, threshold, scale) as kernel arguments; None where the threshold keeps everything."""
+    """Return (rng or None, threshold, scale) as kernel arguments; rng is None if nothing can be dropped."""
     threshold = dropout_threshold(dropout_p) if rng is not None else 0
     return (rng, threshold, dropout_scale(dropout_p)) if threshold else (None, 0, 1.0)
 
 
 def as_rows(t):
-    """(t or a contiguous copy where it does not collapse to rows of inner stride 1, elements from row to row)."""
+    """Return (t, row stride), or a contiguous copy if t does not collapse to rows with inner stride 1."""
     if t.is_contiguous():
         return t, t.shape[-1]
     t = t.reshape(-1, t.shape[-1])
@@ -113,7 +118,7 @@ def contiguous(t):
 
 
 def unit_stride(t):
-    """(batch, heads, rows, columns) with neighbouring columns: anything else, an expanded gradient say, is copied."""
+    """Return t (batch, heads, rows, columns) with column stride 1; others, such as expanded gradients, are copied."""
     return t if t.stride(3) == 1 or t.size(3) == 1 else t.contiguous()
 
 
@@ -123,12 +128,12 @@ def _multiprocessors(index):
 
 
 def multiprocessors(device):
-    """How many multiprocessors a device has; the interpreter counts as one."""
+    """The number of multiprocessors of a device; 1 in the interpreter."""
     return 1 if device.type == "cpu" else _multiprocessors(device.index)
 
 
 def persistent_programs(device, per_multiprocessor):
-    """Size of a grid whose programs loop: `per_multiprocessor` for each multiprocessor of the device."""
+    """The size of a grid whose programs loop: `per_multiprocessor` for each multiprocessor of the device."""
     if device.type == "cpu":
         return _INTERPRETED_PROGRAMS
     return multiprocessors(device) * per_multiprocessor
@@ -138,14 +143,14 @@ _NO_GUARD = contextlib.nullcontext()
 
 
 def device_guard(device):
-    """Triton launches on the current device: make it that of the tensors."""
+    """Make the device of the tensors current, because Triton launches on the current device."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device(device)
 
 
 def _scratch(size, alignment, stream):
-    """Where a kernel keeps the TMA descriptors that it makes: memory of the current device and stream."""
+    """Memory for the TMA descriptors that a kernel creates, on the current device and stream."""
     return torch.empty(size, dtype=torch.int8, device="cpu" if INTERPRETED else "cuda")
 
 
@@ -160,10 +165,10 @@ def uses_tma(args):
 
 
 def launch(kernel, grid, device, *args, **constants):
-    """kernel[grid](*args, **constants) on a device, with the options that every launch has.
+    """Run kernel[grid](*args, **constants) on a device, with the options that all launches share.
 
-    Sums and products are fused, whatever the default of this version of Triton is. A kernel whose form, its last
-    argument, has TMA gets memory for its descriptors; the allocator that the caller has set stays set.
+    Multiply-adds are fused, whatever the default of this version of Triton is. A kernel whose last argument is a Form
+    with TMA gets memory for its descriptors; the caller's allocator is not replaced.
     """
     constants["enable_fp_fusion"] = True
     with device_guard(device):
@@ -174,7 +179,7 @@ def launch(kernel, grid, device, *args, **constants):
 
 
 def register(name, function):
-    """`function` serves the raw op's triton overload on CUDA, and on CPU tensors in the interpreter."""
+    """Register `function` as the triton overload of a raw op: for CUDA, and for CPU tensors in the interpreter."""
     implement(name, "triton", "CUDA", function)
     if INTERPRETED:
         implement(name, "triton", "CPU", function)

@@ -1,14 +1,15 @@
-"""Softmax cross-entropy of rows of logits x, and its gradient in their place.
+"""Softmax cross-entropy of rows of logits x. The gradient replaces the logits.
 
     s = softcap * tanh(x / softcap), or x;  lse = log(sum_j exp(s_j));  p = exp(s - lse)
     loss = lse - (1 - smoothing) * s_target - smoothing * mean(s) + z_loss * lse²
     ds = dloss * ((1 + 2 * z_loss * lse) * p - (1 - smoothing) * onehot(target) - smoothing / cols)
     dx = ds * (1 - (s / softcap)²)
 
-A program owns a row and goes over it twice in blocks of BLOCK_N columns: maximum and sum of exponentials together, the
-sum so far being scaled where the maximum grows; then the gradient, from a row that is still in the second-level cache.
-Differences to the maximum and to s_target are taken before anything is summed. An ignored row is not read.
-Limits: fewer than 2^31 - BLOCK_N columns; rows that are not a multiple of 16 elements apart are accessed narrowly.
+A program owns a row and reads it twice in blocks of BLOCK_N columns. The first pass computes the maximum and the sum of
+exponentials together; the sum so far is rescaled if the maximum grows. The second pass computes the gradient, from a
+row that is still in the L2 cache. Differences to the maximum and to s_target are taken before anything is summed.
+Ignored rows are not read.
+Limits: fewer than 2^31 - BLOCK_N columns. If the row stride is not a multiple of 16 elements, loads are narrow.
 Reference: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
 
@@ -16,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.common import Launch, launch, register, tanh
+from fastattn.kernels.common import Launch, launch, launch_for, register, tanh
 
-# by columns: the first that a row fits into; a wider row is looped over in blocks of the last
-TABLE = {256: Launch(1, 256, 1), 1024: Launch(1, 1024, 4), 4096: Launch(1, 4096, 8)}
+# By width; wider rows are read in blocks of the last entry.
+TABLE = (Launch(1, 256, 1), Launch(1, 1024, 4), Launch(1, 4096, 8))
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def cross_entropy_fwd_kernel(
         s_target = tl.load(logits_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
         s_target = _cap(s_target, softcap, SOFTCAP)
 
-        # not -inf, whose difference to itself is NaN
+        # not -inf, because -inf - -inf is NaN
         most = -3.4028234663852886e38
         total = 0.0  # sum_j exp(s_j - most)
         above_target = tl.zeros((BLOCK_N,), tl.float32)  # s - s_target, summed over blocks
@@ -95,11 +96,11 @@ def cross_entropy_fwd(logits, target, dloss, ignore_index, label_smoothing, z_lo
         raise RuntimeError(f"logits must have inner stride 1, got strides {logits.stride()}")
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        config = TABLE[next((n for n in TABLE if cols <= n), max(TABLE))]
+        tile = launch_for(TABLE, cols) or TABLE[-1]
         launch(
             cross_entropy_fwd_kernel, (rows,), logits.device, logits, target, dloss, loss, cols, logits.stride(0),
             ignore_index, label_smoothing, z_loss, softcap, SOFTCAP=softcap > 0, NEED_GRAD=need_grad,
-            BLOCK_N=config.block_n, **config.options(),
+            BLOCK_N=tile.block_n, **tile.options(),
         )  # fmt: skip
     return loss
 

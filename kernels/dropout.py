@@ -8,10 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.common import VARYING, as_rows, dropout_constants, dropout_rows, launch, register
+from fastattn.kernels.common import (
+    VARYING,
+    Launch,
+    as_rows,
+    dropout_constants,
+    dropout_rows,
+    launch,
+    launch_for,
+    register,
+)
 
-TILE, WARPS = 2048, 4  # elements of a tile; its width is that of the row, up to WIDTHS[1]
-WIDTHS = (64, 1024)
+# By width; wider rows are divided into tiles of the last entry.
+TABLE = (Launch(32, 64, 4), Launch(16, 128, 4), Launch(8, 256, 4), Launch(4, 512, 4), Launch(2, 1024, 4))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -44,11 +53,11 @@ def dropout_fwd(x, residual, rng, dropout_p):
     x, x_stride = as_rows(x)
     residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
-    block_n = min(max(WIDTHS[0], triton.next_power_of_2(cols)), WIDTHS[1])
-    block_m = TILE // block_n
+    tile = launch_for(TABLE, cols) or TABLE[-1]
+    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n),)
     launch(
-        dropout_fwd_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),), x.device, x, residual, rng, out,
-        rows, cols, x_stride, residual_stride, threshold, scale, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=WARPS,
+        dropout_fwd_kernel, grid, x.device, x, residual, rng, out, rows, cols, x_stride, residual_stride, threshold,
+        scale, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
     )  # fmt: skip
     return out
 

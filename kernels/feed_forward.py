@@ -6,9 +6,9 @@
                                                                       dgate = dact * preact * act'(gate)
     dbias = sum_rows(dpreact),  dbias_gate = sum_rows(dgate)
 
-Forward: a program owns a tile. Backward: a program owns a strip of BLOCK_N columns, walks over blocks of rows and adds
-up its share of the bias gradients in fp32; a second kernel adds the shares, in a fixed order, without atomics. It also
-stores hidden again, for the gradient of w2. Saved: the pre-activations, never hidden or a mask.
+Forward: a program owns a tile. Backward: a program owns a strip of BLOCK_N columns, loops over blocks of rows and sums
+its share of the bias gradients in fp32. A second kernel adds the shares in a fixed order, without atomics. The backward
+also stores hidden again, for the gradient of w2. Saved: the pre-activations, never hidden or a mask.
 Limits: fewer than 2^31 columns. Reference: fastattn.reference.feed_forward.
 """
 
@@ -37,18 +37,18 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + e^-x) and 1 minus it, both to full relative precision."""
+    """The sigmoid 1 / (1 + e^-x) and 1 minus it, both to full relative precision."""
     e = tl.exp(-x)
     s = 1 / (1 + e)
-    return s, tl.minimum(e, 8.5e37) * s  # no inf * 0
+    return s, tl.minimum(e, 8.5e37) * s  # the bound avoids inf * 0
 
 
 @triton.jit
 def _activation(x, ACTIVATION: tl.constexpr):
-    """What the activation is at x, and its slope there."""
+    """Return the value of the activation at x and its slope there."""
     if ACTIVATION == "gelu":
-        # the normal distribution: P(-a) = exp(-a^2 / 2) * q(1 / (1 + 0.4 a)) for a >= 0, q fitted to erfcx, relative
-        # error 9e-8; 1 + erf would cancel where x is negative
+        # The normal distribution: P(-a) = exp(-a^2 / 2) * q(1 / (1 + 0.4 a)) for a >= 0. q was fitted to erfcx, with a
+        # relative error of 9e-8. 1 + erf would cancel for negative x.
         a = tl.minimum(tl.abs(x), 15.0)
         t = 1 / (1 + 0.4 * a)
         e = tl.exp(-0.5 * a * a)
@@ -142,7 +142,7 @@ def activation_bwd_kernel(
             dpreact = dact * value
             dgate = dact * preact * slope
             tl.store(dgate_ptr + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-            dbias_gate += dgate  # rows beyond the last one add 0: their dhidden loads as 0
+            dbias_gate += dgate  # rows after the last one add 0, because their dhidden loads as 0
         else:
             dpreact = dact * slope
         tl.store(dpreact_ptr + offs, dpreact.to(dpreact_ptr.dtype.element_ty), mask=mask)
@@ -156,7 +156,7 @@ def activation_bwd_kernel(
 
 
 def _flat(preact, gate):
-    """rows, cols, and preact and gate as rows with their strides."""
+    """Return rows, cols, and preact and gate as rows with their strides."""
     cols = preact.shape[-1]
     return preact.numel() // cols, cols, *as_rows(preact), *((None, 0) if gate is None else as_rows(gate))
 
@@ -167,11 +167,11 @@ def activation_fwd(preact, gate, rng, dropout_p, activation):
         return hidden
     rows, cols, preact, preact_stride, gate, gate_stride = _flat(preact, gate)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
-    block_m, block_n, warps, _ = FORWARD
+    grid = (triton.cdiv(rows, FORWARD.block_m) * triton.cdiv(cols, FORWARD.block_n),)
     launch(
-        activation_fwd_kernel, (triton.cdiv(rows, block_m) * triton.cdiv(cols, block_n),), preact.device, preact, gate,
-        rng, hidden, rows, cols, preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation],
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        activation_fwd_kernel, grid, preact.device, preact, gate, rng, hidden, rows, cols, preact_stride, gate_stride,
+        threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=FORWARD.block_m, BLOCK_N=FORWARD.block_n,
+        **FORWARD.options(),
     )  # fmt: skip
     return hidden
 
@@ -192,10 +192,9 @@ def activation_bwd(dhidden, preact, gate, rng, dropout_p, activation, need_hidde
     rows, cols, preact, preact_stride, gate, gate_stride = _flat(preact, gate)
     dhidden, dhidden_stride = as_rows(dhidden)
     rng, threshold, scale = dropout_constants(rng, dropout_p)
-    block_m, block_n, warps, _ = BACKWARD
-    strips = triton.cdiv(cols, block_n)
+    strips = triton.cdiv(cols, BACKWARD.block_n)
     walkers = triton.cdiv(persistent_programs(device, PROGRAMS_PER_MULTIPROCESSOR), strips)
-    programs = min(triton.cdiv(rows, block_m), walkers)
+    programs = min(triton.cdiv(rows, BACKWARD.block_m), walkers)
     partials = [
         torch.empty((programs, cols), dtype=torch.float32, device=device) if needed else None
         for needed in (need_dbias, need_dbias_gate)
@@ -203,8 +202,8 @@ def activation_bwd(dhidden, preact, gate, rng, dropout_p, activation, need_hidde
     launch(
         activation_bwd_kernel, (strips, programs), device, dhidden, preact, gate, rng, dpreact,
         None if gate is None else dgate, hidden if need_hidden else None, *partials, rows, cols, dhidden_stride,
-        preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=warps,
+        preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=BACKWARD.block_m,
+        BLOCK_N=BACKWARD.block_n, **BACKWARD.options(),
     )  # fmt: skip
     if need_dbias or need_dbias_gate:
         add_up((*partials, None), (dbias if need_dbias else None, dbias_gate if need_dbias_gate else None, None))

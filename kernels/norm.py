@@ -1,16 +1,16 @@
-"""LayerNorm and RMSNorm with the bias, the dropout and the residual add before them.
+"""LayerNorm and RMSNorm, with the preceding bias, dropout and residual add.
 
-    r = keep * dropout_scale * (x + x_bias) + residual        rounded to the dtype of the residual, or of x, at once
+    r = keep * dropout_scale * (x + x_bias) + residual        rounded once, to the dtype of the residual, or of x
     y = (r - mean) * rstd * weight + bias                     rms: mean = 0
     wdy = weight * dy,  xhat = (r - mean) * rstd
     dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out           rms: without mean(wdy)
     dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
     dx_bias = sum_rows(dx)
 
-Forward: a program owns BLOCK_M rows, loads them once and keeps them; statistics are centred, in fp32. Backward:
-programs stay and walk over blocks of rows, each adds up its own dweight, dbias and dx_bias in fp32; a second kernel
-adds those of all programs, in a fixed order, without atomics. Rows too wide to be kept are read again from the cache,
-and the second kernel reads all rows of a strip of columns.
+Forward: a program owns BLOCK_M rows, loads them once and keeps them in registers. Statistics are centred and in fp32.
+Backward: resident programs loop over blocks of rows, and each sums its own dweight, dbias and dx_bias in fp32. A second
+kernel adds the sums of all programs in a fixed order, without atomics. Rows that are too wide for registers are read
+again from the cache; the second kernel then reads all rows of a strip of columns.
 Saved: r and the fp32 statistics, never a mask. Limits: fewer than 2^31 columns.
 Reference: fastattn.reference.norm; the backward with partial sums follows Triton's tutorial 05.
 """
@@ -28,38 +28,40 @@ from fastattn.kernels.common import (
     dropout_constants,
     dropout_rows,
     launch,
+    launch_for,
     persistent_programs,
     register,
 )  # fmt: skip
 
-# by columns rounded up to a power of two, which are block_n; a wider row is looped over in blocks of WIDE.block_n
-FORWARD = {
-    128: Launch(16, 128, 4),
-    256: Launch(8, 256, 4),
-    512: Launch(4, 512, 4),
-    1024: Launch(2, 1024, 4),
-    2048: Launch(1, 2048, 4),
-    4096: Launch(1, 4096, 8),
-    8192: Launch(1, 8192, 8),
-    16384: Launch(1, 16384, 16),
-}
-BACKWARD = {
-    128: Launch(16, 128, 4),
-    256: Launch(8, 256, 4),
-    512: Launch(4, 512, 4),
-    1024: Launch(2, 1024, 4),
-    2048: Launch(1, 2048, 4),
-    4096: Launch(1, 4096, 8),
-    8192: Launch(1, 8192, 16),
-}
-# with dx_bias a thread has a third sum: wider rows would spill, and only 12 warps of up to 144 registers fit, not 16
-BIASED_HELD, BIASED_WARPS = 4096, 12
+# By width: block_n is the number of columns, rounded up to a power of two. Wider rows are read in blocks of WIDE.
+FORWARD = (
+    Launch(16, 128, 4),
+    Launch(8, 256, 4),
+    Launch(4, 512, 4),
+    Launch(2, 1024, 4),
+    Launch(1, 2048, 4),
+    Launch(1, 4096, 8),
+    Launch(1, 8192, 8),
+    Launch(1, 16384, 16),
+)
+BACKWARD = (
+    Launch(16, 128, 4),
+    Launch(8, 256, 4),
+    Launch(4, 512, 4),
+    Launch(2, 1024, 4),
+    Launch(1, 2048, 4),
+    Launch(1, 4096, 8),
+    Launch(1, 8192, 16),
+)
+# Warps that fit on a multiprocessor. With dx_bias each thread keeps a third sum: it has up to 144 registers, so fewer
+# warps fit, and rows of more than BIASED_COLS columns would spill.
+RESIDENT_WARPS, BIASED_WARPS, BIASED_COLS = 16, 12, 4096
 WIDE = Launch(1, 4096, 8)
-# sums over all rows of a strip of wide ones; a program has 32 KB of 16-bit dy and r on their way: by Little's law
-# 4.8 TB/s and 0.8 us ask for 29 KB a multiprocessor
+# Sums over all rows of a strip of wide rows. A program has 32 KB of 16-bit dy and r in flight; by Little's law, 4.8
+# TB/s and 0.8 us need 29 KB per multiprocessor.
 STRIP = Launch(128, 64, 16)
-INTERPRETED_STRIP_N = 4096  # where a program costs as much whatever its width
-SUM = Launch(128, 32, 4)  # adding up the partial sums
+INTERPRETED_STRIP_N = 4096  # the interpreter's time per program does not depend on its width
+SUM = Launch(128, 32, 4)  # adds the partial sums
 
 
 @triton.jit
@@ -109,7 +111,7 @@ def _load_stats(stats_ptr, row, rows, RMS: tl.constexpr):
 
 @triton.jit
 def _finish_stats(mean, centered_sum, square_sum, cols, eps, RMS: tl.constexpr):
-    """(mean, rstd) from the sums of r - mean and of its square: the first is what rounding took from the mean."""
+    """Return (mean, rstd) from the sums of r - mean and of its square. The first sum is the mean's rounding error."""
     variance = square_sum / cols
     if not RMS:
         rest = centered_sum / cols
@@ -146,7 +148,7 @@ def norm_fwd_kernel(
     if r_ptr is not None:
         tl.store(r_ptr + row[:, None] * cols + col[None, :], r.to(r_ptr.dtype.element_ty), mask=mask)
 
-    # centred second moment from the registers: no cancellation
+    # the centred second moment, from registers: no cancellation
     mean = tl.zeros((BLOCK_M,), tl.float32)
     if not RMS:
         mean = tl.sum(r, axis=1) / cols
@@ -167,7 +169,7 @@ def norm_fwd_wide_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
 
-    # three passes over a row that stays in the second-level cache: mean, centred second moment, result
+    # three passes over a row that stays in the L2 cache: mean, centred second moment, result
     mean = tl.zeros((1,), tl.float32)
     if not RMS:
         total = tl.zeros((1, BLOCK_N), tl.float32)
@@ -220,7 +222,7 @@ def _store_dr(
     dr, dr_out_ptr, rng_ptr, dx_ptr, dresidual_ptr, cols, dr_out_stride, threshold, scale, row, start, mask,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Stores dresidual and dx; returns dx in fp32."""
+    """Store dresidual and dx. Return dx in fp32."""
     col = start + tl.arange(0, BLOCK_N)
     if dr_out_ptr is not None:
         dr += tl.load(dr_out_ptr + row[:, None] * dr_out_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -330,7 +332,7 @@ def norm_bwd_strip_kernel(
             tl.store(dweight_ptr + col, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=col < cols)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + col, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=col < cols)
-    if dx_bias_ptr is not None:  # a loop of its own: three sums at once take twice the registers
+    if dx_bias_ptr is not None:  # a loop of its own, because three sums at once take twice the registers
         dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for block in range(tl.cdiv(rows, BLOCK_M)):
             row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -365,17 +367,13 @@ def add_up_kernel(
 
 
 def add_up(partials, outputs):
-    """outputs = partials (programs, cols) summed over programs, in order; of each three tensors or None."""
+    """Set outputs to partials (programs, cols) summed over programs in order; both are three tensors or None."""
     programs, cols = next(t for t in partials if t is not None).shape
     out = next(t for t in outputs if t is not None)
     launch(
         add_up_kernel, (triton.cdiv(cols, SUM.block_n),), out.device, *partials, *outputs, programs, cols,
         BLOCK_M=SUM.block_m, BLOCK_N=SUM.block_n, **SUM.options(),
     )  # fmt: skip
-
-
-def _block_n(cols):
-    return max(128, triton.next_power_of_2(cols))
 
 
 def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, stats):
@@ -388,11 +386,12 @@ def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, 
         x, contiguous(x_bias), residual, contiguous(weight), contiguous(bias), rng, y, r, stats,
         rows, cols, x_stride, residual_stride, threshold, scale, eps,
     )  # fmt: skip
-    block_n = _block_n(cols)
-    if block_n in FORWARD:
-        block_m, block_n, warps, _ = FORWARD[block_n]
-        grid = (triton.cdiv(rows, block_m),)
-        launch(norm_fwd_kernel, grid, x.device, *args, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps)
+    tile = launch_for(FORWARD, cols)
+    if tile is not None:
+        launch(
+            norm_fwd_kernel, (triton.cdiv(rows, tile.block_m),), x.device, *args, RMS=rms, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, **tile.options(),
+        )  # fmt: skip
     else:
         launch(norm_fwd_wide_kernel, (rows,), x.device, *args, RMS=rms, BLOCK_N=WIDE.block_n, **WIDE.options())
 
@@ -436,20 +435,19 @@ def norm_bwd(
     inputs = (dy, dr_out, r, contiguous(weight), stats, rng, dx, dresidual if separate_dresidual else None)
     sizes = (rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale)
     outputs = [t if wanted else None for t, wanted in zip(sums, needed, strict=True)]
-    block_n = _block_n(cols)
-    if block_n in BACKWARD and block_n <= (BIASED_HELD if need_dx_bias else block_n):
-        block_m, block_n, warps, _ = BACKWARD[block_n]
-        resident = BIASED_WARPS if need_dx_bias and warps == 4 else 16
-        programs = min(triton.cdiv(rows, block_m), persistent_programs(device, resident // warps))
-        # Triton 3.8 and 3.9 crash while they compile dbias and dx_bias without dweight for sm_90 at this width
-        with_dweight = need_dweight or (need_dbias and need_dx_bias and block_n == 128)
+    tile = launch_for(BACKWARD, cols)
+    if tile is not None and not (need_dx_bias and cols > BIASED_COLS):
+        resident = BIASED_WARPS if need_dx_bias and tile.warps == 4 else RESIDENT_WARPS
+        programs = min(triton.cdiv(rows, tile.block_m), persistent_programs(device, resident // tile.warps))
+        # Triton 3.8 and 3.9 crash at this width on sm_90 when they compile dbias and dx_bias without dweight
+        with_dweight = need_dweight or (need_dbias and need_dx_bias and tile.block_n == 128)
         partials = [
             torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None
             for wanted in (with_dweight, need_dbias, need_dx_bias)
         ]
         launch(
-            norm_bwd_kernel, (programs,), device, *inputs, *partials, *sizes, RMS=rms, BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=warps,
+            norm_bwd_kernel, (programs,), device, *inputs, *partials, *sizes, RMS=rms, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, **tile.options(),
         )  # fmt: skip
         if any(needed):
             add_up(partials, outputs)

@@ -1,12 +1,14 @@
 """Rotary position embedding: y1 = x1 * cos - x2 * sin, y2 = x2 * cos + x1 * sin, over the pairs of the first rotary_dim
-channels; the others are copied. The backward is the same with -sin.
+channels. The other channels are copied. The backward is the same with -sin.
 
-A program owns BLOCK_M tokens of BLOCK_H heads, of q or of k, and loads the tables' rows of its tokens once for all of
-them. Half-split pairs are two tiles; interleaved ones are one tile of twice the width, taken apart in registers. In
-place is safe: a program has loaded a row before it stores it, and no other one touches it.
-A position outside of the table gives NaN. Limits: fewer than 2^31 tokens.
+A program owns BLOCK_M tokens of BLOCK_H heads, of q or of k, and loads the table rows of its tokens once for all of
+them. Half-split pairs are two tiles; interleaved pairs are one tile of twice the width, separated in registers. The op
+can work in place, because a program loads a row before it stores it, and no other program touches the row.
+A position outside the table gives NaN. Limits: fewer than 2^31 tokens.
 Reference: fastattn.reference.rotary_embedding.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,8 +17,17 @@ import triton.language as tl
 from fastattn.kernels.common import launch, register
 from fastattn.ops._layout import empty_in_layout
 
-PAIRS, WARPS = 2048, 4  # of a program
-MAX_HEADS = 8
+MAX_PAIRS, MAX_HEADS = 2048, 8  # of a program
+
+
+class RotaryLaunch(NamedTuple):
+    """Like Launch, for a tile of tokens, heads and pairs. Channels that are only copied have tiles of block_rest."""
+
+    block_m: int
+    block_h: int
+    block_half: int
+    block_rest: int  # 0 if there are none
+    warps: int = 4
 
 
 @triton.jit
@@ -93,15 +104,16 @@ def rotary_fwd_kernel(
 
 
 def _strides(t):
-    """(batch, head, row) of a tensor, and the position of its tokens in shape."""
+    """Return the strides (batch, head, row) of a tensor. A packed one has batch stride 0."""
     return (0, t.stride(1), t.stride(0)) if t.dim() == 3 else t.stride()[:3]
 
 
-def blocks(heads, half, rest):
-    """(BLOCK_M, BLOCK_H, BLOCK_HALF, BLOCK_REST) for so many heads, pairs and channels that only are copied."""
+def pick(heads, half, rest):
+    """Return the RotaryLaunch for the numbers of heads, pairs and copied channels."""
     block_half = triton.next_power_of_2(half)
-    block_h = max(1, min(triton.next_power_of_2(heads), MAX_HEADS, PAIRS // block_half))
-    return max(1, PAIRS // (block_half * block_h)), block_h, block_half, rest and 2 * block_half
+    block_h = max(1, min(triton.next_power_of_2(heads), MAX_HEADS, MAX_PAIRS // block_half))
+    block_m = max(1, MAX_PAIRS // (block_half * block_h))
+    return RotaryLaunch(block_m, block_h, block_half, rest and 2 * block_half)
 
 
 def _rotate_into(q, k, out_q, out_k, cos, sin, positions, offset, rotary_dim, interleaved, conjugate):
@@ -117,19 +129,17 @@ def _rotate_into(q, k, out_q, out_k, cos, sin, positions, offset, rotary_dim, in
     if positions is not None:
         positions = positions.contiguous()
         positions_batch = seqlen if positions.dim() == 2 and positions.shape[0] > 1 else 0
-    block_m, block_h, block_half, block_rest = blocks(
-        max(q_heads, k_heads), half, 0 if out_q is q else head_dim - rotary_dim
-    )
+    tile = pick(max(q_heads, k_heads), half, 0 if out_q is q else head_dim - rotary_dim)
     no_k = (0, 0, 0)
-    grid = triton.cdiv(tokens, block_m), triton.cdiv(q_heads, block_h) + triton.cdiv(k_heads, block_h)
+    grid = triton.cdiv(tokens, tile.block_m), triton.cdiv(q_heads, tile.block_h) + triton.cdiv(k_heads, tile.block_h)
     launch(
         rotary_fwd_kernel, grid, q.device, q, k, out_q, out_k, cos, sin, positions,
         *_strides(q), *(no_k if k is None else _strides(k)),
         *_strides(out_q), *(no_k if k is None else _strides(out_k)),
         cos.stride(0) if cos.dim() == 3 and cos.shape[0] > 1 else 0, cos.stride(-2), cos.shape[-2],
         positions_batch, offset, tokens, seqlen, q_heads, k_heads, half, head_dim,
-        INTERLEAVED=interleaved, CONJUGATE=conjugate,
-        BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_HALF=block_half, BLOCK_REST=block_rest, num_warps=WARPS,
+        INTERLEAVED=interleaved, CONJUGATE=conjugate, BLOCK_M=tile.block_m, BLOCK_H=tile.block_h,
+        BLOCK_HALF=tile.block_half, BLOCK_REST=tile.block_rest, num_warps=tile.warps,
     )  # fmt: skip
 
 

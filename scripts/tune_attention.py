@@ -13,19 +13,16 @@ import itertools
 import pathlib
 
 TABLE_FILE = pathlib.Path(__file__).resolve().parent.parent / "kernels" / "attention_table.py"
-TEXT = '''"""Configurations of the attention kernels, rewritten by scripts/tune_attention.py.
+TEXT = '''"""Launch parameters of the attention kernels, rewritten by scripts/tune_attention.py.
 
 {origin}
 """
 
 from fastattn.kernels.common import Launch, Variants
 
-# (block_m, block_n, warps, stages) of "full", "causal" and "extra"
-# fmt: off
-_ROWS = {{
+# (architecture, kernel, bytes per element, head_dim): Variants(full, causal, extra)
+TABLE = {{
 {rows}}}
-# fmt: on
-TABLE = {{key: Variants(*(Launch(*row) for row in rows)) for key, rows in _ROWS.items()}}
 '''
 TOKENS, SEQLEN, WIDTH = 16384, 4096, 2048  # of the workload: batch * seqlen, seqlen, heads * head_dim
 MARGIN = 0.98
@@ -78,7 +75,10 @@ def tune(table, keys, variants, measure, report=print):
 
 def table_source(table, origin):
     """The text of attention_table.py."""
-    rows = "".join(f"    {key!r}: {tuple(map(tuple, table[key]))!r},\n" for key in sorted(table))
+    rows = ""
+    for arch, kernel, size, head_dim in sorted(table):
+        launches = ", ".join(f"Launch{tuple(launch)!r}" for launch in table[arch, kernel, size, head_dim])
+        rows += f'    ({arch}, "{kernel}", {size}, {head_dim}): Variants({launches}),\n'
     return TEXT.format(origin=origin, rows=rows)
 
 

@@ -1,4 +1,4 @@
-"""What is tested: the header says which package, which versions and which backends; the fixtures run a test on each.
+"""The header of a run names the package, the versions and the backends. The fixtures run a test on each backend.
 
 FASTATTN_REQUIRE=native,triton makes an absent backend a failure instead of a skip.
 """
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported: they run on CPU tensors
+    # must be set before the kernels are imported, so that they run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastattn
 from fastattn.ops._backends import BACKENDS, use_backend, why_not, why_not_available
@@ -46,11 +47,11 @@ def pytest_configure():
             raise pytest.UsageError(f"FASTATTN_REQUIRE={name}, but it is not available: {'; '.join(reasons)}")
 
 
-SEED = 8191  # not a number that tests seed with: a draw after torch.manual_seed(0) must differ from one before
+SEED = 8191  # no test uses this seed: a draw after torch.manual_seed(0) must differ from a draw before it
 
 
 def pytest_collectstart(collector):
-    """A test file is imported with the same random state in every run, alone or among others."""
+    """A test file is imported with the same random state in every run, alone or with others."""
     if isinstance(collector, pytest.Module):
         torch.manual_seed(SEED)
 
@@ -67,18 +68,18 @@ def device(request):
 
 
 def _need(backend, device, op):
-    """Skip, or fail if FASTATTN_REQUIRE names it, where a backend cannot run the op that the test module names."""
+    """Skip if a backend cannot run the op that the test module names, or fail if FASTATTN_REQUIRE names the backend."""
     reason = why_not(op, backend, (device, torch.float32)) if op else why_not_available(backend, device)
     if reason is not None:
         required = backend in os.environ.get("FASTATTN_REQUIRE", "").split(",") and device == DEVICES[-1]
-        # on the CPU every backend has every op; on a GPU some ops have no native kernel, however complete the build
+        # on the CPU every backend has every op; on a GPU some ops have no native kernel even in a complete build
         absent = device == "cpu" or why_not_available(backend, device) is not None
         (pytest.fail if required and absent else pytest.skip)(reason)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, device):
-    """The test runs once on every backend that can run OP of its module, with that backend in force."""
+    """Runs the test once on every backend that can run OP of its module, with that backend selected."""
     _need(request.param, device, getattr(request.module, "OP", None))
     with use_backend(request.param):
         yield request.param
@@ -86,7 +87,7 @@ def backend(request, device):
 
 @pytest.fixture(params=("native", "triton"))
 def raw_backend(request, device):
-    """The name of a backend with raw ops, for tests that call these."""
+    """The name of each backend with raw ops, for tests that call raw ops."""
     _need(request.param, device, getattr(request.module, "OP", None))
     return request.param
 

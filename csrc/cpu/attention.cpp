@@ -1,9 +1,9 @@
-// Attention on the CPU for float32, float16 and bfloat16, summed in fp32: see attention_fwd.h and attention_bwd.h.
+// Attention on the CPU for float32, float16 and bfloat16, summed in fp32. See attention_fwd.h and attention_bwd.h.
 #include "attention_bwd.h"
 
 namespace fastattn {
 
-void FASTATTN_CPU_NAME(attention_fwd)(const AttentionArgs& args) {
+void FASTATTN_CPU_NAME(attention_fwd)(const AttentionCpuArgs& args) {
   switch (args.dtype) {
     case DType::kFloat32:
       return forward<float, false>(args);
@@ -14,7 +14,7 @@ void FASTATTN_CPU_NAME(attention_fwd)(const AttentionArgs& args) {
   }
 }
 
-void FASTATTN_CPU_NAME(attention_bwd)(const AttentionArgs& args) {
+void FASTATTN_CPU_NAME(attention_bwd)(const AttentionCpuArgs& args) {
   switch (args.dtype) {
     case DType::kFloat32:
       return backward<float, false>(args);
@@ -25,7 +25,7 @@ void FASTATTN_CPU_NAME(attention_bwd)(const AttentionArgs& args) {
   }
 }
 
-void FASTATTN_CPU_NAME(attention_dbias)(const AttentionArgs& args) {
+void FASTATTN_CPU_NAME(attention_dbias)(const AttentionCpuArgs& args) {
   switch (args.dtype) {
     case DType::kFloat32:
       return bias_gradient<float, false>(args);
@@ -36,7 +36,7 @@ void FASTATTN_CPU_NAME(attention_dbias)(const AttentionArgs& args) {
   }
 }
 
-void FASTATTN_CPU_NAME(attention_dq)(const AttentionArgs& args) {
+void FASTATTN_CPU_NAME(attention_dq)(const AttentionCpuArgs& args) {
   return args.dtype == DType::kBFloat16 ? query_gradient<BF16, false>(args) : query_gradient<FP16, false>(args);
 }
 

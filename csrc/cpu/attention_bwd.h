@@ -1,7 +1,7 @@
 #pragma once
-// Attention backward. It visits the keys piece by piece, for each piece all blocks of queries, for each block the tiles
-// of the piece, five products each; dK and dV of a piece and dQᵀ of a block over a piece are summed in fp32. One task
-// is all pieces of one key head, or a single piece where heads are few. No order depends on threads.
+// Attention backward. The loops are: pieces of keys, blocks of queries, tiles of the piece. Each tile takes five matrix
+// products. dK and dV of a piece, and dQᵀ of a block over a piece, are summed in fp32. A task is all pieces of one key
+// head, or one piece if there are few heads. No order of additions depends on threads.
 //
 //   p = e^(s - lse),  ds = p ∘ (dp - delta),  dV += p·dOut,  dK += ds·Q,  dQᵀ += Kᵀ·ds,  with s = K·Qᵀ, dp = V·dOutᵀ
 #include "attention_dbias.h"
@@ -11,7 +11,7 @@ namespace {
 
 using fastattn::kAttentionPieceKeys;
 
-// Keys [first, last) of a sequence, those before `end` visible.
+// Keys [first, last) of a sequence; those before `end` are visible.
 struct Piece {
   int64_t index, first, last, end;
 
@@ -22,18 +22,18 @@ struct Piece {
   int keys() const { return static_cast<int>(last > first ? last - first : 0); }
 };
 
-// Dq: DqInPlace, DqOwnSum or DqLater
+// Dq is DqInPlace, DqOwnSum or DqLater.
 template <typename T, bool kPairs, class Dq>
 class Backward {
  public:
-  static int64_t floats(const AttentionArgs& args) {
+  static int64_t floats(const AttentionCpuArgs& args) {
     const Sizes sizes(args);
     return Scores::kArena + QueryBlock<T, kPairs>::floats(args) +
            TileGradient<T, kPairs>::floats(args, sizes.piece_keys) + TaskDbias::floats(args) + Dq::floats(args) +
            BlockDq::floats(args) + sizes.kept * sizes.piece_keys * (sizes.width + sizes.width_v);
   }
 
-  Backward(const AttentionArgs& args, Arena& arena)
+  Backward(const AttentionCpuArgs& args, Arena& arena)
       : args_(args),
         sizes_(args),
         scores_(args, arena, true),
@@ -47,9 +47,10 @@ class Backward {
 
   void run() {
     const int64_t sequences = TaskDbias::sequences(args_), slabs = args_.batch / sequences * args_.n_kv_heads;
-    const int64_t tasks = slabs * (args_.split ? sizes_.pieces : 1);
+    const int64_t tasks = slabs * (args_.piece_per_task ? sizes_.pieces : 1);
     for (int64_t task; (task = next_task(args_)) < tasks;) {
-      // the tasks of a piece come before those of the next, so a task only ever waits for one that has begun
+      // All tasks of a piece come before those of the next piece, so a waiting task only waits for one that is already
+      // running.
       const int64_t slab = task % slabs, piece = task / slabs;
       for (int64_t n = 0; n < sequences; ++n) {
         const Sequence sequence(args_, slab / args_.n_kv_heads + n);
@@ -63,26 +64,26 @@ class Backward {
  private:
   struct Sizes {
     int64_t group, pieces, piece_keys, width, width_v;
-    int64_t kept;  // pieces whose dk and dv wait for further heads
+    int64_t kept;  // pieces whose dk and dv are kept until all heads of the group are added
 
-    explicit Sizes(const AttentionArgs& args)
+    explicit Sizes(const AttentionCpuArgs& args)
         : group(heads_per_key_head(args)),
           pieces(args.seqlen_k > kAttentionPieceKeys ? (args.seqlen_k + kAttentionPieceKeys - 1) / kAttentionPieceKeys
                                                      : 1),
           piece_keys(pieces > 1 ? kAttentionPieceKeys : round_up(args.seqlen_k, kKeys)),
           width(round_up(args.head_dim, kVec)),
           width_v(round_up(args.head_dim_v, kVec)),
-          kept(group > 1 && !args.split ? pieces : 1) {}
+          kept(group > 1 && !args.piece_per_task ? pieces : 1) {}
   };
-  // dk and dv of a piece
+  // The sums for dk and dv of a piece.
   struct KeySums {
     float *dk, *dv;
   };
 
-  // Head number g of the group that shares a key head: the pieces from first_piece on, or that one alone. The sequence
-  // is number n of the task.
+  // Processes query head number g of the group that shares a key head: all pieces, or only first_piece with
+  // piece_per_task. The sequence is number n of this task.
   void run_head(const Sequence& sequence, int64_t kv, int64_t g, int64_t n, int64_t first_piece) {
-    const int64_t h = kv * sizes_.group + g, end_piece = args_.split ? first_piece + 1 : sizes_.pieces;
+    const int64_t h = kv * sizes_.group + g, end_piece = args_.piece_per_task ? first_piece + 1 : sizes_.pieces;
     scores_.select_head(sequence, h);
     dbias_.select_head(sequence, h, g, n);
     dq_.select_head(sequence, h);
@@ -116,7 +117,7 @@ class Backward {
       run_block(sequence, piece, kv * sizes_.group + g, i0, sums);
     }
     dbias_.finish_piece(piece.first, piece.keys());
-    if (g == sizes_.group - 1) {  // rows past seqlens_k are written too, as zeros
+    if (g == sizes_.group - 1) {  // rows after seqlens_k are written too, as zeros
       store_rows(sequence.rows<T>(args_.dk, kv, first), args_.dk.row, sums.dk, sizes_.width, piece.keys(),
                  args_.head_dim, args_.scale);
       store_rows(sequence.rows<T>(args_.dv, kv, first), args_.dv.row, sums.dv, sizes_.width_v, piece.keys(),
@@ -124,12 +125,12 @@ class Backward {
     }
   }
 
-  // The block of queries that begins at i0, against the keys of a piece
+  // Processes the block of queries from i0 and the keys of a piece.
   void run_block(const Sequence& sequence, const Piece& piece, int64_t h, int64_t i0, const KeySums& sums) {
     const int rows = sequence.block_rows(i0);
     const KeyRange all = scores_.key_range(i0, rows, 0, sequence.len_k);
     const KeyRange range = scores_.key_range(i0, rows, piece.first, piece.end);
-    // the piece that begins the sum of dq: the first one if the block sees no key
+    // the first piece that is added to dq; 0 if the block sees no key
     const int64_t first_piece = all.empty() ? 0 : all.begin / kAttentionPieceKeys;
     if (piece.index == first_piece) {
       dq_.begin(i0, rows);
@@ -156,7 +157,7 @@ class Backward {
     }
   }
 
-  // skip: keys of the piece before the tile
+  // skip: the number of keys of the piece before this tile
   void run_tile(int64_t i0, int rows, int64_t j0, int keys, int64_t skip, const KeySums& sums) {
     if (!scores_.prepare(i0, rows, j0, keys)) {
       dbias_.zero(i0, rows, j0, keys);
@@ -179,7 +180,7 @@ class Backward {
     }
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const Sizes sizes_;
   Scores scores_;
   QueryBlock<T, kPairs> block_;
@@ -188,11 +189,11 @@ class Backward {
   Dq dq_;
   BlockDq block_dq_;
   float *dk_, *dv_;
-  double dsink_ = 0;  // a sum of any length
+  double dsink_ = 0;  // in fp64, as the sum may be long
 };
 
 template <typename T, bool kPairs, class Dq>
-void run_backward(const AttentionArgs& args) {
+void run_backward(const AttentionCpuArgs& args) {
   Arena arena(Backward<T, kPairs, Dq>::floats(args));
   if (arena.failed()) {
     *args.failed = true;
@@ -202,10 +203,10 @@ void run_backward(const AttentionArgs& args) {
 }
 
 template <typename T, bool kPairs>
-void backward(const AttentionArgs& args) {
+void backward(const AttentionCpuArgs& args) {
   if constexpr (sizeof(T) == sizeof(float)) {
     run_backward<T, kPairs, DqInPlace>(args);
-  } else if (args.split) {
+  } else if (args.piece_per_task) {
     run_backward<T, kPairs, DqLater>(args);
   } else {
     run_backward<T, kPairs, DqOwnSum<T>>(args);

@@ -1,12 +1,13 @@
 #pragma once
-// dbias of the backward: by the tasks that make dk and dv, or, summed over further dimensions, in a pass of its own.
+// dbias of the backward. The tasks for dk and dv compute it, unless it is summed over more dimensions than they cover.
+// Then it has a pass of its own.
 #include <algorithm>
 
 #include "attention_gradient.h"
 
 namespace {
 
-// ds[key][lane] of a tile -> rows of T; with `add` to what is there
+// Writes ds[key][lane] of a tile to rows of T, or adds it to them.
 template <typename T>
 void store_transposed(T* dst, int64_t stride, const float* ds, int rows, int keys, bool add) {
   for (int r = 0; r < rows; r += kVec) {
@@ -26,13 +27,13 @@ void store_transposed(T* dst, int64_t stride, const float* ds, int rows, int key
   }
 }
 
-// The rows of one head's dbias, or of their sum in fp32.
+// The rows of dbias of one head, or of their fp32 sum.
 struct DbiasRows {
   void* data;
   int64_t stride;
   DType dtype;
 
-  DbiasRows(const AttentionArgs& args, int64_t b, int64_t h) : stride(args.dbias.row), dtype(args.bias_dtype) {
+  DbiasRows(const AttentionCpuArgs& args, int64_t b, int64_t h) : stride(args.dbias.row), dtype(args.bias_dtype) {
     const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
     data = static_cast<char*>(const_cast<void*>(args.dbias.data)) + (b * args.dbias.batch + h * args.dbias.head) * size;
   }
@@ -60,23 +61,24 @@ struct DbiasRows {
   }
 };
 
-// dbias as the tasks of the backward make it, if they do: that of one sequence, or the sum over all sequences of a
-// batch, which one task adds in their order, in 16 bits in memory of its own.
+// dbias as the tasks of the backward compute it: that of one sequence, or the sum over a batch. One task adds all
+// sequences of the batch in order; for 16-bit dtypes it does so in memory of its own.
 class TaskDbias {
  public:
-  static int64_t floats(const AttentionArgs& args) { return sums(args) ? round_up(sums(args), 16) + 16 : 0; }
+  static int64_t floats(const AttentionCpuArgs& args) { return sums(args) ? round_up(sums(args), 16) + 16 : 0; }
 
-  TaskDbias(const AttentionArgs& args, Arena& arena)
+  TaskDbias(const AttentionCpuArgs& args, Arena& arena)
       : args_(args),
-        wanted_(args.dbias.data && args.dbias_from != AttentionArgs::DbiasFrom::kOwnPass),
+        wanted_(args.dbias.data && args.dbias_from != AttentionCpuArgs::DbiasFrom::kOwnPass),
         sum_(sums(args) ? arena.take(sums(args) + kVec) : nullptr),
         own_(args, 0, 0),
         rows_(own_) {}
 
-  // How many sequences a task sums over, so has to itself.
-  static int64_t sequences(const AttentionArgs& args) { return whole_batch(args) ? args.batch : 1; }
+  // The number of sequences that a task sums over.
+  static int64_t sequences(const AttentionCpuArgs& args) { return whole_batch(args) ? args.batch : 1; }
 
-  // Head h of the sequence, which is the g-th of the group that a task has, and sequence number n of that task
+  // Selects query head h of a sequence, which is the g-th head of the task's group. The sequence is number n of the
+  // task.
   void select_head(const Sequence& sequence, int64_t h, int64_t g, int64_t n) {
     adds_ = n > 0;
     ends_ = n == sequences(args_) - 1;
@@ -89,7 +91,7 @@ class TaskDbias {
       rows_.store(ds, i0, rows, j0, keys, adds_);
     }
   }
-  // of what no query of a block sees
+  // Zeroes the part that no query of a block sees.
   void zero(int64_t i0, int rows, int64_t j0, int64_t keys) const {
     if (wanted_ && !adds_) {
       rows_.zero(i0, rows, j0, keys);
@@ -102,35 +104,35 @@ class TaskDbias {
   }
 
  private:
-  static bool whole_batch(const AttentionArgs& args) {
-    return args.dbias.data && args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch;
+  static bool whole_batch(const AttentionCpuArgs& args) {
+    return args.dbias.data && args.dbias_from == AttentionCpuArgs::DbiasFrom::kWholeBatch;
   }
-  static int64_t sums(const AttentionArgs& args) {
+  static int64_t sums(const AttentionCpuArgs& args) {
     return whole_batch(args) && args.bias_dtype != DType::kFloat32
                ? heads_per_key_head(args) * args.seqlen_q * args.seqlen_k
                : 0;
   }
   const float* sum_of_head() const { return static_cast<const float*>(rows_.data); }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const bool wanted_;
   float* sum_;
-  DbiasRows own_, rows_;  // where dbias of the head ends up, and where it is summed
+  DbiasRows own_, rows_;  // the rows of the head in dbias, and where they are summed
   bool adds_ = false, ends_ = true;
 };
 
-// dbias summed over dimensions in a pass of its own, which makes p and ds again. One task is a part of one (batch,
-// head) of dbias: a block of queries if it has rows, else a tile of keys if it has columns, else all. It sums over its
-// heads in order, so that no two tasks meet.
+// dbias with summed dimensions, in a pass of its own that recomputes p and ds. A task is a part of one (batch, head) of
+// dbias: a block of queries if dbias has rows, otherwise a tile of keys if it has columns, otherwise everything. It
+// adds its heads in order, so no two tasks write to the same place.
 template <typename T, bool kPairs>
 class BiasGradient {
  public:
-  static int64_t floats(const AttentionArgs& args) {
+  static int64_t floats(const AttentionCpuArgs& args) {
     return Scores::kArena + QueryBlock<T, kPairs>::floats(args) + TileGradient<T, kPairs>::floats(args, kKeys) +
            3 * round_up(sums(args), kVec) * kLanes;
   }
 
-  BiasGradient(const AttentionArgs& args, Arena& arena)
+  BiasGradient(const AttentionCpuArgs& args, Arena& arena)
       : args_(args),
         sums_(sums(args)),
         scores_(args, arena, true),
@@ -149,12 +151,12 @@ class BiasGradient {
   }
 
  private:
-  static int64_t key_tiles(const AttentionArgs& args) { return (args.seqlen_k + kKeys - 1) / kKeys; }
-  static int64_t sums(const AttentionArgs& args) {
+  static int64_t key_tiles(const AttentionCpuArgs& args) { return (args.seqlen_k + kKeys - 1) / kKeys; }
+  static int64_t sums(const AttentionCpuArgs& args) {
     return args.dbias.key == 0 ? 1 : args.dbias.row != 0 ? key_tiles(args) * kKeys : kKeys;
   }
 
-  // slab_b, slab_h: the first batch entry and head of those that are summed
+  // slab_b, slab_h: the first batch entry and head to sum
   void run_part(int64_t slab_b, int64_t slab_h, int64_t part) {
     zero(sum_, round_up(sums_, kVec) * kLanes);
     std::fill(total_, total_ + sums_ * kLanes, 0.);
@@ -187,7 +189,7 @@ class BiasGradient {
     }
   }
 
-  // Adds ds of a block of queries and the keys from first_key to last_key.
+  // Adds ds for a block of queries and the keys [first_key, last_key).
   void add_block(const Sequence& sequence, int64_t h, int64_t i0, int64_t first_key, int64_t last_key) {
     const int64_t group = heads_per_key_head(args_);
     const T* k = sequence.rows<const T>(args_.k, h / group, 0);
@@ -238,13 +240,13 @@ class BiasGradient {
     }
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const bool has_rows_ = args_.dbias.row != 0, has_keys_ = args_.dbias.key != 0;
-  const int64_t sums_;  // of a task
+  const int64_t sums_;  // the number of sums in a task
   Scores scores_;
   QueryBlock<T, kPairs> block_;
   TileGradient<T, kPairs> tile_;
-  // [key][lane]; sum_ takes kTerms terms before it is added to total_: a longer chain in fp32 loses digits
+  // [key][lane]. sum_ is added to total_ after kTerms terms, because longer chains of fp32 additions lose digits.
   static constexpr int64_t kTerms = 64;
   float* sum_;
   double* total_;
@@ -252,7 +254,7 @@ class BiasGradient {
 };
 
 template <typename T, bool kPairs>
-void bias_gradient(const AttentionArgs& args) {
+void bias_gradient(const AttentionCpuArgs& args) {
   Arena arena(BiasGradient<T, kPairs>::floats(args));
   if (arena.failed()) {
     *args.failed = true;

@@ -1,4 +1,4 @@
-// Attention on a cache for float32, float16 and bfloat16, summed in fp32: see attention_decode.h.
+// Attention on a cache for float32, float16 and bfloat16, summed in fp32. See attention_decode.h.
 #include "attention_decode.h"
 
 namespace fastattn {

@@ -1,276 +1,19 @@
 #pragma once
-// Attention of few queries on a cache: one task is a block of rows and a split of the keys that they see. The rows are
-// the queries of all heads that share a key head, so that every row of the cache is read once.
+// Attention of few queries on a cache. A task is a block of rows and a split of the keys that they see. The rows are
+// the queries of all heads that share a key head, so every row of the cache is read only once.
 //
 //   s = q·Kᵀ,  m' = max(m, s),  alpha = e^(m - m'),  p = e^(s - m'),  l = l * alpha + sum p,  o = o * alpha + p·V
 //
-// Head dims lie along the vector lanes, as the cache has them: with a row or a few, lanes of queries would be empty. A
-// dot product then ends in a sum over lanes, taken for as many products at once as a vector has lanes. Keys and values
-// are found by pointers to their rows, which makes pages, layouts and other rows of the batch one and the same.
-// The splits of a block leave unfinished rows; the last one to end combines them, always in the same order.
-#include <cmath>
-#include <type_traits>
-
-#include "attention_scores.h"
+// The head dim lies along the vector lanes, as in the cache; with one row or a few, lanes of queries would be mostly
+// empty. Each dot product therefore ends in a sum over lanes, which is computed for as many products at once as a
+// vector has lanes. Keys and values are found through pointers to their rows, so pages, layouts and cache_batch_idx
+// need no code of their own. Each split of a block leaves a partial result; the last split to finish combines them,
+// always in the same order.
+#include "attention_decode_rows.h"
 
 namespace {
 
-using fastattn::DecodeArgs;
-
-constexpr int kTileKeys = fastattn::kDecodeKeys;
-
-// The sums over the lanes of kVec vectors, as one vector.
-inline Vec lane_sums(const Vec* a) {
-#if defined(__AVX512F__)
-  __m512 pairs[8], quads[4], halves[2];
-  for (int n = 0; n < 8; ++n) {
-    pairs[n] =
-        _mm512_add_ps(_mm512_unpacklo_ps(a[2 * n].v, a[2 * n + 1].v), _mm512_unpackhi_ps(a[2 * n].v, a[2 * n + 1].v));
-  }
-  for (int n = 0; n < 4; ++n) {
-    const __m512d x = _mm512_castps_pd(pairs[2 * n]), y = _mm512_castps_pd(pairs[2 * n + 1]);
-    quads[n] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  }
-  const auto fold = [](__m512 x, __m512 y) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
-  };
-  halves[0] = fold(quads[0], quads[1]);
-  halves[1] = fold(quads[2], quads[3]);
-  return {fold(halves[0], halves[1])};
-#elif defined(__AVX2__)
-  const auto four = [a](int n) {
-    return _mm256_hadd_ps(_mm256_hadd_ps(a[n].v, a[n + 1].v), _mm256_hadd_ps(a[n + 2].v, a[n + 3].v));
-  };
-  const __m256 x = four(0), y = four(4);
-  return {_mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31))};
-#else
-  return {Float4{a[0].sum(), a[1].sum(), a[2].sum(), a[3].sum()}};
-#endif
-}
-
-// How a row of T is taken in: kCols elements are one load. bf16 is widened as even and odd elements, or multiplied in
-// pairs by kPairs; q and the sums of values are laid out accordingly, and place() says where a column then is.
-template <typename T, bool kPairs>
-struct Row {
-  static constexpr bool kHalves = std::is_same_v<T, BF16>;
-  static constexpr int kCols = kHalves ? 2 * kVec : kVec;
-  static constexpr int kKeyVecs = kPairs ? 1 : kCols / kVec;  // of a load of a key
-  static constexpr int kValueVecs = kCols / kVec;             // of a load of a value, with kPairs of two values
-
-  static constexpr int64_t width(int64_t cols) { return round_up(cols, kCols); }
-
-  // Where the sums of values have column c: unpacked pairs are interleaved by 4 lanes, halves by one.
-  static constexpr int64_t place(int64_t c) {
-    const int64_t in = c % kCols;
-    return c - in + (kPairs ? in / 4 % 2 * 16 + in / 8 * 4 + in % 4 : kHalves ? in % 2 * kVec + in / 2 : in);
-  }
-
-  static void load_key(const T* p, Vec* v) {
-    if constexpr (kPairs) {
-      v[0] = Vec::load(reinterpret_cast<const float*>(p));
-    } else if constexpr (kHalves) {
-      Vec::load_halves(p, v[0], v[1]);
-    } else {
-      v[0] = Vec::load(p);
-    }
-  }
-
-  static void load_value(const T* p, [[maybe_unused]] const T* second, Vec* v) {
-    if constexpr (kPairs) {
-#if defined(__AVX512BF16__)
-      const __m512i a = _mm512_loadu_si512(p), b = second ? _mm512_loadu_si512(second) : _mm512_setzero_si512();
-      v[0] = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b))};
-      v[1] = {_mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b))};
-#endif
-    } else {
-      load_key(p, v);
-    }
-  }
-
-  // The last n columns of a row, n < kCols, and zeros.
-  struct Tail {
-    alignas(64) T data[kCols] = {};
-    Tail(const T* p, int n) { std::memcpy(data, p, n * sizeof(T)); }
-  };
-};
-
-// s[r][j] = q[r]·k[j] for R rows and all keys of a tile, rounded up to whole vectors. The first rows to see a tile
-// (kFirst) also fetch `next`, the rows of the tile to come: they are too far away for the processor to see them coming.
-template <typename T, bool kPairs, int R, bool kFirst>
-void score_rows(const float* q, int64_t width, const T* const* k, const T* const* next, int keys, int64_t cols,
-                float* s) {
-  using In = Row<T, kPairs>;
-  constexpr int K = kVec / R;
-  const int64_t whole = cols / In::kCols;
-  const int rest = static_cast<int>(cols % In::kCols);
-  for (int j = 0; j < keys; j += K) {
-    Vec acc[kVec];
-#pragma GCC unroll 16
-    for (int n = 0; n < kVec; ++n) {
-      acc[n] = Vec::fill(0.f);
-    }
-    const auto add = [&](int n, int64_t x, const T* key) __attribute__((always_inline)) {
-      Vec v[In::kKeyVecs];
-      In::load_key(key, v);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-        for (int y = 0; y < In::kKeyVecs; ++y) {
-          const Vec row = Vec::load(q + r * width + (x * In::kKeyVecs + y) * kVec);
-          acc[r * K + n] = multiply_add<kPairs>(v[y], row, acc[r * K + n]);
-        }
-      }
-    };
-    if constexpr (kFirst) {
-      // key by key, as they lie in memory: reading eight at a time the processor's own prefetching gave 10 GB/s, not 14
-#pragma GCC unroll 16
-      for (int n = 0; n < K; ++n) {
-        for (int64_t x = 0; x < whole; ++x) {
-          __builtin_prefetch(next[j + n] + x * In::kCols);
-          add(n, x, k[j + n] + x * In::kCols);
-        }
-      }
-    } else {  // from the cache: K keys at a time share the loads of the rows
-      for (int64_t x = 0; x < whole; ++x) {
-#pragma GCC unroll 16
-        for (int n = 0; n < K; ++n) {
-          add(n, x, k[j + n] + x * In::kCols);
-        }
-      }
-    }
-    if (rest) {
-#pragma GCC unroll 16
-      for (int n = 0; n < K; ++n) {
-        const typename In::Tail tail(k[j + n] + whole * In::kCols, rest);
-        add(n, whole, tail.data);
-      }
-    }
-    alignas(64) float sums[kVec];
-    lane_sums(acc).store(sums);
-    for (int r = 0; r < R; ++r) {
-      std::memcpy(s + r * kTileKeys + j, sums + r * K, K * sizeof(float));
-    }
-  }
-}
-
-// o[r][..] = o[r][..] * alpha[r] + sum_j p[r][j] * v[j][..] for R rows and U loads of a value from column `col` on; at
-// the start o is not read. A tail, of `rest` columns, is one load.
-template <typename T, bool kPairs, int R, int U, bool kFirst>
-void add_values_block(const float* p, const T* const* v, const T* const* next, int keys, int64_t col, int rest,
-                      bool start, const float* alpha, float* o, int64_t width) {
-  using In = Row<T, kPairs>;
-  constexpr int kVecs = U * In::kValueVecs, kStep = kPairs ? 2 : 1;
-  Vec acc[R][kVecs];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int x = 0; x < kVecs; ++x) {
-      acc[r][x] = start ? Vec::fill(0.f) : Vec::load(o + r * width + x * kVec) * Vec::fill(alpha[r]);
-    }
-  }
-  const auto add = [&](int j, const T* first, const T* second) __attribute__((always_inline)) {
-    Vec value[kVecs];
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-      In::load_value(first + u * In::kCols, second ? second + u * In::kCols : nullptr, value + u * In::kValueVecs);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec weight = Vec::fill(p[r * kTileKeys + j / kStep]);
-#pragma GCC unroll 8
-      for (int x = 0; x < kVecs; ++x) {
-        acc[r][x] = multiply_add<kPairs>(weight, value[x], acc[r][x]);
-      }
-    }
-  };
-  const auto fetch = [&](int j) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int u = 0; u < U && kFirst; ++u) {
-      __builtin_prefetch(next[j] + col + u * In::kCols);
-    }
-  };
-  if (rest) {
-    for (int j = 0; j < keys; j += kStep) {
-      const bool both = kPairs && j + 1 < keys;
-      const typename In::Tail first(v[j] + col, rest), second(v[both ? j + 1 : j] + col, rest);
-      add(j, first.data, both ? second.data : nullptr);
-    }
-  } else {
-    int j = 0;
-    for (; j + kStep <= keys; j += kStep) {
-      fetch(j);
-      if constexpr (kPairs) {
-        fetch(j + 1);
-      }
-      add(j, v[j] + col, kPairs ? v[j + 1] + col : nullptr);
-    }
-    if (j < keys) {
-      add(j, v[j] + col, nullptr);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int x = 0; x < kVecs; ++x) {
-      acc[r][x].store(o + r * width + x * kVec);
-    }
-  }
-}
-
-template <typename T, bool kPairs, int R, bool kFirst>
-void add_values(const float* p, const T* const* v, const T* const* next, int keys, int64_t cols, bool start,
-                const float* alpha, float* o, int64_t width) {
-  // as many accumulators as hide the latency of a multiplication and leave registers for the values
-  using In = Row<T, kPairs>;
-  constexpr int kCols = In::kCols, U = (kVec == 16 ? (R == 4 ? 4 : 8) : 8 / R) / In::kValueVecs;
-  int64_t col = 0;
-  for (; col + U * kCols <= cols; col += U * kCols) {
-    add_values_block<T, kPairs, R, U, kFirst>(p, v, next, keys, col, 0, start, alpha, o + col, width);
-  }
-  for (; col < cols; col += kCols) {
-    const int rest = cols - col < kCols ? static_cast<int>(cols - col) : 0;
-    add_values_block<T, kPairs, R, 1, kFirst>(p, v, next, keys, col, rest, start, alpha, o + col, width);
-  }
-}
-
-// The row of a query as score_rows takes it.
-template <typename T, bool kPairs>
-inline void pack_row(float* dst, const T* src, int64_t cols) {
-  using In = Row<T, kPairs>;
-  for (int64_t c = 0; c < cols; c += In::kCols, dst += In::kKeyVecs * kVec) {
-    const typename In::Tail part(src + c, static_cast<int>(cols - c < In::kCols ? cols - c : In::kCols));
-    Vec v[In::kKeyVecs];
-    In::load_key(part.data, v);
-    for (int x = 0; x < In::kKeyVecs; ++x) {
-      v[x].store(dst + x * kVec);
-    }
-  }
-}
-
-// body<R, whether they are the first>(first row) for all rows, four, two or one at a time
-template <typename Body>
-inline void for_row_groups(int rows, Body body) {
-  const auto group = [&](auto count, int r) {
-    if (r == 0) {
-      body(count, std::true_type{}, r);
-    } else {
-      body(count, std::false_type{}, r);
-    }
-  };
-  int r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    group(std::integral_constant<int, 4>{}, r);
-  }
-  if (r + 2 <= rows) {
-    group(std::integral_constant<int, 2>{}, r);
-    r += 2;
-  }
-  if (r < rows) {
-    group(std::integral_constant<int, 1>{}, r);
-  }
-}
-
-// Where a task stands and what its rows see. Row r of a key head is query r / group of head r % group of its group.
+// The position of a task and what its rows see. Row r of a key head is query r / group of head r % group of its group.
 struct DecodeTask {
   int64_t batch, kv_head, block, split, group, off, begin, end;
   int64_t from, to;  // the keys of the split: [from, to)
@@ -307,7 +50,7 @@ struct DecodeTask {
   }
 };
 
-// Pointers to the rows of `keys` keys from j on, the last one repeated up to whole vectors.
+// Pointers to the rows of `keys` keys from j on. The last one is repeated up to a whole vector.
 template <typename T>
 inline void find_rows(const DecodeArgs& args, const fastattn::HeadTensor& cache, const DecodeTask& task, int64_t j,
                       int keys, const T** rows) {
@@ -328,11 +71,11 @@ inline void find_rows(const DecodeArgs& args, const fastattn::HeadTensor& cache,
   }
 }
 
-// The scores of row r of a tile become weights p; the running maximum, total and alpha of the row follow.
+// Turns the scores of row r of a tile into weights p and updates the maximum, total and alpha of the row.
 template <bool kPairs>
 void softmax_row(const DecodeArgs& args, const DecodeTask& task, int r, int64_t j0, int keys, float* s, float* m,
                  float* l, float* alpha) {
-  const int64_t position = task.query(r) + task.off - j0;  // of the query, counted from the first key of the tile
+  const int64_t position = task.query(r) + task.off - j0;  // of the query, relative to the first key of the tile
   const auto bound = [](int64_t lane) {
     return static_cast<float>(lane < -1 ? -1 : lane > kTileKeys ? kTileKeys : lane);
   };
@@ -384,8 +127,8 @@ void softmax_row(const DecodeArgs& args, const DecodeTask& task, int r, int64_t 
   *alpha = rescale[0];
 }
 
-// Unfinished rows of all splits of a block become rows of out and lse. A split of `stride` floats holds o, then m and
-// l.
+// Combines the partial results of all splits of a block into rows of out and lse. A split has `stride` floats: o, then
+// m and l.
 template <typename T, bool kPairs>
 void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* partial, int64_t stride, int64_t width,
                  float* sums) {
@@ -401,7 +144,7 @@ void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* pa
     float total = std::exp(sink - base);
     zero(sums, width);
     for (int64_t n = 0; n < args.splits; ++n) {
-      if (l[n * stride] == 0.f) {  // it saw nothing, and may have written nothing
+      if (l[n * stride] == 0.f) {  // this split saw no key and may not have written o
         continue;
       }
       const float share = std::exp(m[n * stride] - base);
@@ -421,7 +164,7 @@ void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* pa
   }
 }
 
-// The rows of a task over the keys of its split: o (rows, width), m and l.
+// Computes the rows of a task over the keys of its split: o (rows, width), m and l.
 template <typename T, bool kPairs>
 void attend(const DecodeArgs& args, const DecodeTask& task, const float* q, int64_t width_q, float* s, float* alpha,
             float* o, int64_t width, float* m, float* l) {
@@ -441,7 +184,7 @@ void attend(const DecodeArgs& args, const DecodeTask& task, const float* q, int6
     const int64_t tile = (j0 - task.from) / kTileKeys % 2;
     const auto& now = found[tile];
     const int keys_next = j0 + kTileKeys < task.to ? find(j0 + kTileKeys, found[1 - tile]) : 0;
-    // what is fetched must be there for as many keys as now: the last tile may be shorter
+    // the prefetched tile must have as many keys as this one; the last tile may be shorter
     const auto& next = found[keys_next == kTileKeys ? 1 - tile : tile];
     for_row_groups(task.rows, [&](auto count, auto first, int r) {
       score_rows<T, kPairs, count.value, first.value>(q + r * width_q, width_q, now[0], next[0], keys, args.head_dim,

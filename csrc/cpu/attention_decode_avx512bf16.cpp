@@ -1,4 +1,4 @@
-// Attention on a cache in bfloat16 by the dot products of AVX512-BF16: compiled for that instruction set only.
+// Attention on a cache in bfloat16 with the dot products of AVX512-BF16. Compiled for this instruction set only.
 #include "attention_decode.h"
 
 namespace fastattn {

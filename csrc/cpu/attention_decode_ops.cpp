@@ -23,14 +23,14 @@ using torch::stable::Tensor;
 using CacheCall = fastattn::CacheCall<DecodeArgs>;
 using Call = fastattn::DecodeCall<DecodeArgs, fastattn::inner_contiguous>;
 
-// Which row of the cache holds key `position` of sequence b.
+// Returns the row of the cache that holds key `position` of sequence b.
 int64_t page_of(const DecodeArgs& args, int64_t b, int64_t position) {
   return args.block_table       ? args.block_table[b * args.pages + position / args.page_size]
          : args.cache_batch_idx ? args.cache_batch_idx[b]
                                 : b;
 }
 
-// Checks everything that says where keys are, for sequences that have `more` keys than cache_seqlens says.
+// Checks all arguments that say where keys are. Sequences have `more` keys in addition to cache_seqlens.
 void check_places(const CacheCall& call, const Tensor& k_cache, const Tensor& v_cache, int64_t more) {
   const DecodeArgs& args = call.args;
   for (const Tensor* t : {&k_cache, &v_cache}) {
@@ -52,8 +52,9 @@ void check_places(const CacheCall& call, const Tensor& k_cache, const Tensor& v_
   }
 }
 
-// Into how many parts the keys of a sequence are divided: so many that large machines have work for every thread, each
-// long enough to be worth its start. Depends on sizes and lengths alone, so that results do not depend on threads.
+// Chooses the number of splits of the keys of a sequence: enough that large machines have work for every thread, with
+// each split long enough to pay for its start. Depends on sizes and lengths only, so that results do not depend on the
+// number of threads.
 int64_t choose_splits(const DecodeArgs& args, int64_t tasks, int64_t wanted) {
   constexpr int64_t kTasks = 64, kMinKeys = 256;
   int64_t longest = 0, all = 0;

@@ -1,20 +1,20 @@
 #pragma once
-// dq of the backward. That of a block of queries is the sum over the pieces of keys that it sees, in their order. In
-// fp32 it is summed where it ends up, and tasks of one piece wait for their turn. In 16 bits a task of all pieces sums
-// it in fp32 of its own; tasks of one piece leave it to query_gradient, which makes p and ds again. So where heads are
-// few no buffer grows with seqlen, and elsewhere none exceeds one head per thread.
+// dq of the backward. For a block of queries it is the sum over the pieces of keys that the block sees, in order. In
+// fp32 the sum is made in args.dq, and tasks with one piece each wait for their turn. For 16-bit dtypes, a task of all
+// pieces sums in an fp32 buffer of its own; tasks of one piece leave dq to query_gradient, which recomputes p and ds.
+// So with few heads no buffer grows with seqlen, and with many heads there is one head per thread at most.
 #include <thread>
 
 #include "attention_gradient.h"
 
 namespace {
 
-// dQᵀ of a block of queries over some keys, and its rows.
+// dQᵀ of a block of queries over some keys, and the same as rows.
 class BlockDq {
  public:
-  static int64_t floats(const AttentionArgs& args) { return 2 * kLanes * round_up(args.head_dim, kVec); }
+  static int64_t floats(const AttentionCpuArgs& args) { return 2 * kLanes * round_up(args.head_dim, kVec); }
 
-  BlockDq(const AttentionArgs& args, Arena& arena)
+  BlockDq(const AttentionCpuArgs& args, Arena& arena)
       : width_(round_up(args.head_dim, kVec)),
         transposed_(arena.take(kLanes * width_)),
         rows_(arena.take(kLanes * width_)) {}
@@ -32,19 +32,19 @@ class BlockDq {
   float *transposed_, *rows_;
 };
 
-// The three ways to sum dq. begin() comes before the first piece that a block sees, add() with every piece that it
-// sees, `before` of which came earlier.
+// The three ways to sum dq. begin() is called before the first piece that a block sees. add() is called for every piece
+// that it sees, after `before` earlier ones.
 class DqInPlace {
  public:
   static constexpr bool kMakesDq = true;
-  static int64_t floats(const AttentionArgs&) { return 0; }
+  static int64_t floats(const AttentionCpuArgs&) { return 0; }
 
-  DqInPlace(const AttentionArgs& args, Arena&) : args_(args) {}
+  DqInPlace(const AttentionCpuArgs& args, Arena&) : args_(args) {}
 
   void select_head(const Sequence& sequence, int64_t h) {
     const int64_t blocks = (args_.seqlen_q + kLanes - 1) / kLanes;
     rows_ = sequence.rows<float>(args_.dq, h, sequence.q_start);
-    turns_ = args_.split ? args_.dq_turns + (sequence.index * args_.n_heads + h) * blocks : nullptr;
+    turns_ = args_.piece_per_task ? args_.dq_turns + (sequence.index * args_.n_heads + h) * blocks : nullptr;
   }
   void begin(int64_t i0, int rows) { zero_rows(rows_ + i0 * args_.dq.row, args_.dq.row, rows, args_.head_dim); }
   void add(int64_t i0, int rows, BlockDq& block, int64_t before) {
@@ -61,7 +61,7 @@ class DqInPlace {
   void finish_head() {}
 
  private:
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   float* rows_ = nullptr;
   std::atomic<int32_t>* turns_ = nullptr;
 };
@@ -70,11 +70,11 @@ template <typename T>
 class DqOwnSum {
  public:
   static constexpr bool kMakesDq = true;
-  static int64_t floats(const AttentionArgs& args) {
+  static int64_t floats(const AttentionCpuArgs& args) {
     return round_up(args.seqlen_q, kLanes) * round_up(args.head_dim, kVec);
   }
 
-  DqOwnSum(const AttentionArgs& args, Arena& arena)
+  DqOwnSum(const AttentionCpuArgs& args, Arena& arena)
       : args_(args), width_(round_up(args.head_dim, kVec)), sum_(arena.take(floats(args))) {}
 
   void select_head(const Sequence& sequence, int64_t h) {
@@ -88,7 +88,7 @@ class DqOwnSum {
   void finish_head() { store_rows(rows_, args_.dq.row, sum_, width_, count_, args_.head_dim, args_.scale); }
 
  private:
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const int64_t width_;
   float* sum_;
   T* rows_ = nullptr;
@@ -98,18 +98,18 @@ class DqOwnSum {
 class DqLater {
  public:
   static constexpr bool kMakesDq = false;
-  static int64_t floats(const AttentionArgs&) { return 0; }
+  static int64_t floats(const AttentionCpuArgs&) { return 0; }
 
-  DqLater(const AttentionArgs&, Arena&) {}
+  DqLater(const AttentionCpuArgs&, Arena&) {}
 
   void select_head(const Sequence&, int64_t) {}
   void begin(int64_t, int) {}
   void finish_head() {}
 };
 
-// dq in a pass of its own: one task is a block of queries of one head.
+// dq in a pass of its own. A task is a block of queries of one head.
 template <typename T, bool kPairs>
-void query_gradient(const AttentionArgs& args) {
+void query_gradient(const AttentionCpuArgs& args) {
   const int64_t group = heads_per_key_head(args);
   const int64_t blocks = (args.seqlen_q + kLanes - 1) / kLanes, tasks = args.batch * args.n_heads * blocks;
   Arena arena(Scores::kArena + QueryBlock<T, kPairs>::floats(args) + TileGradient<T, kPairs>::floats(args, kKeys) +
@@ -124,7 +124,7 @@ void query_gradient(const AttentionArgs& args) {
   BlockDq dq(args, arena);
   for (int64_t task; (task = next_task(args)) < tasks;) {
     const int64_t b = task / blocks / args.n_heads, h = task / blocks % args.n_heads;
-    const int64_t i0 = (blocks - 1 - task % blocks) * kLanes;  // causal: the longest first
+    const int64_t i0 = (blocks - 1 - task % blocks) * kLanes;  // longest first, if causal
     const Sequence sequence(args, b);
     if (i0 >= sequence.len_q) {
       continue;

@@ -1,16 +1,16 @@
 #pragma once
-// Attention forward: one task is a block of kLanes queries of one head, which visits its keys tile by tile.
+// Attention forward. A task is a block of kLanes queries of one head. It visits its keys tile by tile.
 //
 //   s = K·Qᵀ,  m' = max(m, s),  alpha = e^(m - m'),  p = e^(s - m'),  l = l * alpha + sum p,  oᵀ = oᵀ * alpha + Vᵀ·p
 //
-// The powers are those of 2 where scores are kept times log2(e).
+// If scores are kept times log2(e), e^x becomes 2^x.
 #include <cmath>
 
 #include "attention_scores.h"
 
 namespace {
 
-// K or V as the left operand of a product over head_dim: as it lies where it can, else a copy in slots.
+// K or V as the left operand of a product over head_dim: read in place if possible, otherwise copied into slots.
 template <typename T, bool kPairs>
 Operand left_rows(const T* src, int64_t stride, int rows, int64_t cols, float* copy) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -37,7 +37,7 @@ Operand left_depth(const T* src, int64_t stride, int rows, int64_t cols, const u
   return {copy, ld};
 }
 
-// One tile into the running softmax: scores s become weights p (s itself, or slots of two rows with kPairs).
+// Adds one tile to the running softmax. The scores s become weights p (in place, or in slots of two rows with kPairs).
 template <bool kPairs, bool kShort, bool kNatural>
 inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_vecs, float c, const float* keep,
                            float* p, float* m, float* l, float* alpha) {
@@ -82,7 +82,7 @@ inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_ve
   }
 }
 
-// lse = most + log(total), and what of it fp32 has no room for beside a large maximum.
+// lse = most + log(total), and the part of it that fp32 loses if the maximum is large.
 inline void store_lse(double most, float total, float* lse, float* low) {
   const float log_total = std::log(total);
   *lse = total == 0.f ? -kInf : static_cast<float>(most + log_total);
@@ -91,10 +91,10 @@ inline void store_lse(double most, float total, float* lse, float* low) {
   }
 }
 
-constexpr float kLeastTotal = 1e-37f;  // a row that sees a key sums up to 1 or more, one that sees none to 0
+constexpr float kLeastTotal = 1e-37f;  // the total of a row that sees a key is 1 or more, otherwise it is 0
 
 template <typename T, bool kPairs>
-void forward(const AttentionArgs& args) {
+void forward(const AttentionCpuArgs& args) {
   const int64_t group = heads_per_key_head(args);
   const int64_t blocks = (args.seqlen_q + kLanes - 1) / kLanes;
   const int64_t tasks = args.batch * args.n_heads * blocks;
@@ -120,7 +120,7 @@ void forward(const AttentionArgs& args) {
 
   for (int64_t task; (task = next_task(args)) < tasks;) {
     const int64_t b = task / blocks / args.n_heads, h = task / blocks % args.n_heads;
-    const int64_t i0 = (blocks - 1 - task % blocks) * kLanes;  // causal: the longest first
+    const int64_t i0 = (blocks - 1 - task % blocks) * kLanes;  // longest first, if causal
     const Sequence sequence(args, b);
     if (i0 >= sequence.len_q) {
       continue;
@@ -167,7 +167,7 @@ void forward(const AttentionArgs& args) {
       zero(o_t, kLanes * width_v);
     }
 
-    // the sink joins the denominator; out = oᵀ / l
+    // adds the sink to the denominator; out = oᵀ / l
     for (int x = 0; x < lane_vecs * kVec; x += kVec) {
       Vec most = Vec::load(m + x), total = Vec::load(l + x), scale = Vec::fill(1.f);
       if (args.sink) {

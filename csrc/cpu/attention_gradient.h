@@ -1,14 +1,15 @@
 #pragma once
-// What the passes of the attention backward share: a block of queries, packed, and the gradient of one tile of scores.
+// Shared by the passes of the attention backward: a packed block of queries, and the gradient of one tile of scores.
 //
 //   p = e^(s - lse),  ds = p ∘ (dp - delta),  with s = K·Qᵀ, dp = V·dOutᵀ
 //
-// lse is taken in two parts: beside a large one the sum of a row, and so what its p sum up to, has no room in fp32.
+// lse is read in two parts. If it is large, fp32 has no digits left for the sum of the row, and the p of the row would
+// not sum to 1.
 #include "attention_fwd.h"
 
 namespace {
 
-// fp32 rows (rows, width) times factor -> T
+// Writes fp32 rows (rows, width), times factor, as T.
 template <typename T>
 void store_rows(T* dst, int64_t stride, float* src, int64_t width, int rows, int64_t cols, float factor) {
   for (int r = 0; r < rows; ++r) {
@@ -42,18 +43,18 @@ void zero_rows(T* dst, int64_t stride, int rows, int64_t cols) {
   }
 }
 
-// A block of queries of one head, packed: transposed for the products over head_dim, in depth order for those over
+// A packed block of queries of one head: transposed for products over head_dim, in depth order for products over
 // queries, with lse and delta = rowsum(dout ∘ out) - dlse. lse is high + low: high in the unit of the scores, low times
-// log2(e). Lanes past the end have inf, so that their p is 0.
+// log2(e). Lanes past the end have lse = inf, so their p is 0.
 template <typename T, bool kPairs>
 class QueryBlock {
  public:
-  static int64_t floats(const AttentionArgs& args) {
+  static int64_t floats(const AttentionCpuArgs& args) {
     const int64_t width = round_up(args.head_dim, kVec), width_v = round_up(args.head_dim_v, kVec);
     return kLanes * (2 * (width + width_v) + 3 + (width > width_v ? width : width_v));
   }
 
-  QueryBlock(const AttentionArgs& args, Arena& arena)
+  QueryBlock(const AttentionCpuArgs& args, Arena& arena)
       : args_(args),
         width_(round_up(args.head_dim, kVec)),
         width_v_(round_up(args.head_dim_v, kVec)),
@@ -66,7 +67,7 @@ class QueryBlock {
         delta_(arena.take(kLanes)),
         stage_(arena.take(kLanes * (width_ > width_v_ ? width_ : width_v_))) {}
 
-  // Pack the block that begins at query i0.
+  // Packs the block that begins at query i0.
   void load(const Sequence& sequence, int64_t h, int64_t i0, bool for_products_over_queries) {
     const int rows = sequence.block_rows(i0);
     const int64_t start = sequence.q_start + i0;
@@ -129,23 +130,23 @@ class QueryBlock {
     return direct(cols) ? Operand{reinterpret_cast<const float*>(rows), stride} : Operand{packed, width};
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const int64_t width_, width_v_;
   const T *q_ = nullptr, *dout_ = nullptr;
   float *q_t_, *dout_t_, *q_depth_, *dout_depth_, *lse_high_, *lse_low_, *delta_, *stage_;
 };
 
-// p and ds of one tile: p with dropout, ds before the slope of the cap.
+// p and ds of one tile. p includes dropout; ds does not include the slope of the softcap.
 template <typename T, bool kPairs>
 class TileGradient {
  public:
-  static int64_t floats(const AttentionArgs& args, int64_t keys) {
+  static int64_t floats(const AttentionCpuArgs& args, int64_t keys) {
     const int64_t width = round_up(args.head_dim, kVec), width_v = round_up(args.head_dim_v, kVec);
     return 2 * kLanes * kKeys + copied(keys) * (width + width_v) + kKeys * width + 3 * kSlots;
   }
 
-  // load_keys takes at most `keys`
-  TileGradient(const AttentionArgs& args, Arena& arena, int64_t keys)
+  // load_keys takes at most `keys` keys.
+  TileGradient(const AttentionCpuArgs& args, Arena& arena, int64_t keys)
       : p(arena.take(kLanes * kKeys)),
         ds(arena.take(kLanes * kKeys)),
         args_(args),
@@ -162,7 +163,8 @@ class TileGradient {
     v_ = left_rows<T, kPairs>(v, args_.v.row, keys, args_.head_dim_v, v_copy_);
   }
 
-  // Keys skip.. of the loaded ones against a block; scores.prepare() has been called for them.
+  // Computes p and ds for a block and the loaded keys from number `skip` on. scores.prepare() must have been called for
+  // them.
   void run(Scores& scores, const QueryBlock<T, kPairs>& block, int64_t skip, int keys, int rows) {
     const int lane_vecs = (rows + kVec - 1) / kVec;
     product_into_scores<kPairs>(k_.data + skip * k_.ld, k_.ld, block.q_t(), slots<kPairs>(args_.head_dim), p, keys,
@@ -182,7 +184,7 @@ class TileGradient {
     }
   }
 
-  // ds past the cap
+  // Multiplies ds by the slope of the softcap.
   void multiply_by_slope_of_cap(const Scores& scores, int keys) {
     for (int r = 0; args_.softcap > 0 && r < keys; ++r) {
       for (int at = r * kLanes + first_lane(r, scores.diagonal()); at < (r + 1) * kLanes; at += kVec) {
@@ -191,7 +193,7 @@ class TileGradient {
     }
   }
 
-  // dv += p·dout, dk += ds·q for the keys of run()
+  // dv += p·dout and dk += ds·q for the keys of run().
   void add_to_keys(const Scores& scores, const QueryBlock<T, kPairs>& block, int keys, int rows, float* dk,
                    int64_t width, float* dv, int64_t width_v) {
     Operand left = lanes_in_slots(p, keys, rows, p_slots_), right = block.dout_depth();
@@ -202,7 +204,7 @@ class TileGradient {
                                scores.diagonal());
   }
 
-  // dqᵀ += kᵀ·ds for the keys skip.. of run()
+  // dqᵀ += kᵀ·ds for the keys of run(), which start at number `skip`.
   void add_to_queries(const Scores& scores, int64_t skip, int keys, int rows, float* dq_t) {
     const float* right = ds;
     if constexpr (kPairs) {
@@ -229,12 +231,12 @@ class TileGradient {
   float *p, *ds;
 
  private:
-  static constexpr float kLeastFloat = 1e-45f;  // above 0
+  static constexpr float kLeastFloat = 1e-45f;  // the smallest positive float
   static constexpr int64_t kSlots = kPairs ? kLanes * kKeys / 2 : 0;
   static int64_t copied(int64_t keys) { return sizeof(T) == sizeof(float) ? 0 : keys; }
 
-  // From a score less the high part of lse. It is at most 0 but where another backend, whose lse it is, rounded the
-  // scores otherwise; beside a large bias that is a power of e.
+  // The exponent of p: a score minus the high part of lse. It can exceed 0 only if lse comes from another backend,
+  // which rounded the scores differently; if the bias is large, the excess can be large too, so it is clamped.
   template <bool kNatural>
   static Vec probability(Vec difference, Vec low) {
     constexpr bool kShort = sizeof(T) == 2;
@@ -242,11 +244,11 @@ class TileGradient {
                     : exp2<kShort>(difference - low);
   }
 
-  // Scores in p and dp in ds become p and ds.
+  // Turns the scores in p and dp in ds into p and ds.
   template <bool kNatural>
   void weigh(const Scores& scores, const QueryBlock<T, kPairs>& block, float c, const float* keep, int keys,
              int lane_vecs) {
-    float *const tile_p = p, *const tile_ds = ds;  // a store of a vector may alias a member, none of these
+    float *const tile_p = p, *const tile_ds = ds;  // a vector store may alias a member, but not these locals
     for (int x = 0; x < lane_vecs * kVec; x += kVec) {
       const Vec factor = Vec::fill(c), high = Vec::load(block.lse_high() + x), low = Vec::load(block.lse_low() + x);
       const Vec delta = Vec::load(block.delta() + x);
@@ -265,7 +267,7 @@ class TileGradient {
           weight = weight * kept;
         }
         weight.store(at_p);
-        // where p is 0, dp may be anything: the value of a key that is not seen
+        // if p is 0, dp may be anything, as it may come from a hidden key
         select(unkept < Vec::fill(kLeastFloat), Vec::fill(0.f), unkept * (dp - delta)).store(at_ds);
       }
     }
@@ -288,7 +290,7 @@ class TileGradient {
     return {tile, kLanes};
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   float *k_copy_, *v_copy_, *k_depth_, *p_slots_, *ds_slots_, *ds_depth_;
   const T* rows_k_ = nullptr;
   Operand k_{}, v_{};

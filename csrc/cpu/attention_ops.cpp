@@ -17,22 +17,22 @@
 
 namespace {
 
-using fastattn::AttentionArgs;
+using fastattn::AttentionCpuArgs;
 using fastattn::AttentionInputs;
 using fastattn::AttentionOutputs;
 using fastattn::DType;
 using fastattn::kAttentionPieceKeys;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Call = fastattn::AttentionCall<AttentionArgs, fastattn::inner_contiguous>;
-using BackwardCall = fastattn::AttentionBackwardCall<AttentionArgs, fastattn::inner_contiguous>;
-using Kernel = void (*)(const AttentionArgs&);
+using Call = fastattn::AttentionCall<AttentionCpuArgs, fastattn::inner_contiguous>;
+using BackwardCall = fastattn::AttentionBackwardCall<AttentionCpuArgs, fastattn::inner_contiguous>;
+using Kernel = void (*)(const AttentionCpuArgs&);
 
-// cu_seqlens rises from 0 to at most total; the longest sequence
+// Checks that cu_seqlens rises from 0 to at most `total` and returns the length of the longest sequence.
 int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t total, const char* name) {
   int64_t most = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    STD_TORCH_CHECK(cu_seqlens[b + 1] >= cu_seqlens[b], name, " must not fall, got ", cu_seqlens[b + 1], " after ",
+    STD_TORCH_CHECK(cu_seqlens[b + 1] >= cu_seqlens[b], name, " must not decrease, got ", cu_seqlens[b + 1], " after ",
                     cu_seqlens[b]);
     most = std::max<int64_t>(most, cu_seqlens[b + 1] - cu_seqlens[b]);
   }
@@ -41,7 +41,7 @@ int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t total, const c
   return most;
 }
 
-// `value` in the packed rows behind the last sequence, which no kernel writes
+// Writes `value` to the packed rows after the last sequence, which no kernel writes.
 void fill_behind(Tensor t, const int32_t* cu_seqlens, int64_t batch, double value) {
   const int64_t end = cu_seqlens != nullptr ? cu_seqlens[batch] : t.size(2);
   if (end < t.size(2)) {
@@ -49,18 +49,19 @@ void fill_behind(Tensor t, const int32_t* cu_seqlens, int64_t batch, double valu
   }
 }
 
-// Checks the lengths of packed sequences and takes the longest ones from them.
+// Checks the lengths of packed sequences and sets the longest ones.
 void set_longest(Call& call) {
-  AttentionArgs& args = call.args;
+  AttentionCpuArgs& args = call.args;
   if (call.packed) {
     args.seqlen_q = longest(args.cu_seqlens_q, args.batch, call.q.size(2), "cu_seqlens_q");
     args.seqlen_k = longest(args.cu_seqlens_k, args.batch, call.k.size(2), "cu_seqlens_k");
   }
 }
 
-// Runs the kernel on torch's threads. They take tasks from a common counter, the first free one the next.
-void run(Kernel kernel, AttentionArgs& args, int64_t tasks) {
-  constexpr int64_t kLeastWork = 1 << 17;  // multiplications that are worth waking a thread: some microseconds
+// Runs the kernel on torch's threads. Threads claim tasks from a shared counter.
+void run(Kernel kernel, AttentionCpuArgs& args, int64_t tasks) {
+  // The number of multiplications that justify waking a thread, which takes some microseconds.
+  constexpr int64_t kLeastWork = 1 << 17;
   const int64_t work = args.batch * args.n_heads * args.seqlen_q * args.seqlen_k * (args.head_dim + args.head_dim_v) /
                        std::max<int64_t>(1, tasks);
   std::atomic<int64_t> next{0};
@@ -72,8 +73,8 @@ void run(Kernel kernel, AttentionArgs& args, int64_t tasks) {
   STD_TORCH_CHECK(!failed, "attention: out of memory");
 }
 
-// malloc gives blocks of this size back to the system whenever they are freed, and page by page anew to the next call:
-// 17 ms for 32 MiB, 4 ms in huge pages.
+// glibc returns blocks of this size to the kernel on free, so the next call faults them in again, page by page: 17 ms
+// for 32 MiB, 4 ms with huge pages.
 void advise_huge_pages(const Tensor& t) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 1 << 21, kNeverKept = 1 << 25;
@@ -90,10 +91,10 @@ constexpr int64_t blocks_of(int64_t n) {
   return (n + 63) / 64;
 }
 
-// out, and both parts of lse where there is room for them
+// Computes out, and both parts of lse if there is memory for them.
 Tensor forward(Call& call, const Tensor& q_in, float* lse, float* lse_low) {
   set_longest(call);
-  AttentionArgs& args = call.args;
+  AttentionCpuArgs& args = call.args;
   const Tensor out = fastattn::empty_in_layout(q_in, args.head_dim_v);
   args.out = fastattn::heads(out, call.packed);
   args.lse = lse;
@@ -131,28 +132,28 @@ Tensor attention_infer(const Tensor& q, const Tensor& k, const Tensor& v, int64_
   return forward(call, q, nullptr, nullptr);
 }
 
-// Whether a task may sum the dbias of a whole batch: in fp32 where it ends up, in 16 bits in memory of the thread.
-bool dbias_sum_fits(const AttentionArgs& args) {
+// True if one task may sum the dbias of a whole batch: in fp32 in place, for 16-bit dtypes in memory of the thread.
+bool dbias_sum_fits(const AttentionCpuArgs& args) {
   constexpr int64_t kMostFloats = 1 << 21;
   return args.bias_dtype == DType::kFloat32 ||
          args.n_heads / args.n_kv_heads * args.seqlen_q * args.seqlen_k <= kMostFloats;
 }
 
-// Whether tasks are pieces of a head's keys. Depends on sizes alone, never on the number of threads, so that results do
-// not either.
-bool splits_keys(const AttentionArgs& args) {
+// True if every piece of a head's keys is a task. Depends on sizes only, never on the number of threads, so results do
+// not depend on it either.
+bool has_task_per_piece(const AttentionCpuArgs& args) {
   constexpr int64_t kManyTasks = 8;
-  const bool whole_batch = args.dbias_from == AttentionArgs::DbiasFrom::kWholeBatch;
+  const bool whole_batch = args.dbias_from == AttentionCpuArgs::DbiasFrom::kWholeBatch;
   return (whole_batch ? 1 : args.batch) * args.n_kv_heads < kManyTasks && args.seqlen_k > kAttentionPieceKeys;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                                                  const AttentionOutputs& outputs,
                                                                  AttentionInputs inputs, bool need_dbias,
-                                                                 bool) {  // deterministic: it always is
+                                                                 bool) {  // deterministic: the CPU backward always is
   BackwardCall call(q, k, v, outputs, std::move(inputs));
   set_longest(call);
-  AttentionArgs& args = call.args;
+  AttentionCpuArgs& args = call.args;
   const AttentionInputs& in = call.in;
   const Tensor dsink = torch::stable::new_zeros(q, {in.sink ? args.n_heads : 0}, ScalarType::Float);
   const int64_t full = args.batch * args.n_heads * args.seqlen_q * args.seqlen_k;
@@ -161,30 +162,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
     advise_huge_pages(dbias);
     args.dbias = fastattn::score_tensor(dbias);
     if (dbias.numel() == full) {
-      args.dbias_from = AttentionArgs::DbiasFrom::kSequence;
+      args.dbias_from = AttentionCpuArgs::DbiasFrom::kSequence;
     } else if (dbias.numel() * args.batch == full && dbias.size(0) == 1 && dbias_sum_fits(args)) {
-      args.dbias_from = AttentionArgs::DbiasFrom::kWholeBatch;
+      args.dbias_from = AttentionCpuArgs::DbiasFrom::kWholeBatch;
     } else {
-      args.dbias_from = AttentionArgs::DbiasFrom::kOwnPass;
+      args.dbias_from = AttentionCpuArgs::DbiasFrom::kOwnPass;
     }
   }
   const Tensor dsink_partial =
       torch::stable::new_zeros(q, {in.sink ? args.batch * args.n_heads : 0}, ScalarType::Float);
   args.dsink_partial = in.sink ? static_cast<float*>(dsink_partial.mutable_data_ptr()) : nullptr;
-  args.split = splits_keys(args);
+  args.piece_per_task = has_task_per_piece(args);
   const bool in_place = args.dtype == DType::kFloat32;
   const int64_t query_tasks = args.batch * args.n_heads * blocks_of(args.seqlen_q);
-  std::vector<std::atomic<int32_t>> dq_turns(args.split && in_place ? query_tasks : 0);
+  std::vector<std::atomic<int32_t>> dq_turns(args.piece_per_task && in_place ? query_tasks : 0);
   args.dq_turns = dq_turns.data();
 
-  const int64_t pieces = args.split ? (args.seqlen_k + kAttentionPieceKeys - 1) / kAttentionPieceKeys : 1;
+  const int64_t pieces = args.piece_per_task ? (args.seqlen_k + kAttentionPieceKeys - 1) / kAttentionPieceKeys : 1;
   run(FASTATTN_SELECT_CPU_BF16(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * pieces);
-  if (args.split && !in_place) {
+  if (args.piece_per_task && !in_place) {
     run(FASTATTN_SELECT_CPU_BF16(attention_dq, args.dtype), args, query_tasks);
   }
   if (need_dbias && full == 0) {
     torch::stable::zero_(dbias);
-  } else if (need_dbias && args.dbias_from == AttentionArgs::DbiasFrom::kOwnPass) {
+  } else if (need_dbias && args.dbias_from == AttentionCpuArgs::DbiasFrom::kOwnPass) {
     const int64_t parts = std::max<int64_t>(dbias.size(2) > 1 ? blocks_of(args.seqlen_q) : 1,
                                             dbias.size(3) > 1 ? blocks_of(args.seqlen_k) : 1);
     run(FASTATTN_SELECT_CPU_BF16(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
@@ -195,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
   if (in.sink) {
     float* sums = static_cast<float*>(dsink.mutable_data_ptr());
     for (int64_t h = 0; h < args.n_heads; ++h) {
-      double total = 0;  // a sum of any length
+      double total = 0;  // in fp64, as the sum may be long
       for (int64_t b = 0; b < args.batch; ++b) {
         total += args.dsink_partial[b * args.n_heads + h];
       }

@@ -1,167 +1,21 @@
 #pragma once
-// What happens to a tile of scores between the two products of attention: bounds, mask, bias, ALiBi, softcap, dropout.
-// Scores are kept times log2(e), so that the softmax is made of 2^x and needs one FMA for its x. Where a bias, ALiBi or
-// a sink takes part they are kept as they are: times log2(e) a number as large as FLT_MAX would be infinite, and scores
-// that a large bias makes equal would be rounded to different ones.
-#include "../api.h"
-#include "tile.h"
+// The operations on a tile of scores between the two products of attention: bounds, mask, bias, ALiBi, softcap,
+// dropout. Scores are kept times log2(e), so that the softmax needs only 2^x and one FMA for its argument. With a bias,
+// ALiBi or a sink, scores are kept unscaled: a value near FLT_MAX times log2(e) would be infinite, and scores that a
+// large bias makes equal would be rounded to different values.
+#include "attention_sequence.h"
 
 namespace {
 
-using fastattn::AttentionArgs;
-using fastattn::DType;
-using fastattn::ScoreTensor;
-
-// The number of the next task. Threads take them as they come; results do not depend on who takes which.
-template <typename Args>
-int64_t next_task(const Args& args) {
-  return args.next->fetch_add(1, std::memory_order_relaxed);
-}
-
-inline int64_t heads_per_key_head(const AttentionArgs& args) {
-  return args.n_heads / (args.n_kv_heads ? args.n_kv_heads : 1);
-}
-
-constexpr int at_most(int64_t n, int most) {
-  return static_cast<int>(n < most ? n : most);
-}
-
-// Keys [begin, end), none if begin >= end.
-struct KeyRange {
-  int64_t begin, end;
-  bool empty() const { return begin >= end; }
-};
-
-// Where sequence b lies and how its queries are aligned to its keys: query i stands at key i + off.
-struct Sequence {
-  int64_t len_q, len_k, rows_k, off, q_start, k_start, index;  // len_k of the rows_k keys are visible
-
-  Sequence(const AttentionArgs& args, int64_t b)
-      : len_q(args.seqlen_q), len_k(args.seqlen_k), q_start(0), k_start(0), index(b) {
-    if (args.cu_seqlens_q) {
-      q_start = args.cu_seqlens_q[b];
-      k_start = args.cu_seqlens_k[b];
-      len_q = args.cu_seqlens_q[b + 1] - q_start;
-      len_k = args.cu_seqlens_k[b + 1] - k_start;
-    }
-    rows_k = len_k;
-    if (args.seqlens_k) {
-      const int64_t visible = args.seqlens_k[b];
-      len_k = visible < 0 ? 0 : visible < len_k ? visible : len_k;
-    }
-    off = args.top_left ? 0 : len_k - len_q;
-  }
-
-  template <typename T>
-  T* rows(const fastattn::HeadTensor& t, int64_t head, int64_t start) const {
-    return static_cast<T*>(t.data) + index * t.batch + head * t.head + start * t.row;
-  }
-  // Of the block that begins at query i0
-  int block_rows(int64_t i0) const { return at_most(len_q - i0, kLanes); }
-  int64_t lse_offset(const AttentionArgs& args, int64_t head) const {
-    return index * args.lse_batch + head * args.lse_head + q_start;
-  }
-};
-
-inline Vec lanes_from(float first) {
-  alignas(64) static constexpr float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return Vec::load(kIota) + Vec::fill(first);
-}
-
-// dst[r][lane]: scale where halfword (first + r) % 8 of the Philox block of row + lane is kept, else 0; r < count.
-// Key and counter as reference.philox_keep has them.
-inline void keep_group(float* dst, uint32_t group, int first, int count, uint32_t row, uint32_t slab,
-                       const fastattn::Dropout& dropout) {
-  const uint64_t seed = static_cast<uint64_t>(dropout.rng[0]);
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  const uint32_t offset = static_cast<uint32_t>(dropout.rng[1]);
-#if defined(__AVX512F__)
-  using Word = __m512i;
-  const auto fill = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); };
-  const auto multiply = [](Word a, Word m, Word& high) {
-    const Word even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
-    high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-    return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-  };
-  const auto mix = [](Word a, Word b, Word c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); };
-  Word c0 = fill(group), c2 = fill(slab), c3 = fill(offset);
-  Word c1 = _mm512_add_epi32(fill(row), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-#elif defined(__AVX2__)
-  using Word = __m256i;
-  const auto fill = [](uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); };
-  const auto multiply = [](Word a, Word m, Word& high) {
-    const Word even = _mm256_mul_epu32(a, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
-    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-  };
-  const auto mix = [](Word a, Word b, Word c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); };
-  Word c0 = fill(group), c2 = fill(slab), c3 = fill(offset);
-  Word c1 = _mm256_add_epi32(fill(row), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
-#else
-  typedef uint32_t Word __attribute__((vector_size(16)));
-  const auto fill = [](uint32_t x) { return Word{x, x, x, x}; };
-  const auto multiply = [](Word a, Word m, Word& high) {
-    for (int i = 0; i < 4; ++i) {
-      high[i] = static_cast<uint32_t>(uint64_t{a[i]} * m[i] >> 32);
-    }
-    return a * m;
-  };
-  const auto mix = [](Word a, Word b, Word c) { return a ^ b ^ c; };
-  Word c0 = fill(group), c2 = fill(slab), c3 = fill(offset);
-  Word c1 = fill(row) + Word{0, 1, 2, 3};
-#endif
-  for (int round = 0; round < 10; ++round) {
-    Word high0{}, high1{};
-    const Word low0 = multiply(c0, fill(0xD2511F53u), high0), low1 = multiply(c2, fill(0xCD9E8D57u), high1);
-    c0 = mix(high1, c1, fill(key0));
-    c2 = mix(high0, c3, fill(key1));
-    c1 = low1;
-    c3 = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  const Word words[4] = {c0, c1, c2, c3};
-  for (int r = 0; r < count; ++r) {
-    const int half = first + r;
-    const Word word = words[half / 2];
-    float* out = dst + r * kLanes;
-#if defined(__AVX512F__)
-    const Word value = half % 2 ? _mm512_srli_epi32(word, 16) : _mm512_and_si512(word, fill(0xffff));
-    _mm512_storeu_ps(out, _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(value, fill(dropout.threshold)),
-                                              _mm512_set1_ps(dropout.scale)));
-#elif defined(__AVX2__)
-    const Word value = half % 2 ? _mm256_srli_epi32(word, 16) : _mm256_and_si256(word, fill(0xffff));
-    const Word dropped = _mm256_cmpgt_epi32(fill(dropout.threshold), value);
-    _mm256_storeu_ps(out, _mm256_andnot_ps(_mm256_castsi256_ps(dropped), _mm256_set1_ps(dropout.scale)));
-#else
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t value = half % 2 ? word[i] >> 16 : word[i] & 0xffff;
-      out[i] = value >= dropout.threshold ? dropout.scale : 0.f;
-    }
-#endif
-  }
-}
-
-// f(T{}) for the storage type of `dtype`
-template <typename F>
-inline void with_storage_type(DType dtype, F&& f) {
-  if (dtype == DType::kFloat32) {
-    f(float{});
-  } else if (dtype == DType::kBFloat16) {
-    f(BF16{});
-  } else {
-    f(FP16{});
-  }
-}
-
-// The rules of one (batch, head), applied tile by tile: prepare() before the product, finish() after it.
+// The mask, bias and other features for one (batch, head), tile by tile. prepare() comes before the product, finish()
+// after it.
 class Scores {
  public:
   static constexpr int64_t kArena = 4 * kLanes * kKeys;
 
-  static bool natural(const AttentionArgs& args) { return args.bias.data || args.alibi_slopes || args.sink; }
+  static bool natural(const AttentionCpuArgs& args) { return args.bias.data || args.alibi_slopes || args.sink; }
 
-  Scores(const AttentionArgs& args, Arena& arena, bool backward)
+  Scores(const AttentionCpuArgs& args, Arena& arena, bool backward)
       : args_(args),
         unit_(natural(args) ? 1.f : kLog2e),
         multiplier_(args.scale * unit_),
@@ -182,7 +36,7 @@ class Scores {
     slab_ = static_cast<uint32_t>(b * args_.n_heads + head);
   }
 
-  // The keys of [first, last) that some query of the block may see.
+  // The keys of [first, last) that at least one query of the block may see.
   KeyRange key_range(int64_t i0, int64_t rows, int64_t first, int64_t last) {
     const Sequence& s = *sequence_;
     KeyRange range{first, last < s.len_k ? last : s.len_k};
@@ -196,7 +50,7 @@ class Scores {
     return range;
   }
 
-  // Look at the tile of queries i0.. and keys j0..; false if mask or bias hides all of it.
+  // Reads mask and bias for queries from i0 and keys from j0. Returns false if they hide the whole tile.
   bool prepare(int64_t i0, int rows, int64_t j0, int keys) {
     i0_ = i0;
     j0_ = j0;
@@ -209,7 +63,7 @@ class Scores {
       return true;
     }
     const bool per_key = (!mask_ || args_.mask.row == 0) && (!args_.bias.data || args_.bias.row == 0);
-    if (mask_ && !args_.bias.data && args_.mask.key == 1) {  // many tiles of a mask are all one
+    if (mask_ && !args_.bias.data && args_.mask.key == 1) {  // many tiles of a mask are all true
       int64_t visible = 0;
       const int distinct = per_key ? 1 : rows;
       for (int r = 0; r < distinct; ++r) {
@@ -248,17 +102,18 @@ class Scores {
   // Lane x of the tile sees no key after number x + diagonal().
   int64_t diagonal() const { return diagonal_; }
 
-  // Keys that some query of the tile sees, or null if all are; after finish().
+  // The keys that at least one query of the tile sees, or null if all are seen. Valid after finish().
   const uint8_t* seen() const { return seen_; }
   const float* slope_of_cap() const { return slope_of_cap_; }
 
-  // What a score must still be multiplied by after the product; finish() has then to be called if it is needed at all.
+  // False if the product needs no further step, so that finish() can be skipped.
   bool finish_needed() const {
     return edge_ || kind_ != Kind::kNone || args_.softcap > 0 || slope_ != 0.f || multiplier_ <= 0;
   }
   float multiplier() const { return multiplier_; }
 
-  // Raw products s[key][lane] become scores in their unit, -inf where invisible; what no lane of a panel sees stays.
+  // Turns raw products s[key][lane] into scores in their unit, -inf where hidden. Keys that no lane of a panel sees are
+  // left unchanged.
   void finish(float* s, int keys, int lane_vecs) {
     const float cap = args_.softcap;
     if (kind_ == Kind::kDirect) {
@@ -304,7 +159,7 @@ class Scores {
     }
   }
 
-  // The tile of dropout factors, 0 or dropout.scale.
+  // Returns the tile of dropout factors: 0 or dropout.scale.
   const float* keep(int keys, int lane_vecs) {
     for (int r = 0; r < keys;) {
       const int64_t j = j0_ + r;
@@ -320,7 +175,7 @@ class Scores {
   }
 
  private:
-  // what mask and bias add: nothing, one number a key, the tile add_, or a bias that is read where it is added
+  // what mask and bias add: nothing, one number per key, the tile add_, or a bias that is read while it is added
   enum class Kind { kNone, kPerKey, kTile, kDirect };
 
   static float bound(int64_t lane) { return static_cast<float>(lane < -1 ? -1 : lane > kLanes ? kLanes : lane); }
@@ -338,12 +193,12 @@ class Scores {
     }
   }
 
-  // Fused wherever it is done, so that forward and backward round a score alike. What -inf hides may be NaN.
+  // Always an FMA, so that forward and backward round a score the same way. A product that -inf hides may be NaN.
   static Vec add_or_hide(Vec product, Vec factor, Vec add) {
     return select(add < Vec::fill(-kFloatMax), Vec::fill(-kInf), fma(product, factor, add));
   }
 
-  // Whole tiles of a bias in rows of memory need no copy. A tile that begins with -inf may be hidden altogether, which
+  // Whole tiles of a row-major bias need no copy. A tile whose first element is -inf may be hidden altogether, which
   // must be known before the product.
   bool adds_directly(int64_t i0, int rows, int64_t j0, int keys) const {
     const ScoreTensor& t = args_.bias;
@@ -367,9 +222,9 @@ class Scores {
     Vec least = Vec::fill(0.f);
     const auto apply = [&](float* at, Vec add) __attribute__((always_inline)) {
       add_or_hide(Vec::load(at), multiplier, add).store(at);
-      least = min(add, least);  // a NaN leaves it as it is
+      least = min(add, least);  // NaN leaves `least` unchanged
     };
-    // Fetch the tile that comes next: its short rows lie too far apart for the processor to see it coming.
+    // Prefetches the next tile. Its short rows are too far apart for the hardware prefetcher.
     const int64_t to_next = j0_ + kKeys < range_.end ? kKeys : kLanes * args_.bias.row + range_.begin - j0_;
     constexpr int kSlots = kKeys * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(float));
     for (int r = 0; r < kLanes; r += kVec) {
@@ -401,7 +256,7 @@ class Scores {
     }
   }
 
-  // From the tile add_; false if no key is seen.
+  // Determines which keys the tile add_ shows. Returns false if none.
   bool find_seen(int rows, int keys) {
     bool some = false, all = true;
     for (int j = 0; j < keys; ++j) {
@@ -430,7 +285,7 @@ class Scores {
     transpose(add_, kLanes, stage_, kKeys, width, keys);
   }
 
-  // What is added to the scores of query i and keys j0.., -inf where the mask hides; kKeys floats are written.
+  // Writes what is added to the scores of query i and keys from j0: kKeys floats, -inf where the mask hides.
   void additive_row(float* dst, int64_t i, int64_t j0, int keys) const {
     if (!args_.bias.data) {
       zero(dst, kKeys);
@@ -445,9 +300,9 @@ class Scores {
     }
   }
 
-  const AttentionArgs& args_;
+  const AttentionCpuArgs& args_;
   const Sequence* sequence_ = nullptr;
-  const float unit_;  // what a score of 1 is kept as
+  const float unit_;  // the stored value of a score of 1
   const float multiplier_;
   float *add_, *stage_, *keep_, *slope_of_cap_;
   const bool backward_;

@@ -1,6 +1,7 @@
 #pragma once
 // The instruction set of the CPU kernels: the best one of this processor, or a lower one named by
-// FASTATTN_CPU_CAPABILITY (default, avx2, avx512, avx512bf16). Include it only in files compiled with baseline flags.
+// FASTATTN_CPU_CAPABILITY (default, avx2, avx512, avx512bf16). Include this file only in files that are compiled with
+// baseline flags.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -10,7 +11,7 @@
 
 namespace fastattn {
 
-// avx512bf16 is avx512 with dot products of bfloat16; only kernels that gain by them have that variant.
+// avx512bf16 is avx512 with dot products of bfloat16. Only kernels that benefit have this variant.
 enum class CpuCapability { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
 
 inline const char* capability_name(CpuCapability capability) {
@@ -28,7 +29,7 @@ inline const char* capability_name(CpuCapability capability) {
 
 inline CpuCapability best_capability() {
 #if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;  // not every clang knows __builtin_cpu_supports("f16c")
+  unsigned a = 0, b = 0, c = 0, d = 0;  // some versions of clang do not know __builtin_cpu_supports("f16c")
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) {
     return CpuCapability::kDefault;
   }
@@ -47,7 +48,7 @@ inline CpuCapability best_capability() {
 inline CpuCapability cpu_capability() {
   const CpuCapability best = best_capability();
   const char* wanted = std::getenv("FASTATTN_CPU_CAPABILITY");
-  // the package has checked the word; here an unknown one means no limit
+  // Python has checked the word already; here an unknown word means no limit
   for (CpuCapability lower : {CpuCapability::kDefault, CpuCapability::kAvx2, CpuCapability::kAvx512}) {
     if (wanted && capability_name(lower) == std::string_view(wanted) && lower < best) {
       return lower;

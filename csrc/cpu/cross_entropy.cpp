@@ -1,14 +1,14 @@
-// Softmax cross-entropy over the columns of each row of logits x, and its gradient in their place.
+// Softmax cross-entropy over the columns of each row of logits x. The gradient replaces the logits.
 //
 //   s = softcap * tanh(x / softcap), or x;  lse = log(sum_j exp(s_j));  p = exp(s - lse)
 //   loss = lse - (1 - smoothing) * s_target - smoothing * mean(s) + z_loss * lse^2
 //   ds = dloss * ((1 + 2 * z_loss * lse) * p - (1 - smoothing) * onehot(target) - smoothing / cols)
 //   dx = ds * (1 - (s / softcap)^2)
 //
-// A call owns rows. The first pass goes through a row in blocks that stay in the first cache: the maximum of a block,
-// then its sum of exponentials, the sum so far being scaled where the maximum grows. The second pass writes the
-// gradient. Differences to the maximum and to s_target are taken before anything is summed, so that large logits keep
-// their digits. An ignored row is not read. Everything is fp32 in registers.
+// A call owns rows. The first pass reads a row in blocks that fit into the L1 cache: first the maximum of a block, then
+// its sum of exponentials; the sum so far is rescaled if the maximum grows. The second pass writes the gradient.
+// Differences to the maximum and to s_target are taken before anything is summed, so large logits keep their digits.
+// Ignored rows are not read. Registers hold fp32.
 // Reference: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 #include <cfloat>
 #include <cmath>
@@ -28,7 +28,7 @@ struct Cap {
 
   Vec operator()(Vec x) const { return kSoftcap ? Vec::fill(softcap) * tanh(x * Vec::fill(1.f / softcap)) : x; }
   float operator()(float x) const { return (*this)(Vec::fill(x)).max(); }
-  // times the slope where the capped value is s
+  // Multiplies ds by the slope of the softcap at the capped value s.
   Vec slope(Vec ds, Vec s) const {
     const Vec t = s * Vec::fill(1.f / softcap);
     return kSoftcap ? ds * fnma(t, t, Vec::fill(1.f)) : ds;
@@ -37,7 +37,7 @@ struct Cap {
 
 template <typename T>
 inline float max_columns(const T* x, int64_t cols) {
-  float most = -FLT_MAX;  // not -inf, whose difference to itself is NaN
+  float most = -FLT_MAX;  // not -inf, because -inf - -inf is NaN
   int64_t i = 0;
   if (cols >= 4 * Vec::kSize) {
     Vec chain[4];
@@ -74,7 +74,8 @@ void cross_entropy_row(const CrossEntropyArgs& args, int64_t row) {
   const float s_target = valid ? cap(to_float(x[target])) : NAN;
 
   float most = -FLT_MAX;
-  double sum_of_blocks = 0, above_target = 0;  // sum_j exp(s_j - most), sum_j (s_j - s_target): a chain of any length
+  // sum_j exp(s_j - most), sum_j (s_j - s_target); in fp64, as they may be long
+  double sum_of_blocks = 0, above_target = 0;
   for (int64_t first = 0; first < cols; first += kBlock) {
     const T* block = x + first;
     const int64_t n = cols - first < kBlock ? cols - first : kBlock;

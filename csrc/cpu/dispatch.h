@@ -1,8 +1,8 @@
 #pragma once
-// Which variant of a CPU kernel runs. Included by wrapper files only, which are compiled with baseline flags.
+// Selects the variant of a CPU kernel to run. Only wrapper files include this; they are compiled with baseline flags.
 #include "capability.h"
 
-// The pointer to `name` for the instruction set in use, found once.
+// The pointer to `name` for the instruction set in use, looked up once.
 #if defined(__x86_64__)
 #define FASTATTN_SELECT_CPU(name)                  \
   ([] {                                            \
@@ -23,7 +23,7 @@
 #define FASTATTN_SELECT_CPU(name) (fastattn::name##_default)
 #endif
 
-// The same for kernels that have a variant of their own for bfloat16.
+// The same for kernels that have a separate variant for bfloat16.
 #if defined(__x86_64__)
 #define FASTATTN_SELECT_CPU_BF16(name, dtype)                                                                    \
   ([](fastattn::DType type) {                                                                                    \

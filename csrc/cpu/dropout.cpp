@@ -1,7 +1,7 @@
 // Dropout with the residual add:  out = keep * scale * x + residual.
 //
-// One call owns whole rows. The mask is a function of (seed, offset, row, column): nothing is saved for the backward,
-// which is the same kernel on the gradient without a residual.
+// A call owns whole rows. The mask is a function of (seed, offset, row, column), so nothing is saved for the backward,
+// which is the same kernel applied to the gradient, without a residual.
 #include "api.h"
 #include "rows.h"
 

@@ -6,9 +6,8 @@
 //                                                                            dgate = dact * preact * act'(gate)
 //              dbias = sum_rows(dpreact), dbias_gate = sum_rows(dgate), and hidden again for the gradient of w2
 //
-// The forward owns whole rows, the backward whole blocks of kActivationBlockRows rows with one partial row of sums
-// each, which activation_dbias adds: the sums do not depend on the number of threads. Everything is fp32 in
-// registers.
+// The forward owns whole rows. The backward owns whole blocks of kActivationBlockRows rows, each with one row of
+// partial sums, which activation_dbias adds. So the sums do not depend on the number of threads. Registers hold fp32.
 #include <algorithm>
 
 #include "activations.h"
@@ -19,9 +18,9 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kChunk = 512;  // columns whose keep bits are drawn at a time
+constexpr int64_t kChunk = 512;  // keep bits are drawn for this many columns at a time
 
-// How a step reads and writes one vector: whole, or the first n elements at the end of a row.
+// How a step reads and writes one vector: all of it, or the first n elements at the end of a row.
 struct Whole {
   template <typename T>
   Vec load(const T* p) const {
@@ -50,14 +49,14 @@ inline T* row_of(T* base, int64_t row, int64_t stride) {
   return base ? base + row * stride : nullptr;
 }
 
-// What the steps of one row read and write; null where the call has no such tensor.
+// The rows that the steps read and write. A null pointer means that the call has no such tensor.
 template <typename T>
 struct Row {
   const T *preact, *gate, *dhidden;
   T *hidden, *dpreact, *dgate;
   float *dbias, *dbias_gate;
   float scale;
-  const uint8_t* keep = nullptr;  // of the chunk that begins at column first
+  const uint8_t* keep = nullptr;  // of the chunk that begins at column `first`
   int64_t first = 0;
 
   Row(const ActivationArgs& args, int64_t row)
@@ -71,7 +70,7 @@ struct Row {
         dbias_gate(row_of(args.dbias_gate_partial, row / kActivationBlockRows, args.cols)),
         scale(args.dropout.scale) {}
 
-  // a dropped element is 0 also where x is inf or NaN
+  // a dropped element is 0 even if x is inf or NaN
   Vec dropout(Vec x, int64_t i) const {
     return select(keep_mask(keep, i - first), x * Vec::fill(scale), Vec::fill(0.f));
   }
@@ -161,7 +160,7 @@ void run(const ActivationArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// out[col] = sum of column col over the blocks
+// out[col] = the sum of column col over the blocks
 template <typename T>
 void reduce_blocks(const float* partial, int64_t blocks, int64_t cols, int64_t begin, int64_t end, T* out) {
   for (int64_t i = begin; i < end; i += Vec::kSize) {

@@ -1,4 +1,4 @@
-// fastattn::activation_fwd and activation_bwd for CPU tensors: the passes of feed-forward between its products.
+// fastattn::activation_fwd and activation_bwd for CPU tensors: the passes of feed_forward between its matrix products.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>

@@ -1,5 +1,5 @@
 #pragma once
-// What the wrapper files of the CPU ops share: outputs, and the division of work between torch's threads.
+// Shared by the wrapper files of the CPU ops: outputs, and the division of work among torch's threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -13,9 +13,9 @@ inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
   return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
 }
 
-constexpr int64_t kElementsPerTask = 16384;  // below it, waking a thread costs more than it saves
+constexpr int64_t kElementsPerTask = 16384;  // for less work, waking a thread costs more than it saves
 
-// work(begin, end) over `count` pieces of `elements` elements each.
+// Calls work(begin, end) for parts of `count` pieces of `elements` elements each.
 template <typename Work>
 inline void for_pieces(int64_t count, int64_t elements, const Work& work) {
   if (count * elements == 0) {

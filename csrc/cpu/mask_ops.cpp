@@ -1,5 +1,5 @@
-// fastattn::is_causal_mask for CPU tensors. It reads the mask once and stops where it first differs, so that it costs
-// little beside any attention that would read the mask instead.
+// fastattn::is_causal_mask for CPU tensors. It reads the mask once and stops at the first difference, so its cost is
+// small compared with any attention that would read the mask instead.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -11,7 +11,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A mask of unsigned words: what a position that is seen, or hidden, holds. Each function gives 0 where it does.
+// A mask of unsigned words. Each function returns 0 if the word means that the position is seen, or hidden.
 template <typename Word, Word kMinusInf>
 struct FloatMask {
   using Type = Word;
@@ -52,7 +52,7 @@ bool is_causal(const Tensor& mask) {
   using Word = typename Mask::Type;
   const Word* data = static_cast<const Word*>(mask.const_data_ptr());
   const int64_t size = mask.size(0);
-  // A transposed mask is read along its columns: what lies together in memory is read together.
+  // A transposed mask is read along its columns, so that reads follow the memory.
   const bool transposed = mask.stride(0) < mask.stride(1);
   const int64_t outer = mask.stride(transposed ? 1 : 0);
   const int64_t inner = mask.stride(transposed ? 0 : 1);
@@ -63,7 +63,7 @@ bool is_causal(const Tensor& mask) {
     }
     return all_right(p, i + 1, inner, Mask::seen) && all_right(p + (i + 1) * inner, size - i - 1, inner, Mask::hidden);
   };
-  std::atomic<bool> causal{size == 0 || (line(0) && line(size - 1))};  // most masks that are not show it there
+  std::atomic<bool> causal{size == 0 || (line(0) && line(size - 1))};  // most masks that are not causal differ there
   if (causal) {
     fastattn::for_pieces(size, size, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end && causal.load(std::memory_order_relaxed); ++i) {
@@ -91,7 +91,7 @@ bool is_causal_mask(const Tensor& mask) {
     case ScalarType::Double:
       return is_causal<FloatMask<uint64_t, 0xfff0000000000000>>(mask);
     default:
-      return false;  // no kind of mask
+      return false;  // not a mask dtype
   }
 }
 

@@ -1,6 +1,6 @@
-// CPU ops on the LibTorch stable ABI: no libtorch C++ symbol and no Python symbol, so one library serves every torch
-// from TORCH_TARGET_VERSION on and every Python. The schemas are in a library that this one links to (schemas.cpp).
-// This file holds what belongs to no op.
+// CPU ops on the LibTorch stable ABI. The library uses no libtorch C++ symbol and no Python symbol, so it works with
+// every torch from TORCH_TARGET_VERSION on and with every Python. The schemas are in a library that this one links to
+// (schemas.cpp). This file has what belongs to no single op.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +11,8 @@
 
 namespace {
 
-// How many chunks parallel_for makes of 64 pieces: shows that the kernels run on torch's threads.
+// Returns the number of chunks that parallel_for makes of 64 pieces. This shows that the kernels run on torch's
+// threads.
 int64_t parallel_chunks() {
   std::atomic<int64_t> chunks{0};
   torch::stable::parallel_for(0, 64, 1, [&](int64_t, int64_t) { ++chunks; });

@@ -1,10 +1,10 @@
 #pragma once
-// The keep decisions of dropout for consecutive columns of one row: one Philox4x32-10 block decides 8 columns, and one
-// bit is stored per column, so that a block of columns is drawn first and then used by the row loop.
+// The keep decisions of dropout for consecutive columns of a row. One Philox4x32-10 block decides 8 columns, and one
+// bit is stored per column: a block of columns is drawn first and then used by the loop over the row.
 //
-// A register holds one 32-bit word of kBlocks counters in the low halves of its 64-bit lanes. What the multiplication
-// leaves in the high halves is never read again, so a round is 2 products, 2 shifts and 2 (three-way) xors.
-// With AVX-512 a group of 8 columns costs about 9 instructions. Equal to reference.philox_keep bit for bit.
+// A register holds one 32-bit word of kBlocks counters in the low halves of its 64-bit lanes. The multiplication leaves
+// values in the high halves that are never read again, so a round is 2 products, 2 shifts and 2 (three-way) xors. With
+// AVX-512, a group of 8 columns costs about 9 instructions. Bit for bit equal to reference.philox_keep.
 #include "api.h"
 #include "vec.h"
 
@@ -18,7 +18,7 @@ constexpr int kBlocks = 8;
 inline Words words(uint32_t value) {
   return _mm512_set1_epi64(value);
 }
-inline Words consecutive(uint32_t first) {  // in the order that the unpacking in keep_bits undoes
+inline Words consecutive(uint32_t first) {  // in the order that the unpacking in keep_bits reverses
   return _mm512_add_epi32(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
 }
 inline Words multiply(Words a, Words b) {
@@ -95,13 +95,14 @@ inline void keep_bits(const Words word[4], uint32_t threshold, uint8_t* keep) {
 
 #endif
 
-// Bytes that draw_keep writes for `cols` columns.
+// The number of bytes that draw_keep writes for `cols` columns.
 constexpr int64_t keep_bytes(int64_t cols) {
   return (cols + 63) / 64 * 8;
 }
 
-// Columns [first, first + cols) of (row, slab), first a multiple of 8: bit i % 8 of keep[i / 8] tells whether column
-// first + i is kept. dropout.threshold > 0. Whole vectors are drawn: keep has room for keep_bytes(cols).
+// Draws columns [first, first + cols) of (row, slab); first is a multiple of 8. Bit i % 8 of keep[i / 8] is set if
+// column first + i is kept. dropout.threshold must be above 0. Whole vectors are written: keep needs keep_bytes(cols)
+// bytes.
 inline void draw_keep(const fastattn::Dropout& dropout, uint32_t row, uint32_t slab, int64_t first, int64_t cols,
                       uint8_t* keep) {
   const uint64_t seed = static_cast<uint64_t>(dropout.rng[0]);
@@ -124,7 +125,7 @@ inline void draw_keep(const fastattn::Dropout& dropout, uint32_t row, uint32_t s
   }
 }
 
-// The kept ones among columns i .. i + Vec::kSize - 1 of a drawn block, i a multiple of Vec::kSize.
+// The mask of kept columns i .. i + Vec::kSize - 1 of a drawn block; i is a multiple of Vec::kSize.
 inline Mask keep_mask(const uint8_t* keep, int64_t i) {
 #if defined(__AVX512F__)
   uint16_t bits;

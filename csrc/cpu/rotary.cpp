@@ -1,9 +1,9 @@
 // Rotary position embedding:  y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin,  over the pairs of the first
-// rotary_dim channels; the others are copied. The backward is the same with -sin.
+// rotary_dim channels. The other channels are copied. The backward is the same with -sin.
 //
 // A piece is kRotaryTokens tokens with all heads of both tensors. Their rows of the tables are gathered and widened
-// once, in the form the loop over a head reads: half-split as they are; interleaved each number twice, sin as -sin,
-// +sin, so that y = x * cos + swapped(x) * sin.
+// once, in the form that the loop over a head reads: unchanged if half-split; if interleaved, each number twice, with
+// sin as -sin, +sin, so that y = x * cos + swapped(x) * sin.
 #include <cstring>
 
 #include "api.h"
@@ -28,7 +28,7 @@ int64_t position_of(const RotaryArgs& args, int64_t batch, int64_t token) {
                              : static_cast<const int32_t*>(args.positions)[at];
 }
 
-// Columns [first, first + n) of the tables for `tokens` tokens from `token` on.
+// Gathers columns [first, first + n) of the tables for `tokens` tokens from `token` on.
 template <typename W>
 void gather(Tables& tables, const RotaryArgs& args, int64_t batch, int64_t token, int64_t tokens, int64_t first,
             int64_t n) {
@@ -55,7 +55,7 @@ void gather(Tables& tables, const RotaryArgs& args, int64_t batch, int64_t token
   }
 }
 
-// n pairs of one row; `half` channels lie between the two of a half-split pair, 0 means interleaved.
+// Rotates n pairs of one row. In a half-split pair, `half` channels lie between the two; 0 means interleaved.
 template <typename T>
 void rotate(const T* x, T* out, const float* cos, const float* sin, int64_t n, int64_t half, bool stream) {
   if (half == 0) {
@@ -73,7 +73,7 @@ void rotate(const T* x, T* out, const float* cos, const float* sin, int64_t n, i
   });
 }
 
-// Whether every vector of every row may go past the caches.
+// True if every vector of every row may be stored past the caches.
 template <typename T>
 bool rows_stream(const RotaryArgs& args, int which) {
   const HeadTensor& out = args.out[which];
@@ -99,7 +99,7 @@ void rotate_pieces(const RotaryArgs& args, int64_t begin, int64_t end) {
       for (int which = 0; which < 2; ++which) {
         const HeadTensor &in = args.x[which], &to = args.out[which];
         const int64_t heads = args.n_heads[which];
-        const bool heads_inside = in.row >= in.head;  // follow the memory: heads of a token, or tokens of a head
+        const bool heads_inside = in.row >= in.head;  // follow the memory order: heads of a token, or tokens of a head
         for (int64_t i = 0; i < tokens * heads; ++i) {
           const int64_t t = heads_inside ? i / heads : i % tokens;
           const int64_t head = heads_inside ? i % heads : i / tokens;

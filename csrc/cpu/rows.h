@@ -1,17 +1,17 @@
 #pragma once
-// Loops over the columns of one row, shared by the row-wise kernels.
+// Loops over the columns of a row, shared by the row-wise kernels.
 #include "philox_vec.h"
 #include "vec.h"
 
 namespace {
 
-// Asks for a cache line of a row to come, in the second cache so that the present row keeps the first: the hardware
-// starts anew at every page, and a second pass over a cached row leaves the memory idle.
+// Prefetches a cache line of a later row into the L2 cache, so that the current row keeps the L1. The hardware
+// prefetcher restarts at every page, and does nothing during a second pass over a cached row.
 inline void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// How much of a vector a loop body owns: all of it, or the first n lanes at the end of a row.
+// The part of a vector that a loop body processes: all of it, or the first n lanes at the end of a row.
 struct All {};
 struct First {
   int n;
@@ -33,7 +33,8 @@ template <typename T>
 inline void store(Vec v, T* p, First lanes) {
   v.store(p, lanes.n);
 }
-// Large results go past the caches: a store that allocates its line first reads it. Only where `streams` allows it.
+// Large results are stored past the caches, because a store that allocates its line reads it first. Use this only if
+// `streams` allows it.
 template <typename T>
 inline void put(Vec v, T* p, All, bool stream) {
   stream ? v.stream(p) : v.store(p);
@@ -56,7 +57,7 @@ inline Vec zero_rest(Vec v, First lanes) {
   return select(Vec::load(kLane) < Vec::fill(static_cast<float>(lanes.n)), v, Vec::fill(0.f));
 }
 
-// body(i, lanes) for every vector of columns.
+// Calls body(i, lanes) for every vector of columns.
 template <typename Body>
 inline void for_columns(int64_t cols, Body body) {
   int64_t i = 0;
@@ -73,8 +74,8 @@ struct Sums {
   float value[kSums];
 };
 
-// kSums sums over columns begin to end; add(i, lanes, sums) adds one vector to each. Four independent chains hide the
-// latency.
+// Computes kSums sums over columns begin to end; add(i, lanes, sums) adds one vector to each. Four independent chains
+// hide the latency.
 template <int kSums, typename Add>
 inline Sums<kSums> sum_block(int64_t begin, int64_t end, const Add& add) {
   Vec chain[4][kSums];
@@ -102,10 +103,11 @@ inline Sums<kSums> sum_block(int64_t begin, int64_t end, const Add& add) {
   return total;
 }
 
-// Columns whose sum is one chain of additions per lane. A longer chain loses a digit with every hundredfold length.
+// The number of columns summed in one chain of additions per lane. A chain that is a hundred times longer loses one
+// more digit.
 constexpr int64_t kSumBlock = 4096;
 
-// sum_block over all columns: of blocks of kSumBlock added in fp64 if there may be more (kLong).
+// sum_block over all columns. If there may be more than kSumBlock (kLong), blocks of kSumBlock are added in fp64.
 template <int kSums, bool kLong, typename Add>
 inline Sums<kSums> sum_columns(int64_t cols, const Add& add) {
   if constexpr (!kLong) {
@@ -125,10 +127,10 @@ inline Sums<kSums> sum_columns(int64_t cols, const Add& add) {
   return rounded;
 }
 
-// Columns whose keep bits are drawn together.
+// The number of columns whose keep bits are drawn together.
 constexpr int64_t kDropBlock = 512;
 
-// out = keep * scale * (x + x_bias) + residual for one row; x_bias and residual may be null, dropout may be off.
+// out = keep * scale * (x + x_bias) + residual for one row. x_bias and residual may be null; dropout may be off.
 template <typename X, typename R>
 inline void dropout_add_row(const X* x, const float* x_bias, const R* residual, R* out, int64_t cols, int64_t row,
                             const fastattn::Dropout& dropout) {
@@ -154,7 +156,7 @@ inline void dropout_add_row(const X* x, const float* x_bias, const R* residual, 
   }
 }
 
-// action(T{}) with the storage type of `dtype`.
+// Calls action(T{}) with the storage type of `dtype`.
 template <typename Action>
 inline void with_dtype(fastattn::DType dtype, Action action) {
   switch (dtype) {

@@ -1,10 +1,10 @@
 #pragma once
-// Tiles of the attention kernels and of gemm.cpp: a register-blocked product, transposes and packing. Score tiles lie
-// transposed, keys down and queries along the vector lanes, so that the softmax needs no horizontal step and the rows
-// of K and V are read by broadcasts as they lie in memory.
+// Tiles of the attention kernels and of gemm.cpp: a register-blocked product, transposes and packing. Score tiles are
+// stored transposed, with keys as rows and queries along the vector lanes: the softmax then needs no horizontal step,
+// and K and V are read in place by broadcasts.
 //
-// A slot is 32 bits of an operand: one float, or with kPairs two bf16 that follow each other along the summed
-// dimension, which one dot-product instruction multiplies and adds in fp32.
+// A slot is 32 bits of an operand: one float, or, with kPairs, two bf16 that follow each other along the summed
+// dimension. One dot-product instruction multiplies these and adds in fp32.
 #include <cstdlib>
 
 #include "vec.h"
@@ -24,13 +24,13 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// The left operand of a product, or the right one: rows or columns `ld` floats apart.
+// The left or right operand of a product. Its rows, or columns, are `ld` floats apart.
 struct Operand {
   const float* data;
   int64_t ld;
 };
 
-// Memory of one thread for the time of one call, carved into 64-byte aligned pieces.
+// The memory of one thread for one call, divided into 64-byte aligned pieces.
 class Arena {
  public:
   explicit Arena(int64_t floats) : base_(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4, 64) + 64))) {}
@@ -60,8 +60,8 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 
-// acc[r][x] += sum_k a(r, k) * b[k][x] for R rows and C vectors of columns, in the order of k; a(r, k) lies at
-// a[r * lda + k], or at a[k * lda + r] if kTransposed.
+// acc[r][x] += sum_k a(r, k) * b[k][x] for R rows and C vectors of columns, in the order of k. a(r, k) is a[r * lda +
+// k], or a[k * lda + r] if kTransposed.
 template <bool kPairs, bool kTransposed, int R, int C>
 [[gnu::always_inline]] inline void accumulate(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
                                               Vec (&acc)[R][C]) {
@@ -82,9 +82,9 @@ template <bool kPairs, bool kTransposed, int R, int C>
   }
 }
 
-enum class Start { kZero, kAdd, kScale };  // what a product is added to: nothing, c, c * factor[column]
+enum class Start { kZero, kAdd, kScale };  // the initial value of a product: 0, c, or c * factor[column]
 
-// c[r][x] = start + sum_k a(r, k) * b[k][x], as accumulate() has it
+// c[r][x] = start + sum_k a(r, k) * b[k][x], with a(r, k) as in accumulate().
 template <bool kPairs, bool kTransposed, int R, int C>
 inline void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
                           int64_t ldc, Start start, const float* factor) {
@@ -135,11 +135,11 @@ void product_panel(const float* a, int64_t lda, const float* b, int64_t ldb, int
   product_rows<kPairs, kTransposed, 1, C>(r, a, lda, b, ldb, depth, c, ldc, rows, start, factor);
 }
 
-// c (rows, cols) = start + a·b over `depth` slots; cols is rounded up to whole vectors, b and c must be that wide.
+// c (rows, cols) = start + a·b over `depth` slots. cols is rounded up to whole vectors; b and c must be that wide.
 template <bool kPairs, bool kTransposed>
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
              int64_t rows, int64_t cols, Start start, const float* factor = nullptr) {
-  constexpr int kPanel = kVec == 16 ? 4 : 2;  // 32 or 16 registers: accumulators, one row of b, one broadcast
+  constexpr int kPanel = kVec == 16 ? 4 : 2;  // of 32 or 16 registers: accumulators, one row of b, one broadcast
   int64_t vecs = (cols + kVec - 1) / kVec;
   while (vecs > 0) {
     const int width = vecs < kPanel ? static_cast<int>(vecs) : kPanel;
@@ -165,14 +165,15 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t d
   }
 }
 
-// 2^x for x <= 128 or so: 0 below -126.5, NaN stays NaN. Relative error below 1e-7, in the short form below 3e-6.
+// 2^x for x up to about 128. The result is 0 below -126.5; NaN stays NaN. The relative error is below 1e-7, or 3e-6 if
+// kShort.
 template <bool kShort>
 inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   const Vec n = round(x);
   const Vec f = x - n;
 #else
-  // the sum rounds to a whole number, and its lowest bits are then the exponent of 2^n; that of 2^-127 makes a 0
+  // the sum is rounded to an integer, whose lowest bits are then the exponent of 2^n; that of 2^-127 gives 0
   const Vec y = max(Vec::fill(-127.f), x), magic = Vec::fill(0x1.8p23f + 127);
   const Vec shifted = y + magic;
   const Vec f = y - (shifted - magic);
@@ -192,14 +193,14 @@ inline Vec exp2(Vec x) {
     p = fma(p, f, Vec::fill(1.f));
   }
 #if defined(__AVX512F__)
-  // not (x < -126.5), so that NaN passes; the masked lanes, -inf among them, become 0
+  // not (x < -126.5), so that NaN passes; masked lanes, including -inf, become 0
   return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.5f), _CMP_NLT_UQ), p.v, n.v)};
 #else
   return p * exponent_from_low_bits(shifted);
 #endif
 }
 
-// The exponent of 2 for a difference of scores, natural ones or times log2(e).
+// The exponent of 2 for a difference of scores, in natural units or times log2(e).
 template <bool kNatural>
 inline Vec exponent_of_2(Vec difference) {
   return kNatural ? difference * Vec::fill(kLog2e) : difference;
@@ -263,7 +264,7 @@ template <typename T>
 [[gnu::always_inline]] inline void load_transposed(Vec (&t)[kVec], const T* src, int64_t stride) {
   const auto row = [&](int r) { return reinterpret_cast<const float*>(src + r * stride); };
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  for (int c = 0; c < 8; c += 4) {  // loads of halves save the exchange of halves and leave registers free
+  for (int c = 0; c < 8; c += 4) {  // loading halves avoids exchanging halves and leaves registers free
     __m256 u[4];
     for (int r = 0; r < 4; ++r) {
       u[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row(r) + c)), _mm_loadu_ps(row(r + 4) + c), 1);
@@ -286,7 +287,7 @@ template <typename T>
 #endif
 }
 
-// dst[c][r] = src[r][c]; both sizes are rounded up to whole vectors, and both sides must be that large
+// dst[c][r] = src[r][c]. Both sizes are rounded up to whole vectors; both matrices must be that large.
 inline void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; r += kVec) {
     for (int64_t c = 0; c < cols; c += kVec) {
@@ -303,7 +304,7 @@ inline void zero(float* dst, int64_t floats) {
   std::memset(dst, 0, floats * sizeof(float));
 }
 
-// fp32 rows from rows of T, zeros up to `width`
+// Writes rows of T as fp32, with zeros up to `width`.
 template <typename T>
 inline void widen_row(float* dst, const T* src, int64_t cols, int64_t width) {
   int64_t c = 0;
@@ -330,21 +331,21 @@ inline void narrow_row(T* dst, const float* src, int64_t cols) {
   }
 }
 
-// The slots of a row of `cols` elements along that row, and the row itself, zeros up to `width` slots.
+// The number of slots in a row of `cols` elements.
 template <bool kPairs>
 constexpr int64_t slots(int64_t cols) {
   return kPairs ? (cols + 1) / 2 : cols;
 }
 
-// A score tile [key][lane] that the diagonal of a causal mask cuts: lane x sees the keys up to x + diagonal alone.
-// Panels of lanes, as product() takes them at once, leave out the keys that none of their lanes sees.
+// A score tile [key][lane] that the diagonal of a causal mask cuts: lane x sees only the keys up to x + diagonal.
+// Panels of lanes, the unit of product(), skip the keys that none of their lanes sees.
 constexpr int kPanelLanes = kVec == 16 ? 64 : 2 * kVec;
 
 constexpr int64_t clamp(int64_t n, int64_t most) {
   return n < 0 ? 0 : n < most ? n : most;
 }
 
-// How many keys the panel of lane x sees, and the first lane of the panels that see key r.
+// The number of keys that the panel of lane x sees, and the first lane of the panels that see key r.
 constexpr int keys_seen(int64_t x, int64_t diagonal, int keys) {
   return static_cast<int>(clamp(x / kPanelLanes * kPanelLanes + kPanelLanes + diagonal, keys));
 }
@@ -352,7 +353,7 @@ constexpr int first_lane(int64_t r, int64_t diagonal) {
   return static_cast<int>(clamp((r - diagonal) / kPanelLanes * kPanelLanes, kLanes));
 }
 
-// s[key][lane] = left·right over `depth` slots, where a panel sees the key
+// s[key][lane] = left·right over `depth` slots, for the keys that a panel sees
 template <bool kPairs>
 void product_into_scores(const float* left, int64_t ld, const float* right, int64_t depth, float* s, int keys, int rows,
                          int64_t diagonal) {
@@ -362,7 +363,7 @@ void product_into_scores(const float* left, int64_t ld, const float* right, int6
   }
 }
 
-// c[column][lane] = start + leftᵀ·s, summed over the keys that a panel sees; s in slots of keys
+// c[column][lane] = start + leftᵀ·s, summed over the keys that a panel sees; s is in slots of keys
 template <bool kPairs>
 void product_over_keys(const float* left, int64_t ld, const float* s, int keys, float* c, int64_t cols, int rows,
                        int64_t diagonal, Start start, const float* factor = nullptr) {
@@ -372,7 +373,7 @@ void product_over_keys(const float* left, int64_t ld, const float* s, int keys, 
   }
 }
 
-// c[key][column] += s·right, summed over the lanes that see one of some keys; s in slots of lanes
+// c[key][column] += s·right, summed over the lanes that see one of the keys; s is in slots of lanes
 template <bool kPairs>
 void product_over_lanes(const float* s, int64_t lds, const float* right, int64_t ld, int rows, float* c, int64_t ldc,
                         int keys, int64_t cols, int64_t diagonal) {
@@ -394,8 +395,8 @@ inline void slot_row(float* dst, const T* src, int64_t cols, int64_t width) {
   }
 }
 
-// Columns of slots: dst[slot][lane] of `rows` rows of T, zeros in the lanes up to the next whole vector.
-// `stage` holds kLanes rows of whole vectors.
+// Columns of slots: dst[slot][lane] of `rows` rows of T, with zeros in the lanes up to a whole vector. `stage` holds
+// kLanes rows of whole vectors.
 template <bool kPairs, typename T>
 void pack_lanes(float* dst, const T* src, int64_t stride, int64_t rows, int64_t cols, float* stage) {
   const int64_t width = round_up(slots<kPairs>(cols), kVec);
@@ -406,8 +407,8 @@ void pack_lanes(float* dst, const T* src, int64_t stride, int64_t rows, int64_t 
   transpose(dst, kLanes, stage, width, rows, width);
 }
 
-// Rows summed over, as the right operand or the transposed left one: dst[slot][column], a slot holding one row, or two
-// interleaved. Rows that `seen` rules out are zeros: what stands in them must not matter, NaN included.
+// Rows to sum over, as the right operand or the transposed left one: dst[slot][column], where a slot holds one row, or
+// two interleaved. Rows that `seen` excludes become zeros: their content, even NaN, must not matter.
 template <bool kPairs, typename T>
 void pack_depth(float* dst, int64_t ldd, const T* src, int64_t stride, int64_t rows, int64_t cols,
                 const uint8_t* seen) {

@@ -38,7 +38,7 @@ inline float to_float(BF16 value) {
 inline float to_float(FP16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
-  if (magnitude >= 0x7c00) {  // inf, NaN
+  if (magnitude >= 0x7c00) {  // inf or NaN
     return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
   }
   // the exponent bias differs by 112; the product also normalises subnormals
@@ -67,10 +67,10 @@ inline FP16 from_float<FP16>(float value) {
   if (magnitude > 0x7f800000) {
     return {static_cast<uint16_t>(sign | 0x7e00)};
   }
-  if (magnitude >= 0x477ff000) {  // rounds past 65504
+  if (magnitude >= 0x477ff000) {  // rounds to more than 65504
     return {static_cast<uint16_t>(sign | 0x7c00)};
   }
-  if (magnitude < 0x38800000) {  // subnormal: let an addition round to units of 2^-24
+  if (magnitude < 0x38800000) {  // subnormal: an addition rounds to units of 2^-24
     const uint32_t rounded = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     return {static_cast<uint16_t>(sign | rounded)};
   }
@@ -110,14 +110,14 @@ struct Vec {
   void store(BF16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p)); }
   void store(FP16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p)); }
 
-  // past the caches; p is aligned to the vector
+  // Stores past the caches. p must be aligned to the vector.
   void stream(float* p) const { _mm512_stream_ps(p, v); }
   template <typename T>
   void stream(T* p) const {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p));
   }
 
-  // the first n elements, 0 < n < kSize; the others load as 0
+  // Loads the first n elements, 0 < n < kSize; the others become 0.
   static Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   template <typename T>
   static Vec load(const T* p, int n) {
@@ -171,7 +171,7 @@ inline Vec fnma(Vec a, Vec b, Vec c) {
 }  // c - a * b
 inline Vec max(Vec a, Vec b) {
   return {_mm512_max_ps(a.v, b.v)};
-}  // b where one is NaN; all variants agree
+}  // b if one is NaN, in all variants
 inline Vec min(Vec a, Vec b) {
   return {_mm512_min_ps(a.v, b.v)};
 }
@@ -191,14 +191,14 @@ inline Vec select(Mask mask, Vec a, Vec b) {
 inline Vec swap_pairs(Vec a) {
   return {_mm512_permute_ps(a.v, 0b10110001)};
 }
-// a * 2^n for a whole n
+// a * 2^n for an integer n
 inline Vec scale_by_power_of_2(Vec a, Vec n) {
   return {_mm512_scalef_ps(a.v, n.v)};
 }
 
 #else
 
-// The first n elements by way of a buffer, for instruction sets without masked 16-bit moves.
+// Accesses the first n elements through a buffer, for instruction sets without masked 16-bit moves.
 #define FASTATTN_PARTIAL                  \
   template <typename T>                   \
   static Vec load(const T* p, int n) {    \
@@ -325,7 +325,7 @@ inline Vec select(Mask mask, Vec a, Vec b) {
 inline Vec swap_pairs(Vec a) {
   return {_mm256_permute_ps(a.v, 0b10110001)};
 }
-// a * 2^n in two steps, so that subnormal results are reached: |n| <= 252
+// a * 2^n in two steps, so that results can be subnormal: |n| <= 252
 inline Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n.v);
   const __m256i half = _mm256_srai_epi32(whole, 1);
@@ -334,7 +334,7 @@ inline Vec scale_by_power_of_2(Vec a, Vec n) {
   };
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
 }
-// the float whose sign and exponent are the lowest nine bits of a
+// The float whose sign and exponent are the lowest nine bits of a.
 inline Vec exponent_from_low_bits(Vec a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
@@ -443,7 +443,7 @@ inline Vec exponent_from_low_bits(Vec a) {
 #undef FASTATTN_PARTIAL
 #endif
 
-// After the last stream() of a thread.
+// Must follow the last stream() of a thread.
 inline void end_of_streams() {
 #if defined(__AVX2__) || defined(__AVX512F__)
   _mm_sfence();
@@ -454,9 +454,10 @@ inline Vec operator-(Vec a) {
   return Vec::fill(-0.f) - a;
 }
 
-// e^x: 2^n * e^f with n = round(x / ln 2) and |f| <= ln 2 / 2; relative error below 1e-7. 0 below -104, inf above 88.8.
+// e^x = 2^n * e^f with n = round(x / ln 2) and |f| <= ln 2 / 2. The relative error is below 1e-7. 0 below -104, inf
+// above 88.8.
 inline Vec exp(Vec x) {
-  x = min(Vec::fill(88.8f), max(Vec::fill(-104.5f), x));  // the second operand wins where it is NaN
+  x = min(Vec::fill(88.8f), max(Vec::fill(-104.5f), x));  // if x is NaN, the result is the second operand
   const Vec n = round(x * Vec::fill(1.44269504f));
   Vec f = fnma(n, Vec::fill(0.693359375f), x);
   f = fnma(n, Vec::fill(-2.12194440e-4f), f);
@@ -474,7 +475,7 @@ inline Vec tanh(Vec x) {
   const Vec e = exp(abs(x) * Vec::fill(-2.f));
   Vec large = (Vec::fill(1.f) - e) / (Vec::fill(1.f) + e);
   large = select(x < Vec::fill(0.f), -large, large);
-  const Vec s = x * x;  // Taylor: 1 - e would lose digits
+  const Vec s = x * x;  // Taylor series: 1 - e would lose digits
   Vec p = fma(Vec::fill(21844.f / 6081075), s, Vec::fill(-1382.f / 155925));
   p = fma(p, s, Vec::fill(62.f / 2835));
   p = fma(p, s, Vec::fill(-17.f / 315));
@@ -483,8 +484,8 @@ inline Vec tanh(Vec x) {
   return select(abs(x) < Vec::fill(0.3f), fma(p * s, x, x), large);
 }
 
-// term(begin) + ... + term(end - 1), halves added to each other, so that rounding grows with the logarithm of their
-// number; 64 terms or fewer are added in order.
+// term(begin) + ... + term(end - 1). Halves are added to each other, so that the rounding error grows with the
+// logarithm of the number of terms; up to 64 terms are added in order.
 template <typename Term>
 Vec pairwise_sum(int64_t begin, int64_t end, const Term& term) {
   if (end - begin > 64) {

@@ -1,9 +1,9 @@
-// Attention for Hopper, what goes before and after the products of the backward.
+// Attention for Hopper: the passes before and after the matrix products of the backward.
 //
 //   delta = rowsum(do ∘ out) - dlse,  lse2 = lse log2(e),  sums of dq = 0
 //   dq = scale (sums of dq), rounded
 //
-// Both move every byte once, 16 at a time.
+// Both passes move every byte once, 16 bytes at a time.
 #include "cuda/sm90/attention_bwd.cuh"
 
 namespace fastattn {
@@ -12,7 +12,7 @@ namespace {
 using namespace sm90;
 
 constexpr int kThreads = 256;
-constexpr int kStatsBlock = kThreads / 8;  // rows, eight threads each
+constexpr int kStatsBlock = kThreads / 8;  // rows, with eight threads each
 static_assert(kStatsRows % kStatsBlock == 0);
 
 struct StatsArgs {
@@ -23,17 +23,17 @@ struct StatsArgs {
   float *lse2, *delta, *dq_sums;
   int64_t stats_batch, stats_head;
   uint32_t* tile_counters;
-  unsigned blocks;  // of a head
+  unsigned blocks;  // per head
 };
 
-// The counters of the kernels to come are set to 0. A row that sees nothing, or is only there to fill the workspace,
-// gets inf and 0: then p = ds = 0.
+// Also resets the counters of the next kernels to 0. A row that sees nothing, or is padding of the workspace, gets lse2
+// = inf and delta = 0, so p = ds = 0.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) attention_stats_sm90_kernel(StatsArgs args) {
   if (blockIdx.x == 0 && threadIdx.x < 2) {
     args.tile_counters[threadIdx.x] = 0;
   }
-  const unsigned of_all = blockIdx.x / args.blocks;  // not the y of the grid, which ends at 65535
+  const unsigned of_all = blockIdx.x / args.blocks;  // not gridDim.y, which is limited to 65535
   const int head = of_all % args.shape.n_heads, batch = of_all / args.shape.n_heads;
   const int block = blockIdx.x % args.blocks;
   constexpr int kParts = kStatsRows / kStatsBlock;
@@ -90,11 +90,11 @@ struct RoundArgs {
   const float* dq_sums;
   int64_t stats_batch, stats_head;
   float scale;
-  unsigned blocks;  // of a head
+  unsigned blocks;  // per head
 };
 
-// 64 rows a block of threads. The sums are accumulators of a warpgroup, four of each thread at a time: those of four
-// neighbouring threads are eight columns of two rows.
+// A block of threads has 64 rows. The sums are stored as the accumulators of a warpgroup, four per thread at a time:
+// those of four neighbouring threads are eight columns of two rows.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) attention_round_sm90_kernel(RoundArgs args) {
   const unsigned of_all = blockIdx.x / args.blocks;

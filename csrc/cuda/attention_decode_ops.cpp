@@ -1,6 +1,6 @@
-// fastattn::attention_decode_fwd and attention_decode_append for CUDA tensors, on Hopper. Other devices and features:
-// kernels/.
-#include "host.h"  // before every other header: it switches on what they declare for CUDA
+// fastattn::attention_decode_fwd and attention_decode_append for CUDA tensors on Hopper. Triton serves other devices
+// and features (kernels/).
+#include "host.h"  // must be first: it enables the CUDA declarations of the other headers
 
 #include <torch/csrc/stable/library.h>
 
@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 using CacheCall = fastattn::CacheCall<DecodeCudaArgs>;
 using Call = fastattn::DecodeCall<DecodeCudaArgs, mappable>;
 
-// What the kernels take of a cache. Lengths and pages are the device's: what they name is not looked at here.
+// Checks the requirements on a cache. Lengths and pages are on the device, so their values are not checked here.
 void check_cache(CacheCall& call, const Tensor& k_cache, const Tensor& v_cache) {
   DecodeCudaArgs& args = call.args;
   fastattn::check_tiles("attention_decode", args.dtype, args.head_dim, args.head_dim_v);
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
   }
   args.splits = fastattn::attention_decode_splits_sm90(args, in.num_splits);
   OptionalTensor partial;
-  if (args.splits > 1) {  // sums before maxima: their rows are read 16 bytes at a time
+  if (args.splits > 1) {  // the sums come first because their rows are read 16 bytes at a time
     partial = fastattn::empty_beside(q, {args.splits * rows * (args.head_dim + 2)}, ScalarType::Float);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
     args.partial_max = args.partial + args.splits * rows * args.head_dim;

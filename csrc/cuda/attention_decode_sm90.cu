@@ -1,14 +1,14 @@
-// Attention of a few queries on a cache, for Hopper: head dims 64, 96, 128, 192 and 256 in half precision, contiguous
-// or in pages of whole blocks of keys. Everything else is served by Triton.
+// Attention of a few queries on a cache, for Hopper: head dims 64, 96, 128, 192 and 256 in half precision; the cache is
+// contiguous or consists of pages of whole blocks of keys. Triton serves everything else.
 //
-//   s = c q·k with c = scale * log2(e), -inf where invisible;  per split n of the keys: o_n, m_n, l_n as in the forward
+//   s = c q·k with c = scale * log2(e), -inf where hidden;  per split n of the keys: o_n, m_n, l_n as in the forward
 //   m = max m_n,  l = sum_n exp2(m_n - m) l_n,  out = sum_n exp2(m_n - m) o_n / l,  lse = (m + log2 l) / log2(e)
 //
-// The cache is far larger than all else, so it is read once, by the copy engine, with as many bytes on their way as
-// shared memory holds. A block of threads has a split of the keys of one sequence and key head, and up to 64 rows:
-// queries of the heads that share that key head. One warpgroup computes, one warp more loads; two blocks share a
-// multiprocessor up to head dim 128. Tensor cores are mostly idle, so products and softmax take turns. A second kernel
-// combines the splits in a fixed order; a third appends new keys.
+// The cache is far larger than all other data. It is read once, by the copy engine, with as many bytes in flight as
+// shared memory holds. A block of threads has a split of the keys of one sequence and key head, and up to 64 rows: the
+// queries of the heads that share the key head. One warpgroup computes and one more warp loads; two blocks share a
+// multiprocessor up to head dim 128. The tensor cores are mostly idle, so products and softmax do not overlap. A second
+// kernel combines the splits in a fixed order; a third appends new keys.
 // Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
 #include "cuda/sm90/attention_common.cuh"
 #include "cuda/sm90/attention_host.h"
@@ -18,13 +18,13 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kKeys = kDecodeKeysSm90;  // of a block
+constexpr int kKeys = kDecodeKeysSm90;  // keys of a block
 constexpr int kSplitThreads = kWarpgroup + 32;
 constexpr int kMostSplits = 128;
 
 template <int kHeadDim>
 struct SplitConfig {
-  static constexpr int kBlocks = kHeadDim <= 128 ? 2 : 1;  // that share a multiprocessor
+  static constexpr int kBlocks = kHeadDim <= 128 ? 2 : 1;  // blocks that share a multiprocessor
   static constexpr int kStages = kHeadDim == 64 ? 6 : kHeadDim == 192 ? 4 : 3;
 };
 
@@ -34,30 +34,30 @@ struct SplitShared {
   TileOf<T, kSlab, kHeadDim> q;
   TileOf<T, kKeys, kHeadDim> k[kStages], v[kStages];
   Pipe<kStages> k_pipe, v_pipe;
-  Barrier v_arrived;  // a block of values that still has to be cleared
+  Barrier v_arrived;  // for a block of values that must be cleared
 };
 
 struct SplitArgs {
   CUtensorMap k_map, v_map;
   DecodeShape shape;
-  const int32_t* pages;  // of a sequence, pages_stride apart; null: its own number
+  const int32_t* pages;  // of a sequence, pages_stride apart; null: its own index
   int64_t pages_stride;
   int blocks_per_page;
   HeadTensor q, out;
   float *lse, *partial, *partial_max, *partial_sum;
-  float scale_log2;  // positive
-  bool negative;     // the scale
+  float scale_log2;  // always positive
+  bool negative;     // scale is negative
 };
 
 using SplitTile = DecodeTile<kSlab, kKeys>;
 
-// One warp
+// Executed by one warp.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void split_produce(SplitShared<T, kHeadDim>& shared, const SplitArgs& args,
                                               const SplitTile& tile) {
   const int lane = threadIdx.x % 32;
-  Ring<shared.kStages> ring;  // keys and values go round together
-  int pages = 0;              // of the 32 blocks of which this one is the first, one a lane
+  Ring<shared.kStages> ring;  // one ring for keys and values
+  int pages = 0;              // lane i holds the page of block i of 32, which start at this one
 #pragma unroll 1
   for (int n = tile.keys.begin; n < tile.keys.end; ++n) {
     const int next = (n - tile.keys.begin) % 32;
@@ -82,7 +82,7 @@ __device__ __forceinline__ void split_produce(SplitShared<T, kHeadDim>& shared, 
       arrived.arrive_expecting(v.kBytes);
       v.load(args.v_map, row, tile.kv_head, page, arrived);
     }
-    if (valid < kKeys) {  // the last block of the sequence: what lies behind was never written
+    if (valid < kKeys) {  // the last block of the sequence; memory after it was never written
       shared.v_arrived.wait(0);
       v.clear_from(valid);
       fence_async();
@@ -92,7 +92,7 @@ __device__ __forceinline__ void split_produce(SplitShared<T, kHeadDim>& shared, 
   }
 }
 
-// A warpgroup
+// Executed by a warpgroup.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, const SplitArgs& args,
                                               const SplitTile& tile, int split) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, 
   fence_async();
   meet(1, kWarpgroup);
 
-  int query[2];  // of the thread's two rows
+  int query[2];  // of the two rows of this thread
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     query[r] = (tile.row + accumulator_row(thread, 2 * r)) / group;
@@ -216,7 +216,7 @@ struct CombineArgs {
   int splits, n_heads, seqlen_q, head_dim;
 };
 
-// A block of threads has one row, a warp every eighth split, a lane four neighbouring columns out of 128.
+// A block of threads has one row. A warp has every eighth split; a lane has four neighbouring columns of every 128.
 template <typename T>
 __global__ void __launch_bounds__(kCombineWarps * 32) attention_combine_sm90_kernel(CombineArgs args) {
   constexpr int kWidest = 256;
@@ -282,10 +282,10 @@ struct AppendArgs {
 
 constexpr int kAppendThreads = 256;
 
-// A thread copies 16 bytes of a key and of a value. What the cache has no room for is dropped.
+// A thread copies 16 bytes of a key and of a value. Keys that do not fit into the cache are dropped.
 __global__ void __launch_bounds__(kAppendThreads) attention_append_sm90_kernel(AppendArgs args) {
   const int64_t index = int64_t{blockIdx.x} * kAppendThreads + threadIdx.x;
-  const int64_t chunk = index % args.chunks, number = index / args.chunks;  // of batch, token, head
+  const int64_t chunk = index % args.chunks, number = index / args.chunks;  // of batch, token and head
   const int64_t head = number % args.n_kv_heads, token = number / args.n_kv_heads % args.seqlen_new;
   const int64_t batch = number / args.n_kv_heads / args.seqlen_new;
   if (batch >= args.batch) {
@@ -354,7 +354,7 @@ cudaError_t launch_split(const DecodeCudaArgs& in, cudaStream_t stream) {
   }
   const auto kernel = attention_decode_sm90_kernel<T, kHeadDim>;
   constexpr int kShared = sizeof(SplitShared<T, kHeadDim>);
-  static_assert(SplitConfig<kHeadDim>::kBlocks * (kShared + 1024) <= 228 * 1024);  // each takes 1 KB besides
+  static_assert(SplitConfig<kHeadDim>::kBlocks * (kShared + 1024) <= 228 * 1024);  // each block reserves 1 KB more
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
     return error;
   }

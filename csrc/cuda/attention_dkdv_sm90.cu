@@ -1,19 +1,19 @@
-// Attention for Hopper, backward: dk and dv of what attention_fwd_sm90.cu serves, and dq where it may be summed in any
-// order.
+// Attention for Hopper, backward: dk and dv for the calls that attention_fwd_sm90.cu serves, and dq if it may be summed
+// in any order.
 //
 //   p = exp2(c q·k - lse2),  dp = do·v,  ds = p ∘ (dp - delta)        c = scale log2(e), lse2 = lse log2(e)
 //   dv = pᵀ·do,  dk = scale dsᵀ·q,  dq = scale ds·k
 //
-// A block of threads takes one tile of 128 keys after another, over all queries of its group of heads that see it, so
-// dk and dv stay in registers, summed in one order: no atomics, no workspace. Scores are computed transposed, rows are
-// keys: p and ds go from accumulators to operands without leaving their thread. Keys past the end only make rows that
-// are not written; queries past the end have lse2 = inf, so p = 0.
+// A block of threads takes one tile of 128 keys after another, with all queries of its group of heads that see the
+// tile. dk and dv stay in registers and are summed in a fixed order: no atomics, no workspace. Scores are computed
+// transposed, with keys as rows, so p and ds become operands without leaving their thread. Keys past the end only
+// produce rows that are not written. Queries past the end have lse2 = inf, so p = 0.
 //
-// With dq the two warpgroups put ds side by side in shared memory, multiply dq out of both, and the copy engine adds it
-// to sums in global memory; keys past the end then have p = 0 and are cleared. What several blocks of threads add comes
-// in any order, so the last bits of dq differ from run to run. References: Dao, "FlashAttention-2: faster attention
-// with better parallelism and work partitioning", 2023; Shah et al., "FlashAttention-3: fast and accurate attention
-// with asynchrony and low-precision", 2024.
+// With dq, the two warpgroups put their ds side by side in shared memory and multiply dq from both, and the copy engine
+// adds it to sums in global memory. Keys past the end are cleared and have p = 0. Several blocks of threads add in any
+// order, so the last bits of dq differ from run to run.
+// References: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023; Shah et
+// al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 #include "cuda/sm90/attention_bwd.cuh"
 
 namespace fastattn {
@@ -21,14 +21,15 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kQueries = 64;  // a block; 128 would need 64 + 64 registers beside dk, dv and the operands
+constexpr int kQueries = 64;  // of a block; 128 would need 64 + 64 registers in addition to dk, dv and the operands
 
-// The warpgroups multiply dq of a block in turns, or, where registers are too few for that, half of the columns each.
+// The warpgroups take turns to multiply dq of a block, or, if there are too few registers for that, each has half of
+// the columns.
 template <int kHeadDim>
 constexpr int kDqCols = kHeadDim == 128 ? 64 : kHeadDim;
 
-// Shared memory holds four blocks of queries, but only two where dq of wide heads needs it too: for ds of both
-// warpgroups, whose rows are keys, and for dq on its way out, as accumulators, four of each thread at a time.
+// Shared memory holds four blocks of queries. It holds only two if dq of wide heads also needs space: ds of both
+// warpgroups, whose rows are keys, and dq before it is copied out, as accumulators, four per thread at a time.
 template <typename T, int kHeadDim, bool kWithDq>
 struct DkdvStages {
   static constexpr int kStages = 4;
@@ -43,14 +44,14 @@ struct DkdvStages<T, kHeadDim, true> {
 template <typename T, int kHeadDim, bool kWithDq>
 struct DkdvShared : DkdvStages<T, kHeadDim, kWithDq> {
   using DkdvStages<T, kHeadDim, kWithDq>::kStages;
-  TileOf<T, kTile, kHeadDim> k, v;  // in the end dk and dv
+  TileOf<T, kTile, kHeadDim> k, v;  // finally dk and dv
   TileOf<T, kQueries, kHeadDim> q[kStages], dout[kStages];
   alignas(16) float lse2[kStages][kQueries];
   alignas(16) float delta[kStages][kQueries];
   TileQueue tiles;
   Pipe<1> tile_pipe;
   Pipe<kStages> pipe;
-  Barrier arrived;  // a block that still has to be cleared
+  Barrier arrived;  // for a block that must be cleared
 };
 
 using DkdvTile = KeyTile<kTile, kQueries>;
@@ -65,12 +66,12 @@ __device__ __forceinline__ void dkdv_produce(DkdvShared<T, kHeadDim, kWithDq>& s
     const Sequence& sequence = tile.sequence;
     shared.tile_pipe.wait_empty(tiles);
     tiles.next();
-    const int valid_keys = sequence.k_len - tile.row;  // the rest would get into dq
+    const int valid_keys = sequence.k_len - tile.row;  // the other keys must not affect dq
     produce_block(shared.k, shared.v, args.k, args.v, {0, sequence.k_begin + tile.row, tile.kv_head, sequence.index},
                   valid_keys, kWithDq && args.shape.ragged_keys() && valid_keys < kTile, shared.tile_pipe.full[0],
                   shared.arrived, arrived_parity, 2 * shared.k.kBytes, [](Barrier&) {});
     const int end = (tile.kv_head + 1) * args.shape.group();
-#pragma unroll 1  // few registers are left to this warp
+#pragma unroll 1  // this warp has few registers
     for (int head = end - args.shape.group(); head < end; ++head) {
 #pragma unroll 1
       for (int m = tile.queries.begin; m < tile.queries.end; ++m) {
@@ -103,7 +104,7 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
     shared.tile_pipe.wait_full(tiles);
     tiles.next();
-    // one loop over heads and queries: two cost registers
+    // one loop over heads and queries: two nested loops cost registers
     int m = tile.queries.begin, head = tile.kv_head * args.shape.group();
     const int blocks = (tile.queries.end - tile.queries.begin) * args.shape.group();
     for (int block = 0; block < blocks; ++block) {
@@ -152,7 +153,7 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
           store_for_async(rows + accumulator_offset(first_offset(thread), i, kTile), ds[i / 8][i / 2 % 4]);
         }
         fence_async();
-        await_stores();  // dq of an earlier block, so that all may write there after the barrier
+        await_stores();  // earlier stores of dq have ended, so all may write after the barrier
         meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);
         constexpr bool kInTurns = kDqCols<kHeadDim> == kHeadDim;
         if (!kInTurns || slab == turn) {
@@ -193,7 +194,7 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
       dv[i] = visible(i) ? dv[i] : 0.f;
     }
     if constexpr (kWithDq) {
-      meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);  // the other one reads all keys for its dq
+      meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);  // the other warpgroup reads all keys for its dq
     }
     const Coordinates at{0, sequence.k_begin + row, tile.kv_head, sequence.index};
     const int valid = sequence.k_rows - row;
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dkdv_sm90_kernel(con
     Barrier::publish();
   }
   __syncthreads();
-  split_roles<kProducerRegisters, kConsumerRegisters>(
+  assign_roles<kProducerRegisters, kConsumerRegisters>(
       [&] { dkdv_produce<T, kHeadDim, kWithDq>(shared, args); },
       [&](int slab) { dkdv_consume<T, kHeadDim, kWithDq>(shared, args, slab); });
 }

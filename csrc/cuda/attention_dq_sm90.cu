@@ -1,12 +1,13 @@
-// Attention for Hopper, backward, dq of what attention_fwd_sm90.cu serves, summed in one order.
+// Attention for Hopper, backward: dq for the calls that attention_fwd_sm90.cu serves, summed in a fixed order.
 //
 //   p = exp2(c q·k - lse2),  dp = do·v,  ds = p ∘ (dp - delta),  dq = scale ds·k
 //                                                                 c = scale log2(e), lse2 = lse log2(e)
 //
-// A block of threads takes one tile of 128 queries after another, over the keys it sees, so dq stays in registers: no
-// atomics, and the same bits in every run, for 7 products in all where dq from the tiles of keys
-// (attention_dkdv_sm90.cu) makes it 5. While one of the two warpgroups makes ds the products of the other run: with a
-// product of its own kept running besides, the compiler runs out of registers and waits after every one.
+// A block of threads takes one tile of 128 queries after another, with the keys that the tile sees. dq stays in
+// registers: no atomics, and the same bits in every run. The backward then has 7 products; it has 5 if
+// attention_dkdv_sm90.cu also computes dq. While one of the two warpgroups computes ds, the products of the other run.
+// If a warpgroup overlapped its own products as well, the compiler would run out of registers and wait after every
+// product.
 // Reference: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
 #include "cuda/sm90/attention_bwd.cuh"
 
@@ -15,19 +16,19 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kKeys = 128;  // a block: two accumulators of 64 registers beside dq
+constexpr int kKeys = 128;  // of a block: two accumulators of 64 registers in addition to dq
 
 template <int kHeadDim>
 constexpr int kKeyStages = kHeadDim == 64 ? 4 : 2;
 
 template <typename T, int kHeadDim>
 struct DqShared {
-  TileOf<T, kTile, kHeadDim> q, dout;  // in the end q is dq
+  TileOf<T, kTile, kHeadDim> q, dout;  // q is finally replaced by dq
   TileOf<T, kKeys, kHeadDim> k[kKeyStages<kHeadDim>], v[kKeyStages<kHeadDim>];
   TileQueue tiles;
   Pipe<1> tile_pipe;
   Pipe<kKeyStages<kHeadDim>> pipe;
-  Barrier arrived;  // a block that still has to be cleared
+  Barrier arrived;  // for a block that must be cleared
 };
 
 using DqTile = QueryTile<kTile, kKeys>;
@@ -130,8 +131,8 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dq_sm90_kernel(const
     Barrier::publish();
   }
   __syncthreads();
-  split_roles<kProducerRegisters, kConsumerRegisters>([&] { dq_produce<T, kHeadDim>(shared, args); },
-                                                      [&](int slab) { dq_consume<T, kHeadDim>(shared, args, slab); });
+  assign_roles<kProducerRegisters, kConsumerRegisters>([&] { dq_produce<T, kHeadDim>(shared, args); },
+                                                       [&](int slab) { dq_consume<T, kHeadDim>(shared, args, slab); });
 }
 
 template <typename T, int kHeadDim>

@@ -1,17 +1,17 @@
 // Attention for Hopper, forward: head dims 64, 96, 128, 192 and 256 in half precision, with causal mask, window,
-// grouped heads, cross lengths, seqlens_k and packed sequences. Everything else is served by Triton.
+// grouped heads, different query and key lengths, seqlens_k and packed sequences. Triton serves everything else.
 //
-//   s = c q·k with c = scale * log2(e), -inf where invisible
+//   s = c q·k with c = scale * log2(e), -inf where hidden
 //   per block of keys, last to first:  m' = max(m, max s),  p = exp2(s - m'),  shrink = exp2(m - m')
 //                                      l = shrink l + sum p,  o = shrink o + p·v
 //   out = o / l,  lse = (m + log2 l) / log2(e)
 //
-// A block of threads stays and takes one tile of queries after another, the longest first. Its first warpgroup loads:
-// queries once a tile, keys and values through rings of stages. Each of the others works on 64 queries, whose o stays
-// in registers; p goes from accumulators to operand without leaving its thread. The products of the scores of one block
-// run while those of the values of the block before do, and under both the softmax of the other warpgroups. Saved: out
-// and lse. Reference: Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision",
-// 2024.
+// A block of threads is resident and takes one tile of queries after another, longest first. Its first warpgroup loads:
+// queries once per tile, keys and values through rings of stages. Each other warpgroup processes 64 queries, whose o
+// stays in registers; p becomes an operand without leaving its thread. The product for the scores of a block overlaps
+// with the product for the values of the previous block, and both overlap with the softmax of the other warpgroups.
+// Saved: out and lse.
+// Reference: Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 #include "cuda/sm90/attention_common.cuh"
 #include "cuda/sm90/attention_host.h"
 
@@ -20,8 +20,8 @@ namespace {
 
 using namespace sm90;
 
-// Three warpgroups of 160 registers hold s, p and o of head dim 64; wider heads need two with more registers each, and
-// beyond 128 fewer keys at a time: two stages of them are what shared memory has room for. kKeys: of a block.
+// For head dim 64, three warpgroups of 160 registers hold s, p and o. Wider heads need two warpgroups with more
+// registers. Above 128 they also need blocks with fewer keys (kKeys), because shared memory must hold two stages.
 template <int kHeadDim, int kKeys>
 struct FwdConfig {
   static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
@@ -30,7 +30,8 @@ struct FwdConfig {
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   static constexpr int kBlockM = kConsumers * kSlab;
   static constexpr int kBlockN = kKeys;
-  static constexpr bool kOwnOut = kKeys == 128;  // memory for out beside q: the next q comes while out is written
+  // out has memory of its own, so the next q can be loaded while out is written
+  static constexpr bool kOwnOut = kKeys == 128;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 };
 
@@ -53,7 +54,7 @@ struct FwdShared
   TileQueue tiles;
   Pipe<1> q_pipe;
   Pipe<Config::kStages> k_pipe, v_pipe;
-  Barrier v_arrived;  // a tile of values that still has to be cleared
+  Barrier v_arrived;  // for a tile of values that must be cleared
 };
 
 struct FwdArgs {
@@ -64,20 +65,20 @@ struct FwdArgs {
   HeadTensor out;
   float* lse;
   int64_t lse_batch, lse_head;
-  float scale_log2;  // positive
-  bool negative;     // the scale
+  float scale_log2;  // always positive
+  bool negative;     // scale is negative
 };
 
 template <int kHeadDim, int kKeys>
 using FwdTile = QueryTile<FwdConfig<kHeadDim, kKeys>::kBlockM, FwdConfig<kHeadDim, kKeys>::kBlockN>;
 
-// One warp. Loads what fwd_consume takes, in the same order.
+// Executed by one warp. Loads what fwd_consume reads, in the same order.
 template <typename T, int kHeadDim, int kKeys>
 __device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim, kKeys>& shared, const FwdArgs& args) {
   using Config = FwdConfig<kHeadDim, kKeys>;
   const bool leader = threadIdx.x % 32 == 0;
   Ring<1> queries;
-  Ring<Config::kStages> ring;  // keys and values go round together
+  Ring<Config::kStages> ring;  // one ring for keys and values
   int v_parity = 0;
   take_tiles<FwdTile<kHeadDim, kKeys>>(shared.tiles, args.tile_counter, args.shape, args.order, [&](const auto& tile) {
     const Sequence& sequence = tile.sequence;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim, kKeys>& share
         shared.q.load(args.q_map, sequence.q_begin + tile.row, tile.head, sequence.index, full);
       }
     };
-#pragma unroll 1  // few registers are left to this warp
+#pragma unroll 1  // this warp has few registers
     for (int n = tile.keys.end - 1; n >= tile.keys.begin; --n) {
       const int first = n * Config::kBlockN;
       const int row = sequence.k_begin + first;
@@ -104,7 +105,7 @@ __device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim, kKeys>& share
         k.load(args.k_map, row, kv_head, sequence.index, full);
       }
       if (n == tile.keys.end - 1) {
-        load_q();  // after the keys: those need not wait until the tile before is written
+        load_q();  // after the keys, which need not wait until the previous tile is written
       }
       shared.v_pipe.wait_empty(ring);
       const bool ragged = args.shape.ragged_keys() && first + Config::kBlockN > sequence.k_len;
@@ -129,7 +130,7 @@ __device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim, kKeys>& share
   });
 }
 
-// One warpgroup: 64 queries of every tile.
+// Executed by one warpgroup, for 64 queries of every tile.
 template <typename T, int kHeadDim, int kKeys>
 __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& shared, const FwdArgs& args, int slab) {
   using Config = FwdConfig<kHeadDim, kKeys>;
@@ -162,7 +163,7 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
         shared.v_pipe.release(values.stage);
         values.next();
       };
-      const auto softmax = [&](int n, auto masked) {  // once the scores are there
+      const auto softmax = [&](int n, auto masked) {  // when the scores are ready
         constexpr bool kMasked = decltype(masked)::value;
         shared.k_pipe.release(keys.stage);
         keys.next();
@@ -179,7 +180,7 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
       };
       const auto step = [&](int n, auto masked) {
         issue_scores();
-        issue_values();  // of the block before
+        issue_values();  // of the previous block
         wgmma_wait<1>();
         softmax(n, masked);
         end_values();
@@ -230,7 +231,7 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
     }
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
     if constexpr (Config::kOwnOut) {
-      await_stores();  // of the tile before
+      await_stores();  // of the previous tile
       meet(1 + slab, kWarpgroup);
     }
     store_slab<T>(o, shared.out, slab, Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()},
@@ -259,13 +260,13 @@ __global__ void __launch_bounds__(FwdConfig<kHeadDim, kKeys>::kThreads, 1)
     Barrier::publish();
   }
   __syncthreads();
-  split_roles<Config::kProducerRegisters, Config::kConsumerRegisters>(
+  assign_roles<Config::kProducerRegisters, Config::kConsumerRegisters>(
       [&] { fwd_produce<T, kHeadDim, kKeys>(shared, args); },
       [&](int slab) { fwd_consume<T, kHeadDim, kKeys>(shared, args, slab); });
 }
 
-// The most keys that fit, for head dim 128 where nothing is masked but the end: longer products, fewer waits. Not where
-// they would add more to the last block than they gain.
+// The largest block of keys that fits, for head dim 128 if nothing but the end is masked: longer products, fewer waits.
+// It is not used if it adds more work to the last block than it saves.
 constexpr int kWideBlock = 176;
 bool fits_wide_blocks(int64_t seqlen_k) {
   const auto padded = [&](int64_t block) { return (seqlen_k + block - 1) / block * block; };

@@ -1,5 +1,6 @@
-// fastattn::attention_fwd and attention_bwd for CUDA tensors, on Hopper. Other devices and features: kernels/.
-#include "host.h"  // before every other header: it switches on what they declare for CUDA
+// fastattn::attention_fwd and attention_bwd for CUDA tensors on Hopper. Triton serves other devices and features
+// (kernels/).
+#include "host.h"  // must be first: it enables the CUDA declarations of the other headers
 
 #include <torch/csrc/stable/library.h>
 
@@ -28,7 +29,7 @@ void refuse_features(const AttentionInputs& in) {
                   "attention: the CUDA kernel takes no bias, sink, mask, ALiBi slopes, softcap or dropout");
 }
 
-// What the kernels take, and what they are told besides what every device is told.
+// Checks the sizes that the kernels support and sets the fields of AttentionCudaArgs.
 void set_rows(Call& call) {
   AttentionCudaArgs& args = call.args;
   fastattn::check_tiles("attention", args.dtype, args.head_dim, args.head_dim_v);
@@ -49,9 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& 
   refuse_features(inputs);
   Call call(q, k, v, std::move(inputs));
   set_rows(call);
-  STD_TORCH_CHECK(
-      !need_low,
-      "attention: the CUDA kernel makes no lse_low, which half precision without a bias or ALiBi does not need");
+  STD_TORCH_CHECK(!need_low,
+                  "attention: the CUDA kernel does not compute lse_low, which half precision without a bias or ALiBi "
+                  "does not need");
   Tensor out = empty_in_layout(q, v.size(3));
   Tensor lse = empty_beside(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   const Tensor no_low = empty_beside(q, {0}, ScalarType::Float);
@@ -74,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
                                                                  bool deterministic) {
   const fastattn::DeviceGuard guard(q.get_device_index());
   refuse_features(inputs);
-  STD_TORCH_CHECK(!need_dbias, "attention: there is no bias to have a gradient");
+  STD_TORCH_CHECK(!need_dbias, "attention: need_dbias requires a bias");
   BackwardCall call(q, k, v, outputs, std::move(inputs));
   set_rows(call);
   AttentionCudaArgs& args = call.args;

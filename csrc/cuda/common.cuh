@@ -1,7 +1,7 @@
 #pragma once
-// What the CUDA kernels that work on rows share. A thread owns groups of eight consecutive columns: one 16-byte vector
-// in half precision, two in float, and one Philox call. The threads of a row are threadIdx.x, rows are threadIdx.y.
-// No torch header: seconds to compile, not a minute.
+// Shared by the CUDA kernels that work on rows. A thread owns groups of eight consecutive columns: one 16-byte vector
+// in half precision, two in fp32, and one Philox call. The threads of a row are threadIdx.x, the rows are threadIdx.y.
+// Without a torch header, a file compiles in seconds instead of a minute.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -19,20 +19,20 @@ namespace {
 constexpr int kGroup = 8;
 constexpr int kMaxThreads = 512;
 
-// Stands for the type of a tensor whose dtype is known at run time only.
+// Replaces the type of a tensor whose dtype is known only at run time.
 struct Dynamic {};
 
-// The column of the first value in group `g` of this thread, in a tile that begins at column `start`.
+// The first column of group `g` of this thread, in a tile that begins at column `start`.
 __device__ __forceinline__ int first_col(int start, int g) {
   return start + (g * blockDim.x + threadIdx.x) * kGroup;
 }
 
-// The groups of this thread in a row of a tensor, as fp32; zero from column `cols` on. The loads of all groups are
-// issued before the first is used, and are 16 bytes wide if `aligned`.
+// The groups of this thread in a row of a tensor, as fp32, with zeros from column `cols` on. All loads are issued
+// before the first value is used; they are 16 bytes wide if `aligned`.
 template <typename T, int kGroups>
 __device__ __forceinline__ void load_groups(float (&value)[kGroups][kGroup], const void* tensor, DType dtype,
                                             int64_t offset, int cols, int start, bool aligned) {
-  if constexpr (std::is_same_v<T, Dynamic>) {  // a branch that all threads take alike
+  if constexpr (std::is_same_v<T, Dynamic>) {  // all threads take the same branch
     if (dtype == DType::kFloat32) {
       load_groups<float>(value, tensor, dtype, offset, cols, start, aligned);
     } else if (dtype == DType::kBFloat16) {
@@ -120,7 +120,7 @@ __device__ __forceinline__ void store_groups(const float (&value)[kGroups][kGrou
   }
 }
 
-// The value that a store and a load would leave.
+// Returns the value after a store and a load.
 template <typename T>
 __device__ __forceinline__ float rounded(float value, DType dtype) {
   if constexpr (std::is_same_v<T, Dynamic>) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ float rounded(float value, DType dtype) {
   }
 }
 
-// Dropout by position; (seed, offset) are read on the device, so that a CUDA graph draws anew in every replay.
+// Dropout by position. (seed, offset) are read on the device, so every replay of a CUDA graph draws new numbers.
 class DropoutMask {
  public:
   __device__ explicit DropoutMask(const Dropout& dropout) : dropout_(dropout) {
@@ -163,7 +163,7 @@ class DropoutMask {
   uint32_t offset_ = 0;
 };
 
-// The sums over the threads of a row, in every one of them. All threads of the block must call it.
+// Sums over the threads of a row; every thread gets the sums. All threads of the block must call this.
 template <int kValues>
 __device__ __forceinline__ void row_sum(float (&value)[kValues]) {
   const int lanes = min(blockDim.x, 32);
@@ -196,7 +196,7 @@ __device__ __forceinline__ void row_sum(float (&value)[kValues]) {
   }
 }
 
-// Threads for rows of `cols` columns, `groups` groups to a thread: whole warps, or a power of two within a warp.
+// The threads for rows of `cols` columns with `groups` groups per thread: whole warps, or a power of two within a warp.
 inline dim3 row_block(int64_t cols, int groups, int threads, int max_lanes = kMaxThreads) {
   const int64_t wanted = (cols + kGroup * groups - 1) / (kGroup * groups);
   int lanes = 8;
@@ -219,12 +219,12 @@ inline unsigned blocks(int64_t count, unsigned per_block) {
   return static_cast<unsigned>((count + per_block - 1) / per_block);
 }
 
-// The pairs of dtypes that models use: one dtype, or an fp32 residual stream beside half precision.
+// True for the pairs of dtypes that models use: one dtype, or an fp32 residual with half precision.
 inline bool is_common(DType x, DType r) {
   return x == r || r == DType::kFloat32;
 }
 
-// Call body(x, r) with values of the C++ types of such a pair.
+// Calls body(x, r) with values of the C++ types of such a pair.
 template <typename Body>
 void with_common_types(DType x, DType r, Body body) {
   const auto with_half = [&](auto half) {

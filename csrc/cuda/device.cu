@@ -1,11 +1,11 @@
-// Whether this library can run on a device at all: what Python asks before it chooses a kernel.
+// Whether this library can run on a device. Python asks this before it chooses a kernel.
 #include <cuda_runtime.h>
 
 #include <cstdio>
 
 namespace {
 
-// Compiled for the same architectures as the kernels that every GPU may run.
+// Compiled for the same architectures as the kernels that run on every GPU.
 __global__ void probe() {}
 
 cudaError_t first_error(int* driver, int* runtime) {
@@ -13,21 +13,21 @@ cudaError_t first_error(int* driver, int* runtime) {
   cudaFuncAttributes attributes;
   cudaDriverGetVersion(driver);
   cudaRuntimeGetVersion(runtime);
-  // fails where the driver is older than this library's runtime, whatever torch's is
+  // fails if the driver is older than the runtime of this library, which need not be torch's
   if (const cudaError_t error = cudaGetDeviceCount(&count)) {
     return error;
   }
-  return cudaFuncGetAttributes(&attributes, probe);  // fails where there is no code for the device
+  return cudaFuncGetAttributes(&attributes, probe);  // fails if there is no code for the device
 }
 
 }  // namespace
 
-// The reason for the current device, or null. The text lives until the thread asks again.
+// The reason why the current device cannot be used, or null. The text is valid until the thread calls this again.
 extern "C" __attribute__((visibility("default"))) const char* fastattn_cuda_refusal() {
   static thread_local char text[256];
   int driver = 0, runtime = 0;
   const cudaError_t error = first_error(&driver, &runtime);
-  cudaGetLastError();  // later launches shall not see it
+  cudaGetLastError();  // so that later launches do not report it
   if (error == cudaSuccess) {
     return nullptr;
   }

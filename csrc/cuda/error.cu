@@ -1,4 +1,4 @@
-// What the launchers return, in words.
+// The text of the errors that the launchers return.
 #include <cuda_runtime.h>
 
 #include "api.h"

@@ -6,9 +6,9 @@
 //                                                                 dgate = dact * preact * act'(gate)
 //   dbias = sum_rows(dpreact),  dbias_gate = sum_rows(dgate)
 //
-// A thread owns eight columns of a row. Forward: one row of a tile a thread. Backward: a block owns a strip of up to
-// 256 columns, walks over the rows of its chunk and adds up the bias gradients in fp32; it writes one row of sums, a
-// second kernel adds those of the chunks in order: no atomics. Hidden is stored again, for the gradient of w2. Saved:
+// A thread owns eight columns of a row. Forward: a thread has one row of a tile. Backward: a block owns a strip of up
+// to 256 columns, loops over the rows of its chunk and sums the bias gradients in fp32. It writes one row of sums, and
+// a second kernel adds those of all chunks in order: no atomics. hidden is stored again, for the gradient of w2. Saved:
 // the pre-activations, never hidden or a mask. Limits: 2^30 columns. Reference: fastattn.reference.feed_forward
 #include "activations.h"
 #include "common.cuh"
@@ -19,11 +19,11 @@ namespace {
 constexpr int kActivationThreads = 256;
 constexpr int kMaxStripLanes = 32;
 constexpr int kSumCols = 32;
-// Blocks that registers let share a multiprocessor, which the grid of the backward fills once.
+// The number of blocks that fit on a multiprocessor by their registers. The grid of the backward fills the device once.
 template <bool kGated>
 constexpr int kResident = kGated ? 3 : 4;
 
-// The number that activations.h computes with.
+// The number type for activations.h.
 struct Scalar {
   float v;
 
@@ -39,7 +39,8 @@ struct Scalar {
   __device__ __forceinline__ friend Scalar min(Scalar a, Scalar b) { return a < b ? a : b; }
   __device__ __forceinline__ friend Scalar max(Scalar a, Scalar b) { return b < a ? a : b; }
   __device__ __forceinline__ friend Scalar select(bool first, Scalar a, Scalar b) { return first ? a : b; }
-  // 2 units in the last place; 0 where b is 2^126 or more, which only a sigmoid of 0 has
+  // The error is 2 units in the last place. The result is 0 if b is 2^126 or more, which happens only for a sigmoid of
+  // 0.
   __device__ __forceinline__ friend Scalar operator/(Scalar a, Scalar b) { return {__fdividef(a.v, b.v)}; }
 };
 
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kActivationThreads)
   store_groups<T>(hidden, args.hidden, args.dtype, row * args.cols, cols, start, aligned);
 }
 
-// out[col] = the sum over the threads of a column of the strip
+// out[col] = the sum over all threads that have this column of the strip
 __device__ __forceinline__ void store_column_sums(const float (&sum)[kGroup], float* out, int64_t cols, int start) {
   __shared__ float buffer[kGroup][kActivationThreads];
   __syncthreads();  // the previous call may still be reading
@@ -78,7 +79,7 @@ __device__ __forceinline__ void store_column_sums(const float (&sum)[kGroup], fl
   }
   __syncthreads();
   const int width = min(static_cast<int64_t>(blockDim.x * kGroup), cols - start);
-  const int col = threadIdx.y * blockDim.x + threadIdx.x;  // there are no more columns than threads
+  const int col = threadIdx.y * blockDim.x + threadIdx.x;  // there are at least as many threads as columns
   if (col < width) {
     float total = 0.f;
     for (int y = 0; y < blockDim.y; ++y) {
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kActivationThreads, kResident<kGated>)
     for (int i = 0; i < kGroup; ++i) {
       const auto point = Act::at({kGated ? gate[0][i] : preact[0][i]});
       const float value = kGated ? point.value.v * preact[0][i] : point.value.v;
-      hidden[0][i] = keep[i] != 0.f ? value * keep[i] : 0.f;  // a dropped element is 0 also where it is inf or NaN
+      hidden[0][i] = keep[i] != 0.f ? value * keep[i] : 0.f;  // a dropped element is 0 even if it is inf or NaN
       const float d = keep[i] != 0.f ? dact[0][i] * keep[i] : 0.f;
       if constexpr (kGated) {
         gate[0][i] = d * preact[0][i] * point.slope.v;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kActivationThreads, kResident<kGated>)
   }
 }
 
-// dbias (blockIdx.y = 0) and dbias_gate (1): the sums of the chunks, 32 columns a block.
+// dbias (blockIdx.y = 0) and dbias_gate (1): adds the sums of the chunks; a block has 32 columns.
 __global__ void __launch_bounds__(kActivationThreads) activation_dbias_kernel(ActivationArgs args) {
   const float* partial = blockIdx.y == 0 ? args.dbias_partial : args.dbias_gate_partial;
   void* out = blockIdx.y == 0 ? args.dbias : args.dbias_gate;
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kActivationThreads) activation_dbias_kernel(Ac
   }
 }
 
-// body(x, act, gated): values of the C++ types for this call
+// Calls body(x, act, gated) with values of the C++ types for this call.
 template <typename Body>
 void with_activation_types(const ActivationArgs& args, Body body) {
   with_common_types(args.dtype, args.dtype, [&](auto x, auto) {

@@ -1,5 +1,5 @@
-// fastattn::activation_fwd and activation_bwd for CUDA tensors: the passes of feed-forward between its products.
-#include "host.h"  // before every other header: it switches on what they declare for CUDA
+// fastattn::activation_fwd and activation_bwd for CUDA tensors: the passes of feed_forward between its matrix products.
+#include "host.h"  // must be first: it enables the CUDA declarations of the other headers
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,7 +1,7 @@
 #pragma once
-// What the wrapper files of the CUDA ops share. Host code only, compiled by the C++ compiler without a CUDA header, so
-// it compiles and links on a machine with no GPU and with a CPU-only torch.
-#define USE_CUDA 1  // exposes aoti_torch_get_current_cuda_stream, which lives in libtorch_cuda.so
+// Shared by the wrapper files of the CUDA ops. This is host code, compiled by the C++ compiler without a CUDA header,
+// so it compiles and links on a machine without a GPU and with a CPU-only torch.
+#define USE_CUDA 1  // declares aoti_torch_get_current_cuda_stream, which is in libtorch_cuda.so
 #include <torch/csrc/stable/accelerator.h>
 
 #include "check.h"
@@ -21,7 +21,7 @@ inline void check_launch(int error, const char* op) {
   STD_TORCH_CHECK(error == 0, op, ": ", cuda_error_string(error));
 }
 
-// A parameter as the kernels read it: contiguous, in its own dtype, or null.
+// A parameter as the kernels read it: contiguous and in its own dtype, or null.
 class Parameter {
  public:
   Parameter(const std::optional<Tensor>& tensor, const Tensor& like, int64_t cols, const char* name) {

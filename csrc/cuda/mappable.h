@@ -1,5 +1,5 @@
 #pragma once
-// Which tensors the kernels for Hopper take: what the copy engine can read, in sizes that have tiles. Host code.
+// Which tensors the kernels for Hopper take: those that the copy engine can read, of supported sizes. Host code.
 #include "host.h"
 
 namespace fastattn {
@@ -13,7 +13,7 @@ inline bool is_mappable(const Tensor& t) {
   return fits;
 }
 
-// The tensor itself where the copy engine can read it, else a contiguous copy
+// Returns the tensor itself if the copy engine can read it, otherwise a contiguous copy.
 inline Tensor mappable(const Tensor& t) {
   if (is_mappable(t)) {
     return t;

@@ -1,11 +1,11 @@
-// LayerNorm and RMSNorm with the bias, the dropout and the residual add before them.
+// LayerNorm and RMSNorm, with the preceding bias, dropout and residual add.
 //
-//   r = keep * dropout_scale * (x + x_bias) + residual        rounded to the dtype of the residual, or of x, at once
+//   r = keep * dropout_scale * (x + x_bias) + residual        rounded once, to the dtype of the residual, or of x
 //   y = (r - mean) * rstd * weight + bias                     rms: mean = 0
 //
-// 8 to 512 threads own a row and hold it in registers; statistics are centred, in fp32. Rows that are too wide to be
-// held, not aligned to 16 bytes or of a rare pair of dtypes are read again from the cache, with types Dynamic. Saved: r
-// and the fp32 statistics, never a mask. Limits: fewer than 2^31 columns. Reference: fastattn.reference.norm
+// 8 to 512 threads own a row and hold it in registers. Statistics are centred and in fp32. Rows that are too wide, not
+// aligned to 16 bytes or of a rare pair of dtypes are read again from the cache, with the type Dynamic. Saved: r and
+// the fp32 statistics, never a mask. Limits: fewer than 2^31 columns. Reference: fastattn.reference.norm
 #include "common.cuh"
 
 namespace fastattn {
@@ -14,7 +14,8 @@ namespace {
 constexpr int kFwdThreads = 128;
 constexpr int kFwdCols = kMaxThreads * kGroup * 4;  // the widest rows that are held in registers
 
-// r of one row, rounded; zero from column `cols` on. Without a residual its loads are masked, which needs no branch.
+// r of one row, rounded, with zeros from column `cols` on. Without a residual its loads are masked, so there is no
+// branch.
 template <typename X, typename R, int kGroups>
 __device__ __forceinline__ void load_r(float (&r)[kGroups][kGroup], const NormFwdArgs& args, const DropoutMask& dropout,
                                        int64_t row, int cols, int start, bool aligned) {
@@ -40,12 +41,12 @@ __device__ __forceinline__ void load_r(float (&r)[kGroups][kGroup], const NormFw
   }
 }
 
-// r - mean in the columns that are there, and zero in the others
+// r - mean, or zero in columns past the end
 __device__ __forceinline__ float centered(float r, float mean, int col, int cols) {
   return col < cols ? r - mean : 0.f;
 }
 
-// adds r - mean and its square to the two sums
+// Adds r - mean and its square to the two sums.
 template <int kGroups>
 __device__ __forceinline__ void add_centered(float (&sums)[2], const float (&r)[kGroups][kGroup], float mean, int cols,
                                              int start) {
@@ -60,7 +61,8 @@ __device__ __forceinline__ void add_centered(float (&sums)[2], const float (&r)[
   }
 }
 
-// rstd from those sums over the row. The first is what rounding took from the mean; with it a constant row becomes 0.
+// Computes rstd from the two sums over the row. The first sum is the rounding error of the mean; with it, a constant
+// row becomes exactly 0.
 __device__ __forceinline__ float finish_stats(float& mean, const float (&sums)[2], const NormFwdArgs& args) {
   const float rest = args.rms ? 0.f : sums[0] / args.cols;
   mean += rest;
@@ -80,7 +82,7 @@ __device__ __forceinline__ float sum_of(const float (&r)[kGroups][kGroup]) {
   return sum;
 }
 
-// y, in place of r
+// Computes y in place of r.
 template <typename X, typename R, int kGroups>
 __device__ __forceinline__ void store_r_and_y(float (&r)[kGroups][kGroup], const NormFwdArgs& args, float mean,
                                               float rstd, int64_t row, int cols, int start, bool aligned) {
@@ -132,7 +134,7 @@ __device__ __forceinline__ void store_stats(const NormFwdArgs& args, float mean,
 template <typename X, typename R, int kGroups>
 __global__ void __launch_bounds__(kMaxThreads) norm_fwd_kernel(NormFwdArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;  // the threads of a row that is not there idle
+  const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;  // the threads of a missing row stay idle
   const DropoutMask dropout(args.dropout);
   float r[kGroups][kGroup];
   load_r<X, R>(r, args, dropout, row, cols, 0, true);
@@ -152,7 +154,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_kernel(NormFwdArgs args)
   store_r_and_y<X, R>(r, args, mean, rstd, row, cols, 0, true);
 }
 
-// Rows of any width, alignment and dtype, walked over three times: mean, centred second moment, result.
+// Rows of any width, alignment and dtype. They are read three times: for the mean, the centred second moment and the
+// result.
 __global__ void __launch_bounds__(kMaxThreads) norm_fwd_wide_kernel(NormFwdArgs args, bool aligned) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;

@@ -5,10 +5,11 @@
 //   dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
 //   dx_bias = sum_rows(dx)
 //
-// Blocks stay and walk over the rows; each thread adds up dweight, dbias and dx_bias of its columns, each block writes
-// rows of fp32 sums, a second kernel adds those in a fixed order: no atomics. Rows too wide to be held are read again
-// from the cache, and the second kernel reads all rows of a strip of columns. Dynamic stands for rows that are not
-// aligned to 16 bytes or of a rare pair of dtypes. Limits: fewer than 2^31 columns. Reference: fastattn.reference.norm
+// Resident blocks loop over the rows. Each thread sums dweight, dbias and dx_bias of its columns; each block writes
+// rows of fp32 sums, and a second kernel adds these in a fixed order: no atomics. Rows that are too wide for registers
+// are read again from the cache; the second kernel then reads all rows of a strip of columns. Dynamic is for rows that
+// are not aligned to 16 bytes or have a rare pair of dtypes. Limits: fewer than 2^31 columns. Reference:
+// fastattn.reference.norm
 #include "common.cuh"
 
 namespace fastattn {
@@ -17,17 +18,17 @@ namespace {
 constexpr int kBwdThreads = 256;
 constexpr int kBwdWideThreads = 128;
 constexpr int kBwdCols = kMaxThreads * kGroup * 2;  // the widest rows that are held in registers
-// A thread of a strip has two rows in flight. By Little's law 4.8 TB/s and 0.8 us ask for 29 KB a multiprocessor: dy
-// and r in half precision are 32 KB a block.
+// A thread of a strip has two rows in flight. By Little's law, 4.8 TB/s and 0.8 us need 29 KB per multiprocessor; dy
+// and r in half precision are 32 KB per block.
 constexpr int kStripLanes = 8;
 constexpr int kStripThreads = 512;
 constexpr int kStripRows = 2;
 
-// Kernels with types are for aligned rows.
+// Only aligned rows have typed kernels.
 template <typename T>
 constexpr bool kAligned = !std::is_same_v<T, Dynamic>;
 
-// The statistics of a row, and what turns r into xhat.
+// The statistics of a row, which turn r into xhat.
 struct RowStats {
   float mean;
   float rstd;
@@ -47,7 +48,7 @@ __device__ __forceinline__ void load_dy_and_r(float (&dy)[kGroups][kGroup], floa
   load_groups<R>(r, args.r, args.r_dtype, row * args.r_stride, cols, start, kAligned<X>);
 }
 
-// 0 without one, by masked loads instead of a branch
+// 0 if there is none; masked loads avoid a branch
 template <typename R, int kGroups>
 __device__ __forceinline__ void load_dr_out(float (&dr_out)[kGroups][kGroup], const NormBwdArgs& args, int64_t row,
                                             int cols, int start) {
@@ -55,7 +56,7 @@ __device__ __forceinline__ void load_dr_out(float (&dr_out)[kGroups][kGroup], co
                  kAligned<R>);
 }
 
-// 1 without a weight
+// 1 if there is none
 template <typename X, int kGroups>
 __device__ __forceinline__ void load_weight(float (&weight)[kGroups][kGroup], const NormBwdArgs& args, int start) {
   if (args.weight != nullptr) {
@@ -71,7 +72,7 @@ __device__ __forceinline__ void load_weight(float (&weight)[kGroups][kGroup], co
   }
 }
 
-// dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out; dresidual from it, and dx, which stays in dy
+// dr = (wdy - mean(wdy) - xhat * mean(wdy * xhat)) * rstd + dr_out. Writes dresidual, and computes dx in place of dy.
 template <typename X, typename R, int kGroups>
 __device__ __forceinline__ void store_dr(float (&dy)[kGroups][kGroup], const float (&r)[kGroups][kGroup],
                                          const float (&dr_out)[kGroups][kGroup], const float (&weight)[kGroups][kGroup],
@@ -96,14 +97,14 @@ __device__ __forceinline__ void store_dr(float (&dy)[kGroups][kGroup], const flo
   store_groups<X>(dy, args.dx, args.x_dtype, row * args.cols, cols, start, kAligned<X>);
 }
 
-// Registers decide how many blocks share a multiprocessor: 80 in 768 threads, 128 in 512.
+// The number of blocks on a multiprocessor depends on the registers per thread: 80 for 768 threads, 128 for 512.
 template <int kGroups>
 constexpr int kBwdBlock = kGroups == 1 ? kBwdThreads : kMaxThreads;
 template <int kGroups>
 constexpr int kBwdResidentThreads = kGroups == 1 ? 768 : 512;
 
-// A place in shared memory for each value that a thread holds: (kGroups, kGroup, thread), without bank conflicts.
-// dweight and dbias come here at the end; dx_bias grows here, where registers are scarce.
+// A slot in shared memory for each value that a thread holds: (kGroups, kGroup, thread), without bank conflicts.
+// dweight and dbias are stored here at the end. dx_bias is summed here, because registers are scarce.
 template <int kGroups, typename Action>
 __device__ __forceinline__ void for_places(Action action) {
   extern __shared__ float buffer[];
@@ -116,8 +117,8 @@ __device__ __forceinline__ void for_places(Action action) {
   }
 }
 
-// The sums over the rows of the block, from shared memory to its row of args.sums: those of dweight, dbias or
-// dx_bias, by `which`.
+// Adds over the rows of the block, from shared memory to the block's row of args.sums, for dweight, dbias or dx_bias
+// according to `which`.
 template <int kGroups>
 __device__ __forceinline__ void add_places(const NormBwdArgs& args, int which) {
   extern __shared__ float buffer[];
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
   }
 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.rows;
-       first += static_cast<int64_t>(gridDim.x) * blockDim.y) {  // the same number of turns for all threads
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y) {  // the same number of iterations for all threads
     const int64_t row = first + threadIdx.y;
     const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;
     const RowStats stats(args, row);
@@ -163,10 +164,10 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
     float dr_out[kGroups][kGroup];
     load_dy_and_r<X, R>(dy, r, args, row, cols, 0);
     if constexpr (kAligned<X>) {
-      load_dr_out<R>(dr_out, args, row, cols, 0);  // here, not where it is used: all loads of a row fly together
+      load_dr_out<R>(dr_out, args, row, cols, 0);  // loaded early, so that all loads of a row are in flight together
     }
 
-    float sums[2] = {0.f, 0.f};  // wdy, wdy * xhat
+    float sums[2] = {0.f, 0.f};  // wdy and wdy * xhat
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
     }
     row_sum(sums);
     if constexpr (!kAligned<X>) {
-      load_dr_out<R>(dr_out, args, row, cols, 0);  // there it would spill
+      load_dr_out<R>(dr_out, args, row, cols, 0);  // an earlier load would spill
     }
     const float mean_wdy = args.mean != nullptr ? sums[0] / args.cols : 0.f;
     store_dr<X, R>(dy, r, dr_out, weight, stats, mean_wdy, sums[1] / args.cols, args, dropout, row, cols, 0);
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
   }
 }
 
-// dx and dresidual of rows of any width, walked over twice.
+// dx and dresidual of rows of any width, which are read twice.
 template <typename X, typename R>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_bwd_wide_kernel(NormBwdArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_bwd_wide_kernel(NormBwdAr
   }
 }
 
-// The sum of `sum` over the rows of threads, to the columns of the strip.
+// Adds `sum` over the rows of threads and writes the columns of the strip.
 __device__ __forceinline__ void store_strip(void* out, float (&sum)[1][kGroup], const NormBwdArgs& args, int start) {
   if (out == nullptr) {
     return;
@@ -265,7 +266,7 @@ __device__ __forceinline__ void store_strip(void* out, float (&sum)[1][kGroup], 
   }
 }
 
-// dweight, dbias and dx_bias after the kernel above: a block owns all rows of a strip of 64 columns.
+// dweight, dbias and dx_bias, after the kernel above. A block owns all rows of a strip of 64 columns.
 template <typename X, typename R>
 __global__ void __launch_bounds__(kStripThreads, kMaxThreads * 2 / kStripThreads)
     norm_bwd_strip_kernel(NormBwdArgs args) {
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(kStripThreads, kMaxThreads * 2 / kStripThreads
   store_strip(args.dx_bias, dx_bias, args, start);
 }
 
-// dweight (blockIdx.y = 0), dbias (1) and dx_bias (2): the sum of the chunks' sums, 32 columns a block.
+// dweight (blockIdx.y = 0), dbias (1) and dx_bias (2): adds the sums of the chunks; a block has 32 columns.
 __global__ void __launch_bounds__(1024) norm_bwd_columns_kernel(NormBwdArgs args) {
   void* out = blockIdx.y == 0 ? args.dweight : blockIdx.y == 1 ? args.dbias : args.dx_bias;
   const int64_t col = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(1024) norm_bwd_columns_kernel(NormBwdArgs args
   __shared__ float partial[32][33];
   partial[threadIdx.y][threadIdx.x] = total;
   __syncthreads();
-  total = partial[threadIdx.x][threadIdx.y];  // now a warp holds the 32 parts of one column
+  total = partial[threadIdx.x][threadIdx.y];  // now a warp has the 32 partial sums of one column
   for (int offset = 16; offset > 0; offset /= 2) {
     total += __shfl_xor_sync(0xffffffffu, total, offset);
   }
@@ -337,12 +338,12 @@ __global__ void __launch_bounds__(1024) norm_bwd_columns_kernel(NormBwdArgs args
   }
 }
 
-// Groups of columns that a thread holds; 0: the row is too wide.
+// The number of column groups per thread; 0 if the row is too wide for registers.
 int bwd_groups(const NormBwdArgs& args) {
   return args.cols <= kBwdThreads * kGroup ? 1 : args.cols <= kBwdCols ? 2 : 0;
 }
 
-// Two launches, one where no sum over the rows is wanted.
+// Two launches, or one if no sum over the rows is wanted.
 template <typename X, typename R>
 void launch_bwd(const NormBwdArgs& args, cudaStream_t stream) {
   const bool sums = args.dweight != nullptr || args.dbias != nullptr || args.dx_bias != nullptr;
@@ -358,7 +359,7 @@ void launch_bwd(const NormBwdArgs& args, cudaStream_t stream) {
   if (groups == 1) {
     return held(norm_bwd_kernel<X, R, 1>, 1, kBwdBlock<1>);
   }
-  if constexpr (kAligned<X>) {  // without, two groups would spill
+  if constexpr (kAligned<X>) {  // with Dynamic, two groups would spill
     if (groups == 2) {
       return held(norm_bwd_kernel<X, R, 2>, 2, kBwdBlock<2>);
     }

@@ -1,5 +1,5 @@
 // fastattn::norm_infer, norm_fwd and norm_bwd for CUDA tensors.
-#include "host.h"  // before every other header: it switches on what they declare for CUDA
+#include "host.h"  // must be first: it enables the CUDA declarations of the other headers
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,11 +1,11 @@
 // Rotary position embedding:  y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin,  over the pairs of the first
-// rotary_dim channels; the others are copied. The backward is the same with -sin.
+// rotary_dim channels. The other channels are copied. The backward is the same with -sin.
 //
-// The threads of a token (threadIdx.x) own eight pairs each, in two groups of eight channels: half-split the groups lie
-// rotary_dim / 2 apart, interleaved they are neighbours. A thread loads its part of the tables once and walks with it
-// over heads of q, or of k, kHeads at a time, whose loads are all issued before the first is used. Tokens are
-// threadIdx.y and blockIdx.x; blockIdx.y divides the heads where tokens alone do not fill a GPU. A position outside of
-// the tables gives NaN. Limits: fewer than 2^31 tokens. Reference: fastattn.reference.rotary_embedding
+// The threads of a token (threadIdx.x) own eight pairs each, in two groups of eight channels: rotary_dim / 2 apart if
+// half-split, adjacent if interleaved. A thread loads its part of the tables once and loops over the heads of q, or of
+// k, kHeads at a time. Their loads are all issued before the first value is used. Tokens are threadIdx.y and
+// blockIdx.x; blockIdx.y divides the heads if tokens alone do not fill the GPU. A position outside the tables gives
+// NaN. Limits: fewer than 2^31 tokens. Reference: fastattn.reference.rotary_embedding
 #include "common.cuh"
 
 namespace fastattn {
@@ -15,7 +15,7 @@ constexpr int kRotaryThreads = 128;
 constexpr int kBlocksWanted = 2048;  // several for each multiprocessor of the largest GPUs
 constexpr int kMaxLanes = 32;
 
-// Eight values as fp32, of which the first n are there; 16-byte loads if `aligned`, which takes n >= 8 or n <= 0.
+// Eight values as fp32, of which the first n exist. Loads have 16 bytes if `aligned`, which requires n >= 8 or n <= 0.
 template <typename T>
 struct Group {
   T value[kGroup];
@@ -70,7 +70,7 @@ __device__ __forceinline__ int64_t position_of(const RotaryArgs& args, int64_t b
                              : static_cast<const int32_t*>(args.positions)[at];
 }
 
-// Blocks from q_blocks on, in y, have the heads of k.
+// Blocks with blockIdx.y >= q_blocks process the heads of k.
 template <typename T, typename W, int kHeads, bool kInterleaved>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args, int q_blocks, bool aligned) {
   const unsigned index = blockIdx.x * blockDim.y + threadIdx.y;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
   const int64_t row = batch * args.table_batch + position * args.table_row;
   const int half = static_cast<int>(args.rotary_dim / 2);
   for (int pair = threadIdx.x * kGroup; pair < half; pair += blockDim.x * kGroup) {
-    // the tables' rows of these pairs, kept for all heads
+    // the rows of the tables for these pairs, kept for all heads
     const int n = half - pair;
     Group<W> cos, sin;
     if (inside) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
     }
   }
 
-  // the channels that do not rotate
+  // the channels that are not rotated
   const int head_dim = static_cast<int>(args.head_dim);
   for (int col = 2 * half + threadIdx.x * kGroup; col < head_dim; col += blockDim.x * kGroup) {
     for (int head = first_head; head < heads; head += head_step) {
@@ -164,13 +164,13 @@ template <typename T, typename W>
 void launch_rotary(RotaryArgs args, bool aligned, cudaStream_t stream) {
   constexpr int kHeads = sizeof(T) == 2 ? 4 : 2;
   if (args.out[0].data == args.x[0].data) {
-    args.head_dim = args.rotary_dim;  // in place: the rest stays where it is
+    args.head_dim = args.rotary_dim;  // in place, the other channels need no copy
   }
   const int64_t widest = std::max(args.rotary_dim / 2, args.head_dim - args.rotary_dim);
   const int lanes = static_cast<int>(std::min<int64_t>(blocks(widest, kGroup), kMaxLanes));
   const dim3 block(lanes, kRotaryThreads / lanes);
   const unsigned token_blocks = blocks(args.batch * args.seqlen, block.y);
-  const unsigned most = blocks(kBlocksWanted, token_blocks);  // for the heads of a token
+  const unsigned most = blocks(kBlocksWanted, token_blocks);  // blocks that share the heads of a token
   const unsigned q_blocks = std::min(blocks(args.n_heads[0], kHeads), most);
   const dim3 grid(token_blocks, q_blocks + std::min(blocks(args.n_heads[1], kHeads), most));
   const auto kernel = args.interleaved ? rotary_kernel<T, W, kHeads, true> : rotary_kernel<T, W, kHeads, false>;

@@ -1,5 +1,5 @@
 // fastattn::rotary_fwd and rotary_fwd_ for CUDA tensors.
-#include "host.h"  // before every other header: it switches on what they declare for CUDA
+#include "host.h"  // must be first: it enables the CUDA declarations of the other headers
 
 #include <torch/csrc/stable/library.h>
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastattn.ops._libraries import native_note
 from fastattn.ops._types import Backend
 
 _CONSTANT = "_dynamo_marked_constant"
@@ -272,7 +273,8 @@ def explanation(op, facts, backend=None):
         if reason is None and registered is not None:
             note = registered.note(registered.named(facts))
             lines += [f"  {note}"] if note else []
-    return "\n".join(lines)
+    built = native_note(_type_and_index(facts[0])[0]) if reasons.get("native", "") is None else None
+    return "\n".join(lines + ([f"  {built}"] if built else []))
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -1,6 +1,7 @@
 """The compiled libraries of this package: which were built, and how to load one."""
 
 import functools
+import importlib
 import json
 import os
 
@@ -19,6 +20,39 @@ def build_info():
             return json.load(file)
     except FileNotFoundError:
         return {}
+
+
+@functools.cache
+def introspection():
+    """The module fastattn._C, which answers questions about the compiled part, or None.
+
+    It is None if there is no such module for this Python, or if it is of an older source.
+    """
+    try:
+        module = importlib.import_module("fastattn._C")
+    except ImportError:
+        return None
+    return module if hasattr(module, "best_cpu_capability") else None
+
+
+def built_for():
+    """What the libraries were built with and for: the dict with cxx, torch, nvcc, cuda_archs and cpu_variants.
+
+    fastattn._C knows it. Without that module, the record of the build does. Empty in a checkout that was never built.
+    """
+    module = introspection()
+    return module.build_info() if module else build_info()
+
+
+def native_note(device_type):
+    """A line about the native kernels for a device type, "cpu" or "cuda", or None without fastattn._C."""
+    module = introspection()
+    if module is None:
+        return None
+    info = module.build_info()
+    if device_type == "cpu":
+        return f"native: built for {', '.join(info['cpu_variants'])}, uses {module.cpu_capability()}"
+    return f"native: built with CUDA {info['nvcc']} for {', '.join(info['cuda_archs'])}" if info["nvcc"] else None
 
 
 def load_library(name):

@@ -1,4 +1,4 @@
-"""The compiled part: what was built and what it links, how the build degrades, and a package that works without it."""
+"""The compiled part: what was built, what it links to, incomplete builds, and the package without it."""
 
 import importlib.metadata
 import importlib.util
@@ -18,6 +18,7 @@ import torch
 
 import fastattn
 from fastattn import _native, reference
+from fastattn.ops import _libraries
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = pathlib.Path(_native.__file__).parent
@@ -43,7 +44,7 @@ needs_introspection = pytest.mark.skipif(
 
 
 def run(*command, cwd=ROOT, **environment):
-    """The finished process of a command; Python for a command that starts with an option."""
+    """Run a command to its end; a command that starts with an option or a .py file is run by Python."""
     command = [sys.executable, *command] if command[0].startswith("-") or command[0].endswith(".py") else command
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")} | environment
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
@@ -63,7 +64,7 @@ def tool(name):
 
 @pytest.fixture
 def source_tree(tmp_path):
-    """A copy of everything a build reads, without anything built."""
+    """A copy of everything that a build reads, without built files."""
     pytest.importorskip("setuptools", minversion="80", reason="building needs setuptools>=80")
     pytest.importorskip("ninja", reason="building needs ninja")
     for name in ("csrc", "fastattn", "kernels"):
@@ -75,7 +76,7 @@ def source_tree(tmp_path):
 
 
 def test_build_info_names_what_is_there():
-    info = _native.build_info()
+    info = _libraries.build_info()
     if not info:
         pytest.skip("this checkout was never built")
     for part in info["built"]:
@@ -89,7 +90,7 @@ def test_build_info_names_what_is_there():
 @pytest.mark.parametrize("library", ["_cpu.so", "_cuda.so", "libfastattn_schemas.so"])
 def test_op_libraries_are_bound_to_no_python_and_to_no_torch_version(library):
     if not (PACKAGE / library).exists():
-        pytest.skip(_native.build_info()["not_built"][library].partition("\n")[0])
+        pytest.skip(_libraries.build_info()["not_built"][library].partition("\n")[0])
     needed = re.findall(r"NEEDED.*\[(.*)\]", output_of(tool("readelf"), "-d", str(PACKAGE / library)))
     assert "libtorch_cpu.so" in needed
     assert ("libtorch_cuda.so" in needed) == (library == "_cuda.so")
@@ -103,7 +104,7 @@ def test_no_function_compiled_for_a_newer_processor_can_be_linked_into_baseline_
     if not objects:
         pytest.skip("no objects of CPU kernels in build/: not built in this checkout")
     for path in objects:
-        # DW.ref.*: the address of the unwinder's function, data and no code
+        # DW.ref.* is data, the address of the unwinder's function, and not code
         shared = re.findall(r" [WVu] (?!DW\.ref\.).*", output_of(tool("nm"), "-C", str(path)))
         assert not shared, (path.name, shared)
 
@@ -153,11 +154,46 @@ def test_introspection_and_ops_agree_on_the_cpu_capability():
     import fastattn._C as _C
 
     assert _C.cpu_capability() == _native.cpu_capability()
+    assert _C.best_cpu_capability() in _native.CPU_CAPABILITIES
+
+
+@needs_introspection
+def test_introspection_knows_what_the_build_recorded():
+    import fastattn._C as _C
+
+    record, compiled = _libraries.build_info(), _C.build_info()
+    assert compiled["compiler"]
+    assert int(compiled["cplusplus"]) >= 202002
+    for name in ("cxx", "torch", "nvcc"):
+        assert compiled[name] == record[name], name
+    for name in ("cpu_variants", "cuda_archs"):
+        assert list(compiled[name] or []) == (record[name] or []), name
 
 
 def test_package_works_without_the_introspection_module():
     code = "import sys; sys.modules['fastattn._C'] = None; " + FIRST_NORM
-    assert output_of("-W", "ignore", "-c", code + "; from fastattn._info import report; report()").strip() == OF_NORM
+    asks = "; from fastattn._info import report; print(report()); print(fastattn.explain('layer_norm', torch.ones(1)))"
+    said = output_of("-W", "ignore", "-c", code + asks)
+    assert said.startswith(OF_NORM)
+    assert "not built for Python" in said
+    assert "native: built for" not in said
+
+
+@needs_introspection
+@needs_cpu_library
+@pytest.mark.parametrize("limit", ["", "default"])
+def test_info_and_explain_say_what_the_processor_runs(limit):
+    import fastattn._C as _C
+
+    code = "import torch, fastattn; print(fastattn.explain('layer_norm', torch.ones(1, 2)))"
+    code += "; from fastattn._info import report; print(report())"
+    said = output_of("-W", "ignore", "-c", code, FASTATTN_CPU_CAPABILITY=limit)
+    best, variants = _C.best_cpu_capability(), ", ".join(_C.build_info()["cpu_variants"])
+    assert f"  native: built for {variants}, uses {limit or best}\n" in said
+    assert re.search(rf"_cpu\.so +built for {variants}\n", said)
+    lowered = f", limited to {limit} by FASTATTN_CPU_CAPABILITY" if limit and limit != best else ""
+    assert re.search(rf"this processor +{best}{lowered}\n", said)
+    assert re.search(r"dropout +Philox4x32-10, the same numbers as the reference\n", said)
 
 
 def test_python_files_alone_work_and_say_what_is_missing(source_tree):
@@ -213,7 +249,7 @@ def test_source_distribution_has_everything_a_build_reads(source_tree):
 
 
 def built(source_tree, kind, **environment):
-    """The wheel that a PEP 517 hook of this tree builds without compiling anything: "wheel" or "editable"."""
+    """The wheel that a PEP 517 hook of this tree builds, "wheel" or "editable", without compiling."""
     code = f"import build_backend; print(build_backend.build_{kind}('dist'))"
     output_of("-c", code, cwd=source_tree, FASTATTN_NATIVE="0", **environment)
     (wheel,) = (source_tree / "dist").glob("*.whl")
@@ -232,7 +268,7 @@ print(fastattn.__path__[0])
 
 @pytest.mark.parametrize("link", ["kept", "lost"])
 def test_a_wheel_holds_the_kernels_in_the_package_and_nothing_beside_it(source_tree, tmp_path_factory, link):
-    if link == "lost":  # as by a system or an archive without symbolic links
+    if link == "lost":  # as on a system, or from an archive, without symbolic links
         (source_tree / "fastattn/kernels").unlink()
         (source_tree / "fastattn/kernels").write_text("../kernels")
     place = tmp_path_factory.mktemp("place")
@@ -273,7 +309,7 @@ def test_a_lost_link_to_the_kernels_is_told(source_tree):
 
 
 def test_the_folder_of_the_kernels_is_no_package_and_hides_none(tmp_path):
-    """Where a program runs in a checkout, `import kernels` must find Hugging Face's package if it is there."""
+    """In a checkout, `import kernels` must find Hugging Face's package if it is installed."""
     locate = "import importlib.util; print(getattr(importlib.util.find_spec('kernels'), 'origin', None))"
     assert str(ROOT) not in output_of("-c", locate)
     (tmp_path / "kernels").mkdir()

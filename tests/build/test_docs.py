@@ -31,13 +31,13 @@ def without_code(text):
 
 
 def anchors(text):
-    """The anchors that GitHub gives to the headings."""
+    """The anchors that GitHub generates for the headings."""
     headings = re.findall(r"^#+ (.*)", without_code(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def tables(text):
-    """(the lines of the section of level 2 before a table, its header, its rows), cells as text."""
+    """(the lines of the level-2 section before a table, its header, its rows), cells as text."""
     before, table = [], []
     for line in [*text.split("\n"), ""]:
         if line.startswith("|"):
@@ -61,7 +61,7 @@ def results(name):
 
 
 def speed(found, benchmark, column):
-    """What the files say for the cell of a benchmark in a column such as "fp32", "fp32 fwd", "torch.compile, fp32"."""
+    """What the result files say for a benchmark in a column such as "fp32", "fp32 fwd", "torch.compile, fp32"."""
     *implementation, form = column.split(", ")
     key = benchmark.replace("*", form.replace(" ", "-")), *(implementation or ["fastattn"])
     assert key in found, f"no linked result file has a row for {key}"
@@ -81,12 +81,12 @@ def test_links_lead_somewhere(name):
 
 
 def test_named_files_exist():
-    """Whatever file of ours is named by its path in another one. Placeholders are in capitals."""
+    """Every file of ours that another file names by its path exists. Placeholders are in capitals."""
     files = [ROOT / name for name in DOCUMENTS]
     files += [file for folder in SOURCES for file in (ROOT / folder).rglob("*") if file.suffix in SUFFIXES]
     folders = "docs|benchmarks|scripts|recipes|tests|kernels|csrc"
     named = re.compile(rf"(?<![\w./-])(?:{folders})/[\w./-]+\.(?:md|py|sh|yaml|h|cpp|cuh?)\b")
-    absent = "kernels/__init__.py"  # a test demands that there is none
+    absent = "kernels/__init__.py"  # a test requires that there is none
     missing = {
         f"{file.relative_to(ROOT)}: {path}"
         for file in files
@@ -107,7 +107,7 @@ def test_examples_run(name):
 
 
 def test_speeds_are_those_of_the_result_files():
-    """Each cell of docs/performance.md is in a result file that is linked above its table, one machine a section."""
+    """Each cell of docs/performance.md is in a result file linked above its table; a section has one machine."""
     checked = 0
     for before, header, rows in tables(read("docs/performance.md")):
         if header[-1] != "row of the file":
@@ -122,7 +122,7 @@ def test_speeds_are_those_of_the_result_files():
         for *cells, benchmark in rows:
             benchmark = benchmark.strip("`")
             for column, cell in list(zip(header, cells, strict=False))[1:]:
-                if "µs" in column:  # of one of 100 calls
+                if "µs" in column:  # of one call out of 100
                     implementation = {"PyTorch": "torch", "fastattn": "fastattn"}[column.split(",")[0]]
                     assert cell == f"{found[benchmark, implementation][0] / 100:.1f}", (benchmark, column)
                 else:

@@ -1,12 +1,13 @@
-"""`fastattn info`: every backend and part with its state or the reason, whatever is missing."""
+"""`fastattn info` lists every backend and part with its state or the reason why it is missing."""
 
 import sys
 
 import torch
 
 import fastattn
-from fastattn import _info, _native
+from fastattn import _info
 from fastattn.cli import main
+from fastattn.ops import _libraries
 from fastattn.ops._backends import set_unavailable, why_not_available, why_not_implemented
 
 
@@ -50,11 +51,12 @@ def test_an_op_lists_the_backends_that_serve_it():
 def test_what_was_not_built_has_its_whole_reason(monkeypatch):
     info = {"built": ["_cpu.so"], "not_built": {"_cuda.so": "FAILED: norm.o\nnorm.cu(1): error: expected a ;\n"}}
     rest = {"cxx": "g++ 1.2", "nvcc": None, "cuda_archs": None, "torch": "2.11.0", "cpu_variants": ["default"]}
-    monkeypatch.setattr(_native, "build_info", lambda: info | rest)
+    monkeypatch.setattr(_libraries, "introspection", lambda: None)
+    monkeypatch.setattr(_libraries, "build_info", lambda: info | rest)
     report = _info.report()
     assert "not built: FAILED: norm.o\n    norm.cu(1): error: expected a ;" in report
     assert section("\n" + report, "Compiled part")["_cpu.so"].strip() == "built for default"
-    monkeypatch.setattr(_native, "build_info", dict)
+    monkeypatch.setattr(_libraries, "build_info", dict)
     assert "this checkout was never built" in _info.report()
 
 

@@ -1,4 +1,4 @@
-"""The rooms of the package: which may import which, as scripts/count_code.py lists them."""
+"""The packages of fastattn: which may import which, as listed in scripts/count_code.py."""
 
 import fnmatch
 import importlib.util
@@ -70,7 +70,7 @@ def test_functions_and_repeated_lines(count_code):
 
 
 def test_pytest_enters_every_room_of_the_tests(request):
-    """It leaves out folders by name; one named build would be among them."""
+    """pytest skips folders with certain names, and "build" is one of them by default."""
     left_out = request.config.getini("norecursedirs")
     for folder in pathlib.Path(__file__).parents[1].iterdir():
         assert not folder.is_dir() or not any(fnmatch.fnmatch(folder.name, name) for name in left_out), folder

@@ -1,4 +1,4 @@
-"""Which PyTorch scripts/setup_env.sh installs, and what it says of it, with a pip and an nvidia-smi that pretend."""
+"""Which PyTorch scripts/setup_env.sh installs and what it prints, with stand-ins for pip and nvidia-smi."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "setup_env.sh"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 FROM_CPU_INDEX = f"--index-url {CPU_INDEX} --timeout 10 --retries 0 torch==2.13.0"
 
-# the venv's python: pip writes down what it is asked for, all else runs without the packages of this environment
+# the venv's python: pip records its arguments; everything else runs without the packages of this environment
 PYTHON = """#!/bin/bash
 if [ "$1 $2" != "-m pip" ]; then
   PYTHONPATH={site} exec {python} -S "$@"
@@ -39,7 +39,7 @@ class cuda:
 
 @pytest.fixture
 def setup(tmp_path):
-    """setup(gpu=..., cuda=..., ...) -> (exit code, all that was printed, the calls of pip install)."""
+    """setup(gpu=..., cuda=..., ...) -> (exit code, everything printed, the calls of pip install)."""
 
     def run(*, gpu=False, cuda=None, seen=False, warning="", **environment):
         venv, tools, log = tmp_path / "venv", tmp_path / "tools", tmp_path / "log"

@@ -1,4 +1,4 @@
-"""The public surface is annotated. What a type checker makes of it stands in typed_program.py; .ci/run asks one."""
+"""The public surface is annotated. typed_program.py has what a type checker must report; .ci/run runs one."""
 
 import inspect
 import types
@@ -14,7 +14,7 @@ MODULES = (fastattn, fastattn.nn, fastattn.models, flash_attn, hugging_face)
 
 
 def public_functions():
-    """(name, function) of what a user calls: functions, and the methods that our classes define."""
+    """(name, function) for everything a user calls: functions, and the methods that our classes define."""
     found = {}
     for module in MODULES:
         names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
@@ -23,7 +23,7 @@ def public_functions():
             if not getattr(value, "__module__", "").startswith("fastattn"):
                 continue
             if not hasattr(module, "__all__") and value.__module__ != module.__name__:
-                continue  # imported for its own use
+                continue  # imported for internal use
             if isinstance(value, types.FunctionType):
                 found[f"{value.__module__}.{name}"] = value
             elif inspect.isclass(value):

@@ -1,8 +1,8 @@
-"""The Triton kernels of attention compile for the GPUs we name, without spills and with the matrix products of each.
+"""The Triton kernels of attention compile for all target GPUs, without spills and with the matrix products of each.
 
-A case is a call, whose launchers take the rows of the table that serve it. By default a sample: on sm_90 the rows of
-bf16 and head dim 128, elsewhere the forward. FASTATTN_AOT=all compiles the whole table for sm_80, sm_90 and sm_100,
-features included (some 250 kernels, ten minutes on two free cores).
+A case is a call, whose launchers use the rows of the table for it. By default a sample is compiled: on sm_90 the rows
+of bf16 and head dim 128, on other architectures the forward. FASTATTN_AOT=all compiles the whole table for sm_80, sm_90
+and sm_100, features included (about 250 kernels, ten minutes on two free cores).
 """
 
 import json
@@ -19,11 +19,11 @@ from fastattn.kernels.common import Variants
 
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
-# bytes of stack a thread that we accept: the compiler rounds, and dropout with a mask at once lives on few registers
+# accepted bytes of stack per thread: the compiler rounds up, and dropout together with a mask needs many registers
 STACK = {"full": 16, "causal": 16, "extra": 64}
-# dk and dv of 64 keys fill half of all registers at head dim 256; fewer keys would leave wgmma for the slower products
+# dk and dv of 64 keys take half of all registers at head dim 256; with fewer keys wgmma could not be used
 SPILLS = {("attention_dkdv_kernel", 90, 256): 320}
-FEATURES = {  # calls that a row of the table must compile for
+FEATURES = {  # calls for which a row of the table must compile
     "full": [{}],
     "causal": [{"right": 0}, {"left": 100, "right": 0, "packed": True, "lengths": True}],
     "extra": [
@@ -47,7 +47,7 @@ def everything():
             for number in range(len(calls)):
                 for head_dim in HEAD_DIMS:
                     yield case(arch, head_dim, variant, number)
-                    if arch == 80:  # whose rows serve fp32 on all others
+                    if arch == 80:  # its rows also serve fp32 on all other architectures
                         yield case(arch, head_dim, variant, number, "float32")
 
 

@@ -1,7 +1,7 @@
-"""The Triton kernels of attention_decode compile for the GPUs we name, without spills and with wide reads of the cache.
+"""The Triton kernels of attention_decode compile for all target GPUs, without spills and with wide reads of the cache.
 
-By default bf16 of head dim 128 in every form and each row of the table once; FASTATTN_AOT=all compiles every row in
-every form for sm_80, sm_90 and sm_100.
+By default bf16 with head dim 128 is compiled in every form, and each row of the table once. FASTATTN_AOT=all compiles
+every row in every form for sm_80, sm_90 and sm_100.
 """
 
 import json
@@ -15,15 +15,15 @@ import compilations
 from fastattn.kernels.attention_decode import TABLE
 
 ARCHS = (80, 90, 100)
-SHARED_MEMORY = 101_376  # of the smallest architecture with the products we use, 86
-FORMS = {  # calls that a row of the table must compile for
+SHARED_MEMORY = 101_376  # of 86, the smallest architecture with the products we use
+FORMS = {  # calls for which a row of the table must compile
     "plain": {"num_splits": 1},
     "split": {},
     "pages": {"page_size": 64, "leftpad": True},
     "small pages": {"page_size": 16},
     "features": {"num_splits": 1, "batch_idx": True, "alibi": True, "sink": True, "left": 99, "softcap": 30.0},
 }
-SPILLS = {  # bytes of stack, of the whole table, which FASTATTN_AOT=all compiles; all others have none
+SPILLS = {  # bytes of stack, for the whole table, which FASTATTN_AOT=all compiles; all other rows have none
     (80, 2, 32, 64, "plain"): 16,
     (90, 4, 32, 16, "small pages"): 8,
     (100, 4, 64, 16, "small pages"): 8,
@@ -71,7 +71,7 @@ def test_configurations_compile_without_spills_and_with_wide_loads():
         }
         print(f"{title}: {counts}")
         decode = c["kernel"] == "attention_decode_split_kernel"
-        # keys and values come in 16 bytes a thread, through shared memory where a loop is pipelined
+        # keys and values are loaded 16 bytes per thread, through shared memory if the loop is pipelined
         narrow = not (c.get("LDG.128") or c.get("LDGSTS.128"))
         products = c.get("HMMA") or c.get("HGMMA") or c.get("UTCHMMA")
         idle = decode and call["arguments"]["dtype"] == "bfloat16" and not products

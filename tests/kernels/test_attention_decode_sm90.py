@@ -1,4 +1,4 @@
-"""attention_decode on Hopper through the public function: on such a GPU, or its sources in the emulation."""
+"""attention_decode on Hopper through the public function: on a Hopper GPU, or with its sources in the emulation."""
 
 import importlib
 import math
@@ -12,7 +12,8 @@ from memory_guard import guarded
 
 import fastattn
 
-decode_module = importlib.import_module("fastattn.ops.attention_decode")  # not the function of that name
+# the module, not the function of the same name
+decode_module = importlib.import_module("fastattn.ops.attention_decode")
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -56,7 +57,7 @@ def test_random_calls(part, head_dim, monkeypatch):
 
 @pytest.mark.parametrize("score", [1e4, 1e6, -1e9])
 def test_equal_scores_however_large(score):
-    """Splits of unequal length count by their keys: their maximum and their sum have room beside each other."""
+    """Splits of unequal length are weighted by their keys, because maximum and sum are stored separately."""
     q, k_cache, v_cache, lengths = call(lengths=(300, 200))
     q, k_cache = torch.ones_like(q), torch.ones_like(k_cache)
     for splits in (1, 2, 4):
@@ -78,7 +79,7 @@ def test_every_query_length_packed_with_its_group(monkeypatch):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_more_blocks_than_stages_and_lanes(head_dim):
-    """Rings go round several times, and the numbers of pages are fetched anew after 32 blocks."""
+    """The rings wrap around several times, and page numbers are loaded again after 32 blocks."""
     q, k, v, lengths = call(head_dim, 64 * 36, (64 * 36 - 3,), kv_heads=1)
     order = torch.randperm(36, generator=torch.Generator().manual_seed(1))
     pages = []

@@ -1,8 +1,8 @@
-"""The attention kernels for Hopper through the public function: on such a GPU, or their sources in the emulation.
+"""The attention kernels for Hopper through the public function: on a Hopper GPU, or their sources in the emulation.
 
-The rule for numbers is that of the other backends. Gradients come from one kernel that adds dq as its parts come, or,
-where the same bits in every run are asked for, from two. Emulated products and copies happen as late as they may,
-operands are read through the descriptors, and what changes meanwhile is an error: passing says more than equal numbers.
+The error rule is that of the other backends. Gradients come from one kernel that adds dq in any order, or from two if
+the same bits are required in every run. Emulated products and copies happen as late as possible, operands are read
+through the descriptors, and a change to data in use is an error. So a pass means more than equal numbers.
 """
 
 import importlib
@@ -20,7 +20,8 @@ from fastattn import reference
 from fastattn.ops._backends import why_not_available
 
 BF16, FP16 = torch.bfloat16, torch.float16
-attention_module = importlib.import_module("fastattn.ops.attention")  # fastattn.ops.attention is the function
+# the module; fastattn.ops.attention is the function
+attention_module = importlib.import_module("fastattn.ops.attention")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def check(monkeypatch, what, q, k, v, **kwargs):
 
 
 def assert_same(value, expected, name, deterministic):
-    """Bit for bit, but for dq where several blocks of threads add it up."""
+    """Equal bits, except for dq if several blocks of threads add to it."""
     if deterministic or name != "dq":
         assert torch.equal(value, expected), name
     else:
@@ -105,7 +106,7 @@ def random_call(seed, head_dim=None):
 
 @pytest.mark.parametrize("part", range(8))
 def test_random_calls(part, monkeypatch):
-    for seed in range(4 * part, 4 * part + 4):  # every head dim; parts take turns with the backward
+    for seed in range(4 * part, 4 * part + 4):  # every head dim; the parts alternate with the backward
         q, k, v, kwargs = random_call(seed)
         check(monkeypatch, f"seed {seed}", q, k, v, **kwargs)
 
@@ -123,7 +124,7 @@ def test_lengths_around_a_tile(head_dim, deterministic, monkeypatch):
 
 @pytest.mark.parametrize("head_dim", [192, 256])
 def test_head_dims_with_a_forward_only(head_dim, monkeypatch):
-    """Blocks of 112 and 80 keys; the gradients are those of another backend."""
+    """Blocks of 112 and 80 keys. The gradients come from another backend."""
     for seed in range(4):
         q, k, v, kwargs = random_call(seed, head_dim)
         truth, baseline = truth_and_baseline(monkeypatch, q, k, v, {"softcap": 0.0} | kwargs)
@@ -136,11 +137,11 @@ def test_head_dims_with_a_forward_only(head_dim, monkeypatch):
 
 
 def test_gradients_where_native_has_a_forward_only(monkeypatch):
-    """They are those of the Triton kernels, from the out and lse of this forward."""
+    """The gradients come from the Triton kernels, which read out and lse of this forward."""
     reason = why_not_available("triton", DEVICE)
     if reason:
         pytest.skip(reason)
-    if not HOPPER:  # the device of the call says so there
+    if not HOPPER:  # on Hopper, the device of the call decides
         monkeypatch.setattr(attention_module, "_has_backward", lambda backend, q: backend == "triton")
     check(monkeypatch, "head dim 192", *qkv(1, 2, 1, 20, 30, 192, FP16), causal=True)
 
@@ -148,7 +149,7 @@ def test_gradients_where_native_has_a_forward_only(monkeypatch):
 @BACKWARDS
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_more_blocks_than_stages(head_dim, deterministic, monkeypatch):
-    """Every ring goes round more than once within a tile, and goes on in the next."""
+    """Every ring wraps around more than once within a tile and continues in the next tile."""
     q, k, v = qkv(1, 2, 1, 70, 1400 if head_dim == 64 else 700, head_dim)
     check(monkeypatch, "many keys", q, k, v, deterministic=deterministic)
     q, k, v = qkv(1, 2, 1, 400, 70, head_dim)
@@ -157,7 +158,7 @@ def test_more_blocks_than_stages(head_dim, deterministic, monkeypatch):
 
 @pytest.mark.parametrize("head_dim", [64, 96])
 def test_packed_sequences_are_what_each_is_alone(head_dim):
-    """Bit for bit, with NaN in the tensors wherever no sequence lies."""
+    """Equal bits, with NaN in the tensors wherever there is no sequence."""
     lens_q, lens_k = (130, 0, 70, 1), (200, 64, 0, 129)
     ends_q, ends_k = (torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k))
     tensors = [normal(sum(n), heads, head_dim, seed=heads) for n, heads in ((lens_q, 2), (lens_k, 1), (lens_k, 1))]
@@ -184,7 +185,7 @@ def test_packed_sequences_are_what_each_is_alone(head_dim):
     ((70, 0, 130), (129, 3, 64), 200, 0), ((5,), (7,), 3, 300), ((), (), 70, 3),
 ])  # fmt: skip
 def test_rows_of_no_sequence_are_zeros_and_touch_nothing(lens_q, lens_k, behind_q, behind_k, deterministic):
-    """NaN in the inputs behind the last sequence, and in the memory that is free for results."""
+    """The inputs after the last sequence are NaN, and so is free memory that the results may get."""
     ends = [torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k)]
     kwargs = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "causal": True, "softcap": 0.0,
               "deterministic": deterministic}  # fmt: skip
@@ -223,7 +224,7 @@ def results_of_prefix(q, k, v, kwargs, shape):
 
 
 def test_columns_past_head_dim_96_are_neither_read_nor_written():
-    """Tiles are 128 wide in memory: with NaN behind every row of the inputs the results are those of dense ones."""
+    """Tiles are 128 columns wide. With NaN after every row of the inputs, the results are those of dense inputs."""
     base = [t.detach() for t in qkv(1, 2, 1, 70, 90, 96)]
     gaps = [torch.cat((t, t * torch.nan), -1)[..., :96] for t in base]
     kwargs = {"causal": True, "deterministic": True}
@@ -248,7 +249,7 @@ def test_what_stands_in_hidden_keys_does_not_matter(bad, deterministic):
 
 @BACKWARDS
 def test_tiles_far_behind_the_last_visible_key(deterministic, monkeypatch):
-    """They have no valid row, by more rows than shared memory holds."""
+    """Such tiles have no valid row, by more rows than shared memory holds."""
     q, k, v = qkv(1, 1, 1, 64, 1024, 64)
     lengths = torch.tensor([3], dtype=torch.int32)
     got = check(monkeypatch, "3 of 1024", q, k, v, seqlens_k=lengths, deterministic=deterministic)
@@ -326,7 +327,7 @@ def test_same_bits_again(head_dim, deterministic):
 def test_deterministic_none_follows_torch():
     q, k, v = qkv(1, 2, 1, 200, 300, 128)
     one, two = (run(q, k, v, {"deterministic": flag})["dq"] for flag in (False, True))
-    assert not torch.equal(one, two)  # or the rest shows nothing
+    assert not torch.equal(one, two)  # otherwise the rest would show nothing
     assert not torch.equal(run(q, k, v, {})["dq"], two)
     torch.use_deterministic_algorithms(True)
     try:
@@ -360,5 +361,5 @@ def test_raw_op_refuses_what_it_does_not_serve():
     for inputs in ((q[..., :32], k[..., :32], v[..., :32]), (q.float(), k.float(), v.float()), (q, k, v[..., :32])):
         with pytest.raises(RuntimeError, match="half precision and head dims 64, 96, 128, 192 and 256"):
             attention_module._ops["fwd"]["native"](*inputs, *rest, False)
-    with pytest.raises(RuntimeError, match="makes no lse_low"):
+    with pytest.raises(RuntimeError, match="does not compute lse_low"):
         attention_module._ops["fwd"]["native"](q, k, v, *rest, True)

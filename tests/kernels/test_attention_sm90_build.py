@@ -1,6 +1,6 @@
-"""What the compiler made of the attention kernels for Hopper: registers, products that overlap, copies by the engine.
+"""What the compiler made of the attention kernels for Hopper: registers, overlapped products, copies by the engine.
 
-Read from the logs of ptxas and from the objects that `python setup.py build_ext --inplace` leaves in build/.
+The numbers are read from the logs of ptxas and the objects that `python setup.py build_ext --inplace` leaves in build/.
 """
 
 import collections
@@ -12,16 +12,18 @@ import subprocess
 import pytest
 from test_cuda_build import ROOT, cuobjdump
 
-# at least: products of 64 x N x 16 of head dim 64 in the forward's first block, its three loops and its last product,
-# and in a block of the other kernels; of the widest forward fewer keys make fewer of the second kind
+# At least the products of 64 x N x 16 for head dim 64: in the forward's first block, its three loops and its last
+# product, and in a block of the other kernels. The widest forward has fewer keys, so fewer of the second kind.
 PRODUCTS = {"attention_fwd": 4 * 4 + 4 * 4, "attention_dkdv": 4 * 4, "attention_dq": 4 + 4 + 8, "attention_decode": 8}
-LOADS = {"attention_fwd": 3, "attention_dkdv": 4, "attention_dq": 4, "attention_decode": 2}  # tensors, per 64 columns
-# kernels of two dtypes and the head dims 64, 96, 128, for the forward and decode 192 and 256 too; the forward of head
-# dim 128 has two sizes of blocks, dk and dv come with dq or without
+# tensors loaded per 64 columns
+LOADS = {"attention_fwd": 3, "attention_dkdv": 4, "attention_dq": 4, "attention_decode": 2}
+# Kernels of two dtypes and head dims 64, 96, 128, for the forward and decode also 192 and 256. The forward of head dim
+# 128 has two block sizes; dk and dv are computed with or without dq.
 SEEN = {"attention_fwd": 12, "attention_dkdv": 12, "attention_dq": 6, "attention_decode": 10}
-DQ_PRODUCTS = 8  # more where dk and dv come with dq: those over the 128 keys of a tile
+DQ_PRODUCTS = 8  # more products if dk and dv are computed with dq: those over the 128 keys of a tile
 INSTRUCTIONS = "HGMMA|HMMA|UTMALDG|UTMASTG|UBLKRED|USETMAXREG|STL|LDL"
-PLAIN = {"attention_stats": 6, "attention_round": 6, "attention_combine": 2, "attention_append": 1}  # without products
+# kernels without products
+PLAIN = {"attention_stats": 6, "attention_round": 6, "attention_combine": 2, "attention_append": 1}
 
 
 def built(pattern):
@@ -45,7 +47,7 @@ def test_nothing_is_spilled_and_no_product_waits_for_another_without_need():
 
 
 def test_two_blocks_of_the_decode_kernel_share_a_multiprocessor():
-    """160 threads each, registers handed out by eight a thread, 65536 in all; from head dim 192 on one block."""
+    """160 threads each, registers allocated in eights per thread, 65536 in all; one block from head dim 192 on."""
     found = {}
     for path in built("o.log"):
         with open(path, encoding="utf-8") as file:
@@ -75,7 +77,8 @@ def test_kernels_use_the_tensor_cores_and_the_copy_engine():
             assert code["HGMMA"] >= PRODUCTS[name] + DQ_PRODUCTS * with_dq, f"{mangled}: {code}"
             assert code["UBLKRED"] == with_dq, f"{mangled}: {code}"
             assert code["UTMALDG"] >= LOADS[name] * panels, f"{mangled}: {code}"
-            roles = name != "attention_decode"  # which stores few rows itself, and does not divide registers
+            # decode stores only a few rows itself and does not redistribute registers
+            roles = name != "attention_decode"
             assert code["UTMASTG"] >= roles * panels, f"{mangled}: {code}"
             assert code["USETMAXREG"] == 2 * roles, f"{mangled}: {code}"
             assert not code["HMMA"] + code["STL"] + code["LDL"], f"{mangled}: {code}"

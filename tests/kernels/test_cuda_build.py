@@ -1,6 +1,6 @@
-"""What the CUDA compiler made of csrc/cuda: registers, spills, wide loads and stores, and what _cuda.so depends on.
+"""What the CUDA compiler made of csrc/cuda: registers, spills, wide loads and stores, and dependencies of _cuda.so.
 
-Read from the logs of ptxas and from the objects that `python setup.py build_ext --inplace` leaves in build/.
+The numbers are read from the logs of ptxas and the objects that `python setup.py build_ext --inplace` leaves in build/.
 """
 
 import collections
@@ -18,7 +18,7 @@ import fastattn
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LIBRARY = os.path.join(os.path.dirname(fastattn.__file__), "_cuda.so")
 
-# kernel -> registers a thread may use, which is what the launchers count on to fill a multiprocessor
+# kernel -> the registers a thread may use; the launchers rely on it to fill a multiprocessor
 CEILINGS = {
     "norm_fwd_kernel<1>": 40,
     "norm_fwd_kernel<2>": 64,
@@ -37,7 +37,7 @@ CEILINGS = {
     "activation_dbias_kernel": 32,
     "rotary_kernel": 128,
 }
-OURS = ("norm", "norm_bwd", "dropout", "feed_forward", "rotary")  # the .cu files this table speaks of
+OURS = ("norm", "norm_bwd", "dropout", "feed_forward", "rotary")  # the .cu files in this table
 
 
 def built(pattern):
@@ -48,7 +48,7 @@ def built(pattern):
 
 
 def kernel_name(mangled):
-    """The kernel of a mangled name, with the number of groups a thread holds or "gated" where a template says so."""
+    """The kernel of a mangled name, with the number of groups per thread or "gated" if a template argument says so."""
     name = next(n for n in sorted(CEILINGS, key=len, reverse=True) if n.partition("<")[0] in mangled)
     base = name.partition("<")[0]
     if not any(n.startswith(f"{base}<") for n in CEILINGS):
@@ -86,7 +86,7 @@ def cuobjdump():
 
 
 def accesses(file):
-    """Of each kernel on sm_90a: its name, plain and mangled, 16-byte accesses by instruction, 8- and 16-bit ones."""
+    """For each kernel on sm_90a: its name, plain and mangled, 16-byte accesses by instruction, 8- and 16-bit ones."""
     objects = [path for path in built("o") if path.endswith(f"/{file}.o")]
     done = subprocess.run([cuobjdump(), "-sass", "-arch", "sm_90a", *objects], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_held_rows_are_loaded_and_stored_16_bytes_at_a_time():
         assert wide["LDG"] >= 4, f"{mangled}: {wide['LDG']} wide loads"
         assert wide["STG"] >= 2, f"{mangled}: {wide['STG']} wide stores"
         assert not narrow, f"{mangled}: {narrow}"
-    assert seen == 25  # 5 pairs of dtypes, 3 forward and 2 backward widths
+    assert seen == 25  # 5 pairs of dtypes, 3 widths forward and 2 backward
 
 
 def test_activation_passes_load_and_store_16_bytes_at_a_time_where_rows_are_aligned():

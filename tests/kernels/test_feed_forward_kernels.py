@@ -1,7 +1,7 @@
 """The raw ops activation_fwd and activation_bwd against the reference in fp64.
 
 cpu: the kernels of the CPU, or Triton's in a process with TRITON_INTERPRET=1. emulated: the sources of the CUDA kernels
-and their wrappers, compiled for the CPU, where there is no GPU. cuda-native, cuda-triton: on a GPU.
+and their wrappers, compiled for the CPU; used if there is no GPU. cuda-native, cuda-triton: on a GPU.
 """
 
 import itertools
@@ -10,9 +10,9 @@ import emulate_cuda
 import pytest
 import torch
 from aot import compile_all
-from feed_forward_cases import BACKEND, FLOATS, INTERPRETED, keep_factor, needs_kernels
+from feed_forward_cases import BACKEND, FLOATS, INTERPRETED, Case, keep_factor, needs_kernels
 from memory_guard import guarded
-from oracle import BACKWARD, assert_accurate, exact
+from oracle import assert_accurate, exact
 from processes import run_tests
 from torch.testing import assert_close
 
@@ -60,50 +60,6 @@ def kernels(request):
     return Kernels(request.param)
 
 
-class Case:
-    """Operands of both ops, and what the reference makes of them."""
-
-    def __init__(self, rows, cols, activation="gelu", dtype=torch.float32, gated=False, dropout_p=0.0, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.preact, self.gate, self.dhidden = (
-            torch.randn(rows, cols, generator=generator).to(dtype) * 3 for _ in range(3)
-        )
-        self.gate = self.gate if gated else None
-        self.rng = torch.tensor([seed * 7919 - 2**45, 2**33 + seed]) if dropout_p else None
-        self.activation, self.p = activation, dropout_p
-
-    def run(self, kernels, need_hidden=True, need_dbias=True, need_dbias_gate=True):
-        rest = (self.rng, self.p, ACTIVATIONS.index(self.activation))
-        needs = (need_hidden, need_dbias, need_dbias_gate)
-        hidden = kernels.activation_fwd(self.preact, self.gate, *rest)
-        return hidden, *kernels.activation_bwd(self.dhidden, self.preact, self.gate, *rest, *needs)
-
-    def expected(self, dtype):
-        """hidden, dpreact, dgate, hidden, dbias, dbias_gate computed in `dtype`."""
-        leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (self.preact, self.gate)]
-        preact, gate = leaves
-        act = reference.ACTIVATIONS[self.activation]
-        hidden = act(preact) if gate is None else act(gate) * preact
-        if self.rng is not None:
-            hidden = hidden * keep_factor(self.rng, self.p, hidden.shape).to(dtype)
-        grads = torch.autograd.grad(hidden, [t for t in leaves if t is not None], self.dhidden.to(dtype))
-        dpreact, dgate = grads if gate is not None else (*grads, torch.empty(0, dtype=dtype))
-        return hidden.detach(), dpreact, dgate, hidden.detach(), dpreact.sum(0), dgate.sum(0)
-
-    def check(self, kernels):
-        results = self.run(kernels)
-        names = ("hidden", "dpreact", "dgate", "hidden again", "dbias", "dbias_gate")
-        every = zip(names, results, self.expected(torch.float64), self.expected(self.preact.dtype), strict=True)
-        for name, got, exact64, own in every:
-            if self.gate is None and "gate" in name:
-                assert got.shape == (0,), name
-            else:
-                factor = BACKWARD if name.startswith("d") else 2.0
-                slack = 1e-6 * self.preact.shape[0] ** 0.5 if "bias" in name else 0.0
-                assert_accurate(got, exact64, own, factor, name, slack)
-        return results
-
-
 # both sides of the widths at which a block has more lanes, and of a strip of 256 columns; every other one not aligned
 WIDTHS = ((1, 1), (3, 8), (35, 64), (9, 72), (21, 130), (70, 136), (5, 256), (3, 261), (40, 776), (2, 2056))
 
@@ -148,7 +104,7 @@ def test_expanded_and_transposed_operands(kernels):
 
 
 def test_three_dimensions_and_many_rows(kernels):
-    """More rows than the blocks of the grid take at once; a sum that PyTorch itself makes in fp32."""
+    """More rows than the blocks of the grid process at once, and a sum that PyTorch itself computes in fp32."""
     case = Case(600, 16, "silu", gated=True, dropout_p=0.3)
     flat = case.check(kernels)
     for name in ("preact", "gate", "dhidden"):
@@ -160,7 +116,7 @@ def test_three_dimensions_and_many_rows(kernels):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_activation_over_its_range(kernels, activation, dtype):
-    """Value and slope on a dense grid; in fp32 the relative error is that of an exponent of up to 88."""
+    """Value and slope on a dense grid. In fp32 the relative error is that of an exponent of up to 88."""
     x = torch.cat((torch.linspace(-16, 16, 100_003), torch.logspace(-30, 1, 5000), -torch.logspace(-30, 1, 5000)))
     x = x.to(dtype).requires_grad_()
     index = ACTIVATIONS.index(activation)
@@ -240,7 +196,7 @@ def test_bias_gradient_does_not_depend_on_threads_and_repeats(dtype):
 @pytest.mark.parametrize(("cols", "offset"), [(1, 1), (15, 3), (37, 5), (64, 1)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_reads_nothing_outside_of_the_rows(kernels, dtype, cols, offset):
-    """Rows with NaN between and around them, pointers off their alignment."""
+    """Rows with NaN between and around them, at unaligned addresses."""
     rng = torch.tensor([5, 6])
     tensors = [torch.randn(35, cols).to(dtype) for _ in range(3)]
     results = []
@@ -277,7 +233,7 @@ def test_raw_ops_reject_what_does_not_fit(kernels):
 
 
 def run_again(selected, **environment):
-    """The selected tests of these files in a process with this environment, none skipped."""
+    """Run the selected tests of these files in a process with this environment; none may be skipped."""
     files = (__file__, "ops/test_feed_forward.py")
     assert "skipped" not in run_tests(f"({selected}) and not emulated", *files, **environment)
 

@@ -1,6 +1,6 @@
 """What only a GPU can show: streams, graphs, devices, sizes beyond 32 bits, and that nothing waits for the host.
 
-The numbers of the ops on CUDA tensors are tested in the files of the ops, whose fixtures include the device.
+The numerical results on CUDA tensors are tested in the files of the ops, whose fixtures include the device.
 """
 
 import pytest
@@ -223,7 +223,7 @@ def test_linear_cross_entropy_target_out_of_range_is_nan():
 
 
 def test_linear_cross_entropy_peak_memory():
-    """At most 15 % of F.linear and F.cross_entropy beyond inputs and gradients."""
+    """At most 15 % of the memory of F.linear and F.cross_entropy, in excess of inputs and gradients."""
     x = torch.randn(16384, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(50304, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     target = torch.randint(50304, (16384,), device="cuda")
@@ -242,7 +242,7 @@ def test_linear_cross_entropy_peak_memory():
 
 
 def test_attention_memory_is_that_of_the_tensors():
-    """Forward and backward at seqlen 16384: inputs, outputs, gradients and a tenth."""
+    """Forward and backward at seqlen 16384 need inputs, outputs, gradients and a tenth more."""
     q, k, v, do = torch.randn(4, 1, 8, 16384, 64, device="cuda", dtype=torch.bfloat16)
     inputs = [t.requires_grad_() for t in (q, k, v)]
     torch.cuda.reset_peak_memory_stats()
@@ -255,7 +255,7 @@ def test_attention_memory_is_that_of_the_tensors():
 
 
 def test_attention_in_a_graph_without_synchronisation_takes_new_inputs(attention_backend):
-    """Forward and backward; the counters of tiles that the kernels for Hopper take must begin anew in every replay."""
+    """Forward and backward. The tile counters of the kernels for Hopper must restart in every replay."""
     q, k, v = torch.randn(3, 2, 4, 700, 64, device="cuda", dtype=torch.bfloat16).unbind()
 
     def step():
@@ -284,7 +284,7 @@ def test_attention_in_a_graph_without_synchronisation_takes_new_inputs(attention
 
 
 def decode_call(dtype=torch.bfloat16, seed=0):
-    """attention_decode on shuffled pages that it appends to; the caches are the caller's."""
+    """attention_decode on shuffled pages to which it appends. The caller owns the caches."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def randn(*shape):

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh: what it would run on a GPU is there, with an interpreter and tools that only take notes."""
+"""scripts/gpu_check.sh: the files and tests it would run exist. Python and the tools are stand-ins that take notes."""
 
 import os
 import re
@@ -72,7 +72,7 @@ def collected():
 
 
 def selected(ids, paths, keywords):
-    """The tests that pytest takes from these paths with this -k."""
+    """The tests that pytest selects from these paths with this -k."""
     expression = re.sub(
         r"[^\s()]+", lambda word: word[0] if word[0] in ("and", "or", "not") else f"({word[0]!r} in name)", keywords
     )
@@ -103,7 +103,7 @@ def test_the_part_for_hopper_runs_every_test_of_its_files(check, collected):
     ("hopper", "memcheck", 1), ("hopper", "racecheck", 0), ("sanitizer", "racecheck", 1),
 ])  # fmt: skip
 def test_what_a_sanitizer_reports_fails_its_part(part, tool, code, check):
-    """But what racecheck says of kernels that order their copies by mbarriers."""
+    """Except racecheck's reports on kernels that order their copies by mbarriers."""
     found, printed, _ = check(part, fails=tool)
     assert found == code
     assert f"gpu_check: {part} ended with {code}" in printed

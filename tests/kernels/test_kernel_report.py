@@ -1,4 +1,4 @@
-"""What scripts/kernel_report.py makes of numbers, with invented ones: nothing is compiled here."""
+"""The output of scripts/kernel_report.py for invented numbers: nothing is compiled here."""
 
 import importlib.util
 import pathlib

@@ -1,8 +1,8 @@
-"""What the launchers ask for compiles for GPUs and calls that the other ahead-of-time tests have no row for.
+"""What the launchers request compiles for GPUs and calls that the other ahead-of-time tests do not cover.
 
-They list configurations; here the launchers run, with the options, constants and properties of integers that they pass:
-GPUs with 100 KB of shared memory (sm_86, and sm_120 with TMA), no mask at all, grouped heads, sizes that no 16 divides.
-By default a sample; FASTATTN_AOT=all compiles the whole grid.
+The others list configurations. Here the launchers run, with the options, constants and properties of integers that
+they pass: GPUs with 100 KB of shared memory (sm_86, and sm_120 with TMA), calls without a mask, grouped heads, sizes
+that are not multiples of 16. By default a sample is compiled; FASTATTN_AOT=all compiles the whole grid.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import compilations
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, 121: 101_376}
 ALL = os.environ.get("FASTATTN_AOT") == "all"
-# bytes of stack a thread that we accept, as in test_attention_aot.py: (kernel, arch, head_dim, grouped heads)
+# accepted bytes of stack per thread, as in test_attention_aot.py: (kernel, arch, head_dim, grouped heads)
 STACK = 16
 SPILLS = {}
 
@@ -30,7 +30,7 @@ def norm(arch, width, needed, **arguments):
 
 
 def sample():
-    # Triton 3.8 and 3.9 crashed on this one for sm_90, where nothing but biases is trained
+    # Triton 3.8 and 3.9 crashed on this one for sm_90, where only biases are trained
     yield norm(90, 40, (False, True, True), dropout=True, residual=True)
     yield attention(86, 64, right=0)
     yield attention(120, 64, backward=False)
@@ -55,7 +55,7 @@ def everything():
 
 
 def test_what_the_launchers_pass_compiles():
-    """In processes of their own, as a compiler that crashes takes its process with it."""
+    """Each case has a process of its own, because a crash of the compiler ends its process."""
     wanted = [*sample(), *(everything() if ALL else ())]
     results = compilations.run(json.dumps(wanted), timeout=14400 if ALL else 300)
     assert len(results) == len(wanted)

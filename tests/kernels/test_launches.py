@@ -1,6 +1,6 @@
-"""What one step of an encoder layer with dropout runs: nothing but attention, products and fused passes, counted.
+"""What one step of an encoder layer with dropout runs: only attention, products and fused passes, counted.
 
-Counted are the ops that reach the dispatcher on the CPU, views and allocations left out, and the kernels that Triton
+Counted are the ops that reach the dispatcher on the CPU, without views and allocations, and the kernels that Triton
 launches in the interpreter. docs/lab/gpu-rows.md has the table.
 """
 
@@ -53,7 +53,7 @@ def test_ops_of_a_training_step(norm_first, backend):
     passes = {"norm_bwd": 2, "activation_bwd": 1} | ({"dropout_fwd": 1} if norm_first else {})
     for name, count in ({"attention_bwd": 1, "product": 8} | passes).items():
         assert backward.ops.pop(name) == count, name
-    # bias gradients that no norm makes: of in_proj, and before the last dropout; q, k and v together; two branches
+    # bias gradients that no norm computes: of in_proj, and before the last dropout; q, k and v together; two branches
     most = {"sum": 2 if norm_first else 1, "stack": 1, "add": 1 if norm_first else 2}
     assert not backward.ops - collections.Counter(most), backward.ops
 

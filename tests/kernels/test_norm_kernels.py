@@ -1,7 +1,7 @@
 """The raw norm and dropout ops of the GPU kernels against the reference in fp64.
 
 triton: on a GPU, or on CPU tensors in a process with TRITON_INTERPRET=1. native: on a GPU. emulated: the sources of the
-native kernels and their wrappers, compiled for the CPU, where there is no GPU.
+native kernels and their wrappers, compiled for the CPU; used if there is no GPU.
 """
 
 import random
@@ -10,7 +10,8 @@ import emulate_cuda
 import pytest
 import torch
 from memory_guard import guarded
-from oracle import BACKWARD, assert_accurate
+from norm_cases import rows_case
+from oracle import assert_accurate
 
 import fastattn
 from fastattn import reference
@@ -27,7 +28,7 @@ class Kernels:
             setattr(self, op, getattr(getattr(namespace, op), overload))
 
     def counted(self, monkeypatch):
-        """A function that tells how many kernels were launched since it was called last."""
+        """A function that returns the number of kernels launched since its last call."""
         if self.name == "emulated":
             emulate_cuda.load.launches()
             return emulate_cuda.load.launches
@@ -68,80 +69,12 @@ def skip_interpreted(kernels, reason):
         pytest.skip(reason)
 
 
-class Case:
-    """Operands of one call, and what the reference makes of them in fp64 and PyTorch in their own dtypes."""
-
-    def __init__(
-        self, rows, cols, x=FP32, residual=None, weight=FP32, bias=FP32, rms=False, p=0.0, dr_out=True, seed=0,
-        x_bias=None,
-    ):  # fmt: skip
-        generator = torch.Generator().manual_seed(seed)
-
-        def randn(*shape, dtype):
-            return None if dtype is None else torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-
-        self.x, self.residual = randn(rows, cols, dtype=x) * 3 + 1, randn(rows, cols, dtype=residual)
-        self.weight, self.bias = randn(cols, dtype=weight), randn(cols, dtype=None if rms else bias)
-        self.rng = torch.tensor([seed * 7919 - 2**45, 2**33 + seed], device=DEVICE) if p else None
-        self.x_bias = randn(cols, dtype=x_bias)
-        self.rms, self.p = rms, p
-        self.plain = residual is None and x_bias is None and not p
-        self.dy = randn(rows, cols, dtype=x)
-        self.dr_out = None if self.plain or not dr_out else randn(rows, cols, dtype=residual or x)
-
-    def arguments(self):
-        return self.x, self.residual, self.weight, self.bias, self.rng, self.p, EPS, self.rms, self.x_bias
-
-    def expected(self, dtype=None):
-        """y, r and (dx, dresidual, dweight, dbias, dx_bias) of the reference, computed in `dtype` if given."""
-        leaves = [
-            None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
-            for t in (self.x, self.residual, self.weight, self.bias, self.x_bias)
-        ]
-        y, r = reference.norm(*leaves, eps=EPS, rms=self.rms, dropout_p=self.p, rng=self.rng)
-        outputs, douts = [y], [self.dy.to(y.dtype)]
-        if self.dr_out is not None:
-            outputs, douts = [y, r], [self.dy.to(y.dtype), self.dr_out.to(r.dtype)]
-        wanted = [t for t in leaves if t is not None]
-        grads = iter(torch.autograd.grad(outputs, wanted, douts, allow_unused=True))
-        return y.detach(), r.detach(), [None if t is None else next(grads) for t in leaves]
-
-    def statistics(self, r):
-        r = r.double()
-        mean = r.mean(-1)
-        rstd = ((r if self.rms else r - mean[:, None]).square().mean(-1) + EPS).rsqrt()
-        return (rstd[None] if self.rms else torch.stack((mean, rstd))).float()
-
-    def check(self, kernels):
-        y, r, stats = kernels.norm_fwd(*self.arguments())
-        assert torch.equal(kernels.norm_infer(*self.arguments()), y)
-        y64, r64, grads64 = self.expected(torch.float64)
-        y_own, r_own, grads_own = self.expected()
-        assert_accurate(y, y64, y_own, what="y")
-        if self.plain:
-            assert r.shape == (0,)
-        else:
-            assert_accurate(r, r64, r_own, what="r")
-        saved = self.x if self.plain else r
-        torch.testing.assert_close(stats, self.statistics(saved), rtol=1e-5, atol=1e-5)
-        grads = kernels.norm_bwd(
-            self.dy, self.dr_out, saved, self.weight, stats, self.rng, self.p, self.rms,
-            self.residual is not None, self.weight is not None, self.bias is not None, self.x_bias is not None,
-        )  # fmt: skip
-        names = ("dx", "dresidual", "dweight", "dbias", "dx_bias")
-        for name, got, exact, own in zip(names, grads, grads64, grads_own, strict=True):
-            if exact is None:
-                assert got.shape == (0,), name
-            else:
-                if name == "dx_bias":  # as PyTorch makes it: from dx in its own dtype
-                    own = grads_own[0].float().sum(0)
-                own = own.to(got.dtype)  # dbias and dx_bias come in the dtype of the weight
-                assert_accurate(got, exact, own, factor=BACKWARD, what=name)
-        return y, r, stats, *grads
+def make_case(*args, **kwargs):
+    return rows_case(*args, **kwargs, device=DEVICE)
 
 
-# widths on both sides of every boundary of the kernels' tables; 8192 < and 16384 < are walked over in pieces,
-# and so is 2051, which is not aligned, in the native backward
+# Widths on both sides of every boundary in the kernels' tables. Rows of more than 8192 and 16384 columns are read in
+# pieces; so is 2051, which is not aligned, in the native backward.
 @pytest.mark.parametrize(
     ("rows", "cols"),
     [(1, 1), (3, 8), (17, 64), (5, 100), (9, 128), (7, 264), (6, 768), (5, 1000), (3, 1023), (3, 2048), (2, 2056),
@@ -151,11 +84,11 @@ def test_widths(kernels, rows, cols):
     if cols > 10000 or cols == 2051:
         skip_interpreted(kernels, "slow in the interpreter, where test_norm.py has such widths")
     for x_bias in (FP32,) if cols > 10000 else (None, FP32):
-        Case(rows, cols, FP32, FP32, p=0.1, seed=cols, x_bias=x_bias).check(kernels)
+        make_case(rows, cols, FP32, FP32, dropout_p=0.1, seed=cols, x_bias=x_bias).check_raw(kernels)
 
 
 def test_more_wide_rows_than_are_in_flight(kernels, monkeypatch):
-    """Sums over rows that a strip of columns takes several turns for, the last one not full."""
+    """Sums over more rows than a strip of columns processes at once; the last iteration is not full."""
     rows, cols = 140, 8200
     if kernels.name == "triton" and DEVICE == "cpu":
         from fastattn.kernels.common import Launch
@@ -163,15 +96,15 @@ def test_more_wide_rows_than_are_in_flight(kernels, monkeypatch):
         strip = Launch(8, 64, 16)
         monkeypatch.setattr("fastattn.kernels.norm.STRIP", strip)  # 128 rows at a time are slow in the interpreter
         rows, cols = 21, 4104
-    Case(rows, cols, FP32, x_bias=FP32).check(kernels)
+    make_case(rows, cols, FP32, x_bias=FP32).check_raw(kernels)
 
 
 def test_x_bias_changes_nothing_else(kernels):
-    """Gradients beside dx_bias keep their bits, with and without it, on held and on wide rows."""
+    """dx_bias does not change the bits of other gradients, for rows held in registers and for wide rows."""
     for cols in (96, 2056, 8200):
-        case = Case(40 if cols < 100 else 3, cols, FP32, FP32, p=0.1, x_bias=FP32)
+        case = make_case(40 if cols < 100 else 3, cols, FP32, FP32, dropout_p=0.1, x_bias=FP32)
         _, r, stats = kernels.norm_fwd(*case.arguments())
-        rest = (case.dy, case.dr_out, r, case.weight, stats, case.rng, case.p, False, True, True, True)
+        rest = (case.dy, case.dr_out, r, case.weight, stats, case.rng, case.dropout_p, False, True, True, True)
         *plain, none = kernels.norm_bwd(*rest)
         *beside, dx_bias = kernels.norm_bwd(*rest, True)
         assert none.shape == (0,)
@@ -184,16 +117,16 @@ def test_x_bias_changes_nothing_else(kernels):
 @pytest.mark.parametrize("x_bias", [None, FP32])
 @pytest.mark.parametrize("cols", [100, 1024, 4096, 20000])
 def test_number_of_launches(kernels, monkeypatch, x_bias, cols):
-    """One forward; backward one, and one for the sums over rows, whatever the width."""
+    """One launch forward; backward one, and one more for the sums over rows, whatever the width."""
     if DEVICE == "cuda":
         pytest.skip("launches are counted in the emulation and in the interpreter")
-    case = Case(3, cols, FP16, FP32, p=0.1, x_bias=x_bias)
+    case = make_case(3, cols, FP16, FP32, dropout_p=0.1, x_bias=x_bias)
     launches = kernels.counted(monkeypatch)
     _, r, stats = kernels.norm_fwd(*case.arguments())
     assert launches() == 1
     kernels.norm_infer(*case.arguments())
     assert launches() == 1
-    rest = (case.dy, case.dr_out, r, case.weight, stats, case.rng, case.p, False, True)
+    rest = (case.dy, case.dr_out, r, case.weight, stats, case.rng, case.dropout_p, False, True)
     kernels.norm_bwd(*rest, True, True, x_bias is not None)
     assert launches() == 2
     kernels.norm_bwd(*rest, False, False, False)
@@ -209,8 +142,10 @@ def test_number_of_launches(kernels, monkeypatch, x_bias, cols):
 )  # fmt: skip
 def test_dtypes(kernels, x, residual, p, rms):
     skip_interpreted(kernels, "test_norm.py has these in the interpreter")
-    Case(11, 136, x, residual, weight=residual or x, bias=FP32, rms=rms, p=p, seed=7).check(kernels)
-    Case(11, 136, x, residual, weight=residual or x, bias=x, rms=rms, p=p, seed=8, x_bias=x).check(kernels)
+    make_case(11, 136, x, residual, weight=residual or x, bias=FP32, rms=rms, dropout_p=p, seed=7).check_raw(kernels)
+    make_case(11, 136, x, residual, weight=residual or x, bias=x, rms=rms, dropout_p=p, seed=8, x_bias=x).check_raw(
+        kernels
+    )
 
 
 def test_random_cases(kernels):
@@ -221,9 +156,21 @@ def test_random_cases(kernels):
         residual, weight, bias, x_bias = (r.choice([None, FP32, FP16]) for _ in range(4))
         rows, cols, rms = r.randint(8, 70), r.randint(1, 600), r.random() < 0.5
         p, dr_out = r.choice([0.0, 0.1, 0.9]), r.random() < 0.5
-        case = Case(rows, cols, x, residual, weight, bias, rms, p, dr_out, seed, x_bias)
+        case = make_case(
+            rows,
+            cols,
+            x,
+            residual,
+            weight=weight,
+            bias=bias,
+            x_bias=x_bias,
+            rms=rms,
+            dropout_p=p,
+            dr_out=dr_out,
+            seed=seed,
+        )
         try:
-            case.check(kernels)
+            case.check_raw(kernels)
         except AssertionError as error:
             raise AssertionError(
                 f"seed {seed}: {rows}x{cols} {x} {residual} {weight} {bias} {x_bias} rms={rms}"
@@ -233,17 +180,17 @@ def test_random_cases(kernels):
 @pytest.mark.parametrize("cols", [96, 100])
 @pytest.mark.parametrize(("offset", "gap"), [(0, 8), (1, 3), (0, 0)])
 def test_nothing_outside_the_operands_is_read(kernels, cols, offset, gap):
-    case = Case(13, cols, FP32, FP32, p=0.1, x_bias=FP32)
-    want = case.check(kernels)
+    case = make_case(13, cols, FP32, FP32, dropout_p=0.1, x_bias=FP32)
+    want = case.check_raw(kernels)
     for name in ("x", "residual", "dy", "dr_out"):
         setattr(case, name, guarded(getattr(case, name), offset, gap))
     case.weight, case.bias, case.x_bias = (guarded(t[None], offset)[0] for t in (case.weight, case.bias, case.x_bias))
-    for got, expected in zip(case.check(kernels), want, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # another path may round differently
+    for got, expected in zip(case.check_raw(kernels), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # another code path may round differently
 
 
 def test_expanded_operands(kernels):
-    case = Case(6, 64, FP32, FP32, p=0.1)
+    case = make_case(6, 64, FP32, FP32, dropout_p=0.1)
     case.x, case.dy = case.x[:1].expand(6, 64), case.dy[:, :1].expand(6, 64)
     case.residual = case.residual[:, ::2].repeat(1, 2).t().contiguous().t()
     case.weight = case.weight[:1].expand(64)
@@ -251,7 +198,7 @@ def test_expanded_operands(kernels):
     dense = [t.contiguous() if isinstance(t, torch.Tensor) else t for t in case.arguments()]
     for got, want in zip((y, r, stats), kernels.norm_fwd(*dense), strict=True):
         assert torch.equal(got, want)
-    rest = (stats, case.rng, case.p, case.rms, True, True, True, True)
+    rest = (stats, case.rng, case.dropout_p, case.rms, True, True, True, True)
     got = kernels.norm_bwd(case.dy, case.dr_out.t().contiguous().t(), r, case.weight, *rest)
     want = kernels.norm_bwd(case.dy.contiguous(), case.dr_out, r, case.weight.contiguous(), *rest)
     for a, b in zip(got, want, strict=True):
@@ -271,7 +218,7 @@ def test_empty(kernels, shape):
 
 
 def test_more_dimensions_and_no_optional_gradient(kernels):
-    case = Case(12, 40, FP32, FP32)
+    case = make_case(12, 40, FP32, FP32)
     flat = kernels.norm_fwd(*case.arguments())
     shaped = kernels.norm_fwd(case.x.view(2, 3, 2, 40), case.residual.view(2, 3, 2, 40), *case.arguments()[2:])
     assert shaped[0].shape == (2, 3, 2, 40)
@@ -296,14 +243,16 @@ def test_dropout_keeps_what_the_reference_keeps(kernels, rows, cols, p):
 def test_dropout_with_residual(kernels, x, residual):
     if BF16 in (x, residual):
         skip_interpreted(kernels, "the interpreter truncates when it stores bf16")
-    case = Case(9, 72, x, residual, p=0.3)
-    args = case.x, case.p, case.residual, case.rng
-    exact = reference.dropout(case.x.double(), case.p, case.residual.double(), case.rng)
-    assert_accurate(kernels.dropout_fwd(case.x, case.residual, case.rng, case.p), exact, reference.dropout(*args))
+    case = make_case(9, 72, x, residual, dropout_p=0.3)
+    args = case.x, case.dropout_p, case.residual, case.rng
+    exact = reference.dropout(case.x.double(), case.dropout_p, case.residual.double(), case.rng)
+    assert_accurate(
+        kernels.dropout_fwd(case.x, case.residual, case.rng, case.dropout_p), exact, reference.dropout(*args)
+    )
 
 
 def test_rounding_of_r_comes_before_the_statistics(kernels):
-    case = Case(4, 64, FP32, FP16, p=0.1)
+    case = make_case(4, 64, FP32, FP16, dropout_p=0.1)
     y, r, _ = kernels.norm_fwd(*case.arguments())
     again = kernels.norm_infer(r.float(), None, case.weight, case.bias, None, 0.0, EPS, False)
     torch.testing.assert_close(y, again, rtol=1e-5, atol=1e-5)

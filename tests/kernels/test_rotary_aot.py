@@ -1,7 +1,7 @@
-"""The Triton rotary kernel compiles for the GPUs we name: no spills, wide loads and stores, x in registers alone.
+"""The Triton rotary kernel compiles for all target GPUs: no spills, wide loads and stores, x in registers only.
 
-Half-split and interleaved, head dims 32 to 256 with all or a quarter of the channels rotated; dtype and architecture
-rotate. FASTATTN_AOT=all compiles every combination.
+Half-split and interleaved, head dims 32 to 256 with all or a quarter of the channels rotated, with dtypes and
+architectures in turn. FASTATTN_AOT=all compiles every combination.
 """
 
 import itertools
@@ -27,10 +27,10 @@ def config(arch, dtypes, head_dim, rotary_dim, interleaved):
     x, table = dtypes
     types = dict.fromkeys(SIZES, "i32") | {"positions_ptr": "*i64", "cos_ptr": table, "sin_ptr": table}
     types |= dict.fromkeys(("q_ptr", "k_ptr", "out_q_ptr", "out_k_ptr"), x)
-    names = ("BLOCK_M", "BLOCK_H", "BLOCK_HALF", "BLOCK_REST")
-    constants = dict(zip(names, rotary.blocks(32, rotary_dim // 2, head_dim - rotary_dim), strict=True))
-    constants |= {"INTERLEAVED": interleaved, "CONJUGATE": False}
-    return {"module": rotary.__name__, "kernel": "rotary_fwd_kernel", "arch": arch, "num_warps": rotary.WARPS,
+    tile = rotary.pick(32, rotary_dim // 2, head_dim - rotary_dim)
+    constants = {"BLOCK_M": tile.block_m, "BLOCK_H": tile.block_h, "BLOCK_HALF": tile.block_half,
+                 "BLOCK_REST": tile.block_rest, "INTERLEAVED": interleaved, "CONJUGATE": False}  # fmt: skip
+    return {"module": rotary.__name__, "kernel": "rotary_fwd_kernel", "arch": arch, "num_warps": tile.warps,
             "types": types, "constants": constants}  # fmt: skip
 
 
@@ -52,7 +52,9 @@ def test_every_configuration_compiles_without_spills_and_with_wide_accesses():
         print(f"{title}: {used}")
         spills = c["stack"] or c.get("STL") or c.get("LDL") or c["registers"] > 128
         narrow = not c.get("LDG.128") or not c.get("STG.128") or c.get("LDG.U16") or c.get("STG.U16")
-        tables = 2 * 4 * c["constants"]["BLOCK_M"] * c["constants"]["BLOCK_HALF"]  # may change their layout; x must not
+        tables = (
+            2 * 4 * c["constants"]["BLOCK_M"] * c["constants"]["BLOCK_HALF"]
+        )  # these may change their layout in shared memory, but x must not
         if spills or narrow or c["shared"] > tables:
             failures.append(f"{title}: {used}")
     assert not failures, "\n".join(failures)

@@ -1,6 +1,6 @@
 """The CUDA C++ rotary kernels and their wrappers, emulated on the CPU, against the reference in fp64.
 
-On a GPU they are the native backend of test_rotary.py.
+On a GPU, test_rotary.py tests them as the native backend.
 """
 
 import emulate_cuda
@@ -32,7 +32,7 @@ def tables(rows, rotary_dim, dtype=FP32):
 
 
 def check(ops, q, k, cos, sin, positions=None, offset=0, interleaved=False, conjugate=False):
-    """Both results within the project's error rule, and in place the same."""
+    """Check both results against the error rule, and that the in-place results are the same."""
     rotary_dim = 2 * cos.shape[-1]
     rest = (cos, sin, positions, offset, rotary_dim, interleaved, conjugate)
     outs = ops.rotary_fwd.native(q, k, *rest)
@@ -60,7 +60,7 @@ def test_dtypes(ops, x_dtype, table_dtype, interleaved):
     check(ops, q, k, *tables(9, 64, table_dtype or x_dtype), offset=2, interleaved=interleaved)
 
 
-# pairs and rests on both sides of a group of 8, of 32 lanes, and of a multiple of either
+# pairs and copied channels on both sides of a group of 8, of 32 lanes, and of a multiple of either
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("head_dim", "rotary_dim"),
@@ -133,7 +133,7 @@ def test_layouts(ops):
     assert torch.equal(qkv[:, :, 2], v)
     for x in (randn(2, 3, 32, 6).mT, randn(2, 1, 6, 32).expand(2, 3, 6, 32)):
         check(ops, x, None, cos, sin)
-    with pytest.raises(RuntimeError, match="in place takes tensors whose last stride is 1"):
+    with pytest.raises(RuntimeError, match="tensors rotated in place must have last stride 1"):
         ops.rotary_fwd_.native(randn(2, 3, 32, 6).mT, None, cos, sin, None, 0, 32, False, False)
 
 

@@ -1,8 +1,8 @@
-"""The building blocks of the kernels for Hopper, each against a model of its own: tests/support/sm90_units.cu.
+"""The building blocks of the kernels for Hopper, each against an independent model. See tests/support/sm90_units.cu.
 
-On a GPU of compute capability 9.0 the blocks themselves run; elsewhere their software versions in
-tests/support/emulated, and the index functions, which are the same. The models here are written from the PTX ISA and
-share no code with them.
+On a GPU of compute capability 9.0 the blocks themselves run. On other machines their software versions in
+tests/support/emulated run, with the same index functions. The models here are written from the PTX ISA and share no
+code with either.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from hopper import DEVICE, HOPPER
 
 
 def on_hardware():
-    """The units compiled by nvcc, or a skip."""
+    """The units compiled by nvcc; skips if that is not possible."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not os.path.exists(nvcc):
         pytest.skip("no nvcc to compile the units with")
@@ -48,7 +48,7 @@ def units():
 
 
 def call(function, *arguments):
-    """Call a unit with tensors and numbers; its error code is 0."""
+    """Call a unit with tensors and numbers, and check that its error code is 0."""
     converted = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
     assert function(*converted) == 0
     if HOPPER:
@@ -72,11 +72,12 @@ def test_which_element_a_thread_holds(units):
             row = warp * 16 + group + (8 if i % 4 >= 2 else 0)
             assert tuple(found[:2]) == (row, 8 * (i // 4) + 2 * in_group + i % 2)
             accumulators.add(tuple(found[:2]))
-            if i < 4:  # a0..a7, two in a register: rows group, group + 8, group, group + 8; the last four 8 columns on
+            # a0..a7, two per register: rows group, group + 8, group, group + 8; the last four are 8 columns further
+            if i < 4:
                 a_row, a_col = warp * 16 + group + 8 * (i in (1, 3)), 2 * in_group + 8 * (i >= 2)
                 assert tuple(found[2:5]) == (a_row, a_col, a_col + 1)
                 operands.update({(found[2], found[3]), (found[2], found[4])})
-    assert len(accumulators) == 64 * 128  # every element in one thread
+    assert len(accumulators) == 64 * 128  # every element is held by one thread
     assert len(operands) == 64 * 16
 
 
@@ -93,7 +94,7 @@ def test_where_an_element_of_a_tile_lies(units, rows):
     ]
     assert offsets == expected
     assert sorted(offsets) == list(range(0, rows * 256, 2))
-    for col in range(0, 128, 8):  # eight rows of a column of 16-byte chunks meet all 32 banks
+    for col in range(0, 128, 8):  # eight rows of a column of 16-byte chunks use all 32 banks
         assert len({units.unit_tile_offset(row, col, rows) % 128 // 16 for row in range(8)}) == 8
 
 
@@ -137,7 +138,8 @@ def test_descriptors_address_the_tile(units, rows):
 
 
 @pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("at", [(0, 0, 0), (64, 2, 1), (90, 1, 0)])  # the last reaches over the end: zeros, not written
+# the last one extends past the end: it reads zeros and is not written
+@pytest.mark.parametrize("at", [(0, 0, 0), (64, 2, 1), (90, 1, 0)])
 def test_tma_loads_swizzled_and_stores_or_adds_back(units, at, adds):
     batch, heads, rows = 2, 3, 100
     source = integers(batch, rows, heads, 128)
@@ -163,7 +165,7 @@ def test_bulk_reduce_adds_what_every_block_brings(units):
 
 
 def test_maps_that_were_made_before_are_those_that_would_be_made_now(units):
-    """More different maps than are kept, in an order that meets both kept and lost ones; faulty ones are not kept."""
+    """More maps than the cache holds, in an order that hits kept and evicted ones. Invalid ones are not kept."""
     memory = torch.zeros(2**16, dtype=torch.bfloat16, device=DEVICE)
     rng = random.Random(0)
     calls = [
@@ -207,7 +209,7 @@ SHAPES = [  # batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right, top_l
 ]  # fmt: skip
 
 
-# kernel: whether tiles are of keys, their rows, and the block of the other side
+# kernel: whether tiles consist of keys, their rows, and the block of the other side
 TILES = {
     "forward 64": (False, 192, 128), "forward 128, dq": (False, 128, 128), "forward 192": (False, 128, 112),
     "forward 128, full": (False, 128, 176), "forward 256": (False, 128, 80), "dk and dv": (True, 128, 64),
@@ -215,7 +217,7 @@ TILES = {
 
 
 def schedule(units, shape, kind, head_dim=128, with_dq=False):
-    """(tiles, 7): batch, head, row, and of the blocks of the other side begin, full_begin, full_end, end."""
+    """(tiles, 7): batch, head, row, and begin, full_begin, full_end, end of the blocks of the other side."""
     room = 10_000
     found = (ctypes.c_int * (7 * room))()
     of_keys, rows, block = TILES[kind]
@@ -247,13 +249,13 @@ def test_schedule_visits_every_tile_once_and_every_visible_pair(shape, kind, uni
         assert all(begin <= n < end for n, seen in enumerate(some) if seen)
         assert (begin == end) == (not any(some))
         assert all(every[full_begin:full_end])
-        assert sum(every[begin:end]) == full_end - full_begin  # none is masked without need
+        assert sum(every[begin:end]) == full_end - full_begin  # no block is masked needlessly
 
 
 @pytest.mark.parametrize("size", [128, 192])
 @pytest.mark.parametrize("lengths", [(), (0,), (300, 0, 0, 128, 1), (128,) * 40, (1,) * 300, (5000,)])
 def test_tiles_of_packed_rows(lengths, size, units):
-    """Each row is in one tile; there are no more than rows and sequences ask for, however long the longest is."""
+    """Each row is in one tile. The number of tiles follows from rows and sequences, not from the longest one."""
     ends = [0, *itertools.accumulate(lengths)]
     for behind in (0, 1, 500):
         total, room = ends[-1] + behind, 10_000
@@ -275,13 +277,13 @@ def test_schedule_takes_the_longest_tiles_of_a_set_first_and_balances_the_blocks
     heads = (tiles[:, 0] * 16 + tiles[:, 1]).view(4, 512)
     for group in range(4):  # 16 heads of 4096 positions are 32 MiB of keys and values
         assert set(heads[group].tolist()) == set(range(16 * group, 16 * group + 16))
-    step = 128 // TILES[kind][2]  # blocks that a tile sees less than the one before
+    step = 128 // TILES[kind][2]  # a tile sees this many blocks less than the one before
     assert work == 4 * [length for length in range(32 * step, 0, -step) for _ in range(16)]
-    done_at = [0] * 132  # 132 multiprocessors, each of which takes the next tile when it has done one
+    done_at = [0] * 132  # 132 multiprocessors, each of which takes the next tile when it is idle
     for length in work:
         done_at[done_at.index(min(done_at))] += length
     assert max(done_at) <= 1.02 * sum(work) / 132
-    if kind == "dk and dv":  # with the sums of dq 8 heads are 32 MiB
+    if kind == "dk and dv":  # with the sums of dq, 8 heads are 32 MiB
         tiles = schedule(units, shape, kind, with_dq=True)
         heads = (tiles[:, 0] * 16 + tiles[:, 1]).view(8, 256)
         assert [sorted(set(group.tolist())) for group in heads] == [[*range(8 * n, 8 * n + 8)] for n in range(8)]
@@ -333,7 +335,7 @@ PLANTED = {
     "PLANT_WRITE_IN_FLIGHT": "shared memory changed while a product read it",
     "PLANT_USE_BEFORE_WAIT": "an accumulator was written while a product ran",
     "PLANT_NO_READ": "a block ended while copies were running",
-    "PLANT_NO_EMPTY": "",  # wrong numbers, or an mbarrier with more arrivals than it was made for
+    "PLANT_NO_EMPTY": "",  # wrong numbers, or more arrivals at an mbarrier than it was initialised for
 }
 
 

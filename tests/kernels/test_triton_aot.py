@@ -1,6 +1,6 @@
-"""The Triton kernels of norm and dropout compile for the GPUs we name, without spills and with wide loads and stores.
+"""The Triton kernels of norm and dropout compile for all target GPUs, without spills and with wide loads and stores.
 
-Every row of the kernels' tables is compiled once, with dtype and architecture rotating, the largest for every
+Every row of the kernels' tables is compiled once, with dtypes and architectures in turn, and the largest for every
 architecture. FASTATTN_AOT=all compiles every row for every dtype and architecture (some minutes).
 """
 
@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import aot
 
 from fastattn.kernels import dropout, norm
+from fastattn.kernels.common import launch_for
 
 ARCHS = (80, 90, 100)
 DTYPES = (("*bf16", "*bf16"), ("*fp16", "*fp32"), ("*fp32", "*fp32"))  # of x and of the residual
@@ -36,27 +37,27 @@ def config(module, kernel, arch, dtypes, num_warps, **constants):
     types |= dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr"), "*fp32" if x == "*fp32" else x)
     if kernel.startswith("norm_"):
         constants["RMS"] = False
-    if kernel == "norm_bwd_kernel" and constants["BLOCK_N"] > norm.BIASED_HELD:
+    if kernel == "norm_bwd_kernel" and constants["BLOCK_N"] > norm.BIASED_COLS:
         constants["dx_bias_ptr"] = None
     return {"module": module.__name__, "kernel": kernel, "arch": arch, "num_warps": num_warps, "types": types,
             "constants": constants}  # fmt: skip
 
 
-def tiled(kernel, arch, dtypes, row):
-    return config(norm, kernel, arch, dtypes, row.warps, BLOCK_M=row.block_m, BLOCK_N=row.block_n)
+def tiled(kernel, arch, dtypes, row, module=norm):
+    return config(module, kernel, arch, dtypes, row.warps, BLOCK_M=row.block_m, BLOCK_N=row.block_n)
 
 
 def configs(everything):
-    """One function (arch, dtypes) -> configuration per row of the tables; the last of a table is its largest."""
+    """The configurations to compile. A table has a function of (arch, dtypes) per row; the last one is its largest."""
     tables = [
-        [lambda a, d, row=row: tiled("norm_fwd_kernel", a, d, row) for row in norm.FORWARD.values()],
-        [lambda a, d, row=row: tiled("norm_bwd_kernel", a, d, row) for row in norm.BACKWARD.values()],
+        [lambda a, d, row=row: tiled("norm_fwd_kernel", a, d, row) for row in norm.FORWARD],
+        [lambda a, d, row=row: tiled("norm_bwd_kernel", a, d, row) for row in norm.BACKWARD],
         [lambda a, d: config(norm, "norm_fwd_wide_kernel", a, d, norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)],
         [lambda a, d: config(norm, "norm_bwd_wide_kernel", a, d, norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)],
         [lambda a, d: tiled("norm_bwd_strip_kernel", a, d, norm.STRIP)],
         [lambda a, d: tiled("add_up_kernel", a, d, norm.SUM)],
-        [lambda a, d, n=n: config(dropout, "dropout_fwd_kernel", a, d, dropout.WARPS, BLOCK_M=dropout.TILE // n,
-                                  BLOCK_N=n) for n in dropout.WIDTHS],
+        [lambda a, d, row=row: tiled("dropout_fwd_kernel", a, d, row, dropout)
+         for row in (dropout.TABLE[0], dropout.TABLE[-1])],
     ]  # fmt: skip
     if everything:
         return [make(a, d) for table in tables for make in table for a in ARCHS for d in DTYPES]
@@ -77,7 +78,7 @@ def test_every_configuration_compiles_without_spills_and_with_wide_accesses():
         used = {name: c.get(name, 0) for name in ("registers", "stack", "LDG.128", "STG.128", "LDL", "STL")}
         print(f"{title}: {used}")
         spills = c["stack"] or c.get("STL") or c.get("LDL") or c["registers"] > 255
-        # sums over rows end with about one fp32 number a thread
+        # sums over rows end with about one fp32 number per thread
         narrow = not c.get("LDG.128") or not (c.get("STG.128") or c["kernel"] in SUMS)
         if spills or narrow:
             failures.append(f"{title}: {used}")
@@ -85,9 +86,10 @@ def test_every_configuration_compiles_without_spills_and_with_wide_accesses():
 
 
 def test_one_row_compiles():
-    """An argument that is 1 is a constant to the compiler, without a tensor's methods; the interpreter hides it."""
+    """An argument of 1 is a constant for the compiler and lacks the methods of a tensor; the interpreter hides this."""
     tables = {
-        "norm_fwd_kernel": norm.FORWARD[512], "norm_bwd_kernel": norm.BACKWARD[512], "norm_bwd_strip_kernel": norm.STRIP
+        "norm_fwd_kernel": launch_for(norm.FORWARD, 512), "norm_bwd_kernel": launch_for(norm.BACKWARD, 512),
+        "norm_bwd_strip_kernel": norm.STRIP,
     }  # fmt: skip
     wanted = [tiled(kernel, 90, DTYPES[0], row) for kernel, row in tables.items()]
     wanted += [

@@ -22,7 +22,7 @@ def script():
 
 
 def timer(times, default):
-    """Milliseconds by row; every other row takes `default`."""
+    """Returns milliseconds by row; all other rows take `default`."""
     return lambda table, key, variant: times.get(getattr(table[key], variant), default)
 
 

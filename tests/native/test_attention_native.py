@@ -1,4 +1,4 @@
-"""The C++ attention kernels against the reference in fp64, feature by feature and at random."""
+"""The C++ attention kernels against the reference in fp64, feature by feature and in random combinations."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ REASON = why_not_available("native", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no C++ kernels for the CPU: {REASON}")
 
 SEEDS = 500
-PARTS = 8  # pytest shows where it is
+PARTS = 8  # so that pytest shows the progress
 
 
 check = functools.partial(attention_cases.check, backend="native")
@@ -49,7 +49,8 @@ def test_fixed_shapes(dtype, monkeypatch):
         check(monkeypatch, f"{head_dim} {head_dim_v}", q, k, v, causal=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])  # in fp16 the products of PyTorch, our yardstick, take seconds
+# in fp16 the products of PyTorch, which set the error bound, take seconds
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_a_thousand_keys(dtype, monkeypatch):
     for seqlen_q, seqlen_k in ((1023, 1024), (1024, 1023)):
         q, k, v = qkv(1, 1, seqlen_q, seqlen_k, 64, dtype)
@@ -57,7 +58,7 @@ def test_a_thousand_keys(dtype, monkeypatch):
 
 
 def test_few_heads_divide_their_keys(monkeypatch):
-    """Below eight heads the pieces of the keys are tasks: dq waits for its turn, or has a pass of its own."""
+    """With fewer than eight heads the pieces of the keys are tasks: dq waits for its turn, or has a pass of its own."""
     q, k, v = qkv(1, 1, 70, 1100, 32)
     check(monkeypatch, "one head", q, k, v, causal=True)
     check(monkeypatch, "window", q, k, v, window=(300, 5), seqlens_k=torch.tensor([1000], dtype=torch.int32))
@@ -81,7 +82,7 @@ def test_every_broadcast_of_a_bias_gets_its_gradient(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whole_tiles_of_a_bias(dtype, monkeypatch):
-    """64 queries by 64 keys without a mask: the bias is added where it lies, also from rows an odd stride apart."""
+    """64 queries by 64 keys without a mask: the bias is read in place, also from rows with an odd stride."""
     q, k, v = qkv(2, 4, 130, 200, 16, dtype, kv_heads=2)
     for batch in (1, 2):
         bias = normal(batch, 4, 130, 201, dtype=dtype).detach()[..., :200].requires_grad_()
@@ -93,7 +94,7 @@ def test_whole_tiles_of_a_bias(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32])
 def test_minus_infinity_in_whole_tiles_of_a_bias(bias_dtype, dtype):
-    """Keys that a tile hides in part or as a whole, at its beginning or not, with NaN standing in them."""
+    """A tile hides keys partly or completely, at its beginning or not, and the hidden keys are NaN."""
     clean = [t.detach() for t in qkv(1, 2, 128, 192, 16, dtype)]
     hidden = torch.zeros(192, dtype=torch.bool)
     hidden[[3, 70, 71]] = True
@@ -156,7 +157,7 @@ def test_what_stands_in_hidden_keys_does_not_matter(dtype):
 
 
 def test_very_negative_and_very_large_scores(monkeypatch):
-    """Keys past a tile's end must not come back as exp(0 - lse) where lse << -89."""
+    """Keys past the end of a tile must not contribute exp(0 - lse) if lse is far below -89."""
     q, k, v = qkv(1, 2, 64, 66, 16)
     for shift in (-200.0, -1e4):
         check(monkeypatch, f"bias {shift}", q, k, v, bias=torch.full((64, 66), shift))
@@ -209,7 +210,7 @@ def test_strides_layouts_and_memory(monkeypatch):
 @pytest.mark.parametrize("dim", range(3))
 @pytest.mark.parametrize("name", ["q", "k", "v", "mask", "bias", "do"])
 def test_offsets_beyond_two_to_the_31(name, dim):
-    """One dimension is spread over 2^31 elements, in memory that is reserved and hardly touched."""
+    """One dimension is spread over 2^31 elements, in memory that is reserved but hardly touched."""
     q, k, v = (t.detach() for t in qkv(3, 3, 3, 3, 16, torch.float16))
     tensors = {"q": q, "k": k, "v": v, "do": normal(3, 3, 3, 16).half(), "bias": normal(3, 3, 3, 3).half()}
     tensors = {label: t.detach() for label, t in tensors.items()} | {"mask": normal(3, 3, 3, 3, seed=1) > -0.3}
@@ -226,11 +227,11 @@ def test_offsets_beyond_two_to_the_31(name, dim):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_memory_held_before_does_not_matter(dtype):
-    """Under the diagonal much of a tile is never written; what the kernels allocate is full of NaN here."""
+    """Much of a tile above the diagonal is never written. Here the memory that the kernels allocate is full of NaN."""
     q, k, v = qkv(1, 4, 100, 150, 16, dtype)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # the memory of this thread
+        torch.set_num_threads(1)  # uses the memory of this thread
         for features in ({}, {"softcap": 2.0}, {"bias": normal(100, 150, dtype=dtype), "sink": normal(4)}):
             for kwargs in ({"causal": True}, {"window": (20, 3), "dropout_p": 0.2}):
                 first = results(q, k, v, features | kwargs, "native")
@@ -255,7 +256,7 @@ def test_empty_sizes(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_keeps_exactly_what_the_reference_keeps(dtype):
-    """With v the identity the output is the dropped weights themselves."""
+    """With v = identity, the output is the matrix of dropped weights."""
     q, k, _ = qkv(2, 3, 70, 100, 16, dtype)
     v = torch.eye(100).to(dtype).expand(2, 3, 100, 100)
     torch.manual_seed(3)
@@ -343,7 +344,7 @@ print((pages("VmHWM") - before) / needed)
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux alone tells the peak of a process")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_that_of_the_tensors(dtype):
-    """Forward and backward at seqlen 16384: inputs, outputs, gradients and a tenth, in a process of its own."""
+    """Forward and backward at seqlen 16384 need inputs, outputs, gradients and a tenth more, in a separate process."""
     assert 0.9 < float(run_code(PEAK_TEST, dtype)) <= 1.1
 
 
@@ -409,7 +410,7 @@ def test_raw_ops_pass_opcheck():
 
 
 def test_a_call_without_features_makes_no_lse(monkeypatch):
-    """It has a raw op of its own, whose every bit is that of the other one; what has a feature goes past it."""
+    """Such a call has a raw op of its own with the same bits. Calls with a feature do not use it."""
     seen, infer = [], torch.ops.fastattn.attention_infer.native
     monkeypatch.setitem(_ops["infer"].direct, "native", lambda *args: seen.append(args) or infer(*args))
 
@@ -537,7 +538,7 @@ print(fastattn._native.cpu_capability())
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_lower_instruction_sets(capability):
-    """The one in use is tested above; a machine that lacks one runs the next lower, and says so."""
+    """The instruction set in use is tested above. A machine that lacks one runs the next lower one and says so."""
     used = run_code(CAPABILITY_TEST, FASTATTN_CPU_CAPABILITY=capability).strip()
     words = fastattn._native.CPU_CAPABILITIES
     assert words.index(used) <= words.index(capability)

@@ -21,7 +21,7 @@ gemm = torch.ops.fastattn.gemm.native
 gemm_add = torch.ops.fastattn.gemm_add_.native
 
 SIZES = (0, 1, 2, 5, 6, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 130)
-# around the steps in which k is summed, and more rows than a task takes
+# around the steps in which k is summed, and more rows than one task
 LARGE = ((300, 200, 1100), (7, 130, 770), (1, 77, 1500), (400, 65, 385), (64, 48, 384), (65, 48, 383))
 LAYOUTS = ("dense", "transposed", "gaps", "transposed gaps", "gaps in both", "expanded")
 
@@ -42,7 +42,7 @@ def matrix(rows, cols, layout):
 
 
 def operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b):
-    """(a, b as the op takes them, a (m, k), b (k, n))."""
+    """(a and b as the op takes them, a as (m, k), b as (k, n))."""
     a = matrix(*((k, m) if transpose_a else (m, k)), layout_a)
     b = matrix(*((n, k) if transpose_b else (k, n)), layout_b)
     return a, b, a.t() if transpose_a else a, b.t() if transpose_b else b
@@ -59,7 +59,8 @@ def test_against_fp64(layout_a, layout_b, transpose_a, transpose_b):
     for m, n, k in sizes:
         a, b, left, right = operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b)
         exact, baseline = left.double() @ right.double(), left.contiguous() @ right.contiguous()
-        # PyTorch sums a result of one row or column in several parts, which one chain of k additions cannot reach
+        # PyTorch sums a result with one row or column in several parts, more accurately than a single chain of k
+        # additions
         bound = (left.abs() @ right.abs()).max().item() if m * n else 0.0
         check = functools.partial(assert_accurate, slack=4 * FP32_EPS * bound)
         what = f"{m} x {n} x {k}"
@@ -94,7 +95,7 @@ def test_bits_do_not_depend_on_threads_or_on_the_other_rows(transpose_a, transpo
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability):
-    """A higher one than the processor has is the best that it has: then this is the test above once more."""
+    """If the processor lacks a set, its best one is used, which repeats the test above."""
     code = (
         "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'fp64 and gaps-dense or bits',"
         f" {__file__!r}]))"

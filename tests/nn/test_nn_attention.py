@@ -16,7 +16,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 
 def cases():
-    """A seeded sample of the product of all options: every value of each option occurs many times."""
+    """A seeded sample of all combinations of options; every value of each option occurs many times."""
     draw = random.Random(0)
     for index in range(100):
         yield {
@@ -65,7 +65,7 @@ def test_matrix(case):
     inputs["attn_mask"] = score_mask(generator, shape, case["attn_mask"], dtype)
     mask = padding_mask(generator, N, seqlen_k, case["padding"], dtype)
     inputs["key_padding_mask"] = mask if mask is None or case["batched"] else mask[0]
-    # torch hides the appended keys from a causal hint, and only then; ours are visible under every mask
+    # torch hides the appended keys from a causal hint, and only then; in ours they are visible under every mask
     appended = case["bias_kv"] or case["zero"]
     options = {
         "is_causal": case["is_causal"] and case["attn_mask"] == "causal" and not appended,
@@ -77,7 +77,7 @@ def test_matrix(case):
         key = query if key is None else key
         return module(query, key, key if value is None else value, **masks, **options)
 
-    # a hint drops the mask in ours, and the mask's gradient with it
+    # with a hint ours ignores the mask, so the mask gets no gradient
     constant = ("attn_mask",) if options["is_causal"] else ()
     compare(ours, theirs, call, inputs, case["dtype"] == "autocast", constant)
 
@@ -109,7 +109,7 @@ def test_output_and_weights_shapes():
 
 
 def test_projections_reach_the_op_without_copies(monkeypatch):
-    """Self-attention hands over views of the packed product, in both layouts."""
+    """Self-attention passes views of the packed projection to the op, in both layouts."""
     seen = []
 
     def spy(q, k, v, **options):
@@ -128,7 +128,7 @@ def test_projections_reach_the_op_without_copies(monkeypatch):
 
 
 def test_padding_mask_stays_small(monkeypatch):
-    """key_padding_mask becomes a (batch, 1, 1, seqlen_k) mask, beside any attn_mask; nothing of batch × L × S."""
+    """key_padding_mask becomes a (batch, 1, 1, seqlen_k) mask, even with an attn_mask; no tensor is batch × L × S."""
     seen = []
 
     def spy(q, k, v, *, mask, bias, **options):
@@ -152,7 +152,7 @@ def test_padding_mask_stays_small(monkeypatch):
 
 class TestDropout:
     def test_weights_are_those_of_the_output(self):
-        """What need_weights returns in training, times v, is the output."""
+        """In training, the weights returned by need_weights, times v, are the output."""
         module = nn.MultiheadAttention(E, H, 0.5, batch_first=True, dtype=torch.float64)
         x = torch.randn(N, L, E, dtype=torch.float64)
         out, weights = module(x, x, x, average_attn_weights=False)
@@ -276,7 +276,7 @@ def test_constructor_errors():
 
 
 def test_merge_masks_is_an_override_point():
-    """torch's fast path asks merge_masks; so does a subclass of ours that overrides it."""
+    """torch's fast path calls merge_masks; so does a subclass of ours that overrides it."""
     asked = []
 
     class Merging(nn.MultiheadAttention):

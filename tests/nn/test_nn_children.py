@@ -1,4 +1,4 @@
-"""What users hang on a layer takes effect: overridden blocks, hooks, LoRA, pruning, replaced children."""
+"""User changes to a layer take effect: overridden blocks, hooks, LoRA, pruning, replaced children."""
 
 import functools
 
@@ -29,7 +29,7 @@ def assert_same(ours, theirs, x):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """A list that gets an entry for every fused add and norm that ran."""
+    """A list that gets an entry for every fused add and norm."""
     calls = []
 
     def counted(function):
@@ -51,13 +51,13 @@ def fused(monkeypatch):
 def test_untouched_layer_is_fused(name, norm_first, fused):
     ours, theirs, x = build(name, norm_first=norm_first)
     assert_same(ours, theirs, x)
-    assert len(fused) == len(x) + (not norm_first)  # a pre-norm layer ends with the residual add alone
+    assert len(fused) == len(x) + (not norm_first)  # a pre-norm layer ends with a residual add without a norm
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_the_norm_adds_the_biases_before_it_where_they_want_gradients(name, norm_first, monkeypatch):
-    """out_proj of every attention, and linear2 unless the layer ends without a norm; a hooked child keeps its own."""
+    """out_proj of every attention, and linear2 unless the layer ends without a norm; hooked children are called."""
     ours, theirs, x = build(name, norm_first=norm_first)
     added, layer_norm = [], fastattn.nn.sublayers.layer_norm
 
@@ -92,7 +92,7 @@ def test_the_norm_adds_the_biases_before_it_where_they_want_gradients(name, norm
 
 
 class Doubled:
-    """A block doubled, in the way a user's subclass would."""
+    """A block that doubles its result, as a user's subclass might."""
 
     def _sa_block(self, *args, **kwargs):
         return 2 * super()._sa_block(*args, **kwargs)
@@ -134,7 +134,7 @@ def test_block_set_on_the_object(fused):
 
 
 def test_overridden_self_attention_block_gets_float_masks():
-    """torch's encoder layer hands on 0 and -inf, and code of users feeds that to scaled_dot_product_attention."""
+    """torch's encoder layer passes on 0 and -inf, which user code may give to scaled_dot_product_attention."""
     seen = []
 
     class Mine(nn.TransformerEncoderLayer):
@@ -213,7 +213,7 @@ class TestHooks:
 
 
 class LoRA(torch.nn.Module):
-    """A linear layer beside a low-rank one; it keeps `weight` and `bias` visible as such wrappers do."""
+    """A linear layer plus a low-rank one. It exposes `weight` and `bias`, as such wrappers do."""
 
     def __init__(self, base):
         super().__init__()
@@ -246,7 +246,7 @@ class TestReplacedChildren:
         torch.testing.assert_close(ours(*x), plain)
 
     def test_masks_stay_small_beside_lora(self):
-        """A layer composed because of linear1 still hands bool masks to our attention."""
+        """A layer that calls its children because of linear1 still passes bool masks to our attention."""
         ours, theirs, x = build(LAYERS[0])
         ours.linear1, theirs.linear1 = LoRA(ours.linear1), LoRA(theirs.linear1)
         theirs.load_state_dict(ours.state_dict())
@@ -287,7 +287,7 @@ class TestReplacedChildren:
         ],
     )
     def test_shapes_that_torch_broadcasts(self, name, norm_first, path, shape):
-        """The classes are torch's, and what they compute is: linear layers and norms of rows that others do not fit."""
+        """Linear layers and norms of torch accept shapes that broadcast, so ours must compute the same."""
         ours, theirs, x = build(name, norm_first=norm_first)
         parent, _, child = path.rpartition(".")
         if child == "bias":
@@ -307,7 +307,7 @@ class TestReplacedChildren:
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_the_number_of_heads_may_change(self, name):
-        """torch computes head_dim in every call, and reads no attribute of that name."""
+        """torch computes head_dim in every call and does not read an attribute of that name."""
         ours, theirs, x = build(name)
         for layer in (ours, theirs):
             for module in layer.modules():
@@ -359,7 +359,7 @@ class TestReplacedChildren:
 
 
 def test_classes_in_the_place_of_those_of_torch_stay_fused(monkeypatch):
-    """torch.nn.TransformerEncoder = fastattn.nn.TransformerEncoder and so on is no change of what torch.nn computes."""
+    """torch.nn.TransformerEncoder = fastattn.nn.TransformerEncoder etc. does not count as a patch of torch.nn."""
     torch.manual_seed(0)
     x, calls, op = torch.randn(2, 5, 8), [], fastattn.nn.sublayers.layer_norm
     model = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
@@ -374,7 +374,7 @@ def test_classes_in_the_place_of_those_of_torch_stay_fused(monkeypatch):
                 module, "layer_norm", lambda *args, **kwargs: calls.append(kwargs) or op(*args, **kwargs)
             )
     assert torch.equal(model(x, x), expected)
-    assert sum("residual" in kwargs for kwargs in calls) == 5  # every norm of a sub-layer adds the residual
+    assert sum("residual" in kwargs for kwargs in calls) == 5  # every norm of a sub-layer also adds the residual
     made = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
     calls.clear()
     made(x)

@@ -29,7 +29,7 @@ def causal_mask(length=L):
 
 
 def assert_same_gradients(module, call):
-    """Outputs and parameter gradients of call(module) and of call(compiled module)."""
+    """Compare outputs and parameter gradients of call(module) and of call(compiled module)."""
     twin = copy.deepcopy(module)
     expected, got = call(module), call(compiled(twin))
     torch.testing.assert_close(got, expected)
@@ -138,7 +138,7 @@ def test_forward_mode():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_double_backward(dtype, need_weights):
-    """A gradient penalty: the gradient of the norm of a gradient, against torch's unfused attention."""
+    """A gradient penalty, which is the gradient of the norm of a gradient, against torch's unfused attention."""
     ours, theirs = pair("MultiheadAttention", E, H, dtype=dtype)
     x = torch.randn(L, N, E, dtype=dtype, requires_grad=True)
 

@@ -60,7 +60,7 @@ class TestCausalHint:
     @pytest.mark.parametrize("need_weights", [False, True])
     @pytest.mark.parametrize("padded", [False, True])
     def test_is_trusted_on_every_path_and_joined_with_padding(self, x, padded, need_weights):
-        """The mask beside a hint is not read, whatever it holds, and may even be larger."""
+        """With a hint the mask is not read, whatever it holds, and it may even be larger."""
         ours, theirs = pair("MultiheadAttention", E, H, batch_first=True)
         padding = lengths_mask(6, 4, 2) if padded else None
         got = ours(x, x, x, padding, need_weights, torch.zeros(9, 9), is_causal=True)[0]
@@ -127,7 +127,7 @@ class TestFullyMaskedRows:
 class TestPaddedRows:
     @pytest.mark.parametrize("ours", [True, False])
     def test_stay_finite(self, x, ours):
-        """Our stack leaves values there; torch's turns them to zero before the final norm."""
+        """Our stack keeps values there; torch's sets them to zero before the final norm."""
         layer = nn.TransformerEncoderLayer(E, H, FF, batch_first=True).eval()
         stack = (nn if ours else torch.nn).TransformerEncoder(layer, 2, nn.LayerNorm(E)).eval()
         padding = lengths_mask(6, 4, 2)
@@ -178,7 +178,7 @@ class TestCausalityDetection:
 
     def test_what_is_not_read(self):
         detect = fastattn.nn.masks.is_causal_mask
-        assert not detect(causal_mask().requires_grad_(), None, L)  # its gradient would be lost
+        assert not detect(causal_mask().requires_grad_(), None, L)  # otherwise its gradient would be lost
         assert not detect(causal_mask(), None, L + 1)
         assert not detect(torch.zeros(L, L), None, L)
         assert not detect(None, None, L)
@@ -290,7 +290,7 @@ class TestStrictInLayers:
 
 class TestFastPath:
     def test_private_functions_of_torch_are_never_called(self, x, monkeypatch):
-        """What torch's classes call in evaluation; the switch for it changes nothing here."""
+        """torch's classes call them in evaluation. Its switch for the fast path changes nothing here."""
         stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, FF, batch_first=True), 2).eval()
         attn = nn.MultiheadAttention(E, H, batch_first=True).eval()
         expected = stack(x), attn(x, x, x)[0]
@@ -312,7 +312,7 @@ class TestFastPath:
 
 
 class TestEmptyInputs:
-    """No difference: torch serves them too, but for an empty mask of three dimensions."""
+    """No difference: torch accepts them too, except an empty mask of three dimensions."""
 
     @pytest.mark.parametrize("batch_first", [False, True])
     @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
@@ -330,7 +330,7 @@ class TestEmptyInputs:
 
 class TestMixedDtypes:
     def test_norms_take_weights_of_another_dtype(self, x):
-        """The sum is made in the wider of both, and rounded to the dtype of the input."""
+        """The result is computed in the wider of both dtypes and rounded to the dtype of the input."""
         for name in ("LayerNorm", "RMSNorm"):
             norm = getattr(nn, name)(E)
             torch.nn.init.normal_(norm.weight)
@@ -354,7 +354,8 @@ class TestMixedDtypes:
         layer.linear1.bias = torch.nn.Parameter(layer.linear1.bias.half())
         with pytest.raises(RuntimeError, match="dtype"):
             layer(x)
-        if batch_first:  # torch does by chance: the product with a transposed input adds the bias afterwards
+        # in torch this works only by accident: the product with a transposed input adds the bias afterwards
+        if batch_first:
             theirs(x, x, x)
 
 
@@ -375,7 +376,7 @@ MISTAKES = {
 
 
 class TestErrors:
-    """The classes of errors are torch's; where two arguments are wrong, torch may name the other one."""
+    """The error classes are torch's. If two arguments are wrong, torch may name the other one."""
 
     @pytest.mark.parametrize("need_weights", [False, True])
     @pytest.mark.parametrize("call", MISTAKES)
@@ -388,7 +389,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("wrong", ["key", "value"])
     def test_width_of_keys(self, x, wrong):
-        """An AssertionError where they have their own width, as in torch, which goes by the weights."""
+        """An AssertionError if keys have their own width, as in torch, which looks at the weights."""
         for module in pair("MultiheadAttention", E, H, batch_first=True, kdim=6, vdim=4):
             right = {"key": x[..., :6], "value": x[..., :4]}
             module(x, **right)
@@ -415,7 +416,7 @@ class TestScaledDotProductAttention:
 
     @pytest.mark.parametrize("mask", [torch.ones(L, L, dtype=torch.bool), torch.zeros(L, L)], ids=["bool", "float"])
     def test_a_mask_beside_is_causal_raises(self, mask):
-        """The documentation of torch says so; its kernel for the CPU takes both."""
+        """torch's documentation says so, but its kernel for the CPU accepts both."""
         q = torch.randn(2, H, L, 8)
         with pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal=True"):
             fastattn.scaled_dot_product_attention(q, q, q, mask, is_causal=True)
@@ -425,6 +426,6 @@ class TestScaledDotProductAttention:
         [((2, H, 3, 8), (2, H, 7, 8)), ((2, H, 0, 8), (0, H, 0, 8)), ((2, H, 0, 5), (2, H, 0, 8))],
     )
     def test_sizes_that_do_not_fit_raise(self, k_shape, v_shape):
-        """Also where nothing of them is read."""
+        """Even if nothing of them is read."""
         with pytest.raises(RuntimeError, match="scaled_dot_product_attention: "):
             fastattn.scaled_dot_product_attention(torch.randn(2, H, L, 8), torch.randn(k_shape), torch.randn(v_shape))

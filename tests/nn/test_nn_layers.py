@@ -31,7 +31,7 @@ ACTIVATIONS = {
     "nn.Mish": torch.nn.Mish(),
     "torch.relu": torch.relu,
 }
-SMOOTH = ["gelu", "F.silu", "callable"]  # no modules: a copied decoder layer falls back to relu, see below
+SMOOTH = ["gelu", "F.silu", "callable"]  # no modules: in a copied decoder layer they are replaced by relu, see below
 MASKS = ("tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
 ARGUMENTS = {
     "TransformerEncoderLayer": ("src", "src_mask", "src_key_padding_mask", "is_causal"),
@@ -46,7 +46,7 @@ def cases():
     draw = random.Random(1)
     for index in range(72):
         dtype = draw.choice(list(DTYPES))
-        # at a kink, rounding in half precision decides about whole gradients, torch's as well as ours
+        # at a kink, a rounding error in half precision changes whole gradients, in torch as well as here
         activations = ACTIVATIONS if dtype in ("fp64", "fp32") else SMOOTH
         yield {
             "index": index,
@@ -162,7 +162,7 @@ def test_transformer_errors():
 
 
 class TestDropout:
-    """The fused layers against the specification, drawing the same random states in the same order."""
+    """The fused layers against the reference, with the same random states drawn in the same order."""
 
     P = 0.3
 

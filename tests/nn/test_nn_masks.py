@@ -1,4 +1,4 @@
-"""What the modules tell the attention op: flags and views where they say it all, and no seqlen × seqlen tensor."""
+"""What the modules pass to the attention op: flags and views if these are enough, and no seqlen × seqlen tensor."""
 
 import ctypes
 import weakref
@@ -24,13 +24,13 @@ MODULES = {
 }
 
 
-STACKS = ("TransformerEncoder", "TransformerDecoder", "Transformer")  # they look whether a mask is the causal one
+STACKS = ("TransformerEncoder", "TransformerDecoder", "Transformer")  # these check whether a mask is the causal one
 CASES = [(kind, form) for form in ("full", "hint", "hint_and_mask") for kind in MODULES]
 CASES += [(kind, "mask_detected") for kind in STACKS]
 
 
 def run(kind, module, x, mask, padding, hint):
-    """The module on x, with the arguments under the names it has for them."""
+    """Call the module on x, with the arguments under the names that it uses."""
     if kind == "MultiheadAttention":
         return module(x, x, x, padding, need_weights=False, attn_mask=mask, is_causal=bool(hint))
     if kind.startswith("TransformerEncoder"):
@@ -45,7 +45,7 @@ def run(kind, module, x, mask, padding, hint):
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of memory behind the largest tensor that an operator returns."""
+    """Records the number of elements of the memory behind the largest tensor that an operator returns."""
 
     elements = 0
 
@@ -134,7 +134,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", STACKS)
 def test_a_changed_mask_is_never_taken_for_the_causal_one(kind, change, dtype):
-    """A mask once seen to be causal may change in ways that no version counter shows."""
+    """A causal mask may later change in ways that no version counter shows."""
     torch.manual_seed(0)
     x, mask = torch.randn(N, 8, E), torch.nn.Transformer.generate_square_subsequent_mask(8)
     mask = mask.bool() if dtype == torch.bool else mask.to(dtype)
@@ -151,7 +151,7 @@ def test_a_changed_mask_is_never_taken_for_the_causal_one(kind, change, dtype):
 
 @pytest.mark.parametrize("kind", STACKS)
 def test_a_stack_keeps_no_reference_to_a_mask(kind):
-    """What holds a weak reference to a tensor cannot be swapped, as load_state_dict may be told to do."""
+    """A tensor with a weak reference cannot be swapped, which load_state_dict may be told to do."""
     module, x = MODULES[kind]().eval(), torch.randn(N, S, E)
     module.register_buffer("own", causal_mask())
     run(kind, module, x, module.own, None, None)
@@ -182,7 +182,7 @@ DTYPES = [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float6
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [0, 1, 2, 5, 64, 300, 1500])
 def test_detection_reads_every_element(size, dtype):
-    """The kernel on the CPU and the comparison for other devices agree on masks that differ in one element."""
+    """The kernel for the CPU and the comparison for other devices agree on masks that differ in one element."""
     compared = fastattn.ops._register._is_causal_mask
     mask = torch.ones(size, size).triu(1).bool()
     if dtype != torch.bool:
@@ -209,7 +209,7 @@ def test_detection_reads_every_element(size, dtype):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_recorded_function_reads_its_mask():
-    """What the mask was during the recording says nothing about later calls."""
+    """The content of the mask during recording must not affect later calls."""
     stack, x = MODULES["TransformerEncoder"]().eval(), torch.randn(N, S, E)
     full, causal = torch.zeros(S, S), causal_mask()
     recorded = {

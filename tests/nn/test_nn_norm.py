@@ -73,7 +73,7 @@ def test_empty(name, dims, shape):
 
 
 def test_rms_eps_of_the_accumulator():
-    """eps None is that of fp32 for half and fp32 inputs and that of fp64 for fp64."""
+    """If eps is None, it is that of fp32 for half and fp32 inputs, and that of fp64 for fp64."""
     for dtype, eps in (
         (torch.float64, 2.220446049250313e-16),
         (torch.float32, 1.1920929e-07),
@@ -86,7 +86,7 @@ def test_rms_eps_of_the_accumulator():
 
 
 def test_nested_input():
-    """What a stack of torch hands its final norm."""
+    """torch's stacks pass such inputs to their final norm."""
     sequences = [torch.randn(n, 8) for n in (3, 1, 4)]
     ours, theirs = pair("LayerNorm", 8)
     got = ours(torch.nested.nested_tensor(sequences)).unbind()
@@ -107,7 +107,7 @@ def test_transforms_and_double_backward(name):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_memory_format(requires_grad):
-    """LayerNorm's output is contiguous as in torch, RMSNorm's too, where torch keeps channels_last."""
+    """The output of LayerNorm is contiguous, as in torch. So is RMSNorm's, although torch keeps channels_last."""
     dense = torch.randn(2, 3, 4, 5, requires_grad=requires_grad)
     for x in (
         dense.to(memory_format=torch.channels_last), dense[None].to(memory_format=torch.channels_last_3d),

@@ -1,4 +1,4 @@
-"""Weights that are no plain tensors, quantised or sparse ones: layers leave them to their children, ops to F.linear."""
+"""Quantised or sparse weights: layers leave them to their children, ops to F.linear."""
 
 import copy
 
@@ -10,11 +10,11 @@ import fastattn
 from fastattn import nn
 from fastattn.nn.plain import is_plain
 
-SIZES = [(32, 64), (256, 1024)]  # of the second, oneDNN makes the products on some processors
+SIZES = [(32, 64), (256, 1024)]  # for the second size, oneDNN computes the products on some processors
 
 
 class Half(torch.Tensor):
-    """A stand-in for a quantised weight: half-precision memory, and nothing but products by F.linear."""
+    """A stand-in for a quantised weight: memory in half precision, and only F.linear can use it."""
 
     @staticmethod
     def __new__(cls, weight):
@@ -40,7 +40,7 @@ class Half(torch.Tensor):
 
 def _each_linear(model, change):
     for module in model.modules():
-        if type(module) is torch.nn.Linear:  # not out_proj, whose weight torch.nn takes
+        if type(module) is torch.nn.Linear:  # not out_proj, whose weight torch.nn reads directly
             module.weight = torch.nn.Parameter(change(module.weight.detach()), requires_grad=False)
 
 
@@ -69,7 +69,7 @@ def sizes(request):
 
 @pytest.fixture(autouse=True)
 def _slow_path():
-    torch.backends.mha.set_fastpath_enabled(False)  # torch's own fails on quantised weights
+    torch.backends.mha.set_fastpath_enabled(False)  # torch's own fast path fails on quantised weights
     yield
     torch.backends.mha.set_fastpath_enabled(True)
 

@@ -1,4 +1,4 @@
-"""RotaryEmbedding: its tables, their growth and their dtype, and what it makes of q and k."""
+"""RotaryEmbedding: its tables, their growth and dtype, and the rotation of q and k."""
 
 import copy
 import io
@@ -109,7 +109,7 @@ def test_compile_without_a_graph_break():
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_heads_narrower_than_rotary_dim_are_refused(interleaved):
-    """Tables twice as wide as they should be look like doubled ones, and would rotate by wrong angles."""
+    """Tables that are twice too wide look like doubled ones and would rotate by wrong angles."""
     rotary = RotaryEmbedding(16, max_seqlen=8, interleaved=interleaved)
     with pytest.raises(ValueError, match="RotaryEmbedding: head_dim must be at least rotary_dim 16, got 8"):
         rotary(torch.randn(1, 2, 4, 8))
@@ -253,7 +253,7 @@ HISTORIES = {
 @pytest.mark.parametrize("seqlen", [3, 10, 30])
 @pytest.mark.parametrize("history", HISTORIES)
 def test_trains_right_whatever_was_before(history, seqlen):
-    """The tables hold real, exact numbers that a backward may use, however and wherever they were made or grew."""
+    """The tables hold exact numbers that a backward may use, however and wherever they were computed or grew."""
     rotary = RotaryEmbedding(8, max_seqlen=4)
     made = HISTORIES[history](rotary, randn(1, 2, 10, 8))
     rotary = made if isinstance(made, RotaryEmbedding) else rotary
@@ -271,7 +271,7 @@ def test_trains_right_whatever_was_before(history, seqlen):
 @pytest.mark.parametrize("seqlen", [3, 10])
 @pytest.mark.parametrize("history", [name for name in HISTORIES if "inference_mode" in name])
 def test_trains_compiled_after_inference_mode(history, seqlen):
-    """A compiler cannot ask whether the tables are tensors for inference, which no backward takes."""
+    """The compiler cannot ask whether the tables are inference tensors, which no backward accepts."""
     rotary = RotaryEmbedding(8, max_seqlen=4)
     made = HISTORIES[history](rotary, randn(1, 2, 10, 8))
     rotary = made if isinstance(made, RotaryEmbedding) else rotary
@@ -296,7 +296,7 @@ def test_is_a_leaf_of_a_symbolic_trace():
     for seqlen in (3, 10):
         q, k = randn(1, 2, seqlen, 8), randn(1, 2, seqlen, 8, seed=1)
         torch.testing.assert_close(traced(q, k), model(q, k))
-    # the words are those of the tracer, which differ with what it meets first
+    # the message comes from the tracer and depends on what it traces first
     with pytest.raises(ValueError, match=r"co_varnames|symbolically traced"):
         torch.fx.symbolic_trace(model.rotary)
 
@@ -321,7 +321,7 @@ def test_threads_may_let_it_grow():
 
 
 def test_a_captured_graph_is_a_record(monkeypatch):
-    """Kernels of a capture run at its replay: until then tables that they make hold nothing."""
+    """Kernels in a capture run only at replay, so tables that they compute hold nothing until then."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert is_recorded(types.SimpleNamespace(is_cuda=True))
     monkeypatch.setattr(fastattn.nn.rotary, "is_recorded", lambda x: True)
@@ -339,7 +339,7 @@ def test_tables_that_grow_are_ready_before_other_streams_see_them(monkeypatch):
     monkeypatch.setattr(fastattn.nn.rotary, "_wait_for_streams", wait)
     for seqlen in (3, 10, 10, 4):
         rotary(randn(1, 2, seqlen, 8))
-    assert waited == [(10, 4)]  # once, while the old tables were still those of the module
+    assert waited == [(10, 4)]  # only once, while the module still had the old tables
 
 
 def test_waiting_for_streams_is_for_gpus(monkeypatch):

@@ -1,4 +1,4 @@
-"""Constructors, initialisation, state_dict, copies and pickles are those of torch.nn."""
+"""Constructors, initialisation, state_dict, copies and pickles behave like torch.nn's."""
 
 import copy
 import inspect
@@ -22,7 +22,7 @@ CLASSES = (
 )  # fmt: skip
 STRICT = CLASSES[2:]
 
-# every positional argument is passed by position somewhere
+# every positional argument is passed by position in some entry
 MODULES = [
     ("LayerNorm", (E, 1e-3, True, True), {}),
     ("LayerNorm", ((4, E), 1e-5, True, False), {}),
@@ -175,7 +175,7 @@ def test_reset_parameters_is_an_override_point():
 
 
 def test_old_pickles():
-    """Objects saved before an attribute existed get it when they are loaded."""
+    """Objects saved before an attribute existed get the attribute when they are loaded."""
     attention = nn.MultiheadAttention(E, H)
     state = attention.__dict__.copy()
     del state["_qkv_same_embed_dim"]

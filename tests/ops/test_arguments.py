@@ -1,6 +1,6 @@
-"""Every flag, integer, number, window, choice and table of lengths of every public function, given wrong values.
+"""Every flag, integer, number, window, choice and table of lengths of every public function is given wrong values.
 
-Each is refused by a TypeError or ValueError that names the function and the argument, or taken for what it stands for.
+Each value raises a TypeError or ValueError that names the function and the argument, or is treated as what it means.
 """
 
 import functools
@@ -28,7 +28,7 @@ QKV = dict.fromkeys("qkv", PACKED)
 CACHE = {"k_cache": HEADS_BEHIND, "v_cache": HEADS_BEHIND, "cache_seqlens": LENGTHS}
 NEW = {"k": HEADS_BEHIND[:, :1], "v": HEADS_BEHIND[:, :1], "rotary_cos": COS, "rotary_sin": SIN}
 
-# name in messages and more: (function, positional arguments and keywords that it takes)
+# name in messages, and a suffix: (function, valid positional arguments and keywords)
 CALLS = {
     "attention": (fastattn.attention, (Q, Q, Q), {}),
     "attention packed": (fastattn.attention, (), QKV | {"cu_seqlens_q": CU, "cu_seqlens_k": CU}),
@@ -86,7 +86,7 @@ TABLES = {
     "seqlens_k", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "block_table", "cache_batch_idx",
     "cache_leftpad", "positions", "target",
 }  # fmt: skip
-# test_what_is_no_tensor_is_named in test_messages.py has these; the last two are handed to PyTorch as they are
+# tested by test_what_is_no_tensor_is_named in test_messages.py; the last two are passed to PyTorch unchanged
 OTHERS = set(
     "q k v query key value mask bias attn_mask alibi_slopes sink k_cache v_cache kv qkv rotary_cos rotary_sin x w1 b1"  # noqa: SIM905
     " w2 b2 w_gate b_gate weight x_bias residual cos sin device dtype".split()
@@ -101,7 +101,7 @@ def name(request):
 
 
 def labels(name, kind):
-    """The parameters of a call that are of a kind. `bias` of FeedForward is a flag, of others a tensor."""
+    """The parameters of a call that are of a kind. `bias` of FeedForward is a flag; in other calls it is a tensor."""
     kind = kind | {"bias"} if kind == FLAGS and name == "nn.FeedForward" else kind
     return [label for label in SIGNATURES[name].parameters if label in kind]
 
@@ -109,7 +109,7 @@ def labels(name, kind):
 def call(name, label, value):
     function, args, kwargs = CALLS[name]
     given = SIGNATURES[name].bind_partial(*args, **kwargs).arguments | {label: value}
-    # clones, as some functions write into what they are given
+    # clones, because some functions write into their arguments
     return function(**{k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in given.items()})
 
 
@@ -148,7 +148,7 @@ def test_flags(name):
     ids=["attention", "encoder layer", "decoder layer", "encoder", "decoder", "transformer"],
 )
 def test_flags_of_layers(make, inputs):
-    """torch.nn takes the truth of anything; a text as is_causal must not make a layer causal without a word."""
+    """torch.nn takes the truth value of anything; a text as is_causal must not silently make a layer causal."""
     layer, x = make(), torch.randn(5, 3, 8)
     for label in set(inspect.signature(layer.forward).parameters) & LAYER_FLAGS:
         for value in ("no", 2, 0.5, abs, torch.ones(2), [True]):
@@ -181,9 +181,9 @@ def test_integers(name):
 
 def test_numbers(name):
     wrong = ["0.5", abs, 1j, torch.tensor(1j), *ARRAYS]
-    explained = {"eps"} if "explain" in name else set()  # nothing depends on it there
+    explained = {"eps"} if "explain" in name else set()  # the choice does not depend on it
     check_refused(name, NUMBERS - explained, wrong, TypeError, "must be a number")
-    # eps is as in PyTorch, where NaN and numbers below 0 give NaN
+    # eps behaves as in PyTorch, where NaN and negative numbers give NaN
     check_refused(name, NUMBERS - {"eps"}, [float("nan"), float("inf")], ValueError, "must be")
     check_refused(name, PROBABILITIES, [-0.5, 2.0], ValueError, "must be")
     check_refused(name, {"softcap", "z_loss", "base"}, [-0.5], ValueError, "must be")
@@ -210,13 +210,13 @@ def test_choices(name):
 
 
 def test_tables(name):
-    """A table of another kind, dtype, shape or device."""
+    """A table of a wrong kind, dtype, shape or device."""
     kind = TABLES
     if name.startswith("attention") and "packed" not in name:
         kind = kind - {"cu_seqlens_q", "cu_seqlens_k"}
     if "paged" in name:
-        kind = kind - {"cache_batch_idx"}  # not together with block_table
-    errors = TypeError, ValueError  # the second where the dtype must fit that of others
+        kind = kind - {"cache_batch_idx"}  # cannot be combined with block_table
+    errors = TypeError, ValueError  # RuntimeError if the dtype must match that of other arguments
     wrong = ["a", 0.5, [0, 2, 6], {}, np.array([0, 2, 6], dtype=np.int32), torch.ones(3), torch.ones(3) > 0]
     check_refused(name, kind, wrong, errors, "must be")
     check_refused(name, kind, [torch.zeros(1, 2, 3, dtype=torch.int32)], errors, "must")

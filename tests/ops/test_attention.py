@@ -1,4 +1,4 @@
-"""Attention's public functions: what the arguments mean, what is refused, and the ways PyTorch wraps a call."""
+"""Attention's public functions: the meaning of arguments, refused calls, and PyTorch's wrappers around a call."""
 
 import math
 
@@ -25,7 +25,7 @@ def qkv(batch=2, n_heads=4, seqlen_q=5, seqlen_k=7, head_dim=8, kv_heads=None, h
 
 
 def by_hand(q, k, v, add=None, scale=None):
-    """softmax(scale * q·k + add)·v in fp64 by the shortest formula, for equal numbers of heads; add may hold -inf."""
+    """softmax(scale * q·k + add)·v in fp64 by the shortest formula, for equal numbers of heads; `add` may have -inf."""
     q, k, v = q.double(), k.double(), v.double()
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     weights = torch.softmax(scores if add is None else scores + add, -1)
@@ -72,7 +72,7 @@ def test_each_feature_alone_is_its_formula():
     check(by_hand(q, k, v, -slopes.double()[:, None, None] * (i + 2 - j).abs()), alibi_slopes=slopes)
     capped = 2 * torch.tanh(q.double() @ k.double().mT * 8**-0.5 / 2)
     check(torch.softmax(capped, -1) @ v.double(), softcap=2.0)
-    # bottom-right is measured from seqlens_k
+    # bottom-right alignment is relative to seqlens_k
     off = lengths.view(2, 1, 1, 1) - 5
     check(by_hand(q, k, v, hidden((j < lengths.view(2, 1, 1, 1)) & (j <= i + off))), seqlens_k=lengths, causal=True)
     scores = torch.cat([q.double() @ k.double().mT * 8**-0.5, sink.double().view(1, 4, 1, 1).expand(2, 4, 5, 1)], -1)

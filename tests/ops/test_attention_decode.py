@@ -1,4 +1,4 @@
-"""attention_decode: what a cache means, what is refused, and every backend against the reference in fp64."""
+"""attention_decode: the meaning of a cache, refused calls, and every backend against the reference in fp64."""
 
 import math
 
@@ -15,7 +15,7 @@ from fastattn.ops._backends import why_not_available
 OP = "attention_decode"
 NATIVE = why_not_available("native", "cpu")
 needs_native = pytest.mark.skipif(NATIVE is not None, reason=f"no C++ kernels for the CPU: {NATIVE}")
-SEEDS, PARTS = 240, 8  # pytest shows where it is
+SEEDS, PARTS = 240, 8  # so that pytest shows the progress
 FEW_SEEDS = 24  # in the interpreter
 # small shapes for the interpreter, whose bfloat16 truncates
 SMALL = {
@@ -60,7 +60,7 @@ def test_random_calls_triton(part, monkeypatch, device):
 
 @pytest.mark.parametrize("score", [1e4, 1e6, -1e9, 1e30, -3e38])
 def test_equal_scores_however_large(score, backend, device):
-    """Splits of unequal length count by their keys: their maximum and their sum have room beside each other."""
+    """Splits of unequal length are weighted by their keys, because maximum and sum are stored separately."""
     q, k_cache, v_cache = to(device, *call(capacity=300, seqlen_q=2))
     q, k_cache = torch.ones_like(q), torch.ones_like(k_cache)
     lengths = int32(300, 131)
@@ -94,7 +94,7 @@ def test_steep_alibi(slope, backend, device, monkeypatch):
 
 
 def test_is_attention_on_the_valid_keys(backend, device):
-    """Every feature beside `attention` on the cache cut to its valid keys, sequence by sequence."""
+    """Every feature against `attention` on the valid keys of the cache, sequence by sequence."""
     q, k_cache, v_cache = to(device, *call(seqlen_q=3))
     lengths, leftpad = int32(20, 9), int32(2, 0)
     features = [
@@ -136,7 +136,7 @@ def test_step_by_step_equals_one_causal_call(backend, device):
 
 
 def test_split_counts_agree(backend, device):
-    """Splits change the order of sums only: 1e-5."""
+    """The number of splits only changes the order of sums: 1e-5."""
     q, k_cache, v_cache = to(device, *call(capacity=700, head_dim=16, n_heads=6, kv_heads=2))
     lengths, sink = int32(700, 130).to(device), normal(6).to(device)
     results = [
@@ -150,7 +150,7 @@ def test_split_counts_agree(backend, device):
 
 
 def test_very_negative_scores(backend, device):
-    """lse << -89: a key past the end must not come back as exp(0 - lse)."""
+    """If lse is far below -89, a key past the end must not contribute exp(0 - lse)."""
     q, k_cache, v_cache = to(device, *call(capacity=70, head_dim=16))
     q, k_cache = q.abs() * 10, -k_cache.abs() * 10
     lengths = int32(65, 3).to(device)
@@ -183,7 +183,7 @@ def test_empty_sizes(backend, device):
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_and_memory(dtype):
-    """Misaligned caches with gaps, surrounded by NaN; the same numbers whatever the layout."""
+    """Misaligned caches with gaps, surrounded by NaN. The results are the same for all layouts."""
     q, k_cache, v_cache = call(dtype, capacity=130, head_dim=40, seqlen_q=2)
     kwargs = {"cache_seqlens": int32(130, 77), "backend": "native"}
     expected = fastattn.attention_decode(q, k_cache, v_cache, **kwargs)
@@ -219,7 +219,7 @@ def test_reruns_and_thread_counts_agree_bit_for_bit():
 
 @needs_native
 def test_many_queries_and_wide_heads(monkeypatch):
-    """Rows beyond one block, and a head dim that only the CPU takes."""
+    """More rows than one block, and a head dim that only the CPU supports."""
     q, k_cache, v_cache = call(seqlen_q=150, capacity=400, head_dim=320, n_heads=6, kv_heads=2)
     for window in (None, (100, 0)):
         kwargs = {"cache_seqlens": int32(400, 160), "window": window}
@@ -230,7 +230,7 @@ def test_many_queries_and_wide_heads(monkeypatch):
 
 @needs_native
 def test_offsets_beyond_two_gigabytes():
-    """Cache rows 2^31 elements apart, of which only both ends are memory that is touched."""
+    """The rows of the cache are 2^31 elements apart, and only memory at both ends is touched."""
     q, k_cache, v_cache = call(torch.float16, batch=1, n_heads=1, kv_heads=1, capacity=2, head_dim=16)
     far = torch.empty(2**31 + 16, dtype=torch.float16).as_strided((1, 1, 2, 16), (1, 1, 2**31, 1))
     far[:, :, :1] = k_cache[:, :, :1]
@@ -379,7 +379,7 @@ def test_raw_ops_check_their_arguments():
 @needs_native
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic):
-    """The mutation is functionalised: caches and outputs of the compiled call are those of the eager one."""
+    """The mutation is functionalised: caches and outputs of the compiled call are those of the eager call."""
     torch._dynamo.reset()
 
     def step(q, k_cache, v_cache, k, v, lengths):
@@ -415,7 +415,7 @@ print(fastattn._native.cpu_capability())
 @needs_native
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_lower_instruction_sets(capability):
-    """The one in use is tested above; a machine that lacks one runs the next lower, and says so."""
+    """The instruction set in use is tested above. A machine that lacks one runs the next lower one and says so."""
     used = run_code(CAPABILITY_TEST, FASTATTN_CPU_CAPABILITY=capability).strip()
     words = fastattn._native.CPU_CAPABILITIES
     assert words.index(used) <= words.index(capability)

@@ -1,9 +1,9 @@
 """A finite mask is a number, whatever its size: rows at -1e4, -1e9, -FLT_MAX or +1e38 against the reference in fp64.
 
-A row is empty only by -inf, a boolean mask, causal, window or length. Each row of a bias is of another kind, and is
-judged by itself, so that no row hides behind the numbers of another. Queries of zeros make all scores of a row equal:
-there fp32 loses nothing beside the bias, and what comes out must be right to rounding. With random queries it does, and
-PyTorch's own error is the measure.
+A row is empty only because of -inf, a boolean mask, causal, window or length. Each row of a bias is of another kind
+and is judged by itself, so that large numbers in one row do not hide errors in another. If the queries are zeros, all
+scores of a row are equal: fp32 then loses nothing next to the bias, and the results must be right to rounding. With
+random queries it does lose digits, and PyTorch's own error is the bound.
 """
 
 import math
@@ -19,17 +19,17 @@ from fastattn.ops._backends import why_not_available
 from fastattn.ops.attention import _reference
 
 OP = "attention"
-SQ, SK = 66, 131  # whole tiles and pieces of them; the interpreter, which takes its time, gets one block of queries
+SQ, SK = 66, 131  # whole tiles and parts of them; the slow interpreter gets one block of queries
 LARGEST = torch.finfo(torch.float32).max
 
 pytestmark = [
-    # numpy, in the interpreter: differences of numbers near FLT_MAX
+    # from numpy, in the interpreter: differences of numbers near FLT_MAX
     pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered"),
 ]
 
 
 def row_kinds(seqlen_k, dtype=torch.float32):
-    """(name, row of a bias) for every kind of row, all finite numbers as `dtype` can hold them."""
+    """(name, row of a bias) for every kind of row, with finite numbers that `dtype` can represent."""
     rows = {"0": torch.zeros(seqlen_k)}
     for value in (-1e4, -1e5, -1e6, -1e9, -1e30, -2.4e38, -LARGEST, 1e4, 1e9, 1e38, 2.4e38, LARGEST):
         rows[f"{value:g}"] = torch.full((seqlen_k,), value)
@@ -47,7 +47,7 @@ def row_kinds(seqlen_k, dtype=torch.float32):
 
 
 def bias_of_all_kinds(shape, dtype=torch.float32):
-    """(..., seqlen_q, seqlen_k) whose rows take turns in their kind."""
+    """(..., seqlen_q, seqlen_k) whose rows cycle through the kinds."""
     kinds = torch.stack(list(row_kinds(shape[-1], dtype).values()))
     rows = torch.arange(math.prod(shape[:-1])) % len(kinds)
     return kinds[rows].view(shape).requires_grad_()
@@ -71,8 +71,8 @@ def expected_results(q, k, v, kwargs):
 
 
 def assert_right(got, truth, baseline, what):
-    """Each row of out, lse, dq and dbias by itself, dk and dv as a whole: twice the error of plain PyTorch, three times
-    for gradients, and some units in the last place."""
+    """Judge each row of out, lse, dq and dbias by itself, dk and dv as a whole: twice the error of plain PyTorch, three
+    times for gradients, plus some units in the last place."""
     eps = torch.finfo(got["out"].dtype).eps
     for name, expected in truth.items():
         ours, base = got[name].double(), baseline[name].double()
@@ -86,7 +86,7 @@ def assert_right(got, truth, baseline, what):
             error, allowed, size = (t.amax() for t in (error, allowed, size))
         units = 4e-6 if name == "lse" or eps < 1e-6 else 8 * eps
         allowed = (2 if name in ("out", "lse") else 3) * allowed + units * size.clamp(min=1.0)
-        at = (error / allowed).argmax()  # a NaN is the greatest
+        at = (error / allowed).argmax()  # NaN counts as the largest
         worst, limit = error.flatten()[at], allowed.flatten()[at]
         assert worst <= limit, f"{what} {name}: error {worst:.3g}, allowed {limit:.3g} at {at} in {got[name].dtype}"
 
@@ -127,7 +127,7 @@ def test_rows_of_every_kind(features, scores, backend, device, size):
 
 
 def test_a_kind_of_row_for_all_queries(backend, device, size, interpreted):
-    """A bias without rows, as padding is: one number a key. The gradients are sums over equal rows."""
+    """A bias without rows, like padding: one number per key. Its gradients are sums over equal rows."""
     q, k, v = inputs("zero", size=size, kv_heads=1)
     for name, row in list(row_kinds(size[1]).items())[:: 5 if interpreted else 1]:
         bias = row.view(1, 1, 1, -1).requires_grad_()
@@ -136,7 +136,7 @@ def test_a_kind_of_row_for_all_queries(backend, device, size, interpreted):
 
 @pytest.mark.parametrize("shape", [(1, 1, SQ, 1), (1, 2, 1, 1), (1, 1)])
 def test_a_number_for_whole_rows(shape, backend, device):
-    """A bias that broadcasts over the keys, whose gradients sum up to 0."""
+    """A bias that is broadcast over the keys; its gradients sum to 0."""
     q, k, v = inputs("random")
     for value in (-LARGEST, -1e9, 2.4e38):
         bias = torch.full(shape, value).requires_grad_()
@@ -152,7 +152,7 @@ def test_half_precision(scores, dtype, backend, device, size):
 
 @pytest.mark.parametrize("value", [1e4, 1e9, 1e38, LARGEST])
 def test_large_sinks(value, backend, device, size):
-    """Beside scores without a bias, beside rows of a bias of every kind, and where a row has nothing else."""
+    """With scores without a bias, with rows of a bias of every kind, and in rows that have nothing else."""
     sink = torch.tensor([value, -value]).requires_grad_()
     for dtype in (torch.float16, torch.float32):
         q, k, v = inputs("random", dtype, size)
@@ -165,7 +165,7 @@ def test_large_sinks(value, backend, device, size):
 
 @pytest.mark.parametrize("slope", [0.5, 1e3, 1e7])
 def test_alibi_far_from_all_keys(slope, backend, device, interpreted):
-    """Top-left alignment leaves the last queries far behind the last key."""
+    """With top-left alignment the last queries are far past the last key."""
     slopes = torch.tensor([slope, slope / 3])
     q, k, v = inputs("random", size=(70, 20) if interpreted else (130, 40))
     for kwargs in ({"causal": "top_left"}, {"causal": "top_left", "window": (50, 0)}, {}):
@@ -177,8 +177,8 @@ def test_alibi_far_from_all_keys(slope, backend, device, interpreted):
 
 
 def test_large_scores_without_a_mask(backend, device, size, interpreted):
-    """The lse of a row that one key decides loses what its p lacks to 1. dq and dk are left out: dp - delta, which is 0
-    in PyTorch there, is multiplied by hundreds."""
+    """If one key dominates a row, lse loses the difference of its p from 1. dq and dk are left out: they multiply
+    dp - delta, which PyTorch computes as exactly 0 there, by hundreds."""
     if interpreted:
         pytest.skip("numpy sums k·q in another order than q·k, which shows where scores are 1e5")
     q, k, v = (t.detach() * 100 for t in inputs("random", size=size))
@@ -218,7 +218,7 @@ def test_forward_on_one_backend_and_backward_on_another(order, device):
 
 
 def test_where_another_backend_rounded_the_scores_otherwise():
-    """One unit of a score of 1e9 is 64: no weight may become a power of e for it."""
+    """One unit of a score of 1e9 is 64: it must not turn a weight into a power of e."""
     if reason := why_not_available("native", "cpu"):
         pytest.skip(reason)
     q, k, v = (t.detach() for t in inputs("zero"))
@@ -258,7 +258,7 @@ def with_equal_scores(module):
 
 
 def layer_masks(value):
-    """Float masks of three samples of nine tokens: one sample or some keys of it, some pairs, all together."""
+    """Float masks for three samples of nine tokens: one sample or some of its keys, some pairs, all together."""
     padding, pairs = torch.zeros(3, 9), torch.zeros(9, 9)
     padding[0] = padding[1, 5:] = value
     causal = torch.full((9, 9), value).triu(1)
@@ -273,7 +273,7 @@ def layer_masks(value):
 
 @pytest.mark.parametrize("value", [-1e4, -1e6, -1e9, -LARGEST, 1e38])
 def test_layers_and_their_weights(value, dtype):
-    """Outputs, weights, and gradients through both, beside torch.nn; the output alone comes without weights."""
+    """Outputs, weights, and gradients through both, against torch.nn; the output alone is computed without weights."""
     value = min(max(value, torch.finfo(dtype).min), torch.finfo(dtype).max / 4)
     for scores in ("equal", "random"):
         ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True, dtype=dtype)
@@ -289,7 +289,7 @@ def test_layers_and_their_weights(value, dtype):
 
 
 def test_masks_whose_sum_is_below_all_numbers():
-    """torch.nn gives NaN for a row whose every key both masks hide with -FLT_MAX; fp64 has the mean of v."""
+    """torch.nn gives NaN for a row in which both masks hide every key with -FLT_MAX; fp64 gives the mean of v."""
     ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True)
     ours, theirs = with_equal_scores(ours), with_equal_scores(theirs).double()
     x = torch.randn(1, 9, 16, requires_grad=True)
@@ -303,7 +303,7 @@ def test_masks_whose_sum_is_below_all_numbers():
 
 
 def test_weights_of_large_scores():
-    """Without a mask: rows that one key decides."""
+    """Without a mask: rows that one key dominates."""
     ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True)
     x = torch.randn(2, 33, 16, generator=torch.Generator().manual_seed(0)) * 100
     nn_oracle.compare(ours, theirs, lambda m, x: m(x, x, x, average_attn_weights=False), {"x": x})
@@ -322,7 +322,7 @@ def test_weights_of_keys_that_a_bias_hides():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_masks_beyond_fp32(dtype):
-    """A bias in fp64 runs on the reference whatever the dtype of q, and its numbers may be any of fp64."""
+    """A bias in fp64 runs on the reference whatever the dtype of q, and may have any fp64 number."""
     q, k, v = (torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3))
     bias = torch.zeros(6, 6, dtype=torch.float64)
     bias[0], bias[1], bias[2, 1:], bias[3, 4], bias[4, :3], bias[5] = -1e300, 1e300, -1e300, 1e300, -1e300, -math.inf

@@ -1,4 +1,4 @@
-"""Packed sequences: rows that belong to none, and a number of programs that grows with the rows alone."""
+"""Packed sequences: rows outside all sequences, and a number of programs that grows with the number of rows only."""
 
 import random
 
@@ -22,7 +22,7 @@ OP = "attention"
 
 @pytest.fixture
 def unwritten_memory_is_nan():
-    """What an op allocates and does not write shows as NaN."""
+    """Memory that an op allocates and does not write is filled with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
@@ -32,7 +32,7 @@ def unwritten_memory_is_nan():
 
 def packed_call(lens_q, lens_k, behind_q, behind_k, device, *, heads=2, kv_heads=1, dim=16, dim_v=24, bshd=True,
                 **options):  # fmt: skip
-    """q, k, v and their cotangents, NaN in the rows behind the last sequence, and the options of the call."""
+    """q, k, v and cotangents, with NaN in the rows after the last sequence, and the options of the call."""
     generator = torch.Generator().manual_seed(len(lens_q))
 
     def rows(lens, behind, n_heads, last):
@@ -91,7 +91,7 @@ def test_rows_of_no_sequence_are_zeros_and_touch_nothing(backend, device, option
 
 
 def random_packing(seed):
-    """Lengths that are often empty, equal, or a multiple of a block, so that bounds of tiles and sequences meet."""
+    """Lengths that are often empty, equal, or a multiple of a block, so that bounds of tiles and sequences coincide."""
     draw = random.Random(seed)
     lengths = draw.choice([(0, 1), (0, 1, 2, 63, 64, 65), (64,), (128, 0), (0, 7, 200), (0,)])
     return [draw.choice(lengths) for _ in range(draw.choice([1, 2, 4]))], draw
@@ -149,7 +149,7 @@ def test_every_tile_finds_its_sequence(count):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The grids of Triton's attention kernels as if on a GPU with TMA, none of which runs."""
+    """Records the grids of Triton's attention kernels as on a GPU with TMA; no kernel runs."""
     if reason := why_not_available("triton", "cpu"):
         pytest.skip(reason)
     from fastattn.kernels import attention_bwd, attention_call, attention_fwd

@@ -1,6 +1,6 @@
-"""Conditions under which fused attention has gone wrong somewhere: on every backend, each test named after its own.
+"""Conditions under which implementations of fused attention have been wrong, on every backend, one test for each.
 
-Rows that see nothing, strides and offsets, and repeats against races stand in the files of the backends.
+Rows that see nothing, strides and offsets, and repeated runs against races are in the files of the backends.
 """
 
 import pytest
@@ -15,7 +15,7 @@ OP = "attention"
 
 @pytest.fixture
 def deterministic_mode():
-    """torch's global flag, under which memory that is not initialised is full of NaN."""
+    """torch's global flag, under which uninitialised memory is full of NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -77,7 +77,7 @@ def test_later_packed_sequences_in_memory_full_of_nan(backend, device, monkeypat
     assert torch.empty(8).isnan().all()
     ends = [torch.tensor([0, *lens]).cumsum(0).int() for lens in ([33, 0, 70, 5], [20, 7, 66, 1])]
     q, k, v = (normal(n, 2, 16, seed=seed) for seed, n in enumerate((108, 94, 94)))
-    for t in (q, k, v):  # C++ allocates past the flag: it gets what was freed, as it was left
+    for t in (q, k, v):  # C++ allocates without the flag: it gets freed memory with its old content
         [torch.full_like(t, torch.nan) for _ in range(16)]
     check(
         monkeypatch,
@@ -105,7 +105,7 @@ def test_deterministic_flag_at_head_dim_256(backend, device, interpreted):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_key_lengths_reach_the_backward(causal, backend, device):
-    """Each sequence alone, its keys cut off at its length, has the same gradients; keys behind it have none."""
+    """Gradients are those of each sequence alone, cut at its length; keys after it get none."""
     lengths = [0, 33, 70]
     q, k, v, seqlens_k = on(device, *qkv(3, 2, 20, 70, 16), torch.tensor(lengths).int())
     got = results(q, k, v, {"seqlens_k": seqlens_k, "causal": causal}, backend, use_lse=False)

@@ -1,7 +1,7 @@
-"""Autocast casts what goes into an op or layer and touches nothing inside, wherever forward and backward stand.
+"""Autocast casts the inputs of an op or layer and changes nothing inside, wherever forward and backward run.
 
-Every combination of forward in a region, in an island with enabled=False and out of it, of backward in and out, of
-orders 1 and 2: an op gives the bits of explicit casts, a layer is as near to fp64 as torch.nn's.
+All combinations: the forward in a region, in an island with enabled=False or outside, the backward inside or outside,
+and gradients of order 1 and 2. An op gives the bits of explicit casts; a layer is as near to fp64 as torch.nn's.
 """
 
 import itertools
@@ -58,7 +58,7 @@ def test_an_op_gives_the_bits_of_explicit_casts(name, backend, interpreted):
         def explicit(*tensors, half=half):
             return function(*(t.to(half) if i < cast else t for i, t in enumerate(tensors)))
 
-        orders = (1,) if interpreted else (1, 2)  # the second is the reference's on every backend
+        orders = (1,) if interpreted else (1, 2)  # order 2 runs on the reference for every backend
         expected = {
             forward: results(explicit if forward == "in" else function, inputs, "out", "out", half, orders)
             for forward in ("in", "out")
@@ -78,7 +78,7 @@ def test_fp64_is_left_alone(name):
 
 
 def test_the_reference_computes_in_fp32():
-    """It takes its inputs as they are, and is the specification in a region, too."""
+    """It does not cast its inputs and is the specification inside a region too."""
     q, k, v, bias = OPS["attention"][1]
     x, w1, b1, w2, b2, *_ = OPS["feed_forward"][1]
     h, weight, logit_bias = OPS["linear_cross_entropy"][1]
@@ -103,7 +103,7 @@ def test_decode_gives_the_bits_of_explicit_casts(backend):
 
 @pytest.mark.parametrize("name", CAST)
 def test_function_transforms(name):
-    """Their products are the reference's; what torch.func.grad and jvp compute is not rounded on its way."""
+    """Their products are the reference's, and the intermediate results of torch.func.grad and jvp are not rounded."""
     function, inputs, cast = OPS[name]
     if "dropout" in name or "packed" in name:
         pytest.skip("torch.func refuses to draw the random state, and to read lengths")
@@ -140,7 +140,7 @@ def test_compiled_in_one_graph(name, choice, inside):
         def graph(*tensors, forward=forward):
             if not inside:
                 return function(*tensors)
-            with torch.autocast("cpu", torch.bfloat16):  # Dynamo traces no context manager made of a generator
+            with torch.autocast("cpu", torch.bfloat16):  # Dynamo cannot trace a context manager made from a generator
                 if forward == "in":
                     return function(*tensors)
                 with torch.autocast("cpu", enabled=False):
@@ -159,7 +159,7 @@ def test_compiled_in_one_graph(name, choice, inside):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_compiled_backward_in_a_region():
-    """Inductor calls no product that autocast would catch."""
+    """Inductor calls no product that autocast would cast."""
     function, inputs, _ = OPS["feed_forward"]
     torch._dynamo.reset()
     found = results(torch.compile(function, fullgraph=True), inputs, "out", "in", orders=(1,))
@@ -170,7 +170,7 @@ def test_compiled_backward_in_a_region():
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", CAST)
 def test_exported(name, grad):
-    """An exported program has the casts of the region that it was traced in, and runs where gradients are recorded."""
+    """An exported program has the casts of the region in which it was traced, and works if gradients are recorded."""
     function, inputs, _ = OPS[name]
     if "dropout" in name:
         pytest.skip("an exported graph draws other random numbers")
@@ -202,7 +202,7 @@ def test_fake_and_meta_tensors(name):
         with mode:
             found = results(function, fake, forward, backward, orders=(1,))
         assert [(t.shape, t.dtype) for t in found] == expected
-        if name in ("attention", "feed_forward", "layer_norm", "rms_norm"):  # the others have tensors of their own
+        if name in ("attention", "feed_forward", "layer_norm", "rms_norm"):  # the other ops have tensors of their own
             meta = [t.detach().to("meta").requires_grad_() for t in inputs]
             assert all(t.is_meta for t in results(function, meta, forward, backward, orders=(1,)))
 

@@ -1,4 +1,4 @@
-"""Which backend runs: the automatic choice, the three ways to override it, and the reasons that are given."""
+"""The choice of a backend: the automatic choice, the three ways to override it, and the reasons given."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ class TestChoice:
         assert choose("norm", ("meta", torch.float32, None, None, None)) == "reference"
 
     def test_argument_before_context_before_environment(self, monkeypatch):
-        monkeypatch.setattr(_backends, "_override", "native")  # as FASTATTN_BACKEND=native leaves it
+        monkeypatch.setattr(_backends, "_override", "native")  # as with FASTATTN_BACKEND=native
         with use_backend("reference"):
             assert choose("norm", FACTS) == "reference"
             with use_backend("auto"):
@@ -206,7 +206,7 @@ def test_kernels_that_no_hardware_has_run_are_used_only_where_they_are_named(mon
     assert choose("attention", facts, "native") == "native"
     with use_backend("native"):
         assert choose("attention", facts) == "native"
-    assert choose("norm", ("cuda", torch.float32)) == "native"  # the order of other ops stands
+    assert choose("norm", ("cuda", torch.float32)) == "native"  # the order for other ops is unchanged
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_who_has_a_backward(backend, head_dim, device):
 
 
 def on_cuda(*shape, dtype=torch.bfloat16):
-    """A tensor without memory, which says that it is on a GPU."""
+    """A tensor without memory that claims to be on a GPU."""
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
 
@@ -282,7 +282,7 @@ def fake_hopper(monkeypatch, no_override):
 
 
 def test_facts_of_a_decode_call_on_cuda(fake_hopper):
-    """The whole way from the arguments to the reason."""
+    """The whole path from the arguments to the reason."""
     q, k, lengths = on_cuda(2, 8, 1, 128), on_cuda(2, 2, 320, 128), on_cuda(2, dtype=torch.int32)
     table = on_cuda(2, 1, dtype=torch.int32)
     gap = torch.empty_strided(k.shape, (2 * 320 * 129, 320 * 129, 129, 1), dtype=k.dtype, device="cuda")

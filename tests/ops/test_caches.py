@@ -1,4 +1,4 @@
-"""What is computed once and kept decides nothing that has changed since: plans, decisions, position tables, keys."""
+"""Cached results never outlive what they depend on: plans, decisions, position tables, keys."""
 
 import copy
 import itertools
@@ -25,9 +25,9 @@ def tensors(dtype=torch.float32, heads=2, kv_heads=2, sq=20, sk=24, d=16, dv=16,
     made = [randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
     if layout == "bshd":
         made = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in made]
-    elif layout == "offset":  # the same strides at addresses that are no multiple of 16 bytes
+    elif layout == "offset":  # the same strides at addresses that are not multiples of 16 bytes
         made = [torch.nn.functional.pad(t.flatten(), (1, 0))[1:].view(t.shape) for t in made]
-    elif layout == "padded":  # rows further apart than they are long
+    elif layout == "padded":  # a row stride larger than the row
         made = [torch.nn.functional.pad(t, (0, 3))[..., : t.shape[3]] for t in made]
     elif layout == "expanded":
         made = [t[:, :1].expand(-1, t.shape[1], -1, -1) for t in made]
@@ -35,7 +35,7 @@ def tensors(dtype=torch.float32, heads=2, kv_heads=2, sq=20, sk=24, d=16, dv=16,
 
 
 BIAS = {"full": (1, 2, 20, 24), "row": (1, 1, 1, 24), "column": (1, 2, 20, 1)}
-# each differs from the first in one thing that must be part of what a plan is remembered by
+# each differs from the first in one thing that the key of a plan must contain
 KINDS = {
     "plain": ({}, {}),
     **{f"layout {layout}": ({"layout": layout}, {}) for layout in ("bshd", "offset", "padded", "expanded")},
@@ -66,7 +66,7 @@ def gradients(kind):
 
 @needs_triton
 def test_a_plan_serves_only_calls_of_its_kind(monkeypatch):
-    """Each kind of call gives the same bits from what is remembered of all of them as from a plan of its own."""
+    """Each kind of call gives the same bits with the plans of all kinds cached as with its own plan only."""
     from fastattn.kernels import attention_call
 
     remembered = attention_call.plan_for
@@ -174,7 +174,7 @@ def on_meta(positions, layers):
 
 def emptied(model, positions, layers):
     made = on_meta(positions, layers).to_empty(device="cpu")
-    for table in made.buffers():  # what an empty tensor may hold
+    for table in made.buffers():  # possible content of an empty tensor
         assert table.dtype == torch.float32
     made.load_state_dict(model.state_dict())
     return made
@@ -207,7 +207,7 @@ TREATMENTS = (emptied, assigned, cast_in_inference_mode, cast_and_loaded, lambda
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("treatment", TREATMENTS, ids=["to_empty", "assign", "inference_mode", "cast", "deepcopy"])
 def test_position_tables_survive(treatment, positions, layers):
-    """They are in no state_dict: a model that is built empty, moved or cast, and then loaded, has them too."""
+    """They are not in the state_dict: a model that is built empty, moved or cast, and then loaded, has them too."""
     model, tokens = build(positions, layers), torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(1))
     made = treatment(model, positions, layers)
     assert torch.equal(made(tokens), model(tokens))

@@ -1,4 +1,4 @@
-"""How often Triton compiles while sizes vary, and what a launch leaves as it was."""
+"""The number of compilations by Triton while sizes vary, and what a launch leaves unchanged."""
 
 import ast
 import pathlib
@@ -22,8 +22,8 @@ def counted():
 
 @pytest.mark.parametrize("scenario", compilations.SCENARIOS)
 def test_one_binary_serves_all_sizes(scenario, counted):
-    """Each one more is a stall of seconds in the middle of a run."""
-    # a cache is read by rows of 16 or of 64, as there are queries
+    """Each additional binary is a stall of seconds during a run."""
+    # there are two block sizes for rows of the cache, 16 and 64, depending on the number of queries
     allowed = {"attention_decode_split_kernel": 2}
     assert counted[scenario]
     for kernel, binaries in counted[scenario].items():
@@ -31,7 +31,7 @@ def test_one_binary_serves_all_sizes(scenario, counted):
 
 
 def test_every_launch_goes_through_the_function_with_the_common_options():
-    """kernel[grid](...) stands in kernels/common.py alone."""
+    """kernel[grid](...) is used in kernels/common.py only."""
     for path in sorted(KERNELS.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             direct = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)

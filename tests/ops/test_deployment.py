@@ -1,4 +1,4 @@
-"""Models that leave Python's fastattn behind: the op library alone holds schemas and kernels."""
+"""Models that run without Python's fastattn: the op library alone has schemas and kernels."""
 
 import json
 import os
@@ -18,14 +18,14 @@ CPU_LIBRARY = os.path.join(PACKAGE, "_cpu.so")
 CUDA_LIBRARY = os.path.join(PACKAGE, "_cuda.so")
 pytestmark = [
     pytest.mark.skipif(not os.path.exists(CPU_LIBRARY), reason="the CPU library was not built"),
-    pytest.mark.filterwarnings("ignore"),  # the compiler's own
+    pytest.mark.filterwarnings("ignore"),  # warnings of the compiler itself
 ]
 IN_PYTHON = ("linear_cross_entropy_fwd.native", "linear_cross_entropy_fwd_native")  # a loop around cross_entropy_fwd
 
 
 def run(*command, **environment):
     """What a process prints that cannot import fastattn."""
-    # with CI set, inductor takes an op that has a decomposition for a mistake in PyTorch
+    # if CI is set, inductor treats an op with a decomposition as a bug in PyTorch
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CI")} | environment
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -38,7 +38,7 @@ def run_python(code, *arguments, **environment):
 
 
 def definition(schema):
-    """A schema as torch prints it, which leaves out no default and no name."""
+    """A schema in the form that torch prints, with all defaults and names."""
     return str(torch._C.parse_schema(schema))
 
 
@@ -87,7 +87,7 @@ def test_a_library_of_another_source_is_not_loaded(monkeypatch):
 
 @pytest.fixture
 def libtorch_cuda(tmp_path):
-    """The folder of a libtorch_cuda.so with the one symbol that _cuda.so takes from it."""
+    """A folder with a libtorch_cuda.so that has only the symbol that _cuda.so needs."""
     if not os.path.exists(CUDA_LIBRARY):
         pytest.skip("_cuda.so was not built")
     if torch.version.cuda is not None:

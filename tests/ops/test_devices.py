@@ -1,4 +1,4 @@
-"""Which backend serves a call on which GPU: one that the kernels cannot run on gets another backend and the reason."""
+"""The backend for a call on each GPU: where kernels cannot run, another backend runs and the reason is given."""
 
 import contextlib
 import importlib
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 from fastattn import _info, _native
-from fastattn.ops import _backends
+from fastattn.ops import _backends, _libraries
 from fastattn.ops._backends import choose, explanation, why_not_available
 
 FASTATTN = pathlib.Path(fastattn.__file__).parent
@@ -90,7 +90,7 @@ def test_a_gpu_below_8_0_runs_the_reference(op, gpus):
 def test_two_gpus_get_each_what_serves_them(op, gpus):
     gpus((7, 5), (9, 0), (8, 6), native=lambda index: None if index == 1 else "no code for it")
     on_request = ("attention", "attention_decode")
-    for _ in range(2):  # decisions are remembered
+    for _ in range(2):  # the second time the decision is cached
         assert choose(op, facts("cuda:0")) == "reference"
         assert choose(op, facts("cuda:1")) == ("triton" if op in on_request else "native")
         assert choose(op, facts("cuda:2")) == "triton"
@@ -105,7 +105,7 @@ def test_two_gpus_get_each_what_serves_them(op, gpus):
 
 @pytest.mark.parametrize("op", ["attention", "attention_decode"])
 def test_kernels_for_hopper_ask_for_the_device_of_the_call(op, gpus):
-    """And not for the current one."""
+    """And not for the current device."""
     gpus((8, 0), (9, 0))
     fields = importlib.import_module(f"fastattn.ops.{op}").Facts
     assert choose(op, tuple(fields("cuda:1", torch.bfloat16, hopper_head_dim=True)), "native") == "native"
@@ -114,7 +114,7 @@ def test_kernels_for_hopper_ask_for_the_device_of_the_call(op, gpus):
 
 
 def test_facts_name_the_device_with_its_index(gpus):
-    """The whole way from tensors to the text, on either GPU."""
+    """The whole path from tensors to the text, on either GPU."""
     gpus((7, 5), (9, 0), native=no_code)
     with FakeTensorMode():
         for device, served in (("cuda:0", False), ("cuda:1", True)):
@@ -201,7 +201,7 @@ def test_hopper_with_an_older_triton_warns_once(version, capability, path, warne
 
 
 def test_info_agrees_with_explain(gpus):
-    """What is there but not used by default is said to be so, and what no call can have is not listed."""
+    """Backends that run only when named are marked so, and those that cannot serve any call are not listed."""
     gpus((8, 0), (9, 0))
     lines = {line.split()[0]: line for line in _info.report().partition("\nOps")[2].splitlines() if line.strip()}
     named = "(native only if named: not yet run on hardware)"
@@ -228,8 +228,8 @@ E aoti_torch_get_current_cuda_stream(int device, void** stream) { return 0; }
 
 
 def test_a_driver_older_than_the_runtime_is_told_by_the_library_itself(tmp_path):
-    """The built library over a driver that serves CUDA 12.8, which the runtime of CUDA 13 refuses."""
-    nvcc = _native.build_info().get("nvcc") or "0"
+    """The built library with a driver for CUDA 12.8, which the runtime of CUDA 13 refuses."""
+    nvcc = _libraries.build_info().get("nvcc") or "0"
     if not (FASTATTN / "_cuda.so").exists() or int(nvcc.split(".")[0]) < 13:
         pytest.skip("needs _cuda.so, built with CUDA 13 or newer")
     if not shutil.which("gcc"):

@@ -40,7 +40,7 @@ def test_mask(backend, device, interpreted, shape, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.001, 0.1, 0.9])
 def test_rate(backend, device, interpreted, dropout_p):
-    """Binomial: within 4 standard deviations of the asked rate, over all elements and in each of the 8 halfwords."""
+    """Binomial: within 4 standard deviations of the given rate, over all elements and in each of the 8 halfwords."""
     rows = 50 if interpreted else 500
     dropped = seeded(fastattn.dropout, torch.ones(rows, 800, device=device), dropout_p).eq(0).view(-1, 8).float()
     for n, rate in ((dropped.numel(), dropped.mean()), *((len(dropped), column.mean()) for column in dropped.T)):

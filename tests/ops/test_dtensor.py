@@ -1,4 +1,4 @@
-"""DTensors in two processes of gloo: outputs and gradients are those of one process. The cases: dtensor_cases.py."""
+"""DTensors in two processes of gloo: outputs and gradients equal those of one process. Cases: dtensor_cases.py."""
 
 import json
 import os
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not (gloo and hasattr(os, "fork")), reason="need
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    """What failed in each process, by case."""
+    """The failures of each process, by case."""
     results = tmp_path_factory.mktemp("dtensor") / "failures"
     code = "import sys, dtensor_cases; dtensor_cases.main(sys.argv[1])"
     run_code(code, str(results), TRITON_INTERPRET="0", OMP_NUM_THREADS="1")

@@ -1,7 +1,7 @@
 """Every op with sizes that are 0, one or two at a time, forward and backward.
 
-Outputs and gradients are those of PyTorch where it has the op, and those of the reference otherwise: nothing crashes, a
-sum over nothing is 0, and NaN stands only where PyTorch has it.
+Outputs and gradients equal those of PyTorch if it has the op, otherwise those of the reference: nothing crashes, a sum
+over nothing is 0, and there is NaN only where PyTorch has it.
 """
 
 import itertools
@@ -16,14 +16,14 @@ import fastattn
 
 
 def emptied(sizes, most=2):
-    """(name, the sizes) with up to `most` of them 0, each in turn."""
+    """(name, the sizes) with up to `most` of the sizes set to 0, in all combinations."""
     for count in range(1, most + 1):
         for names in itertools.combinations(sizes, count):
             yield " and ".join(names), sizes | dict.fromkeys(names, 0)
 
 
 def results(function, inputs):
-    """Outputs, and gradients by the inputs for incoming gradients of 1."""
+    """Outputs, and gradients of the inputs for incoming gradients of 1."""
     torch.manual_seed(0)
     inputs = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
     outputs = function(*inputs)
@@ -51,12 +51,12 @@ def by_backend(name, function):
     return call
 
 
-# what `attention` is given beside q, k and v, made from the sizes: (keyword arguments, more inputs by name)
+# the arguments of `attention` besides q, k and v, made from the sizes: (keyword arguments, more inputs by name)
 SCORES = ("batch", "heads", "queries", "keys")
 
 
 def bias_over(*dims):
-    """A bias of its own for each index of `dims`, shared by the others."""
+    """A bias with an own value for each index of `dims`, broadcast over the other dimensions."""
     return lambda sizes: {"bias": leaf(*(sizes[dim] if dim in dims else 1 for dim in SCORES))}
 
 

@@ -14,12 +14,12 @@ from fastattn import reference
 from fastattn.ops import _gemm
 from fastattn.ops.feed_forward import ACTIVATIONS
 
-# the tests of the kernels run again in processes of their own, on another backend or instruction set
+# the tests of the kernels run again in separate processes, on another backend or instruction set
 NAMES = ("x", "w1", "b1", "w2", "b2", "w_gate", "b_gate")
 
 
 def arguments(shape, d_ff, dtype=torch.float32, gated=False, biased=True, d_out=None, seed=0):
-    """x, w1, b1, w2, b2, w_gate, b_gate, leaves that require grad; None where there is none."""
+    """x, w1, b1, w2, b2, w_gate, b_gate: leaves that require grad, or None."""
     generator = torch.Generator().manual_seed(seed)
     d_model = shape[-1]
     d_out = d_model if d_out is None else d_out
@@ -38,7 +38,7 @@ def call(args, **options):
 
 
 def plain(args, activation, factor=None):
-    """The block as a user writes it, every step in the dtype of x; factor: what dropout multiplies with."""
+    """The block as a user would write it, with every step in the dtype of x. factor: the dropout factors."""
     x, w1, b1, w2, b2, w_gate, b_gate = args
     hidden = F.linear(x, w1, b1)
     act = reference.ACTIVATIONS[activation]
@@ -47,7 +47,7 @@ def plain(args, activation, factor=None):
 
 
 def drawn(seed):
-    """The (seed, offset) that the next op draws after torch.manual_seed(seed), which it sets."""
+    """The (seed, offset) that the next op draws after torch.manual_seed(seed), which this calls."""
     torch.manual_seed(seed)
     rng = torch.randint(torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (2,))
     torch.manual_seed(seed)
@@ -63,7 +63,7 @@ def gradients(y, args, dy):
 def check(ours, wanted, baseline, factor, what):
     if ours.numel() >= 32:
         return assert_accurate(ours, wanted, baseline, factor, what)
-    # of a few elements PyTorch can get every one right by luck
+    # with few elements PyTorch may be exact by chance
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[ours.dtype]
     return assert_close(
         ours.double(), wanted.double(), rtol=tolerance, atol=tolerance * (1 + wanted.abs().sum().item())
@@ -187,7 +187,7 @@ def test_compiles_to_one_graph(dynamic):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_inductor_compiles_products_of_any_size():
-    """Inductor takes our product as it is."""
+    """Inductor calls our product unchanged."""
     args = arguments((256, 256), 512, biased=False)
     compiled = torch.compile(lambda *args: call(args), fullgraph=True)
     y = compiled(*args)
@@ -198,7 +198,7 @@ def test_inductor_compiles_products_of_any_size():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_large_half_products_where_the_processor_has_none(dtype, monkeypatch):
-    """They are computed in fp32 and rounded once; small ones stay torch's."""
+    """They are computed in fp32 and rounded once; small products stay with torch."""
     monkeypatch.setattr(_gemm, "_SLOW_HALVES", frozenset({dtype}))
     x, w, dy = (torch.randn(size).to(dtype) for size in ((64, 256), (512, 256), (64, 512)))
     bias = torch.randn(512).to(dtype)

@@ -37,7 +37,7 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature_is_that_of_flash_attn(name):
     signature = inspect.signature(getattr(flash_attn, name))
-    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]  # theirs has no types
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]  # flash-attn has no annotations
     assert str(inspect.Signature(bare)) == SIGNATURES[name]
 
 
@@ -46,7 +46,7 @@ def swapped(*tensors):
 
 
 def entry(name):
-    """The function of flash-attn as a stand-in for `fastattn.attention`, so that one oracle judges both."""
+    """The function of flash-attn in place of `fastattn.attention`, so that one oracle judges both."""
     function = getattr(flash_attn, name)
     varlen = "varlen" in name
 
@@ -120,7 +120,7 @@ def test_on_every_backend(name, backend, device, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", list(SIGNATURES)[:-1])
 def test_every_bit_is_that_of_attention(name, dtype):
-    """Dropout masks included: the generator is used in the same way."""
+    """This includes dropout masks, because the generator is used in the same way."""
     kwargs = {"causal": True, "dropout_p": 0.3}
     if "varlen" in name:
         q, k, v = (normal(40, 2, 16, seed=n, dtype=dtype) for n in range(3))
@@ -207,7 +207,7 @@ def test_attn_probs_are_lse_and_no_weights():
 
 
 def test_lse_of_causal_alibi_counts_the_distance():
-    """flash-attn leaves a constant of the row out of it; the weights are the same."""
+    """flash-attn leaves a constant per row out of it; the weights are the same."""
     q, k, v = (normal(1, 5, 2, 8, seed=n).detach() for n in range(3))
     slopes = torch.tensor([0.3, 0.7])
     lse = flash_attn.flash_attn_func(q, k, v, causal=True, alibi_slopes=slopes, return_attn_probs=True)[1]
@@ -275,7 +275,7 @@ def test_mistakes_are_named(name, arguments, options, message):
 
 
 class TestKvCache:
-    """A cache (3, 40, 2, 16) with 9, 0 and 25 valid keys, and queries on it; grouped heads."""
+    """A cache (3, 40, 2, 16) with 9, 0 and 25 valid keys, and queries on it, with grouped heads."""
 
     lengths = torch.tensor([9, 0, 25], dtype=torch.int32)
 
@@ -286,7 +286,7 @@ class TestKvCache:
         return q, caches, new
 
     def expected(self, q, k_cache, v_cache, lengths, rows=range(3), leftpad=(0, 0, 0), causal=False, **options):
-        """Sequence by sequence in fp64: `lengths` valid keys, new ones included, of which `leftpad` are hidden."""
+        """Sequence by sequence in fp64: `lengths` valid keys, including new ones, of which `leftpad` are hidden."""
         outs = []
         for b, (row, length, pad) in enumerate(zip(rows, lengths, leftpad, strict=True)):
             length = int(length)
@@ -361,7 +361,7 @@ class TestKvCache:
         out = flash_attn.flash_attn_with_kvcache(q, *pages, *new, block_table=table, **arguments)
         expected = flash_attn.flash_attn_with_kvcache(q, *caches, *new, **arguments)
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-        whole = flash_attn.flash_attn_with_kvcache(q, *pages, block_table=table)  # all 48 places count as valid
+        whole = flash_attn.flash_attn_with_kvcache(q, *pages, block_table=table)  # all 48 positions count as valid
         assert whole.shape == q.shape
 
     def test_steps_equal_one_causal_call(self):
@@ -382,7 +382,7 @@ class TestKvCache:
     @pytest.mark.parametrize("interleaved", [False, True])
     @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (30, -1)}])
     def test_rotary(self, options, interleaved):
-        """Queries turn with their positions, but stay together at cache_seqlens without causal and window."""
+        """Each query is rotated by its position, but all by cache_seqlens without causal and window."""
         q, caches, new = self.tensors()
         angles = torch.rand(40, 4, generator=torch.Generator().manual_seed(6)) * 6
 

@@ -1,4 +1,4 @@
-"""FlopCounterMode counts the products of our ops as it counts those of torch's."""
+"""FlopCounterMode counts the products of our ops like those of torch's ops."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from fastattn.ops import _gemm
 from fastattn.ops._backends import why_not_available
 
 aten = torch.ops.aten
-# torch 2.13 counts nothing for its attention on the CPU, which has the arguments of the one on a GPU
+# torch 2.13 does not count its attention on the CPU, which has the arguments of the GPU one
 CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda do, q, k, v, *_, **__: (
@@ -23,7 +23,7 @@ CPU_ATTENTION = {
 
 
 def count(function, *inputs):
-    """(forward, forward and backward) of a function of tensors, its result summed."""
+    """(forward, forward and backward) for a function of tensors, with its result summed."""
     counts = []
     for backward in (False, True):
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
@@ -95,7 +95,7 @@ def test_attention_decode_counts_the_valid_keys():
 @pytest.mark.parametrize("rows", [3, 600])
 @pytest.mark.parametrize("ours", [False, True])
 def test_feed_forward(rows, ours, monkeypatch):
-    """With our kernel the products are no aten ops."""
+    """With our kernel the products are not aten ops."""
     if ours and why_not_available("native", "cpu") is not None:
         pytest.skip(f"no C++ kernels: {why_not_available('native', 'cpu')}")
     monkeypatch.setattr(_gemm, "_has_kernel", ours)
@@ -120,7 +120,7 @@ def test_linear_cross_entropy(reduction):
         return F.cross_entropy(F.linear(x, weight), target, reduction=reduction)
 
     assert count(theirs, x, weight) == [product, 3 * product]
-    # the mean makes its gradients in the forward; without reduction the backward makes the logits again
+    # with a mean the forward computes the gradients; without reduction the backward recomputes the logits
     assert count(ours, x, weight) == ([3 * product] * 2 if reduction == "mean" else [product, 4 * product])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ours(x, weight)

@@ -1,4 +1,4 @@
-"""The linear layer on our product: values and gradients of any order against fp64, and what still gets PyTorch's."""
+"""The linear layer with our product: values and gradients of any order against fp64, and which calls use PyTorch's."""
 
 import pytest
 import torch

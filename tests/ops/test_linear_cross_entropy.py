@@ -20,7 +20,7 @@ OPTIONS = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")
 
 
 def arguments(tokens, d_model, vocab, dtype=torch.float32, biased=False, device="cpu", seed=0, scale=2.0):
-    """x, weight, bias, leaves that require grad, and target; every fifth token is ignored (-100)."""
+    """x, weight, bias (leaves that require grad) and target, in which every fifth token is ignored (-100)."""
     generator = torch.Generator().manual_seed(seed)
     shape = (tokens,) if isinstance(tokens, int) else tokens
 
@@ -34,7 +34,7 @@ def arguments(tokens, d_model, vocab, dtype=torch.float32, biased=False, device=
 
 
 def plain(x, weight, bias, target, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
-    """As a user writes it: products in the dtype of x, the rest in fp32 or fp64."""
+    """As a user would write it: products in the dtype of x, the rest in fp32 or fp64."""
     logits = F.linear(x, weight, bias).flatten(0, -2)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap:
@@ -59,7 +59,7 @@ def gradients(loss, inputs, dloss):
 def check_against_fp64(x, weight, bias, target, chunk_size=None, dloss=None, **options):
     """Loss and gradients keep to the error rule.
 
-    Where PyTorch is right by luck, a unit of what is subtracted is allowed: of logits, or of probabilities.
+    In addition a unit of the subtracted numbers is allowed, logits or probabilities, as PyTorch may be exact by chance.
     """
     inputs = (x, weight, bias)
     loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias, chunk_size=chunk_size, **options)
@@ -123,20 +123,20 @@ def test_large_odd_vocabulary(dtype, backend, device, interpreted):
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 6, 11, 12, 13, 100, None])
 def test_chunk_boundaries(chunk_size, backend, device):
-    """Twelve tokens: chunks that divide them, that do not, and that hold them all."""
+    """Twelve tokens: chunks that divide them evenly, unevenly, and that hold all."""
     args = arguments(12, 8, 50, biased=True, device=device)
     for reduction in ("mean", "none"):
         check_against_fp64(*args, chunk_size=chunk_size, reduction=reduction)
 
 
 def test_default_chunk():
-    assert default_chunk_size(4096, 512, 50257) * 50257 < 8 * 4096 * 512  # near x where x allows it
+    assert default_chunk_size(4096, 512, 50257) * 50257 < 8 * 4096 * 512  # near the size of x if possible
     assert default_chunk_size(2**15, 4096, 128_256) == 1047
     assert default_chunk_size(0, 8, 3) >= 1
 
 
 def test_bf16_over_many_chunks(device):
-    """256 chunks that all add to the same weights: an fp32 sum stays right where a bf16 sum stops growing."""
+    """256 chunks that all add to the same weights: an fp32 sum stays accurate where a bf16 sum would stop growing."""
     x, weight, _, target = arguments(1024, 8, 16, torch.bfloat16, device=device)
     x = x.detach().abs()
     dweights = []
@@ -166,7 +166,7 @@ def test_all_ignored_and_no_tokens(backend, device):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_large_logits(label_smoothing, backend, device):
-    """Logits of 1e4 either way: the digits of the differences are not lost in those of the logits."""
+    """Logits of 1e4 with either sign: their size must not cost digits of their differences."""
     for sign in (1, -1):
         x = torch.full((4, 1), 1.0, device=device, requires_grad=True)
         weight = (sign * 1e4 + torch.arange(300.0, device=device)[:, None] % 7).requires_grad_()
@@ -181,7 +181,7 @@ def test_large_logits(label_smoothing, backend, device):
 
 
 def test_vocabulary_masked_by_the_bias(backend, device):
-    """Bias -inf takes a token out, whole blocks of them too."""
+    """A bias of -inf removes a token, also whole blocks of tokens."""
     x, weight, _, _ = arguments(5, 4, 3000, device=device)
     bias = torch.full((3000,), float("-inf"), device=device)
     bias[2900:2950] = 0.0
@@ -219,7 +219,7 @@ def test_targets_that_are_not_contiguous(backend, device):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_backward_twice(reduction, backend, device):
-    """The second time the same, and the third, which frees the graph, as well; nothing is scaled twice."""
+    """The second time gives the same, and so does the third, which frees the graph; nothing is scaled twice."""
     x, weight, bias, target = arguments(12, 8, 30, biased=True, device=device)
     loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction, chunk_size=5)
     dloss = torch.full_like(loss, 3.0)
@@ -290,7 +290,7 @@ def test_forward_on_one_backend_backward_on_another(device):
 
 
 def test_raw_op_guards_its_rows(raw_backend, device, dtype, interpreted):
-    """Rows with NaN between and around them; the gap is not written either."""
+    """Rows with NaN between and around them; the gaps are not written either."""
     op = getattr(torch.ops.fastattn.cross_entropy_fwd, raw_backend)
     for cols, offset in ((1, 1), (7, 3), (40, 5), (1500, 0)):
         values = torch.randn(5, cols, device=device).to(dtype)
@@ -455,13 +455,13 @@ def test_errors_say_what_was_expected_and_what_came(changes, message):
 
 @pytest.mark.parametrize("wrong", [9, -1, 2**31 - 1])
 def test_target_out_of_range(wrong, backend, device):
-    """An error where looking costs no synchronisation, else a loss of NaN."""
+    """An error if the check costs no synchronisation, otherwise a loss of NaN."""
     inputs = torch.ones(3, 4, device=device), torch.ones(9, 4, device=device)
     target = torch.tensor([0, wrong, -100], device=device)
     if device == "cpu":
         with pytest.raises(IndexError, match=str(wrong)):
             fastattn.linear_cross_entropy(*inputs, target)
-    elif backend != "reference":  # an assertion of PyTorch on the device, after which it is of no use
+    elif backend != "reference":  # an assertion of PyTorch on the device, after which the device is unusable
         assert fastattn.linear_cross_entropy(*inputs, target).isnan()
 
 
@@ -474,7 +474,7 @@ def test_named_backend_that_cannot_serve_raises_and_explain_says_why():
 
 @pytest.mark.skipif(why_not_available("native", "cpu") is not None, reason=str(why_not_available("native", "cpu")))
 def test_peak_memory():
-    """Beyond inputs and gradients at most 15 % of what F.linear and F.cross_entropy need, forward and backward."""
+    """Besides inputs and gradients, at most 15 % of what F.linear and F.cross_entropy need, forward and backward."""
     x, weight, _, target = arguments(2048, 16, 50257)
 
     def step(function):
@@ -482,7 +482,7 @@ def test_peak_memory():
 
     ours = allocated_peak(step(lambda x, weight: fastattn.linear_cross_entropy(x, weight, target)))
     unfused = allocated_peak(step(lambda x, weight: F.cross_entropy(F.linear(x, weight), target)))
-    assert unfused > 2 * 2048 * 50257 * 4  # the measurement sees the logits and their gradient
+    assert unfused > 2 * 2048 * 50257 * 4  # the measurement includes the logits and their gradient
     assert ours < 0.15 * unfused, f"{ours / 2**20:.0f} MiB of {unfused / 2**20:.0f}"
 
 
@@ -503,7 +503,7 @@ def test_triton_kernel_compiles_without_spills():
     numbers = dict.fromkeys(("smoothing", "z_loss", "softcap"), "fp32")
     configs = []
     for arch in (80, 90, 100):
-        for row, dtype, softcap in zip(TABLE.values(), ("*fp16", "*bf16", "*bf16"), (False, True, True), strict=True):
+        for row, dtype, softcap in zip(TABLE, ("*fp16", "*bf16", "*bf16"), (False, True, True), strict=True):
             configs.append(
                 {
                     "module": "fastattn.kernels.cross_entropy",

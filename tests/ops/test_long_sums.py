@@ -1,4 +1,4 @@
-"""Sums over very many numbers keep the digits that PyTorch's keep, and do not depend on the number of threads."""
+"""Sums over very many numbers are as accurate as PyTorch's and do not depend on the number of threads."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def results(function, inputs, grad):
 
 
 def check(ours, theirs, inputs, grad=None, skip=(), slack=0.0):
-    """Outputs and gradients of ours against theirs in fp64, by the error of theirs; `skip`: gradients left out."""
+    """Our outputs and gradients against theirs in fp64, with their error as bound; `skip`: gradients left out."""
     found, truth, baseline = (
         results(f, i, grad) for f, i in ((ours, inputs), (theirs, exact(*inputs)), (theirs, inputs))
     )
@@ -40,7 +40,7 @@ def check(ours, theirs, inputs, grad=None, skip=(), slack=0.0):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(2, 1000), (2, 4096), (2, 4097), (1, 65536), (1, 2**22), (2**17, 4)], ids=str)
 def test_norms(shape, kind):
-    """PyTorch's own test wants 256·256·144 columns to 1e-5. A mean of 100 is saved with half a unit of fp32 lost."""
+    """PyTorch's own test requires 1e-5 for 256·256·144 columns. A mean of 100 loses half an fp32 unit."""
     cols = shape[-1:]
     slack = 50 * torch.finfo(torch.float32).eps if "100" in kind else 0.0
     x, weight, bias = draw(shape, kind), draw(cols, "rand") + 0.5, draw(cols)
@@ -71,13 +71,13 @@ def test_bias_gradients_of_the_feed_forward_block():
         lambda *a: fastattn.feed_forward(*a, None, activation="silu"),
         lambda *a: reference.feed_forward(*a, None, activation="silu"),
         (x, w1, b1, w2),
-        skip=(1, 3),  # weight gradients are products
+        skip=(1, 3),  # weight gradients come from products
     )
 
 
 @pytest.mark.parametrize("bias_shape", [(1, 1, 1, 1), (1, 1, 256, 1), (1, 1, 1, 256), (1, 4, 1, 1), (1, 1, 256, 256)])
 def test_a_bias_that_many_scores_share(bias_shape):
-    """A gradient of lse beside that of the output: without it the sum over the keys would cancel."""
+    """With a gradient of lse besides that of the output, because the sum over the keys would otherwise cancel."""
     q, k, v = (draw((16, 4, 256, 8)) * 0.5 for _ in range(3))
     check(
         lambda q, bias: fastattn.attention(q, k, v, bias=bias, return_lse=True),

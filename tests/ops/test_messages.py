@@ -1,4 +1,4 @@
-"""Mistakes and what is said about them: names of other libraries, values of the wrong kind, lengths out of range."""
+"""Mistakes and their messages: names of other libraries, values of the wrong kind, lengths out of range."""
 
 import inspect
 import re
@@ -24,7 +24,7 @@ MASK = torch.ones(6, 6, dtype=torch.bool)
 CU = torch.tensor([0, 2, 6], dtype=torch.int32)
 PACKED = torch.randn(6, 4, 8)
 
-# op: (positional arguments, keywords) that it takes
+# op: valid (positional arguments, keywords)
 RIGHT = {
     "attention": ((Q, Q, Q), {}),
     "attention_decode": ((Q, Q, Q), {"cache_seqlens": LENGTHS}),
@@ -36,12 +36,12 @@ RIGHT = {
     "rotary_embedding": ((Q, COS, SIN), {}),
     "scaled_dot_product_attention": ((Q, Q, Q), {}),
 }
-# the kinds that are neither tensor nor number nor None
+# the kinds that are not a tensor, a number or None
 NOTHING = {"array": np.ones((2, 4, 6, 8)), "list": [1.0], "callable": abs, "text": "a", "dict": {}}
 
 
 def functions(op):
-    """The op, and explain for it, which answers likewise."""
+    """The op, and explain for it, which must respond in the same way."""
     return getattr(fastattn, op), lambda *args, **kwargs: fastattn.explain(op, *args, **kwargs)
 
 
@@ -50,7 +50,7 @@ def op(request):
     return request.param
 
 
-# (op, arguments beside those of RIGHT, message)
+# (op, arguments in addition to those of RIGHT, message)
 FOREIGN = [
     (
         "attention",
@@ -179,7 +179,7 @@ def test_what_is_no_tensor_is_named(op, kind):
     ],
 )  # fmt: skip
 def test_numbers(op, label):
-    """A number that wants a gradient is refused, as none would come; None is the default, a tensor is its value."""
+    """A number that requires a gradient is refused: it would get none. None is the default; a tensor is its value."""
     function, _ = functions(op)
     args, kwargs = RIGHT[op]
     learnable = torch.tensor(0.25, requires_grad=True)
@@ -263,7 +263,7 @@ class TestLengths:
             fastattn.attention(PACKED, PACKED, PACKED, **cu, seqlens_k=torch.tensor([3, 4], dtype=torch.int32))
 
     def test_any_cache_leftpad_is_right(self):
-        """It says from which key on keys are visible: 0 and all below hide none, the length and all above hide all."""
+        """It is the first visible key: 0 and below hide no key, the length and above hide all."""
         for backend in ("native", "reference"):
             for pads, alike in (([0, -5], [0, 0]), ([2, 99], [2, 3])):
                 out, right = (
@@ -376,7 +376,7 @@ class TestModules:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int32])
 def test_dtypes_one_cannot_compute_with(op, dtype):
-    """All tensors of the call that are float have it, so that nothing else is wrong; then one after the other."""
+    """All float tensors of the call get it, so that nothing else is wrong; then one after the other."""
     function, explain = functions(op)
     args, kwargs = RIGHT[op]
     sets = [tuple(t.to(dtype) if t.is_floating_point() else t for t in args)]
@@ -388,13 +388,13 @@ def test_dtypes_one_cannot_compute_with(op, dtype):
 
 
 def test_errors_are_caught_as_those_of_pytorch_too(op):
-    """PyTorch and flash-attn raise RuntimeError for wrong arguments: code that catches theirs catches ours."""
+    """PyTorch and flash-attn raise RuntimeError for wrong arguments, so code that catches theirs catches ours."""
     args, kwargs = RIGHT[op]
     for function in functions(op):
         with pytest.raises(RuntimeError, match="there is no argument colour") as caught:
             function(*args, **kwargs, colour=1)
         assert isinstance(caught.value, TypeError)
-    if op != "scaled_dot_product_attention":  # which takes no backend
+    if op != "scaled_dot_product_attention":  # it takes no backend
         with pytest.raises(RuntimeError, match="backend must be one of") as caught:
             getattr(fastattn, op)(*args, **kwargs, backend="mine")
         assert isinstance(caught.value, ValueError)

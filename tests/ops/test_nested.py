@@ -1,4 +1,4 @@
-"""Nested tensors: ops and layers compute with each sequence what they compute with it alone, gradients included."""
+"""Nested tensors: ops and layers compute the same for each sequence as for it alone, gradients included."""
 
 import copy
 from typing import ClassVar
@@ -33,7 +33,7 @@ def nest(parts, layout, requires_grad=False):
 
 
 def heads(parts, layout, requires_grad=False):
-    """(batch, heads, seqlen, head_dim) of parts (seqlen, heads, head_dim), and the leaf it is a view of."""
+    """(batch, heads, seqlen, head_dim) from parts (seqlen, heads, head_dim), and the leaf that it is a view of."""
     leaf = nest(parts if layout is torch.jagged else [p.transpose(0, 1) for p in parts], layout, requires_grad)
     return (leaf.transpose(1, 2), leaf) if layout is torch.jagged else (leaf, leaf)
 
@@ -64,7 +64,7 @@ class TestAttention:
         lengths_k, options = self.CASES[case]
         parts = sequences(LENGTHS, 4, 8), sequences(lengths_k, 2, 8, seed=1), sequences(lengths_k, 2, 6, seed=2)
         views, leaves = zip(*(heads(p, layout, requires_grad=True) for p in parts), strict=True)
-        if lengths_k is LENGTHS and layout is torch.jagged:  # with the offsets of q, as projections of one input have
+        if lengths_k is LENGTHS and layout is torch.jagged:  # with the offsets of q, like projections of one input
             offsets = leaves[0].offsets()
             leaves = [torch.nested.nested_tensor_from_jagged(t.values().detach(), offsets) for t in leaves]
             leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -99,7 +99,7 @@ class TestAttention:
         assert_alike(out, right, rtol=1e-4, atol=1e-5)
 
     def test_the_result_has_the_offsets_of_the_query(self):
-        """So that it may be added to it."""
+        """So that the result can be added to the query."""
         q, _ = heads(sequences(LENGTHS, 4, 8), torch.jagged)
         for out in (fastattn.attention(q, q, q), fastattn.scaled_dot_product_attention(q, q, q)):
             assert out.shape == q.shape
@@ -116,7 +116,7 @@ class TestAttention:
         assert_alike(dropped, parts_of(same))
 
     def test_a_ragged_batch_of_grids(self):
-        """torch takes (batch, ragged, seqlen, head_dim) for one more dimension of the batch."""
+        """torch treats (batch, ragged, seqlen, head_dim) as having one more batch dimension."""
         parts = sequences((2, 3), 5, 8)
         x = nest(parts, torch.jagged)
         mask = torch.nested.nested_tensor_from_jagged(torch.randn(5, 5, 5), x.offsets())
@@ -184,7 +184,7 @@ class TestAttention:
 
 
 class TestStridedAsInTorch:
-    """What torch.nn.functional.scaled_dot_product_attention takes as strided nested tensors, by heads of its own."""
+    """torch's scaled_dot_product_attention takes strided nested tensors with heads of their own."""
 
     QUERIES, KEYS = (2, 3, 4), (3, 4, 5)
 
@@ -228,7 +228,7 @@ class TestStridedAsInTorch:
                 function(*args)
 
 
-# an op of rows: (function of x and residual, whether residual is taken)
+# an op on rows: (function of x and residual, whether it takes a residual)
 ROWS = {
     "layer_norm": lambda x, r: fastattn.layer_norm(x, W, B),
     "layer_norm with residual": lambda x, r: fastattn.layer_norm(x, W, B, residual=r),
@@ -398,7 +398,7 @@ class TestLayers:
         return getattr(nn, kind)(16, 2, 32, dropout=0.0, batch_first=True, **options)
 
     def assert_each_alone(self, layer, call, parts, layout):
-        """A layer gives each sequence what it gives it alone, and its parameters the sum of the gradients."""
+        """A layer gives each sequence the result that it has alone, and its parameters the sum of the gradients."""
         x = [nest(p, layout, requires_grad=layout is torch.jagged) for p in parts]
         out = call(layer, *x)
         twin = copy.deepcopy(layer)
@@ -458,7 +458,7 @@ class TestLayers:
 
     @pytest.mark.parametrize("average", [False, True])
     def test_weights(self, average, layout):
-        """Padded, 0 where there is no token: as torch's fast path gives them."""
+        """They are padded, with 0 where there is no token, like those of torch's fast path."""
         torch.manual_seed(0)
         layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
         ours = copy.deepcopy(layer)

@@ -1,4 +1,4 @@
-"""layer_norm and rms_norm with dropout and residual: numbers, on every backend that is there."""
+"""layer_norm and rms_norm with dropout and residual: numerical results on every available backend."""
 
 import itertools
 from dataclasses import replace
@@ -22,7 +22,7 @@ OPS = torch.ops.fastattn
 def case(
     shape, dtype=torch.float32, device="cpu", residual=None, weight=True, bias=True, x_bias=False, shift=0.0, **options
 ):
-    """A case whose operands all want gradients; residual is a dtype or None."""
+    """A case in which all operands require gradients; residual is a dtype or None."""
     generator = torch.Generator().manual_seed(1)
 
     def tensor(*size, dtype=dtype, shift=0.0, grad=True):
@@ -103,7 +103,7 @@ def test_x_bias(backend, device, dtype, form, rms):
 
 @pytest.mark.parametrize("form", X_BIAS_FORMS)
 def test_x_bias_is_as_if_added_before(backend, device, form):
-    """The same bits in fp32 as adding it outside, and a gradient that is the column sum of dx."""
+    """The bits in fp32 are those of an outer addition, and the gradient is the column sum of dx."""
     options = dict(X_BIAS_FORMS[form])
     residual = torch.float32 if options.pop("residual", False) else None
     c = case((37, 130), device=device, residual=residual, x_bias=True, **options)
@@ -131,14 +131,14 @@ def test_empty(backend, device, shape, fused):
     results = forward_backward(c)
     inputs = [t for t in c.inputs if t is not None]
     assert [r.shape for r in results] == [c.x.shape] * (1 + fused) + [t.shape for t in inputs]
-    assert all(not r.any() for r in results)  # the gradients of weight and bias have elements, and they are 0
+    assert all(not r.any() for r in results)  # the gradients of weight and bias have elements, which are 0
 
 
 @pytest.mark.parametrize("cols", [1, 100, 1000, 65537])
 def test_constant_rows(backend, device, interpreted, cols):
-    """They are centred to 0, whatever their mean: rounding it would leave a constant that rstd makes large."""
+    """They are centred to 0, whatever their mean; a rounded mean would leave a constant that rstd multiplies."""
     if interpreted and cols > 1000:
-        cols = 16385  # walked over in pieces as well
+        cols = 16385  # also read in pieces
     x = torch.tensor([[5.0], [-3e4], [0.0], [4428.5715], [1e7 / 3]], device=device).expand(5, cols)
     bias = torch.randn(cols, device=device)
     torch.testing.assert_close(
@@ -154,7 +154,7 @@ def test_rows_far_from_zero(backend, device, dtype, rms, shift):
     if shift > 6e4 and dtype == torch.float16:
         pytest.skip("float16 ends at 65504")
     case((20, 777), dtype, device, rms=rms, shift=shift).check()
-    if dtype == torch.float32:  # the mean is not saved to more than fp32, and no term of it is lost
+    if dtype == torch.float32:  # the mean is saved in fp32, and its rounding error is corrected
         x = (torch.randn(5, 777, generator=torch.Generator().manual_seed(2)) + shift).to(device)
         y = fastattn.layer_norm(x)
         torch.testing.assert_close(y.double(), F.layer_norm(x.double(), (777,)), rtol=0, atol=shift * 2**-23)
@@ -233,7 +233,7 @@ def test_expanded_gradients(backend, device, fused):
 @pytest.mark.parametrize("offset", [0, 1, 3, 5])
 @pytest.mark.parametrize("cols", [1, 7, 63, 100, 520])
 def test_reads_stay_inside(raw_backend, device, interpreted, offset, cols):
-    """Operands inside arenas of NaN give what plain ones give."""
+    """Operands inside arenas of NaN give the results of plain ones."""
     if interpreted and cols not in (7, 100):
         pytest.skip("two widths are enough in the interpreter")
     infer, fwd, bwd = (getattr(getattr(OPS, name), raw_backend) for name in ("norm_infer", "norm_fwd", "norm_bwd"))
@@ -272,7 +272,7 @@ def test_same_bits_again_and_with_any_number_of_threads(device, rows, cols):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_results(device, dtype):
-    """Results of 4 MiB and more are written past the caches: row by row the same bits as in a small call."""
+    """Results of 4 MiB and more are written past the caches, with the same bits for each row as in a small call."""
     rows, cols = (1100 if dtype == torch.float32 else 2100), 1024
     c = case((rows, cols), dtype, device, residual=dtype, return_residual=True)
     y, r, dx, dresidual, _, _ = forward_backward(c)
@@ -302,7 +302,7 @@ def test_dropout_mask(backend, device, cols, dropout_p):
 @pytest.mark.parametrize("dropout_p", [0.0, 1.0])
 def test_dropout_of_nothing_and_of_everything(backend, device, dropout_p):
     x, residual = torch.randn(2, 5, 33, device=device)
-    x[0, 0] = float("nan") if dropout_p else 0.0  # a dropped NaN is gone
+    x[0, 0] = float("nan") if dropout_p else 0.0  # a dropped NaN is removed
     y, r = fastattn.layer_norm(x, residual=residual, dropout_p=dropout_p, return_residual=True)
     assert torch.equal(r, residual if dropout_p else x + residual)
     torch.testing.assert_close(y, F.layer_norm(r, (33,)))

@@ -46,7 +46,7 @@ def test_raw_ops_keep_their_schema(raw_backend, device, rms, biased, plain):
 
 
 def test_backward_of_another_backend(device):
-    """What one backend saves, another understands."""
+    """A backend's backward can use what another backend's forward saved."""
     names = [name for name in ("native", "triton") if why_not_implemented(OP, name, device) is None]
     x, residual, weight, bias, x_bias = operands(6, 40, device=device, grad=False, count=5)
     dy, rng = torch.randn_like(x), draw_rng(x.device)
@@ -79,7 +79,7 @@ def test_gradcheck_in_fp64():
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("with_x_bias", [False, True])
 def test_double_backward(backend, device, dropout_p, with_residual, with_x_bias):
-    """create_graph=True on the kernels: second derivatives as those of the reference in fp64."""
+    """create_graph=True on the kernels: second derivatives equal those of the reference in fp64."""
     inputs = operands(4, 12, device=device, count=5)
 
     def second(function, inputs):
@@ -184,7 +184,7 @@ def test_compile_uses_the_kernels_also_backward():
 
 
 def test_inductor():
-    """The one test that pays for a compiler run."""
+    """The only test here that runs the compiler."""
     torch._dynamo.reset()
     inputs = operands(8, 32)
 
@@ -224,7 +224,7 @@ def test_inference_mode_and_no_grad(backend, device):
 
 
 def test_deterministic_algorithms(backend, device):
-    """Allowed, and no result depends on memory that nobody wrote: fresh tensors are filled with NaN."""
+    """The mode is allowed, and no result depends on uninitialised memory: fresh tensors are filled with NaN."""
     inputs = operands(40, 100, device=device)
     torch.use_deterministic_algorithms(True)
     try:
@@ -308,7 +308,7 @@ def test_bad_input(name):
 
 
 def test_raw_ops_check_again(device):
-    """Below the public function the wrappers refuse what would read outside of an operand."""
+    """Below the public function, the wrappers refuse what would read outside an operand."""
     if why_not_available("native", device):
         pytest.skip(why_not_available("native", device))
     x, weight = torch.randn(4, 8, device=device), torch.randn(8, device=device)

@@ -1,4 +1,4 @@
-"""ONNX export of layers and ops, as they are; onnxruntime computes what they compute."""
+"""ONNX export of unmodified layers and ops; onnxruntime gives the same results."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from fastattn import nn
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the exporter
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the exporter
 
 E, H = 16, 4
 LAYER = {"dim_feedforward": 24, "dropout": 0.0, "batch_first": True}
 
 
 def run(model, inputs):
-    """What onnxruntime computes for a model in bytes."""
+    """What onnxruntime computes for a model given as bytes."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     feed = {given.name: x.numpy() for given, x in zip(session.get_inputs(), inputs, strict=True)}
     return torch.from_numpy(session.run(None, feed)[0])
@@ -27,7 +27,7 @@ def exported(module, inputs, **options):
 
 
 class Masked(torch.nn.Module):
-    """A stack with everything around it: a causal and a padding mask, and a final norm."""
+    """A stack with a causal and a padding mask and a final norm."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Arguments and modes that answer `__torch_function__`: torch's CausalBias, subclasses of Tensor, TorchFunctionMode."""
+"""Arguments and modes with `__torch_function__`: torch's CausalBias, subclasses of Tensor, TorchFunctionMode."""
 
 import inspect
 import pickle
@@ -17,7 +17,7 @@ Q = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
 W = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 TARGET = torch.arange(20).view(2, 2, 5) % 8
 LENGTHS = torch.full((2,), 5, dtype=torch.int32)
-# per op a call of one tensor x (2, 2, 5, 8)
+# per op, a call with one tensor x (2, 2, 5, 8)
 CALLS = {
     "attention": lambda f, x: f(x, Q, Q, causal=True),
     "attention_decode": lambda f, x: f(x, Q.clone(), Q.clone(), cache_seqlens=LENGTHS),
@@ -38,7 +38,7 @@ def op(request):
 
 
 class TestCausalBias:
-    """A CausalBias holds no values: its memory was never written. It stands for the causal flag of its kind."""
+    """A CausalBias has no values: its memory is never written. It stands for a causal flag of its kind."""
 
     @pytest.fixture(params=[(5, 5), (3, 7), (7, 3)], ids=str)
     def sizes(self, request):
@@ -47,7 +47,7 @@ class TestCausalBias:
     @pytest.fixture(params=[causal_upper_left, causal_lower_right])
     def bias(self, request, sizes):
         if request.param is causal_lower_right and sizes[0] > sizes[1]:
-            with pytest.warns(UserWarning, match="will produce NaNs"):  # here such rows give 0
+            with pytest.warns(UserWarning, match="will produce NaNs"):  # in ours such rows give 0
                 return request.param(*sizes)
         return request.param(*sizes)
 
@@ -120,7 +120,7 @@ class TestCausalBias:
             fastattn.attention(*[Q[0].transpose(0, 1)] * 3, bias=bias, **packed)
 
     def test_is_no_operand(self):
-        """It has a shape, (1, 5, 5), but nobody wrote its memory: torch computes with that."""
+        """It has the shape (1, 5, 5), but its memory is never written: torch computes with that."""
         x, weight = torch.randn(1, 5, 5), torch.randn(5, 5)
         cos, sin = torch.randn(5, 2).unbind(-1)
         calls = {
@@ -148,7 +148,7 @@ class TestCausalBias:
                     layer(bias)
 
     def test_layers_refuse_it_as_torch_does(self):
-        """Also where its shape fits by chance, which torch does not notice."""
+        """Even if its shape fits by chance, which torch does not notice."""
         x = torch.randn(1, 5, 8)
         layers = (
             nn.MultiheadAttention(8, 2, batch_first=True),
@@ -166,7 +166,7 @@ class TestCausalBias:
 
 
 class Counted(torch.Tensor):
-    """A subclass as PyTorch's manual writes it: it sees the function, and results become its own kind."""
+    """A subclass as in PyTorch's manual: it sees the function, and results become its own kind."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

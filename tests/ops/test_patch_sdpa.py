@@ -1,4 +1,4 @@
-"""patch_sdpa: torch's scaled_dot_product_attention served by our kernels, and what is left to torch."""
+"""patch_sdpa: our kernels serve torch's scaled_dot_product_attention, and some calls are left to torch."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_what_is_left_to_torch_is_listed():
             out = F.scaled_dot_product_attention(q, q, q)
             assert out.dtype == q.dtype
             assert any(kind in reason for reason in patch.left)
-        with pytest.raises(RuntimeError):  # torch's own words
+        with pytest.raises(RuntimeError):  # torch's own message
             F.scaled_dot_product_attention(heads(), heads(9).to(torch.bfloat16), heads(9))
         graph = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend="eager", fullgraph=True)
         torch.testing.assert_close(graph(heads()), TORCHS(heads(), heads(), heads()))

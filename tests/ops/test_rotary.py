@@ -1,4 +1,4 @@
-"""rotary_embedding on every backend that is there: numbers, positions, forms of the tables, in place, bad input."""
+"""rotary_embedding on every available backend: results, positions, forms of the tables, in place, bad input."""
 
 import pytest
 import torch
@@ -121,7 +121,7 @@ def test_stride_0_gradients(backend, device):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_a_pair_is_its_two_tensors(backend, device, interleaved):
-    """q and k of grouped heads and another layout; gradients of both, and of one alone."""
+    """q and k with grouped heads and another layout; gradients of both, and of one alone."""
     q = randn(2, 7, 6, 32, device=device).transpose(1, 2).requires_grad_()
     k = randn(2, 2, 7, 32, device=device, seed=1).requires_grad_()
     cos, sin = tables(40, 24, device=device)
@@ -182,7 +182,7 @@ class TestPositions:
         want = torch.cat([self.rotate(s, None, device)[0].transpose(0, 1) for s in sequences])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
         assert torch.equal(self.rotate(packed, positions[None], device), got)
-        # without positions the tokens count on: tables may hold a row per token
+        # without positions, tokens are numbered in order: tables may have a row per token
         cos, sin = (t[positions.long()] for t in tables(50, 16, device=device))
         assert torch.equal(fastattn.rotary_embedding(packed, cos, sin), got)
 
@@ -231,14 +231,14 @@ def test_hugging_face_tables(backend, device, dtype, table_dtype):
         fastattn.rotary_embedding(x, *both, positions=positions),
         fastattn.rotary_embedding(x, cos, sin, positions=positions),
     )
-    wide = torch.cat((x, x), -1)  # three dimensions say rotary_dim even where it is not head_dim
+    wide = torch.cat((x, x), -1)  # three dimensions state rotary_dim even if it differs from head_dim
     got = fastattn.rotary_embedding(wide, *per_token)
     assert torch.equal(got[..., :32], want)
     assert torch.equal(got[..., 32:], x)
 
 
 def test_no_table_is_read_past_its_end():
-    """They end where memory ends that may be read: a lane of a block beyond the last token must not look there."""
+    """The tables end where readable memory ends: a lane of a block past the last token must not read there."""
     reason = why_not_available("triton", "cpu")
     if reason:
         pytest.skip(reason)
@@ -414,7 +414,7 @@ def test_raw_ops_keep_their_schema(raw_backend, device, form):
 
 
 def test_backends_agree(device):
-    """In full precision only fused products tell the backends apart; a gradient may come from any."""
+    """In full precision only fused products distinguish the backends; a gradient may come from any."""
     names = [
         name
         for name in ("native", "triton", "reference")
@@ -484,7 +484,7 @@ def test_empty(backend, device, shape):
 
 
 def test_deterministic_algorithms(backend, device):
-    """No result depends on memory that nobody wrote: fresh tensors are filled with NaN."""
+    """No result depends on uninitialised memory: fresh tensors are filled with NaN."""
     x, (cos, sin) = randn(2, 3, 17, 37, device=device).requires_grad_(), tables(17, 22, device=device)
     torch.use_deterministic_algorithms(True)
     try:
@@ -493,7 +493,7 @@ def test_deterministic_algorithms(backend, device):
     finally:
         torch.use_deterministic_algorithms(False)
     assert not y.isnan().any()
-    torch.testing.assert_close(dx, x.detach())  # there and back
+    torch.testing.assert_close(dx, x.detach())  # rotated forward and back
 
 
 X, (COS, SIN) = randn(2, 3, 5, 8), tables(9, 8)
@@ -589,7 +589,7 @@ def test_a_named_backend_that_cannot_serve_raises():
 
 
 def test_raw_ops_check_again(device):
-    """Below the public function the wrappers refuse what would read outside of an operand."""
+    """Below the public function, the wrappers refuse what would read outside an operand."""
     if why_not_available("native", device):
         pytest.skip(why_not_available("native", device))
     q, (cos, sin) = randn(2, 3, 5, 8, device=device), tables(9, 8, device=device)
@@ -597,7 +597,7 @@ def test_raw_ops_check_again(device):
     rest = (False, False)
     bad = [
         ((q[0, 0], None, cos, sin, None, 0, 8, *rest), "q must have 3 or 4 dimensions, got 2"),
-        ((q, q[:, :, :4], cos, sin, None, 0, 8, *rest), "k must have the shape of q but for its heads"),
+        ((q, q[:, :, :4], cos, sin, None, 0, 8, *rest), "k must have the shape of q except for the number of heads"),
         ((q, q.half(), cos, sin, None, 0, 8, *rest), "k must have the dtype and device of q"),
         ((q, None, cos, sin, None, 0, 10, *rest), "rotary_dim must be even, above 0 and at most 8, got 10"),
         ((q, None, cos[:, :3], sin[:, :3], None, 0, 8, *rest), "cos must have at least 4 columns, got 3"),
@@ -613,14 +613,14 @@ def test_raw_ops_check_again(device):
     for arguments, message in bad:
         with pytest.raises(RuntimeError, match=message):
             OPS.rotary_fwd.native(*arguments)
-    with pytest.raises(RuntimeError, match="in place takes tensors whose last stride is 1"):
+    with pytest.raises(RuntimeError, match="tensors rotated in place must have last stride 1"):
         OPS.rotary_fwd_.native(q.mT.contiguous().mT, None, cos, sin, None, 0, 8, *rest)
 
 
 @pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_in_place_on_tensors_that_a_backward_needs(pair, grad):
-    """PyTorch clones them before, if it is told to and sees what is written."""
+    """PyTorch can be told to clone them first, and notices writes."""
     x, factor = torch.randn(2, 2, 9, 8), torch.tensor(2.0, requires_grad=True)
     angle = torch.arange(9)[:, None] / torch.arange(1, 5)
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
@@ -630,7 +630,7 @@ def test_in_place_on_tensors_that_a_backward_needs(pair, grad):
         out = fastattn.rotary_embedding((q, k) if pair else q, angle.cos(), angle.sin(), inplace=True)
         rotated = sum(t.square().sum() for t in out) if pair else out.square().sum()
         (got,) = torch.autograd.grad(loss + rotated, factor)
-    seen = x if pair else x[0]  # whose length a rotation keeps
+    seen = x if pair else x[0]  # a rotation keeps its length
     expected = 2 * 2.0 * x.square().sum() if not grad else 4 * 2.0**3 * x.square().sum() + 2 * 2.0 * seen.square().sum()
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Strides change neither what an op computes nor which path it takes to a cliff."""
+"""Strides change neither the results of an op nor its code path to a slow one."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ STYLES = ("interleaved", "column shard", "transposed", "chunk of the transposed"
 
 
 def strided(dense, style):
-    """A tensor of the shape of `dense` with random values and other strides; of fewer dimensions what comes nearest."""
+    """A tensor with the shape of `dense`, random values and other strides, as far as its dimensions allow."""
     shape, generator = list(dense.shape), torch.Generator().manual_seed(dense.numel())
 
     def memory(*sizes):
@@ -42,7 +42,7 @@ def results(function, inputs, grads=None):
 
 def assert_same(found, expected, what):
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
-        atol = 5e-4 * b.abs().max().clamp(min=1).item()  # of expanded weights the gradient of logits cancels to 0
+        atol = 5e-4 * b.abs().max().clamp(min=1).item()  # with expanded weights the gradient of logits cancels to 0
         assert_close(a, b, rtol=1e-4, atol=atol, msg=lambda text, n=number: f"{what}, tensor {n}: {text}")
 
 
@@ -65,7 +65,7 @@ def test_operands_may_have_any_strides(name, backend, interpreted):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_of_any_strides(dtype, style, monkeypatch):
-    """Each product with each operand strided, and the detour of half precision over fp32, against fp64."""
+    """Each product with each operand strided, and the fp32 path of half precision, against fp64."""
     monkeypatch.setattr(_gemm, "_SLOW_HALVES", frozenset({torch.bfloat16, torch.float16}))
     rows, k, n = 64, 256, 512
     for product, exact, *shapes in (

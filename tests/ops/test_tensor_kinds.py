@@ -1,6 +1,6 @@
-"""Every op and layer given every kind of tensor that is not a plain one: the right result, or an error that names it.
+"""Every op and layer is given every kind of non-plain tensor: the result is right, or an error names the argument.
 
-A cell fails if the result is another, or if an error speaks of the inside: of operators nobody called, of attributes.
+A case fails if the result differs, or if an error speaks of internals: of operators nobody called, or of attributes.
 """
 
 import copy
@@ -24,7 +24,7 @@ TARGET = torch.tensor([1, 2, 3])
 LENGTHS = torch.tensor([5, 3], dtype=torch.int32)
 COS, SIN = torch.rand(5, 4), torch.rand(5, 4)
 
-# op: its tensors by name; those in DATA hold what is computed with, and become another kind all at once
+# op: its tensors by name; those in DATA hold the data and are all converted to another kind together
 CALLS = {
     "attention": {"q": Q, "k": Q + 1, "v": Q - 1, "bias": torch.randn(5, 5), "sink": B[:2], "alibi_slopes": B[:2]},
     "attention_decode": {"q": Q, "k_cache": Q + 1, "v_cache": Q - 1, "cache_seqlens": LENGTHS},
@@ -44,7 +44,7 @@ DATA = {
     "rms_norm": ("x", "residual"),
     "scaled_dot_product_attention": ("query", "key", "value"),
 }
-WEIGHTS = ("w1", "w2", "w_gate", "weight")  # F.linear takes some kinds that nothing else does
+WEIGHTS = ("w1", "w2", "w_gate", "weight")  # F.linear accepts some kinds that nothing else does
 
 
 @pytest.fixture(params=CALLS)
@@ -58,12 +58,12 @@ def run(op, **given):
 
 
 def all_data(op, change):
-    """The arguments of the call with all its data changed."""
+    """The arguments of the call with all its data converted."""
     return CALLS[op] | {label: change(CALLS[op][label]) for label in DATA.get(op, ("x",))}
 
 
 class _Wrapper(torch.Tensor):
-    """A subclass without memory of its own, of which operators see the wrapper first."""
+    """A subclass without memory of its own, whose wrapper operators see first."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -91,7 +91,7 @@ class KnowsAll(_Wrapper):
 
 
 class KnowsTorch(_Wrapper):
-    """It has heard of PyTorch's operators, and of no others."""
+    """It handles PyTorch's operators and no others."""
 
     @staticmethod
     def knows(func):
@@ -109,7 +109,7 @@ class Plain(torch.Tensor):
 
 
 def assert_result(op, out, right, **more):
-    """The same result. Dropout may have drawn anew on the way: its elements are compared with what they may be."""
+    """The result must be the same. If dropout drew new numbers, elements are compared with their possible values."""
     if op == "dropout":
         x, residual = CALLS[op].values()
         kept = ((out - residual) / x / 2).round()
@@ -149,7 +149,7 @@ def test_served(op, kind):
     right = run(op, **CALLS[op])
     with torch.no_grad():
         given = all_data(op, SERVED[kind])
-        if op == "attention_decode" and kind == "imaginary part":  # a cache has last stride 1
+        if op == "attention_decode" and kind == "imaginary part":  # a cache must have last stride 1
             given = CALLS[op] | {"q": given["q"]}
         out = run(op, **given)
     assert_result(op, plain(out), right)
@@ -165,13 +165,13 @@ def test_served_with_gradients(op, kind):
     odd = {label: SERVED[kind](CALLS[op][label]).detach().requires_grad_() for label in labels}
     grads = torch.autograd.grad(run(op, **CALLS[op] | odd).sum(), odd.values())
     for got, want in zip(grads, right, strict=True):
-        if op == "dropout":  # the values of the mask, in whatever order
+        if op == "dropout":  # the values of the mask, in any order
             got, want = (t.abs().clamp_min(1).sign() for t in (plain(got), want))
         torch.testing.assert_close(plain(got), want, rtol=1e-4, atol=1e-5)
 
 
 def test_zeros_without_memory(op):
-    """What autograd makes of a missing gradient."""
+    """The tensor that autograd uses for a missing gradient."""
     label = DATA.get(op, ("x",))[0]
     zeros = torch._efficientzerotensor(CALLS[op][label].shape, dtype=torch.float32)
     right = run(op, **CALLS[op] | {label: torch.zeros_like(CALLS[op][label])})
@@ -253,14 +253,14 @@ def attempt(function):
 
 
 def changed(kind, t):
-    """The tensor as one of another kind, or None where PyTorch has no such tensor."""
+    """The tensor as another kind, or None if PyTorch has no such tensor."""
     return attempt(lambda: REFUSED[kind](t))[0]
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.filterwarnings("ignore")
 def test_refused_and_named(op, kind):
-    """One argument after the other; if a kind happens to be served, then by the right result."""
+    """One argument after the other; if a kind happens to be accepted, the result must be right."""
     right = run(op, **CALLS[op])
     for label, t in CALLS[op].items():
         wrong = changed(kind, t)
@@ -330,7 +330,7 @@ def _first(result):
 @pytest.mark.parametrize("kind", {**SERVED, **REFUSED})
 @pytest.mark.filterwarnings("ignore")
 def test_layers(layer, kind):
-    """The result of plain tensors, or an error that speaks of what came; what torch's layer serves, ours serves."""
+    """The result of plain tensors, or an error that names the input; what torch's layer accepts, ours accepts."""
     torch_layer, ours, inputs = LAYERS[layer]
     change = {**SERVED, **REFUSED}[kind]
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""PyTorch's tools do to our layers what they do to those of torch.nn: each runs on both, and the outcomes are compared.
+"""PyTorch's tools treat our layers like those of torch.nn: each tool runs on both, and the outcomes are compared.
 
-A tool takes a module and its inputs and returns what can be compared: tensors, gradients among them, and text. What a
+A tool takes a module and its inputs and returns something comparable: tensors, including gradients, and text. What a
 tool cannot do with ours is in docs/torch-nn.md, section Tools.
 """
 
@@ -28,7 +28,7 @@ from torch.utils.module_tracker import ModuleTracker
 import fastattn
 from fastattn import nn
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # deprecations of the tools themselves
+pytestmark = pytest.mark.filterwarnings("ignore")  # deprecation warnings of the tools themselves
 
 E, H, FF, N, L = 16, 4, 24, 3, 6
 LAYER = {"dim_feedforward": FF, "dropout": 0.0, "batch_first": True}
@@ -53,7 +53,7 @@ def build(name, library):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
-            if parameter.dim() < 2:  # norms and biases that are not 1 and 0
+            if parameter.dim() < 2:  # norms and biases other than 1 and 0
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return module
 
@@ -68,7 +68,7 @@ def first(out):
 
 
 def trained(module, inputs, call=None):
-    """The output, and the gradients of the inputs and of the parameters, by name: some tools change their order."""
+    """The output, and the gradients of the inputs and of the parameters, by name, as some tools change their order."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     parameters = dict(sorted(module.named_parameters()))
     out = first((module if call is None else call)(*leaves))
@@ -77,7 +77,7 @@ def trained(module, inputs, call=None):
 
 
 def smaller(inputs):
-    """The same with other sizes, for what was recorded with the first ones."""
+    """Inputs of other sizes, for a tool that recorded with the first ones."""
     return [x[:2, :4].contiguous() for x in inputs]
 
 
@@ -85,7 +85,7 @@ TOOLS, RECORDERS = {}, {}
 
 
 def tool(**options):
-    """A tool under its own name, or one for each of the values of its one option."""
+    """Register a tool under its own name, or one for each value of its single option."""
 
     def register(function):
         if not options:
@@ -99,7 +99,7 @@ def tool(**options):
 
 
 def recorder(*layers):
-    """A tool that records layers (some, if it is slow) and trains the record on other sizes, as torch.nn is trained."""
+    """A tool that records layers (only some, if slow) and trains the record on other sizes, against torch.nn."""
 
     def register(function):
         RECORDERS.update({(function.__name__, layer): function for layer in layers or LAYERS})
@@ -128,7 +128,7 @@ def jit_trace_for_inference(module, inputs):
 
 
 class Holder(torch.nn.Module):
-    """A module of the user with one of ours in it."""
+    """A user's module that contains one of ours."""
 
     def __init__(self, module):
         super().__init__()
@@ -136,7 +136,7 @@ class Holder(torch.nn.Module):
 
 
 def hold(module, n_inputs):
-    forward = (  # symbolic tracing wants the arguments by name
+    forward = (  # symbolic tracing needs the arguments by name
         lambda self, x: self.module(x),
         lambda self, x, y: self.module(x, y),
         lambda self, x, y, z: self.module(x, y, z)[0],

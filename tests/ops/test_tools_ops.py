@@ -1,4 +1,4 @@
-"""PyTorch's tools on the ops themselves: what is recorded, transformed or batched gives what the call gives."""
+"""PyTorch's tools on the ops themselves: recorded, transformed or batched calls give the results of the call."""
 
 import io
 
@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # deprecations of the tools themselves
+pytestmark = pytest.mark.filterwarnings("ignore")  # deprecation warnings of the tools themselves
 
 
 def tensors(*shapes):
@@ -128,7 +128,7 @@ def test_batched_gradients(op):
     out = several(function(*leaves))[0]
     batch = torch.stack([torch.ones_like(out), out.detach()])
     got = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, retain_graph=True, allow_unused=True)
-    last = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, allow_unused=True)  # frees what was saved
+    last = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, allow_unused=True)  # frees the saved tensors
     for index in range(2):
         out = several(function(*leaves))[0]
         expected = torch.autograd.grad(out, leaves, batch[index], allow_unused=True)
@@ -139,7 +139,7 @@ def test_batched_gradients(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_program_of_torch_operators_alone(op):
-    """What an exporter makes of a program that has no kernels of ours."""
+    """What an exporter produces for a program that has no kernels of ours."""
     function, shapes = OPS[op]
     program = torch.export.export(Module(function), tuple(tensors(*shapes)), strict=False)
     ours = {node.target for node in program.graph.nodes if "fastattn" in str(node.target)}
@@ -172,7 +172,7 @@ TWICE = {
 
 @pytest.mark.parametrize("op", TWICE)
 def test_compiled_with_one_tensor_in_several_places(op):
-    """Within the function, and as several arguments of it."""
+    """Within the function, and as several of its arguments."""
     function, shapes = TWICE[op]
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(trained(compiled, tensors(*shapes)), trained(function, tensors(*shapes)))

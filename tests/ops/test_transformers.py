@@ -51,7 +51,7 @@ def check_against_eager(family, padding, dtype):
     assert our_grads.keys() == grads.keys()
     for name, grad in our_grads.items():
         slack = 0.0
-        if name.endswith(("k_proj.bias", "key.bias", "k_lin.bias")):  # 0 in exact numbers: all that is left is rounding
+        if name.endswith(("k_proj.bias", "key.bias", "k_lin.bias")):  # 0 in exact arithmetic: only rounding is left
             slack = 4 * torch.finfo(dtype).eps * exact_grads[name.replace("bias", "weight")].abs().max().item()
         assert_accurate(grad, exact_grads[name], grads[name], BACKWARD, f"gradient of {name}", slack)
 
@@ -150,7 +150,7 @@ REAL = {
 
 
 def spelled_out(mask):
-    """The bool mask that the words of a VisibleKeys mean for `fastattn.attention`."""
+    """The bool mask for `fastattn.attention` that a VisibleKeys describes."""
     visible, (batch, _, n_queries, n_keys) = mask.visible, mask.shape
     query, key = torch.arange(n_queries)[:, None], torch.arange(visible.n_keys)
     found = torch.ones(batch, n_queries, visible.n_keys, dtype=torch.bool)
@@ -173,14 +173,14 @@ def spelled_out(mask):
 
 MASKS = [
     (function, lengths, real) for function in FUNCTIONS for lengths in LENGTHS for real in REAL
-    # transformers looks for packed documents without a cache and without padding only
+    # transformers looks for packed documents only without a cache and without padding
     if "packed" not in function or (lengths, real) == ("all", "whole")
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("function", "lengths", "real"), MASKS)
 def test_the_words_mean_the_mask(function, lengths, real):
-    """Rows that are padding may see anything; a mask with elements appears only where it is expected."""
+    """Rows of padding may see anything; a mask with elements appears only where it is expected."""
     n_queries, n_keys, q_offset, kv_offset = LENGTHS[lengths]
     padding = REAL[real]
     if padding is not None:
@@ -192,7 +192,7 @@ def test_the_words_mean_the_mask(function, lengths, real):
     mask = integration.attention_mask(**given, dtype=torch.float32, config=None, use_vmap=False, local_size=4)
     dense = masking_utils.sdpa_mask(**given, allow_is_causal_skip=False)
     assert mask.shape == dense.shape
-    assert torch.equal(mask & True, dense)  # an operation that it does not know gets the elements
+    assert torch.equal(mask & True, dense)  # an unknown operation gets the elements
     needs_elements = function == "chunks" and ("some" in lengths or lengths == "sliding" or real == "holes")
     needs_elements &= lengths not in ("one", "static, one")
     needs_elements |= function == "two-sided window" and n_queries - n_keys != kv_offset - q_offset
@@ -214,7 +214,7 @@ def test_views_that_change_nothing_have_no_elements():
 
 
 class LargestTensor(TorchDispatchMode):
-    """How many elements the largest tensor has that an operation returns."""
+    """Records the number of elements of the largest tensor that an operation returns."""
 
     largest = 0
 

@@ -1,10 +1,10 @@
-"""Memory of a step on the CPU, counted from the records of PyTorch's allocator and not from the process."""
+"""The memory of a step on the CPU, from the records of PyTorch's allocator instead of the process."""
 
 import torch
 
 
 def allocated_peak(step):
-    """Most bytes that the CPU allocator had handed out at one time during `step`, without the tensors it returns."""
+    """The peak of bytes allocated by the CPU allocator during `step`, without the tensors that `step` returns."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         results = step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

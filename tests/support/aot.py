@@ -47,7 +47,7 @@ def resources(cubin):
 
 
 def compile_one(config):
-    """Compile a configuration; returns it with its resources."""
+    """Compile a configuration and return it with its resources."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -76,7 +76,7 @@ def compile_one(config):
 
 
 def compile_all(configs, timeout=300):
-    """Compile in a process of its own, in which the interpreter was not used; returns the configurations' results."""
+    """Compile in a process that never used the interpreter and return the results of the configurations."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, os.path.abspath(__file__)]

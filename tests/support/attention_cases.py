@@ -1,29 +1,183 @@
-"""Seeded random calls of attention with features combined freely, and how their results are judged."""
+"""Calls of attention: a Case for the raw ops, seeded random calls of the public function, and how both are judged."""
 
+import math
 import random
 
 import torch
-from oracle import exact
+from oracle import BACKWARD, assert_accurate, attention_slack, exact, score_unit
 
 import fastattn
 from fastattn import reference
+from fastattn.ops._attention_call import AttentionCall
+from fastattn.ops.attention import _reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DIMS = ("batch", "heads", "queries", "keys")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Case:
+    """A call of the raw ops of attention: `call`, an AttentionCall, with `do` and `dlse`, the gradients of its results.
+
+    Args:
+        mask, bias: the names in DIMS of the dimensions along which it varies; it is broadcast along the others.
+        slopes: None, "heads" (n_heads), or "batch" (batch, n_heads).
+        lengths: seqlens_k; packed: (cu_seqlens_q, cu_seqlens_k).
+        bshd: q, k and v are (batch, seqlen, heads, head_dim) in memory.
+        numbers: the fields window_left, window_right, top_left, softcap, dropout_p and scale of the call.
+    """
+
+    def __init__(self, *, batch=1, heads=2, kv_heads=None, sq=70, sk=90, d=32, dv=None, dtype=torch.float32, mask=None,
+                 bias=None, bias_dtype=None, sink=False, lengths=None, packed=None, slopes=None, bshd=False, seed=0,
+                 **numbers):  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator).to(DEVICE)
+
+        def tensor(shape):
+            if bshd:
+                return randn(shape[0], shape[2], shape[1], shape[3]).to(dtype).transpose(1, 2)
+            return randn(*shape).to(dtype)
+
+        def int32(values):
+            return None if values is None else torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+        ends_q, ends_k = packed or (None, None)
+        sequences = batch
+        if packed:
+            batch, sq, sk, sequences = 1, ends_q[-1], ends_k[-1], len(ends_q) - 1
+        kv_heads, dv = kv_heads or heads, dv or d
+
+        def scores(dims):
+            return randn(*[n if dim in dims else 1 for n, dim in zip((batch, heads, sq, sk), DIMS, strict=True)])
+
+        numbers = {"window_left": -1, "window_right": -1, "top_left": False, "softcap": 0.0, "dropout_p": 0.0,
+                   "scale": d**-0.5} | numbers  # fmt: skip
+        self.call = AttentionCall(
+            q=tensor((batch, heads, sq, d)),
+            k=tensor((batch, kv_heads, sk, d)),
+            v=tensor((batch, kv_heads, sk, dv)),
+            bias=None if bias is None else scores(bias).to(bias_dtype or dtype),
+            sink=randn(heads) if sink else None,
+            mask=None if mask is None else scores(mask) > -0.3,
+            seqlens_k=int32(lengths),
+            cu_seqlens_q=int32(ends_q),
+            cu_seqlens_k=int32(ends_k),
+            alibi_slopes=slopes and randn(*{"heads": (heads,), "batch": (sequences, heads)}[slopes]).abs(),
+            rng=torch.tensor([seed - 2**40, 7 * seed + 2**33], device=DEVICE) if numbers["dropout_p"] else None,
+            max_seqlen_q=sq,
+            max_seqlen_k=sk,
+            **numbers,
+        )
+        self.do = randn(batch, heads, sq, dv).to(dtype)
+        self.dlse = randn(batch, heads, sq)
+
+    def replace(self, **fields):
+        """Change fields of the call."""
+        self.call = self.call._replace(**fields)
+
+    def forward(self, backend="triton", need_low=True):
+        """(out, lse, lse_low) by the raw op."""
+        return getattr(torch.ops.fastattn.attention_fwd, backend)(*self.call, need_low)
+
+    def backward_arguments(self, saved, do, dlse):
+        """The arguments of the raw op after the forward that saved (out, lse, lse_low)."""
+        return do, dlse, *self.call[:3], *saved, *self.call[3:], self.call.bias is not None, False
+
+    def backward(self, saved, backend="triton"):
+        """(dq, dk, dv, dbias, dsink) by the raw op."""
+        return getattr(torch.ops.fastattn.attention_bwd, backend)(*self.backward_arguments(saved, self.do, self.dlse))
+
+    def expected(self, dtype=None):
+        """(out, lse, lse_low, gradients) of the reference, computed in `dtype` if given; None for absent inputs."""
+
+        def convert(t):
+            return t.to(dtype or t.dtype) if torch.is_tensor(t) and t.is_floating_point() else t
+
+        leaves = [None if t is None else convert(t.detach()).clone().requires_grad_() for t in self.call[:5]]
+        out, lse, low = _reference(*leaves, *map(convert, self.call[5:]), True)
+        finite = torch.where(lse == -math.inf, 0.0, lse)  # the lse of an empty row has no gradient
+        wanted, flowing = [t for t in leaves if t is not None], (convert(self.do), self.dlse.to(lse.dtype))
+        grads = iter(torch.autograd.grad((out, finite), wanted, flowing, allow_unused=True))
+        return out.detach(), lse.detach(), low.detach(), [None if t is None else next(grads) for t in leaves]
+
+    def check(self, saved_by="triton"):
+        """Check the results of Triton's forward, and of its backward after the forward of `saved_by`."""
+        exact_out, exact_lse, _, exact_grads = self.expected(torch.float64)
+        *plain_saved, plain_grads = self.expected()
+        out, lse, _ = saved = self.forward()
+        assert_accurate(out, exact_out, plain_saved[0], what="out")
+        seen = exact_lse != -math.inf
+        assert torch.equal(lse != -math.inf, seen)
+        if not torch.allclose(lse[seen].double(), exact_lse[seen], rtol=0, atol=2 * score_unit(exact_lse)):
+            assert_accurate(lse[seen], exact_lse[seen], plain_saved[1][seen], what="lse")
+        grads = self.backward(plain_saved if saved_by == "reference" else saved)
+        names = ("dq", "dk", "dv", "dbias", "dsink")
+        for name, got, right, plain in zip(names, grads, exact_grads, plain_grads, strict=True):
+            if right is None:
+                continue
+            assert got.shape == right.shape, name
+            slack = attention_slack(name, right, self.call, exact_out, exact_lse, self.do)
+            if not torch.allclose(got.double(), right, rtol=0, atol=slack):
+                assert_accurate(got, right, plain, factor=BACKWARD, what=name, slack=slack)
+
+
+def random_options(seed):
+    """The arguments of a small Case with any combination of features."""
+    draw = random.Random(seed)
+
+    def maybe(value, chance=0.3):
+        return value if draw.random() < chance else None
+
+    own_dims = [tuple(dim for dim in DIMS if draw.choice((True, False))) for _ in range(2)]
+    kv_heads = draw.choice([1, 1, 2])
+    options = {
+        "heads": kv_heads * draw.choice([1, 1, 2]),
+        "kv_heads": kv_heads,
+        "d": draw.choice([8, 16, 24, 40, 59, 64]),
+        "dv": draw.choice([None, None, 16, 48]),
+        "dtype": draw.choice([torch.float32, torch.float16]),
+        "sink": draw.random() < 0.25,
+        "slopes": draw.choice([None, None, None, "heads", "batch"]),
+        "dropout_p": draw.choice([0.0, 0.0, 0.1, 0.5]),
+        "window_left": draw.choice([-1, -1, 0, 3, 20]),
+        "window_right": draw.choice([-1, -1, 0, 0, 5]),
+        "top_left": draw.random() < 0.3,
+        "softcap": draw.choice([0.0, 0.0, 0.0, 1.5]),
+        "seed": seed,
+    }
+    if options["top_left"]:  # only causal calls have it
+        options["window_right"] = 0
+    if draw.random() < 0.25:
+        ends = [[0], [0]]
+        for _ in range(draw.choice([1, 2, 3])):
+            for side in ends:
+                side.append(side[-1] + draw.choice([0, 1, 17, 40, 66]))
+        options["packed"] = tuple(ends)
+        sequences = len(ends[0]) - 1
+    else:
+        sequences = options["batch"] = draw.choice([1, 2])
+        options["sq"], options["sk"] = (draw.choice([1, 9, 33, 64, 65, 97]) for _ in range(2))
+        options["mask"], options["bias"] = map(maybe, own_dims)
+        options["bshd"] = draw.random() < 0.5
+    options["lengths"] = maybe([draw.choice([0, 5, 31, 64, 200]) for _ in range(sequences)])
+    return options
 
 
 def some(rng, *values, p):
-    """One of the values with probability p, else None."""
+    """Return one of the values with probability p, else None."""
     return rng.choice(values) if rng.random() < p else None
 
 
 def broadcast(rng, shape):
-    """The shape with random dimensions 1, sometimes without the leading ones."""
+    """Return the shape with random dimensions set to 1, sometimes without the leading ones."""
     shape = [1 if rng.random() < 0.35 else size for size in shape]
     return shape[rng.choice((0, 0, 1, 2)) :]
 
 
 def random_case(seed, dtypes=DTYPES, lengths=(1, 2, 5, 17, 63, 64, 65, 100, 129), head_dims=(8, 16, 31, 40, 64, 65)):
-    """(q, k, v, keyword arguments) of a call; float tensors but ALiBi slopes require grad."""
+    """Return (q, k, v, keyword arguments) of a call. Float tensors require grad, except ALiBi slopes."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
 
@@ -61,7 +215,7 @@ def random_case(seed, dtypes=DTYPES, lengths=(1, 2, 5, 17, 63, 64, 65, 100, 129)
         seqlen_q, seqlen_k = rng.choice(lengths), rng.choice(lengths)
         q = normal(batch, n_heads, seqlen_q, head_dim, dtype=dtype)
         k, v = (normal(batch, kv_heads, seqlen_k, size, dtype=dtype) for size in (head_dim, head_dim_v))
-        if rng.random() < 0.5:  # as torch.nn lays them out
+        if rng.random() < 0.5:  # in the layout of torch.nn
             q, k, v = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in (q, k, v))
         full = (batch, n_heads, seqlen_q, seqlen_k)
         if rng.random() < 0.3:
@@ -78,13 +232,13 @@ def random_case(seed, dtypes=DTYPES, lengths=(1, 2, 5, 17, 63, 64, 65, 100, 129)
 
 
 def normal(*shape, dtype=torch.float32, seed=0, scale=1.0):
-    """A leaf of normal numbers, the same for the same seed."""
+    """A leaf of normal random numbers that depend on the seed only."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
 
 
 def qkv(batch, n_heads, seqlen_q, seqlen_k, head_dim, dtype=torch.float32, kv_heads=None, head_dim_v=None, scale=1.0):
-    """q, k and v of a call; `scale` makes the scores large."""
+    """q, k and v of a call; a large `scale` makes the scores large."""
     kv_heads = kv_heads or n_heads
     return (
         normal(batch, n_heads, seqlen_q, head_dim, dtype=dtype, seed=1, scale=scale),
@@ -94,16 +248,16 @@ def qkv(batch, n_heads, seqlen_q, seqlen_k, head_dim, dtype=torch.float32, kv_he
 
 
 def on(device, *values):
-    """Tensors, detached, on a device; one that requires grad becomes a new leaf. What is no tensor stays."""
+    """Tensors, detached, on a device. One that requires grad becomes a new leaf; other values are unchanged."""
     return [t.detach().to(device).requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in values]
 
 
 def results(q, k, v, kwargs, backend, seed=0, use_lse=True, call=fastattn.attention):
-    """out, lse and all gradients of a random cotangent, by name; lse -inf as it is, without a gradient.
+    """Return out, lse and all gradients for a random cotangent, by name. An lse of -inf gets no gradient.
 
-    `call` stands for `fastattn.attention` where another entry is tested, and takes its arguments.
+    `call` replaces `fastattn.attention` if another entry point is tested; it takes the same arguments.
     """
-    torch.manual_seed(seed)  # the same (seed, offset) of dropout in every call
+    torch.manual_seed(seed)  # every call draws the same (seed, offset) for dropout
     out, lse = call(q, k, v, **kwargs, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(1)
     loss = (out.double() * torch.randn(out.shape, generator=generator).to(out.device)).sum()
@@ -122,7 +276,7 @@ def results(q, k, v, kwargs, backend, seed=0, use_lse=True, call=fastattn.attent
 
 
 def truth_and_baseline(monkeypatch, q, k, v, kwargs, seed=0):
-    """The results in fp64, and by the same plain PyTorch in the dtype of q, its softmax included."""
+    """Return the results in fp64, and those of plain PyTorch in the dtype of q, including its softmax."""
     names = list(kwargs)
     *qkv, values = *exact(q, k, v), dict(zip(names, [exact(kwargs[name]) for name in names], strict=True))
     truth = results(*qkv, values, "reference", seed)
@@ -134,10 +288,10 @@ def truth_and_baseline(monkeypatch, q, k, v, kwargs, seed=0):
 
 
 def assert_close_to(ours, truth, baseline, what):
-    """Twice the error of PyTorch's math, three times for gradients.
+    """The error may be twice that of PyTorch's math, three times for gradients.
 
-    Beside it some units in the last place of the largest value, in the dtype of out: delta is taken from the rounded
-    out, where PyTorch's softmax may cancel exactly, and sums are in another order. 1e-5 for lse, whatever the dtype.
+    Some units in the last place of the largest value are added, in the dtype of out: delta is computed from the rounded
+    out, where PyTorch's softmax may cancel exactly, and sums have another order. For lse it is 1e-5 in every dtype.
     """
     eps = torch.finfo(ours["out"].dtype).eps
     for name, expected in truth.items():
@@ -160,7 +314,7 @@ def assert_close_to(ours, truth, baseline, what):
 
 
 def check(monkeypatch, what, q, k, v, seed=0, *, backend, device="cpu", call=fastattn.attention, **kwargs):
-    """One call of `fastattn.attention`, or what stands for it, and its gradients against the truth."""
+    """Check one call of `fastattn.attention`, or its replacement, and its gradients against the truth."""
     kwargs = {"softcap": 0.0} | kwargs
     q, k, v = on(device, q, k, v)
     kwargs = dict(zip(kwargs, on(device, *kwargs.values()), strict=True))

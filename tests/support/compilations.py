@@ -1,12 +1,12 @@
-"""What Triton compiles when the launchers are called, with no GPU and no driver: its own launch code up to there.
+"""What Triton compiles when the launchers are called, with no GPU and no driver, up to the launch itself.
 
 Triton keys a binary by dtypes, constants, options and what it sees in an integer: whether it is 1, or a multiple of 16.
-A process that used the interpreter cannot compile, so tests run this file in one of its own:
+A process that used the interpreter cannot compile, so tests run this file in a separate one:
 
     python tests/support/compilations.py
-                                        prints {scenario: {kernel: number of different binaries}} as JSON, compiles none
+                            prints {scenario: {kernel: number of different binaries}} as JSON, without compiling
     python tests/support/compilations.py '[{"arch": 90, "call": "norm_bwd", "arguments": {...}}, ...]'
-                                        compiles what these calls launch; answers with the resources of each kernel
+                            compiles what these calls launch and prints the resources of each kernel
 """
 
 import collections
@@ -27,7 +27,7 @@ MODULES = ("attention_fwd", "attention_bwd", "attention_dbias", "attention_decod
 
 
 class NoDriver:
-    """What the launch code asks of a driver before it compiles. The "device" is its architecture."""
+    """The functions of a driver that the launch code calls before it compiles. The "device" is its architecture."""
 
     arch = 90
 
@@ -44,7 +44,7 @@ class NoDriver:
 
 
 def pretend(arch):
-    """The launchers take CPU tensors for those of a GPU of this architecture."""
+    """Make the launchers treat CPU tensors as those of a GPU of this architecture."""
     import triton
 
     import fastattn  # noqa: F401
@@ -68,7 +68,7 @@ LENGTHS = (1, 2, 16, 17, 32, 100, 128)
 
 
 def rotary(positions=False):
-    """Prompts of all lengths, and tokens after them one by one."""
+    """Prompts of all lengths, followed by single tokens."""
     cos = torch.ones(4096, 32)
     calls = [(seqlen, 0) for seqlen in LENGTHS] + [(1, offset) for offset in range(40)]
     for seqlen, offset in calls:
@@ -193,7 +193,7 @@ def count_binaries():
 
 
 def norm_bwd(width, needed, dropout=False, residual=False):
-    """needed: of dweight, dbias and dx_bias."""
+    """needed: which of dweight, dbias and dx_bias."""
     x, rng = torch.ones(7, width), torch.ones(2, dtype=torch.int64) if dropout else None
     dr_out = x if residual else None
     kernels("norm").norm_bwd(x, dr_out, x, x[0], torch.ones(2, 7), rng, 0.1, False, residual, *needed)
@@ -276,7 +276,7 @@ CALLS = {
 
 
 def compile_one(case):
-    """The case, and of each kernel that it launches the name, tile and resources; of those in "only" if it is there."""
+    """Return the case with name, tile and resources of each kernel that it launches, or of those in "only"."""
     pretend(case["arch"])
     compiled = []
 
@@ -295,7 +295,7 @@ def compile_one(case):
 
 
 def run(*arguments, timeout=300):
-    """What this file prints for the arguments, from a process of its own."""
+    """Return what this file prints for the arguments, from a separate process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(

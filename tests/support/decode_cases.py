@@ -1,4 +1,4 @@
-"""Seeded random calls of attention_decode with features combined freely, and caches that show every stray access."""
+"""Seeded random calls of attention_decode with any combination of features, and caches that reveal stray accesses."""
 
 import math
 import random
@@ -15,7 +15,7 @@ PAGE_SIZES = (16, 48, 64, 256)
 
 
 def contiguous_cache(rng, generator, lengths, kv_heads, sizes, dtype, leftpad, room, gap_size):
-    """(k_cache, v_cache, kwargs) with NaN wherever no key is valid; sometimes BSHD, with gaps, with rows to spare."""
+    """Return (k_cache, v_cache, kwargs) with NaN where no key is valid; sometimes BSHD, with gaps, with spare rows."""
     batch = len(lengths)
     rows = rng.choice((batch, batch + 2))
     index = rng.sample(range(rows), batch)
@@ -42,7 +42,7 @@ def contiguous_cache(rng, generator, lengths, kv_heads, sizes, dtype, leftpad, r
 
 
 def paged_cache(rng, generator, lengths, kv_heads, sizes, dtype, leftpad, room, page_size):
-    """The same in shuffled pages; pages that belong to no sequence are NaN, entries without a page are out of range."""
+    """The same in shuffled pages. Unused pages are NaN; table entries without a page are out of range."""
     needed = [-(-(length + room) // page_size) for length in lengths]
     width = max(needed) + rng.choice((0, 2))
     pages = sum(needed) + 3
@@ -66,10 +66,10 @@ def paged_cache(rng, generator, lengths, kv_heads, sizes, dtype, leftpad, room, 
 def random_case(seed, dtypes=DTYPES, lengths=(0, 1, 7, 63, 64, 65, 100, 130, 300), head_dims=HEAD_DIMS,
                 groups=(1, 1, 2, 3, 4, 5, 8), seqlens_q=(1, 1, 1, 2, 3, 5, 16, 17), page_sizes=PAGE_SIZES,
                 plain=False):  # fmt: skip
-    """(q, k_cache, v_cache, keyword arguments) of a call.
+    """Return (q, k_cache, v_cache, keyword arguments) of a call.
 
     Args:
-        plain: without what changes scores, without leftpad, and strides of the caches are multiples of 16 bytes.
+        plain: without features that change scores, without leftpad, and cache strides are multiples of 16 bytes.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +120,7 @@ def to(device, *values):
 
 
 def check_call(what, call, backend, monkeypatch, device="cpu"):
-    """Out, lse and both caches against the reference in fp64."""
+    """Check out, lse and both caches against the reference in fp64."""
     q, k_cache, v_cache, kwargs = call
     names = list(kwargs)
     truth_caches, low_caches = exact(k_cache, v_cache), [k_cache.clone(), v_cache.clone()]
@@ -145,6 +145,6 @@ def check_call(what, call, backend, monkeypatch, device="cpu"):
     allowed = 2 * (low.double() - truth).abs().max() + units * truth.abs().max().clamp(min=1.0)
     error = (out.cpu().double() - truth).abs().max()
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} in {q.dtype}"
-    # what is appended and all else, NaN included, bit for bit
+    # the appended keys and everything else, including NaN, bit for bit
     for ours, expected in zip(caches, low_caches, strict=True):
         assert torch.equal(ours.cpu().nan_to_num(nan=77.0), expected.nan_to_num(nan=77.0)), f"{what}: cache"

@@ -1,7 +1,7 @@
-"""What two processes compute on DTensors, against what one computes on plain tensors.
+"""Computations on DTensors in two processes, compared with one process on plain tensors.
 
-`main` runs all CASES in two processes of gloo and writes, per case, what failed in each.
-A placement is written R, S0, S1, ... or P; those of a call as "x=S0 weight=S1", an input that is not named is R.
+`main` runs all CASES in two processes of gloo and writes the failures of each process, by case.
+A placement is written R, S0, S1, ... or P; those of a call as "x=S0 weight=S1". Inputs that are not named are R.
 """
 
 import copy
@@ -36,7 +36,7 @@ def case(name, *arguments):
 
 
 def mesh(*shape):
-    """The mesh of both processes, made once."""
+    """The mesh of both processes, created once."""
     from torch.distributed.tensor import init_device_mesh
 
     shape = shape or (2,)
@@ -57,7 +57,7 @@ def placement(text):
 
 
 def distribute(tensor, *places, on=None):
-    """A DTensor of its own memory with the placements, R if none is given."""
+    """A DTensor with memory of its own and the given placements, R by default."""
     from torch.distributed.tensor import distribute_tensor
 
     on = on or mesh()
@@ -81,13 +81,13 @@ def same_gradients(found, expected):
 
 
 def tensors_of(**shapes):
-    """Tensors that require gradients, of random numbers that are the same everywhere."""
+    """Tensors of random numbers that require gradients and are equal in all processes."""
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
 
 
 def compare(function, tensors, plan, on=None):
-    """Outputs and gradients of a function of DTensors are those of plain tensors; returns the outputs."""
+    """Check that outputs and gradients of a function of DTensors are those of plain tensors; return the outputs."""
     plain = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     places = dict(entry.split("=") for entry in plan.split())
     sharded = {
@@ -374,7 +374,8 @@ def raises(kind, text):
 
 @case("plain tensors beside DTensors")
 def mixed():
-    x, w1, w2 = torch.randn(512, 512), torch.randn(1024, 512), torch.randn(512, 1024)  # of a size for our own product
+    # large enough for our own product
+    x, w1, w2 = torch.randn(512, 512), torch.randn(1024, 512), torch.randn(512, 1024)
     dtensor, target = distribute(x), torch.zeros(512, dtype=torch.int64)
     mine, torchs = "must be a DTensor, like other inputs, got a plain tensor", "got mixed torch.Tensor and DTensor"
     for kind, text, call in (
@@ -452,7 +453,7 @@ def dropped_everywhere():
     for place in ("R", "S0", "S1", "S2"):
         v1 = distribute(v).requires_grad_()
         y = fastattn.attention(distribute(q, place), distribute(q), v1, dropout_p=0.5)
-        y.sum().backward()  # dv sums the columns of the probabilities, which y is
+        y.sum().backward()  # dv sums the columns of the probabilities, which are y
         assert_close(v1.grad, whole(y).sum(-2, keepdim=True).mT.expand(2, 4, 16, 16))
         first, second = (whole(y)[:, :, :8] != 0, whole(y)[:, :, 8:] != 0)
         assert 0.4 < (first == second).float().mean() < 0.6
@@ -491,7 +492,7 @@ def pair(name, *arguments, **options):
 
 
 def compare_modules(expected, found, inputs, place, call=None, on=None):
-    """Outputs and all gradients; place None hands over plain tensors. Returns the placements of the output."""
+    """Compare outputs and all gradients. place None passes plain tensors. Returns the placements of the output."""
     inputs = [t.detach() for t in inputs]
     call = call or (lambda module, *tensors: module(*tensors))
     plain = [t.clone().requires_grad_() for t in inputs]
@@ -517,7 +518,7 @@ def compare_modules(expected, found, inputs, place, call=None, on=None):
 
 
 def linear_takes(place):
-    """Whether torch's own projections, which our layers use, take an activation that is divided so."""
+    """Whether torch's projections, which our layers use, accept an activation that is divided like this."""
     if place not in _linear_takes:
         x, weight = (
             distribute(torch.ones(4, 6, 8), place).requires_grad_(),
@@ -595,7 +596,7 @@ def masked():
     padding[1, 4:] = True
     for attn_mask in (hidden, torch.randn(8, 6, 6, generator=torch.Generator().manual_seed(4))):
         for key_padding_mask in (None, padding, padding * -3.0):
-            for prepare in (lambda mask: mask, distribute):  # plain ones are the same everywhere
+            for prepare in (lambda mask: mask, distribute):  # plain tensors are equal in all processes
                 for need_weights in (False, True):
                     masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
                     given = {name: None if mask is None else prepare(mask) for name, mask in masks.items()}
@@ -698,7 +699,7 @@ def run_feed_forward(gated):
             place = "S0" if name != "linear2" else "S1" if label == "weight" else "R"
             module.register_parameter(label, torch.nn.Parameter(distribute(parameter, place).detach()))
 
-    found = distribute_module(copy.deepcopy(expected), mesh(), divide)  # without hooks: the fused op runs
+    found = distribute_module(copy.deepcopy(expected), mesh(), divide)  # without hooks, so that the fused op runs
     for place in ("R", "S0"):
         compare_modules(expected, found, SEQUENCES[:1], place)
 

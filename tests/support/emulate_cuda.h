@@ -1,7 +1,7 @@
 #pragma once
-// CUDA on one CPU thread, for tests: every thread of a block is a fiber, and runs until it must wait for others.
-// Divergence that a GPU does not forgive - a barrier or a shuffle that some threads do not reach - is an error here.
-// Memory order, timing and several blocks at once are not emulated. What Hopper adds is in emulated/cuda/sm90.
+// CUDA on one CPU thread, for tests. Every thread of a block is a fiber that runs until it must wait for others.
+// Divergence that a GPU does not allow, such as a barrier or shuffle that some threads do not reach, is an error here.
+// Memory order, timing and concurrent blocks are not emulated. emulated/cuda/sm90 adds the features of Hopper.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -40,14 +40,14 @@ constexpr size_t kMostShared = 227 * 1024;
 enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kWaitsForEvent, kDone };
 
 struct Fiber {
-  ucontext_t start;  // enters the fiber once; after that _longjmp switches, which makes no system call
+  ucontext_t start;  // enters the fiber once; then _longjmp switches, which makes no system call
   jmp_buf at;
   bool entered = false;
   std::vector<char> stack;
   State state;
   uint3 index;
   float exchanged;
-  std::function<bool()> event;  // what a thread that waits for an event waits for
+  std::function<bool()> event;  // the event that a waiting thread waits for
 };
 
 static std::vector<Fiber> fibers;
@@ -58,8 +58,8 @@ static std::function<void()> body;
 static int launches;
 alignas(1024) static unsigned char dynamic_shared[kMostShared];
 
-// Units that work beside the threads: called in every round, says whether it did something; `urgent` if no thread can
-// run before it does. At the end of a block it has nothing left to do.
+// Units that work besides the threads. Called in every round; returns whether it did something. `urgent` means that no
+// thread can run before it does. At the end of a block it must have no work left.
 static std::function<bool(bool urgent)> engine = [](bool) { return false; };
 static std::function<void()> end_of_block = [] {};
 
@@ -77,7 +77,7 @@ inline void wait(State state) {
   }
 }
 
-// Returns once `event` holds.
+// Returns once `event` is true.
 inline void wait_until(std::function<bool()> event) {
   if (!event()) {
     fibers[current].event = std::move(event);
@@ -86,7 +86,7 @@ inline void wait_until(std::function<bool()> event) {
 }
 
 inline void enter() {
-  while (true) {  // the fiber serves this thread of every block to come
+  while (true) {  // the fiber serves this thread in every block
     body();
     wait(State::kDone);
   }
@@ -102,7 +102,7 @@ inline void resume(Fiber& fiber) {
   }
 }
 
-// Whether all threads in [begin, end) wait in `state`; those that do are released together.
+// If all threads in [begin, end) wait in `state`, releases them together and returns true.
 inline bool release(size_t begin, size_t end, State state) {
   for (size_t i = begin; i < end; ++i) {
     if (fibers[i].state != state) {
@@ -117,7 +117,7 @@ inline bool release(size_t begin, size_t end, State state) {
 
 inline void run_block(size_t shared_bytes) {
   fiber_count = size_t{blockDim.x} * blockDim.y * blockDim.z;
-  fibers.resize(1024);                              // the most a block has; never moved while fibers live on it
+  fibers.resize(1024);                              // the largest block; never moved while fibers use it
   std::memset(dynamic_shared, 0xff, shared_bytes);  // NaN in every type
   for (size_t i = 0; i < fiber_count; ++i) {
     Fiber& fiber = fibers[i];
@@ -184,7 +184,8 @@ struct Launch {
   }
 };
 
-// kernel<<<grid, block, shared, stream>>>(args) is rewritten to launch(kernel, grid, block, shared, stream)(args).
+// The source is rewritten: kernel<<<grid, block, shared, stream>>>(args) becomes launch(kernel, grid, block, shared,
+// stream)(args).
 template <typename Kernel>
 Launch<Kernel> launch(Kernel kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t) {
   if (grid.x == 0 || grid.y == 0 || block.x * block.y * block.z > 1024 || block.x * block.y * block.z == 0 ||
@@ -250,7 +251,7 @@ std::common_type_t<A, B> min(A a, B b) {
 }
 
 extern "C" {
-// how many kernels were launched since it was asked last
+// returns the number of launches since the last call
 __attribute__((visibility("default"))) int emulated_launches() {
   return std::exchange(emulated::launches, 0);
 }
@@ -262,7 +263,7 @@ inline cudaError_t emulated_get_attribute(int* value, cudaDeviceAttr, int) {
 }
 }
 #define cudaGetDevice emulated_get_device
-#define cudaDeviceGetAttribute emulated_get_attribute  // a device of two multiprocessors
+#define cudaDeviceGetAttribute emulated_get_attribute  // a device with two multiprocessors
 #define cudaGetLastError() cudaSuccess
 #define cudaGetErrorString(error) "emulated"
 #define cudaFuncSetAttribute(kernel, attribute, value) cudaSuccess

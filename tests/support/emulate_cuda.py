@@ -17,7 +17,7 @@ import subprocess
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-# per library: the sources, in one translation unit each library, and the ops they register
+# per library: the sources, compiled as one translation unit, and the ops they register
 _ROWS = ("norm", "dropout", "feed_forward", "rotary")
 ROWS = (
     ("error.cu", "norm_bwd.cu", *(f"{name}{end}" for end in (".cu", "_ops.cpp") for name in _ROWS)),
@@ -86,7 +86,7 @@ def why_not_available():
 
 
 def rewritten(path):
-    """The source of a .cu file or a wrapper as C++ against emulate_cuda.h."""
+    """Rewrite the source of a .cu file or a wrapper as C++ for emulate_cuda.h."""
     text = pathlib.Path(ROOT, path).read_text(encoding="utf-8")
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text, flags=re.S)
@@ -94,7 +94,7 @@ def rewritten(path):
 
 
 def compile_library(source, flags=(), with_torch=True):
-    """Compile C++ against emulate_cuda.h, once per content: the path of the library in build/."""
+    """Compile C++ with emulate_cuda.h, once per content; return the path of the library in build/."""
     headers = [
         *glob.glob(os.path.join(ROOT, "csrc/**/*.*h"), recursive=True),
         *glob.glob(os.path.join(ROOT, "tests/support/emulate_cuda.*")),

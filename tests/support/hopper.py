@@ -1,4 +1,4 @@
-"""Where the kernels for Hopper run: on such a GPU, or else their sources in the emulation."""
+"""Runs tests of the kernels for Hopper on a Hopper GPU, or with their sources in the emulation."""
 
 import emulate_cuda
 import pytest

@@ -1,7 +1,7 @@
-"""Out-of-bounds reads caught without a sanitizer: operands inside arenas of NaN.
+"""Detects out-of-bounds reads without a sanitizer: operands are placed inside arenas of NaN.
 
-A read outside of `guarded(tensor)` turns a result into NaN. A read that strays into the next row of the same tensor is
-caught only with a `gap`. Offsets that do not fit 32 bits are shown by `far`.
+A read outside `guarded(tensor)` turns a result into NaN. A read that strays into the next row of the same tensor is
+detected only with a `gap`. `far` reveals offsets that do not fit into 32 bits.
 """
 
 import math
@@ -13,7 +13,7 @@ PADDING = 4096
 
 
 def guarded(tensor, offset=0, gap=0):
-    """The same values surrounded by NaN; `offset` elements misalign the pointer, `gap` NaN elements follow each row."""
+    """The same values surrounded by NaN. `offset` elements misalign the pointer; `gap` NaN elements follow each row."""
     shape = tuple(tensor.shape)
     row = shape[-1] + gap
     strides = [1]
@@ -25,17 +25,17 @@ def guarded(tensor, offset=0, gap=0):
 
 
 def leave_nan(*shapes, dtypes=(torch.float32, torch.bfloat16)):
-    """Free memory that holds NaN, which the next allocations of these sizes are likely to get."""
+    """Free memory that holds NaN; the next allocations of these sizes are likely to get it."""
     held = [torch.full(tuple(shape), float("nan"), dtype=dtype) for shape in shapes for dtype in dtypes]
     del held
 
 
 def far(tensor, dim):
-    """The same values with the first and the last in `dim` 2^31 elements apart, or the test is skipped.
+    """The same values, with the first and the last in `dim` 2^31 elements apart, or skip the test.
 
     With three of them the stride fits 32 bits and the offset does not.
 
-    The memory between them is reserved and never touched, which systems that promise more than they have allow.
+    The memory between them is reserved and never touched, which works on systems that overcommit memory.
     """
     shape = list(tensor.shape)
     strides = list(tensor[(slice(None),) * dim + (slice(1),)].contiguous().stride())

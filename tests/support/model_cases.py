@@ -1,11 +1,11 @@
-"""What the tests of all models share: shapes, options, and the comparison of the two kinds of layers."""
+"""Shared by the tests of all models: shapes, options, and the comparison of the two kinds of layers."""
 
 import torch
 
 LAYERS = ("torch", "fastattn")
 VOCAB = 20
 SHAPE = {"n_layer": 2, "n_head": 4, "d_model": 32, "block_size": 16}
-# every value of every option that changes what is computed, alone or with those it meets in well-known models
+# every value of every option that changes the computation, alone or combined as in well-known models
 OPTIONS = {
     "default": {},
     "untied": {"tied": False},
@@ -45,7 +45,7 @@ def gradients(model, loss):
 
 
 def assert_both_layers_agree(make, run):
-    """The same initial weights bit for bit; loss, logits and every gradient to rounding.
+    """Check that initial weights are equal bit for bit, and loss, logits and every gradient up to rounding.
 
     Args:
         make: layers → model.
@@ -62,7 +62,7 @@ def assert_both_layers_agree(make, run):
     expected, actual = (gradients(model, loss) for model, loss in zip((theirs, ours), losses, strict=True))
     for name, value in expected.items():
         scale = value.abs().max().item()
-        assert scale > 0 or "bias" in name, name  # a bias of keys has none: softmax does not see it
+        assert scale > 0 or "bias" in name, name  # a bias of keys has no gradient: softmax does not depend on it
         torch.testing.assert_close(
             actual[name], value, rtol=1e-4, atol=1e-5 * scale + 1e-8, msg=lambda m, name=name: f"{name}: {m}"
         )

@@ -1,4 +1,4 @@
-"""The drop-in layers beside torch.nn's: the same weights in both, and torch's eager slow path in fp64 as the truth."""
+"""The drop-in layers against torch.nn's: equal weights in both, and torch's eager slow path in fp64 as the truth."""
 
 import contextlib
 import copy
@@ -7,7 +7,7 @@ import torch
 
 from fastattn import nn
 
-SLACK = 16  # units in the last place beside torch's own error: both sides round at other places
+SLACK = 16  # units in the last place in addition to torch's own error: both sides round at different points
 
 
 @contextlib.contextmanager
@@ -15,7 +15,7 @@ def slow_path():
     """torch.nn without the fast path of inference, whose results differ (docs/torch-nn.md)."""
     before = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.set_num_threads(1)  # tensors this small wait for a second thread longer than they compute
+    torch.set_num_threads(1)  # for tensors this small, waiting for a second thread takes longer than the computation
     try:
         yield
     finally:
@@ -24,7 +24,7 @@ def slow_path():
 
 
 def pair(name, *args, seed=0, **kwargs):
-    """(ours, torch's), built from the same seed, all values of norms and biases random instead of 1 and 0."""
+    """Return (ours, torch's), built from the same seed, with random norms and biases instead of 1 and 0."""
     torch.manual_seed(seed)
     ours = getattr(nn, name)(*args, **kwargs)
     theirs = getattr(torch.nn, name)(*args, **kwargs)
@@ -38,7 +38,7 @@ def pair(name, *args, seed=0, **kwargs):
 
 @contextlib.contextmanager
 def region(kind, dtype=torch.bfloat16, device="cpu"):
-    """Where code may stand: "out" of autocast, "in" it, or in an "island" that disables it within such a region."""
+    """Where code runs: "out" of autocast, "in" it, or in an "island" that disables it within such a region."""
     with torch.autocast(device, dtype, enabled=kind != "out"):
         if kind == "island":
             with torch.autocast(device, enabled=False):
@@ -48,7 +48,7 @@ def region(kind, dtype=torch.bfloat16, device="cpu"):
 
 
 def results(module, call, inputs, constant=(), forward="out", backward="out", order=1):
-    """Outputs of call(module, **inputs) and the gradients of float inputs and parameters, by name.
+    """Return outputs of call(module, **inputs) and the gradients of float inputs and parameters, by name.
 
     Args:
         forward, backward: the kind of `region` they run in.
@@ -82,10 +82,10 @@ def leaf(value):
 
 
 def compare(ours, theirs, call, inputs, autocast=False, constant=(), regions=None, order=1):
-    """Assert that outputs and every gradient of ours are as near to fp64 as torch's own, or nearly so.
+    """Assert that outputs and every gradient of ours are about as near to fp64 as torch's own.
 
     Args:
-        regions: the kinds of `region` of forward and backward; by default both "in" or "out", as `autocast` says.
+        regions: the kinds of `region` of forward and backward; by default both "in" or "out", according to `autocast`.
         order: of the gradients, as in `results`.
     """
     forward, backward = regions or (("in", "in") if autocast else ("out", "out"))
@@ -116,7 +116,7 @@ def compare(ours, theirs, call, inputs, autocast=False, constant=(), regions=Non
 
 
 def padding_mask(generator, batch, length, kind, dtype=torch.float32):
-    """A mask (batch, length) that leaves key 0 visible, as bool or float; kind None gives None."""
+    """A mask (batch, length) that leaves key 0 visible, as bool or float; None for kind None."""
     if kind is None:
         return None
     mask = torch.rand(batch, length, generator=generator) < 0.4

@@ -1,4 +1,4 @@
-"""A call of norm with all it depends on, computed by fastattn, by the reference in fp64 and by plain PyTorch."""
+"""A call of norm with all its arguments: by fastattn or the raw ops, by the reference in fp64 and by plain PyTorch."""
 
 import random
 from dataclasses import dataclass, replace
@@ -26,14 +26,23 @@ class Case:
     dropout_p: float = 0.0
     return_residual: bool = False
     seed: int = 0
+    fixed_rng: torch.Tensor | None = None  # (seed, offset); None: what the op draws after torch.manual_seed(seed)
 
     @property
     def inputs(self):
         return self.x, self.residual, self.weight, self.bias, self.x_bias
 
+    @property
     def rng(self):
+        if self.fixed_rng is not None or not self.dropout_p:
+            return self.fixed_rng
         torch.manual_seed(self.seed)
-        return draw_rng(self.x.device) if self.dropout_p else None
+        return draw_rng(self.x.device)
+
+    @property
+    def saves_r(self):
+        """Whether r differs from x, so that the forward has to save it."""
+        return self.residual is not None or self.x_bias is not None or self.dropout_p > 0
 
     def ours(self, inputs):
         torch.manual_seed(self.seed)
@@ -47,16 +56,20 @@ class Case:
         return out if self.return_residual else (out,)
 
     def exact(self, inputs):
-        options = {"eps": self.eps, "rms": self.rms, "dropout_p": self.dropout_p, "rng": self.rng()}
-        return reference.norm(*inputs, **options)[: 1 + self.return_residual]
+        return self.by_reference(inputs)[: 1 + self.return_residual]
+
+    def by_reference(self, inputs):
+        """(y, r) of the reference, in the dtypes of the inputs."""
+        options = {"eps": self.eps, "rms": self.rms, "dropout_p": self.dropout_p, "rng": self.rng}
+        return reference.norm(*inputs, **options)
 
     def eager(self, inputs):
-        """PyTorch's own ops in the dtype of x, the residual stream in its own."""
+        """PyTorch's own ops, x in its dtype and the residual in its own."""
         x, residual, weight, bias, x_bias = inputs
         r = x if x_bias is None else x + x_bias.to(x.dtype)
         if self.dropout_p:
             row = torch.arange(x.numel() // x.shape[-1], device=x.device)
-            keep = reference.philox_keep(self.rng(), self.dropout_p, row, row >> 32, x.shape[-1]).view(x.shape)
+            keep = reference.philox_keep(self.rng, self.dropout_p, row, row >> 32, x.shape[-1]).view(x.shape)
             r = torch.where(keep, r * reference.dropout_scale(self.dropout_p), 0.0)
         if residual is not None:
             r = (r + residual).to(residual.dtype)
@@ -68,7 +81,7 @@ class Case:
         return (y, r)[: 1 + self.return_residual]
 
     def check(self):
-        """y, r and every wanted gradient keep to the error rule."""
+        """Check that y, r and every wanted gradient keep to the error rule."""
         grads_in = [self.dy, self.dr_out][: 1 + self.return_residual]
         results = []
         for compute, inputs in ((self.ours, self.inputs), (self.exact, exact(*self.inputs)), (self.eager, self.inputs)):
@@ -95,6 +108,80 @@ class Case:
         weight = 1.0 if self.weight is None else self.weight.detach().abs().max().item()
         return 4 * FP32_EPS * self.dy.abs().max().item() * weight * (square + self.eps) ** -0.5
 
+    def arguments(self):
+        """The arguments of the raw ops norm_infer and norm_fwd."""
+        return *self.inputs[:4], self.rng, self.dropout_p, self.eps, self.rms, self.x_bias
+
+    def expected(self, dtype=None):
+        """y, r and (dx, dresidual, dweight, dbias, dx_bias) of the reference, computed in `dtype` if given."""
+        leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in self.inputs]
+        y, r = self.by_reference(leaves)
+        outputs, douts = [y], [self.dy.to(y.dtype)]
+        if self.dr_out is not None:
+            outputs, douts = [y, r], [self.dy.to(y.dtype), self.dr_out.to(r.dtype)]
+        wanted = [t for t in leaves if t is not None]
+        grads = iter(torch.autograd.grad(outputs, wanted, douts, allow_unused=True))
+        return y.detach(), r.detach(), [None if t is None else next(grads) for t in leaves]
+
+    def statistics(self, r):
+        r = r.double()
+        mean = r.mean(-1)
+        rstd = ((r if self.rms else r - mean[:, None]).square().mean(-1) + self.eps).rsqrt()
+        return (rstd[None] if self.rms else torch.stack((mean, rstd))).float()
+
+    def check_raw(self, kernels):
+        """Check the raw ops norm_infer, norm_fwd and norm_bwd of `kernels` and return their results."""
+        y, r, stats = kernels.norm_fwd(*self.arguments())
+        assert torch.equal(kernels.norm_infer(*self.arguments()), y)
+        y64, r64, grads64 = self.expected(torch.float64)
+        y_own, r_own, grads_own = self.expected()
+        assert_accurate(y, y64, y_own, what="y")
+        if self.saves_r:
+            assert_accurate(r, r64, r_own, what="r")
+        else:
+            assert r.shape == (0,)
+        saved = r if self.saves_r else self.x
+        torch.testing.assert_close(stats, self.statistics(saved), rtol=1e-5, atol=1e-5)
+        grads = kernels.norm_bwd(
+            self.dy, self.dr_out, saved, self.weight, stats, self.rng, self.dropout_p, self.rms,
+            self.residual is not None, self.weight is not None, self.bias is not None, self.x_bias is not None,
+        )  # fmt: skip
+        names = ("dx", "dresidual", "dweight", "dbias", "dx_bias")
+        for name, got, right, own in zip(names, grads, grads64, grads_own, strict=True):
+            if right is None:
+                assert got.shape == (0,), name
+            else:
+                if name == "dx_bias":  # PyTorch computes it from dx in its own dtype
+                    own = grads_own[0].float().sum(0)
+                own = own.to(got.dtype)  # dbias and dx_bias have the dtype of the weight
+                assert_accurate(got, right, own, factor=BACKWARD, what=name)
+        return y, r, stats, *grads
+
+
+def rows_case(rows, cols, x=torch.float32, residual=None, *, weight=torch.float32, bias=torch.float32, x_bias=None,
+              rms=False, dropout_p=0.0, dr_out=True, seed=0, device="cpu"):  # fmt: skip
+    """A case of (rows, cols); the operands are given by their dtypes, None for absent ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, dtype):
+        return None if dtype is None else torch.randn(*shape, generator=generator).to(device, dtype)
+
+    case = Case(
+        x=randn(rows, cols, dtype=x) * 3 + 1,
+        residual=randn(rows, cols, dtype=residual),
+        weight=randn(cols, dtype=weight),
+        bias=randn(cols, dtype=None if rms else bias),
+        x_bias=randn(cols, dtype=x_bias),
+        dy=randn(rows, cols, dtype=x),
+        dr_out=None,
+        rms=rms,
+        dropout_p=dropout_p,
+        fixed_rng=torch.tensor([seed * 7919 - 2**45, 2**33 + seed], device=device) if dropout_p else None,
+    )
+    if case.saves_r and dr_out:
+        case.dr_out = randn(rows, cols, dtype=residual or x)
+    return case
+
 
 def _wants_grad(tensor):
     return tensor is not None and tensor.requires_grad
@@ -109,7 +196,7 @@ def strided(tensor, style):
         return torch.stack((tensor, tensor), -1)[..., 0]
     if style == "swapped":  # (a, b, cols) stored as (b, a, cols): rows do not collapse
         return tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() == 3 else tensor
-    if style == "expanded" and tensor.dim() == 2:  # every row the same memory
+    if style == "expanded" and tensor.dim() == 2:  # all rows share memory
         return tensor[:1].expand_as(tensor)
     return tensor
 
@@ -118,7 +205,7 @@ STRIDES = ("contiguous", "contiguous", "columns", "step", "swapped", "expanded")
 
 
 def random_case(seed, dtypes, device="cpu"):
-    """A case of every kind, the same for the same seed."""
+    """A case of any kind, which depends on the seed only."""
     choose = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     shape = choose.choice([(1,), (3,), (17,), (70,), (2, 3), (4, 1, 5), ()])

@@ -1,4 +1,4 @@
-"""One call of every differentiable op, for tests of what must hold for all of them."""
+"""One call of every differentiable op, for tests of properties that hold for all ops."""
 
 import torch
 
@@ -51,7 +51,7 @@ def rotary(x):
     return fastattn.rotary_embedding(x, angles.cos(), angles.sin())
 
 
-# (function, its inputs, how many of them, the first, autocast casts); from 2^23 multiplications on a product is large
+# (function, its inputs, how many, the first, whether autocast casts); a product is large from 2^23 multiplications on
 OPS = {
     "attention": attention(),
     "attention with dropout": attention(dropout_p=0.3),

@@ -1,4 +1,6 @@
-"""How the tests judge numbers: against the reference in fp64, by the error that PyTorch itself makes in that dtype."""
+"""The error rule of the tests: against the reference in fp64, by the error that PyTorch itself makes in that dtype."""
+
+import math
 
 import torch
 
@@ -7,7 +9,7 @@ FP32_EPS = torch.finfo(torch.float32).eps
 
 
 def exact(*values):
-    """The same arguments in fp64, detached: a tensor that requires grad becomes a new leaf, None stays None."""
+    """The same arguments in fp64, detached. A tensor that requires grad becomes a new leaf; None stays None."""
     twins = [
         v.detach().double().requires_grad_(v.requires_grad)
         if isinstance(v, torch.Tensor) and v.is_floating_point()
@@ -39,3 +41,32 @@ def assert_accurate(ours, exact, baseline, factor=2.0, what="result", slack=0.0)
     allowed = factor * (baseline.double() - exact).abs().max().item() + 2 * rounding + slack
     error = (ours.double() - exact).abs().max().item()  # a NaN fails the comparison
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} in {ours.dtype}"
+
+
+def score_unit(lse):
+    """One fp32 unit of the largest score of a call, from its lse; forward and backward may sum a score differently."""
+    finite = lse[lse != -math.inf].abs()
+    return FP32_EPS * (1 + finite.amax().item() if finite.numel() else 1)
+
+
+def attention_slack(name, grad, call, out, lse, do):
+    """By how much a gradient of attention may miss the exact one, where PyTorch's own error is smaller by chance.
+
+    1. p = exp(s - lse), and a score is off by a few units, so p and the gradients are off by that share of themselves.
+    2. ds = p (dp - delta), and delta = rowsum(do ∘ out) is computed from the rounded out. In a row that sees one key
+       PyTorch's softmax cancels dp - delta exactly; here half a unit of each out remains, weighted by do. It reaches
+       dbias and dsink as it is, and dq and dk times scale and the other operand. dv does not depend on delta.
+
+    Args:
+        name: "dq", "dk", "dv", "dbias" or "dsink"; grad: its exact value.
+        call: the AttentionCall; out, lse: the exact results; do: the gradient of out.
+    """
+    slack = 8 * score_unit(lse) * grad.abs().amax().item() if grad.numel() else 0.0
+    terms, eps = do.double() * out, torch.finfo(call.q.dtype).eps
+    if name in ("dbias", "dsink"):
+        return slack + eps * terms.square().sum().sqrt().item()
+    if name == "dv" or not call.q.numel() or not call.k.numel():
+        return slack
+    other = (call.k if name == "dq" else call.q).double().nan_to_num(0, 0, 0).square().mean().sqrt()
+    delta = 4 * FP32_EPS * terms.sum(-1).abs().amax() + eps / 2 * terms.norm(dim=-1).amax()
+    return slack + (delta * abs(call.scale) * other).item()

@@ -1,4 +1,4 @@
-"""What a test runs in a process of its own: in another environment, or in memory that nothing else has used."""
+"""Runs code in a separate process: in another environment, or with memory that nothing else has used."""
 
 import glob
 import os
@@ -17,13 +17,13 @@ def _output_of(*arguments, **environment):
 
 
 def run_code(code, *arguments, **environment):
-    """What this code prints; it finds the modules that are found here, and all test files."""
+    """Return what this code prints. It finds the modules that are found here, and all test files."""
     path = os.pathsep.join([*sys.path, *ROOMS])
     return _output_of("-W", "ignore", "-c", code, *arguments, PYTHONPATH=path, **environment)
 
 
 def run_tests(selected, *files, **environment):
-    """pytest's last line about the selected tests of these files, named from tests/, of which none fails."""
+    """Run the selected tests of these files, named from tests/; return pytest's last line. No test may fail."""
     paths = [os.path.join(TESTS, file) for file in files]
     output = _output_of("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths, "-k", selected, **environment)
     return output.splitlines()[-1]

@@ -1,6 +1,5 @@
-// One kernel per building block of csrc/cuda/sm90, for what a run on hardware must show before the attention kernels
-// are worth a try. Called through ctypes with plain pointers by tests/kernels/test_sm90_units.py, on a GPU or in the
-// emulation.
+// One kernel per building block of csrc/cuda/sm90, to be tested on hardware before the attention kernels.
+// tests/kernels/test_sm90_units.py calls them through ctypes with plain pointers, on a GPU or in the emulation.
 #include <cstring>
 
 #include "cuda/sm90/attention_common.cuh"
@@ -20,7 +19,7 @@ struct TmaShared {
   Barrier full;
 };
 
-// Shared memory as the copy engine leaves it, and the same tile back into another tensor, or added to it.
+// Copies shared memory as the copy engine fills it, and writes or adds the same tile to another tensor.
 __global__ void __launch_bounds__(kWarpgroup, 1)
     unit_tma_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, Coordinates at,
                     bool adds, uint16_t* dump) {
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   }
 }
 
-// out += in, 4 kWarpgroup floats, by every block of threads
+// out += in, 4 kWarpgroup floats, added by every block of threads
 __global__ void __launch_bounds__(kWarpgroup, 1) unit_reduce_kernel(const float* in, float* out) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto* values = reinterpret_cast<float*>(shared_memory);
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   }
 }
 
-// d (64, n) = a (64, k) * b (n, k)ᵀ, both by ordinary stores into tiles
+// d (64, n) = a (64, k) * b (n, k)ᵀ; both are written to tiles by ordinary stores
 template <int kN, int kK>
 __global__ void __launch_bounds__(kWarpgroup, 1)
     unit_wgmma_abt_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   }
 }
 
-// d (64, n) = a (64, k) * b (k, n), a in registers
+// d (64, n) = a (64, k) * b (k, n) with a in registers
 template <int kN, int kK>
 __global__ void __launch_bounds__(kWarpgroup, 1)
     unit_wgmma_ab_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d) {
@@ -161,8 +160,8 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   }
 }
 
-// A producer warp and two warpgroups, with shares of registers, pass `count` numbers through two stages: out[i] gets
-// 3 in[i] from each. Named barriers order the two additions.
+// A producer warp and two warpgroups, with redistributed registers, pass `count` numbers through two stages. out[i]
+// gets 3 in[i] from each warpgroup. Named barriers order the two additions.
 struct PipeShared {
   alignas(16) float stage[2][4];
   Pipe<2> pipe;
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1) unit_pipe_kernel(const floa
     Barrier::publish();
   }
   __syncthreads();
-  split_roles<24, 240>(
+  assign_roles<24, 240>(
       [&] {
         Ring<2> ring;
         for (int i = 0; i < count; i += 4) {
@@ -231,8 +230,8 @@ __attribute__((visibility("default"))) int unit_tma(void* from, void* to, bool a
   return cudaGetLastError();
 }
 
-// Whether a map that may come from those made before is the one that is made now, to the last bit: arguments are
-// (byte offset of the data, strides of batch, head and row, batch, heads, rows, head_dim, rows of a box, dtype).
+// Compares a map that may come from the cached ones with a newly encoded map, bit by bit. The arguments are (byte
+// offset of the data, strides of batch, head and row, batch, heads, rows, head_dim, rows of a box, dtype).
 __attribute__((visibility("default"))) int unit_map(char* data, const int64_t* from) {
   const HeadTensor tensor{data + from[0], from[1], from[2], from[3]};
   const auto dtype = static_cast<DType>(from[9]);
@@ -244,8 +243,8 @@ __attribute__((visibility("default"))) int unit_map(char* data, const int64_t* f
   return error != cudaSuccess ? static_cast<int>(error) : std::memcmp(&one, &other, sizeof(one)) == 0 ? 0 : -2;
 }
 
-// The products that the attention kernels use: "abt" scores of head dim k, "ab" values of k keys with A in registers,
-// "atb" dq of k keys
+// The products that the attention kernels use: "abt" is scores with head dim k, "ab" is values of k keys with A in
+// registers, "atb" is dq of k keys.
 __attribute__((visibility("default"))) int unit_wgmma(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d, int n,
                                                       int k, const char* form) {
   struct Unit {
@@ -289,7 +288,7 @@ __attribute__((visibility("default"))) int unit_pipe(const float* in, float* out
   return cudaGetLastError();
 }
 
-// The index functions themselves, for the models of the tests: what they give for one argument
+// The values of the index functions for one argument, for the models in the tests.
 __attribute__((visibility("default"))) void unit_index(int thread, int i, int* out) {
   out[0] = accumulator_row(thread, i);
   out[1] = accumulator_col(thread, i);
@@ -307,9 +306,10 @@ __attribute__((visibility("default"))) uint64_t unit_descriptor(bool k_is_inner,
   return k_is_inner ? k_major(tile, rows, step) : mn_major(tile, rows, step);
 }
 
-// The tiles of a call in the order of work: shape = (batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right,
-// top_left), of which those of keys may come with_dq, out per tile = (batch, head, row, begin, full_begin, full_end,
-// end). Returns how many there are, at most `room`. Tiles of `rows` in blocks of `block`, as the kernels have them.
+// The tiles of a call in the order of work. shape is (batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right,
+// top_left). Tiles of keys may be with_dq. out has (batch, head, row, begin, full_begin, full_end, end) per tile.
+// Returns the number of tiles, at most `room`. The sizes of tiles (`rows`) and blocks (`block`) are those of the
+// kernels.
 __attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_keys, bool with_dq, int rows, int block,
                                                       int head_dim, int* out, int room) {
   const AttentionShape s{nullptr,  nullptr,  nullptr,  shape[0], shape[1],     shape[2],
@@ -339,7 +339,8 @@ __attribute__((visibility("default"))) int unit_tiles(const int* shape, bool of_
   return static_cast<int>(order.count());
 }
 
-// Of packed rows: tile (sequence, tile within it) for each tile of `rows`. Returns how many there are, at most `room`.
+// Packed rows: writes (sequence, tile within it) for each tile of `rows` rows. Returns the number of tiles, at most
+// `room`.
 __attribute__((visibility("default"))) int unit_packed_tiles(const int32_t* cu_seqlens, int batch, int total, int rows,
                                                              int* out, int room) {
   const int count = count_tiles(true, total, batch, rows);
@@ -351,8 +352,8 @@ __attribute__((visibility("default"))) int unit_packed_tiles(const int32_t* cu_s
   return count;
 }
 
-// The same for a cache: shape = (batch, n_heads, n_kv_heads, seqlen_q, seqlen_new, capacity, left, right, splits), out
-// per block of threads = (split, batch, key head, row, begin, end)
+// The same for a cache: shape is (batch, n_heads, n_kv_heads, seqlen_q, seqlen_new, capacity, left, right, splits), out
+// has (split, batch, key head, row, begin, end) per block of threads.
 __attribute__((visibility("default"))) int unit_decode_tiles(const int* shape, const int32_t* lengths, int* out,
                                                              int room) {
   const DecodeShape s{lengths,  shape[0], shape[1], shape[2], shape[3],

@@ -1,4 +1,4 @@
-"""Small training runs: their text and settings, what they leave behind, and runs in processes of their own."""
+"""Small training runs: their texts and settings, their results, and runs in separate processes."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def tiny_config(run, text_file, **changes):
 
 
 def write_table(path, n=120, seed=0):
-    """Documents of words, whose class is their first word and whose translation is the words in reverse."""
+    """Write documents of words; the class is the first word, the translation is the words in reverse."""
     generator = np.random.default_rng(seed)
     rows = []
     for i in range(n):
@@ -61,7 +61,7 @@ def table_config(task, run, table, **changes):
 
 
 def column(run, name):
-    """Cells of a column of metrics.csv as text, so that equal means equal to the last bit."""
+    """The cells of a column of metrics.csv as text, so that equal means equal to the last bit."""
     with open(run / "metrics.csv", newline="") as file:
         return [(row["step"], row[name]) for row in csv.DictReader(file) if row[name]]
 
@@ -86,7 +86,7 @@ def assert_same_run(first, second, step):
 
 
 def interrupt_after(monkeypatch, step, number=signal.SIGTERM):
-    """The process gets a signal during this step."""
+    """Send the process a signal during this step."""
     train_step = Trainer.train_step
 
     def interrupted(self):
@@ -98,9 +98,9 @@ def interrupt_after(monkeypatch, step, number=signal.SIGTERM):
 
 
 def kill_after(owner, name, times, calls):
-    """This process kills itself so many Python calls after the `times`-th call of a function has begun.
+    """Make this process kill itself a number of Python calls after the `times`-th call of a function has begun.
 
-    That is any moment, as one of a clock would be, but no machine is too fast or too slow for it.
+    This can be any moment, as with a clock, but it does not depend on the speed of the machine.
 
     owner, name: of the function, the owner as text, for example "fastattn.training.runs.loop:Trainer" and "train_step".
     """
@@ -124,7 +124,7 @@ def kill_after(owner, name, times, calls):
 
 
 if can_fork := hasattr(os, "fork"):
-    # its children begin where the packages are imported already and no thread has been started
+    # its children start with the packages already imported and before any thread has started
     FORKS = multiprocessing.get_context("forkserver")
     FORKS.set_forkserver_preload(
         ["fastattn.training.runs.train", "fastattn.models", "matplotlib.figure", "safetensors.torch"]
@@ -132,9 +132,9 @@ if can_fork := hasattr(os, "fork"):
 
 
 def start_training(config, *, rank=0, world_size=1, port=0, kill=None, **options):
-    """A process that trains; with a world_size, as torchrun would start the one of this rank.
+    """Start a process that trains; with a world_size, as torchrun would start the one with this rank.
 
-    kill: the arguments of kill_after, for a process that is to die of it.
+    kill: the arguments of kill_after, for a process that must die.
     """
     environment = {"OMP_NUM_THREADS": "1"}
     if world_size > 1:
@@ -161,7 +161,7 @@ def free_port():
 
 
 def train_two(config, *, kill_second=None, exit_codes=(0, 0), **options):
-    """Two such processes on one run, waited for; kill_second: as `kill`, of the second."""
+    """Run two such processes on one run and wait for them; kill_second: like `kill`, for the second."""
     port, kills = free_port(), (None, kill_second)
     processes = [
         start_training(config, rank=rank, world_size=2, port=port, kill=kill, **options)
@@ -171,6 +171,6 @@ def train_two(config, *, kill_second=None, exit_codes=(0, 0), **options):
 
 
 def exit_code(process):
-    """Of a process that ends by itself; one that has not after five minutes hangs."""
+    """The exit code of a process that ends by itself; after five minutes it counts as hanging."""
     process.join(300)
     return process.exitcode

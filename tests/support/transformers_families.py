@@ -70,7 +70,7 @@ PADDINGS = {
 
 @functools.cache
 def model_of(family):
-    """A model with weights that are larger than it starts them: its attention is far from uniform."""
+    """A model whose weights are larger than its own initialisation, so that attention is far from uniform."""
     name, changes, _ = FAMILIES[family]
     config = getattr(transformers, name).config_class(**copy.deepcopy(changes))
     for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
@@ -86,7 +86,7 @@ def model_of(family):
 
 
 def inputs_of(kind, padding, seqlen=SEQLEN):
-    """(arguments of the model, the rows of its logits that count)."""
+    """(arguments of the model, the rows of its logits to compare)."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (BATCH, seqlen), generator=generator)
     real = torch.ones_like(ids)
@@ -102,7 +102,7 @@ def inputs_of(kind, padding, seqlen=SEQLEN):
                 for row in ends
             ]
         )
-        given["use_cache"] = False  # with a cache transformers looks for no documents
+        given["use_cache"] = False  # with a cache, transformers does not look for documents
     elif padding != "whole":
         given["attention_mask"] = real
     images = {"pixel_values": torch.randn(BATCH, 3, 16, 16, generator=generator)}
@@ -118,7 +118,7 @@ def inputs_of(kind, padding, seqlen=SEQLEN):
 
 
 def logits_and_gradients(model, given, real):
-    """The logits of the rows that count, and the gradients of all parameters."""
+    """The logits of the rows to compare, and the gradients of all parameters."""
     model.zero_grad()
     dtype = next(model.parameters()).dtype
     given = {label: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for label, t in given.items()}
@@ -132,7 +132,7 @@ def logits_and_gradients(model, given, real):
 
 
 def plain_attention(module, q, k, v, mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **_):
-    """Attention written out, for fp64: eager there masks with a number that its softmax in fp32 has not."""
+    """Attention written out in fp64; eager masks with a number that its softmax in fp32 does not have."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores

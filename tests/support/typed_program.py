@@ -1,4 +1,4 @@
-"""A user's program for a type checker, not for Python. A line with a mistake names the error that it must give."""
+"""A user's program for a type checker, not for Python. A line with a mistake names the error it must give."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The command line: the way from text to text, and what it says to every mistake."""
+"""The command line: the path from text to text, and the message for every mistake."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def contents(folder):
 
 
 def assert_refused(folder, capsys, arguments, *expected):
-    """Exit code 2, one line on stderr with all that is expected, and no file changed."""
+    """Check for exit code 2, one line on stderr that contains all expected texts, and no changed file."""
     before = contents(folder)
     capsys.readouterr()
     assert main(arguments) == 2
@@ -127,7 +127,7 @@ def test_other_layers_read_the_same_run(run, capsys):
 
 
 def test_a_translator(folder, capsys):
-    """Its report can be copied from the terminal, and options that it cannot heed are refused, not ignored."""
+    """Its report can be copied from the terminal, and options that it cannot obey are refused, not ignored."""
     pytest.importorskip("sacrebleu", reason="needs the packages of fastattn[eval]")
     write_table(folder / "table.jsonl")
     options = ["--config", "config.yaml", "--task", "translate", "--data.source", "table.jsonl"]
@@ -454,7 +454,7 @@ def test_recipes_are_valid(capsys):
 
 
 def test_help_and_output_to_a_closed_pipe(run):
-    """As a process: help needs no training package; `fastattn generate | head` ends without a complaint."""
+    """As a process: help needs no training package; `fastattn generate | head` ends without an error message."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
     code = (
         "import sys; from fastattn.cli import main\n"

@@ -280,7 +280,7 @@ def test_a_plain_text_may_have_words_for_tokens(tmp_path, kind):
     path.write_text("the cat sat on the mat\n" * 30 + "a dog\n" * 20)
     data = TextData(DataConfig(source=str(path), tokenizer=kind, vocab_size=300, test_fraction=0.2))
     assert data.tokenizer.decode(data.splits["train"][:6].tolist()) == "the cat sat on the mat"
-    assert data.tokenizer.number_of("[UNK]") in data.splits["test"].tolist()  # nothing is refused that is new there
+    assert data.tokenizer.number_of("[UNK]") in data.splits["test"].tolist()  # no text there is refused as unknown
 
 
 def test_word_vocabularies_need_the_unknown_token():
@@ -294,7 +294,7 @@ def test_tokens_on_disk(tmp_path):
     tokens = open_tokens(path)
     assert tokens.dtype == torch.int32
     assert tokens.tolist() == [1, 2, 3]
-    tokens[0] = 9  # a private map: the file stays as it is
+    tokens[0] = 9  # a private map: the file does not change
     assert open_tokens(path).tolist() == [1, 2, 3]
     assert write_tokens(path, []) == 0
     assert open_tokens(path).shape == (0,)

@@ -1,4 +1,4 @@
-"""MaskedLM and Classifier: both kinds of layers agree, padding changes nothing, pretrained weights move over."""
+"""MaskedLM and Classifier: both kinds of layers agree, padding changes nothing, pretrained weights are transferred."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_padding_does_not_change_a_masked_lm(layers, options):
             torch.testing.assert_close(logits[row, :length], alone[0], rtol=1e-4, atol=1e-5)
         changed = torch.where(torch.arange(16) < LENGTHS[:, None], tokens, (tokens + 3) % VOCAB)
         torch.testing.assert_close(model(changed, LENGTHS)[0, :9], logits[0, :9], rtol=0, atol=1e-6)
-        changed[0, 8] = (changed[0, 8] + 1) % VOCAB  # a token sees those after it
+        changed[0, 8] = (changed[0, 8] + 1) % VOCAB  # a token sees the tokens after it
         assert not torch.allclose(model(changed, LENGTHS)[0, 0], logits[0, 0], atol=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_convolutions_take_the_maximum_over_windows():
     tokens = random_tokens(1, 6)
     x, maxima = F.pad(model.token_embedding(tokens)[0], (0, 0, 2, 2)), []
     for conv, first, last in zip(model.convolutions, (1, 1, 0), (7, 7, 6), strict=True):
-        width = conv.kernel_size[0]  # windows whose centre is a token; an even width has one more after it
+        width = conv.kernel_size[0]  # windows centred on a token; an even width has one more token after it
         windows = [(conv.weight * x[at : at + width].T).sum((1, 2)) + conv.bias for at in range(first, last)]
         maxima.append(torch.stack(windows).amax(0).relu())
     torch.testing.assert_close(model(tokens, torch.tensor([6])), model.head(torch.cat(maxima))[None])
@@ -171,7 +171,7 @@ def test_recurrent_states_are_averaged_in_both_directions(body):
 
 @bodies
 def test_a_classifier_learns(body):
-    """Which of two tokens a text holds, at any place and beside others."""
+    """The class is which of two tokens a text contains, at any position."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, VOCAB, (64, 12), generator=generator)
     lengths, targets = torch.randint(1, 13, (64,), generator=generator), torch.arange(64) % 2
@@ -200,7 +200,8 @@ def test_classifier_dropout_and_label_smoothing_act_in_training_only(body):
 
 
 def test_initialisation_of_each_body():
-    assert classifier("lstm").rnn.weight_hh_l0.abs().max() > 0.15  # uniform within 1/sqrt(32), as torch.nn makes it
+    # uniform within 1/sqrt(32), as torch.nn initialises it
+    assert classifier("lstm").rnn.weight_hh_l0.abs().max() > 0.15
     assert classifier("lstm", init="normal").rnn.weight_hh_l0.std().item() == pytest.approx(0.02, rel=0.1)
     for body in BODIES[1:]:
         assert classifier(body).token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.2)

@@ -1,4 +1,4 @@
-"""Runs that start from others: what is taken over, what learns, what is refused; low-rank additions."""
+"""Runs that start from others: what is copied, what learns, what is refused; low-rank additions."""
 
 import json
 import signal
@@ -43,7 +43,7 @@ def write_documents(path, labels=LABELS, n=90, seed=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Documents, other documents, a text and another, and a trained run of every task, named after it."""
+    """Documents, other documents, two texts, and a trained run of every task, named after it."""
     folder = tmp_path_factory.mktemp("finetune")
     write_documents(folder / "documents.jsonl")
     write_documents(folder / "others.jsonl", ["black", "eight"], seed=1)
@@ -68,7 +68,7 @@ def config_for(task, run, folder, start=None, model=(), data=(), **changes):
 
 
 def model_at_the_start(config, monkeypatch):
-    """The model as the first step meets it, and the run folder's content by then."""
+    """The model at the first step, and the content of the run folder at that time."""
     seen = []
 
     class SeenError(Exception):
@@ -124,7 +124,7 @@ def test_a_head_is_new_where_the_labels_are_others(folder, tmp_path, monkeypatch
     model, before = model_at_the_start(config, monkeypatch), best_weights(folder / "classify")
     assert model.head.weight.shape == (2, 16)
     assert torch.equal(model.encoder.blocks[1].linear1.weight, before["encoder.blocks.1.linear1.weight"])
-    renamed = write_documents(tmp_path / "renamed.jsonl", ["five", "four", "six"])  # as many labels, others
+    renamed = write_documents(tmp_path / "renamed.jsonl", ["five", "four", "six"])  # as many labels, but others
     config = config_for("classify", tmp_path / "again", folder, folder / "classify", data={"source": str(renamed)})
     assert not torch.equal(model_at_the_start(config, monkeypatch).head.weight, before["head.weight"])
 
@@ -145,7 +145,7 @@ def test_a_shorter_block_takes_the_first_positions(folder, tmp_path, monkeypatch
 
 
 def test_training_on_from_a_run_is_better_at_once_than_anew(folder, tmp_path, capsys):
-    """The first validation of a continued run is the last of its start: the same text, tokenizer and weights."""
+    """The first validation of a continued run equals the last one of its start: same text, tokenizer and weights."""
     train(config_for("lm", tmp_path / "run", folder, folder / "lm", steps=1))
     first = capsys.readouterr().out.split("step 0/1  validation loss ")[1].split()[0]
     metas = [json.loads(path.read_text()) for path in (folder / "lm").rglob("meta.json")]
@@ -246,7 +246,7 @@ def test_only_the_head_learns(folder, tmp_path, monkeypatch, task):
     [("lm", "lm", "fastattn"), ("masked_lm", "classify", "torch"), ("translate", "translate", "fastattn")],
 )
 def test_low_rank_additions(folder, tmp_path, monkeypatch, capsys, start, task, layers):
-    """Only they and the head change; resuming is exact; what is loaded is the plain model of the same losses."""
+    """Only the additions and the head change; resuming is exact; the loaded model is plain and has the same losses."""
     options = {"trained": "lora", "lora_rank": 2, "layers": layers, "steps": 6, "evaluate_every": 3}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     model = model_at_the_start(config_for(task, tmp_path / "a", folder, folder / start, **options), monkeypatch)
@@ -289,7 +289,7 @@ def test_merged_and_separate_give_the_same_logits_and_the_plain_gradients(layers
     tokens, lengths = torch.randint(20, (3, 12)), torch.tensor([12, 5, 9])
     start = model(tokens, lengths)
     assert add_lora(model, 2) == (10 if feed_forward == "swiglu" else 8)
-    torch.testing.assert_close(model(tokens, lengths), start, rtol=0, atol=1e-6)  # nothing is added yet
+    torch.testing.assert_close(model(tokens, lengths), start, rtol=0, atol=1e-6)  # the additions are still zero
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -349,7 +349,7 @@ def test_every_name_outside_the_body_is_a_head(body):
 
 
 def test_finetune_command(folder, tmp_path, monkeypatch, capsys):
-    """The shape comes from the start, options win; evaluate, predict and resume work on the result."""
+    """The shape comes from the start, and options override it; evaluate, predict and resume work on the result."""
     monkeypatch.chdir(tmp_path)
     common = f"""--sample_tokens 0 --tensorboard false --accelerator cpu --steps 4 --evaluate_every 2 --batch_size 4
         --data.source {folder / "documents.jsonl"} --data.validation_fraction 0.2 --data.columns.label label""".split()

@@ -1,4 +1,4 @@
-"""From logits to text: what is drawn, when it ends, beam search, pieces of text."""
+"""From logits to text: sampling, the end of a text, beam search, streaming."""
 
 import itertools
 import math
@@ -51,17 +51,17 @@ def test_probabilities():
     assert probabilities(p[::-1], top_k=3, top_p=0.7) == pytest.approx([0, 0, 0.375, 0.625])
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 20.0])  # from one token that has it all to all alike
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 20.0])  # from one dominant token to almost equal ones
 @pytest.mark.parametrize("top_p", [0.1, 0.9, 0.999])
 def test_top_p_keeps_what_sorting_the_vocabulary_would(scale, top_p):
     logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) * scale
-    logits += torch.arange(2000) * 1e-4  # no two alike
+    logits += torch.arange(2000) * 1e-4  # makes all values different
     found = next_token_probabilities(logits, top_p=top_p)
     ordered, index = logits.double().softmax(-1).sort(descending=True)
     kept = ordered * (ordered.cumsum(-1) - ordered < top_p - 1e-6)
     expected = torch.zeros_like(kept).scatter(1, index, kept / kept.sum(-1, keepdim=True))
     torch.testing.assert_close(found.double(), expected, atol=1e-3 / 2000, rtol=2e-3)
-    assert ((found > 0).sum(-1) - (expected > 0).sum(-1)).abs().max() <= 1  # fp32 may end one token later
+    assert ((found > 0).sum(-1) - (expected > 0).sum(-1)).abs().max() <= 1  # in fp32 the set may differ by one token
 
 
 def test_repetition_penalty_divides_or_multiplies_once():
@@ -96,7 +96,7 @@ def test_tokens_come_one_by_one():
 
 
 def test_beam_search_finds_what_greedy_misses():
-    # 0 -> 1 is likelier than 0 -> 2, but what follows 1 is spread out and what follows 2 is certain
+    # 0 -> 1 is more likely than 0 -> 2, but what follows 1 is spread out and what follows 2 is certain
     table = [[0.0, 0.6, 0.4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.55, 0.45], [0.0, 0.0, 0.0, 1.0, 0.0], [0.2] * 5, [0.2] * 5]
     model = Chain(table).train()
     assert generate_tokens(model, [0], 2, temperature=0) == [1, 3]

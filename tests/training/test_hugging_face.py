@@ -1,4 +1,4 @@
-"""BERT and GPT-2 folders: the same logits as transformers, and fine-tuning from them; nothing is downloaded."""
+"""BERT and GPT-2 folders: the logits of transformers, and fine-tuning from them; nothing is downloaded."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def transformers():
-    """The package; it looks for one named kernels, which our folder of that name is not."""
+    """The package. It looks for a package named kernels; our folder of that name must not be found."""
     package = pytest.importorskip("transformers", reason="transformers is not installed")
     from transformers.utils import is_kernels_available
 
@@ -39,7 +39,7 @@ def transformers():
 
 
 def save_model(transformers, name, folder, **changes):
-    """A model of transformers with random weights, larger than it starts them, and its folder."""
+    """A model of transformers with larger random weights than its own initialisation, and its folder."""
     family = "Bert" if name.startswith("Bert") else "GPT2"
     torch.manual_seed(0)
     model = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**{**SHAPES[family], **changes}))
@@ -93,7 +93,7 @@ def test_logits_are_those_of_transformers(transformers, tmp_path, name, changes,
 
 @torch.no_grad()
 def test_older_files_hold_the_same(transformers, tmp_path):
-    """pytorch_model.bin, gamma and beta for weight and bias of norms, buffers beside the weights, no prefix."""
+    """pytorch_model.bin, gamma and beta as names of norm weights, saved buffers, no prefix."""
     for name in ("BertForMaskedLM", "GPT2LMHeadModel"):
         new, old = tmp_path / name, tmp_path / f"old {name}"
         save_model(transformers, name, new)
@@ -208,7 +208,7 @@ def bert(t, x):
 
 
 def gpt2(t, x):
-    """Logits (Radford et al. 2019), from the tensors of a checkpoint, whose matrices stand (columns, rows)."""
+    """Logits (Radford et al. 2019), from the tensors of a checkpoint, whose matrices are (columns, rows)."""
     t = {name.removeprefix("transformer."): value for name, value in t.items()}
     h = t["wte.weight"][x] + t["wpe.weight"][: x.shape[1]]
     for block in ("h.0", "h.1"):
@@ -226,7 +226,7 @@ def gpt2(t, x):
 @pytest.mark.parametrize("layers", ["torch", "fastattn"])
 @torch.no_grad()
 def test_logits_are_those_of_the_formulas(tmp_path, layers):
-    """What transformers is not needed for: the same computed from the tensors by the papers' formulas."""
+    """Without transformers: the logits computed from the tensors by the formulas of the papers."""
     x, lengths = tokens(), torch.full((3,), 16)
     t = make_up(tmp_path / "mlm", "bert")
     head = "cls.predictions.transform"
@@ -312,7 +312,7 @@ def test_a_damaged_file_and_code_in_a_file_are_refused(tmp_path):
 
 @pytest.fixture
 def documents(tmp_path):
-    """Documents with labels, a text, and tokenizers as they are published: other numbers, cut and filled up."""
+    """Documents with labels, a text, and tokenizers in their published form: other numbers, truncation and padding."""
     pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
     pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]")
     from fastattn.training.data.tokenizer import LearntTokenizer
@@ -328,7 +328,7 @@ def documents(tmp_path):
         ("classes", "bert", bert, {"n_classes": 2}),
         ("gpt2", "gpt2", gpt2, {}),
     ):
-        vocab_size = tokenizer.vocab_size + 4 * (name == "gpt2")  # rows that no token has, as published ones do
+        vocab_size = tokenizer.vocab_size + 4 * (name == "gpt2")  # rows without a token, as in published models
         make_up(tmp_path / name, kind, vocab_size, **options)
         tokenizer.tokenizer.enable_truncation(8)
         tokenizer.tokenizer.enable_padding(length=8)

@@ -1,4 +1,4 @@
-"""Training that is killed: at random moments, one process of two, on a full disk; each time it goes on."""
+"""Training that is killed: at random moments, one process of two, on a full disk; each time it can continue."""
 
 import errno
 import hashlib
@@ -42,7 +42,7 @@ def text_file(tmp_path):
 
 
 def last_step(run):
-    """The step of the newest whole checkpoint."""
+    """The step of the newest complete checkpoint."""
     chosen = ckpt.choose_checkpoint(run, needed=("model.safetensors", "state.pt")) if run.exists() else None
     return chosen[1]["step"] if chosen else 0
 
@@ -83,7 +83,7 @@ def test_a_killed_worker_leaves_a_checkpoint_that_resumes(tmp_path, text_file):
         return tiny_config(tmp_path / name, text_file, steps=40, evaluate_every=4, model=model, **changes)
 
     train_two(config("whole"))
-    # the other one has gone: nothing to do but end
+    # the other process is gone, so this one can only end
     train_two(
         config("run"),
         kill_second=("fastattn.training.runs.loop:Trainer", "train_step", 11, 3_000),
@@ -139,7 +139,7 @@ def test_a_full_disk_at_the_start_leaves_nothing(tmp_path, text_file, monkeypatc
 
 
 class Malicious:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -149,7 +149,7 @@ class Malicious:
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, text_file, capsys):
-    """Even when whoever made it has given it the right sha256."""
+    """Even if its author has written the matching sha256."""
     run, trace = tmp_path / "run", tmp_path / "trace"
     train(tiny_config(run, text_file, steps=2, sample_tokens=0))
     folder, meta = ckpt.choose_checkpoint(run)

@@ -1,4 +1,4 @@
-"""Options of the loop, each against what it promises: averaged weights, smoothing, recomputation, epochs, tasks."""
+"""Options of the loop, each tested for its documented effect: averaging, smoothing, recomputation, epochs, tasks."""
 
 import os
 
@@ -54,7 +54,7 @@ def optim(**changes):
 
 
 def assert_resumes_exactly(tmp_path, monkeypatch, config, step):
-    """A run that is stopped after this step and resumed is the one that is not; `config` takes the name of the run."""
+    """A run stopped after this step and resumed equals an uninterrupted one; `config` takes the name of the run."""
     train(config("whole"))
     with monkeypatch.context() as patch:
         interrupt_after(patch, step)
@@ -64,7 +64,7 @@ def assert_resumes_exactly(tmp_path, monkeypatch, config, step):
 
 
 def test_averaged_weights_are_validated_and_saved(tmp_path, text_file, monkeypatch):
-    """average = decay * average + (1 - decay) * weights after each step, from the weights of the first on."""
+    """average = decay * average + (1 - decay) * weights after each step, starting from the first weights."""
     seen, train_step = [], Trainer.train_step
 
     def recorded(self):
@@ -84,10 +84,11 @@ def test_averaged_weights_are_validated_and_saved(tmp_path, text_file, monkeypat
         torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)
         assert not torch.equal(value, seen[-1][name])
     train(tiny_config(tmp_path / "plain", text_file, steps=6, evaluate_every=6))
-    assert column(tmp_path / "run", "train_loss") == column(tmp_path / "plain", "train_loss")  # it only watches
+    # averaging does not change training
+    assert column(tmp_path / "run", "train_loss") == column(tmp_path / "plain", "train_loss")
     averaged, plain = (numbers(tmp_path / name, "validation_loss") for name in ("run", "plain"))
     assert averaged[0] == plain[0]
-    assert averaged[1] > plain[1] + 1e-3  # it lags behind
+    assert averaged[1] > plain[1] + 1e-3  # the average lags behind
 
 
 def test_averaged_weights_resume_exactly(tmp_path, text_file, monkeypatch):
@@ -115,7 +116,7 @@ def test_recomputed_activations_give_the_same_losses(tmp_path, text_file, layers
 
 
 def test_epochs_count_passes_over_the_training_documents(tmp_path, table):
-    for epochs, steps in ((1.5, 18), (0.01, 1)):  # 96 training documents, 8 in a step
+    for epochs, steps in ((1.5, 18), (0.01, 1)):  # 96 training documents, 8 per step
         config = table_config("classify", tmp_path / str(epochs), table, epochs=epochs)
         train(config)
         assert column(tmp_path / str(epochs), "train_loss")[-1][0] == str(steps)
@@ -129,7 +130,7 @@ def test_best_checkpoint_by_accuracy(tmp_path, table, monkeypatch, capsys):
     train(config)
     run = tmp_path / "run"
     assert numbers(run, "validation_accuracy") == [3 / 24, 6 / 24, 5 / 24, 9 / 24, 2 / 24]
-    assert ckpt.choose_checkpoint(run, "best")[1]["step"] == 6  # the lowest loss is that of step 4
+    assert ckpt.choose_checkpoint(run, "best")[1]["step"] == 6  # the lowest loss was at step 4
     assert [meta["step"] for _, meta in ckpt.find_checkpoints(run)] == [6, 8]
     assert "best validation loss 0.7500, accuracy 0.3750 at step 6" in capsys.readouterr().out
     with pytest.raises(UsageError, match="select must be 'loss' for the task translate, got 'accuracy'"):
@@ -151,7 +152,7 @@ def test_word_vectors_start_the_embedding_of_a_classifier(tmp_path, table, body)
 
 @pytest.mark.parametrize("task", TASKS)
 def test_both_layers_learn_alike_and_the_loss_falls(tmp_path, table, task):
-    """lm: packed documents, which must not see one another on either path."""
+    """lm: packed documents, which must not see one another with either kind of layers."""
     steps = 100
     for layers in ("torch", "fastattn"):
         changes = {"layers": layers, "steps": steps, "evaluate_every": steps}
@@ -173,7 +174,7 @@ def test_exact_resume_of_every_task(tmp_path, table, monkeypatch, task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_parts_of_a_batch_weigh_by_their_predictions(tmp_path, table, task):
-    """Accumulated or spread over two processes: the batch's loss is the mean over its predictions, not over parts."""
+    """With accumulation or two processes, the loss of a batch is the mean over its predictions, not over its parts."""
     changes = {"steps": 6, "evaluate_every": 6, "layers": "fastattn"}
     train(table_config(task, tmp_path / "whole", table, **changes))
     train(table_config(task, tmp_path / "halves", table, accumulate=2, **changes))
@@ -201,14 +202,14 @@ def test_speed_columns_follow_from_one_another(tmp_path, text_file, monkeypatch)
     for name in ("body", "pooling", "embedding", "head_transform"):
         del options[name]
     assert flops_per_token(CausalLM(29, **{**options, "tied": False}), shape) == expected
-    predicted = 0.15 * 29 * shape.d_model  # the head of a masked model reads what it has to predict alone
+    predicted = 0.15 * 29 * shape.d_model  # the head of a masked model reads only the positions that it predicts
     for tied in (True, False):
         masked = MaskedLM(29, **{**options, "tied": tied})
         assert flops_per_token(masked, shape) == pytest.approx(6 * (blocks + predicted) + attention)
-    sides = blocks + blocks * 16 // 12  # cross-attention adds 4 * d_model**2 a block
+    sides = blocks + blocks * 16 // 12  # cross-attention adds 4 * d_model**2 per block
     assert flops_per_token(Seq2Seq(29, **options), shape) == 3 * (sides + 29 * shape.d_model) + attention
     part = CausalLM(29, **{**options, "tied": False})
-    train_only(part, "lora", 2)  # no gradient of the frozen matrices, but through them
+    train_only(part, "lora", 2)  # frozen matrices get no gradient but pass it on
     assert flops_per_token(part, shape) == 4 * blocks + 6 * 29 * shape.d_model + attention
     part = CausalLM(29, **{**options, "tied": False})
     train_only(part, "head", 2)

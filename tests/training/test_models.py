@@ -1,4 +1,4 @@
-"""CausalLM: the published shape, the same weights for both kinds of layers, and that it learns."""
+"""CausalLM: the published shape, equal weights for both kinds of layers, and that it learns."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_output_layer_is_the_embedding():
     tokens = random_tokens(1, 4, vocab_size=19)
     with torch.no_grad():
         before = model(tokens)
-        model.token_embedding.weight[19] += 1.0  # a token that is not among the inputs
+        model.token_embedding.weight[19] += 1.0  # a token that is not in the input
         after = model(tokens)
     assert torch.equal(before[..., :19], after[..., :19])
     assert not torch.allclose(before[..., 19], after[..., 19])

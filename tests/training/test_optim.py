@@ -1,4 +1,4 @@
-"""Optimizers, learning rates and how weights start."""
+"""Optimizers, learning rates and initial weights."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_unknown_names_and_values():
 
 
 def stepped(optimizer_of, steps=5):
-    """The weights of a small model after some steps on fixed gradients."""
+    """The weights of a small model after some steps with fixed gradients."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
     optimizer = optimizer_of(model)

@@ -45,7 +45,7 @@ def warnings_are_errors():
 
 
 def read_png(path):
-    """Its pixels (height, width, 4) from 0 to 1, after a look that it is not blank."""
+    """Its pixels (height, width, 4) from 0 to 1; checks that the picture is not blank."""
     pixels = matplotlib.image.imread(path)
     assert pixels.ndim == 3
     assert len(np.unique(pixels[::3, ::3, :3].sum(-1))) > 10
@@ -165,14 +165,14 @@ def test_confusion_matrix_of_two_and_of_many_classes(tmp_path):
     plot_confusion(tmp_path / "many.png", random_scores(names)["confusion"], names)
     large = read_png(tmp_path / "many.png")
     assert 300 < small.shape[0] < 1000
-    assert 150 * 12 < large.shape[0] < 4000  # 12 pixels a class can be read
+    assert 150 * 12 < large.shape[0] < 4000  # 12 pixels per class are readable
     assert large.shape[1] < 4000
 
 
 def test_confusion_matrix_shows_a_perfect_diagonal(tmp_path):
     plot_confusion(tmp_path / "a.png", np.eye(40) * 7, [""] * 40)
     red, green, blue, _ = read_png(tmp_path / "a.png").transpose(2, 0, 1)
-    dark = (red < 0.1) & (green < 0.25) & (blue > 0.35)  # where the share is 1, neither lines nor letters
+    dark = (red < 0.1) & (green < 0.25) & (blue > 0.35)  # pixels of share 1 that are neither lines nor letters
     rows, columns = dark[:, : dark.shape[1] * 3 // 4].nonzero()  # the rest is the colour bar
     assert len(rows) > 40 * 100
     assert np.abs((rows - rows.mean()) - (columns - columns.mean())).max() < 16  # a cell has 14 pixels
@@ -232,7 +232,7 @@ def test_runs_side_by_side(tmp_path):
     words = rows[str(baseline)]
     assert (words["architecture"], words["parameters"], words["steps"], words["loss"]) == ("words", "7", "–", "–")
     assert 0 < float(words["accuracy"]) < 1
-    assert text.split("\n")[1].startswith("| --- | --- | ---: | --- | ---: |")  # numbers to the right
+    assert text.split("\n")[1].startswith("| --- | --- | ---: | --- | ---: |")  # numbers are right-aligned
     assert (output / "comparison.md").read_text().startswith(text)
     read_png(output / "comparison.png")
 
@@ -272,7 +272,8 @@ def test_runs_that_cannot_be_compared(tmp_path):
     write_report(bare, {})
     with pytest.raises(UsageError, match="has no checkpoint yet for '@best'"):
         compare_runs([f"{bare}@best"])
-    assert "validation loss" in compare_runs([str(bare)], str(tmp_path / "out"))  # no curve at all: an empty picture
+    # no curve at all gives an empty picture
+    assert "validation loss" in compare_runs([str(bare)], str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("layers", ["fastattn", "torch"])
@@ -296,7 +297,7 @@ def test_attention_maps_are_the_softmax_of_the_scores(layers):
         after = model(tokens)
     attention_maps(model, tokens)
     with torch.no_grad():
-        assert torch.equal(model(tokens), after)  # no hook is left behind
+        assert torch.equal(model(tokens), after)  # all hooks are removed
 
 
 @pytest.mark.parametrize("layers", ["fastattn", "torch"])

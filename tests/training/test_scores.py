@@ -73,7 +73,7 @@ def test_classes_as_scikit_learn(n_classes):
 
 
 def test_calibration_by_hand():
-    # confidence 0.9, 0.9 (one right), 0.6 (right), and a tie of which the first is taken
+    # confidence 0.9, 0.9 (one is right), 0.6 (right), and a tie, of which the first class is taken
     probabilities = [[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.5, 0.5]]
     scores = classification_scores([0, 1, 1, 1], [0, 0, 1, 0], probabilities, ["a", "b"])
     bins = scores["calibration"]
@@ -97,7 +97,7 @@ def test_certainty_right_and_wrong():
 def test_one_class_and_classes_that_never_occur():
     scores = classification_scores([1, 1], [1, 1], [[0.2, 0.5, 0.3]] * 2, ["a", "b", "c"])
     assert scores["accuracy"] == 1
-    assert scores["averages"]["macro"] == {"precision": 1, "recall": 1, "f1": 1}  # over those that occur
+    assert scores["averages"]["macro"] == {"precision": 1, "recall": 1, "f1": 1}  # over classes that occur
     assert scores["classes"][0] == {"name": "a", "precision": 0, "recall": 0, "f1": 0, "support": 0, "predicted": 0}
     assert classification_scores([0], [0], [[1.0]], ["only"])["averages"]["macro"]["f1"] == 1
 
@@ -106,7 +106,7 @@ def test_counts_of_processes_add_up():
     truth, predicted, probabilities = random_predictions(5)
     names = list("abcde")
     shares = [count_predictions(truth[i::3], predicted[i::3], probabilities[i::3], 5) for i in range(3)]
-    shares.append(count_predictions([], [], np.zeros((0, 5)), 5))  # a process that had nothing to do
+    shares.append(count_predictions([], [], np.zeros((0, 5)), 5))  # a process without any predictions
     added = scores_from_counts({key: sum(share[key] for share in shares) for key in shares[0]}, names)
     whole = classification_scores(truth, predicted, probabilities, names)
     assert added["confusion"] == whole["confusion"]
@@ -185,7 +185,7 @@ def test_baseline_separates_what_words_separate():
         scores = bag_of_words_baseline(train, test, tfidf=tfidf, max_ngram=2)
         assert [row["name"] for row in scores["classes"]] == ["+", "-", "?"]
         assert [row[:2] for row in scores["confusion"][:2]] == [[1, 0], [0, 2]]
-        assert scores["confusion"][2][2] == 0  # a class it has never seen is never predicted
+        assert scores["confusion"][2][2] == 0  # a class that was never seen is never predicted
         assert scores["accuracy"] == 3 / 4
         assert scores["parameters"] == 8 + 1  # good, bad, film, very and the four pairs; one output for two classes
 
@@ -222,5 +222,5 @@ def test_baseline_reaches_its_recorded_accuracy(source, tfidf, accuracy):
     except UsageError as error:
         pytest.skip(str(error))
     scores = bag_of_words_baseline(parts["train"], parts["test"], tfidf=tfidf, max_ngram=2 if tfidf else 1)
-    one_example = 100.5 / len(parts["test"])  # what another release of the solver may decide otherwise
+    one_example = 100.5 / len(parts["test"])  # another release of the solver may decide one example differently
     assert 100 * scores["accuracy"] == pytest.approx(accuracy, abs=one_example)

@@ -1,4 +1,4 @@
-"""Seq2Seq: both kinds of layers agree, padding changes nothing, and the searches find what they promise."""
+"""Seq2Seq: both kinds of layers agree, padding changes nothing, and searches find what they promise."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from model_cases import LAYERS, OPTIONS, VOCAB, assert_both_layers_agree, build,
 from fastattn.models import MaskedLM, Seq2Seq, load_encoder
 
 LENGTHS = torch.tensor([9, 12, 1])
-BEGIN, END = 1, 18  # what `talkative` writes ends at once, later or not at all
+BEGIN, END = 1, 18  # the output of `talkative` ends at once, later or never
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 layers = pytest.mark.parametrize("layers", LAYERS)
 
@@ -22,7 +22,7 @@ def targets():
 
 
 def talkative(layers="fastattn", **options):
-    """A model whose predictions depend on source and target strongly enough to differ, in evaluation."""
+    """A model in evaluation mode whose predictions depend clearly on source and target."""
     model = build(Seq2Seq, layers, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -123,7 +123,7 @@ def test_greedy_takes_the_most_likely_token_until_the_end(layers):
         assert numbers == expected
     assert 0 < ended < 4
     assert len(set(map(tuple, found))) > 1
-    model.train()  # which it stays, but nothing is dropped
+    model.train()  # it stays in this mode, but nothing is dropped
     assert model.generate(source, lengths, begin=BEGIN, end=END, max_new_tokens=16) == found
     assert model.training
 

@@ -1,4 +1,4 @@
-"""FSDP2: the losses of one process, whole checkpoints that resume on any number of processes, and torchrun."""
+"""FSDP2: the losses of one process, complete checkpoints that resume on any number of processes, and torchrun."""
 
 import dataclasses
 import os
@@ -55,7 +55,7 @@ def sharded(*arguments, **changes):
 def assert_same_losses(first, second):
     for name in ("train_loss", "grad_norm", "validation_loss"):
         assert numbers(second, name) == pytest.approx(numbers(first, name), abs=2e-5)
-    assert max(numbers(first, "grad_norm")) > 0.5  # clipping acts
+    assert max(numbers(first, "grad_norm")) > 0.5  # clipping takes effect
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_two_sharded_processes_give_the_losses_of_one(tmp_path, table, task, cha
 
 
 def test_checkpoints_are_whole_and_resume_on_any_number_of_processes(tmp_path, table):
-    """Continued from step 2 of 4: by two sharded processes to the last bit, by others to rounding."""
+    """Continued from step 2 of 4: by two sharded processes bit for bit, by others up to rounding."""
     train_two(sharded("whole", tmp_path, table))
     train(config("alone", tmp_path, table))
     for name, source in (("again", "whole"), ("ddp", "whole"), ("one", "whole"), ("from_one", "alone")):
@@ -108,14 +108,14 @@ def test_checkpoints_are_whole_and_resume_on_any_number_of_processes(tmp_path, t
 
 @pytest.fixture
 def mesh():
-    """A mesh of this process alone: parameters are sharded as on many, into one piece."""
+    """A mesh of this process alone: parameters are sharded as usual, into one part."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
     torch.distributed.destroy_process_group()
 
 
 class Recorder(TorchDispatchMode):
-    """Which of our ops are called, and the kinds of tensors they get."""
+    """Records which of our ops are called, and the kinds of tensors they get."""
 
     def __init__(self):
         super().__init__()

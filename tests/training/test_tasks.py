@@ -1,4 +1,4 @@
-"""What the tasks read: batches of documents, masks, packed rows, labels, targets; bad data."""
+"""What the tasks read: batches of documents, masks, packed rows, labels, targets; invalid data."""
 
 import json
 

@@ -83,7 +83,7 @@ def test_unreadable_file_and_wrong_places(tmp_path, monkeypatch):
     def refuse(_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # the mode of a file does not stop root
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # root may read a file whatever its mode
     with pytest.raises(UsageError, match=r"a\.txt' cannot be read: Permission denied"):
         read_text(str(path))
 
@@ -188,7 +188,7 @@ def test_windows_cover_the_split_once():
     batches = list(window_starts(111, 10, windows_a_batch=4))
     assert list(map(len, batches)) == [4, 4, 3]
     assert torch.cat(batches).tolist() == list(range(0, 110, 10))
-    assert sum(map(len, window_starts(110, 10))) == 10  # the last target would be missing
+    assert sum(map(len, window_starts(110, 10))) == 10  # otherwise the last target would be missing
     assert sum(map(len, window_starts(111, 10, limit=5))) == 5
     by_rank = [list(window_starts(111, 10, rank=rank, world_size=2, windows_a_batch=4)) for rank in range(2)]
     assert sorted(torch.cat([starts for part in by_rank for starts in part]).tolist()) == list(range(0, 110, 10))
@@ -201,6 +201,6 @@ def test_rows_are_windows_and_what_follows(tmp_path):
     inputs, targets = task.train_rows(3)
     assert inputs.shape == targets.shape == (12, 16)
     assert inputs.dtype == targets.dtype == torch.int64
-    assert torch.equal(targets, inputs + 1)  # the text counts up
+    assert torch.equal(targets, inputs + 1)  # the tokens of the text are consecutive numbers
     assert torch.equal(inputs, inputs[:, :1] + torch.arange(16))
     assert torch.cat([rows[0] for rows in task.rows("train")]).flatten().tolist() == list(range(352))

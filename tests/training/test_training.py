@@ -49,7 +49,7 @@ def test_exact_resume_after_sigterm(tmp_path, text_file, monkeypatch, capsys, la
     error = capsys.readouterr().err
     assert "stopped by SIGTERM after step 16 and saved; continue with: fastattn train --resume" in error
     assert len(column(parts, "train_loss")) == 16
-    torch.manual_seed(999)  # the state of generators does not matter
+    torch.manual_seed(999)  # the state of generators must not matter
     assert train(tiny_config(parts, text_file, layers=layers), resume=True) == 0
     assert_same_run(whole, parts, 30)
     assert (parts / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -64,7 +64,7 @@ def test_resume_drops_what_a_kill_left_past_the_checkpoint(tmp_path, text_file, 
 
     def die(self):
         if self.step == 17:
-            raise SystemExit  # no handler, no saving: as much as a kill leaves behind
+            raise SystemExit  # no handler, no saving: the same state as after a kill
         return train_step(self)
 
     with monkeypatch.context() as patch:
@@ -72,7 +72,7 @@ def test_resume_drops_what_a_kill_left_past_the_checkpoint(tmp_path, text_file, 
         with pytest.raises(SystemExit):
             train(tiny_config(parts, text_file))
     with open(parts / "metrics.csv", "a") as file:
-        file.write("18,2.")  # a torn line
+        file.write("18,2.")  # an incomplete line
     (parts / "checkpoints" / ".step-00000020.tmp").mkdir()
     train(tiny_config(parts, text_file), resume=True)
     assert_same_run(whole, parts, 30)
@@ -84,7 +84,7 @@ def test_sigint_saves_and_a_second_one_interrupts(tmp_path, text_file, monkeypat
         interrupt_after(patch, 3, signal.SIGINT)
         assert train(tiny_config(tmp_path / "run", text_file)) == 130
     assert [folder.name for folder, _ in ckpt.find_checkpoints(tmp_path / "run")] == ["step-00000003"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores SIGINT
     try:
         with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGINT)

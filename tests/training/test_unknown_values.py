@@ -1,4 +1,4 @@
-"""A number that is unknown or not finite: in no logger, line or report does it end a run or pass for 0."""
+"""An unknown or non-finite number never ends a run or counts as 0 in a logger, line or report."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def table(tmp_path):
 
 
 def logged_tags(run):
-    """The names that TensorBoard shows of a run."""
+    """The names that TensorBoard shows for a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"))
@@ -82,7 +82,7 @@ def test_every_column_of_the_log_may_be_unknown_or_not_finite(tmp_path, capsys, 
         assert all(row[other] == 1 for other in VALUES if other != name)
     assert logged_tags(tmp_path) == set(VALUES)
     plot_losses(tmp_path)
-    MetricsLog(tmp_path, len(VALUES), tensorboard=True).close()  # as a resumed run does
+    MetricsLog(tmp_path, len(VALUES), tensorboard=True).close()  # like a resumed run
     assert len(read_metrics(tmp_path)) == len(VALUES)
     assert main(["compare", str(tmp_path), "--output", str(tmp_path / "table")]) == 0
 
@@ -100,7 +100,7 @@ def test_a_clock_that_stands_still_leaves_the_speed_out(tmp_path, monkeypatch, s
 
 
 def test_a_validation_part_without_a_prediction_is_no_loss_of_0(tmp_path):
-    """Its words are all unknown to a tokenizer of the training part: nothing can be masked."""
+    """All its words are unknown to a tokenizer of the training part, so nothing can be masked."""
     (tmp_path / "data").mkdir()
     for part, text in (("train", "red green blue"), ("validation", "one two")):
         (tmp_path / "data" / f"{part}.jsonl").write_text(json.dumps({"text": text}) + "\n")

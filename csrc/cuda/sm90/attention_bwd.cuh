@@ -1,5 +1,5 @@
 #pragma once
-// What the kernels of attention's backward for Hopper share: their arguments, sizes, and the loads of a block.
+// Shared by the kernels of the attention backward for Hopper: their arguments and sizes, and the loads of a block.
 #include "cuda/sm90/attention_common.cuh"
 #include "cuda/sm90/attention_host.h"
 
@@ -8,20 +8,22 @@ namespace fastattn::sm90 {
 constexpr int kBwdConsumers = 2;
 constexpr int kBwdThreads = (kBwdConsumers + 1) * kWarpgroup;
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-constexpr int kTile = kBwdConsumers * kSlab;  // rows that stay: keys for dk and dv, queries for dq
+constexpr int kTile = kBwdConsumers * kSlab;  // rows of the resident side: keys for dk and dv, queries for dq
 static_assert(kStatsRows % kTile == 0);
-constexpr int kBothWarpgroups = 3;  // a named barrier; 1 and 2 are those of the warpgroups
+constexpr int kBothWarpgroups = 3;  // a named barrier; 1 and 2 belong to the single warpgroups
 
 struct BwdArgs {
-  CUtensorMap q, dout, k, v;  // boxes of the rows that stay or stream, as the kernel needs them
+  CUtensorMap q, dout, k, v;  // boxes of the resident or streamed rows, depending on the kernel
   CUtensorMap dq, dk, dv;     // boxes of 64 rows
   AttentionShape shape;
   TileOrder order;
   uint32_t* tile_counter;
   HeadTensor dq_rows, dk_rows, dv_rows;
-  const float *lse2, *delta;  // (batch, head, row) of the workspace; rows that see nothing or do not exist: inf, 0
+  // (batch, head, row) of the workspace; inf and 0 for rows that see nothing or do not exist
+  const float *lse2, *delta;
   int64_t stats_batch, stats_head;
-  float* dq_sums;  // 64 of the same rows after another, as accumulators of a warpgroup, four of each thread at a time
+  // in the same order of rows, 64 at a time, stored as accumulators of a warpgroup, four per thread at a time
+  float* dq_sums;
   float scale, scale_log2;
 
   __device__ int64_t stats(int batch, int head, const Sequence& sequence) const {
@@ -29,8 +31,8 @@ struct BwdArgs {
   }
 };
 
-// One warp: loads a block of two tiles, `bytes` with what `more` loads beside them, and clears rows from `valid` on if
-// they may belong to another sequence.
+// Executed by one warp. Loads a block of two tiles; `bytes` also counts the loads of `more`. Clears rows from `valid`
+// on if they may belong to another sequence.
 template <typename Tile, typename More>
 __device__ __forceinline__ void produce_block(Tile& a, Tile& b, const CUtensorMap& a_map, const CUtensorMap& b_map,
                                               Coordinates at, int valid, bool ragged, Barrier& full, Barrier& arrived,

@@ -1,5 +1,5 @@
 #pragma once
-// What the attention kernels for Hopper share: tiles in, products, masks, tiles out.
+// Shared by the attention kernels for Hopper: loads of tiles, products, masks, stores of tiles.
 #include "cuda/sm90/attention_tiles.cuh"
 #include "cuda/sm90/pipe.cuh"
 #include "cuda/sm90/tma.cuh"
@@ -8,13 +8,14 @@
 
 namespace fastattn::sm90 {
 
-constexpr int kSlab = 64;                      // rows of a tile that one warpgroup works on
+constexpr int kSlab = 64;                      // rows of a tile for one warpgroup
 constexpr int kSlabBytes = kSlab * kRowBytes;  // of one panel
 
-// The kernels' frame: warpgroup 0 loads, with one warp; the others compute, each with the registers it gave up.
+// The frame of the kernels. One warp of warpgroup 0 loads; the other warpgroups compute and take the registers it gives
+// up.
 template <int kProducerRegisters, int kConsumerRegisters, typename Produce, typename Consume>
-__device__ __forceinline__ void split_roles(Produce produce, Consume consume) {
-  // from lane 0: addresses that depend on it are then the same for all lanes, and computed once for them
+__device__ __forceinline__ void assign_roles(Produce produce, Consume consume) {
+  // Read from lane 0: the compiler then knows that all lanes have the same value and computes addresses once.
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
   if (warpgroup == 0) {
     give_registers<kProducerRegisters>();
@@ -27,15 +28,15 @@ __device__ __forceinline__ void split_roles(Produce produce, Consume consume) {
   }
 }
 
-// The tiles of a block of threads: which is next is known when one is done, from a counter that all blocks share. It
-// starts at 0; the first tile of every block is that of its own number. Without a counter there are no more. The warp
-// that loads takes them, ahead of the others by what its stages hold, and passes on those that exist.
+// The tiles of a block of threads. When a tile is taken, the next one comes from a counter that all blocks share and
+// that starts at 0; the first tile of a block has the block's index. Without a counter, each block has one tile. The
+// loading warp takes tiles ahead of the other warps, as far as its stages allow, and passes on those that exist.
 struct TileQueue {
   Pipe<2> pipe;
   uint32_t index[2];
 };
 
-// The warp that loads: body(tile) for every tile of this block
+// For the loading warp: calls body(tile) for every tile of this block.
 template <typename Tile, typename Body>
 __device__ __forceinline__ void take_tiles(TileQueue& queue, uint32_t* counter, const AttentionShape& shape,
                                            const TileOrder& order, Body body) {
@@ -59,10 +60,10 @@ __device__ __forceinline__ void take_tiles(TileQueue& queue, uint32_t* counter, 
     index =
         counter == nullptr ? UINT32_MAX : __shfl_sync(0xffffffffu, leader ? gridDim.x + atomicAdd(counter, 1u) : 0, 0);
   }
-  pass_on();  // the end
+  pass_on();  // signals the end
 }
 
-// The others: body(tile) for the same tiles
+// For the other warps: calls body(tile) for the same tiles.
 template <typename Tile, typename Body>
 __device__ __forceinline__ void follow_tiles(TileQueue& queue, const AttentionShape& shape, const TileOrder& order,
                                              Body body) {
@@ -79,19 +80,19 @@ __device__ __forceinline__ void follow_tiles(TileQueue& queue, const AttentionSh
   }
 }
 
-// Of head dim 96 the copy engine fills what the second panel has beyond the tensor with zeros, and does not write it;
-// no product reads it.
+// For head dim 96, the second panel is wider than the tensor. The copy engine fills the rest with zeros and does not
+// write it back; no product reads it.
 template <typename T, int kRows, int kHeadDim>
 struct alignas(kAtomBytes) TileOf {
   static constexpr int kBytes = kRows * kRowBytes * ((kHeadDim + kPanelCols - 1) / kPanelCols);
   unsigned char bytes[kBytes];
 
   __device__ __forceinline__ uint32_t address() const { return shared_address(bytes); }
-  // the address from which a warpgroup's rows begin, in every panel
+  // the address of the rows of a warpgroup, in every panel
   __device__ __forceinline__ uint32_t slab_address(int slab) const { return address() + slab * kSlabBytes; }
   __device__ __forceinline__ uint32_t panel_address(int panel) const { return address() + panel * kRows * kRowBytes; }
 
-  // One thread: copy rows from `row` on.
+  // Executed by one thread. Copies rows from `row` on.
   __device__ __forceinline__ void load(const CUtensorMap& map, int row, int head, int batch, Barrier& barrier) {
 #pragma unroll
     for (int col = 0; col < kHeadDim; col += kPanelCols) {
@@ -99,8 +100,8 @@ struct alignas(kAtomBytes) TileOf {
     }
   }
 
-  // One warp: zeros from row `valid` on, from the first if it is negative. What the copy brought there belongs to
-  // another sequence, and zero times its NaN would be NaN.
+  // Executed by one warp. Writes zeros from row `valid` on, or everywhere if it is negative. The copied data there
+  // belongs to another sequence and may be NaN, and zero times NaN is NaN.
   __device__ __forceinline__ void clear_from(int valid) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -113,8 +114,8 @@ struct alignas(kAtomBytes) TileOf {
   }
 };
 
-// d = A * Bᵀ: 64 rows of a tile of kRowsA rows from address `a`, and of one of kRowsB rows from address `b` as many as
-// d has columns; issued, not awaited
+// d = A * Bᵀ. A is 64 rows at address `a` of a tile of kRowsA rows. B is as many rows as d has columns, at address `b`
+// of a tile of kRowsB rows. Issues the product without waiting for it.
 template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kAccumulators>
 __device__ __forceinline__ void issue_abt(float (&d)[kAccumulators], uint32_t a, uint32_t b) {
 #pragma unroll
@@ -124,7 +125,8 @@ __device__ __forceinline__ void issue_abt(float (&d)[kAccumulators], uint32_t a,
   wgmma_commit();
 }
 
-// d += A * B: A in registers, B as many rows, from address `b` on, of a tile of kRowsB; issued, not awaited
+// d += A * B, with A in registers and B as many rows at address `b` of a tile of kRowsB rows. Issues the product
+// without waiting for it.
 template <typename T, int kRowsB, int kSteps, int kAccumulators>
 __device__ __forceinline__ void issue_ab(float (&d)[kAccumulators], const uint32_t (&a)[kSteps][4], uint32_t b) {
 #pragma unroll
@@ -134,7 +136,8 @@ __device__ __forceinline__ void issue_ab(float (&d)[kAccumulators], const uint32
   wgmma_commit();
 }
 
-// d = Aᵀ * B: tiles of kRows rows, of which A is a panel wide and B as wide as d; issued, not awaited
+// d = Aᵀ * B for tiles of kRows rows. A is one panel wide, B is as wide as d. Issues the product without waiting for
+// it.
 template <typename T, int kRows, int kAccumulators>
 __device__ __forceinline__ void issue_atb(float (&d)[kAccumulators], uint32_t a, uint32_t b) {
 #pragma unroll
@@ -157,7 +160,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return word;
 }
 
-// Accumulators, rounded, as the A operand of a product over their columns
+// Returns the accumulators, rounded, as the A operand of a product over their columns.
 template <typename T, int kSteps>
 __device__ __forceinline__ void to_operand(uint32_t (&a)[kSteps][4], const float* s) {
 #pragma unroll
@@ -166,8 +169,8 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[kSteps][4], const float
   }
 }
 
-// Sets to `value` what the band hides from the thread's rows, of which row_at(0) and row_at(1) are the places. The
-// tile's first column is at `col` of the other side.
+// Sets to `value` the elements of the thread's rows that the band hides. row_at(0) and row_at(1) are the positions of
+// these rows. The first column of the tile has position `col` on the other side.
 template <int kAccumulators, typename RowAt>
 __device__ __forceinline__ void mask_rows(float (&s)[kAccumulators], const Band& band, RowAt row_at, int col,
                                           float value) {
@@ -185,14 +188,14 @@ __device__ __forceinline__ void mask_rows(float (&s)[kAccumulators], const Band&
     s[i] = c < low[row_of(i)] || c > high[row_of(i)] ? value : s[i];
   }
 }
-// The tile's first row is at `row`.
+// The same with the first row of the tile at position `row`.
 template <int kAccumulators>
 __device__ __forceinline__ void mask(float (&s)[kAccumulators], const Band& band, int row, int col, float value) {
   const int thread = threadIdx.x % kWarpgroup;
   mask_rows(s, band, [&](int r) { return row + accumulator_row(thread, 2 * r); }, col, value);
 }
 
-// Sum and maximum over the four threads that share a row
+// The sum, and the maximum, over the four threads that share a row.
 __device__ __forceinline__ float row_total(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
@@ -202,7 +205,7 @@ __device__ __forceinline__ float row_maximum(float value) {
   return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
 }
 
-// The scores of a block of keys become p, and the sums follow; shrink is by how much what was summed before shrinks.
+// Turns the scores of a block of keys into p and updates the sums. shrink is the factor for what was summed before.
 template <bool kMasked, int kScores>
 __device__ __forceinline__ void softmax_step(float (&s)[kScores], float (&row_max)[2], float (&row_sum)[2],
                                              float (&shrink)[2], float scale_log2) {
@@ -227,17 +230,17 @@ __device__ __forceinline__ void softmax_step(float (&s)[kScores], float (&row_ma
   }
 }
 
-// Where a warpgroup's 64 rows of a result go
+// Where the 64 rows of a warpgroup's result are written.
 struct Target {
   const CUtensorMap& map;  // boxes of 64 rows
   const HeadTensor& rows;
   Coordinates at;
-  int valid;     // rows that may be written, more than 64 counts as 64
-  bool clipped;  // what lies past `valid` is outside of the tensor, where the copy engine does not write
+  int valid;     // rows to write; more than 64 counts as 64
+  bool clipped;  // rows past `valid` are outside the tensor, where the copy engine does not write
 };
 
-// One warpgroup: writes its accumulators by way of its rows of a tile of kRows rows, which it must own. They may be
-// overwritten after await_stores() and a barrier.
+// Executed by one warpgroup. Writes its accumulators through its rows of a tile of kRows rows, which it must own. The
+// rows may be overwritten after await_stores() and a barrier.
 template <typename T, int kHeadDim, int kRows>
 __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], TileOf<T, kRows, kHeadDim>& tile, int slab,
                                            const Target& to, int barrier) {

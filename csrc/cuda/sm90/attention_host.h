@@ -1,5 +1,5 @@
 #pragma once
-// What the launchers of the attention kernels for Hopper share: sizes, tensor maps, the size of the grid. Host code.
+// Shared by the launchers of the attention kernels for Hopper: sizes, tensor maps, the size of the grid. Host code.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -18,7 +18,7 @@ inline int window_side(int64_t window) {
   return window < 0 ? kFar : static_cast<int>(std::min<int64_t>(window, kFar));
 }
 
-// Above 0, so that -inf stays -inf; the kernels turn the scores if the scale is negative.
+// Positive, so that -inf stays -inf. If the scale is negative, the kernels negate the scores.
 inline float positive_scale_log2(float scale) {
   return std::fmax(std::fabs(scale) * kLog2e, FLT_MIN);
 }
@@ -76,12 +76,12 @@ inline int multiprocessors() {
   return count;
 }
 
-// Blocks that stay: one on every multiprocessor, or one a tile where there are fewer.
+// The number of resident blocks: one per multiprocessor, or one per tile if there are fewer tiles.
 inline unsigned resident_blocks(int64_t tiles) {
   return static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
 }
 
-// body(a value of the dtype, the head dim as a constant), for head dims 64, 96 and 128
+// Calls body(a value of the dtype, the head dim as a constant) for head dims 64, 96 and 128.
 template <typename Args, typename Body>
 cudaError_t with_half_and_head_dim(const Args& args, Body body) {
   const auto with_head_dim = [&](auto value) {
@@ -92,7 +92,7 @@ cudaError_t with_half_and_head_dim(const Args& args, Body body) {
   return args.dtype == DType::kBFloat16 ? with_head_dim(__nv_bfloat16()) : with_head_dim(__half());
 }
 
-// For 192 and 256 too
+// The same, also for 192 and 256.
 template <typename Args, typename Body>
 cudaError_t with_half_and_any_head_dim(const Args& args, Body body) {
   const auto with_head_dim = [&](auto value) {

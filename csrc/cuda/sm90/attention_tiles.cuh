@@ -1,6 +1,6 @@
 #pragma once
-// Which tiles of attention there are, in which order they are worked on, and which blocks of the other side each one
-// sees. Index arithmetic only, for host and device. Positions and window sides are below 2^29, so that sums fit.
+// The tiles of attention, their order, and the blocks of the other side that each one sees. Index arithmetic only, for
+// host and device. Positions and window sides are below 2^29, so that sums do not overflow.
 #include <algorithm>
 #include <cmath>
 
@@ -12,7 +12,7 @@ namespace fastattn::sm90 {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kFar = 1 << 29;    // an unlimited side of a window
-constexpr int kStatsRows = 128;  // rows of lse and delta in the workspace of the backward are a multiple of this
+constexpr int kStatsRows = 128;  // the backward's workspace pads the rows of lse and delta to a multiple of this
 
 struct AttentionShape {
   const int32_t *seqlens_k, *cu_seqlens_q, *cu_seqlens_k;
@@ -21,7 +21,7 @@ struct AttentionShape {
   bool top_left;
 
   FASTATTN_HOST_DEVICE int group() const { return n_heads / n_kv_heads; }
-  // Whether keys that a tensor map would read lie behind those of a sequence
+  // True if a tensor map may read keys after the end of a sequence.
   FASTATTN_HOST_DEVICE bool ragged_keys() const { return cu_seqlens_k != nullptr || seqlens_k != nullptr; }
   FASTATTN_HOST_DEVICE bool packed() const { return cu_seqlens_q != nullptr; }
   FASTATTN_HOST_DEVICE int batched() const { return packed() ? 1 : batch; }  // of the tensors
@@ -37,7 +37,7 @@ FASTATTN_HOST_DEVICE constexpr int blocks_of(int length, int block) {
   return (length + block - 1) / block;
 }
 
-// Row x of one side sees positions low(x) to high(x) of the other, which has `length` of them.
+// Row x of one side sees positions low(x) to high(x) of the other side, which has `length` positions.
 struct Band {
   int off, left, right, length;
 
@@ -45,10 +45,9 @@ struct Band {
   FASTATTN_HOST_DEVICE int high(int x) const { return smaller(length - 1, x + off + right); }
 };
 
-// Packed rows are divided into tiles of `rows`: sequence b begins with tile cu_seqlens[b] / rows + b. So it gets at
-// least as many as its rows need, and all together count_tiles: that grows with the rows and not with the longest
-// sequence. The rows behind the last sequence come after it as if they were one more, which has nothing on the other
-// side.
+// Packed rows are divided into tiles of `rows` rows: sequence b begins with tile cu_seqlens[b] / rows + b. Each
+// sequence gets at least as many tiles as its rows need. The total, count_tiles, grows with the number of rows, not
+// with the longest sequence. Rows after the last sequence are treated as one more sequence, which sees nothing.
 struct PackedTile {
   int sequence, within;
 };
@@ -72,15 +71,15 @@ FASTATTN_HOST_DEVICE PackedTile find_tile(const int32_t* cu_seqlens, int batch, 
 }
 
 struct Sequence {
-  int index;                   // along the batch dimension of the tensors: 0 if packed
+  int index;                   // in the batch dimension of the tensors; 0 if packed
   int q_begin, q_len;          // first row and number of rows
-  int k_begin, k_len, k_rows;  // k_len of the k_rows are visible
-  int stats_begin;             // row in the workspace of the backward
-  Band of_queries, of_keys;    // what a query sees of the keys, and a key of the queries
+  int k_begin, k_len, k_rows;  // the first k_len of the k_rows are visible
+  int stats_begin;             // the first row in the workspace of the backward
+  Band of_queries, of_keys;    // the keys that a query sees, and the queries that see a key
 
   FASTATTN_HOST_DEVICE Sequence(const AttentionShape& shape, int b)
       : index(b), q_begin(0), q_len(shape.seqlen_q), k_begin(0), k_rows(shape.seqlen_k), stats_begin(0) {
-    bool behind = false;  // the last sequence
+    bool behind = false;  // the rows after the last sequence
     if (shape.packed()) {
       behind = b == shape.batch;
       index = 0;
@@ -97,7 +96,7 @@ struct Sequence {
   }
 };
 
-// A tile of a head of queries for what takes no keys, and where its rows begin in the workspace of the backward
+// A tile of a query head for passes that read no keys, and its first row in the workspace of the backward.
 struct RowTile {
   int batch, row;
   Sequence sequence;
@@ -113,12 +112,12 @@ struct RowTile {
   }
 };
 
-// Blocks begin to end - 1 are seen by some row; of these full_begin to full_end - 1 by every row in every position.
+// Blocks [begin, end) are seen by at least one row; of these, every row sees all of [full_begin, full_end).
 struct Blocks {
   int begin, full_begin, full_end, end;
 };
 
-// What rows first to last see, in blocks of `block` positions
+// What rows `first` to `last` see, in blocks of `block` positions.
 FASTATTN_HOST_DEVICE Blocks visible_blocks(const Band& band, int first, int last, int block) {
   const int low = larger(0, band.low(first)), high = band.high(last);
   if (first > last || low > high) {
@@ -134,10 +133,10 @@ FASTATTN_HOST_DEVICE Blocks visible_blocks(const Band& band, int first, int last
   return blocks;
 }
 
-// The order of work: heads (of all sequences; packed ones count as one) in sets whose streamed operands stay in the L2
-// cache, within a set the rows that see most first, within a row the heads.
+// The order of tiles. Heads (of all sequences; packed ones count as one) form sets whose streamed operands stay in the
+// L2 cache. Within a set, the rows that see most come first; for the same rows, the heads follow each other.
 struct TileOrder {
-  int row_blocks, heads, set;  // set: heads that go together
+  int row_blocks, heads, set;  // set: the heads of a set
   bool last_first;
 
   struct Place {
@@ -157,7 +156,7 @@ struct TileOrder {
     return {last_first ? row_blocks - 1 - block : block, first + rest % together};
   }
 
-  // `cu_seqlens`: of packed rows, or null; n_heads: of one sequence; rows: of a tile
+  // cu_seqlens: of packed rows, or null; n_heads: per sequence; rows: per tile
   FASTATTN_HOST_DEVICE InSequence in_sequence(int64_t tile, const int32_t* cu_seqlens, int batch, int n_heads,
                                               int rows) const {
     const Place found = place(tile);
@@ -169,7 +168,7 @@ struct TileOrder {
   }
 };
 
-// kRows queries of one head and the blocks of kBlock keys that they see
+// A tile of kRows queries of one head, and the blocks of kBlock keys that they see.
 template <int kRows, int kBlock>
 struct QueryTile {
   int batch, head, row;  // row: within the sequence
@@ -187,7 +186,8 @@ struct QueryTile {
   FASTATTN_HOST_DEVICE bool exists() const { return row < sequence.q_len; }
 };
 
-// kRows keys of one key head and the blocks of kBlock queries that see them, in every query head of the group
+// A tile of kRows keys of one key head, and the blocks of kBlock queries that see them, in every query head of the
+// group.
 template <int kRows, int kBlock>
 struct KeyTile {
   int batch, kv_head, row;
@@ -205,8 +205,8 @@ struct KeyTile {
   FASTATTN_HOST_DEVICE bool exists() const { return row < sequence.k_rows; }
 };
 
-// Heads that go together in the order of work: the keys and values of all, or the queries and gradients that the
-// backward streams instead, are at most 32 MiB; whole groups of query heads that share keys.
+// The number of key heads in a set: their keys and values, or the queries and gradients that the backward streams
+// instead, take at most 32 MiB. Query heads that share keys are always in one set.
 FASTATTN_HOST_DEVICE int kv_heads_per_set(const AttentionShape& shape, int streamed_rows, int row_bytes) {
   constexpr int64_t kCache = 32 << 20;
   const int64_t bytes = larger(1, streamed_rows) * int64_t{row_bytes};
@@ -214,8 +214,8 @@ FASTATTN_HOST_DEVICE int kv_heads_per_set(const AttentionShape& shape, int strea
   return static_cast<int>(heads < 1 ? 1 : heads < all ? heads : all);
 }
 
-// Queries last to first: under a causal mask the last ones see most. Keys first to last. with_dq: sums in fp32 go by
-// too.
+// Queries are processed from last to first, because under a causal mask the last ones see most. Keys are processed from
+// first to last. with_dq: fp32 sums are streamed too.
 FASTATTN_HOST_DEVICE TileOrder query_order(const AttentionShape& shape, int rows, int head_dim) {
   return {count_tiles(shape.packed(), shape.seqlen_q, shape.batch, rows), shape.batched() * shape.n_heads,
           kv_heads_per_set(shape, shape.seqlen_k, head_dim * 4) * shape.group(), true};
@@ -225,19 +225,20 @@ FASTATTN_HOST_DEVICE TileOrder key_order(const AttentionShape& shape, int rows, 
           kv_heads_per_set(shape, shape.seqlen_q * shape.group(), head_dim * (with_dq ? 8 : 4)), false};
 }
 
-// Attention of a few queries on a cache: every block of threads has a share of the keys of a sequence, so there is no
-// order of work.
+// Attention of a few queries on a cache. Every block of threads has a share of the keys of a sequence, so there is no
+// order of tiles.
 struct DecodeShape {
-  const int32_t* lengths;  // without the seqlen_new keys that were appended
+  const int32_t* lengths;  // without the seqlen_new appended keys
   int batch, n_heads, n_kv_heads, seqlen_q, seqlen_new, capacity;
   int left, right;  // of the window
   int splits;
 
   FASTATTN_HOST_DEVICE int group() const { return n_heads / n_kv_heads; }
-  FASTATTN_HOST_DEVICE int rows() const { return group() * seqlen_q; }  // of a key head: query by query its heads
+  // of a key head: the heads of the first query, then those of the next one
+  FASTATTN_HOST_DEVICE int rows() const { return group() * seqlen_q; }
 };
 
-// kRows rows of a key head, and of the blocks of kBlock keys that they see those of one split
+// kRows rows of a key head, and the blocks of kBlock keys of one split that they see.
 template <int kRows, int kBlock>
 struct DecodeTile {
   int batch, kv_head, row;
@@ -252,15 +253,15 @@ struct DecodeTile {
     band = {length - shape.seqlen_q, shape.left, shape.right, length};
     const int last = smaller(row + kRows, shape.rows()) - 1;
     keys = visible_blocks(band, row / shape.group(), last / shape.group(), kBlock);
-    const int64_t count = keys.end - keys.begin;  // shares differ by one block at most
+    const int64_t count = keys.end - keys.begin;  // shares differ by at most one block
     keys.end = keys.begin + static_cast<int>(count * (split + 1) / shape.splits);
     keys.begin += static_cast<int>(count * split / shape.splits);
   }
   FASTATTN_HOST_DEVICE static int row_blocks(const DecodeShape& shape) { return blocks_of(shape.rows(), kRows); }
 };
 
-// The least number of splits whose last wave of blocks leaves little of the device idle; lengths are not known to the
-// host. kernels/attention_decode.py does the same.
+// The smallest number of splits whose last wave of blocks leaves little of the device idle. The host does not know the
+// lengths. kernels/attention_decode.py has the same function.
 inline int choose_splits(int64_t tiles, int64_t key_blocks, int64_t slots, int most) {
   if (tiles >= 0.8 * slots || key_blocks <= 4) {
     return 1;

@@ -1,15 +1,16 @@
 #pragma once
 // Which thread of a warpgroup holds which element of a wgmma operand. Index functions only, for host and device.
 //
-// A thread holds two rows, 8 apart, of the 64; four threads share a row, two neighbouring columns in every eight each.
-// The accumulators of 16 columns are, once rounded, the A operand of a K step of 16: no exchange between threads.
+// A thread holds two of the 64 rows, 8 apart. Four threads share a row; each has two neighbouring columns of every
+// eight. The accumulators of 16 columns, once rounded, are the A operand of a K step of 16, so threads need not
+// exchange data.
 //
 // PTX ISA: wgmma "Register Fragments and Shared Memory Matrix Layouts", accumulator D and matrix A for .m64nNk16.
 #include "cuda/sm90/swizzle.cuh"
 
 namespace fastattn::sm90 {
 
-// Element i of the accumulators of `thread` (0 to 127)
+// Element i of the accumulators of `thread` (0 to 127).
 FASTATTN_HOST_DEVICE constexpr int accumulator_row(int thread, int i) {
   return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
 }
@@ -17,13 +18,13 @@ FASTATTN_HOST_DEVICE constexpr int accumulator_col(int thread, int i) {
   return i / 4 * 8 + thread % 4 * 2 + i % 2;
 }
 
-// Which of the thread's two rows accumulator i belongs to
+// Which of the thread's two rows accumulator i belongs to.
 FASTATTN_HOST_DEVICE constexpr int row_of(int i) {
   return i / 2 % 2;
 }
 
-// The byte of accumulator i in a tile of `rows` rows, from that of accumulator 0 in one instruction: rows 8 apart have
-// the same swizzle, and in a row columns 8 apart differ by the bits of their chunk.
+// The offset of accumulator i in a tile of `rows` rows, relative to accumulator 0, in one instruction: rows 8 apart
+// have the same swizzle, and columns 8 apart in a row differ in the bits of their chunk.
 FASTATTN_HOST_DEVICE constexpr int first_offset(int thread) {
   return tile_offset(accumulator_row(thread, 0), accumulator_col(thread, 0), 64);
 }
@@ -33,7 +34,7 @@ FASTATTN_HOST_DEVICE constexpr int accumulator_offset(int first, int i, int rows
          (col / kPanelCols * rows + accumulator_row(0, i)) * kRowBytes;
 }
 
-// Register `reg` (0 to 3) of the A operand holds these two columns of the row, `half` 0 in its lower bits
+// Register `reg` (0 to 3) of the A operand holds two columns of the row; `half` 0 is in the lower bits.
 FASTATTN_HOST_DEVICE constexpr int operand_row(int thread, int reg) {
   return thread / 32 * 16 + thread % 32 / 4 + reg % 2 * 8;
 }

@@ -2,15 +2,15 @@
 // Barriers in shared memory that count arriving threads and bytes. PTX ISA: mbarrier.init, .arrive, .try_wait,
 // fence.mbarrier_init.
 //
-// A barrier is in phase 0, 1, 0, ... A phase ends when all arrivals and all announced bytes have come. wait(parity)
-// returns once the phase of that parity has ended; on a new barrier wait(1) returns at once.
+// A barrier is in phase 0, 1, 0, ... A phase ends when all expected arrivals and bytes have come. wait(parity) returns
+// once the phase with that parity has ended; on a new barrier, wait(1) returns at once.
 #include "cuda/sm90/shared.cuh"
 
 namespace fastattn::sm90 {
 
 class Barrier {
  public:
-  // One thread of the block; the block then needs publish() and a __syncthreads().
+  // Called by one thread of the block, which must then call publish() before a __syncthreads().
   __device__ __forceinline__ void init(int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
   }
@@ -21,7 +21,7 @@ class Barrier {
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
-  // Arrive, and keep the phase open until TMA has brought so many bytes more.
+  // Arrives, and keeps the phase open until TMA has written `bytes` more bytes.
   __device__ __forceinline__ void arrive_expecting(int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");

@@ -6,7 +6,7 @@ namespace fastattn::sm90 {
 
 constexpr int kWarps = 4;  // of a warpgroup
 
-// One thread of every warp arrives once all its lanes are here.
+// One thread of every warp arrives once all lanes of the warp are here.
 __device__ __forceinline__ void arrive_warp(Barrier& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
@@ -14,7 +14,7 @@ __device__ __forceinline__ void arrive_warp(Barrier& barrier) {
   }
 }
 
-// Where one side stands: the stage that comes next, and the parity of the phase in which it is filled
+// The position of one side: the next stage, and the parity of the phase in which it is filled.
 template <int kStages>
 struct Ring {
   int stage = 0;
@@ -38,13 +38,13 @@ struct Pipe {
       empty[stage].init(warpgroups * kWarps);
     }
   }
-  // The warp that fills: until the stage may be overwritten, at once in the first round. Its lanes go on together: one
-  // that is a round behind would wait for a parity that has come and gone.
+  // For the warp that fills: waits until the stage may be overwritten, which is immediate in the first round. All lanes
+  // continue together: a lane that is one round behind would wait for a parity that has already passed.
   __device__ __forceinline__ void wait_empty(const Ring<kStages>& at) {
     empty[at.stage].wait(at.parity ^ 1);
     __syncwarp();
   }
-  // The sides that read
+  // For the readers.
   __device__ __forceinline__ void wait_full(const Ring<kStages>& at) { full[at.stage].wait(at.parity); }
   __device__ __forceinline__ void release(int stage) { arrive_warp(empty[stage]); }
 };

@@ -1,9 +1,10 @@
 #pragma once
-// How tiles of 16-bit elements lie in shared memory, and how wgmma is told. Index functions only, for host and device.
+// The layout of tiles of 16-bit elements in shared memory, and its description for wgmma. Index functions only, for
+// host and device.
 //
-// A tile of `rows` x 64 p elements is p panels, one after another, of `rows` rows of 128 bytes, each panel on a
-// multiple of 1024 bytes. In every row the eight 16-byte chunks change places: chunk c of row r lies at c ^ (r % 8), so
-// that eight rows of one column meet eight different groups of banks. TMA writes that layout
+// A tile of `rows` x 64 p elements consists of p panels, one after another, of `rows` rows of 128 bytes. Each panel
+// starts at a multiple of 1024 bytes. Within a row the eight 16-byte chunks are permuted: chunk c of row r is at
+// position c ^ (r % 8), so the same column of eight rows is in eight different groups of banks. TMA writes this layout
 // (CU_TENSOR_MAP_SWIZZLE_128B) and wgmma reads it.
 //
 // PTX ISA: "Tensor Swizzling modes"; wgmma "Shared Memory Matrix Layout", "Strides", "Matrix Descriptor Format".
@@ -19,9 +20,9 @@ namespace fastattn::sm90 {
 
 constexpr int kPanelCols = 64;    // of 16-bit elements
 constexpr int kRowBytes = 128;    // of a panel
-constexpr int kAtomBytes = 1024;  // eight rows: after these the pattern repeats
+constexpr int kAtomBytes = 1024;  // eight rows; then the pattern repeats
 
-// The byte of element (row, col) in a tile of `rows` rows.
+// The offset in bytes of element (row, col) in a tile of `rows` rows.
 FASTATTN_HOST_DEVICE constexpr int tile_offset(int row, int col, int rows) {
   const int panel = col / kPanelCols;
   const int byte = col % kPanelCols * 2;
@@ -37,16 +38,16 @@ FASTATTN_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, uint
 }
 
 // A tile whose rows are M or N and whose columns are K ("K-major"), from column 16 * step on: one K step of wgmma. The
-// hardware applies the swizzle to the sum of address and offset, so a step inside of a row is a plain addition.
-// `stride` is the distance of groups of eight rows; the leading offset has no meaning here.
+// hardware applies the swizzle to the sum of address and offset, so a step within a row is a plain addition. `stride`
+// is the distance between groups of eight rows; the leading offset is not used.
 FASTATTN_HOST_DEVICE constexpr uint64_t k_major(uint32_t tile, int rows, int step) {
   constexpr int kSteps = kPanelCols / 16;
   const uint32_t offset = step / kSteps * rows * kRowBytes + step % kSteps * 32;
-  return matrix_descriptor(tile, 16, kAtomBytes) + (offset >> 4);  // addresses are below 2^18: no carry
+  return matrix_descriptor(tile, 16, kAtomBytes) + (offset >> 4);  // addresses are below 2^18, so there is no carry
 }
 
-// A tile whose rows are K and whose columns are N ("MN-major"), from row 16 * step on. `stride` is the distance of
-// groups of eight rows, the leading offset that of panels.
+// A tile whose rows are K and whose columns are N ("MN-major"), from row 16 * step on. `stride` is the distance between
+// groups of eight rows, the leading offset the distance between panels.
 FASTATTN_HOST_DEVICE constexpr uint64_t mn_major(uint32_t tile, int rows, int step) {
   return matrix_descriptor(tile, rows * kRowBytes, kAtomBytes) + (step * 2 * kAtomBytes >> 4);
 }

@@ -1,6 +1,6 @@
 #pragma once
-// Tensor maps for the copy engine, made on the host. Driver API: cuTensorMapEncodeTiled, found through the runtime, so
-// that nothing links against libcuda.
+// Tensor maps for the copy engine, encoded on the host. cuTensorMapEncodeTiled of the driver API is looked up through
+// the runtime, so nothing links to libcuda.
 #include <array>
 
 #include <cuda.h>
@@ -10,7 +10,8 @@
 
 namespace fastattn::sm90 {
 
-// A map of a (batch, heads, rows, head_dim) tensor of 16-bit elements, in boxes of 64 columns and `box_rows` rows.
+// Encodes a map of a (batch, heads, rows, head_dim) tensor of 16-bit elements, in boxes of 64 columns and `box_rows`
+// rows.
 inline cudaError_t encode_map(CUtensorMap* map, DType dtype, const HeadTensor& t, int64_t batch, int64_t heads,
                               int64_t rows, int64_t head_dim, int box_rows) {
   static const auto encode = [] {
@@ -38,13 +39,13 @@ inline cudaError_t encode_map(CUtensorMap* map, DType dtype, const HeadTensor& t
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// The same from the maps that this thread made before, where it is among them. A map says where memory is and nothing
-// of what is there, so one that was made from the same arguments is never stale.
+// The same, from the maps that this thread encoded before, if possible. A map describes where memory is, not its
+// content, so a map with the same arguments is never stale.
 inline cudaError_t make_map(CUtensorMap* map, DType dtype, const HeadTensor& t, int64_t batch, int64_t heads,
                             int64_t rows, int64_t head_dim, int box_rows) {
   using Key = std::array<int64_t, 10>;
   struct Entry {
-    Key key{};  // of no map: there is none without an address
+    Key key{};  // matches no map, because no map has address 0
     CUtensorMap map;
   };
   constexpr int kBits = 6;

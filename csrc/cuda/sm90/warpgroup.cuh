@@ -1,13 +1,13 @@
 #pragma once
-// What warps and warpgroups of a specialised kernel do: share out registers, meet, and take powers of two.
-// PTX ISA: setmaxnreg, bar.sync, ex2.
+// Operations of warps and warpgroups in a kernel with roles: redistribution of registers, barriers, powers of two. PTX
+// ISA: setmaxnreg, bar.sync, ex2.
 #include <cstdint>
 
 namespace fastattn::sm90 {
 
 constexpr int kWarpgroup = 128;  // threads
 
-// All warps of a warpgroup; the kernel is compiled with __launch_bounds__(threads, 1).
+// Called by all warps of a warpgroup. The kernel must be compiled with __launch_bounds__(threads, 1).
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -17,12 +17,12 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Barrier `id`, 1 to 15: 0 is that of __syncthreads.
+// Waits at barrier `id`, 1 to 15; 0 is the barrier of __syncthreads.
 __device__ __forceinline__ void meet(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// 2^x to about 2 units in the last place; 0 for -inf
+// 2^x with an error of about 2 units in the last place; 0 for -inf.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

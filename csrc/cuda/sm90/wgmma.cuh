@@ -1,9 +1,9 @@
 #pragma once
-// Matrix products of a warpgroup: D (64 x N, fp32, in registers) += A (64 x 16) * B (16 x N), 16-bit operands.
-// PTX ISA: wgmma.mma_async, .fence, .commit_group, .wait_group.
+// Matrix products of a warpgroup: D (64 x N, fp32, in registers) += A (64 x 16) * B (16 x N), with 16-bit operands. PTX
+// ISA: wgmma.mma_async, .fence, .commit_group, .wait_group.
 //
-// The products run on after the instruction. From wgmma_begin to the wgmma_wait that covers it, nobody may touch the
-// accumulators and A registers of a product, nor write the shared memory it reads.
+// A product runs asynchronously. From wgmma_begin to the wgmma_wait that covers it, its accumulators and A registers
+// must not be accessed, and the shared memory that it reads must not be written.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -13,14 +13,14 @@
 
 namespace fastattn::sm90 {
 
-// Before the first product of a group: orders earlier accesses to its registers.
+// Called before the first product of a group. Orders earlier accesses to its registers.
 __device__ __forceinline__ void wgmma_begin() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until at most so many groups are still running.
+// Waits until at most kGroups groups are still running.
 template <int kGroups>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
@@ -57,7 +57,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define FASTATTN_LIST_96(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_32(d, i + 64)
 #define FASTATTN_LIST_128(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_64(d, i + 64)
 
-// `accumulate` is a predicate; then come the signs of A and B, and which operands are MN-major
+// `accumulate` is a predicate. It is followed by the signs of A and B, and by which operands are MN-major.
 #define FASTATTN_WGMMA_SS(n, type, count, a, b, accumulate, mn_major)                                     \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #accumulate                         \
                ", 0;\n"                                                                                   \
@@ -70,7 +70,7 @@ __device__ __forceinline__ void wgmma_wait() {
                "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", 1, 1, 1, 1;\n"                      \
                : FASTATTN_LIST_##count(d, 0)                                                              \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b))
-// Both types for N = n, if the accumulators are those of N
+// Both types for N = n, if there are as many accumulators as N needs.
 #define FASTATTN_CASE(form, n, count, ...)                  \
   if constexpr (kAccumulators == count) {                   \
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {       \
@@ -80,7 +80,8 @@ __device__ __forceinline__ void wgmma_wait() {
     }                                                       \
   }
 
-// d = [d +] A * B with both operands in shared memory: both K-major, A * Bᵀ of two tiles, or both MN-major, Aᵀ * B
+// d = [d +] A * B with both operands in shared memory. Both are K-major (A * Bᵀ of two tiles) or both MN-major (Aᵀ *
+// B).
 template <typename T, bool kMnMajor = false, int kAccumulators>
 __device__ __forceinline__ void wgmma_ss(float (&d)[kAccumulators], uint64_t desc_a, uint64_t desc_b,
                                          bool accumulates) {

@@ -1,5 +1,5 @@
 #pragma once
-// Stands in for csrc/cuda/sm90/mbarrier.cuh.
+// Replaces csrc/cuda/sm90/mbarrier.cuh.
 #include "cuda/sm90/shared.cuh"
 
 namespace fastattn::sm90 {
@@ -27,7 +27,7 @@ class Barrier {
     emulated::wait_until([this, parity] { return phase_ != parity; });
   }
 
-  void complete(int bytes) {  // by the copy engine
+  void complete(int bytes) {  // called by the copy engine
     bytes_ -= bytes;
     end_phase();
   }

@@ -1,6 +1,6 @@
 #pragma once
-// Stands in for csrc/cuda/sm90/shared.cuh. A thread that wrote for the asynchronous units and comes to a barrier
-// without the fence is an error.
+// Replaces csrc/cuda/sm90/shared.cuh. A thread that writes for the asynchronous units and reaches a barrier without the
+// fence causes an error.
 #include "emulate_cuda.h"
 
 namespace emulated {
@@ -21,7 +21,7 @@ T* shared_pointer(uint32_t address) {
   return reinterpret_cast<T*>(dynamic_shared + address);
 }
 
-// Swizzling with 128 bytes: bits 4 to 6 of an address are xored with bits 7 to 9.
+// Swizzle with 128 bytes: bits 4 to 6 of an address are xored with bits 7 to 9.
 inline uint32_t swizzled(uint32_t address) {
   return address ^ (address >> 7 & 7) << 4;
 }

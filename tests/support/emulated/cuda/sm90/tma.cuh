@@ -1,6 +1,7 @@
 #pragma once
-// Stands in for csrc/cuda/sm90/tma.cuh. Copies happen some time after they are asked for, in any order; until then
-// their target holds NaN. The encoder checks what the driver's documentation demands of a tensor map.
+// Replaces csrc/cuda/sm90/tma.cuh. A copy happens some time after it is issued, and copies happen in any order; until
+// then the target holds NaN. The encoder checks the requirements that the driver's documentation states for a tensor
+// map.
 #include <cuda.h>
 
 #include "cuda/sm90/mbarrier.cuh"
@@ -11,7 +12,7 @@ struct Map {
   char* data;
   uint64_t size[4], stride[3];  // in elements and bytes
   uint64_t rows;                // of a box
-  uint64_t bfloat16;            // or float16; no padding: tests compare maps
+  uint64_t bfloat16;            // or float16; a full word, so that there is no padding and tests can compare maps
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
@@ -25,7 +26,7 @@ inline CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ra
     valid = valid && size[d] > 0 && size[d] <= uint64_t{1} << 32 && box[d] > 0 && box[d] <= 256 && step[d] == 1;
     valid = valid && (d == 3 || (stride[d] > 0 && stride[d] % 16 == 0 && stride[d] < uint64_t{1} << 40));
   }
-  valid = valid && box[0] == 64 && box[2] == 1 && box[3] == 1;  // 128 bytes, the widest that is swizzled
+  valid = valid && box[0] == 64 && box[2] == 1 && box[3] == 1;  // 128 bytes, the widest box that is swizzled
   valid = valid && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
   if (!valid || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -44,10 +45,10 @@ struct Copy {
   int col, row, head, batch;
   uint32_t shared;
   fastattn::sm90::Barrier* barrier;  // of a load
-  const char* from;                  // a plain load: `bytes` from here
+  const char* from;                  // a plain load: `bytes` bytes from here
   int bytes;
   bool adds = false;    // a store
-  float* to = nullptr;  // a plain one
+  float* to = nullptr;  // a plain store
   size_t thread = current;
 
   void load() const {
@@ -169,7 +170,7 @@ inline void tma_reduce_add(const CUtensorMap& map, Coordinates at, const void* f
   emulated::stores.back().adds = true;
 }
 inline void tma_stores_read() {
-  for (int i = 0; i < 3; ++i) {  // others have time to do what they must not
+  for (int i = 0; i < 3; ++i) {  // gives other threads time to make mistakes
     emulated::wait(emulated::State::kRuns);
   }
   std::erase_if(emulated::stores, [thread = emulated::current](const emulated::Copy& copy) {

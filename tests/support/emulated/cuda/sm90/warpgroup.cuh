@@ -1,5 +1,5 @@
 #pragma once
-// Stands in for csrc/cuda/sm90/warpgroup.cuh.
+// Replaces csrc/cuda/sm90/warpgroup.cuh.
 #include "cuda/sm90/shared.cuh"
 
 namespace fastattn::sm90 {

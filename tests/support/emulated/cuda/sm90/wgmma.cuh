@@ -1,7 +1,7 @@
 #pragma once
-// Stands in for csrc/cuda/sm90/wgmma.cuh. Operands are read through the descriptors as the PTX ISA defines them,
-// without the index functions of the kernels. Products are delivered at the wait; until then accumulators hold NaN, and
-// shared memory that changes, or an accumulator that is written, between instruction and wait is an error.
+// Replaces csrc/cuda/sm90/wgmma.cuh. Operands are read through the descriptors as the PTX ISA defines them, without the
+// index functions of the kernels. Results arrive at the wait; until then the accumulators hold NaN. A change to shared
+// memory or to an accumulator between the instruction and the wait is an error.
 #include "cuda/sm90/fragment.cuh"
 #include "cuda/sm90/shared.cuh"
 
@@ -15,11 +15,11 @@ struct Product {
   int accumulators;
   bool accumulates, a_in_registers, mn_major;  // mn_major: of the operands in shared memory
   uint64_t desc_a, desc_b;
-  float a[2][kK];  // the thread's two rows
+  float a[2][kK];  // the two rows of the thread
   std::vector<float> value;
 };
 
-// Per thread: products in flight, and the accumulators behind them
+// Per thread: products in flight and their accumulators.
 struct InFlight {
   bool fenced = false;
   int groups = 0;  // committed so far
@@ -87,7 +87,7 @@ std::vector<float> multiply(const Product& product) {
   return value;
 }
 
-inline std::vector<float> (*multiplier)(const Product&);  // of the dtype of the kernel that runs
+inline std::vector<float> (*multiplier)(const Product&);  // for the dtype of the running kernel
 
 template <typename T>
 void issue(float* d, Product product) {
@@ -112,7 +112,7 @@ void issue(float* d, Product product) {
 
 inline void deliver(int groups_left) {
   InFlight& mine = in_flight[current];
-  const int last = mine.groups - groups_left;  // groups below have ended
+  const int last = mine.groups - groups_left;  // groups below this one have ended
   size_t n = 0;
   for (; n < mine.products.size() && mine.products[n].group < last; ++n) {
     const Product& product = mine.products[n];
@@ -160,7 +160,7 @@ inline void wgmma_commit() {
 template <int kGroups>
 void wgmma_wait() {
   emulated::wait(emulated::State::kWaitsForWarp);
-  emulated::in_flight[emulated::current].fenced = false;  // what follows may touch registers
+  emulated::in_flight[emulated::current].fenced = false;  // the following code may access registers
   emulated::deliver(kGroups);
 }
 
