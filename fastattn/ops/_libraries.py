@@ -52,9 +52,9 @@ def native_note(device_type):
     info = module.build_info()
     if device_type == "cpu":
         return f"native kernels: built for {', '.join(info['cpu_variants'])}; {module.cpu_capability()} is in use"
-    return (
-        f"native kernels: built with CUDA {info['nvcc']} for {', '.join(info['cuda_archs'])}" if info["nvcc"] else None
-    )
+    if not info["nvcc"]:
+        return None
+    return f"native kernels: built with CUDA {info['nvcc']} for {', '.join(info['cuda_archs'])}"
 
 
 def load_library(name):
