@@ -205,7 +205,8 @@ void backward_chunk(const NormBwdArgs& args, int64_t chunk) {
       backward_rows<X, R, 1, false>(args, row, dweight, dbias, dx_bias);
     }
   }
-  // If the sums exceed the L1 cache, they are read and written once per 4 rows: 17 % faster at 4096 columns.
+  // If the sums exceed the L1 cache, they are read and written once per 4 rows, which takes 18 % less time at 4096
+  // columns.
   for (; row + 4 <= end; row += 4) {
     backward_rows<X, R, 4, true>(args, row, dweight, dbias, dx_bias);
   }

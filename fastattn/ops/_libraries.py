@@ -51,8 +51,10 @@ def native_note(device_type):
         return None
     info = module.build_info()
     if device_type == "cpu":
-        return f"native: built for {', '.join(info['cpu_variants'])}, uses {module.cpu_capability()}"
-    return f"native: built with CUDA {info['nvcc']} for {', '.join(info['cuda_archs'])}" if info["nvcc"] else None
+        return f"native kernels: built for {', '.join(info['cpu_variants'])}; {module.cpu_capability()} is in use"
+    if not info["nvcc"]:
+        return None
+    return f"native kernels: built with CUDA {info['nvcc']} for {', '.join(info['cuda_archs'])}"
 
 
 def load_library(name):

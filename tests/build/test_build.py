@@ -176,7 +176,7 @@ def test_package_works_without_the_introspection_module():
     said = output_of("-W", "ignore", "-c", code + asks)
     assert said.startswith(OF_NORM)
     assert "not built for Python" in said
-    assert "native: built for" not in said
+    assert "native kernels: built for" not in said
 
 
 @needs_introspection
@@ -189,7 +189,7 @@ def test_info_and_explain_say_what_the_processor_runs(limit):
     code += "; from fastattn._info import report; print(report())"
     said = output_of("-W", "ignore", "-c", code, FASTATTN_CPU_CAPABILITY=limit)
     best, variants = _C.best_cpu_capability(), ", ".join(_C.build_info()["cpu_variants"])
-    assert f"  native: built for {variants}, uses {limit or best}\n" in said
+    assert f"  native kernels: built for {variants}; {limit or best} is in use\n" in said
     assert re.search(rf"_cpu\.so +built for {variants}\n", said)
     lowered = f", limited to {limit} by FASTATTN_CPU_CAPABILITY" if limit and limit != best else ""
     assert re.search(rf"this processor +{best}{lowered}\n", said)

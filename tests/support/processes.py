@@ -27,3 +27,12 @@ def run_tests(selected, *files, **environment):
     paths = [os.path.join(TESTS, file) for file in files]
     output = _output_of("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths, "-k", selected, **environment)
     return output.splitlines()[-1]
+
+
+def run_on_instruction_set(capability, code):
+    """Run code with the CPU kernels of an instruction set, or of the next lower one that the processor has."""
+    from fastattn._native import CPU_CAPABILITIES
+
+    code += "\nimport fastattn; print(fastattn.cpu_capability())"
+    used = run_code(code, FASTATTN_CPU_CAPABILITY=capability).splitlines()[-1]
+    assert CPU_CAPABILITIES.index(used) <= CPU_CAPABILITIES.index(capability)
