@@ -232,7 +232,7 @@ class Public:
         for label, value in given.items():
             for one in self._one_by_one(label, value):
                 self._check_kind(parameters, label, one)
-        if isinstance(error, (AttributeError, TypeError)) and isinstance(given.get("self"), torch.nn.Module):
+        if isinstance(error, (AttributeError, TypeError)) and "_modules" in vars(given.get("self", object)):
             self._check_weights(given["self"])
         if given.get("backend") is not None:
             try:
