@@ -17,8 +17,8 @@ struct ActivationCall {
       : preact(as_rows(x)), gate(operand(gate_tensor, x, "gate")) {
     STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int>(Activation::kSilu),
                     "activation must be between 0 and 4, got ", activation);
-    args.preact = preact.tensor.const_data_ptr();
-    args.gate = gate_tensor ? gate.tensor.const_data_ptr() : nullptr;
+    args.preact = data_of(preact.tensor);
+    args.gate = gate_tensor ? data_of(gate.tensor) : nullptr;
     args.preact_stride = preact.stride;
     args.gate_stride = gate.stride;
     args.rows = preact.rows;
@@ -53,7 +53,7 @@ struct ActivationBackwardCall : ActivationCall {
                          const std::optional<Tensor>& rng, double dropout_p, int64_t activation, bool need_hidden,
                          bool need_dbias, bool need_dbias_gate)
       : ActivationCall(x, gate_tensor, rng, dropout_p, activation), dhidden(operand(dhidden_in, x, "dhidden")) {
-    args.dhidden = dhidden.tensor.const_data_ptr();
+    args.dhidden = data_of(dhidden.tensor);
     args.dhidden_stride = dhidden.stride;
     const Place place(x);
     const ScalarType dtype = x.scalar_type();

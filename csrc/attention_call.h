@@ -34,7 +34,7 @@ inline void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
 // Sets the stride of dimensions of size 1 to 0.
 inline ScoreTensor score_tensor(const Tensor& t) {
   const auto stride = [&](int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); };
-  return {t.const_data_ptr(), stride(0), stride(1), stride(2), stride(3)};
+  return {data_of(t), stride(0), stride(1), stride(2), stride(3)};
 }
 
 // Owns the tensors that its args point to. `read` returns the tensor that the kernels of a device read: the tensor
@@ -140,7 +140,7 @@ struct AttentionBackwardCall : AttentionCall<Args, read> {
     args.dv = heads(dv, this->packed);
     args.lse = static_cast<float*>(lse.mutable_data_ptr());
     args.lse_low = lse_low.numel() ? static_cast<float*>(lse_low.mutable_data_ptr()) : nullptr;
-    args.dlse = dlse ? static_cast<const float*>(dlse->const_data_ptr()) : nullptr;
+    args.dlse = dlse ? static_cast<const float*>(data_of(*dlse)) : nullptr;
   }
 
  private:

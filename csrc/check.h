@@ -15,6 +15,7 @@ namespace fastattn {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 #define CHECK_SHAPE(condition, op, what, ...) STD_TORCH_CHECK(condition, op ": ", what, ##__VA_ARGS__)
 
@@ -32,8 +33,21 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+}
+
+// The memory of an operand. The kernels read a null pointer as "no such operand", so a tensor whose storage was freed
+// (FSDP resizes it to 0) must not get there.
+inline const void* data_of(const Tensor& tensor) {
+  const void* data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(data || tensor.numel() == 0, "a tensor of ", tensor.numel(),
+                  " elements has no memory: its storage was freed or never allocated");
+  return data;
+}
+
 inline const void* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr() : nullptr;
+  return tensor ? data_of(*tensor) : nullptr;
 }
 
 // threshold and scale are defined as in reference.dropout_threshold and reference.dropout_scale.
@@ -44,7 +58,7 @@ inline Dropout dropout_args(const std::optional<Tensor>& rng, double dropout_p) 
   if (rng && threshold > 0) {
     STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2 && rng->is_contiguous(),
                     "rng must be contiguous int64 (2,), got ", rng->numel(), " elements");
-    dropout.rng = static_cast<const int64_t*>(rng->const_data_ptr());
+    dropout.rng = static_cast<const int64_t*>(data_of(*rng));
     dropout.threshold = threshold;
     const uint32_t kept = 65536 - threshold;
     dropout.scale = kept ? 65536.f / static_cast<float>(kept) : 0.f;

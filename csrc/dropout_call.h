@@ -14,8 +14,8 @@ struct DropoutCall {
       : in(as_rows(x)),
         added(as_rows_like(residual, x, "residual")),
         out(empty_beside(x, x.sizes(), (residual ? *residual : x).scalar_type())) {
-    args.x = in.tensor.const_data_ptr();
-    args.residual = residual ? added.tensor.const_data_ptr() : nullptr;
+    args.x = data_of(in.tensor);
+    args.residual = residual ? data_of(added.tensor) : nullptr;
     args.out = out.mutable_data_ptr();
     args.rows = in.rows;
     args.cols = in.cols;

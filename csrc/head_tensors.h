@@ -9,12 +9,6 @@
 
 namespace fastattn {
 
-using OptionalTensor = std::optional<Tensor>;
-
-inline OptionalTensor contiguous(const OptionalTensor& t) {
-  return t && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
-}
-
 template <typename T>
 const T* vector_data(const OptionalTensor& t, ScalarType dtype, int64_t size, const char* name) {
   if (!t) {
@@ -23,7 +17,7 @@ const T* vector_data(const OptionalTensor& t, ScalarType dtype, int64_t size, co
   STD_TORCH_CHECK(t->scalar_type() == dtype && t->numel() == size && t->is_contiguous(), name, " must be contiguous ",
                   torch::headeronly::toString(dtype), " of ", size, " elements, got ",
                   torch::headeronly::toString(t->scalar_type()), " of ", t->numel());
-  return static_cast<const T*>(t->const_data_ptr());
+  return static_cast<const T*>(data_of(*t));
 }
 
 template <size_t N>
@@ -59,7 +53,7 @@ inline Tensor inner_contiguous(const Tensor& t) {
 }
 
 inline HeadTensor heads(const Tensor& t, bool packed = false) {
-  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
+  return {const_cast<void*>(data_of(t)), packed ? 0 : t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // Sets the ALiBi slopes: (n_heads) or (batch, n_heads), contiguous.

@@ -24,8 +24,8 @@ struct NormForwardCall {
         bias(bias_in, x, in.cols, "bias"),
         x_bias(x_bias_in, x, in.cols, "x_bias"),
         y(empty_beside(x, x.sizes(), x.scalar_type())) {
-    args.x = in.tensor.const_data_ptr();
-    args.residual = residual ? added.tensor.const_data_ptr() : nullptr;
+    args.x = data_of(in.tensor);
+    args.residual = residual ? data_of(added.tensor) : nullptr;
     args.weight = weight.data;
     args.bias = bias.data;
     args.x_bias = x_bias.data;
@@ -96,11 +96,11 @@ struct NormBackwardCall {
     dweight = output(need_dweight, {cols}, sum_type, &args.dweight);
     dbias = output(need_dbias, {cols}, sum_type, &args.dbias);
     dx_bias = output(need_dx_bias, {cols}, sum_type, &args.dx_bias);
-    args.dy = grad.tensor.const_data_ptr();
-    args.dr_out = dr_out ? added.tensor.const_data_ptr() : nullptr;
-    args.r = saved.tensor.const_data_ptr();
+    args.dy = data_of(grad.tensor);
+    args.dr_out = dr_out ? data_of(added.tensor) : nullptr;
+    args.r = data_of(saved.tensor);
     args.weight = weight.data;
-    const float* first = static_cast<const float*>(stats.const_data_ptr());
+    const float* first = static_cast<const float*>(data_of(stats));
     args.mean = rms ? nullptr : first;
     args.rstd = rms ? first : first + rows;
     args.rows = rows;

@@ -10,7 +10,7 @@ namespace fastattn {
 
 // The strides of a tensor as (batch, heads, tokens, head_dim). A packed tensor is a batch of one.
 inline HeadTensor rotary_strides(const Tensor& t) {
-  void* data = const_cast<void*>(t.const_data_ptr());
+  void* data = const_cast<void*>(data_of(t));
   return t.dim() == 4 ? HeadTensor{data, t.stride(0), t.stride(1), t.stride(2)}
                       : HeadTensor{data, 0, t.stride(1), t.stride(0)};
 }
@@ -71,7 +71,7 @@ class RotaryCall {
 
   // Sets `out` to q and k themselves.
   void write_in_place(const Tensor& q, const std::optional<Tensor>& k) {
-    STD_TORCH_CHECK(args.x[0].data == q.const_data_ptr() && (!k || args.x[1].data == k->const_data_ptr()),
+    STD_TORCH_CHECK(args.x[0].data == data_of(q) && (!k || args.x[1].data == data_of(*k)),
                     "rotary: tensors rotated in place must have last stride 1");
     args.out[0] = args.x[0];
     args.out[1] = args.x[1];
@@ -104,8 +104,8 @@ class RotaryCall {
                        std::equal(cos.strides().begin(), cos.strides().end(), sin.strides().begin());
     held_[2] = as_is ? cos : torch::stable::contiguous(cos);
     held_[3] = as_is ? sin : torch::stable::contiguous(sin);
-    args.cos = held_[2].const_data_ptr();
-    args.sin = held_[3].const_data_ptr();
+    args.cos = data_of(held_[2]);
+    args.sin = data_of(held_[3]);
     args.table_rows = cos.size(dims - 2);
     args.table_row = held_[2].stride(dims - 2);
     args.table_batch = dims == 3 && cos.size(0) > 1 ? held_[2].stride(0) : 0;
@@ -123,7 +123,7 @@ class RotaryCall {
                     torch::headeronly::toString(positions.scalar_type()));
     STD_TORCH_CHECK(positions.device() == q.device(), "rotary: positions must be on the device of q");
     held_[4] = positions.is_contiguous() ? positions : torch::stable::contiguous(positions);
-    args.positions = held_[4].const_data_ptr();
+    args.positions = data_of(held_[4]);
     args.positions_batch = dims == 2 && positions.size(0) > 1 ? args.seqlen : 0;
     args.wide_positions = positions.scalar_type() == ScalarType::Long;
   }

@@ -34,7 +34,7 @@ struct Matrix {
     col = cols <= 1 ? 1 : tensor.stride(1 - d);
   }
 
-  const float* data() const { return static_cast<const float*>(tensor.const_data_ptr()); }
+  const float* data() const { return static_cast<const float*>(fastattn::data_of(tensor)); }
 };
 
 constexpr int64_t kMostFewRows = 64;     // from there on packing b pays
@@ -44,9 +44,8 @@ constexpr int64_t kLeastWork = 1 << 18;  // multiplications that are worth wakin
 
 void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, bool add) {
   STD_TORCH_CHECK(a.cols == b.rows, "gemm: a of ", a.cols, " columns does not fit b of ", b.rows, " rows");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == b.cols && bias->scalar_type() == ScalarType::Float &&
-                            (b.cols <= 1 || bias->stride(0) == 1)),
-                  "gemm: bias must be contiguous float32 of ", b.cols, " elements");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == b.cols && bias->scalar_type() == ScalarType::Float),
+                  "gemm: bias must be float32 of ", b.cols, " elements");
   const int64_t m = a.rows, n = b.cols, k = a.cols;
   if (m * n == 0) {
     return;
@@ -93,7 +92,7 @@ void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optiona
 Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool transpose_a, bool transpose_b) {
   const Matrix left(a, transpose_a, "a"), right(b, transpose_b, "b");
   const Tensor out = fastattn::empty_cpu({left.rows, right.cols}, ScalarType::Float);
-  run(out, left, right, bias, false);
+  run(out, left, right, fastattn::contiguous(bias), false);
   return out;
 }
 

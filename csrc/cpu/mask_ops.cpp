@@ -50,7 +50,7 @@ bool all_right(const Word* p, int64_t count, int64_t step, Wrong wrong) {
 template <typename Mask>
 bool is_causal(const Tensor& mask) {
   using Word = typename Mask::Type;
-  const Word* data = static_cast<const Word*>(mask.const_data_ptr());
+  const Word* data = static_cast<const Word*>(fastattn::data_of(mask));
   const int64_t size = mask.size(0);
   // A transposed mask is read along its columns, so that reads follow the memory.
   const bool transposed = mask.stride(0) < mask.stride(1);

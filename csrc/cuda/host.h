@@ -33,7 +33,7 @@ class Parameter {
     check_device(tensor, like, name);
     dtype = dtype_of(*tensor, name);
     held_ = tensor->is_contiguous() ? tensor : torch::stable::contiguous(*tensor);
-    data = held_->const_data_ptr();
+    data = data_of(*held_);
   }
 
   const void* data = nullptr;

@@ -120,9 +120,11 @@ class Backbone(nn.Module):
                 setattr(self, self._table, self._make_table().to(device))
 
     def _apply(self, fn, recurse=True):
+        before = self._buffers.get(self._table)
         super()._apply(fn, recurse)
         table = self._buffers.get(self._table)
-        if type(table) is torch.Tensor:  # fn may have made a fake or distributed one
+        # share_memory changes the tensor itself; other functions may make a fake or distributed one
+        if table is not before and type(table) is torch.Tensor:
             self._fill_table(table.device)  # a cast must not round it, to_empty must not lose it
         return self
 

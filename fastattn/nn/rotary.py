@@ -95,7 +95,7 @@ class RotaryEmbedding(torch.nn.Module):
             end <= rows == sin.shape[0]
             and self._made_for == (self.rotary_dim, self.base)
             and (x.is_meta or not cos.is_meta)
-            and not self._are_for_inference_only(cos)
+            and not self._are_for_inference_only(cos, sin)
         ):
             return cos, sin
         rows = rows if end <= rows else max(end, 2 * rows)
@@ -104,19 +104,21 @@ class RotaryEmbedding(torch.nn.Module):
             return self._make(rows, device)  # recorded as part of the graph, not stored in the module
         return self._fill(rows, device, in_use=True)
 
-    def _are_for_inference_only(self, cos):
+    def _are_for_inference_only(self, cos, sin):
         """Whether the tables are inference tensors (compiled, copied or loaded so), which a backward cannot use."""
         if torch.compiler.is_compiling():  # is_inference() cannot be called here
             return self._may_be_for_inference and torch.is_grad_enabled()
-        return cos.is_inference() and not torch.is_inference_mode_enabled()
+        return (cos.is_inference() or sin.is_inference()) and not torch.is_inference_mode_enabled()
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._may_be_for_inference = self.cos.is_inference()
+        self._may_be_for_inference = self.cos.is_inference() or self.sin.is_inference()
 
     def _apply(self, fn, recurse=True):
+        before = self.cos
         super()._apply(fn, recurse)
-        if type(self.cos) is torch.Tensor:  # fn may have made fake or distributed tensors
+        # share_memory changes the tensor itself; other functions may make fake or distributed tensors
+        if self.cos is not before and type(self.cos) is torch.Tensor:
             self._fill(self.cos.shape[0], self.cos.device)  # a cast must not round them, to_empty must not lose them
         return self
 

@@ -105,7 +105,7 @@ def linear(x, weight, bias=None):
     if is_few(x, weight) and (bias is None or bias.dtype == x.dtype):
         return _few_rows(x, weight, None, None if bias is None else bias.contiguous())
     if is_ours(x, weight) and (bias is None or bias.dtype == x.dtype):
-        return _product(x, weight, None if bias is None else bias.contiguous(), False, True)
+        return _product(x, weight, bias, False, True)
     if _use_fp32(x, weight, x.shape[1]):
         return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return F.linear(x, weight, bias)

@@ -235,6 +235,8 @@ class Public:
         for label, value in given.items():
             for one in self._one_by_one(label, value):
                 self._check_kind(parameters, label, one)
+        if isinstance(error, (AttributeError, TypeError)) and "_modules" in vars(given.get("self", object)):
+            self._check_weights(given["self"])
         if given.get("backend") is not None:
             try:
                 asked_for(given["backend"], f"{self.name}: backend")
@@ -303,6 +305,19 @@ class Public:
             text = f"{self.name}: {label} must be {' or '.join(kind for kind, _ in allowed)}, got {describe(value)}"
             advice = self.advice.get(label)
             raise ArgumentTypeError(f"{text}: {advice}" if advice else text) from None
+
+    def _check_weights(self, module):
+        """Raise TypeError if a weight of a module or of its children is no tensor."""
+        for path, child in module.named_modules():
+            for label in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
+                value = child.__dict__.get(label, child._parameters.get(label))
+                needed = label in child._parameters and (
+                    (label == "weight" and isinstance(child, torch.nn.Linear))
+                    or (label == "in_proj_weight" and getattr(child, "_qkv_same_embed_dim", False))
+                )
+                if not isinstance(value, torch.Tensor) and (value is not None or needed):
+                    where = f"{path}.{label}" if path else label
+                    raise ArgumentTypeError(f"{self.name}: {where} must be a tensor, got {describe(value)}") from None
 
     def _about_names(self, parameters, args, kwargs):
         """What is wrong with the names or the number of arguments; None leaves it to Python's message."""

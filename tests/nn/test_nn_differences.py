@@ -406,6 +406,84 @@ class TestErrors:
                 ours(given)
 
 
+LAYERS = {
+    "RMSNorm": (E,), "MultiheadAttention": (E, H), "TransformerEncoderLayer": (E, H, FF, 0.0),
+    "TransformerDecoderLayer": (E, H, FF, 0.0),
+}  # fmt: skip
+LAYERS_WITH_CHILDREN = [name for name in LAYERS if name.endswith("Layer")]
+
+
+def call(module, x):
+    inputs = {"MultiheadAttention": 3, "TransformerDecoderLayer": 2}
+    out = module(*[x] * next((n for name, n in inputs.items() if name in type(module).__name__), 1))
+    return out[0] if isinstance(out, tuple) else out
+
+
+class TestWeightsThatAreNoTensors:
+    @pytest.mark.parametrize("value", [None, [1.0] * E, torch.ones(E).numpy()], ids=["None", "list", "array"])
+    @pytest.mark.parametrize("weight", ["linear1.weight", "linear2.weight", "self_attn.in_proj_weight"])
+    @pytest.mark.parametrize("name", LAYERS_WITH_CHILDREN)
+    def test_are_named(self, x, name, weight, value):
+        layer = getattr(nn, name)(*LAYERS[name])
+        path, _, label = weight.rpartition(".")
+        owner = layer.get_submodule(path)
+        delattr(owner, label)
+        owner.register_parameter(label, None)
+        if value is not None:
+            del owner._parameters[label]
+            setattr(owner, label, value)
+        with pytest.raises(TypeError, match=f"nn.{name}: {weight} must be a tensor, got {type(value).__name__}"):
+            call(layer, x)
+
+    @pytest.mark.parametrize("value", [[1.0] * E, torch.ones(E).numpy()], ids=["list", "array"])
+    @pytest.mark.parametrize("bias", ["linear2.bias", "self_attn.out_proj.bias", "norm1.bias"])
+    @pytest.mark.parametrize("name", LAYERS_WITH_CHILDREN)
+    def test_biases(self, x, name, bias, value):
+        layer = getattr(nn, name)(*LAYERS[name])
+        path, _, label = bias.rpartition(".")
+        owner = layer.get_submodule(path)
+        del owner._parameters[label]
+        setattr(owner, label, value)
+        with pytest.raises(TypeError, match="bias must be a tensor"):
+            call(layer, x)
+
+
+class TestSavedTensors:
+    """What is saved for the backward: more inputs than in torch.nn, and the biases that a kernel adds."""
+
+    @pytest.mark.parametrize("batch_first", [False, True])
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_inference_inputs_cannot_be_trained_on(self, name, batch_first):
+        ours, theirs = pair(name, *LAYERS[name], **({} if name == "RMSNorm" else {"batch_first": batch_first}))
+        with torch.inference_mode():
+            x = torch.randn(N, L, E)
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            call(ours, x)
+        with torch.no_grad():
+            call(ours, x)
+        call(ours, x.clone()).sum().backward()
+        if batch_first or name == "RMSNorm":
+            with slow_path():
+                call(theirs, x).sum().backward()
+        else:
+            with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+                call(theirs, x)
+
+    @pytest.mark.parametrize("changed", ["input", "linear1.bias"])
+    @pytest.mark.parametrize("name", LAYERS_WITH_CHILDREN)
+    def test_changes_before_the_backward_raise(self, x, name, changed):
+        for layer in pair(name, *LAYERS[name], batch_first=True):
+            given = x.clone()
+            out = call(layer, given)
+            with torch.no_grad():
+                (given if changed == "input" else layer.get_parameter(changed)).mul_(2)
+            if isinstance(layer, getattr(nn, name)):
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    out.sum().backward()
+            else:
+                out.sum().backward()
+
+
 class TestScaledDotProductAttention:
     def test_choice_of_a_kernel_of_torch_changes_nothing(self):
         q = torch.randn(2, H, L, 8)

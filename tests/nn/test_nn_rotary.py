@@ -135,6 +135,11 @@ def copied_in_inference_mode(rotary, x):
         return copy.deepcopy(rotary)
 
 
+def sine_made_in_inference_mode(rotary, x):
+    with torch.inference_mode():
+        rotary.sin = rotary.sin.clone()
+
+
 def loaded_in_inference_mode(rotary, x):
     file = io.BytesIO()
     torch.save(rotary, file)
@@ -226,6 +231,7 @@ HISTORIES = {
     "inference_mode built": built_in_inference_mode,
     "inference_mode copy": copied_in_inference_mode,
     "inference_mode load": loaded_in_inference_mode,
+    "sine for inference": sine_made_in_inference_mode,
     "no_grad": grow_without_gradients,
     "autocast": grow_under_autocast,
     "fake": grow_on_fake_tensors,

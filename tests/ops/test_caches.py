@@ -217,6 +217,12 @@ def test_position_tables_survive(treatment, positions, layers):
 
 @layers
 @pytest.mark.parametrize("positions", POSITIONS)
+def test_position_tables_are_shared_with_other_processes(positions, layers):
+    assert all(table.is_shared() for table in build(positions, layers).share_memory().buffers())
+
+
+@layers
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("modes", [*itertools.product((torch.no_grad, torch.inference_mode), repeat=2)])
 def test_keys_and_values_may_be_added_in_another_mode(modes, positions, layers):
     model, tokens = build(positions, layers), torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
