@@ -20,6 +20,11 @@ NORMS = {
 }  # fmt: skip
 
 
+# family: number of feed-forward blocks that are taken over
+FEED_FORWARD = dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "llama4", "deepseek_v3", "modernbert"),
+    2,
+) | {"t5": 4}
 # families whose model has a head for a vocabulary
 HEADS = [family for family in FAMILIES if family not in ("vit", "siglip", "clip")]
 
@@ -49,6 +54,7 @@ def check(family, padding, dtype):
     assert report.left == {}
     assert ("output layer whose loss needs no logits" in report.replaced.values()) == (family in HEADS)
     assert sum("Norm" in what for what in report.replaced.values()) == NORMS[family]
+    assert sum("feed-forward" in what for what in report.replaced.values()) == FEED_FORWARD.get(family, 0)
     assert report.replaced[""] == "attention, attn_implementation='fastattn' (was 'eager')"
     assert list(model.state_dict()) == state
     ours, our_grads = logits_and_gradients(model, given, real)
