@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import BACKWARD, assert_accurate
+from processes import run_code
 
 import fastattn
 
@@ -155,3 +156,51 @@ def test_it_learns_with_dropout():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+PARALLEL = """
+import os
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+import fastattn
+from test_small_gpt import Gpt, TARGETS, TOKENS, step
+
+def model():
+    torch.manual_seed(0)
+    return Gpt()
+
+def compare(ours, parameters, name):
+    for _ in range(2):
+        ours.zero_grad()
+        logits, our_loss = ours(TOKENS, TARGETS)
+        our_loss.backward()
+    torch.testing.assert_close(our_loss, loss)
+    for key, parameter in parameters:
+        grad = getattr(parameter.grad, "full_tensor", lambda: parameter.grad)()
+        torch.testing.assert_close(grad, grads[key], atol=1e-6, rtol=1e-4)
+    print(name, type(logits).__name__)
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+_, loss, grads = step(model())
+for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+    ours = model()
+    fastattn.replace(ours)
+    compare(DistributedDataParallel(ours, **options), ours.named_parameters(), "ddp")
+mesh = dist.init_device_mesh("cpu", (1,))
+for reshard in (None, True):
+    ours = model()
+    fastattn.replace(ours)
+    for part in (*ours.layers, ours):
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+    compare(ours, ours.named_parameters(), "fsdp")
+"""
+
+
+def test_data_parallel_and_sharded():
+    """In one process: what DDP and FSDP2 do to outputs and parameters. DDP clones them if it looks for unused ones."""
+    lines = run_code(PARALLEL).split("\n")
+    assert [line for line in lines if line] == [
+        "ddp DeferredLogits", "ddp Tensor", "ddp DeferredLogits", "fsdp DeferredLogits", "fsdp DeferredLogits",
+    ]  # fmt: skip
