@@ -48,21 +48,21 @@ def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
     library = sys.modules.get("transformers.modeling_utils")
     models = () if library is None else library.PreTrainedModel
     found: dict[str, Change | str] = {}
-    served, refused = set(), set()  # modules inside the models of transformers
+    inside: set[torch.nn.Module] = set()  # modules of the models of transformers
     for name, module in modules.items():
-        if module in served or isinstance(module, Replaced):
+        if isinstance(module, Replaced):
             continue
-        if isinstance(module, models) and module not in refused:
-            result = _recognise_model(module)
+        if isinstance(module, models):
+            result = None if module in inside else _recognise_model(module)
             if result is not None:
                 found[name] = result
-            (refused if isinstance(result, str) else served).update(module.modules())
+            inside.update(module.modules())
         elif _calls_sdpa(type(module)):
             reason = why_not_take_over(module)
             new_class = None if reason else make_class(SdpaCaller, type(module), "scaled_dot_product_attention")
             what = f"attention (was {type(module).__name__}'s call of torch's)"
             found[name] = reason or change_class(module, new_class, what)
-        elif module not in refused and _computes_attention_itself(module):
+        elif module not in inside and _computes_attention_itself(module):
             found[name] = (
                 f"{type(module).__name__} computes attention itself, without torch's scaled_dot_product_attention: call"
                 " fastattn.attention in its forward"

@@ -92,12 +92,13 @@ class DeferredLogits(Tensor):
     _versions: tuple[int, ...]
     _made: Tensor | None
     _is_final: bool  # the elements are no longer what the product says
+    _losses: list[Tensor]  # that were computed without the elements, of these logits and of their views
 
     @classmethod
     def make(cls, product: Product) -> "DeferredLogits":
         """The logits of a product, without computing them."""
         logits = _Connect.apply(cls, *product)
-        logits.product, logits._made, logits._is_final = product, None, False
+        logits.product, logits._made, logits._is_final, logits._losses = product, None, False, []
         logits._versions = tuple(t._version for t in product[:3] if t is not None)
         return logits
 
@@ -105,15 +106,17 @@ class DeferredLogits(Tensor):
         if self._is_final:
             return NotImplemented
         self._check()
-        return DeferredLogits.make(self.product._replace(**changes))
+        logits = DeferredLogits.make(self.product._replace(**changes))
+        logits._losses = self._losses
+        return logits
 
     def _check(self):
         now = tuple(t._version for t in self.product[:3] if t is not None)
         if now != self._versions or self.product.weight.untyped_storage().nbytes() == 0:
             raise RuntimeError(
                 "the logits of a training step are computed when they are read, and the weights of the output layer or"
-                " its input have changed since the forward: read logits before optimizer.step(), or leave the loss out"
-                " of fastattn.replace(model, only=...)"
+                " its input were changed or freed since the forward: read logits before optimizer.step(), with FSDP"
+                " before backward(), or leave the loss out of fastattn.replace(model, only=...)"
             )
 
     def elements(self) -> Tensor:
@@ -128,14 +131,14 @@ class DeferredLogits(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """Operations that keep the logits deferred, their loss, and all others on the elements."""
         kwargs = kwargs or {}
-        if func in _OF_THE_SHELL:
+        name = getattr(func, "__name__", "")
+        if func in _OF_THE_SHELL or (name in _WATCHING and args[0]._losses):  # too late to see the gradient of a loss
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _KEEPING and isinstance(args[0], cls):
             out = _KEEPING[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        name = getattr(func, "__name__", "")
         changes = name == "__setitem__" or name in _WATCHING or (name.endswith("_") and not name.endswith("__"))
         if (changes or name.startswith("__i")) and args and isinstance(args[0], cls):
             args[0].elements()
@@ -154,7 +157,7 @@ _WATCHING = frozenset(["register_hook", "retain_grad"])
 _OF_THE_SHELL = {
     getattr(Tensor, name).__get__
     for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda",
-                 "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized")
+                 "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "_base")
 } | {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
     Tensor.get_device, Tensor.ndimension, Tensor.nelement, Tensor.is_contiguous, Tensor.__hash__,
@@ -251,6 +254,7 @@ def _cross_entropy(
             x, input.product.weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,
             softcap=softcap, reduction=reduction,
         )  # fmt: skip
+    input._losses.append(loss.detach())
     return loss.to(input.dtype)
 
 

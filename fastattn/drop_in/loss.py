@@ -39,13 +39,19 @@ def _is_traced():
     )
 
 
+def _output_embeddings(model):
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # it has none
+        return None
+
+
 def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
-    """A Change for the output layer of each language model: the one that a model of transformers names, and each linear
-    layer that has the weight of an embedding."""
+    """A Change for each output layer: what a model of transformers names as such, or has the weight of an embedding."""
     library = sys.modules.get("transformers.modeling_utils")
     models = () if library is None else library.PreTrainedModel
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, torch.nn.Embedding)}
-    named = {id(m.get_output_embeddings()) for m in modules.values() if isinstance(m, models)}
+    named = {id(_output_embeddings(m)) for m in modules.values() if isinstance(m, models)}
     found: dict[str, Change | str] = {}
     for name, module in modules.items():
         if type(module) is not torch.nn.Linear or not (id(module) in named or id(module.weight) in embeddings):

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import torch
 
-from fastattn.drop_in import attention, loss, norms, torch_nn
+from fastattn.drop_in import attention, feed_forward, loss, norms, torch_nn
 from fastattn.drop_in.change import Change, Replaced
 from fastattn.drop_in.report import Report
 
-KINDS = {"norms": norms.find, "attention": attention.find, "loss": loss.find}
+KINDS = {"norms": norms.find, "attention": attention.find, "loss": loss.find, "feed_forward": feed_forward.find}
 
 
 def replace(

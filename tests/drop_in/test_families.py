@@ -20,6 +20,11 @@ NORMS = {
 }  # fmt: skip
 
 
+# family: number of feed-forward blocks that are taken over
+FEED_FORWARD = dict.fromkeys(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "llama4", "deepseek_v3", "modernbert"),
+    2,
+) | {"t5": 4}
 # families whose model has a head for a vocabulary
 HEADS = [family for family in FAMILIES if family not in ("vit", "siglip", "clip")]
 
@@ -49,6 +54,7 @@ def check(family, padding, dtype):
     assert report.left == {}
     assert ("output layer whose loss needs no logits" in report.replaced.values()) == (family in HEADS)
     assert sum("Norm" in what for what in report.replaced.values()) == NORMS[family]
+    assert sum("feed-forward" in what for what in report.replaced.values()) == FEED_FORWARD.get(family, 0)
     assert report.replaced[""] == "attention, attn_implementation='fastattn' (was 'eager')"
     assert list(model.state_dict()) == state
     ours, our_grads = logits_and_gradients(model, given, real)
@@ -177,3 +183,30 @@ def test_lora():
         torch.testing.assert_close(logits, found[0][0])
         for name, grad in found[0][1].items():
             torch.testing.assert_close(grads[name], grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer(tmp_path, bf16):
+    """Accumulation, gradient checkpointing, an evaluation with logits: the losses of the unreplaced model."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    import transformers
+
+    ids = torch.randint(3, 40, (8, 12), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    losses = []
+    for replaced in (False, True):
+        model = eager("llama")
+        if replaced:
+            fastattn.replace(model)
+        options = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, bf16=bf16,
+            gradient_checkpointing=True, use_cpu=True, report_to=[], logging_steps=1, learning_rate=1e-2,
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, options, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        logits = trainer.predict(data).predictions
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry] + [logits.std()])
+    assert len(losses[0]) == 4
+    assert losses[0][2] < losses[0][0]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02 if bf16 else 1e-4, atol=0)
