@@ -2,7 +2,7 @@
 
 from ..inspect.figures import plot_attention
 from ..messages import UsageError
-from ..runs.checkpoint import read_summary
+from ..runs.checkpoint import best_checkpoint, read_summary
 from ..runs.load import load_run, load_task
 from ..tasks.registry import make_task
 
@@ -49,5 +49,16 @@ def evaluate_run(run, config, *, split=None, checkpoint="best", accelerator="aut
         source, split = options["text"], "all"
     else:
         source = config.data.source
-    facts = {"run": str(run), "task": config.task, "step": step, "source": source, "split": split}
-    return {**facts, "parameters": model.num_parameters(), **scores}
+    facts = {"run": str(run), "task": config.task, "step": step, "checkpoint": _rank(run, config, step)}
+    facts |= {"source": source, "split": split, "parameters": model.num_parameters()}
+    return {**facts, **scores, **task.counts[split].facts()}
+
+
+def _rank(run, config, step):
+    """Whether the checkpoint of a step is the one that was chosen, and by what."""
+    best = best_checkpoint(run)
+    if best is None:
+        return "not validated"
+    chosen = best[1]["step"]
+    by = "highest validation accuracy" if config.select == "accuracy" else "lowest validation loss"
+    return f"the best, with the {by}" if step == chosen else f"not the best, which is step {chosen}"

@@ -1,5 +1,7 @@
 """Classification of documents."""
 
+from collections import Counter
+
 import torch
 
 from fastattn.models import Classifier
@@ -16,6 +18,7 @@ from .base import DocumentTask, shape_of, summed_loss_of_logits
 class Classification(DocumentTask):
     """Rows (tokens, lengths, classes); the classes are those of the training part, in alphabetical order."""
 
+    unit = "document"
     has_accuracy = True
     next_command = "fastattn predict {run} TEXT"
 
@@ -40,7 +43,7 @@ class Classification(DocumentTask):
                     "`fastattn data split` draws parts anew, with each class in the training part"
                 )
         self.summary["labels"] = names
-        self.examples = {name: list(map(self.encode, part.texts)) for name, part in self.parts.items()}
+        self.examples = {name: self.encode_part(name) for name in self.parts}
         self.classes = {name: [numbers[label] for label in part.labels] for name, part in self.parts.items()}
 
     def lengths(self, part):
@@ -86,6 +89,17 @@ class Classification(DocumentTask):
             result[indices] = logits.float().softmax(-1).cpu()
         return result
 
+    def baseline(self, part):
+        """The most frequent class of the training part, and its share of a part."""
+        counted = Counter(self.classes["train"])
+        most = max(counted, key=lambda number: (counted[number], -number))
+        classes = self.classes[part]
+        return f"always {self.names[most]!r}", classes.count(most) / len(classes)
+
     def report(self, model, part):
         probabilities = self.predict(model, self.parts[part].texts).numpy()
-        return classification_scores(self.classes[part], probabilities.argmax(-1), probabilities, self.names)
+        scores = classification_scores(self.classes[part], probabilities.argmax(-1), probabilities, self.names)
+        baseline, accuracy = self.baseline(part)
+        verdict = "better" if scores["accuracy"] > accuracy else "NO BETTER"
+        verdict += " than the most frequent class of the training part"
+        return {**scores, "baseline": baseline, "baseline_accuracy": accuracy, "verdict": verdict}
