@@ -126,6 +126,15 @@ class DocumentTask(Task):
         task.specials = {name: task.special(name) for name in SPECIALS}
         return task
 
+    @classmethod
+    def on_documents(cls, config, tokenizer, summary, documents):
+        """A task of a trained model on other documents: its only part is "all"."""
+        task = cls.without_data(config, tokenizer, summary)
+        task.parts, task.counts = {"all": documents}, {"all": Counts()}
+        task.prepare()
+        task.counts["all"].padding = padding_share(task.sides("all"), by_length(task.lengths("all"), EVALUATED))
+        return task
+
     def __init__(self, config, tokenizer=None, expected=None):
         self.config = config
         if config.model.block_size < 3:

@@ -202,7 +202,7 @@ class LanguageModelling(Task):
                     f"text {text!r} must have more than block_size = {block_size} tokens, got {len(tokens)}"
                 )
             self.splits, part, self.ends = {"all": tokens}, "all", {"all": torch.tensor([len(tokens)])}
-            self.counts["all"] = self._count("all")
+            self.counts = {"all": self._count("all")}
         start = time.perf_counter()
         total, _, count = evaluate_part(model, self, part)
         seconds = time.perf_counter() - start
