@@ -16,12 +16,14 @@ def parser():
 
 
 def run(options, argv, command="train"):
+    from fastattn.training.runs.devices import check_devices
     from fastattn.training.runs.processes import follow_parent, needs_processes, run_processes
     from fastattn.training.runs.train import train  # imports Fabric, which --help does not need
 
     follow_parent()
     config = read_train_config(options, argv)
     if needs_processes(config):
+        check_devices(config)
         return run_processes(config, [command, *argv])
     return train(config, resume=options.resume is not None, overwrite=options.overwrite)
 

@@ -36,6 +36,15 @@ class Documents:
         return Documents(**picked)
 
 
+def join_documents(parts):
+    """The Documents of several parts, one after the other."""
+    whole = {column.name: [] for column in fields(Documents)}
+    for part in parts:
+        for name, values in whole.items():
+            values.extend(getattr(part, name) or [])
+    return Documents(**{name: values if values or name == "texts" else None for name, values in whole.items()})
+
+
 def write_documents(path, documents):
     """Write documents as JSON lines with the keys text, label, target, group."""
     names = {"text": documents.texts, "label": documents.labels, "target": documents.targets, "group": documents.groups}

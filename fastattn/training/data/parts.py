@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..messages import UsageError
-from .documents import PARTS
+from .documents import PARTS, join_documents
 from .sources import read_documents
 from .split import split_documents
 
@@ -22,6 +22,12 @@ def read_parts(data):
     if data.train_limit is not None:
         parts["train"] = limit_documents(parts["train"], data.train_limit)
     return {name: parts[name] for name in PARTS if name in parts}
+
+
+def read_whole(data):
+    """All documents of a DataConfig, its parts joined; UsageError as read_documents."""
+    parts = read_documents(data.source, data.columns, target_source=data.target_source, unit=data.unit)
+    return join_documents(parts.values())
 
 
 def limit_documents(documents, limit):

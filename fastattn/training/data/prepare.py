@@ -14,7 +14,7 @@ from ..files import new_folder, write_atomic
 from ..messages import UsageError, expect
 from . import vectors
 from .clean import CleanConfig, clean
-from .documents import PARTS, Documents, write_documents
+from .documents import PARTS, join_documents, write_documents
 from .sources import read_documents
 from .split import shared_texts, split_documents
 from .token_file import SUFFIX, write_tokens
@@ -89,11 +89,7 @@ def data_split(
     expect(held_out < 1, "validation_fraction + test_fraction", "below 1", held_out)
     expect(0 <= seed < 2**63, "seed", "at least 0 and below 2**63", seed)
     parts = documents.read()
-    whole = {name: [] for name in ("texts", "labels", "targets", "groups")}
-    for part in parts.values():  # published parts are merged and drawn again
-        for name, values in whole.items():
-            values.extend(getattr(part, name) or [])
-    whole = Documents(**{name: values or None for name, values in whole.items()})
+    whole = join_documents(parts.values())  # published parts are drawn again
     path = _new_path(output)
     drawn = split_documents(whole, validation_fraction, test_fraction, seed, stratify=stratify)
     _write_parts(path, drawn)

@@ -171,9 +171,9 @@ def end_tokens(tokenizer):
 
 
 def count_unknown(tokenizer, numbers):
-    """How many of these token numbers are the unknown token."""
+    """How many of a list of token numbers are the unknown token."""
     unknown = tokenizer.number_of(UNKNOWN)
-    return 0 if unknown is None else sum(number == unknown for number in numbers)
+    return 0 if unknown is None else numbers.count(unknown)
 
 
 def build_tokenizer(kind, texts, train_texts, vocab_size, specials=(), strip_accents=False):

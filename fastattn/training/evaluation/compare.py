@@ -41,7 +41,8 @@ def compare_runs(runs, output=None):
 
     Returns:
         The Markdown table, with "–" for unknown values. Parameters are counted in a checkpoint, shared ones once.
-        Without @, the validation loss is the best one and the steps are all steps. Seconds exclude validation.
+        Without @, the validation loss is that of the checkpoint in the report, or of the best one without a report, and
+        the steps are all steps. Seconds exclude validation.
 
     Raises:
         UsageError: runs is empty, a folder is not a run, a checkpoint is missing, or a file cannot be read.
@@ -66,7 +67,9 @@ def compare_runs(runs, output=None):
 
 
 def _read_entry(name):
-    """(report, row, curve) of a run: its report or {}, its cells except scores, and [(step, validation loss)]."""
+    """(report, row, (curve, shown)) of a run: its report or {}, its cells except scores, [(step, validation loss)], and
+    the step of the checkpoint that the row is about, or None.
+    """
     base, which = name, None
     if not run_path(name).is_dir() and "@" in name:
         base, _, which = name.rpartition("@")
@@ -88,17 +91,18 @@ def _read_entry(name):
     curve = [(int(row["step"]), row["validation_loss"]) for row in metrics if "validation_loss" in row]
     curve = [point for point in curve if math.isfinite(point[1])]
     speeds = [row["tokens_per_second"] for row in metrics if row.get("tokens_per_second")]
+    shown = step if which else report.get("step", checkpoint[1]["step"] if checkpoint else None)
     row = {
         "run": name,
         "architecture": report.get("architecture") or _architecture(run / "config.yaml"),
         "parameters": _count_parameters(checkpoint[0]) if checkpoint else report.get("parameters"),
         "evaluated on": evaluated_on or None if report else "no report",
-        "validation loss": min((loss for at, loss in curve if step in (None, at)), default=None),
+        "validation loss": min((loss for at, loss in curve if shown in (None, at)), default=None),
         "steps": step if which else max((int(row["step"]) for row in metrics), default=None),
         "seconds": sum(row.get("seconds", 0.0) for row in metrics) or report.get("seconds"),
         "tokens/s": statistics.median(speeds) if speeds else None,
     }
-    return report, row, curve
+    return report, row, (curve, shown)
 
 
 def _score(report, path):
@@ -153,13 +157,15 @@ def _count_parameters(folder):
 
 def _plot_validation(path, curves):
     figure = new_figure(8, 5)
-    axes = figure.add_subplot(xlabel="step", ylabel="validation loss")
-    for name, curve in curves.items():
+    axes = figure.add_subplot(xlabel="step", ylabel="validation loss (nats a prediction)")
+    for name, (curve, shown) in curves.items():
         if curve:
             lowest = min(loss for _, loss in curve)
             name = name if len(name) <= 40 else f"…{name[-39:]}"  # paths differ at their ends
-            axes.plot(*zip(*curve, strict=True), marker=".", label=f"{lowest:.4f}  {label(name, 40)}")
+            (line,) = axes.plot(*zip(*curve, strict=True), marker=".", label=f"{lowest:.4f}  {label(name, 40)}")
+            chosen = [point for point in curve if point[0] == shown]
+            axes.plot(*zip(*chosen, strict=True), "*", ms=12, color=line.get_color()) if chosen else None
     if axes.lines:
-        axes.legend(title="lowest, run")
+        axes.legend(title="lowest, run (star: the checkpoint in the table)")
     axes.grid(alpha=0.3)
     save_png(figure, path)

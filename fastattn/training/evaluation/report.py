@@ -50,6 +50,8 @@ def report_json(report):
 def report_text(report):
     """The scores of a report as lines for a terminal, each with a name and a number."""
     scores = {name: value for name, value in report.items() if not isinstance(value, (list, dict))}
+    if "averages" in report:
+        scores["macro_f1"] = report["averages"]["macro"]["f1"]
     width = max(map(len, scores)) + 2
     # text is not escaped as in a Markdown cell, because users copy it
     return "".join(f"{name:{width}}{v if isinstance(v, str) else cell(v)}\n" for name, v in scores.items())

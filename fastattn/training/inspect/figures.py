@@ -104,8 +104,13 @@ def plot_attention(path, weights, tokens, keys=None):
     cell = min(0.2, 24 / math.ceil(len(weights) ** 0.5) / max(len(tokens), len(keys)))  # inches
     texts = ([label(token.replace(" ", "␣"), 12) for token in line] for line in (tokens, keys))
     figure, panels = _matrices(weights, *texts, cell, weights.max(), "viridis", "weight")
+    across = math.ceil(len(weights) ** 0.5)
     for head, axes in enumerate(panels):
         axes.set_title(f"head {head}", fontsize=9)
+        if head % across == 0:
+            axes.set_ylabel("query")
+        if head + across >= len(panels):
+            axes.set_xlabel("key, to which it attends")
     save_png(figure, path)
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..files import write_atomic
 from ..messages import warn
-from .checkpoint import choose_checkpoint
+from .checkpoint import best_checkpoint, choose_checkpoint
 from .load import load_run
 from .metrics import MetricsLog, plot_losses
 from .optim import learning_rate
@@ -24,7 +24,8 @@ def describe(trainer):
     print(
         f"text: {summary['source']}, {summary['characters']:,} characters, sha256 {summary['sha256']}\n"
         f"data: {sizes}; vocabulary {vocabulary(config, task)}\n"
-        f"model: {model.num_parameters():,} parameters"
+        + "".join(f"  {name}: {counts.text()}\n" for name, counts in task.counts.items() if counts.text())
+        + f"model: {model.num_parameters():,} parameters"
         + ("" if config.trained == "all" else f", {trained:,} of them trained")
         + f", layers from {config.layers}\n"
         f"device: {fabric.device}, {fabric.world_size} process(es), "
@@ -95,7 +96,10 @@ def speed_texts(reading):
 def conclude(trainer, stopped):
     """Print how a run ended and the next commands; draw its losses, and write a sample of the model."""
     run, config, task = trainer.run, trainer.config, trainer.task
-    plot = plot_losses(run)
+    best = best_checkpoint(run)
+    plot = plot_losses(
+        run, unit=task.unit, smoothing=config.optim.label_smoothing, chosen=best[1]["step"] if best else None
+    )
     if stopped:
         name = signal.Signals(stopped).name
         warn(
@@ -109,6 +113,9 @@ def conclude(trainer, stopped):
     if meta["validation_loss"] is not None:  # None: saved by a signal, then resumed with fewer steps
         accuracy = f", accuracy {meta['validation_accuracy']:.4f}" if "validation_accuracy" in meta else ""
         print(f"best validation loss {meta['validation_loss']:.4f}{accuracy} at step {meta['step']}")
+        baseline = task.baseline("validation")
+        if baseline and meta.get("validation_accuracy", 1.0) <= baseline[1]:
+            warn(f"no better than {baseline[0]}, which reaches the validation accuracy {baseline[1]:.4f}")
     if text := sample(trainer):
         write_atomic(run / "sample.txt", text)
         print(f"sample:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")

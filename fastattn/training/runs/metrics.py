@@ -64,18 +64,37 @@ class MetricsLog:
             self.tensorboard.finalize("finished")
 
 
-def plot_losses(run):
-    """Draw RUN/loss.png from RUN/metrics.csv and return its path."""
+def plot_losses(run, *, unit="token", smoothing=0.0, chosen=None):
+    """Draw RUN/loss.png from RUN/metrics.csv and return its path.
+
+    Args:
+        run: the folder of the run.
+        unit: what the losses are means over.
+        smoothing: label smoothing, which raises the training loss alone.
+        chosen: step of the chosen checkpoint, which is marked; None = none.
+    """
     rows = read_metrics(run)
     figure = new_figure(8, 5)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", title=label(run.name, 60))
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss (nats a {unit})", title=label(run.name, 60))
+    smoothed = f", with label smoothing {smoothing:g}" if smoothing else ""
     for name, style in (("train_loss", {"linewidth": 0.8, "alpha": 0.6}), ("validation_loss", {"marker": "o"})):
-        points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
-        if points:
-            text = f"{name.replace('_', ' ')}, last {points[-1][1]:.4f}"
+        if points := _points(rows, name):
+            text = f"{name.replace('_', ' ')}{smoothed if name == 'train_loss' else ''}, last {points[-1][1]:.4f}"
             axes.plot(*zip(*points, strict=True), label=text, **style)
-    if axes.lines:
-        axes.legend()
+    if chosen is not None:
+        axes.axvline(chosen, color="gray", linestyle=":", label=f"chosen checkpoint, step {chosen}")
+    lines = list(axes.lines)
+    if accuracies := _points(rows, "validation_accuracy"):
+        right = axes.twinx()
+        right.set(ylabel="validation accuracy", ylim=(0, 1))
+        text = f"validation accuracy, last {accuracies[-1][1]:.4f}"
+        lines += right.plot(*zip(*accuracies, strict=True), "--", color="tab:green", marker=".", label=text)
+    if lines:
+        axes.legend(lines, [line.get_label() for line in lines])
     axes.grid(alpha=0.3)
     save_png(figure, run / "loss.png")
     return run / "loss.png"
+
+
+def _points(rows, name):
+    return [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]

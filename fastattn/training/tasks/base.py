@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from ..data.batches import IGNORED, LengthBatches, by_length
+from ..data.counts import Counts, check_known, padding_share
 from ..data.parts import read_parts
 from ..data.text import check_summary, fingerprint
 from ..data.tokenizer import BEGIN, END, SPECIALS, build_tokenizer
 from ..inspect.attention_maps import attention_maps
 from ..messages import UsageError
+
+EVALUATED = 64  # documents per batch of an evaluation
 
 
 class Task:
@@ -23,9 +26,11 @@ class Task:
         sizes: {part: text}, the size of each part.
         steps_an_epoch: batches per pass over the training part.
         tokens_a_step: average number of tokens per step.
+        counts: {part: Counts}, what became of the texts.
     """
 
     next_command = "fastattn generate {run} --prompt TEXT"  # the next command for a trained model
+    unit = "token"  # of the loss
     has_accuracy = False  # whether `sums` counts correct predictions
 
     @classmethod
@@ -79,6 +84,10 @@ class Task:
         """The last block's attention: (weights (n_head, seqlen_q, seqlen_k), texts of queries, texts of keys)."""
         raise NotImplementedError
 
+    def baseline(self, part):
+        """(text, accuracy) of the simplest model on a part; None for a task without one."""
+        return
+
     def token_texts(self, numbers):
         return [self.tokenizer.decode([number]) or self.tokenizer.token_of(number) for number in numbers]
 
@@ -117,6 +126,15 @@ class DocumentTask(Task):
         task.specials = {name: task.special(name) for name in SPECIALS}
         return task
 
+    @classmethod
+    def on_documents(cls, config, tokenizer, summary, documents):
+        """A task of a trained model on other documents: its only part is "all"."""
+        task = cls.without_data(config, tokenizer, summary)
+        task.parts, task.counts = {"all": documents}, {"all": Counts()}
+        task.prepare()
+        task.counts["all"].padding = padding_share(task.sides("all"), by_length(task.lengths("all"), EVALUATED))
+        return task
+
     def __init__(self, config, tokenizer=None, expected=None):
         self.config = config
         if config.model.block_size < 3:
@@ -131,6 +149,7 @@ class DocumentTask(Task):
         check_summary(self.summary, expected)
         self.tokenizer = tokenizer or self.learn_tokenizer(config.data)
         self.specials = {name: self.special(name) for name in SPECIALS}
+        self.counts = {name: Counts() for name in self.parts}
         self.prepare()
         if empty := [name for name, examples in self.examples.items() if not examples]:
             raise UsageError(f"source {config.data.source!r}: the {empty[0]} part has no documents with text")
@@ -139,6 +158,12 @@ class DocumentTask(Task):
         self.train_batches = LengthBatches(lengths, config.batch_size, config.seed)
         self.steps_an_epoch = self.train_batches.batches_an_epoch
         self.tokens_a_step = round(config.batch_size * sum(lengths) / max(1, len(lengths)))
+        for name, counts in self.counts.items():
+            batches = by_length(self.lengths(name), EVALUATED)
+            if name == "train":
+                batches = (self.train_batches[step].tolist() for step in range(self.steps_an_epoch))
+            counts.padding = padding_share(self.sides(name), batches)
+        check_known(config.data.source, self.counts)
 
     def learn_tokenizer(self, data):
         def texts(parts):
@@ -168,8 +193,22 @@ class DocumentTask(Task):
 
     def encode(self, text):
         """Token numbers of a text with begin and end tokens, truncated to block_size."""
-        numbers = self.tokenizer.encode(text)[: self.config.model.block_size - 2]
-        return [self.specials[BEGIN], *numbers, self.specials[END]]
+        return self.frame(self.tokenizer.encode(text))
+
+    @property
+    def longest(self):
+        """The most tokens of a text that the model sees, apart from begin and end."""
+        return self.config.model.block_size - 2
+
+    def frame(self, numbers):
+        return [self.specials[BEGIN], *numbers[: self.longest], self.specials[END]]
+
+    def encode_part(self, name):
+        """The framed token numbers of the texts of a part, which are counted."""
+        encoded = list(map(self.tokenizer.encode, self.parts[name].texts))
+        for numbers in encoded:
+            self.counts[name].add(self.tokenizer, (numbers,), self.longest)
+        return list(map(self.frame, encoded))
 
     def prepare(self):
         """Set self.examples: {part: list}, the input of `collate`."""
@@ -177,6 +216,10 @@ class DocumentTask(Task):
 
     def lengths(self, part):
         raise NotImplementedError
+
+    def sides(self, part):
+        """Lists of lengths, one for each tensor of a batch that is padded."""
+        return [self.lengths(part)]
 
     def collate(self, part, indices, key):
         """The rows of these examples; `key`: two ints that seed random draws."""
@@ -186,7 +229,7 @@ class DocumentTask(Task):
         return self.collate("train", self.train_batches[step].tolist(), (self.config.seed, step))
 
     def rows(self, part, limit=None, rank=0, world_size=1):
-        for indices in by_length(self.lengths(part), 64, rank, world_size):
+        for indices in by_length(self.lengths(part), EVALUATED, rank, world_size):
             yield self.collate(part, indices, (0, indices[0]))
 
 

@@ -1,5 +1,7 @@
 """Classification of documents."""
 
+from collections import Counter
+
 import torch
 
 from fastattn.models import Classifier
@@ -16,6 +18,7 @@ from .base import DocumentTask, shape_of, summed_loss_of_logits
 class Classification(DocumentTask):
     """Rows (tokens, lengths, classes); the classes are those of the training part, in alphabetical order."""
 
+    unit = "document"
     has_accuracy = True
     next_command = "fastattn predict {run} TEXT"
 
@@ -23,25 +26,32 @@ class Classification(DocumentTask):
         source = self.config.data.source
         if any(part.labels is None for part in self.parts.values()):
             raise UsageError(f"source {source!r} has no labels; name their column with --data.columns.label")
-        names = sorted(set(self.parts["train"].labels))
+        if "train" in self.parts:
+            self.summary["labels"], self.summary["most_frequent"] = self._classes(self.parts["train"].labels)
+        numbers = {name: number for number, name in enumerate(self.names)}
+        for name, part in self.parts.items():
+            if unknown := sorted(set(part.labels) - numbers.keys()):
+                which = f" of the {name} part" if "train" in self.parts else ""
+                raise UsageError(
+                    f"source {source!r}: class {unknown[0]!r}{which} is not in the training part; "
+                    "`fastattn data split` draws parts anew, with each class in the training part"
+                )
+        self.examples = {name: self.encode_part(name) for name in self.parts}
+        self.classes = {name: [numbers[label] for label in part.labels] for name, part in self.parts.items()}
+
+    def _classes(self, labels):
+        """(names of the classes, the most frequent one) of the training part."""
+        counted, source = Counter(labels), self.config.data.source
+        names = sorted(counted)
         if len(names) < 2:
             got = f"only {names[0]!r}" if names else "none"
             raise UsageError(f"source {source!r} must have at least two classes, got {got}")
-        if looks_like_numbers(self.parts["train"].labels):
+        if looks_like_numbers(labels):
             raise UsageError(
                 f"source {source!r}: the labels are {len(names)} different numbers such as {names[0]} and {names[1]}; "
                 "task classify needs the names of classes and does not estimate numbers (regression)"
             )
-        numbers = {name: number for number, name in enumerate(names)}
-        for name, part in self.parts.items():
-            if unknown := sorted(set(part.labels) - numbers.keys()):
-                raise UsageError(
-                    f"source {source!r}: class {unknown[0]!r} of the {name} part is not in the training part; "
-                    "`fastattn data split` draws parts anew, with each class in the training part"
-                )
-        self.summary["labels"] = names
-        self.examples = {name: list(map(self.encode, part.texts)) for name, part in self.parts.items()}
-        self.classes = {name: [numbers[label] for label in part.labels] for name, part in self.parts.items()}
+        return names, max(names, key=counted.__getitem__)
 
     def lengths(self, part):
         return list(map(len, self.examples[part]))
@@ -86,6 +96,17 @@ class Classification(DocumentTask):
             result[indices] = logits.float().softmax(-1).cpu()
         return result
 
+    def baseline(self, part):
+        """The most frequent class of the training part, and its share of a part; None if the run did not keep it."""
+        most, labels = self.summary.get("most_frequent"), self.parts[part].labels
+        return most and (f"always {most!r}", labels.count(most) / len(labels))
+
     def report(self, model, part):
         probabilities = self.predict(model, self.parts[part].texts).numpy()
-        return classification_scores(self.classes[part], probabilities.argmax(-1), probabilities, self.names)
+        scores = classification_scores(self.classes[part], probabilities.argmax(-1), probabilities, self.names)
+        if (baseline := self.baseline(part)) is None:
+            return scores
+        baseline, accuracy = baseline
+        verdict = "better" if scores["accuracy"] > accuracy else "NO BETTER"
+        verdict += " than the most frequent class of the training part"
+        return {**scores, "baseline": baseline, "baseline_accuracy": accuracy, "verdict": verdict}

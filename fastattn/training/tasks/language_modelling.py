@@ -11,6 +11,7 @@ import torch
 from fastattn.models import CausalLM
 
 from ..data.batches import IGNORED
+from ..data.counts import Counts, check_known
 from ..data.documents import PARTS
 from ..data.parts import read_parts
 from ..data.text import check_summary, fingerprint, read_text
@@ -60,6 +61,8 @@ class LanguageModelling(Task):
                     f"got {len(tokens)}"
                 )
         self.sizes = {name: f"{len(tokens):,} tokens" for name, tokens in self.splits.items()}
+        self.counts = {name: self._count(name) for name in self.splits}
+        check_known(data.source, self.counts)
         self.tokens_a_step = config.batch_size * block_size
         self.steps_an_epoch = max(1, len(self.splits["train"]) // self.tokens_a_step)
 
@@ -106,6 +109,14 @@ class LanguageModelling(Task):
             numbers = [torch.tensor([*self.tokenizer.encode(text), end], dtype=torch.int32) for text in part.texts]
             self.splits[name] = torch.cat(numbers)
             self.ends[name] = torch.tensor([len(n) for n in numbers]).cumsum(0)
+
+    def _count(self, part):
+        tokens, number = self.splits[part], self.tokenizer.number_of(UNKNOWN)
+        unknown = 0 if number is None else int((tokens == number).sum())
+        ends = self.ends.get(part)
+        if ends is None:
+            return Counts(tokens=len(tokens), unknown=unknown)
+        return Counts(documents=len(ends), tokens=len(tokens), unknown=unknown)
 
     def _windows(self, part, starts):
         positions = starts[:, None] + torch.arange(self.config.model.block_size + 1)
@@ -191,14 +202,17 @@ class LanguageModelling(Task):
                     f"text {text!r} must have more than block_size = {block_size} tokens, got {len(tokens)}"
                 )
             self.splits, part, self.ends = {"all": tokens}, "all", {"all": torch.tensor([len(tokens)])}
+            self.counts = {"all": self._count("all")}
         start = time.perf_counter()
         total, _, count = evaluate_part(model, self, part)
         seconds = time.perf_counter() - start
         read = math.floor((len(self.splits[part]) - 1) / self.config.model.block_size) * self.config.model.block_size
-        characters = len(self.tokenizer.decode(self.splits[part][1 : read + 1].tolist()))
+        characters = None  # how many is not known if the tokens have lost some of them
+        if self.tokenizer.exact and not self.counts[part].unknown:
+            characters = len(self.tokenizer.decode(self.splits[part][1 : read + 1].tolist()))
         return {
             "tokens": count,
-            "characters": characters,
+            **({"characters": characters} if characters else {}),
             **language_scores(total, count, characters or None),
             "tokens_per_second": read / seconds if seconds else None,
         }

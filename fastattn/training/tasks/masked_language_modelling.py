@@ -16,14 +16,17 @@ class MaskedLanguageModelling(DocumentTask):
     Documents longer than block_size are cut into pieces.
     """
 
+    unit = "masked token"
     has_accuracy = True
     next_command = "fastattn finetune --start {run} --task classify --data.source SOURCE --run NEW"
 
     def prepare(self):
-        longest = self.config.model.block_size - 2
+        longest = self.longest
         self.examples = {}
         for name, part in self.parts.items():
-            encoded = (self.tokenizer.encode(text) for text in part.texts)
+            encoded = list(map(self.tokenizer.encode, part.texts))
+            for numbers in encoded:
+                self.counts[name].add(self.tokenizer, (numbers,))
             self.examples[name] = [
                 [self.specials[BEGIN], *numbers[start : start + longest], self.specials[END]]
                 for numbers in encoded

@@ -19,6 +19,7 @@ class Translation(DocumentTask):
     """
 
     tokenize_targets = True
+    unit = "target token"
 
     def prepare(self):
         if any(part.targets is None for part in self.parts.values()):
@@ -26,15 +27,27 @@ class Translation(DocumentTask):
                 f"source {self.config.data.source!r} has no targets; name their column with "
                 "--data.columns.target or their file with --data.target_source"
             )
-        self.examples = {
-            name: [
-                (self.encode(text)[1:], self.encode(target)) for text, target in zip(p.texts, p.targets, strict=True)
-            ]
-            for name, p in self.parts.items()
-        }
+        self.examples = {name: list(map(self._example, *self._encoded(name))) for name in self.parts}
+
+    def _encoded(self, name):
+        """Token numbers of the texts and of the targets of a part, which are counted."""
+        part = self.parts[name]
+        encoded = [list(map(self.tokenizer.encode, texts)) for texts in (part.texts, part.targets)]
+        for pair in zip(*encoded, strict=True):
+            self.counts[name].add(self.tokenizer, pair, self.longest)
+        return encoded
+
+    def _example(self, source, target):
+        target_framed = self.frame(target)
+        if len(target) > self.longest:  # a target that goes on has no end to learn
+            target_framed[-1] = target[self.longest]
+        return self.frame(source)[1:], target_framed
 
     def lengths(self, part):
         return [len(source) + len(target) for source, target in self.examples[part]]
+
+    def sides(self, part):
+        return [list(map(len, side)) for side in zip(*self.examples[part], strict=True)]
 
     def collate(self, part, indices, key):
         sources, targets = zip(*(self.examples[part][i] for i in indices), strict=True)
