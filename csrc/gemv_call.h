@@ -22,7 +22,7 @@ inline WeightType weight_type(const Tensor& weight) {
 
 // A contiguous fp32 vector of `size` elements, or null.
 inline const float* gemv_vector(const std::optional<Tensor>& t, int64_t size, const char* name) {
-  STD_TORCH_CHECK(!t || (t->dim() == 1 && t->size(0) == size && t->scalar_type() == ScalarType::Float &&
+  STD_TORCH_CHECK(!t || (t->is_cpu() && t->dim() == 1 && t->size(0) == size && t->scalar_type() == ScalarType::Float &&
                          (size <= 1 || t->stride(0) == 1)),
                   "gemv: ", name, " must be contiguous float32 of ", size, " elements");
   return static_cast<const float*>(data_or_null(t));
@@ -30,6 +30,7 @@ inline const float* gemv_vector(const std::optional<Tensor>& t, int64_t size, co
 
 // The weight of a linear layer with its scale and bias; x, y and the numbers of their rows are still to be set.
 inline GemvArgs gemv_args(const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(weight.is_cpu(), "gemv: weight must be on the CPU");
   STD_TORCH_CHECK(weight.dim() == 2, "gemv: weight must have two dimensions, got ", weight.dim());
   GemvArgs args{};
   args.n = weight.size(0);

@@ -8,73 +8,116 @@ from fastattn.nn.encoder import TransformerEncoderLayer
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.nn.sublayers import activation_name, are_plain
 from fastattn.ops._kinds import nonplain_kind
-from fastattn.ops.layer import Layer, Linear, convert_linear, present
+from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, convert_linear, present
 from fastattn.reference import ACTIVATIONS
 
 from .backbone import Head
 from .block import Attention, Block
 
+_CHILDREN = ("linear1", "linear2"), ("dropout", "dropout1", "dropout2"), ("norm1", "norm2")
+_GATED_CHILDREN = ("linear1", "linear2", "gate"), *_CHILDREN[1:]
 
-def read_layer(block, weights=None):
-    """(Layer, None), or (None, why the block needs calls of its children).
 
-    Args:
-        block: of a model.
-        weights: None for the block's own tensors; "bf16" or "int8" for copies of all of them, the matrices converted.
-    """
+def _why_not(block):
+    """Why the children of a block must be called, or None. The block itself is not called with a cache."""
     m, attn = block._modules, block.self_attn
-    gate = m.get("gate")
-    linears = ("linear1", "linear2") if gate is None else ("linear1", "linear2", "gate")
+    linears, dropouts, norms = _CHILDREN if m.get("gate") is None else _GATED_CHILDREN
     if type(block) not in (TransformerEncoderLayer, Block) or type(attn) not in (MultiheadAttention, Attention):
-        return None, f"it is a {type(block).__name__} with {type(attn).__name__}"
-    if type(block) is Block and block.use_torch:
-        return None, "it computes as torch.nn does"
+        return f"it is a {type(block).__name__} with {type(attn).__name__}"
+    if type(block) is Block and (block.use_torch or block.activation is not ACTIVATIONS[block.activation_name]):
+        return "it computes as torch.nn does, or has an activation of its own"
     if "multihead_attn" in m:
-        return None, "it has cross-attention"
-    if not are_plain(m, linears, ("dropout", "dropout1", "dropout2"), ("norm1", "norm2")) or not is_plain(
-        attn.out_proj, torch.nn.Linear, NonDynamicallyQuantizableLinear
-    ):
-        return None, "it has a child that is not plain, or a hook"
-    name = block.activation_name if type(block) is Block else activation_name(block.activation)
-    if name is None or (type(block) is Block and block.activation is not ACTIVATIONS[name]):
-        return None, "its activation is not one of ours"
-    for drop in ("dropout", "dropout1", "dropout2"):
-        if dropout_p(m[drop]):
-            return None, "it drops"
-    norms = m["norm1"], m["norm2"]
-    matrices = [(attn.in_proj_weight, attn.in_proj_bias), (attn.out_proj.weight, attn.out_proj.bias)]
-    matrices += [(m[child].weight, m[child].bias) for child in linears]
-    vectors = [t for norm in norms for t in (norm.weight, norm.bias)]
-    tensors = [t for pair in matrices for t in pair] + vectors
-    if not _is_fp32_on_cpu(*tensors):
-        return None, "a parameter is not a plain fp32 tensor on the CPU"
-    if weights is not None:
-        matrices = tuple(convert_linear(*pair, weights) for pair in matrices)
-        vectors = [None if t is None else t.detach().clone() for t in vectors]
-    elif any(t is not None and not t.is_contiguous() for t in tensors):
-        return None, "a parameter is not contiguous"
-    else:
-        matrices = tuple(Linear(weight, present(None), present(bias)) for weight, bias in matrices)
-    eps = norms[0].eps, norms[1].eps
-    return Layer(tuple(map(present, vectors)), matrices, attn.num_heads, block.norm_first, name, eps), None
+        return "it has cross-attention"
+    if not are_plain(m, linears, dropouts, norms):
+        return "it has a child that is not plain, or a hook"
+    if not is_plain(m["self_attn"]._modules["out_proj"], torch.nn.Linear, NonDynamicallyQuantizableLinear):
+        return "its out_proj is not plain, or has a hook"
+    for name in dropouts:
+        if dropout_p(m[name]):
+            return "it drops"
+    return None
+
+
+def _read_tensors(block):
+    """[weight, bias, ...] of in_proj, out_proj, linear1, linear2 and gate, and the same of norm1 and norm2."""
+    m = block._modules
+    attn, norms = m["self_attn"], []
+    modules = [attn._modules["out_proj"], m["linear1"], m["linear2"]]
+    if m.get("gate") is not None:
+        modules.append(m["gate"])
+    linears = [attn._parameters["in_proj_weight"], attn._parameters.get("in_proj_bias")]
+    for module in modules:
+        linears += [module._parameters["weight"], module._parameters["bias"]]
+    for name in ("norm1", "norm2"):
+        norms += [m[name]._parameters["weight"], m[name]._parameters["bias"]]
+    return linears, norms
+
+
+def _are_fp32_on_cpu(tensors, contiguous=False):
+    if nonplain_kind(*tensors):
+        return False
+    for t in tensors:  # all() on a generator takes twice as long
+        if t is not None and (t.dtype is not torch.float32 or not t.is_cpu or (contiguous and not t.is_contiguous())):
+            return False
+    return True
+
+
+def _activation(block):
+    return block.activation_name if type(block) is Block else activation_name(block.activation)
+
+
+def read_layer(block):
+    """The block as a `Layer` with its own tensors, or None where its children must be called."""
+    if _why_not(block) is not None:
+        return None
+    activation, (linears, norms) = _activation(block), _read_tensors(block)
+    if activation is None or not _are_fp32_on_cpu(linears, True) or not _are_fp32_on_cpu(norms, True):
+        return None
+    unscaled = []
+    for i in range(0, len(linears), 2):
+        unscaled += [linears[i], ABSENT, present(linears[i + 1])]
+    return _make_layer(block, activation, norms, unscaled)
+
+
+def _make_layer(block, activation, norms, linears):
+    m = block._modules
+    eps = m["norm1"].eps, m["norm2"].eps
+    n_heads = m["self_attn"].num_heads
+    return Layer([present(t) for t in norms], linears, n_heads, block.norm_first, ACTIVATION_NUMBERS[activation], *eps)
 
 
 def read_layers(blocks):
-    """The layers of all blocks with their own weights, or None."""
+    """The layers of all blocks with their own tensors, or None."""
     layers = []
     for block in blocks:
-        layer, _ = read_layer(block)
+        layer = read_layer(block)
         if layer is None:
             return None
         layers.append(layer)
     return layers
 
 
+def convert_layer(block, weights):
+    """(copy of a block with converted weights, None), or (None, why that cannot be)."""
+    if (why_not := _why_not(block)) is not None:
+        return None, why_not
+    activation, (linears, norms) = _activation(block), _read_tensors(block)
+    if activation is None:
+        return None, "its activation is not one of ours"
+    if not _are_fp32_on_cpu(linears + norms):
+        return None, "a parameter is not a plain fp32 tensor on the CPU"
+    converted = []
+    for i in range(0, len(linears), 2):
+        converted += convert_linear(linears[i], linears[i + 1], weights)
+    norms = [None if t is None else t.detach().clone(memory_format=torch.contiguous_format) for t in norms]
+    return _make_layer(block, activation, norms, converted), None
+
+
 def convert_layers(blocks, weights):
-    """The layers of all blocks with converted weights, or ValueError."""
+    """Copies of all blocks with converted weights, or ValueError."""
     layers = []
     for number, block in enumerate(blocks):
-        layer, why_not = read_layer(block, weights)
+        layer, why_not = convert_layer(block, weights)
         if layer is None:
             raise ValueError(f"weights must be None for this model, got {weights!r}: block {number}: {why_not}")
         layers.append(layer)
@@ -87,14 +130,8 @@ def convert_head(model, weights):
     if type(head) is not Head or head.dense is not None or must_call_children() or not is_plain(head, Head):
         raise ValueError(f"weights must be None for this model, got {weights!r}: its output layer is not a plain one")
     weight = model.token_embedding.weight if head.weight is None else head.weight
-    if not _is_fp32_on_cpu(weight):
+    if not _are_fp32_on_cpu([weight, head.bias]):
         raise ValueError(
             f"weights must be None for this model, got {weights!r}: its output layer is not fp32 on the CPU"
         )
     return convert_linear(weight, head.bias, weights)
-
-
-def _is_fp32_on_cpu(*tensors):
-    if nonplain_kind(*tensors):
-        return False
-    return all(t is None or (t.is_cpu and t.dtype == torch.float32) for t in tensors)

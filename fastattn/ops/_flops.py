@@ -86,6 +86,21 @@ def _gemm_add(out, a, b, transpose_a, transpose_b, out_shape=None):
     return _gemm_flop(a, b, transpose_b)
 
 
+@register_flop_formula(_ops.gemv)
+def _gemv(x, weight, scale, bias, out_shape=None):
+    return _product_flop(x, weight)
+
+
+@register_flop_formula(_ops.layer_decode, get_raw=True)
+def _layer_decode(x, norms, linears, k_cache, v_cache, cache_seqlens, cos, sin, interleaved, alibi_slopes, n_heads,
+                  *_, out_val=None):  # fmt: skip
+    batch, seqlen, _ = x.shape
+    lengths = _values(cache_seqlens)
+    keys = batch * k_cache.shape[2] if lengths is None else sum(lengths) + batch * seqlen
+    attention = 2 * n_heads * seqlen * keys * 2 * k_cache.shape[-1]
+    return attention + sum(_product_flop((batch * seqlen,), weight.shape) for weight in linears[::3])
+
+
 @register_flop_formula(_names("linear_cross_entropy_fwd"))
 def _linear_cross_entropy(x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size,
                           need_dx, need_dweight, need_dbias, out_shape=None):  # fmt: skip

@@ -20,7 +20,8 @@ from fastattn.ops.feed_forward import ACTIVATIONS
 
 WEIGHTS = ("bf16", "int8")
 _STRIP = 2**16  # elements of a weight that are converted at a time, so that the passes of a strip stay in the cache
-_ABSENT = torch.empty(0)
+ABSENT = torch.empty(0)  # stands for None in a list of tensors
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 class Linear(NamedTuple):
@@ -34,15 +35,17 @@ class Linear(NamedTuple):
 class Layer(NamedTuple):
     """A layer as `decode_layer` takes it.
 
-    norms: weight and bias of norm1, then of norm2; linears: in_proj, out_proj, linear1, linear2 and, if gated, gate.
+    norms: weight and bias of norm1, then of norm2. linears: weight, scale and bias of in_proj, out_proj, linear1,
+    linear2 and, if gated, gate. activation: of ACTIVATION_NUMBERS. eps1, eps2: of the norms.
     """
 
-    norms: tuple
-    linears: tuple
+    norms: list
+    linears: list
     n_heads: int
     norm_first: bool
-    activation: str
-    eps: tuple
+    activation: int
+    eps1: float
+    eps2: float
 
 
 class Cache(NamedTuple):
@@ -63,8 +66,8 @@ class Positions(NamedTuple):
 
 
 def present(t):
-    """t, or the tensor without elements that stands for None."""
-    return _ABSENT if t is None else t
+    """t, or ABSENT for None."""
+    return ABSENT if t is None else t
 
 
 def convert_linear(weight: Tensor, bias: Tensor | None, kind: str) -> Linear:
@@ -78,10 +81,10 @@ def convert_linear(weight: Tensor, bias: Tensor | None, kind: str) -> Linear:
         weight: (d_out, d_in) fp32; bias: (d_out,) or None.
         kind: "bf16" or "int8".
     """
-    bias = _ABSENT if bias is None else bias.detach().clone()
+    bias = ABSENT if bias is None else bias.detach().clone()
     weight = weight.detach()
     if kind == "bf16":
-        return Linear(weight.to(torch.bfloat16, copy=True).contiguous(), _ABSENT, bias)
+        return Linear(weight.to(torch.bfloat16, copy=True).contiguous(), ABSENT, bias)
     integers, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
     rows = max(1, _STRIP // max(1, weight.shape[1]))
     for part, out, scales in zip(weight.split(rows), integers.split(rows), scale.split(rows), strict=True):
@@ -131,10 +134,8 @@ def decode_layer(x: Tensor, layer: Layer, cache: Cache, positions: Positions) ->
     Raises:
         RuntimeError: shapes or dtypes do not fit, or the cache is full.
     """
-    return _layer(
-        x, layer.norms, [t for linear in layer.linears for t in linear], *cache, *positions, layer.n_heads,
-        layer.norm_first, ACTIVATIONS.index(layer.activation), *layer.eps,
-    )  # fmt: skip
+    norms, linears, *options = layer
+    return _layer(x, norms, linears, *cache, *positions, *options)
 
 
 register_fake("layer_decode", lambda x, *_: x.new_empty(x.shape))

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 from fastattn import nn
+from fastattn.models import CausalLM, KeyValueCache, kv_cache
 from fastattn.ops import _gemm
 from fastattn.ops._backends import why_not_available
 
@@ -90,6 +91,17 @@ def test_attention_decode_counts_the_valid_keys():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         fastattn.attention_decode(q, cache, cache, cache_seqlens=lengths)
     assert counter.get_total_flops() == 2 * 4 * 35 * (8 + 8)
+
+
+def test_a_layer_on_a_cache_counts_as_its_children(monkeypatch):
+    model = CausalLM(50, n_layer=2, n_head=4, n_kv_head=2, d_model=32, block_size=16, feed_forward="swiglu").eval()
+    tokens, found = torch.randint(50, (2, 5)), []
+    for layers in (kv_cache.read_layers, lambda blocks: None):
+        monkeypatch.setattr(kv_cache, "read_layers", layers)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(tokens, cache=KeyValueCache(model, 2))
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0
 
 
 @pytest.mark.parametrize("rows", [3, 600])

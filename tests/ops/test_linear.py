@@ -7,14 +7,18 @@ from oracle import BACKWARD, assert_accurate, exact
 
 from fastattn.ops import _gemm
 from fastattn.ops import linear as module
+from fastattn.ops._backends import why_not_available
 from fastattn.ops.linear import linear
 
 
-@pytest.fixture(params=[True, False], ids=["our product", "PyTorch's"], autouse=True)
+@pytest.fixture(params=["blocks", "few rows", "PyTorch's"], autouse=True)
 def product(request, monkeypatch):
-    if request.param and not _gemm._has_kernel:
-        pytest.skip("the CPU kernels make no product on this processor")
-    monkeypatch.setattr(_gemm, "_has_kernel", request.param)
+    if request.param == "blocks" and not _gemm._has_kernel:
+        pytest.skip("the CPU kernels make no product in blocks on this processor")
+    if request.param == "few rows" and why_not_available("native", "cpu") is not None:
+        pytest.skip(f"no C++ kernels: {why_not_available('native', 'cpu')}")
+    monkeypatch.setattr(_gemm, "_has_kernel", request.param == "blocks")
+    monkeypatch.setattr(_gemm, "_most_rows", 1000 if request.param == "few rows" else 0)
     monkeypatch.setattr(module, "_LEAST", 0)
     torch.manual_seed(0)
 
