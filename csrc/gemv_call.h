@@ -39,7 +39,7 @@ inline GemvArgs gemv_args(const Tensor& weight, const std::optional<Tensor>& sca
   args.type = weight_type(weight);
   STD_TORCH_CHECK(scale.has_value() == (args.type == WeightType::kInt8),
                   "gemv: scale belongs to an int8 weight, and to no other");
-  args.weight = weight.const_data_ptr();
+  args.weight = data_of(weight);
   args.weight_row = args.n <= 1 ? args.k : weight.stride(0);
   args.scale = gemv_vector(scale, args.n, "scale");
   args.bias = gemv_vector(bias, args.n, "bias");

@@ -16,7 +16,7 @@ Tensor gemv(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, 
                   torch::headeronly::toString(x.scalar_type()), " of ", x.dim());
   const Tensor rows = args.k <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
   const Tensor y = fastattn::empty_cpu({x.size(0), args.n}, ScalarType::Float);
-  args.x = static_cast<const float*>(rows.const_data_ptr());
+  args.x = static_cast<const float*>(fastattn::data_of(rows));
   args.y = static_cast<float*>(y.mutable_data_ptr());
   args.m = x.size(0);
   args.x_row = args.m <= 1 ? args.k : rows.stride(0);

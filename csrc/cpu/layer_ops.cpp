@@ -48,7 +48,7 @@ float* checked(const Tensor& t, std::vector<int64_t> sizes, const char* name) {
           std::equal(sizes.begin(), sizes.end(), found.begin()) && (sizes.back() <= 1 || t.stride(t.dim() - 1) == 1),
       kOp, name, " must be float32 with last stride 1 and fit the other tensors, got ",
       torch::headeronly::toString(t.scalar_type()), " of ", t.numel(), " elements in ", t.dim(), " dimensions");
-  return static_cast<float*>(const_cast<void*>(t.const_data_ptr()));
+  return static_cast<float*>(const_cast<void*>(fastattn::data_of(t)));
 }
 
 class Layer {
@@ -90,7 +90,7 @@ class Layer {
       return y;
     }
     float* out = static_cast<float*>(y.mutable_data_ptr());
-    const float* x = static_cast<const float*>(x_.const_data_ptr());
+    const float* x = static_cast<const float*>(fastattn::data_of(x_));
     const int64_t heads = args_.n_heads * args_.head_dim, d_ff = linears_[kUp].n;
     const int64_t scratch = linears_[kIn].n + heads + 2 * width_ + (gated_ ? 3 : 2) * d_ff + args_.n_heads;
     const Tensor buffer = fastattn::empty_cpu({tokens_ * scratch}, ScalarType::Float);
@@ -232,8 +232,8 @@ class Layer {
     checked(*rotary.sin, {rows, half}, "sin");
     STD_TORCH_CHECK(rotary.sin->stride(0) == cos.stride(0) && 2 * half <= args_.head_dim, kOp,
                     "cos and sin must be alike, with at most head_dim / 2 columns");
-    rotary_.cos = cos.const_data_ptr();
-    rotary_.sin = rotary.sin->const_data_ptr();
+    rotary_.cos = fastattn::data_of(cos);
+    rotary_.sin = fastattn::data_of(*rotary.sin);
     rotary_.table_rows = rows;
     rotary_.table_row = cos.stride(0);
     rotary_.offset = batch_ ? args_.cache_seqlens[0] : 0;
