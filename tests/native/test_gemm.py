@@ -2,15 +2,13 @@
 
 import functools
 import itertools
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from memory_guard import guarded
 from oracle import FP32_EPS, assert_accurate
+from processes import run_tests
 
 from fastattn.ops._backends import why_not_available
 
@@ -96,13 +94,7 @@ def test_bits_do_not_depend_on_threads_or_on_the_other_rows(transpose_a, transpo
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability):
     """If the processor lacks a set, its best one is used, which repeats the test above."""
-    code = (
-        "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'fp64 and gaps-dense or bits',"
-        f" {__file__!r}]))"
-    )
-    environment = {**os.environ, "FASTATTN_CPU_CAPABILITY": capability}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:]
+    run_tests("fp64 and gaps-dense or bits", __file__, FASTATTN_CPU_CAPABILITY=capability)
 
 
 def test_nan_and_inf_stay_in_their_row():

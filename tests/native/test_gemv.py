@@ -1,13 +1,10 @@
 """The product of few rows against fp64: weights of three dtypes, odd sizes, every stride, any number of threads."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from memory_guard import guarded
 from oracle import FP32_EPS, assert_accurate
+from processes import run_tests
 
 from fastattn.ops._backends import why_not_available
 from fastattn.ops.layer import convert_linear, few_rows_linear
@@ -87,14 +84,8 @@ def test_bits_depend_neither_on_threads_nor_on_the_other_rows(kind):
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability):
-    """A higher one than the processor has is the best that it has: then these are the tests above once more."""
-    code = (
-        "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'fp64 and gaps-gaps or bits',"
-        f" {__file__!r}]))"
-    )
-    environment = {**os.environ, "FASTATTN_CPU_CAPABILITY": capability}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:]
+    """If the processor lacks a set, its best one is used, which repeats the tests above."""
+    run_tests("fp64 and gaps-gaps or bits", __file__, FASTATTN_CPU_CAPABILITY=capability)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
