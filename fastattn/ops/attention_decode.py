@@ -22,7 +22,7 @@ from fastattn.ops._backends import choose, device_name, grad_wanted, register_ba
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._hopper import HOPPER_HEAD_DIMS, why_not_hopper, why_not_hopper_device
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
-from fastattn.ops._layout import empty_in_layout
+from fastattn.ops._layout import empty_in_layout, is_expanded
 from fastattn.ops._public import Public
 from fastattn.ops._register import raw_ops, register_fake, register_reference, traced_backend
 from fastattn.ops._types import Backend, Causal, DecodeOptions, Window
@@ -138,6 +138,10 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     for label, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         if t.stride(3) != 1 and t.shape[3] > 1:
             raise ValueError(f"{_NAME}: {label} must have last stride 1, got {t.stride(3)}")
+        if k is not None and is_expanded(t) and t.numel():
+            raise ValueError(f"{_NAME}: {label} must not be expanded if k and v are appended, got strides {t.stride()}")
+    if k is not None and k_cache is v_cache:
+        raise ValueError(f"{_NAME}: k_cache and v_cache must not be one tensor if k and v are appended")
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError(

@@ -15,7 +15,7 @@ from fastattn import reference
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_nested, is_readable, numbers
-from fastattn.ops._layout import empty_in_layout
+from fastattn.ops._layout import empty_in_layout, is_expanded, rows_overlap
 from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
 from fastattn.ops._register import TRACED, apply, raw_ops, register_autograd, register_fake, traced_backend
@@ -149,9 +149,7 @@ def _check_inputs(xs, inplace):
     for x in xs:
         if x.dtype not in FLOAT_DTYPES:
             check_float("rotary_embedding", "x", x)
-        if inplace and 0 in x.stride() and x.numel() > 1 and any(
-            step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)
-        ):  # fmt: skip
+        if inplace and is_expanded(x) and x.numel():
             _fail("an expanded x cannot be rotated in place", f"strides {x.stride()}")
     if len(xs) == 2:
         a, b = first.shape, xs[1].shape
@@ -162,6 +160,8 @@ def _check_inputs(xs, inplace):
                 "the two tensors must have one dtype and device",
                 f"{first.dtype} on {first.device} and {xs[1].dtype} on {xs[1].device}",
             )
+        if inplace and first.numel() and xs[1].numel() and rows_overlap(first, xs[1]):
+            _fail("the two tensors must not share memory if they are rotated in place", "overlapping ones")
     return (1, *first.shape[::2]) if dims == 3 else (first.shape[0], *first.shape[2:])
 
 
@@ -306,7 +306,8 @@ def rotary_embedding(
             (seqlen,), (batch, seqlen), packed (total,). Packed sequences start at 0 only if positions do. On a GPU,
             where a check would synchronise, a position outside the tables gives NaN.
         interleaved: pairs are channels (2d, 2d + 1) instead of (d, d + rotary_dim / 2).
-        inplace: overwrite x and return it. With gradients, a pair then takes two launches.
+        inplace: overwrite x and return it. The tensors of a pair must not overlap. With gradients, they take two
+            launches.
         backend: "native", "triton" or "reference" instead of the automatic choice.
     Returns: like x, in its layout (from the reference contiguous); for a pair, a tuple.
     Raises:

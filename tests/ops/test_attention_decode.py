@@ -283,6 +283,13 @@ def bad(message, error=ValueError, **change):
             r"must be distinct .* got \[1, 1\]", cache_batch_idx=int32(1, 1), k=torch.ones(2, 2, 1, 8),
             v=torch.ones(2, 2, 1, 8),
         ),
+        *(
+            bad(
+                f"{label} must not be expanded if k and v are appended", k=torch.ones(2, 2, 1, 8),
+                v=torch.ones(2, 2, 1, 8), **{label: torch.ones(1, 2, 24, 8).expand(2, -1, -1, -1)},
+            )
+            for label in ("k_cache", "v_cache")
+        ),
         bad("cache_leftpad must be int32", TypeError, cache_leftpad=torch.zeros(2)),
         bad('causal must be False, True or "bottom_right", got "top_left"', causal="top_left"),
         bad(r"pair \(left, right\), got 3", window=3),
@@ -298,6 +305,15 @@ def test_mistakes_are_named(change, error, message):
         fastattn.attention_decode(
             arguments.pop("q"), arguments.pop("k_cache"), arguments.pop("v_cache"), **arguments
         )  # fmt: skip
+
+
+def test_one_tensor_as_both_caches():
+    """It may be read, but the appended values would overwrite the keys."""
+    q, cache, _ = call()
+    new, lengths = cache[:, :, :1].clone(), int32(3, 4)
+    fastattn.attention_decode(q, cache, cache, cache_seqlens=lengths)
+    with pytest.raises(ValueError, match="k_cache and v_cache must not be one tensor if k and v are appended"):
+        fastattn.attention_decode(q, cache, cache, k=new, v=new, cache_seqlens=lengths)
 
 
 def test_a_wanted_gradient_is_refused():

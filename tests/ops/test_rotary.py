@@ -571,6 +571,19 @@ BAD_CALLS = {
         ValueError,
         "an expanded x cannot be rotated in place",
     ),
+    **{
+        f"{name} in place": (
+            lambda f, make=make: f(make(X.clone()), COS, SIN, inplace=True),
+            ValueError,
+            "the two tensors must not share memory if they are rotated in place",
+        )
+        for name, make in {
+            "one tensor twice": lambda x: (x, x),
+            "a view": lambda x: (x, x.view_as(x)),
+            "some heads": lambda x: (x, x[:, :1]),
+            "overlapping channels": lambda x: (lambda wide: (wide[..., :8], wide[..., 7:15]))(torch.cat((x, x), -1)),
+        }.items()
+    },
 }
 
 

@@ -275,6 +275,37 @@ def test_script_is_refused(layer):
         torch.jit.script(build(layer, nn))
 
 
+@torch.library.custom_op("fastattn_test::copy", mutates_args=())
+def copy_with_an_option(x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+    return x.clone()
+
+
+@copy_with_an_option.register_fake
+def _(x, y):
+    return torch.empty_like(x)
+
+
+class CopyWithoutTheOption(torch.nn.Module):
+    def forward(self, x):
+        return copy_with_an_option(x, None)
+
+
+def test_draft_export_is_refused_by_a_check_of_torch():
+    """The check takes an optional tensor that is not given for a changed one, in every operator outside PyTorch."""
+
+    def refuses(module):
+        try:
+            torch.export.draft_export(module, (torch.randn(N, L, E),))
+        except RuntimeError as error:
+            assert "does not mutate the argument" in str(error)  # noqa: PT017  torch may repair it
+            return True
+        return False
+
+    refused = refuses(CopyWithoutTheOption())
+    for layer in ("LayerNorm", "TransformerEncoderLayer"):
+        assert refuses(build(layer, nn)) == refused
+
+
 def test_tracing_warns_of_nothing():
     for layer in LAYERS:
         with warnings.catch_warnings(record=True) as caught:
