@@ -132,17 +132,19 @@ class DeferredLogits(Tensor):
         """Operations that keep the logits deferred, their loss, and all others on the elements."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func in _OF_THE_SHELL or (name in _WATCHING and args[0]._losses):  # too late to see the gradient of a loss
+        first = args[0] if args and isinstance(args[0], cls) else None
+        too_late = first is not None and name in _WATCHING and bool(first._losses)  # to see the gradient of a loss
+        if func in _OF_THE_SHELL or too_late:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _KEEPING and isinstance(args[0], cls):
+        if first is not None and func in _KEEPING:
             out = _KEEPING[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
         changes = name == "__setitem__" or name in _WATCHING or (name.endswith("_") and not name.endswith("__"))
-        if (changes or name.startswith("__i")) and args and isinstance(args[0], cls):
-            args[0].elements()
-            args[0]._is_final = True
+        if first is not None and (changes or name.startswith("__i")):
+            first.elements()
+            first._is_final = True
         args, kwargs = tree_map_only(cls, cls.elements, (args, kwargs))
         return func(*args, **kwargs)
 
