@@ -165,4 +165,5 @@ def _computes_attention_itself(module):
 
 
 def _is_called_attention(module):
-    return "attention" in type(module).__name__.lower()
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_norms import D, Rms
+from test_replace_norms import D, Rms
 
 import fastattn
 from fastattn.drop_in import norms
