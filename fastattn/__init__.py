@@ -61,6 +61,8 @@ __all__ = [
     "use_backend",
 ]
 
+nn.replace = replace  # type: ignore[attr-defined]  # its older name
+
 
 def register() -> None:
     """Make `attn_implementation="fastattn"` known to Hugging Face transformers, which this imports.

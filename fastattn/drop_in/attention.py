@@ -122,7 +122,7 @@ def _recognise_model(model):
 
         with _without_warnings():
             undo = _set_implementation(model)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # a model that transformers or we cannot serve says so here
         return str(error)
     taken = model.config._attn_implementation == _IMPLEMENTATION
     was = {config._attn_implementation for config in _configs(model, sys.modules["transformers.modeling_utils"])}
@@ -165,4 +165,5 @@ def _computes_attention_itself(module):
 
 
 def _is_called_attention(module):
-    return "attention" in type(module).__name__.lower()
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name

@@ -187,7 +187,7 @@ def _has_own(module):
 
 def _find_block(module, blocks):
     """(the block that a module computes, the input of the check), or None."""
-    x = torch.randn(2, _ROWS, _D_MODEL, device=next(module.parameters()).device)
+    x = torch.randn(2, _ROWS, _D_MODEL, device=next(module.parameters()).device, dtype=torch.float32)
     for _, same_layers in itertools.groupby(blocks, lambda block: (block.gate is None, block.up, block.down)):
         same_layers = list(same_layers)
         twin = _twin(module, same_layers[0], _Cosine)

@@ -36,9 +36,10 @@ class Product(NamedTuple):
 
     def compute(self):
         """The elements, by the operations that the caller wrote."""
-        y = F.linear(self.x, self.weight, self.bias)
-        for step, value in self.steps:
-            y = getattr(y, step)() if value is None else getattr(y, step)(value)
+        with torch.autocast(self.x.device.type, enabled=False):  # what autocast casts was cast in the layer
+            y = F.linear(self.x, self.weight, self.bias)
+            for step, value in self.steps:
+                y = getattr(y, step)() if value is None else getattr(y, step)(value)
         return y
 
     def for_loss(self):
@@ -85,6 +86,17 @@ class _Connect(torch.autograd.Function):
         return None, *(None if t is None else next(grads) for t in inputs), None
 
 
+class _Family:
+    """What logits and the views and results that were made of them share.
+
+    had_loss: a loss of one of them was computed without the elements.
+    changed: the one that was changed in place. Memory is not shared, so the others must not be read after that.
+    """
+
+    had_loss = False
+    changed: "DeferredLogits | None" = None
+
+
 class DeferredLogits(Tensor):
     """Logits (..., vocabulary) that are computed when they are read. `product` says what they are."""
 
@@ -92,13 +104,13 @@ class DeferredLogits(Tensor):
     _versions: tuple[int, ...]
     _made: Tensor | None
     _is_final: bool  # the elements are no longer what the product says
-    _losses: list[Tensor]  # that were computed without the elements, of these logits and of their views
+    _family: _Family
 
     @classmethod
     def make(cls, product: Product) -> "DeferredLogits":
         """The logits of a product, without computing them."""
         logits = _Connect.apply(cls, *product)
-        logits.product, logits._made, logits._is_final, logits._losses = product, None, False, []
+        logits.product, logits._made, logits._is_final, logits._family = product, None, False, _Family()
         logits._versions = tuple(t._version for t in product[:3] if t is not None)
         return logits
 
@@ -107,12 +119,18 @@ class DeferredLogits(Tensor):
             return NotImplemented
         self._check()
         logits = DeferredLogits.make(self.product._replace(**changes))
-        logits._losses = self._losses
+        logits._family = self._family
         return logits
 
     def _check(self):
+        """Raise if the elements can no longer be what they would have been."""
+        if self._family.changed is not None and self._family.changed is not self:
+            raise RuntimeError(
+                "logits of a training step or a view of them were changed in place: while they are deferred they share"
+                " no memory, so clone() them before, or leave the loss out of fastattn.replace(model, only=...)"
+            )
         now = tuple(t._version for t in self.product[:3] if t is not None)
-        if now != self._versions or self.product.weight.untyped_storage().nbytes() == 0:
+        if not self._is_final and (now != self._versions or self.product.weight.untyped_storage().nbytes() == 0):
             raise RuntimeError(
                 "the logits of a training step are computed when they are read, and the weights of the output layer or"
                 " its input were changed or freed since the forward: read logits before optimizer.step(), with FSDP"
@@ -121,8 +139,9 @@ class DeferredLogits(Tensor):
 
     def elements(self) -> Tensor:
         """The logits as a plain tensor, with gradient."""
-        if self._made is None:
+        if self._made is None or self._family.changed is not None:
             self._check()
+        if self._made is None:
             with torch.enable_grad():
                 self._made = self.product.compute()
         return self._made
@@ -132,17 +151,19 @@ class DeferredLogits(Tensor):
         """Operations that keep the logits deferred, their loss, and all others on the elements."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func in _OF_THE_SHELL or (name in _WATCHING and args[0]._losses):  # too late to see the gradient of a loss
+        first = args[0] if args and isinstance(args[0], cls) else None
+        too_late = first is not None and name in _WATCHING and first._family.had_loss  # to see the gradient of a loss
+        if func in _OF_THE_SHELL or too_late:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _KEEPING and isinstance(args[0], cls):
+        if first is not None and func in _KEEPING:
             out = _KEEPING[func](*args, **kwargs)
             if out is not NotImplemented:
                 return out
         changes = name == "__setitem__" or name in _WATCHING or (name.endswith("_") and not name.endswith("__"))
-        if (changes or name.startswith("__i")) and args and isinstance(args[0], cls):
-            args[0].elements()
-            args[0]._is_final = True
+        if first is not None and (changes or name.startswith("__i")):
+            first.elements()
+            first._is_final, first._family.changed = True, None if name in _WATCHING else first
         args, kwargs = tree_map_only(cls, cls.elements, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -254,7 +275,7 @@ def _cross_entropy(
             x, input.product.weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,
             softcap=softcap, reduction=reduction,
         )  # fmt: skip
-    input._losses.append(loss.detach())
+    input._family.had_loss = True
     return loss.to(input.dtype)
 
 

@@ -83,8 +83,9 @@ class Norm(Replaced):
 
 def _inputs(size, device):
     """Inputs with channels last and first, in rows so small that eps counts, and others that have a mean."""
-    x = torch.randn(6, 5, size, device=device) + torch.randn(6, 5, 1, device=device)
-    x[1:4] = torch.randn(3, 5, size, device=device) * torch.tensor([1e-2, 1e-3, 1e-5], device=device)[:, None, None]
+    kind = {"device": device, "dtype": torch.float32}
+    x = torch.randn(6, 5, size, **kind) + torch.randn(6, 5, 1, **kind)
+    x[1:4] = torch.randn(3, 5, size, **kind) * torch.tensor([1e-2, 1e-3, 1e-5], **kind)[:, None, None]
     return {False: x, True: x.movedim(-1, 1)[..., None].expand(-1, -1, -1, 2).contiguous()}
 
 

@@ -24,8 +24,8 @@ def replace(
 
     Args:
         model: any torch.nn.Module.
-        only: what to replace: classes of torch.nn that fastattn.nn has, or their names, and kinds of modules of other
-            libraries by name ("norms"); None = everything.
+        only: what to replace: classes of torch.nn that fastattn.nn has, or their names, and the kinds "norms",
+            "attention", "loss" and "feed_forward"; None = everything.
     Returns: a printable Report with the dicts `replaced` and `left`, by module name, and the method `undo`.
     Raises:
         TypeError: model is not a module.
@@ -56,7 +56,7 @@ def replace(
             report.left[name] = result
     _apply(changes, report)
     if not changes:
-        report.advice.append(_advice(model, report, only))
+        report.advice += _advice(model, report, only)
     return report
 
 
@@ -99,15 +99,17 @@ def _apply(changes, report):
 
 
 def _advice(model, report, only):
-    """Why nothing was replaced, and what to do."""
+    """Why nothing was replaced, and what to do; nothing if the reasons for the single modules say it."""
     ours = sum(isinstance(module, (Replaced, *torch_nn.CLASSES.values())) for module in model.modules())
     if ours:
-        return f"{ours} modules are fastattn's already"
+        return [f"{ours} modules are fastattn's already"]
     if any(parameter.is_meta for parameter in model.parameters()):
-        return "the model is on the meta device: load its weights, then call replace"
+        return ["the model is on the meta device: load its weights, then call replace"]
     if only is not None:
-        return "only= left out all other kinds of modules: replace(model) looks for all of them"
-    return (
+        return ["only= left out all other kinds of modules: replace(model) looks for all of them"]
+    if report.left:
+        return []
+    return [
         "no module computes what a layer of fastattn does. Where functions call torch's scaled_dot_product_attention,"
         " run the model in `with fastattn.patch_sdpa():`"
-    )
+    ]

@@ -210,3 +210,44 @@ def test_trainer(tmp_path, bf16):
     assert len(losses[0]) == 4
     assert losses[0][2] < losses[0][0]
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02 if bf16 else 1e-4, atol=0)
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+OTHERS = {
+    # class: (config, number of norms, what else)
+    "DebertaModel": ({**SMALL, "intermediate_size": 48}, 3, []),
+    "DebertaV2Model": ({**SMALL, "intermediate_size": 48}, 3, []),
+    "FalconModel": ({**SMALL, "attn_implementation": "sdpa"}, 2, ["attention"]),
+    "T5EncoderModel": ({"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
+                        "feed_forward_proj": "gated-gelu", "attn_implementation": "eager"}, 3,
+                       ["attention", "gated feed-forward"]),
+    "ConvNextModel": ({"hidden_sizes": [8, 12, 16, 16], "depths": [1, 1, 1, 1], "image_size": 32}, 9, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_which_only_a_part_is_replaced(name):
+    import transformers
+
+    changes, norms, more = OTHERS[name]
+    model = getattr(transformers, name)(getattr(transformers, name).config_class(**changes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.15 * torch.randn(parameter.shape, generator=generator)
+    given = torch.randn(2, 3, 32, 32) if name == "ConvNextModel" else torch.randint(3, 40, (2, 9))
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        out = model(given).last_hidden_state
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
+        grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        found.append((out.detach(), grads))
+        report = fastattn.replace(model)
+        if len(found) == 1:
+            kinds = [what for what in report.replaced.values() if "Norm" not in what]
+            assert len(report.replaced) - len(kinds) == norms
+            assert [what[: len(start)] for what, start in zip(kinds, more, strict=True)] == more
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-4)
+    largest = max(grad.abs().max().item() for grad in found[0][1].values())
+    for key, grad in found[0][1].items():
+        torch.testing.assert_close(found[1][1][key], grad, atol=1e-5 * largest, rtol=1e-3)

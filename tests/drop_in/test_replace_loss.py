@@ -191,6 +191,30 @@ def test_changes_in_place_count():
         torch.testing.assert_close(our_grads["mix.weight"], grads["mix.weight"])
 
 
+def test_a_change_in_place_that_another_view_would_see_raises():
+    model = replaced(Lm())
+    logits = model(TOKENS)
+    view = logits[:, :-1]
+    with torch.no_grad():
+        view[..., 0] = 7.0
+    assert (view[..., 0] == 7).all()
+    for read in (torch.sum, LOSSES["rows"]):
+        with pytest.raises(RuntimeError, match=r"changed in place: .* clone\(\) them before"):
+            read(logits)
+    copied = model(TOKENS).clone()
+    copied.detach()[..., 0] = 7.0
+    assert (copied[..., 0] == 7).all()
+
+
+def test_reading_under_another_autocast():
+    model, ours = (lm := Lm()), replaced(lm)
+    logits = ours(TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits + 0, model(TOKENS)) is False
+    torch.testing.assert_close(logits.elements(), model(TOKENS))
+    assert logits.elements().dtype == torch.float32
+
+
 def test_code_that_only_autograd_sees_gets_gradients():
     class Twice(torch.autograd.Function):
         @staticmethod

@@ -165,7 +165,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 import fastattn
-from test_small_gpt import Gpt, TARGETS, TOKENS, step
+from test_replace_small_gpt import Gpt, TARGETS, TOKENS, step
 
 def model():
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_norms import D, Rms
+from test_replace_norms import D, Rms
 
 import fastattn
 from fastattn.drop_in import norms
@@ -196,3 +196,27 @@ def test_only_takes_kinds():
         ValueError, match=r"only must name classes among torch\.nn\..*, or kinds among norms, .*'norm'$"
     ):
         fastattn.replace(model, only="norm")
+
+
+MODES = {
+    "no_grad": torch.no_grad, "inference": torch.inference_mode, "meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_modes_of_the_caller_change_nothing(mode):
+    model = model_of_blocks(1)
+    with mode():
+        report = fastattn.replace(model)
+    assert len(report.replaced) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_of_the_caller_changes_nothing(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert len(fastattn.replace(model_of_blocks(1)).replaced) == 2
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,91 @@
+"""A training step of models of transformers: their own attention implementations, and after `fastattn.replace`.
+
+Random weights, two layers of width 256, two rows of 256 tokens, a vocabulary of 8000, fp32, no dropout except in T5.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import fastattn
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+VOCAB, D, BATCH, SEQLEN = 8000, 256, 2, 256
+SIZES = {"vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 8, "pad_token_id": 0}
+DECODER = {**SIZES, "intermediate_size": 688, "num_key_value_heads": 4, "head_dim": 32, "eos_token_id": None}
+ENCODER = {**SIZES, "intermediate_size": 1024, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# family: class, config, implementations of attention that transformers has for it
+FAMILIES = {
+    "Llama": ("LlamaForCausalLM", DECODER, ("sdpa", "eager")),
+    "Gemma 2": ("Gemma2ForCausalLM", {**DECODER, "sliding_window": 64}, ("eager",)),
+    "gpt-oss, one expert": ("GptOssForCausalLM", {**DECODER, "num_local_experts": 1, "num_experts_per_tok": 1,
+                                                  "sliding_window": 64}, ("eager",)),
+    "GPT-2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": D, "n_layer": 2, "n_head": 8, "resid_pdrop": 0.0,
+                                  "embd_pdrop": 0.0, "attn_pdrop": 0.0}, ("sdpa", "eager")),
+    "BERT, half padding": ("BertForMaskedLM", ENCODER, ("sdpa", "eager")),
+    "T5, dropout 0.1": ("T5ForConditionalGeneration", {"vocab_size": VOCAB, "d_model": D, "d_kv": 32, "d_ff": 1024,
+                        "num_layers": 2, "num_heads": 8, "decoder_start_token_id": 0, "pad_token_id": 0}, ("eager",)),
+}  # fmt: skip
+
+
+def model_of(family, implementation):
+    name, changes, _ = FAMILIES[family]
+    config = getattr(transformers, name).config_class(**copy.deepcopy(changes))
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).to(DEVICE).train()
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def batch_of(family):
+    ids = torch.randint(3, VOCAB, (BATCH, SEQLEN), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    real = torch.ones_like(ids)
+    if "padding" in family:
+        real[1:] = 0
+        real[1:, :1] = 1
+    return {"input_ids": ids, "attention_mask": real, "labels": ids.masked_fill(real == 0, -100)}
+
+
+def step(model, batch):
+    def call():
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def without_dropout(model):
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_step(compare, family):
+    batch = batch_of(family)
+    models = {implementation: model_of(family, implementation) for implementation in FAMILIES[family][2]}
+    models["fastattn.replace"] = model_of(family, "eager")
+    fastattn.replace(models["fastattn.replace"])
+    compare(
+        {name: step(model, batch) for name, model in models.items()},
+        verify={name: step(without_dropout(model), batch) for name, model in models.items()},
+    )
+
+
+@pytest.mark.parametrize("kind", ["norms", "attention", "loss", "feed_forward"])
+def test_kinds_alone(compare, kind):
+    """What each kind of replacement gives on the Llama, beside SDPA."""
+    batch = batch_of("Llama")
+    models = {"sdpa": model_of("Llama", "sdpa"), kind: model_of("Llama", "sdpa")}
+    fastattn.replace(models[kind], only=kind)
+    compare({name: step(model, batch) for name, model in models.items()})
