@@ -8,7 +8,7 @@
 
 namespace fastattn {
 
-// The strides of a tensor as (batch, heads, tokens, head_dim). A packed tensor is a batch of one.
+// The form of a tensor as the kernels see it: (batch, heads, tokens, head_dim); packed is a batch of one.
 inline HeadTensor rotary_strides(const Tensor& t) {
   void* data = const_cast<void*>(t.const_data_ptr());
   return t.dim() == 4 ? HeadTensor{data, t.stride(0), t.stride(1), t.stride(2)}
@@ -72,7 +72,7 @@ class RotaryCall {
   // Sets `out` to q and k themselves.
   void write_in_place(const Tensor& q, const std::optional<Tensor>& k) {
     STD_TORCH_CHECK(args.x[0].data == q.const_data_ptr() && (!k || args.x[1].data == k->const_data_ptr()),
-                    "rotary: tensors rotated in place must have last stride 1");
+                    "rotary: in place takes tensors whose last stride is 1");
     args.out[0] = args.x[0];
     args.out[1] = args.x[1];
   }

@@ -78,7 +78,7 @@ PADDINGS = {
 
 @functools.cache
 def model_of(family):
-    """A model whose weights are larger than its own initialisation, so that attention is far from uniform."""
+    """A model with weights that are larger than it starts them: its attention is far from uniform."""
     name, changes, _ = FAMILIES[family]
     config = getattr(transformers, name).config_class(**copy.deepcopy(changes))
     for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
@@ -94,7 +94,7 @@ def model_of(family):
 
 
 def inputs_of(kind, padding, seqlen=SEQLEN):
-    """(arguments of the model, the rows of its logits to compare)."""
+    """(arguments of the model, the rows of its logits that count)."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (BATCH, seqlen), generator=generator)
     real = torch.ones_like(ids)
@@ -110,7 +110,7 @@ def inputs_of(kind, padding, seqlen=SEQLEN):
                 for row in ends
             ]
         )
-        given["use_cache"] = False  # with a cache, transformers does not look for documents
+        given["use_cache"] = False  # with a cache transformers looks for no documents
     elif padding != "whole":
         given["attention_mask"] = real
     images = {"pixel_values": torch.randn(BATCH, 3, 16, 16, generator=generator)}
@@ -126,7 +126,7 @@ def inputs_of(kind, padding, seqlen=SEQLEN):
 
 
 def run(model, implementation, given, real):
-    """The logits of the rows to compare, and the gradients of all parameters."""
+    """The logits of the rows that count, and the gradients of all parameters."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
     dtype = next(model.parameters()).dtype
@@ -141,7 +141,7 @@ def run(model, implementation, given, real):
 
 
 def plain_attention(module, q, k, v, mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **_):
-    """Attention written out in fp64; eager masks with a number that its softmax in fp32 does not have."""
+    """Attention written out, for fp64: eager there masks with a number that its softmax in fp32 has not."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
@@ -179,7 +179,7 @@ def check_against_eager(family, padding, dtype):
     assert our_grads.keys() == grads.keys()
     for name, grad in our_grads.items():
         slack = 0.0
-        if name.endswith(("k_proj.bias", "key.bias", "k_lin.bias")):  # 0 in exact arithmetic: only rounding is left
+        if name.endswith(("k_proj.bias", "key.bias", "k_lin.bias")):  # 0 in exact numbers: all that is left is rounding
             slack = 4 * torch.finfo(dtype).eps * exact_grads[name.replace("bias", "weight")].abs().max().item()
         assert_accurate(grad, exact_grads[name], grads[name], BACKWARD, f"gradient of {name}", slack)
 
@@ -278,7 +278,7 @@ REAL = {
 
 
 def spelled_out(mask):
-    """The bool mask for `fastattn.attention` that a VisibleKeys describes."""
+    """The bool mask that the words of a VisibleKeys mean for `fastattn.attention`."""
     visible, (batch, _, n_queries, n_keys) = mask.visible, mask.shape
     query, key = torch.arange(n_queries)[:, None], torch.arange(visible.n_keys)
     found = torch.ones(batch, n_queries, visible.n_keys, dtype=torch.bool)
@@ -301,14 +301,14 @@ def spelled_out(mask):
 
 MASKS = [
     (function, lengths, real) for function in FUNCTIONS for lengths in LENGTHS for real in REAL
-    # transformers looks for packed documents only without a cache and without padding
+    # transformers looks for packed documents without a cache and without padding only
     if "packed" not in function or (lengths, real) == ("all", "whole")
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("function", "lengths", "real"), MASKS)
 def test_the_words_mean_the_mask(function, lengths, real):
-    """Rows of padding may see anything; a mask with elements appears only where it is expected."""
+    """Rows that are padding may see anything; a mask with elements appears only where it is expected."""
     n_queries, n_keys, q_offset, kv_offset = LENGTHS[lengths]
     padding = REAL[real]
     if padding is not None:
@@ -320,7 +320,7 @@ def test_the_words_mean_the_mask(function, lengths, real):
     mask = integration.attention_mask(**given, dtype=torch.float32, config=None, use_vmap=False, local_size=4)
     dense = masking_utils.sdpa_mask(**given, allow_is_causal_skip=False)
     assert mask.shape == dense.shape
-    assert torch.equal(mask & True, dense)  # an unknown operation gets the elements
+    assert torch.equal(mask & True, dense)  # an operation that it does not know gets the elements
     needs_elements = function == "chunks" and ("some" in lengths or lengths == "sliding" or real == "holes")
     needs_elements &= lengths not in ("one", "static, one")
     needs_elements |= function == "two-sided window" and n_queries - n_keys != kv_offset - q_offset
@@ -342,7 +342,7 @@ def test_views_that_change_nothing_have_no_elements():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that an operation returns."""
+    """How many elements the largest tensor has that an operation returns."""
 
     largest = 0
 
