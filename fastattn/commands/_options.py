@@ -1,10 +1,14 @@
 """Options that several commands share, and the functions that read them."""
 
+import json
+import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from fastattn.training.config import TrainConfig, config_from_dict
+from fastattn.training.config import Columns, DataConfig, TrainConfig, config_from_dict
+from fastattn.training.data.parts import read_whole
+from fastattn.training.data.reading import TABLES, decode_text, lines_of, read_file, suffix_of
 from fastattn.training.messages import UsageError
 from fastattn.training.runs.checkpoint import check_run
 
@@ -51,6 +55,28 @@ def run_parser(command, description):
     parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--layers", type=str | None, help="fastattn or torch, other layers than in training")
     return parser
+
+
+def add_input(parser, what):
+    parser.add_argument(
+        "--input", type=str | None, help=f"{what} each line of a text file or row of a table; - is standard input"
+    )
+    parser.add_argument("--column", type=str, default="text", help="with --input: the column of a table")
+
+
+def read_input(options):
+    """The texts of the options of add_input, as a list; UsageError if they cannot be read."""
+    if options.input == "-":
+        return lines_of(decode_text(sys.stdin.buffer.read(), "standard input"))
+    path = Path(options.input).expanduser()
+    if path.is_file() and suffix_of(path) not in TABLES:
+        return lines_of(read_file(path))  # blank lines too: one result a line
+    return read_whole(DataConfig(source=options.input, columns=Columns(text=options.column))).texts
+
+
+def print_json(values):
+    """Print a dict as one line of JSON."""
+    print(json.dumps(values, ensure_ascii=False), flush=True)
 
 
 def open_run(options):

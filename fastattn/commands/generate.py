@@ -7,7 +7,7 @@ from fastattn.training.inspect.generate import beam_search, check_sampling, stre
 from fastattn.training.messages import UsageError, warn
 from fastattn.training.runs.load import load_run, load_task
 
-from ._options import open_run, run_parser
+from ._options import add_input, open_run, print_json, read_input, run_parser
 
 DRAWING = {  # defaults of the options that only task lm has
     "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "top_p": None, "repetition_penalty": 1.0, "stop": None,
@@ -18,7 +18,8 @@ SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 def parser():
     parser = run_parser("generate", "Continue a prompt, or translate it, with a trained model.")
-    parser.add_argument("--prompt", type=str, required=True, help="text to continue")
+    parser.add_argument("--prompt", type=str | None, help="text to continue")
+    add_input(parser, "continue, as JSON lines,")
     parser.add_argument("--max_new_tokens", type=int, help="tokens to add")
     parser.add_argument("--temperature", type=float, help="0 takes the most likely token")
     parser.add_argument("--top_k", type=int | None, help="draw from the k most likely tokens only")
@@ -49,6 +50,8 @@ def run(options, _argv):
         for name in (*SAMPLING, "seed"):
             if options[name] != DRAWING[name]:
                 raise UsageError(f"{name} cannot be used with beams, got {options[name]!r}")
+    if (options.prompt is None) == (options.input is None):
+        raise UsageError("generate needs either --prompt TEXT or --input FILE")
     if config.task == "translate":
         translate(options, run, config, how)
     else:
@@ -60,12 +63,32 @@ def translate(options, run, config, how):
         if options[name] != default:
             raise UsageError(f"{name} is for task lm only, but the task of this run is translate")
     model, task = load_task(run, config, **how)
-    print(*task.translate(model, [options.prompt], beams=options.beams))
+    if options.input is None:
+        print(*task.translate(model, [options.prompt], beams=options.beams))
+        return
+    texts = read_input(options)
+    for text, translation in zip(texts, task.translate(model, texts, beams=options.beams), strict=True):
+        print_json({"text": text, "translation": translation})
 
 
 def continue_prompt(options, run, config, how):
+    prompts = [options.prompt] if options.input is None else read_input(options)
     model, tokenizer, _ = load_run(run, config, **how)
-    prompt, stop = tokenizer.encode(options.prompt), end_tokens(tokenizer)
+    for prompt in prompts:
+        pieces = continuation(options, model, tokenizer, prompt)
+        if options.input is not None:
+            print_json({"prompt": prompt, "text": prompt + "".join(pieces)})
+            continue
+        pieces = itertools.chain([*itertools.islice(pieces, 1)], pieces)  # an error shows before anything is printed
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+def continuation(options, model, tokenizer, text):
+    """The pieces of text that the model adds to a prompt."""
+    prompt, stop = tokenizer.encode(text), end_tokens(tokenizer)
     if unknown := count_unknown(tokenizer, prompt):
         warn(f"the vocabulary does not know {unknown} of the {len(prompt)} tokens of the prompt")
     if options.beams > 1:
@@ -75,8 +98,4 @@ def continue_prompt(options, run, config, how):
     else:
         sampling = {name: options[name] for name in (*SAMPLING, "seed", "weights")}
         numbers = stream_tokens(model, prompt, options.max_new_tokens, stop=stop, **sampling)
-        numbers = itertools.chain([*itertools.islice(numbers, 1)], numbers)  # an error shows before anything is printed
-    print(options.prompt, end="", flush=True)
-    for piece in stream_text(tokenizer, numbers, options.stop, prompt=prompt, typed=options.prompt):
-        print(piece, end="", flush=True)
-    print()
+    return stream_text(tokenizer, numbers, options.stop, prompt=prompt, typed=text)

@@ -42,12 +42,12 @@ def read_train_config(options, argv):
         config = read_config(parse(train_parser(model_options=start_model_options(options.start)), argv))
     else:
         config = read_config(options)
-    if names(argv, "--steps") and not names(argv, "--epochs"):  # an option wins over a file
+    if has_option(argv, "--steps") and not has_option(argv, "--epochs"):  # an option wins over a file
         config.epochs = None
     return config
 
 
-def names(argv, option):
+def has_option(argv, option):
     """Whether the command line itself, not a file that it names, has this option."""
     return any(argument == option or argument.startswith(f"{option}=") for argument in argv)
 

@@ -166,7 +166,7 @@ def test_training_on_from_a_run_is_better_at_once_than_anew(folder, tmp_path, ca
         ("lm", "classify", {}, "is of task lm, which cannot start task classify"),
         ("classify", "lm", {}, "is of task classify, which cannot start task lm"),
         ("lm", "lm", {"trained": "head"}, "trained 'head' needs a head with its own weights"),
-        ("lm", "lm", {"data": {"source": "documents.jsonl"}}, "characters that are not among the 14 of the vocabulary"),
+        ("lm", "lm", {"data": {"source": "other.txt"}}, "characters that are not among the 14 of the vocabulary"),
         ("unfinished", "lm", {}, "has no checkpoint yet"),
         ("nothing", "lm", {}, "but it does not exist"),
         (".", "lm", {}, "but it has neither file"),
@@ -187,6 +187,7 @@ def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(
         (folder / start / "tokenizer.json").write_bytes((folder / "lm" / "tokenizer.json").read_bytes())
     if "source" in changes.get("data", ()):
         changes = {"data": {"source": str(folder / changes["data"]["source"])}}
+        (folder / "other.txt").write_text((folder / "documents.jsonl").read_text())
     with pytest.raises(UsageError, match=expected):
         train(config_for(task, tmp_path / "run", folder, folder / start, **changes))
     assert not (tmp_path / "run").exists()

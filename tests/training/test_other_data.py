@@ -1,11 +1,12 @@
 """A trained run on data of another file: evaluate for every task, without the data it was trained on."""
 
+import io
 import json
 
 import pytest
 
 pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
-from training_cases import DOCUMENT_TASKS, table_config, write_table
+from training_cases import DOCUMENT_TASKS, table_config, tiny_config, write_table
 
 from fastattn.cli import main
 from fastattn.training.runs.train import train
@@ -70,3 +71,64 @@ def test_what_another_file_cannot_be(trained, tmp_path, capsys):
     for options, message in wrong:
         assert main(["evaluate", str(run), "--accelerator", "cpu", *options]) == 2
         assert message in capsys.readouterr().err
+
+
+TEXTS = ["one two", "", "three\u2028four", "five"]
+
+
+@pytest.fixture(params=["a.txt", "a.jsonl", "a.csv", "-"])
+def texts_file(request, tmp_path, monkeypatch):
+    """TEXTS as a file of each kind: its options."""
+    lines = "".join(f"{text}\n" for text in TEXTS)
+    if request.param == "-":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        return ["--input", "-"]
+    path = tmp_path / request.param
+    if path.suffix == ".txt":
+        path.write_text(lines)
+        return ["--input", str(path)]
+    if path.suffix == ".csv":
+        lines = "body,id\n" + "".join(f'"{text}",{i}\n' for i, text in enumerate(TEXTS))
+    else:
+        lines = "".join(json.dumps({"body": text}) + "\n" for text in TEXTS)
+    path.write_text(lines)
+    return ["--input", str(path), "--column", "body"]
+
+
+def test_a_file_has_one_result_a_line(trained, texts_file, capsys):
+    task, run, _ = trained
+    capsys.readouterr()
+    if task == "masked_lm":
+        assert main(["predict", str(run), *texts_file]) == 2
+        return
+    command = ["predict", str(run), "--json"] if task == "classify" else ["generate", str(run)]
+    assert main([*command, "--accelerator", "cpu", *texts_file]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert [row["text"] for row in rows] == TEXTS
+    if task == "classify":
+        assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
+        assert all(row["probabilities"][row["class"]] == max(row["probabilities"].values()) for row in rows)
+        assert main(["predict", str(run), "--accelerator", "cpu", *TEXTS]) == 0
+        assert [line.split("\t")[0] for line in capsys.readouterr().out.split("\n") if line] == [
+            r["class"] for r in rows
+        ]
+
+
+def test_a_call_without_a_text_is_refused(trained, capsys):
+    run = str(trained[1])
+    for command in (["predict", run], ["generate", run], ["generate", run, "--prompt", "a", "--input", "b"]):
+        assert main(command) == 2
+        assert "needs" in capsys.readouterr().err
+
+
+def test_a_language_model_continues_each_line(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("abc " * 200)
+    train(tiny_config(tmp_path / "run", tmp_path / "text.txt", steps=1, evaluate_every=1, sample_prompt=None))
+    (tmp_path / "prompts.txt").write_text("a\nbc\n")
+    capsys.readouterr()
+    options = ["--max_new_tokens", "3", "--accelerator", "cpu"]
+    assert main(["generate", str(tmp_path / "run"), "--input", str(tmp_path / "prompts.txt"), *options]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["a", "bc"]
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "bc", *options]) == 0
+    assert capsys.readouterr().out == rows[1]["text"] + "\n"

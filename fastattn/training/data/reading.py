@@ -30,7 +30,7 @@ def read_file(path):
         content = _unpack(content, path)
     if not content.strip():
         raise UsageError(f"text file {str(path)!r} is empty")
-    return _decode(content, path)
+    return decode_text(content, path)
 
 
 def _unpack(content, path):
@@ -40,7 +40,8 @@ def _unpack(content, path):
         raise UsageError(f"file {str(path)!r} is not valid gzip data: {error}") from None
 
 
-def _decode(content, path):
+def decode_text(content, path):
+    """Bytes as text, lines ended by "\\n"; UsageError, which names `path`, unless they are UTF-8."""
     if b"\0" in content:
         raise UsageError(f"text file {str(path)!r} is a binary file (zero at byte {content.index(0)})")
     try:

@@ -6,7 +6,7 @@ plain language model needs none.
 
 import json
 
-from ..messages import UsageError, expect
+from ..messages import UsageError
 
 KINDS = ("char", "byte", "word", "bpe", "wordpiece")
 PAD, UNKNOWN, BEGIN, END, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -106,8 +106,6 @@ class LearntTokenizer:
         """
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-        smallest = smallest_vocabulary(kind)
-        expect(vocab_size > smallest, "vocab_size", f"above {smallest} (the bytes)", vocab_size)
         if kind != "bpe" and UNKNOWN not in specials:
             raise UsageError(f"tokenizer {kind!r}: the special tokens must include {UNKNOWN}, got {list(specials)}")
         if vocab_size <= len(specials):
