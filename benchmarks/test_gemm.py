@@ -6,8 +6,6 @@ import torch.nn.functional as F
 
 from fastattn.ops import _gemm
 
-pytestmark = pytest.mark.skipif(not _gemm._has_kernel, reason="the CPU kernels have no product for this processor")
-
 # rows, d_out, d_in
 SHAPES = (
     (1, 512, 512), (1, 2048, 512), (16, 512, 512), (16, 2048, 512), (64, 512, 512), (128, 128, 128), (128, 512, 512),
@@ -31,6 +29,8 @@ PRODUCTS = {
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_product(compare, product, shape):
     rows, d_out, d_in = shape
+    if not (_gemm._has_kernel or (product == "y" and rows <= _gemm._most_rows)):
+        pytest.skip("the CPU kernels do not have this product for this processor")
     x, w, dy = torch.randn(rows, d_in), torch.randn(d_out, d_in), torch.randn(rows, d_out)
     operands = {"y": (x, w), "dx": (dy, w), "dw": (dy, x)}[product]
     torch_product, onednn, ours = PRODUCTS[product]

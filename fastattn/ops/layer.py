@@ -19,7 +19,7 @@ from fastattn.ops._register import register_fake, traced_backend
 from fastattn.ops.feed_forward import ACTIVATIONS
 
 WEIGHTS = ("bf16", "int8")
-_STRIP = 2**16  # elements of a weight that are converted at a time, so that the passes of a strip stay in the cache
+_STRIP = 2**18  # elements of a weight that are converted at a time, so that the passes of a strip stay in the cache
 ABSENT = torch.empty(0)  # stands for None in a list of tensors
 ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
