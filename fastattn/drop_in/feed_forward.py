@@ -15,7 +15,7 @@ import torch
 from fastattn import reference
 from fastattn._autocast import autocast_dtype
 from fastattn.drop_in.change import Change, Replaced, change_class, is_plain_input, make_class, why_not_take_over
-from fastattn.drop_in.recognise import computes_the_same, quiet, randomise, run
+from fastattn.drop_in.recognise import computes_the_same, halves_of, quiet, randomise, run
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward
 from fastattn.ops.feed_forward import ACTIVATIONS
@@ -215,8 +215,7 @@ def _recognise(module, blocks):
     def become():
         twin.__class__ = new_class
 
-    half = torch.bfloat16
-    if not computes_the_same(twin, become, x, [(half, half)]):
+    if not computes_the_same(twin, become, x, halves_of(module)):
         return "our op gives other numbers than its forward"
     what = f"{'gated ' if block.gate else ''}feed-forward, {block.activation} (was {type(module).__name__})"
     return change_class(module, new_class, what)

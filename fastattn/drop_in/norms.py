@@ -23,7 +23,7 @@ from fastattn.drop_in.change import (
     make_class,
     why_not_take_over,
 )
-from fastattn.drop_in.recognise import computes_the_same, quiet, randomise, run
+from fastattn.drop_in.recognise import computes_the_same, halves_of, quiet, randomise, run
 from fastattn.ops import layer_norm, rms_norm
 
 _EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, None)  # None: the epsilon of the accumulator
@@ -202,7 +202,7 @@ def _recognise(module, size):
             return "the dtype of its result follows none of the known rules"
         formula = formula._replace(dtype=rule)
         new_class = make_class(Norm, type(module), formula)
-        if not computes_the_same(twin, lambda: _become(twin, new_class), x, [(_HALF, _HALF), *_MIXED]):
+        if not computes_the_same(twin, lambda: _become(twin, new_class), x, [*halves_of(module), *_MIXED]):
             return "our kernel gives other numbers than its forward"
     kind = "RMSNorm" if formula.rms else "LayerNorm"
     return change_class(module, new_class, f"{kind} (was {type(module).__name__})")

@@ -46,12 +46,22 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def run(module: torch.nn.Module, *inputs: Tensor) -> Tensor | None:
-    """What the module's own forward gives, without hooks; None if it fails or gives something else than a tensor."""
+    """What the module's own forward gives, without hooks; None if it fails, gives no tensor, or sets an attribute."""
+    before = dict(vars(module))
     try:
         out = type(module).forward(module, *inputs)
     except Exception:
         return None
+    after = vars(module)
+    if before.keys() != after.keys() or any(after[name] is not value for name, value in before.items()):
+        return None
     return out if isinstance(out, Tensor) and out.is_floating_point() else None
+
+
+def halves_of(module: torch.nn.Module) -> list[tuple[torch.dtype, torch.dtype]]:
+    """(parameters, input): the half dtypes in which to check a module: bfloat16, and float16 if it has it."""
+    dtypes = {_HALF} | {p.dtype for p in module.parameters() if p.dtype == torch.float16}
+    return [(dtype, dtype) for dtype in dtypes]
 
 
 def _close(got, expected, dtype=torch.float32, factor=1):
@@ -82,7 +92,7 @@ def computes_the_same(
 
     Args:
         x: an input in fp32.
-        halves: pairs of dtypes (parameters, input) with at least one bfloat16. The results are compared in them too,
+        halves: pairs of dtypes (parameters, input) with at least one half. The results are compared in them too,
             unless its own forward refuses them.
     """
 

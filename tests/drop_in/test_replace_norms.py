@@ -246,6 +246,13 @@ def test_calls_that_go_to_the_original():
         norm(x, x)
 
 
+def test_a_module_in_float16():
+    norm, x = Rms().half(), torch.randn(3, D).half()
+    expected = norm(x)
+    assert len(fastattn.replace(norm).replaced) == 1
+    torch.testing.assert_close(norm(x), expected)
+
+
 def test_eps_is_read_at_each_call():
     norm = Rms()
     fastattn.replace(norm)
@@ -290,6 +297,14 @@ class RaisesNorm(Rms):
         raise NotImplementedError
 
 
+class CountsCalls(Rms):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
 class TwoOutputsNorm(Rms):
     def forward(self, x):
         return super().forward(x), x
@@ -297,7 +312,17 @@ class TwoOutputsNorm(Rms):
 
 @pytest.mark.parametrize(
     "kind",
-    [Clipped, NoGradientOfVariance, DropsInTraining, OneMinus, PartialRms, UnbiasedNorm, RaisesNorm, TwoOutputsNorm],
+    [
+        Clipped,
+        NoGradientOfVariance,
+        DropsInTraining,
+        OneMinus,
+        PartialRms,
+        UnbiasedNorm,
+        RaisesNorm,
+        TwoOutputsNorm,
+        CountsCalls,
+    ],
 )
 def test_what_computes_something_else_is_left_alone(kind):
     norm = type(f"{kind.__name__}Norm", (kind,), {})()
