@@ -70,21 +70,24 @@ def translate(options, run, config, how):
 def continue_prompt(options, run, config, how):
     prompts = [options.prompt] if options.input is None else read_input(options)
     model, tokenizer, _ = load_run(run, config, **how)
-    for prompt in prompts:
-        pieces = continuation(options, model, tokenizer, prompt)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]  # an error shows before anything is printed
+    if options.input is not None and not all(encoded):
+        raise UsageError(f"input: text {encoded.index([]) + 1} must have at least one token, got an empty text")
+    for prompt, numbers in zip(prompts, encoded, strict=True):
+        pieces = continuation(options, model, tokenizer, prompt, numbers)
         if options.input is not None:
             print_json({"prompt": prompt, "text": prompt + "".join(pieces)})
             continue
-        pieces = itertools.chain([*itertools.islice(pieces, 1)], pieces)  # an error shows before anything is printed
+        pieces = itertools.chain([*itertools.islice(pieces, 1)], pieces)
         print(prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
 
 
-def continuation(options, model, tokenizer, text):
-    """The pieces of text that the model adds to a prompt."""
-    prompt, stop = tokenizer.encode(text), end_tokens(tokenizer)
+def continuation(options, model, tokenizer, text, prompt):
+    """The pieces of text that the model adds to a prompt, given as text and as token numbers."""
+    stop = end_tokens(tokenizer)
     if unknown := count_unknown(tokenizer, prompt):
         warn(f"the vocabulary does not know {unknown} of the {len(prompt)} tokens of the prompt")
     if options.beams > 1:
