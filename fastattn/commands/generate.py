@@ -37,6 +37,8 @@ def parser():
 
 
 def run(options, _argv):
+    if (options.prompt is None) == (options.input is None):
+        raise UsageError("generate needs either --prompt TEXT or --input FILE")
     run, config, how = open_run(options)
     if config.task not in ("lm", "translate"):
         raise UsageError(f"run {str(run)!r}: generate needs a run of task lm or translate, got {config.task}")
@@ -46,8 +48,6 @@ def run(options, _argv):
         for name in (*SAMPLING, "seed"):
             if options[name] != DRAWING[name]:
                 raise UsageError(f"{name} cannot be used with beams, got {options[name]!r}")
-    if (options.prompt is None) == (options.input is None):
-        raise UsageError("generate needs either --prompt TEXT or --input FILE")
     if config.task == "translate":
         translate(options, run, config, how)
     else:
