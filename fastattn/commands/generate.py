@@ -41,6 +41,8 @@ def parser():
 
 
 def run(options, _argv):
+    if (options.prompt is None) == (options.input is None):
+        raise UsageError("generate needs either --prompt TEXT or --input FILE")
     run, config, how = open_run(options)
     if config.task not in ("lm", "translate"):
         raise UsageError(f"run {str(run)!r}: generate needs a run of task lm or translate, got {config.task}")
@@ -50,8 +52,6 @@ def run(options, _argv):
         for name in (*SAMPLING, "seed"):
             if options[name] != DRAWING[name]:
                 raise UsageError(f"{name} cannot be used with beams, got {options[name]!r}")
-    if (options.prompt is None) == (options.input is None):
-        raise UsageError("generate needs either --prompt TEXT or --input FILE")
     if config.task == "translate":
         translate(options, run, config, how)
     else:
@@ -74,21 +74,24 @@ def translate(options, run, config, how):
 def continue_prompt(options, run, config, how):
     prompts = [options.prompt] if options.input is None else read_input(options)
     model, tokenizer, _ = load_run(run, config, **how)
-    for prompt in prompts:
-        pieces = continuation(options, model, tokenizer, prompt)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]  # an error shows before anything is printed
+    if options.input is not None and not all(encoded):
+        raise UsageError(f"input: text {encoded.index([]) + 1} must have at least one token, got an empty text")
+    for prompt, numbers in zip(prompts, encoded, strict=True):
+        pieces = continuation(options, model, tokenizer, prompt, numbers)
         if options.input is not None:
             print_json({"prompt": prompt, "text": prompt + "".join(pieces)})
             continue
-        pieces = itertools.chain([*itertools.islice(pieces, 1)], pieces)  # an error shows before anything is printed
+        pieces = itertools.chain([*itertools.islice(pieces, 1)], pieces)
         print(prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
 
 
-def continuation(options, model, tokenizer, text):
-    """The pieces of text that the model adds to a prompt."""
-    prompt, stop = tokenizer.encode(text), end_tokens(tokenizer)
+def continuation(options, model, tokenizer, text, prompt):
+    """The pieces of text that the model adds to a prompt, given as text and as token numbers."""
+    stop = end_tokens(tokenizer)
     if unknown := count_unknown(tokenizer, prompt):
         warn(f"the vocabulary does not know {unknown} of the {len(prompt)} tokens of the prompt")
     if options.beams > 1:

@@ -132,3 +132,8 @@ def test_a_language_model_continues_each_line(tmp_path, capsys):
     assert [row["prompt"] for row in rows] == ["a", "bc"]
     assert main(["generate", str(tmp_path / "run"), "--prompt", "bc", *options]) == 0
     assert capsys.readouterr().out == rows[1]["text"] + "\n"
+    (tmp_path / "prompts.txt").write_text("a\n\nbc\n")
+    assert main(["generate", str(tmp_path / "run"), "--input", str(tmp_path / "prompts.txt"), *options]) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert "input: text 2 must have at least one token" in written.err

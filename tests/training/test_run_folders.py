@@ -151,6 +151,11 @@ def test_options_beside_resume_win(run):
     assert config_of(run)["epochs"] is None
 
 
+def test_a_finished_run_says_that_nothing_is_left_to_train(run, capsys):
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "continued after step 6, which was the last of its 6" in capsys.readouterr().out
+
+
 def test_steps_on_the_command_line_win_over_epochs_in_a_file(tmp_path, text_file):
     (tmp_path / "config.yaml").write_text("epochs: 8\nsteps: 50\ntensorboard: false\n")
     tiny = "--model.n_layer 1 --model.n_head 2 --model.d_model 16 --model.block_size 16 --sample_tokens 0"
@@ -187,6 +192,10 @@ def test_predictions_are_one_line_each(tmp_path, capsys):
         ("vectorize --kind word2vec --dimension 0", "dimension must be at least 1, got 0"),
         ("tokenize --vocab_size 3", "vocab_size must be above 256 (the bytes), got 3"),
         ("tokenize --tokenizer word --vocab_size 0", "vocab_size must be above 0, got 0"),
+        (
+            "tokenize --strip_accents true",
+            "strip_accents must be false unless a word or wordpiece tokenizer",
+        ),
         ("split --seed 99999999999999999999999", "seed must be at least 0 and below 2**63"),
     ],
 )

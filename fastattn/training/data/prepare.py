@@ -107,6 +107,8 @@ def data_tokenize(
     """
     path, smallest = _new_path(output), 0 if tokenizer_file is not None else smallest_vocabulary(tokenizer)
     expect(vocab_size > smallest, "vocab_size", f"above {smallest}{' (the bytes)' if smallest else ''}", vocab_size)
+    strips = not strip_accents or (tokenizer in ("word", "wordpiece") and tokenizer_file is None)
+    expect(strips, "strip_accents", "false unless a word or wordpiece tokenizer is trained", strip_accents)
     parts = documents.read()
     texts = [text for part in parts.values() for text in part.texts]
     if tokenizer_file is not None:

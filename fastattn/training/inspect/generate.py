@@ -225,7 +225,7 @@ def _continuation(tokenizer, prompt, numbers, typed):
         rest = text[len(before) :]
     else:  # WordPiece has removed a space at the end of the prompt
         place, letters = 0, sum(not c.isspace() for c in before)
-        while letters:
+        while letters and place < len(text):
             letters -= not text[place].isspace()
             place += 1
         rest = text[place:]

@@ -30,7 +30,9 @@ def describe(trainer):
         + f", layers from {config.layers}\n"
         f"device: {fabric.device}, {fabric.world_size} process(es), "
         f"{torch.get_num_threads()} CPU threads, precision {config.precision}\n"
-        f"run: {trainer.run}" + (f", continued after step {trainer.step}" if trainer.step else ""),
+        f"run: {trainer.run}"
+        + (f", continued after step {trainer.step}" if trainer.step else "")
+        + (f", which was the last of its {config.steps}" if trainer.step == config.steps else ""),
         flush=True,
     )
 
