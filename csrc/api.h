@@ -142,8 +142,8 @@ constexpr int64_t kGemmPanel = 64;     // kBlocked: columns of a task
 constexpr int64_t kGemmGroup = 16;     // kFewRows: columns of a task
 FASTATTN_DECLARE_CPU(gemm, GemmArgs);  // tasks
 
-// y (m, n) = x (m, k) · weightᵀ, times scale, plus bias, plus residual: few rows, the weight read as it lies. Rows lie a
-// stride apart, in elements; the last stride is 1.
+// y (m, n) = x (m, k) · weightᵀ, times scale, plus bias, plus residual: few rows, the weight read as it lies. Rows lie
+// a stride apart, in elements; the last stride is 1.
 enum class WeightType : int { kFloat32, kBFloat16, kInt8 };
 
 struct GemvArgs {
