@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.nn import RotaryEmbedding
+from fastattn.nn.plain import is_plain
 from fastattn.ops import attention_decode
 from fastattn.ops import layer as layer_op
+from fastattn.ops._gemm import few_rows
 
 from .block import compose, merge_heads, project
 from .decoding import convert_head, convert_layers, read_layers
 
-_FEW_TOKENS = 16  # the most new tokens for which reading fp32 weights takes longest
 _AT_ONCE = 64  # new tokens that converted weights are read for at a time
 
 
@@ -86,7 +88,7 @@ class KeyValueCache:
         """
         if x.shape[0] != self.k.shape[1]:
             raise ValueError(f"KeyValueCache: the cache is for {self.k.shape[1]} sequences, got {x.shape[0]}")
-        layers = self._few_token_layers(blocks, x)
+        layers = self._few_token_layers(blocks, x, sequences.rotary)
         if layers is not None:
             return self._run_layers(layers, x, sequences)
         use_torch = sequences.use_torch
@@ -115,15 +117,17 @@ class KeyValueCache:
         self.length += x.shape[1]
         return x
 
-    def _few_token_layers(self, blocks, x):
+    def _few_token_layers(self, blocks, x, rotary):
         """The layers for the op that computes a whole layer, or None where the children are called."""
-        if not layer_op.serves(x, self.k.shape[-1]):
-            if self._layers is None:
-                return None
-            raise RuntimeError("KeyValueCache: converted weights need fp32 tokens, no gradients, no autocast, no trace")
+        is_served = layer_op.serves(x, self.k.shape[-1]) and (rotary is None or is_plain(rotary, RotaryEmbedding))
         if self._layers is not None:
-            return self._layers
-        if x.shape[0] * x.shape[1] > _FEW_TOKENS or self.memory[0] is not None:
+            if is_served:
+                return self._layers
+            raise RuntimeError(
+                "KeyValueCache: converted weights need fp32 tokens, no gradients, no autocast, no trace, CPU kernels"
+                " and a plain rotary embedding"
+            )
+        if not is_served or x.shape[0] * x.shape[1] > few_rows() or self.memory[0] is not None:
             return None
         return read_layers(blocks)
 
@@ -134,13 +138,14 @@ class KeyValueCache:
         if rotary is not None:
             tables = rotary.tables(self.length + x.shape[1], x)
             positions = layer_op.Positions(*tables, rotary.interleaved, slopes)
-        parts = []
+        parts, length = [], self.length
         for part in x.split(step, 1) if x.shape[1] else [x]:
-            lengths = torch.full(x.shape[:1], self.length, dtype=torch.int32)
+            lengths = torch.full(x.shape[:1], length, dtype=torch.int32)
             for layer, k, v in zip(layers, self.k.unbind(), self.v.unbind(), strict=True):
                 part = layer_op.decode_layer(part, layer, layer_op.Cache(k, v, lengths), positions)
-            self.length += part.shape[1]
+            length += part.shape[1]
             parts.append(part)
+        self.length = length
         torch.autograd.graph.increment_version((self.k, self.v))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

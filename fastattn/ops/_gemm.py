@@ -63,6 +63,11 @@ def use_kernel(capability):
     _most_rows = MOST_ROWS.get(capability, 0)
 
 
+def few_rows():
+    """Up to how many rows the kernel for few rows serves products with an fp32 weight on this processor."""
+    return _most_rows
+
+
 def is_few(x, weight):
     """Whether the kernel for few rows computes x (..., k) · weightᵀ."""
     return (

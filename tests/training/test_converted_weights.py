@@ -12,6 +12,7 @@ from model_cases import OPTIONS, SHAPE, build, random_tokens
 import fastattn
 from fastattn.models import CausalLM, KeyValueCache
 from fastattn.models.decoding import read_layers
+from fastattn.ops import _gemm
 from fastattn.ops import layer as layer_op
 from fastattn.ops._backends import why_not_available
 from fastattn.training.inspect.generate import beam_search, generate_tokens, stream_tokens
@@ -21,6 +22,14 @@ pytestmark = pytest.mark.skipif(
     why_not_available("native", "cpu") is not None, reason=f"no C++ kernels: {why_not_available('native', 'cpu')}"
 )
 KINDS = ("bf16", "int8")
+
+
+@pytest.fixture(autouse=True)
+def few_rows_are_ours(monkeypatch):
+    """As on a processor with AVX2, whatever the table says of this one."""
+    monkeypatch.setattr(_gemm, "_most_rows", 16)
+
+
 PROMPT = [1, 2, 3]
 
 
@@ -208,6 +217,17 @@ def test_changed_children_are_called(change):
         cache = KeyValueCache(model, 1)
         parts = torch.cat([model(part, cache=cache) for part in tokens.split(1, 1)], 1)
         torch.testing.assert_close(parts, model(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rotary_embedding_with_a_hook_is_called():
+    model, tokens = build(CausalLM, positions="rotary").eval(), random_tokens(1, 8)
+    model.rotary.register_forward_hook(lambda module, args, out: tuple(2 * x for x in out))
+    with torch.no_grad():
+        cache = KeyValueCache(model, 1)
+        parts = torch.cat([model(part, cache=cache) for part in tokens.split(1, 1)], 1)
+        torch.testing.assert_close(parts, model(tokens), rtol=1e-4, atol=1e-5)
+        with pytest.raises(RuntimeError, match="a plain rotary embedding"):
+            model(tokens, cache=KeyValueCache(model, 1, weights="int8"))
 
 
 @pytest.mark.parametrize("change", [_hook, _subclass, _own_activation, _fp64])
