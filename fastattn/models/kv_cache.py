@@ -57,7 +57,8 @@ class KeyValueCache:
             self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             self.v = torch.zeros_like(self.k)
         self.length = 0
-        self._layers = self._head = None
+        self._layers: Any = None
+        self._head: Any = None
         if weights is not None:
             with torch.inference_mode(False), torch.no_grad():
                 self._layers = convert_layers(model.blocks, weights)

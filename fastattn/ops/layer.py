@@ -81,10 +81,10 @@ def convert_linear(weight: Tensor, bias: Tensor | None, kind: str) -> Linear:
         weight: (d_out, d_in) fp32; bias: (d_out,) or None.
         kind: "bf16" or "int8".
     """
-    bias = ABSENT if bias is None else bias.detach().clone()
+    kept = ABSENT if bias is None else bias.detach().clone()
     weight = weight.detach()
     if kind == "bf16":
-        return Linear(weight.to(torch.bfloat16, copy=True).contiguous(), ABSENT, bias)
+        return Linear(weight.to(torch.bfloat16, copy=True).contiguous(), ABSENT, kept)
     integers, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
     rows = max(1, _STRIP // max(1, weight.shape[1]))
     for part, out, scales in zip(weight.split(rows), integers.split(rows), scale.split(rows), strict=True):
@@ -94,7 +94,7 @@ def convert_linear(weight: Tensor, bias: Tensor | None, kind: str) -> Linear:
         torch.div(largest, 127, out=scales)
         scales.masked_fill_(scales == 0, 1.0)
         out.copy_((part / scales[:, None]).round_())
-    return Linear(integers, scale, bias)
+    return Linear(integers, scale, kept)
 
 
 def few_rows_linear(x: Tensor, linear: Linear) -> Tensor:
