@@ -101,7 +101,10 @@ def _fits(a, b):
 
 
 def _use_fp32(a, b, size):
-    return a.dtype in _SLOW_HALVES and a.dtype == b.dtype and _is_large(a, b, size)
+    # an exported program loses the region without autocast in which the product in fp32 runs
+    return (
+        a.dtype in _SLOW_HALVES and a.dtype == b.dtype and _is_large(a, b, size) and not torch.compiler.is_exporting()
+    )
 
 
 @shielded

@@ -14,7 +14,7 @@ import fastattn
 from fastattn.ops._backends import why_not_available
 
 VIEWS = {"view", "t", "transpose", "permute", "unbind", "detach", "_unsafe_view", "empty", "empty_strided", "new_empty"}
-PRODUCTS = ("addmm", "mm", "gemm", "linear")
+PRODUCTS = ("addmm", "mm", "gemm", "gemv", "linear")
 
 
 class Counted(TorchDispatchMode):

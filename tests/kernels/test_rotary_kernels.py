@@ -133,7 +133,7 @@ def test_layouts(ops):
     assert torch.equal(qkv[:, :, 2], v)
     for x in (randn(2, 3, 32, 6).mT, randn(2, 1, 6, 32).expand(2, 3, 6, 32)):
         check(ops, x, None, cos, sin)
-    with pytest.raises(RuntimeError, match="in place takes tensors whose last stride is 1"):
+    with pytest.raises(RuntimeError, match="rotated in place must have last stride 1"):
         ops.rotary_fwd_.native(randn(2, 3, 32, 6).mT, None, cos, sin, None, 0, 32, False, False)
 
 

@@ -304,7 +304,9 @@ def test_facts_of_a_decode_call_on_cuda(fake_hopper):
         assert f"native: {reason}" in text
         assert "triton: runs" in text
     with torch.no_grad():
-        out = fastattn.attention_decode(q, k, k, k=new, v=new, cache_seqlens=lengths, backend="native")
+        out = fastattn.attention_decode(
+            q, k, on_cuda(2, 2, 320, 128), k=new, v=new, cache_seqlens=lengths, backend="native"
+        )
     assert out.shape == q.shape
 
 

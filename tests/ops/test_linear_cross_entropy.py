@@ -269,7 +269,7 @@ def test_only_what_is_wanted_is_computed(backend, device):
     run_calls["no_grad"] = list(calls)
     nothing, only_x, only_weight = (False, False, False), (True, False, False), (False, True, False)
     expected = {"none": nothing, "x": only_x, "weight": only_weight, "nothing": nothing, "no_grad": nothing}
-    if fastattn.explain(OP, x, weight, target).endswith("reference: runs"):
+    if "reference: runs" in fastattn.explain(OP, x, weight, target):
         assert not any(run_calls.values())
     else:
         assert run_calls == {name: [flags] for name, flags in expected.items()}

@@ -40,9 +40,10 @@ def check(ours, theirs, inputs, grad=None, skip=(), slack=0.0):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(2, 1000), (2, 4096), (2, 4097), (1, 65536), (1, 2**22), (2**17, 4)], ids=str)
 def test_norms(shape, kind):
-    """PyTorch's own test requires 1e-5 for 256·256·144 columns. A mean of 100 loses half an fp32 unit."""
+    """PyTorch's own test requires 1e-5 for 256·256·144 columns. A mean of 100 loses half an fp32 unit, which enters the
+    gradient twice."""
     cols = shape[-1:]
-    slack = 50 * torch.finfo(torch.float32).eps if "100" in kind else 0.0
+    slack = 100 * torch.finfo(torch.float32).eps if "100" in kind else 0.0
     x, weight, bias = draw(shape, kind), draw(cols, "rand") + 0.5, draw(cols)
     check(fastattn.layer_norm, lambda x, w, b: F.layer_norm(x, cols, w, b), (x, weight, bias), slack=slack)
     check(lambda x, w: fastattn.rms_norm(x, w, 1e-6), lambda x, w: F.rms_norm(x, cols, w, 1e-6), (x, weight))

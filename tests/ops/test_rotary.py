@@ -626,7 +626,7 @@ def test_raw_ops_check_again(device):
     for arguments, message in bad:
         with pytest.raises(RuntimeError, match=message):
             OPS.rotary_fwd.native(*arguments)
-    with pytest.raises(RuntimeError, match="in place takes tensors whose last stride is 1"):
+    with pytest.raises(RuntimeError, match="rotated in place must have last stride 1"):
         OPS.rotary_fwd_.native(q.mT.contiguous().mT, None, cos, sin, None, 0, 8, *rest)
 
 
