@@ -21,7 +21,7 @@ _IMPLEMENTATION = "fastattn"
 
 
 class _ServeSdpa(TorchFunctionMode):
-    """While it is entered, calls of torch's scaled_dot_product_attention in this thread run on our kernel."""
+    """While this mode is active, calls of torch's scaled_dot_product_attention in this thread run on our kernel."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -122,7 +122,7 @@ def _recognise_model(model):
 
         with _without_warnings():
             undo = _set_implementation(model)
-    except Exception as error:  # a model that transformers or we cannot serve says so here
+    except Exception as error:  # transformers or our integration refuses the model
         return str(error)
     taken = model.config._attn_implementation == _IMPLEMENTATION
     was = {config._attn_implementation for config in _configs(model, sys.modules["transformers.modeling_utils"])}

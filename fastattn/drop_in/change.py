@@ -67,7 +67,7 @@ def _new(mixin, original, facts):
 def make_class(mixin: type, original: type, facts: Any) -> type:
     """The subclass of `original` with the forward of `mixin`, which finds `facts`, a hashable value, in `_fastattn`."""
 
-    @functools.wraps(original.forward)  # who asks for its arguments gets those of the original
+    @functools.wraps(original.forward)  # inspect.signature shows the arguments of the original
     def forward(self, *args, **kwargs):
         return mixin.forward(self, *args, **kwargs)
 
@@ -82,7 +82,7 @@ def is_plain_input(x: Any) -> bool:
 
 
 def is_foreign(module: torch.nn.Module) -> bool:
-    """Whether the class of a module is neither torch's nor ours; a parametrized module counts as what it was."""
+    """Whether the class of a module, before any parametrization, is neither torch's nor ours."""
     kinds = (kind.__module__ for kind in type(module).__mro__)
     module_name = next(name for name in kinds if name != "torch.nn.utils.parametrize")
     return not isinstance(module, Replaced) and module_name.partition(".")[0] not in ("torch", "fastattn")

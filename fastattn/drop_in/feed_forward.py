@@ -51,7 +51,7 @@ class FeedForward(Replaced):
     """A feed-forward block of another library on our op."""
 
     def forward(self, *args, **kwargs):
-        """(..., d_model) → (..., d_model); what differs from a plain block in plain weights takes the original way."""
+        """(..., d_model) → (..., d_model); a block or weights that are not plain run the original forward."""
         terms = None if kwargs or len(args) != 1 else self._terms(args[0])
         if terms is None:
             return super().forward(*args, **kwargs)

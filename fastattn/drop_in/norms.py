@@ -27,7 +27,7 @@ from fastattn.drop_in.recognise import computes_the_same, halves_of, quiet, rand
 from fastattn.ops import layer_norm, rms_norm
 
 _EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, None)  # None: the epsilon of the accumulator
-_MOST = 2**17  # channels: what is larger is no norm
+_MOST = 2**17  # the most channels of a module that is checked
 _HALF = torch.bfloat16
 _MIXED = ((torch.float32, _HALF), (_HALF, torch.float32))
 

@@ -1,4 +1,4 @@
-"""Does a module compute what we think? The answer comes from its own code on small random numbers, never from its name.
+"""Does a module compute what we think? Running its code on small random inputs answers that; its name does not.
 
 A twin of the module, with other random weights, runs its own forward and then ours: in training and in evaluation, in
 fp32 with all gradients, and in the dtypes that the module may meet. The module itself is not called.
@@ -16,7 +16,7 @@ _FP32_SLACK, _HALF_SLACK = 64, 4  # units in the last place of the largest value
 
 @contextlib.contextmanager
 def quiet(device: torch.device):
-    """Neither the random numbers of the caller nor its modes have to do with a check."""
+    """Give a check random numbers and modes of its own, and leave those of the caller unchanged."""
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),

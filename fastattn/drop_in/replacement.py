@@ -41,7 +41,7 @@ def replace(
     names = _names(model)
     modules = {others[0]: module for module, others in names.items()}
     found: dict[str, Change | str] = torch_nn.find(modules, classes)
-    for kind in kinds:  # a kind that can take over a module has the last word
+    for kind in kinds:  # a kind that can replace a module overrides the reasons of the others
         for name, result in KINDS[kind](modules).items():
             if not isinstance(found.get(name), Change):
                 found[name] = result

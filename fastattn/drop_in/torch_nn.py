@@ -1,4 +1,4 @@
-"""The modules of torch.nn itself: each class of fastattn.nn is a subclass of its namesake, so the class is all."""
+"""The modules of torch.nn itself: fastattn.nn has a subclass of each, so only the class changes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Blocks as the one call per layer takes them that generation uses, with their own weights or converted ones."""
+"""Reads the blocks of a model as values of `Layer`, with their own weights or converted ones, for generation."""
 
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear

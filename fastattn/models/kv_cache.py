@@ -16,7 +16,7 @@ from fastattn.ops._gemm import few_rows
 from .block import compose, merge_heads, project
 from .decoding import convert_head, convert_layers, read_layers
 
-_AT_ONCE = 64  # new tokens that converted weights are read for at a time
+_AT_ONCE = 64  # the most new tokens in a call with converted weights
 
 
 class KeyValueCache:

@@ -22,7 +22,7 @@ def _apply(op, module, x, *affine):
             f"Given normalized_shape={list(dims)}, expected input with shape [*, {', '.join(map(str, dims))}],"
             f" but got input of size {list(x.shape)}"
         )
-    if len(dims) == 1:  # not the tuple that torch.nn sets
+    if len(dims) == 1:  # normalized_shape was set to a list
         return op(x, *affine, module.eps)
     if not dims:
         raise ArgumentValueError(

@@ -49,7 +49,7 @@ class Counts:
         return {**names, "documents_without_tokens": self.empty, "padding": self.padding}
 
     def text(self):
-        """The losses in words, "" if there are none."""
+        """What was lost, in words; "" if nothing was."""
         total = max(1, self.tokens)
         parts = [f"{self.unknown / total:.1%} of the tokens unknown"] if self.unknown else []
         if self.cut:

@@ -126,7 +126,7 @@ def conclude(trainer, stopped):
 
 
 def sample(trainer):
-    """A text of the best model, or "": a sample that fails costs no trained run its exit code."""
+    """A text of the best model, or "": a sample that fails does not change the exit code of a run."""
     try:
         model, _, _ = load_run(trainer.run, trainer.config, accelerator=trainer.config.accelerator)
         return trainer.task.sample(model)

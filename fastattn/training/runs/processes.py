@@ -28,7 +28,8 @@ def needs_processes(config):
 def run_processes(config, command):
     """Run a command once per device of this machine, and wait for all of them.
 
-    A signal is passed on; who has not ended GRACE seconds later, or SETTLE seconds after the first failure, is killed.
+    A signal is passed on; a process is killed if it has not ended GRACE seconds later, or
+    SETTLE seconds after the first failure.
 
     Args:
         config: TrainConfig.
@@ -90,7 +91,7 @@ def _wait(processes):
 
     def pass_on(number, _frame):
         nonlocal deadline
-        send(signal.SIGKILL if deadline else number)  # the second time there is no waiting
+        send(signal.SIGKILL if deadline else number)  # a second signal kills at once
         deadline = deadline or time.monotonic() + GRACE
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -39,7 +39,7 @@ class Translation(DocumentTask):
 
     def _example(self, source, target):
         target_framed = self.frame(target)
-        if len(target) > self.longest:  # a target that goes on has no end to learn
+        if len(target) > self.longest:  # a target that was cut does not end here
             target_framed[-1] = target[self.longest]
         return self.frame(source)[1:], target_framed
 
