@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-_is_any_enabled = torch._C._is_any_autocast_enabled  # a third of the cost of the check per device
+is_autocast_enabled = torch._C._is_any_autocast_enabled
+"""Whether autocast is enabled for any device: a third of the cost of the check per device."""
 
 
 def autocast_dtype(x):
     """The dtype that autocast uses for products on the device of x, or None if autocast is not enabled."""
-    if not _is_any_enabled() or x.is_meta:
+    if not is_autocast_enabled() or x.is_meta:
         return None
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -25,7 +26,7 @@ def autocast_dtype(x):
 
 def as_autocast(*tensors):
     """The operands of one product (tensors or None), cast to autocast's dtype if it is enabled; fp64 stays."""
-    if not _is_any_enabled():
+    if not is_autocast_enabled():
         return tensors
     dtype = autocast_dtype(tensors[0])
     if dtype is None:
@@ -45,7 +46,7 @@ def shielded(product):
 
     @functools.wraps(product)
     def function(first, *rest):
-        if _is_any_enabled() and autocast_dtype(first) not in (None, first.dtype):
+        if is_autocast_enabled() and autocast_dtype(first) not in (None, first.dtype):
             with torch.autocast(first.device.type, enabled=False):
                 return product(first, *rest)
         return product(first, *rest)

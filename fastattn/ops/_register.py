@@ -31,6 +31,8 @@ TRACED = frozenset(_traced.values())
 # every call of an op calls them
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 _transforms = torch._C._are_functorch_transforms_active
+_n_dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def _ask_fx():
@@ -179,6 +181,24 @@ def python_kernel(name, backend, *tensors):
         if type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
             return None
     return _python_kernels.get((name, backend, "cpu" if tensors[0].is_cpu else tensors[0].device.type))
+
+
+def checks_operands(runs, *tensors):
+    """Whether the kernel itself will refuse operands of wrong shapes, devices or dtypes: a C++ kernel on the CPU.
+
+    Then the op may leave out its own checks, which take a microsecond, and explain a refusal afterwards. Fake kernels
+    check nothing, so a compiler, a dispatch mode or a tensor subclass gets the checks of the op.
+
+    Args:
+        runs: the backend that runs.
+        tensors: all operands, or None.
+    """
+    if runs != "native" or _is_compiling() or _n_dispatch_modes():
+        return False
+    for t in tensors:  # noqa: SIM110  all() takes twice as long
+        if t is not None and (type(t) not in _PLAIN_TYPES or not t.is_cpu):
+            return False
+    return True
 
 
 def needs_reference():

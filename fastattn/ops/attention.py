@@ -13,6 +13,7 @@ The raw ops take (batch, heads, seqlen, head_dim) views of any strides. Packed s
 cu_seqlens; i, j, off and the Philox slab then count per sequence. Causal means window_right = 0.
 """
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -22,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from typing_extensions import Unpack
 
 from fastattn import reference
+from fastattn._autocast import is_autocast_enabled
 from fastattn.ops._attention_call import N_TENSORS, AttentionCall, Facts, attention_call, is_plain
 from fastattn.ops._backends import choose, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
@@ -34,6 +36,7 @@ from fastattn.ops._random import draw_rng
 from fastattn.ops._register import (
     TRACED,
     apply,
+    checks_operands,
     differentiate,
     python_kernel,
     raw_ops,
@@ -204,6 +207,8 @@ register_autograd("attention_fwd", _apply, _reference_of_op)
 register_reference("attention_infer", _reference_of_infer)
 
 
+_PLAIN = tuple(Facts("cpu", torch.float32))[2:]
+
 _ATTENTION = Public(
     "attention",
     tensors="q k v mask bias seqlens_k cu_seqlens_q cu_seqlens_k alibi_slopes sink",
@@ -295,6 +300,14 @@ def attention(
         >>> fastattn.attention(q, k, k, causal=True).shape
         torch.Size([2, 8, 100, 64])
     """
+    is_plain_call = (
+        mask is bias is window is seqlens_k is cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None
+        and alibi_slopes is sink is backend is None
+    )
+    if is_plain_call and softcap == dropout_p == 0.0 and not return_lse:
+        out = _infer_at_once(q, k, v, causal, scale)
+        if out is not None:
+            return out
     facts, call = attention_call(
         "attention", q, k, v, mask, bias, causal, window, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, alibi_slopes, softcap, sink, dropout_p, scale,
@@ -303,6 +316,31 @@ def attention(
     if cu_seqlens_q is not None:
         out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
+
+
+def _infer_at_once(q, k, v, causal, scale):
+    """The output of a call with no other arguments and no gradients, on the CPU; None if it needs the general way.
+
+    The general way checks and sorts twenty arguments, which takes longer than the attention of a few tokens. Here the
+    kernel checks q, k and v, and if it refuses, the general way explains why.
+    """
+    if not checks_operands("native", q, k, v) or is_autocast_enabled() or grad_wanted(q, k, v):
+        return None
+    runs = traced_backend(choose("attention", ("cpu", q.dtype, *_PLAIN)))
+    if (
+        runs != "native"
+        or (causal is not True and causal is not False)
+        or (scale is not None and type(scale) is not float)
+    ):
+        return None
+    try:
+        if scale is None:
+            scale = q.shape[3] ** -0.5
+        elif not math.isfinite(scale):
+            return None
+        return _ops["infer"].direct[runs](q, k, v, 0 if causal else -1, False, scale)
+    except (IndexError, RuntimeError, ZeroDivisionError):
+        return None
 
 
 @_ATTENTION.answering

@@ -109,6 +109,10 @@ def _implementation(backend):
 
 
 def _check_range(target, vocab, ignore_index):
+    if target.numel():
+        low, high = target.aminmax()
+        if low.item() >= 0 and high.item() < vocab:  # the usual case, in a tenth of the time
+            return
     bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]
     if bad.numel():
         raise IndexError(

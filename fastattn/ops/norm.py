@@ -26,6 +26,7 @@ from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
     TRACED,
     apply,
+    checks_operands,
     differentiate,
     raw_ops,
     register_autograd,
@@ -64,6 +65,7 @@ def _norm_bwd_fake(
 register_fake("norm_infer", _norm_infer_fake)
 register_fake("norm_fwd", _norm_fwd_fake)
 register_fake("norm_bwd", _norm_bwd_fake)
+_EPSILON = {dtype: torch.finfo(reference.accumulator(dtype)).eps for dtype in FLOAT_DTYPES}
 _infer, _fwd, _bwd = (raw_ops(op) for op in ("norm_infer", "norm_fwd", "norm_bwd"))
 
 
@@ -236,32 +238,40 @@ def _facts(x, residual, weight, bias, x_bias):
 
 
 def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend, rng=None):
-    _check(name, x, weight, bias, x_bias, residual)
-    if type(eps) is not float:
-        eps = as_number(name, "eps", eps, torch.finfo(reference.accumulator(x.dtype)).eps)
+    if dropout_p or backend is not None:  # before a mask is drawn; `explain` passes a backend, and stops in choose
+        _check(name, x, weight, bias, x_bias, residual)
     dropout_p = check_dropout_p(name, dropout_p) if dropout_p else 0.0
-    x = as_autocast_norm(x)
-    if backend is not None:  # `explain` passes one, and stops in choose
+    if not x.is_cpu:
+        x = as_autocast_norm(x)
+    if backend is not None:
         _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
-    runs = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
+    backend = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
+    runs = traced_backend(backend)
+    if not checks_operands(runs, x, weight, bias, x_bias, residual):
+        _check(name, x, weight, bias, x_bias, residual)
+    if type(eps) is not float:
+        eps = as_number(name, "eps", eps, _EPSILON[x.dtype])
     if type(x) is not torch.Tensor and is_dtensor(x):
-        return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, runs)
+        return _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend)
     if dropout_p and rng is None:
         rng = draw_rng(x)
     plain = residual is None and rng is None and x_bias is None
-    runs = traced_backend(runs)
-    if runs == "reference":
-        _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
-        y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
-    elif runs in TRACED:
-        y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
-    elif grad_wanted(x, residual, weight, bias, x_bias):
-        y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
-    elif return_residual and not plain:
-        y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
-    else:
-        infer = _infer if is_dynamo_compiling() else _infer.direct
-        y = infer[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
+    try:
+        if runs == "reference":
+            _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+            y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
+        elif runs in TRACED:
+            y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
+        elif grad_wanted(x, residual, weight, bias, x_bias):
+            y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
+        elif return_residual and not plain:
+            y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
+        else:
+            infer = _infer if is_dynamo_compiling() else _infer.direct
+            y = infer[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
+    except RuntimeError:
+        _check(name, x, weight, bias, x_bias, residual)  # says what the kernel refused
+        raise
     if return_residual:
         return y, x if plain else r
     return y
@@ -290,6 +300,7 @@ def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, 
 
 
 _TENSORS = "x weight bias x_bias residual"
+
 _LAYER_NORM, _RMS_NORM = (
     Public(name, tensors=_TENSORS, numbers="eps dropout_p", flags="return_residual", nested=on_rows("x", "residual"))
     for name in ("layer_norm", "rms_norm")

@@ -414,3 +414,46 @@ def test_errors_of_the_drop_in_functions_are_runtime_errors():
     for message, call in calls.items():
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+def wrong_operands():
+    """Calls whose operands a C++ kernel refuses by itself: (op, arguments, keywords)."""
+    meta = torch.empty(8, device="meta")
+    grad = X.clone().requires_grad_()
+    for x in (X, grad):
+        yield from [
+            ("layer_norm", (x, B[:7]), {}),
+            ("layer_norm", (x, B, B[:1]), {}),
+            ("layer_norm", (x, meta, B), {}),
+            ("layer_norm", (x, B, B), {"residual": X[:2]}),
+            ("layer_norm", (x, B, B), {"x_bias": torch.randn(3, 8)}),
+            ("layer_norm", (x, B, B), {"residual": X.to("meta")}),
+            ("layer_norm", (x, B.long(), B), {}),
+            ("rms_norm", (x, B[None]), {}),
+            ("rms_norm", (x, B, torch.ones(2)), {}),
+        ]
+    yield from [
+        ("layer_norm", (torch.tensor(1.0),), {}),
+        ("rms_norm", (X.long(),), {}),
+        ("attention", (Q, Q[:1], Q[:1]), {}),
+        ("attention", (Q, Q, Q[:, :, :3]), {}),
+        ("attention", (Q, Q[:, :3], Q[:, :3]), {"causal": True}),
+        ("attention", (Q, Q[..., :4], Q), {}),
+        ("attention", (Q, Q.double(), Q), {}),
+        ("attention", (Q[0], Q[0], Q[0]), {}),
+        ("attention", (Q, Q.to("meta"), Q), {}),
+        ("attention", (Q, Q, Q), {"scale": float("nan")}),
+        ("attention", (Q.long(), Q.long(), Q.long()), {}),
+    ]
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), list(wrong_operands()))
+def test_a_refusal_by_a_kernel_is_explained_as_the_op_would(op, args, kwargs):
+    def error(**more):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            getattr(fastattn, op)(*args, **kwargs, **more)
+        return raised.value
+
+    ours, checked_first = error(), error(backend="reference")
+    assert str(ours).startswith(f"{op}: ")
+    assert (type(ours), str(ours)) == (type(checked_first), str(checked_first))
