@@ -102,7 +102,7 @@ def is_readable(t):
     """Whether the values of a tensor can be read at once: it is on the CPU and has values, and no tracer is active."""
     return (
         t.is_cpu
-        and (type(t) in (torch.Tensor, torch.nn.Parameter) or is_dtensor(t))
+        and (type(t) is torch.Tensor or type(t) is torch.nn.Parameter or is_dtensor(t))
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()

@@ -108,26 +108,25 @@ register_backend(_NAME, "triton", why_not_triton, facts=Facts)
 
 def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     """Raise unless the tensors match each other; return how many keys the cache can hold per sequence."""
-    for label, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if t.dim() != 4:
-            raise ValueError(f"{_NAME}: {label} must have 4 dimensions, got shape {tuple(t.shape)}")
-    if q.dtype not in FLOAT_DTYPES:
+    shape_q, shape_k, shape_v, dtype, device = q.shape, k_cache.shape, v_cache.shape, q.dtype, q.device
+    if not len(shape_q) == len(shape_k) == len(shape_v) == 4:
+        shapes = {"q": shape_q, "k_cache": shape_k, "v_cache": shape_v}
+        label = next(label for label, shape in shapes.items() if len(shape) != 4)
+        raise ValueError(f"{_NAME}: {label} must have 4 dimensions, got shape {tuple(shapes[label])}")
+    if dtype not in FLOAT_DTYPES:
         check_float(_NAME, "q", q)
-    if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
-        raise TypeError(
-            f"{_NAME}: q and the caches must have one dtype, got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
-        )
-    if k_cache.device != q.device or v_cache.device != q.device:
+    if not dtype == k_cache.dtype == v_cache.dtype:
+        raise TypeError(f"{_NAME}: q and the caches must have one dtype, got {dtype}, {k_cache.dtype}, {v_cache.dtype}")
+    if not device == k_cache.device == v_cache.device:
         raise ValueError(
-            f"{_NAME}: q and the caches must be on one device, got {q.device}, {k_cache.device}, {v_cache.device}"
+            f"{_NAME}: q and the caches must be on one device, got {device}, {k_cache.device}, {v_cache.device}"
         )
-    batch, n_heads, _, head_dim = q.shape
-    cache_batch, n_kv_heads, capacity, head_dim_k = k_cache.shape
-    head_dim_v = v_cache.shape[3]
-    if v_cache.shape[:3] != k_cache.shape[:3]:
+    batch, n_heads, _, head_dim = shape_q
+    cache_batch, n_kv_heads, capacity, head_dim_k = shape_k
+    batch_v, heads_v, capacity_v, head_dim_v = shape_v
+    if batch_v != cache_batch or heads_v != n_kv_heads or capacity_v != capacity:
         raise ValueError(
-            f"{_NAME}: the caches must agree in all but the last dimension, got {tuple(k_cache.shape)} and"
-            f" {tuple(v_cache.shape)}"
+            f"{_NAME}: the caches must agree in all but the last dimension, got {tuple(shape_k)} and {tuple(shape_v)}"
         )
     if head_dim != head_dim_k:
         raise ValueError(f"{_NAME}: q and k_cache must have one head_dim, got {head_dim} and {head_dim_k}")
@@ -138,10 +137,14 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     for label, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         if t.stride(3) != 1 and t.shape[3] > 1:
             raise ValueError(f"{_NAME}: {label} must have last stride 1, got {t.stride(3)}")
-        if k is not None and is_expanded(t) and t.numel():
-            raise ValueError(f"{_NAME}: {label} must not be expanded if k and v are appended, got strides {t.stride()}")
-    if k is not None and k_cache is v_cache:
-        raise ValueError(f"{_NAME}: k_cache and v_cache must not be one tensor if k and v are appended")
+    if k is not None:
+        for label, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if is_expanded(t) and t.numel():
+                raise ValueError(
+                    f"{_NAME}: {label} must not be expanded if k and v are appended, got strides {t.stride()}"
+                )
+        if k_cache is v_cache:
+            raise ValueError(f"{_NAME}: k_cache and v_cache must not be one tensor if k and v are appended")
     if block_table is not None:
         if cache_batch_idx is not None:
             raise ValueError(
