@@ -3,9 +3,11 @@
 - For a launch, the interpreter replaces the functions of triton.language by its own, and puts the old ones back at the
   end. At every call of one jitted function by another, it searches for them again, where all are replaced already.
 - It builds a table of all dtypes whenever it looks one up.
+- It computes in 64 bits whether a sum of integers overflows, for an assertion that it makes only in debug mode.
 - Every intermediate result computes what follows from its shape anew.
 """
 
+import dataclasses
 import functools
 import inspect
 
@@ -23,6 +25,9 @@ def speed_up():
         interpreter._patch_lang = _patch_once_per_launch(interpreter)
         interpreter._get_np_dtype = _remember_dtypes(interpreter._get_np_dtype)
         _remember_shapes(interpreter.tl.core)
+        options = interpreter.interpreter_builder.options
+        if not options.debug:
+            interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
 def _patch_once_per_launch(interpreter):
