@@ -252,13 +252,13 @@ def write_cpu_library(ninja, torch_flags):
 def write_cuda_library(ninja, torch_flags, cuda, archs):
     """_cuda.so: torch-free .cu files and C++ host wrappers, with the CUDA runtime linked statically."""
     has = " ".join(f"-DFASTATTN_HAS{suffix.upper()}" for suffix, arch in ARCH_OF_SUFFIX.items() if arch in archs)
-    objects = [
-        ninja.compile("cxx", source, f"{torch_flags} {has}") for source in sorted((ROOT / "csrc/cuda").glob("*.cpp"))
-    ]
+    objects = []
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         flags = arch_flags(source.stem, archs)
         if flags:
             objects.append(ninja.compile("nvcc", source, f"{include(ROOT / 'csrc', system=False)} {flags}"))
+    wrappers = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
+    objects += [ninja.compile("cxx", source, f"{torch_flags} {has}") for source in wrappers]
     folders = " ".join(f"-L{shlex.quote(str(cuda / name))}" for name in ("lib64", "lib"))
     libraries = ["libtorch_cpu.so", ninja.stub("libtorch_cuda.so"), SCHEMAS]
     ninja.library("_cuda.so", objects, libraries, f"{folders} -lcudart_static -lrt -lpthread -ldl")
@@ -272,11 +272,11 @@ def write_introspection_module(ninja, name, pybind11, build_dir, info):
     ninja.add(name, "link", [ninja.compile("cxx", ROOT / "csrc/introspection.cpp", flags)], flags="-s")
 
 
-def run_ninja(build_dir, target):
-    """Build one target; returns None, or the part of the output that explains the failure."""
+def run_ninja(build_dir, *targets):
+    """Build targets, each as far as possible; returns None, or the part of the output that explains the failure."""
     on_path = shutil.which("ninja")
     command = [on_path] if on_path else [sys.executable, "-m", "ninja"]
-    command += ["-C", str(build_dir), f"-j{job_count()}", target]
+    command += ["-C", str(build_dir), f"-j{job_count()}", "-k0", *targets]
     lines = []
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -367,18 +367,18 @@ class BuildNative(build_ext):
         if torch:
             torch_flags += " " + include(torch / "include")
             write_schema_library(ninja, torch_flags, build_dir)
-            write_cpu_library(ninja, torch_flags)
-        if torch and cuda:
+        if torch and cuda:  # ninja starts what is written first, and these files take longest
             write_cuda_library(ninja, torch_flags, cuda, archs)
+        if torch:
+            write_cpu_library(ninja, torch_flags)
         if pybind11:
             write_introspection_module(ninja, self.module, pybind11, build_dir, info)
         (build_dir / "build.ninja").write_text(ninja.text)
 
-        for part in self.parts:
-            if part not in skipped:
-                error = run_ninja(build_dir, part)
-                if error:
-                    skipped[part] = error
+        # all parts in one run, so that no processor waits for the last file of a part; if it fails, each part is asked
+        wanted = [part for part in self.parts if part not in skipped]
+        if wanted and run_ninja(build_dir, *wanted):
+            skipped |= {part: error for part in wanted if (error := run_ninja(build_dir, part))}
         built = [part for part in self.parts if part not in skipped]
         return {"built": built, "not_built": skipped, "schemas": DEFINITIONS} | info
 

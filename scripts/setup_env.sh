@@ -109,6 +109,24 @@ install_torch() {
   pip_install "$wanted"
 }
 
+# the requirements of fastattn and of these extras, one a line
+packages_of() {
+  "$python" - "$1" <<'END'
+import sys
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+print(*project["dependencies"], sep="\n")
+for extra in filter(None, sys.argv[1].split(",")):
+    print(*project["optional-dependencies"][extra], sep="\n")
+END
+}
+
 # whether this PyTorch can use the GPU that nvidia-smi lists
 say_what_torch_sees() {
   local line
@@ -153,9 +171,14 @@ fi
 
 say "fastattn${extras:+[$extras]}: packages it needs, and its kernels"
 pip_install "setuptools>=80" ninja "pybind11>=2.13"
+"$python" setup.py -q build_ext --inplace >"$venv/build.log" 2>&1 & # while pip is busy with the packages
+compiling=$!
 if [ "${FASTATTN_NATIVE:-auto}" = auto ] && [ -z "${CXX:-}" ] && ! command -v g++ c++ clang++ >/dev/null; then
   say "no C++ compiler: everything runs, on plain PyTorch (Debian, Ubuntu: apt-get install g++, then this script again)"
 fi
+mapfile -t packages < <(packages_of "$extras")
+pip_install "${packages[@]}"
+wait "$compiling" || true # the installation compiles what is left, and says why it cannot
 pip_install --no-build-isolation -e ".${extras:+[$extras]}"
 "$python" - <<'END'
 import json

@@ -5,10 +5,13 @@
 #
 # Without a GPU, the Triton kernels run in Triton's interpreter. The environment variables of scripts/setup_env.sh apply
 # here too. FASTATTN_REQUIRE (e.g. native,triton) names backends that must be available; the default is the compiled one
-# if it was built. With CI set, the benchmarks also run, once each and without timing.
+# if it was built. With CI set, the benchmarks also run, once each and without timing. FASTATTN_SET_UP=1: the environment
+# is ready.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scripts/setup_env.sh train,eval,words,test
+if [ -z "${FASTATTN_SET_UP:-}" ]; then
+  scripts/setup_env.sh train,eval,words,test
+fi
 pytest=("${FASTATTN_VENV:-.venv}/bin/python" -m pytest)
 status=0
 

@@ -3,6 +3,7 @@
 FASTATTN_REQUIRE=native,triton makes an absent backend a failure instead of a skip.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -14,6 +15,11 @@ if not torch.cuda.is_available():
 
 import fastattn
 from fastattn.ops._backends import BACKENDS, use_backend, why_not, why_not_available
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.speed_up()
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
