@@ -68,6 +68,11 @@ def few_rows():
     return _most_rows
 
 
+def serves_rows(rows):
+    """Whether one of our kernels computes x · weightᵀ in fp32 for that many rows of x on this processor."""
+    return _has_kernel or rows <= _most_rows
+
+
 def is_few(x, weight):
     """Whether the kernel for few rows computes x (..., k) · weightᵀ."""
     return (
