@@ -122,8 +122,8 @@ _SCHEMAS = (
         " Tensor cache_seqlens, Tensor? cos, Tensor? sin, bool interleaved, Tensor? alibi_slopes, int n_heads,"
         " bool norm_first, int activation, float eps1, float eps2) -> Tensor",
     ),
-    # an encoder layer of x (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first, float32; norms and
-    # linears as above, with float32 weights; mask, bias: as of attention_fwd; most_few_rows: up to how many tokens the
+    # an encoder layer of x (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first, float32. norms
+    # and linears as above, with float32 weights; mask, bias: as of attention_fwd; most_few_rows: up to how many tokens the
     # products are those of gemv
     (
         (".native",),
