@@ -34,4 +34,5 @@ def keep_freed_memory():
     if os.name != "posix" or why_not(os.environ) is not None:
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(number, value) == 1 for number, value in _SETTINGS])
+    results = [mallopt(number, value) for number, value in _SETTINGS]
+    return all(results)

@@ -123,8 +123,8 @@ _SCHEMAS = (
         " bool norm_first, int activation, float eps1, float eps2) -> Tensor",
     ),
     # an encoder layer of x (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first, float32. norms
-    # and linears as above, with float32 weights; mask, bias: as of attention_fwd; most_few_rows: up to how many tokens the
-    # products are those of gemv
+    # and linears as above, with float32 weights; mask, bias: as of attention_fwd; most_few_rows: up to how many tokens
+    # the products are those of gemv
     (
         (".native",),
         "layer_encode(Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, bool causal,"
