@@ -37,6 +37,16 @@ inline ScoreTensor score_tensor(const Tensor& t) {
   return {data_of(t), stride(0), stride(1), stride(2), stride(3)};
 }
 
+// A mask or bias that broadcasts to (batch, heads, seqlen_q, seqlen_k).
+inline ScoreTensor checked_scores(const Tensor& t, const std::array<int64_t, 4>& full, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
+  for (int d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(t.size(d) == full[d] || t.size(d) == 1, name, " must have size 1 or ", full[d], " in dimension ", d,
+                    ", got ", t.size(d));
+  }
+  return score_tensor(t);
+}
+
 // Owns the tensors that its args point to. `read` returns the tensor that the kernels of a device read: the tensor
 // itself or a copy. Args is AttentionArgs, or the struct that a device derives from it.
 template <typename Args, Tensor (*read)(const Tensor&)>
@@ -92,26 +102,17 @@ struct AttentionCall {
   }
 
   void set_scores() {
+    const std::array<int64_t, 4> full{args.batch, args.n_heads, args.seqlen_q, args.seqlen_k};
     if (in.mask) {
       STD_TORCH_CHECK(in.mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-      args.mask = checked_scores(*in.mask, "mask");
+      args.mask = checked_scores(*in.mask, full, "mask");
     }
     if (in.bias) {
       args.bias_dtype = dtype_of(*in.bias, "bias");
-      args.bias = checked_scores(*in.bias, "bias");
+      args.bias = checked_scores(*in.bias, full, "bias");
     }
     args.sink = vector_data<float>(in.sink, ScalarType::Float, args.n_heads, "sink");
     set_alibi(args, in.alibi_slopes);
-  }
-
-  ScoreTensor checked_scores(const Tensor& t, const char* name) const {
-    const std::array<int64_t, 4> full{args.batch, args.n_heads, args.seqlen_q, args.seqlen_k};
-    STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
-    for (int d = 0; d < 4; ++d) {
-      STD_TORCH_CHECK(t.size(d) == full[d] || t.size(d) == 1, name, " must have size 1 or ", full[d], " in dimension ",
-                      d, ", got ", t.size(d));
-    }
-    return score_tensor(t);
   }
 };
 

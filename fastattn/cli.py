@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 
+from fastattn.commands._memory import keep_freed_memory
 from fastattn.commands._parse import parse
 from fastattn.training.messages import UsageError
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "data": "count, clean, split, tokenize or vectorize documents",
     "info": "show versions, devices and backends, and why one is missing",
 }
+MODEL_COMMANDS = ("train", "finetune", "evaluate", "predict", "generate")
 
 
 def main(argv=None):
@@ -36,6 +38,8 @@ def main(argv=None):
     Returns:
         The exit code.
     """
+    if argv is None and sys.argv[1:2] and sys.argv[1] in MODEL_COMMANDS:  # the process is ours
+        keep_freed_memory()
     argv = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

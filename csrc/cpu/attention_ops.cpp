@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention_call.h"
+#include "attention_run.h"
 #include "dispatch.h"
 
 namespace {
@@ -91,6 +92,18 @@ constexpr int64_t blocks_of(int64_t n) {
   return (n + 63) / 64;
 }
 
+}  // namespace
+
+namespace fastattn {
+
+void run_attention_fwd(AttentionCpuArgs& args) {
+  run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+}
+
+}  // namespace fastattn
+
+namespace {
+
 // Computes out, and both parts of lse if there is memory for them.
 Tensor forward(Call& call, const Tensor& q_in, float* lse, float* lse_low) {
   set_longest(call);
@@ -99,7 +112,7 @@ Tensor forward(Call& call, const Tensor& q_in, float* lse, float* lse_low) {
   args.out = fastattn::heads(out, call.packed);
   args.lse = lse;
   args.lse_low = lse_low;
-  run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+  fastattn::run_attention_fwd(args);
   fill_behind(out, args.cu_seqlens_q, args.batch, 0);
   return out;
 }

@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "dispatch.h"
-#include "host.h"
+#include "gemm.h"
 
 namespace {
 
@@ -37,11 +36,6 @@ struct Matrix {
   const float* data() const { return static_cast<const float*>(fastattn::data_of(tensor)); }
 };
 
-constexpr int64_t kMostFewRows = 64;     // from there on packing b pays
-constexpr int64_t kRowsOfPackedA = 384;  // packed, they stay in the second cache beside a panel of b
-constexpr int64_t kRegisterRows = 6;
-constexpr int64_t kLeastWork = 1 << 18;  // multiplications that are worth waking a thread
-
 void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, bool add) {
   STD_TORCH_CHECK(a.cols == b.rows, "gemm: a of ", a.cols, " columns does not fit b of ", b.rows, " rows");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == b.cols && bias->scalar_type() == ScalarType::Float),
@@ -50,7 +44,6 @@ void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optiona
   if (m * n == 0) {
     return;
   }
-  std::atomic<bool> failed{false};
   GemmArgs args{};
   args.a = a.data();
   args.b = b.data();
@@ -65,27 +58,7 @@ void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optiona
   args.b_col = b.col;
   args.c_row = m <= 1 ? n : out.stride(0);
   args.add = add;
-  args.failed = &failed;
-  const auto kernel = FASTATTN_SELECT_CPU(gemm);
-  int64_t tasks, work;
-  if (m <= kMostFewRows && b.row == 1 && !add) {
-    args.way = GemmArgs::Way::kFewRows;
-    tasks = (n + fastattn::kGemmGroup - 1) / fastattn::kGemmGroup;
-    work = fastattn::kGemmGroup * m * k;
-  } else {
-    args.way = GemmArgs::Way::kBlocked;
-    const int64_t panels = (n + fastattn::kGemmPanel - 1) / fastattn::kGemmPanel;
-    const int64_t threads = torch::stable::get_num_threads();
-    int64_t blocks = a.col == 1 ? 1 : (m + kRowsOfPackedA - 1) / kRowsOfPackedA;
-    blocks = std::max(blocks, (2 * threads + panels - 1) / panels);
-    args.rows = ((m + blocks - 1) / blocks + kRegisterRows - 1) / kRegisterRows * kRegisterRows;
-    blocks = (m + args.rows - 1) / args.rows;
-    tasks = panels * blocks;
-    work = args.rows * fastattn::kGemmPanel * k;
-  }
-  torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kLeastWork / std::max<int64_t>(1, work)),
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  STD_TORCH_CHECK(!failed, "gemm: out of memory");
+  fastattn::run_gemm(args);
 }
 
 // a · b + bias, either operand transposed first

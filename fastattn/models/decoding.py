@@ -7,8 +7,8 @@ from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.encoder import TransformerEncoderLayer
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.nn.sublayers import activation_name, are_plain
-from fastattn.ops._kinds import nonplain_kind
-from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, convert_linear, present
+from fastattn.nn.whole import are_fp32_on_cpu, make_layer, read_plain, read_tensors
+from fastattn.ops.layer import convert_linear
 from fastattn.reference import ACTIVATIONS
 
 from .backbone import Head
@@ -38,30 +38,6 @@ def _why_not(block):
     return None
 
 
-def _read_tensors(block):
-    """[weight, bias, ...] of in_proj, out_proj, linear1, linear2 and gate, and the same of norm1 and norm2."""
-    m = block._modules
-    attn, norms = m["self_attn"], []
-    modules = [attn._modules["out_proj"], m["linear1"], m["linear2"]]
-    if m.get("gate") is not None:
-        modules.append(m["gate"])
-    linears = [attn._parameters["in_proj_weight"], attn._parameters.get("in_proj_bias")]
-    for module in modules:
-        linears += [module._parameters["weight"], module._parameters["bias"]]
-    for name in ("norm1", "norm2"):
-        norms += [m[name]._parameters["weight"], m[name]._parameters["bias"]]
-    return linears, norms
-
-
-def _are_fp32_on_cpu(tensors, contiguous=False):
-    if nonplain_kind(*tensors):
-        return False
-    for t in tensors:  # all() on a generator takes twice as long
-        if t is not None and (t.dtype is not torch.float32 or not t.is_cpu or (contiguous and not t.is_contiguous())):
-            return False
-    return True
-
-
 def _activation(block):
     return block.activation_name if type(block) is Block else activation_name(block.activation)
 
@@ -70,20 +46,7 @@ def read_layer(block):
     """The block as a `Layer` with its own tensors, or None where its children must be called."""
     if _why_not(block) is not None:
         return None
-    activation, (linears, norms) = _activation(block), _read_tensors(block)
-    if activation is None or not _are_fp32_on_cpu(linears, True) or not _are_fp32_on_cpu(norms, True):
-        return None
-    unscaled = []
-    for i in range(0, len(linears), 2):
-        unscaled += [linears[i], ABSENT, present(linears[i + 1])]
-    return _make_layer(block, activation, norms, unscaled)
-
-
-def _make_layer(block, activation, norms, linears):
-    m = block._modules
-    eps = m["norm1"].eps, m["norm2"].eps
-    n_heads = m["self_attn"].num_heads
-    return Layer([present(t) for t in norms], linears, n_heads, block.norm_first, ACTIVATION_NUMBERS[activation], *eps)
+    return read_plain(block, _activation(block), read_tensors(block))
 
 
 def read_layers(blocks):
@@ -101,16 +64,16 @@ def convert_layer(block, weights):
     """(copy of a block with converted weights, None), or (None, why that cannot be)."""
     if (why_not := _why_not(block)) is not None:
         return None, why_not
-    activation, (linears, norms) = _activation(block), _read_tensors(block)
+    activation, (linears, norms) = _activation(block), read_tensors(block)
     if activation is None:
         return None, "its activation is not one of ours"
-    if not _are_fp32_on_cpu(linears + norms):
+    if not are_fp32_on_cpu(linears + norms):
         return None, "a parameter is not a plain fp32 tensor on the CPU"
     converted = []
     for i in range(0, len(linears), 2):
         converted += convert_linear(linears[i], linears[i + 1], weights)
     norms = [None if t is None else t.detach().clone(memory_format=torch.contiguous_format) for t in norms]
-    return _make_layer(block, activation, norms, converted), None
+    return make_layer(block, activation, norms, converted), None
 
 
 def convert_layers(blocks, weights):
@@ -130,7 +93,7 @@ def convert_head(model, weights):
     if type(head) is not Head or head.dense is not None or must_call_children() or not is_plain(head, Head):
         raise ValueError(f"weights must be None for this model, got {weights!r}: its output layer is not a plain one")
     weight = model.token_embedding.weight if head.weight is None else head.weight
-    if not _are_fp32_on_cpu([weight, head.bias]):
+    if not are_fp32_on_cpu([weight, head.bias]):
         raise ValueError(
             f"weights must be None for this model, got {weights!r}: its output layer is not fp32 on the CPU"
         )

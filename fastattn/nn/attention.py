@@ -25,7 +25,7 @@ from fastattn.ops.attention import attention_with_rng, sharded_call
 from fastattn.ops.linear import linear
 
 
-def _check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
+def check_dims(query, key, value, key_padding_mask, attn_mask, n_heads):
     """Return whether the inputs are batched; raise AssertionError if their numbers of dimensions do not agree."""
     dims = query.dim()
     if dims not in (2, 3):
@@ -203,7 +203,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """The input of out_proj, and the weights or None; the arguments are those of `forward`."""
         check_mask_dtype(key_padding_mask, "key_padding_mask")
         check_mask_dtype(attn_mask, "attn_mask")
-        batched = _check_dims(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        batched = check_dims(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
         if is_causal:

@@ -4,7 +4,8 @@
     pre-norm:  x = x + dropout1(SA(norm1(x)));  x = x + dropout2(FF(norm2(x)))
 
 The fused layer runs dropout, residual add and norm as one op, and FF as another. It does so while every child is the
-plain module that torch.nn creates. Otherwise, or if a subclass overrides a block, it calls the children.
+plain module that torch.nn creates. Otherwise, or if a subclass overrides a block, it calls the children. In fp32 on a
+CPU and without gradients the whole layer is one call (whole.py).
 """
 
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from fastattn.nn.sublayers import (
     fit_fused_ops,
     sequence_length,
 )
+from fastattn.nn.whole import encode
 from fastattn.ops import dropout, layer_norm
 from fastattn.ops._nested import Rows
 from fastattn.ops._public import Public
@@ -118,7 +120,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return self._composed(src, src_mask, src_key_padding_mask, is_causal)
         if nested:
             return self._nested(src, src_mask, src_key_padding_mask, is_causal)
-
+        if (whole := encode(self, src, src_mask, src_key_padding_mask, is_causal)) is not None:
+            return whole
         return self._fused(src, lambda x: attend(m["self_attn"], x, x, src_mask, src_key_padding_mask, is_causal))
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, is_causal: bool = False) -> Tensor:

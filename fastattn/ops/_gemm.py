@@ -3,7 +3,8 @@
 For fp32 torch calls MKL, which uses only its AVX2 path on AMD processors, at 43 % of their peak. From 16 rows on, our
 kernel is 1.5 to 2.5 times as fast as MKL and 0.93 to 1.8 times as fast as oneDNN (benchmarks/test_gemm.py). It reads
 operands of any strides; oneDNN takes 2000 times as long if the second operand has gaps. It needs no setup for a new
-shape, which costs oneDNN 0.7 ms. Without AVX-512, MKL is as fast. Products dy · weight of one row stay with MKL,
+shape, which costs oneDNN 0.7 ms. Without AVX-512, MKL is as fast. Where MKL takes its AVX-512 path, it is faster than
+ours for part of the shapes: `_products_table.py` says which. Products dy · weight of one row stay with MKL,
 which is twice as fast there, because our kernel would pack the whole matrix.
 
 x · weightᵀ with few rows has a kernel of its own, which reads the weight as it lies, also in 16 or 8 bits (layer.py).
@@ -13,11 +14,16 @@ On a processor without half-precision instructions, torch's loops take 2 to 120 
 its conversions; dy · weight is the slowest. Large products are therefore computed in fp32 and rounded once.
 """
 
+import ctypes
+import functools
+import os
+
 import torch
 import torch.nn.functional as F
 
 from fastattn._autocast import shielded
 from fastattn.ops._few_rows_table import MOST_ROWS
+from fastattn.ops._products_table import OURS_UP_TO
 from fastattn.ops._register import register_fake, traced_backend
 
 
@@ -52,20 +58,48 @@ def _is_large(a, b, size):
     return a.is_cpu and a.numel() * b.numel() >= _LARGE * max(size, 1)
 
 
+_MKL_AVX512 = (12, 14)  # of its code branches (MKL_CBWR_...): AVX512 and AVX512_E1
+_ANY = 2**40  # rows: more than there can be
+
+
+@functools.cache
+def _mkl_uses_avx512():
+    """Whether MKL takes its AVX-512 path on this processor; False where torch has no MKL that can tell."""
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    if not torch.backends.mkl.is_available() or not os.path.exists(library):
+        return False
+    branch = getattr(ctypes.CDLL(library), "mkl_serv_cbwr_get_auto_branch", None)
+    return branch is not None and branch() in _MKL_AVX512
+
+
+def products_key(capability):
+    """The key of `OURS_UP_TO` for an instruction set of our kernels on this processor."""
+    return f"{capability}, MKL avx512" if _mkl_uses_avx512() else str(capability)
+
+
 _has_kernel = False
+_up_to = dict.fromkeys(("y", "dx", "dw", "any"), _ANY)  # product → rows of x up to which ours is used
 _most_rows = 0  # of x, up to which `few_rows` serves x · weightᵀ in fp32
 
 
 def use_kernel(capability):
     """Set the instruction set of the CPU kernels, one of CPU_CAPABILITIES, or None if there are no CPU kernels."""
-    global _has_kernel, _most_rows
+    global _has_kernel, _most_rows, _up_to
     _has_kernel = capability in ("avx512", "avx512bf16")
+    if _has_kernel:
+        found = OURS_UP_TO.get(products_key(capability), {"y": _ANY, "dx": _ANY, "dw": _ANY})
+        _up_to = found | {"any": max(found.values())}
     _most_rows = MOST_ROWS.get(capability, 0)
 
 
 def few_rows():
     """Up to how many rows the kernel for few rows serves products with an fp32 weight on this processor."""
     return _most_rows
+
+
+def serves_rows(rows):
+    """Whether one of our kernels computes x · weightᵀ in fp32 for that many rows of x on this processor."""
+    return _has_kernel or rows <= _most_rows
 
 
 def is_few(x, weight):
@@ -80,12 +114,14 @@ def is_few(x, weight):
     )
 
 
-def is_ours(a, b):
-    """Whether our kernel computes the product of two matrices.
+def is_ours(product, rows, a, b):
+    """Whether our kernel computes a product of two matrices for that many rows of x; product: y, dx, dw or any of them.
 
     Tensor subclasses, functorch transforms and tracers that record a portable graph get PyTorch's product.
     """
-    return _has_kernel and _fits(a, b)
+    most = _up_to[product]
+    # the comparison with a symbolic number would be a guard of torch.compile
+    return _has_kernel and (most == _ANY or rows <= most) and _fits(a, b)
 
 
 def _fits(a, b):
@@ -112,7 +148,7 @@ def linear(x, weight, bias=None):
     """x (rows, k) · weightᵀ (k, n) + bias."""
     if is_few(x, weight) and (bias is None or bias.dtype == x.dtype):
         return _few_rows(x, weight, None, None if bias is None else bias.contiguous())
-    if is_ours(x, weight) and (bias is None or bias.dtype == x.dtype):
+    if is_ours("y", x.shape[0], x, weight) and (bias is None or bias.dtype == x.dtype):
         return _product(x, weight, bias, False, True)
     if _use_fp32(x, weight, x.shape[1]):
         return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
@@ -122,7 +158,7 @@ def linear(x, weight, bias=None):
 @shielded
 def input_grad(dy, weight):
     """dx = dy (rows, n) · weight (n, k)."""
-    if dy.shape[0] != 1 and is_ours(dy, weight):
+    if dy.shape[0] != 1 and is_ours("dx", dy.shape[0], dy, weight):
         return _product(dy, weight, None, False, False)
     if _use_fp32(dy, weight, dy.shape[1]):
         return input_grad(dy.float(), weight.float()).to(dy.dtype)
@@ -132,7 +168,7 @@ def input_grad(dy, weight):
 @shielded
 def weight_grad(dy, x):
     """dweight = dyᵀ (n, rows) · x (rows, k)."""
-    if is_ours(dy, x):
+    if is_ours("dw", dy.shape[0], dy, x):
         return _product(dy, x, None, True, False)
     if _use_fp32(dy, x, dy.shape[0]):
         return weight_grad(dy.float(), x.float()).to(dy.dtype)
@@ -142,7 +178,7 @@ def weight_grad(dy, x):
 @shielded
 def add_weight_grad(total, dy, x):
     """total (n, k), fp32, += dyᵀ (n, rows) · x (rows, k), of any dtype."""
-    if is_ours(dy, x) and type(total) is torch.Tensor:
+    if is_ours("dw", dy.shape[0], dy, x) and type(total) is torch.Tensor:
         _add_product(total, dy, x, True, False)
     elif dy.dtype == total.dtype:
         total.addmm_(dy.t(), x)

@@ -122,6 +122,15 @@ _SCHEMAS = (
         " Tensor cache_seqlens, Tensor? cos, Tensor? sin, bool interleaved, Tensor? alibi_slopes, int n_heads,"
         " bool norm_first, int activation, float eps1, float eps2) -> Tensor",
     ),
+    # an encoder layer of x (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first, float32. norms
+    # and linears as above, with float32 weights; mask, bias: as of attention_fwd; most_few_rows: up to how many tokens
+    # the products are those of gemv
+    (
+        (".native",),
+        "layer_encode(Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, bool causal,"
+        " bool batch_first, int most_few_rows, int n_heads, bool norm_first, int activation, float eps1, float eps2)"
+        " -> Tensor",
+    ),
     # mask (size, size), bool (True = ignore) or float. Returns whether row i sees exactly columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),
     # properties of the CPU library, for tests and `fastattn info`

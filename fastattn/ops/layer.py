@@ -1,4 +1,4 @@
-"""A whole transformer layer of new tokens on a cache of keys and values, in one call: for CPUs, without gradients.
+"""A whole transformer layer in one call, of new tokens on a cache or of an encoder: for CPUs, without gradients.
 
 pre-norm   r = x + out_proj(attention(in_proj(norm1(x)))),  y = r + linear2(hidden(norm2(r)))
 post-norm  r = norm1(x + out_proj(attention(in_proj(x)))),  y = norm2(r + linear2(hidden(r)))
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn._autocast import autocast_dtype
+from fastattn.ops import _gemm
 from fastattn.ops._backends import choose
 from fastattn.ops._register import register_fake, traced_backend
 from fastattn.ops.feed_forward import ACTIVATIONS
@@ -110,6 +111,21 @@ _gemv = torch.ops.fastattn.gemv.native._op
 
 def serves(x: Tensor, head_dim: int) -> bool:
     """Whether `decode_layer` computes a layer of tokens x: fp32 on the CPU, with no gradient, cast or trace."""
+    return _is_plain_fp32(x) and choose("attention_decode", ("cpu", x.dtype, head_dim > 256)) == "native"
+
+
+def serves_encoder(x: Tensor) -> bool:
+    """Whether `encode_layer` may compute a layer of tokens x: as `serves`, and no mode watches the ops."""
+    return (
+        _is_plain_fp32(x)
+        and x.layout is torch.strided
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and choose("feed_forward", ("cpu", x.dtype, None)) == "native"
+    )
+
+
+def _is_plain_fp32(x):
     return (
         x.is_cpu
         and x.dtype == torch.float32
@@ -118,7 +134,6 @@ def serves(x: Tensor, head_dim: int) -> bool:
         and not torch.compiler.is_compiling()
         and autocast_dtype(x) is None
         and traced_backend("native") == "native"
-        and choose("attention_decode", ("cpu", x.dtype, head_dim > 256)) == "native"
     )
 
 
@@ -138,5 +153,25 @@ def decode_layer(x: Tensor, layer: Layer, cache: Cache, positions: Positions) ->
     return _layer(x, norms, linears, *cache, *positions, *options)
 
 
+def encode_layer(
+    x: Tensor, layer: Layer, mask: Tensor | None, bias: Tensor | None, causal: bool, batch_first: bool
+) -> Tensor:
+    """An encoder layer of x.
+
+    Args:
+        x: (batch, seqlen, d_model) fp32, or (seqlen, batch, d_model) without batch_first; `serves_encoder` is true.
+        layer: its weights, fp32, and options.
+        mask, bias: what the op `attention` takes, or None; both broadcast to (batch, n_heads, seqlen, seqlen).
+        causal: position i sees positions 0 to i.
+    Returns: like x.
+    Raises:
+        RuntimeError: shapes or dtypes do not fit.
+    """
+    norms, linears, *options = layer
+    return _encode(x, norms, linears, mask, bias, causal, batch_first, _gemm.few_rows(), *options)
+
+
+register_fake("layer_encode", lambda x, *_: x.new_empty(x.shape))
 register_fake("layer_decode", lambda x, *_: x.new_empty(x.shape))
+_encode = torch.ops.fastattn.layer_encode.native._op
 _layer = torch.ops.fastattn.layer_decode.native._op

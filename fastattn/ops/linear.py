@@ -42,8 +42,9 @@ def linear(x, weight, bias=None):
     Raises:
         RuntimeError: as torch.nn.functional.linear.
     """
+    rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
     if (
-        not (_gemm.is_ours(x, weight) or _gemm.is_few(x, weight))
+        not (_gemm.is_ours("any", rows, x, weight) or _gemm.is_few(x, weight))
         or not x.layout is weight.layout is torch.strided
         or _autocast.autocast_dtype(x) is not None
     ):

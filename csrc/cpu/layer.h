@@ -1,0 +1,205 @@
+#pragma once
+// The frame of a transformer layer in one call: the order of its kernels and the buffers between them.
+//
+//   pre-norm   r = x + out_proj(attention(in_proj(norm1(x)))),  y = r + linear2(hidden(norm2(r)))
+//   post-norm  r = norm1(x + out_proj(attention(in_proj(x)))),  y = norm2(r + linear2(hidden(r)))
+//   hidden(h) = activation(linear1(h)), or gated activation(gate(h)) * linear1(h)
+//
+// All arithmetic is in the kernels of the other files. A derived class makes the products and the attention.
+#include <atomic>
+#include <cstdlib>
+#include <vector>
+
+#include "decode_run.h"
+#include "gemv.h"
+
+namespace fastattn {
+
+struct LayerOptions {
+  int64_t n_heads;
+  bool norm_first;
+  int64_t activation;
+  double eps[2];
+};
+
+inline OptionalTensor present(const Tensor& t) {
+  return t.numel() == 0 ? OptionalTensor() : OptionalTensor(t);
+}
+
+// The memory of a float32 CPU tensor with these sizes and a last stride of 1.
+inline float* layer_tensor(const Tensor& t, const std::vector<int64_t>& sizes, const char* name) {
+  const auto found = t.sizes();
+  STD_TORCH_CHECK(
+      t.is_cpu() && t.scalar_type() == ScalarType::Float && found.size() == sizes.size() &&
+          std::equal(sizes.begin(), sizes.end(), found.begin()) && (sizes.back() <= 1 || t.stride(t.dim() - 1) == 1),
+      "layer: ", name, " must be float32 with last stride 1 and fit the other tensors, got ",
+      torch::headeronly::toString(t.scalar_type()), " of ", t.numel(), " elements in ", t.dim(), " dimensions");
+  return static_cast<float*>(const_cast<void*>(data_of(t)));
+}
+
+// Memory of one call. Up to kMostKept bytes stay with the thread for its next call: malloc returns blocks of this size
+// to the kernel, and the next call would fault them in again, page by page.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    constexpr int64_t kMostKept = 1 << 25, kLine = 64;
+    const int64_t bytes = (floats * static_cast<int64_t>(sizeof(float)) + kLine - 1) / kLine * kLine;
+    static thread_local Block kept;
+    Block& block = bytes <= kMostKept ? kept : own_;
+    if (block.bytes < bytes) {
+      block.resize(bytes);
+    }
+    data_ = static_cast<float*>(block.data);
+  }
+
+  float* data() const { return data_; }
+
+ private:
+  struct Block {
+    Block() = default;
+    Block(const Block&) = delete;
+    ~Block() { std::free(data); }
+
+    void resize(int64_t size) {
+      std::free(data);
+      data = std::aligned_alloc(64, size);
+      bytes = data ? size : 0;
+      STD_TORCH_CHECK(data, "layer: out of memory");
+    }
+
+    void* data = nullptr;
+    int64_t bytes = 0;
+  };
+  Block own_;
+  float* data_;
+};
+
+class Layer {
+ public:
+  Layer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
+        const LayerOptions& options)
+      : x_(torch::stable::contiguous(x)), norms_(norms), options_(options), gated_(linears.size() == 15) {
+    STD_TORCH_CHECK(x.dim() == 3, "layer: x must have 3 dimensions, got ", x.dim());
+    STD_TORCH_CHECK(norms.size() == 4, "layer: norms must be 4 tensors, got ", norms.size());
+    STD_TORCH_CHECK(linears.size() == 12 || gated_, "layer: linears must be 12 or 15 tensors, got ", linears.size());
+    STD_TORCH_CHECK(options.activation >= 0 && options.activation <= static_cast<int>(Activation::kSilu),
+                    "layer: activation must be between 0 and 4, got ", options.activation);
+    STD_TORCH_CHECK(options.n_heads > 0, "layer: n_heads must be positive, got ", options.n_heads);
+    width_ = x.size(2);
+    tokens_ = x.size(0) * x.size(1);
+    layer_tensor(x_, {x.size(0), x.size(1), width_}, "x");
+    for (size_t i = 0; i < linears.size(); i += 3) {
+      linears_.push_back(gemv_args(linears[i], present(linears[i + 1]), present(linears[i + 2])));
+    }
+    for (const Tensor& t : norms) {
+      if (t.numel()) {
+        layer_tensor(t, {width_}, "a norm");
+      }
+    }
+    const int64_t d_ff = linears_[kUp].n;
+    STD_TORCH_CHECK(linears_[kIn].k == width_ && linears_[kOut].n == width_ && linears_[kUp].k == width_ &&
+                        linears_[kDown].k == d_ff && linears_[kDown].n == width_ &&
+                        (!gated_ || (linears_[kGate].k == width_ && linears_[kGate].n == d_ff)),
+                    "layer: linears do not fit each other or x of ", width_, " columns");
+  }
+  virtual ~Layer() = default;
+
+ protected:
+  enum Linear { kIn, kOut, kUp, kDown, kGate };
+
+  // y = x through a linear layer, plus residual if there is one. All are contiguous.
+  virtual void product(Linear which, const float* x, float* y, const float* residual) const = 0;
+  // out = attention of the projected tokens, whose rows hold q, k and v; lse: room for the statistics.
+  virtual void attend(float* qkv, float* out, float* lse) = 0;
+
+  Tensor run() {
+    const Tensor y = empty_cpu({x_.size(0), x_.size(1), width_}, ScalarType::Float);
+    if (tokens_ == 0 || width_ == 0) {
+      return y;
+    }
+    float* out = static_cast<float*>(y.mutable_data_ptr());
+    const float* x = static_cast<const float*>(data_of(x_));
+    const int64_t d_ff = linears_[kUp].n, attention = linears_[kIn].n + linears_[kOut].k + options_.n_heads;
+    // attention is over when the feed-forward block begins, which takes its memory
+    const Scratch buffer(tokens_ * (3 * width_ + std::max(attention, (gated_ ? 2 : 1) * d_ff)));
+    float* free = buffer.data();
+    const auto take = [&](int64_t cols) { return std::exchange(free, free + tokens_ * cols); };
+    float *h = take(width_), *r = take(width_), *sum = take(width_), *shared = free;
+    float *qkv = take(linears_[kIn].n), *attended = take(linears_[kOut].k), *lse = free;
+    if (options_.norm_first) {
+      norm(0, x, nullptr, nullptr, h);
+    }
+    product(kIn, options_.norm_first ? h : x, qkv, nullptr);
+    attend(qkv, attended, lse);
+    product(kOut, attended, sum, nullptr);
+    if (options_.norm_first) {
+      norm(1, sum, x, r, h);
+    } else {
+      norm(0, sum, x, nullptr, h);
+    }
+    float *up = shared, *gate = gated_ ? shared + tokens_ * d_ff : nullptr;
+    product(kUp, h, up, nullptr);
+    if (gated_) {
+      product(kGate, h, gate, nullptr);
+    }
+    activate(up, gate);
+    if (options_.norm_first) {
+      product(kDown, up, out, r);
+    } else {
+      product(kDown, up, sum, nullptr);
+      norm(1, sum, h, nullptr, out);
+    }
+    return y;
+  }
+
+  // The product of few rows, which reads the weight as it lies.
+  void few_rows(Linear which, const float* x, float* y, const float* residual) const {
+    GemvArgs args = linears_[which];
+    args.x = x;
+    args.y = y;
+    args.residual = residual;
+    args.m = tokens_;
+    args.x_row = args.k;
+    args.y_row = args.residual_row = args.n;
+    run_gemv(args);
+  }
+
+  const Tensor x_;
+  const std::vector<Tensor>& norms_;
+  const LayerOptions& options_;
+  const bool gated_;
+  std::vector<GemvArgs> linears_;
+  int64_t width_, tokens_;
+
+ private:
+  // y = norm(x + residual), and the sum in r if it is wanted.
+  void norm(int which, const float* x, const float* residual, float* r, float* y) const {
+    NormFwdArgs args{};
+    args.x = x;
+    args.residual = residual;
+    args.r = r;
+    args.y = y;
+    args.weight = data_or_null(present(norms_[2 * which]));
+    args.bias = data_or_null(present(norms_[2 * which + 1]));
+    args.rows = tokens_;
+    args.cols = args.x_stride = args.residual_stride = width_;
+    args.eps = static_cast<float>(options_.eps[which]);
+    const auto kernel = FASTATTN_SELECT_CPU(norm_fwd);
+    for_pieces(args.rows, args.cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+
+  // up = activation(up), or activation(gate) * up
+  void activate(float* up, const float* gate) const {
+    ActivationArgs args{};
+    args.preact = up;
+    args.gate = gate;
+    args.hidden = up;
+    args.rows = tokens_;
+    args.cols = args.preact_stride = args.gate_stride = linears_[kUp].n;
+    args.activation = static_cast<Activation>(options_.activation);
+    const auto kernel = FASTATTN_SELECT_CPU(activation_fwd);
+    for_pieces(args.rows, args.cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+};
+
+}  // namespace fastattn

@@ -1,0 +1,117 @@
+// fastattn::layer_encode for CPU tensors: an encoder layer without gradients.
+#include <torch/csrc/stable/library.h>
+
+#include "attention_call.h"
+#include "attention_run.h"
+#include "gemm.h"
+#include "layer.h"
+
+namespace {
+
+using fastattn::AttentionCpuArgs;
+using fastattn::LayerOptions;
+using fastattn::OptionalTensor;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr char kOp[] = "layer_encode: ";
+
+class EncodeLayer : fastattn::Layer {
+ public:
+  EncodeLayer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
+              const LayerOptions& options, bool batch_first, int64_t most_few_rows)
+      : Layer(x, norms, linears, options), batch_first_(batch_first), is_few_(tokens_ <= most_few_rows) {
+    for (const auto& linear : linears_) {
+      STD_TORCH_CHECK(linear.type == fastattn::WeightType::kFloat32, kOp, "weights must be float32");
+    }
+    const int64_t heads = linears_[kOut].k;
+    STD_TORCH_CHECK(heads % options.n_heads == 0 && linears_[kIn].n == 3 * heads, kOp, "in_proj and out_proj must fit ",
+                    options.n_heads, " heads, got ", linears_[kIn].n, " rows and ", heads, " columns");
+  }
+
+  Tensor run(const OptionalTensor& mask, const OptionalTensor& bias, bool causal) {
+    args_.batch = x_.size(batch_first_ ? 0 : 1);
+    args_.seqlen_q = args_.seqlen_k = x_.size(batch_first_ ? 1 : 0);
+    args_.n_heads = args_.n_kv_heads = options_.n_heads;
+    args_.head_dim = args_.head_dim_v = linears_[kOut].k / options_.n_heads;
+    args_.window_left = -1;
+    args_.window_right = causal ? 0 : -1;
+    args_.top_left = true;
+    args_.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(std::max<int64_t>(1, args_.head_dim))));
+    args_.dtype = fastattn::DType::kFloat32;
+    const std::array<int64_t, 4> full{args_.batch, args_.n_heads, args_.seqlen_q, args_.seqlen_k};
+    if (mask) {
+      STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool, kOp, "mask must be bool");
+      args_.mask = fastattn::checked_scores(*mask, full, "mask");
+    }
+    if (bias) {
+      STD_TORCH_CHECK(bias->is_cpu(), kOp, "bias must be on the CPU");
+      args_.bias_dtype = fastattn::dtype_of(*bias, "bias");
+      args_.bias = fastattn::checked_scores(*bias, full, "bias");
+    }
+    return Layer::run();
+  }
+
+ private:
+  void product(Linear which, const float* x, float* y, const float* residual) const override {
+    if (is_few_) {
+      return few_rows(which, x, y, residual);
+    }
+    const fastattn::GemvArgs& linear = linears_[which];
+    fastattn::GemmArgs args{};
+    args.a = x;
+    args.b = static_cast<const float*>(linear.weight);
+    args.bias = linear.bias;
+    args.c = y;
+    args.m = tokens_;
+    args.n = args.c_row = linear.n;
+    args.k = args.a_row = linear.k;
+    args.a_col = args.b_row = 1;
+    args.b_col = linear.weight_row;
+    fastattn::run_gemm(args);
+    if (residual) {
+      add(y, residual, linear.n);
+    }
+  }
+
+  void add(float* y, const float* residual, int64_t cols) const {
+    fastattn::DropoutArgs args{};  // of nothing, in place
+    args.x = args.out = y;
+    args.residual = residual;
+    args.rows = tokens_;
+    args.cols = args.x_stride = args.residual_stride = cols;
+    args.dropout.scale = 1.f;
+    const auto kernel = FASTATTN_SELECT_CPU(dropout_fwd);
+    fastattn::for_pieces(args.rows, cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+
+  void attend(float* qkv, float* out, float*) override {
+    const int64_t head = args_.head_dim, width = args_.n_heads * head, row = 3 * width;
+    // in rows: how far sequences and the tokens of one lie from each other
+    const int64_t sequence = batch_first_ ? args_.seqlen_q : 1, token = batch_first_ ? 1 : args_.batch;
+    const auto heads_at = [&](int64_t first) {
+      return fastattn::HeadTensor{qkv + first * width, sequence * row, head, token * row};
+    };
+    args_.q = heads_at(0);
+    args_.k = heads_at(1);
+    args_.v = heads_at(2);
+    args_.out = {out, sequence * width, head, token * width};
+    fastattn::run_attention_fwd(args_);
+  }
+
+  const bool batch_first_, is_few_;
+  AttentionCpuArgs args_{};
+};
+
+Tensor layer_encode(const Tensor& x, std::vector<Tensor> norms, std::vector<Tensor> linears, OptionalTensor mask,
+                    OptionalTensor bias, bool causal, bool batch_first, int64_t most_few_rows, int64_t n_heads,
+                    bool norm_first, int64_t activation, double eps1, double eps2) {
+  const LayerOptions options{n_heads, norm_first, activation, {eps1, eps2}};
+  return EncodeLayer(x, norms, linears, options, batch_first, most_few_rows).run(mask, bias, causal);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("layer_encode.native", TORCH_BOX(&layer_encode));
+}

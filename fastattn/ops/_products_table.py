@@ -1,0 +1,9 @@
+"""Up to how many rows of x our fp32 products are used where the library of torch has fast ones. Made by
+scripts/tune_products.py.
+
+Keys: the instruction set of our kernels, and the one that MKL uses if it is AVX-512 too. Products: y = x · weightᵀ,
+dx = dy · weight, dw = dyᵀ · x. Where a key is missing, our products are used for any number of rows on AVX-512, and for
+none on another instruction set.
+"""
+
+OURS_UP_TO: dict[str, dict[str, int]] = {}
