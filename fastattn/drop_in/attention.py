@@ -51,8 +51,8 @@ def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
     inside: set[torch.nn.Module] = set()  # modules of the models of transformers
     for name, module in modules.items():
         if isinstance(module, Replaced):
-            continue
-        if isinstance(module, models):
+            inside.update(module.modules() if isinstance(module, models) else ())
+        elif isinstance(module, models):
             result = None if module in inside else _recognise_model(module)
             if result is not None:
                 found[name] = result
@@ -82,8 +82,10 @@ def _configs(model, library):
     return list(found.values())
 
 
-def _set_implementation(model):
+def set_implementation(model):
     """Set ours, and return the function that puts the old ones back."""
+    import fastattn.integrations.transformers  # noqa: F401  it registers our attention
+
     library = sys.modules["transformers.modeling_utils"]
     before = [(config, config._attn_implementation_internal) for config in _configs(model, library)]
 
@@ -118,10 +120,8 @@ def _recognise_model(model):
     if getattr(model.config, "output_attentions", False):
         return "config.output_attentions is set, and our attention stores no weights"
     try:
-        import fastattn.integrations.transformers  # noqa: F401  it registers our attention
-
         with _without_warnings():
-            undo = _set_implementation(model)
+            undo = set_implementation(model)
     except Exception as error:  # transformers or our integration refuses the model
         return str(error)
     taken = model.config._attn_implementation == _IMPLEMENTATION
@@ -131,7 +131,7 @@ def _recognise_model(model):
         return f"{type(model).__name__} has attention of its own, which no attn_implementation of transformers reaches"
     was = model.config._attn_implementation
     return Change(
-        f"attention, attn_implementation={_IMPLEMENTATION!r} (was {was!r})", lambda: _set_implementation(model)
+        f"attention, attn_implementation={_IMPLEMENTATION!r} (was {was!r})", lambda: set_implementation(model)
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from fastattn._autocast import autocast_dtype
 from fastattn.drop_in.change import Change, Replaced, change_class, is_plain_input, make_class, why_not_take_over
 from fastattn.drop_in.logits import DeferredLogits, Product
-from fastattn.nn.plain import is_plain, must_call_children
+from fastattn.nn.plain import is_plain, is_traced, must_call_children
 
 
 class OutputLayer(Replaced):
@@ -15,7 +15,7 @@ class OutputLayer(Replaced):
 
     def forward(self, input):
         """(..., d_model) → (..., vocabulary); a DeferredLogits in training, when a gradient is recorded."""
-        if not self.training or not torch.is_grad_enabled() or not is_plain_input(input) or _is_traced():
+        if not self.training or not torch.is_grad_enabled() or not is_plain_input(input) or is_traced():
             return super().forward(input)
         weight, bias = self.weight, self.bias
         wanted = any(t is not None and t.requires_grad for t in (input, weight, bias))
@@ -28,15 +28,6 @@ class OutputLayer(Replaced):
         if any(t is not None and t.dtype != product.x.dtype for t in product[:3]):
             return super().forward(input)
         return DeferredLogits.make(product)
-
-
-def _is_traced():
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 def _output_embeddings(model):

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fastattn.drop_in import attention, feed_forward, loss, norms, torch_nn
+from fastattn.drop_in import attention, feed_forward, loss, norms, padding, torch_nn
 from fastattn.drop_in.change import Change, Replaced
 from fastattn.drop_in.report import Report
 
@@ -15,6 +15,7 @@ def replace(
     model: torch.nn.Module,
     *,
     only: str | type[torch.nn.Module] | Iterable[str | type[torch.nn.Module]] | None = None,
+    padding_free: bool = False,
 ) -> Report:
     """Put our kernels under a model that somebody else wrote, in place.
 
@@ -26,6 +27,8 @@ def replace(
         model: any torch.nn.Module.
         only: what to replace: classes of torch.nn that fastattn.nn has, or their names, and the kinds "norms",
             "attention", "loss" and "feed_forward"; None = everything.
+        padding_free: let models of transformers and stacks of torch.nn.TransformerEncoder leave out the padding: the
+            real tokens of a padded batch go packed through all layers. The outputs at padding are 0 then.
     Returns: a printable Report with the dicts `replaced` and `left`, by module name, and the method `undo`.
     Raises:
         TypeError: model is not a module.
@@ -41,11 +44,13 @@ def replace(
     names = _names(model)
     modules = {others[0]: module for module, others in names.items()}
     found: dict[str, Change | str] = torch_nn.find(modules, classes)
-    for kind in kinds:  # a kind that can replace a module overrides the reasons of the others
-        for name, result in KINDS[kind](modules).items():
-            if not isinstance(found.get(name), Change):
-                found[name] = result
     report, changes = Report(), {}
+    finders = [KINDS[kind] for kind in kinds] + ([padding.find] if padding_free else [])
+    for find in finders:
+        for name, result in find(modules).items():
+            found[name] = _combined(found.get(name), result)
+            if find is padding.find and isinstance(result, str) and found[name] != result:
+                report.advice.append(f"padding is kept in {name or 'the model'}: {result}")
     for name, result in found.items():
         module = modules[name]
         if len(names[module]) > 1:
@@ -58,6 +63,30 @@ def replace(
     if not changes:
         report.advice += _advice(model, report, only)
     return report
+
+
+def _combined(before, now):
+    """What holds for a module of which two kinds said something: a Change overrides a reason."""
+    if not isinstance(before, Change):
+        return now
+    if not isinstance(now, Change) or (before.new_class and now.new_class):
+        return before
+
+    def apply():
+        undo = before.apply()
+        try:
+            undo_second = now.apply()
+        except BaseException:
+            undo()
+            raise
+
+        def undo_both():
+            undo_second()
+            undo()
+
+        return undo_both
+
+    return Change(f"{before.what}, {now.what}", apply, before.new_class or now.new_class)
 
 
 def _wanted(only):

@@ -10,7 +10,6 @@ on. A mask of seqlen_q × seqlen_k values is made only where no argument says th
 What is served, and what is refused: docs/models.md.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,15 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AttentionMaskInterface, __version__, masking_utils
 
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+except ImportError as error:
+    raise ImportError("fastattn.integrations.transformers needs transformers 4.57 or newer") from error
+
+from fastattn.integrations import transformers_versions as versions
 from fastattn.ops.attention import attention
-
-if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
-    raise ImportError(
-        f"fastattn.integrations.transformers needs transformers 5.6 or newer, whose mask functions take q_length, got"
-        f" {__version__}"
-    )
 
 _NAME = 'attn_implementation="fastattn"'
 _aten: Any = torch.ops.aten
@@ -120,7 +118,7 @@ def _read(function, pattern):
     """`pattern` and what a mask function says besides; None if that cannot be told from its form."""
     if function is masking_utils.causal_mask_function:
         return pattern.narrowed(right=0)
-    if function is masking_utils.bidirectional_mask_function:
+    if function is not None and function is versions.bidirectional_mask_function:
         return pattern
     code = getattr(function, "__code__", None)
     if code is None or function.__module__ != masking_utils.__name__:
@@ -232,8 +230,8 @@ def attention_mask(
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
         "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask, "device": device,
     }  # fmt: skip
-    dense = partial(masking_utils.sdpa_mask, **given, **kwargs, allow_is_causal_skip=False)
-    if masking_utils.is_tracing(attention_mask):  # a graph cannot choose by values
+    dense = partial(versions.dense_mask, **given, **kwargs, allow_is_causal_skip=False)
+    if versions.is_tracing(attention_mask):  # a graph cannot choose by values
         plain = mask_function is masking_utils.causal_mask_function and attention_mask is None
         if allow_is_causal_skip and plain and not isinstance(q_offset, Tensor) and q_length == kv_length:
             return None
@@ -242,7 +240,7 @@ def attention_mask(
     if not allow_is_causal_skip and q_length == 1 and torch.device(device).type != "cpu":
         return dense()
     pattern = _read(mask_function, _Pattern())
-    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    padding = versions.padding_mask(attention_mask, kv_length, kv_offset)
     visible = None
     if pattern is not None:
         visible = _visible(
@@ -382,4 +380,4 @@ def attention_forward(
 
 
 AttentionInterface.register("fastattn", attention_forward)
-AttentionMaskInterface.register("fastattn", attention_mask)
+AttentionMaskInterface.register("fastattn", versions.for_installed_version(attention_mask))

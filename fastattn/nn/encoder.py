@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.masks import as_float_mask, check_mask_dtype, is_causal_mask
 from fastattn.nn.norm import LayerNorm
-from fastattn.nn.plain import affine, dropout_p, is_plain, leaf_call
+from fastattn.nn.plain import affine, dropout_p, is_plain, is_traced, leaf_call, must_call_children
 from fastattn.nn.sublayers import (
     add_norm,
     add_norm_keep_sum,
@@ -194,12 +194,16 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         norm: module applied at the end, or None.
         enable_nested_tensor, mask_check: kept as attributes; padded batches are never converted.
         strict_torch: run torch's own container code, nested tensors and warnings included.
+        padding_free: leave out what src_key_padding_mask ignores: the other tokens of all rows go packed through the
+            layers, and a batch costs what they cost. The output is 0 at the padding. A float mask, a mask other than
+            causal, changed or hooked layers and graphs that are traced keep the padding.
     Source: torch.nn.TransformerEncoder.
     """
 
     strict_torch = False
+    padding_free = False
 
-    @Public("nn.TransformerEncoder", flags="strict_torch").answering
+    @Public("nn.TransformerEncoder", flags="strict_torch padding_free").answering
     def __init__(
         self,
         encoder_layer: Any,
@@ -209,11 +213,14 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         mask_check: bool = True,
         *,
         strict_torch: bool = False,
+        padding_free: bool = False,
     ) -> None:
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor and strict_torch, mask_check)
         self.enable_nested_tensor = enable_nested_tensor
         if strict_torch:
             self.strict_torch = True
+        if padding_free:
+            self.padding_free = True
 
     @Public("nn.TransformerEncoder", tensors="src mask src_key_padding_mask", flags="is_causal", nested=None).answering
     def forward(
@@ -241,6 +248,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         if mask is not None and is_causal is None and not nested:
             is_causal = is_causal_mask(mask, None, sequence_length(src, self.layers[0].self_attn.batch_first))
         is_causal = is_causal is True
+        if self.padding_free and self._can_pack(src, mask, src_key_padding_mask, is_causal):
+            return self._packed(src, src_key_padding_mask, is_causal)
         for layer in self.layers:
             if getattr(type(layer), "forward", None) is TransformerEncoderLayer.forward:
                 masks = mask, src_key_padding_mask
@@ -248,3 +257,35 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
                 masks = as_float_mask(mask, src.dtype), as_float_mask(src_key_padding_mask, src.dtype)
             src = layer(src, src_mask=masks[0], is_causal=is_causal, src_key_padding_mask=masks[1])
         return src if self.norm is None else self.norm(src)
+
+    def _can_pack(self, src, mask, padding, is_causal):
+        """Whether the layers may get the real tokens alone: a bool padding mask, and layers as they were made."""
+        if padding is None or padding.dtype != torch.bool or not (mask is None or is_causal) or is_traced():
+            return False
+        if src.is_nested or src.dim() != 3 or must_call_children():
+            return False
+        batch_first = self.layers[0].self_attn.batch_first
+        if padding.shape != (src.shape[:2] if batch_first else src.shape[1::-1]):
+            return False
+        return all(
+            is_plain(layer, TransformerEncoderLayer)
+            and is_plain(layer.self_attn, MultiheadAttention)
+            and not layer.self_attn.strict_torch
+            and "_sa_block" not in layer.__dict__
+            for layer in self.layers
+        )
+
+    def _packed(self, src, padding, is_causal):
+        """The layers and the norm on the tokens that are not padding; 0 at the padding."""
+        batch_first = self.layers[0].self_attn.batch_first
+        rows = src if batch_first else src.transpose(0, 1)
+        kept = (~padding).flatten().nonzero().flatten()
+        lengths = (~padding).sum(1)
+        ends = lengths[lengths > 0].cumsum(0).int()
+        cu_seqlens, longest = torch.cat([ends.new_zeros(1), ends]), int(lengths.max())
+        x = rows.flatten(0, 1).index_select(0, kept)
+        for layer in self.layers if len(kept) else ():
+            x = layer.forward_packed(x, cu_seqlens, longest, is_causal)
+        x = x if self.norm is None else self.norm(x)
+        x = x.new_zeros(padding.numel(), x.shape[1]).index_copy(0, kept, x).unflatten(0, padding.shape)
+        return x if batch_first else x.transpose(0, 1)

@@ -108,6 +108,16 @@ def must_call_children():
     return False
 
 
+def is_traced() -> bool:
+    """Whether a compiler, a tracer or a transform looks on: the code must not depend on values then."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def leaf_call(module, *args, **options):
     """The call of a torch.nn module as symbolic tracing (torch.fx) records it; None if no argument is symbolic.
 

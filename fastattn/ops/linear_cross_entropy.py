@@ -6,11 +6,11 @@ ds = dloss * ((1 + 2 * z_loss * lse) * p - (1 - label_smoothing) * onehot(target
 ds = ds * (1 - (s / softcap)²)
 dx = ds·weight,  dweight = dsᵀ·x,  dbias = sum_tokens(ds)
 
-Tokens are processed in chunks. The matrix products come from _gemm.py; between them, the raw op cross_entropy_fwd
-computes the losses of a chunk and overwrites its logits with ds. For the reductions sum and mean, all tokens share one
-dloss, so the forward computes all gradients for dloss = 1 and the backward multiplies them. (1 / tokens would underflow
-in fp16.) Without reduction, the backward processes the chunks again with the true dloss. All chunks run inside one op,
-which is opaque to torch.compile.
+Tokens are processed in chunks; on a CPU, without the ignored ones. The matrix products come from _gemm.py; between
+them, the raw op cross_entropy_fwd computes the losses of a chunk and overwrites its logits with ds. For the reductions
+sum and mean, all tokens share one dloss, so the forward computes all gradients for dloss = 1 and the backward
+multiplies them. (1 / tokens would underflow in fp16.) Without reduction, the backward processes the chunks again with
+the true dloss. All chunks run inside one op, which is opaque to torch.compile.
 """
 
 import math
@@ -86,8 +86,6 @@ def _implementation(backend):
         dx = torch.empty(x.shape if need_dx else (0,), dtype=x.dtype, device=x.device)
         dweight = torch.zeros(weight.shape if need_dweight else (0,), **new)
         dbias = torch.zeros(vocab if need_dbias else 0, **new)
-        if x.is_cpu:
-            _check_range(target, vocab, ignore_index)
         chunks = math.ceil(tokens / (chunk_size or default_chunk_size(tokens, d_model, vocab)))
         for chunk in range(chunks):  # sizes differ by at most one
             rows = slice(tokens * chunk // chunks, tokens * (chunk + 1) // chunks)
@@ -105,7 +103,27 @@ def _implementation(backend):
             del logits  # free them before the next chunk
         return loss, dx, dweight, dbias
 
-    return function
+    return _without_ignored(function)
+
+
+def _without_ignored(function):
+    """On a CPU, compute the tokens that are not ignored alone; a GPU would have to synchronise to count them."""
+
+    @torch.no_grad()
+    def checked(x, weight, bias, target, dloss, ignore_index, *options):
+        if not x.is_cpu:
+            return function(x, weight, bias, target, dloss, ignore_index, *options)
+        _check_range(target, weight.shape[0], ignore_index)
+        kept = (target != ignore_index).nonzero().flatten()
+        if len(kept) == len(target):
+            return function(x, weight, bias, target, dloss, ignore_index, *options)
+        part = None if dloss is None else dloss[kept]
+        loss, dx, *rest = function(x[kept], weight, bias, target[kept], part, ignore_index, *options)
+        if dx.dim() == 2:  # it is wanted
+            dx = dx.new_zeros(x.shape).index_copy_(0, kept, dx)
+        return loss.new_zeros(len(target)).index_copy_(0, kept, loss), dx, *rest
+
+    return checked
 
 
 def _check_range(target, vocab, ignore_index):

@@ -164,6 +164,22 @@ def test_all_ignored_and_no_tokens(backend, device):
                 assert_close(loss, torch_loss, equal_nan=True)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_tokens_are_not_computed_on_a_cpu(raw_backend, reduction):
+    """What stands in their rows, even NaN, reaches nothing."""
+    x, weight, bias, target = arguments(20, 4, 10, biased=True)
+    kept = target != -100
+    expected = fastattn.linear_cross_entropy(x[kept], weight, target[kept], bias=bias, reduction=reduction)
+    expected_grads = gradients(expected, (x, weight, bias), torch.ones_like(expected))
+    with torch.no_grad():
+        x[~kept] = float("nan")
+    loss = fastattn.linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction, backend=raw_backend)
+    grads = gradients(loss, (x, weight, bias), torch.ones_like(loss))
+    assert_close(loss[kept] if reduction == "none" else loss, expected)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert_close(grad, wanted)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_large_logits(label_smoothing, backend, device):
     """Logits of 1e4 with either sign: their size must not cost digits of their differences."""
