@@ -15,8 +15,12 @@ from .load import load_run
 Start = namedtuple("Start", "task labels model read_weights")
 
 # settings that decide the meaning of the weights, not only their shape
-_KEPT = ("body", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "bias", "positions", "norm_first",
-         "feed_forward", "norm_eps")  # fmt: skip
+_KEPT = (
+    "body", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "head_dim", "bias", "qkv_bias", "positions", "rotary",
+    "window", "window_pattern", "norm", "norm_weight", "norm_first", "norm_output", "norm_eps", "qk_norm",
+    "attention_softcap", "attention_scale", "sinks", "logit_softcap", "embedding_scale", "embedding_norm", "parallel",
+    "feed_forward",
+)  # fmt: skip
 _WITH_ENCODER = {"masked_lm", "classify", "translate"}
 _BY_TOKEN_OR_POSITION = ("embedding.weight", "head.weight", "head.bias")
 
@@ -117,7 +121,10 @@ def _check_tensors(weights, state, may_be_new, start):
 
 def _shape(model):
     shape = dict(vars(model))
-    return {**shape, "n_kv_head": model.n_kv_head or model.n_head, "d_ff": model.d_ff or 4 * model.d_model}
+    shape["n_kv_head"], shape["d_ff"] = model.n_kv_head or model.n_head, model.d_ff or 4 * model.d_model
+    shape["head_dim"] = model.head_dim or model.d_model // model.n_head
+    shape["qkv_bias"] = model.bias if model.qkv_bias is None else model.qkv_bias
+    return shape
 
 
 def _run_start(folder):
