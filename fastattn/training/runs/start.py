@@ -1,15 +1,14 @@
-"""The starting point of a run: tokenizer, shape and weights of another run, or of a BERT or GPT-2 of Hugging Face."""
+"""The starting point of a run: tokenizer, shape and weights of another run, or of a model of Hugging Face."""
 
 from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
-from ..config import ModelConfig, config_from_dict
+from ..config import ModelConfig
 from ..data.tokenizer import load_tokenizer
 from ..messages import UsageError, expect
-from .checkpoint import check_run, read_summary
-from .load import load_run
+from .checkpoint import read_summary
+from .load import load_run, read_run_config
 
 # task; labels of a classifier, else None; model: ModelConfig; read_weights: () → {name: tensor}
 Start = namedtuple("Start", "task labels model read_weights")
@@ -53,7 +52,7 @@ def start_tokenizer(config):
 
 def start_model_options(start):
     """{name: value} of the ModelConfig of a start: the defaults of a run that starts from it."""
-    options = dict(vars(open_start(start).model))
+    options = asdict(open_start(start).model)
     del options["embedding"], options["init"], options["checkpointing"]  # about initial weights and memory
     return options
 
@@ -128,11 +127,7 @@ def _shape(model):
 
 
 def _run_start(folder):
-    check_run(folder)
-    try:
-        config = config_from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, UsageError) as error:
-        raise UsageError(f"{folder / 'config.yaml'} is not the config of a run: {error}") from None
+    config = read_run_config(folder)
 
     def read_weights():
         return load_run(folder, config, accelerator="cpu")[0].state_dict()
