@@ -1,5 +1,8 @@
 """Fused attention, normalisation and feed-forward kernels for PyTorch behind drop-in torch.nn layers."""
 
+import importlib
+from typing import Any
+
 from fastattn import nn
 from fastattn._native import cpu_capability, load_backends
 from fastattn.drop_in import replace
@@ -72,6 +75,15 @@ def register() -> None:
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
     """
     import fastattn.integrations.transformers  # noqa: F401  it registers what it has
+
+
+_TRAINING = {"load_run": "fastattn.training.runs.loaded"}  # what needs the packages of fastattn[train]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING:
+        raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+    return getattr(importlib.import_module(_TRAINING[name]), name)
 
 
 load_backends()

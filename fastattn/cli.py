@@ -23,6 +23,7 @@ COMMANDS = {
     "baseline": "score a linear classifier on word counts",
     "predict": "classify texts",
     "generate": "generate text with a trained model",
+    "export": "write a trained model for transformers or as ONNX",
     "data": "count, clean, split, tokenize or vectorize documents",
     "info": "show versions, devices and backends, and why one is missing",
 }

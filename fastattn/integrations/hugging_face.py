@@ -1,65 +1,34 @@
-"""Loads BERT and GPT-2 checkpoints of Hugging Face into the models of fastattn.models, without transformers.
+"""Loads models from folders of Hugging Face into those of fastattn.models and writes them, without transformers.
 
-Weights that our models lack are folded into others: BERT's first token type is added to every position, and queries,
-keys and values become one matrix. Other token types are not supported.
+Weights that our models lack are folded into others: BERT's first token type is added to every position, Gemma's norm
+weights count from 1, and queries, keys and values become one matrix. Other token types are not supported.
 """
 
 import json
 import os
-import re
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
-    "swish": "silu",
-}  # fmt: skip
-
-# name in a checkpoint, without the model's prefix → ours; {} is the number of a block
-_BERT = {
-    "embeddings.word_embeddings.weight": "encoder.token_embedding.weight",
-    "embeddings.position_embeddings.weight": "encoder.position_embedding.weight",
-    "embeddings.LayerNorm": "encoder.norm",
-    "encoder.layer.{}.attention.output.dense": "encoder.blocks.{}.self_attn.out_proj",
-    "encoder.layer.{}.attention.output.LayerNorm": "encoder.blocks.{}.norm1",
-    "encoder.layer.{}.intermediate.dense": "encoder.blocks.{}.linear1",
-    "encoder.layer.{}.output.dense": "encoder.blocks.{}.linear2",
-    "encoder.layer.{}.output.LayerNorm": "encoder.blocks.{}.norm2",
-    "pooler.dense": "pooler",
-    "cls.predictions.transform.dense": "head.dense",
-    "cls.predictions.transform.LayerNorm": "head.norm",
-    "cls.predictions.bias": "head.bias",
-    "cls.predictions.decoder.bias": "head.bias",  # usually equal to the one above; if not, BERT uses this one
-    "classifier": "head",
-}
-_GPT2 = {
-    "wte.weight": "token_embedding.weight",
-    "wpe.weight": "position_embedding.weight",
-    "ln_f": "norm",
-    "h.{}.ln_1": "blocks.{}.norm1",
-    "h.{}.ln_2": "blocks.{}.norm2",
-    "h.{}.attn.c_attn.weight": "blocks.{}.self_attn.in_proj_weight",
-    "h.{}.attn.c_attn.bias": "blocks.{}.self_attn.in_proj_bias",
-    "h.{}.attn.c_proj": "blocks.{}.self_attn.out_proj",
-    "h.{}.mlp.c_fc": "blocks.{}.linear1",
-    "h.{}.mlp.c_proj": "blocks.{}.linear2",
-}
-# buffers that are computed, and a head that our models lack
-_IGNORED = re.compile(r".*\.(position_ids|attn\.bias|attn\.masked_bias)|cls\.seq_rel.*")
+from .checkpoints import FAMILIES
+from .checkpoints.files import read_json, read_tensors, tensor_names
 
 
-def load_hugging_face(folder: str | os.PathLike[str], *, layers: str = "fastattn") -> nn.Module:
-    """Load the model in a folder with config.json and model.safetensors or pytorch_model.bin.
+def load_hugging_face(
+    folder: str | os.PathLike[str], *, layers: str = "fastattn", block_size: int | None = None
+) -> nn.Module:
+    """Load the model in a folder with config.json and weights, whole or in shards.
 
     Args:
-        folder: path of the folder.
+        folder: path of the folder, with model.safetensors, pytorch_model.bin, or either in shards with their index.
         layers: "fastattn" or "torch", as for the models.
-    Returns: the model in evaluation mode, fp32. GPT-2 becomes a CausalLM; BERT becomes a Classifier if the folder has
-        the weights of a classifier, a MaskedLM if it has that head, else a Backbone.
+        block_size: the most tokens that the model sees, which decides the size of caches; None: as in the folder. Only
+            for rotary positions.
+    Returns: the model in evaluation mode, fp32. BERT becomes a Classifier if the folder has the weights of a
+        classifier, a MaskedLM if it has that head, else a Backbone. GPT-2, Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3
+        (text), OLMo 1 and 2 and nanochat become a CausalLM.
     Raises:
         ValueError: the folder or a file is missing, or the model has an architecture or option that ours lack.
     Example:
@@ -71,6 +40,10 @@ def load_hugging_face(folder: str | os.PathLike[str], *, layers: str = "fastattn
 
     task, labels, shape = read_config(folder)
     weights = read_weights(folder)
+    if block_size is not None:
+        if shape["positions"] != "rotary":
+            raise ValueError(f"block_size must be None for {shape['positions']} positions, got {block_size}")
+        shape["block_size"] = block_size
     vocab_size = len(weights["token_embedding.weight" if task == "lm" else "encoder.token_embedding.weight"])
     head_transform, pooling = shape.pop("head_transform"), shape.pop("pooling")
     tied = {"tied": shape.pop("tied")}
@@ -92,63 +65,20 @@ def load_hugging_face(folder: str | os.PathLike[str], *, layers: str = "fastattn
 def read_config(folder: str | os.PathLike[str]) -> tuple[str, Any, dict[str, Any]]:
     """Read the config of a folder.
 
-    Returns: (task, labels, shape). task: "lm" for GPT-2, "classify" for a BERT with a classifier, "masked_lm" for any
-        other BERT. labels: a classifier's labels in the order of their numbers, else None. shape: the arguments of our
-        model, with head_transform and pooling as in fastattn.training.
+    Returns: (task, labels, shape). task: "lm" for a language model, "classify" for a BERT with a classifier,
+        "masked_lm" for any other BERT. labels: a classifier's labels in the order of their numbers, else None. shape:
+        the arguments of our model, with head_transform and pooling as in fastattn.training.
     Raises:
         ValueError: as `load_hugging_face`.
     """
-    path = Path(folder) / "config.json"
+    config, path = read_json(folder), Path(folder) / "config.json"
+    family = _family_of(config, path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable config of a Hugging Face model: {error!r}") from None
-    if kind not in ("bert", "gpt2"):
-        raise ValueError(f"{path}: model_type must be 'bert' or 'gpt2', got {kind!r}")
-    needed = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
-    if kind == "gpt2":
-        needed = {"add_cross_attention": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-    for name, value in needed.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{path}: {name} must be {value!r}, got {config[name]!r}")
-    activation = config.get("hidden_act" if kind == "bert" else "activation_function", "gelu")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{path}: the activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    shape = {"feed_forward": _ACTIVATIONS[activation], "positions": "learned", "bias": True}
-    names = _tensor_names(folder)
-    try:
-        if kind == "gpt2":
-            shape |= {
-                "n_layer": config["n_layer"], "n_head": config["n_head"], "d_model": config["n_embd"],
-                "d_ff": config.get("n_inner") or 4 * config["n_embd"], "block_size": config["n_positions"],
-                "dropout": config.get("resid_pdrop", 0.1), "norm_first": True,
-                "norm_eps": config.get("layer_norm_epsilon", 1e-5), "head_transform": False, "pooling": "mean",
-            }  # fmt: skip
-            return (
-                "lm",
-                None,
-                {**shape, "tied": "lm_head.weight" not in names or config.get("tie_word_embeddings", True)},
-            )
-        has_head = "cls.predictions.bias" in names
-        if has_head and activation != "gelu":
-            raise ValueError(
-                f"{path}: hidden_act must be 'gelu' with a masked language model's head, got {activation!r}"
-            )
-        shape |= {
-            "n_layer": config["num_hidden_layers"], "n_head": config["num_attention_heads"],
-            "d_model": config["hidden_size"], "d_ff": config["intermediate_size"],
-            "block_size": config["max_position_embeddings"], "dropout": config.get("hidden_dropout_prob", 0.1),
-            "norm_first": False, "norm_eps": config.get("layer_norm_eps", 1e-12), "head_transform": has_head,
-            "pooling": "pooler" if any("pooler.dense" in name for name in names) else "first",
-            "tied": config.get("tie_word_embeddings", True),
-        }  # fmt: skip
+        return family.read_shape(config, tensor_names(folder))
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]}") from None
-    if "classifier.weight" not in names:
-        return "masked_lm", None, shape
-    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    return "classify", [labels[number] for number in sorted(labels, key=int)], shape
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -157,73 +87,47 @@ def read_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: as `load_hugging_face`, or a tensor has no counterpart in our models.
     """
-    task, _, shape = read_config(folder)
-    names, prefix = (_GPT2, "transformer.") if task == "lm" else (_BERT, "bert.")
-    weights: dict[str, Tensor] = {}
-    parts: dict[Any, Tensor] = {}
-    for name, value in sorted(_read_tensors(folder).items()):
-        value = value.float()
-        plain = name.removeprefix(prefix).replace(".gamma", ".weight").replace(".beta", ".bias")
-        block = re.search(r"(?:h|layer)\.(\d+)\.", plain)
-        general = plain if block is None else plain.replace(f".{block[1]}.", ".{}.", 1)
-        stem, _, leaf = general.rpartition(".")
-        if part := re.fullmatch(r"encoder\.layer\.\{\}\.attention\.self\.(query|key|value)\.(weight|bias)", general):
-            parts[int(block[1]), part[2], part[1]] = value  # type: ignore[index]
-        elif general in names or stem in names:
-            ours = names[general] if general in names else f"{names[stem]}.{leaf}"
-            if task == "lm" and block is not None and value.dim() == 2:  # Conv1D: (columns, rows)
-                value = value.T
-            weights[ours.format(block[1] if block else "")] = value.contiguous()
-        elif plain in ("lm_head.weight", "cls.predictions.decoder.weight"):
-            if not shape["tied"]:
-                weights["head.weight"] = value
-        elif plain == "embeddings.token_type_embeddings.weight":
-            parts["types"] = value
-        elif not _IGNORED.fullmatch(plain):
-            raise ValueError(f"{folder}: the tensor {name} is not part of a BERT or GPT-2")
-    types = parts.pop("types", None)
-    if types is not None:
-        weights["encoder.position_embedding.weight"] = weights["encoder.position_embedding.weight"] + types[0]
-    for number, leaf in {key[:2] for key in parts}:
-        heads = [parts[number, leaf, part] for part in ("query", "key", "value")]
-        weights[f"encoder.blocks.{number}.self_attn.in_proj_{leaf}"] = torch.cat(heads)
-    return weights
-
-
-def _weight_file(folder):
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
-
-
-def _tensor_names(folder):
-    path = _weight_file(folder)
-    with _readable(path):
-        if path.suffix == ".bin":
-            return set(torch.load(path, map_location="cpu", weights_only=True))
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            return set(file.keys())
-
-
-def _read_tensors(folder):
-    path = _weight_file(folder)
-    with _readable(path):
-        if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        from safetensors.torch import load_file
-
-        return load_file(path)
-
-
-@contextmanager
-def _readable(path):
-    """Turn any exception of safetensors and pickle into a ValueError."""
+    shape = read_config(folder)[2]
+    family = _family_of(read_json(folder), folder)
     try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} has no readable weights: {type(error).__name__}: {error}") from None
+        return family.read_weights(read_tensors(folder), shape)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _family_of(config, path):
+    kinds = {kind: family for family in FAMILIES for kind in family.kinds}
+    if config["model_type"] not in kinds:
+        raise ValueError(f"{path}: model_type must be one of {', '.join(kinds)}, got {config['model_type']!r}")
+    return kinds[config["model_type"]]
+
+
+@torch.no_grad()
+def write_hugging_face(model: nn.Module, folder: str | os.PathLike[str], **settings: Any) -> str:
+    """Write config.json and model.safetensors that transformers loads with equal logits, as the first family that fits.
+
+    Args:
+        model: a CausalLM, a MaskedLM, or a Classifier with the pooling "pooler", in fp32.
+        folder: an existing folder.
+        settings: further entries of config.json, such as id2label or eos_token_id.
+    Returns: the model_type.
+    Raises:
+        ValueError: no family has the shape of the model; the message says where each differs.
+    Example:
+        write_hugging_face(model, "exported")  # then AutoModelForCausalLM.from_pretrained("exported")
+    """
+    from safetensors.torch import save_file
+
+    problems = []
+    for family in FAMILIES:
+        try:
+            config = family.write_config(model)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        tensors = {name: t.detach().cpu().contiguous() for name, t in family.write_weights(model).items()}
+        save_file(tensors, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+        text = json.dumps({**config, **settings}, indent=2, ensure_ascii=False) + "\n"
+        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        return config["model_type"]
+    raise ValueError(f"no family of Hugging Face has this model: {'; '.join(problems)}")

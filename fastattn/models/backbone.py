@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastattn.nn import LayerNorm, RotaryEmbedding
+from fastattn.nn import LayerNorm
 from fastattn.ops import linear_cross_entropy
 from fastattn.ops.linear import linear
 
-from .block import FEED_FORWARDS, make_block, run_block
+from .block import make_block, make_norm, run_block
+from .rotary import RotaryConfig, make_rotary
 from .sequences import Sequences
-
-POSITIONS = ("learned", "sinusoidal", "rotary", "alibi")
+from .shape import Shape
 
 
 def sinusoids(block_size, d_model):
@@ -39,79 +39,46 @@ def alibi_slopes(n_head):
     return torch.tensor(slopes + [2 ** (-4 * h / n) for h in range(1, 2 * (n_head - n), 2)])
 
 
-def check_choice(name, value, choices):
-    """Raise ValueError unless value is among the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-
-
 class Backbone(nn.Module):
     """A transformer without an output layer.
 
-    For both values of `layers`, the parameters have the same names, and a seed gives bitwise the same initial weights.
-
     Args:
         vocab_size: number of distinct tokens.
-        n_layer, n_head, d_model: number of blocks, heads per block, width.
-        block_size: longest sequence, in tokens.
-        n_kv_head: heads of keys and values, each shared by n_head / n_kv_head heads of queries; None: n_head.
-        d_ff: width of the hidden layer, gated or not; None: 4 * d_model.
-        dropout: probability on embeddings, attention weights, the feed-forward activation and the residual branches.
-        bias: whether linear layers and norms have biases.
-        positions: "learned" are added to the embeddings; "sinusoidal" too, with the embeddings times sqrt(d_model);
-            "rotary" rotates queries and keys; "alibi" lowers scores in proportion to the distance.
-        norm_first: pre-norm with a norm at the end; False: post-norm with a norm on the embeddings, as in BERT.
-        feed_forward: activation "gelu" (erf), "gelu_tanh", "relu" or "silu", or gated "swiglu", "geglu" or "reglu".
-        norm_eps: added to the variance in norms.
-        checkpointing: in training, save only the input of each block, and compute the block again in the backward.
-        layers: "fastattn" or "torch": where the layers come from.
         cross: whether the blocks also attend to a memory, as in a decoder.
         token_embedding: None, or the nn.Embedding of another model to share.
+        shape: the fields of `Shape`.
     Raises:
-        ValueError: the sizes do not fit together, or a name is unknown.
-    Sources: Vaswani et al. 2017; Devlin et al., "BERT", 2019 (post-norm); Radford et al., "Language models are
-        unsupervised multitask learners", 2019 (pre-norm); Su et al., "RoFormer", 2021; Press et al., "Train short, test
-        long", 2022; Shazeer, "GLU variants improve transformer", 2020; Ainslie et al., "GQA", 2023.
+        ValueError: as `Shape`; parallel blocks are to attend to a memory.
     """
 
-    def __init__(
-        self, vocab_size, *, n_layer, n_head, d_model, block_size, n_kv_head=None, d_ff=None, dropout=0.0, bias=True,
-        positions="learned", norm_first=True, feed_forward="gelu", norm_eps=1e-5, checkpointing=False,
-        layers="fastattn", cross=False, token_embedding=None,
-    ):  # fmt: skip
+    def __init__(self, vocab_size, *, cross=False, token_embedding=None, **shape):
         super().__init__()
-        n_kv_head = n_head if n_kv_head is None else n_kv_head
-        if d_model % n_head:
-            raise ValueError(f"d_model must be a multiple of n_head = {n_head}, got {d_model}")
-        if n_kv_head < 1 or n_head % n_kv_head:
-            raise ValueError(f"n_kv_head must be a divisor of n_head = {n_head}, got {n_kv_head}")
-        check_choice("layers", layers, ("fastattn", "torch"))
-        check_choice("positions", positions, POSITIONS)
-        check_choice("feed_forward", feed_forward, FEED_FORWARDS)
-        width = {"rotary": d_model // n_head, "sinusoidal": d_model}.get(positions, 0)
-        if width % 2:
-            name = "d_model" if positions == "sinusoidal" else "d_model / n_head"
-            raise ValueError(f"{name} must be even for {positions} positions, got {width}")
-        self.block_size, self.d_model, self.layers, self.norm_first = block_size, d_model, layers, norm_first
-        self.checkpointing = checkpointing
+        self.shape = shape = Shape(**shape)
+        if cross and shape.parallel:
+            raise ValueError("parallel must be False in a decoder with a memory, got True")
+        self.block_size, self.d_model, self.layers = shape.block_size, shape.d_model, shape.layers
+        self.checkpointing = shape.checkpointing
+        d_model = shape.d_model
         self.token_embedding = nn.Embedding(vocab_size, d_model) if token_embedding is None else token_embedding
-        self.position_embedding = nn.Embedding(block_size, d_model) if positions == "learned" else None
-        self.rotary = RotaryEmbedding(width, max_seqlen=block_size) if positions == "rotary" else None
+        learned = shape.positions == "learned"
+        self.position_embedding = nn.Embedding(shape.block_size, d_model) if learned else None
+        self.rotary = self.local_rotary = None
+        if shape.positions == "rotary":
+            self.rotary = make_rotary(shape.head_width, shape.block_size, shape.rotary)
+            if shape.rotary.local_base is not None:
+                local = RotaryConfig(shape.rotary.local_base)
+                self.local_rotary = make_rotary(shape.head_width, shape.block_size, local)
         self._make_table = {
-            "sinusoidal": partial(sinusoids, block_size, d_model), "alibi": partial(alibi_slopes, n_head)
-        }.get(positions)  # fmt: skip
+            "sinusoidal": partial(sinusoids, shape.block_size, d_model), "alibi": partial(alibi_slopes, shape.n_head)
+        }.get(shape.positions)  # fmt: skip
         self.register_buffer("sinusoids", None, persistent=False)
         self.register_buffer("alibi_slopes", None, persistent=False)
-        self._table = {"sinusoidal": "sinusoids", "alibi": "alibi_slopes"}.get(positions)
+        self._table = {"sinusoidal": "sinusoids", "alibi": "alibi_slopes"}.get(shape.positions)
         self._fill_table()
-        self.dropout = nn.Dropout(dropout)
-        custom_block = positions in ("rotary", "alibi")
-        self.blocks = nn.ModuleList(
-            make_block(d_model, n_head, n_kv_head, d_ff or 4 * d_model, dropout, bias, norm_first, feed_forward,
-                       norm_eps, custom_block, cross, layers)
-            for _ in range(n_layer)
-        )  # fmt: skip
-        self.norm = (nn.LayerNorm if layers == "torch" else LayerNorm)(d_model, norm_eps, bias=bias)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.embedding_norm = make_norm(shape, d_model) if shape.embedding_norm else None
+        self.blocks = nn.ModuleList(make_block(shape, layer, cross) for layer in range(shape.n_layer))
+        self.norm = make_norm(shape, d_model)
 
     def _fill_table(self, device=None):
         """Compute the position buffer, in fp32 even if the model is cast."""
@@ -154,14 +121,14 @@ class Backbone(nn.Module):
         check_documents(cu_seqlens, tokens)
         sequences = Sequences(
             self.layers, tokens, causal=causal, lengths=lengths, cu_seqlens=cu_seqlens, start=start,
-            rotary=self.rotary, alibi_slopes=self.alibi_slopes,
+            rotary=self.rotary, local_rotary=self.local_rotary, alibi_slopes=self.alibi_slopes,
         )  # fmt: skip
         x = self._embed(tokens, sequences.positions)
         if cache is not None:
             x = cache.run_blocks(self.blocks, x, sequences)
         else:
             x = self._run_blocks(x, sequences, memory, memory_lengths)
-        return self.norm(x) if self.norm_first else x
+        return x if self.shape.post_norm else self.norm(x)
 
     def _run_blocks(self, x, sequences, memory, memory_lengths):
         shape, memory_sequences = x.shape, None
@@ -181,9 +148,9 @@ class Backbone(nn.Module):
         """positions: an int, the position of every row's first token, or (batch, seqlen)."""
         x = self.token_embedding(tokens)
         table = self.sinusoids
-        if table is not None:
+        if table is not None or self.shape.embedding_scale:
             x = x * self.d_model**0.5
-        elif self.position_embedding is not None:
+        if table is None and self.position_embedding is not None:
             table = self.position_embedding.weight
         if table is not None:
             if isinstance(positions, int):
@@ -191,7 +158,9 @@ class Backbone(nn.Module):
             else:
                 rows = F.embedding(positions, table)
             x = x + rows.to(x.dtype)
-        return self.dropout(x if self.norm_first else self.norm(x))
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return self.dropout(self.norm(x) if self.shape.post_norm else x)
 
 
 def check_tokens(tokens, block_size, start=0):
@@ -237,28 +206,28 @@ class Head(nn.Module):
     """The output layer: from hidden states to logits, or to the mean cross-entropy of the targets.
 
     Args:
-        vocab_size, d_model: rows and columns of the matrix.
+        vocab_size: rows of the matrix.
+        shape: the Shape of the model; its logit_softcap bounds the logits.
         tied: whether the matrix is the embedding's.
         label_smoothing: share of a target's probability that is spread over the vocabulary, in training mode only.
-        layers: "fastattn" or "torch".
-        transform: None, or the norm_eps of a layer x = norm(gelu(dense(x))) before the matrix, which then has a bias.
+        transform: whether a layer x = norm(gelu(dense(x))) comes before the matrix, which then has a bias.
     Raises:
         ValueError: label_smoothing is out of range.
     Source: Press and Wolf, "Using the output embedding to improve language models", 2017; Szegedy et al., "Rethinking
         the Inception architecture", 2016, for label smoothing; Devlin et al., "BERT", 2019, for the transform.
     """
 
-    def __init__(self, vocab_size, d_model, tied, label_smoothing, layers, transform=None):
+    def __init__(self, vocab_size, shape, tied, label_smoothing, transform=False):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-        self.label_smoothing = label_smoothing
-        self.loss = _linear_cross_entropy if layers == "torch" else linear_cross_entropy
+        self.label_smoothing, self.softcap, d_model = label_smoothing, shape.logit_softcap, shape.d_model
+        self.loss = _linear_cross_entropy if shape.layers == "torch" else linear_cross_entropy
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, d_model))
         self.dense = self.norm = self.bias = None
-        if transform is not None:
+        if transform:
             self.dense = nn.Linear(d_model, d_model)
-            self.norm = (nn.LayerNorm if layers == "torch" else LayerNorm)(d_model, transform)
+            self.norm = (nn.LayerNorm if shape.layers == "torch" else LayerNorm)(d_model, shape.norm_eps)
             self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x, embedding, targets=None):
@@ -270,14 +239,22 @@ class Head(nn.Module):
         if self.dense is not None:
             x = self.norm(F.gelu(self.dense(x)))
         if targets is None:
-            return linear(x, weight, self.bias)
+            return softcapped(linear(x, weight, self.bias), self.softcap)
         smoothing = self.label_smoothing if self.training else 0.0
-        total = self.loss(x, weight, targets, bias=self.bias, label_smoothing=smoothing, reduction="sum")
+        total = self.loss(
+            x, weight, targets, bias=self.bias, label_smoothing=smoothing, softcap=self.softcap, reduction="sum"
+        )
         return total / (targets != -100).sum().clamp_min(1)
 
 
-def _linear_cross_entropy(x, weight, targets, *, bias, **options):
-    return F.cross_entropy(linear(x, weight, bias).view(-1, len(weight)).float(), targets.flatten(), **options)
+def _linear_cross_entropy(x, weight, targets, *, bias, softcap, **options):
+    logits = softcapped(linear(x, weight, bias).view(-1, len(weight)).float(), softcap)
+    return F.cross_entropy(logits, targets.flatten(), **options)
+
+
+def softcapped(logits, softcap):
+    """softcap * tanh(logits / softcap), or the logits if softcap is 0."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def num_parameters(model: nn.Module) -> int:

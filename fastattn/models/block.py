@@ -2,6 +2,8 @@
 
     post-norm: x = norm1(x + dropout1(SA(x)));  [x = norm2(x + dropout2(CA(x, memory)));]  x = norm(x + dropout(FF(x)))
     pre-norm:  the norms come before SA, CA and FF instead
+    parallel:  x = x + dropout1(SA(norm1(x))) + dropout2(FF(norm1(x)))
+    outputs of SA, CA and FF may have a norm of their own, before dropout
 
 The functions here take any of these, since the children have the same names.
 """
@@ -12,35 +14,38 @@ from torch import nn
 from fastattn import reference
 from fastattn.nn.decoder import TransformerDecoderLayer
 from fastattn.nn.encoder import TransformerEncoderLayer
-from fastattn.nn.norm import LayerNorm
-from fastattn.nn.plain import affine, dropout_p
-from fastattn.nn.sublayers import add_norm, add_norm_keep_sum, are_plain
-from fastattn.ops import dropout, feed_forward, layer_norm
+from fastattn.nn.norm import LayerNorm, RMSNorm
+from fastattn.nn.plain import affine, dropout_p, is_plain
+from fastattn.nn.sublayers import are_plain
+from fastattn.ops import dropout, feed_forward, layer_norm, rms_norm
 from fastattn.ops.linear import linear
 
-# name → (activation, whether a second input layer gates the hidden layer)
-FEED_FORWARDS = {
-    "gelu": ("gelu", False), "gelu_tanh": ("gelu_tanh", False), "relu": ("relu", False), "silu": ("silu", False),
-    "swiglu": ("silu", True), "geglu": ("gelu", True), "reglu": ("relu", True),
-}  # fmt: skip
+from .sequences import attention_weights
+from .shape import FEED_FORWARDS
+
+_NORMS = {"layer": (nn.LayerNorm, LayerNorm), "rms": (nn.RMSNorm, RMSNorm)}
+_ALL_NORMS = (*_NORMS["layer"], *_NORMS["rms"])
 
 
-def make_block(
-    d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, feed_forward, norm_eps, custom_block, cross, layers
-):  # fmt: skip
-    """A block from `layers`, with cross-attention if `cross`; custom_block: the attention needs our `Block`."""
-    activation, gated = FEED_FORWARDS[feed_forward]
-    if custom_block or gated or n_kv_head != n_head or activation not in ("gelu", "relu"):
-        return Block(
-            d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, activation, gated, norm_eps, cross, layers
-        )
-    if layers == "torch":
-        layer = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
+def make_norm(shape, width):
+    """A norm of the kind, weights and library that a Shape names."""
+    norm = _NORMS[shape.norm][shape.layers == "fastattn"]
+    bias = {"bias": shape.bias} if shape.norm == "layer" else {}
+    return norm(width, shape.norm_eps, elementwise_affine=shape.norm_weight, **bias)
+
+
+def make_block(shape, layer, cross):
+    """The block of a layer, with cross-attention if `cross`: from torch.nn or fastattn.nn, or a `Block`."""
+    if not shape.is_classic:
+        return Block(shape, layer, cross)
+    if shape.layers == "torch":
+        kind = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
     else:
-        layer = TransformerDecoderLayer if cross else TransformerEncoderLayer
-    return layer(
-        d_model, n_head, d_ff, dropout, activation, norm_eps, batch_first=True, norm_first=norm_first, bias=bias
-    )
+        kind = TransformerDecoderLayer if cross else TransformerEncoderLayer
+    return kind(
+        shape.d_model, shape.n_head, shape.hidden, shape.dropout, FEED_FORWARDS[shape.feed_forward][0], shape.norm_eps,
+        batch_first=True, norm_first=shape.norm_first, bias=shape.bias,
+    )  # fmt: skip
 
 
 def run_block(block, x, sequences, memory=None, memory_sequences=None):
@@ -65,11 +70,23 @@ def project(attn, x, parts="qkv"):
     n_kv_head = getattr(attn, "num_kv_heads", attn.num_heads)
     weight, bias, counts = attn.in_proj_weight, attn.in_proj_bias, (attn.num_heads, n_kv_head, n_kv_head)
     if parts != "qkv":
-        rows = slice(attn.embed_dim) if parts == "q" else slice(attn.embed_dim, None)
+        first = attn.num_heads * attn.head_dim
+        rows = slice(first) if parts == "q" else slice(first, None)
         weight, bias = weight[rows], None if bias is None else bias[rows]
         counts = counts[:1] if parts == "q" else counts[1:]
     heads = linear(x, weight, bias).unflatten(-1, (-1, attn.head_dim))
-    return (heads.transpose(1, 2) if heads.dim() == 4 else heads).split(counts, 1)
+    if getattr(attn, "q_norm", None) is None:
+        return (heads.transpose(1, 2) if heads.dim() == 4 else heads).split(counts, 1)
+    norms = {"qkv": (attn.q_norm, attn.k_norm, None), "q": (attn.q_norm,), "kv": (attn.k_norm, None)}[parts]
+    split = (_norm_heads(t, norm) for t, norm in zip(heads.split(counts, -2), norms, strict=True))
+    return tuple(t.transpose(1, 2) if t.dim() == 4 else t for t in split)
+
+
+def _norm_heads(x, norm):
+    """Norm (..., heads, head_dim) over each head, or over all of them if the norm is so wide."""
+    if norm is None or norm.normalized_shape == x.shape[-1:]:
+        return x if norm is None else norm(x)
+    return norm(x.flatten(-2)).view(x.shape)
 
 
 def merge_heads(out):
@@ -79,10 +96,17 @@ def merge_heads(out):
 
 def compose(block, x, self_attend, cross_attend=None):
     """Run a block by calling its children, with the given functions for SA and CA."""
+    if getattr(block, "parallel", False):
+        h = block.norm1(x)
+        return x + block.dropout1(self_attend(h)) + block.dropout2(_feed_forward(block, h))
     sublayers = [self_attend, *([] if cross_attend is None else [cross_attend]), lambda x: _feed_forward(block, x)]
     for number, sublayer in enumerate(sublayers, 1):
-        norm, drop = getattr(block, f"norm{number}"), getattr(block, f"dropout{number}")
-        x = x + drop(sublayer(norm(x))) if block.norm_first else norm(x + drop(sublayer(x)))
+        norm, drop = getattr(block, f"norm{number}", None), getattr(block, f"dropout{number}")
+        norm_out = getattr(block, f"norm{number}_out", None)
+        out = sublayer(norm(x) if block.norm_first else x)
+        x = x + drop(out if norm_out is None else norm_out(out))
+        if not block.norm_first and norm is not None:
+            x = norm(x)
     return x
 
 
@@ -93,75 +117,96 @@ def _feed_forward(block, x):
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values may have fewer heads; the `Sequences` supply the positions.
+    """Multi-head attention with the switches of a Shape; the `Sequences` supply the positions.
 
     Parameters are named as in torch.nn.MultiheadAttention; in_proj_weight holds n_head heads of queries, then
     n_kv_head heads of keys and n_kv_head heads of values.
-    Source: Vaswani et al., "Attention is all you need", 2017; Ainslie et al., "GQA", 2023.
+
+    Args:
+        shape: Shape.
+        layer: number of the layer, which decides its window; None for attention to a memory.
+    Source: Vaswani et al., "Attention is all you need", 2017; Ainslie et al., "GQA", 2023; for the switches see Shape.
     """
 
-    def __init__(self, d_model, n_head, n_kv_head, dropout, bias):
+    def __init__(self, shape, layer):
         super().__init__()
-        self.embed_dim, self.num_heads, self.num_kv_heads, self.dropout = d_model, n_head, n_kv_head, dropout
-        self.head_dim = d_model // n_head
-        rows = (n_head + 2 * n_kv_head) * self.head_dim
-        self.in_proj_weight = nn.Parameter(torch.empty(rows, d_model))
-        self.in_proj_bias = nn.Parameter(torch.zeros(rows)) if bias else None
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.embed_dim, self.num_heads, self.num_kv_heads = shape.d_model, shape.n_head, shape.kv_heads
+        self.head_dim, self.dropout = shape.head_width, shape.dropout
+        self.scores = shape.scores_of(layer or 0)
+        if layer is None:
+            self.scores = self.scores._replace(window=None, local=False)
+        rows = (shape.n_head + 2 * shape.kv_heads) * self.head_dim
+        has_bias = shape.bias if shape.qkv_bias is None else shape.qkv_bias
+        self.in_proj_weight = nn.Parameter(torch.empty(rows, shape.d_model))
+        self.in_proj_bias = nn.Parameter(torch.zeros(rows)) if has_bias else None
+        self.out_proj = nn.Linear(shape.n_head * self.head_dim, shape.d_model, bias=shape.bias)
+        self.sink = nn.Parameter(torch.zeros(shape.n_head)) if shape.sinks and layer is not None else None
+        self.q_norm = self.k_norm = None
+        if shape.qk_norm != "none":
+            together = shape.qk_norm == "all"
+            self.q_norm = make_norm(shape, self.head_dim * (shape.n_head if together else 1))
+            self.k_norm = make_norm(shape, self.head_dim * (shape.kv_heads if together else 1))
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x, sequences, memory=None):
         """x attends to itself, or to memory; sequences are those of the keys. x as for `run_block`; returns like x."""
         q, k, v = self._heads(x, sequences, memory)
-        return self.out_proj(merge_heads(sequences.attend(q, k, v, self.dropout if self.training else 0.0)))
+        dropout_p = self.dropout if self.training else 0.0
+        return self.out_proj(merge_heads(sequences.attend(q, k, v, dropout_p, self.scores, self.sink)))
 
     def weights(self, x, sequences, memory=None):
         """(batch, n_head, seqlen_q, seqlen_k): the attention weights of `forward`, without dropout."""
         q, k, _ = self._heads(x, sequences, memory)
-        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * self.head_dim**-0.5
-        mask = sequences.mask
-        return (scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask).softmax(-1)
+        return attention_weights(q, k, sequences.mask_of(self.scores.window), self.scores, self.sink)
 
     def _heads(self, x, sequences, memory):
         if memory is None:
             q, k, v = project(self, x)
-            return *sequences.rotate(q, k), v
+            return *sequences.rotate(q, k, self.scores.local), v
         return *project(self, x, "q"), *project(self, memory, "kv")
 
 
+def normalise(norm, x, **options):
+    """The fused op of a plain LayerNorm or RMSNorm, with its options (residual, dropout_p, return_residual)."""
+    if isinstance(norm, nn.RMSNorm):
+        return rms_norm(x, norm.weight, norm.eps, **options)
+    return layer_norm(x, *affine(norm), norm.eps, **options)
+
+
 class Block(nn.Module):
-    """An encoder or decoder block like torch.nn's that also has grouped heads, rotary positions, ALiBi and gates.
+    """An encoder or decoder block like torch.nn's that also has all switches of a Shape.
+
+    The feed-forward block is linear2(dropout(activation(linear1(x)))), or if gated
+    linear2(dropout(activation(gate(x)) * linear1(x))).
 
     Args:
-        d_model, n_head, n_kv_head, d_ff: width, heads of queries, heads of keys and values, hidden width.
-        dropout: probability on the attention weights, the hidden layer and the residual branches.
-        bias: whether linear layers and norms have biases.
-        norm_first: pre-norm.
-        activation, gated: the feed-forward block is linear2(dropout(activation(linear1(x)))), or if gated
-            linear2(dropout(activation(gate(x)) * linear1(x))).
-        norm_eps: added to the variance in norms.
+        shape: Shape.
+        layer: number of the layer, which decides its window.
         cross: whether there is cross-attention.
-        layers: "fastattn" or "torch".
-    Source: Shazeer, "GLU variants improve transformer", 2020, for the gates.
+    Source: as for Shape.
     """
 
-    def __init__(
-        self, d_model, n_head, n_kv_head, d_ff, dropout, bias, norm_first, activation, gated, norm_eps, cross, layers
-    ):  # fmt: skip
+    def __init__(self, shape, layer, cross):
         super().__init__()
-        self.use_torch, self.norm_first = layers == "torch", norm_first
-        self.activation_name, self.activation = activation, reference.ACTIVATIONS[activation]
-        self.self_attn = Attention(d_model, n_head, n_kv_head, dropout, bias)
+        self.use_torch, self.norm_first, self.parallel = shape.layers == "torch", shape.norm_first, shape.parallel
+        self.activation_name, gated = FEED_FORWARDS[shape.feed_forward]
+        self.activation = reference.ACTIVATIONS[self.activation_name]
+        d_model, d_ff, bias, dropout = shape.d_model, shape.hidden, shape.bias, shape.dropout
+        self.self_attn = Attention(shape, layer)
         if cross:
-            self.multihead_attn = Attention(d_model, n_head, n_kv_head, dropout, bias)
+            self.multihead_attn = Attention(shape, None)
         self.linear1 = nn.Linear(d_model, d_ff, bias=bias)
         self.gate = nn.Linear(d_model, d_ff, bias=bias) if gated else None
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(d_ff, d_model, bias=bias)
-        norm = nn.LayerNorm if self.use_torch else LayerNorm
         self.numbers = range(1, 4 if cross else 3)
+        self.norm_names = []
         for number in self.numbers:
-            setattr(self, f"norm{number}", norm(d_model, norm_eps, bias=bias))
+            names = [f"norm{number}"] if shape.norm_first or shape.post_norm else []
+            names += [f"norm{number}_out"] if shape.norm_output else []
+            for name in names if number == 1 or not shape.parallel else ():
+                setattr(self, name, make_norm(shape, d_model))
+                self.norm_names.append(name)
             setattr(self, f"dropout{number}", nn.Dropout(dropout))
 
     def forward(self, x, sequences, memory=None, memory_sequences=None):
@@ -176,21 +221,37 @@ class Block(nn.Module):
         attends = (self_attend,) if memory is None else (self_attend, cross_attend)
         if self.use_torch or not self._is_plain():
             return compose(self, x, *attends)
-        norms = [getattr(self, f"norm{number}") for number in self.numbers]
-        dropouts = [getattr(self, f"dropout{number}") for number in self.numbers]
-        if not self.norm_first:
-            for attend, drop, norm in zip(attends, dropouts, norms, strict=False):
-                x = add_norm(attend(x), None, x, drop, norm)
-            return add_norm(self._feed_forward(x), None, x, dropouts[-1], norms[-1])
-        h = layer_norm(x, *affine(norms[0]), norms[0].eps)
-        for attend, drop, norm in zip(attends, dropouts, norms[1:], strict=False):
-            h, x = add_norm_keep_sum(attend(h), None, x, drop, norm)
-        return dropout(self._feed_forward(h), dropout_p(dropouts[-1]), residual=x)
+        m, sublayers = self._modules, [*attends, self._feed_forward]
+        if self.parallel:
+            h = normalise(m["norm1"], x)
+            x = dropout(self_attend(h), dropout_p(m["dropout1"]), residual=x)
+            return dropout(self._feed_forward(h), dropout_p(m["dropout2"]), residual=x)
+        if self.norm_first:
+            return self._pre_norm(x, sublayers)
+        for number, sublayer in enumerate(sublayers, 1):
+            out, p = sublayer(x), dropout_p(m[f"dropout{number}"])
+            if f"norm{number}_out" in m:
+                x = dropout(normalise(m[f"norm{number}_out"], out), p, residual=x)
+            else:  # the op returns the dtype of its input, torch that of the sum
+                x = normalise(m[f"norm{number}"], out.to(x.dtype), residual=x, dropout_p=p)
+        return x
+
+    def _pre_norm(self, x, sublayers):
+        m = self._modules
+        h = normalise(m["norm1"], x)
+        for number, sublayer in enumerate(sublayers, 1):
+            out, p = sublayer(h), dropout_p(m[f"dropout{number}"])
+            if f"norm{number}_out" in m:
+                out = normalise(m[f"norm{number}_out"], out)
+            if number == len(sublayers):
+                return dropout(out, p, residual=x)
+            h, x = normalise(m[f"norm{number + 1}"], out, residual=x, dropout_p=p, return_residual=True)
+        return x
 
     def _is_plain(self):
         linears = ("linear1", "linear2") if self.gate is None else ("linear1", "gate", "linear2")
-        dropouts = ("dropout", *(f"dropout{number}" for number in self.numbers))
-        return are_plain(self._modules, linears, dropouts, [f"norm{number}" for number in self.numbers])
+        dropouts, m = ("dropout", *(f"dropout{number}" for number in self.numbers)), self._modules
+        return are_plain(m, linears, dropouts, ()) and all(is_plain(m[name], *_ALL_NORMS) for name in self.norm_names)
 
     def _feed_forward(self, x):
         m, gate = self._modules, self.gate

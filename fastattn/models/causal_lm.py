@@ -19,7 +19,7 @@ class CausalLM(Backbone):
         tied: whether the output layer is the embedding.
         init: how matrices are initialized, see `initialize`.
         label_smoothing: share of a target's probability that is spread over the vocabulary, in training mode only.
-        shape: the arguments of `Backbone`.
+        shape: the fields of `Shape`.
     Raises:
         ValueError: as `Backbone`; label_smoothing is out of range or init is unknown.
     Example:
@@ -39,7 +39,7 @@ class CausalLM(Backbone):
         **shape: Any,
     ) -> None:
         super().__init__(vocab_size, **shape)
-        self.head = Head(vocab_size, self.d_model, tied, label_smoothing, self.layers)
+        self.head = Head(vocab_size, self.shape, tied, label_smoothing)
         initialize(self, init, len(self.blocks))
 
     def forward(

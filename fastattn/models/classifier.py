@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from .backbone import Backbone, check_choice, check_lengths, check_tokens, num_parameters
+from .backbone import Backbone, check_lengths, check_tokens, num_parameters
 from .initialize import initialize
+from .shape import check_choice
 
 BODIES = ("transformer", "lstm", "gru", "cnn", "bag_of_words")
 _WIDTHS = (3, 4, 5)
@@ -25,7 +26,7 @@ class Classifier(nn.Module):
         pooling: how the transformer's states become one: "mean", "first", or "pooler", tanh(linear(first)) as in BERT.
         init: as for `CausalLM`; with "gpt2" recurrent and convolutional layers keep torch.nn's initial weights.
         label_smoothing: share of a target's probability that is spread over the classes, in training mode only.
-        shape: the arguments of `Backbone`; dropout also comes before the output layer.
+        shape: the fields of `Shape`; dropout also comes before the output layer.
     Raises:
         ValueError: as `Backbone`; body or pooling is unknown, or label_smoothing is out of range.
     Example:

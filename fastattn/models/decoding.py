@@ -8,11 +8,12 @@ from fastattn.nn.encoder import TransformerEncoderLayer
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.nn.sublayers import activation_name, are_plain
 from fastattn.nn.whole import are_fp32_on_cpu, make_layer, read_plain, read_tensors
-from fastattn.ops.layer import convert_linear
+from fastattn.ops.layer import ACTIVATION_NUMBERS, convert_linear
 from fastattn.reference import ACTIVATIONS
 
 from .backbone import Head
 from .block import Attention, Block
+from .shape import Scores
 
 _CHILDREN = ("linear1", "linear2"), ("dropout", "dropout1", "dropout2"), ("norm1", "norm2")
 _GATED_CHILDREN = ("linear1", "linear2", "gate"), *_CHILDREN[1:]
@@ -26,6 +27,8 @@ def _why_not(block):
         return f"it is a {type(block).__name__} with {type(attn).__name__}"
     if type(block) is Block and (block.use_torch or block.activation is not ACTIVATIONS[block.activation_name]):
         return "it computes as torch.nn does, or has an activation of its own"
+    if type(block) is Block and not _is_served(block, attn):
+        return "it has norms, scores or head dimensions that the op for a whole layer lacks"
     if "multihead_attn" in m:
         return "it has cross-attention"
     if not are_plain(m, linears, dropouts, norms):
@@ -36,6 +39,15 @@ def _why_not(block):
         if dropout_p(m[name]):
             return "it drops"
     return None
+
+
+def _is_served(block, attn):
+    """Whether the op for a whole layer has the norms, the scores and the activation of a Block."""
+    return (
+        block.norm_names == ["norm1", "norm2"] and attn.scores == Scores() and attn.sink is None
+        and attn.q_norm is None and attn.num_heads * attn.head_dim == attn.embed_dim and not block.parallel
+        and block.activation_name in ACTIVATION_NUMBERS
+    )  # fmt: skip
 
 
 def _activation(block):
@@ -90,7 +102,13 @@ def convert_layers(blocks, weights):
 def convert_head(model, weights):
     """The output layer of a CausalLM as a `Linear` with a converted weight, or ValueError."""
     head = getattr(model, "head", None)
-    if type(head) is not Head or head.dense is not None or must_call_children() or not is_plain(head, Head):
+    if (
+        type(head) is not Head
+        or head.dense is not None
+        or head.softcap
+        or must_call_children()
+        or not is_plain(head, Head)
+    ):
         raise ValueError(f"weights must be None for this model, got {weights!r}: its output layer is not a plain one")
     weight = model.token_embedding.weight if head.weight is None else head.weight
     if not are_fp32_on_cpu([weight, head.bias]):

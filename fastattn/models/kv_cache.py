@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn import RotaryEmbedding
@@ -15,6 +14,9 @@ from fastattn.ops._gemm import few_rows
 
 from .block import compose, merge_heads, project
 from .decoding import convert_head, convert_layers, read_layers
+from .rotary import ScaledRotary
+from .sequences import torch_attention
+from .shape import Scores
 
 _AT_ONCE = 64  # the most new tokens in a call with converted weights
 
@@ -97,15 +99,20 @@ class KeyValueCache:
 
         def self_attend(x, attn, k_cache, v_cache):
             q, k, v = project(attn, x)
-            q, k = sequences.rotate(q, k)
+            scores, sink = getattr(attn, "scores", Scores()), getattr(attn, "sink", None)
+            q, k = sequences.rotate(q, k, scores.local)
             if use_torch:
                 end = self.length + q.shape[2]
                 k_cache[:, :, self.length : end] = k
                 v_cache[:, :, self.length : end] = v
-                out = _torch_attention(q, k_cache[:, :, :end], v_cache[:, :, :end], sequences.mask)
+                mask = sequences.mask_of(scores.window)
+                out = torch_attention(q, k_cache[:, :, :end], v_cache[:, :, :end], mask, scores, sink)
             else:
                 slopes = sequences.alibi_slopes
-                out = attention_decode(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, alibi_slopes=slopes)
+                out = attention_decode(
+                    q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, alibi_slopes=slopes, sink=sink,
+                    window=sequences.window(scores), softcap=scores.softcap, scale=scores.scale,
+                )  # fmt: skip
             return attn.out_proj(merge_heads(out))
 
         for block, k, v, memory in zip(blocks, self.k, self.v, self.memory, strict=True):
@@ -120,7 +127,9 @@ class KeyValueCache:
 
     def _few_token_layers(self, blocks, x, rotary):
         """The layers for the op that computes a whole layer, or None where the children are called."""
-        is_served = layer_op.serves(x, self.k.shape[-1]) and (rotary is None or is_plain(rotary, RotaryEmbedding))
+        is_served = layer_op.serves(x, self.k.shape[-1]) and (
+            rotary is None or is_plain(rotary, RotaryEmbedding, ScaledRotary)
+        )
         if self._layers is not None:
             if is_served:
                 return self._layers
@@ -156,17 +165,14 @@ class KeyValueCache:
 
     def _cross_attend(self, x, attn, memory, use_torch):
         (q,), (k, v) = project(attn, x, "q"), memory
+        scores = getattr(attn, "scores", Scores())
         if use_torch:
             seen = torch.arange(k.shape[2], device=k.device) < self.memory_lengths[:, None]
             rows = self.memory_rows.long()
-            out = _torch_attention(q, k[rows], v[rows], seen[:, None, None])
+            out = torch_attention(q, k[rows], v[rows], seen[:, None, None], scores)
         else:
             out = attention_decode(
-                q, k, v, cache_seqlens=self.memory_lengths, cache_batch_idx=self.memory_rows, causal=False
-            )
+                q, k, v, cache_seqlens=self.memory_lengths, cache_batch_idx=self.memory_rows, causal=False,
+                softcap=scores.softcap, scale=scores.scale,
+            )  # fmt: skip
         return attn.out_proj(merge_heads(out))
-
-
-def _torch_attention(q, k, v, mask):
-    mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

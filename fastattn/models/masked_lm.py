@@ -17,7 +17,7 @@ class MaskedLM(nn.Module):
     Args:
         vocab_size, tied, init, label_smoothing: as for `CausalLM`.
         head_transform: whether a layer with GELU and norm comes before the output layer, which then has a bias.
-        shape: the arguments of `Backbone`.
+        shape: the fields of `Shape`.
     Raises:
         ValueError: as `CausalLM`.
     Source: Devlin et al., "BERT: pre-training of deep bidirectional transformers for language understanding", 2019.
@@ -38,8 +38,7 @@ class MaskedLM(nn.Module):
         super().__init__()
         self.encoder = Backbone(vocab_size, **shape)
         self.block_size, self.layers = self.encoder.block_size, self.encoder.layers
-        transform = self.encoder.norm.eps if head_transform else None
-        self.head = Head(vocab_size, self.encoder.d_model, tied, label_smoothing, self.layers, transform)
+        self.head = Head(vocab_size, self.encoder.shape, tied, label_smoothing, head_transform)
         initialize(self, init, len(self.encoder.blocks))
 
     def forward(self, tokens: Tensor, lengths: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ class Seq2Seq(nn.Module):
 
     Args:
         vocab_size, tied, init, label_smoothing: as for `CausalLM`.
-        shape: the arguments of `Backbone`, for both sides.
+        shape: the fields of `Shape`, for both sides.
     Raises:
         ValueError: as `CausalLM`.
     Example:
@@ -44,7 +44,7 @@ class Seq2Seq(nn.Module):
         embedding = self.encoder.token_embedding
         self.decoder = Backbone(vocab_size, cross=True, token_embedding=embedding, **shape)
         self.block_size, self.layers = self.encoder.block_size, self.encoder.layers
-        self.head = Head(vocab_size, self.encoder.d_model, tied, label_smoothing, self.layers)
+        self.head = Head(vocab_size, self.encoder.shape, tied, label_smoothing)
         initialize(self, init, len(self.encoder.blocks))
 
     def encode(self, source: Tensor, lengths: Tensor) -> Tensor:

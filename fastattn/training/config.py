@@ -1,9 +1,11 @@
 """The settings of a run: plain dataclasses that one YAML file fills, checked before anything is written."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from .messages import expect
+from fastattn.models.shape import RotaryConfig, Shape
+
+from .messages import UsageError, expect
 
 
 @dataclass
@@ -96,13 +98,29 @@ class ModelConfig:
         d_model: width, a multiple of n_head
         d_ff: width of the feed-forward block; null = 4 * d_model
         block_size: the most tokens the model sees at once
+        head_dim: width of a head; null = d_model / n_head
         dropout: probability of dropping an element
         bias: whether linear layers and norms have biases
+        qkv_bias: whether the projections to queries, keys and values have biases; null = as bias
         positions: how the model represents the order of tokens
+        rotary: the angles of rotary positions
+        window: a token sees this many tokens, itself included, in layers that window_pattern calls S; null = all
+        window_pattern: letters S (sliding window) and L (the whole text), repeated over the layers
+        norm: LayerNorm or RMSNorm
+        norm_weight: whether norms have weights
         norm_first: norm before each sub-layer (pre-norm), not after it
-        feed_forward: activation, or gate (swiglu, geglu, reglu), of the feed-forward block
-        tied: whether the output layer shares the weights of the embedding
+        norm_output: a norm of the output of each sub-layer too; with norm_first false only that one
         norm_eps: added to the variance in norms
+        qk_norm: norm of queries and keys, of each head or of all heads together
+        attention_softcap: scores become softcap * tanh(score / softcap); 0 = off
+        attention_scale: factor of the products of queries and keys; null = 1 / sqrt(head_dim)
+        sinks: each head learns a logit that takes part in the softmax of its scores
+        logit_softcap: softcap of the output layer's logits; 0 = off
+        embedding_scale: multiply token embeddings by sqrt(d_model)
+        embedding_norm: a norm on the embeddings
+        parallel: attention and the feed-forward block of a block read the same norm
+        feed_forward: activation, or gate (swiglu, geglu, geglu_tanh, reglu), of the feed-forward block
+        tied: whether the output layer shares the weights of the embedding
         head_transform: masked_lm has a layer with GELU and norm before the output layer, as in BERT
         pooling: a transformer classifier uses the mean of all positions, the first one, or BERT's pooler on the first
         init: how matrices are initialized; gpt2 is normal, with smaller projections into the residual stream
@@ -117,23 +135,42 @@ class ModelConfig:
     d_model: int = 128
     d_ff: int | None = None
     block_size: int = 64
+    head_dim: int | None = None
     dropout: float = 0.0
     bias: bool = True
+    qkv_bias: bool | None = None
     positions: Literal["learned", "sinusoidal", "rotary", "alibi"] = "learned"
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    window: int | None = None
+    window_pattern: str = "S"
+    norm: Literal["layer", "rms"] = "layer"
+    norm_weight: bool = True
     norm_first: bool = True
-    feed_forward: Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "reglu"] = "gelu"
-    tied: bool = True
+    norm_output: bool = False
     norm_eps: float = 1e-5
+    qk_norm: Literal["none", "head", "all"] = "none"
+    attention_softcap: float = 0.0
+    attention_scale: float | None = None
+    sinks: bool = False
+    logit_softcap: float = 0.0
+    embedding_scale: bool = False
+    embedding_norm: bool = False
+    parallel: bool = False
+    feed_forward: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"] = (
+        "gelu"
+    )
+    tied: bool = True
     head_transform: bool = False
     pooling: Literal["mean", "first", "pooler"] = "mean"
-    init: Literal["gpt2", "normal", "uniform", "xavier", "he"] = "gpt2"
+    init: Literal["gpt2", "normal", "uniform", "xavier", "he", "nanochat"] = "gpt2"
     embedding: Literal["random", "word2vec"] = "random"
     checkpointing: bool = False
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "d_model", "block_size"):
             expect(getattr(self, name) >= 1, f"model.{name}", "at least 1", getattr(self, name))
-        expect(self.d_model % self.n_head == 0, "model.d_model", f"a multiple of n_head = {self.n_head}", self.d_model)
+        divides = self.head_dim is not None or self.d_model % self.n_head == 0
+        expect(divides, "model.d_model", f"a multiple of n_head = {self.n_head}", self.d_model)
         shared = self.n_kv_head
         expect(
             shared is None or (shared >= 1 and self.n_head % shared == 0),
@@ -142,7 +179,7 @@ class ModelConfig:
             shared,
         )
         rotates = self.positions == "rotary" and self.body == "transformer"
-        width = self.d_model // self.n_head
+        width = self.head_dim or self.d_model // self.n_head
         expect(not rotates or width % 2 == 0, "model.d_model / n_head", "even for rotary positions", width)
         pooled = self.pooling == "mean" or self.body == "transformer"
         expect(pooled, "model.pooling", f"'mean' for the body {self.body}", self.pooling)
@@ -151,6 +188,15 @@ class ModelConfig:
         expect(self.d_ff is None or self.d_ff >= 1, "model.d_ff", "null or at least 1", self.d_ff)
         expect(0 <= self.dropout < 1, "model.dropout", "at least 0 and below 1", self.dropout)
         expect(self.norm_eps > 0, "model.norm_eps", "above 0", self.norm_eps)
+        if self.body == "transformer":
+            self._check_shape()
+
+    def _check_shape(self):
+        """Raise UsageError unless the model's own check passes, whose messages begin with the name of a setting."""
+        try:
+            Shape(**{f.name: getattr(self, f.name) for f in fields(Shape) if f.name != "layers"})
+        except ValueError as error:
+            raise UsageError(f"model.{error}") from None
 
 
 @dataclass
@@ -326,4 +372,14 @@ def config_from_dict(values):
     """A TrainConfig from nested dicts; the parser has already checked keys and types."""
     sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
     values = {**values, "data": {**values["data"], "columns": Columns(**values["data"]["columns"])}}
+    if isinstance(values["model"].get("rotary"), dict):
+        values["model"] = {**values["model"], "rotary": rotary_config(values["model"]["rotary"])}
     return TrainConfig(**{k: sections[k](**v) if k in sections else v for k, v in values.items()})
+
+
+def rotary_config(values):
+    """A RotaryConfig from a dict; UsageError if a value is out of range."""
+    try:
+        return RotaryConfig(**values)
+    except ValueError as error:
+        raise UsageError(f"model.{error}") from None

@@ -274,7 +274,7 @@ def test_what_a_folder_holds(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "expected"),
     [
-        ("bert", {"model_type": "t5"}, "model_type must be 'bert' or 'gpt2', got 't5'"),
+        ("bert", {"model_type": "t5"}, "model_type must be one of llama, .*bert, got 't5'"),
         ("bert", {"is_decoder": True}, "is_decoder must be False, got True"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type must be 'absolute'"),
         ("bert", {"hidden_act": "mish"}, "the activation must be one of gelu, .*, got 'mish'"),

@@ -1,14 +1,25 @@
 """Loads a trained model from the folder of its run."""
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 
+from ..config import config_from_dict
 from ..data.tokenizer import load_tokenizer
 from ..messages import UsageError
 from ..tasks.registry import TASKS
 from .checkpoint import check_run, choose_checkpoint, read_summary
 from .devices import pick_device
 from .lora import add_lora, merge_lora
+
+
+def read_run_config(run):
+    """The TrainConfig of a run folder; UsageError if it is not one."""
+    check_run(run)
+    try:
+        return config_from_dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, UsageError) as error:
+        raise UsageError(f"{run / 'config.yaml'} is not the config of a run: {error}") from None
 
 
 def load_run(run, config, *, checkpoint="best", accelerator="auto", layers=None):

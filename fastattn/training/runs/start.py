@@ -1,22 +1,25 @@
-"""The starting point of a run: tokenizer, shape and weights of another run, or of a BERT or GPT-2 of Hugging Face."""
+"""The starting point of a run: tokenizer, shape and weights of another run, or of a model of Hugging Face."""
 
 from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
-from ..config import ModelConfig, config_from_dict
+from ..config import ModelConfig
 from ..data.tokenizer import load_tokenizer
 from ..messages import UsageError, expect
-from .checkpoint import check_run, read_summary
-from .load import load_run
+from .checkpoint import read_summary
+from .load import load_run, read_run_config
 
 # task; labels of a classifier, else None; model: ModelConfig; read_weights: () → {name: tensor}
 Start = namedtuple("Start", "task labels model read_weights")
 
 # settings that decide the meaning of the weights, not only their shape
-_KEPT = ("body", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "bias", "positions", "norm_first",
-         "feed_forward", "norm_eps")  # fmt: skip
+_KEPT = (
+    "body", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "head_dim", "bias", "qkv_bias", "positions", "rotary",
+    "window", "window_pattern", "norm", "norm_weight", "norm_first", "norm_output", "norm_eps", "qk_norm",
+    "attention_softcap", "attention_scale", "sinks", "logit_softcap", "embedding_scale", "embedding_norm", "parallel",
+    "feed_forward",
+)  # fmt: skip
 _WITH_ENCODER = {"masked_lm", "classify", "translate"}
 _BY_TOKEN_OR_POSITION = ("embedding.weight", "head.weight", "head.bias")
 
@@ -49,7 +52,7 @@ def start_tokenizer(config):
 
 def start_model_options(start):
     """{name: value} of the ModelConfig of a start: the defaults of a run that starts from it."""
-    options = dict(vars(open_start(start).model))
+    options = asdict(open_start(start).model)
     del options["embedding"], options["init"], options["checkpointing"]  # about initial weights and memory
     return options
 
@@ -117,15 +120,14 @@ def _check_tensors(weights, state, may_be_new, start):
 
 def _shape(model):
     shape = dict(vars(model))
-    return {**shape, "n_kv_head": model.n_kv_head or model.n_head, "d_ff": model.d_ff or 4 * model.d_model}
+    shape["n_kv_head"], shape["d_ff"] = model.n_kv_head or model.n_head, model.d_ff or 4 * model.d_model
+    shape["head_dim"] = model.head_dim or model.d_model // model.n_head
+    shape["qkv_bias"] = model.bias if model.qkv_bias is None else model.qkv_bias
+    return shape
 
 
 def _run_start(folder):
-    check_run(folder)
-    try:
-        config = config_from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, UsageError) as error:
-        raise UsageError(f"{folder / 'config.yaml'} is not the config of a run: {error}") from None
+    config = read_run_config(folder)
 
     def read_weights():
         return load_run(folder, config, accelerator="cpu")[0].state_dict()

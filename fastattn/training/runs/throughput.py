@@ -17,7 +17,8 @@ PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12
 def flops_per_token(model, shape):
     """Operations of a training step per token.
 
-    The forward pass costs 2 per matrix weight, and 4 * d_model * block_size per attention layer. The backward costs the
+    The forward pass costs 2 per matrix weight, and 4 * n_head * head_dim * (block_size, or a smaller window) per
+    attention layer. The backward costs the
     same for trained weights, and the same again for the inputs unless only the head is trained. Embedding look-ups and
     the sums of LoRA are not counted. The output layer counts even if tied; for a MaskedLM only the masked tokens pass
     it. Half the tokens of a translator pass the encoder, half the decoder.
@@ -43,7 +44,12 @@ def flops_per_token(model, shape):
         operations += (MASKED * output if isinstance(model, MaskedLM) else output) - products(head)
     if hasattr(model, "decoder"):
         operations //= 2
-    attention = shape.n_layer * shape.d_model * shape.block_size if shape.body == "transformer" else 0
+    attention = 0
+    if shape.body == "transformer":
+        width, pattern = shape.n_head * (shape.head_dim or shape.d_model // shape.n_head), shape.window_pattern
+        for layer in range(shape.n_layer):
+            windowed = shape.window is not None and pattern[layer % len(pattern)] == "S"
+            attention += width * min(shape.block_size, shape.window if windowed else shape.block_size)
     return operations + 4 * (1 + 2 * through) * attention
 
 
