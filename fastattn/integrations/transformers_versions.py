@@ -37,7 +37,8 @@ def dense_mask(q_length: int, q_offset: int | torch.Tensor, device: Any, **given
     if TAKES_POSITIONS:
         positions = torch.arange(q_length, device=device) + q_offset
         return masking_utils.sdpa_mask(cache_position=positions, **given)
-    return masking_utils.sdpa_mask(q_length=q_length, q_offset=q_offset, device=device, **given)
+    newest: Callable = masking_utils.sdpa_mask  # its annotations leave out a tensor as q_offset
+    return newest(q_length=q_length, q_offset=q_offset, device=device, **given)
 
 
 def for_installed_version(function: Callable) -> Callable:
