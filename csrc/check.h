@@ -33,17 +33,33 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-inline OptionalTensor contiguous(const OptionalTensor& t) {
-  return t && !t->is_contiguous() ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+// Raises if a tensor with elements has no memory.
+inline void check_storage(const Tensor& tensor, const void* data) {
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  STD_TORCH_CHECK((data && bytes) || tensor.numel() == 0, "a tensor of ", tensor.numel(),
+                  " elements has no memory: its storage was freed or never allocated");
 }
 
 // The memory of an operand. The kernels read a null pointer as "no such operand", so a tensor whose storage was freed
-// (FSDP resizes it to 0) must not get there.
+// (FSDP resizes it to 0) must not get there. A view of a freed storage points to its own offset from null.
 inline const void* data_of(const Tensor& tensor) {
+  constexpr uintptr_t kOffsets = uintptr_t{1} << 40;  // no offset is larger, and hardly any address is smaller
   const void* data = tensor.const_data_ptr();
-  STD_TORCH_CHECK(data || tensor.numel() == 0, "a tensor of ", tensor.numel(),
-                  " elements has no memory: its storage was freed or never allocated");
+  if (reinterpret_cast<uintptr_t>(data) < kOffsets) {
+    check_storage(tensor, data);
+  }
   return data;
+}
+
+// A contiguous copy of an operand. torch's own copies do not check the memory.
+inline Tensor contiguous_copy(const Tensor& tensor) {
+  data_of(tensor);
+  return torch::stable::contiguous(tensor);
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t && !t->is_contiguous() ? OptionalTensor(contiguous_copy(*t)) : t;
 }
 
 inline const void* data_or_null(const std::optional<Tensor>& tensor) {
@@ -92,7 +108,7 @@ inline Rows as_rows(const Tensor& tensor) {
   if (rows == 0 || cols == 0 || collapses) {
     return {tensor, rows, cols, stride};
   }
-  return {torch::stable::contiguous(tensor), rows, cols, cols};
+  return {contiguous_copy(tensor), rows, cols, cols};
 }
 
 // as_rows of an operand with the shape of `like`. Without a tensor, the data must not be used.

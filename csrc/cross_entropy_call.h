@@ -10,7 +10,7 @@ struct CrossEntropyCall {
 
   CrossEntropyCall(Tensor logits, const Tensor& target_in, const std::optional<Tensor>& dloss, int64_t ignore_index,
                    double label_smoothing, double z_loss, double softcap, bool need_grad)
-      : target(target_in.is_contiguous() ? target_in : torch::stable::contiguous(target_in)) {
+      : target(target_in.is_contiguous() ? target_in : contiguous_copy(target_in)) {
     STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
                     "logits must have two dimensions and inner stride 1, got ", logits.dim(), " dimensions");
     const int64_t rows = logits.size(0);

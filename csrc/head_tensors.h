@@ -49,7 +49,7 @@ inline Tensor empty_in_layout(const Tensor& like, int64_t last) {
 }
 
 inline Tensor inner_contiguous(const Tensor& t) {
-  return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(3) <= 1 || t.stride(3) == 1 ? t : contiguous_copy(t);
 }
 
 inline HeadTensor heads(const Tensor& t, bool packed = false) {

@@ -83,7 +83,7 @@ class RotaryCall {
   void add(int which, const Tensor& t) {
     const int64_t last = t.dim() - 1;
     const bool inner_contiguous = t.numel() == 0 || t.stride(last) == 1;
-    held_[which] = inner_contiguous ? t : torch::stable::contiguous(t);
+    held_[which] = inner_contiguous ? t : contiguous_copy(t);
     args.x[which] = rotary_strides(held_[which]);
     args.n_heads[which] = t.size(1);
   }
@@ -102,8 +102,8 @@ class RotaryCall {
                     "rotary: cos must have ", args.batch, " or 1 rows of ", args.seqlen, " tokens");
     const bool as_is = cos.stride(dims - 1) == 1 && sin.stride(dims - 1) == 1 &&
                        std::equal(cos.strides().begin(), cos.strides().end(), sin.strides().begin());
-    held_[2] = as_is ? cos : torch::stable::contiguous(cos);
-    held_[3] = as_is ? sin : torch::stable::contiguous(sin);
+    held_[2] = as_is ? cos : contiguous_copy(cos);
+    held_[3] = as_is ? sin : contiguous_copy(sin);
     args.cos = data_of(held_[2]);
     args.sin = data_of(held_[3]);
     args.table_rows = cos.size(dims - 2);
@@ -122,7 +122,7 @@ class RotaryCall {
                     "rotary: positions must be int32 or int64, got ",
                     torch::headeronly::toString(positions.scalar_type()));
     STD_TORCH_CHECK(positions.device() == q.device(), "rotary: positions must be on the device of q");
-    held_[4] = positions.is_contiguous() ? positions : torch::stable::contiguous(positions);
+    held_[4] = positions.is_contiguous() ? positions : contiguous_copy(positions);
     args.positions = data_of(held_[4]);
     args.positions_batch = dims == 2 && positions.size(0) > 1 ? args.seqlen : 0;
     args.wide_positions = positions.scalar_type() == ScalarType::Long;

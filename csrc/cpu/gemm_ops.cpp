@@ -23,7 +23,7 @@ struct Matrix {
                     t.dim());
     const bool is_dense = t.size(0) <= 1 || t.size(1) <= 1 || t.stride(0) == 1 || t.stride(1) == 1;
     if (!is_dense) {
-      tensor = torch::stable::contiguous(t);
+      tensor = fastattn::contiguous_copy(t);
     }
     const int d = transposed ? 1 : 0;
     rows = t.size(d);

@@ -14,7 +14,7 @@ Tensor gemv(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, 
   STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.size(1) == args.k,
                   "gemv: x must be float32 of two dimensions and ", args.k, " columns, got ",
                   torch::headeronly::toString(x.scalar_type()), " of ", x.dim());
-  const Tensor rows = args.k <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+  const Tensor rows = args.k <= 1 || x.stride(1) == 1 ? x : fastattn::contiguous_copy(x);
   const Tensor y = fastattn::empty_cpu({x.size(0), args.n}, ScalarType::Float);
   args.x = static_cast<const float*>(fastattn::data_of(rows));
   args.y = static_cast<float*>(y.mutable_data_ptr());

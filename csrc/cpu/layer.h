@@ -78,7 +78,7 @@ class Layer {
  public:
   Layer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
         const LayerOptions& options)
-      : x_(torch::stable::contiguous(x)), norms_(norms), options_(options), gated_(linears.size() == 15) {
+      : x_(contiguous_copy(x)), norms_(norms), options_(options), gated_(linears.size() == 15) {
     STD_TORCH_CHECK(x.dim() == 3, "layer: x must have 3 dimensions, got ", x.dim());
     STD_TORCH_CHECK(norms.size() == 4, "layer: norms must be 4 tensors, got ", norms.size());
     STD_TORCH_CHECK(linears.size() == 12 || gated_, "layer: linears must be 12 or 15 tensors, got ", linears.size());

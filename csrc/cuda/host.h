@@ -32,7 +32,7 @@ class Parameter {
                     tensor->numel(), " elements in ", tensor->dim(), " dimensions");
     check_device(tensor, like, name);
     dtype = dtype_of(*tensor, name);
-    held_ = tensor->is_contiguous() ? tensor : torch::stable::contiguous(*tensor);
+    held_ = tensor->is_contiguous() ? tensor : contiguous_copy(*tensor);
     data = data_of(*held_);
   }
 

@@ -18,6 +18,7 @@ inline Tensor mappable(const Tensor& t) {
   if (is_mappable(t)) {
     return t;
   }
+  data_of(t);  // raises if the storage was freed
   const Tensor copy = empty_beside(t, t.sizes(), t.scalar_type());
   torch::stable::copy_(const_cast<Tensor&>(copy), t);
   return copy;

@@ -206,6 +206,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         batched = check_dims(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
+        if self.embed_dim % self.num_heads:
+            raise AssertionError(f"embed_dim {self.embed_dim} not divisible by num_heads {self.num_heads}")
         if is_causal:
             if self.strict_torch:
                 is_causal = self._strict_hint(attn_mask, key_padding_mask)
@@ -257,10 +259,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise AssertionError(
                     f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
                 )
-            for label, t, width in (("key", key, self.kdim), ("value", value, self.vdim)):
-                if t.shape[-1] != width:
-                    raise AssertionError(f"was expecting a last dimension of {width} of {label}, but got {t.shape[-1]}")
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            for label, t, w in zip(("query", "key", "value"), (query, key, value), weights, strict=True):
+                if w is None:
+                    raise AssertionError(f"use_separate_proj_weight is True but {label[0]}_proj_weight is None")
+                if w.shape != (embed_dim, t.shape[-1]):
+                    raise AssertionError(
+                        f"expecting {label} weights shape of {(embed_dim, t.shape[-1])}, as the last dimension of"
+                        f" {label} is {t.shape[-1]}, but got {tuple(w.shape)}"
+                    )
             projected = map(linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
         return self._heads_first((t.unflatten(-1, heads) for t in projected), batched, batch_first)
 
@@ -279,8 +286,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 attn_mask, key_padding_mask, q.shape[0], self.num_heads, q.shape[2], seqlen_k, q.dtype
             )
         causal = "top_left" if is_causal else False
-        if self.bias_k is None and not self.add_zero_attn:
+        if self.bias_k is self.bias_v is None and not self.add_zero_attn:
             return mask, bias, causal, k, v
+        if (self.bias_k is None) is not (self.bias_v is None):
+            raise AssertionError("bias_k and bias_v must be set together")
         if causal:  # every query sees the appended keys, which no causal alignment expresses
             triangle = reference.attention_visible(q.shape[2], seqlen_k, causal=causal, device=q.device)
             mask, causal = triangle if mask is None else triangle & mask, False

@@ -43,7 +43,8 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
         dtype: of the projected query.
     Returns: (mask, bias), views that broadcast to (batch, n_heads, seqlen_q, seqlen_k), or None.
     Raises:
-        RuntimeError: attn_mask is a CausalBias or has the wrong shape, or a float mask is neither float32 nor `dtype`.
+        RuntimeError: attn_mask is a CausalBias or has the wrong shape, or the sum of the masks is neither float32 nor
+            `dtype`.
         AssertionError: key_padding_mask has the wrong shape.
     """
     if attn_mask is not None:  # checked first, as in torch
@@ -69,15 +70,18 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
         if attn_mask.dtype == torch.bool and bools:
             attn_mask = as_float_mask(attn_mask, dtype)
         (bools if attn_mask.dtype == torch.bool else floats).append(attn_mask)
-    for mask in floats:
-        if mask.dtype not in (torch.float32, dtype):
-            raise RuntimeError(
-                f"Expected attn_mask dtype to be bool or float32 or to match query dtype {dtype}, got {mask.dtype}"
-            )
     mask = bools[0].logical_not() if bools else None
-    if len(floats) == 2:
-        return mask, _in_range(floats[0]) + _in_range(floats[1])
-    return mask, floats[0] if floats else None
+    if not floats:
+        return mask, None
+    of_sum = floats[0].dtype
+    if bools or len(floats) == 2:  # torch adds the masks, a bool one as 0 and -inf in `dtype`
+        of_sum = torch.promote_types(of_sum, floats[1].dtype if len(floats) == 2 else dtype)
+    if of_sum not in (torch.float32, dtype):
+        raise RuntimeError(
+            f"Expected attn_mask dtype to be bool or float32 or to match query dtype {dtype}, got {of_sum}"
+        )
+    floats = [t if t.dtype == of_sum else t.to(of_sum) for t in floats]
+    return mask, floats[0] if len(floats) == 1 else _in_range(floats[0]) + _in_range(floats[1])
 
 
 def is_causal_mask(mask, hint, size):

@@ -110,6 +110,15 @@ def is_readable(t):
     )
 
 
+def check_memory(name, **tensors):
+    """Raise RuntimeError for a tensor whose storage was freed, before a function of PyTorch reads it: some crash."""
+    for label, t in tensors.items():
+        if is_readable(t) and t.numel() and not t.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"{name}: {label} is a tensor of {t.numel()} elements that has no memory: its storage was freed"
+            )
+
+
 def as_number(name, label, value, default=0.0, instead=""):
     """The value as a number: a tensor becomes a float, None becomes `default`.
 

@@ -307,17 +307,21 @@ class Public:
             raise ArgumentTypeError(f"{text}: {advice}" if advice else text) from None
 
     def _check_weights(self, module):
-        """Raise TypeError if a weight of a module or of its children is no tensor."""
+        """Raise TypeError if a weight of a module or of its children is no tensor.
+
+        A missing in_proj_weight is an AssertionError, as in torch.
+        """
         for path, child in module.named_modules():
             for label in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
                 value = child.__dict__.get(label, child._parameters.get(label))
-                needed = label in child._parameters and (
+                needed = (label in child._parameters or label in child.__dict__) and (
                     (label == "weight" and isinstance(child, torch.nn.Linear))
                     or (label == "in_proj_weight" and getattr(child, "_qkv_same_embed_dim", False))
                 )
                 if not isinstance(value, torch.Tensor) and (value is not None or needed):
                     where = f"{path}.{label}" if path else label
-                    raise ArgumentTypeError(f"{self.name}: {where} must be a tensor, got {describe(value)}") from None
+                    kind = AssertionError if value is None and label == "in_proj_weight" else ArgumentTypeError
+                    raise kind(f"{self.name}: {where} must be a tensor, got {describe(value)}") from None
 
     def _about_names(self, parameters, args, kwargs):
         """What is wrong with the names or the number of arguments; None leaves it to Python's message."""

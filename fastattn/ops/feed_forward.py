@@ -21,7 +21,7 @@ from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._gemm import input_grad, linear, weight_grad
-from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, nonplain_kind
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, check_memory, is_dtensor, nonplain_kind
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
@@ -78,7 +78,11 @@ for _backend in ("native", "triton"):
 
 
 def _rows(x):
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if x.dim() == 2:
+        return x
+    if not x.is_contiguous():
+        check_memory("feed_forward", x=x)
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class _FeedForward(torch.autograd.Function):

@@ -25,7 +25,7 @@ from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
-from fastattn.ops._kinds import as_number, check_float, is_dtensor, nonplain_kind
+from fastattn.ops._kinds import as_number, check_float, check_memory, is_dtensor, nonplain_kind
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._register import (
@@ -127,10 +127,14 @@ def _without_ignored(function):
 
 
 def _check_range(target, vocab, ignore_index):
+<<<<<<< HEAD
     if target.numel():
         low, high = target.aminmax()
         if low.item() >= 0 and high.item() < vocab:  # the usual case, in a tenth of the time
             return
+=======
+    check_memory(_NAME, target=target)
+>>>>>>> tools
     bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]
     if bad.numel():
         raise IndexError(
@@ -199,6 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _flat(x, weight, bias, target):
+    check_memory(_NAME, x=x, target=target)
     return x.reshape(target.numel(), weight.shape[1]), weight, bias, target.reshape(-1).long().contiguous()
 
 

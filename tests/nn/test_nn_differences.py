@@ -375,6 +375,49 @@ MISTAKES = {
 }
 
 
+KV = {"kdim": 6, "vdim": 4}
+FAULTS = {
+    "no in_proj_weight": (AssertionError, {}, lambda module: {"in_proj_weight": None}),
+    "no q_proj_weight": (AssertionError, KV, lambda module: {"q_proj_weight": None}),
+    "no v_proj_weight": (AssertionError, KV, lambda module: {"v_proj_weight": None}),
+    "shape of q_proj_weight": (AssertionError, KV, lambda module: {"q_proj_weight": module.k_proj_weight}),
+    "dimensions of k_proj_weight": (AssertionError, KV, lambda module: {"k_proj_weight": module.k_proj_weight[0]}),
+    "own weights are off": (AssertionError, {}, lambda module: {"_qkv_same_embed_dim": False}),
+    "bias_k alone": (AssertionError, {"add_bias_kv": True}, lambda module: {"bias_v": None}),
+    "bias_v alone": (AssertionError, {"add_bias_kv": True}, lambda module: {"bias_k": None}),
+    "number of heads": (AssertionError, {}, lambda module: {"num_heads": 3}),
+    "no heads": (ZeroDivisionError, {}, lambda module: {"num_heads": 0}),
+    "shape of in_proj_weight": (RuntimeError, {}, lambda module: {"in_proj_weight": module.in_proj_weight[:3]}),
+    "shape of out_proj": (RuntimeError, {}, lambda module: {"out_proj": torch.nn.Linear(3, E)}),
+}  # fmt: skip
+
+
+LAYERS = {
+    "RMSNorm": (E,), "MultiheadAttention": (E, H), "TransformerEncoderLayer": (E, H, FF, 0.0),
+    "TransformerDecoderLayer": (E, H, FF, 0.0),
+}  # fmt: skip
+LAYERS_WITH_CHILDREN = [name for name in LAYERS if name.endswith("Layer")]
+
+
+def call(module, x):
+    inputs = {"MultiheadAttention": 3, "TransformerDecoderLayer": 2}
+    out = module(*[x] * next((n for name, n in inputs.items() if name in type(module).__name__), 1))
+    return out[0] if isinstance(out, tuple) else out
+
+
+# a layer, the class in torch, ours
+UNCHECKED_BY_TORCH = {
+    "a list as query": ("MultiheadAttention", AttributeError, TypeError, lambda x: (([1.0], x, x), {})),
+    "no key": ("MultiheadAttention", AttributeError, TypeError, lambda x: ((x, None, x), {})),
+    "an array as src": ("TransformerEncoderLayer", AttributeError, TypeError, lambda x: ((x.numpy(),), {})),
+    "True as mask": ("TransformerEncoderLayer", AttributeError, TypeError, lambda x: ((x, None, True), {})),
+    "a key of one dimension": ("MultiheadAttention", IndexError, AssertionError, lambda x: ((x, x[0, 0], x), {})),
+    "an integer mask of a stack": (
+        "TransformerDecoderLayer", RuntimeError, AssertionError, lambda x: ((x, x, torch.zeros(L, L).int()), {}),
+    ),
+}  # fmt: skip
+
+
 class TestErrors:
     """The error classes are torch's. If two arguments are wrong, torch may name the other one."""
 
@@ -396,6 +439,50 @@ class TestErrors:
             with pytest.raises(AssertionError, match="expecting"):
                 module(x, **right | {wrong: x[..., :3]})
 
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_of_a_changed_module(self, x, fault):
+        kind, options, change = FAULTS[fault]
+        for module in pair("MultiheadAttention", E, H, batch_first=True, **options):
+            for name, value in change(module).items():
+                module._parameters.pop(name, None)
+                setattr(module, name, value)
+            inputs = (x, x[..., :6], x[..., :4]) if options == KV else (x, x, x)
+            with pytest.raises(kind), slow_path():
+                module(*inputs)
+
+    @pytest.mark.parametrize("need_weights", [False, True])
+    @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16),
+                                        (torch.float16, torch.bool), (torch.bool, torch.float16)])  # fmt: skip
+    def test_of_masks_is_decided_by_the_dtype_of_their_sum(self, x, dtypes, need_weights):
+        ours, theirs = pair("MultiheadAttention", E, H, batch_first=True)
+        padding, mask = lengths_mask(6, 4, 2), causal_mask() < 0
+        padding, mask = (
+            m if dtype == torch.bool else torch.zeros(m.shape, dtype=dtype).masked_fill_(m, float("-inf"))
+            for m, dtype in zip((padding, mask), dtypes, strict=True)
+        )
+        got = ours(x, x, x, padding, need_weights, mask)
+        with slow_path():
+            torch.testing.assert_close(got, theirs(x, x, x, padding, need_weights, mask))
+        for module in (ours, theirs):
+            for wrong in ({"key_padding_mask": padding.half()}, {"attn_mask": mask.half()}):
+                with pytest.raises(RuntimeError, match="dtype"), slow_path():
+                    module(x, x, x, need_weights=False, **wrong)
+
+    @pytest.mark.parametrize("mistake", UNCHECKED_BY_TORCH)
+    def test_where_torch_checks_nothing(self, x, mistake):
+        """There, an index, an attribute or a conversion fails."""
+        name, expected, kind, make = UNCHECKED_BY_TORCH[mistake]
+        modules = pair(
+            name, E, H, **({} if name == "MultiheadAttention" else {"dim_feedforward": FF}), batch_first=True
+        )
+        for module, error in zip(modules, (kind, expected), strict=True):
+            if name == "TransformerDecoderLayer":
+                library = nn if error is kind else torch.nn
+                module = library.TransformerDecoder(module, 1)
+            args, kwargs = make(x)
+            with pytest.raises(error), slow_path():
+                module(*args, **kwargs)
+
     @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
     def test_of_norms(self, x, name):
         for shape, given in (((L + 1, E), x), ((N, L, E), x[0]), ((), torch.ones(()))):
@@ -404,19 +491,6 @@ class TestErrors:
                 theirs(given)
             with pytest.raises(expected.type):
                 ours(given)
-
-
-LAYERS = {
-    "RMSNorm": (E,), "MultiheadAttention": (E, H), "TransformerEncoderLayer": (E, H, FF, 0.0),
-    "TransformerDecoderLayer": (E, H, FF, 0.0),
-}  # fmt: skip
-LAYERS_WITH_CHILDREN = [name for name in LAYERS if name.endswith("Layer")]
-
-
-def call(module, x):
-    inputs = {"MultiheadAttention": 3, "TransformerDecoderLayer": 2}
-    out = module(*[x] * next((n for name, n in inputs.items() if name in type(module).__name__), 1))
-    return out[0] if isinstance(out, tuple) else out
 
 
 class TestWeightsThatAreNoTensors:
@@ -432,7 +506,8 @@ class TestWeightsThatAreNoTensors:
         if value is not None:
             del owner._parameters[label]
             setattr(owner, label, value)
-        with pytest.raises(TypeError, match=f"nn.{name}: {weight} must be a tensor, got {type(value).__name__}"):
+        kind = AssertionError if value is None and "in_proj" in weight else TypeError  # as in torch
+        with pytest.raises(kind, match=f"nn.{name}: {weight} must be a tensor, got {type(value).__name__}"):
             call(layer, x)
 
     @pytest.mark.parametrize("value", [[1.0] * E, torch.ones(E).numpy()], ids=["list", "array"])
