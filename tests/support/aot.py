@@ -88,5 +88,7 @@ def compile_all(configs, timeout=300):
 
 
 if __name__ == "__main__":
+    import fastattn  # noqa: F401  (with torch and Triton, once for both processes of the pool)
+
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
         print(json.dumps(list(pool.map(compile_one, json.load(sys.stdin)))))

@@ -310,5 +310,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(json.dumps(count_binaries()))
     else:
+        import fastattn  # noqa: F401  (with Triton, once for both processes of the pool)
+
         with concurrent.futures.ProcessPoolExecutor(2) as pool:
             print(json.dumps(list(pool.map(compile_one, json.loads(sys.argv[1])))))
