@@ -5,12 +5,14 @@
 //   post-norm  r = norm1(x + out_proj(attention(in_proj(x)))),  y = norm2(r + linear2(hidden(r)))
 //   hidden(h) = activation(linear1(h)), or gated activation(gate(h)) * linear1(h)
 //
-// All arithmetic is in the kernels of the other files. A derived class makes the products and the attention.
+// All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
+// read weights of fp32, bf16 or int8 as they lie; for more rows fp32 weights go to the blocked product.
 #include <atomic>
 #include <cstdlib>
 #include <vector>
 
 #include "decode_run.h"
+#include "gemm.h"
 #include "gemv.h"
 
 namespace fastattn {
@@ -77,8 +79,12 @@ class Scratch {
 class Layer {
  public:
   Layer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
-        const LayerOptions& options)
-      : x_(torch::stable::contiguous(x)), norms_(norms), options_(options), gated_(linears.size() == 15) {
+        const LayerOptions& options, int64_t most_few_rows)
+      : x_(torch::stable::contiguous(x)),
+        norms_(norms),
+        options_(options),
+        gated_(linears.size() == 15),
+        most_few_rows_(most_few_rows) {
     STD_TORCH_CHECK(x.dim() == 3, "layer: x must have 3 dimensions, got ", x.dim());
     STD_TORCH_CHECK(norms.size() == 4, "layer: norms must be 4 tensors, got ", norms.size());
     STD_TORCH_CHECK(linears.size() == 12 || gated_, "layer: linears must be 12 or 15 tensors, got ", linears.size());
@@ -107,8 +113,6 @@ class Layer {
  protected:
   enum Linear { kIn, kOut, kUp, kDown, kGate };
 
-  // y = x through a linear layer, plus residual if there is one. All are contiguous.
-  virtual void product(Linear which, const float* x, float* y, const float* residual) const = 0;
   // out = attention of the projected tokens, whose rows hold q, k and v; lse: room for the statistics.
   virtual void attend(float* qkv, float* out, float* lse) = 0;
 
@@ -152,6 +156,48 @@ class Layer {
     return y;
   }
 
+  const Tensor x_;
+  const std::vector<Tensor>& norms_;
+  const LayerOptions& options_;
+  const bool gated_;
+  const int64_t most_few_rows_;
+  std::vector<GemvArgs> linears_;
+  int64_t width_, tokens_;
+
+ private:
+  // y = x through a linear layer, plus residual if there is one. All are contiguous.
+  void product(Linear which, const float* x, float* y, const float* residual) const {
+    const GemvArgs& linear = linears_[which];
+    if (tokens_ <= most_few_rows_ || linear.type != WeightType::kFloat32) {
+      return few_rows(which, x, y, residual);
+    }
+    GemmArgs args{};
+    args.a = x;
+    args.b = static_cast<const float*>(linear.weight);
+    args.bias = linear.bias;
+    args.c = y;
+    args.m = tokens_;
+    args.n = args.c_row = linear.n;
+    args.k = args.a_row = linear.k;
+    args.a_col = args.b_row = 1;
+    args.b_col = linear.weight_row;
+    run_gemm(args);
+    if (residual) {
+      add(y, residual, linear.n);
+    }
+  }
+
+  void add(float* y, const float* residual, int64_t cols) const {
+    DropoutArgs args{};  // of nothing, in place
+    args.x = args.out = y;
+    args.residual = residual;
+    args.rows = tokens_;
+    args.cols = args.x_stride = args.residual_stride = cols;
+    args.dropout.scale = 1.f;
+    const auto kernel = FASTATTN_SELECT_CPU(dropout_fwd);
+    for_pieces(args.rows, cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+
   // The product of few rows, which reads the weight as it lies.
   void few_rows(Linear which, const float* x, float* y, const float* residual) const {
     GemvArgs args = linears_[which];
@@ -164,14 +210,6 @@ class Layer {
     run_gemv(args);
   }
 
-  const Tensor x_;
-  const std::vector<Tensor>& norms_;
-  const LayerOptions& options_;
-  const bool gated_;
-  std::vector<GemvArgs> linears_;
-  int64_t width_, tokens_;
-
- private:
   // y = norm(x + residual), and the sum in r if it is wanted.
   void norm(int which, const float* x, const float* residual, float* r, float* y) const {
     NormFwdArgs args{};

@@ -3,7 +3,6 @@
 
 #include "attention_call.h"
 #include "attention_run.h"
-#include "gemm.h"
 #include "layer.h"
 
 namespace {
@@ -20,7 +19,7 @@ class EncodeLayer : fastattn::Layer {
  public:
   EncodeLayer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
               const LayerOptions& options, bool batch_first, int64_t most_few_rows)
-      : Layer(x, norms, linears, options), batch_first_(batch_first), is_few_(tokens_ <= most_few_rows) {
+      : Layer(x, norms, linears, options, most_few_rows), batch_first_(batch_first) {
     for (const auto& linear : linears_) {
       STD_TORCH_CHECK(linear.type == fastattn::WeightType::kFloat32, kOp, "weights must be float32");
     }
@@ -53,38 +52,6 @@ class EncodeLayer : fastattn::Layer {
   }
 
  private:
-  void product(Linear which, const float* x, float* y, const float* residual) const override {
-    if (is_few_) {
-      return few_rows(which, x, y, residual);
-    }
-    const fastattn::GemvArgs& linear = linears_[which];
-    fastattn::GemmArgs args{};
-    args.a = x;
-    args.b = static_cast<const float*>(linear.weight);
-    args.bias = linear.bias;
-    args.c = y;
-    args.m = tokens_;
-    args.n = args.c_row = linear.n;
-    args.k = args.a_row = linear.k;
-    args.a_col = args.b_row = 1;
-    args.b_col = linear.weight_row;
-    fastattn::run_gemm(args);
-    if (residual) {
-      add(y, residual, linear.n);
-    }
-  }
-
-  void add(float* y, const float* residual, int64_t cols) const {
-    fastattn::DropoutArgs args{};  // of nothing, in place
-    args.x = args.out = y;
-    args.residual = residual;
-    args.rows = tokens_;
-    args.cols = args.x_stride = args.residual_stride = cols;
-    args.dropout.scale = 1.f;
-    const auto kernel = FASTATTN_SELECT_CPU(dropout_fwd);
-    fastattn::for_pieces(args.rows, cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  }
-
   void attend(float* qkv, float* out, float*) override {
     const int64_t head = args_.head_dim, width = args_.n_heads * head, row = 3 * width;
     // in rows: how far sequences and the tokens of one lie from each other
@@ -99,7 +66,7 @@ class EncodeLayer : fastattn::Layer {
     fastattn::run_attention_fwd(args_);
   }
 
-  const bool batch_first_, is_few_;
+  const bool batch_first_;
   AttentionCpuArgs args_{};
 };
 

@@ -150,7 +150,7 @@ def decode_layer(x: Tensor, layer: Layer, cache: Cache, positions: Positions) ->
         RuntimeError: shapes or dtypes do not fit, or the cache is full.
     """
     norms, linears, *options = layer
-    return _layer(x, norms, linears, *cache, *positions, *options)
+    return _layer(x, norms, linears, *cache, *positions, _gemm.few_rows(), *options)
 
 
 def encode_layer(
