@@ -37,7 +37,7 @@ def text(old, table, key, machine):
     start = old.index("OURS_UP_TO")
     kept = [entry for entry in old[:start].splitlines() if not entry.startswith(f"{key}: ")]
     end = kept.index('"""')
-    body = pprint.pformat(table, width=110, sort_dicts=True).replace("'", "\"")
+    body = pprint.pformat(table, width=110, sort_dicts=True).replace("'", '"')
     return "\n".join([*kept[:end], line, '"""', "", f"OURS_UP_TO: dict[str, dict[str, int]] = {body}", ""])
 
 

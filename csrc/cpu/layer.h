@@ -6,7 +6,10 @@
 //   hidden(h) = activation(linear1(h)), or gated activation(gate(h)) * linear1(h)
 //
 // All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
-// read weights of fp32, bf16 or int8 as they lie; for more rows fp32 weights go to the blocked product.
+// read weights of fp32, bf16 or int8 as they lie; for more rows fp32 weights go to our blocked product or to torch's
+// library.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <vector>
@@ -22,6 +25,8 @@ struct LayerOptions {
   bool norm_first;
   int64_t activation;
   double eps[2];
+  // up to how many tokens the products with fp32 weights are those of gemv, and up to how many ours; then torch's
+  int64_t most_few_rows, most_own_rows;
 };
 
 inline OptionalTensor present(const Tensor& t) {
@@ -79,12 +84,8 @@ class Scratch {
 class Layer {
  public:
   Layer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
-        const LayerOptions& options, int64_t most_few_rows)
-      : x_(torch::stable::contiguous(x)),
-        norms_(norms),
-        options_(options),
-        gated_(linears.size() == 15),
-        most_few_rows_(most_few_rows) {
+        const LayerOptions& options)
+      : x_(torch::stable::contiguous(x)), norms_(norms), options_(options), gated_(linears.size() == 15) {
     STD_TORCH_CHECK(x.dim() == 3, "layer: x must have 3 dimensions, got ", x.dim());
     STD_TORCH_CHECK(norms.size() == 4, "layer: norms must be 4 tensors, got ", norms.size());
     STD_TORCH_CHECK(linears.size() == 12 || gated_, "layer: linears must be 12 or 15 tensors, got ", linears.size());
@@ -160,7 +161,6 @@ class Layer {
   const std::vector<Tensor>& norms_;
   const LayerOptions& options_;
   const bool gated_;
-  const int64_t most_few_rows_;
   std::vector<GemvArgs> linears_;
   int64_t width_, tokens_;
 
@@ -168,9 +168,20 @@ class Layer {
   // y = x through a linear layer, plus residual if there is one. All are contiguous.
   void product(Linear which, const float* x, float* y, const float* residual) const {
     const GemvArgs& linear = linears_[which];
-    if (tokens_ <= most_few_rows_ || linear.type != WeightType::kFloat32) {
+    if (tokens_ <= options_.most_few_rows || linear.type != WeightType::kFloat32) {
       return few_rows(which, x, y, residual);
     }
+    if (tokens_ <= options_.most_own_rows) {
+      own(linear, x, y);
+    } else {
+      library(linear, x, y);
+    }
+    if (residual) {
+      add(y, residual, linear.n);
+    }
+  }
+
+  void own(const GemvArgs& linear, const float* x, float* y) const {
     GemmArgs args{};
     args.a = x;
     args.b = static_cast<const float*>(linear.weight);
@@ -182,8 +193,21 @@ class Layer {
     args.a_col = args.b_row = 1;
     args.b_col = linear.weight_row;
     run_gemm(args);
-    if (residual) {
-      add(y, residual, linear.n);
+  }
+
+  void library(const GemvArgs& linear, const float* x, float* y) const {
+    const auto matrix = [](const float* data, int64_t rows, int64_t cols, int64_t row, int64_t col) {
+      const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+      return torch::stable::from_blob(const_cast<float*>(data), {rows, cols}, {row, col}, cpu, ScalarType::Float);
+    };
+    const int64_t n = linear.n, k = linear.k;
+    const Tensor in = matrix(x, tokens_, k, k, 1), out = matrix(y, tokens_, n, n, 1);
+    const Tensor weight = matrix(static_cast<const float*>(linear.weight), k, n, 1, linear.weight_row);
+    if (linear.bias) {
+      const Tensor bias = matrix(linear.bias, 1, n, n, 1);
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias.get(), in.get(), weight.get(), 1, 1));
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), in.get(), weight.get()));
     }
   }
 

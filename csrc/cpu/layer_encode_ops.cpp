@@ -18,8 +18,8 @@ constexpr char kOp[] = "layer_encode: ";
 class EncodeLayer : fastattn::Layer {
  public:
   EncodeLayer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
-              const LayerOptions& options, bool batch_first, int64_t most_few_rows)
-      : Layer(x, norms, linears, options, most_few_rows), batch_first_(batch_first) {
+              const LayerOptions& options, bool batch_first)
+      : Layer(x, norms, linears, options), batch_first_(batch_first) {
     for (const auto& linear : linears_) {
       STD_TORCH_CHECK(linear.type == fastattn::WeightType::kFloat32, kOp, "weights must be float32");
     }
@@ -71,10 +71,10 @@ class EncodeLayer : fastattn::Layer {
 };
 
 Tensor layer_encode(const Tensor& x, std::vector<Tensor> norms, std::vector<Tensor> linears, OptionalTensor mask,
-                    OptionalTensor bias, bool causal, bool batch_first, int64_t most_few_rows, int64_t n_heads,
-                    bool norm_first, int64_t activation, double eps1, double eps2) {
-  const LayerOptions options{n_heads, norm_first, activation, {eps1, eps2}};
-  return EncodeLayer(x, norms, linears, options, batch_first, most_few_rows).run(mask, bias, causal);
+                    OptionalTensor bias, bool causal, bool batch_first, int64_t most_few_rows, int64_t most_own_rows,
+                    int64_t n_heads, bool norm_first, int64_t activation, double eps1, double eps2) {
+  const LayerOptions options{n_heads, norm_first, activation, {eps1, eps2}, most_few_rows, most_own_rows};
+  return EncodeLayer(x, norms, linears, options, batch_first).run(mask, bias, causal);
 }
 
 }  // namespace

@@ -22,8 +22,8 @@ struct Rotary {
 class DecodeLayer : fastattn::Layer {
  public:
   DecodeLayer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
-              const LayerOptions& options, int64_t most_few_rows)
-      : Layer(x, norms, linears, options, most_few_rows), batch_(x.size(0)), seqlen_(x.size(1)) {}
+              const LayerOptions& options)
+      : Layer(x, norms, linears, options), batch_(x.size(0)), seqlen_(x.size(1)) {}
 
   Tensor run(const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths, const Rotary& rotary,
              const OptionalTensor& slopes) {
@@ -131,10 +131,10 @@ class DecodeLayer : fastattn::Layer {
 
 Tensor layer_decode(const Tensor& x, std::vector<Tensor> norms, std::vector<Tensor> linears, const Tensor& k_cache,
                     const Tensor& v_cache, const Tensor& cache_seqlens, OptionalTensor cos, OptionalTensor sin,
-                    bool interleaved, OptionalTensor alibi_slopes, int64_t most_few_rows, int64_t n_heads,
-                    bool norm_first, int64_t activation, double eps1, double eps2) {
-  const LayerOptions options{n_heads, norm_first, activation, {eps1, eps2}};
-  return DecodeLayer(x, norms, linears, options, most_few_rows)
+                    bool interleaved, OptionalTensor alibi_slopes, int64_t most_few_rows, int64_t most_own_rows,
+                    int64_t n_heads, bool norm_first, int64_t activation, double eps1, double eps2) {
+  const LayerOptions options{n_heads, norm_first, activation, {eps1, eps2}, most_few_rows, most_own_rows};
+  return DecodeLayer(x, norms, linears, options)
       .run(k_cache, v_cache, cache_seqlens, {cos, sin, interleaved}, fastattn::contiguous(alibi_slopes));
 }
 
