@@ -5,8 +5,8 @@
 
 For each product and number of rows it compares our kernel with torch's product (MKL) and with oneDNN, interleaved, by
 the minimum of each. The entry of a product becomes the largest number of rows up to which ours is at least as fast as
-torch's in the geometric mean over the shapes. oneDNN is only printed: it has been the fastest nowhere where MKL uses
-AVX-512, and it takes 0.7 ms for a shape that it sees for the first time.
+torch's in the geometric mean over the shapes. y of few rows is left out, because `_few_rows_table.py` decides on it.
+oneDNN is only printed: it has been the fastest nowhere where MKL uses AVX-512, and a new shape costs it 0.7 ms.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def text(old, table, key, machine):
     start = old.index("OURS_UP_TO")
     kept = [entry for entry in old[:start].splitlines() if not entry.startswith(f"{key}: ")]
     end = kept.index('"""')
-    body = pprint.pformat(table, width=110, sort_dicts=True)
+    body = pprint.pformat(table, width=110, sort_dicts=True).replace("'", '"')
     return "\n".join([*kept[:end], line, '"""', "", f"OURS_UP_TO: dict[str, dict[str, int]] = {body}", ""])
 
 
@@ -77,24 +77,29 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", help="a description of this machine, with which the table is rewritten")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     options = parser.parse_args()
 
     from fastattn._native import cpu_capability
     from fastattn.commands._memory import keep_freed_memory
     from fastattn.ops import _products_table
-    from fastattn.ops._gemm import products_key
+    from fastattn.ops._gemm import few_rows, products_key
 
     keep_freed_memory()  # the time of a product, not of the page faults of its output
     ratios = {"y": {}, "dx": {}, "dw": {}}
-    for rows in ROWS:
+    for rows in options.rows:
         logs = {name: [] for name in ratios}
         for d_out, d_in in SHAPES:
             for name, products in candidates(rows, d_out, d_in).items():
+                if name == "y" and rows <= few_rows():
+                    continue
                 ours, library, onednn = minima(products, options.rounds)
                 logs[name].append(math.log(library / ours))
                 rates = " ".join(f"{2e-9 * rows * d_out * d_in / s:.0f}" for s in (ours, library, onednn))
                 print(f"{name} {rows} x {d_out} x {d_in}: GFLOP/s of ours, torch, oneDNN: {rates}", flush=True)
         for name, values in logs.items():
+            if not values:
+                continue
             ratios[name][rows] = math.exp(sum(values) / len(values))
             print(f"{name} {rows}: ours is {ratios[name][rows]:.2f} times as fast as torch", flush=True)
     key = products_key(cpu_capability())

@@ -5,12 +5,17 @@
 //   post-norm  r = norm1(x + out_proj(attention(in_proj(x)))),  y = norm2(r + linear2(hidden(r)))
 //   hidden(h) = activation(linear1(h)), or gated activation(gate(h)) * linear1(h)
 //
-// All arithmetic is in the kernels of the other files. A derived class makes the products and the attention.
+// All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
+// read weights of fp32, bf16 or int8 as they lie; for more rows fp32 weights go to our blocked product or to torch's
+// library.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <vector>
 
 #include "decode_run.h"
+#include "gemm.h"
 #include "gemv.h"
 
 namespace fastattn {
@@ -20,6 +25,8 @@ struct LayerOptions {
   bool norm_first;
   int64_t activation;
   double eps[2];
+  // up to how many tokens the products with fp32 weights are those of gemv, and up to how many ours; then torch's
+  int64_t most_few_rows, most_own_rows;
 };
 
 inline OptionalTensor present(const Tensor& t) {
@@ -107,8 +114,6 @@ class Layer {
  protected:
   enum Linear { kIn, kOut, kUp, kDown, kGate };
 
-  // y = x through a linear layer, plus residual if there is one. All are contiguous.
-  virtual void product(Linear which, const float* x, float* y, const float* residual) const = 0;
   // out = attention of the projected tokens, whose rows hold q, k and v; lse: room for the statistics.
   virtual void attend(float* qkv, float* out, float* lse) = 0;
 
@@ -152,6 +157,71 @@ class Layer {
     return y;
   }
 
+  const Tensor x_;
+  const std::vector<Tensor>& norms_;
+  const LayerOptions& options_;
+  const bool gated_;
+  std::vector<GemvArgs> linears_;
+  int64_t width_, tokens_;
+
+ private:
+  // y = x through a linear layer, plus residual if there is one. All are contiguous.
+  void product(Linear which, const float* x, float* y, const float* residual) const {
+    const GemvArgs& linear = linears_[which];
+    if (tokens_ <= options_.most_few_rows || linear.type != WeightType::kFloat32) {
+      return few_rows(which, x, y, residual);
+    }
+    if (tokens_ <= options_.most_own_rows) {
+      own(linear, x, y);
+    } else {
+      library(linear, x, y);
+    }
+    if (residual) {
+      add(y, residual, linear.n);
+    }
+  }
+
+  void own(const GemvArgs& linear, const float* x, float* y) const {
+    GemmArgs args{};
+    args.a = x;
+    args.b = static_cast<const float*>(linear.weight);
+    args.bias = linear.bias;
+    args.c = y;
+    args.m = tokens_;
+    args.n = args.c_row = linear.n;
+    args.k = args.a_row = linear.k;
+    args.a_col = args.b_row = 1;
+    args.b_col = linear.weight_row;
+    run_gemm(args);
+  }
+
+  void library(const GemvArgs& linear, const float* x, float* y) const {
+    const auto matrix = [](const float* data, int64_t rows, int64_t cols, int64_t row, int64_t col) {
+      const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+      return torch::stable::from_blob(const_cast<float*>(data), {rows, cols}, {row, col}, cpu, ScalarType::Float);
+    };
+    const int64_t n = linear.n, k = linear.k;
+    const Tensor in = matrix(x, tokens_, k, k, 1), out = matrix(y, tokens_, n, n, 1);
+    const Tensor weight = matrix(static_cast<const float*>(linear.weight), k, n, 1, linear.weight_row);
+    if (linear.bias) {
+      const Tensor bias = matrix(linear.bias, 1, n, n, 1);
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias.get(), in.get(), weight.get(), 1, 1));
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), in.get(), weight.get()));
+    }
+  }
+
+  void add(float* y, const float* residual, int64_t cols) const {
+    DropoutArgs args{};  // of nothing, in place
+    args.x = args.out = y;
+    args.residual = residual;
+    args.rows = tokens_;
+    args.cols = args.x_stride = args.residual_stride = cols;
+    args.dropout.scale = 1.f;
+    const auto kernel = FASTATTN_SELECT_CPU(dropout_fwd);
+    for_pieces(args.rows, cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+
   // The product of few rows, which reads the weight as it lies.
   void few_rows(Linear which, const float* x, float* y, const float* residual) const {
     GemvArgs args = linears_[which];
@@ -164,14 +234,6 @@ class Layer {
     run_gemv(args);
   }
 
-  const Tensor x_;
-  const std::vector<Tensor>& norms_;
-  const LayerOptions& options_;
-  const bool gated_;
-  std::vector<GemvArgs> linears_;
-  int64_t width_, tokens_;
-
- private:
   // y = norm(x + residual), and the sum in r if it is wanted.
   void norm(int which, const float* x, const float* residual, float* r, float* y) const {
     NormFwdArgs args{};

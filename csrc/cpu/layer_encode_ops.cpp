@@ -3,7 +3,6 @@
 
 #include "attention_call.h"
 #include "attention_run.h"
-#include "gemm.h"
 #include "layer.h"
 
 namespace {
@@ -19,8 +18,8 @@ constexpr char kOp[] = "layer_encode: ";
 class EncodeLayer : fastattn::Layer {
  public:
   EncodeLayer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
-              const LayerOptions& options, bool batch_first, int64_t most_few_rows)
-      : Layer(x, norms, linears, options), batch_first_(batch_first), is_few_(tokens_ <= most_few_rows) {
+              const LayerOptions& options, bool batch_first)
+      : Layer(x, norms, linears, options), batch_first_(batch_first) {
     for (const auto& linear : linears_) {
       STD_TORCH_CHECK(linear.type == fastattn::WeightType::kFloat32, kOp, "weights must be float32");
     }
@@ -53,38 +52,6 @@ class EncodeLayer : fastattn::Layer {
   }
 
  private:
-  void product(Linear which, const float* x, float* y, const float* residual) const override {
-    if (is_few_) {
-      return few_rows(which, x, y, residual);
-    }
-    const fastattn::GemvArgs& linear = linears_[which];
-    fastattn::GemmArgs args{};
-    args.a = x;
-    args.b = static_cast<const float*>(linear.weight);
-    args.bias = linear.bias;
-    args.c = y;
-    args.m = tokens_;
-    args.n = args.c_row = linear.n;
-    args.k = args.a_row = linear.k;
-    args.a_col = args.b_row = 1;
-    args.b_col = linear.weight_row;
-    fastattn::run_gemm(args);
-    if (residual) {
-      add(y, residual, linear.n);
-    }
-  }
-
-  void add(float* y, const float* residual, int64_t cols) const {
-    fastattn::DropoutArgs args{};  // of nothing, in place
-    args.x = args.out = y;
-    args.residual = residual;
-    args.rows = tokens_;
-    args.cols = args.x_stride = args.residual_stride = cols;
-    args.dropout.scale = 1.f;
-    const auto kernel = FASTATTN_SELECT_CPU(dropout_fwd);
-    fastattn::for_pieces(args.rows, cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  }
-
   void attend(float* qkv, float* out, float*) override {
     const int64_t head = args_.head_dim, width = args_.n_heads * head, row = 3 * width;
     // in rows: how far sequences and the tokens of one lie from each other
@@ -99,15 +66,15 @@ class EncodeLayer : fastattn::Layer {
     fastattn::run_attention_fwd(args_);
   }
 
-  const bool batch_first_, is_few_;
+  const bool batch_first_;
   AttentionCpuArgs args_{};
 };
 
 Tensor layer_encode(const Tensor& x, std::vector<Tensor> norms, std::vector<Tensor> linears, OptionalTensor mask,
-                    OptionalTensor bias, bool causal, bool batch_first, int64_t most_few_rows, int64_t n_heads,
-                    bool norm_first, int64_t activation, double eps1, double eps2) {
-  const LayerOptions options{n_heads, norm_first, activation, {eps1, eps2}};
-  return EncodeLayer(x, norms, linears, options, batch_first, most_few_rows).run(mask, bias, causal);
+                    OptionalTensor bias, bool causal, bool batch_first, int64_t most_few_rows, int64_t most_own_rows,
+                    int64_t n_heads, bool norm_first, int64_t activation, double eps1, double eps2) {
+  const LayerOptions options{n_heads, norm_first, activation, {eps1, eps2}, most_few_rows, most_own_rows};
+  return EncodeLayer(x, norms, linears, options, batch_first).run(mask, bias, causal);
 }
 
 }  // namespace

@@ -1,6 +1,4 @@
 // fastattn::layer_decode for CPU tensors: a transformer layer of new tokens on a cache of keys and values.
-//
-// The products read weights of fp32, bf16 or int8 as they lie, which pays for few tokens.
 #include "layer.h"
 
 #include <torch/csrc/stable/library.h>
@@ -35,10 +33,6 @@ class DecodeLayer : fastattn::Layer {
   }
 
  private:
-  void product(Linear which, const float* x, float* y, const float* residual) const override {
-    few_rows(which, x, y, residual);
-  }
-
   void attend(float* qkv, float* out, float* lse) override {
     const int64_t row = linears_[kIn].n, head = args_.head_dim;
     const auto heads_at = [&](int64_t first) {
@@ -137,9 +131,9 @@ class DecodeLayer : fastattn::Layer {
 
 Tensor layer_decode(const Tensor& x, std::vector<Tensor> norms, std::vector<Tensor> linears, const Tensor& k_cache,
                     const Tensor& v_cache, const Tensor& cache_seqlens, OptionalTensor cos, OptionalTensor sin,
-                    bool interleaved, OptionalTensor alibi_slopes, int64_t n_heads, bool norm_first, int64_t activation,
-                    double eps1, double eps2) {
-  const LayerOptions options{n_heads, norm_first, activation, {eps1, eps2}};
+                    bool interleaved, OptionalTensor alibi_slopes, int64_t most_few_rows, int64_t most_own_rows,
+                    int64_t n_heads, bool norm_first, int64_t activation, double eps1, double eps2) {
+  const LayerOptions options{n_heads, norm_first, activation, {eps1, eps2}, most_few_rows, most_own_rows};
   return DecodeLayer(x, norms, linears, options)
       .run(k_cache, v_cache, cache_seqlens, {cos, sin, interleaved}, fastattn::contiguous(alibi_slopes));
 }

@@ -10,7 +10,7 @@ from fastattn.nn import RotaryEmbedding
 from fastattn.nn.plain import is_plain
 from fastattn.ops import attention_decode
 from fastattn.ops import layer as layer_op
-from fastattn.ops._gemm import few_rows
+from fastattn.ops._gemm import serves_rows
 
 from .block import compose, merge_heads, project
 from .decoding import convert_head, convert_layers, read_layers
@@ -137,12 +137,13 @@ class KeyValueCache:
                 "KeyValueCache: converted weights need fp32 tokens, no gradients, no autocast, no trace, CPU kernels"
                 " and a plain rotary embedding"
             )
-        if not is_served or x.shape[0] * x.shape[1] > few_rows() or self.memory[0] is not None:
+        if not is_served or not serves_rows(x.shape[0] * x.shape[1]) or self.memory[0] is not None:
             return None
         return read_layers(blocks)
 
     def _run_layers(self, layers, x, sequences):
-        step = x.shape[1] if x.shape[0] * x.shape[1] <= _AT_ONCE else max(1, _AT_ONCE // x.shape[0])
+        at_once = self._layers is None or x.shape[0] * x.shape[1] <= _AT_ONCE
+        step = x.shape[1] if at_once else max(1, _AT_ONCE // x.shape[0])
         slopes, rotary = sequences.alibi_slopes, sequences.rotary
         positions = layer_op.Positions(None, None, False, slopes)
         if rotary is not None:

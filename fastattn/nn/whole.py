@@ -11,7 +11,6 @@ from fastattn.nn.attention import MultiheadAttention, check_dims
 from fastattn.nn.masks import attention_masks
 from fastattn.nn.plain import affine, dropout_p, is_plain
 from fastattn.nn.sublayers import activation_name
-from fastattn.ops import _gemm
 from fastattn.ops._kinds import nonplain_kind
 from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, encode_layer, present, serves_encoder
 
@@ -115,7 +114,7 @@ def encode(layer, x, attn_mask, padding, is_causal):
     """
     m, dims = layer._modules, x.dim()
     attn = m["self_attn"]
-    if not serves_encoder(x) or dims not in (2, 3) or not _gemm.serves_rows(x.numel() // max(1, x.shape[-1])):
+    if not serves_encoder(x) or dims not in (2, 3):
         return None
     if not _is_plain_attention(attn) or x.shape[-1] != attn.embed_dim or attn.embed_dim > 256 * attn.num_heads:
         return None

@@ -92,8 +92,8 @@ def _gemv(x, weight, scale, bias, out_shape=None):
 
 
 @register_flop_formula(_ops.layer_decode, get_raw=True)
-def _layer_decode(x, norms, linears, k_cache, v_cache, cache_seqlens, cos, sin, interleaved, alibi_slopes, n_heads,
-                  *_, out_val=None):  # fmt: skip
+def _layer_decode(x, norms, linears, k_cache, v_cache, cache_seqlens, cos, sin, interleaved, alibi_slopes,
+                  most_few_rows, most_own_rows, n_heads, *_, out_val=None):  # fmt: skip
     batch, seqlen, _ = x.shape
     lengths = _values(cache_seqlens)
     keys = batch * k_cache.shape[2] if lengths is None else sum(lengths) + batch * seqlen

@@ -97,6 +97,11 @@ def few_rows():
     return _most_rows
 
 
+def most_rows():
+    """Up to how many rows of x the kernel for few rows, and then our other one, computes x · weightᵀ in fp32."""
+    return _most_rows, _up_to["y"] if _has_kernel else 0
+
+
 def serves_rows(rows):
     """Whether one of our kernels computes x · weightᵀ in fp32 for that many rows of x on this processor."""
     return _has_kernel or rows <= _most_rows

@@ -115,20 +115,22 @@ _SCHEMAS = (
     ((".native",), "gemv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor"),
     # a layer of new tokens x (batch, seqlen, d_model), float32, whose keys and values are added to the caches.
     # norms: weight and bias of norm1 and norm2; linears: weight, scale and bias of in_proj, out_proj, linear1, linear2
-    # and, if gated, gate. A tensor without elements is absent. cos, sin: (rows, rotary_dim / 2)
+    # and, if gated, gate. A tensor without elements is absent. cos, sin: (rows, rotary_dim / 2). most_few_rows,
+    # most_own_rows: up to how many tokens the products with fp32 weights are those of gemv and of gemm; then torch's
     (
         (".native",),
         "layer_decode(Tensor x, Tensor[] norms, Tensor[] linears, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-        " Tensor cache_seqlens, Tensor? cos, Tensor? sin, bool interleaved, Tensor? alibi_slopes, int n_heads,"
-        " bool norm_first, int activation, float eps1, float eps2) -> Tensor",
+        " Tensor cache_seqlens, Tensor? cos, Tensor? sin, bool interleaved, Tensor? alibi_slopes,"
+        " int most_few_rows, int most_own_rows, int n_heads, bool norm_first, int activation, float eps1, float eps2)"
+        " -> Tensor",
     ),
-    # an encoder layer of x (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first, float32. norms
-    # and linears as above, with float32 weights; mask, bias: as of attention_fwd; most_few_rows: up to how many tokens
-    # the products are those of gemv
+    # an encoder layer of x (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first, float32. norms,
+    # linears with float32 weights, most_few_rows and most_own_rows: as above; mask, bias: as of attention_fwd
     (
         (".native",),
         "layer_encode(Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, bool causal,"
-        " bool batch_first, int most_few_rows, int n_heads, bool norm_first, int activation, float eps1, float eps2)"
+        " bool batch_first, int most_few_rows, int most_own_rows, int n_heads, bool norm_first, int activation,"
+        " float eps1, float eps2)"
         " -> Tensor",
     ),
     # mask (size, size), bool (True = ignore) or float. Returns whether row i sees exactly columns 0 to i

@@ -150,7 +150,7 @@ def decode_layer(x: Tensor, layer: Layer, cache: Cache, positions: Positions) ->
         RuntimeError: shapes or dtypes do not fit, or the cache is full.
     """
     norms, linears, *options = layer
-    return _layer(x, norms, linears, *cache, *positions, *options)
+    return _layer(x, norms, linears, *cache, *positions, *_gemm.most_rows(), *options)
 
 
 def encode_layer(
@@ -168,7 +168,7 @@ def encode_layer(
         RuntimeError: shapes or dtypes do not fit.
     """
     norms, linears, *options = layer
-    return _encode(x, norms, linears, mask, bias, causal, batch_first, _gemm.few_rows(), *options)
+    return _encode(x, norms, linears, mask, bias, causal, batch_first, *_gemm.most_rows(), *options)
 
 
 register_fake("layer_encode", lambda x, *_: x.new_empty(x.shape))
