@@ -69,8 +69,8 @@ class Seq2Seq(nn.Module):
         Raises:
             ValueError: as `Backbone`; source and target_in have different numbers of rows.
         """
-        if len(source) != len(target_in):
-            raise ValueError(f"target_in must have {len(source)} rows like source, got {len(target_in)}")
+        if source.shape[0] != target_in.shape[0]:  # len() would fix the batch of an exported program
+            raise ValueError(f"target_in must have {source.shape[0]} rows like source, got {target_in.shape[0]}")
         memory = self.encode(source, source_lengths)
         x = self.decoder(target_in, causal=True, memory=memory, memory_lengths=source_lengths)
         return self.head(x, self.encoder.token_embedding, target_out)

@@ -200,33 +200,61 @@ class ModelConfig:
 
 
 @dataclass
+class Rates:
+    """Factors of the learning rate of some weights.
+
+    Args:
+        embeddings: of token and position embeddings
+        head: of the output layer, if it is not the embedding
+        matrices: of the matrices of the hidden layers
+        vectors: of norms and biases
+    """
+
+    embeddings: float = 1.0
+    head: float = 1.0
+    matrices: float = 1.0
+    vectors: float = 1.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            expect(0 <= value < float("inf"), f"optim.rates.{name}", "a finite number, at least 0", value)
+
+
+@dataclass
 class OptimConfig:
     """The optimizer and its learning rate: a linear warm-up, then a schedule.
 
     Args:
-        name: momentum and nesterov are sgd with momentum; adamw decays weights, adam adds the decay to gradients
-        schedule: learning rate after the warm-up; noam falls with 1 / sqrt(step)
+        name: momentum and nesterov are sgd with momentum; adamw decays weights, adam adds the decay to gradients; muon
+            orthogonalizes the updates of the hidden layers' matrices and takes adamw for all other weights
+        schedule: learning rate after the warm-up; noam falls with 1 / sqrt(step); wsd stays, then falls linearly
         learning_rate: highest learning rate, reached after the warm-up
-        min_learning_rate: cosine and linear end at it, noam does not fall below it, constant ignores it
+        min_learning_rate: cosine, linear and wsd end at it, noam does not fall below it, constant ignores it
+        decay_fraction: share of the steps in which wsd falls, at the end
+        rates: factors of the learning rate of some weights
         warmup_steps: steps of the warm-up from 0 to learning_rate
         momentum: momentum of momentum and nesterov
         beta1: decay of the mean of gradients (adam, adamw)
         beta2: decay of the mean of squared gradients (adam, adamw)
         weight_decay: weight decay, of matrices only
+        decay_embeddings: whether embeddings are among them
         clip: largest norm of all gradients together; 0 = no clipping
         label_smoothing: share of the target's probability that is spread over all classes, in training only
         ema: decay per step of the moving average of weights that is validated and saved; 0 = no average
     """
 
-    name: Literal["sgd", "momentum", "nesterov", "adam", "adamw"] = "adamw"
-    schedule: Literal["constant", "cosine", "linear", "noam"] = "cosine"
+    name: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "muon"] = "adamw"
+    schedule: Literal["constant", "cosine", "linear", "noam", "wsd"] = "cosine"
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-4
     warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    rates: Rates = field(default_factory=Rates)
     momentum: float = 0.9
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.1
+    decay_embeddings: bool = True
     clip: float = 1.0
     label_smoothing: float = 0.0
     ema: float = 0.0
@@ -241,6 +269,7 @@ class OptimConfig:
         )
         for name in ("warmup_steps", "weight_decay", "clip"):
             expect(getattr(self, name) >= 0, f"optim.{name}", "at least 0", getattr(self, name))
+        expect(0 < self.decay_fraction <= 1, "optim.decay_fraction", "above 0 and at most 1", self.decay_fraction)
         for name in ("momentum", "beta1", "beta2", "label_smoothing", "ema"):
             expect(0 <= getattr(self, name) < 1, f"optim.{name}", "at least 0 and below 1", getattr(self, name))
 
@@ -261,6 +290,8 @@ class TrainConfig:
         epochs: passes over the training documents, used instead of steps; null = use steps
         batch_size: sequences per step, over all devices and accumulation steps
         accumulate: number of backward passes per step
+        batch_tokens: tokens per step; then accumulate and batch_size follow: the sequences of one backward pass stay,
+            batch_size / accumulate, and so many passes are made; null = batch_size decides; lm only
         seed: seed of weights, batches and dropout
         log_every: steps between two rows of metrics.csv
         evaluate_every: steps between two validations, each followed by a checkpoint
@@ -294,6 +325,7 @@ class TrainConfig:
     epochs: float | None = None
     batch_size: int = 12
     accumulate: int = 1
+    batch_tokens: int | None = None
     seed: int = 1337
     log_every: int = 10
     evaluate_every: int = 250
@@ -348,6 +380,7 @@ class TrainConfig:
             expect(self.model.body == "transformer", "strategy", f"'ddp' for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "'all' or 'head' with the strategy fsdp", self.trained)
             expect(not self.optim.ema, "optim.ema", "0 with the strategy fsdp", self.optim.ema)
+            expect(self.optim.name != "muon", "optim.name", "another one with the strategy fsdp", self.optim.name)
             precisions = "32-true, bf16-mixed or bf16-true"
             expect(self.precision != "16-mixed", "precision", f"{precisions} with the strategy fsdp", self.precision)
         windows = self.validation_windows
@@ -359,6 +392,8 @@ class TrainConfig:
         expect(bool(self.run), "run", "the name of a folder", self.run)
         prompted = self.sample_prompt != "" or not self.sample_tokens
         expect(prompted, "sample_prompt", "at least one character long", "")
+        if self.batch_tokens is not None:
+            self._count_passes()
         parts = self.accumulate * self.devices * self.num_nodes
         expect(
             self.batch_size % parts == 0,
@@ -367,9 +402,21 @@ class TrainConfig:
             self.batch_size,
         )
 
+    def _count_passes(self):
+        """Set accumulate and batch_size from batch_tokens; doing it twice changes nothing."""
+        at_once, length = max(1, self.batch_size // self.accumulate), self.model.block_size
+        expect(self.task == "lm", "batch_tokens", f"null for the task {self.task}", self.batch_tokens)
+        whole = self.batch_tokens >= 1 and self.batch_tokens % (at_once * length) == 0
+        needed = f"a multiple of {at_once} sequences of model.block_size = {length} tokens, {at_once * length}"
+        expect(whole, "batch_tokens", needed, self.batch_tokens)
+        self.accumulate = self.batch_tokens // (at_once * length)
+        self.batch_size = at_once * self.accumulate
+
 
 def config_from_dict(values):
     """A TrainConfig from nested dicts; the parser has already checked keys and types."""
+    if isinstance(values["optim"].get("rates"), dict):
+        values = {**values, "optim": {**values["optim"], "rates": Rates(**values["optim"]["rates"])}}
     sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
     values = {**values, "data": {**values["data"], "columns": Columns(**values["data"]["columns"])}}
     if isinstance(values["model"].get("rotary"), dict):

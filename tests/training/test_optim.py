@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from training_cases import TEXT, assert_same_run, interrupt_after, tiny_config
 
+from fastattn.models import CausalLM
 from fastattn.models.initialize import SCHEMES, initialize
-from fastattn.training.config import OptimConfig
+from fastattn.training.config import ModelConfig, OptimConfig, Rates, TrainConfig
 from fastattn.training.messages import UsageError
-from fastattn.training.runs.optim import build_optimizer, learning_rate
+from fastattn.training.runs.optim import build_optimizer, learning_rate, parameter_groups
+from fastattn.training.runs.train import train
 
 
 def rates(steps=100, **options):
@@ -16,7 +19,7 @@ def rates(steps=100, **options):
     return [learning_rate(step, steps, optim) for step in range(steps + 1)]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "noam"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "noam", "wsd"])
 def test_warm_up_then_schedule(schedule):
     values = rates(schedule=schedule)
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
@@ -33,6 +36,8 @@ def test_values_of_the_schedules():
     assert [linear[59], linear[109]] == pytest.approx([0.55, 0.1])
     noam = rates(999, schedule="noam")
     assert [noam[39], noam[89], noam[999]] == pytest.approx([0.5, 1 / 3, 0.1])
+    wsd = rates(100, schedule="wsd", decay_fraction=0.4)
+    assert [wsd[9], wsd[60], wsd[80], wsd[100]] == pytest.approx([1.0, 1.0, 0.55, 0.1])
 
 
 def test_unknown_names_and_values():
@@ -81,6 +86,83 @@ def test_weight_decay_is_on_trained_matrices_only():
     assert len(frozen["params"]) == len(decayed["params"]) - 1
 
 
+def small_model():
+    torch.manual_seed(0)
+    return CausalLM(20, n_layer=2, n_head=2, d_model=16, block_size=8, tied=False)
+
+
+def test_groups_have_the_decay_and_the_rate_of_their_kind():
+    model, rates = small_model(), Rates(embeddings=2.0, head=3.0, matrices=4.0, vectors=5.0)
+    kinds = {id(p): name for name, p in model.named_parameters()}
+    optim = OptimConfig(name="muon", weight_decay=0.3, decay_embeddings=False, rates=rates)
+    seen = 0
+    for group in parameter_groups(model, optim):
+        for p in group["params"]:
+            name, seen = kinds[id(p)], seen + 1
+            expected = (0.3, 4.0, True)
+            if p.dim() == 1:
+                expected = (0.0, 5.0, False)
+            elif "embedding" in name:
+                expected = (0.0, 2.0, False)
+            elif name == "head.weight":
+                expected = (0.3, 3.0, False)
+            assert (group["weight_decay"], group["rate"], group["muon"]) == expected, name
+    assert seen == len(kinds)
+
+
+def test_muon_is_torchs_muon_beside_adamw():
+    models = [small_model(), small_model()]
+    optim = OptimConfig(name="muon", learning_rate=0.01, min_learning_rate=0.0, weight_decay=0.1)
+    ours = build_optimizer(models[0], optim, fused=False)
+    tables = [p for n, p in models[1].named_parameters() if p.dim() == 2 and ("embedding" in n or n == "head.weight")]
+    matrices = [p for n, p in models[1].named_parameters() if p.dim() == 2 and all(p is not t for t in tables)]
+    vectors = [p for p in models[1].parameters() if p.dim() == 1]
+    adamw = [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    theirs = [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adamw, lr=0.01, betas=(0.9, 0.99)),
+    ]
+    tokens = torch.arange(16).view(2, 8)
+    for step in range(4):
+        for model, optimizers in zip(models, ([ours], theirs), strict=True):
+            model(tokens, tokens.flip(1)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        if step == 1:  # a loaded state goes on the same way
+            state = ours.state_dict()
+            ours = build_optimizer(models[0], optim, fused=False)
+            ours.load_state_dict(state)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+def test_batch_tokens_decide_how_many_passes_a_step_makes():
+    model = ModelConfig(block_size=32)
+    for _ in range(2):  # a stored config means the same
+        config = TrainConfig(batch_size=4, batch_tokens=1024, model=model)
+        assert (config.batch_size, config.accumulate) == (32, 8)
+        config = TrainConfig(**vars(config))
+        assert (config.batch_size, config.accumulate) == (32, 8)
+    with pytest.raises(UsageError, match=r"batch_tokens must be a multiple of 4 sequences .* 128, got 1000"):
+        TrainConfig(batch_size=4, batch_tokens=1000, model=model)
+    with pytest.raises(UsageError, match="batch_tokens must be null for the task masked_lm"):
+        TrainConfig(task="masked_lm", batch_tokens=1024, model=model)
+
+
+def test_a_run_with_muon_resumes_exactly(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+    optim = OptimConfig(name="muon", schedule="wsd", warmup_steps=2, rates=Rates(embeddings=0.5))
+    options = {"optim": optim, "steps": 12, "evaluate_every": 4, "sample_tokens": 0}
+    whole, broken = (tiny_config(tmp_path / name, tmp_path / "text.txt", **options) for name in ("whole", "broken"))
+    assert train(whole) == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        assert train(broken) == 143
+    assert train(broken, resume=True) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", 12)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_initialization(scheme):
     torch.manual_seed(0)
@@ -101,15 +183,17 @@ def test_initialization(scheme):
         "uniform": (0.04 / math.sqrt(3),) * 2,
         "xavier": (math.sqrt(2 / 320),) * 2,
         "he": (math.sqrt(2 / 64), math.sqrt(2 / 256)),
+        "nanochat": (math.sqrt(1 / 64), 0.0),
     }[scheme]
     got = model["layer"].linear1.weight.std().item(), model["layer"].linear2.weight.std().item()
     assert got == pytest.approx(expected, rel=0.05)
-    assert model["embedding"].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    embedding = 1.0 if scheme == "nanochat" else 0.02
+    assert model["embedding"].weight.std().item() == pytest.approx(embedding, rel=0.05)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             assert (parameter == (1.0 if "norm" in name and name.endswith("weight") else 0.0)).all(), name
 
 
 def test_unknown_scheme():
-    with pytest.raises(ValueError, match=r"init must be one of gpt2, .*he, got 'best'"):
+    with pytest.raises(ValueError, match=r"init must be one of gpt2, .*nanochat, got 'best'"):
         initialize(torch.nn.Linear(2, 2), "best")

@@ -38,7 +38,7 @@ class Trainer:
         model = torch.compile(self.raw_model) if config.compile else self.raw_model
         self.model = fabric.setup_module(model)
         # Fabric cannot clip with both a gradient scaler and a fused optimizer; there is no fused SGD for shards
-        fused = config.precision != "16-mixed" and (not self.sharded or config.optim.name in ("adam", "adamw"))
+        fused = config.precision != "16-mixed" and (not self.sharded or config.optim.name in ("adam", "adamw", "muon"))
         self.optimizer = fabric.setup_optimizers(build_optimizer(self.raw_model, config.optim, fused))
         self.average = average_of(self.raw_model, config.optim.ema)
         self.step, self.best_score, self.stale = 0, math.inf, 0
@@ -136,7 +136,7 @@ class Trainer:
         """One optimizer step; returns the loss of its batch, and the norm of the gradients or None."""
         rate = learning_rate(self.step, self.config.steps, self.config.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         batch = self.task.train_rows(self.step)
         torch.manual_seed(dropout_seed(self.config.seed, self.step, self.fabric.global_rank))
         loss = self.backward(batch)
