@@ -28,6 +28,7 @@ FLOORS = [
     ("ops",),
     ("kernels",),
     ("_native",),
+    ("integrations.transformers_versions",),
     ("nn", "integrations.transformers", "integrations.sdpa"),
     ("drop_in",),
     ("",),  # fastattn itself: what `import fastattn` offers
