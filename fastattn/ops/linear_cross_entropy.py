@@ -127,14 +127,11 @@ def _without_ignored(function):
 
 
 def _check_range(target, vocab, ignore_index):
-<<<<<<< HEAD
+    check_memory(_NAME, target=target)
     if target.numel():
         low, high = target.aminmax()
         if low.item() >= 0 and high.item() < vocab:  # the usual case, in a tenth of the time
             return
-=======
-    check_memory(_NAME, target=target)
->>>>>>> tools
     bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]
     if bad.numel():
         raise IndexError(
