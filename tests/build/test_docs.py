@@ -138,3 +138,8 @@ def test_speeds_of_the_readme_are_in_the_performance_page():
     for label, cell in speeds:
         assert SPEED.fullmatch(cell), label
         assert f"| {cell} |" in performance, label
+
+
+def test_the_version_is_the_same_everywhere():
+    assert re.search(r"^version: (.*)$", read("CITATION.cff"), re.MULTILINE)[1] == fastattn.__version__
+    assert re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[1] == fastattn.__version__
