@@ -106,6 +106,39 @@ register_backend(_NAME, "native", why_not_native, facts=Facts, why_not_device=wh
 register_backend(_NAME, "triton", why_not_triton, facts=Facts)
 
 
+def _check_table(q, k_cache, block_table, cache_batch_idx):
+    """Raise unless a block table fits the queries and a cache of pages."""
+    if cache_batch_idx is not None:
+        raise ValueError(f"{_NAME}: block_table and cache_batch_idx exclude each other: both select rows of the cache")
+    if block_table.dtype != torch.int32:
+        raise TypeError(f"{_NAME}: block_table must be int32, got {block_table.dtype}")
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"{_NAME}: block_table must be (batch, pages_per_sequence) with batch {q.shape[0]}, got"
+            f" {tuple(block_table.shape)}"
+        )
+    if block_table.device != q.device:
+        raise ValueError(f"{_NAME}: block_table must be on the device of q, {q.device}, got {block_table.device}")
+    if k_cache.shape[2] < MIN_PAGE_SIZE or k_cache.shape[0] == 0:
+        raise ValueError(
+            f"{_NAME}: with block_table the caches must be (num_pages, n_kv_heads, page_size, head_dim) with at"
+            f" least 1 page of at least {MIN_PAGE_SIZE} keys, got {tuple(k_cache.shape)}"
+        )
+
+
+def _check_new(q, k, v, n_kv_heads, head_dim_v):
+    """Raise unless the new keys and values fit the queries and the caches."""
+    wanted = q.shape[0], n_kv_heads, k.shape[2] if k.dim() == 4 else "seqlen_new"
+    for label, t, last in (("k", k, q.shape[3]), ("v", v, head_dim_v)):
+        if tuple(t.shape) != (*wanted, last):
+            shape = ", ".join(map(str, (*wanted, last)))
+            raise ValueError(f"{_NAME}: {label} must have shape ({shape}), got {tuple(t.shape)}")
+        if t.dtype != q.dtype:
+            raise TypeError(f"{_NAME}: {label} must have the dtype of q, {q.dtype}, got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{_NAME}: {label} must be on the device of q, {q.device}, got {t.device}")
+
+
 def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     """Raise unless the tensors match each other; return how many keys the cache can hold per sequence."""
     shape_q, shape_k, shape_v, dtype, device = q.shape, k_cache.shape, v_cache.shape, q.dtype, q.device
@@ -146,24 +179,7 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
         if k_cache is v_cache:
             raise ValueError(f"{_NAME}: k_cache and v_cache must not be one tensor if k and v are appended")
     if block_table is not None:
-        if cache_batch_idx is not None:
-            raise ValueError(
-                f"{_NAME}: block_table and cache_batch_idx exclude each other: both select rows of the cache"
-            )
-        if block_table.dtype != torch.int32:
-            raise TypeError(f"{_NAME}: block_table must be int32, got {block_table.dtype}")
-        if block_table.dim() != 2 or block_table.shape[0] != batch:
-            raise ValueError(
-                f"{_NAME}: block_table must be (batch, pages_per_sequence) with batch {batch}, got"
-                f" {tuple(block_table.shape)}"
-            )
-        if block_table.device != q.device:
-            raise ValueError(f"{_NAME}: block_table must be on the device of q, {q.device}, got {block_table.device}")
-        if capacity < MIN_PAGE_SIZE or cache_batch == 0:
-            raise ValueError(
-                f"{_NAME}: with block_table the caches must be (num_pages, n_kv_heads, page_size, head_dim) with at"
-                f" least 1 page of at least {MIN_PAGE_SIZE} keys, got {tuple(k_cache.shape)}"
-            )
+        _check_table(q, k_cache, block_table, cache_batch_idx)
         capacity *= block_table.shape[1]
     elif cache_batch_idx is not None:
         check_int32(_NAME, "cache_batch_idx", cache_batch_idx, q, batch)
@@ -175,15 +191,7 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     if (k is None) != (v is None):
         raise ValueError(f"{_NAME}: k and v must be given together, got only {'v' if k is None else 'k'}")
     if k is not None:
-        wanted = batch, n_kv_heads, k.shape[2] if k.dim() == 4 else "seqlen_new"
-        for label, t, last in (("k", k, head_dim), ("v", v, head_dim_v)):
-            if tuple(t.shape) != (*wanted, last):
-                shape = ", ".join(map(str, (*wanted, last)))
-                raise ValueError(f"{_NAME}: {label} must have shape ({shape}), got {tuple(t.shape)}")
-            if t.dtype != q.dtype:
-                raise TypeError(f"{_NAME}: {label} must have the dtype of q, {q.dtype}, got {t.dtype}")
-            if t.device != q.device:
-                raise ValueError(f"{_NAME}: {label} must be on the device of q, {q.device}, got {t.device}")
+        _check_new(q, k, v, n_kv_heads, head_dim_v)
     return capacity
 
 

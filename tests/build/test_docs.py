@@ -68,6 +68,16 @@ def speed(found, benchmark, column):
     return found[key][1]
 
 
+def test_the_walk_from_the_public_function_to_a_kernel_names_what_is_there():
+    block = re.search(r"there are four hops.*?^```\n(.*?)^```", read("docs/architecture.md"), re.DOTALL | re.MULTILINE)
+    rows = [re.split(r"\s{2,}", line.strip()) for line in block[1].splitlines()]
+    assert len(rows) == 9
+    for *_, functions, file in rows:
+        for function in functions.removeprefix("1 ").split(" → "):
+            pattern = rf"\b{function}(<.*>)?\("
+            assert re.search(pattern, read(file)), f"{file} neither calls nor defines {function}"
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(read(name))):

@@ -5,6 +5,7 @@ and their wrappers, compiled for the CPU; used if there is no GPU. cuda-native, 
 """
 
 import itertools
+import os
 
 import emulate_cuda
 import pytest
@@ -258,8 +259,11 @@ def test_triton_kernels_compile_without_spills():
 
     configs = []
     cases = (("gelu", True, True, "*bf16"), ("gelu_tanh", False, True, "*fp32"), ("silu", True, False, "*fp16"))
-    for arch, (activation, gated, dropped, dtype) in itertools.product((80, 90, 100), cases):
-        for kernel, (block_m, block_n, warps, _) in (("fwd", FORWARD), ("bwd", BACKWARD)):
+    kernels = (("fwd", FORWARD), ("bwd", BACKWARD))
+    everything = [*itertools.product((80, 90, 100), cases, kernels)]  # by default every pair of two of the three
+    for n, (arch, (activation, gated, dropped, dtype), (kernel, launch)) in enumerate(everything):
+        if os.environ.get("FASTATTN_AOT") == "all" or (n // 2 + n) % 2 == 0:
+            block_m, block_n, warps, _ = launch
             absent = [] if dropped else ["rng_ptr"]
             if not gated:
                 absent += ["gate_ptr"] if kernel == "fwd" else ["gate_ptr", "dgate_ptr", "dbias_gate_ptr"]
