@@ -248,7 +248,8 @@ def attention_mask(
         )
     if visible is None:
         return dense()
-    return VisibleKeys((batch_size, 1, q_length, kv_length), device, visible, dense)
+    lazily = partial(versions.mask_of_known_pattern, **given, **kwargs, allow_is_causal_skip=False)
+    return VisibleKeys((batch_size, 1, q_length, kv_length), device, visible, lazily)
 
 
 def _without_mask(module, query, key, is_causal, sliding_window):

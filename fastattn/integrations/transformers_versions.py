@@ -41,6 +41,26 @@ def dense_mask(q_length: int, q_offset: int | torch.Tensor, device: Any, **given
     return newest(q_length=q_length, q_offset=q_offset, device=device, **given)
 
 
+def mask_of_known_pattern(**given: Any) -> torch.Tensor | None:
+    """`dense_mask` of a mask function of transformers itself.
+
+    The older form calls the function under vmap, which does not work below __torch_dispatch__. Here the indices are
+    broadcast, as in the newer form.
+    """
+    if not TAKES_POSITIONS:
+        return dense_mask(**given)
+    names = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "device", "mask_function")
+    batch, n_queries, n_keys, q_offset, kv_offset, device, function = (given[name] for name in names)
+    padding = padding_mask(given["attention_mask"], n_keys, kv_offset)
+    if padding is not None:
+        function = masking_utils.and_masks(function, masking_utils.padding_mask_function(padding))
+    rows, heads = torch.arange(batch, device=device), torch.arange(1, device=device)
+    query = torch.arange(n_queries, device=device) + q_offset
+    key = torch.arange(n_keys, device=device) + kv_offset
+    mask = function(rows[:, None, None, None], heads[:, None, None], query[:, None], key)
+    return mask.expand(batch, 1, n_queries, n_keys)
+
+
 def for_installed_version(function: Callable) -> Callable:
     """A mask function with the newer arguments, in the form that the installed version calls."""
     if not TAKES_POSITIONS:

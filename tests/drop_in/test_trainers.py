@@ -135,12 +135,15 @@ def test_supervised_fine_tuning_of_trl(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=plain, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
-    data = datasets.Dataset.from_dict({"text": ["a b c d e f", "h g", "a c e g", "b b b b b b b"] * 2})
+    data = datasets.Dataset.from_dict(
+        {"input_ids": [row[real == 1].tolist() for row, real in zip(TOKENS, REAL, strict=True)]}
+    )
     found = []
     for model in models():
         arguments = trl.SFTConfig(
             str(tmp_path), per_device_train_batch_size=4, max_steps=3, logging_steps=1, learning_rate=1e-2,
             use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, bf16=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
         )  # fmt: skip
         trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
         trainer.train()
