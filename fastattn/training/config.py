@@ -16,6 +16,7 @@ class Columns:
         text: name of the column with the text
         label: name of the column with the class; null = none
         target: name of the column with the target text; null = none
+        messages: name of the column with the messages of a conversation, for task chat, instead of text; null = none
         names: names of the columns if the table has no header line; empty = the first line names them
         delimiter: character between the values; null = a comma in .csv, a tab in .tsv
         quoting: whether quotation marks enclose values (csv) or are part of them (none); auto = they enclose values if
@@ -25,6 +26,7 @@ class Columns:
     text: str = "text"
     label: str | None = None
     target: str | None = None
+    messages: str | None = None
     names: list[str] = field(default_factory=list)
     delimiter: str | None = None
     quoting: Literal["auto", "csv", "none"] = "auto"
@@ -52,6 +54,7 @@ class DataConfig:
         tokenizer: one token per character or byte; or words, byte-pair encoding or WordPiece, learnt from the training
             part
         vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer; ignored by char and byte
+        chat_template: how task chat marks messages; auto is the one whose marks the vocabulary has, else chatml
         strip_accents: a word or wordpiece tokenizer drops accents, vowel signs and other marks on letters
         validation_fraction: share of the text for validation, after the training part; documents are drawn at random,
             the same for every seed
@@ -67,6 +70,7 @@ class DataConfig:
     tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "char"
     vocab_size: int = 4096
     strip_accents: bool = False
+    chat_template: Literal["auto", "chatml", "llama3", "gemma"] = "auto"
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     train_limit: int | None = None
@@ -279,7 +283,8 @@ class TrainConfig:
     """Train a model on text.
 
     Args:
-        task: predict the next token, masked tokens, the class of a document, or its translation
+        task: predict the next token, masked tokens, the class of a document, its translation, or the answers of a
+            conversation
         run: folder to create for config, tokenizer, checkpoints, metrics, loss curve and sample
         start: folder of a run, or of a Hugging Face BERT or GPT-2, to take tokenizer and weights from; null = from
             scratch
@@ -315,7 +320,7 @@ class TrainConfig:
         optim: the optimizer and its learning rate
     """
 
-    task: Literal["lm", "masked_lm", "classify", "translate"] = "lm"
+    task: Literal["lm", "masked_lm", "classify", "translate", "chat"] = "lm"
     run: str = "runs/char_lm"
     start: str | None = None
     trained: Literal["all", "head", "lora"] = "all"
@@ -376,6 +381,10 @@ class TrainConfig:
             windows = self.validation_windows
             expect(windows is None, "validation_windows", f"null for the task {self.task}", windows)
             expect(not self.data.packed, "data.packed", f"false for the task {self.task}", self.data.packed)
+        chat = self.task == "chat"
+        for section, name, default in (("data.", "chat_template", "auto"), ("data.columns.", "messages", None)):
+            got = getattr(self.data if section == "data." else self.data.columns, name)
+            expect(chat or got == default, section + name, f"left out for the task {self.task}", got)
         if self.strategy == "fsdp":
             expect(self.model.body == "transformer", "strategy", f"'ddp' for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "'all' or 'head' with the strategy fsdp", self.trained)
