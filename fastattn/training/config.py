@@ -300,7 +300,9 @@ class TrainConfig:
         seed: seed of weights, batches and dropout
         log_every: steps between two rows of metrics.csv
         evaluate_every: steps between two validations, each followed by a checkpoint
-        select: criterion for the best checkpoint and for patience; accuracy is for masked_lm and classify
+        select: criterion for the best checkpoint and for patience; accuracy is for masked_lm and classify, and macro_f1,
+            the mean of the F1 of all classes, for classify
+        class_weights: balanced weighs each class of task classify by documents / (classes * documents of the class)
         validation_windows: number of windows of block_size tokens to validate on; null = the whole split; lm only
         keep: number of newest checkpoints to keep in addition to the best
         patience: validations without a new best before training stops; 0 = never stop early
@@ -334,7 +336,8 @@ class TrainConfig:
     seed: int = 1337
     log_every: int = 10
     evaluate_every: int = 250
-    select: Literal["loss", "accuracy"] = "loss"
+    select: Literal["loss", "accuracy", "macro_f1"] = "loss"
+    class_weights: Literal["none", "balanced"] = "none"
     validation_windows: int | None = None
     keep: int = 2
     patience: int = 0
@@ -367,8 +370,13 @@ class TrainConfig:
         for name in counts:
             expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         expect(self.epochs is None or self.epochs > 0, "epochs", "null or above 0", self.epochs)
-        selectable = self.select == "loss" or self.task in ("masked_lm", "classify")
-        expect(selectable, "select", f"'loss' for the task {self.task}", self.select)
+        selectable = {"masked_lm": ("loss", "accuracy"), "classify": ("loss", "accuracy", "macro_f1")}
+        allowed = selectable.get(self.task, ("loss",))
+        expect(
+            self.select in allowed, "select", f"{' or '.join(map(repr, allowed))} for the task {self.task}", self.select
+        )
+        weighted = self.task == "classify" or self.class_weights == "none"
+        expect(weighted, "class_weights", f"'none' for the task {self.task}", self.class_weights)
         if self.task != "classify":
             for name, value in (("body", "transformer"), ("embedding", "random")):
                 got = getattr(self.model, name)
