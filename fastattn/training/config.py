@@ -300,8 +300,8 @@ class TrainConfig:
         seed: seed of weights, batches and dropout
         log_every: steps between two rows of metrics.csv
         evaluate_every: steps between two validations, each followed by a checkpoint
-        select: criterion for the best checkpoint and for patience; accuracy is for masked_lm and classify, and macro_f1,
-            the mean of the F1 of all classes, for classify
+        select: criterion for the best checkpoint and for patience; accuracy is for masked_lm and classify, macro_f1
+            (the mean of the F1 of all classes) for classify
         class_weights: balanced weighs each class of task classify by documents / (classes * documents of the class)
         validation_windows: number of windows of block_size tokens to validate on; null = the whole split; lm only
         keep: number of newest checkpoints to keep in addition to the best
