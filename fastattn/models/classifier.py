@@ -26,6 +26,7 @@ class Classifier(nn.Module):
         pooling: how the transformer's states become one: "mean", "first", or "pooler", tanh(linear(first)) as in BERT.
         init: as for `CausalLM`; with "gpt2" recurrent and convolutional layers keep torch.nn's initial weights.
         label_smoothing: share of a target's probability that is spread over the classes, in training mode only.
+        class_weights: None, or n_classes weights of the classes in the loss.
         shape: the fields of `Shape`; dropout also comes before the output layer.
     Raises:
         ValueError: as `Backbone`; body or pooling is unknown, or label_smoothing is out of range.
@@ -48,6 +49,7 @@ class Classifier(nn.Module):
         pooling: str = "mean",
         init: str = "gpt2",
         label_smoothing: float = 0.0,
+        class_weights: list[float] | None = None,
         **shape: Any,
     ) -> None:
         super().__init__()
@@ -58,6 +60,8 @@ class Classifier(nn.Module):
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
         self.body, self.pooling, self.label_smoothing = body, pooling, label_smoothing
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
         self.block_size, d_model, dropout = shape["block_size"], shape["d_model"], shape.get("dropout", 0.0)
         features = d_model
         if body == "transformer":
@@ -89,7 +93,8 @@ class Classifier(nn.Module):
             tokens: (batch, seqlen) int64, padded on the right, seqlen at most block_size.
             lengths: (batch,) int64, the number of tokens in each row, at least 1.
             targets: None or (batch,) int64, the true classes.
-        Returns: logits (batch, n_classes); with targets their mean cross-entropy in nats, fp32.
+        Returns: logits (batch, n_classes); with targets their mean cross-entropy in nats, weighted by class_weights,
+            fp32.
         Raises:
             ValueError: as `Backbone`.
         """
@@ -99,7 +104,11 @@ class Classifier(nn.Module):
         logits = features + self.bias if self.head is None else self.head(self.dropout(features))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing * self.training)
+        weights = self.class_weights
+        return F.cross_entropy(
+            logits.float(), targets, None if weights is None else weights.float(),
+            label_smoothing=self.label_smoothing * self.training,
+        )  # fmt: skip
 
     def _transformer(self, tokens, lengths):
         x = self.encoder(tokens, lengths=lengths)

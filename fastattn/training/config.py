@@ -16,6 +16,7 @@ class Columns:
         text: name of the column with the text
         label: name of the column with the class; null = none
         target: name of the column with the target text; null = none
+        messages: name of the column with the messages of a conversation, for task chat, instead of text; null = none
         names: names of the columns if the table has no header line; empty = the first line names them
         delimiter: character between the values; null = a comma in .csv, a tab in .tsv
         quoting: whether quotation marks enclose values (csv) or are part of them (none); auto = they enclose values if
@@ -25,6 +26,7 @@ class Columns:
     text: str = "text"
     label: str | None = None
     target: str | None = None
+    messages: str | None = None
     names: list[str] = field(default_factory=list)
     delimiter: str | None = None
     quoting: Literal["auto", "csv", "none"] = "auto"
@@ -52,6 +54,7 @@ class DataConfig:
         tokenizer: one token per character or byte; or words, byte-pair encoding or WordPiece, learnt from the training
             part
         vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer; ignored by char and byte
+        chat_template: how task chat marks messages; auto is the one whose marks the vocabulary has, else chatml
         strip_accents: a word or wordpiece tokenizer drops accents, vowel signs and other marks on letters
         validation_fraction: share of the text for validation, after the training part; documents are drawn at random,
             the same for every seed
@@ -67,6 +70,7 @@ class DataConfig:
     tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "char"
     vocab_size: int = 4096
     strip_accents: bool = False
+    chat_template: Literal["auto", "chatml", "llama3", "gemma"] = "auto"
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     train_limit: int | None = None
@@ -279,7 +283,8 @@ class TrainConfig:
     """Train a model on text.
 
     Args:
-        task: predict the next token, masked tokens, the class of a document, or its translation
+        task: predict the next token, masked tokens, the class of a document, its translation, or the answers of a
+            conversation
         run: folder to create for config, tokenizer, checkpoints, metrics, loss curve and sample
         start: folder of a run, or of a Hugging Face BERT or GPT-2, to take tokenizer and weights from; null = from
             scratch
@@ -295,7 +300,9 @@ class TrainConfig:
         seed: seed of weights, batches and dropout
         log_every: steps between two rows of metrics.csv
         evaluate_every: steps between two validations, each followed by a checkpoint
-        select: criterion for the best checkpoint and for patience; accuracy is for masked_lm and classify
+        select: criterion for the best checkpoint and for patience; accuracy is for masked_lm and classify, macro_f1
+            (the mean of the F1 of all classes) for classify
+        class_weights: balanced weighs each class of task classify by documents / (classes * documents of the class)
         validation_windows: number of windows of block_size tokens to validate on; null = the whole split; lm only
         keep: number of newest checkpoints to keep in addition to the best
         patience: validations without a new best before training stops; 0 = never stop early
@@ -315,7 +322,7 @@ class TrainConfig:
         optim: the optimizer and its learning rate
     """
 
-    task: Literal["lm", "masked_lm", "classify", "translate"] = "lm"
+    task: Literal["lm", "masked_lm", "classify", "translate", "chat"] = "lm"
     run: str = "runs/char_lm"
     start: str | None = None
     trained: Literal["all", "head", "lora"] = "all"
@@ -329,7 +336,8 @@ class TrainConfig:
     seed: int = 1337
     log_every: int = 10
     evaluate_every: int = 250
-    select: Literal["loss", "accuracy"] = "loss"
+    select: Literal["loss", "accuracy", "macro_f1"] = "loss"
+    class_weights: Literal["none", "balanced"] = "none"
     validation_windows: int | None = None
     keep: int = 2
     patience: int = 0
@@ -362,8 +370,13 @@ class TrainConfig:
         for name in counts:
             expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         expect(self.epochs is None or self.epochs > 0, "epochs", "null or above 0", self.epochs)
-        selectable = self.select == "loss" or self.task in ("masked_lm", "classify")
-        expect(selectable, "select", f"'loss' for the task {self.task}", self.select)
+        selectable = {"masked_lm": ("loss", "accuracy"), "classify": ("loss", "accuracy", "macro_f1")}
+        allowed = selectable.get(self.task, ("loss",))
+        expect(
+            self.select in allowed, "select", f"{' or '.join(map(repr, allowed))} for the task {self.task}", self.select
+        )
+        weighted = self.task == "classify" or self.class_weights == "none"
+        expect(weighted, "class_weights", f"'none' for the task {self.task}", self.class_weights)
         if self.task != "classify":
             for name, value in (("body", "transformer"), ("embedding", "random")):
                 got = getattr(self.model, name)
@@ -376,6 +389,10 @@ class TrainConfig:
             windows = self.validation_windows
             expect(windows is None, "validation_windows", f"null for the task {self.task}", windows)
             expect(not self.data.packed, "data.packed", f"false for the task {self.task}", self.data.packed)
+        chat = self.task == "chat"
+        for section, name, default in (("data.", "chat_template", "auto"), ("data.columns.", "messages", None)):
+            got = getattr(self.data if section == "data." else self.data.columns, name)
+            expect(chat or got == default, section + name, f"left out for the task {self.task}", got)
         if self.strategy == "fsdp":
             expect(self.model.body == "transformer", "strategy", f"'ddp' for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "'all' or 'head' with the strategy fsdp", self.trained)

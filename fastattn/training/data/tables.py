@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 from ..messages import UsageError
+from .chat import read_messages
 from .documents import Documents
 from .reading import suffix_of
 
@@ -163,7 +164,8 @@ def _object_row(where, value):
 
 def check_columns(row, columns, hint=False):
     """Raise UsageError unless the row has each of the columns that are read exactly once."""
-    for name in filter(None, (columns.text, columns.label, columns.target)):
+    read = (columns.text, columns.label, columns.target) if columns.messages is None else (columns.messages,)
+    for name in filter(None, read):
         count = row.names.count(name)
         if count > 1:
             raise UsageError(f"{row.where}: the column {name!r} occurs {count} times")
@@ -184,13 +186,15 @@ def table_documents(rows, columns):
             surrogate pair; labels have different types; a pair has an empty side.
     """
     wanted = {"texts": columns.text, "labels": columns.label, "targets": columns.target}
+    if columns.messages is not None:
+        wanted = {"texts": columns.messages}
     wanted = {key: name for key, name in wanted.items() if name}
     collected, first_label = {key: [] for key in wanted}, None
     for row in rows:
         check_columns(row, columns)
         for key, name in wanted.items():
             value, where = row.values[row.names.index(name)], f"{row.where}: column {name!r}"
-            text = _text_of(value, where)
+            text = _text_of(value if columns.messages is None else read_messages(value, where), where)
             if not text.strip() and (key != "texts" or "targets" in wanted):
                 raise UsageError(f"{where} is empty")
             if key == "labels":

@@ -68,5 +68,7 @@ def _rank(run, config, step):
     if best is None:
         return "not validated"
     chosen = best[1]["step"]
-    by = "highest validation accuracy" if config.select == "accuracy" else "lowest validation loss"
+    by = {"loss": "lowest validation loss", "accuracy": "highest validation accuracy"}.get(
+        config.select, "highest macro F1 in validation"
+    )
     return f"the best, with the {by}" if step == chosen else f"not the best, which is step {chosen}"

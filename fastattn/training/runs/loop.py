@@ -186,14 +186,16 @@ class Trainer:
             any_rank=self.maximum if self.sharded else None,
         )  # fmt: skip
         sums = torch.tensor(sums, dtype=torch.float64, device=fabric.device)
-        total, right, count = fabric.all_reduce(sums, reduce_op="sum").tolist()
+        total, right, count, *others = fabric.all_reduce(sums, reduce_op="sum").tolist()
         if not count:  # a loss of 0 would be the best possible
             raise UsageError("the validation part must have at least one token to predict")
         values = {"validation_loss": total / count}
         if self.task.has_accuracy:
             values["validation_accuracy"] = right / count
+        values |= {f"validation_{name}": score for name, score in self.task.further_scores(others).items()}
         self.check_finite(values["validation_loss"], "validation loss")
-        values["score"] = 1 - values["validation_accuracy"] if self.config.select == "accuracy" else total / count
+        select = self.config.select
+        values["score"] = total / count if select == "loss" else 1 - values[f"validation_{select}"]
         return values
 
     def compare_with_best(self, score):

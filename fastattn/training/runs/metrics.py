@@ -9,8 +9,8 @@ from ..inspect.figures import label, new_figure, save_png
 
 # seconds: training time since the last row with a value, without validation and checkpoints
 COLUMNS = (
-    "step", "train_loss", "validation_loss", "validation_accuracy", "learning_rate", "grad_norm", "tokens_per_second",
-    "mfu", "seconds",
+    "step", "train_loss", "validation_loss", "validation_accuracy", "validation_macro_f1", "learning_rate", "grad_norm",
+    "tokens_per_second", "mfu", "seconds",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ _KEPT = (
     "attention_softcap", "attention_scale", "sinks", "logit_softcap", "embedding_scale", "embedding_norm", "parallel",
     "feed_forward",
 )  # fmt: skip
-_WITH_ENCODER = {"masked_lm", "classify", "translate"}
+_WITH_ENCODER, _DECODERS = {"masked_lm", "classify", "translate"}, {"lm", "chat"}
 _BY_TOKEN_OR_POSITION = ("embedding.weight", "head.weight", "head.bias")
 
 
@@ -73,7 +73,7 @@ def load_start(model, config, labels=None):
             labels, of which no weight would be left.
     """
     start = _matching_start(config)
-    same = start.task == config.task
+    same = start.task == config.task or {start.task, config.task} <= _DECODERS
     weights, state = start.read_weights(), model.state_dict()
     if not same:
         weights = {name: value for name, value in weights.items() if name.startswith(("encoder.", "pooler."))}
@@ -95,7 +95,8 @@ def load_start(model, config, labels=None):
 def _matching_start(config):
     """The Start of a TrainConfig; UsageError unless its weights keep their meaning in the model of the config."""
     start = open_start(config.start)
-    if start.task != config.task and not {start.task, config.task} <= _WITH_ENCODER:
+    tasks = {start.task, config.task}
+    if start.task != config.task and not tasks <= _WITH_ENCODER and not tasks <= _DECODERS:
         raise UsageError(f"start {config.start!r} is of task {start.task}, which cannot start task {config.task}")
     theirs, ours = _shape(start.model), _shape(config.model)
     for name in _KEPT:

@@ -32,6 +32,7 @@ class Task:
     next_command = "fastattn generate {run} --prompt TEXT"  # the next command for a trained model
     unit = "token"  # of the loss
     has_accuracy = False  # whether `sums` counts correct predictions
+    more_sums = 0  # numbers that `sums` returns after the three of every task
 
     @classmethod
     def without_data(cls, config, tokenizer, summary):
@@ -71,10 +72,14 @@ class Task:
         return ""
 
     def sums(self, model, rows, device):
-        """(summed loss in nats, correct predictions, predictions) of a model in evaluation mode."""
+        """(summed loss in nats, correct predictions, predictions, *more_sums) of a model in evaluation mode."""
         count = self.count(rows)
         loss = model(*_to(self.inputs(rows), device))
         return loss.double().item() * count, 0, count
+
+    def further_scores(self, sums):
+        """{name: score} of the `more_sums` of a whole part, for the log and for config.select."""
+        return {}
 
     def report(self, model, part, **options):
         """Scores of a model on a part: dict for report.json."""
@@ -247,12 +252,12 @@ def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autoca
         any_rank: None, or f(bool) -> bool, true if true on any rank: every rank must run a sharded model equally often.
 
     Returns:
-        (sum of the losses in nats, correct predictions, predictions).
+        (sum of the losses in nats, correct predictions, predictions, *others of the task).
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total, right, count = 0.0, 0, 0
+    totals = [0.0, 0, 0, *[0] * task.more_sums]
     batches = task.rows(part, limit, rank, world_size)
     while True:
         rows = next(batches, None)
@@ -261,6 +266,6 @@ def evaluate_part(model, task, part, *, limit=None, rank=0, world_size=1, autoca
         with autocast():
             sums = task.sums(model, next(task.rows(part, limit)) if rows is None else rows, device)
         if rows is not None:
-            total, right, count = total + sums[0], right + sums[1], count + sums[2]
+            totals = [total + new for total, new in zip(totals, sums, strict=True)]
     model.train(was_training)
-    return total, right, count
+    return tuple(totals)

@@ -15,6 +15,12 @@ from ..messages import UsageError
 from .base import DocumentTask, shape_of, summed_loss_of_logits
 
 
+def balanced_weights(summary):
+    """The weight of each class: documents / (classes * documents of the class), of the training part."""
+    counts = summary["class_counts"]
+    return [sum(counts) / (len(counts) * count) for count in counts]
+
+
 class Classification(DocumentTask):
     """Rows (tokens, lengths, classes); the classes are those of the training part, in alphabetical order."""
 
@@ -28,6 +34,8 @@ class Classification(DocumentTask):
             raise UsageError(f"source {source!r} has no labels; name their column with --data.columns.label")
         if "train" in self.parts:
             self.summary["labels"], self.summary["most_frequent"] = self._classes(self.parts["train"].labels)
+            counted = Counter(self.parts["train"].labels)
+            self.summary["class_counts"] = [counted[name] for name in self.summary["labels"]]
         numbers = {name: number for number, name in enumerate(self.names)}
         for name, part in self.parts.items():
             if unknown := sorted(set(part.labels) - numbers.keys()):
@@ -66,12 +74,37 @@ class Classification(DocumentTask):
         shape = shape_of(config, layers)
         del shape["tied"]
         return Classifier(
-            tokenizer.vocab_size, len(summary["labels"]), body=config.model.body, pooling=config.model.pooling, **shape
-        )
+            tokenizer.vocab_size, len(summary["labels"]), body=config.model.body, pooling=config.model.pooling,
+            class_weights=balanced_weights(summary) if config.class_weights == "balanced" else None, **shape,
+        )  # fmt: skip
+
+    def count(self, rows):
+        """What the loss is the mean over: documents, or the sum of their weights."""
+        if self.config.class_weights == "none":
+            return len(rows[-1])
+        return torch.tensor(balanced_weights(self.summary))[rows[-1]].sum().item()
+
+    @property
+    def more_sums(self):
+        return 3 * len(self.names) if self.config.select == "macro_f1" else 0
 
     def sums(self, model, rows, device):
         tokens, lengths, classes = (tensor.to(device) for tensor in rows)
-        return summed_loss_of_logits(model(tokens, lengths), classes)
+        logits = model(tokens, lengths)
+        sums = summed_loss_of_logits(logits, classes)
+        if not self.more_sums:
+            return sums
+        predicted, n = logits.argmax(-1), len(self.names)
+        hits = predicted[predicted == classes]
+        return (*sums, *(count for x in (hits, predicted, classes) for count in x.bincount(minlength=n).tolist()))
+
+    def further_scores(self, sums):
+        """{"macro_f1"} if it selects: the mean F1 of the classes that occur in truth or predictions."""
+        if not sums:
+            return {}
+        hits, predicted, truth = torch.tensor(sums, dtype=torch.float64).view(3, -1)
+        occurs = predicted + truth > 0
+        return {"macro_f1": (2 * hits / (predicted + truth))[occurs].mean().item()}
 
     def initialize(self, model):
         if self.config.model.embedding == "word2vec":

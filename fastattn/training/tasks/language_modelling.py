@@ -34,6 +34,18 @@ from ..messages import UsageError
 from .base import Task, evaluate_part, shape_of
 
 
+def packed_inputs(tokens, targets, documents):
+    """The arguments of a CausalLM for rows with several documents, which do not see each other.
+
+    documents: (rows, block_size), a number for each token that differs between neighbouring documents of a row.
+    """
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = first.flatten().nonzero()[:, 0]
+    cu_seqlens = torch.cat([starts, torch.tensor([tokens.numel()])]).int()
+    return tokens, targets, None, cu_seqlens
+
+
 class LanguageModelling(Task):
     """Rows of block_size tokens: random windows for training, consecutive ones for evaluation.
 
@@ -143,12 +155,7 @@ class LanguageModelling(Task):
     def inputs(self, rows):
         if not self.config.data.packed:
             return rows
-        tokens, targets, documents = rows
-        first = torch.ones_like(documents, dtype=torch.bool)
-        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        starts = first.flatten().nonzero()[:, 0]
-        cu_seqlens = torch.cat([starts, torch.tensor([tokens.numel()])]).int()
-        return tokens, targets, None, cu_seqlens
+        return packed_inputs(*rows)
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):

@@ -1,6 +1,7 @@
 """The tasks by their names in a config."""
 
 from .classification import Classification
+from .conversation import Conversation
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
 from .translation import Translation
@@ -10,6 +11,7 @@ TASKS = {
     "masked_lm": MaskedLanguageModelling,
     "classify": Classification,
     "translate": Translation,
+    "chat": Conversation,
 }
 
 

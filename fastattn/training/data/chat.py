@@ -1,0 +1,104 @@
+"""Conversations: their messages as tokens in the marks of a chat template, and which of the tokens are answers."""
+
+import json
+from typing import NamedTuple
+
+from ..messages import UsageError
+
+ROLES = ("system", "user", "assistant")
+
+
+class Template(NamedTuple):
+    """How messages are written: the pieces of text around them; pieces in `marks` are single tokens if possible.
+
+    begin: before the first message. before: {role: pieces}. end: the mark behind a message, which an answer is
+    trained to write. between: behind that mark.
+    """
+
+    marks: tuple
+    begin: tuple
+    before: dict
+    end: str
+    between: str
+
+
+TEMPLATES = {
+    "chatml": Template(
+        ("<|im_start|>", "<|im_end|>"), (), {role: ("<|im_start|>", f"{role}\n") for role in ROLES}, "<|im_end|>", "\n"
+    ),
+    "llama3": Template(
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("<|begin_of_text|>",),
+        {role: ("<|start_header_id|>", role, "<|end_header_id|>", "\n\n") for role in ROLES}, "<|eot_id|>", "",
+    ),
+    "gemma": Template(
+        ("<bos>", "<start_of_turn>", "<end_of_turn>"), ("<bos>",),
+        {"user": ("<start_of_turn>", "user\n"), "assistant": ("<start_of_turn>", "model\n")}, "<end_of_turn>", "\n",
+    ),
+}  # fmt: skip
+
+
+def choose_template(name, tokenizer):
+    """The Template of a name; "auto" is the first whose marks the tokenizer has, else chatml."""
+    if name != "auto":
+        return TEMPLATES[name]
+    known = (t for t in TEMPLATES.values() if all(tokenizer.number_of(mark) is not None for mark in t.marks))
+    return next(known, TEMPLATES["chatml"])
+
+
+def encode_conversation(tokenizer, template, messages):
+    """(token numbers, whether each is part of an answer) of messages [(role, content)].
+
+    Raises:
+        UsageError: the template has no such role.
+    """
+    numbers, wanted = [], []
+
+    def add(pieces, is_answer=False):
+        for piece in pieces:
+            number = tokenizer.number_of(piece) if piece in template.marks else None
+            new = tokenizer.encode(piece) if number is None else [number]
+            numbers.extend(new)
+            wanted.extend([is_answer] * len(new))
+
+    add(template.begin)
+    for role, content in messages:
+        if role not in template.before:
+            raise UsageError(f"the chat template has no role {role!r}; it has {', '.join(template.before)}")
+        add(template.before[role])
+        add((content, template.end), role == "assistant")
+        add((template.between,))
+    return numbers, wanted
+
+
+def encode_question(tokenizer, template, messages):
+    """The token numbers of messages and of what stands before an answer to them."""
+    numbers, _ = encode_conversation(tokenizer, template, messages)
+    start, _ = encode_conversation(tokenizer, template._replace(begin=(), end="", between=""), [("assistant", "")])
+    return numbers + start
+
+
+def read_messages(value, where):
+    """The JSON text [[role, content], ...] of a list of objects with role and content.
+
+    Raises:
+        UsageError: it is not such a list, a role is unknown, or no message is an answer.
+    """
+    if not isinstance(value, list) or not value:
+        raise UsageError(f"{where} must be a list of messages, got {type(value).__name__}")
+    messages = []
+    for number, item in enumerate(value, 1):
+        message = dict(item) if isinstance(item, list) and all(len(pair) == 2 for pair in item) else None
+        if not message or not {"role", "content"} <= message.keys():
+            raise UsageError(f"{where}, message {number} must be an object with role and content")
+        if message["role"] not in ROLES:
+            raise UsageError(
+                f"{where}, message {number}: role must be one of {', '.join(ROLES)}, got {message['role']!r}"
+            )
+        if not isinstance(message["content"], str):
+            raise UsageError(
+                f"{where}, message {number}: content must be text, got {type(message['content']).__name__}"
+            )
+        messages.append([message["role"], message["content"]])
+    if not any(role == "assistant" for role, _ in messages):
+        raise UsageError(f"{where} has no message of the role assistant")
+    return json.dumps(messages, ensure_ascii=False)
