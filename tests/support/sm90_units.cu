@@ -213,9 +213,12 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1) unit_pipe_kernel(const floa
       });
 }
 
+// What unit_turns_kernel does wrong, to test the emulation.
+enum Fault { kNone, kNoPass, kPassTwice, kTwoCounts, kNoEnd, kHalfVote, kTrap };
+
 // Warpgroups write their numbers to `out` in turn, `rounds` times each.
 template <int kGroups>
-__global__ void __launch_bounds__(kGroups* kWarpgroup, 1) unit_turns_kernel(int* out, int rounds) {
+__global__ void __launch_bounds__(kGroups* kWarpgroup, 1) unit_turns_kernel(int* out, int rounds, Fault fault) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   volatile int& next = *reinterpret_cast<int*>(shared_memory);
   if (threadIdx.x == 0) {
@@ -228,41 +231,33 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) unit_turns_kernel(int*
   for (int round = 0; round < rounds; ++round) {
     turns.wait();
     const int at = next;
-#ifdef PLANT_HALF_VOTE
-    if (threadIdx.x % 2 == 0)
-#endif
-#ifdef PLANT_TRAP
-    finish_first(threadIdx.x == 5);
-#else
-    finish_first(at < 0);
-#endif
+    if (fault != kHalfVote || threadIdx.x % 2 == 0) {
+      finish_first(at < 0 || (fault == kTrap && threadIdx.x == 5));
+    }
     meet(1 + group, kWarpgroup);
     if (threadIdx.x % kWarpgroup == 0) {
       out[at] = group;
       next = at + 1;
     }
-#ifndef PLANT_NO_PASS
-    turns.pass();
-#endif
-#ifdef PLANT_PASS_TWICE
-    turns.pass();
-#endif
-#ifdef PLANT_TWO_COUNTS
-    arrive(4 + group, kWarpgroup);
-#endif
+    for (int times = fault == kNoPass ? 0 : fault == kPassTwice ? 2 : 1; times > 0; --times) {
+      turns.pass();
+    }
+    if (fault == kTwoCounts) {
+      arrive(4 + group, kWarpgroup);
+    }
   }
-#ifndef PLANT_NO_END
-  turns.end();
-#endif
+  if (fault != kNoEnd) {
+    turns.end();
+  }
 }
 
 }  // namespace
 
 extern "C" {
 
-__attribute__((visibility("default"))) int unit_turns(int* out, int groups, int rounds) {
+__attribute__((visibility("default"))) int unit_turns(int* out, int groups, int rounds, int fault) {
   const auto kernel = groups == 2 ? unit_turns_kernel<2> : unit_turns_kernel<3>;
-  kernel<<<1, groups * kWarpgroup, sizeof(int), nullptr>>>(out, rounds);
+  kernel<<<1, groups * kWarpgroup, sizeof(int), nullptr>>>(out, rounds, static_cast<Fault>(fault));
   return cudaGetLastError();
 }
 
