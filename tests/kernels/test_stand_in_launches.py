@@ -5,7 +5,6 @@ By default a sample: rows, passes, attention with descriptors and on a cache. FA
 
 import os
 import shutil
-import sysconfig
 
 import pytest
 
@@ -33,7 +32,7 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def recorded():
-    if shutil.which((os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()[0]) is None:
+    if shutil.which(launches.compiler()) is None:
         pytest.skip("no C compiler for the driver that stands in")
     found = launches.run([*SAMPLE, *(MORE if ALL else ())], timeout=7200 if ALL else 300)
     return [(case, launch) for case in found for launch in case["launches"]]

@@ -14,7 +14,6 @@ import os
 import struct
 import subprocess
 import sys
-import sysconfig
 import tempfile
 
 import compilations
@@ -40,14 +39,18 @@ class Record(ctypes.Structure):
     ]
 
 
+def compiler():
+    """The C compiler without what may stand before it, such as ccache: Triton takes CC as the name of a program."""
+    return next(word for word in reversed((os.environ.get("CC") or "gcc").split()) if not word.startswith("-"))
+
+
 def build(folder):
     """Compile the driver as libcuda.so.1 in a folder."""
     from triton.backends import nvidia
 
-    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()
     include = os.path.join(os.path.dirname(nvidia.__file__), "include")
     subprocess.run(
-        [*compiler, "-O1", "-w", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o",
+        [compiler(), "-O1", "-w", "-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1", "-o",
          f"{folder}/libcuda.so.1", f"{HERE}/stand_in/driver.c"], check=True,
     )  # fmt: skip
 
@@ -58,6 +61,7 @@ def run(cases, timeout=300):
         build(folder)
         path = os.pathsep.join([compilations.ROOT, os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder, "PYTHONPATH": path}
+        environment["CC"] = compiler()
         environment.pop("TRITON_INTERPRET", None)
         found = []
         for arch in dict.fromkeys(case["arch"] for case in cases):
