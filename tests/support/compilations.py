@@ -26,13 +26,16 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 class NoDriver:
-    """The functions of a driver that the launch code calls before it compiles. The "device" is its architecture."""
+    """The functions of a driver that the launch code calls before it compiles. The "device" is its architecture: 90 for
+    sm_90, or the name of an AMD GPU such as gfx942."""
 
     arch = 90
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
+        if isinstance(self.arch, str):
+            return GPUTarget("hip", self.arch, 64 if self.arch.startswith("gfx9") else 32)
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self):
@@ -52,7 +55,8 @@ def pretend(arch):
         kernels(module.name)  # registers its ops
     NoDriver.arch = arch
     triton.runtime.driver.set_active(NoDriver())
-    torch.cuda.get_device_capability = lambda device: divmod(arch, 10)
+    torch.version.hip = "6.4" if isinstance(arch, str) else None
+    torch.cuda.get_device_capability = lambda device: (9, 4) if isinstance(arch, str) else divmod(arch, 10)
     config = kernels("attention_config")
     if not hasattr(config, "real_architecture"):
         config.real_architecture = config.architecture
@@ -312,7 +316,8 @@ def compile_one(case):
         constant = {**constants, **getattr(args[-1], "_asdict", dict)()}
         tile = [int(constant.get(name) or 0) for name in ("BLOCK_M", "BLOCK_N")]
         facts = {"kernel": kernel.__name__, "tile": tile, "tma": bool(constant.get("TMA"))}
-        compiled.append(facts | {"shared": made.metadata.shared} | aot.resources(made.asm["cubin"]))
+        read = aot.resources(made.asm["cubin"]) if "cubin" in made.asm else aot.amd_resources(made.asm["amdgcn"])
+        compiled.append(facts | {"shared": made.metadata.shared} | read)
 
     JITFunction.run = compile_only
     try:
