@@ -21,6 +21,7 @@ NVIDIA = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103:
 AMD = dict.fromkeys(("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"), 65_536)
 REFUSED = "sm_75"
 STACK = 64
+AT_ONCE = 32  # calls per process, which takes some seconds to start
 ATTENTION = {
     f"d{head_dim} {name}".strip(): {"head_dim": head_dim, **arguments}
     for head_dim in (32, 64, 128, 256)
@@ -89,13 +90,13 @@ def table(rows):
 
 
 def compiled(wanted, path):
-    """Compile the cases, four at a time; those in the file `path` are taken from it, and new ones added."""
+    """Compile the cases, some at a time; those in the file `path` are taken from it, and new ones added."""
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     import compilations
 
     have = json.loads(path.read_text()) if path and path.exists() else {}
-    for first in range(0, len(wanted), 4):
-        missing = [case for case in wanted[first : first + 4] if case["title"] not in have]
+    for first in range(0, len(wanted), AT_ONCE):
+        missing = [case for case in wanted[first : first + AT_ONCE] if case["title"] not in have]
         if missing:
             done = compilations.run(json.dumps(missing), timeout=None)
             have |= {case["title"]: case for case in done}

@@ -34,7 +34,7 @@ MORE = [
 def recorded():
     if shutil.which(launches.compiler()) is None:
         pytest.skip("no C compiler for the driver that stands in")
-    found = launches.run([*SAMPLE, *(MORE if ALL else ())], timeout=7200 if ALL else 300)
+    found = launches.run([*SAMPLE, *(MORE if ALL else ())], timeout=7200 if ALL else 600)
     return [(case, launch) for case in found for launch in case["launches"]]
 
 

@@ -51,9 +51,7 @@ struct Turns {
     }
   }
   __device__ __forceinline__ void wait() const { meet(kFirst + group, kThreads); }
-  __device__ __forceinline__ void pass() const {
-    arrive(group == kGroups - 1 ? kFirst : kFirst + 1 + group, kThreads);
-  }
+  __device__ __forceinline__ void pass() const { arrive(group == kGroups - 1 ? kFirst : kFirst + 1 + group, kThreads); }
   __device__ __forceinline__ void end() const {
     if (group == 0) {
       meet(kFirst, kThreads);  // answers the last pass

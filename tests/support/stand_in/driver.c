@@ -42,9 +42,15 @@ static CUresult note(const char* name) {
 #define NOTE note(__func__)
 
 // what launches.py calls
-void stand_in_expect(unsigned parameters) { expected = parameters; }
-int stand_in_launches(void) { return launches; }
-const void* stand_in_last(void) { return &last; }
+void stand_in_expect(unsigned parameters) {
+  expected = parameters;
+}
+int stand_in_launches(void) {
+  return launches;
+}
+const void* stand_in_last(void) {
+  return &last;
+}
 // Writes the names of the functions called since the last time, separated by spaces.
 void stand_in_calls(char* to, int room) {
   *to = 0;
@@ -55,43 +61,88 @@ void stand_in_calls(char* to, int room) {
   called = 0;
 }
 
-CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
-CUresult cuDriverGetVersion(int* version) { return *version = 13000, CUDA_SUCCESS; }
-CUresult cuDeviceGetCount(int* count) { return *count = 1, CUDA_SUCCESS; }
-CUresult cuDeviceGet(CUdevice* device, int index) { return *device = index, NOTE; }
-CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) { return *context = (CUcontext)1, NOTE; }
-CUresult cuCtxGetCurrent(CUcontext* context) { return *context = (CUcontext)1, NOTE; }
-CUresult cuCtxSetCurrent(CUcontext context) { return NOTE; }
-CUresult cuCtxGetDevice(CUdevice* device) { return *device = 0, NOTE; }
-CUresult cuCtxGetLimit(size_t* value, CUlimit limit) { return *value = 0, NOTE; }
-CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return NOTE; }
-CUresult cuCtxSynchronize(void) { return NOTE; }
-CUresult cuStreamSynchronize(CUstream stream) { return NOTE; }
-CUresult cuMemAlloc(CUdeviceptr* pointer, size_t bytes) { return *pointer = 0, NOTE; }
+CUresult cuInit(unsigned flags) {
+  return CUDA_SUCCESS;
+}
+CUresult cuDriverGetVersion(int* version) {
+  return *version = 13000, CUDA_SUCCESS;
+}
+CUresult cuDeviceGetCount(int* count) {
+  return *count = 1, CUDA_SUCCESS;
+}
+CUresult cuDeviceGet(CUdevice* device, int index) {
+  return *device = index, NOTE;
+}
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+  return *context = (CUcontext)1, NOTE;
+}
+CUresult cuCtxGetCurrent(CUcontext* context) {
+  return *context = (CUcontext)1, NOTE;
+}
+CUresult cuCtxSetCurrent(CUcontext context) {
+  return NOTE;
+}
+CUresult cuCtxGetDevice(CUdevice* device) {
+  return *device = 0, NOTE;
+}
+CUresult cuCtxGetLimit(size_t* value, CUlimit limit) {
+  return *value = 0, NOTE;
+}
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) {
+  return NOTE;
+}
+CUresult cuCtxSynchronize(void) {
+  return NOTE;
+}
+CUresult cuStreamSynchronize(CUstream stream) {
+  return NOTE;
+}
+CUresult cuMemAlloc(CUdeviceptr* pointer, size_t bytes) {
+  return *pointer = 0, NOTE;
+}
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
   return *status = CU_STREAM_CAPTURE_STATUS_NONE, NOTE;
 }
-CUresult cuGetErrorString(CUresult error, const char** text) { return *text = "an error of the stand-in", CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult error, const char** text) {
+  return *text = "an error of the stand-in", CUDA_SUCCESS;
+}
 
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   const int small = arch() / 10 != 9 && arch() != 100 && arch() != 103;
   switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = arch() / 10; break;
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = arch() % 10; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: *value = 48 * 1024; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+      *value = arch() / 10;
+      break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
+      *value = arch() % 10;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK:
+      *value = 48 * 1024;
+      break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
       *value = arch() == 80 ? 166912 : small ? 101376 : 232448;
       break;
-    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = 65536; break;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
-    case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
-    default: *value = 0;
+    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK:
+      *value = 65536;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+      *value = 132;
+      break;
+    case CU_DEVICE_ATTRIBUTE_WARP_SIZE:
+      *value = 32;
+      break;
+    default:
+      *value = 0;
   }
   return NOTE;
 }
 
-CUresult cuModuleLoadData(CUmodule* module, const void* image) { return *module = (CUmodule)1, NOTE; }
-CUresult cuModuleUnload(CUmodule module) { return NOTE; }
+CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+  return *module = (CUmodule)1, NOTE;
+}
+CUresult cuModuleUnload(CUmodule module) {
+  return NOTE;
+}
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   Function* made = calloc(1, sizeof(Function));  // kept until the process ends
   snprintf(made->name, sizeof(made->name), "%s", name);
@@ -107,7 +158,9 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
   }
   return NOTE;
 }
-CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return NOTE; }
+CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) {
+  return NOTE;
+}
 CUresult cuOccupancyMaxActiveClusters(int* count, CUfunction function, const CUlaunchConfig* config) {
   return *count = 66, NOTE;
 }

@@ -15,7 +15,7 @@ struct Product {
   int accumulators;
   bool accumulates, a_in_registers, mn_major;  // mn_major: of the operands in shared memory
   uint64_t desc_a, desc_b;
-  float a[2][kK];  // the two rows of the thread
+  float a[2][kK];           // the two rows of the thread
   const uint32_t* operand;  // A in registers, of this thread
   uint32_t bits[4];         // and what they held when the product was issued
   std::vector<float> value;
