@@ -2,7 +2,8 @@
 
 The others list configurations. Here the launchers run, with the options, constants and properties of integers that
 they pass: GPUs with 100 KB of shared memory (sm_86, and sm_120 with TMA), calls without a mask, grouped heads, sizes
-that are not multiples of 16. Rows whose width is a multiple of 8 are read 16 bytes at a time. By default a sample is compiled; FASTATTN_AOT=all compiles the whole grid.
+that are not multiples of 16. Rows whose width is a multiple of 8 are read 16 bytes at a time. By default a sample is
+compiled; FASTATTN_AOT=all compiles the whole grid.
 """
 
 import itertools

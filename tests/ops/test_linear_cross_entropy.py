@@ -138,10 +138,14 @@ def test_default_chunk():
 @pytest.mark.parametrize(("precision", "dtype", "least"), [
     ("ieee", torch.bfloat16, 2048), ("ieee", torch.float32, 256), ("tf32", torch.float32, 1280),
 ])  # fmt: skip
-def test_chunks_of_a_gpu_are_large_enough_for_its_products(precision, dtype, least, monkeypatch):
+def test_chunks_of_a_gpu_are_large_enough_for_its_products(precision, dtype, least):
     """By arithmetic: the bytes of all weights for a chunk take at most a quarter of the time of its products."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
-    assert least_chunk("cuda", dtype) == least
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert least_chunk("cuda", dtype) == least
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
     assert least_chunk("cpu", dtype) == 256
     assert default_chunk_size(2**14, 768, 50304, least_chunk("cuda", dtype)) == least
     assert default_chunk_size(2**15, 8192, 32000, least) == 8389  # x is so large that the logits may be
