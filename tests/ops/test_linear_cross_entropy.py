@@ -144,10 +144,10 @@ def test_chunks_of_a_gpu_are_large_enough_for_its_products(precision, dtype, lea
     try:
         torch.backends.cuda.matmul.fp32_precision = precision
         assert least_chunk("cuda", dtype) == least
+        assert least_chunk("cpu", dtype) == 256
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert least_chunk("cpu", dtype) == 256
-    assert default_chunk_size(2**14, 768, 50304, least_chunk("cuda", dtype)) == least
+    assert default_chunk_size(2**14, 768, 50304, least) == least
     assert default_chunk_size(2**15, 8192, 32000, least) == 8389  # x is so large that the logits may be
 
 
