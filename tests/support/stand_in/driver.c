@@ -153,10 +153,12 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
   return *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0, NOTE;
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-  if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
-    ((Function*)function)->most_shared = value;
+  NOTE;
+  if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
+    return CUDA_ERROR_INVALID_VALUE;  // as a driver that does not know newer attributes
   }
-  return NOTE;
+  ((Function*)function)->most_shared = value;
+  return CUDA_SUCCESS;
 }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) {
   return NOTE;
