@@ -46,6 +46,18 @@ def resources(cubin):
     return {"registers": int(registers), "stack": int(stack), "instructions": len(code), **counts}
 
 
+def amd_resources(text):
+    """The same of AMD's assembly: vector registers, scratch bytes and matrix products."""
+
+    def number(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    code = re.findall(r"^\s+([sv]_\w+|ds_\w+|global_\w+|buffer_\w+)", text, re.M)
+    products = sum(op.startswith(("v_mfma", "v_wmma")) for op in code)
+    return {"registers": number("vgpr_count"), "stack": number("private_segment_fixed_size"),
+            "instructions": len(code), "products": products}  # fmt: skip
+
+
 def compile_one(config):
     """Compile a configuration and return it with its resources."""
     import triton
