@@ -130,8 +130,8 @@ def _without_ignored(function):
     def checked(x, weight, bias, target, dloss, ignore_index, *options):
         if not x.is_cpu:
             return function(x, weight, bias, target, dloss, ignore_index, *options)
-        _check_range(target, weight.shape[0], ignore_index)
-        kept = (target != ignore_index).nonzero().flatten()
+        has_ignored = _check_range(target, weight.shape[0], ignore_index)
+        kept = (target != ignore_index).nonzero().flatten() if has_ignored else target
         if len(kept) == len(target):
             return function(x, weight, bias, target, dloss, ignore_index, *options)
         part = None if dloss is None else dloss[kept]
@@ -144,17 +144,19 @@ def _without_ignored(function):
 
 
 def _check_range(target, vocab, ignore_index):
+    """Raise IndexError for a target that is no class; return whether some may be ignored."""
     check_memory(_NAME, target=target)
     if target.numel():
-        low, high = target.aminmax()
-        if low.item() >= 0 and high.item() < vocab:  # the usual case, in a tenth of the time
-            return
+        low, high = (bound.item() for bound in target.aminmax())
+        if low >= 0 and high < vocab:  # the usual case, in a tenth of the time
+            return low <= ignore_index <= high
     bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]
     if bad.numel():
         raise IndexError(
             f"linear_cross_entropy: target must be between 0 and {vocab - 1} or ignore_index {ignore_index},"
             f" got {bad[0].item()}"
         )
+    return True
 
 
 class Options(NamedTuple):

@@ -65,7 +65,9 @@ def compile_one(config):
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(config["module"]), config["kernel"])
-    names, constants = kernel.arg_names, config["constants"]
+    names = kernel.arg_names
+    defaults = {p.name: p.default for p in kernel.params if p.has_default and p.name not in config["types"]}
+    constants = defaults | config["constants"]
     types = {name: tuple(t) if isinstance(t, list) else t for name, t in config["types"].items()}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     places = [
