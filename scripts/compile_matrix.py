@@ -21,7 +21,7 @@ NVIDIA = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103:
 AMD = dict.fromkeys(("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"), 65_536)
 REFUSED = "sm_75"
 STACK = 64
-AT_ONCE = 32  # calls per process, which takes some seconds to start
+AT_ONCE = 10  # calls per process, which takes some seconds to start
 ATTENTION = {
     f"d{head_dim} {name}".strip(): {"head_dim": head_dim, **arguments}
     for head_dim in (32, 64, 128, 256)

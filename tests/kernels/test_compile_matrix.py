@@ -43,13 +43,13 @@ def test_an_unknown_gpu_is_an_error(script, capsys):
     assert "unknown: sm_75" in capsys.readouterr().err
 
 
-def test_a_sample_compiles_for_the_newest_and_for_amd(script):
+def test_a_sample_compiles_for_a_newer_gpu_and_for_amd(script):
     pytest.importorskip("triton", reason="Triton is not installed")
     import compilations
 
     arguments = {"head_dim": 32, "right": 0, "backward": False}
     wanted = [{"title": str(arch), "arch": arch, "call": "attention", "arguments": arguments}
-              for arch in (103, 121, "gfx942", "gfx1100")]  # fmt: skip
+              for arch in (103, "gfx942")]  # fmt: skip
     for case in compilations.run(json.dumps(wanted), timeout=600):
         for cells, fits in script.judged(case):
             assert fits, cells
