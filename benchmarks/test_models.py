@@ -1,6 +1,7 @@
 """A training step of models of transformers: their own attention implementations, and after `fastattn.replace`.
 
-Random weights, two layers of width 256 unless the name says another, two rows of 256 tokens, a vocabulary of 8000, fp32, no dropout except in T5.
+Random weights, two layers of width 256 unless the name says another, two rows of 256 tokens, a vocabulary of 8000,
+fp32, no dropout except in T5. Of a batch with padding, the second row has one real token.
 """
 
 import copy
