@@ -1,6 +1,7 @@
 """A training step of models of transformers: their own attention implementations, and after `fastattn.replace`.
 
-Random weights, two layers of width 256, two rows of 256 tokens, a vocabulary of 8000, fp32, no dropout except in T5.
+Random weights, two layers of width 256 unless the name says another, two rows of 256 tokens, a vocabulary of 8000,
+fp32, no dropout except in T5. Of a batch with padding, the second row has one real token.
 """
 
 import copy
@@ -26,6 +27,8 @@ FAMILIES = {
     "GPT-2": ("GPT2LMHeadModel", {"vocab_size": VOCAB, "n_embd": D, "n_layer": 2, "n_head": 8, "resid_pdrop": 0.0,
                                   "embd_pdrop": 0.0, "attn_pdrop": 0.0}, ("sdpa", "eager")),
     "BERT, half padding": ("BertForMaskedLM", ENCODER, ("sdpa", "eager")),
+    "BERT of width 768, half padding": ("BertForMaskedLM", {**ENCODER, "hidden_size": 768, "num_attention_heads": 12,
+                                                            "intermediate_size": 3072}, ("sdpa",)),
     "T5, dropout 0.1": ("T5ForConditionalGeneration", {"vocab_size": VOCAB, "d_model": D, "d_kv": 32, "d_ff": 1024,
                         "num_layers": 2, "num_heads": 8, "decoder_start_token_id": 0, "pad_token_id": 0}, ("eager",)),
 }  # fmt: skip
@@ -76,6 +79,9 @@ def test_training_step(compare, family):
     models = {implementation: model_of(family, implementation) for implementation in FAMILIES[family][2]}
     models["fastattn.replace"] = model_of(family, "eager")
     fastattn.replace(models["fastattn.replace"])
+    if "padding" in family:
+        models["padding_free=True"] = model_of(family, "eager")
+        fastattn.replace(models["padding_free=True"], padding_free=True)
     compare(
         {name: step(model, batch) for name, model in models.items()},
         verify={name: step(without_dropout(model), batch) for name, model in models.items()},

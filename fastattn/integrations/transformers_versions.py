@@ -32,7 +32,7 @@ def padding_mask(attention_mask: torch.Tensor | None, kv_length: int, kv_offset:
     return masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset, **options)
 
 
-def dense_mask(q_length: int, q_offset: int | torch.Tensor, device: Any, **given: Any) -> torch.Tensor | None:
+def dense_mask(q_length: int, q_offset: Any, device: Any, **given: Any) -> torch.Tensor | None:
     """`sdpa_mask` of the installed version, under the newer arguments."""
     if TAKES_POSITIONS:
         positions = torch.arange(q_length, device=device) + q_offset
