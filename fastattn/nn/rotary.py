@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastattn.nn.plain import leaf_call
 from fastattn.ops import rotary_embedding
+from fastattn.ops._kinds import as_number
 from fastattn.ops._nested import longest
 from fastattn.ops._public import Public
 from fastattn.ops._register import is_recorded, needs_reference
@@ -58,6 +59,7 @@ class RotaryEmbedding(torch.nn.Module):
         device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__()
+        base = as_number("nn.RotaryEmbedding", "base", base)
         if rotary_dim < 2 or rotary_dim % 2:
             raise ValueError(f"nn.RotaryEmbedding: rotary_dim must be even and at least 2, got {rotary_dim}")
         if max_seqlen < 1:
@@ -137,6 +139,11 @@ class RotaryEmbedding(torch.nn.Module):
         recorded = leaf_call(self, q, k, positions=positions, inplace=inplace)
         if recorded is not None:
             return recorded
+        if q.dim() < 3:
+            raise ValueError(
+                "nn.RotaryEmbedding: q must be (batch, n_heads, seqlen, head_dim) or (total, n_heads, head_dim), got"
+                f" {tuple(q.shape)}"
+            )
         if q.size(-1) < self.rotary_dim:  # the op would read the tables as doubled ones, with other angles
             raise ValueError(
                 f"nn.RotaryEmbedding: head_dim must be at least rotary_dim {self.rotary_dim}, got {q.size(-1)}"

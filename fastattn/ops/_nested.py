@@ -93,7 +93,8 @@ def check_nested(name, given, labels):
             raise ValueError(f"{name}: {label} must not be a nested tensor")
     for label in labels:
         if label not in nested and given.get(label) is not None:
-            raise ValueError(f"{name}: {label} must be a nested tensor, like {nested[0]}")
+            like = nested[0] if nested else "another argument"
+            raise ValueError(f"{name}: {label} must be a nested tensor, like {like}")
 
 
 def on_rows(*labels, last=(1, 1)):

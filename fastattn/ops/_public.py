@@ -41,6 +41,7 @@ class ArgumentTypeError(TypeError, RuntimeError):
 
 
 _KINDS = {ValueError: ArgumentValueError, TypeError: ArgumentTypeError}
+_TEXTS = ("activation", "backend", "reduction")
 _INNER = re.compile(r"^(attention|attention_decode|rotary_embedding|flash_attn_\w+): (\w+)")
 
 
@@ -237,6 +238,9 @@ class Public:
                 self._check_kind(parameters, label, one)
         if isinstance(error, (AttributeError, TypeError)) and "_modules" in vars(given.get("self", object)):
             self._check_weights(given["self"])
+        for label in _TEXTS:  # arrays cannot be compared with a string
+            if hasattr(given.get(label), "shape"):
+                raise ArgumentTypeError(f"{self.name}: {label} must be a string, got {describe(given[label])}")
         if given.get("backend") is not None:
             try:
                 asked_for(given["backend"], f"{self.name}: backend")

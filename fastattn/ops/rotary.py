@@ -236,6 +236,9 @@ def _prepare(x, cos, sin, positions, interleaved, inplace):
 
 def _nested(name, function, given):
     """For Public(nested=): run as packed sequences, whose positions each start at 0."""
+    for label in ("cos", "sin"):
+        if is_nested(given[label]):
+            raise ValueError(f"{name}: {label} must not be a nested tensor")
     x, positions = given["x"], given.get("positions")
     pair = isinstance(x, (tuple, list))
     labels = ("q", "k")[: len(x)] if pair else ("x",)

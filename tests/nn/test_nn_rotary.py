@@ -98,6 +98,19 @@ def test_bad_arguments(arguments, message):
         RotaryEmbedding(**arguments)
 
 
+def test_base_may_be_a_tensor_of_one_number():
+    for base in (torch.tensor(500.0), torch.tensor([[500.0]])):
+        assert RotaryEmbedding(8, max_seqlen=3, base=base).cos.equal(RotaryEmbedding(8, max_seqlen=3, base=500.0).cos)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (8,), (5, 8)])
+def test_too_few_dimensions_are_refused(shape):
+    rotary = RotaryEmbedding(8)
+    for arguments in ((torch.ones(shape),), (torch.ones(2, 5, 8), torch.ones(shape))):
+        with pytest.raises(ValueError, match=r"^nn.RotaryEmbedding: "):
+            rotary(*arguments)
+
+
 def test_compile_without_a_graph_break():
     torch._dynamo.reset()
     rotary = RotaryEmbedding(8, max_seqlen=16)

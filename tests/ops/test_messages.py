@@ -374,6 +374,15 @@ class TestModules:
             fastattn.replace(model, only="LayerNrm")
 
 
+@pytest.mark.parametrize("value", [np.ones(3), torch.ones(3)], ids=["array", "tensor"])
+def test_texts(op, value):
+    args, kwargs = RIGHT[op]
+    for label in ("activation", "backend", "reduction"):
+        if label in inspect.signature(getattr(fastattn, op)).parameters:
+            with pytest.raises(TypeError, match=rf"^{op}: {label} must be a string, got "):
+                getattr(fastattn, op)(*args, **kwargs, **{label: value})
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int32])
 def test_dtypes_one_cannot_compute_with(op, dtype):
     """All float tensors of the call get it, so that nothing else is wrong; then one after the other."""

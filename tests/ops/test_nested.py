@@ -362,6 +362,10 @@ class TestRotary:
                 fastattn.rotary_embedding(q, COS, SIN, **more)
         with pytest.raises(ValueError, match="k must have sequences of the same lengths as q"):
             fastattn.rotary_embedding((q, other), COS, SIN)
+        table = nest([COS], layout)
+        for x in (q, torch.ones(1, 4, 3, 8)):
+            with pytest.raises(ValueError, match="rotary_embedding: cos "):
+                fastattn.rotary_embedding(x, table, table)
 
 
 def compiled(function, *inputs):

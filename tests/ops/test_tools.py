@@ -304,6 +304,8 @@ def test_draft_export_is_refused_by_a_check_of_torch():
     refused = refuses(CopyWithoutTheOption())
     for layer in ("LayerNorm", "TransformerEncoderLayer"):
         assert refuses(build(layer, nn)) == refused
+        with fastattn.use_backend("reference"):
+            assert not refuses(build(layer, nn))
 
 
 def test_tracing_warns_of_nothing():
