@@ -55,7 +55,7 @@ def has_option(argv, option):
 def check_same_run(stored, config, run):
     """Raise UsageError if the options change the text, the model, the state or the folder of a resumed run."""
     if config.run != stored.run and run_path(config.run).resolve() != run.resolve():
-        raise UsageError(f"run must be left out or {str(run)!r} beside --resume, got {config.run!r}")
+        raise UsageError(f"with --resume, run must be left out or {str(run)!r}, got {config.run!r}")
     for section, settings in (
         ("", ("task", "trained", "lora_rank", "select", "start")),
         ("optim.", ("name", "ema", "decay_embeddings", "rates")),

@@ -1,4 +1,4 @@
-"""`torch.nn.functional.scaled_dot_product_attention` served by our kernels, for code that nobody wants to edit."""
+"""`torch.nn.functional.scaled_dot_product_attention` served by our kernels, for code that is not to be edited."""
 
 from collections import Counter
 from typing import Any
@@ -92,7 +92,7 @@ class SdpaPatch:
         """Put back the function that was there before; nothing happens the second time.
 
         Raises:
-            RuntimeError: somebody has put another function there since.
+            RuntimeError: another function has been put there since.
         """
         if self._function is None:
             return

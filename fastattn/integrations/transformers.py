@@ -312,12 +312,12 @@ def _packed(visible, query, cu_seq_lens_q, cu_seq_lens_k):
 
 
 def _refuse(kwargs, packed):
-    """Raise for an argument that means something and is not served."""
+    """Raise for an argument that would change the result and is not supported."""
     for label, value in kwargs.items():
         if value is None or value is False or label in _ELSEWHERE or (label == "seq_idx" and packed):
             continue
         advice = '; use attn_implementation="eager"' if label == "output_attentions" else ""
-        raise ValueError(f"{_NAME}: the argument {label} is not served, got {type(value).__name__}{advice}")
+        raise ValueError(f"{_NAME}: the argument {label} is not supported, got {type(value).__name__}{advice}")
 
 
 def attention_forward(
@@ -349,7 +349,7 @@ def attention_forward(
         cu_seq_lens_q, cu_seq_lens_k: (documents + 1,), the packed documents of a batch of 1.
     Returns: (batch, seqlen_q, n_heads, head_dim_v), and None for the attention weights.
     Raises:
-        ValueError: an argument means something and is not served, or `attention` refuses the call.
+        ValueError: an argument would change the result and is not supported, or `attention` refuses the call.
     """
     options: dict[str, Any] = {"softcap": softcap, "sink": s_aux, "dropout_p": dropout, "scale": scaling}
     if attention_mask is None:

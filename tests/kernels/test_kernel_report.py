@@ -1,20 +1,14 @@
 """The output of scripts/kernel_report.py for invented numbers: nothing is compiled here."""
 
-import importlib.util
-import pathlib
-
 import pytest
+from script_loader import load_script
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "kernel_report.py"
 NUMBERS = {"registers": 100, "stack": 0, "spills": 0, "shared": 1024, "instructions": 2000, "products": 32}
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("kernel_report", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("kernel_report")
 
 
 def test_titles_tell_cases_and_their_kernels_apart(script):

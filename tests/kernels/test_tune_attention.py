@@ -1,24 +1,18 @@
 """The logic of scripts/tune_attention.py, with invented times: nothing is measured here."""
 
-import importlib.util
-import pathlib
-
 import pytest
+from script_loader import load_script
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from fastattn.kernels.common import Launch, Variants
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "tune_attention.py"
 KEY, OTHER = (90, "fwd", 2, 64), (90, "dq", 2, 128)
 ROWS = Variants(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(32, 32, 4, 1))
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("tune_attention", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tune_attention")
 
 
 def timer(times, default):

@@ -283,7 +283,7 @@ MODULE = torch.nn.Module()
 )  # fmt: skip
 def test_arguments_that_mean_something_are_refused(refused):
     (label,) = refused
-    with pytest.raises(ValueError, match=f"the argument {label} is not served"):
+    with pytest.raises(ValueError, match=f"the argument {label} is not supported"):
         integration.attention_forward(MODULE, heads(), heads(), heads(), None, **refused)
     nothing = dict.fromkeys(refused, None) | {"use_cache": True, "output_attentions": False}
     integration.attention_forward(MODULE, heads(), heads(), heads(), None, **nothing)

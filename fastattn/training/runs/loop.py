@@ -204,11 +204,11 @@ class Trainer:
 
     def check_finite(self, loss, name):
         if not math.isfinite(loss):
-            kept = "the last checkpoint is kept"
+            advice = "the last checkpoint is kept; try"
             if not find_checkpoints(self.run):
-                kept = "there is no checkpoint yet, --overwrite begins anew"
+                advice = "there is no checkpoint yet: start again with --overwrite and"
             rate = self.config.optim.learning_rate
-            raise UsageError(f"{name} is {loss} at step {self.step}; {kept}, try a learning rate below {rate}")
+            raise UsageError(f"{name} is {loss} at step {self.step}; {advice} a learning rate below {rate}")
 
     def maximum(self, number):
         """The largest int or bool of all processes."""

@@ -42,7 +42,7 @@ class Classification(DocumentTask):
                 which = f" of the {name} part" if "train" in self.parts else ""
                 raise UsageError(
                     f"source {source!r}: class {unknown[0]!r}{which} is not in the training part; "
-                    "`fastattn data split` draws parts anew, with each class in the training part"
+                    "`fastattn data split` draws new parts, with each class in the training part"
                 )
         self.examples = {name: self.encode_part(name) for name in self.parts}
         self.classes = {name: [numbers[label] for label in part.labels] for name, part in self.parts.items()}
