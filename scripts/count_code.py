@@ -27,7 +27,7 @@ FLOORS = [
     ("reference",),
     ("ops",),
     ("kernels",),
-    ("_native",),
+    ("_native", "integrations.transformers_versions"),
     ("nn", "integrations.transformers", "integrations.sdpa"),
     ("drop_in",),
     ("",),  # fastattn itself: what `import fastattn` offers
