@@ -27,8 +27,7 @@ FLOORS = [
     ("reference",),
     ("ops",),
     ("kernels",),
-    ("_native",),
-    ("integrations.transformers_versions",),
+    ("_native", "integrations.transformers_versions"),
     ("nn", "integrations.transformers", "integrations.sdpa"),
     ("drop_in",),
     ("",),  # fastattn itself: what `import fastattn` offers

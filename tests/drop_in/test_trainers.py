@@ -125,6 +125,7 @@ def test_lora_in_the_trainer(tmp_path):
 
 def test_supervised_fine_tuning_of_trl(tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
 
@@ -134,7 +135,9 @@ def test_supervised_fine_tuning_of_trl(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=plain, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
-    data = [{"input_ids": row[real == 1].tolist()} for row, real in zip(TOKENS, REAL, strict=True)]
+    rows = {"input_ids": [row[real == 1].tolist() for row, real in zip(TOKENS, REAL, strict=True)]}
+    # with a fingerprint of ours, as some versions of datasets cannot make theirs
+    data = datasets.Dataset(datasets.table.InMemoryTable.from_pydict(rows), fingerprint="tiny")
     found = []
     for model in models():
         arguments = trl.SFTConfig(
