@@ -16,6 +16,7 @@ class Columns:
         text: name of the column with the text
         label: name of the column with the class; null = none
         target: name of the column with the target text; null = none
+        rejected: name of the column with a worse answer than target, for task preference; null = none
         messages: name of the column with the messages of a conversation, for task chat, instead of text; null = none
         names: names of the columns if the table has no header line; empty = the first line names them
         delimiter: character between the values; null = a comma in .csv, a tab in .tsv
@@ -26,6 +27,7 @@ class Columns:
     text: str = "text"
     label: str | None = None
     target: str | None = None
+    rejected: str | None = None
     messages: str | None = None
     names: list[str] = field(default_factory=list)
     delimiter: str | None = None
@@ -283,13 +285,14 @@ class TrainConfig:
     """Train a model on text.
 
     Args:
-        task: predict the next token, masked tokens, the class of a document, its translation, or the answers of a
-            conversation
+        task: predict the next token, masked tokens, the class of a document, its translation, the answers of a
+            conversation, or which of two answers is better (DPO)
         run: folder to create for config, tokenizer, checkpoints, metrics, loss curve and sample
         start: folder of a run, or of a Hugging Face BERT or GPT-2, to take tokenizer and weights from; null = from
             scratch
         trained: train all weights, only the head, or the head and low-rank updates of the blocks' matrices (LoRA)
         lora_rank: rank of the low-rank updates
+        preference_beta: task preference; the smaller, the further the model may leave its start
         layers: which library the layers of the model come from
         steps: optimizer steps
         epochs: passes over the training documents, used instead of steps; null = use steps
@@ -322,11 +325,12 @@ class TrainConfig:
         optim: the optimizer and its learning rate
     """
 
-    task: Literal["lm", "masked_lm", "classify", "translate", "chat"] = "lm"
+    task: Literal["lm", "masked_lm", "classify", "translate", "chat", "preference"] = "lm"
     run: str = "runs/char_lm"
     start: str | None = None
     trained: Literal["all", "head", "lora"] = "all"
     lora_rank: int = 8
+    preference_beta: float = 0.1
     layers: Literal["fastattn", "torch"] = "fastattn"
     steps: int = 2000
     epochs: float | None = None
@@ -389,10 +393,17 @@ class TrainConfig:
             windows = self.validation_windows
             expect(windows is None, "validation_windows", f"null for the task {self.task}", windows)
             expect(not self.data.packed, "data.packed", f"false for the task {self.task}", self.data.packed)
-        chat = self.task == "chat"
-        for section, name, default in (("data.", "chat_template", "auto"), ("data.columns.", "messages", None)):
+        for section, name, default, tasks in (
+            ("data.", "chat_template", "auto", ("chat", "preference")), ("data.columns.", "messages", None, ("chat",)),
+            ("data.columns.", "rejected", None, ("preference",)),
+        ):  # fmt: skip
             got = getattr(self.data if section == "data." else self.data.columns, name)
-            expect(chat or got == default, section + name, f"left out for the task {self.task}", got)
+            expect(self.task in tasks or got == default, section + name, f"left out for the task {self.task}", got)
+        expect(self.preference_beta > 0, "preference_beta", "above 0", self.preference_beta)
+        started = self.start is not None or self.task != "preference"
+        expect(started, "start", "the folder of a run or model for the task preference, its reference", self.start)
+        unsharded = self.task != "preference" or self.strategy != "fsdp"
+        expect(unsharded, "strategy", "'ddp' for the task preference", self.strategy)
         if self.strategy == "fsdp":
             expect(self.model.body == "transformer", "strategy", f"'ddp' for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "'all' or 'head' with the strategy fsdp", self.trained)
