@@ -1,5 +1,6 @@
 """The settings of a run: plain dataclasses that one YAML file fills, checked before anything is written."""
 
+import codecs
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -20,6 +21,7 @@ class Columns:
         messages: name of the column with the messages of a conversation, for task chat, instead of text; null = none
         names: names of the columns if the table has no header line; empty = the first line names them
         delimiter: character between the values; null = a comma in .csv, a tab in .tsv
+        encoding: how the characters of the table are stored, such as latin-1 or utf-16
         quoting: whether quotation marks enclose values (csv) or are part of them (none); auto = they enclose values if
             the delimiter is no tab, or if the whole file can be read only so
     """
@@ -31,6 +33,7 @@ class Columns:
     messages: str | None = None
     names: list[str] = field(default_factory=list)
     delimiter: str | None = None
+    encoding: str = "utf-8"
     quoting: Literal["auto", "csv", "none"] = "auto"
 
     def __post_init__(self):
@@ -38,6 +41,12 @@ class Columns:
             self.delimiter = "\t"
         usable = self.delimiter is None or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n')
         expect(usable, "columns.delimiter", "null or one character, no quotation mark or line end", self.delimiter)
+        try:
+            self.encoding = codecs.lookup(self.encoding).name
+            is_text = codecs.lookup(self.encoding)._is_text_encoding
+        except LookupError:
+            is_text = False
+        expect(is_text, "columns.encoding", "the name of an encoding, such as latin-1", self.encoding)
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         expect(not twice, "columns.names", "without repeated names", twice[:1])
 
