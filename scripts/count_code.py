@@ -34,6 +34,7 @@ FLOORS = [
     ("models", "_info"),
     ("integrations",),
     ("training.messages", "training.files"),
+    ("training.settings",),
     ("training.config",),
     ("training.data",),
     ("training.inspect",),

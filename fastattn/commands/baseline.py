@@ -12,7 +12,7 @@ from ._options import new_parser
 
 def parser():
     parser = new_parser("baseline", "Score logistic regression on the words of a text.")
-    parser.add_class_arguments(DataConfig, "data", skip={"tokenizer", "vocab_size", "packed"})
+    parser.add_class_arguments(DataConfig, "data", skip={"tokenizer", "vocab_size", "packed", "chat_template"})
     parser.add_argument("--tfidf", action="store_true", help="weight words by inverse document frequency")
     parser.add_argument("--max_ngram", type=int, default=1, help="also count sequences of up to this many words")
     parser.add_argument("--split", type=str | None, help="validation or test; default: test if there is one")

@@ -44,8 +44,9 @@ def run(options, _argv):
     if (options.prompt is None) == (options.input is None):
         raise UsageError("generate needs either --prompt TEXT or --input FILE")
     run, config, how = open_run(options)
-    if config.task not in ("lm", "translate", "chat"):
-        raise UsageError(f"run {str(run)!r}: generate needs a run of task lm, translate or chat, got {config.task}")
+    if config.task not in ("lm", "translate", "chat", "preference"):
+        known = "lm, translate, chat or preference"
+        raise UsageError(f"run {str(run)!r}: generate needs a run of task {known}, got {config.task}")
     numbers = ("beams", "seed", "weights", *SAMPLING)
     check_sampling(options.max_new_tokens, **{name: options[name] for name in numbers})
     if options.beams > 1:  # a search draws nothing
@@ -54,7 +55,7 @@ def run(options, _argv):
                 raise UsageError(f"{name} cannot be used with beams, got {options[name]!r}")
     if config.task == "translate":
         translate(options, run, config, how)
-    elif config.task == "chat":
+    elif config.task in ("chat", "preference"):
         answer_questions(options, run, config, how)
     else:
         continue_prompt(options, run, config, how)
@@ -77,7 +78,9 @@ def answer_questions(options, run, config, how):
     for name in ("beams", "stop", "weights"):
         default = DRAWING.get(name, 1)
         if options[name] != default:
-            raise UsageError(f"{name} is not for task chat, which is the task of this run, got {options[name]!r}")
+            raise UsageError(
+                f"{name} is not for task {config.task}, which is the task of this run, got {options[name]!r}"
+            )
     model, task = load_task(run, config, **how)
     sampling = {name: options[name] for name in (*SAMPLING, "seed", "max_new_tokens")}
     for question in [options.prompt] if options.input is None else read_input(options):

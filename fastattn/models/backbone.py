@@ -235,16 +235,24 @@ class Head(nn.Module):
 
         Returns: logits (..., vocab_size), or the mean loss in nats, fp32; 0 if every target is ignored.
         """
+        if targets is not None:
+            smoothing = self.label_smoothing if self.training else 0.0
+            total = self._loss(x, embedding, targets, smoothing, "sum")
+            return total / (targets != -100).sum().clamp_min(1)
         weight = embedding.weight if self.weight is None else self.weight
-        if self.dense is not None:
-            x = self.norm(F.gelu(self.dense(x)))
-        if targets is None:
-            return softcapped(linear(x, weight, self.bias), self.softcap)
-        smoothing = self.label_smoothing if self.training else 0.0
-        total = self.loss(
-            x, weight, targets, bias=self.bias, label_smoothing=smoothing, softcap=self.softcap, reduction="sum"
-        )
-        return total / (targets != -100).sum().clamp_min(1)
+        return softcapped(linear(self._transform(x), weight, self.bias), self.softcap)
+
+    def losses(self, x, embedding, targets):
+        """The loss of each target in nats, like targets, without label smoothing; 0 where it is ignored."""
+        return self._loss(x, embedding, targets, 0.0, "none").view(targets.shape)
+
+    def _transform(self, x):
+        return x if self.dense is None else self.norm(F.gelu(self.dense(x)))
+
+    def _loss(self, x, embedding, targets, smoothing, reduction):
+        weight = embedding.weight if self.weight is None else self.weight
+        options = {"bias": self.bias, "label_smoothing": smoothing, "softcap": self.softcap}
+        return self.loss(self._transform(x), weight, targets, reduction=reduction, **options)
 
 
 def _linear_cross_entropy(x, weight, targets, *, bias, softcap, **options):

@@ -104,7 +104,7 @@ class Classifier(nn.Module):
         logits = features + self.bias if self.head is None else self.head(self.dropout(features))
         if targets is None:
             return logits
-        weights = self.class_weights
+        weights: Any = self.class_weights
         return F.cross_entropy(
             logits.float(), targets, None if weights is None else weights.float(),
             label_smoothing=self.label_smoothing * self.training,

@@ -1,6 +1,7 @@
 """Fine-tuning on conversations: only answers are learnt, packed conversations do not meet, answers are written."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -22,12 +23,13 @@ QUESTIONS = ["What colour is {}?", "{} is which colour?", "Tell me the colour of
 
 def write_chats(path, n=240):
     """Conversations of one or two questions; some begin with a system message."""
-    rows = []
-    for i in range(n):
-        messages = [{"role": "system", "content": f"Answer in one word. {i % 7}"}] if i % 3 == 0 else []
-        for turn in range(1 + i % 2):
-            thing = list(COLOURS)[(i + turn) % 4]
-            messages.append({"role": "user", "content": QUESTIONS[(i // 4 + turn) % 3].format(thing)})
+    generator, rows = random.Random(0), []
+    for _ in range(n):
+        system = {"role": "system", "content": f"Answer in one word. {generator.randrange(7)}"}
+        messages = [system] if generator.random() < 0.3 else []
+        for _ in range(generator.randint(1, 2)):
+            thing = generator.choice(list(COLOURS))
+            messages.append({"role": "user", "content": generator.choice(QUESTIONS).format(thing)})
             messages.append({"role": "assistant", "content": COLOURS[thing]})
         rows.append({"messages": messages})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -119,7 +119,7 @@ class Decoder:
 
     def write_config(self, model):
         """The config.json of a CausalLM; ValueError if this family cannot say its shape."""
-        if type(model) is not CausalLM:
+        if not isinstance(model, CausalLM):
             raise ValueError(f"{self.kind} is a language model, got a {type(model).__name__}")
         shape, untied = model.shape, model.head.weight is not None
         config = {

@@ -60,7 +60,7 @@ class Gpt2:
 
     def write_config(self, model):
         """The config.json of a CausalLM; ValueError if GPT-2 cannot say its shape."""
-        if type(model) is not CausalLM:
+        if not isinstance(model, CausalLM):
             raise ValueError(f"gpt2 is a language model, got a {type(model).__name__}")
         shape, untied = model.shape, model.head.weight is not None
         activation = "gelu_new" if shape.feed_forward == "gelu_tanh" else shape.feed_forward

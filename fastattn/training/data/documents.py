@@ -17,12 +17,14 @@ class Documents:
         labels: their classes.
         targets: the texts to predict from them, for example translations.
         groups: a split keeps documents of one group together, for example those of one file.
+        rejected: texts that are worse than the targets.
     """
 
     texts: list
     labels: list | None = None
     targets: list | None = None
     groups: list | None = None
+    rejected: list | None = None
 
     def __len__(self):
         return len(self.texts)
@@ -46,8 +48,9 @@ def join_documents(parts):
 
 
 def write_documents(path, documents):
-    """Write documents as JSON lines with the keys text, label, target, group."""
+    """Write documents as JSON lines with the keys text, label, target, group, rejected."""
     names = {"text": documents.texts, "label": documents.labels, "target": documents.targets, "group": documents.groups}
+    names["rejected"] = documents.rejected
     present = {name: values for name, values in names.items() if values is not None}
     rows = (dict(zip(present, row, strict=True)) for row in zip(*present.values(), strict=True))
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

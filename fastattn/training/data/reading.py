@@ -7,7 +7,7 @@ import zlib
 from ..messages import UsageError, warn
 
 SUFFIXES = (".txt", ".text", ".md", ".rst")  # of the files that are read from a folder, each also with .gz
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
 def suffix_of(path):
@@ -16,11 +16,11 @@ def suffix_of(path):
     return path.with_suffix("").suffix.lower() if suffix == ".gz" else suffix
 
 
-def read_file(path):
-    """The text of a UTF-8 file, unpacked if its name ends in .gz, lines ended by "\\n", without a byte order mark.
+def read_file(path, encoding="utf-8"):
+    """The text of a file, unpacked if its name ends in .gz, lines ended by "\\n", without a byte order mark.
 
     Raises:
-        UsageError: the file is not readable, damaged, not UTF-8, or has only white space.
+        UsageError: the file is not readable, damaged, not in this encoding, or has only white space.
     """
     try:
         content = path.read_bytes()
@@ -30,7 +30,7 @@ def read_file(path):
         content = _unpack(content, path)
     if not content.strip():
         raise UsageError(f"text file {str(path)!r} is empty")
-    return decode_text(content, path)
+    return decode_text(content, path, encoding)
 
 
 def _unpack(content, path):
@@ -40,8 +40,10 @@ def _unpack(content, path):
         raise UsageError(f"file {str(path)!r} is not valid gzip data: {error}") from None
 
 
-def decode_text(content, path):
-    """Bytes as text, lines ended by "\\n"; UsageError, which names `path`, unless they are UTF-8."""
+def decode_text(content, path, encoding="utf-8"):
+    """Bytes as text, lines ended by "\\n"; UsageError, which names `path`, unless they are in this encoding."""
+    if encoding != "utf-8":
+        return _decode_other(content, path, encoding)
     if b"\0" in content:
         raise UsageError(f"text file {str(path)!r} is a binary file (zero at byte {content.index(0)})")
     try:
@@ -51,6 +53,18 @@ def decode_text(content, path):
         raise UsageError(
             f"text file {str(path)!r} is not UTF-8: byte 0x{content[error.start]:02x} at {error.start}, line {line}"
         ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decode_other(content, path, encoding):
+    try:
+        text = content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"text file {str(path)!r} is not {encoding}: byte 0x{content[error.start]:02x} at {error.start}"
+        ) from None
+    if "\0" in text:
+        raise UsageError(f"text file {str(path)!r} is a binary file, or not {encoding} (a character is zero)")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -9,6 +9,7 @@ from ..config import Columns
 from ..messages import UsageError, warn
 from . import builtin
 from .documents import PARTS, Documents
+from .parquet import read_parquet
 from .reading import TABLES, lines_of, read_file, suffix_of, text_files
 from .tables import Row, read_rows, table_documents
 from .text import find_data
@@ -74,7 +75,9 @@ def _read_path(path, columns, unit):
         _refuse(f"source {str(path)!r} is {kind}: named columns need a table ({', '.join(TABLES)})", columns, "line")
         return _read_folder(path, unit) if path.is_dir() else Documents(_pieces(read_file(path), unit))
     _refuse(f"source {str(path)!r} is a table", Columns(), unit)
-    return table_documents(read_rows(path, read_file(path), columns), columns)
+    if suffix_of(path) == ".parquet":
+        return table_documents(read_parquet(path, columns), columns)
+    return table_documents(read_rows(path, read_file(path, columns.encoding), columns), columns)
 
 
 def _read_folder(folder, unit):

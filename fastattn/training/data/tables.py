@@ -164,7 +164,8 @@ def _object_row(where, value):
 
 def check_columns(row, columns, hint=False):
     """Raise UsageError unless the row has each of the columns that are read exactly once."""
-    read = (columns.text, columns.label, columns.target) if columns.messages is None else (columns.messages,)
+    read = (columns.text, columns.label, columns.target, columns.rejected)
+    read = read if columns.messages is None else (columns.messages,)
     for name in filter(None, read):
         count = row.names.count(name)
         if count > 1:
@@ -185,7 +186,7 @@ def table_documents(rows, columns):
         UsageError: a column is missing or occurs twice; a value is missing, not a single text or number, or half of a
             surrogate pair; labels have different types; a pair has an empty side.
     """
-    wanted = {"texts": columns.text, "labels": columns.label, "targets": columns.target}
+    wanted = {"texts": columns.text, "labels": columns.label, "targets": columns.target, "rejected": columns.rejected}
     if columns.messages is not None:
         wanted = {"texts": columns.messages}
     wanted = {key: name for key, name in wanted.items() if name}

@@ -49,10 +49,12 @@ class Trainer:
         """The model on the CPU, with the weights of a checkpoint or of config.start, or newly initialized."""
         config, task = self.config, self.task
         model = task.build_model(config, task.tokenizer, task.summary)
-        if chosen is None and config.start is not None:
+        if config.start is not None and (chosen is None or task.needs_reference):
             load_start(model, config, task.summary.get("labels"))
+            task.compare_with(model)
         elif chosen is None:
             task.initialize(model)
+        model.train()
         train_only(model, config.trained, config.lora_rank)
         if chosen is not None:
             load_weights(model, chosen[0])

@@ -20,7 +20,7 @@ _KEPT = (
     "attention_softcap", "attention_scale", "sinks", "logit_softcap", "embedding_scale", "embedding_norm", "parallel",
     "feed_forward",
 )  # fmt: skip
-_WITH_ENCODER, _DECODERS = {"masked_lm", "classify", "translate"}, {"lm", "chat"}
+_WITH_ENCODER, _DECODERS = {"masked_lm", "classify", "translate"}, {"lm", "chat", "preference"}
 _BY_TOKEN_OR_POSITION = ("embedding.weight", "head.weight", "head.bias")
 
 

@@ -32,6 +32,7 @@ class Task:
     next_command = "fastattn generate {run} --prompt TEXT"  # the next command for a trained model
     unit = "token"  # of the loss
     has_accuracy = False  # whether `sums` counts correct predictions
+    needs_reference = False  # whether `compare_with` must see the model of config.start
     more_sums = 0  # numbers that `sums` returns after the three of every task
 
     @classmethod
@@ -63,6 +64,9 @@ class Task:
 
     def initialize(self, model):
         """Change the initial weights of a new model of this task."""
+
+    def compare_with(self, model):
+        """Keep what the loss needs of the model of config.start."""
 
     def check_sample(self):
         """Raise UsageError if `sample` would fail."""

@@ -4,6 +4,7 @@ from .classification import Classification
 from .conversation import Conversation
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
+from .preference import Preference
 from .translation import Translation
 
 TASKS = {
@@ -12,6 +13,7 @@ TASKS = {
     "classify": Classification,
     "translate": Translation,
     "chat": Conversation,
+    "preference": Preference,
 }
 
 

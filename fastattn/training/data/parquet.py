@@ -1,0 +1,38 @@
+"""Rows of a Parquet file, with the package pyarrow."""
+
+from ..messages import UsageError
+from .tables import Row, check_columns
+
+
+def read_parquet(path, columns):
+    """Yield a Row for each row of a Parquet file; only the columns that are read are loaded.
+
+    Raises:
+        UsageError: the package is missing, the file is not Parquet, or a setting of other tables is given.
+    """
+    for name in ("names", "delimiter"):
+        if getattr(columns, name):
+            raise UsageError(f"columns.{name} has no meaning for the source {str(path)!r}")
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UsageError(f"source {str(path)!r} needs the package pyarrow: run pip install pyarrow") from None
+    wanted = filter(None, (columns.text, columns.label, columns.target, columns.rejected))
+    wanted = list(wanted) if columns.messages is None else [columns.messages]
+    try:
+        file = parquet.ParquetFile(path)
+        check_columns(Row(str(path), list(file.schema_arrow.names), []), columns)
+        number = 0
+        for batch in file.iter_batches(columns=wanted):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{path}, row {number}", list(values), [_as_json(value) for value in values.values()])
+    except (ArrowException, OSError) as error:
+        raise UsageError(f"source {str(path)!r} is not a readable Parquet file: {error}") from None
+
+
+def _as_json(value):
+    """A value in the form of the JSON reader, where an object is a list of its pairs."""
+    if isinstance(value, dict):
+        return [(name, _as_json(item)) for name, item in value.items()]
+    return [_as_json(item) for item in value] if isinstance(value, list) else value
