@@ -9,7 +9,8 @@
 // A block of threads is resident and takes one tile of queries after another, longest first. Its first warpgroup loads:
 // queries once per tile, keys and values through rings of stages. Each other warpgroup processes 64 queries, whose o
 // stays in registers; p becomes an operand without leaving its thread. The product for the scores of a block overlaps
-// with the product for the values of the previous block, and both overlap with the softmax of the other warpgroups.
+// with the product for the values of the previous block. The softmax of the block runs under the latter, and up to head
+// dim 128 the warpgroups take turns at issuing, so that it also runs under the products of the others.
 // Saved: out and lse.
 // Reference: Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 #include "cuda/sm90/attention_common.cuh"
@@ -32,6 +33,7 @@ struct FwdConfig {
   static constexpr int kBlockN = kKeys;
   // out has memory of its own, so the next q can be loaded while out is written
   static constexpr bool kOwnOut = kKeys == 128;
+  static constexpr bool kTurns = kHeadDim <= 128;  // wider heads have long products and few exponentials
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 };
 
@@ -136,8 +138,12 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
   using Config = FwdConfig<kHeadDim, kKeys>;
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   const int thread = threadIdx.x % kWarpgroup;
+  const Turns<Config::kConsumers, 1 + Config::kConsumers> turns{slab};  // the barriers after those of store_slab
   Ring<1> queries;
   Ring<Config::kStages> keys, values;
+  if constexpr (Config::kTurns) {
+    turns.start();
+  }
   follow_tiles<FwdTile<kHeadDim, kKeys>>(shared.tiles, args.shape, args.order, [&](const auto& tile) {
     const Sequence& sequence = tile.sequence;
     const int row = tile.row + slab * kSlab;
@@ -179,10 +185,17 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
         softmax_step<kMasked>(s, row_max, row_sum, shrink, args.scale_log2);
       };
       const auto step = [&](int n, auto masked) {
+        if constexpr (Config::kTurns) {
+          turns.wait();
+        }
         issue_scores();
         issue_values();  // of the previous block
+        if constexpr (Config::kTurns) {
+          turns.pass();
+        }
         wgmma_wait<1>();
         softmax(n, masked);
+        finish_first(row_sum[0] < 0.f || row_sum[1] < 0.f);  // the exponentials, before the wait for the values
         end_values();
         to_operand<T>(p, s);
 #pragma unroll
@@ -241,6 +254,9 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
       shared.q_pipe.release(0);
     }
   });
+  if constexpr (Config::kTurns) {
+    turns.end();
+  }
   await_stores();
 }
 

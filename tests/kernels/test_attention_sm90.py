@@ -5,6 +5,7 @@ the same bits are required in every run. Emulated products and copies happen as 
 through the descriptors, and a change to data in use is an error. So a pass means more than equal numbers.
 """
 
+import ctypes
 import importlib
 import random
 
@@ -68,6 +69,22 @@ def qkv(batch, n_heads, kv_heads, seqlen_q, seqlen_k, head_dim, dtype=BF16):
         normal(batch, kv_heads, seqlen_k, head_dim, dtype=dtype, seed=2),
         normal(batch, kv_heads, seqlen_k, head_dim, dtype=dtype, seed=3),
     )
+
+
+@pytest.mark.skipif(HOPPER, reason="about the order of the source, which the emulation follows")
+@pytest.mark.parametrize(("head_dim", "block"), [(64, 128), (96, 128), (128, 176), (192, 112), (256, 80)])
+def test_the_forward_makes_its_exponentials_under_a_product(head_dim, block):
+    """Those of the first block of keys have none to hide behind. tests/kernels/test_attention_sm90_build.py looks at
+    what the compiler made of this order."""
+    blocks = 3
+    q, k, v = qkv(1, 1, 1, 64, blocks * block, head_dim)
+    found = (ctypes.c_int64 * 2)()
+    emulate_cuda.load.exponentials(found)
+    fastattn.attention(q, k, v, backend="native")
+    emulate_cuda.load.exponentials(found)
+    alone, under = found
+    assert alone > 0
+    assert under == alone * (blocks - 1)
 
 
 BACKWARDS = pytest.mark.parametrize("deterministic", [False, True], ids=["one kernel", "two kernels"])

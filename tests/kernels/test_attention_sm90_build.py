@@ -10,6 +10,7 @@ import re
 import subprocess
 
 import pytest
+import sass
 from test_cuda_build import ROOT, cuobjdump
 
 # At least the products of 64 x N x 16 for head dim 64: in the forward's first block, its three loops and its last
@@ -60,12 +61,49 @@ def test_two_blocks_of_the_decode_kernel_share_a_multiprocessor():
         assert blocks * 160 * -(-used // 8) * 8 <= 65536, f"head dim {head_dim}: {used} registers"
 
 
+def disassembled(path):
+    done = subprocess.run([cuobjdump(), "-sass", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_exponentials_of_the_forward_run_under_the_product_for_values():
+    seen = 0
+    for path in built("o"):
+        if "attention_fwd" not in path:
+            continue
+        for name, code in sass.kernels(disassembled(path)).items():
+            # over blocks of keys: they wait for the scores while a product for values runs
+            found = sass.loops_with(code, sass.WAIT_FOR_SCORES)
+            assert len(found) == 3, f"{name}: masked blocks, blocks without a mask, masked blocks"
+            for loop in found:
+                under, all_of_them = sass.under_values(loop)
+                assert all_of_them >= 40, name
+                assert under >= 0.9 * all_of_them, f"{name}: {under} of {all_of_them} exponentials between the waits"
+            seen += 1
+    assert seen == SEEN["attention_fwd"]
+
+
+def listing(*lines):
+    code = "".join(f"        /*{16 * i:04x}*/        {line} ;   /* 0x0 */\n" for i, line in enumerate(lines))
+    return f"Function : kernel\n{code}"
+
+
+def test_exponentials_after_the_second_wait_are_seen():
+    before = [f"{sass.WAIT_FOR_SCORES}", "MUFU.EX2 R1, R1", sass.WAIT_FOR_ALL, "MUFU.EX2 R2, R2", "@P0 BRA 0x10"]
+    (code,) = sass.kernels(listing("NOP", *before, "EXIT")).values()
+    (loop,) = sass.loops_with(code, sass.WAIT_FOR_SCORES)
+    assert sass.under_values(loop) == (1, 2)
+    outer = listing("NOP", *before, "MUFU.EX2 R3, R3", "@P1 BRA 0x0", "EXIT")
+    (code,) = sass.kernels(outer).values()
+    (loop,) = sass.loops_with(code, sass.WAIT_FOR_SCORES)
+    assert [line.text for line in loop] == before  # not the loop around it
+
+
 def test_kernels_use_the_tensor_cores_and_the_copy_engine():
     seen = collections.Counter()
     for path in built("o"):
-        done = subprocess.run([cuobjdump(), "-sass", path], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        for function in done.stdout.split("Function : ")[1:]:
+        for function in disassembled(path).split("Function : ")[1:]:
             mangled = function.split(maxsplit=1)[0]
             name = re.search(r"(attention_[a-z]+)_sm90_kernel", mangled).group(1)
             if name in PLAIN:

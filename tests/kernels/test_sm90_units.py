@@ -202,6 +202,13 @@ def test_pipe_roles_and_named_barriers(units):
     torch.testing.assert_close(out, 6 * values)
 
 
+@pytest.mark.parametrize("groups", [2, 3])
+def test_warpgroups_take_turns(units, groups):
+    out = torch.full((7 * groups,), -1, dtype=torch.int32, device=DEVICE)
+    call(units.unit_turns, out, groups, 7, 0)
+    assert out.tolist() == [*range(groups)] * 7
+
+
 SHAPES = [  # batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right, top_left
     (2, 4, 2, 700, 900, 2**29, 0, 0), (1, 3, 1, 900, 300, 2**29, 0, 0), (2, 2, 2, 300, 900, 2**29, 0, 1),
     (1, 2, 1, 1000, 1000, 100, 30, 0), (3, 2, 1, 129, 640, 0, 0, 0), (1, 1, 1, 1, 5000, 2**29, 2**29, 0),
@@ -330,34 +337,56 @@ def test_the_number_of_splits_is_that_of_the_triton_kernel(units):
                 assert units.unit_choose_splits(tiles, key_blocks, slots, decode.MAX_SPLITS) == expected
 
 
-PLANTED = {
-    "PLANT_NO_FENCE": "reached without fence_async",
-    "PLANT_WRITE_IN_FLIGHT": "shared memory changed while a product read it",
-    "PLANT_USE_BEFORE_WAIT": "an accumulator was written while a product ran",
-    "PLANT_NO_READ": "a block ended while copies were running",
-    "PLANT_NO_EMPTY": "",  # wrong numbers, or more arrivals at an mbarrier than it was initialised for
+PLANTED = {  # fault: (call, message); without a message, which rule sees it first depends on what other threads do
+    "PLANT_NO_FENCE": ("abt", "reached without fence_async"),
+    "PLANT_WRITE_IN_FLIGHT": ("abt", "shared memory changed while a product read it"),
+    "PLANT_USE_BEFORE_WAIT": ("abt", "an accumulator was written while a product ran"),
+    "PLANT_OPERAND_IN_FLIGHT": ("ab", "an operand in registers was written while a product read it"),
+    "PLANT_NO_READ": ("reduce", "a block ended while copies were running"),
+    "PLANT_NO_EMPTY": ("pipe", ""),
 }
+CALLS = {
+    "abt": "units.unit_wgmma(ones, ones, (ctypes.c_float * 64**2)(), 64, 64, b'abt')",
+    "ab": "units.unit_wgmma(ones, ones, (ctypes.c_float * 64**2)(), 64, 64, b'ab')",
+    "reduce": "units.unit_reduce(values, (ctypes.c_float * 512)(), 1)",
+    "pipe": """
+units.unit_pipe(values, out, 400)
+assert list(out) == [6 * value for value in range(400)], "wrong numbers"
+""",
+}
+TURNS = {  # enum Fault in tests/support/sm90_units.cu
+    "no pass": (1, "nothing is left that could end a wait"),
+    "pass twice": (2, "a thread arrives twice at a named barrier"),
+    "two counts": (3, "a named barrier with two numbers of threads"),
+    "no end": (4, "an arrival at a named barrier that nobody waited for"),
+    "half a vote": (5, ""),
+    "trap": (6, "a trap"),
+}
+
+
+def assert_found(library, statement, message):
+    """The process in which the emulation runs the statement ends with an error."""
+    script = f"""
+import ctypes
+units = ctypes.CDLL({library!r})
+ones = (ctypes.c_uint16 * 64**2)(*[0x3F80] * 64**2)  # in bf16
+values, out = (ctypes.c_float * 512)(*range(512)), (ctypes.c_float * 400)()
+{statement}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    assert message in done.stderr, done.stderr
 
 
 @pytest.mark.skipif(HOPPER, reason="about the emulation")
 @pytest.mark.parametrize("fault", PLANTED)
 def test_the_emulation_finds_what_hardware_would_not_forgive(fault):
-    library = emulated(f"-D{fault}")
-    unit = {"PLANT_NO_EMPTY": "pipe", "PLANT_NO_READ": "reduce"}.get(fault, "wgmma")
-    script = f"""
-import ctypes
-units = ctypes.CDLL({library!r})
-if {unit!r} == "wgmma":
-    a, d = (ctypes.c_uint16 * 64**2)(*[0x3F80] * 64**2), (ctypes.c_float * 64**2)()  # ones in bf16
-    units.unit_wgmma(a, a, d, 64, 64, b"abt")
-elif {unit!r} == "reduce":
-    values, out = (ctypes.c_float * 512)(), (ctypes.c_float * 512)()
-    units.unit_reduce(values, out, 1)
-else:
-    values, out = (ctypes.c_float * 400)(*range(400)), (ctypes.c_float * 400)()
-    units.unit_pipe(values, out, 400)
-    assert list(out) == [6 * value for value in values], "wrong numbers"
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
-    assert done.returncode != 0
-    assert PLANTED[fault] in done.stderr, done.stderr
+    unit, message = PLANTED[fault]
+    assert_found(emulated(f"-D{fault}"), CALLS[unit], message)
+
+
+@pytest.mark.skipif(HOPPER, reason="about the emulation")
+@pytest.mark.parametrize("fault", TURNS)
+def test_the_emulation_finds_faults_of_named_barriers_and_votes(fault):
+    number, message = TURNS[fault]
+    assert_found(emulated(), f"units.unit_turns((ctypes.c_int * 64)(), 2, 4, {number})", message)

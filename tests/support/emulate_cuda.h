@@ -59,9 +59,9 @@ static int launches;
 alignas(1024) static unsigned char dynamic_shared[kMostShared];
 
 // Units that work besides the threads. Called in every round; returns whether it did something. `urgent` means that no
-// thread can run before it does. At the end of a block it must have no work left.
+// thread can run before it does.
 static std::function<bool(bool urgent)> engine = [](bool) { return false; };
-static std::function<void()> end_of_block = [] {};
+static std::vector<void (*)()> end_of_block;  // each fails if its part has work left
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulated CUDA: %s, block %u %u, thread %u %u\n", what, blockIdx.x, blockIdx.y,
@@ -147,7 +147,10 @@ inline void run_block(size_t shared_bytes) {
       done += fibers[current].state == State::kDone;
     }
     if (done == fiber_count) {
-      return end_of_block();
+      for (const auto check : end_of_block) {
+        check();
+      }
+      return;
     }
     bool released = release(0, fiber_count, State::kWaitsForBlock);
     for (size_t begin = 0; begin < fiber_count; begin += 32) {
@@ -231,6 +234,25 @@ T __shfl_sync(unsigned mask, T value, int lane) {
   std::memcpy(&value, &fibers[current / 32 * 32 + lane].exchanged, sizeof(value));
   wait(State::kWaitsForWarp);
   return value;
+}
+
+inline int __any_sync(unsigned mask, int predicate) {
+  using namespace emulated;
+  if (mask != 0xffffffffu || fiber_count % 32 != 0) {
+    fail("a vote of less than whole warps");
+  }
+  fibers[current].exchanged = predicate != 0;
+  wait(State::kWaitsForWarp);
+  bool any = false;
+  for (size_t lane = 0; lane < 32; ++lane) {
+    any = any || fibers[current / 32 * 32 + lane].exchanged != 0;
+  }
+  wait(State::kWaitsForWarp);
+  return any;
+}
+
+[[noreturn]] inline void __trap() {
+  emulated::fail("a trap");
 }
 
 inline unsigned atomicAdd(unsigned* to, unsigned value) {

@@ -139,5 +139,7 @@ def load(sources_and_ops=ROWS):
     _definitions.append(definitions)  # they live as long as the library object
     if sources_and_ops is ROWS:
         load.launches = ctypes.CDLL(library).emulated_launches
+    if sources_and_ops is ATTENTION:
+        load.exponentials = ctypes.CDLL(library).emulated_exponentials
     torch.ops.load_library(library)
     return torch.ops.fastattn_emulated

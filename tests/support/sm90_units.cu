@@ -154,6 +154,9 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   float acc[kN / 2] = {};
   wgmma_begin();
   issue_ab<__nv_bfloat16, kK>(acc, operand, shared.address());
+#ifdef PLANT_OPERAND_IN_FLIGHT
+  operand[0][0] = 0;
+#endif
   wgmma_wait<0>();
   for (int i = 0; i < kN / 2; ++i) {
     d[accumulator_row(threadIdx.x, i) * kN + accumulator_col(threadIdx.x, i)] = acc[i];
@@ -210,9 +213,53 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1) unit_pipe_kernel(const floa
       });
 }
 
+// What unit_turns_kernel does wrong, to test the emulation.
+enum Fault { kNone, kNoPass, kPassTwice, kTwoCounts, kNoEnd, kHalfVote, kTrap };
+
+// Warpgroups write their numbers to `out` in turn, `rounds` times each.
+template <int kGroups>
+__global__ void __launch_bounds__(kGroups* kWarpgroup, 1) unit_turns_kernel(int* out, int rounds, Fault fault) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  volatile int& next = *reinterpret_cast<int*>(shared_memory);
+  if (threadIdx.x == 0) {
+    next = 0;
+  }
+  __syncthreads();
+  const int group = static_cast<int>(threadIdx.x / kWarpgroup);
+  const Turns<kGroups, 4> turns{group};
+  turns.start();
+  for (int round = 0; round < rounds; ++round) {
+    turns.wait();
+    const int at = next;
+    if (fault != kHalfVote || threadIdx.x % 2 == 0) {
+      finish_first(at < 0 || (fault == kTrap && threadIdx.x == 5));
+    }
+    meet(1 + group, kWarpgroup);
+    if (threadIdx.x % kWarpgroup == 0) {
+      out[at] = group;
+      next = at + 1;
+    }
+    for (int times = fault == kNoPass ? 0 : fault == kPassTwice ? 2 : 1; times > 0; --times) {
+      turns.pass();
+    }
+    if (fault == kTwoCounts) {
+      arrive(4 + group, kWarpgroup);
+    }
+  }
+  if (fault != kNoEnd) {
+    turns.end();
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+__attribute__((visibility("default"))) int unit_turns(int* out, int groups, int rounds, int fault) {
+  const auto kernel = groups == 2 ? unit_turns_kernel<2> : unit_turns_kernel<3>;
+  kernel<<<1, groups * kWarpgroup, sizeof(int), nullptr>>>(out, rounds, static_cast<Fault>(fault));
+  return cudaGetLastError();
+}
 
 __attribute__((visibility("default"))) int unit_tma(void* from, void* to, bool adds, uint16_t* dump, int batch,
                                                     int heads, int rows, int at_row, int at_head, int at_batch) {

@@ -28,6 +28,37 @@ __device__ __forceinline__ void assign_roles(Produce produce, Consume consume) {
   }
 }
 
+// Executed by whole warps. The arithmetic that `never` depends on is done before anything that follows. `never` must be
+// false for every input, NaN included. wgmma_wait orders no arithmetic on registers that no product uses, and ptxas
+// moves the wait to the front. A vote with a trap ends the basic block, and ptxas moves no wait over that.
+__device__ __forceinline__ void finish_first(bool never) {
+  if (__any_sync(0xffffffffu, never)) {
+    __trap();
+  }
+}
+
+// kGroups warpgroups take turns at the tensor cores: the others compute while one issues its products. Each warpgroup
+// calls start, then wait and pass in turn, all equally often, and end. Barriers kFirst to kFirst + kGroups - 1 are
+// theirs; a warpgroup waits at its own for the one before it.
+template <int kGroups, int kFirst>
+struct Turns {
+  static constexpr int kThreads = 2 * kWarpgroup;
+  int group;
+
+  __device__ __forceinline__ void start() const {
+    if (group == kGroups - 1) {
+      arrive(kFirst, kThreads);  // the first turn is that of warpgroup 0
+    }
+  }
+  __device__ __forceinline__ void wait() const { meet(kFirst + group, kThreads); }
+  __device__ __forceinline__ void pass() const { arrive(group == kGroups - 1 ? kFirst : kFirst + 1 + group, kThreads); }
+  __device__ __forceinline__ void end() const {
+    if (group == 0) {
+      meet(kFirst, kThreads);  // answers the last pass
+    }
+  }
+};
+
 // The tiles of a block of threads. When a tile is taken, the next one comes from a counter that all blocks share and
 // that starts at 0; the first tile of a block has the block's index. Without a counter, each block has one tile. The
 // loading warp takes tiles ahead of the other warps, as far as its stages allow, and passes on those that exist.

@@ -1,6 +1,6 @@
 #pragma once
 // Operations of warps and warpgroups in a kernel with roles: redistribution of registers, barriers, powers of two. PTX
-// ISA: setmaxnreg, bar.sync, ex2.
+// ISA: setmaxnreg, bar.sync, bar.arrive, ex2.
 #include <cstdint>
 
 namespace fastattn::sm90 {
@@ -20,6 +20,10 @@ __device__ __forceinline__ void give_registers() {
 // Waits at barrier `id`, 1 to 15; 0 is the barrier of __syncthreads.
 __device__ __forceinline__ void meet(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Arrives at barrier `id` without waiting. `threads` counts those that arrive and those that wait.
+__device__ __forceinline__ void arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // 2^x with an error of about 2 units in the last place; 0 for -inf.

@@ -6,6 +6,7 @@
 namespace emulated {
 
 static bool unfenced[1024];
+static size_t products_in_flight[1024];  // of each thread
 
 inline void check_fenced() {
   if (unfenced[current]) {

@@ -126,7 +126,7 @@ inline void check_idle() {
   }
 }
 
-inline const bool engine_is_set = (engine = run_loads, end_of_block = check_idle, true);
+inline const bool engine_is_set = (engine = run_loads, end_of_block.push_back(check_idle), true);
 
 inline cudaError_t entry_point(const char*, void** function, unsigned, uint64_t,
                                cudaDriverEntryPointQueryResult* found) {

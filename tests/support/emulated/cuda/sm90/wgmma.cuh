@@ -1,7 +1,7 @@
 #pragma once
 // Replaces csrc/cuda/sm90/wgmma.cuh. Operands are read through the descriptors as the PTX ISA defines them, without the
 // index functions of the kernels. Results arrive at the wait; until then the accumulators hold NaN. A change to shared
-// memory or to an accumulator between the instruction and the wait is an error.
+// memory, to an operand in registers or to an accumulator between the instruction and the wait is an error.
 #include "cuda/sm90/fragment.cuh"
 #include "cuda/sm90/shared.cuh"
 
@@ -15,7 +15,9 @@ struct Product {
   int accumulators;
   bool accumulates, a_in_registers, mn_major;  // mn_major: of the operands in shared memory
   uint64_t desc_a, desc_b;
-  float a[2][kK];  // the two rows of the thread
+  float a[2][kK];           // the two rows of the thread
+  const uint32_t* operand;  // A in registers, of this thread
+  uint32_t bits[4];         // and what they held when the product was issued
   std::vector<float> value;
 };
 
@@ -108,6 +110,7 @@ void issue(float* d, Product product) {
     std::fill(d, d + product.accumulators, NAN);
   }
   mine.products.push_back(std::move(product));
+  products_in_flight[current] = mine.products.size();
 }
 
 inline void deliver(int groups_left) {
@@ -116,6 +119,9 @@ inline void deliver(int groups_left) {
   size_t n = 0;
   for (; n < mine.products.size() && mine.products[n].group < last; ++n) {
     const Product& product = mine.products[n];
+    if (product.a_in_registers && std::memcmp(product.operand, product.bits, sizeof(product.bits)) != 0) {
+      fail("an operand in registers was written while a product read it");
+    }
     const auto now = multiplier(product);
     if (std::memcmp(now.data(), product.value.data(), now.size() * sizeof(float)) != 0) {
       fail("shared memory changed while a product read it");
@@ -129,6 +135,7 @@ inline void deliver(int groups_left) {
     }
   }
   mine.products.erase(mine.products.begin(), mine.products.begin() + n);
+  products_in_flight[current] = mine.products.size();
   for (size_t h = mine.held.size(); h-- > 0;) {
     auto& held = mine.held[h];
     bool busy = false;
@@ -167,7 +174,7 @@ void wgmma_wait() {
 template <typename T, bool kMnMajor = false, int kAccumulators>
 void wgmma_ss(float (&d)[kAccumulators], uint64_t desc_a, uint64_t desc_b, bool accumulates) {
   emulated::wait(emulated::State::kWaitsForWarp);
-  emulated::issue<T>(d, {0, nullptr, kAccumulators, accumulates, false, kMnMajor, desc_a, desc_b, {}, {}});
+  emulated::issue<T>(d, {0, nullptr, kAccumulators, accumulates, false, kMnMajor, desc_a, desc_b, {}, nullptr, {}, {}});
 }
 
 template <typename T, int kAccumulators>
@@ -176,7 +183,8 @@ void wgmma_rs(float (&d)[kAccumulators], const uint32_t (&a)[4], uint64_t desc_b
   const size_t thread = emulated::current, quad = thread / 4 * 4;
   std::memcpy(operand[thread], a, sizeof(operand[thread]));
   emulated::wait(emulated::State::kWaitsForWarp);
-  emulated::Product product{0, nullptr, kAccumulators, true, true, true, 0, desc_b, {}, {}};
+  emulated::Product product{0, nullptr, kAccumulators, true, true, true, 0, desc_b, {}, a, {}, {}};
+  std::memcpy(product.bits, a, sizeof(product.bits));
   for (int k = 0; k < emulated::kK; ++k) {  // registers 0, 1: columns 0 to 7 of both rows; 2, 3: columns 8 to 15
     for (int r = 0; r < 2; ++r) {
       T pair[2];
