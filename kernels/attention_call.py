@@ -214,8 +214,6 @@ class Plan:
         block, length, heads = config.block_m, self.total_q, self.n_heads
         if kernel == "dkdv":
             block, length, heads = config.block_n, self.total_k, self.kv_heads
-        elif self.form.HAS_LEFT:  # keys before the first window must not be read, which a descriptor cannot express
-            tma = False
         blocks = triton.cdiv(length, block)
         if self.sequences is not None and blocks:
             blocks = length // block + self.sequences + 1  # find_tile relies on this number

@@ -2,7 +2,8 @@
 
 A key is (architecture, kernel, bytes per element, head_dim). Its row has one Launch for each kind of call: no mask
 ("full"), causal or a window ("causal"), and features that need registers ("extra": mask, bias, ALiBi, softcap or
-dropout). Architecture 86 stands for all that have about 100 KB of shared memory.
+dropout). Architecture 86 stands for all that have about 100 KB of shared memory. AMD's GPUs have 64 KB: they use its
+rows with at most AMD_STAGES stages. Nothing has run on them: the kernels compile, but no call chooses them.
 """
 
 import functools
@@ -14,6 +15,7 @@ from fastattn.kernels.common import Launch
 
 KERNELS = ("fwd", "dkdv", "dq", "dbias")
 HEAD_DIMS = (32, 64, 128, 256)
+AMD, AMD_STAGES = "amd", 2
 PREPROCESS = Launch(64, 0, 4)
 INTERPRETED = Launch(64, 64, 4, 2)  # few large blocks, because the interpreter needs time per program and per operation
 
@@ -22,6 +24,8 @@ def architecture(device):
     """Return (the table's architecture, whether the device has TMA). The interpreter has architecture 0."""
     if device.type == "cpu":
         return 0, False
+    if torch.version.hip:
+        return AMD, False
     major, minor = torch.cuda.get_device_capability(device)
     if major == 8:
         return 80 if minor in (0, 7) else 86, False
@@ -32,6 +36,8 @@ def table_key(arch, kernel, element_size, head_dim):
     """Return the key of the row for a head dim: that of the next larger one of HEAD_DIMS."""
     if element_size == 4:
         arch = 80  # products of fp32 run on the same units on all architectures: one set of rows
+    elif arch == AMD:
+        arch = 86
     return arch, kernel, element_size, next(d for d in HEAD_DIMS if head_dim <= d)
 
 
@@ -41,4 +47,6 @@ def pick(kernel, device, dtype, head_dim, extra, windowed):
     arch, tma = architecture(device)
     kind = "extra" if extra else "causal" if windowed else "full"
     row = INTERPRETED if arch == 0 else getattr(TABLE[table_key(arch, kernel, dtype.itemsize, head_dim)], kind)
+    if arch == AMD:
+        row = row._replace(stages=min(row.stages, AMD_STAGES))
     return row, tma and dtype.itemsize == 2

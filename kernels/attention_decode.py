@@ -95,13 +95,13 @@ class DecodeForm(NamedTuple):
 
 
 @triton.jit
-def find_places(rows, inside, batch, cache, pages, page_size, WHOLE_PAGES: tl.constexpr):
-    """Return (page, row within it) for rows of the cache; without pages (0, row)."""
+def find_places(first, rows, inside, batch, cache, pages, page_size, WHOLE_PAGES: tl.constexpr):
+    """Return (page, row within it) for rows of the cache; without pages (0, row). WHOLE_PAGES: the rows are `first` and
+    the following ones, all in one page."""
     if cache.block_table_ptr is None:
         page = 0
         row = rows.to(tl.int64)
-    elif WHOLE_PAGES:  # the whole block lies in one page
-        first = tl.min(rows, 0)
+    elif WHOLE_PAGES:
         page = tl.load(cache.block_table_ptr + batch * pages + first // page_size).to(tl.int64)
         row = (first % page_size + tl.arange(0, rows.shape[0])).to(tl.int64)
     else:
@@ -190,10 +190,11 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
     BLOCK_N: tl.constexpr = form.BLOCK_N
     i = query[:, None]
     for block in range(first, end):
-        rows = tl.multiple_of(block * BLOCK_N, BLOCK_N) + tl.arange(0, BLOCK_N)
+        start = tl.multiple_of(block * BLOCK_N, BLOCK_N)
+        rows = start + tl.arange(0, BLOCK_N)
         inside = (rows >= begin_k) & (rows < end_k)
         j = rows[None, :]
-        page, row = find_places(rows, inside, batch, cache, pages, page_size, form.WHOLE_PAGES)
+        page, row = find_places(start, rows, inside, batch, cache, pages, page_size, form.WHOLE_PAGES)
         k_tile = load_rows(k_ptr, page * k.strides[0] + row * k.strides[2], inside, form.HEAD_DIM, form.BLOCK_D)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=form.PRECISION)
         s, _ = tile_scores(qk, i, j, span, head, features, form)
@@ -292,7 +293,7 @@ def attention_decode_append_kernel(k, v, k_cache, v_cache, cache, n_kv_heads, se
     new = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     position = tl.load(cache.seqlens_ptr + batch) + new
     inside = (new < seqlen_new) & (position >= 0) & (position < capacity)
-    page, row = find_places(position, inside, batch, cache, pages, page_size, False)
+    page, row = find_places(0, position, inside, batch, cache, pages, page_size, False)
     _append(k, k_cache, new, page, row, inside, batch, kv_head, cache, HEAD_DIM, BLOCK_D)
     _append(v, v_cache, new, page, row, inside, batch, kv_head, cache, HEAD_DIM_V, BLOCK_DV)
 

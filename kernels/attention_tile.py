@@ -120,11 +120,15 @@ def head_ptr(rows, batch, head):
 @triton.jit
 def side_of(rows, index, head, first, begin, end, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
             TMA: tl.constexpr):  # fmt: skip
-    """Return the Side for rows [begin, end) of a head, counted from its row `first`."""
+    """Return the Side for rows [begin, end) of a head, counted from its row `first`.
+
+    A descriptor begins with row `begin`: rows before it have negative coordinates, which load as zeros.
+    """
     stride = rows.strides[2]
     source = head_ptr(rows, index, head) + first * stride
     if TMA:
-        source = tl.make_tensor_descriptor(source, [tl.maximum(end, 1), DIM], [stride, 1], [BLOCK, BLOCK_D])
+        source += tl.cast(begin, tl.int64) * stride
+        source = tl.make_tensor_descriptor(source, [tl.maximum(end - begin, 1), DIM], [stride, 1], [BLOCK, BLOCK_D])
     return Side(source, stride, begin, end)
 
 
@@ -140,7 +144,7 @@ def key_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, form: t
     begin = 0
     end = span.length_k
     if form.HAS_LEFT:
-        begin = span.off - span.left
+        begin = tl.maximum(span.off - span.left, 0)
     if form.HAS_RIGHT:
         end = tl.minimum(span.length_k, span.seqlen_q + span.off + span.right)
     return side_of(rows, span.index, head, span.first_k, begin, end, DIM, BLOCK_D, form.BLOCK_N, form.TMA)
@@ -219,7 +223,7 @@ def load_tile(side, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.c
               TMA: tl.constexpr):  # fmt: skip
     """Load rows start to start + BLOCK - 1. Rows outside [begin, end), if EDGE, and columns past DIM are zeros."""
     if TMA:
-        tile = side.source.load([start, 0])
+        tile = side.source.load([start - side.begin, 0])
     else:
         rows = start + tl.arange(0, BLOCK)
         offs_d = tl.arange(0, BLOCK_D)

@@ -54,6 +54,22 @@ class Variants(NamedTuple):
     extra: Launch
 
 
+def eights(*sizes):
+    """Whether sizes and strides are multiples of 8 elements, but not all of 16.
+
+    Triton sees only the latter, and would read rows of 1000 columns in half precision 2 bytes at a time instead of 16.
+    """
+    return all(size % 8 == 0 for size in sizes) and any(size % 16 for size in sizes)
+
+
+@triton.jit
+def in_eights(size, EIGHTS: tl.constexpr):
+    """Return `size`, which the compiler knows to be a multiple of 8 if EIGHTS."""
+    if EIGHTS:
+        size = size // 8 * 8
+    return size
+
+
 @triton.jit
 def tanh(x):
     # the quotient cancels near 0; the series is exact to fp32 there

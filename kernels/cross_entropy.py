@@ -9,7 +9,7 @@ A program owns a row and reads it twice in blocks of BLOCK_N columns. The first 
 exponentials together; the sum so far is rescaled if the maximum grows. The second pass computes the gradient, from a
 row that is still in the L2 cache. Differences to the maximum and to s_target are taken before anything is summed.
 Ignored rows are not read.
-Limits: fewer than 2^31 - BLOCK_N columns. If the row stride is not a multiple of 16 elements, loads are narrow.
+Limits: fewer than 2^31 - BLOCK_N columns. If the row stride is not a multiple of 8 elements, loads are narrow.
 Reference: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
 
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.common import Launch, launch, launch_for, register, tanh
+from fastattn.kernels.common import Launch, eights, in_eights, launch, launch_for, register, tanh
 
 # By width; wider rows are read in blocks of the last entry.
 TABLE = (Launch(1, 256, 1), Launch(1, 1024, 4), Launch(1, 4096, 8))
@@ -33,8 +33,10 @@ def _cap(x, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def cross_entropy_fwd_kernel(
     logits_ptr, target_ptr, dloss_ptr, loss_ptr, cols, logits_stride, ignore_index, smoothing, z_loss, softcap,
-    SOFTCAP: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, NEED_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
+    logits_stride = in_eights(logits_stride, EIGHTS)
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     target = tl.load(target_ptr + row)
@@ -100,7 +102,7 @@ def cross_entropy_fwd(logits, target, dloss, ignore_index, label_smoothing, z_lo
         launch(
             cross_entropy_fwd_kernel, (rows,), logits.device, logits, target, dloss, loss, cols, logits.stride(0),
             ignore_index, label_smoothing, z_loss, softcap, SOFTCAP=softcap > 0, NEED_GRAD=need_grad,
-            BLOCK_N=tile.block_n, **tile.options(),
+            BLOCK_N=tile.block_n, EIGHTS=eights(cols, logits.stride(0)), **tile.options(),
         )  # fmt: skip
     return loss
 

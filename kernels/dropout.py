@@ -14,6 +14,8 @@ from fastattn.kernels.common import (
     as_rows,
     dropout_constants,
     dropout_rows,
+    eights,
+    in_eights,
     launch,
     launch_for,
     register,
@@ -26,8 +28,11 @@ TABLE = (Launch(32, 64, 4), Launch(16, 128, 4), Launch(8, 256, 4), Launch(4, 512
 @triton.jit(do_not_specialize=VARYING)
 def dropout_fwd_kernel(
     x_ptr, residual_ptr, rng_ptr, out_ptr, rows, cols, x_stride, residual_stride, threshold, scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
+    x_stride = in_eights(x_stride, EIGHTS)
+    residual_stride = in_eights(residual_stride, EIGHTS)
     column_tiles = tl.cdiv(cols, BLOCK_N)
     tile = tl.program_id(0)
     row = (tile // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -57,7 +62,8 @@ def dropout_fwd(x, residual, rng, dropout_p):
     grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n),)
     launch(
         dropout_fwd_kernel, grid, x.device, x, residual, rng, out, rows, cols, x_stride, residual_stride, threshold,
-        scale, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options(),
+        scale, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, EIGHTS=eights(cols, x_stride, residual_stride),
+        **tile.options(),
     )  # fmt: skip
     return out
 

@@ -22,6 +22,8 @@ from fastattn.kernels.common import (
     as_rows,
     dropout_constants,
     dropout_halfwords,
+    eights,
+    in_eights,
     launch,
     persistent_programs,
     register,
@@ -83,8 +85,11 @@ def _activation(x, ACTIVATION: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def activation_fwd_kernel(
     preact_ptr, gate_ptr, rng_ptr, hidden_ptr, rows, cols, preact_stride, gate_stride, threshold, scale,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
+    preact_stride = in_eights(preact_stride, EIGHTS)
+    gate_stride = in_eights(gate_stride, EIGHTS)
     strips = tl.cdiv(cols, BLOCK_N)
     tile = tl.program_id(0)
     row = (tile // strips).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,8 +114,12 @@ def activation_fwd_kernel(
 def activation_bwd_kernel(
     dhidden_ptr, preact_ptr, gate_ptr, rng_ptr, dpreact_ptr, dgate_ptr, hidden_ptr, dbias_ptr, dbias_gate_ptr,
     rows, cols, dhidden_stride, preact_stride, gate_stride, threshold, scale,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
+    dhidden_stride = in_eights(dhidden_stride, EIGHTS)
+    preact_stride = in_eights(preact_stride, EIGHTS)
+    gate_stride = in_eights(gate_stride, EIGHTS)
     program, programs = tl.program_id(1), tl.num_programs(1)
     start = tl.program_id(0) * BLOCK_N
     col = start + tl.arange(0, BLOCK_N)
@@ -171,7 +180,7 @@ def activation_fwd(preact, gate, rng, dropout_p, activation):
     launch(
         activation_fwd_kernel, grid, preact.device, preact, gate, rng, hidden, rows, cols, preact_stride, gate_stride,
         threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=FORWARD.block_m, BLOCK_N=FORWARD.block_n,
-        **FORWARD.options(),
+        EIGHTS=eights(cols, preact_stride, gate_stride), **FORWARD.options(),
     )  # fmt: skip
     return hidden
 
@@ -203,7 +212,8 @@ def activation_bwd(dhidden, preact, gate, rng, dropout_p, activation, need_hidde
         activation_bwd_kernel, (strips, programs), device, dhidden, preact, gate, rng, dpreact,
         None if gate is None else dgate, hidden if need_hidden else None, *partials, rows, cols, dhidden_stride,
         preact_stride, gate_stride, threshold, scale, ACTIVATION=NAMES[activation], BLOCK_M=BACKWARD.block_m,
-        BLOCK_N=BACKWARD.block_n, **BACKWARD.options(),
+        BLOCK_N=BACKWARD.block_n, EIGHTS=eights(cols, dhidden_stride, preact_stride, gate_stride),
+        **BACKWARD.options(),
     )  # fmt: skip
     if need_dbias or need_dbias_gate:
         add_up((*partials, None), (dbias if need_dbias else None, dbias_gate if need_dbias_gate else None, None))

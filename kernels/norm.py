@@ -27,6 +27,8 @@ from fastattn.kernels.common import (
     contiguous,
     dropout_constants,
     dropout_rows,
+    eights,
+    in_eights,
     launch,
     launch_for,
     persistent_programs,
@@ -124,8 +126,11 @@ def _finish_stats(mean, centered_sum, square_sum, cols, eps, RMS: tl.constexpr):
 def norm_fwd_kernel(
     x_ptr, x_bias_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
     rows, cols, x_stride, residual_stride, threshold, scale, eps,
-    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
+    x_stride = in_eights(x_stride, EIGHTS)
+    residual_stride = in_eights(residual_stride, EIGHTS)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (col < cols)[None, :]
@@ -165,8 +170,11 @@ def norm_fwd_kernel(
 def norm_fwd_wide_kernel(
     x_ptr, x_bias_ptr, residual_ptr, weight_ptr, bias_ptr, rng_ptr, y_ptr, r_ptr, stats_ptr,
     rows, cols, x_stride, residual_stride, threshold, scale, eps,
-    RMS: tl.constexpr, BLOCK_N: tl.constexpr,
+    RMS: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
+    x_stride = in_eights(x_stride, EIGHTS)
+    residual_stride = in_eights(residual_stride, EIGHTS)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
 
     # three passes over a row that stays in the L2 cache: mean, centred second moment, result
@@ -239,8 +247,12 @@ def _store_dr(
 def norm_bwd_kernel(
     dy_ptr, dr_out_ptr, r_ptr, weight_ptr, stats_ptr, rng_ptr, dx_ptr, dresidual_ptr,
     dweight_ptr, dbias_ptr, dx_bias_ptr, rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale,
-    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
+    dy_stride = in_eights(dy_stride, EIGHTS)
+    dr_out_stride = in_eights(dr_out_stride, EIGHTS)
+    r_stride = in_eights(r_stride, EIGHTS)
     program, programs = tl.program_id(0), tl.num_programs(0)
     col = tl.arange(0, BLOCK_N)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -282,8 +294,12 @@ def norm_bwd_kernel(
 def norm_bwd_wide_kernel(
     dy_ptr, dr_out_ptr, r_ptr, weight_ptr, stats_ptr, rng_ptr, dx_ptr, dresidual_ptr,
     rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale,
-    RMS: tl.constexpr, BLOCK_N: tl.constexpr,
+    RMS: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
+    dy_stride = in_eights(dy_stride, EIGHTS)
+    dr_out_stride = in_eights(dr_out_stride, EIGHTS)
+    r_stride = in_eights(r_stride, EIGHTS)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     mean, rstd = _load_stats(stats_ptr, row, rows, RMS)
 
@@ -315,8 +331,11 @@ def norm_bwd_wide_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def norm_bwd_strip_kernel(
     dy_ptr, r_ptr, dx_ptr, stats_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr, rows, cols, dy_stride, r_stride,
-    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
+    dy_stride = in_eights(dy_stride, EIGHTS)
+    r_stride = in_eights(r_stride, EIGHTS)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if dweight_ptr is not None or dbias_ptr is not None:
         dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -355,8 +374,9 @@ def _add_up(partials_ptr, out_ptr, programs, cols, col, BLOCK_M: tl.constexpr, B
 def add_up_kernel(
     dweight_partials_ptr, dbias_partials_ptr, dx_bias_partials_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr,
     programs, cols,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EIGHTS: tl.constexpr = False,
 ):  # fmt: skip
+    cols = in_eights(cols, EIGHTS)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if dweight_ptr is not None:
         _add_up(dweight_partials_ptr, dweight_ptr, programs, cols, col, BLOCK_M, BLOCK_N)
@@ -372,7 +392,7 @@ def add_up(partials, outputs):
     out = next(t for t in outputs if t is not None)
     launch(
         add_up_kernel, (triton.cdiv(cols, SUM.block_n),), out.device, *partials, *outputs, programs, cols,
-        BLOCK_M=SUM.block_m, BLOCK_N=SUM.block_n, **SUM.options(),
+        BLOCK_M=SUM.block_m, BLOCK_N=SUM.block_n, EIGHTS=eights(cols), **SUM.options(),
     )  # fmt: skip
 
 
@@ -386,14 +406,15 @@ def _forward(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias, y, r, 
         x, contiguous(x_bias), residual, contiguous(weight), contiguous(bias), rng, y, r, stats,
         rows, cols, x_stride, residual_stride, threshold, scale, eps,
     )  # fmt: skip
+    constants = {"RMS": rms, "EIGHTS": eights(cols, x_stride, residual_stride)}
     tile = launch_for(FORWARD, cols)
     if tile is not None:
         launch(
-            norm_fwd_kernel, (triton.cdiv(rows, tile.block_m),), x.device, *args, RMS=rms, BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n, **tile.options(),
+            norm_fwd_kernel, (triton.cdiv(rows, tile.block_m),), x.device, *args, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, **constants, **tile.options(),
         )  # fmt: skip
     else:
-        launch(norm_fwd_wide_kernel, (rows,), x.device, *args, RMS=rms, BLOCK_N=WIDE.block_n, **WIDE.options())
+        launch(norm_fwd_wide_kernel, (rows,), x.device, *args, BLOCK_N=WIDE.block_n, **constants, **WIDE.options())
 
 
 def norm_infer(x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias=None):
@@ -434,6 +455,7 @@ def norm_bwd(
     rng, threshold, scale = dropout_constants(rng, dropout_p)
     inputs = (dy, dr_out, r, contiguous(weight), stats, rng, dx, dresidual if separate_dresidual else None)
     sizes = (rows, cols, dy_stride, dr_out_stride, r_stride, threshold, scale)
+    constants = {"RMS": rms, "EIGHTS": eights(cols, dy_stride, dr_out_stride, r_stride)}
     outputs = [t if wanted else None for t, wanted in zip(sums, needed, strict=True)]
     tile = launch_for(BACKWARD, cols)
     if tile is not None and not (need_dx_bias and cols > BIASED_COLS):
@@ -446,18 +468,18 @@ def norm_bwd(
             for wanted in (with_dweight, need_dbias, need_dx_bias)
         ]
         launch(
-            norm_bwd_kernel, (programs,), device, *inputs, *partials, *sizes, RMS=rms, BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n, **tile.options(),
+            norm_bwd_kernel, (programs,), device, *inputs, *partials, *sizes, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, **constants, **tile.options(),
         )  # fmt: skip
         if any(needed):
             add_up(partials, outputs)
         return dx, dresidual, *sums
     strip = STRIP._replace(block_n=INTERPRETED_STRIP_N) if INTERPRETED else STRIP
-    launch(norm_bwd_wide_kernel, (rows,), device, *inputs, *sizes, RMS=rms, BLOCK_N=WIDE.block_n, **WIDE.options())
+    launch(norm_bwd_wide_kernel, (rows,), device, *inputs, *sizes, BLOCK_N=WIDE.block_n, **constants, **WIDE.options())
     if any(needed):
         launch(
             norm_bwd_strip_kernel, (triton.cdiv(cols, strip.block_n),), device, dy, r, dx, stats, *outputs, rows, cols,
-            dy_stride, r_stride, RMS=rms, BLOCK_M=strip.block_m, BLOCK_N=strip.block_n, **strip.options(),
+            dy_stride, r_stride, BLOCK_M=strip.block_m, BLOCK_N=strip.block_n, **constants, **strip.options(),
         )  # fmt: skip
     return dx, dresidual, *sums
 

@@ -4,6 +4,7 @@
     python scripts/kernel_report.py --only attention sm_90  the cases whose title has one of these words
     python scripts/kernel_report.py --save before.json      save the numbers before a change
     python scripts/kernel_report.py --against before.json   show what the change did to them
+    python scripts/kernel_report.py --tree ../old --save before.json   the numbers of another checkout
 
 The cases are calls: the launchers run on CPU tensors in place of GPU tensors, and the kernels are compiled with the
 options, constants and integer properties that the launchers pass. Fewer instructions are not always faster; more
@@ -40,10 +41,12 @@ DECODE = {
 NORM = {
     "512": {"width": 512},
     "4096 dropout": {"width": 4096, "dropout_p": 0.1},
+    "1000 dropout": {"width": 1000, "dropout_p": 0.1},
     "2048 rms": {"width": 2048, "rms": True},
     "20000": {"width": 20000},
 }
-CALLS = {"attention": ATTENTION, "attention_decode": DECODE, "norm": NORM, "passes": {"1024": {"width": 1024}}}
+PASSES = {"1024": {"width": 1024}, "1000": {"width": 1000}}
+CALLS = {"attention": ATTENTION, "attention_decode": DECODE, "norm": NORM, "passes": PASSES}
 ARCHS = {"attention": (80, 90, 100, 120), "attention_decode": (80, 90), "norm": (80, 90), "passes": (80, 90)}
 SPARSE = {120: ("d64", "d128 causal")}  # the only cases for an architecture that shares the table rows of another
 SHOWN = ("registers", "stack", "spills", "shared", "instructions", "products")
@@ -97,12 +100,13 @@ def main(arguments=None):
     parser.add_argument("--only", nargs="+", default=(), help="cases whose title has one of these words")
     parser.add_argument("--save", type=pathlib.Path, help="JSON file to save the numbers in")
     parser.add_argument("--against", type=pathlib.Path, help="JSON file that --save has written")
+    parser.add_argument("--tree", type=pathlib.Path, default=ROOT, help="the checkout whose kernels are compiled")
     options = parser.parse_args(arguments)
 
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     import compilations
 
-    results = compilations.run(json.dumps(list(cases(options.only))), timeout=None)
+    results = compilations.run(json.dumps(list(cases(options.only))), timeout=None, tree=options.tree.resolve())
     after = {title: numbers for case in results for title, numbers in measured(case)}
     if options.save:
         options.save.write_text(json.dumps(after, indent=1))

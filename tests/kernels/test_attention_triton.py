@@ -120,6 +120,9 @@ def test_block_shapes_do_not_matter(blocks, launchers, monkeypatch):
         {"d": 40, "dv": 24},
         {"packed": ([0, 30, 70], [0, 65, 80])},
         {"lengths": [50, 0], "batch": 2},
+        {"window_left": 20, "window_right": 5},
+        {"window_left": 7, "sq": 40, "sk": 90, "lengths": [90, 3], "batch": 2},
+        {"window_left": 9, "window_right": 0, "packed": ([0, 30, 70], [0, 65, 80])},
     ],
 )
 def test_descriptors(options, launchers, monkeypatch):

@@ -46,6 +46,18 @@ def resources(cubin):
     return {"registers": int(registers), "stack": int(stack), "instructions": len(code), **counts}
 
 
+def amd_resources(text):
+    """The same of AMD's assembly: vector registers, scratch bytes and matrix products."""
+
+    def number(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    code = re.findall(r"^\s+([sv]_\w+|ds_\w+|global_\w+|buffer_\w+)", text, re.M)
+    products = sum(op.startswith(("v_mfma", "v_wmma")) for op in code)
+    return {"registers": number("vgpr_count"), "stack": number("private_segment_fixed_size"),
+            "instructions": len(code), "products": products}  # fmt: skip
+
+
 def compile_one(config):
     """Compile a configuration and return it with its resources."""
     import triton
@@ -53,7 +65,9 @@ def compile_one(config):
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(config["module"]), config["kernel"])
-    names, constants = kernel.arg_names, config["constants"]
+    names, defaults = kernel.arg_names, kernel.signature.parameters
+    constants = {n: defaults[n].default for n in names if defaults[n].default is not defaults[n].empty}
+    constants |= config["constants"]
     types = {name: tuple(t) if isinstance(t, list) else t for name, t in config["types"].items()}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     places = [

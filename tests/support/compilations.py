@@ -15,6 +15,7 @@ import functools
 import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -22,18 +23,19 @@ import aot
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-MODULES = ("attention_fwd", "attention_bwd", "attention_dbias", "attention_decode", "cross_entropy", "dropout",
-           "feed_forward", "norm", "rotary")  # fmt: skip
 
 
 class NoDriver:
-    """The functions of a driver that the launch code calls before it compiles. The "device" is its architecture."""
+    """The functions of a driver that the launch code calls before it compiles. The "device" is its architecture: 90 for
+    sm_90, or the name of an AMD GPU such as gfx942."""
 
     arch = 90
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
+        if isinstance(self.arch, str):
+            return GPUTarget("hip", self.arch, 64 if self.arch.startswith("gfx9") else 32)
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self):
@@ -49,15 +51,21 @@ def pretend(arch):
 
     import fastattn  # noqa: F401
 
+    for module in pkgutil.iter_modules(importlib.import_module("fastattn.kernels").__path__):
+        kernels(module.name)  # registers its ops
     NoDriver.arch = arch
     triton.runtime.driver.set_active(NoDriver())
-    torch.cuda.get_device_capability = lambda device: divmod(arch, 10)
+    torch.version.hip = "6.4" if isinstance(arch, str) else None
+    torch.cuda.get_device_capability = lambda device: (9, 4) if isinstance(arch, str) else divmod(arch, 10)
     config = kernels("attention_config")
     if not hasattr(config, "real_architecture"):
         config.real_architecture = config.architecture
     config.architecture = lambda device: config.real_architecture(torch.device("cuda"))
-    config.pick.cache_clear()
-    kernels("attention_call").plan_for.cache_clear()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastattn.kernels"):  # decisions that were made for another architecture
+            for value in vars(module).values():
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
 
 
 def kernels(name):
@@ -192,11 +200,21 @@ def count_binaries():
     return found
 
 
+def call(op, **values):
+    """Call the launcher of a raw op with the values that its schema names; another checkout may have fewer."""
+    from fastattn.ops._register import _python_kernels
+
+    names = [argument.name for argument in getattr(torch.ops.fastattn, op).triton._schema.arguments]
+    return _python_kernels[op, "triton", "cuda"](*(values[name] for name in names))
+
+
 def norm_bwd(width, needed, dropout=False, residual=False):
     """needed: which of dweight, dbias and dx_bias."""
     x, rng = torch.ones(7, width), torch.ones(2, dtype=torch.int64) if dropout else None
-    dr_out = x if residual else None
-    kernels("norm").norm_bwd(x, dr_out, x, x[0], torch.ones(2, 7), rng, 0.1, False, residual, *needed)
+    weight, bias, x_bias = needed
+    call("norm_bwd", dy=x, dr_out=x if residual else None, r=x, weight=x[0], stats=torch.ones(2, 7), rng=rng,
+         dropout_p=0.1, rms=False, separate_dresidual=residual, need_dweight=weight, need_dbias=bias,
+         need_dx_bias=x_bias)  # fmt: skip
 
 
 def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024, left=-1, right=-1, mask=False,
@@ -209,17 +227,20 @@ def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024,
     if packed:
         q, k = q[:1], k[:1]
         ends = torch.tensor([0, 1, seqlen - 5]).int()
-    mask = torch.ones(2, 1, 1, seqlen, dtype=torch.bool) if mask else None
-    bias = None if bias is None else torch.ones(bias, dtype=dtype)
     sink, slopes = (torch.ones(heads) if wanted else None for wanted in (sink, alibi))
-    rng = torch.ones(2, dtype=torch.int64) if dropout_p else None
-    options = (seqlen, seqlen, left, right, False, softcap, dropout_p, 0.125)
-    lengths = torch.ones(2).int() if lengths else None
-    rest = (mask, lengths, ends, ends, slopes, rng, *options)
-    out, lse, low = kernels("attention_fwd").attention_fwd(q, k, k, bias, sink, *rest, False)
+    inputs = {
+        "q": q, "k": k, "v": k, "sink": sink, "alibi_slopes": slopes, "softcap": softcap, "dropout_p": dropout_p,
+        "bias": None if bias is None else torch.ones(bias, dtype=dtype), "scale": 0.125,
+        "mask": torch.ones(2, 1, 1, seqlen, dtype=torch.bool) if mask else None, "cu_seqlens_q": ends,
+        "cu_seqlens_k": ends, "seqlens_k": torch.ones(2).int() if lengths else None, "window_left": left,
+        "window_right": right, "top_left": False, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen,
+        "rng": torch.ones(2, dtype=torch.int64) if dropout_p else None,
+    }  # fmt: skip
+    out, *saved = call("attention_fwd", **inputs, need_low=False)
+    saved = dict(zip(("lse", "lse_low"), saved, strict=False))
     if backward:
-        kernels("attention_bwd").attention_bwd(out, None, q, k, k, out, lse, low, bias, sink, *rest, bias is not None,
-                                            False)  # fmt: skip
+        call("attention_bwd", do=out, dlse=None, out=out, **saved, **inputs, need_dbias=bias is not None,
+             deterministic=False)  # fmt: skip
 
 
 def attention_decode_call(head_dim, dtype="bfloat16", queries=1, page_size=0, num_splits=4, left=-1, softcap=0.0,
@@ -231,13 +252,14 @@ def attention_decode_call(head_dim, dtype="bfloat16", queries=1, page_size=0, nu
         pages = capacity // page_size
         cache = torch.ones(batch * pages, page_size, 2, head_dim, dtype=dtype).transpose(1, 2)
         table = torch.arange(batch * pages).int().view(batch, pages)
-    lengths = torch.ones(batch).int()
     sink, slopes = (torch.ones(8) if wanted else None for wanted in (sink, alibi))
-    module = kernels("attention_decode")
     batch_idx, leftpad = (torch.ones(batch).int() if wanted else None for wanted in (batch_idx, leftpad))
-    module.attention_decode_append(cache, cache, new, new, lengths, table, batch_idx)
-    module.attention_decode_fwd(q, cache, cache, lengths, table, batch_idx, leftpad, slopes, sink, queries, left, 0,
-                                softcap, 0.1, num_splits)  # fmt: skip
+    cached = {"k_cache": cache, "v_cache": cache, "cache_seqlens": torch.ones(batch).int(), "block_table": table,
+              "cache_batch_idx": batch_idx}  # fmt: skip
+    call("attention_decode_append", **cached, k=new, v=new)
+    call("attention_decode_fwd", **cached, q=q, cache_leftpad=leftpad, alibi_slopes=slopes, sink=sink,
+         seqlen_new=queries, window_left=left, window_right=0, softcap=softcap, scale=0.1,
+         num_splits=num_splits)  # fmt: skip
 
 
 def norm_call(width, dtype="bfloat16", rms=False, dropout_p=0.0, rows=4096):
@@ -245,25 +267,30 @@ def norm_call(width, dtype="bfloat16", rms=False, dropout_p=0.0, rows=4096):
     w = w.to(x.dtype)
     if dropout_p:
         rng = torch.ones(2, dtype=torch.int64)
+    shared = {"rng": rng, "dropout_p": dropout_p, "rms": rms, "weight": w}
     residual = x if dropout_p else None
-    module = kernels("norm")
-    _, _, stats = module.norm_fwd(x, residual, w, w, rng, dropout_p, 1e-5, rms)
-    module.norm_bwd(x, residual, x, w, stats, rng, dropout_p, rms, bool(dropout_p), True, not rms)
+    _, _, stats = call("norm_fwd", x=x, residual=residual, bias=w, eps=1e-5, x_bias=None, **shared)
+    call("norm_bwd", dy=x, dr_out=residual, r=x, stats=stats, separate_dresidual=bool(dropout_p), need_dweight=True,
+         need_dbias=not rms, need_dx_bias=False, **shared)  # fmt: skip
 
 
 def passes_call(width, dtype="bfloat16", rows=4096):
     """The kernels of dropout, of the feed-forward block, of rotary embedding and of cross-entropy."""
     x, rng = torch.ones(rows, width, dtype=getattr(torch, dtype)), torch.ones(2, dtype=torch.int64)
-    kernels("dropout").dropout_fwd(x, x, rng, 0.1)
+    drop = {"rng": rng, "dropout_p": 0.1}
+    call("dropout_fwd", x=x, residual=x, **drop)
     for gate in (None, x):
-        kernels("feed_forward").activation_fwd(x, gate, rng, 0.1, 0)
-        kernels("feed_forward").activation_bwd(x, x, gate, rng, 0.1, 0, True, True, gate is not None)
+        call("activation_fwd", preact=x, gate=gate, activation=0, **drop)
+        call("activation_bwd", dhidden=x, preact=x, gate=gate, activation=0, need_hidden=True, need_dbias=True,
+             need_dbias_gate=gate is not None, **drop)  # fmt: skip
     q, table = torch.ones(2, 8, 512, 64, dtype=x.dtype), torch.ones(512, 32)
     for interleaved in (False, True):
-        kernels("rotary").rotary_fwd(q, q, table, table, None, 0, 64, interleaved, False)
+        call("rotary_fwd", q=q, k=q, cos=table, sin=table, positions=None, offset=0, rotary_dim=64,
+             interleaved=interleaved, conjugate=False)  # fmt: skip
     target = torch.zeros(rows, dtype=torch.int64)
     for softcap in (0.0, 30.0):
-        kernels("cross_entropy").cross_entropy_fwd(x, target, None, -100, 0.1, 0.0, softcap, True)
+        call("cross_entropy_fwd", logits=x, target=target, dloss=None, ignore_index=-100, label_smoothing=0.1,
+             z_loss=0.0, softcap=softcap, need_grad=True)  # fmt: skip
 
 
 CALLS = {
@@ -277,26 +304,33 @@ CALLS = {
 
 def compile_one(case):
     """Return the case with name, tile and resources of each kernel that it launches, or of those in "only"."""
-    pretend(case["arch"])
-    compiled = []
+    from triton.runtime.jit import JITFunction
 
-    def launch(kernel, grid, device, *args, **constants):
+    pretend(case["arch"])
+    compiled, launch = [], JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **constants):
         if case.get("only") and kernel.__name__ not in case["only"]:
             return
-        made = kernel.run(*args, grid=grid, warmup=True, enable_fp_fusion=True, **constants)
-        tile = [int(getattr(args[-1], name, 0)) for name in ("BLOCK_M", "BLOCK_N")]
-        facts = {"kernel": kernel.__name__, "tile": tile, "tma": kernels("common").uses_tma(args)}
-        compiled.append(facts | {"shared": made.metadata.shared} | aot.resources(made.asm["cubin"]))
+        made = launch(kernel, *args, grid=grid, warmup=True, **constants)
+        constant = {**constants, **getattr(args[-1], "_asdict", dict)()}
+        tile = [int(constant.get(name) or 0) for name in ("BLOCK_M", "BLOCK_N")]
+        facts = {"kernel": kernel.__name__, "tile": tile, "tma": bool(constant.get("TMA"))}
+        read = aot.resources(made.asm["cubin"]) if "cubin" in made.asm else aot.amd_resources(made.asm["amdgcn"])
+        compiled.append(facts | {"shared": made.metadata.shared} | read)
 
-    for name in MODULES:
-        kernels(name).launch = launch
-    CALLS[case["call"]](**case["arguments"])
+    JITFunction.run = compile_only
+    try:
+        CALLS[case["call"]](**case["arguments"])
+    finally:
+        JITFunction.run = launch
     return {**case, "compiled": compiled}
 
 
-def run(*arguments, timeout=300):
-    """Return what this file prints for the arguments, from a separate process."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
+def run(*arguments, timeout=300, tree=ROOT):
+    """Return what this file prints for the arguments, from a separate process, for the kernels of a checkout."""
+    path = [str(tree), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:triton", os.path.abspath(__file__), *arguments], env=environment,

@@ -1,0 +1,55 @@
+"""scripts/compile_matrix.py: its cases and its judgement for invented numbers, and a sample that is compiled."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "compile_matrix.py"
+KERNEL = {"kernel": "attention_fwd_kernel", "registers": 200, "stack": 16, "shared": 60_000, "HMMA": 64}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compile_matrix", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_gpu_has_every_call(script):
+    cases = list(script.cases((), (), False))
+    assert len({case["title"] for case in cases}) == len(cases) == 13 * len(script.CALLS)
+    sample = list(script.cases(("sm_90", "gfx942"), (), True))
+    assert {case["arch"] for case in sample} == {90, "gfx942"}
+    assert len(sample) == 2 * len(script.SAMPLE)
+
+
+@pytest.mark.parametrize(("arch", "change", "fault"), [
+    (80, {}, "fits"), (80, {"stack": 72}, "stack"), (86, {"shared": 102_000}, "shared memory"),
+    ("gfx942", {"shared": 65_537}, "shared memory"), (90, {"HMMA": 0}, "no matrix products"),
+    (90, {"HMMA": 0, "kernel": "norm_fwd_kernel"}, "fits"), (90, {"HMMA": 0, "products": 8}, "fits"),
+])  # fmt: skip
+def test_what_does_not_fit(arch, change, fault, script):
+    case = {"title": "t", "arch": arch, "arguments": {}, "compiled": [KERNEL | change]}
+    ((cells, fits),) = script.judged(case)
+    assert (cells[-1], fits) == (fault, fault == "fits")
+
+
+def test_an_unknown_gpu_is_an_error(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--gpus", "sm_75"])
+    assert "unknown: sm_75" in capsys.readouterr().err
+
+
+def test_a_sample_compiles_for_a_newer_gpu_and_for_amd(script):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    import compilations
+
+    arguments = {"head_dim": 32, "right": 0, "backward": False}
+    wanted = [{"title": str(arch), "arch": arch, "call": "attention", "arguments": arguments}
+              for arch in (103, "gfx942")]  # fmt: skip
+    for case in compilations.run(json.dumps(wanted), timeout=600):
+        for cells, fits in script.judged(case):
+            assert fits, cells
