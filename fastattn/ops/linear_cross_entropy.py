@@ -42,7 +42,11 @@ from fastattn.ops._types import Backend, Reduction
 
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
-_MIN_CHUNK = 256  # each chunk reads all weights: 10 % of its time at this size, more below
+_CPU_CHUNK = 256  # each chunk reads all weights: 10 % of its time at this size, more below
+# Operations a GPU makes in the time of one byte of memory, roughly, and what a chunk may spend on reading the weights
+# twice and on the sums of their gradients, as a share of the time of its products. docs/lab/linear-cross-entropy.md
+_OPERATIONS_PER_BYTE = {"half": 250, "tf32": 120, "fp32": 20}
+_WEIGHTS_SHARE = 0.25
 
 
 def _cross_entropy_fwd_fake(logits, target, dloss, ignore_index, label_smoothing, z_loss, softcap, need_grad):
@@ -66,9 +70,21 @@ register_fake("linear_cross_entropy_fwd", _linear_cross_entropy_fwd_fake)
 _fwd = raw_ops("linear_cross_entropy_fwd")
 
 
-def default_chunk_size(tokens, d_model, vocab):
+def least_chunk(device_type, dtype):
+    """Tokens per chunk from which its products take far longer than reading the weights for it."""
+    if device_type == "cpu":
+        return _CPU_CHUNK
+    kind = "half" if dtype.itemsize == 2 else "fp32"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        kind = "tf32"
+    weight_bytes = 2 * dtype.itemsize + 8  # per weight: read twice, and the fp32 sum of its gradient read and written
+    tokens = weight_bytes * _OPERATIONS_PER_BYTE[kind] / (6 * _WEIGHTS_SHARE)  # 6 operations per weight and token
+    return max(_CPU_CHUNK, math.ceil(tokens / 256) * 256)
+
+
+def default_chunk_size(tokens, d_model, vocab, least=_CPU_CHUNK):
     """Tokens per chunk: enough for efficient products, otherwise so that the logits are about as large as x."""
-    return max(math.ceil(tokens * d_model / max(vocab, 1)), _MIN_CHUNK)
+    return max(math.ceil(tokens * d_model / max(vocab, 1)), least)
 
 
 def _implementation(backend):
@@ -88,7 +104,8 @@ def _implementation(backend):
         dbias = torch.zeros(vocab if need_dbias else 0, **new)
         if x.is_cpu:
             _check_range(target, vocab, ignore_index)
-        chunks = math.ceil(tokens / (chunk_size or default_chunk_size(tokens, d_model, vocab)))
+        least = least_chunk(x.device.type, x.dtype)
+        chunks = math.ceil(tokens / (chunk_size or default_chunk_size(tokens, d_model, vocab, least)))
         for chunk in range(chunks):  # sizes differ by at most one
             rows = slice(tokens * chunk // chunks, tokens * (chunk + 1) // chunks)
             logits = linear(x[rows], weight, bias)
@@ -323,7 +340,8 @@ def linear_cross_entropy(
         z_loss: adds z_loss * lse² to the loss of each token before the reduction, lse = logsumexp of its logits.
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         reduction: "mean" over the tokens that are not ignored (NaN with gradient 0 if all are), "sum" or "none".
-        chunk_size: number of tokens whose logits are stored at a time; None = chosen from the sizes.
+        chunk_size: number of tokens whose logits are stored at a time; None = chosen from the sizes, at least 256, and
+            on a GPU in half precision 2048.
         backend: "native", "triton" or "reference" instead of the automatic choice.
     Returns: shape (), or that of target for reduction "none"; float32, or float64 if x is.
     Raises:

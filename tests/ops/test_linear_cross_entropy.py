@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import fastattn
 from fastattn import reference
 from fastattn.ops._backends import use_backend, why_not_available, why_not_implemented
-from fastattn.ops.linear_cross_entropy import REDUCTIONS, default_chunk_size
+from fastattn.ops.linear_cross_entropy import REDUCTIONS, default_chunk_size, least_chunk
 
 OP = "linear_cross_entropy"
 OPTIONS = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")
@@ -133,6 +133,22 @@ def test_default_chunk():
     assert default_chunk_size(4096, 512, 50257) * 50257 < 8 * 4096 * 512  # near the size of x if possible
     assert default_chunk_size(2**15, 4096, 128_256) == 1047
     assert default_chunk_size(0, 8, 3) >= 1
+
+
+@pytest.mark.parametrize(("precision", "dtype", "least"), [
+    ("ieee", torch.bfloat16, 2048), ("ieee", torch.float32, 256), ("tf32", torch.float32, 1280),
+])  # fmt: skip
+def test_chunks_of_a_gpu_are_large_enough_for_its_products(precision, dtype, least):
+    """By arithmetic: the bytes of all weights for a chunk take at most a quarter of the time of its products."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert least_chunk("cuda", dtype) == least
+        assert least_chunk("cpu", dtype) == 256
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert default_chunk_size(2**14, 768, 50304, least) == least
+    assert default_chunk_size(2**15, 8192, 32000, least) == 8389  # x is so large that the logits may be
 
 
 def test_bf16_over_many_chunks(device):
