@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# Runs all checks that need an NVIDIA GPU (no network needed): info, tests, benchmarks, sanitizer.
+# Runs all checks that need an NVIDIA GPU (no network needed), those first that show most in a minute.
 #
 #   scripts/gpu_check.sh [--force] [PART ...]      all parts by default, the most important first:
 #     info       versions, device, available backends, and why the others are unavailable
+#     first      one call of each family of kernels, forward and backward, beside PyTorch: about two minutes
+#     rows       memcheck of Triton's attention for every row of its table, head dim 32 first
 #     hopper     compute capability 9.0: the building blocks of the attention kernels, those kernels, and memcheck of
 #                some of their calls; the results of racecheck are printed but do not fail the part
-#     forward    the speed of these kernels against PyTorch's backends, FlexAttention and Triton
+#     tests      streams, graphs, sizes beyond 32 bits, and the results of the ops on CUDA
+#     forward    the speed of attention against PyTorch's backends, FlexAttention and Triton
 #     backward   the same for the gradients
 #     decode     the same on a cache
-#     tests      streams, graphs, sizes beyond 32 bits, and the results of the ops on CUDA
 #     bench      norm against PyTorch
 #     sanitizer  memcheck, racecheck, initcheck and synccheck on small cases
 #
 # Wheels in dist/ are used if present (scripts/build_wheel.sh builds ours without a GPU; those of pytest and
 # pytest-benchmark may be there too). Otherwise the kernels are built here, which needs nvcc, ninja and pybind11. Each
 # part takes at most nine minutes. A part that passed is not run again without --force. Results, one JSON and one log
-# per part, go to $OUT if set, else to benchmarks/results/gpu. PYTHON names the interpreter.
+# per part, go to $OUT if set, else to benchmarks/results/gpu, and all of them into gpu_check.tar.gz there, the one file
+# to send. PYTHON names the interpreter. scripts/README.md says what to type on a rented machine.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
@@ -24,12 +27,12 @@ results=${OUT:-$root/benchmarks/results/gpu}
 site=${TMPDIR:-/tmp}/fastattn_gpu_check
 limit=540
 force=
-all=(info hopper forward backward decode tests bench sanitizer)
+all=(info first rows hopper tests forward backward decode bench sanitizer)
 parts=()
 for argument in "$@"; do
   case $argument in
     --force) force=1 ;;
-    info | hopper | forward | backward | decode | tests | bench | sanitizer) parts+=("$argument") ;;
+    info | first | rows | hopper | tests | forward | backward | decode | bench | sanitizer) parts+=("$argument") ;;
     *) echo "gpu_check: there is no part '$argument'; the parts are ${all[*]}, and the only option is --force" >&2 && exit 2 ;;
   esac
 done
@@ -86,6 +89,17 @@ for name in ("native", "triton"):
 '
 }
 
+first() {
+  "$python" -P tests/gpu/first.py
+}
+
+# A row that reads or writes out of bounds would disturb everything after it.
+rows() {
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed" && return 1; }
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  timeout 520 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -P tests/gpu/first.py --rows
+}
+
 sanitizer() {
   local tool code=0
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed" && return 1; }
@@ -106,7 +120,7 @@ hopper() {
   [ "$capability" = "9 0" ] || { echo "compute capability $capability: these kernels are for 9 0" && return 0; }
   local pytest=("$python" -P -m pytest -q -x -p no:cacheprovider)
   timeout 120 "${pytest[@]}" tests/kernels/test_sm90_units.py || return 1
-  for name in lengths stages random forward_only packed columns hidden nothing far_behind strides empty same_bits \
+  for name in exponentials lengths stages random forward_only packed columns hidden nothing far_behind strides empty same_bits \
     deterministic backward_after raw nan_in gradients; do
     echo "[$name]"
     timeout 60 "${pytest[@]}" tests/kernels/test_attention_sm90.py -k "$name" || code=1
@@ -130,7 +144,7 @@ hopper() {
   done
   return $code
 }
-export -f info sanitizer hopper
+export -f info first rows sanitizer hopper
 export python
 
 for part in "${parts[@]}"; do
@@ -159,4 +173,6 @@ for part in "${parts[@]}"; do
     *) run_part "$part" bash -c "$part" ;;
   esac
 done
+rm -f "$results/gpu_check.tar.gz"
+(cd "$results" && tar -czf gpu_check.tar.gz -- *.json *.log 2>/dev/null) && echo "gpu_check: send $results/gpu_check.tar.gz"
 exit $status

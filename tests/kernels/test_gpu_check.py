@@ -4,13 +4,15 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ["info", "hopper", "forward", "backward", "decode", "tests", "bench", "sanitizer"]
-HOPPER_FILES = {f"tests/test_{name}_sm90.py" for name in ("attention", "attention_decode")} | {
+PARTS = ["info", "first", "rows", "hopper", "tests", "forward", "backward", "decode", "bench", "sanitizer"]
+SCRIPTS = {"first": "", "rows": "--rows"}  # options of tests/gpu/first.py
+HOPPER_FILES = {f"tests/kernels/test_{name}_sm90.py" for name in ("attention", "attention_decode")} | {
     "tests/kernels/test_sm90_units.py"
 }
 
@@ -80,7 +82,7 @@ def selected(ids, paths, keywords):
     return [name for name in there if not keywords or eval(expression, {"name": name})]
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part != "info"])
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in {"info", *SCRIPTS}])
 def test_a_part_names_tests_that_exist(part, check, collected):
     if part in ("forward", "backward", "decode", "bench"):
         pytest.importorskip("pytest_benchmark")
@@ -100,7 +102,7 @@ def test_the_part_for_hopper_runs_every_test_of_its_files(check, collected):
 
 
 @pytest.mark.parametrize(("part", "tool", "code"), [
-    ("hopper", "memcheck", 1), ("hopper", "racecheck", 0), ("sanitizer", "racecheck", 1),
+    ("hopper", "memcheck", 1), ("hopper", "racecheck", 0), ("sanitizer", "racecheck", 1), ("rows", "memcheck", 1),
 ])  # fmt: skip
 def test_what_a_sanitizer_reports_fails_its_part(part, tool, code, check):
     """Except racecheck's reports on kernels that order their copies by mbarriers."""
@@ -108,6 +110,24 @@ def test_what_a_sanitizer_reports_fails_its_part(part, tool, code, check):
     assert found == code
     assert f"gpu_check: {part} ended with {code}" in printed
     assert ("racecheck did not pass" in printed) == (code == 0)
+
+
+@pytest.mark.parametrize("part", SCRIPTS)
+def test_the_first_parts_run_the_script_of_first_calls(part, check, tmp_path):
+    code, printed, calls = check(part)
+    assert (code, calls) == (0, []), printed
+    assert (ROOT / "tests" / "gpu" / "first.py").exists()
+    lines = [line for line in (tmp_path / "notes").read_text().splitlines() if "first.py" in line]
+    assert [line.partition("first.py")[2].strip() for line in lines] == [SCRIPTS[part]]
+
+
+def test_the_results_are_one_file(check, tmp_path):
+    check("info", "first")
+    with tarfile.open(tmp_path / "out" / "gpu_check.tar.gz") as file:
+        assert sorted(file.getnames()) == ["first.json", "first.log", "info.json", "info.log"]
+    check("--force", "info")  # the file does not contain itself
+    with tarfile.open(tmp_path / "out" / "gpu_check.tar.gz") as file:
+        assert "gpu_check.tar.gz" not in file.getnames()
 
 
 def test_a_part_that_passed_is_not_run_again(check):
@@ -120,5 +140,5 @@ def test_a_part_that_passed_is_not_run_again(check):
 def test_an_unknown_part_is_refused(check):
     code, printed, _ = check("everything")
     assert code == 2
-    parts = "info hopper forward backward decode tests bench sanitizer"
+    parts = " ".join(PARTS)
     assert f"there is no part 'everything'; the parts are {parts}, and the only option is --force" in printed

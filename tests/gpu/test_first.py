@@ -1,0 +1,51 @@
+"""`pytest tests/gpu`: one call of each family of kernels on this machine's GPU, with a page of results at the end."""
+
+import first
+import pytest
+import torch
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("backend", first.BACKENDS)
+@pytest.mark.parametrize("family", first.FAMILIES, ids=lambda family: family.name)
+def test_a_call_is_as_exact_as_pytorch(family, backend, report_rows):
+    if backend not in first.available("cuda"):
+        pytest.skip(f"{backend} is not available")
+    if reason := first.refused(family, backend, "cuda"):
+        pytest.skip(reason)
+    row = first.compare(family, backend, "cuda")
+    report_rows.append(row)
+    assert not row.failure
+
+
+# The report itself, on the CPU. linear_cross_entropy adds its bf16 products in another order than PyTorch there.
+@pytest.mark.parametrize("family", first.FAMILIES, ids=lambda family: family.name)
+def test_the_calls_of_the_report_are_valid(family):
+    if "native" not in first.available("cpu") or (reason := first.refused(family, "native", "cpu")):
+        pytest.skip(reason)
+    row = first.compare(family, "native", "cpu")
+    assert not row.failure, row
+
+
+def test_a_wrong_result_and_an_error_are_reported(monkeypatch, capsys):
+    def call(x, backend):
+        if backend == "native":
+            return x * 1.01
+        if backend == "triton":
+            raise RuntimeError("no kernel image")
+        return x.clone()
+
+    monkeypatch.setattr(first, "FAMILIES", (first.Family("copy", {"x": (3, 4)}, call),))
+    monkeypatch.setattr(first, "available", lambda device: list(first.BACKENDS))
+    monkeypatch.setattr(first, "refused", lambda *_: "")
+    assert first.main(["--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert "no kernel image" in printed
+    assert "result 0: error" in printed
+    assert "0 right, 2 wrong" in printed
+
+
+def test_rows_begin_with_head_dim_32():
+    names = [family.name for family in first.rows_of_the_table()]
+    assert len(names) == len(set(names)) == 4 * 3 * 3
+    assert all("head dim 32" in name for name in names[:9])
