@@ -366,7 +366,8 @@ def linear_cross_entropy(
         z_loss: adds z_loss * lse² to the loss of each token before the reduction, lse = logsumexp of its logits.
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         reduction: "mean" over the tokens that are not ignored (NaN with gradient 0 if all are), "sum" or "none".
-        chunk_size: number of tokens whose logits are stored at a time; None = chosen from the sizes.
+        chunk_size: number of tokens whose logits are stored at a time; None = chosen from the sizes, at least 256, and
+            on a GPU in half precision 2048.
         backend: "native", "triton" or "reference" instead of the automatic choice.
     Returns: shape (), or that of target for reduction "none"; float32, or float64 if x is.
     Raises:

@@ -65,9 +65,9 @@ def compile_one(config):
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(config["module"]), config["kernel"])
-    names = kernel.arg_names
-    defaults = {p.name: p.default for p in kernel.params if p.has_default and p.name not in config["types"]}
-    constants = defaults | config["constants"]
+    names, defaults = kernel.arg_names, kernel.signature.parameters
+    constants = {n: defaults[n].default for n in names if defaults[n].default is not defaults[n].empty}
+    constants |= config["constants"]
     types = {name: tuple(t) if isinstance(t, list) else t for name, t in config["types"].items()}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     places = [
@@ -102,7 +102,5 @@ def compile_all(configs, timeout=300):
 
 
 if __name__ == "__main__":
-    import fastattn  # noqa: F401  (with torch and Triton, once for both processes of the pool)
-
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
         print(json.dumps(list(pool.map(compile_one, json.load(sys.stdin)))))
