@@ -134,7 +134,7 @@ def model():
 
 
 MAIN = """
-#include <ATen/ATen.h>
+#include <ATen/ops/linspace.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <cstdio>
