@@ -188,10 +188,12 @@ def linear_cross_entropy(
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     labels = target.reshape(-1).long()
-    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    # F.cross_entropy(reduction="none"), whose label_smoothing and whose shape in a decomposition exporters get wrong
+    logp = F.log_softmax(logits, -1)
+    loss, _ = torch.ops.aten.nll_loss_forward(logp, labels, None, 0, ignore_index)
     kept = labels != ignore_index
-    if label_smoothing:  # the ONNX exporter translates label_smoothing of F.cross_entropy wrongly
-        spread = -F.log_softmax(logits, -1).mean(-1)
+    if label_smoothing:
+        spread = -logp.mean(-1)
         loss = (1 - label_smoothing) * loss + torch.where(kept, label_smoothing * spread, 0.0)
     if z_loss:
         loss = loss + torch.where(kept, z_loss * torch.logsumexp(logits, -1).square(), 0.0)

@@ -54,6 +54,26 @@ def test_stack_with_dynamic_sizes(from_program):
     torch.testing.assert_close(run(model, (x, padding)), module(x, padding).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_loss_with_dynamic_sizes(reduction):
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(10, E))
+
+        def forward(self, x, target):
+            return fastattn.linear_cross_entropy(x, self.weight, target, reduction=reduction, softcap=5.0)
+
+    torch.manual_seed(0)
+    module = Loss()
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=1, max=64)}
+    shapes = {"x": sizes, "target": sizes}
+    model = exported(module, (torch.randn(3, 5, E), torch.randint(0, 10, (3, 5))), dynamic_shapes=shapes)
+    inputs = torch.randn(4, 7, E), torch.randint(0, 10, (4, 7))
+    inputs[1][0, :3] = -100
+    torch.testing.assert_close(run(model, inputs), module(*inputs).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_decoder_layer():
     torch.manual_seed(0)
     module, inputs = nn.TransformerDecoderLayer(E, H, **LAYER).eval(), (torch.randn(2, 5, E), torch.randn(2, 7, E))
