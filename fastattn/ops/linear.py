@@ -40,8 +40,11 @@ def linear(x, weight, bias=None):
         x: (..., d_in) of any strides. weight: (d_out, d_in). bias: (d_out,) or None.
     Returns: (..., d_out).
     Raises:
-        RuntimeError: as torch.nn.functional.linear.
+        RuntimeError: as torch.nn.functional.linear, and for a weight or bias on the meta device, with which that
+            function computes nothing and returns whatever the memory holds.
     """
+    if (weight.is_meta or (bias is not None and bias.is_meta)) and not x.is_meta:
+        raise RuntimeError(f"linear: weight and bias must be on the device of x, {x.device}, but one is on meta")
     rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
     if (
         not (_gemm.is_ours("any", rows, x, weight) or _gemm.is_few(x, weight))

@@ -93,3 +93,15 @@ def test_compiled_in_one_graph():
         (found,) = torch.autograd.grad(y.square().sum(), weight)
         (expected,) = torch.autograd.grad(F.linear(x, weight, bias).square().sum(), weight)
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["self_attn.in_proj_weight", "self_attn.in_proj_bias", "self_attn.out_proj.weight"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_weight_on_meta_is_refused(name, train):
+    """torch.nn.functional.linear computes nothing with it, and returns what the memory holds."""
+    layer = fastattn.nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True).train(train)
+    owner, _, label = name.rpartition(".")
+    meta = torch.nn.Parameter(torch.empty_like(layer.get_parameter(name), device="meta"))
+    setattr(layer.get_submodule(owner), label, meta)
+    with torch.set_grad_enabled(train), pytest.raises(RuntimeError, match="meta"):
+        layer(torch.randn(2, 3, 16))
