@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from oracle import BACKWARD, assert_accurate, exact
 
+import fastattn
 from fastattn.ops import _gemm
 from fastattn.ops import linear as module
 from fastattn.ops._backends import why_not_available
