@@ -97,7 +97,7 @@ first() {
 rows() {
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed" && return 1; }
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  timeout 520 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -P tests/gpu/first.py --rows
+  timeout 520 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -P tests/gpu/first.py --rows || return 1
 }
 
 sanitizer() {

@@ -111,8 +111,8 @@ def is_few(x, weight):
     """Whether the kernel for few rows computes x (..., k) · weightᵀ."""
     return (
         x.dim() > 0
+        and _fits(x, weight)  # first: while a program is exported, a comparison of sizes would become one of its guards
         and x.numel() <= _most_rows * x.shape[-1]
-        and _fits(x, weight)
         and weight.layout is torch.strided
         and weight.dim() == 2
         and weight.stride(1) == 1
@@ -126,7 +126,7 @@ def is_ours(product, rows, a, b):
     """
     most = _up_to[product]
     # the comparison with a symbolic number would be a guard of torch.compile
-    return _has_kernel and (most == _ANY or rows <= most) and _fits(a, b)
+    return _has_kernel and _fits(a, b) and (most == _ANY or rows <= most)
 
 
 def _fits(a, b):

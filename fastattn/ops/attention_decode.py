@@ -142,7 +142,7 @@ def _check_new(q, k, v, n_kv_heads, head_dim_v):
 def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     """Raise unless the tensors match each other; return how many keys the cache can hold per sequence."""
     shape_q, shape_k, shape_v, dtype, device = q.shape, k_cache.shape, v_cache.shape, q.dtype, q.device
-    if not len(shape_q) == len(shape_k) == len(shape_v) == 4:
+    if not q.dim() == k_cache.dim() == v_cache.dim() == 4:  # an array has a shape and a dtype, but no dim()
         shapes = {"q": shape_q, "k_cache": shape_k, "v_cache": shape_v}
         label = next(label for label, shape in shapes.items() if len(shape) != 4)
         raise ValueError(f"{_NAME}: {label} must have 4 dimensions, got shape {tuple(shapes[label])}")
