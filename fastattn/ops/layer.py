@@ -86,7 +86,7 @@ def convert_linear(weight: Tensor, bias: Tensor | None, kind: str) -> Linear:
     weight = weight.detach()
     if kind == "bf16":
         return Linear(weight.to(torch.bfloat16, copy=True).contiguous(), ABSENT, kept)
-    integers, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    integers, scale = torch.empty(weight.shape, dtype=torch.int8), torch.ones(len(weight))
     rows = max(1, _STRIP // max(1, weight.shape[1]))
     for part, out, scales in zip(weight.split(rows), integers.split(rows), scale.split(rows), strict=True):
         if not part.numel():
