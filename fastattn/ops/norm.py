@@ -300,7 +300,6 @@ def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, 
 
 
 _TENSORS = "x weight bias x_bias residual"
-
 _LAYER_NORM, _RMS_NORM = (
     Public(name, tensors=_TENSORS, numbers="eps dropout_p", flags="return_residual", nested=on_rows("x", "residual"))
     for name in ("layer_norm", "rms_norm")

@@ -1,21 +1,16 @@
 """scripts/compile_matrix.py: its cases and its judgement for invented numbers, and a sample that is compiled."""
 
-import importlib.util
 import json
-import pathlib
 
 import pytest
+from script_loader import load_script
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "compile_matrix.py"
 KERNEL = {"kernel": "attention_fwd_kernel", "registers": 200, "stack": 16, "shared": 60_000, "HMMA": 64}
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("compile_matrix", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compile_matrix")
 
 
 def test_every_gpu_has_every_call(script):

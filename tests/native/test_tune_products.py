@@ -1,22 +1,15 @@
 """scripts/tune_products.py: from measurements to the table; and what the table does to the choice of a product."""
 
-import importlib.util
-import pathlib
-
 import pytest
 import torch
+from script_loader import load_script
 
 from fastattn.ops import _gemm, _products_table
-
-SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "tune_products.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("tune_products", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tune_products")
 
 
 def test_the_entry_ends_at_the_first_loss(script):

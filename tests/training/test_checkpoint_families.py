@@ -1,6 +1,5 @@
 """Folders of Hugging Face, in and out: equal logits for every family, shards, refusals; nothing is downloaded."""
 
-import importlib.metadata
 import json
 
 import pytest
@@ -40,17 +39,6 @@ FAMILIES = {
     "Olmo2": {"num_key_value_heads": 4},
     "NanoChat": {"num_key_value_heads": 4},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    """The package. It looks for a package named kernels; our folder of that name must not be found."""
-    package = pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers.utils import is_kernels_available
-
-    if not importlib.metadata.packages_distributions().get("kernels"):
-        assert not is_kernels_available()
-    return package
 
 
 def their_model(transformers, name, folder=None, **changes):

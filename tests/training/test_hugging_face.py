@@ -1,6 +1,5 @@
 """BERT and GPT-2 folders: the logits of transformers, and fine-tuning from them; nothing is downloaded."""
 
-import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -25,17 +24,6 @@ SHAPES = {
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 40, "bos_token_id": 1,
              "eos_token_id": 1},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    """The package. It looks for a package named kernels; our folder of that name must not be found."""
-    package = pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers.utils import is_kernels_available
-
-    if not importlib.metadata.packages_distributions().get("kernels"):
-        assert not is_kernels_available()
-    return package
 
 
 def save_model(transformers, name, folder, **changes):

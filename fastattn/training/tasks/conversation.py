@@ -22,7 +22,22 @@ from .language_modelling import packed_inputs
 _ANSWERED = 100  # answers that a report generates and compares
 
 
-class Conversation(Task):
+class TemplateTask(Task):
+    """A task on texts that a chat template marks up."""
+
+    @classmethod
+    def without_data(cls, config, tokenizer, summary):
+        task = super().without_data(config, tokenizer, summary)
+        task.template = choose_template(config.data.chat_template, tokenizer)
+        return task
+
+    def _make_batches(self, lengths):
+        """The training batches of examples with these numbers of tokens."""
+        self.batches = LengthBatches(lengths, self.config.batch_size, self.config.seed)
+        self.steps_an_epoch = self.batches.batches_an_epoch
+
+
+class Conversation(TemplateTask):
     """Rows (tokens, targets, numbers of conversations) of block_size tokens with several whole conversations each.
 
     Attention stays within a conversation, and only the tokens of answers and the marks behind them are targets. What
@@ -48,8 +63,7 @@ class Conversation(Task):
         check_known(data.source, self.counts)
         self.sizes = {name: f"{len(part):,} conversations" for name, part in conversations.items()}
         lengths = [config.model.block_size] * len(self.tensors["train"][0])
-        self.batches = LengthBatches(lengths, config.batch_size, config.seed)
-        self.steps_an_epoch = self.batches.batches_an_epoch
+        self._make_batches(lengths)
         self.tokens_a_step = config.batch_size * config.model.block_size
 
     def _learn_tokenizer(self, texts, train):
@@ -62,12 +76,6 @@ class Conversation(Task):
         return build_tokenizer(
             data.tokenizer, [*texts, *around], [*learnt, *around], data.vocab_size, specials, data.strip_accents
         )
-
-    @classmethod
-    def without_data(cls, config, tokenizer, summary):
-        task = super().without_data(config, tokenizer, summary)
-        task.template = choose_template(config.data.chat_template, tokenizer)
-        return task
 
     @classmethod
     def on_documents(cls, config, tokenizer, summary, documents):

@@ -6,17 +6,17 @@ import torch
 
 from fastattn.models.preference import PreferenceLM
 
-from ..data.batches import IGNORED, LengthBatches, by_length, pad
+from ..data.batches import IGNORED, by_length, pad
 from ..data.chat import choose_template, encode_conversation
 from ..data.counts import Counts, check_known
 from ..data.parts import read_parts
 from ..data.text import check_summary, fingerprint
 from ..messages import UsageError
-from .base import EVALUATED, Task, shape_of
-from .conversation import Conversation
+from .base import EVALUATED, shape_of
+from .conversation import Conversation, TemplateTask
 
 
-class Preference(Task):
+class Preference(TemplateTask):
     """Rows (tokens, targets, reference log-probabilities): (pairs, 2, seqlen), twice, and (pairs, 2).
 
     The first of two is the chosen answer. The reference is the model of config.start.
@@ -48,15 +48,8 @@ class Preference(Task):
         check_known(data.source, self.counts)
         self.sizes = {name: f"{len(part):,} pairs" for name, part in parts.items()}
         lengths = self.lengths["train"]
-        self.batches = LengthBatches(lengths, config.batch_size, config.seed)
-        self.steps_an_epoch = self.batches.batches_an_epoch
+        self._make_batches(lengths)
         self.tokens_a_step = round(2 * config.batch_size * sum(lengths) / len(lengths))
-
-    @classmethod
-    def without_data(cls, config, tokenizer, summary):
-        task = super().without_data(config, tokenizer, summary)
-        task.template = choose_template(config.data.chat_template, tokenizer)
-        return task
 
     @classmethod
     def on_documents(cls, config, tokenizer, summary, documents):
