@@ -108,12 +108,11 @@ def serves_rows(rows):
 
 
 def is_few(x, weight):
-    """Whether the kernel for few rows computes x (..., k) · weightᵀ."""
+    """Whether the kernel for few rows computes x (..., k) · weightᵀ, of dense operands."""
     return (
         x.dim() > 0
         and _fits(x, weight)  # first: while a program is exported, a comparison of sizes would become one of its guards
         and x.numel() <= _most_rows * x.shape[-1]
-        and weight.layout is torch.strided
         and weight.dim() == 2
         and weight.stride(1) == 1
     )

@@ -47,8 +47,8 @@ def linear(x, weight, bias=None):
         raise RuntimeError(f"linear: weight and bias must be on the device of x, {x.device}, but one is on meta")
     rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
     if (
-        not (_gemm.is_ours("any", rows, x, weight) or _gemm.is_few(x, weight))
-        or not x.layout is weight.layout is torch.strided
+        not x.layout is weight.layout is torch.strided
+        or not (_gemm.is_ours("any", rows, x, weight) or _gemm.is_few(x, weight))
         or _autocast.autocast_dtype(x) is not None
     ):
         return F.linear(x, weight, bias)

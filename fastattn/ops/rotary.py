@@ -129,11 +129,13 @@ def _raw_reference(q, k, cos, sin, positions, offset, rotary_dim, interleaved, c
     return _pair(_reference(xs, cos, -sin if conjugate else sin, positions, offset, rotary_dim, interleaved), q)
 
 
-register_autograd(
-    "rotary_fwd",
-    lambda backend, q, k, *rest: _pair(apply(_Rotary, q, k, backend, False, *rest), q),
-    _raw_reference,
-)
+def _apply(backend, q, k, cos, sin, *rest):
+    if grad_wanted(cos, sin):  # tables that needed no gradient when the call was recorded
+        return _raw_reference(q, k, cos, sin, *rest)
+    return _pair(apply(_Rotary, q, k, backend, False, cos, sin, *rest), q)
+
+
+register_autograd("rotary_fwd", _apply, _raw_reference)
 
 
 def _fail(expected, got):
@@ -212,7 +214,8 @@ def _check_positions(x, positions, cos, batch, seqlen):
     if positions.device != x.device:
         _fail(f"positions must be on the device of x, {x.device}", positions.device)
     shape = tuple(positions.shape)
-    if shape not in ((seqlen,), (1, seqlen), (batch, seqlen)):
+    # tuples of different lengths are not compared: their first sizes would become a guard of an exported program
+    if len(shape) not in (1, 2) or shape[-1] != seqlen or (len(shape) == 2 and shape[0] not in (1, batch)):
         _fail(f"positions must have shape ({seqlen},) or ({batch}, {seqlen}), like the tokens of x", shape)
     if positions.numel() and is_readable(positions):
         low, high = (numbers(bound) for bound in positions.aminmax())

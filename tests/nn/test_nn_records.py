@@ -1,6 +1,6 @@
 """Exported layers with named dimensions, saved, loaded and trained on other sizes: what torch.nn lacks, and masks.
 
-`tests/ops/test_tools.py` does so for the layers of torch.nn without masks.
+`tests/ops/test_tools.py` does so for the layers of torch.nn without masks, `tests/ops/test_dynamic_sizes.py` for ops.
 """
 
 import io
@@ -74,13 +74,20 @@ def trained(module, x, *rest):
     return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *parameters.values()])]
 
 
+@pytest.mark.parametrize("named", [None, BATCH, LENGTH], ids=["both", "batch", "length"])
 @pytest.mark.parametrize("name", MODULES)
-def test_exported_program_is_trained_on_other_sizes(name):
+def test_exported_program_is_trained_on_other_sizes(name, named):
+    """With both dimensions named, or with one, next to the other as a number."""
     make, inputs, dimensions = MODULES[name]
+    dimensions = {
+        label: {i: size for i, size in sizes.items() if named in (None, size)} or None
+        for label, sizes in dimensions.items()
+    }
     torch.manual_seed(0)
     module, file = make(), io.BytesIO()
     torch.export.save(torch.export.export(module, inputs(3, 6), dynamic_shapes=dimensions), file)
     file.seek(0)
     program = torch.export.load(file).module()
-    for sizes in ((5, 9), (2, 3)):
+    for batch, length in ((5, 9), (2, 3)):
+        sizes = 3 if named is LENGTH else batch, 6 if named is BATCH else length
         torch.testing.assert_close(trained(program, *inputs(*sizes)), trained(module, *inputs(*sizes)))
