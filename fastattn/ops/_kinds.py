@@ -111,9 +111,14 @@ def is_readable(t):
 
 
 def check_memory(name, **tensors):
-    """Raise RuntimeError for a tensor whose storage was freed, before a function of PyTorch reads it: some crash."""
+    """Raise RuntimeError for a tensor whose storage was freed, before a function of PyTorch reads it: some crash.
+
+    The reference needs it for every operand; the C++ kernels check theirs.
+    """
     for label, t in tensors.items():
-        if is_readable(t) and t.numel() and not t.untyped_storage().nbytes():
+        if t is None or not is_readable(t) or is_dtensor(t):
+            continue
+        if t.numel() and not t.untyped_storage().nbytes():
             raise RuntimeError(
                 f"{name}: {label} is a tensor of {t.numel()} elements that has no memory: its storage was freed"
             )

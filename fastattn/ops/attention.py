@@ -28,7 +28,7 @@ from fastattn.ops._attention_call import N_TENSORS, AttentionCall, Facts, attent
 from fastattn.ops._backends import choose, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._hopper import why_not_hopper, why_not_hopper_device
-from fastattn.ops._kinds import is_dtensor
+from fastattn.ops._kinds import check_memory, is_dtensor
 from fastattn.ops._layout import empty_in_layout
 from fastattn.ops._nested import packed_attention
 from fastattn.ops._public import Public
@@ -366,6 +366,7 @@ def _run_on(runs, facts, call, need_lse, deterministic):
     if call.dropout_p and call.rng is None:
         call = call._replace(rng=draw_rng(q))
     if runs == "reference":
+        check_memory("attention", **dict(zip(call._fields[:N_TENSORS], call, strict=False)))
         return _reference(*call)
     if runs in TRACED:
         return _ops["fwd"][runs](*call, False)[:2]

@@ -21,7 +21,7 @@ from fastattn.ops._attention_checks import check_int32, check_numbers, check_per
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._hopper import HOPPER_HEAD_DIMS, why_not_hopper, why_not_hopper_device
-from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_readable, numbers
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, check_memory, is_dtensor, is_readable, numbers
 from fastattn.ops._layout import empty_in_layout, is_expanded
 from fastattn.ops._public import Public
 from fastattn.ops._register import raw_ops, register_fake, register_reference, traced_backend
@@ -392,6 +392,7 @@ def attention_decode(
 def _run(runs, call):
     runs = traced_backend(runs)
     if runs == "reference":
+        check_memory(_NAME, **{label: t for label, t in call._asdict().items() if isinstance(t, torch.Tensor)})
         return _reference(call)
     q, k_cache, v_cache, k, v, *others = call
     if k is not None:

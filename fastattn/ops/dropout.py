@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
-from fastattn.ops._kinds import check_float, is_dtensor
+from fastattn.ops._kinds import check_float, check_memory, is_dtensor
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
@@ -87,7 +87,10 @@ def dropout(
     """
     dropout_p = _check(x, dropout_p, residual)
     if not dropout_p:
-        return x if residual is None else x + residual
+        if residual is None:
+            return x
+        check_memory("dropout", x=x, residual=residual)
+        return x + residual
     runs = choose("dropout", _facts(x, residual), backend)
     if type(x) is not torch.Tensor and is_dtensor(x):
         return _dropout_sharded(x, residual, dropout_p, runs)
@@ -97,6 +100,7 @@ def dropout(
 def _dropout(x, residual, rng, dropout_p, runs):
     runs = traced_backend(runs)
     if runs == "reference":
+        check_memory("dropout", x=x, residual=residual)
         return reference.dropout(x, dropout_p, residual, rng)
     if runs not in TRACED and grad_wanted(x, residual):
         return apply(_Dropout, x, residual, rng, dropout_p, runs)

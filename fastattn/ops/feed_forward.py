@@ -312,6 +312,7 @@ def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation,
     inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
     runs = traced_backend(runs)
     if runs == "reference":
+        check_memory("feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
         return _reference(rng, dropout_p, activation)(*inputs)[0]
     if runs not in TRACED and grad_wanted(*inputs):
         return apply(_FeedForward, *inputs, rng, dropout_p, activation, recompute, runs)

@@ -398,6 +398,7 @@ def linear_cross_entropy(
 def _loss(x, weight, bias, target, options, reduction, chunk_size, runs):
     runs = traced_backend(runs)
     if runs == "reference":
+        check_memory(_NAME, x=x, weight=weight, bias=bias, target=target)
         return _reference(target, options, reduction)(x, weight, bias)[0]
     chunk_size = chunk_size or 0
     if runs not in TRACED and grad_wanted(x, weight, bias):

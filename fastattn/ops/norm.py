@@ -19,7 +19,7 @@ from fastattn import reference
 from fastattn._autocast import as_autocast_norm
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
-from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_dtensor
+from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, check_memory, is_dtensor
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
@@ -259,6 +259,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     try:
         if runs == "reference":
             _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+            check_memory(name, x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
             y, r = reference.norm(x, residual, weight, bias, x_bias, eps=eps, rms=rms, dropout_p=dropout_p, rng=rng)
         elif runs in TRACED:
             y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)

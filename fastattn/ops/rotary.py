@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
-from fastattn.ops._kinds import FLOAT_DTYPES, check_float, is_dtensor, is_nested, is_readable, numbers
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, check_memory, is_dtensor, is_nested, is_readable, numbers
 from fastattn.ops._layout import empty_in_layout, is_expanded, rows_overlap
 from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
@@ -349,6 +349,8 @@ def _rotate(runs, xs, call, inplace):
         or any(t.stride(-1) != 1 for t in xs)
     )
     if by_reference:
+        cos, sin, positions, *_ = call
+        check_memory("rotary_embedding", x=xs[0], k=xs[-1], cos=cos, sin=sin, positions=positions)
         out = _reference(xs, *call)
     elif traced:
         out = _launch(runs, False, xs, *call, False)

@@ -71,10 +71,13 @@ CALLS = {
 OPERANDS = [(op, operand) for op, (_, operands, _) in CALLS.items() for operand in operands]
 
 
-def call(op, operand, change, needs_grad=False):
+def call(op, operand, change, needs_grad=False, dtype=torch.float32):
     function, operands, others = CALLS[op]
+    fp32 = ("alibi_slopes", "sink")
     tensors = {
-        name: value.clone() if isinstance(value, torch.Tensor) else randn(*value, seed=seed)
+        name: value.clone()
+        if isinstance(value, torch.Tensor)
+        else randn(*value, seed=seed).to(torch.float32 if name in fp32 else dtype)
         for seed, (name, value) in enumerate(operands.items())
     }
     changed = change(tensors[operand])
@@ -107,6 +110,18 @@ FREED = {"as it is": lambda t: free(t.clone()), "a view": free_view, "transposed
 def test_freed_memory_raises(op, operand, needs_grad, layout):
     with pytest.raises(RuntimeError, match=r"no memory|not allocated|unallocated|setStorage"):
         call(op, operand, FREED[layout], needs_grad)
+
+
+@pytest.mark.parametrize(("op", "operand"), OPERANDS)
+def test_freed_memory_raises_on_the_reference(op, operand):
+    """PyTorch's own functions crash for many of them."""
+    with pytest.raises(RuntimeError, match=r"no memory|not allocated|unallocated|setStorage"):
+        call(op, operand, FREED["as it is"], dtype=torch.float64)
+
+
+def test_freed_memory_of_an_addition_raises():
+    with pytest.raises(RuntimeError, match="no memory"):
+        fastattn.dropout(randn(4), 0.0, residual=free(randn(4)))
 
 
 NOT_BY_AUTOGRAD = re.compile("_cache|seqlens|table|batch_idx")  # it never makes zero tensors of these
