@@ -187,7 +187,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out, weights = self.attend(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
-        return self.out_proj(out), weights
+        return self._project_out(out), weights
+
+    def _project_out(self, out):
+        weight = self.out_proj._parameters.get("weight")
+        if weight is not None and weight.is_meta and not out.is_meta:  # PyTorch returns whatever the memory holds
+            raise RuntimeError(f"MultiheadAttention: out_proj.weight must be on {out.device}, but it is on meta")
+        return self.out_proj(out)
 
     def attend(
         self,
@@ -332,13 +338,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise AssertionError("key and value must have sequences of the same lengths")
         if need_weights:
             out, weights = self._attend_padded(q, k, v, average_attn_weights, is_causal)
-            return q.restore(self.out_proj(out)), weights
+            return q.restore(self._project_out(out)), weights
         views = self._project(q.tensor, k.tensor, v.tensor, batched=False, batch_first=True)
         out = attention(
             *(t[0].transpose(0, 1) for t in views), **packed_arguments(q, k),
             causal="top_left" if is_causal else False, dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
-        return q.restore(self.out_proj(out.flatten(1))), None
+        return q.restore(self._project_out(out.flatten(1))), None
 
     def _attend_padded(self, q, k, v, average_attn_weights, is_causal):
         """The rows for out_proj, and the weights (batch, seqlen_q, seqlen_k), 0 at padded positions."""
@@ -370,4 +376,4 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             max_seqlen_k=max_seqlen, causal="top_left" if is_causal else False,
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
-        return self.out_proj(out.flatten(1))
+        return self._project_out(out.flatten(1))

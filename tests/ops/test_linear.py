@@ -104,5 +104,8 @@ def test_a_weight_on_meta_is_refused(name, train):
     owner, _, label = name.rpartition(".")
     meta = torch.nn.Parameter(torch.empty_like(layer.get_parameter(name), device="meta"))
     setattr(layer.get_submodule(owner), label, meta)
+    x = torch.randn(2, 3, 16)
     with torch.set_grad_enabled(train), pytest.raises(RuntimeError, match="meta"):
-        layer(torch.randn(2, 3, 16))
+        layer(x)
+    with torch.set_grad_enabled(train), pytest.raises(RuntimeError, match="meta"):
+        layer.self_attn(x, x, x)
