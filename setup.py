@@ -1,18 +1,20 @@
 """Builds fastattn: op libraries on the LibTorch stable ABI, a pybind11 module, Triton kernels in Python.
 
-The build neither imports nor requires torch: its headers are found in the environment of the installation, and the
-libraries link against empty stubs with torch's sonames. Every native part is optional; fastattn/_build_info.json lists
-the parts that were built, and why the others were not.
+The build does not import torch: its headers are found in the environment of the installation (build_environment.py),
+and the libraries link against empty stubs with torch's sonames. fastattn/_build_info.json lists the parts that were
+built, and why the others were not.
 
 Environment:
-  FASTATTN_NATIVE      auto | 0 | 1   0: no native part; 1: a native part that cannot be built is an error (CI)
-  FASTATTN_CUDA        auto | 0 | 1   auto: built when nvcc is found; 1: a missing nvcc or a failed build is an error
+  FASTATTN_NATIVE      not set: kernels for the CPU that cannot be built are an error, on Linux; 0: no native part;
+                       auto: what can be built; 1: every native part that cannot be built is an error (CI)
+  FASTATTN_CUDA        not set: built when nvcc is found and torch has CUDA; then a failure is an error, as above;
+                       0: no; auto: like not set; 1: a missing nvcc is an error too, and any torch will do
   FASTATTN_CUDA_ARCHS  default "80;90a;100a"
   FASTATTN_TORCH_DIR   directory of the torch package whose headers are used
+  FASTATTN_PYTHONS     further interpreters for which _C is compiled, with spaces between them
   CXX (default g++, c++ or clang++), CUDA_HOME, MAX_JOBS
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -21,19 +23,36 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
-import sysconfig
 
 from setuptools import Distribution, Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # only without build isolation: pip brings what pyproject.toml asks for
+    raise SystemExit("fastattn: error: setuptools is too old, run pip install 'setuptools>=80'") from None
+
+from build_environment import (
+    CXX,
+    OLDEST_TORCH,
+    PACKAGE,
+    WITHOUT,
+    cuda_or_reason,
+    find_pybind11,
+    find_pythons,
+    find_torch,
+    first_match,
+    ninja_command,
+    output_of,
+    refuse_without_kernels,
+    tri_state,
+    why_no_cpu_kernels,
+)
+from build_ninja import NinjaFile, include, job_count, run_ninja, stubs_of_glibc, write_if_changed
+
 ROOT = pathlib.Path(__file__).parent.resolve()
-PACKAGE = "fastattn"
-CXX = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "g++")
-OLDEST_TORCH = (2, 11)  # the libraries load on this version and every later one
 TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 DEFINITIONS = runpy.run_path(str(ROOT / PACKAGE / "ops/_schemas.py"))["DEFINITIONS"]
 SCHEMAS = "libfastattn_schemas.so"  # the other libraries find it by this name in their own folder
@@ -54,35 +73,6 @@ KERNEL_FLAGS = "-fno-exceptions -Wno-maybe-uninitialized -Wno-uninitialized -Wno
 # tells the wrappers whether it was compiled.
 ARCH_OF_SUFFIX = {"_sm90": "90a", "_sm100": "100a"}
 
-RULES = """\
-ninja_required_version = 1.5
-rule cxx
-  command = {cxx} -MMD -MF $out.d -O3 -g0 -fPIC -std=c++20 -fvisibility=hidden -Wall $flags -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-  description = CXX $out
-rule nvcc
-  command = {nvcc} {ccbin} -MMD -MF $out.d -O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v $
-      $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)
-  depfile = $out.d
-  deps = gcc
-  description = NVCC $out
-rule stub
-  command = echo | {cxx} -shared -fPIC -Wl,-soname,$soname -x c++ - -o $out
-  description = STUB $soname
-rule link
-  command = {cxx} -shared -o $out $in $flags
-  description = LINK $out
-"""
-
-
-def tri_state(name):
-    """The value of an environment variable that is auto (or unset), 0 or 1."""
-    value = os.environ.get(name) or "auto"
-    if value not in ("auto", "0", "1"):
-        raise SystemExit(f"{PACKAGE}: {name} must be auto, 0 or 1, got {value!r}")
-    return value
-
 
 def wanted_archs():
     archs = re.split(r"[;, ]+", (os.environ.get("FASTATTN_CUDA_ARCHS") or "80;90a;100a").strip(" ;,"))
@@ -92,84 +82,11 @@ def wanted_archs():
     return archs
 
 
-def find_torch():
-    """(directory of the torch package, None), or (None, why there is no usable one).
-
-    Searches FASTATTN_TORCH_DIR, then this environment. An isolated build hides the target environment, but pip runs the
-    build with that environment's interpreter, which sees it if started again without the variables of the isolation.
-    """
-    candidates = [os.environ.get("FASTATTN_TORCH_DIR")]
-    spec = importlib.util.find_spec("torch")
-    if spec and spec.submodule_search_locations:
-        candidates.append(spec.submodule_search_locations[0])
-    locate = "from importlib.util import find_spec as f; print(*f('torch').submodule_search_locations)"
-    candidates.append(output_of(sys.executable, "-E", "-c", locate, cwd="/").strip())
-    for candidate in filter(None, candidates):
-        if not os.path.exists(os.path.join(candidate, "include/torch/csrc/stable/library.h")):
-            continue
-        version = torch_version(candidate)
-        if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) >= OLDEST_TORCH:
-            return pathlib.Path(candidate), None
-        return None, f"torch {version} in {candidate} is older than {'.'.join(map(str, OLDEST_TORCH))}"
-    return None, "no torch headers: install torch first, then reinstall (or set FASTATTN_TORCH_DIR)"
-
-
-def torch_version(directory):
-    return first_match(r"__version__ = '(.+)'", (pathlib.Path(directory) / "version.py").read_text()) or "0"
-
-
-def find_cuda():
-    """The root of a CUDA toolkit: from pip in the build environment, CUDA_HOME, or the system's."""
-    candidates = [os.path.join(path, "nvidia/cu13") for path in sys.path]
-    candidates += [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    on_path = shutil.which("nvcc")
-    if on_path:
-        candidates.append(os.path.dirname(os.path.dirname(os.path.realpath(on_path))))
-    for candidate in candidates:
-        if candidate and os.path.exists(os.path.join(candidate, "bin/nvcc")):
-            return pathlib.Path(candidate)
-    return None
-
-
-def find_pybind11(torch):
-    """The include directory of pybind11: its own package, or the copy that torch ships."""
-    try:
-        import pybind11
-
-        return pybind11.get_include()
-    except ImportError:
-        bundled = torch and torch / "include"
-        return bundled if bundled and (bundled / "pybind11").is_dir() else None
-
-
 def cpp_object(value):
     """The C++ expression of a Python object: None, a str, or a list of str."""
     if value is None:
         return "py::none()"
     return json.dumps(value) if isinstance(value, str) else f"py::make_tuple({', '.join(map(json.dumps, value))})"
-
-
-def output_of(*command, cwd=None):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd).stdout
-    except OSError:
-        return ""
-
-
-def first_match(pattern, text):
-    match = re.search(pattern, text)
-    return match and match.group(1)
-
-
-def job_count():
-    """MAX_JOBS, or one compiler per usable core and per 2 GiB of available memory."""
-    wanted = os.environ.get("MAX_JOBS") or "auto"
-    if wanted.isdigit():
-        return max(1, int(wanted))
-    if wanted != "auto":
-        raise SystemExit(f"{PACKAGE}: MAX_JOBS must be a number, got {wanted!r}")
-    available_kib = int(first_match(r"MemAvailable: *(\d+)", pathlib.Path("/proc/meminfo").read_text()) or 2**21)
-    return max(1, min(len(os.sched_getaffinity(0)), available_kib // 2**21))
 
 
 def arch_flags(stem, archs):
@@ -182,47 +99,6 @@ def arch_flags(stem, archs):
     if plain:
         flags.append(f"-gencode=arch=compute_{plain[0]},code=compute_{plain[0]}")
     return " ".join(flags)
-
-
-class NinjaFile:
-    """A build.ninja under construction; it runs in its own directory, where objects mirror the source tree."""
-
-    def __init__(self, nvcc):
-        # nvcc uses the C++ compiler on PATH, unless CXX names another
-        ccbin = f"-ccbin {CXX}" if os.environ.get("CXX") and " " not in CXX else ""
-        self.text = RULES.format(cxx=CXX, nvcc=shlex.quote(str(nvcc)), ccbin=ccbin)
-
-    def add(self, output, rule, inputs, implicit=(), **variables):
-        inputs, implicit = (
-            " ".join(re.sub(r"[$ :]", r"$\g<0>", str(path)) for path in paths) for paths in (inputs, implicit)
-        )
-        self.text += f"build {output}: {rule} {inputs} | {implicit}\n"
-        for name, value in variables.items():
-            self.text += f"  {name} = {value}\n"
-        return output
-
-    def compile(self, rule, source, flags, variant=""):
-        suffix = f".{variant}.o" if variant else ".o"
-        return self.add(source.relative_to(ROOT).with_suffix(suffix), rule, [source], flags=flags)
-
-    def stub(self, soname):
-        """An empty library, which gives DT_NEEDED on torch's library without that torch at link time."""
-        return self.add(soname, "stub", [], soname=soname)
-
-    def library(self, name, objects, libraries, flags=""):
-        """A shared library that depends on `libraries`, even if it uses no symbol of them, as the stubs have none."""
-        needed = f"-Wl,--no-as-needed {' '.join(libraries)} -Wl,--as-needed -Wl,-rpath,'$$ORIGIN'"
-        self.add(name, "link", objects, libraries, flags=f"-Wl,-soname,{name} {needed} {flags}")
-
-
-def include(*directories, system=True):
-    return " ".join(f"{'-isystem' if system else '-I'} {shlex.quote(str(directory))}" for directory in directories)
-
-
-def write_if_changed(path, text):
-    """Write a generated source; its timestamp decides what is compiled again."""
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
 
 
 def write_schema_library(ninja, torch_flags, build_dir):
@@ -249,7 +125,7 @@ def write_cpu_library(ninja, torch_flags):
     ninja.library("_cpu.so", objects, ["libtorch_cpu.so", SCHEMAS])
 
 
-def write_cuda_library(ninja, torch_flags, cuda, archs):
+def write_cuda_library(ninja, torch_flags, cuda, archs, build_dir):
     """_cuda.so: torch-free .cu files and C++ host wrappers, with the CUDA runtime linked statically."""
     has = " ".join(f"-DFASTATTN_HAS{suffix.upper()}" for suffix, arch in ARCH_OF_SUFFIX.items() if arch in archs)
     objects = []
@@ -260,35 +136,30 @@ def write_cuda_library(ninja, torch_flags, cuda, archs):
     wrappers = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
     objects += [ninja.compile("cxx", source, f"{torch_flags} {has}") for source in wrappers]
     folders = " ".join(f"-L{shlex.quote(str(cuda / name))}" for name in ("lib64", "lib"))
-    libraries = ["libtorch_cpu.so", ninja.stub("libtorch_cuda.so"), SCHEMAS]
+    libraries = ["libtorch_cpu.so", ninja.stub("libtorch_cuda.so"), SCHEMAS, *stubs_of_glibc(ninja, build_dir)]
     ninja.library("_cuda.so", objects, libraries, f"{folders} -lcudart_static -lrt -lpthread -ldl")
 
 
-def write_introspection_module(ninja, name, pybind11, build_dir, info):
+def write_introspection_modules(ninja, pythons, pybind11, build_dir, info):
     """_C: answers `info` at run time. It needs Python and pybind11 but no torch, and is tied to a Python version."""
     text = "".join(f'info["{key}"] = {cpp_object(value)};\n' for key, value in info.items())
     write_if_changed(build_dir / "build_info.inc", text)
-    flags = include(ROOT / "csrc", build_dir, system=False) + " " + include(pybind11, sysconfig.get_path("include"))
-    ninja.add(name, "link", [ninja.compile("cxx", ROOT / "csrc/introspection.cpp", flags)], flags="-s")
+    for name, folder in pythons.items():
+        flags = include(ROOT / "csrc", build_dir, system=False) + " " + include(pybind11, folder)
+        compiled = ninja.compile("cxx", ROOT / "csrc/introspection.cpp", flags, name.split(".")[1])
+        ninja.add(name, "link", [compiled, ninja.older_systems], flags="-s")
 
 
-def run_ninja(build_dir, *targets):
-    """Build targets, each as far as possible; returns None, or the part of the output that explains the failure."""
-    on_path = shutil.which("ninja")
-    command = [on_path] if on_path else [sys.executable, "-m", "ninja"]
-    command += ["-C", str(build_dir), f"-j{job_count()}", "-k0", *targets]
-    lines = []
-    try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                lines.append(line)
-    except OSError as error:
-        return f"ninja does not start: {error}"
-    if process.returncode == 0:
-        return None
-    first = next((i for i, line in enumerate(lines) if line.startswith("FAILED")), 0)
-    return "".join(lines[first : first + 40])
+def say_what_is_built(info, wanted, skipped):
+    """Lines for `pip install -v`: what is compiled for which processors, and which variables change that."""
+    if "_cpu.so" in wanted:
+        print(f"{PACKAGE}: with {info['cxx']} and the headers of torch {info['torch']}, {job_count()} files at a time")
+        print(f"{PACKAGE}: kernels for the CPU: {', '.join(info['cpu_variants'])}")
+    if "_cuda.so" in wanted:
+        print(f"{PACKAGE}: kernels for GPUs: {', '.join(info['cuda_archs'])}, with nvcc {info['nvcc']}")
+        print(f"{PACKAGE}: (FASTATTN_CUDA_ARCHS='90a' builds fewer of them, FASTATTN_CUDA=0 none)")
+    elif wanted:
+        print(f"{PACKAGE}: no kernels in CUDA C++: {skipped['_cuda.so']}", flush=True)
 
 
 def replace_file(path, content):
@@ -301,9 +172,8 @@ def replace_file(path, content):
 
 class BuildNative(build_ext):
     def run(self):
-        self.native, self.want_cuda = tri_state("FASTATTN_NATIVE"), tri_state("FASTATTN_CUDA")
-        self.module = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
-        self.parts = (SCHEMAS, "_cpu.so", "_cuda.so", self.module)
+        pythons = find_pythons()
+        self.parts = (SCHEMAS, "_cpu.so", "_cuda.so", *pythons)
         out_dir = ROOT / PACKAGE if self.inplace else pathlib.Path(self.build_lib).resolve() / PACKAGE
         build_dir = pathlib.Path(self.build_temp).resolve()
         if self.editable_mode:  # not its temporary directory, so that the next build is incremental
@@ -311,7 +181,7 @@ class BuildNative(build_ext):
         for directory in (out_dir, build_dir):
             directory.mkdir(parents=True, exist_ok=True)
 
-        info = self.build(build_dir)
+        info = self.build(build_dir, pythons)
         skipped = info["not_built"]
         for part in self.parts:
             if part in skipped:
@@ -320,25 +190,35 @@ class BuildNative(build_ext):
             else:
                 replace_file(out_dir / part, (build_dir / part).read_bytes())
         replace_file(out_dir / "_build_info.json", (json.dumps(info, indent=1) + "\n").encode())
+        self.refuse_missing(info)
 
-        required = {"_cuda.so"} if self.want_cuda == "1" else set()
-        if self.native == "1":
-            required |= set(self.parts) - ({"_cuda.so"} if info["nvcc"] is None else set())
-        missing = sorted(required & skipped.keys())
-        if missing:
+    def refuse_missing(self, info):
+        """End the build if a part failed that was not left out by a choice."""
+        native, skipped = tri_state("FASTATTN_NATIVE"), info["not_built"]
+        cuda = {"_cuda.so"} if info["nvcc"] else set()
+        required = {"_cuda.so"} if tri_state("FASTATTN_CUDA") == "1" else set()
+        if native == "1":
+            required |= (set(self.parts) - {"_cuda.so"}) | cuda
+        if native is None and sys.platform.startswith("linux"):
+            required |= {SCHEMAS, "_cpu.so"} | cuda
+        if missing := sorted(required & skipped.keys()):
             reasons = "\n".join(f"{part}: {skipped[part]}" for part in missing)
-            raise SystemExit(f"{PACKAGE}: FASTATTN_NATIVE or FASTATTN_CUDA is 1, but a part was not built\n{reasons}")
+            advice = f"FASTATTN_CUDA=0 leaves out the CUDA kernels. {WITHOUT}" if native is None else ""
+            raise SystemExit(f"{PACKAGE}: error: a part was not built\n{reasons}\n{advice}".rstrip())
 
-    def build(self, build_dir):
+    def build(self, build_dir, pythons):
         """Build every possible part in `build_dir`; returns the parts built and the reasons for the rest."""
-        archs = wanted_archs()
-        torch, no_torch = find_torch()
-        cuda = find_cuda() if self.want_cuda != "0" else None
+        archs, torch = wanted_archs(), find_torch()
+        cuda, no_cuda = cuda_or_reason(torch)
         pybind11 = find_pybind11(torch)
-        ninja = NinjaFile(cuda and cuda / "bin/nvcc")
+        why_not = why_no_cpu_kernels(torch) or (None if ninja_command() else "ninja is missing: run pip install ninja")
+        refuse_without_kernels(why_not)
+        if torch and not torch.new_enough:
+            torch = None
+        ninja = NinjaFile(ROOT, cuda and cuda / "bin/nvcc")
         info = {
             "cpu_variants": [*CPU_VARIANTS, *(s[1:] for s in CPU_VARIANT_OF_SUFFIX if len(CPU_VARIANTS) > 1)],
-            "torch": torch and torch_version(torch),
+            "torch": torch and torch.version,
             "nvcc": cuda and first_match(r"V(\d[\d.]+)", output_of(str(cuda / "bin/nvcc"), "--version")),
             "cuda_archs": archs if cuda else None,
             "cxx": output_of(*shlex.split(CXX), "--version").partition("\n")[0] or None,
@@ -350,33 +230,33 @@ class BuildNative(build_ext):
             for part in parts:
                 skipped.setdefault(part, reason)
 
-        if self.native == "0":
+        if tri_state("FASTATTN_NATIVE") == "0":
             skip("FASTATTN_NATIVE=0", *self.parts)
-        if not sys.platform.startswith("linux"):
-            skip(f"the native part builds on Linux only, this is {sys.platform}", *self.parts)
-        if not shutil.which(shlex.split(CXX)[0]):
-            skip(f"no C++ compiler: {CXX} not found (install g++, or set CXX)", *self.parts)
-        if torch is None:
-            skip(no_torch, SCHEMAS, "_cpu.so", "_cuda.so")
+        if why_not:
+            skip(why_not, *(self.parts if torch else (SCHEMAS, "_cpu.so", "_cuda.so")))
         if cuda is None:
-            skip("FASTATTN_CUDA=0" if self.want_cuda == "0" else "no nvcc found (set CUDA_HOME)", "_cuda.so")
+            skip(no_cuda, "_cuda.so")
         if pybind11 is None:
-            skip("no pybind11 headers", self.module)
+            skip("no pybind11 headers", *pythons)
+        for module, folder in pythons.items():
+            if not os.path.exists(f"{folder}/Python.h"):
+                skip("no headers of this Python", module)
 
         torch_flags = f"{include(ROOT / 'csrc', system=False)} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
         if torch:
-            torch_flags += " " + include(torch / "include")
+            torch_flags += " " + include(torch.directory / "include")
             write_schema_library(ninja, torch_flags, build_dir)
         if torch and cuda:  # ninja starts what is written first, and these files take longest
-            write_cuda_library(ninja, torch_flags, cuda, archs)
+            write_cuda_library(ninja, torch_flags, cuda, archs, build_dir)
         if torch:
             write_cpu_library(ninja, torch_flags)
         if pybind11:
-            write_introspection_module(ninja, self.module, pybind11, build_dir, info)
+            write_introspection_modules(ninja, pythons, pybind11, build_dir, info)
         (build_dir / "build.ninja").write_text(ninja.text)
 
         # all parts in one run, so that no processor waits for the last file of a part; if it fails, each part is asked
         wanted = [part for part in self.parts if part not in skipped]
+        say_what_is_built(info, wanted, skipped)
         if wanted and run_ninja(build_dir, *wanted):
             skipped |= {part: error for part in wanted if (error := run_ninja(build_dir, part))}
         built = [part for part in self.parts if part not in skipped]

@@ -77,7 +77,7 @@ def register() -> None:
     import fastattn.integrations.transformers  # noqa: F401  it registers what it has
 
 
-_TRAINING = {"load_run": "fastattn.training.runs.loaded"}  # what needs the packages of fastattn[train]
+_TRAINING = {"load_run": "fastattn.training.runs.loaded"}  # what needs the packages of the extra train
 
 
 def __getattr__(name: str) -> Any:

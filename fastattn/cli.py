@@ -5,16 +5,22 @@ if a signal stopped a training run.
 """
 
 import importlib
+import importlib.metadata
 import os
+import re
+import shlex
 import sys
 
+from fastattn import __version__
 from fastattn.commands._memory import keep_freed_memory
 from fastattn.commands._parse import parse
 from fastattn.training.messages import UsageError
 
-EXTRA = (  # the packages of pip install 'fastattn[train]', by import name
-    "jsonargparse lightning_fabric matplotlib numpy safetensors tensorboard tokenizers tqdm yaml"
-)
+EXTRAS = {  # the packages of each extra, by import name
+    "train": "jsonargparse lightning_fabric matplotlib numpy safetensors tensorboard tokenizers tqdm yaml",
+    "eval": "sacrebleu sklearn",
+    "words": "gensim",
+}
 COMMANDS = {
     "train": "train a model on text",
     "finetune": "train from the weights of another model (--start)",
@@ -53,9 +59,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except ImportError as error:
-        if (error.name or "?").partition(".")[0] not in EXTRA:
+        package = (error.name or "?").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages.split()), None)
+        if extra is None:
             raise
-        return report_error(f"missing package {error.name}: run pip install 'fastattn[train]'")
+        return report_error(f"missing package {error.name}: run {command_for(extra)}")
     except (UsageError, OSError) as error:
         return report_error(error)
 
@@ -66,8 +74,24 @@ def report_error(message):
     return 2
 
 
+def command_for(extra):
+    """The pip command that installs the packages of an extra.
+
+    It names each of them, as the installed fastattn asks for it, because fastattn itself is on no package index.
+    """
+    try:
+        requirements = importlib.metadata.requires("fastattn") or []
+    except importlib.metadata.PackageNotFoundError:  # it runs from a checkout
+        return f"""pip install ".[{extra}]" in the checkout of fastattn"""
+    wanted = (line.partition(";") for line in requirements)
+    packages = [name.strip() for name, _, marker in wanted if re.search(rf"extra == ['\"]{extra}['\"]", marker)]
+    return f"pip install {shlex.join(packages)}"
+
+
 def run_command(argv):
     name, arguments = argv[:1], argv[1:]
+    if name == ["--version"]:
+        return print(f"fastattn {__version__}")
     if name in (["-h"], ["--help"]):
         return print(help_text())
     if not name or name[0] not in COMMANDS:
@@ -91,5 +115,8 @@ def help_text():
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
-        ["usage: fastattn COMMAND ...", "", "Fused attention for PyTorch.", "", *lines, "", "fastattn COMMAND --help"]
-    )
+        [
+            "usage: fastattn COMMAND ...", "", "Fused attention for PyTorch.", "", *lines, "",
+            "fastattn COMMAND --help", "fastattn --version",
+        ]
+    )  # fmt: skip

@@ -171,10 +171,11 @@ fi
 
 say "fastattn${extras:+[$extras]}: packages it needs, and its kernels"
 pip_install "setuptools>=80" ninja "pybind11>=2.13"
+export FASTATTN_NATIVE=${FASTATTN_NATIVE:-auto} # here fastattn runs without kernels, if they cannot be compiled
 "$python" setup.py -q build_ext --inplace >"$venv/build.log" 2>&1 & # while pip is busy with the packages
 compiling=$!
 trap 'kill "$compiling" 2>/dev/null || true' EXIT
-if [ "${FASTATTN_NATIVE:-auto}" = auto ] && [ -z "${CXX:-}" ] && ! command -v g++ c++ clang++ >/dev/null; then
+if [ "$FASTATTN_NATIVE" = auto ] && [ -z "${CXX:-}" ] && ! command -v g++ c++ clang++ >/dev/null; then
   say "no C++ compiler: everything runs, on plain PyTorch (Debian, Ubuntu: apt-get install g++, then this script again)"
 fi
 mapfile -t packages < <(packages_of "$extras")

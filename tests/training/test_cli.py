@@ -14,7 +14,7 @@ pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[t
 import torch
 from training_cases import write_table
 
-from fastattn.cli import COMMANDS, main
+from fastattn.cli import COMMANDS, command_for, main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -425,7 +425,7 @@ def test_missing_package_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     for name in ("loop", "train"):
         monkeypatch.delitem(sys.modules, f"fastattn.training.runs.{name}", raising=False)
-    expected = "missing package lightning_fabric: run pip install 'fastattn[train]'"
+    expected = f"missing package lightning_fabric: run {command_for('train')}"
     assert_refused(folder, capsys, ["train", "--config", "config.yaml"], expected)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[t
 pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
 from training_cases import DOCUMENT_TASKS, TEXT, table_config, tiny_config, write_table
 
-from fastattn.cli import main
+from fastattn.cli import command_for, main
 from fastattn.training.config import DataConfig, OptimConfig
 from fastattn.training.messages import UsageError
 from fastattn.training.runs import throughput
@@ -137,5 +137,5 @@ def test_a_missing_tensorboard_is_told_before_a_run_is_made(tmp_path, monkeypatc
     data = DataConfig(source=str(tmp_path / "text.txt"))
     assert main(["train", "--run", str(run), "--data.source", data.source, "--steps", "1"]) == 2
     error = capsys.readouterr().err
-    assert error == "fastattn: error: missing package tensorboard: run pip install 'fastattn[train]'\n"
+    assert error == f"fastattn: error: missing package tensorboard: run {command_for('train')}\n"
     assert not run.exists()

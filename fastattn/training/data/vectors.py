@@ -1,6 +1,6 @@
 """Texts as vectors: one-hot, bag of words, TF-IDF and Word2Vec, which also initialises an embedding.
 
-scikit-learn counts the words, and gensim trains the word vectors (pip install 'fastattn[eval,words]').
+scikit-learn counts the words, and gensim trains the word vectors (the extras eval and words).
 """
 
 import re
