@@ -1,4 +1,4 @@
-"""The Python code of the guides runs as it is written, page by page."""
+"""The Python code of the README and of the guides runs as it is written, page by page."""
 
 import re
 import runpy
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["start.md", *sorted(f"guides/{page.name}" for page in (DOCS / "guides").glob("*.md"))]
-NEEDS = {"guides/hugging-face.md": "transformers", "guides/timm.md": "timm"}
+PAGES = ["../README.md", "start.md", *sorted(f"guides/{page.name}" for page in (DOCS / "guides").glob("*.md"))]
+NEEDS = {"../README.md": "transformers", "guides/hugging-face.md": "transformers", "guides/timm.md": "timm"}
 WITHOUT_CODE = ["guides/README.md"]
 
 

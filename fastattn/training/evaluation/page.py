@@ -12,7 +12,8 @@ h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margi
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem; text-align: left; }
 th { background: var(--head); } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; } figcaption { margin-top: .25rem; }
-img { max-width: 100%; height: auto; background: white; } pre { background: var(--head); padding: 1rem; overflow-x: auto; }
+img { max-width: 100%; height: auto; background: white; }
+pre { background: var(--head); padding: 1rem; overflow-x: auto; }
 pre.text { white-space: pre-wrap; }
 """
 

@@ -105,11 +105,8 @@ def report_html(report, folder, run=None):
 
     title = f"Evaluation of {Path(run).name if run else shown(report.get('run', 'a model'))}"
     tables = [(name, header if name else None, rows) for name, header, rows in report_tables(report)]
-    pictures = [
-        (text.capitalize(), CAPTIONS[name], path.read_bytes())
-        for name, text in PICTURES.items()
-        if (path := find(name))
-    ]
+    found = [(name, path) for name in PICTURES if (path := find(name))]
+    pictures = [(PICTURES[name].capitalize(), CAPTIONS[name], path.read_bytes()) for name, path in found]
     texts = [("Sample", "sample.txt", False), ("Settings of the run", "config.yaml", True)]
     texts = [(name, path.read_text(encoding="utf-8"), fold) for name, file, fold in texts if (path := find(file))]
     return page(title, tables, pictures, texts)
