@@ -11,7 +11,7 @@ import posixpath
 import re
 from pathlib import Path
 
-from griffe import Extension
+from griffe import Alias, Extension
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,8 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Turn links between files of the repository into links between pages of the site."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
     inner = {target: source for source, target in OUTER.items()}
     here = inner.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     start = posixpath.dirname(page.file.src_uri)
@@ -59,6 +61,13 @@ def on_page_markdown(markdown, page, config, files):
 class Docstrings(Extension):
     """Turns the docstrings of the repository into Markdown."""
 
+    def on_package(self, *, pkg, **_):
+        """Let fastattn.attention be the function, which hides the module of its name."""
+        if pkg.path == "fastattn":
+            for path in (ROOT / "fastattn/ops").glob("[a-z]*.py"):
+                if path.stem in pkg.members:
+                    pkg.set_member(path.stem, Alias(path.stem, f"fastattn.ops.{path.stem}.{path.stem}"))
+
     def on_object(self, *, obj, **_):
         if obj.docstring:
             obj.docstring.value = docstring_markdown(obj.docstring.value)
@@ -73,7 +82,7 @@ def docstring_markdown(text):
         if section is not None:
             done.append(f"**{section}**" + _section(section, body))
         else:
-            done.append(_escape("\n".join(body)))
+            done.append(_escape("\n".join(body)).strip("\n"))
         body.clear()
 
     for line in lines:
@@ -99,11 +108,14 @@ def _section(name, body):
             entries[-1] += " " + line.strip()
         elif line.strip():
             entries.append(line)
-    return "\n\n" + "\n".join(re.sub(r"^([\w, *()]+?): ", r"- **\1**: ", _escape(entry)) for entry in entries)
+    named = (re.fullmatch(r"([\w, *()]+?): (.*)", entry) or ["", "", entry] for entry in entries)
+    return "\n\n" + "\n".join(f"- **{_escape(match[1])}**: {_escape(match[2])}" for match in named).replace(
+        "****: ", ""
+    )
 
 
 def _escape(text):
     """Text without what Markdown would take for HTML or for emphasis, outside of code."""
-    parts = re.split(r"(`[^`]*`)", text)
+    parts = re.split(r"(`[^`]*`|^    .*$)", text, flags=re.MULTILINE)
     parts[::2] = (re.sub(r"([*_\[\]])", r"\\\1", html.escape(part, quote=False)) for part in parts[::2])
     return "".join(parts)
