@@ -10,11 +10,13 @@ import os
 import statistics
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from measured import facts_of, row_of, write
 from pytest_benchmark.fixture import BenchmarkFixture
-from pytest_benchmark.utils import NameWrapper
+from pytest_benchmark.utils import NameWrapper, get_commit_info
 
 import fastattn
 from fastattn.ops import _gemm
@@ -55,10 +57,18 @@ def pytest_addoption(parser):
         action="store_true",
         help="measure the processor time of one thread, robust on busy machines",
     )
+    parser.addoption(
+        "--pictures",
+        metavar="DIR",
+        type=Path,
+        help="write an SVG and a PNG for each benchmark function into DIR, and results.jsonl with all rows",
+    )
 
 
 def pytest_configure(config):
     global TIMER
+    if not config.getoption("--benchmark-compare"):  # the summary below has the same numbers
+        config.option.benchmark_quiet = True
     if not CUDA and config.getoption("--cpu-time"):
         TIMER = time.process_time
         torch.set_num_threads(1)
@@ -229,16 +239,38 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["fastattn"] = fastattn.__version__
     machine_info["backends"] = fastattn.backends()
     machine_info["threads"] = torch.get_num_threads()
+    machine_info["timer"] = TIMER.__name__
     machine_info["load"] = os.getloadavg()[0]
     if CUDA:
         machine_info["gpu"] = torch.cuda.get_device_name()
 
 
+def write_rows(folder, records, session):
+    """Write results.jsonl and the pictures."""
+    from pictures import write_pictures  # needs matplotlib
+
+    facts = facts_of(session.get_machine_info(), get_commit_info()["id"])
+    rows = [row_of(record.group, record.extra_info, record.stats.data) | facts for record in records]
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "results.jsonl", rows)
+    return [folder / "results.jsonl", *write_pictures(folder, rows)]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter, config):
+    """Print our summary after that of all plugins, so that it is what stays on the screen."""
+    yield
     session = getattr(config, "_benchmarksession", None)
     records = [record for record in session.benchmarks if "implementation" in record.extra_info] if session else []
-    if not records:
-        return
+    if records:
+        side_by_side(terminalreporter, records)
+        if config.getoption("--pictures"):
+            written = write_rows(config.getoption("--pictures"), records, session)
+            terminalreporter.write_line(f"written: {written[0]} and {len(written) - 1} pictures")
+
+
+def side_by_side(terminalreporter, records):
+    """Print a line for each candidate, grouped by benchmark."""
     write = terminalreporter.write_line
     terminalreporter.section(
         "side by side: median of interleaved rounds, ratio to the first row of a group (of the minima)"

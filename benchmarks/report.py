@@ -1,45 +1,25 @@
-"""Turn the JSON of `pytest benchmarks --benchmark-json=FILE` into a Markdown table.
+"""Turn the JSON of `pytest benchmarks --benchmark-json=FILE`, or a results.jsonl, into a Markdown table.
 
 python benchmarks/report.py FILE
 """
 
-import json
-import statistics
 import sys
 
-
-def rows(benchmarks):
-    for benchmark in benchmarks:
-        extra, stats = benchmark["extra_info"], benchmark["stats"]
-        if "implementation" not in extra:
-            continue
-        rate = ""
-        if "gb_per_s" in extra:
-            rate = f"{extra['gb_per_s']} GB/s, {extra['percent_of_copy']} % of a copy"
-        if "gflop_per_s" in extra:
-            rate = f"{extra['gflop_per_s']} GFLOP/s, {extra['percent_of_gemm']} % of GEMM"
-        median = stats["median"] if "median" in stats else statistics.median(stats["data"])
-        yield (
-            benchmark["group"],
-            extra["implementation"],
-            f"{median * 1e6:.0f}",
-            f"{extra['ratio']:.2f}",
-            f"{extra['ratio_of_minima']:.2f}",
-            rate,
-        )
+from measured import machine_line, read
 
 
 def main(path):
-    with open(path, encoding="utf-8") as file:
-        report = json.load(file)
-    machine = report["machine_info"]
-    commit = report.get("commit_info", {}).get("id", "unknown")[:9]
-    device = machine.get("gpu") or f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads"
-    print(f"{device}; torch {machine['torch']}, commit {commit}, load {machine['load']:.1f}\n")
+    rows = read(path)
+    print(f"{machine_line(rows[0])}\n")
     print("| benchmark | implementation | median us | ratio of medians | ratio of minima | rate |")
     print("|---|---|---|---|---|---|")
-    for row in rows(report["benchmarks"]):
-        print("| " + " | ".join(row) + " |")
+    for row in rows:
+        limit = {"copy": "a copy", "GEMM": "GEMM"}.get(row.get("limit"))
+        rate = f"{row['rate']} {row['unit']}, {row['percent']} % of {limit}" if limit else ""
+        print(
+            f"| {row['benchmark']} | {row['implementation']} | {row['median_us']:.0f} | {row['ratio']:.2f}"
+            f" | {row['ratio_of_minima']:.2f} | {rate} |"
+        )
 
 
 if __name__ == "__main__":

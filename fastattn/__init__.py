@@ -71,8 +71,12 @@ def register() -> None:
     """Make `attn_implementation="fastattn"` known to Hugging Face transformers, which this imports.
 
     Example:
-        fastattn.register()
-        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> fastattn.register()
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=100))
+        >>> model.set_attn_implementation("fastattn")  # or from_pretrained(name, attn_implementation="fastattn")
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 100])
     """
     import fastattn.integrations.transformers  # noqa: F401  it registers what it has
 

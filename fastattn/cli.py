@@ -24,7 +24,7 @@ EXTRAS = {  # the packages of each extra, by import name
 COMMANDS = {
     "train": "train a model on text",
     "finetune": "train from the weights of another model (--start)",
-    "evaluate": "score a model on a whole split: report.json, report.md and pictures",
+    "evaluate": "score a model on a whole split: report.html, report.md, report.json and pictures",
     "compare": "show the scores of several runs side by side",
     "baseline": "score a linear classifier on word counts",
     "predict": "classify texts",

@@ -36,7 +36,7 @@ def run(options, _argv):
         folder = run if options.checkpoint == "best" else run / "reports" / str(report["step"])
     if options.attention is not None:
         draw_attention(run, config, options.attention, folder / "attention.png", **how)
-    write_report(folder, report)
+    write_report(folder, report, run)
     print(report_json(report) if options.json else report_text(report), end="")
 
 

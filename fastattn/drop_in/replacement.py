@@ -35,8 +35,10 @@ def replace(
         ValueError: `only` has an entry that is none of these.
         An error in the middle leaves the model as it was.
     Example:
-        model = torch.nn.TransformerEncoderLayer(512, 8)
-        print(fastattn.replace(model))  # 4 modules replaced, 0 left alone ...
+        >>> model = torch.nn.TransformerEncoderLayer(64, 8)
+        >>> print(fastattn.replace(model))  # doctest: +ELLIPSIS
+        4 modules replaced, 0 left alone
+        ...
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -18,6 +18,14 @@ class Report:
         replaced: the name of each module that was replaced ("" is the model) → what it is now.
         left: the name of each module that looks like one that could be replaced → why it was left alone.
         advice: what stands in the way of more, and what to do about it.
+    Example:
+        >>> model = torch.nn.LayerNorm(64)
+        >>> report = fastattn.replace(model)
+        >>> report.replaced
+        {'': 'LayerNorm'}
+        >>> report.undo()
+        >>> type(model)
+        <class 'torch.nn.modules.normalization.LayerNorm'>
     """
 
     replaced: dict[str, str] = field(default_factory=dict)

@@ -84,6 +84,11 @@ def flash_attn_func(
     Raises:
         ValueError, TypeError: as `attention`.
     Source: flash-attn 2.8, `flash_attn_func`.
+    Example:
+        >>> from fastattn.integrations.flash_attn import flash_attn_func
+        >>> q, k = torch.randn(2, 100, 8, 64), torch.randn(2, 100, 2, 64)
+        >>> flash_attn_func(q, k, k, causal=True, window_size=(32, 0)).shape
+        torch.Size([2, 100, 8, 64])
     """
     _check_layout("flash_attn_func", _BATCHED, q=q, k=k, v=v)
     out, lse = attention(
@@ -108,7 +113,13 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """`flash_attn_func` with keys and values in one tensor (batch, seqlen_k, 2, n_kv_heads, head_dim)."""
+    """`flash_attn_func` with keys and values in one tensor (batch, seqlen_k, 2, n_kv_heads, head_dim).
+
+    Example:
+        >>> from fastattn.integrations.flash_attn import flash_attn_kvpacked_func
+        >>> flash_attn_kvpacked_func(torch.randn(2, 100, 8, 64), torch.randn(2, 100, 2, 2, 64)).shape
+        torch.Size([2, 100, 8, 64])
+    """
     _check_layout("flash_attn_kvpacked_func", ("batch", "seqlen", 2, "heads", "head_dim"), kv=kv)
     return flash_attn_func(
         q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -128,7 +139,13 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """`flash_attn_func` with all three in one tensor (batch, seqlen, 3, n_heads, head_dim)."""
+    """`flash_attn_func` with all three in one tensor (batch, seqlen, 3, n_heads, head_dim).
+
+    Example:
+        >>> from fastattn.integrations.flash_attn import flash_attn_qkvpacked_func
+        >>> flash_attn_qkvpacked_func(torch.randn(2, 100, 3, 8, 64), causal=True).shape
+        torch.Size([2, 100, 8, 64])
+    """
     _check_layout("flash_attn_qkvpacked_func", ("batch", "seqlen", 3, "heads", "head_dim"), qkv=qkv)
     return flash_attn_func(
         *qkv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -169,6 +186,12 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, TypeError: as `attention`.
     Source: flash-attn 2.8, `flash_attn_varlen_func`.
+    Example:
+        >>> from fastattn.integrations.flash_attn import flash_attn_varlen_func
+        >>> q = torch.randn(12, 8, 64)  # a sequence of 5 tokens, then one of 7
+        >>> ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+        >>> flash_attn_varlen_func(q, q, q, ends, ends, 7, 7, causal=True).shape
+        torch.Size([12, 8, 64])
     """
     if block_table is not None:
         raise ValueError(
@@ -201,7 +224,14 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """`flash_attn_varlen_func` with keys and values in one tensor (total_k, 2, n_kv_heads, head_dim)."""
+    """`flash_attn_varlen_func` with keys and values in one tensor (total_k, 2, n_kv_heads, head_dim).
+
+    Example:
+        >>> from fastattn.integrations.flash_attn import flash_attn_varlen_kvpacked_func
+        >>> ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+        >>> flash_attn_varlen_kvpacked_func(torch.randn(12, 8, 64), torch.randn(12, 2, 2, 64), ends, ends, 7, 7).shape
+        torch.Size([12, 8, 64])
+    """
     _check_layout("flash_attn_varlen_kvpacked_func", ("total", 2, "heads", "head_dim"), kv=kv)
     return flash_attn_varlen_func(
         q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
@@ -223,7 +253,14 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """`flash_attn_varlen_func` with all three in one tensor (total, 3, n_heads, head_dim)."""
+    """`flash_attn_varlen_func` with all three in one tensor (total, 3, n_heads, head_dim).
+
+    Example:
+        >>> from fastattn.integrations.flash_attn import flash_attn_varlen_qkvpacked_func
+        >>> ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+        >>> flash_attn_varlen_qkvpacked_func(torch.randn(12, 3, 8, 64), ends, 7, causal=True).shape
+        torch.Size([12, 8, 64])
+    """
     _check_layout("flash_attn_varlen_qkvpacked_func", ("total", 3, "heads", "head_dim"), qkv=qkv)
     return flash_attn_varlen_func(
         *qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
@@ -276,6 +313,12 @@ def flash_attn_with_kvcache(
         ValueError, TypeError, RuntimeError: as `attention_decode`; k is given without cache_seqlens, rotary_cos without
             rotary_sin, or either of these without k.
     Source: flash-attn 2.8, `flash_attn_with_kvcache`.
+    Example:
+        >>> from fastattn.integrations.flash_attn import flash_attn_with_kvcache
+        >>> k_cache, v_cache = torch.zeros(2, 2, 128, 2, 64)
+        >>> q, k = torch.randn(2, 1, 8, 64), torch.randn(2, 1, 2, 64)
+        >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, k, cache_seqlens=0, causal=True).shape  # the first token
+        torch.Size([2, 1, 8, 64])
     """
     name = "flash_attn_with_kvcache"
     _check_layout(name, _BATCHED, q=q, k_cache=k_cache, v_cache=v_cache)

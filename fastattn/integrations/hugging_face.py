@@ -32,8 +32,10 @@ def load_hugging_face(
     Raises:
         ValueError: the folder or a file is missing, or the model has an architecture or option that ours lack.
     Example:
-        model = load_hugging_face("models/gpt2")
-        logits = model(torch.tensor([[15496, 995]]))  # (1, 2, 50257)
+        >>> from fastattn.integrations.hugging_face import load_hugging_face
+        >>> model = load_hugging_face("models/gpt2")
+        >>> model(torch.tensor([[3, 1]])).shape  # (batch, tokens, vocabulary)
+        torch.Size([1, 2, 100])
     """
     from fastattn.models import CausalLM, Classifier, MaskedLM
     from fastattn.models.backbone import Backbone
@@ -114,7 +116,10 @@ def write_hugging_face(model: nn.Module, folder: str | os.PathLike[str], **setti
     Raises:
         ValueError: no family has the shape of the model; the message says where each differs.
     Example:
-        write_hugging_face(model, "exported")  # then AutoModelForCausalLM.from_pretrained("exported")
+        >>> from fastattn.integrations.hugging_face import load_hugging_face, write_hugging_face
+        >>> model = load_hugging_face("models/gpt2")
+        >>> write_hugging_face(model, "exported")  # then AutoModelForCausalLM.from_pretrained("exported")
+        'gpt2'
     """
     from safetensors.torch import save_file
 

@@ -56,6 +56,14 @@ class SdpaPatch:
     """What `patch_sdpa` did: served counts the calls that ran on our kernels, left those that went to torch, by reason.
 
     A context manager; `undo()` puts back what was there before.
+
+    Example:
+        >>> q = torch.randn(2, 8, 100, 64)
+        >>> patch = fastattn.patch_sdpa()
+        >>> _ = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        >>> patch.undo()
+        >>> patch.served, dict(patch.left)
+        (1, {})
     """
 
     def __init__(self):
@@ -125,8 +133,10 @@ def patch_sdpa() -> SdpaPatch:
     Returns: an SdpaPatch; `print` it to see how many calls were served, and why others were not.
 
     Example:
-        with fastattn.patch_sdpa() as patch:
-            model(x)
-        print(patch)
+        >>> q = torch.randn(2, 8, 100, 64)
+        >>> with fastattn.patch_sdpa() as patch:
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        >>> print(patch)
+        1 calls served by fastattn, 0 left to torch
     """
     return SdpaPatch()

@@ -103,11 +103,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             torch.nn.
         strict_torch: follow torch where this class differs on purpose: is_causal needs a mask and is ignored next to
             key_padding_mask, and need_weights=True runs torch's own code.
-    Example:
-        attn = fastattn.nn.MultiheadAttention(512, 8, batch_first=True)
-        x = torch.randn(4, 128, 512)
-        y, _ = attn(x, x, x, is_causal=True, need_weights=False)  # (4, 128, 512)
     Source: torch.nn.MultiheadAttention.
+    Example:
+        >>> attn = fastattn.nn.MultiheadAttention(64, 8, batch_first=True)
+        >>> x = torch.randn(4, 128, 64)
+        >>> y, _ = attn(x, x, x, is_causal=True, need_weights=False)
+        >>> y.shape
+        torch.Size([4, 128, 64])
     """
 
     strict_torch = False

@@ -47,10 +47,11 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype: as in torch.nn.
         strict_torch: as in `MultiheadAttention`.
-    Example:
-        layer = fastattn.nn.TransformerDecoderLayer(512, 8, batch_first=True)
-        y = layer(torch.randn(4, 64, 512), torch.randn(4, 128, 512), tgt_is_causal=True)  # (4, 64, 512)
     Source: torch.nn.TransformerDecoderLayer.
+    Example:
+        >>> layer = fastattn.nn.TransformerDecoderLayer(64, 8, batch_first=True)
+        >>> layer(torch.randn(4, 16, 64), torch.randn(4, 32, 64), tgt_is_causal=True).shape
+        torch.Size([4, 16, 64])
     """
 
     @Public("nn.TransformerDecoderLayer", flags="strict_torch").answering
@@ -157,6 +158,11 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         norm: module applied at the end, or None.
         strict_torch: run torch's own container code, which compares the mask with the causal one in every call.
     Source: torch.nn.TransformerDecoder.
+    Example:
+        >>> layer = fastattn.nn.TransformerDecoderLayer(64, 8, batch_first=True)
+        >>> decoder = fastattn.nn.TransformerDecoder(layer, num_layers=2)
+        >>> decoder(torch.randn(4, 16, 64), torch.randn(4, 32, 64), tgt_is_causal=True).shape
+        torch.Size([4, 16, 64])
     """
 
     strict_torch = False

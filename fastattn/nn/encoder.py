@@ -49,10 +49,11 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype: as in torch.nn.
         strict_torch: as in `MultiheadAttention`.
-    Example:
-        layer = fastattn.nn.TransformerEncoderLayer(512, 8, batch_first=True)
-        y = layer(torch.randn(4, 128, 512), is_causal=True)  # (4, 128, 512)
     Source: torch.nn.TransformerEncoderLayer.
+    Example:
+        >>> layer = fastattn.nn.TransformerEncoderLayer(64, 8, batch_first=True)
+        >>> layer(torch.randn(4, 128, 64), is_causal=True).shape
+        torch.Size([4, 128, 64])
     """
 
     @Public("nn.TransformerEncoderLayer", flags="strict_torch").answering
@@ -198,6 +199,12 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             layers, and a batch costs what they cost. The output is 0 at the padding. A float mask, a mask other than
             causal, changed or hooked layers and graphs that are traced keep the padding.
     Source: torch.nn.TransformerEncoder.
+    Example:
+        >>> layer = fastattn.nn.TransformerEncoderLayer(64, 8, batch_first=True)
+        >>> encoder = fastattn.nn.TransformerEncoder(layer, num_layers=2, padding_free=True)
+        >>> ignore = torch.arange(16) >= torch.tensor([[16], [5]])  # the second row has 5 tokens, then padding
+        >>> encoder(torch.randn(2, 16, 64), src_key_padding_mask=ignore).shape
+        torch.Size([2, 16, 64])
     """
 
     strict_torch = False

@@ -25,10 +25,11 @@ class FeedForward(torch.nn.Module):
         recompute: save only x for the backward, which computes the hidden layer again.
     Raises:
         ValueError: the activation is unknown, or a number is out of range.
-    Example:
-        block = fastattn.nn.FeedForward(512, 1376, activation="silu", gated=True)  # SwiGLU
-        y = block(torch.randn(4, 128, 512))  # (4, 128, 512)
     Source: Vaswani et al., "Attention is all you need" (2017), and Shazeer, "GLU variants improve transformer" (2020).
+    Example:
+        >>> block = fastattn.nn.FeedForward(64, 172, activation="silu", gated=True)  # SwiGLU
+        >>> block(torch.randn(4, 128, 64)).shape
+        torch.Size([4, 128, 64])
     """
 
     @Public("nn.FeedForward", numbers="dropout", integers="d_model d_ff", flags="gated bias recompute").answering

@@ -56,9 +56,10 @@ class LayerNorm(torch.nn.LayerNorm):
         bias: whether there is also a bias.
     Raises:
         ArgumentValueError (a RuntimeError and a ValueError): the input does not end in normalized_shape.
-    Example:
-        y = fastattn.nn.LayerNorm(512)(torch.randn(4, 128, 512))  # (4, 128, 512)
     Source: torch.nn.LayerNorm.
+    Example:
+        >>> fastattn.nn.LayerNorm(512)(torch.randn(4, 128, 512)).shape
+        torch.Size([4, 128, 512])
     """
 
     @Public("nn.LayerNorm", tensors="input", nested=None).answering
@@ -85,9 +86,10 @@ class RMSNorm(torch.nn.RMSNorm):
         elementwise_affine: whether there is a weight.
     Raises:
         ArgumentValueError (a RuntimeError and a ValueError): the input does not end in normalized_shape.
-    Example:
-        y = fastattn.nn.RMSNorm(512)(torch.randn(4, 128, 512))  # (4, 128, 512)
     Source: torch.nn.RMSNorm.
+    Example:
+        >>> fastattn.nn.RMSNorm(512)(torch.randn(4, 128, 512)).shape
+        torch.Size([4, 128, 512])
     """
 
     @Public("nn.RMSNorm", tensors="x", nested=None).answering

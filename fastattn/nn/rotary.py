@@ -39,10 +39,12 @@ class RotaryEmbedding(torch.nn.Module):
         interleaved: pairs are channels (2d, 2d + 1) instead of (d, d + rotary_dim / 2).
     Raises:
         ValueError: an argument is out of range, or head_dim is below rotary_dim.
-    Example:
-        rotary = fastattn.nn.RotaryEmbedding(64)
-        q, k = rotary(torch.randn(4, 8, 128, 64), torch.randn(4, 2, 128, 64))  # (batch, heads, seqlen, head_dim)
     Source: Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
+    Example:
+        >>> rotary = fastattn.nn.RotaryEmbedding(64)
+        >>> q, k = rotary(torch.randn(4, 8, 128, 64), torch.randn(4, 2, 128, 64))  # (batch, heads, seqlen, head_dim)
+        >>> q.shape, k.shape
+        (torch.Size([4, 8, 128, 64]), torch.Size([4, 2, 128, 64]))
     """
 
     _made_for = None  # (rotary_dim, base) of the tables

@@ -21,10 +21,11 @@ class Transformer(torch.nn.Transformer):
         d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, custom_encoder,
             custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype: as in torch.nn.
         strict_torch: as in `MultiheadAttention`, for the stacks built here.
-    Example:
-        model = fastattn.nn.Transformer(512, 8, batch_first=True)
-        y = model(torch.randn(4, 128, 512), torch.randn(4, 64, 512), tgt_is_causal=True)  # (4, 64, 512)
     Source: torch.nn.Transformer.
+    Example:
+        >>> model = fastattn.nn.Transformer(64, 8, 2, 2, dim_feedforward=128, batch_first=True)
+        >>> model(torch.randn(4, 32, 64), torch.randn(4, 16, 64), tgt_is_causal=True).shape
+        torch.Size([4, 16, 64])
     """
 
     @Public("nn.Transformer", flags="strict_torch").answering

@@ -281,6 +281,10 @@ def backends() -> dict[str, dict[str, str]]:
     """The state of each backend per device type: {"cpu": {"native": "available", "triton": "<why not>", ...}, ...}.
 
     If GPUs differ, the text names each: "cuda:0: available; cuda:1: <why not>".
+
+    Example:
+        >>> fastattn.backends()["cpu"]["reference"]
+        'available'
     """
     return {device: {name: _state(name, device) for name in names} for device, names in _ORDER.items()}
 

@@ -160,7 +160,7 @@ def test_the_loss_curve_has_the_unit_of_the_task_and_the_chosen_checkpoint(tmp_p
     train(table_config(task, tmp_path / "run", table, steps=4, evaluate_every=2, optim=optim))
     axes, *right = kept[0].axes
     assert axes.get_ylabel() == f"loss (nats a {unit})"
-    texts = " ".join(text.get_text() for text in axes.get_legend().get_texts())
+    texts = " ".join(text.get_text() for text in kept[0].legends[0].get_texts())
     assert "train loss, with label smoothing 0.1" in texts
     assert "chosen checkpoint, step" in texts
     assert [a.get_ylabel() for a in right] == (["validation accuracy"] if task in ("masked_lm", "classify") else [])

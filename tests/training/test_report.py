@@ -76,7 +76,13 @@ def test_report_of_classes(tmp_path):
     report["perplexity"] = math.inf
     folder = tmp_path / "deep" / "run"
     written = write_report(folder, report)
-    assert [path.name for path in written] == ["report.json", "confusion.png", "calibration.png", "report.md"]
+    assert [path.name for path in written] == [
+        "report.json",
+        "confusion.png",
+        "calibration.png",
+        "report.md",
+        "report.html",
+    ]
     assert {path.name for path in folder.iterdir()} == {path.name for path in written} <= RUN_FILES
     stored = json.loads((folder / "report.json").read_text())
     assert stored == {**report, "perplexity": None}
@@ -100,7 +106,7 @@ def test_report_of_classes(tmp_path):
 def test_report_of_a_translation_shows_signature_and_pictures_of_the_run(tmp_path):
     (tmp_path / "attention.png").write_bytes(b"picture")
     written = write_report(tmp_path, {"run": "r", "bleu": 31.5, "bleu_signature": "nrefs:1|tok:13a"})
-    assert [path.name for path in written] == ["report.json", "report.md"]
+    assert [path.name for path in written] == ["report.json", "report.md", "report.html"]
     text = (tmp_path / "report.md").read_text()
     assert r"| bleu_signature | nrefs:1\|tok:13a |" in text
     assert "![attention map](attention.png)" in text
@@ -117,7 +123,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path, {"run": "new"})
     assert (tmp_path / "report.json").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
 
 
 def test_no_confusion_and_many():

@@ -1,11 +1,13 @@
-"""The report of an evaluation: report.json for programs, report.md and pictures for readers."""
+"""The report of an evaluation: report.json for programs, report.md, report.html and pictures for readers."""
 
 import html
 import json
 import math
+from pathlib import Path
 
 from ..files import write_atomic
 from ..inspect.figures import plot_calibration, plot_confusion
+from .page import page, shown
 
 PICTURES = {
     "loss.png": "loss curve",
@@ -13,14 +15,22 @@ PICTURES = {
     "calibration.png": "reliability diagram",
     "attention.png": "attention map",
 }
+CAPTIONS = {
+    "loss.png": "The losses by step. A validation loss that rises while the training loss falls means overfitting.",
+    "confusion.png": "Each row is a true class, each column a prediction; the diagonal is right.",
+    "calibration.png": "Above: how often a prediction of this probability was right; bars below the dashed line mean"
+    " that the model is too confident. Below: how many predictions there are.",
+    "attention.png": "What each token (row) looks at in the last block, head by head; each row sums to 1.",
+}
 N_CONFUSIONS = 20
 
 
-def write_report(folder, report):
-    """Write report.json and report.md, and for classifiers confusion.png and calibration.png.
+def write_report(folder, report, run=None):
+    """Write report.json, report.md and report.html, and for classifiers confusion.png and calibration.png.
 
     Args:
         folder: output folder, created if missing; report.md also shows the other pictures of a run in it.
+        run: folder of the run, whose loss curve, settings and sample report.html has too; None: `folder`.
         report: dict of what was evaluated, and of scores of `inspect.scores`; lists and dicts stay out of the first
             table.
 
@@ -38,7 +48,8 @@ def write_report(folder, report):
         plot_calibration(written[-1], report["calibration"])
     pictures = [name for name in PICTURES if (folder / name).exists()]
     write_atomic(folder / "report.md", report_markdown(report, pictures))
-    return [*written, folder / "report.md"]
+    write_atomic(folder / "report.html", report_html(report, folder, run))
+    return [*written, folder / "report.md", folder / "report.html"]
 
 
 def report_json(report):
@@ -57,22 +68,48 @@ def report_text(report):
     return "".join(f"{name:{width}}{v if isinstance(v, str) else cell(v)}\n" for name, v in scores.items())
 
 
-def report_markdown(report, pictures=()):
-    """The report as Markdown text, with links to pictures (names in PICTURES) in the same folder."""
+def report_tables(report):
+    """The tables of a report for readers: [(title or None, header, rows)]."""
     scalars = [(key, value) for key, value in report.items() if not isinstance(value, (dict, list))]
-    parts = [f"# Evaluation of {cell(report.get('run', 'a model'))}", table(("", ""), scalars)]
+    tables = [(None, ("", ""), scalars)]
     if "averages" in report:
         rows = [(name, *values.values()) for name, values in report["averages"].items()]
-        parts += ["## Averages over the classes", table(("average", "precision", "recall", "f1"), rows)]
+        tables.append(("Averages over the classes", ("average", "precision", "recall", "f1"), rows))
     if "classes" in report:
-        parts += ["## Classes", table(tuple(report["classes"][0]), [row.values() for row in report["classes"]])]
+        rows = [tuple(row.values()) for row in report["classes"]]
+        tables.append(("Classes", tuple(report["classes"][0]), rows))
     if "confusion" in report:
-        names = [row["name"] for row in report["classes"]]
-        rows = confusions(report["confusion"], names)[:N_CONFUSIONS]
+        rows = confusions(report["confusion"], [row["name"] for row in report["classes"]])[:N_CONFUSIONS]
         header = ("true", "predicted", "examples", "share of the true class")
-        parts += ["## Most frequent confusions", table(header, rows) if rows else "None."]
+        tables.append(("Most frequent confusions", header, rows))
+    return tables
+
+
+def report_markdown(report, pictures=()):
+    """The report as Markdown text, with links to pictures (names in PICTURES) in the same folder."""
+    parts = [f"# Evaluation of {cell(report.get('run', 'a model'))}"]
+    for title, header, rows in report_tables(report):
+        parts += [f"## {title}"] if title else []
+        parts.append(table(header, rows) if rows or not title else "None.")
     parts += [f"![{PICTURES[name]}]({name})" for name in pictures]
     return "\n\n".join(parts) + "\n"
+
+
+def report_html(report, folder, run=None):
+    """The report as one HTML file, with the pictures, settings and sample that are in the folder or in the run's."""
+    of_the_run = ("loss.png", "sample.txt", "config.yaml")  # the other pictures belong to one evaluation
+
+    def find(name):
+        places = [Path(folder), *([Path(run)] if run and name in of_the_run else [])]
+        return next((place / name for place in places if (place / name).is_file()), None)
+
+    title = f"Evaluation of {Path(run).name if run else shown(report.get('run', 'a model'))}"
+    tables = [(name, header if name else None, rows) for name, header, rows in report_tables(report)]
+    found = [(name, path) for name in PICTURES if (path := find(name))]
+    pictures = [(PICTURES[name].capitalize(), CAPTIONS[name], path.read_bytes()) for name, path in found]
+    texts = [("Sample", "sample.txt", False), ("Settings of the run", "config.yaml", True)]
+    texts = [(name, path.read_text(encoding="utf-8"), fold) for name, file, fold in texts if (path := find(file))]
+    return page(title, tables, pictures, texts)
 
 
 def confusions(confusion, names):
@@ -97,13 +134,7 @@ def table(header, rows):
 
 def cell(value):
     """A value as the text of one cell of a Markdown table."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, float):
-        return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    text = " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
+    text = shown(value).replace("\\", "\\\\").replace("|", "\\|")
     return html.escape(text, quote=False).encode("utf-8", "backslashreplace").decode()
 
 

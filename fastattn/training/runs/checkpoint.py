@@ -1,7 +1,8 @@
 """The folder of a run and its checkpoints, which stay intact if the process is killed at any moment.
 
     RUN/config.yaml tokenizer.json data.json metrics.csv loss.png sample.txt tensorboard/
-    RUN/report.json report.md confusion.png calibration.png attention.png, and those of one step in reports/STEP/
+    RUN/report.json report.md report.html confusion.png calibration.png attention.png, and those of one step in
+        reports/STEP/
     RUN/checkpoints/step-00000250/{model.safetensors, state.pt, meta.json}
 
 Everything is written under a temporary name, flushed to disk and renamed, so a reader finds all of it or nothing.
@@ -24,7 +25,7 @@ from ..messages import UsageError, warn
 
 RUN_FILES = {
     "config.yaml", "tokenizer.json", "data.json", "metrics.csv", "loss.png", "sample.txt", "report.json", "report.md",
-    "confusion.png", "calibration.png", "attention.png", "reports", "tensorboard", "checkpoints",
+    "report.html", "confusion.png", "calibration.png", "attention.png", "reports", "tensorboard", "checkpoints",
 }  # fmt: skip
 
 

@@ -40,8 +40,10 @@ def load_run(
     Raises:
         ValueError: the run or the checkpoint does not exist or is damaged, or there is no such device.
     Example:
-        run = fastattn.load_run("runs/char_lm")
-        logits = run.model(torch.tensor([run.tokenizer.encode("The ")]))  # (1, tokens, vocab_size)
+        >>> run = fastattn.load_run("runs/char_lm")
+        >>> logits = run.model(torch.tensor([run.tokenizer.encode("bottles")]))
+        >>> logits.shape == (1, 7, run.tokenizer.vocab_size)
+        True
     """
     try:
         run = run_path(path)

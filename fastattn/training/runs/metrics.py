@@ -89,8 +89,8 @@ def plot_losses(run, *, unit="token", smoothing=0.0, chosen=None):
         right.set(ylabel="validation accuracy", ylim=(0, 1))
         text = f"validation accuracy, last {accuracies[-1][1]:.4f}"
         lines += right.plot(*zip(*accuracies, strict=True), "--", color="tab:green", marker=".", label=text)
-    if lines:
-        axes.legend(lines, [line.get_label() for line in lines])
+    if lines:  # below the axes: between two falling and a rising curve no corner is free
+        figure.legend(handles=lines, loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
     save_png(figure, run / "loss.png")
     return run / "loss.png"

@@ -1,0 +1,121 @@
+"""What MkDocs needs to make the site from the repository as it is; mkdocs.yml names this file.
+
+- The README, the result files and other pages that lie outside docs/ become pages of the site, and links between all of
+  them are rewritten, so a link works in the repository and on the site.
+- Docstrings become Markdown: their sections, lists of arguments and examples.
+"""
+
+import html
+import inspect
+import posixpath
+import re
+from pathlib import Path
+
+from griffe import Alias, Extension
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+# pages outside docs/ → where they are on the site
+OUTER = {
+    "README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md", "examples/README.md": "examples.md", "scripts/README.md": "scripts.md",
+}  # fmt: skip
+OUTER |= {
+    path.relative_to(ROOT).as_posix(): f"results/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.md")
+}
+SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Source|Example):(?: (.*))?$")
+
+
+def on_files(files, config):
+    for source, target in OUTER.items():
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
+    for picture in (ROOT / "benchmarks/results").rglob("*.svg"):
+        target = f"results/{picture.relative_to(ROOT / 'benchmarks/results').as_posix()}"
+        files.append(File.generated(config, target, abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Turn links between files of the repository into links between pages of the site."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
+    inner = {target: source for source, target in OUTER.items()}
+    here = inner.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    start = posixpath.dirname(page.file.src_uri)
+
+    def rewrite(match):
+        target, anchor = match[1], match[2] or ""
+        if re.match(r"\w+:", target):
+            return match[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
+        moved = OUTER.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
+        if moved is None and path.startswith("benchmarks/results/"):
+            moved = path.removeprefix("benchmarks/")
+        return match[0] if moved is None else f"]({posixpath.relpath(moved, start)}{anchor})"
+
+    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
+    parts[::2] = (re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", rewrite, part) for part in parts[::2])
+    return "".join(parts)
+
+
+class Docstrings(Extension):
+    """Turns the docstrings of the repository into Markdown."""
+
+    def on_package(self, *, pkg, **_):
+        """Let fastattn.attention be the function, which hides the module of its name."""
+        if pkg.path == "fastattn":
+            for path in (ROOT / "fastattn/ops").glob("[a-z]*.py"):
+                if path.stem in pkg.members:
+                    pkg.set_member(path.stem, Alias(path.stem, f"fastattn.ops.{path.stem}.{path.stem}"))
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring:
+            obj.docstring.value = docstring_markdown(obj.docstring.value)
+
+
+def docstring_markdown(text):
+    """The Markdown of a docstring: bold names of sections, lists of arguments, fenced examples."""
+    done, section, lines = [], None, inspect.cleandoc(text).split("\n")
+    body: list[str] = []
+
+    def finish():
+        if section is not None:
+            done.append(f"**{section}**" + _section(section, body))
+        else:
+            done.append(_escape("\n".join(body)).strip("\n"))
+        body.clear()
+
+    for line in lines:
+        match = SECTION.match(line)
+        if match or (section is not None and line and not line.startswith(" ")):
+            finish()
+            section = match[1] if match else None
+            body.extend([match[2]] if match and match[2] else [] if match else [line])
+        else:
+            body.append(line)
+    finish()
+    return "\n\n".join(done)
+
+
+def _section(name, body):
+    if name == "Example":
+        return "\n\n```pycon\n" + inspect.cleandoc("\n" + "\n".join(body)) + "\n```"
+    if name in ("Returns", "Source"):
+        return ": " + _escape(" ".join(line.strip() for line in body))
+    entries: list[str] = []
+    for line in inspect.cleandoc("\n" + "\n".join(body)).split("\n"):
+        if line.startswith(" ") and entries:
+            entries[-1] += " " + line.strip()
+        elif line.strip():
+            entries.append(line)
+    named = (re.fullmatch(r"([\w, *()]+?): (.*)", entry) or ["", "", entry] for entry in entries)
+    return "\n\n" + "\n".join(f"- **{_escape(match[1])}**: {_escape(match[2])}" for match in named).replace(
+        "****: ", ""
+    )
+
+
+def _escape(text):
+    """Text without what Markdown would take for HTML or for emphasis, outside of code."""
+    parts = re.split(r"(`[^`]*`|^    .*$)", text, flags=re.MULTILINE)
+    parts[::2] = (re.sub(r"([*_\[\]])", r"\\\1", html.escape(part, quote=False)) for part in parts[::2])
+    return "".join(parts)

@@ -1,0 +1,57 @@
+"""The site: docstrings become Markdown, links between the repository's files become links between pages, and it builds."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("mkdocs", reason="needs the packages of fastattn[docs]")
+for package in ("material", "mkdocstrings", "griffe"):
+    pytest.importorskip(package, reason="needs the packages of fastattn[docs]")
+
+from script_loader import load_script
+
+
+@pytest.fixture(scope="module")
+def site():
+    return load_script("site")
+
+
+def test_sections_of_docstrings(site):
+    text = """What it does with `a_b` and a * b * c.
+
+    Args:
+        x_y: (n,), float32;
+            goes on here.
+        q, k: both.
+    Returns: y, of shape
+        [n] <like x>.
+    Example:
+        >>> f(1)
+        2
+    """
+    assert [part.strip() for part in site.docstring_markdown(text).split("\n\n")] == [
+        r"What it does with `a_b` and a \* b \* c.",
+        "**Args**",
+        "- **x\\_y**: (n,), float32; goes on here.\n- **q, k**: both.",
+        r"**Returns**: y, of shape \[n\] &lt;like x&gt;.",
+        "**Example**",
+        "```pycon\n>>> f(1)\n2\n```",
+    ]
+
+
+def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "api/ops.html").read_text()
+    assert 'id="fastattn.attention"' in page
+    assert "cu_seqlens_q" in page  # the signature of the function, not the text of the module of its name
+    assert "&gt;&gt;&gt; " in page
+    results = sorted((ROOT / "benchmarks/results").glob("*.md"))
+    assert sorted(path.stem for path in (tmp_path / "results").glob("*.html")) == [path.stem for path in results]
+    fetched = re.findall(r"""(?:src|<link[^>]* href)=["'](https?:[^"']*)""", (tmp_path / "index.html").read_text())
+    assert not fetched  # nothing comes from elsewhere
