@@ -15,7 +15,10 @@ class Columns:
 
     Args:
         text: name of the column with the text
+        pair: name of the column with a second text, which task classify reads behind the first; null = none
         label: name of the column with the class; null = none
+        label_kind: what a label is: a class, several classes, or a number to estimate
+        label_separator: character between several classes in one text; a list of JSON needs none
         target: name of the column with the target text; null = none
         rejected: name of the column with a worse answer than target, for task preference; null = none
         messages: name of the column with the messages of a conversation, for task chat, instead of text; null = none
@@ -27,7 +30,10 @@ class Columns:
     """
 
     text: str = "text"
+    pair: str | None = None
     label: str | None = None
+    label_kind: Literal["class", "classes", "number"] = "class"
+    label_separator: str = ","
     target: str | None = None
     rejected: str | None = None
     messages: str | None = None
@@ -47,6 +53,9 @@ class Columns:
         except LookupError:
             is_text = False
         expect(is_text, "columns.encoding", "the name of an encoding, such as latin-1", self.encoding)
+        expect(len(self.label_separator) == 1, "columns.label_separator", "one character", self.label_separator)
+        separates = self.label_kind == "classes" or self.label_separator == ","
+        expect(separates, "columns.label_separator", "left out unless label_kind is classes", self.label_separator)
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         expect(not twice, "columns.names", "without repeated names", twice[:1])
 

@@ -112,3 +112,16 @@ def hangul(seed=0, train=20000, held_out=1000):
         texts = [unicodedata.normalize("NFD", word) for word in words]
         parts[name] = Documents(texts, targets=["-".join(map(_romanised, word)) for word in words])
     return parts
+
+
+def hangul_preferences():
+    """Words of `hangul` with two spellings in Latin letters: without hyphens, the better one, and with hyphens.
+
+    As there, the syllables of validation and test words are in no training word.
+    """
+    parts = hangul(train=6000, held_out=500)
+    for name, part in parts.items():
+        part = part.select([i for i, spelling in enumerate(part.targets) if "-" in spelling])
+        joined = [spelling.replace("-", "") for spelling in part.targets]
+        parts[name] = Documents(part.texts, targets=joined, rejected=part.targets)
+    return parts

@@ -61,8 +61,15 @@ def _describe(documents):
         "duplicates": len(lengths) - len(set(documents.texts)),
     }
     if documents.labels is not None:
-        facts["classes"] = dict(collections.Counter(documents.labels).most_common())
+        facts |= _describe_labels(documents.labels)
     return facts
+
+
+def _describe_labels(labels):
+    if labels and isinstance(labels[0], float):
+        return {"labels": {"mean": statistics.mean(labels), "least": min(labels), "greatest": max(labels)}}
+    names = (name for label in labels for name in (label if isinstance(label, tuple) else (label,)))
+    return {"classes": dict(collections.Counter(names).most_common())}
 
 
 def data_clean(documents: SourceConfig, output: str, cleaning: CleanConfig):

@@ -14,6 +14,8 @@ from .reading import TABLES, lines_of, read_file, suffix_of, text_files
 from .tables import Row, read_rows, table_documents
 from .text import find_data
 
+_OF_HUGGING_FACE = ("text", "pair", "label", "label_kind", "label_separator", "target", "rejected", "messages")
+
 
 def read_documents(source, columns=None, *, target_source=None, unit="line"):
     """The documents of a source, as one list or in their published parts.
@@ -38,11 +40,11 @@ def read_documents(source, columns=None, *, target_source=None, unit="line"):
         _refuse(f"with target_source, the lines of {source!r} are read", columns, unit)
         parts = {"all": _parallel(source, target_source)}
     elif source in NAMED_SETS:
-        own = [name for name in ("label", "target") if getattr(columns, name) in (None, name)]
-        _refuse(f"the set {source!r} has the columns text, label and target", columns, unit, allowed=own)
+        own = [name for name in ("label", "target", "rejected") if getattr(columns, name) in (None, name)]
+        _refuse(f"the set {source!r} has the columns text, label, target and rejected", columns, unit, allowed=own)
         parts = NAMED_SETS[source]()
     elif source.startswith("hf:"):
-        _refuse(f"source {source!r} has names of columns", columns, unit, allowed=("text", "label", "target"))
+        _refuse(f"source {source!r} has names of columns", columns, unit, allowed=_OF_HUGGING_FACE)
         parts = _hugging_face(source.removeprefix("hf:"), columns)
     elif (folder := Path(source).expanduser()).joinpath("train.jsonl").is_file():
         files = {part: folder / f"{part}.jsonl" for part in PARTS}
@@ -179,11 +181,12 @@ def _python_docs_es():
     return {"all": _read_path(find_data("python_docs_es", "en-es.tsv.gz"), columns, "line")}
 
 
-NAMED_SETS = {  # the first four come from Python's standard library
+NAMED_SETS = {  # the first five come from Python's standard library
     "docstrings": builtin.docstrings,
     "docstring_text": builtin.docstring_text,
     "docstring_classes": builtin.docstring_classes,
     "hangul": builtin.hangul,
+    "hangul_preferences": builtin.hangul_preferences,
     "sst2": _sst2,
     "sms_spam": _sms_spam,
     "clinc150": _clinc150,

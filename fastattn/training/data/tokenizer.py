@@ -5,6 +5,7 @@ plain language model needs none.
 """
 
 import json
+import unicodedata
 
 from ..messages import UsageError
 
@@ -28,6 +29,8 @@ class CharTokenizer:
 
     def encode(self, text):
         if unknown := sorted(set(text) - set(self.characters)):
+            if (other := self._decomposed(text, unknown)) != text:
+                return self.encode(other)
             if UNKNOWN in self.specials:
                 return [self.numbers.get(character, self.numbers[UNKNOWN]) for character in text]
             shown = " ".join(map(repr, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
@@ -35,6 +38,12 @@ class CharTokenizer:
                 f"the text has characters that are not among the {len(self.characters)} of the vocabulary: {shown}"
             )
         return [self.numbers[character] for character in text]
+
+    def _decomposed(self, text, unknown):
+        """The text with those unknown characters decomposed whose parts are known: keyboards write composed ones."""
+        parts = {character: unicodedata.normalize("NFD", character) for character in unknown}
+        known = {c: new for c, new in parts.items() if set(new) <= self.numbers.keys()}
+        return text.translate(str.maketrans(known))
 
     def decode(self, numbers):
         first = len(self.specials)
