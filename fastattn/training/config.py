@@ -6,9 +6,9 @@ from typing import Literal
 from fastattn.models.shape import RotaryConfig
 
 from .messages import UsageError, expect
-from .settings import Columns, DataConfig, ModelConfig, OptimConfig, Rates
+from .settings import MIXTURE, Columns, DataConfig, ModelConfig, OptimConfig, Rates
 
-__all__ = ["Columns", "DataConfig", "ModelConfig", "OptimConfig", "Rates", "TrainConfig", "config_from_dict"]
+__all__ = ["MIXTURE", "Columns", "DataConfig", "ModelConfig", "OptimConfig", "Rates", "TrainConfig", "config_from_dict"]
 
 
 @dataclass
@@ -139,6 +139,9 @@ class TrainConfig:
                 got = getattr(self.data, name)
                 expect(got is None, f"data.{name}", "null for the task lm without data.packed", got)
         if self.task != "lm":
+            for name, default in (("mixture", None), ("order", "random")):
+                got = getattr(self.data, name)
+                expect(got == default, f"data.{name}", f"left out for the task {self.task}", got)
             windows = self.validation_windows
             expect(windows is None, "validation_windows", f"null for the task {self.task}", windows)
             expect(not self.data.packed, "data.packed", f"false for the task {self.task}", self.data.packed)

@@ -60,6 +60,9 @@ class Columns:
         expect(not twice, "columns.names", "without repeated names", twice[:1])
 
 
+MIXTURE = "mixture"  # the source of a run with data.mixture
+
+
 @dataclass
 class DataConfig:
     """Which text is read, and how it becomes tokens.
@@ -67,6 +70,10 @@ class DataConfig:
     Args:
         source: "topics" (reference prose inside Python's standard library), "shakespeare", a text file or folder, or a
             folder of `fastattn data tokenize`; with packed, and for all tasks except lm, documents (docs/data.md)
+        mixture: folders of `fastattn data shard` or `tokenize` to read instead of source, each with its weight, a share
+            of the training rows; null = only source; lm only
+        order: training draws windows of tokens independently, or shuffles them: each once before one is read again; lm
+            only
         target_source: a second text file; its lines are the targets of the lines of source
         unit: the document unit of a text file; a paragraph ends at an empty line
         columns: which columns of a table are read
@@ -83,6 +90,8 @@ class DataConfig:
     """
 
     source: str = "topics"
+    mixture: dict[str, float] | None = None
+    order: Literal["random", "shuffle"] = "random"
     target_source: str | None = None
     unit: Literal["line", "paragraph", "file"] = "line"
     columns: Columns = field(default_factory=Columns)
@@ -106,8 +115,17 @@ class DataConfig:
         expect(0 <= self.test_fraction < 1, "data.test_fraction", "at least 0 and below 1", self.test_fraction)
         held_out = fraction + self.test_fraction
         expect(held_out < 1, "data.validation_fraction + data.test_fraction", "below 1", held_out)
+        if self.mixture is not None:
+            self._check_mixture()
         limit = self.train_limit
         expect(limit is None or limit >= 1, "data.train_limit", "null or at least 1", limit)
+
+    def _check_mixture(self):
+        expect(self.source in ("topics", MIXTURE), "data.source", "left out with data.mixture", self.source)
+        expect(len(self.mixture) > 0, "data.mixture", "null or at least one folder", self.mixture)
+        for folder, weight in self.mixture.items():
+            expect(0 < weight < float("inf"), f"data.mixture[{folder!r}]", "a finite number above 0", weight)
+        self.source = MIXTURE
 
 
 @dataclass

@@ -114,6 +114,15 @@ def hangul(seed=0, train=20000, held_out=1000):
     return parts
 
 
+def hangul_styles():
+    """Words of `hangul` in two spellings: a quarter, drawn at random, is written without hyphens."""
+    parts, generator = hangul(), np.random.default_rng(1)
+    for part in parts.values():
+        joined = generator.random(len(part)) < 0.25
+        part.targets = [t.replace("-", "") if j else t for t, j in zip(part.targets, joined, strict=True)]
+    return parts
+
+
 def hangul_preferences():
     """Words of `hangul` with two spellings in Latin letters: without hyphens, the better one, and with hyphens.
 

@@ -139,7 +139,13 @@ def _is_number(value):
 def _json_rows(path, text):
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield _object_row(f"{path}, line {number}", _parse(f"{path}, line {number}", line))
+            yield json_row(path, number, line)
+
+
+def json_row(path, number, line):
+    """The Row of a line of JSON; UsageError if it is none or no object."""
+    where = f"{path}, line {number}"
+    return _object_row(where, _parse(where, line))
 
 
 def _json_array(path, text):

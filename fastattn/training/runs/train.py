@@ -38,6 +38,8 @@ def train(config, *, resume=False, overwrite=False):
     """
     run = run_path(config.run)
     config.data.source = resolve_source(config.data.source)
+    if config.data.mixture is not None:
+        config.data.mixture = {resolve_source(folder): weight for folder, weight in config.data.mixture.items()}
     if config.data.target_source is not None:
         config.data.target_source = resolve_source(config.data.target_source)
     if config.start is not None:
