@@ -280,6 +280,7 @@ class OptimConfig:
         beta2: decay of the mean of squared gradients (adam, adamw)
         weight_decay: weight decay, of matrices only
         decay_embeddings: whether embeddings are among them
+        cautious_decay: decay only elements that the step does not move away from 0, whatever the optimizer
         clip: largest norm of all gradients together; 0 = no clipping
         label_smoothing: share of the target's probability that is spread over all classes, in training only
         ema: decay per step of the moving average of weights that is validated and saved; 0 = no average
@@ -297,6 +298,7 @@ class OptimConfig:
     beta2: float = 0.99
     weight_decay: float = 0.1
     decay_embeddings: bool = True
+    cautious_decay: bool = False
     clip: float = 1.0
     label_smoothing: float = 0.0
     ema: float = 0.0
