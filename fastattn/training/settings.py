@@ -81,7 +81,8 @@ class DataConfig:
         tokenizer: one token per character or byte; or words, byte-pair encoding or WordPiece, learnt from the training
             part
         vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer; ignored by char and byte
-        chat_template: how task chat marks messages; auto is the one whose marks the vocabulary has, else chatml
+        chat_template: how task chat marks messages: chatml, llama3, gemma, or the template of a folder with
+            tokenizer_config.json; auto is the one whose marks the vocabulary has, else chatml
         strip_accents: a word or wordpiece tokenizer drops accents, vowel signs and other marks on letters
         validation_fraction: share of the text for validation, after the training part; documents are drawn at random,
             the same for every seed
@@ -99,7 +100,7 @@ class DataConfig:
     tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "char"
     vocab_size: int = 4096
     strip_accents: bool = False
-    chat_template: Literal["auto", "chatml", "llama3", "gemma"] = "auto"
+    chat_template: str = "auto"
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     train_limit: int | None = None

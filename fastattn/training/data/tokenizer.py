@@ -157,6 +157,11 @@ class LearntTokenizer:
     def number_of(self, token):
         return self.tokenizer.token_to_id(token)
 
+    @property
+    def specials(self):
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
     def to_json(self):
         return self.tokenizer.to_str(pretty=False)
 
@@ -196,7 +201,8 @@ def build_tokenizer(kind, texts, train_texts, vocab_size, specials=(), strip_acc
 
     Returns:
         An object with vocab_size, encode(text) -> list of int, decode(numbers) -> text, token_of(number) -> str,
-        number_of(token) -> int or None, to_json() -> text, and exact: whether decode(encode(text)) is the text.
+        number_of(token) -> int or None, to_json() -> text, specials, a tuple of tokens that represent no text, and
+        exact: whether decode(encode(text)) is the text.
     """
     if kind == "char":
         return CharTokenizer("".join(sorted(set().union(*texts))), specials)
