@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from fastattn.training.config import Columns, DataConfig, TrainConfig, config_from_dict
+from fastattn.training.data.documents import Documents
 from fastattn.training.data.parts import read_whole
 from fastattn.training.data.reading import TABLES, decode_text, lines_of, read_file, suffix_of
 from fastattn.training.messages import UsageError
@@ -64,14 +65,24 @@ def add_input(parser, what):
     parser.add_argument("--column", type=str, default="text", help="with --input: the column of a table")
 
 
-def read_input(options):
-    """The texts of the options of add_input, as a list; UsageError if they cannot be read."""
-    if options.input == "-":
-        return lines_of(decode_text(sys.stdin.buffer.read(), "standard input"))
+def read_input(options, pair=None):
+    """The Documents of the options of add_input; UsageError if they cannot be read.
+
+    pair: None, or the column of second texts; in lines they stand behind a tab.
+    """
     path = Path(options.input).expanduser()
-    if path.is_file() and suffix_of(path) not in TABLES:
-        return lines_of(read_file(path))  # blank lines too: one result a line
-    return read_whole(DataConfig(source=options.input, columns=Columns(text=options.column))).texts
+    if options.input == "-":
+        lines = lines_of(decode_text(sys.stdin.buffer.read(), "standard input"))
+    elif path.is_file() and suffix_of(path) not in TABLES:
+        lines = lines_of(read_file(path))  # blank lines too: one result a line
+    else:
+        return read_whole(DataConfig(source=options.input, columns=Columns(text=options.column, pair=pair)))
+    if pair is None:
+        return Documents(lines)
+    halves = [line.split("\t") for line in lines]
+    if wrong := next((number for number, half in enumerate(halves, 1) if len(half) != 2), None):
+        raise UsageError(f"{options.input}, line {wrong} must have two texts with a tab between them")
+    return Documents([half[0] for half in halves], pairs=[half[1] for half in halves])
 
 
 def print_json(values):

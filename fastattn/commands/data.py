@@ -9,7 +9,7 @@ from fastattn.training.data.clean import CleanConfig
 
 from ._options import new_parser
 
-STEPS = ("stats", "clean", "split", "tokenize", "vectorize")
+STEPS = ("stats", "clean", "split", "tokenize", "shard", "vectorize")
 SECTIONS = {"columns": Columns, "cleaning": CleanConfig}
 
 

@@ -16,7 +16,7 @@ def parser():
     parser.add_argument("--split", type=str | None, help="train, validation or test; default: test if there is one")
     parser.add_argument("--data", type=str | None, help="score this whole source instead of a split of the run's own")
     parser.add_argument("--target_source", type=str | None, help="with --data: a second file with the targets")
-    for name in ("text", "label", "target"):
+    for name in ("text", "pair", "label", "target", "rejected", "messages"):
         parser.add_argument(f"--columns.{name}", type=str | None, help="with --data: a column; default: as in the run")
     parser.add_argument("--beams", type=int, default=1, help="task translate: number of beams; 1 is greedy search")
     parser.add_argument(

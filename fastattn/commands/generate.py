@@ -4,7 +4,7 @@ import itertools
 
 from fastattn.training.data.tokenizer import count_unknown, end_tokens
 from fastattn.training.inspect.generate import beam_search, check_sampling, stream_text, stream_tokens
-from fastattn.training.messages import UsageError, warn
+from fastattn.training.messages import UsageError, expect, warn
 from fastattn.training.runs.load import load_run, load_task
 
 from ._options import add_input, open_run, print_json, read_input, run_parser
@@ -32,6 +32,7 @@ def parser():
     )
     parser.add_argument("--stop", type=str | None, help="stop before this text")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--samples", type=int, default=1, help="above 1: so many texts for a prompt, as JSON lines")
     parser.add_argument(
         "--weights", type=str | None,
         help="bf16 or int8: read the weights in this dtype, which is faster and rounds them; only on a CPU",
@@ -49,6 +50,10 @@ def run(options, _argv):
         raise UsageError(f"run {str(run)!r}: generate needs a run of task {known}, got {config.task}")
     numbers = ("beams", "seed", "weights", *SAMPLING)
     check_sampling(options.max_new_tokens, **{name: options[name] for name in numbers})
+    expect(options.samples >= 1, "samples", "at least 1", options.samples)
+    expect(options.seed + options.samples <= 2**63, "seed + samples", "at most 2**63", options.seed + options.samples)
+    one_text = config.task == "translate" or options.beams > 1 or options.temperature == 0
+    expect(options.samples == 1 or not one_text, "samples", "1 where nothing is drawn", options.samples)
     if options.beams > 1:  # a search draws nothing
         for name in (*SAMPLING, "seed"):
             if options[name] != DRAWING[name]:
@@ -69,7 +74,7 @@ def translate(options, run, config, how):
     if options.input is None:
         print(*task.translate(model, [options.prompt], beams=options.beams))
         return
-    texts = read_input(options)
+    texts = read_input(options).texts
     for text, translation in zip(texts, task.translate(model, texts, beams=options.beams), strict=True):
         print_json({"text": text, "translation": translation})
 
@@ -82,23 +87,26 @@ def answer_questions(options, run, config, how):
                 f"{name} is not for task {config.task}, which is the task of this run, got {options[name]!r}"
             )
     model, task = load_task(run, config, **how)
-    sampling = {name: options[name] for name in (*SAMPLING, "seed", "max_new_tokens")}
-    for question in [options.prompt] if options.input is None else read_input(options):
-        answer = task.answer(model, [("user", question)], **sampling)
-        print(answer) if options.input is None else print_json({"prompt": question, "answer": answer})
+    sampling = {name: options[name] for name in (*SAMPLING, "max_new_tokens")}
+    for question in [options.prompt] if options.input is None else read_input(options).texts:
+        for seed, number in samples(options):
+            answer = task.answer(model, [("user", question)], seed=seed, **sampling)
+            print_json({"prompt": question, **number, "answer": answer}) if as_json(options) else print(answer)
 
 
 def continue_prompt(options, run, config, how):
-    prompts = [options.prompt] if options.input is None else read_input(options)
+    prompts = [options.prompt] if options.input is None else read_input(options).texts
     model, tokenizer, _ = load_run(run, config, **how)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]  # an error shows before anything is printed
     if options.input is not None and not all(encoded):
         raise UsageError(f"input: text {encoded.index([]) + 1} must have at least one token, got an empty text")
     for prompt, numbers in zip(prompts, encoded, strict=True):
-        pieces = continuation(options, model, tokenizer, prompt, numbers)
-        if options.input is not None:
-            print_json({"prompt": prompt, "text": prompt + "".join(pieces)})
+        if as_json(options):
+            for seed, number in samples(options):
+                pieces = continuation(options, model, tokenizer, prompt, numbers, seed)
+                print_json({"prompt": prompt, **number, "text": prompt + "".join(pieces)})
             continue
+        pieces = continuation(options, model, tokenizer, prompt, numbers, options.seed)
         pieces = itertools.chain([*itertools.islice(pieces, 1)], pieces)
         print(prompt, end="", flush=True)
         for piece in pieces:
@@ -106,7 +114,17 @@ def continue_prompt(options, run, config, how):
         print()
 
 
-def continuation(options, model, tokenizer, text, prompt):
+def as_json(options):
+    return options.input is not None or options.samples > 1
+
+
+def samples(options):
+    """(seed, {"sample": number} if there are several) of each text for a prompt."""
+    for number in range(options.samples):
+        yield options.seed + number, {"sample": number} if options.samples > 1 else {}
+
+
+def continuation(options, model, tokenizer, text, prompt, seed):
     """The pieces of text that the model adds to a prompt, given as text and as token numbers."""
     stop = end_tokens(tokenizer)
     if unknown := count_unknown(tokenizer, prompt):
@@ -116,6 +134,6 @@ def continuation(options, model, tokenizer, text, prompt):
             model, prompt, options.max_new_tokens, beams=options.beams, stop=stop, weights=options.weights
         )
     else:
-        sampling = {name: options[name] for name in (*SAMPLING, "seed", "weights")}
-        numbers = stream_tokens(model, prompt, options.max_new_tokens, stop=stop, **sampling)
+        sampling = {name: options[name] for name in (*SAMPLING, "weights")}
+        numbers = stream_tokens(model, prompt, options.max_new_tokens, stop=stop, seed=seed, **sampling)
     return stream_text(tokenizer, numbers, options.stop, prompt=prompt, typed=text)

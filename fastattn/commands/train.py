@@ -58,7 +58,7 @@ def check_same_run(stored, config, run):
         raise UsageError(f"with --resume, run must be left out or {str(run)!r}, got {config.run!r}")
     for section, settings in (
         ("", ("task", "trained", "lora_rank", "select", "start")),
-        ("optim.", ("name", "ema", "decay_embeddings", "rates")),
+        ("optim.", ("name", "ema", "decay_embeddings", "cautious_decay", "rates")),
         ("model.", vars(stored.model)),
         ("data.", [name for name in vars(stored.data) if name != "source"]),
     ):

@@ -12,11 +12,12 @@ from .initialize import initialize
 from .shape import check_choice
 
 BODIES = ("transformer", "lstm", "gru", "cnn", "bag_of_words")
+LABEL_KINDS = ("class", "classes", "number")
 _WIDTHS = (3, 4, 5)
 
 
 class Classifier(nn.Module):
-    """Predicts one of n_classes classes for each text; texts are padded on the right.
+    """Predicts a class, several classes or a number for each text; texts are padded on the right.
 
     Args:
         vocab_size, n_classes: number of distinct tokens and of classes.
@@ -27,9 +28,12 @@ class Classifier(nn.Module):
         init: as for `CausalLM`; with "gpt2" recurrent and convolutional layers keep torch.nn's initial weights.
         label_smoothing: share of a target's probability that is spread over the classes, in training mode only.
         class_weights: None, or n_classes weights of the classes in the loss.
+        label_kind: "class": a text has one class; "classes": any number of them; "number": the output is a number, and
+            n_classes is 1.
+        number_range: mean and standard deviation of the numbers, which scale the output.
         shape: the fields of `Shape`; dropout also comes before the output layer.
     Raises:
-        ValueError: as `Backbone`; body or pooling is unknown, or label_smoothing is out of range.
+        ValueError: as `Backbone`; body, pooling or label_kind is unknown, or label_smoothing is out of range.
     Example:
         model = Classifier(8000, 2, n_layer=2, n_head=4, d_model=128, block_size=64)
         logits = model(tokens, lengths)  # (batch, 2) for tokens (batch, seqlen) and lengths (batch,), int64
@@ -50,16 +54,20 @@ class Classifier(nn.Module):
         init: str = "gpt2",
         label_smoothing: float = 0.0,
         class_weights: list[float] | None = None,
+        label_kind: str = "class",
+        number_range: tuple[float, float] = (0.0, 1.0),
         **shape: Any,
     ) -> None:
         super().__init__()
         check_choice("body", body, BODIES)
         check_choice("pooling", pooling, ("mean", "first", "pooler"))
+        check_choice("label_kind", label_kind, LABEL_KINDS)
         if pooling != "mean" and body != "transformer":
             raise ValueError(f"pooling must be 'mean' with the body {body!r}, got {pooling!r}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
         self.body, self.pooling, self.label_smoothing = body, pooling, label_smoothing
+        self.label_kind, self.number_range = label_kind, number_range
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self.block_size, d_model, dropout = shape["block_size"], shape["d_model"], shape.get("dropout", 0.0)
@@ -87,14 +95,16 @@ class Classifier(nn.Module):
             initialize(module, init, shape["n_layer"])
 
     def forward(self, tokens: Tensor, lengths: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits of the classes, or the mean loss if targets are given.
+        """Logits of the classes or numbers, or the mean loss if targets are given.
 
         Args:
             tokens: (batch, seqlen) int64, padded on the right, seqlen at most block_size.
             lengths: (batch,) int64, the number of tokens in each row, at least 1.
-            targets: None or (batch,) int64, the true classes.
-        Returns: logits (batch, n_classes); with targets their mean cross-entropy in nats, weighted by class_weights,
-            fp32.
+            targets: None, or (batch,) int64, the true classes; for several classes (batch, n_classes) of 0 and 1, for
+                numbers (batch,), both floating point.
+        Returns: logits (batch, n_classes), or numbers (batch,). With targets, fp32: their mean cross-entropy in nats,
+            weighted by class_weights; for several classes the mean over texts and classes; for numbers the mean squared
+            error in standard deviations.
         Raises:
             ValueError: as `Backbone`.
         """
@@ -102,8 +112,15 @@ class Classifier(nn.Module):
         check_lengths(lengths, tokens)
         features = getattr(self, f"_{self.body}", self._recurrent)(tokens, lengths)
         logits = features + self.bias if self.head is None else self.head(self.dropout(features))
+        mean, deviation = self.number_range
+        if self.label_kind == "number":
+            logits = logits[:, 0] * deviation + mean
         if targets is None:
             return logits
+        if self.label_kind == "number":
+            return ((logits.float() - targets) / deviation).square().mean()
+        if self.label_kind == "classes":
+            return F.binary_cross_entropy_with_logits(logits.float(), targets)
         weights: Any = self.class_weights
         return F.cross_entropy(
             logits.float(), targets, None if weights is None else weights.float(),

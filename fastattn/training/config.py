@@ -6,9 +6,9 @@ from typing import Literal
 from fastattn.models.shape import RotaryConfig
 
 from .messages import UsageError, expect
-from .settings import Columns, DataConfig, ModelConfig, OptimConfig, Rates
+from .settings import MIXTURE, Columns, DataConfig, ModelConfig, OptimConfig, Rates
 
-__all__ = ["Columns", "DataConfig", "ModelConfig", "OptimConfig", "Rates", "TrainConfig", "config_from_dict"]
+__all__ = ["MIXTURE", "Columns", "DataConfig", "ModelConfig", "OptimConfig", "Rates", "TrainConfig", "config_from_dict"]
 
 
 @dataclass
@@ -16,8 +16,8 @@ class TrainConfig:
     """Train a model on text.
 
     Args:
-        task: predict the next token, masked tokens, the class of a document, its translation, the answers of a
-            conversation, or which of two answers is better (DPO)
+        task: predict the next token, masked tokens, the label of a document (a class, several, or a number), its
+            translation, the answers of a conversation, or which of two answers is better (DPO)
         run: folder to create for config, tokenizer, checkpoints, metrics, loss curve and sample
         start: folder of a run, or of a Hugging Face BERT or GPT-2, to take tokenizer and weights from; null = from
             scratch
@@ -34,8 +34,8 @@ class TrainConfig:
         seed: seed of weights, batches and dropout
         log_every: steps between two rows of metrics.csv
         evaluate_every: steps between two validations, each followed by a checkpoint
-        select: criterion for the best checkpoint and for patience; accuracy is for masked_lm and classify, macro_f1
-            (the mean of the F1 of all classes) for classify
+        select: criterion for the best checkpoint and for patience; accuracy is for masked_lm and classes of documents,
+            macro_f1 (the mean of the F1 of all classes) for one or several classes of documents
         class_weights: balanced weighs each class of task classify by documents / (classes * documents of the class)
         validation_windows: number of windows of block_size tokens to validate on; null = the whole split; lm only
         keep: number of newest checkpoints to keep in addition to the best
@@ -105,14 +105,8 @@ class TrainConfig:
         for name in counts:
             expect(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         expect(self.epochs is None or self.epochs > 0, "epochs", "null or above 0", self.epochs)
-        selectable = {"masked_lm": ("loss", "accuracy"), "classify": ("loss", "accuracy", "macro_f1")}
-        allowed = selectable.get(self.task, ("loss",))
-        expect(
-            self.select in allowed, "select", f"{' or '.join(map(repr, allowed))} for the task {self.task}", self.select
-        )
-        weighted = self.task == "classify" or self.class_weights == "none"
-        expect(weighted, "class_weights", f"'none' for the task {self.task}", self.class_weights)
         self._check_task()
+        self._check_labels()
         self._check_answers()
         self._check_strategy()
         windows = self.validation_windows
@@ -145,15 +139,31 @@ class TrainConfig:
                 got = getattr(self.data, name)
                 expect(got is None, f"data.{name}", "null for the task lm without data.packed", got)
         if self.task != "lm":
+            for name, default in (("mixture", None), ("order", "random")):
+                got = getattr(self.data, name)
+                expect(got == default, f"data.{name}", f"left out for the task {self.task}", got)
             windows = self.validation_windows
             expect(windows is None, "validation_windows", f"null for the task {self.task}", windows)
             expect(not self.data.packed, "data.packed", f"false for the task {self.task}", self.data.packed)
 
+    def _check_labels(self):
+        """Raise UsageError for scores and losses that labels of this kind do not have."""
+        kind = self.data.columns.label_kind
+        selectable = {"class": ("loss", "accuracy", "macro_f1"), "classes": ("loss", "macro_f1"), "number": ("loss",)}
+        allowed = {"masked_lm": ("loss", "accuracy"), "classify": selectable[kind]}.get(self.task, ("loss",))
+        here = f"for the task {self.task}" + (f" with label_kind {kind}" if kind != "class" else "")
+        expect(self.select in allowed, "select", f"{' or '.join(map(repr, allowed))} {here}", self.select)
+        one_class = self.task == "classify" and kind == "class"
+        expect(one_class or self.class_weights == "none", "class_weights", f"'none' {here}", self.class_weights)
+        smoothing = self.optim.label_smoothing
+        expect(kind == "class" or not smoothing, "optim.label_smoothing", f"0 {here}", smoothing)
+
     def _check_answers(self):
-        """Raise UsageError for settings of the tasks chat and preference."""
+        """Raise UsageError for settings of the tasks chat and preference, and of labels."""
         for section, name, default, tasks in (
             ("data.", "chat_template", "auto", ("chat", "preference")), ("data.columns.", "messages", None, ("chat",)),
-            ("data.columns.", "rejected", None, ("preference",)),
+            ("data.columns.", "rejected", None, ("preference",)), ("data.columns.", "pair", None, ("classify",)),
+            ("data.columns.", "label_kind", "class", ("classify",)),
         ):  # fmt: skip
             got = getattr(self.data if section == "data." else self.data.columns, name)
             expect(self.task in tasks or got == default, section + name, f"left out for the task {self.task}", got)

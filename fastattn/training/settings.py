@@ -15,7 +15,10 @@ class Columns:
 
     Args:
         text: name of the column with the text
+        pair: name of the column with a second text, which task classify reads behind the first; null = none
         label: name of the column with the class; null = none
+        label_kind: what a label is: a class, several classes, or a number to estimate
+        label_separator: character between several classes in one text; a list of JSON needs none
         target: name of the column with the target text; null = none
         rejected: name of the column with a worse answer than target, for task preference; null = none
         messages: name of the column with the messages of a conversation, for task chat, instead of text; null = none
@@ -27,7 +30,10 @@ class Columns:
     """
 
     text: str = "text"
+    pair: str | None = None
     label: str | None = None
+    label_kind: Literal["class", "classes", "number"] = "class"
+    label_separator: str = ","
     target: str | None = None
     rejected: str | None = None
     messages: str | None = None
@@ -47,8 +53,14 @@ class Columns:
         except LookupError:
             is_text = False
         expect(is_text, "columns.encoding", "the name of an encoding, such as latin-1", self.encoding)
+        expect(len(self.label_separator) == 1, "columns.label_separator", "one character", self.label_separator)
+        separates = self.label_kind == "classes" or self.label_separator == ","
+        expect(separates, "columns.label_separator", "left out unless label_kind is classes", self.label_separator)
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         expect(not twice, "columns.names", "without repeated names", twice[:1])
+
+
+MIXTURE = "mixture"  # the source of a run with data.mixture
 
 
 @dataclass
@@ -58,6 +70,10 @@ class DataConfig:
     Args:
         source: "topics" (reference prose inside Python's standard library), "shakespeare", a text file or folder, or a
             folder of `fastattn data tokenize`; with packed, and for all tasks except lm, documents (docs/data.md)
+        mixture: folders of `fastattn data shard` or `tokenize` to read instead of source, each with its weight, a share
+            of the training rows; null = only source; lm only
+        order: training draws windows of tokens independently, or shuffles them: each once before one is read again; lm
+            only
         target_source: a second text file; its lines are the targets of the lines of source
         unit: the document unit of a text file; a paragraph ends at an empty line
         columns: which columns of a table are read
@@ -65,7 +81,8 @@ class DataConfig:
         tokenizer: one token per character or byte; or words, byte-pair encoding or WordPiece, learnt from the training
             part
         vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer; ignored by char and byte
-        chat_template: how task chat marks messages; auto is the one whose marks the vocabulary has, else chatml
+        chat_template: how task chat marks messages: chatml, llama3, gemma, or the template of a folder with
+            tokenizer_config.json; auto is the one whose marks the vocabulary has, else chatml
         strip_accents: a word or wordpiece tokenizer drops accents, vowel signs and other marks on letters
         validation_fraction: share of the text for validation, after the training part; documents are drawn at random,
             the same for every seed
@@ -74,6 +91,8 @@ class DataConfig:
     """
 
     source: str = "topics"
+    mixture: dict[str, float] | None = None
+    order: Literal["random", "shuffle"] = "random"
     target_source: str | None = None
     unit: Literal["line", "paragraph", "file"] = "line"
     columns: Columns = field(default_factory=Columns)
@@ -81,7 +100,7 @@ class DataConfig:
     tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "char"
     vocab_size: int = 4096
     strip_accents: bool = False
-    chat_template: Literal["auto", "chatml", "llama3", "gemma"] = "auto"
+    chat_template: str = "auto"
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     train_limit: int | None = None
@@ -97,8 +116,17 @@ class DataConfig:
         expect(0 <= self.test_fraction < 1, "data.test_fraction", "at least 0 and below 1", self.test_fraction)
         held_out = fraction + self.test_fraction
         expect(held_out < 1, "data.validation_fraction + data.test_fraction", "below 1", held_out)
+        if self.mixture is not None:
+            self._check_mixture()
         limit = self.train_limit
         expect(limit is None or limit >= 1, "data.train_limit", "null or at least 1", limit)
+
+    def _check_mixture(self):
+        expect(self.source in ("topics", MIXTURE), "data.source", "left out with data.mixture", self.source)
+        expect(len(self.mixture) > 0, "data.mixture", "null or at least one folder", self.mixture)
+        for folder, weight in self.mixture.items():
+            expect(0 < weight < float("inf"), f"data.mixture[{folder!r}]", "a finite number above 0", weight)
+        self.source = MIXTURE
 
 
 @dataclass
@@ -253,6 +281,7 @@ class OptimConfig:
         beta2: decay of the mean of squared gradients (adam, adamw)
         weight_decay: weight decay, of matrices only
         decay_embeddings: whether embeddings are among them
+        cautious_decay: decay only elements that the step does not move away from 0, whatever the optimizer
         clip: largest norm of all gradients together; 0 = no clipping
         label_smoothing: share of the target's probability that is spread over all classes, in training only
         ema: decay per step of the moving average of weights that is validated and saved; 0 = no average
@@ -270,6 +299,7 @@ class OptimConfig:
     beta2: float = 0.99
     weight_decay: float = 0.1
     decay_embeddings: bool = True
+    cautious_decay: bool = False
     clip: float = 1.0
     label_smoothing: float = 0.0
     ema: float = 0.0

@@ -150,9 +150,34 @@ def test_batch_tokens_decide_how_many_passes_a_step_makes():
         TrainConfig(task="masked_lm", batch_tokens=1024, model=model)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon", "sgd"])
+@pytest.mark.parametrize("decay_embeddings", [False, True])
+def test_cautious_decay_takes_only_from_what_the_step_does_not_move_away_from_0(name, decay_embeddings):
+    options = {"name": name, "learning_rate": 0.01, "min_learning_rate": 0.0, "decay_embeddings": decay_embeddings}
+    results = []
+    for decay in (0.0, 0.5):
+        model = small_model()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer = build_optimizer(model, OptimConfig(**options, weight_decay=decay, cautious_decay=True), fused=False)
+        model(torch.arange(16).view(2, 8), torch.arange(16).view(2, 8).flip(1)).backward()
+        optimizer.step()
+        results.append({n: p.detach() for n, p in model.named_parameters()})
+    taken = 0
+    for parameter, old in before.items():
+        plain, cautious = (result[parameter] for result in results)
+        decays = old.dim() > 1 and (decay_embeddings or "embedding" not in parameter)
+        towards = (plain - old) * old <= 0
+        expected = plain - 0.01 * 0.5 * old * towards * decays
+        torch.testing.assert_close(cautious, expected, rtol=1e-6, atol=1e-8, msg=parameter)
+        taken += int((cautious != plain).sum())
+        assert decays or torch.equal(cautious, plain)
+    assert 0 < taken < sum(p.numel() for p in before.values() if p.dim() > 1)
+
+
 def test_a_run_with_muon_resumes_exactly(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
-    optim = OptimConfig(name="muon", schedule="wsd", warmup_steps=2, rates=Rates(embeddings=0.5))
+    rates = Rates(embeddings=0.5)
+    optim = OptimConfig(name="muon", schedule="wsd", warmup_steps=2, rates=rates, cautious_decay=True)
     options = {"optim": optim, "steps": 12, "evaluate_every": 4, "sample_tokens": 0}
     whole, broken = (tiny_config(tmp_path / name, tmp_path / "text.txt", **options) for name in ("whole", "broken"))
     assert train(whole) == 0

@@ -100,6 +100,7 @@ def test_a_file_has_one_result_a_line(trained, texts_file, capsys):
     capsys.readouterr()
     if task == "masked_lm":
         assert main(["predict", str(run), *texts_file]) == 2
+        assert "must have a [MASK], the place of a token to predict" in capsys.readouterr().err
         return
     command = ["predict", str(run), "--json"] if task == "classify" else ["generate", str(run)]
     assert main([*command, "--accelerator", "cpu", *texts_file]) == 0
@@ -137,3 +138,40 @@ def test_a_language_model_continues_each_line(tmp_path, capsys):
     written = capsys.readouterr()
     assert written.out == ""
     assert "input: text 2 must have at least one token" in written.err
+
+
+def test_a_masked_language_model_fills_in_each_mask(trained, capsys, tmp_path):
+    task, run, _ = trained
+    if task != "masked_lm":
+        return
+    (tmp_path / "lines.txt").write_text("one [MASK] two\n[MASK] red [MASK]\n")
+    capsys.readouterr()
+    assert main(["predict", str(run), "--json", "--accelerator", "cpu", "--input", str(tmp_path / "lines.txt")]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(row["masks"]) for row in rows] == [1, 2]
+    for row in rows:
+        likeliest = [max(mask, key=mask.get) for mask in row["masks"]]
+        words = iter(likeliest)
+        assert row["filled"].split() == [next(words) if w == "[MASK]" else w for w in row["text"].split()]
+        assert all(0 < sum(mask.values()) <= 1 and not any(t.startswith("[") for t in mask) for mask in row["masks"])
+    assert main(["predict", str(run), "--accelerator", "cpu", "one [MASK] two"]) == 0
+    assert capsys.readouterr().out == rows[0]["filled"] + "\n"
+    assert main(["predict", str(run), "[MASK] " * 40]) == 2
+    assert "must have at most 14 tokens, got 40" in capsys.readouterr().err
+
+
+def test_several_samples_are_those_of_one_seed_after_the_other(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("abcd " * 200)
+    train(tiny_config(tmp_path / "run", tmp_path / "text.txt", steps=1, evaluate_every=1, sample_prompt=None))
+    command = ["generate", str(tmp_path / "run"), "--prompt", "a", "--max_new_tokens", "9", "--accelerator", "cpu"]
+    capsys.readouterr()
+    assert main([*command, "--seed", "4", "--samples", "3"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1, 2]
+    for number, row in enumerate(rows):
+        assert main([*command, "--seed", str(4 + number)]) == 0
+        assert capsys.readouterr().out == row["text"] + "\n"
+    assert len({row["text"] for row in rows}) > 1
+    for wrong in (["--samples", "0"], ["--samples", "2", "--temperature", "0"], ["--samples", "2", "--beams", "2"]):
+        assert main([*command, *wrong]) == 2
+        assert "samples must be" in capsys.readouterr().err

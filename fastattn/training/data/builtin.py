@@ -112,3 +112,25 @@ def hangul(seed=0, train=20000, held_out=1000):
         texts = [unicodedata.normalize("NFD", word) for word in words]
         parts[name] = Documents(texts, targets=["-".join(map(_romanised, word)) for word in words])
     return parts
+
+
+def hangul_styles():
+    """Words of `hangul` in two spellings: a quarter, drawn at random, is written without hyphens."""
+    parts, generator = hangul(), np.random.default_rng(1)
+    for part in parts.values():
+        joined = generator.random(len(part)) < 0.25
+        part.targets = [t.replace("-", "") if j else t for t, j in zip(part.targets, joined, strict=True)]
+    return parts
+
+
+def hangul_preferences():
+    """Words of `hangul` with two spellings in Latin letters: without hyphens, the better one, and with hyphens.
+
+    As there, the syllables of validation and test words are in no training word.
+    """
+    parts = hangul(train=6000, held_out=500)
+    for name, part in parts.items():
+        part = part.select([i for i, spelling in enumerate(part.targets) if "-" in spelling])
+        joined = [spelling.replace("-", "") for spelling in part.targets]
+        parts[name] = Documents(part.texts, targets=joined, rejected=part.targets)
+    return parts

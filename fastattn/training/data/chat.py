@@ -4,6 +4,7 @@ import json
 from typing import NamedTuple
 
 from ..messages import UsageError
+from .jinja_template import JinjaTemplate, read_template
 
 ROLES = ("system", "user", "assistant")
 
@@ -21,6 +22,21 @@ class Template(NamedTuple):
     end: str
     between: str
 
+    def pieces(self, messages):
+        """[(text, whether it is part of an answer)] of messages [(role, content)]; UsageError for another role."""
+        found = [(piece, False) for piece in self.begin]
+        for role, content in messages:
+            if role not in self.before:
+                raise UsageError(f"the chat template has no role {role!r}; it has {', '.join(self.before)}")
+            found += [(piece, False) for piece in self.before[role]]
+            found += [(piece, role == "assistant") for piece in (content, self.end)]
+            found.append((self.between, False))
+        return found
+
+    def question_pieces(self, messages):
+        """As `pieces`, of messages and what stands before an answer to them."""
+        return [*self.pieces(messages), *((piece, False) for piece in self.before["assistant"])]
+
 
 TEMPLATES = {
     "chatml": Template(
@@ -37,8 +53,16 @@ TEMPLATES = {
 }  # fmt: skip
 
 
-def choose_template(name, tokenizer):
-    """The Template of a name; "auto" is the first whose marks the tokenizer has, else chatml."""
+def choose_template(name, tokenizer, stored=None):
+    """The template of a name or a folder; "auto" is the first whose marks the tokenizer has, else chatml.
+
+    Args:
+        stored: what a run has kept of the template of a folder (`JinjaTemplate.stored`), instead of reading it.
+    Raises:
+        UsageError: the folder has no template, or it does not suit the tokenizer.
+    """
+    if stored is not None or name not in (*TEMPLATES, "auto"):
+        return JinjaTemplate(stored or read_template(name), tokenizer.specials)
     if name != "auto":
         return TEMPLATES[name]
     known = (t for t in TEMPLATES.values() if all(tokenizer.number_of(mark) is not None for mark in t.marks))
@@ -49,32 +73,34 @@ def encode_conversation(tokenizer, template, messages):
     """(token numbers, whether each is part of an answer) of messages [(role, content)].
 
     Raises:
-        UsageError: the template has no such role.
+        UsageError: the template has no such role, or a message holds a mark.
     """
-    numbers, wanted = [], []
-
-    def add(pieces, is_answer=False):
-        for piece in pieces:
-            number = tokenizer.number_of(piece) if piece in template.marks else None
-            new = tokenizer.encode(piece) if number is None else [number]
-            numbers.extend(new)
-            wanted.extend([is_answer] * len(new))
-
-    add(template.begin)
-    for role, content in messages:
-        if role not in template.before:
-            raise UsageError(f"the chat template has no role {role!r}; it has {', '.join(template.before)}")
-        add(template.before[role])
-        add((content, template.end), role == "assistant")
-        add((template.between,))
-    return numbers, wanted
+    _check_marks(tokenizer, template, messages)
+    return _encode(tokenizer, template, template.pieces(messages))
 
 
 def encode_question(tokenizer, template, messages):
-    """The token numbers of messages and of what stands before an answer to them."""
-    numbers, _ = encode_conversation(tokenizer, template, messages)
-    start, _ = encode_conversation(tokenizer, template._replace(begin=(), end="", between=""), [("assistant", "")])
-    return numbers + start
+    """The token numbers of messages and of what stands before an answer to them; errors as encode_conversation."""
+    _check_marks(tokenizer, template, messages)
+    return _encode(tokenizer, template, template.question_pieces(messages))[0]
+
+
+def _encode(tokenizer, template, pieces):
+    numbers, wanted = [], []
+    for piece, is_answer in pieces:
+        number = tokenizer.number_of(piece) if piece in template.marks else None
+        new = tokenizer.encode(piece) if number is None else [number]
+        numbers += new
+        wanted += [is_answer] * len(new)
+    return numbers, wanted
+
+
+def _check_marks(tokenizer, template, messages):
+    """Raise UsageError if a message holds a mark that would end it or begin another one."""
+    marks = [mark for mark in template.marks if tokenizer.number_of(mark) is not None]
+    for _, content in messages:
+        if mark := next((mark for mark in marks if mark in content), None):
+            raise UsageError(f"a message holds {mark!r}, a mark of the chat template: {content[:40]!r}")
 
 
 def read_messages(value, where):

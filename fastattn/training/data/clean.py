@@ -5,11 +5,10 @@ import html
 import html.parser
 import re
 import unicodedata
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from ..messages import expect
-from .documents import Documents
 
 _SPACES = re.compile(r"[^\S\n]+")
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -115,7 +114,7 @@ def cleaning_steps(config):
 
 
 def clean(documents, config=None):
-    """Clean every text and target, then remove documents that are too short, too long or duplicates.
+    """Clean all texts of every document, then remove documents that are too short, too long or duplicates.
 
     Args:
         documents: Documents; they are not modified.
@@ -138,10 +137,11 @@ def clean(documents, config=None):
         return text
 
     texts = [cleaned(text) for text in documents.texts]
-    targets = None if documents.targets is None else [cleaned(text) for text in documents.targets]
+    others = {name: getattr(documents, name) for name in ("pairs", "targets", "rejected")}
+    others = {name: list(map(cleaned, column)) for name, column in others.items() if column is not None}
     first, kept, conflicts = {}, [], 0
     for i, text in enumerate(texts):
-        sides = (text,) if targets is None else (text, targets[i])
+        sides = (text, *(column[i] for column in others.values()))
         earlier = first.setdefault(sides, i)
         if min(map(len, sides)) < config.min_characters:
             removed["too short"] += 1
@@ -152,7 +152,7 @@ def clean(documents, config=None):
             conflicts += documents.labels is not None and documents.labels[earlier] != documents.labels[i]
         else:
             kept.append(i)
-    result = Documents(texts, documents.labels, targets, documents.groups).select(kept)
+    result = replace(documents, texts=texts, **others).select(kept)
     report = {
         "documents": {"before": len(documents), "after": len(result)},
         "characters": {"before": sum(map(len, documents.texts)), "after": sum(map(len, result.texts))},

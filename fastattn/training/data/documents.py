@@ -14,10 +14,11 @@ class Documents:
 
     Args:
         texts: the texts to read.
-        labels: their classes.
+        labels: their classes; tuples of names for documents with several, floats for numbers to estimate.
         targets: the texts to predict from them, for example translations.
         groups: a split keeps documents of one group together, for example those of one file.
         rejected: texts that are worse than the targets.
+        pairs: second texts, which are read with the first ones.
     """
 
     texts: list
@@ -25,6 +26,7 @@ class Documents:
     targets: list | None = None
     groups: list | None = None
     rejected: list | None = None
+    pairs: list | None = None
 
     def __len__(self):
         return len(self.texts)
@@ -48,9 +50,9 @@ def join_documents(parts):
 
 
 def write_documents(path, documents):
-    """Write documents as JSON lines with the keys text, label, target, group, rejected."""
-    names = {"text": documents.texts, "label": documents.labels, "target": documents.targets, "group": documents.groups}
-    names["rejected"] = documents.rejected
-    present = {name: values for name, values in names.items() if values is not None}
+    """Write documents as JSON lines with the keys text, label, target, group, rejected, pair."""
+    names = {column.name: column.name.removesuffix("s") for column in fields(Documents)}
+    columns = {key: getattr(documents, name) for name, key in names.items()}
+    present = {key: values for key, values in columns.items() if values is not None}
     rows = (dict(zip(present, row, strict=True)) for row in zip(*present.values(), strict=True))
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,7 +1,7 @@
 """Rows of a Parquet file, with the package pyarrow."""
 
 from ..messages import UsageError
-from .tables import Row, check_columns
+from .tables import Row, check_columns, columns_read
 
 
 def read_parquet(path, columns):
@@ -17,8 +17,7 @@ def read_parquet(path, columns):
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise UsageError(f"source {str(path)!r} needs the package pyarrow: run pip install pyarrow") from None
-    wanted = filter(None, (columns.text, columns.label, columns.target, columns.rejected))
-    wanted = list(wanted) if columns.messages is None else [columns.messages]
+    wanted = list(columns_read(columns).values())
     try:
         file = parquet.ParquetFile(path)
         check_columns(Row(str(path), list(file.schema_arrow.names), []), columns)

@@ -15,10 +15,12 @@ from ..messages import UsageError, expect
 from . import vectors
 from .clean import CleanConfig, clean
 from .documents import PARTS, join_documents, write_documents
+from .shards import part_of, write_shards
 from .sources import read_documents
 from .split import shared_texts, split_documents
+from .stream import stream_texts, up_to
 from .token_file import SUFFIX, write_tokens
-from .tokenizer import build_tokenizer, load_tokenizer, needed_specials, smallest_vocabulary
+from .tokenizer import END, build_tokenizer, load_tokenizer, needed_specials, smallest_vocabulary
 
 
 @dataclass
@@ -61,8 +63,15 @@ def _describe(documents):
         "duplicates": len(lengths) - len(set(documents.texts)),
     }
     if documents.labels is not None:
-        facts["classes"] = dict(collections.Counter(documents.labels).most_common())
+        facts |= _describe_labels(documents.labels)
     return facts
+
+
+def _describe_labels(labels):
+    if labels and isinstance(labels[0], float):
+        return {"labels": {"mean": statistics.mean(labels), "least": min(labels), "greatest": max(labels)}}
+    names = (name for label in labels for name in (label if isinstance(label, tuple) else (label,)))
+    return {"classes": dict(collections.Counter(names).most_common())}
 
 
 def data_clean(documents: SourceConfig, output: str, cleaning: CleanConfig):
@@ -105,10 +114,8 @@ def data_tokenize(
 
     PART.ends holds the end of each document as int64. The tokenizer is trained on the training part, or is read.
     """
-    path, smallest = _new_path(output), 0 if tokenizer_file is not None else smallest_vocabulary(tokenizer)
-    expect(vocab_size > smallest, "vocab_size", f"above {smallest}{' (the bytes)' if smallest else ''}", vocab_size)
-    strips = not strip_accents or (tokenizer in ("word", "wordpiece") and tokenizer_file is None)
-    expect(strips, "strip_accents", "false unless a word or wordpiece tokenizer is trained", strip_accents)
+    path = _new_path(output)
+    _check_vocabulary(tokenizer, vocab_size, tokenizer_file, strip_accents)
     parts = documents.read()
     texts = [text for part in parts.values() for text in part.texts]
     if tokenizer_file is not None:
@@ -128,6 +135,13 @@ def data_tokenize(
     return report
 
 
+def _check_vocabulary(tokenizer, vocab_size, tokenizer_file, strip_accents):
+    smallest = 0 if tokenizer_file is not None else smallest_vocabulary(tokenizer)
+    expect(vocab_size > smallest, "vocab_size", f"above {smallest}{' (the bytes)' if smallest else ''}", vocab_size)
+    strips = not strip_accents or (tokenizer in ("word", "wordpiece") and tokenizer_file is None)
+    expect(strips, "strip_accents", "false unless a word or wordpiece tokenizer is trained", strip_accents)
+
+
 def _write_tokens(path, encoded):
     ends, total = [], 0
 
@@ -141,6 +155,53 @@ def _write_tokens(path, encoded):
     write_tokens(path.with_name(path.name + SUFFIX), chunks())
     write_atomic(path.with_name(path.name + ".ends"), np.asarray(ends, "<i8").tobytes())
     return {"documents": len(ends), "tokens": total}
+
+
+def data_shard(
+    documents: SourceConfig, output: str, tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "bpe",
+    vocab_size: int = 4096, tokenizer_file: str | None = None, strip_accents: bool = False,
+    learn_from: int = 50_000_000, shard_tokens: int = 10_000_000, processes: int = 1,
+    validation_fraction: float = 0.01, test_fraction: float = 0.0,
+):  # fmt: skip
+    """Turn a corpus that may be larger than memory into shards of tokens, for task lm, with several processes.
+
+    Args:
+        output: new folder
+        tokenizer: kind to learn from the first learn_from characters of the training part; char reads the whole corpus
+        vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer
+        tokenizer_file: a tokenizer.json to use instead
+        strip_accents: a word or wordpiece tokenizer drops accents and other marks on letters
+        learn_from: characters that the vocabulary is learnt from
+        shard_tokens: a file ends with the document that reaches this number
+        processes: that tokenize; they do not change the result
+        validation_fraction: share of the documents for validation; equal documents are in one part
+        test_fraction: share of the documents for the test
+    """
+    path = _new_path(output)
+    _check_vocabulary(tokenizer, vocab_size, tokenizer_file, strip_accents)
+    for name, value in (("learn_from", learn_from), ("shard_tokens", shard_tokens), ("processes", processes)):
+        expect(value >= 1, name, "at least 1", value)
+    expect(documents.target_source is None, "target_source", "left out for shards", documents.target_source)
+    expect(0 < validation_fraction < 1, "validation_fraction", "above 0 and below 1", validation_fraction)
+    held_out = validation_fraction + test_fraction
+    expect(test_fraction >= 0 and held_out < 1, "validation_fraction + test_fraction", "below 1", held_out)
+    fractions = {"validation": validation_fraction, "test": test_fraction}
+
+    def texts():
+        return stream_texts(documents.source, documents.columns, documents.unit)
+
+    if tokenizer_file is not None:
+        built = load_tokenizer(Path(tokenizer_file).expanduser())
+    else:
+        train = (text for text in texts() if part_of(text, fractions) == "train")
+        specials = [*needed_specials(tokenizer), END]
+        built = build_tokenizer(
+            tokenizer, texts(), up_to(train, learn_from), vocab_size, specials, strip_accents
+        )  # fmt: skip
+    with new_folder(path) as folder:
+        return {"vocabulary": built.vocab_size} | write_shards(
+            folder, texts(), built, fractions=fractions, shard_tokens=shard_tokens, processes=processes
+        )
 
 
 def data_vectorize(

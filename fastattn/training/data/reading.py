@@ -1,6 +1,7 @@
 """Files as text: the only place that unpacks, decodes and lists the files of a source."""
 
 import gzip
+import itertools
 import os
 import zlib
 
@@ -73,8 +74,15 @@ def lines_of(text):
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def text_files(folder):
-    """[(path, name of the file within the folder)] of the text files of a folder and its subfolders.
+def paragraphs_of(lines):
+    """Yield the paragraphs of an iterable of lines, which end at a line without text."""
+    for blank, group in itertools.groupby(lines, lambda line: not line.strip()):
+        if not blank:
+            yield "\n".join(group)
+
+
+def visible_files(folder, suffixes=SUFFIXES):
+    """[(path, name of the file within the folder)] of the files of a folder and its subfolders with these suffixes.
 
     Hidden files and folders, whose names begin with a dot, do not count. Empty files are left out with a warning.
 
@@ -84,12 +92,12 @@ def text_files(folder):
     found = [
         path
         for path in sorted(folder.rglob("*"))
-        if suffix_of(path) in SUFFIXES
+        if suffix_of(path) in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     ]
     if not found:
-        endings = ", ".join(SUFFIXES)
+        endings = ", ".join(suffixes)
         raise UsageError(
             f"source {str(folder)!r}: the folder has no files ending in {endings} (hidden ones do not count)"
         )

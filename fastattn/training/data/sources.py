@@ -1,18 +1,19 @@
 """Sources of documents: tables with named columns, text files, folders, parallel files and named sets."""
 
 import json
-import re
 from dataclasses import fields
 from pathlib import Path
 
-from ..config import Columns
+from ..config import MIXTURE, Columns
 from ..messages import UsageError, warn
 from . import builtin
 from .documents import PARTS, Documents
 from .parquet import read_parquet
-from .reading import TABLES, lines_of, read_file, suffix_of, text_files
+from .reading import TABLES, lines_of, paragraphs_of, read_file, suffix_of, visible_files
 from .tables import Row, read_rows, table_documents
 from .text import find_data
+
+_OF_HUGGING_FACE = ("text", "pair", "label", "label_kind", "label_separator", "target", "rejected", "messages")
 
 
 def read_documents(source, columns=None, *, target_source=None, unit="line"):
@@ -38,11 +39,11 @@ def read_documents(source, columns=None, *, target_source=None, unit="line"):
         _refuse(f"with target_source, the lines of {source!r} are read", columns, unit)
         parts = {"all": _parallel(source, target_source)}
     elif source in NAMED_SETS:
-        own = [name for name in ("label", "target") if getattr(columns, name) in (None, name)]
-        _refuse(f"the set {source!r} has the columns text, label and target", columns, unit, allowed=own)
+        own = [name for name in ("label", "target", "rejected") if getattr(columns, name) in (None, name)]
+        _refuse(f"the set {source!r} has the columns text, label, target and rejected", columns, unit, allowed=own)
         parts = NAMED_SETS[source]()
     elif source.startswith("hf:"):
-        _refuse(f"source {source!r} has names of columns", columns, unit, allowed=("text", "label", "target"))
+        _refuse(f"source {source!r} has names of columns", columns, unit, allowed=_OF_HUGGING_FACE)
         parts = _hugging_face(source.removeprefix("hf:"), columns)
     elif (folder := Path(source).expanduser()).joinpath("train.jsonl").is_file():
         files = {part: folder / f"{part}.jsonl" for part in PARTS}
@@ -70,19 +71,26 @@ def _read_path(path, columns, unit):
         raise UsageError(
             f"source {str(path)!r} is neither a file, a folder, 'hf:NAME' nor one of {', '.join(sorted(NAMED_SETS))}"
         )
+    check_path_settings(path, columns, unit)
     if path.is_dir() or suffix_of(path) not in TABLES:
-        kind = "a folder of text files" if path.is_dir() else "a text file"
-        _refuse(f"source {str(path)!r} is {kind}: named columns need a table ({', '.join(TABLES)})", columns, "line")
         return _read_folder(path, unit) if path.is_dir() else Documents(_pieces(read_file(path), unit))
-    _refuse(f"source {str(path)!r} is a table", Columns(), unit)
     if suffix_of(path) == ".parquet":
         return table_documents(read_parquet(path, columns), columns)
     return table_documents(read_rows(path, read_file(path, columns.encoding), columns), columns)
 
 
+def check_path_settings(path, columns, unit):
+    """Raise UsageError if a setting is given that a file or folder of this kind does not read."""
+    if path.is_dir() or suffix_of(path) not in TABLES:
+        kind = "a folder of text files" if path.is_dir() else "a text file"
+        _refuse(f"source {str(path)!r} is {kind}: named columns need a table ({', '.join(TABLES)})", columns, "line")
+    else:
+        _refuse(f"source {str(path)!r} is a table", Columns(), unit)
+
+
 def _read_folder(folder, unit):
     texts, groups = [], []
-    for file, name in text_files(folder):
+    for file, name in visible_files(folder):
         pieces = _pieces(read_file(file), unit)
         texts += pieces
         groups += [name] * len(pieces)
@@ -92,8 +100,8 @@ def _read_folder(folder, unit):
 def _pieces(text, unit):
     if unit == "file":
         return [text]
-    if unit == "paragraph":  # a line of white space is as empty as one without
-        return [piece.strip("\n") for piece in re.split(r"\n(?:[^\S\n]*\n)+", text) if piece.strip()]
+    if unit == "paragraph":
+        return list(paragraphs_of(lines_of(text)))
     return [line for line in lines_of(text) if line.strip()]
 
 
@@ -179,11 +187,13 @@ def _python_docs_es():
     return {"all": _read_path(find_data("python_docs_es", "en-es.tsv.gz"), columns, "line")}
 
 
-NAMED_SETS = {  # the first four come from Python's standard library
+NAMED_SETS = {  # the first six come from Python's standard library
     "docstrings": builtin.docstrings,
     "docstring_text": builtin.docstring_text,
     "docstring_classes": builtin.docstring_classes,
     "hangul": builtin.hangul,
+    "hangul_styles": builtin.hangul_styles,
+    "hangul_preferences": builtin.hangul_preferences,
     "sst2": _sst2,
     "sms_spam": _sms_spam,
     "clinc150": _clinc150,
@@ -195,5 +205,5 @@ NAMED_SETS = {  # the first four come from Python's standard library
 
 def resolve_source(source):
     """The source as stored with a run: names are kept, paths become absolute."""
-    is_name = source in ("topics", "shakespeare", *NAMED_SETS) or source.startswith("hf:")
+    is_name = source in ("topics", "shakespeare", MIXTURE, *NAMED_SETS) or source.startswith("hf:")
     return source if is_name else str(Path(source).expanduser().resolve())

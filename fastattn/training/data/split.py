@@ -18,8 +18,8 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
         documents: Documents.
         validation_fraction, test_fraction: shares of all documents.
         seed: the same seed gives the same split.
-        stratify: draw these fractions of every class, if the labels are classes: of each the training part has at
-            least one document.
+        stratify: draw these fractions of every class, if each document has one class: of each the training part has at
+            least one document. With several classes a document, the fractions are those of the whole.
 
     Returns:
         {"train": Documents, "validation": ..., "test": ...}, in the order of the source; no part for a fraction of 0.
@@ -28,8 +28,7 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
         UsageError: a part would be empty.
     """
     fractions = {"test": test_fraction, "validation": validation_fraction}
-    classes = stratify and documents.labels and not looks_like_numbers(documents.labels)
-    labels = documents.labels if classes else [None] * len(documents)
+    labels, names = _classes(documents, stratify)
     strata = collections.defaultdict(list)  # a unit has the class of its first document
     units = _units(documents)
     for unit in units:
@@ -48,7 +47,7 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
                 owed[name] -= len(stratum[index])
         for index in (*order, last):
             parts["train"] += stratum[index]
-    _complete_training(parts, labels, units)
+    _complete_training(parts, names, units)
     fractions["train"] = 1.0
     parts = {name: documents.select(sorted(chosen)) for name, chosen in parts.items() if fractions[name]}
     if empty := [name for name, part in parts.items() if not len(part)]:
@@ -59,16 +58,27 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
     return parts
 
 
-def _complete_training(parts, labels, units):
-    """Move units to the training part until it has each class: a unit of several may be the only one of a class."""
-    known = {labels[i] for i in parts["train"]}
+def _classes(documents, stratify):
+    """For each document the class to stratify by, or None, and the tuple of the classes that training must have."""
+    labels = documents.labels or [None] * len(documents)
+    if not stratify or not isinstance(labels[0], str) or looks_like_numbers(labels):
+        return [None] * len(labels), [label if isinstance(label, tuple) else () for label in labels]
+    return labels, [(label,) for label in labels]
+
+
+def _complete_training(parts, names, units):
+    """Move units to the training part until it has each class: a unit of several may be the only one of a class.
+
+    names: the classes of each document.
+    """
+    known = {name for i in parts["train"] for name in names[i]}
     held_out = {i: name for name in parts if name != "train" for i in parts[name]}
     for unit in units:
-        if unit[0] in held_out and not known.issuperset(labels[i] for i in unit):
+        if unit[0] in held_out and not known.issuperset(name for i in unit for name in names[i]):
             name = held_out[unit[0]]
             parts[name] = [i for i in parts[name] if i not in unit]
             parts["train"] += unit
-            known |= {labels[i] for i in unit}
+            known |= {name for i in unit for name in names[i]}
 
 
 def _units(documents):

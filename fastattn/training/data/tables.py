@@ -139,7 +139,13 @@ def _is_number(value):
 def _json_rows(path, text):
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield _object_row(f"{path}, line {number}", _parse(f"{path}, line {number}", line))
+            yield json_row(path, number, line)
+
+
+def json_row(path, number, line):
+    """The Row of a line of JSON; UsageError if it is none or no object."""
+    where = f"{path}, line {number}"
+    return _object_row(where, _parse(where, line))
 
 
 def _json_array(path, text):
@@ -162,11 +168,18 @@ def _object_row(where, value):
     return Row(where, [name for name, _ in value], [item for _, item in value])
 
 
+def columns_read(columns):
+    """{field of Documents: name of the column} of what Columns reads."""
+    if columns.messages is not None:
+        return {"texts": columns.messages}
+    read = {"texts": columns.text, "labels": columns.label, "targets": columns.target}
+    read |= {"rejected": columns.rejected, "pairs": columns.pair}
+    return {field: name for field, name in read.items() if name}
+
+
 def check_columns(row, columns, hint=False):
     """Raise UsageError unless the row has each of the columns that are read exactly once."""
-    read = (columns.text, columns.label, columns.target, columns.rejected)
-    read = read if columns.messages is None else (columns.messages,)
-    for name in filter(None, read):
+    for name in columns_read(columns).values():
         count = row.names.count(name)
         if count > 1:
             raise UsageError(f"{row.where}: the column {name!r} occurs {count} times")
@@ -186,19 +199,21 @@ def table_documents(rows, columns):
         UsageError: a column is missing or occurs twice; a value is missing, not a single text or number, or half of a
             surrogate pair; labels have different types; a pair has an empty side.
     """
-    wanted = {"texts": columns.text, "labels": columns.label, "targets": columns.target, "rejected": columns.rejected}
-    if columns.messages is not None:
-        wanted = {"texts": columns.messages}
-    wanted = {key: name for key, name in wanted.items() if name}
-    collected, first_label = {key: [] for key in wanted}, None
+    wanted, first_label = columns_read(columns), None
+    collected = {key: [] for key in wanted}
     for row in rows:
         check_columns(row, columns)
         for key, name in wanted.items():
             value, where = row.values[row.names.index(name)], f"{row.where}: column {name!r}"
+            if key == "labels" and columns.label_kind == "classes":
+                collected[key].append(_classes_of(value, columns.label_separator, where))
+                continue
             text = _text_of(value if columns.messages is None else read_messages(value, where), where)
             if not text.strip() and (key != "texts" or "targets" in wanted):
                 raise UsageError(f"{where} is empty")
-            if key == "labels":
+            if key == "labels" and columns.label_kind == "number":
+                text = _number_of(text, value, where)
+            elif key == "labels":
                 first_label = first_label or (value, row.where)
                 text = _label_of(text, value, where, *first_label)
             collected[key].append(text)
@@ -228,12 +243,33 @@ def _label_of(text, value, where, first, first_where):
     return text.strip()
 
 
+def _classes_of(value, separator, where):
+    """The classes of a document as a sorted tuple, which may be empty: a list of JSON, or a text with separators."""
+    items = value if isinstance(value, list) and not isinstance(value, _Object) else None
+    if items is None:
+        items = [part for part in _text_of(value, where).split(separator) if part.strip()]
+    names = [_text_of(item, where).strip() for item in items]
+    if not all(names):
+        raise UsageError(f"{where} has an empty class")
+    return tuple(sorted(set(names)))
+
+
+def _number_of(text, value, where):
+    try:
+        number = float("nan" if isinstance(value, bool) or "_" in text else text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"{where} must be a finite number, got {text!r}")
+    return number
+
+
 def looks_like_numbers(labels):
     """Whether labels are numbers to estimate (regression) rather than names of classes."""
     distinct = set(labels)
     try:
         numbers = [float(label) for label in distinct]
-    except ValueError:
+    except (ValueError, TypeError):  # a tuple of classes
         return False
     fractions = any(not number.is_integer() for number in numbers)
     return fractions and (len(distinct) > 11 or 4 * len(distinct) > len(labels))  # half-star ratings have 11 values

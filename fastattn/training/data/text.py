@@ -8,7 +8,7 @@ import fastattn
 
 from ..messages import UsageError
 from .builtin import topics
-from .reading import TABLES, read_file, suffix_of, text_files
+from .reading import TABLES, read_file, suffix_of, visible_files
 
 
 def read_text(source):
@@ -32,7 +32,7 @@ def read_text(source):
     if not path.exists():
         raise UsageError(f"text source {source!r} is neither 'topics', 'shakespeare', a file nor a folder")
     if path.is_dir():
-        return "\n".join(read_file(file) for file, _ in text_files(path))
+        return "\n".join(read_file(file) for file, _ in visible_files(path))
     if suffix_of(path) in TABLES:
         raise UsageError(f"text source {source!r} is a table; --data.packed true reads its rows as documents")
     return read_file(path)

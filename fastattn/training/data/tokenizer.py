@@ -5,6 +5,7 @@ plain language model needs none.
 """
 
 import json
+import unicodedata
 
 from ..messages import UsageError
 
@@ -28,6 +29,8 @@ class CharTokenizer:
 
     def encode(self, text):
         if unknown := sorted(set(text) - set(self.characters)):
+            if (other := self._decomposed(text, unknown)) != text:
+                return self.encode(other)
             if UNKNOWN in self.specials:
                 return [self.numbers.get(character, self.numbers[UNKNOWN]) for character in text]
             shown = " ".join(map(repr, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
@@ -35,6 +38,12 @@ class CharTokenizer:
                 f"the text has characters that are not among the {len(self.characters)} of the vocabulary: {shown}"
             )
         return [self.numbers[character] for character in text]
+
+    def _decomposed(self, text, unknown):
+        """The text with those unknown characters decomposed whose parts are known: keyboards write composed ones."""
+        parts = {character: unicodedata.normalize("NFD", character) for character in unknown}
+        known = {c: new for c, new in parts.items() if set(new) <= self.numbers.keys()}
+        return text.translate(str.maketrans(known))
 
     def decode(self, numbers):
         first = len(self.specials)
@@ -148,6 +157,11 @@ class LearntTokenizer:
     def number_of(self, token):
         return self.tokenizer.token_to_id(token)
 
+    @property
+    def specials(self):
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
     def to_json(self):
         return self.tokenizer.to_str(pretty=False)
 
@@ -187,7 +201,8 @@ def build_tokenizer(kind, texts, train_texts, vocab_size, specials=(), strip_acc
 
     Returns:
         An object with vocab_size, encode(text) -> list of int, decode(numbers) -> text, token_of(number) -> str,
-        number_of(token) -> int or None, to_json() -> text, and exact: whether decode(encode(text)) is the text.
+        number_of(token) -> int or None, to_json() -> text, specials, a tuple of tokens that represent no text, and
+        exact: whether decode(encode(text)) is the text.
     """
     if kind == "char":
         return CharTokenizer("".join(sorted(set().union(*texts))), specials)

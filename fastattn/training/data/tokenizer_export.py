@@ -33,7 +33,9 @@ def tokenizer_files(tokenizer, block_size, frame):
         from tokenizers.processors import TemplateProcessing
 
         numbers = [(name, tokenizer.number_of(name)) for name in (BEGIN, END)]
-        converted.post_processor = TemplateProcessing(single=f"{BEGIN} $A {END}", special_tokens=numbers)
+        converted.post_processor = TemplateProcessing(
+            single=f"{BEGIN} $A {END}", pair=f"{BEGIN} $A {END} $B {END}", special_tokens=numbers
+        )
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,

@@ -28,6 +28,8 @@ def bag_of_words_baseline(train, test, *, tfidf=False, max_ngram=1):
     for name, documents in (("train", train), ("test", test)):
         if not documents.labels:
             raise UsageError(f"the {name} part must have labels, got {len(documents)} documents without")
+        if not isinstance(documents.labels[0], str) or documents.pairs:
+            raise UsageError("the baseline is for documents with one text and one class (label_kind class, no pair)")
     if len(set(train.labels)) < 2:
         raise UsageError(f"the train part must have at least two classes, got only {train.labels[0]!r}")
     start = time.perf_counter()

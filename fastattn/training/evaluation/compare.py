@@ -27,6 +27,10 @@ SCORES = {
     "BLEU": ("bleu",),
     "chrF": ("chrf",),
     "exact match": ("exact_match",),
+    "mean absolute error": ("mean_absolute_error",),
+    "Spearman": ("spearman",),
+    "preference accuracy": ("preference_accuracy",),
+    "exact answers": ("exact_answers",),
 }
 
 

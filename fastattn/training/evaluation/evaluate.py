@@ -5,7 +5,7 @@ from ..inspect.figures import plot_attention
 from ..messages import UsageError
 from ..runs.checkpoint import best_checkpoint, read_summary
 from ..runs.load import load_run, load_task
-from ..tasks.registry import TASKS, make_task
+from ..tasks.registry import make_task, task_class
 
 
 def draw_attention(run, config, text, path, **options):
@@ -47,10 +47,10 @@ def evaluate_run(
         raise UsageError(f"--split cannot be used with --data, which is read as a whole, got {split!r}")
     source = config.data.source
     if text is not None:
-        task, source, split = TASKS[config.task].without_data(config, tokenizer, summary), text, "all"
+        task, source, split = task_class(config).without_data(config, tokenizer, summary), text, "all"
     elif documents is not None:
         source, split = documents.source, "all"
-        task = TASKS[config.task].on_documents(config, tokenizer, summary, read_whole(documents))
+        task = task_class(config).on_documents(config, tokenizer, summary, read_whole(documents))
     else:
         task = make_task(config, tokenizer, summary)
         split = split or ("test" if "test" in task.sizes else "validation")

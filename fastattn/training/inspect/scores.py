@@ -128,6 +128,84 @@ def scores_from_counts(counts, names):
     return scores
 
 
+def several_classes_scores(truth, predicted, names):
+    """Scores of predicted classes, of which each example has any number.
+
+    Args:
+        truth, predicted: (examples, classes) bool.
+        names: list of str, of the classes.
+    Returns: dict: examples; exact_match: share with exactly the true classes; averages: {"micro", "macro", "weighted":
+        {precision, recall, f1}} over all classes; classes: as from `scores_from_counts`.
+    Raises:
+        UsageError: there are no examples.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    expect(len(truth) > 0, "the number of examples", "at least 1", 0)
+    truth, predicted = np.asarray(truth).astype(int), np.asarray(predicted).astype(int)
+    measures = ("precision", "recall", "f1")
+
+    def evaluate(average):
+        if len(names) == 1:  # scikit-learn reads a single column as one class of two
+            columns = [np.atleast_1d(x) for x in _binary(truth[:, 0], predicted[:, 0])]
+            return columns if average is None else [column[0] for column in columns]
+        return precision_recall_fscore_support(truth, predicted, average=average, zero_division=0)[:3]
+
+    columns = evaluate(None)
+    return {
+        "examples": len(truth),
+        "exact_match": float((truth == predicted).all(1).mean()),
+        "averages": {
+            average: dict(zip(measures, map(float, evaluate(average)), strict=True))
+            for average in ("micro", "macro", "weighted")
+        },
+        "classes": [
+            {
+                "name": str(name), **{m: float(column[i]) for m, column in zip(measures, columns, strict=True)},
+                "support": int(truth[:, i].sum()), "predicted": int(predicted[:, i].sum()),
+            }
+            for i, name in enumerate(names)
+        ],
+    }  # fmt: skip
+
+
+def _binary(truth, predicted):
+    """(precision, recall, F1) of one class, 0 instead of 0 / 0."""
+    hits, found, true = (truth & predicted).sum(), predicted.sum(), truth.sum()
+    return hits / max(1, found), hits / max(1, true), 2 * hits / max(1, found + true)
+
+
+def regression_scores(truth, predicted):
+    """Scores of estimated numbers, two lists of float of equal length.
+
+    Returns: dict: examples; mean_absolute_error; root_mean_square_error; r2, the explained share of the variance;
+        pearson and spearman, correlations. The last three are None if all true numbers are equal, the correlations also
+        if all estimates are.
+    Raises:
+        UsageError: the lists differ in length or are empty.
+    """
+    truth, predicted = np.asarray(truth, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    expect(truth.shape == predicted.shape, "predicted", f"of shape {truth.shape} like truth", predicted.shape)
+    expect(len(truth) > 0, "the number of examples", "at least 1", 0)
+    error, spread = predicted - truth, float(((truth - truth.mean()) ** 2).sum())
+    varied = spread > 0 and np.ptp(predicted) > 0
+    ranks = [_ranks(values) for values in (truth, predicted)]
+    return {
+        "examples": len(truth),
+        "mean_absolute_error": float(np.abs(error).mean()),
+        "root_mean_square_error": float(np.sqrt((error**2).mean())),
+        "r2": 1 - float((error**2).sum()) / spread if spread else None,
+        "pearson": float(np.corrcoef(truth, predicted)[0, 1]) if varied else None,
+        "spearman": float(np.corrcoef(*ranks)[0, 1]) if varied else None,
+    }
+
+
+def _ranks(values):
+    """The rank of each value; equal values have their mean rank."""
+    _, numbers, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[numbers]
+
+
 def translation_scores(hypotheses, references):
     """Scores of translations given as plain, cased, untokenized text.
 

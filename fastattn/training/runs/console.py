@@ -100,7 +100,10 @@ def conclude(trainer, stopped):
     run, config, task = trainer.run, trainer.config, trainer.task
     best = best_checkpoint(run)
     plot = plot_losses(
-        run, unit=task.unit, smoothing=config.optim.label_smoothing, chosen=best[1]["step"] if best else None
+        run,
+        unit=f"{task.loss_in} a {task.unit}",
+        smoothing=config.optim.label_smoothing,
+        chosen=best[1]["step"] if best else None,
     )
     if stopped:
         name = signal.Signals(stopped).name

@@ -37,7 +37,7 @@ def export_run(run, folder, kind):
         else:
             facts = {"format": "hugging_face", "model_type": _write_hugging_face(run, model, temporary)}
         labels = run.task.summary.get("labels")
-        if labels is not None and kind == "onnx":
+        if labels and kind == "onnx":
             write_atomic(temporary / "labels.json", json.dumps(labels, ensure_ascii=False))
         for name, text in tokenizer_files(run.tokenizer, run.config.model.block_size, encoder).items():
             write_atomic(temporary / name, text)
@@ -46,7 +46,11 @@ def export_run(run, folder, kind):
 
 def _write_hugging_face(run, model, folder):
     settings = token_settings(run.tokenizer)
+    if getattr(model, "label_kind", "class") == "number":
+        raise UsageError("bert gives no scaled number; --format onnx writes any model")
     if labels := run.task.summary.get("labels"):
+        if model.label_kind == "classes":
+            settings["problem_type"] = "multi_label_classification"
         settings["id2label"] = dict(enumerate(labels))
         settings["label2id"] = {label: number for number, label in enumerate(labels)}
     try:

@@ -7,7 +7,7 @@ from safetensors.torch import load_model
 from ..config import config_from_dict
 from ..data.tokenizer import load_tokenizer
 from ..messages import UsageError
-from ..tasks.registry import TASKS
+from ..tasks.registry import task_class
 from .checkpoint import check_run, choose_checkpoint, read_summary
 from .devices import pick_device
 from .lora import add_lora, merge_lora
@@ -44,7 +44,7 @@ def load_run(run, config, *, checkpoint="best", accelerator="auto", layers=None)
     chosen = choose_checkpoint(run, checkpoint)
     if chosen is None:
         raise UsageError(f"run {str(run)!r} has no checkpoint yet; continue it with --resume {run}")
-    model = TASKS[config.task].build_model(config, tokenizer, read_summary(run), layers)
+    model = task_class(config).build_model(config, tokenizer, read_summary(run), layers)
     if config.trained == "lora":
         add_lora(model, config.lora_rank)
     load_weights(model, chosen[0])
@@ -55,7 +55,7 @@ def load_run(run, config, *, checkpoint="best", accelerator="auto", layers=None)
 def load_task(run, config, checkpoint="best", accelerator="auto", layers=None):
     """(model, task without data) of a run, to apply to new texts; otherwise as load_run."""
     model, tokenizer, _ = load_run(run, config, checkpoint=checkpoint, accelerator=accelerator, layers=layers)
-    return model, TASKS[config.task].without_data(config, tokenizer, read_summary(run))
+    return model, task_class(config).without_data(config, tokenizer, read_summary(run))
 
 
 def load_weights(model, folder):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ..files import run_path
 from ..messages import UsageError
-from ..tasks.registry import TASKS
+from ..tasks.registry import task_class
 from .checkpoint import read_summary
 from .load import load_run as load_model
 from .load import read_run_config
@@ -49,7 +49,7 @@ def load_run(
         run = run_path(path)
         config = read_run_config(run)
         model, tokenizer, step = load_model(run, config, checkpoint=checkpoint, accelerator=accelerator, layers=layers)
-        task = TASKS[config.task].without_data(config, tokenizer, read_summary(run))
+        task = task_class(config).without_data(config, tokenizer, read_summary(run))
     except UsageError as error:
         raise ValueError(str(error)) from None
     return LoadedRun(model, tokenizer, task, config, step)

@@ -64,18 +64,18 @@ class MetricsLog:
             self.tensorboard.finalize("finished")
 
 
-def plot_losses(run, *, unit="token", smoothing=0.0, chosen=None):
+def plot_losses(run, *, unit="nats a token", smoothing=0.0, chosen=None):
     """Draw RUN/loss.png from RUN/metrics.csv and return its path.
 
     Args:
         run: the folder of the run.
-        unit: what the losses are means over.
+        unit: of the losses.
         smoothing: label smoothing, which raises the training loss alone.
         chosen: step of the chosen checkpoint, which is marked; None = none.
     """
     rows = read_metrics(run)
     figure = new_figure(8, 5)
-    axes = figure.add_subplot(xlabel="step", ylabel=f"loss (nats a {unit})", title=label(run.name, 60))
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss ({unit})", title=label(run.name, 60))
     smoothed = f", with label smoothing {smoothing:g}" if smoothing else ""
     for name, style in (("train_loss", {"linewidth": 0.8, "alpha": 0.6}), ("validation_loss", {"marker": "o"})):
         if points := _points(rows, name):

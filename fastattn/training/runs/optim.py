@@ -58,6 +58,32 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
 
+def decay_cautiously(optimizer):
+    """Make an optimizer take learning rate * decay * weight only from elements that its step does not move away from 0.
+
+    The groups have the decay as "cautious_decay", and no other. Costs a copy of the weights that decay.
+
+    Source: Chen et al., "Cautious weight decay", 2025.
+    """
+    before = {}
+
+    @torch.no_grad()
+    def keep(*_):
+        decaying = (group for group in optimizer.param_groups if group["cautious_decay"])
+        before.update({p: p.detach().clone() for group in decaying for p in group["params"] if p.grad is not None})
+
+    @torch.no_grad()
+    def decay(*_):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if (old := before.pop(p, None)) is not None:
+                    p.sub_(old * ((p - old) * old <= 0), alpha=group["lr"] * group["cautious_decay"])
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(decay)
+    return optimizer
+
+
 def build_optimizer(model, optim, fused):
     """The optimizer of an OptimConfig; each group has a "rate", the factor of its learning rate.
 
@@ -67,6 +93,14 @@ def build_optimizer(model, optim, fused):
         fused: use PyTorch's fused implementation.
     """
     groups = parameter_groups(model, optim)
+    if optim.cautious_decay:
+        for group in groups:
+            group["cautious_decay"], group["weight_decay"] = group["weight_decay"], 0.0
+        return decay_cautiously(_build(groups, optim, fused))
+    return _build(groups, optim, fused)
+
+
+def _build(groups, optim, fused):
     if optim.name == "muon":
         return MuonWithAdamW(groups, optim, fused)
     for group in groups:

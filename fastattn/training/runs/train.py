@@ -8,6 +8,7 @@ import torch
 import yaml
 from lightning_fabric import Fabric
 
+from ..data.chat import TEMPLATES
 from ..data.sources import resolve_source
 from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..files import run_path, write_atomic
@@ -38,6 +39,10 @@ def train(config, *, resume=False, overwrite=False):
     """
     run = run_path(config.run)
     config.data.source = resolve_source(config.data.source)
+    if config.data.mixture is not None:
+        config.data.mixture = {resolve_source(folder): weight for folder, weight in config.data.mixture.items()}
+    if config.data.chat_template not in ("auto", *TEMPLATES):
+        config.data.chat_template = str(run_path(config.data.chat_template))
     if config.data.target_source is not None:
         config.data.target_source = resolve_source(config.data.target_source)
     if config.start is not None:

@@ -31,6 +31,7 @@ class Task:
 
     next_command = "fastattn generate {run} --prompt TEXT"  # the next command for a trained model
     unit = "token"  # of the loss
+    loss_in = "nats"
     has_accuracy = False  # whether `sums` counts correct predictions
     needs_reference = False  # whether `compare_with` must see the model of config.start
     more_sums = 0  # numbers that `sums` returns after the three of every task
@@ -153,7 +154,7 @@ class DocumentTask(Task):
         self.summary = {
             "source": config.data.source,
             "characters": sum(map(len, texts)),
-            "sha256": fingerprint(json.dumps([[p.texts, p.labels, p.targets] for p in self.parts.values()])),
+            "sha256": fingerprint(json.dumps(self._content())),
         }
         check_summary(self.summary, expected)
         self.tokenizer = tokenizer or self.learn_tokenizer(config.data)
@@ -174,10 +175,16 @@ class DocumentTask(Task):
             counts.padding = padding_share(self.sides(name), batches)
         check_known(config.data.source, self.counts)
 
+    def _content(self):
+        """What decides whether the data are the same."""
+        pairs = any(part.pairs for part in self.parts.values())
+        return [[p.texts, p.labels, p.targets, *([p.pairs] if pairs else [])] for p in self.parts.values()]
+
     def learn_tokenizer(self, data):
         def texts(parts):
             for part in parts:
                 yield from part.texts
+                yield from part.pairs or ()
                 if self.tokenize_targets:
                     yield from part.targets or ()
 

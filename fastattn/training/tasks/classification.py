@@ -1,18 +1,14 @@
-"""Classification of documents."""
+"""Classification of documents: each has one class."""
 
 from collections import Counter
 
 import torch
 
-from fastattn.models import Classifier
-
-from ..data.batches import by_length, pad
 from ..data.tables import looks_like_numbers
-from ..data.tokenizer import PAD
-from ..data.vectors import initialize_embedding, word2vec
 from ..inspect.scores import classification_scores
 from ..messages import UsageError
-from .base import DocumentTask, shape_of, summed_loss_of_logits
+from .base import summed_loss_of_logits
+from .labelled import LabelTask
 
 
 def balanced_weights(summary):
@@ -21,34 +17,28 @@ def balanced_weights(summary):
     return [sum(counts) / (len(counts) * count) for count in counts]
 
 
-class Classification(DocumentTask):
-    """Rows (tokens, lengths, classes); the classes are those of the training part, in alphabetical order."""
+def numbers_of(names, labels, part, source):
+    """The numbers of the classes in tuples of classes.
 
-    unit = "document"
+    Raises:
+        UsageError: a class is not in `names`, those of the training part.
+    """
+    numbers = {name: number for number, name in enumerate(names)}
+    if unknown := sorted({name for label in labels for name in label} - numbers.keys()):
+        which = "" if part == "all" else f" of the {part} part"
+        raise UsageError(
+            f"source {source!r}: class {unknown[0]!r}{which} is not in the training part; "
+            "`fastattn data split` draws new parts, with each class in the training part"
+        )
+    return [[numbers[name] for name in label] for label in labels]
+
+
+class Classification(LabelTask):
+    """Targets are the numbers of classes: those of the training part, in alphabetical order."""
+
     has_accuracy = True
-    next_command = "fastattn predict {run} TEXT"
 
-    def prepare(self):
-        source = self.config.data.source
-        if any(part.labels is None for part in self.parts.values()):
-            raise UsageError(f"source {source!r} has no labels; name their column with --data.columns.label")
-        if "train" in self.parts:
-            self.summary["labels"], self.summary["most_frequent"] = self._classes(self.parts["train"].labels)
-            counted = Counter(self.parts["train"].labels)
-            self.summary["class_counts"] = [counted[name] for name in self.summary["labels"]]
-        numbers = {name: number for number, name in enumerate(self.names)}
-        for name, part in self.parts.items():
-            if unknown := sorted(set(part.labels) - numbers.keys()):
-                which = f" of the {name} part" if "train" in self.parts else ""
-                raise UsageError(
-                    f"source {source!r}: class {unknown[0]!r}{which} is not in the training part; "
-                    "`fastattn data split` draws new parts, with each class in the training part"
-                )
-        self.examples = {name: self.encode_part(name) for name in self.parts}
-        self.classes = {name: [numbers[label] for label in part.labels] for name, part in self.parts.items()}
-
-    def _classes(self, labels):
-        """(names of the classes, the most frequent one) of the training part."""
+    def learn_labels(self, labels):
         counted, source = Counter(labels), self.config.data.source
         names = sorted(counted)
         if len(names) < 2:
@@ -57,26 +47,23 @@ class Classification(DocumentTask):
         if looks_like_numbers(labels):
             raise UsageError(
                 f"source {source!r}: the labels are {len(names)} different numbers such as {names[0]} and {names[1]}; "
-                "task classify needs the names of classes and does not estimate numbers (regression)"
+                "to estimate numbers (regression), set --data.columns.label_kind number"
             )
-        return names, max(names, key=counted.__getitem__)
+        most = max(names, key=counted.__getitem__)
+        return {"labels": names, "most_frequent": most, "class_counts": [counted[name] for name in names]}
 
-    def lengths(self, part):
-        return list(map(len, self.examples[part]))
-
-    def collate(self, part, indices, key):
-        chosen = [self.examples[part][i] for i in indices]
-        lengths = torch.tensor(list(map(len, chosen)))
-        return pad(chosen, self.specials[PAD]), lengths, torch.tensor([self.classes[part][i] for i in indices])
+    def targets_of(self, labels, part):
+        numbers = numbers_of(self.names, [(label,) for label in labels], part, self.config.data.source)
+        return torch.tensor(numbers, dtype=torch.int64).view(-1)
 
     @staticmethod
-    def build_model(config, tokenizer, summary, layers=None):
-        shape = shape_of(config, layers)
-        del shape["tied"]
-        return Classifier(
-            tokenizer.vocab_size, len(summary["labels"]), body=config.model.body, pooling=config.model.pooling,
-            class_weights=balanced_weights(summary) if config.class_weights == "balanced" else None, **shape,
-        )  # fmt: skip
+    def label_options(config, summary):
+        balanced = config.class_weights == "balanced"
+        return {"n_classes": len(summary["labels"]), "class_weights": balanced_weights(summary) if balanced else None}
+
+    @property
+    def names(self):
+        return self.summary["labels"]
 
     def count(self, rows):
         """What the loss is the mean over: documents, or the sum of their weights."""
@@ -106,28 +93,14 @@ class Classification(DocumentTask):
         occurs = predicted + truth > 0
         return {"macro_f1": (2 * hits / (predicted + truth))[occurs].mean().item()}
 
-    def initialize(self, model):
-        if self.config.model.embedding == "word2vec":
-            vectors = word2vec(self.parts["train"].texts, self.config.model.d_model, seed=self.config.seed)
-            body = getattr(model, "encoder", model)
-            initialize_embedding(body.token_embedding, self.tokenizer, vectors)
-
-    @property
-    def names(self):
-        return self.summary["labels"]
-
-    @torch.no_grad()
-    def predict(self, model, texts):
+    def predict(self, model, texts, pairs=None):
         """The probabilities (texts, classes), fp32 on the CPU."""
-        device = next(model.parameters()).device
-        encoded = list(map(self.encode, texts))
-        lengths = list(map(len, encoded))
-        result = torch.empty(len(texts), len(self.names))
-        for indices in by_length(lengths, 64):
-            tokens = pad([encoded[i] for i in indices], self.specials[PAD]).to(device)
-            logits = model(tokens, torch.tensor([lengths[i] for i in indices], device=device))
-            result[indices] = logits.float().softmax(-1).cpu()
-        return result
+        return self.outputs(model, texts, pairs).softmax(-1)
+
+    def describe(self, row):
+        chance, name = max(zip(row.tolist(), self.names, strict=True))
+        probabilities = dict(zip(self.names, row.tolist(), strict=True))
+        return {"class": name, "probability": chance, "probabilities": probabilities}, [name, f"{chance:.3f}"]
 
     def baseline(self, part):
         """The most frequent class of the training part, and its share of a part; None if the run did not keep it."""
@@ -135,8 +108,10 @@ class Classification(DocumentTask):
         return most and (f"always {most!r}", labels.count(most) / len(labels))
 
     def report(self, model, part):
-        probabilities = self.predict(model, self.parts[part].texts).numpy()
-        scores = classification_scores(self.classes[part], probabilities.argmax(-1), probabilities, self.names)
+        probabilities = self._outputs(model, self.examples[part]).softmax(-1).numpy()
+        scores = classification_scores(
+            self.targets[part].tolist(), probabilities.argmax(-1), probabilities, self.names
+        )  # fmt: skip
         if (baseline := self.baseline(part)) is None:
             return scores
         baseline, accuracy = baseline

@@ -9,6 +9,7 @@ from fastattn.models import CausalLM
 from ..data.batches import IGNORED, LengthBatches
 from ..data.chat import TEMPLATES, choose_template, encode_conversation, encode_question
 from ..data.counts import Counts, check_known
+from ..data.jinja_template import JinjaTemplate
 from ..data.parts import read_parts
 from ..data.text import check_summary, fingerprint
 from ..data.tokenizer import SPECIALS, build_tokenizer
@@ -28,8 +29,15 @@ class TemplateTask(Task):
     @classmethod
     def without_data(cls, config, tokenizer, summary):
         task = super().without_data(config, tokenizer, summary)
-        task.template = choose_template(config.data.chat_template, tokenizer)
+        task.template = choose_template(config.data.chat_template, tokenizer, summary.get("chat_template"))
         return task
+
+    def _choose_template(self, expected):
+        """Set self.template; the run keeps that of a folder. expected: None or the summary of the run."""
+        kept = (expected or {}).get("chat_template")
+        self.template = choose_template(self.config.data.chat_template, self.tokenizer, kept)
+        if isinstance(self.template, JinjaTemplate):
+            self.summary["chat_template"] = self.template.stored
 
     def _make_batches(self, lengths):
         """The training batches of examples with these numbers of tokens."""
@@ -59,6 +67,7 @@ class Conversation(TemplateTask):
         }
         check_summary(self.summary, expected)
         self.tokenizer = tokenizer or self._learn_tokenizer(texts, conversations["train"])
+        self._choose_template(expected)
         self._set_up(conversations)
         check_known(data.source, self.counts)
         self.sizes = {name: f"{len(part):,} conversations" for name, part in conversations.items()}
@@ -69,7 +78,10 @@ class Conversation(TemplateTask):
     def _learn_tokenizer(self, texts, train):
         """A tokenizer for the texts, with the marks of the template as tokens."""
         data = self.config.data
-        template = TEMPLATES["chatml" if data.chat_template == "auto" else data.chat_template]
+        name = "chatml" if data.chat_template == "auto" else data.chat_template
+        if name not in TEMPLATES:
+            raise UsageError(f"the chat template {name!r} needs --start, a model whose vocabulary has its marks")
+        template = TEMPLATES[name]
         around = [piece for pieces in template.before.values() for piece in (*pieces, template.between)]
         learnt = [content for messages in train for _, content in messages]
         specials = [*SPECIALS, *template.marks]
@@ -97,7 +109,6 @@ class Conversation(TemplateTask):
         return [[("user", text), ("assistant", target)] for text, target in pairs]
 
     def _set_up(self, conversations):
-        self.template = choose_template(self.config.data.chat_template, self.tokenizer)
         self.conversations, self.counts, self.tensors = conversations, {}, {}
         for name, part in conversations.items():
             self.counts[name] = Counts()

@@ -1,21 +1,19 @@
 """Prediction of the next token, in a text, in tokens on disk, or in documents packed into rows."""
 
-import hashlib
 import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fastattn.models import CausalLM
 
 from ..data.batches import IGNORED
 from ..data.counts import Counts, check_known
-from ..data.documents import PARTS
+from ..data.order import WindowOrder
 from ..data.parts import read_parts
 from ..data.text import check_summary, fingerprint, read_text
-from ..data.token_file import SUFFIX, open_tokens
+from ..data.token_folder import Shards, is_token_folder, join_folders
 from ..data.tokenizer import (
     END,
     END_OF_TEXT,
@@ -23,10 +21,9 @@ from ..data.tokenizer import (
     build_tokenizer,
     count_unknown,
     end_tokens,
-    load_tokenizer,
     needed_specials,
 )
-from ..data.windows import TextData, random_starts, to_tokens, window_starts
+from ..data.windows import TextData, to_tokens, window_starts
 from ..inspect.attention_maps import attention_maps
 from ..inspect.generate import generate_tokens, stream_text
 from ..inspect.scores import language_scores
@@ -55,16 +52,17 @@ class LanguageModelling(Task):
 
     def __init__(self, config, tokenizer=None, expected=None):
         self.config, data = config, config.data
-        self.ends = {}
+        self.ends, self.sizes_of_sources = {}, None
         folder = Path(data.source).expanduser()
-        if (folder / f"train{SUFFIX}").is_file():
-            self._open_folder(folder, tokenizer)
+        if data.mixture is not None or is_token_folder(folder):
+            self._open_folders(data.mixture or {str(folder): 1.0}, tokenizer)
             check_summary(self.summary, expected)
         elif data.packed:
             self._pack_documents(data, tokenizer, expected)
         else:
             text = TextData(data, tokenizer, expected)
-            self.tokenizer, self.splits, self.summary = text.tokenizer, text.splits, text.summary
+            self.tokenizer, self.summary = text.tokenizer, text.summary
+            self.splits = {name: Shards([tokens]) for name, tokens in text.splits.items()}
         block_size = config.model.block_size
         for name, tokens in self.splits.items():
             if len(tokens) <= block_size:
@@ -75,28 +73,29 @@ class LanguageModelling(Task):
         self.sizes = {name: f"{len(tokens):,} tokens" for name, tokens in self.splits.items()}
         self.counts = {name: self._count(name) for name in self.splits}
         check_known(data.source, self.counts)
+        weights = list((data.mixture or {"": 1.0}).values())
+        sizes = self.sizes_of_sources or [len(self.splits["train"])]
+        how = (config.seed, config.batch_size, block_size, data.order == "shuffle")
+        self.windows = WindowOrder(sizes, weights, *how)
         self.tokens_a_step = config.batch_size * block_size
         self.steps_an_epoch = max(1, len(self.splits["train"]) // self.tokens_a_step)
 
-    def _open_folder(self, folder, tokenizer):
-        self.tokenizer = load_tokenizer(folder / "tokenizer.json")
+    def _open_folders(self, weights, tokenizer):
+        folder, self.sizes_of_sources = join_folders(weights, self.config.data.packed)
+        self.tokenizer, self.splits, self.ends = folder.tokenizer, folder.splits, folder.ends
         if tokenizer is not None and tokenizer.to_json() != self.tokenizer.to_json():
-            raise UsageError(f"tokens {str(folder)!r} come from another tokenizer than the model's")
-        self.splits = {p: open_tokens(folder / f"{p}{SUFFIX}") for p in PARTS if (folder / f"{p}{SUFFIX}").exists()}
-        if "validation" not in self.splits:
-            raise UsageError(
-                f"tokens {str(folder)!r}: there is no validation{SUFFIX} next to train{SUFFIX}; tokenize the "
-                "folder that `fastattn data split` wrote"
-            )
-        if self.config.data.packed:
-            for name in self.splits:
-                self.ends[name] = torch.from_numpy(np.fromfile(folder / f"{name}.ends", "<i8"))
-        content = b"".join(self.splits[name][:1_000_000].numpy().tobytes() for name in self.splits)
+            raise UsageError(f"tokens {', '.join(map(repr, weights))} come from another tokenizer than the model's")
         self.summary = {
-            "source": str(folder),
+            "source": ", ".join(weights),
             "characters": sum(map(len, self.splits.values())),
-            "sha256": hashlib.sha256(content).hexdigest()[:16],
+            "sha256": folder.sha256,
         }
+        block_size = self.config.model.block_size
+        for path, size in zip(weights, self.sizes_of_sources, strict=True):
+            if size <= block_size:
+                raise UsageError(
+                    f"tokens {path!r}: the train split must have more than block_size = {block_size}, got {size}"
+                )
 
     def _pack_documents(self, data, tokenizer, expected):
         parts = read_parts(data)
@@ -119,12 +118,12 @@ class LanguageModelling(Task):
         self.splits = {}
         for name, part in parts.items():
             numbers = [torch.tensor([*self.tokenizer.encode(text), end], dtype=torch.int32) for text in part.texts]
-            self.splits[name] = torch.cat(numbers)
+            self.splits[name] = Shards([torch.cat(numbers)])
             self.ends[name] = torch.tensor([len(n) for n in numbers]).cumsum(0)
 
     def _count(self, part):
         tokens, number = self.splits[part], self.tokenizer.number_of(UNKNOWN)
-        unknown = 0 if number is None else int((tokens == number).sum())
+        unknown = 0 if number is None else tokens.count(number)
         ends = self.ends.get(part)
         if ends is None:
             return Counts(tokens=len(tokens), unknown=unknown)
@@ -141,9 +140,7 @@ class LanguageModelling(Task):
         return inputs, targets.masked_fill(~inside, IGNORED), documents[:, :-1]
 
     def train_rows(self, step):
-        config, tokens = self.config, self.splits["train"]
-        starts = random_starts(len(tokens), config.seed, step, config.batch_size, config.model.block_size)
-        return self._windows("train", starts)
+        return self._windows("train", self.windows.starts(step))
 
     def rows(self, part, limit=None, rank=0, world_size=1):
         for starts in window_starts(len(self.splits[part]), self.config.model.block_size, limit, rank, world_size):
@@ -208,7 +205,7 @@ class LanguageModelling(Task):
                 raise UsageError(
                     f"text {text!r} must have more than block_size = {block_size} tokens, got {len(tokens)}"
                 )
-            self.splits, part, self.ends = {"all": tokens}, "all", {"all": torch.tensor([len(tokens)])}
+            self.splits, part, self.ends = {"all": Shards([tokens])}, "all", {"all": torch.tensor([len(tokens)])}
             self.counts = {"all": self._count("all")}
         start = time.perf_counter()
         total, _, count = evaluate_part(model, self, part)

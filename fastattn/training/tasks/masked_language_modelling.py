@@ -7,6 +7,7 @@ from fastattn.models import MaskedLM
 from ..data.batches import IGNORED, draw_masks, pad
 from ..data.tokenizer import BEGIN, END, MASK, PAD
 from ..inspect.scores import language_scores
+from ..messages import UsageError
 from .base import DocumentTask, evaluate_part, shape_of, summed_loss_of_logits
 
 
@@ -53,6 +54,30 @@ class MaskedLanguageModelling(DocumentTask):
     def sums(self, model, rows, device):
         tokens, lengths, targets = (tensor.to(device) for tensor in rows)
         return summed_loss_of_logits(model(tokens, lengths), targets)
+
+    @torch.no_grad()
+    def fill(self, model, text, best=5):
+        """A text with every [MASK] replaced by the likeliest token, and {token: probability} of the best for each.
+
+        Raises:
+            UsageError: the text has no [MASK], or more tokens than the model sees.
+        """
+        first, *others = map(self.tokenizer.encode, text.split(MASK))
+        numbers = [*first, *(n for piece in others for n in (self.specials[MASK], *piece))]
+        if not others:
+            raise UsageError(f"text {text[:40]!r} must have a {MASK}, the place of a token to predict")
+        if len(numbers) > self.longest:
+            raise UsageError(f"text {text[:40]!r} must have at most {self.longest} tokens, got {len(numbers)}")
+        device = next(model.parameters()).device
+        tokens = torch.tensor([self.frame(numbers)], device=device)
+        chances = model(tokens, torch.tensor([tokens.shape[1]], device=device))[0, 1:-1].float().softmax(-1).cpu()
+        chances[:, list(self.specials.values())] = 0  # no text
+        filled, found = list(numbers), []
+        for place in (i for i, number in enumerate(numbers) if number == self.specials[MASK]):
+            values, tokens = chances[place].topk(min(best, chances.shape[1] - len(self.specials)))
+            filled[place] = tokens[0].item()
+            found.append(dict(zip(map(self.tokenizer.token_of, tokens.tolist()), values.tolist(), strict=True)))
+        return self.tokenizer.decode(filled), found
 
     def report(self, model, part):
         loss, right, count = evaluate_part(model, self, part)

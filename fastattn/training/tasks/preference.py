@@ -7,7 +7,7 @@ import torch
 from fastattn.models.preference import PreferenceLM
 
 from ..data.batches import IGNORED, by_length, pad
-from ..data.chat import choose_template, encode_conversation
+from ..data.chat import encode_conversation
 from ..data.counts import Counts, check_known
 from ..data.parts import read_parts
 from ..data.text import check_summary, fingerprint
@@ -30,7 +30,6 @@ class Preference(TemplateTask):
     def __init__(self, config, tokenizer=None, expected=None):
         self.config, data = config, config.data
         self.tokenizer = tokenizer
-        self.template = choose_template(data.chat_template, tokenizer)
         parts = read_parts(data)
         if any(part.targets is None or part.rejected is None for part in parts.values()):
             raise UsageError(
@@ -44,6 +43,7 @@ class Preference(TemplateTask):
             "sha256": fingerprint(json.dumps(content)),
         }
         check_summary(self.summary, expected)
+        self._choose_template(expected)
         self._set_up(parts)
         check_known(data.source, self.counts)
         self.sizes = {name: f"{len(part):,} pairs" for name, part in parts.items()}

@@ -5,6 +5,8 @@ from .conversation import Conversation
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
 from .preference import Preference
+from .regression import Regression
+from .several_classes import SeveralClasses
 from .translation import Translation
 
 TASKS = {
@@ -15,6 +17,13 @@ TASKS = {
     "chat": Conversation,
     "preference": Preference,
 }
+
+LABEL_KINDS = {"class": Classification, "classes": SeveralClasses, "number": Regression}
+
+
+def task_class(config):
+    """The class of the task of a TrainConfig."""
+    return LABEL_KINDS[config.data.columns.label_kind] if config.task == "classify" else TASKS[config.task]
 
 
 def make_task(config, tokenizer=None, expected=None):
@@ -28,4 +37,4 @@ def make_task(config, tokenizer=None, expected=None):
     Raises:
         UsageError: the data cannot be used, or are not the expected ones.
     """
-    return TASKS[config.task](config, tokenizer, expected)
+    return task_class(config)(config, tokenizer, expected)

@@ -1,0 +1,110 @@
+"""Chat templates in Jinja, as folders of Hugging Face have them, run in Jinja's sandbox."""
+
+import json
+import re
+from pathlib import Path
+
+from ..messages import UsageError
+
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def read_template(folder):
+    """{"source", "variables"} of the chat template in a folder: tokenizer_config.json or chat_template.jinja.
+
+    Raises:
+        UsageError: there is none, or a file is damaged.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / "tokenizer_config.json"
+    if not folder.is_dir():
+        expected = "auto, chatml, llama3, gemma or a folder with tokenizer_config.json"
+        raise UsageError(f"data.chat_template must be {expected}, got {str(folder)!r}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        source = config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = {item["name"]: item["template"] for item in source}.get("default")
+        alone = folder / "chat_template.jinja"
+        if source is None and alone.is_file():
+            source = alone.read_text(encoding="utf-8")
+        tokens = {name: config.get(name) for name in _TOKENS}
+    except OSError as error:
+        raise UsageError(f"chat template: {str(path)!r} cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"chat template: {str(path)!r} is damaged: {type(error).__name__}: {error}") from None
+    if not isinstance(source, str):
+        raise UsageError(f"chat template: {str(path)!r} has no chat_template that is a text")
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {"source": source, "variables": {name: token for name, token in tokens.items() if isinstance(token, str)}}
+
+
+class JinjaTemplate:
+    """A chat template with the methods of `chat.Template`.
+
+    Args:
+        stored: as from `read_template`.
+        marks: the special tokens of the tokenizer, of which the template ends an answer with one.
+    Raises:
+        UsageError: the package jinja2 is missing, or the template is invalid or ends an answer with no mark.
+    """
+
+    def __init__(self, stored, marks):
+        try:
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise UsageError("a chat template of a folder needs the package jinja2: run pip install jinja2") from None
+        self.stored, self.marks = stored, tuple(mark for mark in marks if mark)
+        self._split = re.compile("(" + "|".join(map(re.escape, sorted(self.marks, key=len, reverse=True))) + ")")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        self._template = self._call(environment.from_string, stored["source"])
+        pieces = self.pieces([("user", "question"), ("assistant", "answer")])
+        self.end = [piece for piece, is_answer in pieces if is_answer][-1]
+        if not self.marks or self.end not in self.marks:
+            raise UsageError("the chat template must end an answer with a special token of the tokenizer")
+
+    def pieces(self, messages):
+        """[(text, whether it is part of an answer)] of messages [(role, content)]; marks are pieces of their own."""
+        whole, found, place = self._render(messages, False), [], 0
+        for number, (role, _) in enumerate(messages):
+            if role == "assistant":
+                before = self._render(messages[:number], True)
+                answer = self._render(messages[: number + 1], False)
+                if not (whole.startswith(answer) and answer.startswith(before)):
+                    raise UsageError(
+                        "the chat template writes the beginning of a conversation otherwise if more follows, so its "
+                        f"answers cannot be told apart: message {number + 1} of {len(messages)}"
+                    )
+                parts = self._parts(answer[len(before) :])
+                last = max((i for i, part in enumerate(parts) if part in self.marks), default=len(parts) - 1)
+                found += [(part, False) for part in self._parts(whole[place : len(before)])]
+                found += [(part, i <= last) for i, part in enumerate(parts)]
+                place = len(answer)
+        return found + [(part, False) for part in self._parts(whole[place:])]
+
+    def question_pieces(self, messages):
+        """As `pieces`, of messages and what stands before an answer to them."""
+        return [(part, False) for part in self._parts(self._render(messages, True))]
+
+    def _parts(self, text):
+        return [part for part in (self._split.split(text) if self.marks else [text]) if part]
+
+    def _render(self, messages, asks):
+        named = [{"role": role, "content": content} for role, content in messages]
+        return self._call(
+            self._template.render, messages=named, add_generation_prompt=asks, **self.stored["variables"]
+        )  # fmt: skip
+
+    def _call(self, function, *arguments, **options):
+        try:
+            return function(*arguments, **options)
+        except UsageError:
+            raise
+        except Exception as error:  # a template is a program: anything may go wrong in it
+            text = " ".join(str(error).split())[:200]
+            raise UsageError(f"the chat template fails: {type(error).__name__}: {text}") from None
+
+
+def _refuse(message):
+    raise UsageError(f"the chat template refuses the messages: {' '.join(str(message).split())[:200]}")
