@@ -5,7 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastattn.ops._kinds import as_number
 
-_INT64 = torch.iinfo(torch.int64)
+_LEAST, _MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 
 def draw_rng(where):
@@ -14,11 +14,13 @@ def draw_rng(where):
     Args:
         where: a device or a tensor, which may be fake.
     """
-    if isinstance(where, FakeTensor):
+    if type(where) is torch.Tensor:
+        where = where.device
+    elif isinstance(where, FakeTensor):
         with where.fake_mode:
             return draw_rng(where.device)
     device = where.device if isinstance(where, torch.Tensor) else where
-    return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device)
+    return torch.randint(_LEAST, _MOST, (2,), dtype=torch.int64, device=device)
 
 
 def check_dropout_p(name, dropout_p, label="dropout_p"):

@@ -7,11 +7,12 @@ The backward is the forward without a residual. The mask is never stored, but re
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastattn import reference
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
-from fastattn.ops._kinds import check_float, check_memory, is_dtensor
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, check_memory, is_dtensor
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
@@ -34,7 +35,8 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, residual, rng, dropout_p, backend):
         ctx.save_for_backward(rng)
         ctx.options = (dropout_p, backend, x.dtype)
-        return _fwd[backend](x, residual, rng, dropout_p)
+        fwd = _fwd if is_dynamo_compiling() else _fwd.direct
+        return fwd[backend](x, residual, rng, dropout_p)
 
     @staticmethod
     def backward(ctx, dout):
@@ -104,7 +106,8 @@ def _dropout(x, residual, rng, dropout_p, runs):
         return reference.dropout(x, dropout_p, residual, rng)
     if runs not in TRACED and grad_wanted(x, residual):
         return apply(_Dropout, x, residual, rng, dropout_p, runs)
-    return _fwd[runs](x, residual, rng, dropout_p)
+    fwd = _fwd if is_dynamo_compiling() else _fwd.direct
+    return fwd[runs](x, residual, rng, dropout_p)
 
 
 def _dropout_sharded(x, residual, dropout_p, runs):
@@ -122,7 +125,20 @@ def _facts(x, residual):
 
 def _check(x, dropout_p, residual):
     """Raise unless the arguments are valid; return dropout_p as a number."""
-    dropout_p = check_dropout_p("dropout", dropout_p)
+    if type(dropout_p) is not float or not 0.0 <= dropout_p <= 1.0:
+        dropout_p = check_dropout_p("dropout", dropout_p)
+    if (
+        x.dtype not in FLOAT_DTYPES
+        or not x.dim()
+        or (residual is not None and not (residual.dtype in FLOAT_DTYPES and residual.shape == x.shape))
+        or (residual is not None and residual.device != x.device)
+    ):
+        _raise_for_operands(x, residual)
+    return dropout_p
+
+
+def _raise_for_operands(x, residual):
+    """Raise for the first invalid operand."""
     if not x.dim() or not x.is_floating_point():
         raise ValueError(
             f"dropout: x must be a floating-point tensor with at least one dimension, got {x.dtype} {tuple(x.shape)}"
@@ -134,4 +150,3 @@ def _check(x, dropout_p, residual):
         )
     check_float("dropout", "x", x)
     check_float("dropout", "residual", residual)
-    return dropout_p

@@ -9,6 +9,7 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from typing_extensions import Unpack
 
 from fastattn import reference
@@ -18,7 +19,15 @@ from fastattn.ops._kinds import FLOAT_DTYPES, check_float, check_memory, is_dten
 from fastattn.ops._layout import empty_in_layout, is_expanded, rows_overlap
 from fastattn.ops._nested import Rows, sequences_of
 from fastattn.ops._public import Public
-from fastattn.ops._register import TRACED, apply, raw_ops, register_autograd, register_fake, traced_backend
+from fastattn.ops._register import (
+    TRACED,
+    apply,
+    checks_operands,
+    raw_ops,
+    register_autograd,
+    register_fake,
+    traced_backend,
+)  # fmt: skip
 from fastattn.ops._types import Backend, RotaryOptions
 
 
@@ -105,7 +114,8 @@ def _launch(backend, inplace, xs, *rest):
     if inplace:
         _fwd_[backend](xs[0], k, *rest)
         return xs
-    return _fwd[backend](xs[0], k, *rest)[: len(xs)]
+    fwd = _fwd if is_dynamo_compiling() else _fwd.direct
+    return fwd[backend](xs[0], k, *rest)[: len(xs)]
 
 
 def _run(backend, inplace, xs, *rest):
@@ -325,6 +335,10 @@ def rotary_embedding(
         >>> fastattn.rotary_embedding(q, angle.cos(), angle.sin()).shape
         torch.Size([2, 8, 100, 64])
     """
+    if backend is None and not inplace:
+        out = _rotate_at_once(x, cos, sin, positions, bool(interleaved))
+        if out is not None:
+            return out
     facts, xs, call = _prepare(x, cos, sin, positions, interleaved, inplace)
     runs = choose("rotary", facts, backend)
     if type(xs[0]) is not torch.Tensor and is_dtensor(xs[0]):
@@ -334,6 +348,34 @@ def rotary_embedding(
     else:
         out = _rotate(runs, xs, call, inplace)
     return tuple(out) if isinstance(x, (tuple, list)) else out[0]
+
+
+def _rotate_at_once(x, cos, sin, positions, interleaved):
+    """The result on the C++ kernel, with tables that have a row per position; None if it needs the general way.
+
+    The kernel checks its operands, which takes less time than checks in Python. If it refuses, the general way says
+    why, or reads the tables in another form.
+    """
+    pair = type(x) is tuple or type(x) is list
+    if pair and len(x) != 2:
+        return None
+    q, k = x if pair else (x, None)
+    offset = 0
+    if type(positions) is int:
+        positions, offset = None, positions
+    if not checks_operands("native", q, k, cos, sin, positions) or cos.dim() != 2 or grad_wanted(cos, sin):
+        return None
+    if traced_backend(choose("rotary", ("cpu", q.dtype, cos.dtype, False))) != "native":
+        return None
+    rest = (cos, sin, positions, offset, 2 * cos.shape[1], interleaved, False)
+    try:
+        if grad_wanted(q, k):
+            out = apply(_Rotary, q, k, "native", False, *rest)
+        else:
+            out = _fwd.direct["native"](q, k, *rest)
+    except RuntimeError:
+        return None
+    return out if pair else out[0]
 
 
 def _rotate(runs, xs, call, inplace):
