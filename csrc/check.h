@@ -66,19 +66,25 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? data_of(*tensor) : nullptr;
 }
 
-// threshold and scale are defined as in reference.dropout_threshold and reference.dropout_scale.
-inline Dropout dropout_args(const std::optional<Tensor>& rng, double dropout_p) {
+// Dropout with a state of two int64 at `rng`, which may be null. threshold and scale are defined as in
+// reference.dropout_threshold and reference.dropout_scale.
+inline Dropout dropout_at(const int64_t* rng, double dropout_p) {
   Dropout dropout{nullptr, 0, 1.f};
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be between 0 and 1, got ", dropout_p);
   const uint32_t threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536));
   if (rng && threshold > 0) {
-    STD_TORCH_CHECK(rng->scalar_type() == ScalarType::Long && rng->numel() == 2 && rng->is_contiguous(),
-                    "rng must be contiguous int64 (2,), got ", rng->numel(), " elements");
-    dropout.rng = static_cast<const int64_t*>(data_of(*rng));
+    dropout.rng = rng;
     dropout.threshold = threshold;
     const uint32_t kept = 65536 - threshold;
     dropout.scale = kept ? 65536.f / static_cast<float>(kept) : 0.f;
   }
+  return dropout;
+}
+
+inline Dropout dropout_args(const std::optional<Tensor>& rng, double dropout_p) {
+  const Dropout dropout = dropout_at(rng ? static_cast<const int64_t*>(data_of(*rng)) : nullptr, dropout_p);
+  STD_TORCH_CHECK(!dropout.rng || (rng->scalar_type() == ScalarType::Long && rng->numel() == 2 && rng->is_contiguous()),
+                  "rng must be contiguous int64 (2,), got ", rng ? rng->numel() : 0, " elements");
   return dropout;
 }
 

@@ -92,12 +92,33 @@ constexpr int64_t blocks_of(int64_t n) {
   return (n + 63) / 64;
 }
 
+// True if every piece of a head's keys is a task. Depends on sizes only, never on the number of threads, so results do
+// not depend on it either.
+bool has_task_per_piece(const AttentionCpuArgs& args) {
+  constexpr int64_t kManyTasks = 8;
+  const bool whole_batch = args.dbias_from == AttentionCpuArgs::DbiasFrom::kWholeBatch;
+  return (whole_batch ? 1 : args.batch) * args.n_kv_heads < kManyTasks && args.seqlen_k > kAttentionPieceKeys;
+}
+
 }  // namespace
 
 namespace fastattn {
 
 void run_attention_fwd(AttentionCpuArgs& args) {
   run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+}
+
+void run_attention_bwd(AttentionCpuArgs& args) {
+  args.piece_per_task = has_task_per_piece(args);
+  const bool in_place = args.dtype == DType::kFloat32;
+  const int64_t query_tasks = args.batch * args.n_heads * blocks_of(args.seqlen_q);
+  std::vector<std::atomic<int32_t>> dq_turns(args.piece_per_task && in_place ? query_tasks : 0);
+  args.dq_turns = dq_turns.data();
+  const int64_t pieces = args.piece_per_task ? (args.seqlen_k + kAttentionPieceKeys - 1) / kAttentionPieceKeys : 1;
+  run(FASTATTN_SELECT_CPU_BF16(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * pieces);
+  if (args.piece_per_task && !in_place) {
+    run(FASTATTN_SELECT_CPU_BF16(attention_dq, args.dtype), args, query_tasks);
+  }
 }
 
 }  // namespace fastattn
@@ -152,14 +173,6 @@ bool dbias_sum_fits(const AttentionCpuArgs& args) {
          args.n_heads / args.n_kv_heads * args.seqlen_q * args.seqlen_k <= kMostFloats;
 }
 
-// True if every piece of a head's keys is a task. Depends on sizes only, never on the number of threads, so results do
-// not depend on it either.
-bool has_task_per_piece(const AttentionCpuArgs& args) {
-  constexpr int64_t kManyTasks = 8;
-  const bool whole_batch = args.dbias_from == AttentionCpuArgs::DbiasFrom::kWholeBatch;
-  return (whole_batch ? 1 : args.batch) * args.n_kv_heads < kManyTasks && args.seqlen_k > kAttentionPieceKeys;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                                                  const AttentionOutputs& outputs,
                                                                  AttentionInputs inputs, bool need_dbias,
@@ -185,17 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
   const Tensor dsink_partial =
       torch::stable::new_zeros(q, {in.sink ? args.batch * args.n_heads : 0}, ScalarType::Float);
   args.dsink_partial = in.sink ? static_cast<float*>(dsink_partial.mutable_data_ptr()) : nullptr;
-  args.piece_per_task = has_task_per_piece(args);
-  const bool in_place = args.dtype == DType::kFloat32;
-  const int64_t query_tasks = args.batch * args.n_heads * blocks_of(args.seqlen_q);
-  std::vector<std::atomic<int32_t>> dq_turns(args.piece_per_task && in_place ? query_tasks : 0);
-  args.dq_turns = dq_turns.data();
-
-  const int64_t pieces = args.piece_per_task ? (args.seqlen_k + kAttentionPieceKeys - 1) / kAttentionPieceKeys : 1;
-  run(FASTATTN_SELECT_CPU_BF16(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * pieces);
-  if (args.piece_per_task && !in_place) {
-    run(FASTATTN_SELECT_CPU_BF16(attention_dq, args.dtype), args, query_tasks);
-  }
+  fastattn::run_attention_bwd(args);
   if (need_dbias && full == 0) {
     torch::stable::zero_(dbias);
   } else if (need_dbias && args.dbias_from == AttentionCpuArgs::DbiasFrom::kOwnPass) {

@@ -8,15 +8,15 @@
 // All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
 // read weights of fp32, bf16 or int8 as they lie; for more rows fp32 weights go to our blocked product or to torch's
 // library.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <vector>
 
+#include "activation_run.h"
 #include "decode_run.h"
-#include "gemm.h"
 #include "gemv.h"
+#include "norm_run.h"
+#include "products.h"
 
 namespace fastattn {
 
@@ -147,7 +147,7 @@ class Layer {
     if (gated_) {
       product(kGate, h, gate, nullptr);
     }
-    activate(up, gate);
+    run_activation_fwd(activation_args(up, gate, up));
     if (options_.norm_first) {
       product(kDown, up, out, r);
     } else {
@@ -155,6 +155,67 @@ class Layer {
       norm(1, sum, h, nullptr, out);
     }
     return y;
+  }
+
+  // The weight of a linear layer, fp32, as it lies.
+  Operand weight(Linear which) const {
+    const GemvArgs& linear = linears_[which];
+    return {static_cast<const float*>(linear.weight), linear.n, linear.k, linear.weight_row, 1};
+  }
+
+  // y = x through a linear layer, plus residual if there is one. All are contiguous.
+  void product(Linear which, const float* x, float* y, const float* residual) const {
+    const GemvArgs& linear = linears_[which];
+    if (tokens_ <= options_.most_few_rows || linear.type != WeightType::kFloat32) {
+      return few_rows(which, x, y, residual);
+    }
+    multiply(operand(x, tokens_, linear.k), weight(which).t(), linear.bias, false, tokens_ <= options_.most_own_rows,
+             y);
+    if (residual) {
+      add(y, residual, linear.n);
+    }
+  }
+
+  void add(float* y, const float* residual, int64_t cols) const { drop(y, residual, cols, {nullptr, 0, 1.f}, y); }
+
+  // out = dropout(x), plus residual if there is one. All are contiguous; out may be x.
+  void drop(const float* x, const float* residual, int64_t cols, const Dropout& dropout, float* out) const {
+    DropoutArgs args{};
+    args.x = x;
+    args.out = out;
+    args.residual = residual;
+    args.rows = tokens_;
+    args.cols = args.x_stride = args.residual_stride = cols;
+    args.dropout = dropout;
+    const auto kernel = FASTATTN_SELECT_CPU(dropout_fwd);
+    for_pieces(args.rows, cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+
+  // y = norm(x + residual), and the sum in r if it is wanted.
+  NormFwdArgs norm_args(int which, const float* x, const float* residual, float* r, float* y) const {
+    NormFwdArgs args{};
+    args.x = x;
+    args.residual = residual;
+    args.r = r;
+    args.y = y;
+    args.weight = data_or_null(present(norms_[2 * which]));
+    args.bias = data_or_null(present(norms_[2 * which + 1]));
+    args.rows = tokens_;
+    args.cols = args.x_stride = args.residual_stride = width_;
+    args.eps = static_cast<float>(options_.eps[which]);
+    return args;
+  }
+
+  // hidden = activation(up), or activation(gate) * up
+  ActivationArgs activation_args(const float* up, const float* gate, float* hidden) const {
+    ActivationArgs args{};
+    args.preact = up;
+    args.gate = gate;
+    args.hidden = hidden;
+    args.rows = tokens_;
+    args.cols = args.preact_stride = args.gate_stride = linears_[kUp].n;
+    args.activation = static_cast<Activation>(options_.activation);
+    return args;
   }
 
   const Tensor x_;
@@ -165,63 +226,6 @@ class Layer {
   int64_t width_, tokens_;
 
  private:
-  // y = x through a linear layer, plus residual if there is one. All are contiguous.
-  void product(Linear which, const float* x, float* y, const float* residual) const {
-    const GemvArgs& linear = linears_[which];
-    if (tokens_ <= options_.most_few_rows || linear.type != WeightType::kFloat32) {
-      return few_rows(which, x, y, residual);
-    }
-    if (tokens_ <= options_.most_own_rows) {
-      own(linear, x, y);
-    } else {
-      library(linear, x, y);
-    }
-    if (residual) {
-      add(y, residual, linear.n);
-    }
-  }
-
-  void own(const GemvArgs& linear, const float* x, float* y) const {
-    GemmArgs args{};
-    args.a = x;
-    args.b = static_cast<const float*>(linear.weight);
-    args.bias = linear.bias;
-    args.c = y;
-    args.m = tokens_;
-    args.n = args.c_row = linear.n;
-    args.k = args.a_row = linear.k;
-    args.a_col = args.b_row = 1;
-    args.b_col = linear.weight_row;
-    run_gemm(args);
-  }
-
-  void library(const GemvArgs& linear, const float* x, float* y) const {
-    const auto matrix = [](const float* data, int64_t rows, int64_t cols, int64_t row, int64_t col) {
-      const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-      return torch::stable::from_blob(const_cast<float*>(data), {rows, cols}, {row, col}, cpu, ScalarType::Float);
-    };
-    const int64_t n = linear.n, k = linear.k;
-    const Tensor in = matrix(x, tokens_, k, k, 1), out = matrix(y, tokens_, n, n, 1);
-    const Tensor weight = matrix(static_cast<const float*>(linear.weight), k, n, 1, linear.weight_row);
-    if (linear.bias) {
-      const Tensor bias = matrix(linear.bias, 1, n, n, 1);
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias.get(), in.get(), weight.get(), 1, 1));
-    } else {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), in.get(), weight.get()));
-    }
-  }
-
-  void add(float* y, const float* residual, int64_t cols) const {
-    DropoutArgs args{};  // of nothing, in place
-    args.x = args.out = y;
-    args.residual = residual;
-    args.rows = tokens_;
-    args.cols = args.x_stride = args.residual_stride = cols;
-    args.dropout.scale = 1.f;
-    const auto kernel = FASTATTN_SELECT_CPU(dropout_fwd);
-    for_pieces(args.rows, cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  }
-
   // The product of few rows, which reads the weight as it lies.
   void few_rows(Linear which, const float* x, float* y, const float* residual) const {
     GemvArgs args = linears_[which];
@@ -234,33 +238,8 @@ class Layer {
     run_gemv(args);
   }
 
-  // y = norm(x + residual), and the sum in r if it is wanted.
   void norm(int which, const float* x, const float* residual, float* r, float* y) const {
-    NormFwdArgs args{};
-    args.x = x;
-    args.residual = residual;
-    args.r = r;
-    args.y = y;
-    args.weight = data_or_null(present(norms_[2 * which]));
-    args.bias = data_or_null(present(norms_[2 * which + 1]));
-    args.rows = tokens_;
-    args.cols = args.x_stride = args.residual_stride = width_;
-    args.eps = static_cast<float>(options_.eps[which]);
-    const auto kernel = FASTATTN_SELECT_CPU(norm_fwd);
-    for_pieces(args.rows, args.cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  }
-
-  // up = activation(up), or activation(gate) * up
-  void activate(float* up, const float* gate) const {
-    ActivationArgs args{};
-    args.preact = up;
-    args.gate = gate;
-    args.hidden = up;
-    args.rows = tokens_;
-    args.cols = args.preact_stride = args.gate_stride = linears_[kUp].n;
-    args.activation = static_cast<Activation>(options_.activation);
-    const auto kernel = FASTATTN_SELECT_CPU(activation_fwd);
-    for_pieces(args.rows, args.cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    run_norm_fwd(norm_args(which, x, residual, r, y));
   }
 };
 

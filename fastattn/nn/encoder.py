@@ -5,7 +5,7 @@
 
 The fused layer runs dropout, residual add and norm as one op, and FF as another. It does so while every child is the
 plain module that torch.nn creates. Otherwise, or if a subclass overrides a block, it calls the children. In fp32 on a
-CPU and without gradients the whole layer is one call (whole.py).
+CPU the whole layer is one call, and its backward another (whole.py).
 """
 
 from collections.abc import Callable

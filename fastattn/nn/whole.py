@@ -1,4 +1,4 @@
-"""An encoder layer as one call of C++, where nothing hangs on its children and no gradient is wanted.
+"""An encoder layer as one call of C++, and one for its backward, where nothing hangs on its children.
 
 Nothing is kept between two calls: each reads the modules anew, so that a hook, a patch, another child or a changed
 parameter takes effect.
@@ -11,8 +11,11 @@ from fastattn.nn.attention import MultiheadAttention, check_dims
 from fastattn.nn.masks import attention_masks
 from fastattn.nn.plain import affine, dropout_p, is_plain
 from fastattn.nn.sublayers import activation_name
+from fastattn.ops import _gemm
+from fastattn.ops._backends import grad_wanted
 from fastattn.ops._kinds import nonplain_kind
 from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, encode_layer, present, serves_encoder
+from fastattn.ops.layer_step import Options, train_layer
 
 
 def read_tensors(block):
@@ -73,7 +76,6 @@ def _is_plain_attention(attn):
         and attn.bias_k is None
         and not attn.add_zero_attn
         and attn._qkv_same_embed_dim
-        and not (attn.training and attn.dropout)
         and is_plain(attn._modules["out_proj"], torch.nn.Linear, NonDynamicallyQuantizableLinear)
     )
 
@@ -105,6 +107,20 @@ def _fit(linears, width):
     return True
 
 
+def _dropouts(layer):
+    """The probabilities of dropout of attention, after it, of the hidden layer and after it."""
+    m = layer._modules
+    attn = m["self_attn"]
+    modules = (dropout_p(m[name]) for name in ("dropout1", "dropout", "dropout2"))
+    return attn.dropout if attn.training else 0.0, *modules
+
+
+def _wanted(tensors):
+    """Whether the tensors that are not None need gradients: all (True), none (False), or only some (None)."""
+    found = {t.requires_grad for t in tensors if t is not None}
+    return None if len(found) > 1 else found.pop()
+
+
 def encode(layer, x, attn_mask, padding, is_causal):
     """An encoder layer whose feed-forward block is plain, in one call, or None where its parts must be called.
 
@@ -118,16 +134,24 @@ def encode(layer, x, attn_mask, padding, is_causal):
         return None
     if not _is_plain_attention(attn) or x.shape[-1] != attn.embed_dim or attn.embed_dim > 256 * attn.num_heads:
         return None
-    for name in ("dropout", "dropout1", "dropout2"):
-        if dropout_p(m[name]):
-            return None
-    tensors = read_tensors(layer)
+    linears, norms = tensors = read_tensors(layer)
     found = read_plain(layer, activation_name(layer.activation), tensors)
-    if found is None or not _fit(tensors[0], attn.embed_dim):
+    if found is None or not _fit(linears, attn.embed_dim):
         return None
     batch_first = attn.batch_first or dims == 2
     masks = _masks(attn, x, attn_mask, padding, is_causal, batch_first)
     if masks is None:
         return None
-    y = encode_layer(x if dims == 3 else x[None], found, *masks, is_causal, batch_first)
+    dropouts, rows = _dropouts(layer), x if dims == 3 else x[None]
+    trains = torch.is_grad_enabled() and _wanted(linears + norms)
+    if trains:
+        if not all(0 <= p <= 1 for p in dropouts) or (masks[1] is not None and masks[1].requires_grad):
+            return None
+        products = *_gemm.most_rows(), *_gemm.most_rows_of_gradients()
+        options = Options(*dropouts, is_causal, batch_first, *products, *found[2:])
+        y = train_layer(rows, linears + norms, *masks, options)
+    elif any(dropouts) or trains is None or (torch.is_grad_enabled() and grad_wanted(x, masks[1])):
+        return None
+    else:
+        y = encode_layer(rows, found, *masks, is_causal, batch_first)
     return y if dims == 3 else y[0]

@@ -102,6 +102,11 @@ def most_rows():
     return _most_rows, _up_to["y"] if _has_kernel else 0
 
 
+def most_rows_of_gradients():
+    """Up to how many rows of x our kernel computes dy · weight and dyᵀ · x in fp32 on this processor."""
+    return (_up_to["dx"], _up_to["dw"]) if _has_kernel else (0, 0)
+
+
 def serves_rows(rows):
     """Whether one of our kernels computes x · weightᵀ in fp32 for that many rows of x on this processor."""
     return _has_kernel or rows <= _most_rows

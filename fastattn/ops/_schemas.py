@@ -23,6 +23,13 @@ _ROTARY_INPUTS = (
     "Tensor cos, Tensor sin, Tensor? positions, SymInt offset, SymInt rotary_dim, bool interleaved, bool conjugate"
 )
 
+_STEP_INPUTS = (
+    "Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, Tensor? rng, float attention_p,"
+    " float first_p, float hidden_p, float second_p, bool causal, bool batch_first, int most_few_rows,"
+    " int most_own_rows, int most_own_dx, int most_own_dw, int n_heads, bool norm_first, int activation, float eps1,"
+    " float eps2"
+)
+
 _SCHEMAS = (
     # (batch, heads, seqlen, head_dim) views of any strides; packed sequences are a batch of 1 with cu_seqlens. lse_low:
     # the rounding error of lse, (0,) unless need_low; in the backward (0,) if unknown
@@ -133,6 +140,12 @@ _SCHEMAS = (
         " float eps1, float eps2)"
         " -> Tensor",
     ),
+    # the same in a training step. rng: int64 (n, 2), a state for each dropout with a p other than 0: of attention, its
+    # result, the hidden layer, its result. kept: what the backward reads. most_own_dx, most_own_dw: up to how many
+    # tokens these products are those of gemm. grads: of x, (0,) if not needed, and of weight and bias of in_proj,
+    # out_proj, linear1, linear2, norm1 and norm2, (0,) if absent
+    ((".native",), f"layer_encode_fwd({_STEP_INPUTS}) -> (Tensor y, Tensor kept)"),
+    ((".native",), f"layer_encode_bwd(Tensor dy, Tensor kept, bool need_dx, {_STEP_INPUTS}) -> Tensor[] grads"),
     # mask (size, size), bool (True = ignore) or float. Returns whether row i sees exactly columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),
     # properties of the CPU library, for tests and `fastattn info`

@@ -111,11 +111,15 @@ _gemv = torch.ops.fastattn.gemv.native._op
 
 def serves(x: Tensor, head_dim: int) -> bool:
     """Whether `decode_layer` computes a layer of tokens x: fp32 on the CPU, with no gradient, cast or trace."""
-    return _is_plain_fp32(x) and choose("attention_decode", ("cpu", x.dtype, head_dim > 256)) == "native"
+    return (
+        not torch.is_grad_enabled()
+        and _is_plain_fp32(x)
+        and choose("attention_decode", ("cpu", x.dtype, head_dim > 256)) == "native"
+    )
 
 
 def serves_encoder(x: Tensor) -> bool:
-    """Whether `encode_layer` may compute a layer of tokens x: as `serves`, and no mode watches the ops."""
+    """Whether one call may compute an encoder layer of tokens x: no cast, trace or mode watches the ops."""
     return (
         _is_plain_fp32(x)
         and x.layout is torch.strided
@@ -130,7 +134,6 @@ def _is_plain_fp32(x):
         x.is_cpu
         and x.dtype == torch.float32
         and type(x) is torch.Tensor
-        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and autocast_dtype(x) is None
         and traced_backend("native") == "native"

@@ -1,0 +1,53 @@
+#pragma once
+// A product of two matrices in memory, by our blocked kernel or by the library that torch calls.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "gemm.h"
+
+namespace fastattn {
+
+// Element (r, c) is data[r * row + c * col]; one of the strides is 1.
+struct Operand {
+  const float* data;
+  int64_t rows, cols, row, col;
+
+  Operand t() const { return {data, cols, rows, col, row}; }
+  Tensor tensor() const {
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(const_cast<float*>(data), {rows, cols}, {row, col}, cpu, ScalarType::Float);
+  }
+};
+
+// A contiguous matrix.
+inline Operand operand(const float* data, int64_t rows, int64_t cols) {
+  return {data, rows, cols, cols, 1};
+}
+
+// c, contiguous, = a · b, plus bias (columns of b) if it is not null, or plus what c holds.
+inline void multiply(const Operand& a, const Operand& b, const float* bias, bool add, bool ours, float* c) {
+  if (ours) {
+    GemmArgs args{};
+    args.a = a.data;
+    args.b = b.data;
+    args.bias = bias;
+    args.c = c;
+    args.m = a.rows;
+    args.n = args.c_row = b.cols;
+    args.k = a.cols;
+    args.a_row = a.row;
+    args.a_col = a.col;
+    args.b_row = b.row;
+    args.b_col = b.col;
+    args.add = add;
+    return run_gemm(args);
+  }
+  const Tensor out = operand(c, a.rows, b.cols).tensor(), left = a.tensor(), right = b.tensor();
+  if (bias || add) {
+    const Tensor added = bias ? operand(bias, 1, b.cols).tensor() : out;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1, 1));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+  }
+}
+
+}  // namespace fastattn
