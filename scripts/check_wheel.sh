@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Installs a wheel into a new virtual environment beside one PyTorch, and calls every op there.
+#
+#   scripts/check_wheel.sh WHEEL                      beside the PyTorch of scripts/setup_env.sh
+#   scripts/check_wheel.sh WHEEL PYTHON TORCH...      e.g. dist/fastattn-*.whl python3.12 torch==2.11.0
+#
+# TORCH are the arguments of pip install for PyTorch.
+set -euo pipefail
+wheel=$(realpath "$1")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${FASTATTN_VENV:-.venv}
+python=${2:-$venv/bin/python}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+"$python" -m venv "$scratch/venv"
+fresh=$scratch/venv/bin/python
+if [ $# -gt 2 ]; then
+  "$fresh" -m pip install --quiet --disable-pip-version-check "${@:3}" numpy
+else
+  "$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+    >"$(echo "$scratch"/venv/lib/python3*/site-packages)/torch.pth"
+fi
+"$fresh" -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"
+cp scripts/check_wheel.py "$scratch"
+cd "$scratch"
+LD_BIND_NOW=1 "$fresh" -W ignore check_wheel.py
