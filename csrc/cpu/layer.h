@@ -7,9 +7,10 @@
 //
 // All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
 // read weights of fp32, bf16 or int8 as they lie; for more rows fp32 weights go to our blocked product or to torch's
-// library.
+// library. With x in bf16, the weights and everything between the kernels are bf16 too, and the products are torch's.
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "activation_run.h"
@@ -33,14 +34,16 @@ inline OptionalTensor present(const Tensor& t) {
   return t.numel() == 0 ? OptionalTensor() : OptionalTensor(t);
 }
 
-// The memory of a float32 CPU tensor with these sizes and a last stride of 1.
-inline float* layer_tensor(const Tensor& t, const std::vector<int64_t>& sizes, const char* name) {
+// The memory of a CPU tensor with these sizes and a last stride of 1.
+inline float* layer_tensor(const Tensor& t, const std::vector<int64_t>& sizes, const char* name,
+                           ScalarType dtype = ScalarType::Float) {
   const auto found = t.sizes();
-  STD_TORCH_CHECK(
-      t.is_cpu() && t.scalar_type() == ScalarType::Float && found.size() == sizes.size() &&
-          std::equal(sizes.begin(), sizes.end(), found.begin()) && (sizes.back() <= 1 || t.stride(t.dim() - 1) == 1),
-      "layer: ", name, " must be float32 with last stride 1 and fit the other tensors, got ",
-      torch::headeronly::toString(t.scalar_type()), " of ", t.numel(), " elements in ", t.dim(), " dimensions");
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && found.size() == sizes.size() &&
+                      std::equal(sizes.begin(), sizes.end(), found.begin()) &&
+                      (sizes.back() <= 1 || t.stride(t.dim() - 1) == 1),
+                  "layer: ", name, " must be ", dtype == ScalarType::Float ? "float32" : "bfloat16",
+                  " with last stride 1 and fit the other tensors, got ", torch::headeronly::toString(t.scalar_type()),
+                  " of ", t.numel(), " elements in ", t.dim(), " dimensions");
   return static_cast<float*>(const_cast<void*>(data_of(t)));
 }
 
@@ -49,8 +52,8 @@ inline float* layer_tensor(const Tensor& t, const std::vector<int64_t>& sizes, c
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
-    constexpr int64_t kMostKept = 1 << 25, kLine = 64;
-    const int64_t bytes = (floats * static_cast<int64_t>(sizeof(float)) + kLine - 1) / kLine * kLine;
+    constexpr int64_t kMostKept = 1 << 25;
+    const int64_t bytes = whole_lines(floats * static_cast<int64_t>(sizeof(float)));
     static thread_local Block kept;
     Block& block = bytes <= kMostKept ? kept : own_;
     if (block.bytes < bytes) {
@@ -60,6 +63,11 @@ class Scratch {
   }
 
   float* data() const { return data_; }
+
+  static int64_t whole_lines(int64_t bytes) {
+    constexpr int64_t kLine = 64;
+    return (bytes + kLine - 1) / kLine * kLine;
+  }
 
  private:
   struct Block {
@@ -85,7 +93,11 @@ class Layer {
  public:
   Layer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
         const LayerOptions& options)
-      : x_(contiguous_copy(x)), norms_(norms), options_(options), gated_(linears.size() == 15) {
+      : x_(contiguous_copy(x)),
+        norms_(norms),
+        options_(options),
+        gated_(linears.size() == 15),
+        dtype_(x.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float) {
     STD_TORCH_CHECK(x.dim() == 3, "layer: x must have 3 dimensions, got ", x.dim());
     STD_TORCH_CHECK(norms.size() == 4, "layer: norms must be 4 tensors, got ", norms.size());
     STD_TORCH_CHECK(linears.size() == 12 || gated_, "layer: linears must be 12 or 15 tensors, got ", linears.size());
@@ -94,14 +106,17 @@ class Layer {
     STD_TORCH_CHECK(options.n_heads > 0, "layer: n_heads must be positive, got ", options.n_heads);
     width_ = x.size(2);
     tokens_ = x.size(0) * x.size(1);
-    layer_tensor(x_, {x.size(0), x.size(1), width_}, "x");
+    layer_tensor(x_, {x.size(0), x.size(1), width_}, "x", dtype_);
     for (size_t i = 0; i < linears.size(); i += 3) {
-      linears_.push_back(gemv_args(linears[i], present(linears[i + 1]), present(linears[i + 2])));
+      const OptionalTensor bias = present(linears[i + 2]);
+      linears_.push_back(gemv_args(linears[i], present(linears[i + 1]), is_bf16() ? OptionalTensor() : bias));
+      if (is_bf16()) {
+        STD_TORCH_CHECK(linears_.back().type == WeightType::kBFloat16, "layer: weights must be bfloat16, as x is");
+        biases_.push_back(bias ? layer_tensor(*bias, {linears_.back().n}, "a bias", dtype_) : nullptr);
+      }
     }
     for (const Tensor& t : norms) {
-      if (t.numel()) {
-        layer_tensor(t, {width_}, "a norm");
-      }
+      norm_values_.push_back(t.numel() ? norm_values(t) : nullptr);
     }
     const int64_t d_ff = linears_[kUp].n;
     STD_TORCH_CHECK(linears_[kIn].k == width_ && linears_[kOut].n == width_ && linears_[kUp].k == width_ &&
@@ -115,22 +130,26 @@ class Layer {
   enum Linear { kIn, kOut, kUp, kDown, kGate };
 
   // out = attention of the projected tokens, whose rows hold q, k and v; lse: room for the statistics.
-  virtual void attend(float* qkv, float* out, float* lse) = 0;
+  virtual void attend(void* qkv, void* out, float* lse) = 0;
 
   Tensor run() {
-    const Tensor y = empty_cpu({x_.size(0), x_.size(1), width_}, ScalarType::Float);
+    const Tensor y = empty_cpu({x_.size(0), x_.size(1), width_}, dtype_);
     if (tokens_ == 0 || width_ == 0) {
       return y;
     }
-    float* out = static_cast<float*>(y.mutable_data_ptr());
-    const float* x = static_cast<const float*>(data_of(x_));
-    const int64_t d_ff = linears_[kUp].n, attention = linears_[kIn].n + linears_[kOut].k + options_.n_heads;
+    void* out = y.mutable_data_ptr();
+    const void* x = data_of(x_);
+    const int64_t d_ff = linears_[kUp].n, size = is_bf16() ? 2 : sizeof(float);
+    const auto bytes = [&](int64_t cols) { return Scratch::whole_lines(tokens_ * cols * size); };
     // attention is over when the feed-forward block begins, which takes its memory
-    const Scratch buffer(tokens_ * (3 * width_ + std::max(attention, (gated_ ? 2 : 1) * d_ff)));
-    float* free = buffer.data();
-    const auto take = [&](int64_t cols) { return std::exchange(free, free + tokens_ * cols); };
-    float *h = take(width_), *r = take(width_), *sum = take(width_), *shared = free;
-    float *qkv = take(linears_[kIn].n), *attended = take(linears_[kOut].k), *lse = free;
+    const int64_t attention = bytes(linears_[kIn].n) + bytes(linears_[kOut].k) + tokens_ * options_.n_heads * 4;
+    const Scratch buffer((3 * bytes(width_) + std::max(attention, (gated_ ? 2 : 1) * bytes(d_ff)) + 3) / 4);
+    char* free = reinterpret_cast<char*>(buffer.data());
+    const auto take = [&](int64_t cols) -> void* { return std::exchange(free, free + bytes(cols)); };
+    void *h = take(width_), *r = take(width_), *sum = take(width_);
+    char* shared = free;
+    void *qkv = take(linears_[kIn].n), *attended = take(linears_[kOut].k);
+    float* lse = reinterpret_cast<float*>(free);
     if (options_.norm_first) {
       norm(0, x, nullptr, nullptr, h);
     }
@@ -142,7 +161,7 @@ class Layer {
     } else {
       norm(0, sum, x, nullptr, h);
     }
-    float *up = shared, *gate = gated_ ? shared + tokens_ * d_ff : nullptr;
+    void *up = shared, *gate = gated_ ? shared + bytes(d_ff) : nullptr;
     product(kUp, h, up, nullptr);
     if (gated_) {
       product(kGate, h, gate, nullptr);
@@ -157,49 +176,54 @@ class Layer {
     return y;
   }
 
-  // The weight of a linear layer, fp32, as it lies.
+  bool is_bf16() const { return dtype_ == ScalarType::BFloat16; }
+
+  // The weight of a linear layer, of the dtype of x, as it lies.
   Operand weight(Linear which) const {
     const GemvArgs& linear = linears_[which];
-    return {static_cast<const float*>(linear.weight), linear.n, linear.k, linear.weight_row, 1};
+    return {linear.weight, linear.n, linear.k, linear.weight_row, 1, dtype_};
   }
 
   // y = x through a linear layer, plus residual if there is one. All are contiguous.
-  void product(Linear which, const float* x, float* y, const float* residual) const {
+  void product(Linear which, const void* x, void* y, const void* residual) const {
     const GemvArgs& linear = linears_[which];
-    if (tokens_ <= options_.most_few_rows || linear.type != WeightType::kFloat32) {
+    if (!is_bf16() && (tokens_ <= options_.most_few_rows || linear.type != WeightType::kFloat32)) {
       return few_rows(which, x, y, residual);
     }
-    multiply(operand(x, tokens_, linear.k), weight(which).t(), linear.bias, false, tokens_ <= options_.most_own_rows,
-             y);
+    const void* bias = is_bf16() ? biases_[which] : linear.bias;
+    const bool ours = !is_bf16() && tokens_ <= options_.most_own_rows;
+    multiply(operand(x, tokens_, linear.k, dtype_), weight(which).t(), bias, false, ours, y);
     if (residual) {
       add(y, residual, linear.n);
     }
   }
 
-  void add(float* y, const float* residual, int64_t cols) const { drop(y, residual, cols, {nullptr, 0, 1.f}, y); }
+  void add(void* y, const void* residual, int64_t cols) const { drop(y, residual, cols, {nullptr, 0, 1.f}, y); }
 
   // out = dropout(x), plus residual if there is one. All are contiguous; out may be x.
-  void drop(const float* x, const float* residual, int64_t cols, const Dropout& dropout, float* out) const {
+  void drop(const void* x, const void* residual, int64_t cols, const Dropout& dropout, void* out) const {
     DropoutArgs args{};
     args.x = x;
     args.out = out;
     args.residual = residual;
     args.rows = tokens_;
     args.cols = args.x_stride = args.residual_stride = cols;
+    args.x_dtype = args.out_dtype = kernel_dtype();
     args.dropout = dropout;
     const auto kernel = FASTATTN_SELECT_CPU(dropout_fwd);
     for_pieces(args.rows, cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 
   // y = norm(x + residual), and the sum in r if it is wanted.
-  NormFwdArgs norm_args(int which, const float* x, const float* residual, float* r, float* y) const {
+  NormFwdArgs norm_args(int which, const void* x, const void* residual, void* r, void* y) const {
     NormFwdArgs args{};
     args.x = x;
     args.residual = residual;
     args.r = r;
     args.y = y;
-    args.weight = data_or_null(present(norms_[2 * which]));
-    args.bias = data_or_null(present(norms_[2 * which + 1]));
+    args.weight = norm_values_[2 * which];
+    args.bias = norm_values_[2 * which + 1];
+    args.x_dtype = args.r_dtype = kernel_dtype();
     args.rows = tokens_;
     args.cols = args.x_stride = args.residual_stride = width_;
     args.eps = static_cast<float>(options_.eps[which]);
@@ -207,7 +231,7 @@ class Layer {
   }
 
   // hidden = activation(up), or activation(gate) * up
-  ActivationArgs activation_args(const float* up, const float* gate, float* hidden) const {
+  ActivationArgs activation_args(const void* up, const void* gate, void* hidden) const {
     ActivationArgs args{};
     args.preact = up;
     args.gate = gate;
@@ -215,32 +239,56 @@ class Layer {
     args.rows = tokens_;
     args.cols = args.preact_stride = args.gate_stride = linears_[kUp].n;
     args.activation = static_cast<Activation>(options_.activation);
+    args.dtype = kernel_dtype();
     return args;
   }
+
+  DType kernel_dtype() const { return is_bf16() ? DType::kBFloat16 : DType::kFloat32; }
 
   const Tensor x_;
   const std::vector<Tensor>& norms_;
   const LayerOptions& options_;
   const bool gated_;
+  const ScalarType dtype_;  // of x, the result and everything between the kernels
   std::vector<GemvArgs> linears_;
+  std::vector<const void*> biases_;  // of the linear layers in bf16; otherwise linears_ has them
   int64_t width_, tokens_;
 
  private:
+  // Weight or bias of a norm in fp32, which the kernels read.
+  const float* norm_values(const Tensor& t) {
+    const void* data = layer_tensor(t, {width_}, "a norm", dtype_);
+    if (!is_bf16()) {
+      return static_cast<const float*>(data);
+    }
+    std::vector<float>& values = widened_[norm_values_.size()];
+    values.resize(width_);
+    const auto* bits = static_cast<const uint16_t*>(data);
+    for (int64_t i = 0; i < width_; ++i) {
+      const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+      std::memcpy(&values[i], &wide, sizeof wide);
+    }
+    return values.data();
+  }
+
   // The product of few rows, which reads the weight as it lies.
-  void few_rows(Linear which, const float* x, float* y, const float* residual) const {
+  void few_rows(Linear which, const void* x, void* y, const void* residual) const {
     GemvArgs args = linears_[which];
-    args.x = x;
-    args.y = y;
-    args.residual = residual;
+    args.x = static_cast<const float*>(x);
+    args.y = static_cast<float*>(y);
+    args.residual = static_cast<const float*>(residual);
     args.m = tokens_;
     args.x_row = args.k;
     args.y_row = args.residual_row = args.n;
     run_gemv(args);
   }
 
-  void norm(int which, const float* x, const float* residual, float* r, float* y) const {
+  void norm(int which, const void* x, const void* residual, void* r, void* y) const {
     run_norm_fwd(norm_args(which, x, residual, r, y));
   }
+
+  std::vector<const float*> norm_values_;
+  std::vector<float> widened_[4];
 };
 
 }  // namespace fastattn

@@ -23,7 +23,9 @@ class DecodeLayer : fastattn::Layer {
  public:
   DecodeLayer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
               const LayerOptions& options)
-      : Layer(x, norms, linears, options), batch_(x.size(0)), seqlen_(x.size(1)) {}
+      : Layer(x, norms, linears, options), batch_(x.size(0)), seqlen_(x.size(1)) {
+    STD_TORCH_CHECK(!is_bf16(), kOp, "x must be float32");
+  }
 
   Tensor run(const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths, const Rotary& rotary,
              const OptionalTensor& slopes) {
@@ -33,7 +35,8 @@ class DecodeLayer : fastattn::Layer {
   }
 
  private:
-  void attend(float* qkv, float* out, float* lse) override {
+  void attend(void* memory, void* out, float* lse) override {
+    float* qkv = static_cast<float*>(memory);
     const int64_t row = linears_[kIn].n, head = args_.head_dim;
     const auto heads_at = [&](int64_t first) {
       return fastattn::HeadTensor{qkv + first * head, seqlen_ * row, head, row};

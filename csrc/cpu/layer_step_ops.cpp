@@ -38,7 +38,7 @@ class EncodeStep : fastattn::EncodeLayer {
         inner_(linears_[kOut].k),
         d_ff_(linears_[kUp].n),
         input_(static_cast<const float*>(fastattn::data_of(x_))) {
-    STD_TORCH_CHECK(!gated_, "layer_encode_fwd: a gate is not supported");
+    STD_TORCH_CHECK(!gated_ && !is_bf16(), "layer_encode_fwd: a gate and bfloat16 are not supported");
     set_attention(mask, bias, options.causal);
     set_dropout(rng);
     args_.dropout = dropout_[kAttention];

@@ -8,29 +8,31 @@ namespace fastattn {
 
 // Element (r, c) is data[r * row + c * col]; one of the strides is 1.
 struct Operand {
-  const float* data;
+  const void* data;
   int64_t rows, cols, row, col;
+  ScalarType dtype = ScalarType::Float;
 
-  Operand t() const { return {data, cols, rows, col, row}; }
+  Operand t() const { return {data, cols, rows, col, row, dtype}; }
   Tensor tensor() const {
     const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-    return torch::stable::from_blob(const_cast<float*>(data), {rows, cols}, {row, col}, cpu, ScalarType::Float);
+    return torch::stable::from_blob(const_cast<void*>(data), {rows, cols}, {row, col}, cpu, dtype);
   }
 };
 
 // A contiguous matrix.
-inline Operand operand(const float* data, int64_t rows, int64_t cols) {
-  return {data, rows, cols, cols, 1};
+inline Operand operand(const void* data, int64_t rows, int64_t cols, ScalarType dtype = ScalarType::Float) {
+  return {data, rows, cols, cols, 1, dtype};
 }
 
-// c, contiguous, = a · b, plus bias (columns of b) if it is not null, or plus what c holds.
-inline void multiply(const Operand& a, const Operand& b, const float* bias, bool add, bool ours, float* c) {
+// c, contiguous, = a · b, plus bias (columns of b) if it is not null, or plus what c holds. All have the dtype of a,
+// and ours computes fp32 only.
+inline void multiply(const Operand& a, const Operand& b, const void* bias, bool add, bool ours, void* c) {
   if (ours) {
     GemmArgs args{};
-    args.a = a.data;
-    args.b = b.data;
-    args.bias = bias;
-    args.c = c;
+    args.a = static_cast<const float*>(a.data);
+    args.b = static_cast<const float*>(b.data);
+    args.bias = static_cast<const float*>(bias);
+    args.c = static_cast<float*>(c);
     args.m = a.rows;
     args.n = args.c_row = b.cols;
     args.k = a.cols;
@@ -41,9 +43,9 @@ inline void multiply(const Operand& a, const Operand& b, const float* bias, bool
     args.add = add;
     return run_gemm(args);
   }
-  const Tensor out = operand(c, a.rows, b.cols).tensor(), left = a.tensor(), right = b.tensor();
+  const Tensor out = operand(c, a.rows, b.cols, a.dtype).tensor(), left = a.tensor(), right = b.tensor();
   if (bias || add) {
-    const Tensor added = bias ? operand(bias, 1, b.cols).tensor() : out;
+    const Tensor added = bias ? operand(bias, 1, b.cols, a.dtype).tensor() : out;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1, 1));
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
