@@ -76,6 +76,7 @@ def _is_plain_attention(attn):
         and attn.bias_k is None
         and not attn.add_zero_attn
         and attn._qkv_same_embed_dim
+        and {"in_proj_weight", "in_proj_bias"} <= attn._parameters.keys()  # not plain attributes
         and is_plain(attn._modules["out_proj"], torch.nn.Linear, NonDynamicallyQuantizableLinear)
     )
 

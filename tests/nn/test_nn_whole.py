@@ -247,6 +247,18 @@ WRITES = {
 }
 
 
+@pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_projection_held_as_a_plain_attribute_is_used(calls, name, gradients):
+    """As in the replicas of DataParallel."""
+    layer, x = make(), torch.randn(2, 4, 24)
+    other = copy.deepcopy(layer)
+    value = other.self_attn._parameters.pop(name).detach()
+    setattr(other.self_attn, name, value)
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(other(x), layer(x))
+
+
 @pytest.mark.parametrize("way", WRITES)
 def test_no_weight_is_stale(calls, way):
     layer, x = make(), torch.randn(2, 6, 24)
