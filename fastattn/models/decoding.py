@@ -7,7 +7,7 @@ from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.encoder import TransformerEncoderLayer
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.nn.sublayers import activation_name, are_plain
-from fastattn.nn.whole import are_fp32_on_cpu, make_layer, read_plain, read_tensors
+from fastattn.nn.whole import are_on_cpu, make_layer, read_plain, read_tensors
 from fastattn.ops.layer import ACTIVATION_NUMBERS, convert_linear
 from fastattn.reference import ACTIVATIONS
 
@@ -79,7 +79,7 @@ def convert_layer(block, weights):
     activation, (linears, norms) = _activation(block), read_tensors(block)
     if activation is None:
         return None, "its activation is not one of ours"
-    if not are_fp32_on_cpu(linears + norms):
+    if not are_on_cpu(linears + norms):
         return None, "a parameter is not a plain fp32 tensor on the CPU"
     converted = []
     for i in range(0, len(linears), 2):
@@ -111,7 +111,7 @@ def convert_head(model, weights):
     ):
         raise ValueError(f"weights must be None for this model, got {weights!r}: its output layer is not a plain one")
     weight = model.token_embedding.weight if head.weight is None else head.weight
-    if not are_fp32_on_cpu([weight, head.bias]):
+    if not are_on_cpu([weight, head.bias]):
         raise ValueError(
             f"weights must be None for this model, got {weights!r}: its output layer is not fp32 on the CPU"
         )

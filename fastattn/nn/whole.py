@@ -33,12 +33,12 @@ def read_tensors(block):
     return linears, norms
 
 
-def are_fp32_on_cpu(tensors, contiguous=False):
-    """Whether all tensors that are not None are plain, fp32 and on the CPU, and contiguous if that is asked for."""
+def are_on_cpu(tensors, contiguous=False, dtype=torch.float32):
+    """Whether all tensors that are not None are plain, on the CPU, of a dtype, and contiguous if that is asked for."""
     if nonplain_kind(*tensors):
         return False
     for t in tensors:  # all() on a generator takes twice as long
-        if t is not None and (t.dtype is not torch.float32 or not t.is_cpu or (contiguous and not t.is_contiguous())):
+        if t is not None and (t.dtype is not dtype or not t.is_cpu or (contiguous and not t.is_contiguous())):
             return False
     return True
 
@@ -51,17 +51,18 @@ def make_layer(block, activation, norms, linears):
     return Layer([present(t) for t in norms], linears, n_heads, block.norm_first, ACTIVATION_NUMBERS[activation], *eps)
 
 
-def read_plain(block, activation, tensors):
+def read_plain(block, activation, tensors, dtype=torch.float32):
     """A block whose children are plain as a `Layer` with its own tensors, or None.
 
     Args:
         activation: its name, or None.
         tensors: those of `read_tensors`.
+        dtype: which they must have.
     """
     if activation is None:
         return None
     linears, norms = tensors
-    if linears[0] is None or not are_fp32_on_cpu(linears, True) or not are_fp32_on_cpu(norms, True):
+    if linears[0] is None or not are_on_cpu(linears, True, dtype) or not are_on_cpu(norms, True, dtype):
         return None
     unscaled = []
     for i in range(0, len(linears), 2):
@@ -136,7 +137,7 @@ def encode(layer, x, attn_mask, padding, is_causal):
     if not _is_plain_attention(attn) or x.shape[-1] != attn.embed_dim or attn.embed_dim > 256 * attn.num_heads:
         return None
     linears, norms = tensors = read_tensors(layer)
-    found = read_plain(layer, activation_name(layer.activation), tensors)
+    found = read_plain(layer, activation_name(layer.activation), tensors, x.dtype)
     if found is None or not _fit(linears, attn.embed_dim):
         return None
     batch_first = attn.batch_first or dims == 2

@@ -50,6 +50,13 @@ def _slow_halves():
 
 
 _SLOW_HALVES = _slow_halves()
+
+
+def has_products(dtype):
+    """Whether torch's library has a fast product of this dtype on this processor."""
+    return dtype not in _SLOW_HALVES
+
+
 _LARGE = 2**23  # multiplications from which converting to fp32 is worth it
 _STRIP = 4096  # rows per half-precision product that is added to an fp32 sum
 

@@ -113,15 +113,21 @@ def serves(x: Tensor, head_dim: int) -> bool:
     """Whether `decode_layer` computes a layer of tokens x: fp32 on the CPU, with no gradient, cast or trace."""
     return (
         not torch.is_grad_enabled()
-        and _is_plain_fp32(x)
+        and x.dtype == torch.float32
+        and _is_plain(x)
         and choose("attention_decode", ("cpu", x.dtype, head_dim > 256)) == "native"
     )
 
 
 def serves_encoder(x: Tensor) -> bool:
-    """Whether one call may compute an encoder layer of tokens x: no cast, trace or mode watches the ops."""
+    """Whether one call may compute an encoder layer of tokens x: no cast, trace or mode watches the ops.
+
+    x is fp32, or bf16 without gradients where the processor has products of bf16.
+    """
     return (
-        _is_plain_fp32(x)
+        (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _gemm.has_products(x.dtype)))
+        and not (x.dtype == torch.bfloat16 and torch.is_grad_enabled())
+        and _is_plain(x)
         and x.layout is torch.strided
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
@@ -129,10 +135,9 @@ def serves_encoder(x: Tensor) -> bool:
     )
 
 
-def _is_plain_fp32(x):
+def _is_plain(x):
     return (
         x.is_cpu
-        and x.dtype == torch.float32
         and type(x) is torch.Tensor
         and not torch.compiler.is_compiling()
         and autocast_dtype(x) is None
@@ -162,8 +167,8 @@ def encode_layer(
     """An encoder layer of x.
 
     Args:
-        x: (batch, seqlen, d_model) fp32, or (seqlen, batch, d_model) without batch_first; `serves_encoder` is true.
-        layer: its weights, fp32, and options.
+        x: (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first; `serves_encoder` is true.
+        layer: its weights, of the dtype of x, and options.
         mask, bias: what the op `attention` takes, or None; both broadcast to (batch, n_heads, seqlen, seqlen).
         causal: position i sees positions 0 to i.
     Returns: like x.
