@@ -5,7 +5,16 @@ import math
 
 import torch
 
-from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, is_flag, is_integer, is_readable, numbers
+from fastattn.ops._kinds import (
+    FLOAT_DTYPES,
+    as_number,
+    check_float,
+    dtype_or_type,
+    is_flag,
+    is_integer,
+    is_readable,
+    numbers,
+)  # fmt: skip
 from fastattn.ops._random import check_dropout_p
 
 
@@ -74,7 +83,7 @@ def causal_flag(name, label, bias, causal, seqlen_q, seqlen_k):
 def check_scores(name, label, t, q, full):
     """Raise unless `t` broadcasts to `full` = (batch, heads, seqlen_q, seqlen_k); returns it with four dimensions."""
     if label == "mask" and t.dtype != torch.bool:
-        raise TypeError(f"{name}: mask must be bool, True = attend, got {t.dtype}; a float mask is a bias")
+        raise TypeError(f"{name}: mask must be bool, True = attend, got {dtype_or_type(t)}; a float mask is a bias")
     if label == "bias":
         check_float(name, label, t)
     if t.device != q.device:
@@ -142,7 +151,7 @@ def check_cu_seqlens(name, q, cu_seqlens_q, cu_seqlens_k, total_q, total_k, max_
 def check_per_head(name, label, t, q, shapes):
     """Raise unless `t` is a float tensor of one of `shapes`; returns it in fp32 (fp64 if q is)."""
     if t.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: {label} must be float32, got {t.dtype}")
+        raise TypeError(f"{name}: {label} must be float32, got {dtype_or_type(t)}")
     # size by size: under torch.compile, tuples of sizes compare unequal if only some of them are symbolic
     if not any(
         t.dim() == len(shape) and all(have == want for have, want in zip(t.shape, shape, strict=True))

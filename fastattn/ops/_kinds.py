@@ -93,6 +93,11 @@ def describe(value):
     return f"a tensor of shape {tuple(value.shape)}" + ("" if value.numel() != 1 else f" and {value.dtype}")
 
 
+def dtype_or_type(value):
+    """For a message about a dtype: that of a tensor, and the type of anything else, as an array has dtypes too."""
+    return value.dtype if isinstance(value, torch.Tensor) else f"{type(value).__name__}, which is no tensor"
+
+
 def numbers(t):
     """The elements of a small tensor as a list. A DTensor is gathered."""
     return (t.full_tensor() if type(t) is not torch.Tensor and is_dtensor(t) else t).tolist()

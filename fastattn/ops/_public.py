@@ -329,7 +329,7 @@ class Public:
 
     def _about_names(self, parameters, args, kwargs):
         """What is wrong with the names or the number of arguments; None leaves it to Python's message."""
-        known, by_position = list(parameters), _by_position(parameters)
+        known, by_position = [name for name in parameters if name != "self"], _by_position(parameters)
         unknown = next((name for name in kwargs if name not in known), None)
         if unknown is not None:
             advice = self.advice.get(unknown)

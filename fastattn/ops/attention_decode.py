@@ -21,7 +21,7 @@ from fastattn.ops._attention_checks import check_int32, check_numbers, check_per
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._hopper import HOPPER_HEAD_DIMS, why_not_hopper, why_not_hopper_device
-from fastattn.ops._kinds import FLOAT_DTYPES, check_float, check_memory, is_dtensor, is_readable, numbers
+from fastattn.ops._kinds import FLOAT_DTYPES, check_float, check_memory, dtype_or_type, is_dtensor, is_readable, numbers
 from fastattn.ops._layout import empty_in_layout, is_expanded
 from fastattn.ops._public import Public
 from fastattn.ops._register import raw_ops, register_fake, register_reference, traced_backend
@@ -111,7 +111,7 @@ def _check_table(q, k_cache, block_table, cache_batch_idx):
     if cache_batch_idx is not None:
         raise ValueError(f"{_NAME}: block_table and cache_batch_idx exclude each other: both select rows of the cache")
     if block_table.dtype != torch.int32:
-        raise TypeError(f"{_NAME}: block_table must be int32, got {block_table.dtype}")
+        raise TypeError(f"{_NAME}: block_table must be int32, got {dtype_or_type(block_table)}")
     if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
         raise ValueError(
             f"{_NAME}: block_table must be (batch, pages_per_sequence) with batch {q.shape[0]}, got"

@@ -360,6 +360,8 @@ def _rotate_at_once(x, cos, sin, positions, interleaved):
     if pair and len(x) != 2:
         return None
     q, k = x if pair else (x, None)
+    if pair and k is None:
+        return None
     offset = 0
     if type(positions) is int:
         positions, offset = None, positions

@@ -160,11 +160,19 @@ def test_what_is_no_tensor_is_named(op, kind):
             given |= {"k": Q[:, :, :1], "v": Q[:, :, :1], label: value}
         if label.startswith("cu_seqlens"):
             given |= dict.fromkeys("qkv", PACKED) | {"cu_seqlens_q": CU, "cu_seqlens_k": CU, label: value}
-        if op == "rotary_embedding" and label == "x" and kind == "list":
-            value = given["x"] = [1.0, Q]
+        is_pair = op == "rotary_embedding" and label == "x" and kind == "list"
+        if is_pair:
+            given["x"] = [1.0, Q]
+        named = "float" if is_pair else type(value).__name__
         for call in (function, explain):
-            with pytest.raises(TypeError, match=rf"^{op}: {label} must be .*, got "):
+            with pytest.raises(TypeError, match=rf"^{op}: {label} must be .*, got {named}"):
                 call(**given)
+
+
+def test_half_a_pair_is_named():
+    for pair in ((Q, None), [Q, None], (None, Q)):
+        with pytest.raises(TypeError, match=r"^rotary_embedding: x must be a tensor, got NoneType"):
+            fastattn.rotary_embedding(pair, COS, SIN)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +345,8 @@ class TestModules:
             nn.RotaryEmbedding(dim=8)
         with pytest.raises(TypeError, match=r"^nn\.RotaryEmbedding: rotary_dim must be an integer, got str"):
             nn.RotaryEmbedding("8")
+        with pytest.raises(TypeError, match="no argument colour: it takes src, src_mask, src_key_padding_mask, is_"):
+            nn.TransformerEncoderLayer(8, 2)(X, colour=None)
         for wrong in (torch.relu, ["relu"], "swish"):
             with pytest.raises(ValueError, match="FeedForward: activation must be one of gelu, "):
                 nn.FeedForward(8, activation=wrong)
