@@ -58,7 +58,8 @@ class NinjaFile:
         # nvcc uses the C++ compiler on PATH, unless CXX names another
         ccbin = f"-ccbin {CXX}" if os.environ.get("CXX") and " " not in CXX else ""
         self.text = RULES.format(cxx=CXX, nvcc=shlex.quote(str(nvcc)), ccbin=ccbin)
-        self.hidden = f"-Wl,--version-script={shlex.quote(str(root / 'csrc/older_systems.map'))}"
+        self.map = root / "csrc/older_systems.map"
+        self.hidden = f"-Wl,--version-script={shlex.quote(str(self.map))}"
         self.older_systems = self.compile("cxx", root / "csrc/older_systems.cpp", "")  # every library holds it
 
     def add(self, output, rule, inputs, implicit=(), **variables):
@@ -85,7 +86,7 @@ class NinjaFile:
             name,
             "link",
             [*objects, self.older_systems],
-            libraries,
+            [*libraries, self.map],
             flags=f"-Wl,-soname,{name} {needed} {flags}",
         )
 

@@ -147,7 +147,7 @@ def write_introspection_modules(ninja, pythons, pybind11, build_dir, info):
     for name, folder in pythons.items():
         flags = include(ROOT / "csrc", build_dir, system=False) + " " + include(pybind11, folder)
         compiled = ninja.compile("cxx", ROOT / "csrc/introspection.cpp", flags, name.split(".")[1])
-        ninja.add(name, "link", [compiled, ninja.older_systems], flags=f"-s {ninja.hidden}")
+        ninja.add(name, "link", [compiled, ninja.older_systems], [ninja.map], flags=f"-s {ninja.hidden}")
 
 
 def say_what_is_built(info, wanted, skipped):
