@@ -108,10 +108,13 @@ def _section(name, body):
             entries[-1] += " " + line.strip()
         elif line.strip():
             entries.append(line)
-    named = (re.fullmatch(r"([\w, *()]+?): (.*)", entry) or ["", "", entry] for entry in entries)
-    return "\n\n" + "\n".join(f"- **{_escape(match[1])}**: {_escape(match[2])}" for match in named).replace(
-        "****: ", ""
-    )
+    return "\n\n" + "\n".join(map(_entry, entries))
+
+
+def _entry(text):
+    """An item of a list, with the names before the colon in bold."""
+    match = re.fullmatch(r"([\w, *()]+?): (.*)", text)
+    return f"- **{_escape(match[1])}**: {_escape(match[2])}" if match else f"- {_escape(text)}"
 
 
 def _escape(text):
