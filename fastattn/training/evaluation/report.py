@@ -104,7 +104,8 @@ def report_html(report, folder, run=None):
         return next((place / name for place in places if (place / name).is_file()), None)
 
     title = f"Evaluation of {Path(run).name if run else shown(report.get('run', 'a model'))}"
-    tables = [(name, header if name else None, rows) for name, header, rows in report_tables(report)]
+    (_, _, facts), *others = report_tables(report)
+    tables = [(None, None, [(name.replace("_", " "), value) for name, value in facts]), *others]
     found = [(name, path) for name in PICTURES if (path := find(name))]
     pictures = [(PICTURES[name].capitalize(), CAPTIONS[name], path.read_bytes()) for name, path in found]
     texts = [("Sample", "sample.txt", False), ("Settings of the run", "config.yaml", True)]
