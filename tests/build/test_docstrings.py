@@ -18,6 +18,11 @@ from fastattn.training.runs.train import train
 PAGES = Path(__file__).parents[2].joinpath("docs/api").glob("*.md")
 NAMED = sorted(name for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE))
 LOAD_RUN = "fastattn.training.runs.loaded.load_run"  # fastattn.load_run, which no reader of source text can find
+NEEDS = {
+    "fastattn.register": ["transformers"],
+    "fastattn.training.inspect.scores.classification_scores": ["sklearn"],
+    "fastattn.training.inspect.scores.translation_scores": ["sacrebleu"],
+}
 NEEDS_FOLDER = {"load_hugging_face", "write_hugging_face"}
 
 
@@ -56,10 +61,10 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_examples_run(name, folders):
-    if name == "fastattn.register":
-        pytest.importorskip("transformers", reason="transformers is not installed")
     if "sdpa" in name and fastattn.backends()["cpu"]["native"] != "available":
         pytest.skip("without kernels every call is left to torch")
+    for package in NEEDS.get(name, ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     folders(name)
     (example,) = doctest.DocTestFinder(recurse=False).find(
         find(name), name, globs={"torch": torch, "fastattn": fastattn}

@@ -36,6 +36,11 @@ def write_report(folder, report, run=None):
 
     Returns:
         list of the paths written.
+    Example:
+        >>> from pathlib import Path
+        >>> from fastattn.training.evaluation.report import write_report
+        >>> [path.name for path in write_report(Path("report"), {"run": "mine", "bleu": 31.5})]
+        ['report.json', 'report.md', 'report.html']
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "report.json"]

@@ -95,6 +95,10 @@ def plot_attention(path, weights, tokens, keys=None):
 
     Raises:
         UsageError: the numbers of tokens do not match the weights.
+    Example:
+        >>> from pathlib import Path
+        >>> from fastattn.training.inspect.figures import plot_attention
+        >>> plot_attention(Path("attention.png"), torch.rand(4, 2, 2).softmax(-1), ["the", "cat"])
     """
     weights = torch.as_tensor(weights).detach().float().cpu().numpy()
     keys = tokens if keys is None else keys
