@@ -178,7 +178,8 @@ def test_the_reliability_diagram_says_what_its_marks_are(tmp_path, monkeypatch):
     kept = drawn(monkeypatch, figures)
     empty, filled = {"low": 0.0, "examples": 0, "confidence": None, "accuracy": None}, {"low": 0.5, "examples": 3}
     figures.plot_calibration(tmp_path / "a.png", [empty, {**filled, "confidence": 0.7, "accuracy": 0.6}])
-    assert [text.get_text() for text in kept[0].legends[0].get_texts()] == ["means of a bin", "as accurate as confident"]
+    names = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    assert names == ["means of a bin", "as accurate as confident"]
     top, bottom = kept[0].axes
     assert [line.get_xydata().tolist() for line in top.lines] == [[[0.7, 0.6]], [[0, 0], [1, 1]]]
     assert (top.get_ylabel(), bottom.get_ylabel()) == ("accuracy", "examples")
