@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_sections_of_docstrings(site):
         "**Example**",
         "```pycon\n>>> f(1)\n2\n```",
     ]
+
+
+def test_a_new_page_is_in_the_navigation(site, tmp_path):
+    for name in ("start.md", "new.md", "lab/new.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    config = types.SimpleNamespace(
+        docs_dir=str(tmp_path), nav=[{"Start": "start.md"}, {"Project": ["contributing.md"]}]
+    )
+    assert site.on_config(config).nav[-1] == {"Project": ["contributing.md", "lab/new.md", "new.md"]}
 
 
 def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
