@@ -21,10 +21,10 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from measured import machine_line, read
 
 COLOURS = ("tab:blue", "#b0b0b0", "#d8c08c", "#c3a6c9", "#9fc7b5")  # fastattn first, then its peers
-# {function: (title, what the parts of a case mean)}, where they do not say it themselves
+# {function: (title, what the first parts of a case mean)}, where they do not say it themselves
 NAMES = {
-    "training_step": ("encoder layer, training step", "{}, dropout {}, d_model {}, {} heads, {}×{} tokens"),
-    "inference": ("encoder layer, inference", "{}, d_model {}, {} heads, {}×{} tokens"),
+    "training_step": ("encoder layer, training step", "{}, dropout {}, d_model {}"),
+    "inference": ("encoder layer, inference", "{}, d_model {}"),
 }
 
 
@@ -42,7 +42,7 @@ def case_name(function, benchmark):
     if match is None:
         return function.replace("_", " ")
     parts, (_, form) = match[1].split("-"), NAMES.get(function, (None, ""))
-    return form.format(*parts) if form and form.count("{}") == len(parts) else match[1]
+    return form.format(*parts) if form and form.count("{}") <= len(parts) else match[1]
 
 
 def limit_of(row):
@@ -59,7 +59,8 @@ def draw(function, rows):
     measured = {(row["benchmark"], row["implementation"]): row for row in rows}
     height = 0.8 / max(len(names), 1)
     lane = max(0.34, 0.17 * len(names))  # inches a case
-    figure = Figure(figsize=(9, 1.5 + lane * len(cases)), layout="constrained")
+    labels = [case_name(function, case) for case in cases]
+    figure = Figure(figsize=(3.8 + 0.075 * max(map(len, labels)), 1.5 + lane * len(cases)), layout="constrained")
     axes = figure.add_subplot()
     limited = False
     for y, case in enumerate(cases):
@@ -70,6 +71,7 @@ def draw(function, rows):
             place = y - 0.4 + height * (number + 0.5)
             axes.barh(place, row["ratio"] - 1, left=1, height=height, color=COLOURS[number % len(COLOURS)])
             inside = {"xytext": (3 if row["ratio"] >= 1 else -3, 0), "textcoords": "offset points", "fontsize": 8}
+            inside |= {"bbox": {"color": "white", "pad": 0.3}, "zorder": 3}
             axes.annotate(
                 f"{row['ratio']:.2f}", (row["ratio"], place), va="center", ha="left" if row["ratio"] >= 1 else "right",
                 **inside,
@@ -80,15 +82,15 @@ def draw(function, rows):
             limited = True
     _scale(axes, rows, [limit for row in rows if row["implementation"] == "fastattn" and (limit := limit_of(row))])
     axes.axvline(1, color="gray", linewidth=1)
-    axes.set_yticks(range(len(cases)), [case_name(function, case) for case in cases])
-    axes.set(ylim=(len(cases) - 0.4, -0.6), xlabel=f"time of {baseline} / time; above 1 is faster than {baseline}")
+    axes.set_yticks(range(len(cases)), labels, fontsize=9)
+    axes.set(ylim=(len(cases) - 0.4, -0.6), xlabel=f"times as fast as {baseline}")
     handles = [Patch(color=COLOURS[number % len(COLOURS)], label=name) for number, name in enumerate(names)]
     if limited:
         kinds = " or ".join(sorted({row["limit"] for row in rows if "limit" in row}))
         handles.append(Line2D([], [], color="black", linewidth=2, label=f"limit of the machine ({kinds})"))
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8, frameon=False)
-    figure.suptitle(NAMES.get(function, (function.replace("_", " "),))[0], x=0.02, ha="left", fontsize=12)
-    figure.supxlabel(machine_line(rows[0]), fontsize=7, color="dimgray")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(NAMES.get(function, (function.replace("_", " "),))[0], fontsize=11)
+    axes.set_title(machine_line(rows[0]), fontsize=7, color="dimgray")
     return figure
 
 
@@ -100,7 +102,7 @@ def _scale(axes, rows, limits):
     ticks = [2.0**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{tick:g}×" for tick in ticks])
+    axes.set_xticklabels([f"{tick:g}×" for tick in ticks], fontsize=8)
     axes.set_xlim(low, high)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

@@ -90,5 +90,9 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_TRAINING[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_TRAINING, *(name for name in globals() if name.startswith("__"))})
+
+
 load_backends()
 use_kernel(cpu_capability())

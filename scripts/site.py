@@ -2,6 +2,7 @@
 
 - The README, the result files and other pages that lie outside docs/ become pages of the site, and links between all of
   them are rewritten, so a link works in the repository and on the site.
+- A new page of docs/ is part of the navigation without an entry in mkdocs.yml.
 - Docstrings become Markdown: their sections, lists of arguments and examples.
 """
 
@@ -24,6 +25,15 @@ OUTER |= {
     path.relative_to(ROOT).as_posix(): f"results/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.md")
 }
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Source|Example):(?: (.*))?$")
+
+
+def on_config(config):
+    """Add the pages of docs/ that mkdocs.yml does not name to the last part of the navigation."""
+    (last,) = config.nav[-1].values()
+    named = set(re.findall(r"[\w./-]+\.md", repr(config.nav)))
+    pages = (path.relative_to(config.docs_dir).as_posix() for path in sorted(Path(config.docs_dir).rglob("*.md")))
+    last += [page for page in pages if page not in named]
+    return config
 
 
 def on_files(files, config):
@@ -108,10 +118,13 @@ def _section(name, body):
             entries[-1] += " " + line.strip()
         elif line.strip():
             entries.append(line)
-    named = (re.fullmatch(r"([\w, *()]+?): (.*)", entry) or ["", "", entry] for entry in entries)
-    return "\n\n" + "\n".join(f"- **{_escape(match[1])}**: {_escape(match[2])}" for match in named).replace(
-        "****: ", ""
-    )
+    return "\n\n" + "\n".join(map(_entry, entries))
+
+
+def _entry(text):
+    """An item of a list, with the names before the colon in bold."""
+    match = re.fullmatch(r"([\w, *()]+?): (.*)", text)
+    return f"- **{_escape(match[1])}**: {_escape(match[2])}" if match else f"- {_escape(text)}"
 
 
 def _escape(text):

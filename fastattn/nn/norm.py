@@ -64,6 +64,7 @@ class LayerNorm(torch.nn.LayerNorm):
 
     @Public("nn.LayerNorm", tensors="input", nested=None).answering
     def forward(self, input: Tensor) -> Tensor:
+        """input (..., *normalized_shape) → the same shape, normalised over those last dimensions."""
         replaced = F.layer_norm is not _LAYER_NORM or _TorchLayerNorm.forward is not _LAYER_NORM_FORWARD
         if replaced or input.is_nested is not False:
             recorded = leaf_call(self, input)
@@ -94,6 +95,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     @Public("nn.RMSNorm", tensors="x", nested=None).answering
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., *normalized_shape) → the same shape, normalised over those last dimensions."""
         replaced = F.rms_norm is not _RMS_NORM or _TorchRMSNorm.forward is not _RMS_NORM_FORWARD
         if replaced or x.is_nested is not False:
             recorded = leaf_call(self, x)

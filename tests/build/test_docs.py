@@ -129,16 +129,29 @@ def test_speeds_are_those_of_the_result_files():
     assert checked > 100
 
 
-def test_the_picture_of_the_readme_shows_its_result_file():
-    text = read("README.md")
-    description, picture = re.search(r"!\[([^]]*)\]\((benchmarks/results/[^)]*)\)", text).groups()
-    file = re.search(r"\]\((benchmarks/results/[^)]*\.md)\)", text)[1]
-    assert Path(picture).parent.name == Path(file).stem
+PICTURES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/results/*/*.svg"))
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_pictures_show_their_result_file(picture):
+    """FILE/FUNCTION.svg has the ratios of the fp32 rows of a function in FILE.md, and a document shows it."""
+    path = Path(picture)
+    found = results(f"{path.parent}.md")
+    rows = {key: cell.split()[0] for key, (_, cell) in found.items() if key[0].startswith(f"test_{path.stem}[")}
+    rows = {key: ratio for key, ratio in rows.items() if "fp32" in key[0]}
     shown = re.findall(r"<!-- ([\d.]+) -->", read(picture))  # matplotlib writes each text as a comment
-    rows = {key: cell.split()[0] for key, (_, cell) in results(file).items() if "fp32" in key[0]}
-    assert sorted(shown) == sorted(ratio for (_, name), ratio in rows.items() if name != "torch eager")
+    assert sorted(shown) == sorted(ratio for (_, name), ratio in rows.items() if name not in ("torch", "torch eager"))
+    assert any(picture in read(name) for name in DOCUMENTS)
+
+
+def test_the_readme_describes_its_picture():
+    description, picture = re.search(r"!\[([^]]*)\]\((benchmarks/results/[^)]*)\)", read("README.md")).groups()
+    assert picture in PICTURES
     for dropout in ("0.0", "0.1"):
-        ours = [ratio for (case, name), ratio in rows.items() if name == "fastattn" and f"-{dropout}-" in case]
+        rows = results(f"{Path(picture).parent}.md").items()
+        ours = [
+            cell.split()[0] for (case, name), (_, cell) in rows if name == "fastattn" and f"fp32-{dropout}-" in case
+        ]
         assert f"{min(ours)} to {max(ours)}" in description.replace("\n", " ")
 
 

@@ -17,7 +17,13 @@ from fastattn.training.runs.train import train
 
 PAGES = Path(__file__).parents[2].joinpath("docs/api").glob("*.md")
 NAMED = sorted(name for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE))
-NEEDS_RUN, NEEDS_FOLDER = {"fastattn.load_run"}, {"load_hugging_face", "write_hugging_face"}
+LOAD_RUN = "fastattn.training.runs.loaded.load_run"  # fastattn.load_run, which no reader of source text can find
+NEEDS = {
+    "fastattn.register": ["transformers"],
+    "fastattn.training.inspect.scores.classification_scores": ["sklearn"],
+    "fastattn.training.inspect.scores.translation_scores": ["sacrebleu"],
+}
+NEEDS_FOLDER = {"load_hugging_face", "write_hugging_face"}
 
 
 def find(name):
@@ -26,10 +32,12 @@ def find(name):
 
 
 def test_the_pages_name_everything_public_once():
-    public = {f"fastattn.{name}" for name in fastattn.__all__ if name != "nn"} | {"fastattn.load_run"}
+    public = {f"fastattn.{name}" for name in fastattn.__all__ if name != "nn"} | {LOAD_RUN}
     public |= {f"{flash_attn.__name__}.{name}" for name in dir(flash_attn) if name.startswith("flash_attn_")}
     assert public <= set(NAMED)
     assert len(NAMED) == len(set(NAMED))
+    assert find(LOAD_RUN) is fastattn.load_run
+    assert {name for name in dir(fastattn) if not name.startswith("_")} == {*fastattn.__all__, "load_run"}
     assert all(getattr(fastattn, name) is getattr(fastattn.nn, name) for name in fastattn.nn.__all__)
 
 
@@ -39,7 +47,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(name):
-        if name in NEEDS_RUN:
+        if name == LOAD_RUN:
             Path("text.txt").write_text(TEXT)
             config = tiny_config(Path("runs/char_lm"), Path("text.txt"), steps=2, evaluate_every=2, sample_tokens=0)
             assert train(config) == 0
@@ -53,10 +61,10 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_examples_run(name, folders):
-    if name == "fastattn.register":
-        pytest.importorskip("transformers", reason="transformers is not installed")
     if "sdpa" in name and fastattn.backends()["cpu"]["native"] != "available":
         pytest.skip("without kernels every call is left to torch")
+    for package in NEEDS.get(name, ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     folders(name)
     (example,) = doctest.DocTestFinder(recurse=False).find(
         find(name), name, globs={"torch": torch, "fastattn": fastattn}

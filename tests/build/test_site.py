@@ -1,18 +1,17 @@
-"""The site: docstrings become Markdown, links between the repository's files become links between pages, and it builds."""
+"""The site: docstrings become Markdown, and it builds from the repository without warnings."""
 
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+from script_loader import load_script
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("mkdocs", reason="needs the packages of fastattn[docs]")
-for package in ("material", "mkdocstrings", "griffe"):
+for package in ("mkdocs", "material", "mkdocstrings", "griffe"):
     pytest.importorskip(package, reason="needs the packages of fastattn[docs]")
-
-from script_loader import load_script
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +42,16 @@ def test_sections_of_docstrings(site):
     ]
 
 
+def test_a_new_page_is_in_the_navigation(site, tmp_path):
+    for name in ("start.md", "new.md", "lab/new.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    config = types.SimpleNamespace(
+        docs_dir=str(tmp_path), nav=[{"Start": "start.md"}, {"Project": ["contributing.md"]}]
+    )
+    assert site.on_config(config).nav[-1] == {"Project": ["contributing.md", "lab/new.md", "new.md"]}
+
+
 def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -51,7 +60,7 @@ def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
     assert 'id="fastattn.attention"' in page
     assert "cu_seqlens_q" in page  # the signature of the function, not the text of the module of its name
     assert "&gt;&gt;&gt; " in page
-    results = sorted((ROOT / "benchmarks/results").glob("*.md"))
-    assert sorted(path.stem for path in (tmp_path / "results").glob("*.html")) == [path.stem for path in results]
+    results = {path.stem for path in (ROOT / "benchmarks/results").glob("*.md")}
+    assert {path.stem for path in (tmp_path / "results").glob("*.html")} == results
     fetched = re.findall(r"""(?:src|<link[^>]* href)=["'](https?:[^"']*)""", (tmp_path / "index.html").read_text())
     assert not fetched  # nothing comes from elsewhere

@@ -174,6 +174,18 @@ def test_the_attention_map_says_who_looks_at_whom(tmp_path, monkeypatch):
     assert [a.get_xlabel() for a in panels] == ["", "key, to which it attends", "key, to which it attends"]
 
 
+def test_the_reliability_diagram_says_what_its_marks_are(tmp_path, monkeypatch):
+    kept = drawn(monkeypatch, figures)
+    empty, filled = {"low": 0.0, "examples": 0, "confidence": None, "accuracy": None}, {"low": 0.5, "examples": 3}
+    figures.plot_calibration(tmp_path / "a.png", [empty, {**filled, "confidence": 0.7, "accuracy": 0.6}])
+    names = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    assert names == ["means of a bin", "as accurate as confident"]
+    top, bottom = kept[0].axes
+    assert [line.get_xydata().tolist() for line in top.lines] == [[[0.7, 0.6]], [[0, 0], [1, 1]]]
+    assert (top.get_ylabel(), bottom.get_ylabel()) == ("accuracy", "examples")
+    assert bottom.get_xlabel() == "probability of the predicted class"
+
+
 def test_documents_without_a_token_are_counted(tmp_path):
     rows = [{"text": " " * i if i % 3 else f"a b {i}", "label": "x" if i % 2 else "y"} for i in range(60)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -57,7 +57,16 @@ def test_everything_is_inside(tmp_path):
     pictures = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.sources.values()]
     assert pictures[0] == b"loss of the run"
     assert pictures[1:] == [(folder / name).read_bytes() for name in ("confusion.png", "calibration.png")]
-    for word in ("Evaluation of spam", "step", "20", "2.5000", "macro", "Most frequent confusions", "seed: 7\n"):
+    for word in (
+        "Evaluation of spam",
+        "step",
+        "20",
+        "2.5000",
+        "log loss",
+        "macro",
+        "Most frequent confusions",
+        "seed: 7\n",
+    ):
         assert word in page.words
     assert "a sample\nof two lines" in page.words
 

@@ -14,7 +14,9 @@ th { background: var(--head); } td.number, th.number { text-align: right; font-v
 figure { margin: 1rem 0; } figcaption { margin-top: .25rem; }
 img { max-width: 100%; height: auto; background: white; }
 pre { background: var(--head); padding: 1rem; overflow-x: auto; }
-pre.text { white-space: pre-wrap; }
+pre.text { white-space: pre-wrap; } td:last-child { overflow-wrap: anywhere; }
+td.number { white-space: nowrap; }
+@media (max-width: 36rem) { th, td { padding: .2rem .35rem; font-size: .8rem; } }
 """
 
 

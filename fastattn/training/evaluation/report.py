@@ -36,6 +36,11 @@ def write_report(folder, report, run=None):
 
     Returns:
         list of the paths written.
+    Example:
+        >>> from pathlib import Path
+        >>> from fastattn.training.evaluation.report import write_report
+        >>> [path.name for path in write_report(Path("report"), {"run": "mine", "bleu": 31.5})]
+        ['report.json', 'report.md', 'report.html']
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "report.json"]
@@ -104,7 +109,8 @@ def report_html(report, folder, run=None):
         return next((place / name for place in places if (place / name).is_file()), None)
 
     title = f"Evaluation of {Path(run).name if run else shown(report.get('run', 'a model'))}"
-    tables = [(name, header if name else None, rows) for name, header, rows in report_tables(report)]
+    (_, _, facts), *others = report_tables(report)
+    tables = [(None, None, [(name.replace("_", " "), value) for name, value in facts]), *others]
     found = [(name, path) for name in PICTURES if (path := find(name))]
     pictures = [(PICTURES[name].capitalize(), CAPTIONS[name], path.read_bytes()) for name, path in found]
     texts = [("Sample", "sample.txt", False), ("Settings of the run", "config.yaml", True)]

@@ -22,6 +22,12 @@ def attention_maps(model, *inputs, blocks=None, name="self_attn", **options):
 
     Raises:
         UsageError: a block has no such attention or does not call it as a module, or the batch is not one text.
+    Example:
+        >>> from fastattn.models import CausalLM
+        >>> from fastattn.training.inspect.attention_maps import attention_maps
+        >>> model = CausalLM(100, n_layer=2, n_head=4, d_model=16, block_size=8)
+        >>> [weights.shape for weights in attention_maps(model, torch.tensor([[1, 2, 3]]))]
+        [torch.Size([4, 3, 3]), torch.Size([4, 3, 3])]
     """
     blocks = getattr(model, "blocks", ()) if blocks is None else blocks
     attentions = [getattr(block, name, None) for block in blocks]

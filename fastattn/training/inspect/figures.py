@@ -76,8 +76,10 @@ def plot_calibration(path, bins):
     style = {"width": width, "align": "edge", "edgecolor": "white"}
     top.bar(low, [row["accuracy"] or 0.0 for row in bins], **style)
     filled = [row for row in bins if row["examples"]]
-    top.plot([row["confidence"] for row in filled], [row["accuracy"] for row in filled], "o", color="black", ms=4)
-    top.plot([0, 1], [0, 1], "--", color="gray")
+    means = [row["confidence"] for row in filled], [row["accuracy"] for row in filled]
+    top.plot(*means, "o", color="black", ms=4, label="means of a bin")
+    top.plot([0, 1], [0, 1], "--", color="gray", label="as accurate as confident")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
     bottom.bar(low, [row["examples"] for row in bins], **style)
     bottom.set(xlabel="probability of the predicted class", ylabel="examples")
@@ -95,6 +97,10 @@ def plot_attention(path, weights, tokens, keys=None):
 
     Raises:
         UsageError: the numbers of tokens do not match the weights.
+    Example:
+        >>> from pathlib import Path
+        >>> from fastattn.training.inspect.figures import plot_attention
+        >>> plot_attention(Path("attention.png"), torch.rand(4, 2, 2).softmax(-1), ["the", "cat"])
     """
     weights = torch.as_tensor(weights).detach().float().cpu().numpy()
     keys = tokens if keys is None else keys

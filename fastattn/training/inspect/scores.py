@@ -14,7 +14,14 @@ N_BINS = 15  # bins of the reliability diagram, equally wide
 
 
 def classification_scores(truth, predicted, probabilities, names):
-    """Scores of predicted classes; arguments as for `count_predictions`, result as from `scores_from_counts`."""
+    """Scores of predicted classes; arguments as for `count_predictions`, result as from `scores_from_counts`.
+
+    Example:
+        >>> from fastattn.training.inspect.scores import classification_scores
+        >>> scores = classification_scores([0, 0, 1], [0, 1, 1], None, ["ham", "spam"])
+        >>> round(scores["accuracy"], 2), scores["confusion"]
+        (0.67, [[1, 1], [0, 1]])
+    """
     return scores_from_counts(count_predictions(truth, predicted, probabilities, len(names)), names)
 
 
@@ -220,6 +227,11 @@ def translation_scores(hypotheses, references):
     Raises:
         UsageError: the lists differ in length or are empty.
     Source: Post, "A call for clarity in reporting BLEU scores", 2018; Popović, "chrF", 2015.
+    Example:
+        >>> from fastattn.training.inspect.scores import translation_scores
+        >>> scores = translation_scores(["the cat sits there"], ["the cat sits there"])
+        >>> round(scores["bleu"]), scores["exact_match"]
+        (100, 1.0)
     """
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -253,6 +265,11 @@ def language_scores(total_nats, tokens, characters):
 
     Raises:
         UsageError: there are no tokens or no characters.
+    Example:
+        >>> import math
+        >>> from fastattn.training.inspect.scores import language_scores
+        >>> language_scores(total_nats=100 * math.log(2), tokens=50, characters=200)["bits_per_character"]
+        0.5
     """
     expect(tokens > 0, "the number of predicted tokens", "at least 1", tokens)
     expect(characters is None or characters > 0, "the number of characters", "at least 1", characters)
