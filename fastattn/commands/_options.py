@@ -77,6 +77,8 @@ def read_input(options, pair=None):
         lines = lines_of(read_file(path))  # blank lines too: one result a line
     else:
         return read_whole(DataConfig(source=options.input, columns=Columns(text=options.column, pair=pair)))
+    if not lines:
+        raise UsageError("--input must have at least one line, got none from standard input")
     if pair is None:
         return Documents(lines)
     halves = [line.split("\t") for line in lines]

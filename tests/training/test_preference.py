@@ -80,6 +80,9 @@ def test_pairs_are_learnt_and_the_first_loss_is_that_of_no_difference(start, tmp
     report = json.loads(capsys.readouterr().out)
     assert report["preference_accuracy"] > accuracies[0] + 0.15
     assert report["log_prob_chosen"] > report["log_prob_rejected"]
+    pairs = str(start.parent / "pairs.jsonl")
+    assert main(["evaluate", str(run), "--data", pairs, "--output", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == len(QUESTIONS) * 4 * 12
     assert main(["generate", str(run), "--prompt", "What colour is snow?", "--max_new_tokens", "5"]) == 0
 
 

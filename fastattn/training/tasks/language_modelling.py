@@ -132,6 +132,8 @@ class LanguageModelling(Task):
     def _windows(self, part, starts):
         positions = starts[:, None] + torch.arange(self.config.model.block_size + 1)
         tokens = self.splits[part][positions].long()
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.tokenizer.vocab_size:
+            raise UsageError(f"tokens {self.summary['source']!r}: a number is not in the vocabulary, a file is damaged")
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         if not self.config.data.packed:
             return inputs, targets

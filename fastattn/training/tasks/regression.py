@@ -8,6 +8,8 @@ from ..inspect.scores import regression_scores
 from ..messages import UsageError
 from .labelled import LabelTask
 
+_LARGEST = 1e30  # of a number, with room for calculations in fp32
+
 
 class Regression(LabelTask):
     """Targets are the numbers. The loss counts them in standard deviations of the training part, squared."""
@@ -15,9 +17,14 @@ class Regression(LabelTask):
     loss_in = "squared standard deviations"
 
     def learn_labels(self, labels):
+        source = self.config.data.source
         if len(set(labels)) < 2:
-            raise UsageError(f"source {self.config.data.source!r}: all numbers of the training part are {labels[0]!r}")
+            raise UsageError(f"source {source!r}: all numbers of the training part are {labels[0]!r}")
+        if (largest := max(map(abs, labels))) > _LARGEST:
+            raise UsageError(f"source {source!r}: numbers must be at most {_LARGEST:g} in size, got {largest!r}")
         mean, deviation = statistics.fmean(labels), statistics.pstdev(labels)
+        if deviation < 1 / _LARGEST or deviation < 1e-6 * abs(mean):  # fp32 does not tell them apart
+            raise UsageError(f"source {source!r}: the numbers are too close together, {mean:g} ± {deviation:g}")
         return {"labels": [], "mean": mean, "deviation": deviation, "median": statistics.median(labels)}
 
     def targets_of(self, labels, part):

@@ -1,0 +1,188 @@
+"""What cannot be meant: one line that says so, exit code 2, and nothing is written; never a traceback."""
+
+import io
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training_cases import tiny_config, tiny_model, write_table
+
+pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
+from fastattn.cli import main
+from fastattn.training.config import Columns, DataConfig
+from fastattn.training.data.sources import read_documents
+from fastattn.training.data.tables import columns_read
+from fastattn.training.messages import UsageError
+from fastattn.training.runs.train import train
+
+FILES = {
+    "plain.jsonl": [{"text": f"w{i % 9} a {i}", "label": "xy"[i % 2], "other": f"o{i}"} for i in range(60)],
+    "number.jsonl": [{"text": f"w{i % 9} a {i}", "label": i / 7} for i in range(60)],
+    "huge.jsonl": [{"text": f"w{i}", "label": 1e308 * (-1) ** i} for i in range(60)],
+    "close.jsonl": [{"text": f"w{i}", "label": 5e-324 * i} for i in range(60)],
+    "far.jsonl": [{"text": f"w{i}", "label": 10**400} for i in range(60)],
+    "classes.jsonl": [{"text": f"w{i % 9} a {i}", "label": [f"c{i % 3}"] * (i % 4)} for i in range(60)],
+    "unknown.jsonl": [{"text": "a", "label": ["new"]}],
+    "marked.jsonl": [{"text": f"<|im_start|> {i}", "target": "x"} for i in range(60)],
+    "pairs.jsonl": [{"text": f"q{i}", "target": f"a{i}", "rejected": f"b{i}"} for i in range(60)],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the FILES, and runs of one step: number, pair, classes, masked, lm, chat."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, rows in FILES.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "lines.txt").write_text("".join(f"line number {i} of it\n" for i in range(200)))
+    write_table(folder / "table.jsonl")
+
+    def make(run, source, task="classify", tokenizer="word", **columns):
+        data = DataConfig(source=str(folder / source), tokenizer=tokenizer, columns=Columns(**columns))
+        options = {"steps": 1, "evaluate_every": 1, "sample_tokens": 0, "sample_prompt": None, "task": task}
+        model = tiny_model(n_layer=1, block_size=64 if task == "chat" else 8)
+        assert train(tiny_config(folder / run, "", data=data, model=model, **options)) == 0
+
+    make("number", "number.jsonl", label="label", label_kind="number")
+    make("pair", "plain.jsonl", label="label", pair="other")
+    make("classes", "classes.jsonl", label="label", label_kind="classes")
+    make("masked", "table.jsonl", "masked_lm")
+    make("lm", "lines.txt", "lm")
+    make("chat", "pairs.jsonl", "chat", "byte", target="target")
+    shard = ["data", "shard", str(folder / "lines.txt"), "--tokenizer", "word", "--validation_fraction", "0.2"]
+    for name in ("tokens", "ends", "numbers"):
+        assert main([*shard, "--output", str(folder / name)]) == 0
+    (folder / "tokens" / "train-00000.tokens").write_bytes(b"12345")
+    (folder / "ends" / "train-00000.ends").write_bytes(b"123")
+    (folder / "numbers" / "validation-00000.tokens").write_bytes(b"\xff\xff\xff\x7f" * 99)
+    return folder
+
+
+LABELLED = "train --task classify --data.columns.label label --data.columns.label_kind"
+ANSWERS = "--data.source pairs.jsonl --data.columns.target target"
+PREFER = f"train --task preference --start chat --model.block_size 64 {ANSWERS}"
+CASES = [
+    # labels
+    (f"{LABELLED} number --data.source plain.jsonl", "column 'label' must be a finite number, got 'x'"),
+    (f"{LABELLED} number --data.source huge.jsonl", "numbers must be at most 1e+30 in size"),
+    (f"{LABELLED} number --data.source close.jsonl", "the numbers are too close together"),
+    (f"{LABELLED} number --data.source far.jsonl", "must be a finite number"),
+    (f"{LABELLED} class --data.source classes.jsonl", "must be a text or a number, got a list"),
+    (f"{LABELLED} sum --data.source plain.jsonl", "label_kind must be one of 'class', 'classes', 'number'"),
+    (f"{LABELLED} classes --data.source plain.jsonl --data.columns.label_separator ab", "must be one character"),
+    (f"{LABELLED} class --data.source plain.jsonl --data.columns.pair none", "no column 'none' among text, label"),
+    ("evaluate number --data plain.jsonl", "must be a finite number, got 'x'"),
+    ("evaluate classes --data unknown.jsonl", "class 'new' is not in the training part"),
+    ("evaluate pair --data number.jsonl", "no column 'other' among text, label"),
+    ("export number out", "bert gives no scaled number"),
+    ("baseline --data.source number.jsonl --data.columns.label label --data.columns.label_kind number",
+     "the baseline is for documents with one text and one class"),
+    ("predict pair one", "TEXT must be given twice for each, got 1"),
+    ("predict pair --input -", "line 1 must have two texts with a tab between them"),
+    ("predict number --input plain.jsonl --pair_column other", "pair_column is for --input and a run on pairs"),
+    ("predict lm one", "predict needs a run of task classify or masked_lm, got lm"),
+    ("predict masked one", "must have a [MASK], the place of a token to predict"),
+    # shards
+    ("data shard lines.txt --output tokens", "already exists; choose a new name"),
+    ("data shard lines.txt --output out --processes 0", "processes must be at least 1, got 0"),
+    ("data shard lines.txt --output out --validation_fraction 1e-9 --tokenizer byte", "the validation part has no doc"),
+    ("data shard lines.txt --output out --tokenizer_file none.json", "is not a readable tokenizer"),
+    ("data shard lines.txt --output out --columns.text x", "named columns need a table"),
+    ("data shard lines.txt --output lines.txt/x --tokenizer byte", "File exists"),
+    ("train --data.source tokens", "must be a multiple of 4 bytes, got 5"),
+    ("train --data.source ends --data.packed true", "train-00000.ends does not belong to train-00000.tokens"),
+    ("train --data.mixture [1]", "data.mixture"),
+    ("train --data.mixture {\"none\":1}", "there is no train.tokens or train-00000.tokens"),
+    ("train --data.mixture {\"tokens\":.nan}", "must be a finite number above 0, got nan"),
+    ("train --data.source lines.txt --data.order sorted", "data.order must be one of 'random', 'shuffle'"),
+    # generation, conversations, preferences, optimizers
+    ("generate lm --prompt line --samples 2 --seed 9223372036854775807", "seed + samples must be at most 2**63"),
+    ("generate lm --prompt line --samples 0", "samples must be at least 1, got 0"),
+    ("generate lm --input none.txt", "is neither a file, a folder"),
+    ("generate chat --prompt <|im_end|>", "prompt"),
+    ("train --task chat --data.source marked.jsonl --data.columns.target target --data.tokenizer byte",
+     "a message holds '<|im_start|>', a mark of the chat template"),
+    (f"train --task chat {ANSWERS} --data.chat_template none",
+     "needs --start, a model whose vocabulary has its marks"),
+    (f"train --start chat --task chat {ANSWERS} --data.chat_template none",
+     "must be auto, chatml, llama3, gemma or a folder with tokenizer_config.json"),
+    (PREFER, "has no pairs of answers"),
+    (f"{PREFER} --data.columns.rejected rejected --preference_beta 0", "preference_beta must be above 0"),
+    ("train --data.source lines.txt --optim.cautious_decay maybe", "optim.cautious_decay must be bool"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "problem"), CASES, ids=[command[:60] for command, _ in CASES])
+def test_one_line_says_what_is_wrong(place, monkeypatch, capsys, command, problem):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one text without a tab\n")))
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    argv = [*command.split(), *(["--run", "new", "--accelerator", "cpu"] if command.startswith("train") else [])]
+    if command.startswith("generate chat"):
+        argv[-1] = "an <|im_end|> inside a prompt"
+        problem = "a message holds '<|im_end|>'"
+    assert main(argv) == 2
+    written = capsys.readouterr()
+    errors = [line for line in written.err.splitlines() if line.startswith("fastattn: error: ")]
+    assert len(errors) == 1
+    assert problem in errors[0]
+    assert written.out == ""
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_numbers_outside_the_vocabulary_end_the_training_with_one_line(place, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(place)
+    options = ["--model.block_size", "8", "--steps", "1", "--tensorboard", "false", "--run", str(tmp_path / "run")]
+    assert main(["train", "--data.source", "numbers", *options, "--sample_tokens", "0"]) == 2
+    assert "a number is not in the vocabulary, a file is damaged" in capsys.readouterr().err
+
+
+def test_standard_input_without_a_line_is_refused(place, monkeypatch, capsys):
+    for command in (["predict", "number"], ["generate", "lm"]):
+        monkeypatch.chdir(place)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert main([*command, "--input", "-"]) == 2
+        assert "must have at least one line, got none from standard input" in capsys.readouterr().err
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    rows=st.lists(st.fixed_dictionaries({"text": VALUES, "label": VALUES, "other": VALUES}), min_size=1, max_size=3),
+    kind=st.sampled_from(["class", "classes", "number"]),
+    columns=st.sampled_from([{}, {"pair": "other"}, {"target": "other"}, {"messages": "other"}]),
+)
+def test_any_table_is_read_or_refused_in_one_line(tmp_path_factory, rows, kind, columns):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = Columns(label="label", label_kind=kind, **columns)
+    documents, reason = None, ""
+    try:
+        documents = read_documents(str(path), columns)["all"]
+    except UsageError as error:
+        reason = str(error)
+    assert documents or "any.jsonl, line " in reason
+    if not documents:
+        return
+    assert len(documents) == len(rows)
+    for field, column in columns_read(columns).items():
+        for got, row in zip(getattr(documents, field), rows, strict=True):
+            value = row[column]
+            if field == "labels" and kind == "number":
+                assert got == float(value)
+            elif field == "labels" and kind == "classes":
+                names = value if isinstance(value, list) else str(value).split(",")
+                assert got == tuple(sorted({str(name).strip() for name in names} - {""}))
+            elif field == "labels":
+                assert got == str(value).strip()
+            elif columns.messages is None:
+                assert got == str(value)
