@@ -162,6 +162,17 @@ struct GemvArgs {
 constexpr int64_t kGemvGroup = 16;     // columns of a task
 FASTATTN_DECLARE_CPU(gemv, GemvArgs);  // tasks
 
+// The same in bfloat16, whose bits these are, without scale and residual.
+struct FewRowsArgs {
+  const uint16_t *x, *weight;  // (m, k), (n, k)
+  const uint16_t* bias;        // (n), or null
+  uint16_t* y;
+  int64_t m, n, k;
+  int64_t x_row, weight_row, y_row;
+  std::atomic<bool>* failed;  // out of memory
+};
+void few_rows_avx512bf16(const FewRowsArgs& args, int64_t begin, int64_t end);  // tasks of kGemvGroup columns
+
 // Attention. Sizes and strides count elements; the last stride is 1. Packed sequences: batch stride 0, row b of
 // cu_seqlens says where sequence b begins.
 struct HeadTensor {

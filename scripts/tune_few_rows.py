@@ -42,9 +42,9 @@ def text(old, table, capability, machine):
     """
     line = f"{capability}: measured on {machine}."
     kept = [entry for entry in old.splitlines() if not entry.startswith(f"{capability}: ")]
-    end = kept.index('"""')
+    end, at = kept.index('"""'), next(i for i, entry in enumerate(kept) if entry.startswith("MOST_ROWS = "))
     entries = ", ".join(f'"{name}": {rows}' for name, rows in table.items())
-    return "\n".join([*kept[:end], line, *kept[end:-1], f"MOST_ROWS = {{{entries}}}", ""])
+    return "\n".join([*kept[:end], line, *kept[end:at], f"MOST_ROWS = {{{entries}}}", *kept[at + 1 :], ""])
 
 
 def measure(ours, other, rows, shape, between, rounds):

@@ -7,7 +7,8 @@
 //
 // All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
 // read weights of fp32, bf16 or int8 as they lie; for more rows fp32 weights go to our blocked product or to torch's
-// library. With x in bf16, the weights and everything between the kernels are bf16 too, and the products are torch's.
+// library. With x in bf16, the weights and everything between the kernels are bf16 too, and the products of more rows
+// are torch's.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -187,12 +188,18 @@ class Layer {
   // y = x through a linear layer, plus residual if there is one. All are contiguous.
   void product(Linear which, const void* x, void* y, const void* residual) const {
     const GemvArgs& linear = linears_[which];
-    if (!is_bf16() && (tokens_ <= options_.most_few_rows || linear.type != WeightType::kFloat32)) {
+    constexpr int64_t kLeastBf16 = 1 << 18;  // elements, as LEAST_WEIGHT_BF16 of _few_rows_table.py
+    const bool few = tokens_ <= options_.most_few_rows && (!is_bf16() || linear.n * linear.k >= kLeastBf16);
+    if (!is_bf16() && (few || linear.type != WeightType::kFloat32)) {
       return few_rows(which, x, y, residual);
     }
     const void* bias = is_bf16() ? biases_[which] : linear.bias;
-    const bool ours = !is_bf16() && tokens_ <= options_.most_own_rows;
-    multiply(operand(x, tokens_, linear.k, dtype_), weight(which).t(), bias, false, ours, y);
+    if (few) {
+      few_rows_bf16(linear, bias, x, y);
+    } else {
+      const bool ours = !is_bf16() && tokens_ <= options_.most_own_rows;
+      multiply(operand(x, tokens_, linear.k, dtype_), weight(which).t(), bias, false, ours, y);
+    }
     if (residual) {
       add(y, residual, linear.n);
     }
@@ -281,6 +288,15 @@ class Layer {
     args.x_row = args.k;
     args.y_row = args.residual_row = args.n;
     run_gemv(args);
+  }
+
+  void few_rows_bf16(const GemvArgs& linear, const void* bias, const void* x, void* y) const {
+    const auto bits = [](const void* p) { return static_cast<const uint16_t*>(p); };
+    FewRowsArgs args{bits(x), bits(linear.weight), bits(bias), static_cast<uint16_t*>(y), tokens_, linear.n, linear.k};
+    args.x_row = linear.k;
+    args.weight_row = linear.weight_row;
+    args.y_row = linear.n;
+    run_few_rows(args);
   }
 
   void norm(int which, const void* x, const void* residual, void* r, void* y) const {

@@ -7,8 +7,8 @@ shape, which costs oneDNN 0.7 ms. Without AVX-512, MKL is as fast. Where MKL tak
 ours for part of the shapes: `_products_table.py` says which. Products dy · weight of one row stay with MKL,
 which is twice as fast there, because our kernel would pack the whole matrix.
 
-x · weightᵀ with few rows has a kernel of its own, which reads the weight as it lies, also in 16 or 8 bits (layer.py).
-`_few_rows_table.py` says up to how many rows it serves an fp32 weight.
+x · weightᵀ with few rows has kernels of its own, which read the weight as it lies: fp32, also times weights of 16 or 8
+bits (layer.py), and bf16 on processors with AVX512-BF16. `_few_rows_table.py` says up to how many rows they serve.
 
 On a processor without half-precision instructions, torch's loops take 2 to 120 times as long as a product in fp32 with
 its conversions; dy · weight is the slowest. Large products are therefore computed in fp32 and rounded once.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from fastattn._autocast import shielded
-from fastattn.ops._few_rows_table import MOST_ROWS
+from fastattn.ops._few_rows_table import LEAST_WEIGHT_BF16, MOST_ROWS, MOST_ROWS_BF16
 from fastattn.ops._products_table import OURS_UP_TO
 from fastattn.ops._register import register_fake, traced_backend
 
@@ -86,17 +86,25 @@ def products_key(capability):
 
 _has_kernel = False
 _up_to = dict.fromkeys(("y", "dx", "dw", "any"), _ANY)  # product → rows of x up to which ours is used
-_most_rows = 0  # of x, up to which `few_rows` serves x · weightᵀ in fp32
+_most_rows = 0  # of x, up to which a kernel for few rows serves x · weightᵀ in fp32
+_most_rows_bf16 = 0  # the same in bf16
 
 
 def use_kernel(capability):
     """Set the instruction set of the CPU kernels, one of CPU_CAPABILITIES, or None if there are no CPU kernels."""
-    global _has_kernel, _most_rows, _up_to
+    global _has_kernel, _most_rows, _most_rows_bf16, _up_to
     _has_kernel = capability in ("avx512", "avx512bf16")
     if _has_kernel:
         found = OURS_UP_TO.get(products_key(capability), {"y": _ANY, "dx": _ANY, "dw": _ANY})
         _up_to = found | {"any": max(found.values())}
     _most_rows = MOST_ROWS.get(capability, 0)
+    # with AMX oneDNN's products are several times as fast; ours was not measured there
+    _most_rows_bf16 = MOST_ROWS_BF16 if capability == "avx512bf16" and not _has_amx() else 0
+
+
+def _has_amx():
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return check is None or check()
 
 
 def few_rows():
@@ -104,8 +112,10 @@ def few_rows():
     return _most_rows
 
 
-def most_rows():
-    """Up to how many rows of x the kernel for few rows, and then our other one, computes x · weightᵀ in fp32."""
+def most_rows(dtype=torch.float32):
+    """Up to how many rows of x the kernel for few rows, and then our other one, computes x · weightᵀ."""
+    if dtype == torch.bfloat16:
+        return _most_rows_bf16, 0
     return _most_rows, _up_to["y"] if _has_kernel else 0
 
 
@@ -123,10 +133,11 @@ def is_few(x, weight):
     """Whether the kernel for few rows computes x (..., k) · weightᵀ, of dense operands."""
     return (
         x.dim() > 0
-        and _fits(x, weight)  # first: while a program is exported, a comparison of sizes would become one of its guards
-        and x.numel() <= _most_rows * x.shape[-1]
+        and _fits(x, weight, x.dtype)  # first: while a program is exported, a comparison of sizes would become a guard
+        and x.numel() <= most_rows(x.dtype)[0] * x.shape[-1]
         and weight.dim() == 2
         and weight.stride(1) == 1
+        and (x.dtype == torch.float32 or weight.numel() >= LEAST_WEIGHT_BF16)
     )
 
 
@@ -140,11 +151,11 @@ def is_ours(product, rows, a, b):
     return _has_kernel and _fits(a, b) and (most == _ANY or rows <= most)
 
 
-def _fits(a, b):
+def _fits(a, b, dtype=torch.float32):
     return (
         a.is_cpu
-        and a.dtype == torch.float32
-        and b.dtype == torch.float32
+        and a.dtype == b.dtype == dtype
+        and (dtype == torch.float32 or dtype == torch.bfloat16)
         and type(a) in _PLAIN
         and type(b) in _PLAIN
         and not torch.compiler.is_exporting()

@@ -176,7 +176,7 @@ def encode_layer(
         RuntimeError: shapes or dtypes do not fit.
     """
     norms, linears, *options = layer
-    return _encode(x, norms, linears, mask, bias, causal, batch_first, *_gemm.most_rows(), *options)
+    return _encode(x, norms, linears, mask, bias, causal, batch_first, *_gemm.most_rows(x.dtype), *options)
 
 
 register_fake("layer_encode", lambda x, *_: x.new_empty(x.shape))

@@ -6,12 +6,14 @@ from memory_guard import guarded
 from oracle import FP32_EPS, assert_accurate
 from processes import run_tests
 
+from fastattn._native import cpu_capability
 from fastattn.ops._backends import why_not_available
 from fastattn.ops.layer import convert_linear, few_rows_linear
 
 pytestmark = pytest.mark.skipif(
     why_not_available("native", "cpu") is not None, reason=f"no C++ kernels: {why_not_available('native', 'cpu')}"
 )
+needs_bf16 = pytest.mark.skipif(cpu_capability() != "avx512bf16", reason="the processor has no AVX512-BF16")
 gemv = torch.ops.fastattn.gemv.native
 
 # (n, k): around vectors, groups of columns, chains; empty
@@ -82,10 +84,66 @@ def test_bits_depend_neither_on_threads_nor_on_the_other_rows(kind):
         torch.set_num_threads(threads)
 
 
+@needs_bf16
+@pytest.mark.parametrize("layout_w", ["dense", "gaps"])
+@pytest.mark.parametrize("layout_x", ["dense", "gaps", "columns apart"])
+def test_bf16_is_rounded_once(layout_x, layout_w):
+    for n, k in (*SIZES, (33, 2049), (70, 4096)):
+        for rows in (*ROWS, 16, 33, 48, 130):
+            x, bias = matrix(torch.randn(rows, k).bfloat16(), layout_x), guarded(torch.randn(n).bfloat16())
+            weight = matrix(torch.randn(n, k).bfloat16(), layout_w)
+            exact, terms = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+            for b, zero in ((bias, bias.double()), (None, torch.zeros(n, dtype=torch.float64))):
+                y = gemv(x, weight, None, b)
+                allowed = (exact + zero).abs() * 2**-8 + (terms + zero.abs()) * max(1, k) ** 0.5 * FP32_EPS
+                assert y.dtype == torch.bfloat16
+                assert ((y.double() - exact - zero).abs() <= allowed).all(), f"{rows} x {n} x {k}"
+
+
+@needs_bf16
+def test_bf16_bits_depend_neither_on_threads_nor_on_the_other_rows():
+    threads = torch.get_num_threads()
+    x, weight, bias = torch.randn(70, 2500).bfloat16(), torch.randn(200, 2500).bfloat16(), torch.randn(200).bfloat16()
+    try:
+        results = []
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(gemv(x, weight, None, bias))
+        assert all(torch.equal(results[0], result) for result in results[1:])
+        for rows in (slice(3, 4), slice(1, 20), slice(5, 40), slice(0, 50)):
+            assert torch.equal(gemv(x[rows], weight, None, bias), results[0][rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(5, 3)}, "weight must be bfloat16, as x is"),
+        ({"bias": torch.zeros(5)}, "bias must be contiguous bfloat16 of 5"),
+        ({"x": torch.zeros(2, 4, dtype=torch.bfloat16)}, "x must be bfloat16 of two dimensions and 3 columns"),
+        ({"scale": torch.zeros(5)}, "scale belongs to an int8 weight"),
+    ],
+)
+def test_bad_bf16_operands_are_named(change, message):
+    x, weight = torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(5, 3, dtype=torch.bfloat16)
+    arguments = {"x": x, "weight": weight, "scale": None, "bias": None} | change
+    with pytest.raises(RuntimeError, match=message):
+        gemv(*arguments.values())
+
+
+def test_bf16_without_its_instructions_is_refused():
+    if cpu_capability() != "avx512bf16":
+        x = torch.zeros(2, 3, dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match="AVX512-BF16"):
+            gemv(x, x, None, None)
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability):
     """If the processor lacks a set, its best one is used, which repeats the tests above."""
-    run_tests("fp64 and gaps-gaps or bits", __file__, FASTATTN_CPU_CAPABILITY=capability)
+    run_tests("fp64 and gaps-gaps or bits or instructions", __file__, FASTATTN_CPU_CAPABILITY=capability)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])

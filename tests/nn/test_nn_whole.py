@@ -75,7 +75,7 @@ def masks_for(kind, batch, seqlen, heads):
 def test_every_product_equals_fp64(calls, monkeypatch, most, norm_first):
     """Of a layer; how many rows go to the kernel for few rows, then to the other kernel, then to torch's library."""
     if most is not None:
-        monkeypatch.setattr(_gemm, "most_rows", lambda: most)
+        monkeypatch.setattr(_gemm, "most_rows", lambda *_: most)
     for bias in (True, False):
         layer, x = make(norm_first=norm_first, bias=bias), torch.randn(2, 13, 24)
         with torch.no_grad():
@@ -97,6 +97,47 @@ def test_equals_fp64(calls, kind, batch_first, norm_first):
             y = layer(x, **masks)
         assert len(calls) == 1
         torch.testing.assert_close(y.double(), in_fp64(layer, x, **masks), rtol=1e-4, atol=1e-4)
+
+
+def in_parts(layer, monkeypatch, *args, **kwargs):
+    """The layer by calls of its children."""
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr("fastattn.nn.encoder.encode", lambda *_: None)
+        return layer(*args, **kwargs)
+
+
+@pytest.mark.skipif(not _gemm.has_products(torch.bfloat16), reason="no fast products of bf16 on this processor")
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "float per head", "padding", "two floats"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_bf16_is_as_near_to_fp64_as_its_parts(calls, monkeypatch, kind, norm_first):
+    for d_model, d_ff, most in ((24, 40, None), (24, 40, 0), (513, 601, None)):
+        if most is not None:
+            monkeypatch.setattr(_gemm, "_most_rows_bf16", most)
+        layer = make(d_model, 3, d_ff, batch_first=True, norm_first=norm_first)
+        for p in layer.parameters():
+            torch.nn.init.normal_(p, std=0.3 if d_model < 100 else 0.05)
+        layer = layer.bfloat16()
+        for batch, seqlen in ((1, 1), (3, 7), (2, 65)):
+            x, masks = torch.randn(batch, seqlen, d_model).bfloat16(), masks_for(kind, batch, seqlen, 3)
+            masks = {k: v.bfloat16() if v is not True and v.dtype == torch.float32 else v for k, v in masks.items()}
+            calls.clear()
+            with torch.no_grad():
+                y = layer(x, **masks)
+            assert len(calls) == 1
+            assert y.dtype == torch.bfloat16
+            exact, parts = in_fp64(layer, x, **masks), in_parts(layer, monkeypatch, x, **masks)
+            error, theirs = ((found.double() - exact).square().mean().sqrt() for found in (y, parts))
+            assert error <= 1.5 * theirs + 2**-9 * exact.square().mean().sqrt()
+
+
+def test_bf16_goes_in_parts_with_gradients_or_mixed_weights(calls):
+    x = torch.randn(2, 5, 24).bfloat16()
+    assert make().bfloat16()(x).requires_grad
+    mixed = make().bfloat16()
+    mixed.norm1.float()
+    with torch.no_grad():
+        assert mixed(x).shape == x.shape
+    assert not calls
 
 
 def test_odd_sizes_strides_and_missing_parameters(calls):
@@ -133,7 +174,7 @@ def test_reads_no_memory_around_its_operands(calls):
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(_gemm, "most_rows", lambda: (20, 1000))  # torch's library may add in another order
+    monkeypatch.setattr(_gemm, "most_rows", lambda *_: (20, 1000))  # torch's library may add in another order
     before = torch.get_num_threads()
     layer = make(64, 4, 256)
     try:
