@@ -28,8 +28,8 @@ def _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa):
         if t.dim() < 2:
             raise ValueError(f"{_NAME}: {label} must have at least 2 dimensions, got shape {tuple(t.shape)}")
     if attn_mask is not None:
-        if attn_mask.dim() < 2:
-            raise ValueError(f"{_NAME}: attn_mask must have at least 2 dimensions, got shape {tuple(attn_mask.shape)}")
+        if attn_mask.dim() < 2:  # one value per key, or one for all
+            attn_mask = attn_mask[(None,) * (2 - attn_mask.dim())]
         if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) and not torch.is_autocast_enabled(
             query.device.type
         ):
@@ -152,8 +152,8 @@ def scaled_dot_product_attention(
     Args:
         query: (..., n_heads, seqlen_q, head_dim); key, value: (..., n_kv_heads, seqlen_k, head_dim or head_dim_v). All
             three may be nested tensors (batch, n_heads, seqlen, head_dim); this excludes attn_mask.
-        attn_mask: bool (True = attend), float32 or the dtype of query (added to the scores), at least 2 dimensions; or
-            a CausalBias of torch.nn.attention.bias for these lengths.
+        attn_mask: bool (True = attend), float32 or the dtype of query (added to the scores), of a shape that
+            broadcasts to the scores; or a CausalBias of torch.nn.attention.bias for these lengths.
         dropout_p: always applied, as in PyTorch: pass 0.0 in evaluation.
         is_causal: query i sees keys 0 to i (top-left); excludes attn_mask.
         scale: default 1/sqrt(head_dim).

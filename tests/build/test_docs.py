@@ -104,6 +104,21 @@ def test_named_files_exist():
     assert not missing
 
 
+@pytest.mark.parametrize("page", ["docs/torch-nn.md", "docs/flash-attn.md", "docs/architecture.md"])
+def test_every_difference_names_a_test_that_exists(page):
+    """In tables with a column "test". Names are looked up in the files of their cell and of the text before."""
+    path = re.compile(r"tests/\w+/\w+\.py")
+    found = [(before, row) for before, header, rows in tables(read(page)) if header[-1] == "test" for row in rows]
+    assert found
+    for before, row in found:
+        tests = re.findall(r"`((?:tests/|[Tt]est)[\w/.:]+)`", row[-1])
+        assert tests, f"{row[0]}: no test"
+        source = "".join(read(file) for file in {*path.findall(row[-1]), *path.findall(before)})
+        for name in "::".join(tests).split("::"):
+            if not path.fullmatch(name):
+                assert re.search(rf"(?:def|class) {name}\b", source), f"{row[0]}: there is no {name}"
+
+
 def test_speeds_are_those_of_the_result_files():
     """Each cell of docs/performance.md is in a result file linked above its table; a section has one machine."""
     checked = 0

@@ -567,6 +567,21 @@ class TestScaledDotProductAttention:
             with sdpa_kernel(kernel):
                 assert torch.equal(fastattn.scaled_dot_product_attention(q, q, q), expected)
 
+    @pytest.mark.parametrize("dims", [3, 4])
+    @pytest.mark.parametrize("mask", [torch.arange(L) > 1, torch.arange(float(L)), torch.tensor(2.0)])
+    def test_a_mask_may_have_fewer_than_two_dimensions(self, mask, dims):
+        """torch's math kernel serves it, the others raise IndexError."""
+        q = torch.randn(2, H, L, 8)[:, 0] if dims == 3 else torch.randn(2, H, L, 8)
+        q.requires_grad_()
+        mask = mask if mask.dtype == torch.bool else mask.clone().requires_grad_()
+        inputs = [t for t in (q, mask) if t.requires_grad]
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
+        got = fastattn.scaled_dot_product_attention(q, q, q, mask)
+        torch.testing.assert_close(got, expected)
+        grads = (torch.autograd.grad(out.square().sum(), inputs) for out in (got, expected))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("mask", [torch.ones(L, L, dtype=torch.bool), torch.zeros(L, L)], ids=["bool", "float"])
     def test_a_mask_beside_is_causal_raises(self, mask):
         """torch's documentation says so, but its kernel for the CPU accepts both."""

@@ -91,3 +91,15 @@ def test_exported_program_is_trained_on_other_sizes(name, named):
     for batch, length in ((5, 9), (2, 3)):
         sizes = 3 if named is LENGTH else batch, 6 if named is BATCH else length
         torch.testing.assert_close(trained(program, *inputs(*sizes)), trained(module, *inputs(*sizes)))
+
+
+def test_a_rotary_embedding_serves_the_rows_of_its_tables():
+    class WithoutPositions(nn.RotaryEmbedding):
+        def forward(self, x):
+            return super().forward(x)
+
+    rotary, x = WithoutPositions(4, max_seqlen=64), randn(2, 3, 6, 4)
+    with pytest.raises(torch._dynamo.exc.UserError, match=r"max=64"):
+        torch.export.export(rotary, (x,), dynamic_shapes=({2: Dim("length")},))
+    program = torch.export.export(rotary, (x,), dynamic_shapes=({2: Dim("length", max=64)},)).module()
+    torch.testing.assert_close(program(randn(2, 3, 64, 4)), rotary(randn(2, 3, 64, 4)))
