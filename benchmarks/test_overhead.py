@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, verify_equal
 
-import fastattn
+import fastattn.nn
 
 CALLS = 100
 
@@ -48,6 +48,20 @@ def test_layer_norm_forward_backward(compare, tiny):
             "fastattn": both(lambda: fastattn.layer_norm(x, weight, bias)),
         }
     )
+
+
+def test_encoder_layer_step(compare):
+    """Forward and backward of a layer of width 16 on two tokens."""
+    x = torch.randn(1, 2, 16, device=DEVICE)
+    dy = torch.randn_like(x)
+
+    def both(layers):
+        torch.manual_seed(0)
+        layer = layers.TransformerEncoderLayer(16, 1, 64, 0.0, "gelu", batch_first=True, device=DEVICE)
+        parameters = list(layer.parameters())
+        return repeated(lambda: torch.autograd.grad(layer(x), parameters, dy))
+
+    compare({"torch": both(torch.nn), "fastattn": both(fastattn.nn)})
 
 
 def test_attention_decode(compare):

@@ -1,8 +1,8 @@
 // Matrix product in fp32: c (m, n) = a (m, k) · b (k, n), plus a bias per column or plus what c holds.
 //
 // Blocked: a task owns a block of rows and a panel of kPanel columns. It packs its panel of b, kDepth rows of b at a
-// time, as [k][kColumns] strips that stay in the second cache, and reads a by broadcasts: in place if the rows of a are
-// contiguous, else packed as [k][kRows]. A register block is kRows x kColumns.
+// time, as [k][kColumns] strips that stay in the second cache, and reads a by broadcasts: in place, or a transposed a
+// with far strides packed as [k][kRows]. A register block is kRows x kColumns.
 //
 // Few rows: a is packed transposed, so that its rows are vector lanes, and b is read by broadcasts in place, which a
 // weight matrix (n, k) allows without a copy. One row is a dot product for each column.
@@ -74,7 +74,7 @@ void pack_strip(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int
 // dst[block][k][kRows] = a(first + row, k): for a whose columns are contiguous. A few values of k at a time go through
 // all blocks, so that a line of a is read once.
 void pack_rows(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int64_t first, int64_t rows) {
-  constexpr int64_t kAtOnce = 16;
+  constexpr int64_t kAtOnce = 8;  // rows of a that lie 4 KiB apart share the ways of one set of the first cache
   for (int64_t begin = 0; begin < depth; begin += kAtOnce) {
     const int64_t end = least(depth, begin + kAtOnce);
     for (int64_t r = 0; r < rows; r += kRows) {
@@ -98,8 +98,8 @@ void pack_rows(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int6
 
 enum class Store { kSet, kSetBias, kAdd };
 
-// c (R, cols) = [bias or c] + a · b over `depth`; cols <= kColumns.
-template <bool kPacked, int R>
+// c (R, cols) = [bias or c] + a · b over `depth`; cols <= kColumns. Transposed, a(r, k) is a[k * lda + r].
+template <bool kTransposed, int R>
 inline void register_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
                            int64_t ldc, int64_t cols, const float* bias, Store store) {
   Vec acc[R][kColumnVecs];
@@ -110,7 +110,7 @@ inline void register_block(const float* a, int64_t lda, const float* b, int64_t 
       acc[r][x] = Vec::fill(0.f);
     }
   }
-  accumulate<false, kPacked>(a, kPacked ? kRows : lda, b, ldb, depth, acc);
+  accumulate<false, kTransposed>(a, lda, b, ldb, depth, acc);
   if (cols == kColumns) {
 #pragma GCC unroll 4
     for (int x = 0; x < kColumnVecs; ++x) {
@@ -138,29 +138,36 @@ inline void register_block(const float* a, int64_t lda, const float* b, int64_t 
   }
 }
 
-template <bool kPacked>
+template <bool kTransposed>
 void row_block(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
                int64_t ldc, int64_t cols, const float* bias, Store store) {
   switch (rows) {
     case 6:
-      return register_block<kPacked, 6>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+      return register_block<kTransposed, 6>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
     case 5:
-      return register_block<kPacked, 5>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+      return register_block<kTransposed, 5>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
     case 4:
-      return register_block<kPacked, 4>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+      return register_block<kTransposed, 4>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
     case 3:
-      return register_block<kPacked, 3>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+      return register_block<kTransposed, 3>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
     case 2:
-      return register_block<kPacked, 2>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+      return register_block<kTransposed, 2>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
     default:
-      return register_block<kPacked, 1>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
+      return register_block<kTransposed, 1>(a, lda, b, ldb, depth, c, ldc, cols, bias, store);
   }
 }
 
-// Tasks [begin, end) of the blocked product. Tasks that follow each other share the rows of a where a is packed, else
-// the panel of b.
+// Whether a transposed a is read where it lies. A line of it is then fetched for each six of its 16 rows. That pays
+// unless the lines lie so far apart that they displace each other, or so many panels read them that packing does.
+bool reads_in_place(const GemmArgs& args) {
+  constexpr int64_t kNear = 512, kFar = 2048, kFewPanels = 8;
+  return args.a_col <= kNear || (args.a_col <= kFar && args.n <= kFewPanels * kPanel);
+}
+
+// Tasks [begin, end) of the blocked product. Tasks that follow each other share the rows of a transposed a, else the
+// panel of b.
 void blocked(const GemmArgs& args, int64_t begin, int64_t end) {
-  const bool packs_a = args.a_col != 1;
+  const bool transposed = args.a_col != 1, packs_a = transposed && !reads_in_place(args);
   const int64_t panels = (args.n + kPanel - 1) / kPanel, blocks = (args.m + args.rows - 1) / args.rows;
   const int64_t panel_floats = kDepth * kPanel;
   float* panel = scratch(panel_floats + (packs_a ? args.rows * kDepth + kVec : 0));
@@ -174,7 +181,7 @@ void blocked(const GemmArgs& args, int64_t begin, int64_t end) {
     const Store store = k0 > 0 || args.add ? Store::kAdd : args.bias ? Store::kSetBias : Store::kSet;
     int64_t panel_in = -1, block_in = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t p = packs_a ? task % panels : task / blocks, s = packs_a ? task / panels : task % blocks;
+      const int64_t p = transposed ? task % panels : task / blocks, s = transposed ? task / panels : task % blocks;
       const int64_t n0 = p * kPanel, cols = least(kPanel, args.n - n0);
       const int64_t r0 = s * args.rows, rows = least(args.rows, args.m - r0);
       if (p != panel_in) {
@@ -194,8 +201,10 @@ void blocked(const GemmArgs& args, int64_t begin, int64_t end) {
           float* c = args.c + (r0 + r) * args.c_row + n0 + n;
           const float* bias = args.bias ? args.bias + n0 + n : nullptr;
           const int64_t width = least(kColumns, cols - n);
-          if (packs_a) {
-            row_block<true>(count, packed + r * depth, 0, strip, kColumns, depth, c, args.c_row, width, bias, store);
+          if (transposed) {
+            const float* a = packs_a ? packed + r * depth : args.a + k0 * args.a_col + r0 + r;
+            const int64_t lda = packs_a ? kRows : args.a_col;
+            row_block<true>(count, a, lda, strip, kColumns, depth, c, args.c_row, width, bias, store);
           } else {
             row_block<false>(count, args.a + (r0 + r) * args.a_row + k0, args.a_row, strip, kColumns, depth, c,
                              args.c_row, width, bias, store);

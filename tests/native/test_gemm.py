@@ -127,3 +127,17 @@ def test_opcheck():
         a, b, *_ = operands(5, 6, 7, *ways, "dense", "dense")
         torch.library.opcheck(gemm, (a, b, torch.randn(6), *ways))
         torch.library.opcheck(gemm_add, (torch.randn(5, 6), a, b, *ways))
+
+
+@pytest.mark.parametrize("n", [7, 130])
+def test_a_transposed_operand_gives_the_same_bits_wherever_its_lines_lie(n):
+    """Near each other, the kernel reads it in place; far apart it packs it; the last rows end at the end of memory."""
+    rng = torch.Generator().manual_seed(0)
+    wide, x = torch.randn(400, 2100, generator=rng), torch.randn(400, n, generator=rng)
+    for first in (0, 2000):
+        dy = wide[:, first : first + 100]
+        near, far = dy.contiguous(), dy
+        expected = (dy.double().t() @ x.double()).float()
+        found = [torch.ops.fastattn.gemm.native(a, x, None, True, False) for a in (near, far)]
+        assert torch.equal(*found)
+        torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
