@@ -25,7 +25,7 @@ fi
 export FASTATTN_PYTHONS FASTATTN_NATIVE=1 FASTATTN_CUDA=${FASTATTN_CUDA:-1}
 
 say "source distribution"
-"$tools/python" -m build --sdist --outdir "$scratch" . >"$scratch/sdist.log" || { cat "$scratch/sdist.log" && exit 1; }
+"$tools/python" -m build --sdist --outdir "$scratch" . >"$scratch/sdist.log" 2>&1 || { cat "$scratch/sdist.log" && exit 1; }
 say "building a wheel from it"
 "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps -w "$scratch" "$scratch"/fastattn-*.tar.gz
 wheel=$(echo "$scratch"/fastattn-*.whl)
@@ -36,9 +36,10 @@ esac
 # the libraries of PyTorch come with PyTorch, and those of the package are in the wheel
 PATH=$tools:$PATH "$tools/auditwheel" repair --plat "manylinux_2_28_$(uname -m)" --only-plat --exclude 'libtorch*' \
   --exclude 'libfastattn*' --wheel-dir "$scratch/release" "$wheel"
-mv "$scratch"/fastattn-*.tar.gz "$scratch/release"
-"$tools/twine" check --strict "$scratch"/release/*
-wheel=$(echo "$scratch"/release/*.whl)
+mkdir -p dist
+mv "$scratch"/fastattn-*.tar.gz "$scratch"/release/*.whl dist/
+wheel=dist/$(basename "$wheel" | sed 's/-linux_/-manylinux_2_28_/')
+"$tools/twine" check --strict "$wheel" dist/fastattn-*.tar.gz
 "$python" -m zipfile -l "$wheel" | grep -E '\.(so|json)|METADATA|py\.typed'
 
 scripts/check_wheel.sh "$wheel"
@@ -48,6 +49,4 @@ if "$tools/python" -m pip install --quiet --disable-pip-version-check torch-abi-
 else
   say "torch-abi-audit cannot be installed: skipping this check"
 fi
-mkdir -p dist
-mv "$scratch"/release/* dist/
-say "dist/${wheel##*/}"
+say "$wheel"

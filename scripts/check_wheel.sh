@@ -17,7 +17,7 @@ fresh=$scratch/venv/bin/python
 if [ $# -gt 2 ]; then
   "$fresh" -m pip install --quiet --disable-pip-version-check "${@:3}" numpy
 else
-  "$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+  "$python" -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")' \
     >"$(echo "$scratch"/venv/lib/python3*/site-packages)/torch.pth"
 fi
 "$fresh" -m pip install --quiet --disable-pip-version-check --no-deps "$wheel"

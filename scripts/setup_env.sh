@@ -184,7 +184,7 @@ if [ -z "${CI:-}" ] || ! try_pip_install uv || ! "$python" -m uv pip install --q
   pip_install "${packages[@]}"
 fi
 wait "$compiling" || true # the installation compiles what is left, and says why it cannot
-pip_install --no-build-isolation -e ".${extras:+[$extras]}"
+pip_install --no-build-isolation --no-deps -e .
 "$python" - <<'END'
 import json
 
