@@ -53,7 +53,7 @@ def test_a_new_page_is_in_the_navigation(site, tmp_path):
 
 
 def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "api/ops.html").read_text()

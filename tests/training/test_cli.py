@@ -1,5 +1,6 @@
 """The command line: the path from text to text, and the message for every mistake."""
 
+import html
 import json
 import os
 import re
@@ -106,6 +107,10 @@ def test_train_evaluate_generate(folder, capsys):
     assert main(arguments) == 0
     assert (folder / "elsewhere" / "attention.png").stat().st_size > 0
     assert "attention.png" in (folder / "elsewhere" / "report.md").read_text()
+    page = (folder / "elsewhere" / "report.html").read_text()
+    assert re.findall('<img alt="([^"]*)"', page) == ["Loss curve", "Attention map"]
+    assert "steps: 6\n" in page  # the settings of the run
+    assert (run / "sample.txt").read_text()[:20] in html.unescape(page)
     capsys.readouterr()
 
     texts = []
