@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import sys
+import types
 import unicodedata
 
 import pytest
@@ -120,6 +121,32 @@ def test_hugging_face_data_set(tmp_path):
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "set")
     parts = read_documents(f"hf:{tmp_path / 'set'}", LABELLED)
     assert parts == {"train": Documents(["a", "b"], labels=["yes", "no"])}
+
+
+class Rows(list):
+    """A data set of the package `datasets`, as far as it is read."""
+
+
+def test_classes_and_messages_of_a_hugging_face_data_set(monkeypatch):
+    names = types.SimpleNamespace(names=["no", "yes"])
+    rows = Rows([{"text": "a", "label": [1, 0], "chat": [{"role": "assistant", "content": "x"}]}])
+    package = types.SimpleNamespace(Dataset=Rows, load_dataset=lambda name: rows)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    for feature, kind, value, expected in (
+        (names, "class", 1, "yes"),
+        (types.SimpleNamespace(feature=names), "classes", [1, 0], ("no", "yes")),
+        (None, "classes", ["b", "a"], ("a", "b")),
+        (None, "number", 2.5, 2.5),
+    ):
+        rows.features, rows[0]["label"] = {"label": feature}, value
+        documents = read_documents("hf:any", Columns(label="label", label_kind=kind))["all"]
+        assert documents == Documents(["a"], labels=[expected])
+    rows[0]["label"] = -1
+    rows.features = {"label": names}
+    with pytest.raises(UsageError, match="hf:any all, row 1: column 'label' is empty"):
+        read_documents("hf:any", LABELLED)
+    chats = read_documents("hf:any", Columns(messages="chat"))["all"].texts
+    assert chats == ['[["assistant", "x"]]']
 
 
 def test_hugging_face_without_the_package(monkeypatch):

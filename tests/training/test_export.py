@@ -8,7 +8,7 @@ from training_cases import TEXT, numbers, table_config, tiny_config, tiny_model,
 
 import fastattn
 from fastattn.cli import main
-from fastattn.training.config import DataConfig
+from fastattn.training.config import Columns, DataConfig
 from fastattn.training.data.tokenizer import SPECIALS, build_tokenizer
 from fastattn.training.data.tokenizer_export import convert_tokenizer
 from fastattn.training.runs.train import train
@@ -87,6 +87,25 @@ def test_encoders_in_transformers(tmp_path, capsys):
     code, error = export(make_run(tmp_path, "translate"), tmp_path / "other", capsys)
     assert code == 2
     assert "--format onnx writes any model" in error
+
+
+@torch.no_grad()
+def test_a_classifier_of_pairs_with_several_classes_in_transformers(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    table, run = tmp_path / "table.jsonl", tmp_path / "run"
+    rows = [{"text": f"one {i}", "pair": f"two {i % 7}", "label": ["red"] * (i % 2) + ["blue"]} for i in range(60)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = table_config("classify", run, table, model=tiny_model(pooling="pooler", **BERT), steps=2, evaluate_every=2)
+    config.data.columns = Columns(label="label", label_kind="classes", pair="pair")
+    with torch.enable_grad():
+        assert train(config) == 0
+    assert export(run, tmp_path / "out", capsys)[0] == 0
+    ours = fastattn.load_run(run)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.problem_type == "multi_label_classification"
+    batch = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("one 7", "two 3", return_tensors="pt")
+    expected = ours.task.predict(ours.model, ["one 7"], ["two 3"])
+    torch.testing.assert_close(theirs(**batch).logits.sigmoid(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["lm", "masked_lm", "classify", "translate"])

@@ -261,7 +261,9 @@ def test_options_that_a_task_does_not_read_are_refused(values, message):
     "data", [{"columns": Columns(text="body")}, {"columns": Columns(label="label")}, {"unit": "paragraph"}]
 )
 def test_settings_of_documents_are_refused_for_a_text(data):
-    with pytest.raises(UsageError, match=r"data\.\w+ must be left out for a text; --data\.packed true reads documents"):
+    with pytest.raises(
+        UsageError, match=r"data\.[\w.]+ must be left out for a text; --data\.packed true reads documents"
+    ):
         TextData(DataConfig(**data))
 
 

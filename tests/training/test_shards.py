@@ -12,7 +12,7 @@ from training_cases import assert_same_run, column, tiny_config, tiny_model
 from fastattn.cli import main
 from fastattn.training.config import Columns, DataConfig
 from fastattn.training.data.order import WindowOrder, permute
-from fastattn.training.data.shards import part_of
+from fastattn.training.data.shards import _Writer, part_of
 from fastattn.training.data.sources import read_documents
 from fastattn.training.data.stream import stream_texts
 from fastattn.training.data.token_folder import Shards, open_token_folder
@@ -107,6 +107,14 @@ def test_shards_hold_the_documents_whatever_the_processes(corpus, tmp_path, caps
     report = json.loads((one / "data.json").read_text())
     assert report["train"]["tokens"] == len(folder.splits["train"])
     assert report["train"]["documents"] + report["validation"]["documents"] == 300
+
+
+def test_a_document_that_waits_keeps_only_itself_in_memory(tmp_path):
+    writer = _Writer(tmp_path, "validation", 100, None)
+    batch = np.arange(10**6, dtype=np.int32)
+    for piece in np.split(batch, [3]):
+        writer.add(piece[:50])
+    assert sum(piece.nbytes if piece.base is None else piece.base.nbytes for piece in writer.pieces) == 4 * 53
 
 
 def test_several_tensors_are_read_as_one():

@@ -25,13 +25,13 @@ def read_parquet(path, columns):
         for batch in file.iter_batches(columns=wanted):
             for values in batch.to_pylist():
                 number += 1
-                yield Row(f"{path}, row {number}", list(values), [_as_json(value) for value in values.values()])
+                yield Row(f"{path}, row {number}", list(values), [as_json(value) for value in values.values()])
     except (ArrowException, OSError) as error:
         raise UsageError(f"source {str(path)!r} is not a readable Parquet file: {error}") from None
 
 
-def _as_json(value):
+def as_json(value):
     """A value in the form of the JSON reader, where an object is a list of its pairs."""
     if isinstance(value, dict):
-        return [(name, _as_json(item)) for name, item in value.items()]
-    return [_as_json(item) for item in value] if isinstance(value, list) else value
+        return [(name, as_json(item)) for name, item in value.items()]
+    return [as_json(item) for item in value] if isinstance(value, list) else value

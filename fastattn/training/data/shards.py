@@ -74,7 +74,7 @@ class _Writer:
         self.facts = {"documents": 0, "tokens": 0, "unknown": 0, "shards": 0}
 
     def add(self, numbers):
-        self.pieces.append(numbers)
+        self.pieces.append(numbers.copy())  # a view would keep the other documents of its batch in memory
         self.held += len(numbers)
         if self.held >= self.shard_tokens:
             self.flush()

@@ -8,7 +8,7 @@ from ..config import MIXTURE, Columns
 from ..messages import UsageError, warn
 from . import builtin
 from .documents import PARTS, Documents
-from .parquet import read_parquet
+from .parquet import as_json, read_parquet
 from .reading import TABLES, lines_of, paragraphs_of, read_file, suffix_of, visible_files
 from .tables import Row, read_rows, table_documents
 from .text import find_data
@@ -131,20 +131,23 @@ def _hugging_face(name, columns):
         raise UsageError(f"source 'hf:{name}' cannot be loaded: {type(error).__name__}: {error}") from None
     if isinstance(loaded, datasets.Dataset):
         loaded = {"all": loaded}
-    parts = {}
-    for part, rows in loaded.items():
-        feature = rows.features.get(columns.label) if columns.label else None
-        names = getattr(feature, "names", None)  # classes are stored as numbers; -1 stands for a missing one
-        numbered = (
-            {**row, columns.label: names[n] if n is not None and n >= 0 else None} if names else row
-            for row, n in ((row, row.get(columns.label)) for row in rows)
-        )
-        table = (
-            Row(f"hf:{name} {part}, row {number}", list(row), list(row.values()))
-            for number, row in enumerate(numbered, 1)
-        )
-        parts[part] = table_documents(table, columns)
-    return parts
+    return {
+        part: table_documents(_hugging_face_rows(name, part, rows, columns), columns) for part, rows in loaded.items()
+    }
+
+
+def _hugging_face_rows(name, part, rows, columns):
+    feature = rows.features.get(columns.label) if columns.label else None
+    names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+
+    def named(value):  # classes are stored as numbers; -1 stands for a missing one
+        if isinstance(value, list):
+            return [named(item) for item in value]
+        return names[value] if value is not None and value >= 0 else None
+
+    for number, row in enumerate(rows, 1):
+        values = [named(value) if names and key == columns.label else as_json(value) for key, value in row.items()]
+        yield Row(f"hf:{name} {part}, row {number}", list(row), values)
 
 
 def _sst2():

@@ -205,7 +205,10 @@ def build_tokenizer(kind, texts, train_texts, vocab_size, specials=(), strip_acc
         exact: whether decode(encode(text)) is the text.
     """
     if kind == "char":
-        return CharTokenizer("".join(sorted(set().union(*texts))), specials)
+        characters = set()
+        for text in texts:  # one at a time: they may be larger than memory
+            characters.update(text)
+        return CharTokenizer("".join(sorted(characters)), specials)
     if kind == "byte":
         return ByteTokenizer(specials)
     return LearntTokenizer.train(kind, train_texts, vocab_size, specials, strip_accents)

@@ -25,9 +25,13 @@ class TextData:
     """
 
     def __init__(self, config, tokenizer=None, expected=None):
-        for name in ("unit", "columns"):
-            got, default = getattr(config, name), getattr(DataConfig(), name)
-            expect(got == default, f"data.{name}", "left out for a text; --data.packed true reads documents", got)
+        default = DataConfig()
+        settings = [("unit", config.unit, default.unit)]
+        settings += [
+            (f"columns.{name}", value, getattr(default.columns, name)) for name, value in vars(config.columns).items()
+        ]
+        for name, got, usual in settings:
+            expect(got == usual, f"data.{name}", "left out for a text; --data.packed true reads documents", got)
         text = read_text(config.source)
         self.summary = {"source": config.source, "characters": len(text), "sha256": fingerprint(text)}
         check_summary(self.summary, expected)
