@@ -77,7 +77,9 @@ def philox_keep(rng, dropout_p, row, slab, cols):
     Returns: bool (*broadcast(row, slab).shape, cols).
     """
     row, slab = torch.broadcast_tensors(row, slab)
-    group = torch.arange((cols + 7) // 8, device=rng.device)
+    group = torch.arange(
+        cols // 8 + 2, device=rng.device
+    )  # at least 2: a recorded graph would be bound to a single one
     seed, offset = rng[0], rng[1]
     words = philox4x32(
         (group, (row & _U32)[..., None], (slab & _U32)[..., None], offset & _U32),
@@ -85,7 +87,9 @@ def philox_keep(rng, dropout_p, row, slab, cols):
     )
     words = torch.stack(words, dim=-1)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return (halves >= dropout_threshold(dropout_p)).flatten(-3)[..., :cols]
+    keep = (halves >= dropout_threshold(dropout_p)).flatten(-3)
+    # with a symbolic number of columns, a slice would compare sizes and bind a recorded graph to the outcome
+    return keep[..., torch.arange(cols, device=rng.device) if isinstance(cols, torch.SymInt) else slice(cols)]
 
 
 def dropout(x, dropout_p, residual=None, rng=None, x_bias=None):

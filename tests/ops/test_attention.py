@@ -144,7 +144,7 @@ def test_sdpa_grouped_heads_and_layout():
     "change",
     [
         {"attn_mask": torch.ones(5, 7, dtype=torch.bool), "is_causal": True},
-        {"attn_mask": torch.ones(7, dtype=torch.bool)},
+        {"attn_mask": torch.ones(6, dtype=torch.bool)},
         {"attn_mask": torch.ones(5, 7, dtype=torch.float64)},
         {"attn_mask": torch.ones(5, 7, dtype=torch.int32)},
         {"attn_mask": torch.ones(5, 6, dtype=torch.bool)},
