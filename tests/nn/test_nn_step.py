@@ -282,12 +282,13 @@ def test_the_raw_ops_check_their_operands():
     fwd, bwd = (getattr(torch.ops.fastattn, f"layer_encode_{name}").native for name in ("fwd", "bwd"))
     rest = (0.1, 0.1, 0.1, 0.1, False, True, 0, 0, 0, 0, 3, False, 0, 1e-5, 1e-5)
     inputs = (x, norms, linears, None, None, rng, *rest)
-    y, kept = fwd(*inputs)
-    for op, args in ((fwd, inputs), (bwd, (y, kept, True, *inputs))):
+    y, *kept = fwd(*inputs)
+    for op, args in ((fwd, inputs), (bwd, (y, *kept, True, *inputs))):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
     for wrong in (rng[:3], rng.int(), None):
         with pytest.raises(RuntimeError, match="rng"):
             fwd(x, norms, linears, None, None, wrong, *rest)
-    for dy, saved in ((y[0], kept), (y.double(), kept), (y, kept[:5]), (y, kept.t())):
+    qkv, preact, others = kept
+    for dy, *saved in ((y[0], *kept), (y.double(), *kept), (y, qkv[:5], *kept[1:]), (y, qkv, preact.t(), others)):
         with pytest.raises(RuntimeError, match="layer"):
-            bwd(dy, saved, True, *inputs)
+            bwd(dy, *saved, True, *inputs)
