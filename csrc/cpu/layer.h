@@ -48,15 +48,14 @@ inline float* layer_tensor(const Tensor& t, const std::vector<int64_t>& sizes, c
   return static_cast<float*>(const_cast<void*>(data_of(t)));
 }
 
-// Memory of one call. Up to kMostKept bytes stay with the thread for its next call: malloc returns blocks of this size
+// Memory of one call. Up to most_kept bytes stay with the thread for its next call: malloc returns blocks of this size
 // to the kernel, and the next call would fault them in again, page by page.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) {
-    constexpr int64_t kMostKept = 1 << 25;
+  explicit Scratch(int64_t floats, int64_t most_kept = 1 << 25) {
     const int64_t bytes = whole_lines(floats * static_cast<int64_t>(sizeof(float)));
     static thread_local Block kept;
-    Block& block = bytes <= kMostKept ? kept : own_;
+    Block& block = bytes <= most_kept ? kept : own_;
     if (block.bytes < bytes) {
       block.resize(bytes);
     }

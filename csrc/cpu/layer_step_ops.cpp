@@ -1,6 +1,7 @@
 // fastattn::layer_encode_fwd and layer_encode_bwd for CPU tensors: an encoder layer in a training step.
 //
-// The forward keeps what the kernels of the backward read in one tensor. All other memory stays with the thread.
+// The forward keeps what the kernels of the backward read in three tensors: malloc reuses blocks of up to 32 MiB, and
+// the parts of a layer would not be larger. All other memory stays with the thread.
 // The biases of out_proj and of a post-norm layer's linear2 are added by the norm that follows, whose backward computes
 // their gradients. Gradients that meet are added by the kernel that computes the second one.
 #include <torch/csrc/stable/library.h>
@@ -19,6 +20,8 @@ using fastattn::OptionalTensor;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kMostKept = 1 << 28;  // the tensors that a layer keeps for its backward are about as large
+
 enum Place { kAttention, kFirst, kHidden, kSecond, kPlaces };  // of dropout, in the order of their random states
 
 struct StepOptions {
@@ -26,6 +29,12 @@ struct StepOptions {
   double dropout_p[kPlaces];
   bool batch_first, causal;
   int64_t most_own_dx, most_own_dw;  // up to how many tokens these products are ours
+};
+
+// For every token: q, k and v; what linear1 computes; the input of out_proj, three sums or results of norms,
+// statistics.
+struct Kept {
+  Tensor qkv, preact, others;
 };
 
 class EncodeStep : fastattn::EncodeLayer {
@@ -51,22 +60,25 @@ class EncodeStep : fastattn::EncodeLayer {
     }
   }
 
-  std::tuple<Tensor, Tensor> forward() {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> forward() {
     const Tensor y = fastattn::empty_cpu({x_.size(0), x_.size(1), width_}, ScalarType::Float);
-    const Tensor kept = fastattn::empty_cpu({tokens_, kept_columns()}, ScalarType::Float);
+    const Kept kept{rows_of(3 * inner_), rows_of(d_ff_), rows_of(other_columns())};
     if (y.numel() != 0) {
-      place(static_cast<float*>(kept.mutable_data_ptr()));
+      place(kept);
       compute(static_cast<float*>(y.mutable_data_ptr()));
     }
-    return {y, kept};
+    return {y, kept.qkv, kept.preact, kept.others};
   }
 
   // The gradients of x, if it is wanted, and of weight and bias of in_proj, out_proj, linear1, linear2, norm1, norm2.
-  std::vector<Tensor> backward(const Tensor& dy_in, const Tensor& kept, bool need_dx) {
+  std::vector<Tensor> backward(const Tensor& dy_in, const Kept& kept, bool need_dx) {
     const Tensor dy = fastattn::contiguous_copy(dy_in);
     fastattn::layer_tensor(dy, {x_.size(0), x_.size(1), width_}, "dy");
-    fastattn::layer_tensor(kept, {tokens_, kept_columns()}, "kept");
-    STD_TORCH_CHECK(kept.is_contiguous(), "layer_encode_bwd: kept must be contiguous");
+    const int64_t columns[] = {3 * inner_, d_ff_, other_columns()};
+    for (int i = 0; const Tensor* t : {&kept.qkv, &kept.preact, &kept.others}) {
+      fastattn::layer_tensor(*t, {tokens_, columns[i++]}, "what the forward kept");
+      STD_TORCH_CHECK(t->is_contiguous(), "layer_encode_bwd: what the forward kept must be contiguous");
+    }
     std::vector<Tensor> grads;
     const auto add = [&](bool wanted, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
       grads.push_back(wanted ? fastattn::empty_cpu(sizes, ScalarType::Float)
@@ -88,7 +100,7 @@ class EncodeStep : fastattn::EncodeLayer {
       }
       return grads;
     }
-    place(static_cast<float*>(const_cast<void*>(fastattn::data_of(kept))));
+    place(kept);
     compute_gradients(static_cast<const float*>(fastattn::data_of(dy)), need_dx ? dx : nullptr);
     return grads;
   }
@@ -110,14 +122,17 @@ class EncodeStep : fastattn::EncodeLayer {
     }
   }
 
-  int64_t kept_columns() const { return 4 * inner_ + 3 * width_ + d_ff_ + 2 * options_.n_heads + 4; }
+  int64_t other_columns() const { return inner_ + 3 * width_ + 2 * options_.n_heads + 4; }
+  Tensor rows_of(int64_t cols) const { return fastattn::empty_cpu({tokens_, cols}, ScalarType::Float); }
 
   // Divides the memory that the forward keeps for the backward.
-  void place(float* free) {
+  void place(const Kept& kept) {
+    const auto memory = [](const Tensor& t) { return static_cast<float*>(const_cast<void*>(fastattn::data_of(t))); };
+    qkv_ = memory(kept.qkv);
+    preact_ = memory(kept.preact);
+    float* free = memory(kept.others);
     const auto take = [&](int64_t cols) { return std::exchange(free, free + tokens_ * cols); };
-    qkv_ = take(3 * inner_);
     attended_ = take(inner_);
-    preact_ = take(d_ff_);
     normed_ = take(width_);
     middle_sum_ = take(width_);
     middle_ = take(width_);
@@ -130,7 +145,7 @@ class EncodeStep : fastattn::EncodeLayer {
 
   // middle = norm(middle_sum), middle_sum = x + dropout(attention); the hidden layer reads middle
   void compute(float* y) {
-    const fastattn::Scratch buffer(tokens_ * (width_ + d_ff_));
+    const fastattn::Scratch buffer(tokens_ * (width_ + d_ff_), kMostKept);
     float *sum = buffer.data(), *hidden = sum + tokens_ * width_;
     const bool pre = options_.norm_first;
     if (pre) {
@@ -177,7 +192,8 @@ class EncodeStep : fastattn::EncodeLayer {
     const int64_t shared = std::max(d_ff_, 3 * inner_);  // attention's gradients come after those of the hidden layer
     const int64_t narrow = std::max(width_, inner_);
     const fastattn::Scratch buffer(tokens_ * (d_ff_ + shared + 3 * narrow) +
-                                   std::max(chunks.chunks * fastattn::kNormSums * width_, blocks * d_ff_));
+                                       std::max(chunks.chunks * fastattn::kNormSums * width_, blocks * d_ff_),
+                                   kMostKept);
     float* free = buffer.data();
     const auto take = [&](int64_t cols) { return std::exchange(free, free + tokens_ * cols); };
     const Buffers buffers{take(d_ff_), take(shared), take(narrow), take(narrow), take(narrow), free};
@@ -309,12 +325,11 @@ class EncodeStep : fastattn::EncodeLayer {
   float *dweight_[kGate], *dbias_[kGate], *dnorms_[4];
 };
 
-std::tuple<Tensor, Tensor> layer_encode_fwd(const Tensor& x, std::vector<Tensor> norms, std::vector<Tensor> linears,
-                                            OptionalTensor mask, OptionalTensor bias, OptionalTensor rng,
-                                            double attention_p, double first_p, double hidden_p, double second_p,
-                                            bool causal, bool batch_first, int64_t most_few_rows, int64_t most_own_rows,
-                                            int64_t most_own_dx, int64_t most_own_dw, int64_t n_heads, bool norm_first,
-                                            int64_t activation, double eps1, double eps2) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_encode_fwd(
+    const Tensor& x, std::vector<Tensor> norms, std::vector<Tensor> linears, OptionalTensor mask, OptionalTensor bias,
+    OptionalTensor rng, double attention_p, double first_p, double hidden_p, double second_p, bool causal,
+    bool batch_first, int64_t most_few_rows, int64_t most_own_rows, int64_t most_own_dx, int64_t most_own_dw,
+    int64_t n_heads, bool norm_first, int64_t activation, double eps1, double eps2) {
   const StepOptions options{{n_heads, norm_first, activation, {eps1, eps2}, most_few_rows, most_own_rows},
                             {attention_p, first_p, hidden_p, second_p},
                             batch_first,
@@ -324,20 +339,20 @@ std::tuple<Tensor, Tensor> layer_encode_fwd(const Tensor& x, std::vector<Tensor>
   return EncodeStep(x, norms, linears, mask, bias, rng, options).forward();
 }
 
-std::vector<Tensor> layer_encode_bwd(const Tensor& dy, const Tensor& kept, bool need_dx, const Tensor& x,
-                                     std::vector<Tensor> norms, std::vector<Tensor> linears, OptionalTensor mask,
-                                     OptionalTensor bias, OptionalTensor rng, double attention_p, double first_p,
-                                     double hidden_p, double second_p, bool causal, bool batch_first,
-                                     int64_t most_few_rows, int64_t most_own_rows, int64_t most_own_dx,
-                                     int64_t most_own_dw, int64_t n_heads, bool norm_first, int64_t activation,
-                                     double eps1, double eps2) {
+std::vector<Tensor> layer_encode_bwd(const Tensor& dy, const Tensor& qkv, const Tensor& preact, const Tensor& others,
+                                     bool need_dx, const Tensor& x, std::vector<Tensor> norms,
+                                     std::vector<Tensor> linears, OptionalTensor mask, OptionalTensor bias,
+                                     OptionalTensor rng, double attention_p, double first_p, double hidden_p,
+                                     double second_p, bool causal, bool batch_first, int64_t most_few_rows,
+                                     int64_t most_own_rows, int64_t most_own_dx, int64_t most_own_dw, int64_t n_heads,
+                                     bool norm_first, int64_t activation, double eps1, double eps2) {
   const StepOptions options{{n_heads, norm_first, activation, {eps1, eps2}, most_few_rows, most_own_rows},
                             {attention_p, first_p, hidden_p, second_p},
                             batch_first,
                             causal,
                             most_own_dx,
                             most_own_dw};
-  return EncodeStep(x, norms, linears, mask, bias, rng, options).backward(dy, kept, need_dx);
+  return EncodeStep(x, norms, linears, mask, bias, rng, options).backward(dy, {qkv, preact, others}, need_dx);
 }
 
 }  // namespace

@@ -141,11 +141,18 @@ _SCHEMAS = (
         " -> Tensor",
     ),
     # the same in a training step. rng: int64 (n, 2), a state for each dropout with a p other than 0: of attention, its
-    # result, the hidden layer, its result. kept: what the backward reads. most_own_dx, most_own_dw: up to how many
-    # tokens these products are those of gemm. grads: of x, (0,) if not needed, and of weight and bias of in_proj,
-    # out_proj, linear1, linear2, norm1 and norm2, (0,) if absent
-    ((".native",), f"layer_encode_fwd({_STEP_INPUTS}) -> (Tensor y, Tensor kept)"),
-    ((".native",), f"layer_encode_bwd(Tensor dy, Tensor kept, bool need_dx, {_STEP_INPUTS}) -> Tensor[] grads"),
+    # result, the hidden layer, its result. qkv, preact, others: what the backward reads. most_own_dx, most_own_dw: up
+    # to how many tokens these products are those of gemm. grads: of x, (0,) if not needed, and of weight and bias of
+    # in_proj, out_proj, linear1, linear2, norm1 and norm2, (0,) if absent
+    (
+        (".native",),
+        f"layer_encode_fwd({_STEP_INPUTS}) -> (Tensor y, Tensor qkv, Tensor preact, Tensor others)",
+    ),
+    (
+        (".native",),
+        f"layer_encode_bwd(Tensor dy, Tensor qkv, Tensor preact, Tensor others, bool need_dx, {_STEP_INPUTS})"
+        " -> Tensor[] grads",
+    ),
     # mask (size, size), bool (True = ignore) or float. Returns whether row i sees exactly columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),
     # properties of the CPU library, for tests and `fastattn info`

@@ -55,19 +55,20 @@ def _lists(parameters):
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, mask, bias, rng, x, *parameters):
-        y, kept = _fwd(x, *_lists(parameters), mask, bias, rng, *options)
-        ctx.save_for_backward(kept, mask, bias, rng, x, *parameters)
+        y, *kept = _fwd(x, *_lists(parameters), mask, bias, rng, *options)
+        ctx.save_for_backward(*kept, mask, bias, rng, x, *parameters)
         ctx.options = options
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        kept, mask, bias, rng, x, *parameters = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
+        qkv, preact, others, mask, bias, rng, x, *parameters = ctx.saved_tensors
+        # create_graph=True, or is_grads_batched=True, for which an op that returns a list has no batching rule
+        if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy):
             grads = differentiate(_reference(ctx.options, mask, bias, rng), (x, *parameters), (dy,))
             return None, None, None, None, *grads
         need_dx = ctx.needs_input_grad[4]
-        dx, *grads = _bwd(dy, kept, need_dx, x, *_lists(parameters), mask, bias, rng, *ctx.options)
+        dx, *grads = _bwd(dy, qkv, preact, others, need_dx, x, *_lists(parameters), mask, bias, rng, *ctx.options)
         grads = [None if p is None else grad for p, grad in zip(parameters, grads, strict=True)]
         return None, None, None, None, dx if need_dx else None, *grads
 
@@ -121,10 +122,11 @@ def _reference(options, mask, bias, rng):
 def _fwd_fake(x, norms, linears, mask, bias, rng, *options):
     n_heads, width, inner, d_ff = options[10], x.shape[-1], linears[3].shape[1], linears[6].shape[0]
     tokens = x.shape[0] * x.shape[1]
-    return x.new_empty(x.shape), x.new_empty(tokens, 4 * inner + 3 * width + d_ff + 2 * n_heads + 4)
+    columns = 3 * inner, d_ff, inner + 3 * width + 2 * n_heads + 4
+    return x.new_empty(x.shape), *(x.new_empty(tokens, n) for n in columns)
 
 
-def _bwd_fake(dy, kept, need_dx, x, norms, linears, *_):
+def _bwd_fake(dy, qkv, preact, others, need_dx, x, norms, linears, *_):
     shaped = [x if need_dx else ABSENT, *(t for i, t in enumerate(linears) if i % 3 != 1), *norms]
     return [x.new_empty(t.shape) for t in shaped]
 

@@ -200,6 +200,21 @@ def test_second_derivatives_are_those_of_the_parts(calls, parts, norm_first):
     assert len(calls) == 1
 
 
+def test_several_gradients_at_once_are_those_of_the_parts(calls, parts):
+    layer, x = make(8, 2, 12, 0.3), torch.randn(3, 4, 8)
+
+    def batched():
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        dy = torch.stack([torch.ones_like(y), torch.linspace(-1, 1, y.numel()).view_as(y)])
+        grads = torch.autograd.grad(y, (leaf, *layer.parameters()), dy, is_grads_batched=True)
+        return {str(i): g for i, g in enumerate(grads)}
+
+    assert_close(batched(), parts(batched), 1e-4)
+    assert len(calls) == 1
+
+
 def test_a_graph_can_be_used_twice_and_sees_changes(calls):
     layer, x = make(dropout=0.1), torch.randn(2, 5, 24)
     y = layer(x)
@@ -282,12 +297,13 @@ def test_the_raw_ops_check_their_operands():
     fwd, bwd = (getattr(torch.ops.fastattn, f"layer_encode_{name}").native for name in ("fwd", "bwd"))
     rest = (0.1, 0.1, 0.1, 0.1, False, True, 0, 0, 0, 0, 3, False, 0, 1e-5, 1e-5)
     inputs = (x, norms, linears, None, None, rng, *rest)
-    y, kept = fwd(*inputs)
-    for op, args in ((fwd, inputs), (bwd, (y, kept, True, *inputs))):
+    y, *kept = fwd(*inputs)
+    for op, args in ((fwd, inputs), (bwd, (y, *kept, True, *inputs))):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
     for wrong in (rng[:3], rng.int(), None):
         with pytest.raises(RuntimeError, match="rng"):
             fwd(x, norms, linears, None, None, wrong, *rest)
-    for dy, saved in ((y[0], kept), (y.double(), kept), (y, kept[:5]), (y, kept.t())):
+    qkv, preact, others = kept
+    for dy, *saved in ((y[0], *kept), (y.double(), *kept), (y, qkv[:5], *kept[1:]), (y, qkv, preact.t(), others)):
         with pytest.raises(RuntimeError, match="layer"):
-            bwd(dy, saved, True, *inputs)
+            bwd(dy, *saved, True, *inputs)
