@@ -52,11 +52,6 @@ def _lists(parameters):
     return norms, [in_w, ABSENT, in_b, out_w, ABSENT, out_b, w1, ABSENT, b1, w2, ABSENT, b2]
 
 
-def _is_batched(t):
-    keys = torch._C._dispatch_keys(t)
-    return keys.has(torch._C.DispatchKey.Batched) or keys.has(torch._C.DispatchKey.FuncTorchBatched)
-
-
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, mask, bias, rng, x, *parameters):
@@ -69,7 +64,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx, dy):
         qkv, preact, others, mask, bias, rng, x, *parameters = ctx.saved_tensors
         # create_graph=True, or is_grads_batched=True, for which an op that returns a list has no batching rule
-        if torch.is_grad_enabled() or _is_batched(dy):
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
             grads = differentiate(_reference(ctx.options, mask, bias, rng), (x, *parameters), (dy,))
             return None, None, None, None, *grads
         need_dx = ctx.needs_input_grad[4]
