@@ -2,6 +2,7 @@
 
 import re
 import sys
+import unicodedata
 
 import pytest
 
@@ -10,6 +11,7 @@ import torch
 
 import fastattn
 from fastattn.training.config import DataConfig, ModelConfig, TrainConfig
+from fastattn.training.data.builtin import hangul_preferences, hangul_styles
 from fastattn.training.data.sources import resolve_source
 from fastattn.training.data.text import fingerprint, read_text, split_text
 from fastattn.training.data.tokenizer import CharTokenizer, LearntTokenizer, build_tokenizer, load_tokenizer
@@ -204,3 +206,29 @@ def test_rows_are_windows_and_what_follows(tmp_path):
     assert torch.equal(targets, inputs + 1)  # the tokens of the text are consecutive numbers
     assert torch.equal(inputs, inputs[:, :1] + torch.arange(16))
     assert torch.cat([rows[0] for rows in task.rows("train")]).flatten().tolist() == list(range(352))
+
+
+def test_characters_known_only_in_parts_are_decomposed():
+    """Keyboards write composed characters; a vocabulary of decomposed ones reads them as the same text."""
+    parts = unicodedata.normalize("NFD", "한국어é")
+    tokenizer = build_tokenizer("char", [parts], [], 0)
+    assert tokenizer.encode("한국어é") == tokenizer.encode(parts)
+    with pytest.raises(UsageError, match="'ü'"):
+        tokenizer.encode("한ü")  # its mark is not known
+    both = build_tokenizer("char", [parts, "é"], [], 0, ["[UNK]"])
+    assert both.decode(both.encode("é")) == "é"  # known as it is: not changed
+    assert both.encode("ü") == [0]
+
+
+def test_preferences_are_two_spellings_of_words_with_held_out_syllables():
+    parts = hangul_preferences()
+    train = {c for text in parts["train"].texts for c in unicodedata.normalize("NFC", text)}
+    for name in ("validation", "test"):
+        part = parts[name]
+        assert not train & {c for text in part.texts for c in unicodedata.normalize("NFC", text)}
+        assert all("-" in worse and worse.replace("-", "") == better for better, worse in
+                   zip(part.targets, part.rejected, strict=True))  # fmt: skip
+    styles = hangul_styles()["train"]
+    joined = sum("-" not in spelling for spelling, text in zip(styles.targets, styles.texts, strict=True)
+                 if len(unicodedata.normalize("NFC", text)) > 1)  # fmt: skip
+    assert 0.23 < joined / sum(len(unicodedata.normalize("NFC", text)) > 1 for text in styles.texts) < 0.27
