@@ -55,6 +55,7 @@ class NinjaFile:
 
     def __init__(self, root, nvcc):
         self.root = root
+        self.glibc = []  # what stubs_of_glibc returns
         # nvcc uses the C++ compiler on PATH, unless CXX names another
         ccbin = f"-ccbin {CXX}" if os.environ.get("CXX") and " " not in CXX else ""
         self.text = RULES.format(cxx=CXX, nvcc=shlex.quote(str(nvcc)), ccbin=ccbin)
@@ -86,8 +87,8 @@ class NinjaFile:
             name,
             "link",
             [*objects, self.older_systems],
-            [*libraries, self.map],
-            flags=f"-Wl,-soname,{name} {needed} {flags}",
+            [*libraries, *self.glibc, self.map],
+            flags=f"-Wl,-soname,{name} {needed} {flags} {' '.join(self.glibc)}",
         )
 
 

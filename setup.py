@@ -125,7 +125,7 @@ def write_cpu_library(ninja, torch_flags):
     ninja.library("_cpu.so", objects, ["libtorch_cpu.so", SCHEMAS])
 
 
-def write_cuda_library(ninja, torch_flags, cuda, archs, build_dir):
+def write_cuda_library(ninja, torch_flags, cuda, archs):
     """_cuda.so: torch-free .cu files and C++ host wrappers, with the CUDA runtime linked statically."""
     has = " ".join(f"-DFASTATTN_HAS{suffix.upper()}" for suffix, arch in ARCH_OF_SUFFIX.items() if arch in archs)
     objects = []
@@ -136,7 +136,7 @@ def write_cuda_library(ninja, torch_flags, cuda, archs, build_dir):
     wrappers = sorted((ROOT / "csrc/cuda").glob("*.cpp"))
     objects += [ninja.compile("cxx", source, f"{torch_flags} {has}") for source in wrappers]
     folders = " ".join(f"-L{shlex.quote(str(cuda / name))}" for name in ("lib64", "lib"))
-    libraries = ["libtorch_cpu.so", ninja.stub("libtorch_cuda.so"), SCHEMAS, *stubs_of_glibc(ninja, build_dir)]
+    libraries = ["libtorch_cpu.so", ninja.stub("libtorch_cuda.so"), SCHEMAS]
     ninja.library("_cuda.so", objects, libraries, f"{folders} -lcudart_static -lrt -lpthread -ldl")
 
 
@@ -216,6 +216,7 @@ class BuildNative(build_ext):
         if torch and not torch.new_enough:
             torch = None
         ninja = NinjaFile(ROOT, cuda and cuda / "bin/nvcc")
+        ninja.glibc = stubs_of_glibc(ninja, build_dir)
         info = {
             "cpu_variants": [*CPU_VARIANTS, *(s[1:] for s in CPU_VARIANT_OF_SUFFIX if len(CPU_VARIANTS) > 1)],
             "torch": torch and torch.version,
@@ -247,7 +248,7 @@ class BuildNative(build_ext):
             torch_flags += " " + include(torch.directory / "include")
             write_schema_library(ninja, torch_flags, build_dir)
         if torch and cuda:  # ninja starts what is written first, and these files take longest
-            write_cuda_library(ninja, torch_flags, cuda, archs, build_dir)
+            write_cuda_library(ninja, torch_flags, cuda, archs)
         if torch:
             write_cpu_library(ninja, torch_flags)
         if pybind11:

@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${FASTATTN_SET_UP:-}" ]; then
   scripts/setup_env.sh train,eval,words,test
 fi
+unset PYTHONDONTWRITEBYTECODE # or each of hundreds of processes compiles the files of PyTorch again
 pytest=("${FASTATTN_VENV:-.venv}/bin/python" -m pytest)
 status=0
 
