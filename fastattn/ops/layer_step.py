@@ -11,10 +11,10 @@ faults. Here they stay with the thread. For CPUs, fp32.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import reference
+from fastattn._autocast import linear
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import differentiate, register_fake
 from fastattn.ops.feed_forward import ACTIVATIONS
@@ -98,11 +98,11 @@ def _reference(options, mask, bias, rng):
     order, back = ((0, 2, 1, 3), (0, 2, 1, 3)) if o.batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
 
     def attend(x, weight, b, out_weight, out_bias):
-        qkv = F.linear(x, weight, b).unflatten(-1, (3, o.n_heads, x.shape[-1] // o.n_heads)).unbind(-3)
+        qkv = linear(x, weight, b).unflatten(-1, (3, o.n_heads, x.shape[-1] // o.n_heads)).unbind(-3)
         qkv = (t.permute(order) for t in qkv)
         causal = "top_left" if o.causal else False
         out, _ = reference.attention(*qkv, mask=mask, bias=bias, causal=causal, **attention)
-        return F.linear(out.permute(back).flatten(2), out_weight, out_bias)
+        return linear(out.permute(back).flatten(2), out_weight, out_bias)
 
     def feed_forward(x, *weights):
         return reference.feed_forward(x, *weights, activation=ACTIVATIONS[o.activation], **hidden)

@@ -142,7 +142,7 @@ def test_the_summary_comes_last_and_alone(tmp_path):
     (tmp_path / "test_skipped.py").write_text("import pytest\npytest.skip('a reason', allow_module_level=True)\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -rs\n")
     command = [sys.executable, "-m", "pytest", ".", "--pictures", "out", "-p", "no:cacheprovider"]
-    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTHONPATH": str(BENCHMARKS.parent)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     after_reasons = done.stdout.split("a reason")[-1].splitlines()
