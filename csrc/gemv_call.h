@@ -35,7 +35,8 @@ inline GemvArgs gemv_args(const Tensor& weight, const std::optional<Tensor>& sca
   GemvArgs args{};
   args.n = weight.size(0);
   args.k = weight.size(1);
-  STD_TORCH_CHECK(args.k <= 1 || weight.stride(1) == 1, "gemv: weight must have last stride 1, got ", weight.stride(1));
+  STD_TORCH_CHECK(weight.numel() == 0 || args.k <= 1 || weight.stride(1) == 1,
+                  "gemv: weight must have last stride 1, got ", weight.stride(1));
   args.type = weight_type(weight);
   STD_TORCH_CHECK(scale.has_value() == (args.type == WeightType::kInt8),
                   "gemv: scale belongs to an int8 weight, and to no other");

@@ -35,13 +35,13 @@ inline OptionalTensor present(const Tensor& t) {
   return t.numel() == 0 ? OptionalTensor() : OptionalTensor(t);
 }
 
-// The memory of a CPU tensor with these sizes and a last stride of 1.
+// The memory of a CPU tensor with these sizes and a last stride of 1, which does not matter without elements.
 inline float* layer_tensor(const Tensor& t, const std::vector<int64_t>& sizes, const char* name,
                            ScalarType dtype = ScalarType::Float) {
   const auto found = t.sizes();
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && found.size() == sizes.size() &&
                       std::equal(sizes.begin(), sizes.end(), found.begin()) &&
-                      (sizes.back() <= 1 || t.stride(t.dim() - 1) == 1),
+                      (t.numel() == 0 || sizes.back() <= 1 || t.stride(t.dim() - 1) == 1),
                   "layer: ", name, " must be ", dtype == ScalarType::Float ? "float32" : "bfloat16",
                   " with last stride 1 and fit the other tensors, got ", torch::headeronly::toString(t.scalar_type()),
                   " of ", t.numel(), " elements in ", t.dim(), " dimensions");

@@ -77,7 +77,6 @@ class EncodeStep : fastattn::EncodeLayer {
     const int64_t columns[] = {3 * inner_, d_ff_, other_columns()};
     for (int i = 0; const Tensor* t : {&kept.qkv, &kept.preact, &kept.others}) {
       fastattn::layer_tensor(*t, {tokens_, columns[i++]}, "what the forward kept");
-      STD_TORCH_CHECK(t->is_contiguous(), "layer_encode_bwd: what the forward kept must be contiguous");
     }
     std::vector<Tensor> grads;
     const auto add = [&](bool wanted, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
@@ -339,6 +338,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_encode_fwd(
   return EncodeStep(x, norms, linears, mask, bias, rng, options).forward();
 }
 
+// With the strides that the forward saw: hooks for saved tensors, or a new `data` of a parameter, may bring others.
+std::vector<Tensor> all_contiguous(std::vector<Tensor> tensors) {
+  for (Tensor& t : tensors) {
+    if (!t.is_contiguous()) {
+      t = fastattn::contiguous_copy(t);
+    }
+  }
+  return tensors;
+}
+
 std::vector<Tensor> layer_encode_bwd(const Tensor& dy, const Tensor& qkv, const Tensor& preact, const Tensor& others,
                                      bool need_dx, const Tensor& x, std::vector<Tensor> norms,
                                      std::vector<Tensor> linears, OptionalTensor mask, OptionalTensor bias,
@@ -352,7 +361,12 @@ std::vector<Tensor> layer_encode_bwd(const Tensor& dy, const Tensor& qkv, const 
                             causal,
                             most_own_dx,
                             most_own_dw};
-  return EncodeStep(x, norms, linears, mask, bias, rng, options).backward(dy, {qkv, preact, others}, need_dx);
+  norms = all_contiguous(std::move(norms));
+  linears = all_contiguous(std::move(linears));
+  const std::vector<Tensor> kept = all_contiguous({qkv, preact, others});
+  rng = fastattn::contiguous(rng);
+  EncodeStep step(x, norms, linears, mask, bias, rng, options);
+  return step.backward(dy, {kept[0], kept[1], kept[2]}, need_dx);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.ops._schemas import NAMES
+from fastattn.ops.layer_step import Options
 
 _ops = torch.ops.fastattn
 
@@ -99,6 +100,17 @@ def _layer_decode(x, norms, linears, k_cache, v_cache, cache_seqlens, cos, sin, 
     keys = batch * k_cache.shape[2] if lengths is None else sum(lengths) + batch * seqlen
     attention = 2 * n_heads * seqlen * keys * 2 * k_cache.shape[-1]
     return attention + sum(_product_flop((batch * seqlen,), weight.shape) for weight in linears[::3])
+
+
+@register_flop_formula(_ops.layer_encode_bwd, get_raw=True)
+def _layer_encode_bwd(dy, qkv, preact, others, need_dx, x, norms, linears, mask, bias, rng, *options, out_val=None):
+    """A mode sees it if only the backward runs under it; a forward under a mode calls the parts of the layer."""
+    o, (first, second, _), weights = Options(*options), x.shape, [weight.shape for weight in linears[::3]]
+    batch, seqlen = (first, second) if o.batch_first else (second, first)
+    products = 2 * sum(_product_flop((batch * seqlen,), weight) for weight in weights)
+    if not need_dx and not o.norm_first:
+        products -= _product_flop((batch * seqlen,), weights[0])
+    return products + 2 * batch * seqlen * seqlen * 5 * weights[1][1]
 
 
 @register_flop_formula(_names("linear_cross_entropy_fwd"))

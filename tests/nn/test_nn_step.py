@@ -143,9 +143,10 @@ def test_strides_one_sequence_and_nothing_at_all(calls, parts):
         torch.randn(7, 24),
         torch.randn(0, 4, 24),
         torch.randn(2, 0, 24),
+        torch.randn(0, 4, 48)[..., ::2],  # PyTorch calls it contiguous
     ):
         assert_close(step(layer, x), parts(lambda x=x: step(layer, x)))
-    assert len(calls) == 5
+    assert len(calls) == 6
     x = torch.randn(2, 5, 24)
     grads = torch.autograd.grad(layer(x).sum(), list(layer.parameters()))  # of an expanded gradient; x needs none
     assert all(torch.isfinite(g).all() for g in grads)
@@ -224,6 +225,23 @@ def test_a_graph_can_be_used_twice_and_sees_changes(calls):
         layer.linear2.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_the_backward_takes_tensors_with_other_strides(calls):
+    """Hooks for saved tensors, and a new `data` of a parameter, may bring them."""
+    layer, x = make(dropout=0.1), torch.randn(2, 5, 24)
+    expected = step(layer, x)
+
+    def transpose(t):
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+    with torch.autograd.graph.saved_tensors_hooks(transpose, lambda t: t):
+        assert_close(step(layer, x), expected)
+    torch.manual_seed(5)
+    y = layer(x)
+    layer.linear1.weight.data = transpose(layer.linear1.weight.data)
+    y.sum().backward()
+    assert len(calls) == 3
 
 
 def test_gradients_accumulate_and_belong_to_the_parameters(calls):

@@ -150,6 +150,20 @@ def test_layers_count_as_those_of_torch(name, norm_first):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("needs_dx", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_the_backward_of_a_layer_counts_alone_too(norm_first, batch_first, needs_dx):
+    x, counts = torch.randn(2, 5, 16, requires_grad=needs_dx), []
+    for library in (nn, torch.nn):
+        layer = library.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=batch_first, norm_first=norm_first)
+        y = layer(x)
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            y.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
 def test_the_counter_is_imported_by_nobody_but_the_user():
     code = """if True:
         import sys, fastattn, torch
