@@ -6,6 +6,7 @@ tables, --benchmark-json and --benchmark-compare work. The percentages refer to 
 """
 
 import functools
+import importlib.util
 import os
 import statistics
 import time
@@ -66,6 +67,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("--pictures") and importlib.util.find_spec("matplotlib") is None:
+        raise pytest.UsageError("--pictures needs matplotlib: run pip install matplotlib")
     global TIMER
     if not config.getoption("--benchmark-compare"):  # the summary below has the same numbers
         config.option.benchmark_quiet = True

@@ -1,6 +1,8 @@
 """Documents: where they come from, cleaning, splits, vectors, tokens on disk, and the data command."""
 
+import argparse
 import gzip
+import inspect
 import json
 import math
 import sys
@@ -299,6 +301,15 @@ def test_tokenizers_with_special_tokens(tmp_path, kind):
     assert loaded.number_of("[MASK]") == 4
     unseen = tokenizer.encode("ж")
     assert unseen == [1] if kind in ("char", "word", "wordpiece") else tokenizer.decode(unseen) == "ж"
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe", "wordpiece"])
+def test_equal_texts_give_equal_tokens(kind):
+    texts = [inspect.getsource(module)[:8000] for module in (argparse, gzip, inspect, json)]
+    tokenizers = [build_tokenizer(kind, texts, iter(texts), 400, SPECIALS) for _ in range(3)]
+    assert len({tokenizer.to_json() for tokenizer in tokenizers}) == 1
+    assert tokenizers[0].vocab_size == 400
+    assert set(tokenizers[0].specials) == set(SPECIALS)
 
 
 @pytest.mark.parametrize("kind", ["word", "wordpiece"])

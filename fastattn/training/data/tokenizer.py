@@ -90,6 +90,25 @@ class ByteTokenizer:
         return json.dumps({"type": "bytes", "specials": self.specials})
 
 
+def _train_wordpiece(tokenizer, texts, options):
+    """Train a WordPiece tokenizer so that equal texts give equal tokens.
+
+    The library numbers the letters inside words in the order of a hash table, which differs from run to run, and merges
+    equally frequent pairs in the order of these numbers. So a first run finds these letters, and a second one is given
+    them in a fixed order, as special tokens, which they do not stay.
+    """
+    from tokenizers import Tokenizer, trainers
+
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(**options))
+    specials, prefix = options["special_tokens"], "##"
+    letters = {token for token in tokenizer.get_vocab() if token.startswith(prefix) and len(token) == len(prefix) + 1}
+    fixed = sorted(letters - set(specials))
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(**options | {"special_tokens": specials + fixed}))
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in specials]
+    return Tokenizer.from_str(json.dumps(state))
+
+
 class LearntTokenizer:
     """A tokenizer of the `tokenizers` library: words, byte-pair encoding or WordPiece."""
 
@@ -132,13 +151,14 @@ class LearntTokenizer:
             tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=strip_accents)
             tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             tokenizer.decoder = decoders.WordPiece()
-            trainer = trainers.WordPieceTrainer(**options)
         else:
             tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
             stripped = [normalizers.NFD(), normalizers.StripAccents(), normalizers.NFC()] if strip_accents else []
             tokenizer.normalizer = normalizers.Sequence([*stripped, normalizers.Lowercase()])
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
             trainer = trainers.WordLevelTrainer(**options)
+        if kind == "wordpiece":
+            return cls(_train_wordpiece(tokenizer, list(texts), options))
         tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer)
 
