@@ -34,7 +34,7 @@ float* scratch(int64_t floats) {
     int64_t floats = 0;
   };
   static thread_local Block block;
-  if (block.floats < floats) {
+  if (!block.data || block.floats < floats) {
     std::free(block.data);
     block.data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * sizeof(float), 4096)));
     block.floats = block.data ? floats : 0;

@@ -117,6 +117,14 @@ def _dropouts(layer):
     return attn.dropout if attn.training else 0.0, *modules
 
 
+def _are_numbers(values):
+    """Whether all are numbers of Python. The parts of a layer convert or refuse others."""
+    for value in values:  # noqa: SIM110  all() on a generator takes twice as long
+        if not isinstance(value, (int, float)):
+            return False
+    return True
+
+
 def _wanted(tensors):
     """Whether the tensors that are not None need gradients: all (True), none (False), or only some (None)."""
     found = {t.requires_grad for t in tensors if t is not None}
@@ -136,6 +144,8 @@ def encode(layer, x, attn_mask, padding, is_causal):
         return None
     if not _is_plain_attention(attn) or x.shape[-1] != attn.embed_dim or attn.embed_dim > 256 * attn.num_heads:
         return None
+    if attn.embed_dim % attn.num_heads:
+        return None
     linears, norms = tensors = read_tensors(layer)
     found = read_plain(layer, activation_name(layer.activation), tensors, x.dtype)
     if found is None or not _fit(linears, attn.embed_dim):
@@ -145,6 +155,8 @@ def encode(layer, x, attn_mask, padding, is_causal):
     if masks is None:
         return None
     dropouts, rows = _dropouts(layer), x if dims == 3 else x[None]
+    if not _are_numbers((*dropouts, m["norm1"].eps, m["norm2"].eps)):
+        return None
     trains = torch.is_grad_enabled() and _wanted(linears + norms)
     if trains:
         if not all(0 <= p <= 1 for p in dropouts) or (masks[1] is not None and masks[1].requires_grad):

@@ -134,7 +134,8 @@ def is_few(x, weight):
     return (
         x.dim() > 0
         and _fits(x, weight, x.dtype)  # first: while a program is exported, a comparison of sizes would become a guard
-        and x.numel() <= most_rows(x.dtype)[0] * x.shape[-1]
+        and (most := most_rows(x.dtype)[0]) > 0  # no rows are not few where no kernel serves any
+        and x.numel() <= most * x.shape[-1]
         and weight.dim() == 2
         and weight.stride(1) == 1
         and (x.dtype == torch.float32 or weight.numel() >= LEAST_WEIGHT_BF16)

@@ -126,6 +126,8 @@ class DataConfig:
         expect(len(self.mixture) > 0, "data.mixture", "null or at least one folder", self.mixture)
         for folder, weight in self.mixture.items():
             expect(0 < weight < float("inf"), f"data.mixture[{folder!r}]", "a finite number above 0", weight)
+        total = sum(self.mixture.values())
+        expect(total < float("inf"), "data.mixture", "weights with a finite sum", self.mixture)
         self.source = MIXTURE
 
 

@@ -1,5 +1,7 @@
 """The product of few rows against fp64: weights of three dtypes, odd sizes, every stride, any number of threads."""
 
+import threading
+
 import pytest
 import torch
 from memory_guard import guarded
@@ -9,6 +11,7 @@ from processes import run_tests
 from fastattn._native import cpu_capability
 from fastattn.ops._backends import why_not_available
 from fastattn.ops.layer import convert_linear, few_rows_linear
+from fastattn.ops.linear import linear
 
 pytestmark = pytest.mark.skipif(
     why_not_available("native", "cpu") is not None, reason=f"no C++ kernels: {why_not_available('native', 'cpu')}"
@@ -140,10 +143,27 @@ def test_bf16_without_its_instructions_is_refused():
             gemv(x, x, None, None)
 
 
+def test_no_rows_in_bf16_go_where_a_kernel_serves_them():
+    """With every set of instructions, also those whose kernel serves no rows in bf16 at all."""
+    x, weight = torch.zeros(0, 512, dtype=torch.bfloat16), torch.zeros(512, 512, dtype=torch.bfloat16)
+    assert linear(x, weight).shape == (0, 512)
+
+
+@needs_bf16
+def test_bf16_without_columns_is_the_bias():
+    """As the first product of a thread, which has no memory yet."""
+    bias, found = torch.randn(17).bfloat16(), []
+    x, weight = (torch.zeros(rows, 0, dtype=torch.bfloat16) for rows in (5, 17))
+    thread = threading.Thread(target=lambda: found.append(gemv(x, weight, None, bias)))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], bias.expand(5, -1))
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability):
     """If the processor lacks a set, its best one is used, which repeats the tests above."""
-    run_tests("fp64 and gaps-gaps or bits or instructions", __file__, FASTATTN_CPU_CAPABILITY=capability)
+    run_tests("fp64 and gaps-gaps or bits or instructions or no_rows", __file__, FASTATTN_CPU_CAPABILITY=capability)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])

@@ -293,6 +293,32 @@ def test_it_serves_only_plain_layers_that_train_as_a_whole(calls):
         wrong(x)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(("name", "value"), [
+    ("self_attn.num_heads", 5), ("norm1.eps", None), ("norm2.eps", "1"), ("norm1.eps", torch.tensor(1e-5)),
+    ("norm2.eps", torch.tensor(1e-5, requires_grad=True)), ("dropout.p", None), ("self_attn.dropout", None),
+    ("dropout2.p", torch.tensor(0.0)), ("dropout1.p", torch.tensor(0.1, requires_grad=True)),
+])  # fmt: skip
+def test_an_attribute_that_is_no_number_is_as_in_the_parts(parts, name, value, gradients):
+    layer, x = make(), torch.randn(2, 5, 24)
+    module, _, attribute = name.rpartition(".")
+    layer.get_submodule(module).__dict__[attribute] = value
+
+    def outcome():
+        torch.manual_seed(0)
+        try:
+            with torch.set_grad_enabled(gradients):
+                return layer(x).detach()
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            return type(error), str(error)
+
+    found, expected = outcome(), parts(outcome)
+    if isinstance(expected, tuple):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected)
+
+
 def test_functional_calls_and_transforms_see_their_own_tensors(parts):
     layer, x = make(), torch.randn(2, 4, 24)
     values = {name: p.detach() * 1.5 for name, p in layer.named_parameters()}

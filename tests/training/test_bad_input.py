@@ -73,7 +73,7 @@ CASES = [
     (f"{LABELLED} classes --data.source plain.jsonl --data.columns.label_separator ab", "must be one character"),
     (f"{LABELLED} class --data.source plain.jsonl --data.columns.pair none", "no column 'none' among text, label"),
     ("evaluate number --data plain.jsonl", "must be a finite number, got 'x'"),
-    ("evaluate classes --data unknown.jsonl", "class 'new' is not in the training part"),
+    ("evaluate classes --data unknown.jsonl", "source 'unknown.jsonl': class 'new' is not in the training part"),
     ("evaluate pair --data number.jsonl", "no column 'other' among text, label"),
     ("export number out", "bert gives no scaled number"),
     ("baseline --data.source number.jsonl --data.columns.label label --data.columns.label_kind number",
@@ -95,6 +95,8 @@ CASES = [
     ("train --data.mixture [1]", "data.mixture"),
     ("train --data.mixture {\"none\":1}", "there is no train.tokens or train-00000.tokens"),
     ("train --data.mixture {\"tokens\":.nan}", "must be a finite number above 0, got nan"),
+    ("train --data.mixture {\"tokens\":1e308,\"ends\":1e308}", "weights with a finite sum"),
+    ("data clean plain.jsonl --output clean.csv", "output must be a name that ends in .jsonl"),
     ("train --data.source lines.txt --data.order sorted", "data.order must be one of 'random', 'shuffle'"),
     # generation, conversations, preferences, optimizers
     ("generate lm --prompt line --samples 2 --seed 9223372036854775807", "seed + samples must be at most 2**63"),

@@ -59,14 +59,22 @@ def test_a_template_of_a_folder_has_the_tokens_of_the_one_built_in(tmp_path, nam
         assert encode_question(tokenizer, theirs, asked) == encode_question(tokenizer, ours, asked)
 
 
-def test_the_text_is_that_of_transformers(tmp_path, transformers):
+FURTHER = (  # what transformers adds to Jinja
+    "{% for m in messages %}{% if m.role == 'none' %}{% continue %}{% endif %}<|im_start|>{{ m.role | tojson }}\n"
+    "{% generation %}{{ m.content | tojson }}{% endgeneration %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{{ 'assistant' | tojson }}\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("source", [CHATML, FURTHER])
+def test_the_text_is_that_of_transformers(tmp_path, transformers, source):
     tokenizer = byte_tokenizer()
-    template = choose_template(str(write_folder(tmp_path / "model", CHATML)), tokenizer)
-    messages = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
+    template = choose_template(str(write_folder(tmp_path / "model", source)), tokenizer)
+    messages = [("user", "a <b> é '"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
     named = [{"role": role, "content": content} for role, content in messages]
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    expected = render_jinja_template([named], chat_template=CHATML)[0][0]
+    expected = render_jinja_template([named], chat_template=source)[0][0]
     assert "".join(piece for piece, _ in template.pieces(messages)) == expected
 
 
@@ -98,6 +106,8 @@ def test_a_run_keeps_the_template(tmp_path, capsys):
     ("{% for i in range(999999999) %}x{% endfor %}", "the chat template fails: OverflowError"),
     ("{{ 1 / 0 }}", "the chat template fails: ZeroDivisionError"),
     ("{% for m in messages %}{{ m.content }}{% endfor %}", "must end an answer with a special token"),
+    ("", "must end an answer with a special token"),
+    ("{{ messages[0].content }}<|im_end|>", "must end an answer with a special token"),
     ("{{ messages | length }}{{ messages[0].content }}<|im_end|>", "cannot be told apart"),
     (None, "has no chat_template that is a text"),
     ([{"name": "tools", "template": "x"}], "has no chat_template that is a text"),
@@ -119,6 +129,10 @@ def test_folders_without_a_template_are_one_line(tmp_path):
         choose_template(str(tmp_path), byte_tokenizer())
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "chat_template.jinja").write_text(CHATML)
+    assert choose_template(str(tmp_path), byte_tokenizer()).end == "<|im_end|>"
+    write_folder(tmp_path, "{{ 1 / 0 }}")  # transformers takes the template of the other file, too
+    assert choose_template(str(tmp_path), byte_tokenizer()).end == "<|im_end|>"
+    (tmp_path / "tokenizer_config.json").unlink()
     assert choose_template(str(tmp_path), byte_tokenizer()).end == "<|im_end|>"
 
 

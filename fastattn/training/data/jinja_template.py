@@ -10,24 +10,23 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def read_template(folder):
-    """{"source", "variables"} of the chat template in a folder: tokenizer_config.json or chat_template.jinja.
+    """{"source", "variables"} of the chat template in a folder: chat_template.jinja, else tokenizer_config.json.
 
     Raises:
         UsageError: there is none, or a file is damaged.
     """
     folder = Path(folder).expanduser()
-    path = folder / "tokenizer_config.json"
+    path, alone = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     if not folder.is_dir():
         expected = "auto, chatml, llama3, gemma or a folder with tokenizer_config.json"
         raise UsageError(f"data.chat_template must be {expected}, got {str(folder)!r}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() or not alone.is_file() else {}
         source = config.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = {item["name"]: item["template"] for item in source}.get("default")
-        alone = folder / "chat_template.jinja"
-        if source is None and alone.is_file():
+        if alone.is_file():  # transformers reads it last
             source = alone.read_text(encoding="utf-8")
+        elif isinstance(source, list):  # several, by name
+            source = {item["name"]: item["template"] for item in source}.get("default")
         tokens = {name: config.get(name) for name in _TOKENS}
     except OSError as error:
         raise UsageError(f"chat template: {str(path)!r} cannot be read: {error.strerror}") from None
@@ -51,16 +50,14 @@ class JinjaTemplate:
 
     def __init__(self, stored, marks):
         try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            environment = _environment()
         except ImportError:
             raise UsageError("a chat template of a folder needs the package jinja2: run pip install jinja2") from None
         self.stored, self.marks = stored, tuple(mark for mark in marks if mark)
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(self.marks, key=len, reverse=True))) + ")")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
         self._template = self._call(environment.from_string, stored["source"])
         pieces = self.pieces([("user", "question"), ("assistant", "answer")])
-        self.end = [piece for piece, is_answer in pieces if is_answer][-1]
+        self.end = next((piece for piece, is_answer in reversed(pieces) if is_answer), None)
         if not self.marks or self.end not in self.marks:
             raise UsageError("the chat template must end an answer with a special token of the tokenizer")
 
@@ -104,6 +101,28 @@ class JinjaTemplate:
         except Exception as error:  # a template is a program: anything may go wrong in it
             text = " ".join(str(error).split())[:200]
             raise UsageError(f"the chat template fails: {type(error).__name__}: {text}") from None
+
+
+def _environment():
+    """Jinja's sandbox with what transformers adds for templates, except the current time."""
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} TEXT {% endgeneration %} is TEXT: which tokens are answers is found out from the result."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.globals["raise_exception"] = _refuse
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+    return environment
 
 
 def _refuse(message):

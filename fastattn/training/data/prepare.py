@@ -78,6 +78,8 @@ def data_clean(documents: SourceConfig, output: str, cleaning: CleanConfig):
     """Clean the documents of a source and write them as JSON lines, one file for each part."""
     parts = documents.read()
     path = _new_path(output)
+    if list(parts) == ["all"]:  # another name would make the rows another format
+        expect(path.suffix.lower() in ("", ".jsonl", ".ndjson"), "output", "a name that ends in .jsonl", output)
     cleaned = {name: clean(part, cleaning) for name, part in parts.items()}
     if list(parts) == ["all"]:
         path.parent.mkdir(parents=True, exist_ok=True)

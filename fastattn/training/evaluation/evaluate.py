@@ -1,5 +1,7 @@
 """Evaluates a run: its scores on a part of the data, and a drawing of its attention."""
 
+from dataclasses import replace
+
 from ..data.parts import read_whole
 from ..inspect.figures import plot_attention
 from ..messages import UsageError
@@ -50,6 +52,7 @@ def evaluate_run(
         task, source, split = task_class(config).without_data(config, tokenizer, summary), text, "all"
     elif documents is not None:
         source, split = documents.source, "all"
+        config = replace(config, data=replace(config.data, source=source))  # which messages name
         task = task_class(config).on_documents(config, tokenizer, summary, read_whole(documents))
     else:
         task = make_task(config, tokenizer, summary)
