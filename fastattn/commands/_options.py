@@ -17,7 +17,7 @@ from ._parse import parse
 
 
 def new_parser(command, description):
-    return ArgumentParser(prog=f"fastattn {command}", exit_on_error=False, description=description)
+    return ArgumentParser(prog=f"fastattn {command}", exit_on_error=False, allow_abbrev=False, description=description)
 
 
 def train_parser(command="train", model_options=()):

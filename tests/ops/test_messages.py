@@ -498,3 +498,12 @@ def test_a_refusal_by_a_kernel_is_explained_as_the_op_would(op, args, kwargs):
     ours, checked_first = error(), error(backend="reference")
     assert str(ours).startswith(f"{op}: ")
     assert (type(ours), str(ours)) == (type(checked_first), str(checked_first))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "floats"), [(torch.float32, "torch.float32"), (torch.float16, "torch.float32 or torch.float16")]
+)
+def test_a_mask_of_a_wrong_dtype_names_each_dtype_once(dtype, floats):
+    q = torch.zeros(1, 1, 2, 4, dtype=dtype)
+    with pytest.raises(TypeError, match=rf"attn_mask must be torch.bool or, to be added, {floats}, got torch.int64"):
+        fastattn.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(2, 2, dtype=torch.int64))

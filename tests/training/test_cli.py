@@ -70,6 +70,12 @@ def assert_refused(folder, capsys, arguments, *expected):
     assert contents(folder) == before
 
 
+def test_an_abbreviated_option_is_refused(folder, capsys):
+    assert_refused(
+        folder, capsys, ["train", "--config", "config.yaml", "--step", "3"], "unrecognized arguments: --step 3"
+    )
+
+
 def test_train_evaluate_generate(folder, capsys):
     assert main(["train", "--config", "config.yaml", "--steps", "6", "--model.d_model", "16"]) == 0
     out, bar = capsys.readouterr()
