@@ -44,6 +44,9 @@ MOVED_INTO_LIBC = {
     " pthread_spin_unlock sem_destroy sem_init sem_post sem_timedwait sem_trywait sem_wait",
     "librt.so.1": "shm_open shm_unlink",
 }
+# Not the directory in which ninja runs the compilers: nvcc makes its programs search that one for libraries, and they
+# crash with these.
+GLIBC_STUBS = pathlib.Path("glibc_stubs")
 FIRST_VERSIONS = {  # as scripts of the linker
     "x86_64": "GLIBC_2.2.5 { global: *; };\nGLIBC_2.3.4 { global: dlmopen; } GLIBC_2.2.5;\n",
     "aarch64": "GLIBC_2.17 { global: *; };\n",
@@ -113,8 +116,8 @@ def stubs_of_glibc(ninja, build_dir):
     for soname, names in MOVED_INTO_LIBC.items():
         source = build_dir / f"{soname}.cpp"
         write_if_changed(source, "".join(f'extern "C" void {name}() {{}}\n' for name in names.split()))
-        ninja.add(soname, "link", [source], flags=f"{flags} -Wl,-soname,{soname}")
-    return list(MOVED_INTO_LIBC)
+        ninja.add(GLIBC_STUBS / soname, "link", [source], flags=f"{flags} -Wl,-soname,{soname}")
+    return [str(GLIBC_STUBS / soname) for soname in MOVED_INTO_LIBC]
 
 
 def job_count():
