@@ -377,3 +377,11 @@ def test_version_is_the_installed_one():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("fastattn is not installed, it runs from a checkout")
     assert installed == fastattn.__version__
+
+
+def test_no_library_of_the_system_lies_where_the_compilers_run(tmp_path, monkeypatch):
+    """nvcc makes its programs search their directory, so they would load a stub in place of the C library."""
+    monkeypatch.syspath_prepend(ROOT)
+    build_ninja = importlib.import_module("build_ninja")
+    stubs = build_ninja.stubs_of_glibc(build_ninja.NinjaFile(ROOT, None), tmp_path)
+    assert not [stub for stub in stubs if pathlib.Path(stub).parent == pathlib.Path()]
