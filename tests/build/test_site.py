@@ -16,7 +16,7 @@ for package in ("mkdocs", "material", "mkdocstrings", "griffe"):
 
 @pytest.fixture(scope="module")
 def site():
-    return load_script("site")
+    return load_script("mkdocs_hooks")
 
 
 def test_sections_of_docstrings(site):

@@ -87,7 +87,12 @@ STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEE
 
 def start(*programs):
     """Processes that run these programs; those that sleep have begun to."""
-    found = [subprocess.Popen([sys.executable, "-c", p], stdout=subprocess.PIPE, text=True) for p in programs]
+
+    def heed_interrupts():  # a shell makes what it starts in the background ignore SIGINT, and processes inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": heed_interrupts}
+    found = [subprocess.Popen([sys.executable, "-c", program], **options) for program in programs]
     for process, program in zip(found, programs, strict=True):
         if SLEEP in program:
             assert process.stdout.readline() == "ready\n"
