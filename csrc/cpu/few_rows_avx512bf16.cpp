@@ -6,7 +6,7 @@
 // slots. Every element is summed over k in steps of kDepth, each step in the order of k. So the bits depend neither on
 // the number of rows nor on that of threads.
 #include "api.h"
-#include "tile.h"
+#include "lanes.h"
 
 namespace fastattn {
 namespace {
@@ -26,22 +26,6 @@ inline const BF16* as_bf16(const uint16_t* p) {
   return reinterpret_cast<const BF16*>(p);
 }
 
-// Memory of a thread, kept for its next call.
-float* scratch(int64_t floats) {
-  struct Block {
-    ~Block() { std::free(data); }
-    float* data = nullptr;
-    int64_t floats = 0;
-  };
-  static thread_local Block block;
-  if (!block.data || block.floats < floats) {
-    std::free(block.data);
-    block.data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * sizeof(float), 4096)));
-    block.floats = block.data ? floats : 0;
-  }
-  return block.data;
-}
-
 // t[slot] = the slots of up to kVec rows of up to 2 * kVec elements, zeros after them
 inline void load_slots(Vec (&t)[kVec], const uint16_t* src, int64_t stride, int64_t rows, int64_t elements) {
   if (rows >= kVec && elements >= 2 * kVec) {
@@ -54,10 +38,10 @@ inline void load_slots(Vec (&t)[kVec], const uint16_t* src, int64_t stride, int6
   transpose_square(t);
 }
 
-// total[r][v] = V vectors of rows of a times R columns of b from n on, plus their bias.
+// total[r][v] = V vectors of rows of x times R rows of the weight from n on, plus their bias.
 template <int V, int R>
 void lane_columns(const FewRowsArgs& args, const float* lanes, int64_t n, Vec* total) {
-  constexpr int64_t kAhead = 256, kLine = 16;  // slots
+  constexpr int64_t kAhead = 128, kLine = 16;  // slots
   for (int64_t k0 = 0; k0 == 0 || k0 < args.k; k0 += kDepth) {
     const int64_t depth = least(kDepth, args.k - k0);
     const uint16_t* b = args.weight + n * args.weight_row + k0;
@@ -121,38 +105,19 @@ void lane_rows(const FewRowsArgs& args, int64_t r0, int64_t begin, int64_t end, 
       }
     }
   }
-  Vec sums[kVec * V];
-  for (int64_t n0 = begin; n0 < end; n0 += kVec) {
-    const int64_t cols = least(kVec, end - n0);
-    int64_t n = 0;
-    for (; n + R <= cols; n += R) {
-      lane_columns<V, R>(args, lanes, n0 + n, sums + n * V);
-    }
-    for (; n < cols; ++n) {
-      lane_columns<V, 1>(args, lanes, n0 + n, sums + n * V);
-    }
-    for (int64_t v = 0; v < V; ++v) {
-      Vec t[kVec];
-      for (int x = 0; x < kVec; ++x) {
-        t[x] = x < cols ? sums[x * V + v] : Vec::fill(0.f);
-      }
-      transpose_square(t);
-      for (int64_t x = 0; x < kVec && v * kVec + x < rows; ++x) {
-        BF16* at = reinterpret_cast<BF16*>(args.y + (r0 + v * kVec + x) * args.y_row) + n0;
-        cols == kVec ? t[x].store(at) : t[x].store(at, static_cast<int>(cols));
-      }
-    }
-  }
+  BF16* y = reinterpret_cast<BF16*>(args.y + r0 * args.y_row);
+  store_lanes<V, R>(rows, begin, end, y, args.y_row,
+                    [&]<int C>(int64_t n, Vec* sums) { lane_columns<V, C>(args, lanes, n, sums); });
 }
 
 void few_rows(const FewRowsArgs& args, int64_t begin, int64_t end) {
   constexpr int kMostVecs = 4;
-  float* lanes = scratch(slots<true>(args.k) * kMostVecs * kVec);
+  float* lanes = thread_scratch(slots<true>(args.k) * kMostVecs * kVec);
   if (!lanes) {
     args.failed->store(true);
     return;
   }
-  const int64_t first = begin * kGemmGroup, last = least(args.n, end * kGemmGroup);
+  const int64_t first = begin * kGemvGroup, last = least(args.n, end * kGemvGroup);
   for (int64_t r = 0; r < args.m; r += kMostVecs * kVec) {
     const int64_t rows = args.m - r;
     if (rows <= kVec) {

@@ -12,7 +12,7 @@
 // with k. A single row is summed by lanes instead and may differ from the same row among others in the last bit.
 // Reference: Goto, van de Geijn, "Anatomy of high-performance matrix multiplication", 2008.
 #include "api.h"
-#include "tile.h"
+#include "lanes.h"
 
 namespace fastattn {
 namespace {
@@ -25,22 +25,6 @@ constexpr int64_t kDepth = 384;  // with 512 the error exceeds twice that of MKL
 
 constexpr int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
-}
-
-// Memory of a thread, kept for its next call: a fresh block of this size costs a page fault for each 4 KiB.
-float* scratch(int64_t floats) {
-  struct Block {
-    ~Block() { std::free(data); }
-    float* data = nullptr;
-    int64_t floats = 0;
-  };
-  static thread_local Block block;
-  if (block.floats < floats) {
-    std::free(block.data);
-    block.data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * sizeof(float), 4096)));
-    block.floats = block.data ? floats : 0;
-  }
-  return block.data;
 }
 
 // dst[k][kColumns] = b(k, first + column) for `cols` columns, zeros in the columns after them.
@@ -170,7 +154,7 @@ void blocked(const GemmArgs& args, int64_t begin, int64_t end) {
   const bool transposed = args.a_col != 1, packs_a = transposed && !reads_in_place(args);
   const int64_t panels = (args.n + kPanel - 1) / kPanel, blocks = (args.m + args.rows - 1) / args.rows;
   const int64_t panel_floats = kDepth * kPanel;
-  float* panel = scratch(panel_floats + (packs_a ? args.rows * kDepth + kVec : 0));
+  float* panel = thread_scratch(panel_floats + (packs_a ? args.rows * kDepth + kVec : 0));
   if (!panel) {
     args.failed->store(true);
     return;
@@ -293,33 +277,13 @@ void lane_rows(const GemmArgs& args, int64_t r0, int64_t begin, int64_t end, flo
       }
     }
   }
-  Vec sums[kVec * V];
-  for (int64_t n0 = begin; n0 < end; n0 += kVec) {
-    const int64_t cols = least(kVec, end - n0);
-    int64_t n = 0;
-    for (; n + R <= cols; n += R) {
-      lane_columns<V, R>(args, lanes, n0 + n, sums + n * V);
-    }
-    for (; n < cols; ++n) {
-      lane_columns<V, 1>(args, lanes, n0 + n, sums + n * V);
-    }
-    for (int64_t v = 0; v < V; ++v) {
-      Vec t[kVec];
-      for (int x = 0; x < kVec; ++x) {
-        t[x] = x < cols ? sums[x * V + v] : Vec::fill(0.f);
-      }
-      transpose_square(t);
-      for (int64_t x = 0; x < kVec && v * kVec + x < rows; ++x) {
-        float* at = args.c + (r0 + v * kVec + x) * args.c_row + n0;
-        cols == kVec ? t[x].store(at) : t[x].store(at, static_cast<int>(cols));
-      }
-    }
-  }
+  store_lanes<V, R>(rows, begin, end, args.c + r0 * args.c_row, args.c_row,
+                    [&]<int C>(int64_t n, Vec* sums) { lane_columns<V, C>(args, lanes, n, sums); });
 }
 
 void few_rows(const GemmArgs& args, int64_t begin, int64_t end) {
   constexpr int kMostVecs = 4;
-  float* lanes = scratch(args.k * kMostVecs * kVec);
+  float* lanes = thread_scratch(args.k * kMostVecs * kVec);
   if (!lanes) {
     args.failed->store(true);
     return;
