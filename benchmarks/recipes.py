@@ -29,7 +29,7 @@ HELD_OUT = ("뾘쌻뗠휁", "bboen-ssyalb-ddyeol-hwenj")  # a test word of the s
 
 
 class Row(NamedTuple):
-    """commands: of fastattn; figures: {name: key in report.json of the run that the last command names, or "output"}."""
+    """commands: of fastattn; figures: {name: key in report.json of the run that the last command names, or output}."""
 
     commands: list
     figures: dict

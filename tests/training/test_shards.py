@@ -32,7 +32,8 @@ def corpus(tmp_path):
 
 
 def shard(corpus, output, *options):
-    how = ["--validation_fraction", "0.2", "--shard_tokens", "2000", "--vocab_size", "300"]
+    how = ["--validation_fraction", "0.2", "--shard_tokens", "2000"]
+    how += [] if "--tokenizer_file" in options else ["--vocab_size", "300"]
     assert main(["data", "shard", str(corpus), "--output", str(output), *how, *map(str, options)]) == 0
     return output
 
@@ -107,6 +108,71 @@ def test_shards_hold_the_documents_whatever_the_processes(corpus, tmp_path, caps
     report = json.loads((one / "data.json").read_text())
     assert report["train"]["tokens"] == len(folder.splits["train"])
     assert report["train"]["documents"] + report["validation"]["documents"] == 300
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_an_interrupted_corpus_goes_on_and_is_the_same(corpus, tmp_path, capsys, monkeypatch, kind):
+    options = ["--tokenizer", kind, "--shard_tokens", "1000"]
+    expected = files_of(shard(corpus, tmp_path / "whole", *options))
+    output, flush, stops = tmp_path / "parts", _Writer.flush, 0
+
+    def interrupted(writer):
+        if stops % 3 == 2:  # after the shard of this call
+            flush(writer)
+        raise KeyboardInterrupt
+
+    command = ["data", "shard", str(corpus), "--output", str(output), "--validation_fraction", "0.2"]
+    command += ["--vocab_size", "300", *options]
+    while stops < 12:
+        monkeypatch.setattr(_Writer, "flush", interrupted)
+        monkeypatch.setattr("fastattn.training.data.shards._BATCH", 300 + 100 * stops)
+        assert main([*command, "--processes", "1"]) == 130
+        assert not output.exists()
+        stops += 1
+    monkeypatch.setattr(_Writer, "flush", flush)
+    (tmp_path / "parts.unfinished" / ".train-00000.tokens.1.tmp").write_bytes(b"of a killed process")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "goes on after" in capsys.readouterr().err
+    assert files_of(output) == expected
+
+
+def test_an_unfinished_corpus_with_other_settings_or_texts_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    command = ["data", "shard", str(corpus), "--output", str(tmp_path / "out"), "--tokenizer", "byte"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_Writer, "flush", interrupted)
+        assert main([*command, "--validation_fraction", "0.2"]) == 130
+    for options, change, problem in (
+        (["--validation_fraction", "0.3"], "", "was begun with another fractions"),
+        (["--validation_fraction", "0.2", "--shard_tokens", "9"], "", "was begun with another shard_tokens"),
+        (["--validation_fraction", "0.2"], '{"text": "new"}\n', "was begun with another state of the source"),
+    ):
+        corpus.write_text(corpus.read_text() + change)
+        assert main([*command, *options]) == 2
+        assert problem in capsys.readouterr().err
+    settings = tmp_path / "out.unfinished" / "settings.json"
+    settings.write_text("{")
+    assert main([*command, "--validation_fraction", "0.2"]) == 2
+    assert "is damaged: remove the folder" in capsys.readouterr().err
+    settings.unlink()
+    assert main([*command, "--validation_fraction", "0.2"]) == 2
+    assert "must be empty or an unfinished output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["tokenize", "shard"])
+def test_what_a_tokenizer_file_decides_is_refused_beside_it(corpus, tmp_path, capsys, what):
+    file = shard(corpus, tmp_path / "first", "--tokenizer", "word") / "tokenizer.json"
+    options = {"tokenizer": "word", "vocab_size": 300, "strip_accents": "true"}
+    options |= {"learn_from": 9} if what == "shard" else {"specials": '["[MASK]"]'}
+    for name, value in options.items():
+        command = ["data", what, str(corpus), "--output", str(tmp_path / "out"), "--tokenizer_file", str(file)]
+        capsys.readouterr()
+        assert main([*command, f"--{name}", str(value)]) == 2
+        assert f"{name} must be left out beside tokenizer_file" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
 
 
 def test_a_document_that_waits_keeps_only_itself_in_memory(tmp_path):
