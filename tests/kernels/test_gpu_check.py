@@ -1,13 +1,16 @@
 """scripts/gpu_check.sh: the files and tests it would run exist. Python and the tools are stand-ins that take notes."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["info", "first", "rows", "hopper", "tests", "forward", "backward", "decode", "bench", "sanitizer"]
@@ -142,3 +145,26 @@ def test_an_unknown_part_is_refused(check):
     assert code == 2
     parts = " ".join(PARTS)
     assert f"there is no part 'everything'; the parts are {parts}, and the only option is --force" in printed
+
+
+def test_the_benchmarks_of_a_cache_serve_several_sequences(monkeypatch):
+    """A GPU gets other shapes than the CPU: with two sequences and grouped heads, every candidate gives the same."""
+    monkeypatch.setitem(sys.modules, "conftest", types.SimpleNamespace(DEVICE="cpu"))
+    path = ROOT / "benchmarks" / "test_attention_decode.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_of_a_cache", path)
+    spec.loader.exec_module(bench := importlib.util.module_from_spec(spec))
+    shape = (2, 4, 2, 128, 16)
+    monkeypatch.setattr(bench, "SHAPES", [shape] * 4)
+    compared = []
+
+    def compare(candidates, *, tolerance, nbytes, verify=None):
+        first, *others = (call() for call in (verify or candidates).values())
+        for other in others:
+            torch.testing.assert_close(other, first, atol=tolerance, rtol=tolerance)
+        compared.append(len(others))
+
+    bench.test_contiguous(compare, shape, torch.float32)
+    bench.test_several_queries(compare, 4, torch.float32)
+    bench.test_paged(compare, 4, torch.float32)
+    bench.test_append(compare, torch.float32)
+    assert compared == [1] * 4
