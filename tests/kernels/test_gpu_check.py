@@ -147,12 +147,30 @@ def test_an_unknown_part_is_refused(check):
     assert f"there is no part 'everything'; the parts are {parts}, and the only option is --force" in printed
 
 
+def load_benchmark(name):
+    spec = importlib.util.spec_from_file_location(f"loaded_{name}", ROOT / "benchmarks" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_the_benchmarks_of_raw_ops_take_a_backend_that_has_the_op(monkeypatch):
+    """On a GPU, the C++ library is available but has no pass over the logits."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    conftest = load_benchmark("conftest")
+    monkeypatch.setattr(conftest, "why_not_on_device", lambda op, name, device: None if name == "triton" else "none")
+    monkeypatch.setitem(sys.modules, "conftest", conftest)
+    bench = load_benchmark("test_linear_cross_entropy")
+    raw = types.SimpleNamespace(cross_entropy_fwd=types.SimpleNamespace(triton=lambda *_: "the loss of Triton"))
+    monkeypatch.setattr(torch.ops, "fastattn", raw)
+    found = []
+    bench.test_cross_entropy_pass(lambda candidates, **_: found.append(candidates["fastattn"]()[0]), torch.float32)
+    assert found == ["the loss of Triton"]
+
+
 def test_the_benchmarks_of_a_cache_serve_several_sequences(monkeypatch):
     """A GPU gets other shapes than the CPU: with two sequences and grouped heads, every candidate gives the same."""
     monkeypatch.setitem(sys.modules, "conftest", types.SimpleNamespace(DEVICE="cpu"))
-    path = ROOT / "benchmarks" / "test_attention_decode.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_of_a_cache", path)
-    spec.loader.exec_module(bench := importlib.util.module_from_spec(spec))
+    bench = load_benchmark("test_attention_decode")
     shape = (2, 4, 2, 128, 16)
     monkeypatch.setattr(bench, "SHAPES", [shape] * 4)
     compared = []
