@@ -91,7 +91,7 @@ MANY_PARAMETERS = {
     "settings of a model": {"fastattn/models/backbone.py": "__init__", "fastattn/models/block.py": "__init__"},
     "launcher": {
         "kernels/attention_call.py": "__init__ prepare",
-        "kernels/attention_decode.py": "__init__ attention_decode_fwd",
+        "kernels/attention_decode.py": "attention_decode_fwd",
     },
 }
 
