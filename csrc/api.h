@@ -135,7 +135,7 @@ struct GemmArgs {
   int64_t m, n, k;
   int64_t a_row, a_col, b_row, b_col, c_row;
   bool add;  // to c
-  // kFewRows reads b where it lies; it needs b_row == 1 and does not add
+  // kFewRows reads b in place; it needs b_row == 1 and does not add
   enum class Way { kBlocked, kFewRows } way;
   int64_t rows;               // kBlocked: of a task
   std::atomic<bool>* failed;  // out of memory
@@ -144,7 +144,7 @@ constexpr int64_t kGemmPanel = 64;     // kBlocked: columns of a task
 constexpr int64_t kGemmGroup = 16;     // kFewRows: columns of a task
 FASTATTN_DECLARE_CPU(gemm, GemmArgs);  // tasks
 
-// y (m, n) = x (m, k) · weightᵀ, times scale, plus bias, plus residual: few rows, the weight read as it lies. Rows lie
+// y (m, n) = x (m, k) · weightᵀ, times scale, plus bias, plus residual: few rows, the weight read in place. Rows lie
 // a stride apart, in elements; the last stride is 1.
 enum class WeightType : int { kFloat32, kBFloat16, kInt8 };
 

@@ -1,6 +1,6 @@
 """An encoder layer as one call of C++, and one for its backward, where nothing hangs on its children.
 
-Nothing is kept between two calls: each reads the modules anew, so that a hook, a patch, another child or a changed
+Nothing is kept between two calls: each reads the modules again, so that a hook, a patch, another child or a changed
 parameter takes effect.
 """
 
