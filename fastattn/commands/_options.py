@@ -45,7 +45,8 @@ def stored_config(run):
     try:
         return read_config(parse(train_parser(), ["--config", str(run / "config.yaml")]))
     except UsageError as error:
-        raise UsageError(f"{run / 'config.yaml'}: {error}") from None
+        path = str(run / "config.yaml")
+        raise UsageError(error if path in str(error) else f"{path}: {error}") from None
 
 
 def run_parser(command, description):

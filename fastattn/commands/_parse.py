@@ -14,13 +14,17 @@ _PLAINER = (  # messages of jsonargparse → the form of ours
     (_KEY + rf".* Subtypes: {_NULLABLE} .* Given value: (.*)", r"\1 must be \2 or null, got \3"),
     (r'expected "subcommand" to be one of {(.*)}, but it was not provided\.', r"a subcommand is missing: one of \1"),
     (r"the following arguments are required: (?:\w+\.)?(\w+)", r"--\1 is missing"),
-    (r"Problems parsing config: (.*)", r"config: the file is not valid YAML: \1"),
+    (r"Problems parsing config: (.*)", r"config: \1"),
 )
 
 
 def parse(parser, argv):
-    """The parsed arguments; UsageError if the parser rejects them or a config file is not UTF-8."""
+    """The parsed arguments; UsageError if the parser rejects them, or a config file is not UTF-8 or no YAML."""
     argv = [_ALIAS.sub(r"--\1", argument) for argument in argv]
+    if any(argument.startswith("--config") or "{" in argument for argument in argv):
+        from ._yaml import check_yaml  # its package comes with an extra
+
+        check_yaml(argv)
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:

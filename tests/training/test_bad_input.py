@@ -35,6 +35,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     for name, rows in FILES.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, content in CONFIGS.items():
+        (folder / name).write_bytes(content)
     (folder / "lines.txt").write_text("".join(f"line number {i} of it\n" for i in range(200)))
     write_table(folder / "table.jsonl")
 
@@ -59,6 +61,14 @@ def place(tmp_path_factory):
     return folder
 
 
+CONFIGS = {
+    "twice.yaml": b"data:\n  source: lines.txt\n  source: plain.jsonl\n",
+    "tab.yaml": b"data:\n\tsource: lines.txt\n",
+    "zero.yaml": b"steps: 5\0\n",
+    "blank.yaml": b"# nothing\n",
+    "deep.yaml": b"data: " + b"[" * 3000,
+    "latin.yaml": "run: caf\xe9\n".encode("latin-1"),
+}
 LABELLED = "train --task classify --data.columns.label label --data.columns.label_kind"
 ANSWERS = "--data.source pairs.jsonl --data.columns.target target"
 PREFER = f"train --task preference --start chat --model.block_size 64 {ANSWERS}"
@@ -98,6 +108,14 @@ CASES = [
     ("train --data.mixture {\"tokens\":1e308,\"ends\":1e308}", "weights with a finite sum"),
     ("data clean plain.jsonl --output clean.csv", "output must be a name that ends in .jsonl"),
     ("train --data.source lines.txt --data.order sorted", "data.order must be one of 'random', 'shuffle'"),
+    # settings
+    ("train --config twice.yaml", "twice.yaml, line 3: the key 'source' is repeated"),
+    ("train --data.mixture {\"a\":1,\"a\":2}", "data.mixture, line 1: the key 'a' is repeated"),
+    ("train --config tab.yaml", "tab.yaml, line 2, column 1 is not valid YAML: found character that cannot start any"),
+    ("train --config zero.yaml", "zero.yaml is not valid YAML: control characters are not allowed at character"),
+    ("train --config blank.yaml", "blank.yaml must hold settings as lines NAME: VALUE, but it holds none"),
+    ("train --config deep.yaml", "deep.yaml, line 1, column "),
+    ("finetune --config latin.yaml", "latin.yaml is not UTF-8 text"),
     # generation, conversations, preferences, optimizers
     ("generate lm --prompt line --samples 2 --seed 9223372036854775807", "seed + samples must be at most 2**63"),
     ("generate lm --prompt line --samples 0", "samples must be at least 1, got 0"),
@@ -120,7 +138,7 @@ def test_one_line_says_what_is_wrong(place, monkeypatch, capsys, command, proble
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one text without a tab\n")))
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-    argv = [*command.split(), *(["--run", "new", "--accelerator", "cpu"] if command.startswith("train") else [])]
+    argv = [*command.split(), *(["--run", "new", "--accelerator", "cpu"] if command[:5] in ("train", "finet") else [])]
     if command.startswith("generate chat"):
         argv[-1] = "an <|im_end|> inside a prompt"
         problem = "a message holds '<|im_end|>'"
