@@ -20,7 +20,7 @@ def check_yaml(argv):
             except UnicodeDecodeError as error:
                 raise UsageError(f"{value} is not UTF-8 text: {error}") from None
             if not isinstance(root, yaml.MappingNode):
-                raise UsageError(f"{value} must hold settings as lines NAME: VALUE, but it holds none")
+                raise UsageError(f"{value} must have options with values, such as steps: 100")
             _check_keys(root, value)
 
 

@@ -84,7 +84,7 @@ CASES = [
     (f"{LABELLED} number --data.source close.jsonl", "the numbers are too close together"),
     (f"{LABELLED} number --data.source far.jsonl", "must be a finite number"),
     (f"{LABELLED} class --data.source classes.jsonl", "must be a text or a number, got a list"),
-    (f"{LABELLED} sum --data.source plain.jsonl", "label_kind must be one of 'class', 'classes', 'number'"),
+    (f"{LABELLED} sum --data.source plain.jsonl", "label_kind must be one of class, classes, number"),
     (f"{LABELLED} classes --data.source plain.jsonl --data.columns.label_separator ab", "must be one character"),
     (f"{LABELLED} class --data.source plain.jsonl --data.columns.pair none", "no column 'none' among text, label"),
     ("evaluate number --data plain.jsonl", "must be a finite number, got 'x'"),
@@ -112,11 +112,11 @@ CASES = [
     ("train --data.mixture {\"tokens\":.nan}", "must be a finite number above 0, got nan"),
     ("train --data.mixture {\"tokens\":1e308,\"ends\":1e308}", "weights with a finite sum"),
     ("data clean plain.jsonl --output clean.csv", "output must be a name that ends in .jsonl"),
-    ("train --data.source lines.txt --data.order sorted", "data.order must be one of 'random', 'shuffle'"),
+    ("train --data.source lines.txt --data.order sorted", "data.order must be one of random, shuffle"),
     # settings
     ("train --config null.yaml", "steps must have a value, got null"),
-    ("data shard lines.txt --output out --shard_tokens null", "shard_tokens must be int, got None"),
-    ("generate lm --prompt line --samples null", "samples must be int, got None"),
+    ("data shard lines.txt --output out --shard_tokens null", "shard_tokens must be an integer, got 'None'"),
+    ("generate lm --prompt line --samples null", "samples must be an integer, got 'None'"),
     ("train --config section.yaml", "model must be a section of settings, got 5"),
     ("train --data.source=", "data.source must not be empty"),
     ("data stats ", "the source must be the name of a file, a folder or a known set, got ''"),
@@ -128,12 +128,12 @@ CASES = [
     ("baseline --data.source plain.jsonl --data.columns.label=", "columns.label must be the name of a column, got ''"),
     ("train --resume damaged --steps 9", "metrics.csv is not a table of numbers: could not convert string to float"),
     ("compare damaged", "metrics.csv is not a table of numbers: could not convert string to float"),
-    ("data tokenize lines.txt --output out --tokenizer sentence", "tokenizer must be one of 'char', 'byte'"),
+    ("data tokenize lines.txt --output out --tokenizer sentence", "tokenizer must be one of char, byte"),
     ("train --config twice.yaml", "twice.yaml, line 3: the key 'source' is repeated"),
     ("train --data.mixture {\"a\":1,\"a\":2}", "data.mixture, line 1: the key 'a' is repeated"),
     ("train --config tab.yaml", "tab.yaml, line 2, column 1 is not valid YAML: found character that cannot start any"),
     ("train --config zero.yaml", "zero.yaml is not valid YAML: control characters are not allowed at character"),
-    ("train --config blank.yaml", "blank.yaml must hold settings as lines NAME: VALUE, but it holds none"),
+    ("train --config blank.yaml", "blank.yaml must have options with values, such as steps: 100"),
     ("train --config deep.yaml", "deep.yaml, line 1, column "),
     ("finetune --config latin.yaml", "latin.yaml is not UTF-8 text"),
     # generation, conversations, preferences, optimizers
@@ -149,7 +149,7 @@ CASES = [
      "must be auto, chatml, llama3, gemma or a folder with tokenizer_config.json"),
     (PREFER, "has no pairs of answers"),
     (f"{PREFER} --data.columns.rejected rejected --preference_beta 0", "preference_beta must be above 0"),
-    ("train --data.source lines.txt --optim.cautious_decay maybe", "optim.cautious_decay must be bool"),
+    ("train --data.source lines.txt --optim.cautious_decay maybe", "optim.cautious_decay must be true or false"),
 ]  # fmt: skip
 
 
