@@ -17,7 +17,13 @@ from typing_extensions import Unpack
 
 from fastattn import reference
 from fastattn._autocast import autocast_dtype
-from fastattn.ops._attention_checks import check_int32, check_numbers, check_per_head, resolve_window
+from fastattn.ops._attention_checks import (
+    check_int32,
+    check_numbers,
+    check_per_head,
+    resolve_window,
+    transposed_hint,
+)
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._hopper import HOPPER_HEAD_DIMS, why_not_hopper, why_not_hopper_device
@@ -164,8 +170,9 @@ def _check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     if head_dim != head_dim_k:
         raise ValueError(f"{_NAME}: q and k_cache must have one head_dim, got {head_dim} and {head_dim_k}")
     if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
+        hint = transposed_hint(_NAME, shape_q, shape_k, what="q and the caches")
         raise ValueError(
-            f"{_NAME}: the heads of q must be a multiple of those of the caches, got {n_heads} and {n_kv_heads}"
+            f"{_NAME}: the heads of q must be a multiple of those of the caches, got {n_heads} and {n_kv_heads}{hint}"
         )
     for label, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         if t.stride(3) != 1 and t.shape[3] > 1:
