@@ -42,6 +42,7 @@ NAMES = {
     "encoder": ("encoder, inference", "batch {}, {} tokens, {}"),
 }
 WORDS = {"fwd": "forward", "fwd_bwd": "forward + backward"}
+LIMITS = {"GEMM": "a large matrix product", "copy": "a copy of the bytes"}
 
 
 def picture_names(rows):
@@ -107,8 +108,8 @@ def draw(function, rows):
     axes.set(ylim=(len(cases) - 0.4, -0.6), xlabel=f"times as fast as {baseline}")
     handles = [Patch(color=COLOURS[number % len(COLOURS)], label=name) for number, name in enumerate(names)]
     if limited:
-        kinds = " or ".join(sorted({row["limit"] for row in rows if "limit" in row}))
-        handles.append(Line2D([], [], color="black", linewidth=2, label=f"limit of the machine ({kinds})"))
+        kinds = " or ".join(sorted({LIMITS.get(row["limit"], row["limit"]) for row in rows if "limit" in row}))
+        handles.append(Line2D([], [], color="black", linewidth=2, label=f"at the rate of {kinds}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(NAMES.get(function, (function.replace("_", " "),))[0], fontsize=11)
     axes.set_title(machine_line(rows[0]), fontsize=7, color="dimgray")
