@@ -11,6 +11,7 @@ of 16.
 """
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -125,9 +126,22 @@ def broadcast_strides(shape, strides):
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
+def exact_products(value):
+    """The precision of fp32 products where PyTorch does not allow TF32, from FASTATTN_FP32_PRODUCTS."""
+    if value not in (None, "", "ieee", "tf32x3"):
+        raise ValueError(f"FASTATTN_FP32_PRODUCTS must be ieee or tf32x3, got {value!r}")
+    return value or "ieee"
+
+
+_exact_products = exact_products(os.environ.get("FASTATTN_FP32_PRODUCTS"))
+
+
 def precision(dtype):
-    """The precision of fp32 products: follows the TF32 switch of PyTorch."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """The precision of products. In fp32 it follows the TF32 switch of PyTorch; "tf32x3" adds up three products of
+    parts on the tensor cores, with an error like that of fp32."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else _exact_products
 
 
 def descriptors_fit(*tensors):
