@@ -2,7 +2,7 @@
 
 import torch
 
-from fastattn.ops._attention_checks import check_int32
+from fastattn.ops._attention_checks import check_int32, transposed_hint
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, dtype_or_type, numbers
 from fastattn.ops._layout import is_expanded
 
@@ -68,8 +68,9 @@ def check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     if head_dim != head_dim_k:
         raise ValueError(f"{NAME}: q and k_cache must have one head_dim, got {head_dim} and {head_dim_k}")
     if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
+        hint = transposed_hint(NAME, shape_q, shape_k, what="q and the caches")
         raise ValueError(
-            f"{NAME}: the heads of q must be a multiple of those of the caches, got {n_heads} and {n_kv_heads}"
+            f"{NAME}: the heads of q must be a multiple of those of the caches, got {n_heads} and {n_kv_heads}{hint}"
         )
     for label, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         if t.stride(3) != 1 and t.shape[3] > 1:
