@@ -14,7 +14,7 @@ import sys
 from fastattn import __version__
 from fastattn.commands._memory import keep_freed_memory
 from fastattn.commands._parse import parse
-from fastattn.training.messages import UsageError
+from fastattn.training.messages import UsageError, did_you_mean
 
 EXTRAS = {  # the packages of each extra, by import name
     "train": "jsonargparse lightning_fabric matplotlib numpy safetensors tensorboard tokenizers tqdm yaml",
@@ -96,7 +96,8 @@ def run_command(argv):
         return print(help_text())
     if not name or name[0] not in COMMANDS:
         problem = f"there is no command {name[0]!r}" if name else "a command is missing"
-        raise UsageError(f"{problem}; the commands are {', '.join(COMMANDS)} (see fastattn --help)")
+        close = did_you_mean(name[0], [*COMMANDS, "--version"]) if name else ""
+        raise UsageError(f"{problem}{close or '; the commands are ' + ', '.join(COMMANDS)} (see fastattn --help)")
     for number, argument in enumerate(arguments, 2):
         if not _is_text(argument):
             raise UsageError(f"argument {number} is not UTF-8 text: {argument!r}")

@@ -1,21 +1,35 @@
-"""Parsing the arguments of a command."""
+"""Parsing the arguments of a command, and the messages for what it does not take."""
 
 import re
 from argparse import ArgumentError
 
-from fastattn.training.messages import UsageError
+from fastattn.training.messages import UsageError, did_you_mean
 
-_KEY, _NULLABLE = r'Parser key "(\S+)": ', r"\[<class '(\w+)'>, <class 'NoneType'>\]"
 _ALIAS = re.compile(r"^--(run|start)_folder(?==|$)")  # torchrun takes --run and --start for options of its own
-_PLAINER = (  # messages of jsonargparse → the form of ours
-    (_KEY + r"File does not exist: (.*)", r"\1: the file \2 does not exist"),
-    (_KEY + r"Expected an? <class '(\w+)'>\. Got value: (.*)", r"\1 must be \2, got \3"),
-    (_KEY + r"Expected an? typing\.Literal\[(.*)\]\. Got value: (.*)", r"\1 must be one of \2, got \3"),
-    (_KEY + rf".* Subtypes: {_NULLABLE} .* Given value: (.*)", r"\1 must be \2 or null, got \3"),
-    (r'expected "subcommand" to be one of {(.*)}, but it was not provided\.', r"a subcommand is missing: one of \1"),
-    (r"the following arguments are required: (?:\w+\.)?(\w+)", r"--\1 is missing"),
-    (r"Problems parsing config: (.*)", r"config: the file is not valid YAML: \1"),
+_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
+_TYPES["dict[str, float]"] = "names with a number each"
+_ELSEWHERE = {"lr": "learning_rate", "optimizer": "optim.name", "device": "accelerator", "dataset": "data.source"}
+
+# messages of jsonargparse
+_KEY = r'Parser key "(?P<key>\S+)": '
+_NO_FILE = re.compile(_KEY + r"File does not exist: (?P<path>.*)")
+_WRONG_TYPE = re.compile(_KEY + r"Expected an? <class '(?P<type>\w+)'>\. Got value: (?P<got>.*)")
+_NULLABLE = re.compile(
+    _KEY + r".* Subtypes: \[(?:<class ')?(?P<type>dict\[.*?\]|\w+)(?:'>)?, <class 'NoneType'>\]"
+    r" .* Given value: (?P<got>.*)"
 )
+_WRONG_CHOICE = re.compile(
+    _KEY + r"Expected an? typing\.Literal\[(?P<choices>.*)\]\. Got value: (?P<got>.*)"
+    r"|argument (?P<argument>\S+): invalid choice: '(?P<word>.*)' \(choose from (?P<words>.*)\)"
+)
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: (?P<argument>[^\s=]+).*"
+    r"|Group '(?P<group>\S+)' does not accept option '(?P<option>\S+)'.*"
+    r"|Option '(?P<key>\S+)' is not accepted.*"
+)
+_MISSING = re.compile(r"the following arguments are required: (?P<names>.*)")
+_NO_SUBCOMMAND = re.compile(r'expected "subcommand" to be one of .*, but it was not provided\.')
+_NO_VALUE = re.compile(r"argument (?P<option>\S+): expected one argument")
 
 
 def parse(parser, argv):
@@ -24,11 +38,65 @@ def parse(parser, argv):
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:
-        text = " ".join(str(error).split())
-        for pattern, plainer in _PLAINER:
-            text = re.sub(f"^{pattern}$", plainer, text)
-        unknown = any(words in text for words in ("not accept", "unrecognized", "Unexpected config"))
-        text = text if len(text) <= 300 else text[:300] + " ..."  # it may quote a whole file
-        raise UsageError(f"{text}{'; --help lists the options' if unknown else ''}") from None
+        text = _plain(" ".join(str(error).split()), parser, argv)
+        raise UsageError(text if len(text) <= 300 else text[:300] + " ...") from None  # it may quote a whole file
     except UnicodeDecodeError as error:
         raise UsageError(f"config: the file is not UTF-8 text: {error}") from None
+
+
+def _arguments(parser, argv):
+    """{name: its spelling} of what the parser takes, with the subcommand that argv names: options and positionals."""
+    found = {}
+    for action in parser._actions:
+        spelled = f"--{action.dest}" if action.option_strings else action.metavar or action.dest.upper()
+        found[action.dest] = spelled
+        if not action.option_strings and isinstance(action.choices, dict):  # subcommands
+            for name in set(action.choices) & set(argv):
+                found |= _arguments(action.choices[name], argv)
+    return found
+
+
+def _plain(text, parser, argv):
+    """A message of jsonargparse in our words."""
+    if match := _UNKNOWN.fullmatch(text):
+        return _about_unknown(**match.groupdict(), arguments=_arguments(parser, argv))
+    if match := _WRONG_CHOICE.fullmatch(text):
+        key, got = match["key"] or match["argument"], match["got"] or match["word"] or ""
+        choices = (match["choices"] or match["words"]).replace("'", "")
+        return f"{key} must be one of {choices}, got {got!r}{did_you_mean(got, choices.split(', '))}"
+    if match := _WRONG_TYPE.fullmatch(text):
+        return f"{match['key']} must be {_TYPES.get(match['type'], match['type'])}, got {match['got']!r}"
+    if match := _NULLABLE.fullmatch(text):
+        return f"{match['key']} must be {_TYPES.get(match['type'], match['type'])} or null, got {match['got']!r}"
+    if match := _NO_FILE.fullmatch(text):
+        return f"{match['key']}: the file {match['path']} does not exist"
+    if match := _MISSING.fullmatch(text):
+        names = [name.rpartition(".")[2] for name in match["names"].split(", ")]
+        arguments = _arguments(parser, argv)
+        spelled = [arguments.get(name, name) for name in names]
+        return f"{' and '.join(spelled)} {'is' if len(spelled) == 1 else 'are'} missing; --help explains the arguments"
+    if _NO_SUBCOMMAND.fullmatch(text):
+        action = next(action for action in parser._actions if isinstance(action.choices, dict))
+        return f"{action.metavar} is missing: one of {', '.join(action.choices)}"
+    if match := _NO_VALUE.fullmatch(text):
+        return f"{match['option']} must have a value, got none"
+    wanted = "config: the file must have options with values, such as steps: 100, got "
+    text = re.sub("^Unexpected config: ", wanted, text)
+    return re.sub("^Problems parsing config: ", "config: the file is not valid YAML: ", text)
+
+
+def _about_unknown(argument, group, option, key, arguments):
+    """What to say about an option or a key of a config file that is not there, or a positional argument too many."""
+    if argument and not argument.startswith("-"):
+        return f"there is no place for the argument {argument!r}; --help shows the usage"
+    name = argument.lstrip("-") if argument else f"{group}.{option}" if group else key
+    dashes = "--" if argument else ""
+    options = [ours for ours, spelled in arguments.items() if spelled.startswith("--")]
+    last = name.rpartition(".")[2]
+    wanted = _ELSEWHERE.get(last, last)
+    elsewhere = [ours for ours in options if f".{ours}".endswith(f".{wanted}")]  # in another section
+    if elsewhere:
+        close = f"; did you mean {dashes}{min(elsewhere, key=len)}?"
+    else:
+        close = did_you_mean(name, options, dashes) or "; --help lists the options"
+    return (f"there is no option {argument}" if argument else f"config: there is no key {name}") + close

@@ -38,6 +38,8 @@ def run(options, _argv):
         draw_attention(run, config, options.attention, folder / "attention.png", **how)
     write_report(folder, report, run)
     print(report_json(report) if options.json else report_text(report), end="")
+    if not options.json:
+        print(f"\nThe report with its pictures: {folder / 'report.html'}")
 
 
 def task_options(options, config):

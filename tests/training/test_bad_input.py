@@ -69,7 +69,7 @@ CASES = [
     (f"{LABELLED} number --data.source close.jsonl", "the numbers are too close together"),
     (f"{LABELLED} number --data.source far.jsonl", "must be a finite number"),
     (f"{LABELLED} class --data.source classes.jsonl", "must be a text or a number, got a list"),
-    (f"{LABELLED} sum --data.source plain.jsonl", "label_kind must be one of 'class', 'classes', 'number'"),
+    (f"{LABELLED} sum --data.source plain.jsonl", "label_kind must be one of class, classes, number"),
     (f"{LABELLED} classes --data.source plain.jsonl --data.columns.label_separator ab", "must be one character"),
     (f"{LABELLED} class --data.source plain.jsonl --data.columns.pair none", "no column 'none' among text, label"),
     ("evaluate number --data plain.jsonl", "must be a finite number, got 'x'"),
@@ -97,7 +97,7 @@ CASES = [
     ("train --data.mixture {\"tokens\":.nan}", "must be a finite number above 0, got nan"),
     ("train --data.mixture {\"tokens\":1e308,\"ends\":1e308}", "weights with a finite sum"),
     ("data clean plain.jsonl --output clean.csv", "output must be a name that ends in .jsonl"),
-    ("train --data.source lines.txt --data.order sorted", "data.order must be one of 'random', 'shuffle'"),
+    ("train --data.source lines.txt --data.order sorted", "data.order must be one of random, shuffle"),
     # generation, conversations, preferences, optimizers
     ("generate lm --prompt line --samples 2 --seed 9223372036854775807", "seed + samples must be at most 2**63"),
     ("generate lm --prompt line --samples 0", "samples must be at least 1, got 0"),
@@ -111,7 +111,7 @@ CASES = [
      "must be auto, chatml, llama3, gemma or a folder with tokenizer_config.json"),
     (PREFER, "has no pairs of answers"),
     (f"{PREFER} --data.columns.rejected rejected --preference_beta 0", "preference_beta must be above 0"),
-    ("train --data.source lines.txt --optim.cautious_decay maybe", "optim.cautious_decay must be bool"),
+    ("train --data.source lines.txt --optim.cautious_decay maybe", "optim.cautious_decay must be true or false"),
 ]  # fmt: skip
 
 

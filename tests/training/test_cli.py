@@ -72,8 +72,44 @@ def assert_refused(folder, capsys, arguments, *expected):
 
 def test_an_abbreviated_option_is_refused(folder, capsys):
     assert_refused(
-        folder, capsys, ["train", "--config", "config.yaml", "--step", "3"], "unrecognized arguments: --step 3"
+        folder, capsys, ["train", "--config", "config.yaml", "--step", "3"], "no option --step; did you mean --steps?"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("trian", "there is no command 'trian'; did you mean train?"),
+        ("--verison", "there is no command '--verison'; did you mean --version?"),
+        ("xyz", "there is no command 'xyz'; the commands are train, finetune, "),
+        ("train --model.d_modle 3", "there is no option --model.d_modle; did you mean --model.d_model?"),
+        ("train --d_model=3", "there is no option --d_model; did you mean --model.d_model?"),
+        ("train --lr 3", "there is no option --lr; did you mean --optim.learning_rate?"),
+        ("train --optimizer adam", "there is no option --optimizer; did you mean --optim.name?"),
+        ("train --zzz 3", "there is no option --zzz; --help lists the options"),
+        ("train --config modle.yaml", "config: there is no key modle.d_model; did you mean model.d_model?"),
+        ("train --config key.yaml", "config: there is no key data.columns.txt; did you mean data.columns.text?"),
+        ("train --config top.yaml", "config: there is no key stepz; did you mean steps?"),
+        ("train --task clasify", "preference, got 'clasify'; did you mean classify?"),
+        ("train --optim.name lion", "optim.name must be one of sgd, momentum, nesterov, adam, adamw, muon, got 'lion'"),
+        ("train --steps x", "steps must be an integer, got 'x'"),
+        ("train --steps", "--steps must have a value, got none"),
+        ("train --compile maybe", "compile must be true or false, got 'maybe'"),
+        ("train --model.window maybe", "model.window must be an integer or null, got 'maybe'"),
+        ("train --data.mixture maybe", "data.mixture must be names with a number each or null, got 'maybe'"),
+        ("train stray", "there is no place for the argument 'stray'; --help shows the usage"),
+        ("evaluate", "RUN is missing; --help explains the arguments"),
+        ("data", "WHAT is missing: one of stats, clean, split, tokenize, shard, vectorize"),
+        ("data splitt", "WHAT must be one of stats, clean, split, tokenize, shard, vectorize, got 'splitt'; did you "),
+        ("data split", "SOURCE and --output are missing; --help explains the arguments"),
+        ("data split text.txt --columns.txt a", "there is no option --columns.txt; did you mean --columns.text?"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(folder, capsys, arguments, expected):
+    (folder / "modle.yaml").write_text("modle: {d_model: 3}")
+    (folder / "key.yaml").write_text("data: {columns: {txt: a}}")
+    (folder / "top.yaml").write_text("stepz: 3")
+    assert_refused(folder, capsys, arguments.split(), expected)
 
 
 def test_train_evaluate_generate(folder, capsys):
@@ -104,6 +140,7 @@ def test_train_evaluate_generate(folder, capsys):
     out = capsys.readouterr().out
     assert re.search(rf"^loss +{report['loss']:.4f}$", out, re.MULTILINE)
     assert "bits_per_character" in out
+    assert f"The report with its pictures: {run / 'report.html'}" in out
     (folder / "other.txt").write_text("a rose is " * 10)
     assert main(["evaluate", str(run), "--data", "other.txt", "--checkpoint", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -216,7 +253,7 @@ def yaml_with(folder, line):
         ("steps: [", ["config"]),
         ("layers: jax", ["layers", "fastattn", "torch", "jax"]),
         ("batch_size: 3\naccumulate: 2", ["batch_size must be a multiple of", "= 2, got 3"]),
-        ("model: {n_layr: 3}", ["'model'", "'n_layr'"]),
+        ("model: {n_layr: 3}", ["no key model.n_layr; did you mean model.n_layer?"]),
         ("model: {n_head: 3, d_model: 8}", ["model.d_model must be a multiple of n_head = 3, got 8"]),
         ("model: {dropout: 1.5}", ["model.dropout must be at least 0 and below 1, got 1.5"]),
         (
@@ -244,15 +281,12 @@ def test_config_mistakes(folder, capsys, line, expected):
     ("arguments", "expected"),
     [
         ([], ["a command is missing; the commands are train, finetune, evaluate"]),
-        (["trian"], ["there is no command 'trian'; the commands are train, "]),
         (["--steps", "3"], ["there is no command '--steps'; the commands are train, "]),
         (["info", "now"], ["now"]),
-        (["data"], ["stats"]),
         (["train", "--config", "nothing.yaml"], ["nothing.yaml"]),
-        (["train", "--config", "text.txt"], ["Unexpected config: a rose", "; --help lists the options"]),
+        (["train", "--config", "text.txt"], ["must have options with values, such as steps: 100, got a rose"]),
         (["train", "--config", "binary"], ["config: the file is not UTF-8 text: "]),
-        (["train", "--config", "list.yaml"], ["Unexpected config: - 1 - 2"]),
-        (["train", "--config", "config.yaml", "--model.n_layr", "3"], ["--model.n_layr", "--help"]),
+        (["train", "--config", "list.yaml"], ["must have options with values, such as steps: 100, got - 1 - 2"]),
         (["train", "--config", "config.yaml", "--steps", "1.5"], ["steps", "1.5"]),
         (["train", "--config", "config.yaml", "--data.source", "nothing.txt"], ["nothing.txt' is neither 'topics'"]),
         (["train", "--config", "config.yaml", "--data.source", "empty"], ["empty' is empty"]),
@@ -274,7 +308,6 @@ def test_config_mistakes(folder, capsys, line, expected):
         (["train", "--resume", "nothing"], ["nothing' does not exist"]),
         (["train", "--resume", "no_text"], ["is not the folder of a run: it has no config.yaml"]),
         (["train", "--resume", "no_text", "--overwrite"], ["train takes either --resume or --overwrite, not both"]),
-        (["evaluate"], ["run"]),
         (["evaluate", "nothing"], ["nothing' does not exist"]),
         (["evaluate", "text.txt"], ["text.txt' is a file, not a folder"]),
         (["generate", "nothing", "--prompt", "a"], ["nothing' does not exist"]),
@@ -323,7 +356,10 @@ def test_mistakes_with_a_run(run, capsys):
             ["generate", "runs/small", "--prompt", "a", "--temperature", "-1"],
             ["temperature must be at least 0 and finite, got -1"],
         ),
-        (["generate", "runs/small", "--prompt", "a", "--max_new_tokens", "x"], ["max_new_tokens", "int", "x"]),
+        (
+            ["generate", "runs/small", "--prompt", "a", "--max_new_tokens", "x"],
+            ["max_new_tokens must be an integer, got 'x'"],
+        ),
         (["generate", "runs/small", "--prompt", "a", "--top_k", "0"], ["top_k must be at least 1, got 0"]),
     ]:
         assert_refused(folder, capsys, arguments, *expected)
