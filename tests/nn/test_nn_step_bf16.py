@@ -261,7 +261,7 @@ def test_a_stack_trains_as_its_parts_do(calls, parts, autocast):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            found.append(float(loss))
+            found.append(float(loss.detach()))
         return torch.tensor(found)
 
     found = losses()
