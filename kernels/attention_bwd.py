@@ -20,11 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention_call import UNSPECIALIZED, Rows, prepare, rows_of
+from fastattn.kernels.attention_call import UNSPECIALIZED, prepare, rows_of
 from fastattn.kernels.attention_config import PREPROCESS
 from fastattn.kernels.attention_dbias import attention_dbias
 from fastattn.kernels.attention_tile import (
     block_start,
+    clear_hidden,
     find_head,
     head_frame,
     keep_tile,
@@ -44,7 +45,7 @@ from fastattn.kernels.attention_tile import (
     walk,
     zeros,
 )
-from fastattn.kernels.common import LOG2_E, contiguous, launch, register, unit_stride
+from fastattn.kernels.common import LOG2_E, Rows, contiguous, launch, register, unit_stride
 
 
 class Softmax(NamedTuple):
@@ -100,7 +101,7 @@ def attention_preprocess_kernel(out, do, lse_ptr, lse_low_ptr, dlse_ptr, sink_pt
 def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n, span, head, features,
                  form: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """first: the first row of the query head in `softmax`."""
-    MASKED: tl.constexpr = EDGE or features.mask is not None
+    MASKED: tl.constexpr = EDGE or form.MASKED
     j = (start_n + tl.arange(0, form.BLOCK_N))[:, None]
     begin, end = walk(blocks, EDGE, True)
     for block in range(begin, end):
@@ -180,9 +181,11 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
 def _dq_blocks(dq, dbias, q, do, softmax, k_side, v_side, blocks, start_m, span, head, features, form: tl.constexpr,
                EDGE: tl.constexpr):  # fmt: skip
     """softmax: the result of load_softmax."""
-    begin, end = walk(blocks, EDGE, form.HAS_LEFT)
-    for block in range(begin, end):
-        start_n = block_start(block, blocks, form.BLOCK_N, EDGE, form.HAS_LEFT)
+    BOTH: tl.constexpr = form.HAS_LEFT or form.KEY_MASK
+    STAGES: tl.constexpr = 1 if EDGE and form.KEY_MASK else None  # few blocks; clear_hidden needs shared memory
+    begin, end = walk(blocks, EDGE, BOTH)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        start_n = block_start(block, blocks, form.BLOCK_N, EDGE, BOTH)
         k = load_tile(k_side, start_n, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_N, EDGE, form.TMA)
         v = load_tile(v_side, start_n, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_N, EDGE, form.TMA)
         ds, capped, visible = score_gradient(q, k, v, do, softmax, start_m, start_n, span, head, features, form, EDGE)
@@ -193,10 +196,9 @@ def _dq_blocks(dq, dbias, q, do, softmax, k_side, v_side, blocks, start_m, span,
             tl.store(score_ptrs(dbias, head, i, j), ds.to(dbias.ptr.dtype.element_ty), mask=inside)
         if form.SOFTCAP:
             ds *= 1 - capped * capped
-        if features.mask is not None:  # a hidden key may be NaN, so its row must be cleared as well as its score
+        if form.MASKED or (EDGE and form.KEY_MASK):  # a hidden key may be NaN, and then `capped` is
             ds = tl.where(visible, ds, 0.0)
-            seen = tl.max(visible.to(tl.int32), 0) > 0
-            k = tl.where(seen[:, None], k, 0.0)
+        k = clear_hidden(k, visible, start_n, span, head, features, form, EDGE)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=form.PRECISION)
     return dq
 

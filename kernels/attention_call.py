@@ -17,18 +17,12 @@ import torch
 import triton
 
 from fastattn.kernels.attention_config import pick
-from fastattn.kernels.common import contiguous, dropout_constants
+from fastattn.kernels.attention_mask import key_runs
+from fastattn.kernels.common import Rows, contiguous, dropout_constants
 from fastattn.ops._layout import empty_in_layout
 
 # integers that vary between calls and do not affect the quality of the code: one binary serves all values
 UNSPECIALIZED = ["n_heads", "group", "total_q", "total_k", "blocks", "window_left", "window_right", "threshold"]
-
-
-class Rows(NamedTuple):
-    """A (batch, heads, rows, columns) tensor such as q, k or v, with its strides. The stride of columns is 1."""
-
-    ptr: Any
-    strides: Any
 
 
 class Features(NamedTuple):
@@ -40,6 +34,7 @@ class Features(NamedTuple):
     rng_ptr: Any
     bias: Any  # Rows
     mask: Any  # Rows
+    runs: Any  # what attention_mask.py found in a mask of one row, as Rows; strides (between batch entries,)
     slopes: Any  # the ALiBi slopes as Rows, strides (between batch entries,)
     sink_ptr: Any
     seqlens_k_ptr: Any
@@ -60,6 +55,8 @@ class Form(NamedTuple):
     HAS_RIGHT: Any
     TOP_LEFT: Any
     SOFTCAP: Any
+    MASKED: Any  # every tile reads its mask
+    KEY_MASK: Any  # the mask is one row for all queries and heads: only edges read it
     NATURAL: Any  # scores are kept unscaled instead of times log2(e)
     FUSED_SCALE: Any  # the scale is applied together with the subtraction of the maximum
     GROUP: Any  # query heads per key head, in attention_dkdv_kernel
@@ -81,6 +78,9 @@ class Span(NamedTuple):
     off: Any  # query i is aligned with key i + off
     left: Any
     right: Any
+    first_seen: Any  # KEY_MASK: keys before it and from end_seen on are hidden, and those up to end_run are visible
+    end_run: Any
+    end_seen: Any
 
 
 class Head(NamedTuple):
@@ -180,6 +180,8 @@ class Plan:
         self.strides = (q[1][:3], k[1][:3], v[1][:3])
         self.out_strides = self.layouts[0][1][:3]
         self.bias_strides, self.mask_strides = (t and broadcast_strides(*t) for t in (bias, mask))
+        rows_of_mask = self.mask_strides and self.mask_strides[1:3]
+        self.mask_rows = mask[0][0] if rows_of_mask == (0, 0) else None  # of a mask that has one row per batch entry
         self.slopes_strides = (self.n_heads if alibi_dims == 2 else 0,)
         self.drops, threshold, rescale = dropout_constants(drops or None, dropout_p)
         self.numbers = (scale, softcap, rescale)
@@ -190,11 +192,14 @@ class Plan:
         has_left, has_right = 0 <= window_left < reach, 0 <= window_right < reach
         linear = bias is None and not alibi_dims and softcap == 0.0
         self.natural = dtype == torch.float32 or bias is not None or alibi_dims > 0
-        extra = not linear or mask is not None or self.drops
+        key_mask = self.mask_rows is not None
+        masked = mask is not None and not key_mask
+        extra = not linear or masked or self.drops
         self.kind = (device, dtype, max(head_dim, head_dim_v), bool(extra), has_left or has_right)
         self.form = Form(
             head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), None, None, has_left, has_right, top_left,
-            softcap > 0.0, self.natural, linear and not self.natural and scale > 0.0, self.group, False, fp32_precision,
+            softcap > 0.0, masked, key_mask, self.natural, linear and not self.natural and scale > 0.0, self.group,
+            False, fp32_precision,
         )  # fmt: skip
         self.starts = {}
 
@@ -221,6 +226,8 @@ class Plan:
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             FUSED_SCALE=self.form.FUSED_SCALE and kernel == "fwd",
+            MASKED=self.form.MASKED or (self.form.KEY_MASK and kernel == "dbias"),
+            KEY_MASK=self.form.KEY_MASK and kernel != "dbias",
             GROUP=self.form.GROUP if kernel == "dkdv" else 1,
         )
         form_tma = form._replace(TMA=True) if tma else None
@@ -249,6 +256,7 @@ def prepare(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, sl
         *plan.numbers, contiguous(rng) if plan.drops else None,
         None if bias is None else Rows(bias, plan.bias_strides),
         None if mask is None else Rows(mask, plan.mask_strides),
+        None if plan.mask_rows is None else key_runs(mask, plan.mask_rows, plan.mask_strides, plan.total_k),
         None if slopes is None else Rows(slopes.contiguous(), plan.slopes_strides), contiguous(sink),
         contiguous(seqlens_k), contiguous(cu_seqlens_q), contiguous(cu_seqlens_k),
     )  # fmt: skip

@@ -88,6 +88,8 @@ class DecodeForm(NamedTuple):
     HAS_LEFT: Any
     HAS_RIGHT: Any
     SOFTCAP: Any
+    MASKED: Any
+    KEY_MASK: Any
     NATURAL: Any
     SPLIT: Any  # there is more than one split
     WHOLE_PAGES: Any  # each block of keys lies in one page
@@ -167,7 +169,7 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
         slopes = features.slopes.ptr + batch * features.slopes.strides[0] + q_head
         slope = tl.load(slopes, mask=inside_m, other=0.0)[:, None]
     span = Span(batch, batch >= 0, batch, 0, 0, seqlen_q, capacity, length, length - seqlen_q, window_left,
-                window_right)  # fmt: skip
+                window_right, 0, 0, 0)  # fmt: skip
     head = Head(batch, q_head, slope, 0, 0)
 
     # This split's share of the key blocks that some row sees. All blocks are treated as edges, because comparisons are
@@ -349,7 +351,7 @@ class Plan:
         self.head_dim_v, self.block_dv = head_dim_v, padded(head_dim_v)
         self.form = DecodeForm(
             head_dim, head_dim_v, padded(head_dim), self.block_dv, config.block_m, block_n, has_left, has_right,
-            softcap > 0.0, True, splits > 1, whole_pages, fp32_precision,
+            softcap > 0.0, False, False, True, splits > 1, whole_pages, fp32_precision,
         )  # fmt: skip
         self.options = config.options()
 
@@ -375,7 +377,7 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_
         to = torch.empty((*plan.parts, plan.head_dim_v), dtype=torch.float32, device=q.device)
         to_lse = torch.empty((2, *plan.parts), dtype=torch.float32, device=q.device)
     slopes = None if slopes is None else Rows(slopes.contiguous(), plan.slopes_strides)
-    features = Features(scale, softcap, 1.0, None, None, None, slopes, sink, None, None, None)
+    features = Features(scale, softcap, 1.0, None, None, None, None, slopes, sink, None, None, None)
     cache = Cache(*map(contiguous, (cache_seqlens, block_table, cache_batch_idx, cache_leftpad)))
     launch(
         attention_decode_split_kernel, plan.grid, q.device, *map(Rows, (q, k_cache, v_cache, to), plan.strides), to_lse,

@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention_call import UNSPECIALIZED, Rows, prepare
+from fastattn.kernels.attention_call import UNSPECIALIZED, prepare
 from fastattn.kernels.attention_tile import (
     block_start,
+    clear_hidden,
     empty_softmax,
     exponential,
     find_head,
@@ -39,18 +40,20 @@ from fastattn.kernels.attention_tile import (
     visible_tile,
     walk,
 )
-from fastattn.kernels.common import LN_2, LOG2_E, launch, register, unit_stride
+from fastattn.kernels.common import LN_2, LOG2_E, Rows, launch, register, unit_stride
 
 
 @triton.jit
 def _forward_blocks(
     acc, l_i, m_i, q, k_side, v_side, blocks, start_m, span, head, features, form: tl.constexpr, EDGE: tl.constexpr
 ):
-    MASKED: tl.constexpr = EDGE or features.mask is not None
+    MASKED: tl.constexpr = EDGE or form.MASKED
     i = (start_m + tl.arange(0, form.BLOCK_M))[:, None]
-    begin, end = walk(blocks, EDGE, form.HAS_LEFT)
-    for block in range(begin, end):
-        start_n = block_start(block, blocks, form.BLOCK_N, EDGE, form.HAS_LEFT)
+    BOTH: tl.constexpr = form.HAS_LEFT or form.KEY_MASK
+    STAGES: tl.constexpr = 1 if EDGE and form.KEY_MASK else None  # few blocks; clear_hidden needs shared memory
+    begin, end = walk(blocks, EDGE, BOTH)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        start_n = block_start(block, blocks, form.BLOCK_N, EDGE, BOTH)
         j = (start_n + tl.arange(0, form.BLOCK_N))[None, :]
         k = load_tile(k_side, start_n, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_N, EDGE, form.TMA)
         qk = tl.dot(q, tl.trans(k), input_precision=form.PRECISION)
@@ -79,9 +82,7 @@ def _forward_blocks(
             p = tl.where(keep_tile(start_m, start_n, head, features, form), p, 0.0)
 
         v = load_tile(v_side, start_n, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_N, EDGE, form.TMA)
-        if features.mask is not None:  # a hidden key may be NaN, and 0 * NaN is NaN
-            seen = tl.max(visible.to(tl.int32), 0) > 0
-            v = tl.where(seen[:, None], v, 0.0)
+        v = clear_hidden(v, visible, start_n, span, head, features, form, EDGE)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=form.PRECISION)
         m_i = m_new
     return acc, l_i, m_i

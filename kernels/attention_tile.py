@@ -63,7 +63,16 @@ def locate(batch, within, features, total_q, total_k, left, right, form: tl.cons
     off = length_k - seqlen_q
     if form.TOP_LEFT:
         off *= 0
-    return Span(batch, within, index, first_q, first_k, seqlen_q, seqlen_k, length_k, off, left, right)
+    first_seen = length_k * 0
+    end_run = first_seen
+    end_seen = first_seen
+    if form.KEY_MASK:
+        runs = features.runs.ptr + batch * features.runs.strides[0]
+        first_seen = tl.load(runs)
+        end_run = tl.minimum(tl.load(runs + 1), length_k)
+        end_seen = tl.minimum(tl.load(runs + 2), length_k)
+    return Span(batch, within, index, first_q, first_k, seqlen_q, seqlen_k, length_k, off, left, right, first_seen,
+                end_run, end_seen)  # fmt: skip
 
 
 @triton.jit
@@ -147,6 +156,9 @@ def key_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, form: t
         begin = tl.maximum(span.off - span.left, 0)
     if form.HAS_RIGHT:
         end = tl.minimum(span.length_k, span.seqlen_q + span.off + span.right)
+    if form.KEY_MASK:
+        begin = tl.maximum(begin, span.first_seen)
+        end = tl.minimum(end, span.end_seen)
     return side_of(rows, span.index, head, span.first_k, begin, end, DIM, BLOCK_D, form.BLOCK_N, form.TMA)
 
 
@@ -164,6 +176,11 @@ def key_blocks(start_m, rows, span, form: tl.constexpr):
     if form.HAS_RIGHT:
         high = tl.maximum(tl.minimum(span.length_k, end_m + span.off + span.right), 0)
         full_high = tl.maximum(tl.minimum(span.length_k, start_m + span.off + span.right + 1), 0)
+    if form.KEY_MASK:
+        low = tl.maximum(low, span.first_seen)
+        high = tl.minimum(high, span.end_seen)
+        full_low = tl.maximum(full_low, span.first_seen)
+        full_high = tl.minimum(full_high, span.end_run)
     return blocks_of(low, high, full_low, full_high, form.BLOCK_N)
 
 
@@ -181,6 +198,9 @@ def query_blocks(start_n, span, form: tl.constexpr):
     if form.HAS_LEFT:
         high = tl.minimum(high, tl.maximum(end_n - span.off + span.left, 0))
         full_high = tl.maximum(tl.minimum(span.seqlen_q, start_n - span.off + span.left + 1), 0)
+    if form.KEY_MASK:
+        high = tl.where((end_n > span.first_seen) & (start_n < span.end_seen), high, 0)
+        full_high = tl.where((start_n >= span.first_seen) & (end_n <= span.end_run), full_high, 0)
     return blocks_of(low, high, full_low, full_high, form.BLOCK_M)
 
 
@@ -257,6 +277,25 @@ def score_ptrs(rows, head, i, j):
 
 
 @triton.jit
+def seen_keys(j, span, head, features):
+    """Return which of the keys j a mask of one row shows."""
+    pointers = head_ptr(features.mask, head.batch, head.head) + j.to(tl.int64) * features.mask.strides[3]
+    return tl.load(pointers, mask=j < span.length_k, other=0) != 0
+
+
+@triton.jit
+def clear_hidden(rows, visible, start_n, span, head, features, form: tl.constexpr, EDGE: tl.constexpr):
+    """Return rows of k or v with zeros for keys that the mask hides: they may be NaN, and 0 * NaN is NaN."""
+    if form.KEY_MASK and EDGE:
+        j = (start_n + tl.arange(0, form.BLOCK_N))[:, None]
+        rows = tl.where(seen_keys(j, span, head, features), rows, 0.0)
+    if form.MASKED:
+        seen = tl.max(visible.to(tl.int32), 0) > 0
+        rows = tl.where(seen[:, None], rows, 0.0)
+    return rows
+
+
+@triton.jit
 def visible_tile(i, j, span, head, features, form: tl.constexpr, EDGE: tl.constexpr):
     """Return which key each query sees. i and j are positions that broadcast; a transposed tile works too."""
     inside = (j < span.length_k) & (i < span.seqlen_q)
@@ -265,7 +304,9 @@ def visible_tile(i, j, span, head, features, form: tl.constexpr, EDGE: tl.conste
         visible = visible & (j >= i + (span.off - span.left))
     if EDGE and form.HAS_RIGHT:
         visible = visible & (j <= i + (span.off + span.right))
-    if features.mask is not None:
+    if EDGE and form.KEY_MASK:
+        visible = visible & seen_keys(j, span, head, features)
+    if form.MASKED:
         visible = visible & (tl.load(score_ptrs(features.mask, head, i, j), mask=inside, other=0) != 0)
     return visible
 
@@ -351,7 +392,7 @@ def score_gradient(
     qk = tl.dot(q, tl.trans(k), input_precision=form.PRECISION)
     s, capped = tile_scores(qk, i, j, span, head, features, form)
     visible = visible_tile(i, j, span, head, features, form, EDGE)
-    MASKED: tl.constexpr = EDGE or features.mask is not None
+    MASKED: tl.constexpr = EDGE or form.MASKED
     if MASKED:  # before the exponential, because lse may be far below 0, the score of a missing key
         s = tl.where(visible, s, float("-inf"))
     p = probability(s, row_high[:, None], row_low[:, None], form.NATURAL)

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -68,6 +68,13 @@ def in_eights(size, EIGHTS: tl.constexpr):
     if EIGHTS:
         size = size // 8 * 8
     return size
+
+
+class Rows(NamedTuple):
+    """A (batch, heads, rows, columns) tensor such as q, k or v, with its strides. The stride of columns is 1."""
+
+    ptr: Any
+    strides: Any
 
 
 @triton.jit

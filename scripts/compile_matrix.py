@@ -27,7 +27,7 @@ ATTENTION = {
     for head_dim in (32, 64, 128, 256)
     for name, arguments in {
         "": {}, "causal": {"right": 0}, "window": {"left": 200, "right": 0},
-        "dropout mask": {"dropout_p": 0.1, "mask": True},
+        "key mask": {"right": 0, "mask": True}, "dropout mask": {"dropout_p": 0.1, "mask": [2, 1, 1024, 1024]},
         "bias": {"bias": [2, 8, 1024, 1024]}, "packed gqa": {"right": 0, "packed": True, "kv_heads": 2},
         "fp32": {"dtype": "float32"},
     }.items()
@@ -45,6 +45,7 @@ EXACT = (
     "attention_preprocess",
     "combine",
     "append",
+    "key_runs",
     "norm",
     "add_up",
     "activation",

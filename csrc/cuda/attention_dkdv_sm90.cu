@@ -10,8 +10,9 @@
 // produce rows that are not written. Queries past the end have lse2 = inf, so p = 0.
 //
 // With dq, the two warpgroups put their ds side by side in shared memory and multiply dq from both, and the copy engine
-// adds it to sums in global memory. Keys past the end are cleared and have p = 0. Several blocks of threads add in any
-// order, so the last bits of dq differ from run to run.
+// adds it to sums in global memory. A warp beside the loading one starts it, so that no warpgroup waits until shared
+// memory has been read. Keys past the end are cleared and have p = 0. Several blocks of threads add in any order, so
+// the last bits of dq differ from run to run.
 // References: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023; Shah et
 // al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 #include "cuda/sm90/attention_bwd.cuh"
@@ -34,11 +35,17 @@ template <typename T, int kHeadDim, bool kWithDq>
 struct DkdvStages {
   static constexpr int kStages = 4;
 };
+
+// A warpgroup hands its dq to a warp that starts the copy. Barriers with a number cost no registers for a phase.
+constexpr int kDqFull = kBothWarpgroups + 1, kDqEmpty = kDqFull + kBwdConsumers, kHandoverThreads = kWarpgroup + 32;
+constexpr int64_t kNoMore = -1;
+
 template <typename T, int kHeadDim>
 struct DkdvStages<T, kHeadDim, true> {
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   TileOf<T, kTile, kQueries> ds[2];
   float dq[kBwdConsumers][kQueries * kDqCols<kHeadDim>];
+  int64_t dq_to[kBwdConsumers];  // where dq is added in the sums, or kNoMore
 };
 
 template <typename T, int kHeadDim, bool kWithDq>
@@ -90,6 +97,24 @@ __device__ __forceinline__ void dkdv_produce(DkdvShared<T, kHeadDim, kWithDq>& s
       }
     }
   });
+}
+
+// Executed by one warp for each warpgroup: adds its dq of one block after another to the sums.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void add_dq(DkdvShared<T, kHeadDim, true>& shared, const BwdArgs& args, int slab) {
+  while (true) {
+    arrive(kDqEmpty + slab, kHandoverThreads);
+    meet(kDqFull + slab, kHandoverThreads);
+    const int64_t to = shared.dq_to[slab];
+    if (to == kNoMore) {
+      return;
+    }
+    if (threadIdx.x % 32 == 0) {
+      bulk_reduce_add(args.dq_sums + to, shared.dq[slab], sizeof(shared.dq[slab]));
+      tma_stores_read();
+    }
+    __syncwarp();
+  }
 }
 
 template <typename T, int kHeadDim, bool kWithDq>
@@ -153,7 +178,6 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
           store_for_async(rows + accumulator_offset(first_offset(thread), i, kTile), ds[i / 8][i / 2 % 4]);
         }
         fence_async();
-        await_stores();  // earlier stores of dq have ended, so all may write after the barrier
         meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);
         constexpr bool kInTurns = kDqCols<kHeadDim> == kHeadDim;
         if (!kInTurns || slab == turn) {
@@ -164,17 +188,17 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
           issue_dk();
           wgmma_wait<1>();
           float* sums = shared.dq[slab];
+          meet(kDqEmpty + slab, kHandoverThreads);
 #pragma unroll
           for (int i = 0; i < kDqCols<kHeadDim> / 2; i += 4) {
             store_for_async(sums + i * kWarpgroup + thread * 4, float4{dq[i], dq[i + 1], dq[i + 2], dq[i + 3]});
           }
           fence_async();
-          meet(1 + slab, kWarpgroup);
           if (thread == 0) {
             const int64_t first = args.stats(tile.batch, head, sequence) + m * kQueries;
-            constexpr int kBytes = sizeof(shared.dq[0]);
-            bulk_reduce_add(args.dq_sums + first * kHeadDim + half * (kBytes / 4), sums, kBytes);
+            shared.dq_to[slab] = first * kHeadDim + half * (sizeof(shared.dq[0]) / 4);
           }
+          arrive(kDqFull + slab, kHandoverThreads);
         } else {
           issue_dk();
         }
@@ -204,6 +228,13 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
     await_stores();
     shared.tile_pipe.release(0);
   });
+  if constexpr (kWithDq) {
+    meet(kDqEmpty + slab, kHandoverThreads);
+    if (thread == 0) {
+      shared.dq_to[slab] = kNoMore;
+    }
+    arrive(kDqFull + slab, kHandoverThreads);
+  }
 }
 
 template <typename T, int kHeadDim, bool kWithDq>
@@ -221,7 +252,14 @@ __global__ void __launch_bounds__(kBwdThreads, 1) attention_dkdv_sm90_kernel(con
   __syncthreads();
   assign_roles<kProducerRegisters, kConsumerRegisters>(
       [&] { dkdv_produce<T, kHeadDim, kWithDq>(shared, args); },
-      [&](int slab) { dkdv_consume<T, kHeadDim, kWithDq>(shared, args, slab); });
+      [&](int slab) { dkdv_consume<T, kHeadDim, kWithDq>(shared, args, slab); },
+      [&](int slab) {
+        if constexpr (kWithDq) {
+          if (slab < kBwdConsumers) {
+            add_dq<T, kHeadDim>(shared, args, slab);
+          }
+        }
+      });
 }
 
 template <typename T, int kHeadDim, bool kWithDq>

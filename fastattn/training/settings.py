@@ -2,6 +2,7 @@
 
 import codecs
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from fastattn.models.shape import RotaryConfig, Shape
@@ -124,7 +125,11 @@ class DataConfig:
     def _check_mixture(self):
         expect(self.source in ("topics", MIXTURE), "data.source", "left out with data.mixture", self.source)
         expect(len(self.mixture) > 0, "data.mixture", "null or at least one folder", self.mixture)
+        places = {}
         for folder, weight in self.mixture.items():
+            first = places.setdefault(Path(folder).expanduser().resolve(), folder)
+            if first != folder:
+                raise UsageError(f"data.mixture names one folder twice, {first!r} and {folder!r}: give it one weight")
             expect(0 < weight < float("inf"), f"data.mixture[{folder!r}]", "a finite number above 0", weight)
         total = sum(self.mixture.values())
         expect(total < float("inf"), "data.mixture", "weights with a finite sum", self.mixture)

@@ -1,6 +1,7 @@
 """The documents: links and named files exist, and speeds match the result files."""
 
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -142,6 +143,34 @@ def test_speeds_are_those_of_the_result_files():
                     assert cell == speed(found, benchmark, column), (benchmark, column)
                 checked += 1
     assert checked > 100
+
+
+def ratios(name):
+    """All (ratio of medians, ratio of minima) of a result file: to the first row of a benchmark, and between rows."""
+    rows = {}
+    for (benchmark, _), (_, cell) in results(name).items():
+        rows.setdefault(benchmark, []).append([float(number) for number in re.findall(r"[\d.]+", cell)])
+    return [
+        (a / c, b / d)
+        for group in rows.values()
+        for (a, b), (c, d) in itertools.product(group, [(1.0, 1.0), *group])
+        if c and d
+    ]
+
+
+USERS_PAGES = [name for name in DOCUMENTS if not name.startswith(("docs/lab/", "benchmarks/", "CHANGELOG"))]
+
+
+@pytest.mark.parametrize("name", USERS_PAGES)
+def test_every_speed_is_in_a_result_file_that_its_section_links(name):
+    """A speed is written "1.23 (1.34)", in the text or in a table."""
+    for section in re.split(r"^(?=## )", read(name), flags=re.MULTILINE):
+        linked = set(re.findall(r"\]\((?:\.\./)*(benchmarks/results/[\w.-]+\.md)\)", section))
+        found = [pair for file in linked for pair in ratios(file)]
+        for speed in re.findall(r"(\d+\.\d\d)\s+\((\d+\.\d\d)\)", section):
+            medians, minima = map(float, speed)  # those of the files are rounded too
+            close = [pair for pair in found if abs(pair[0] - medians) < 0.011 and abs(pair[1] - minima) < 0.011]
+            assert close, f"{section.splitlines()[0]}: {speed} is in none of {linked or 'no file'}"
 
 
 PICTURES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/results/*/*.svg"))

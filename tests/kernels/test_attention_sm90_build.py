@@ -84,6 +84,22 @@ def test_exponentials_of_the_forward_run_under_the_product_for_values():
     assert seen == SEEN["attention_fwd"]
 
 
+def test_no_warpgroup_waits_until_the_copy_engine_has_read_its_dq():
+    """The copies of dq are started, and awaited, by a warp of their own: outside the loops with products."""
+    seen = 0
+    for path in built("o"):
+        if "attention_dkdv" not in path:
+            continue
+        for name, code in sass.kernels(disassembled(path)).items():
+            loops = sass.loops_with(code, "HGMMA")
+            assert loops, name
+            for loop in loops:
+                copies = [line.text for line in loop if "UBLKRED" in line.text or "UTMACMDFLUSH" in line.text]
+                assert not copies, f"{name}: {copies}"
+            seen += 1
+    assert seen == SEEN["attention_dkdv"]
+
+
 def listing(*lines):
     code = "".join(f"        /*{16 * i:04x}*/        {line} ;   /* 0x0 */\n" for i, line in enumerate(lines))
     return f"Function : kernel\n{code}"

@@ -1,6 +1,7 @@
 """Exported layers with named dimensions, saved, loaded and trained on other sizes: what torch.nn lacks, and masks.
 
-`tests/ops/test_tools.py` does so for the layers of torch.nn without masks, `tests/ops/test_dynamic_sizes.py` for ops.
+`tests/ops/test_tools_records.py` does so for the layers of torch.nn without masks,
+`tests/ops/test_dynamic_sizes.py` for ops.
 """
 
 import io

@@ -1,8 +1,10 @@
-"""DTensors in two processes of gloo: outputs and gradients equal those of one process. Cases: dtensor_cases.py."""
+"""DTensors in two processes of gloo: outputs and gradients equal those of one process. Cases: dtensor_*_cases.py."""
 
 import json
 import os
 
+import dtensor_layer_cases  # noqa: F401  registers its cases
+import dtensor_op_cases  # noqa: F401
 import pytest
 import torch
 from dtensor_cases import CASES
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.skipif(not (gloo and hasattr(os, "fork")), reason="need
 def failures(tmp_path_factory):
     """The failures of each process, by case."""
     results = tmp_path_factory.mktemp("dtensor") / "failures"
-    code = "import sys, dtensor_cases; dtensor_cases.main(sys.argv[1])"
+    code = "import sys, dtensor_cases, dtensor_op_cases, dtensor_layer_cases; dtensor_cases.main(sys.argv[1])"
     run_code(code, str(results), TRITON_INTERPRET="0", OMP_NUM_THREADS="1")
     return [json.loads(results.with_suffix(f".{rank}").read_text()) for rank in (0, 1)]
 

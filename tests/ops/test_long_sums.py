@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cross_entropy_cases import plain
 from oracle import BACKWARD, assert_accurate, exact
-from test_linear_cross_entropy import plain
 
 import fastattn
 from fastattn import reference

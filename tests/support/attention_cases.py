@@ -320,3 +320,9 @@ def check(monkeypatch, what, q, k, v, seed=0, *, backend, device="cpu", call=fas
     kwargs = dict(zip(kwargs, on(device, *kwargs.values()), strict=True))
     truth, baseline = truth_and_baseline(monkeypatch, q, k, v, kwargs, seed)
     assert_close_to(results(q, k, v, kwargs, backend, seed, call=call), truth, baseline, what)
+
+
+def raw_arguments(q, k, v, bias=None, sink=None, mask=None, seqlens_k=None, ends=(None, None), alibi_slopes=None,
+                  rng=None, window=(-1, -1), top_left=False, softcap=0.0, dropout_p=0.0):  # fmt: skip
+    rest = (alibi_slopes, rng, q.shape[2], k.shape[2], *window, top_left, softcap, dropout_p, 0.25)
+    return q, k, v, bias, sink, mask, seqlens_k, *ends, *rest

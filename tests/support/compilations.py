@@ -220,7 +220,7 @@ def norm_bwd(width, needed, dropout=False, residual=False):
 def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024, left=-1, right=-1, mask=False,
                    packed=False, backward=True, lengths=False, bias=None, alibi=False, sink=False, softcap=0.0,
                    dropout_p=0.0):  # fmt: skip
-    """lengths: with seqlens_k; bias: None, or its shape, with a gradient."""
+    """lengths: with seqlens_k; mask: its shape, or True for one of keys; bias: None, or its shape, with a gradient."""
     dtype = getattr(torch, dtype)
     q, k = (torch.ones(2, seqlen, n, head_dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
     ends = None
@@ -231,9 +231,9 @@ def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024,
     inputs = {
         "q": q, "k": k, "v": k, "sink": sink, "alibi_slopes": slopes, "softcap": softcap, "dropout_p": dropout_p,
         "bias": None if bias is None else torch.ones(bias, dtype=dtype), "scale": 0.125,
-        "mask": torch.ones(2, 1, 1, seqlen, dtype=torch.bool) if mask else None, "cu_seqlens_q": ends,
-        "cu_seqlens_k": ends, "seqlens_k": torch.ones(2).int() if lengths else None, "window_left": left,
-        "window_right": right, "top_left": False, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen,
+        "mask": torch.ones((2, 1, 1, seqlen) if mask is True else mask, dtype=torch.bool) if mask else None,
+        "cu_seqlens_q": ends, "cu_seqlens_k": ends, "seqlens_k": torch.ones(2).int() if lengths else None,
+        "window_left": left, "window_right": right, "top_left": False, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen,
         "rng": torch.ones(2, dtype=torch.int64) if dropout_p else None,
     }  # fmt: skip
     out, *saved = call("attention_fwd", **inputs, need_low=False)

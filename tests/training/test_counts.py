@@ -12,6 +12,7 @@ from fastattn.cli import main
 from fastattn.training.config import DataConfig, OptimConfig
 from fastattn.training.data.batches import IGNORED
 from fastattn.training.data.tokenizer import END, KINDS, PAD, UNKNOWN
+from fastattn.training.evaluation.compare import compare_runs
 from fastattn.training.evaluation.evaluate import evaluate_run
 from fastattn.training.inspect import figures
 from fastattn.training.messages import UsageError
@@ -204,3 +205,32 @@ def test_nearly_all_unknown_training_tokens_are_refused(tmp_path):
     with pytest.raises(UsageError, match="the vocabulary does not know"):
         train(table_config("classify", tmp_path / "run", tmp_path / "ru.jsonl", start=str(start), steps=1))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "trained"),
+    [
+        ("lm", {}, "all"),
+        ("lm", {"tied": False}, "lora"),
+        ("classify", {"body": "cnn"}, "all"),
+        ("translate", {}, "all"),
+    ],
+)
+def test_evaluate_and_compare_count_the_same_parameters(tmp_path, capsys, task, model, trained):
+    write_table(tmp_path / "table.jsonl")
+    run = tmp_path / "run"
+    options = {"steps": 1, "evaluate_every": 1, "model": tiny_model(n_layer=1, **model)}
+    assert train(table_config(task, run, tmp_path / "table.jsonl", **options)) == 0
+    if trained == "lora":
+        options |= {"trained": "lora", "start": str(run)}
+        run = tmp_path / "lora"
+        assert train(table_config(task, run, tmp_path / "table.jsonl", **options)) == 0
+
+    def counted():
+        header, _, row = compare_runs([str(run)]).splitlines()
+        return int(row.split(" | ")[header.split(" | ").index("parameters")].replace(",", ""))
+
+    before = counted()  # in the checkpoint
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--json", "--split", "validation"]) == 0
+    assert before == counted() == json.loads(capsys.readouterr().out)["parameters"]

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from training_cases import assert_same_run, column, tiny_config, tiny_model
+from training_cases import assert_same_run, column, numbers, tiny_config, tiny_model
 
 from fastattn.cli import main
 from fastattn.training.config import Columns, DataConfig
@@ -18,6 +18,7 @@ from fastattn.training.data.stream import stream_texts
 from fastattn.training.data.token_folder import Shards, open_token_folder
 from fastattn.training.messages import UsageError
 from fastattn.training.runs.train import train
+from fastattn.training.tasks.registry import make_task
 
 
 def documents(n=300):
@@ -32,7 +33,8 @@ def corpus(tmp_path):
 
 
 def shard(corpus, output, *options):
-    how = ["--validation_fraction", "0.2", "--shard_tokens", "2000", "--vocab_size", "300"]
+    how = ["--validation_fraction", "0.2", "--shard_tokens", "2000"]
+    how += [] if "--tokenizer_file" in options else ["--vocab_size", "300"]
     assert main(["data", "shard", str(corpus), "--output", str(output), *how, *map(str, options)]) == 0
     return output
 
@@ -107,6 +109,71 @@ def test_shards_hold_the_documents_whatever_the_processes(corpus, tmp_path, caps
     report = json.loads((one / "data.json").read_text())
     assert report["train"]["tokens"] == len(folder.splits["train"])
     assert report["train"]["documents"] + report["validation"]["documents"] == 300
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_an_interrupted_corpus_goes_on_and_is_the_same(corpus, tmp_path, capsys, monkeypatch, kind):
+    options = ["--tokenizer", kind, "--shard_tokens", "1000"]
+    expected = files_of(shard(corpus, tmp_path / "whole", *options))
+    output, flush, stops = tmp_path / "parts", _Writer.flush, 0
+
+    def interrupted(writer):
+        if stops % 3 == 2:  # after the shard of this call
+            flush(writer)
+        raise KeyboardInterrupt
+
+    command = ["data", "shard", str(corpus), "--output", str(output), "--validation_fraction", "0.2"]
+    command += ["--vocab_size", "300", *options]
+    while stops < 12:
+        monkeypatch.setattr(_Writer, "flush", interrupted)
+        monkeypatch.setattr("fastattn.training.data.shards._BATCH", 300 + 100 * stops)
+        assert main([*command, "--processes", "1"]) == 130
+        assert not output.exists()
+        stops += 1
+    monkeypatch.setattr(_Writer, "flush", flush)
+    (tmp_path / "parts.unfinished" / ".train-00000.tokens.1.tmp").write_bytes(b"of a killed process")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "goes on after" in capsys.readouterr().err
+    assert files_of(output) == expected
+
+
+def test_an_unfinished_corpus_with_other_settings_or_texts_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    command = ["data", "shard", str(corpus), "--output", str(tmp_path / "out"), "--tokenizer", "byte"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_Writer, "flush", interrupted)
+        assert main([*command, "--validation_fraction", "0.2"]) == 130
+    for options, change, problem in (
+        (["--validation_fraction", "0.3"], "", "was begun with another fractions"),
+        (["--validation_fraction", "0.2", "--shard_tokens", "9"], "", "was begun with another shard_tokens"),
+        (["--validation_fraction", "0.2"], '{"text": "new"}\n', "was begun with another state of the source"),
+    ):
+        corpus.write_text(corpus.read_text() + change)
+        assert main([*command, *options]) == 2
+        assert problem in capsys.readouterr().err
+    settings = tmp_path / "out.unfinished" / "settings.json"
+    settings.write_text("{")
+    assert main([*command, "--validation_fraction", "0.2"]) == 2
+    assert "is damaged: remove the folder" in capsys.readouterr().err
+    settings.unlink()
+    assert main([*command, "--validation_fraction", "0.2"]) == 2
+    assert "must be empty or an unfinished output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["tokenize", "shard"])
+def test_what_a_tokenizer_file_decides_is_refused_beside_it(corpus, tmp_path, capsys, what):
+    file = shard(corpus, tmp_path / "first", "--tokenizer", "word") / "tokenizer.json"
+    options = {"tokenizer": "word", "vocab_size": 300, "strip_accents": "true"}
+    options |= {"learn_from": 9} if what == "shard" else {"specials": '["[MASK]"]'}
+    for name, value in options.items():
+        command = ["data", what, str(corpus), "--output", str(tmp_path / "out"), "--tokenizer_file", str(file)]
+        capsys.readouterr()
+        assert main([*command, f"--{name}", str(value)]) == 2
+        assert f"{name} must be left out beside tokenizer_file" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
 
 
 def test_a_document_that_waits_keeps_only_itself_in_memory(tmp_path):
@@ -215,6 +282,70 @@ def test_a_mixture_of_shards_trains_and_resumes_in_the_same_order(corpus, tmp_pa
     assert main(["evaluate", str(tmp_path / "again"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["documents"] > 20
     assert main(["generate", str(tmp_path / "again"), "--prompt", "document", "--max_new_tokens", "4"]) == 0
+
+
+@pytest.fixture
+def mixture(corpus, tmp_path):
+    """{folder: weight} of two corpora with one tokenizer."""
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{i} other lines of text\n" for i in range(200)))
+    first = shard(corpus, tmp_path / "first")
+    return {str(first): 3, str(shard(other, tmp_path / "second", "--tokenizer_file", first / "tokenizer.json")): 1}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_source_of_a_mixture_is_validated(mixture, tmp_path, capsys, packed):
+    config = config_of(tmp_path / "run", mixture=mixture)
+    config.data.packed, config.data.order = packed, "random"
+    assert train(config) == 0
+    best = min(numbers(tmp_path / "run", "validation_loss"))
+    logged = [numbers(tmp_path / "run", f"validation_loss_{name}") for name in ("first", "second")]
+    assert len(logged[0]) == len(logged[1]) == 4  # at the start, and three times
+    sources, both = evaluated(capsys, tmp_path / "run", "sources", "loss")
+    counts = [sources[name]["tokens"] for name in ("first", "second")]
+    losses = [sources[name]["loss"] for name in ("first", "second")]
+    assert losses == [pytest.approx(column[-1], abs=1e-6) for column in logged]
+    assert both == pytest.approx(best, abs=1e-6) == np.average(losses, weights=counts)
+    assert sources["first"]["bits_per_character"] > 0
+    for name in mixture:  # the same windows as a run on this folder alone reads
+        alone = config_of(tmp_path / "alone", source=name)
+        alone.data.packed, alone.data.order, alone.steps = packed, "random", 1
+        task, whole = make_task(alone), make_task(config)
+        tokens = [torch.cat([rows[0] for rows in t.rows("validation")]) for t in (task, whole)]
+        start = 0 if name == next(iter(mixture)) else len(tokens[1]) - len(tokens[0])
+        assert torch.equal(tokens[1][start : start + len(tokens[0])], tokens[0])
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "## Sources of the mixture" in report
+
+
+def evaluated(capsys, run, *keys):
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--json", "--split", "validation"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    return [report[key] for key in keys]
+
+
+def test_a_limit_of_windows_leaves_no_source_out(mixture, tmp_path):
+    task = make_task(config_of(tmp_path / "run", mixture=mixture))
+    for limit in (1, 5):
+        sources = torch.cat([rows[-1] for rows in task.rows("validation", limit)])
+        assert sources.unique().tolist() == [0, 1]
+        assert len(sources) <= max(limit, 2)
+    rows = list(task.rows("validation"))
+    shared = [list(task.rows("validation", None, rank, 2)) for rank in range(2)]
+    assert sum(map(len, shared)) == len(rows) > 1
+    assert all(torch.equal(shared[i % 2][i // 2][0], row[0]) for i, row in enumerate(rows))
+
+
+def test_a_folder_that_a_mixture_names_twice_is_refused(corpus, tmp_path, monkeypatch, capsys):
+    shard(corpus, tmp_path / "a", "--tokenizer", "byte")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    for again in ("./a", str(tmp_path / "a"), "link", "b/../a"):
+        options = ["--data.mixture", json.dumps({"a": 1, again: 2}), "--run", "run"]
+        assert main(["train", *options]) == 2
+        assert "data.mixture names one folder twice, 'a' and" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_accumulation_reads_the_same_batches(corpus, tmp_path):

@@ -11,16 +11,22 @@ namespace fastattn::sm90 {
 constexpr int kSlab = 64;                      // rows of a tile for one warpgroup
 constexpr int kSlabBytes = kSlab * kRowBytes;  // of one panel
 
-// The frame of the kernels. One warp of warpgroup 0 loads; the other warpgroups compute and take the registers it gives
-// up.
-template <int kProducerRegisters, int kConsumerRegisters, typename Produce, typename Consume>
-__device__ __forceinline__ void assign_roles(Produce produce, Consume consume) {
+struct Idle {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
+// The frame of the kernels. Warp 0 of warpgroup 0 loads, its warps 1 to 3 call help(0) to help(2); the other warpgroups
+// compute and take the registers it gives up.
+template <int kProducerRegisters, int kConsumerRegisters, typename Produce, typename Consume, typename Help = Idle>
+__device__ __forceinline__ void assign_roles(Produce produce, Consume consume, Help help = {}) {
   // Read from lane 0: the compiler then knows that all lanes have the same value and computes addresses once.
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
   if (warpgroup == 0) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x < 32) {
       produce();
+    } else {
+      help(static_cast<int>(threadIdx.x / 32) - 1);
     }
   } else {
     take_registers<kConsumerRegisters>();

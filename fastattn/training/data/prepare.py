@@ -3,7 +3,8 @@
 import collections
 import json
 import statistics
-from dataclasses import dataclass, field
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,9 @@ from .split import shared_texts, split_documents
 from .stream import stream_texts, up_to
 from .token_file import SUFFIX, write_tokens
 from .tokenizer import END, build_tokenizer, load_tokenizer, needed_specials, smallest_vocabulary
+from .unfinished import state_of_source, unfinished_folder
+
+Kind = Literal["char", "byte", "word", "bpe", "wordpiece"]
 
 
 @dataclass
@@ -108,24 +112,26 @@ def data_split(
 
 
 def data_tokenize(
-    documents: SourceConfig, output: str, tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "bpe",
-    vocab_size: int = 4096, specials: list[str] | None = None, tokenizer_file: str | None = None,
-    strip_accents: bool = False,
+    documents: SourceConfig, output: str, tokenizer: Kind | None = None, vocab_size: int | None = None,
+    specials: list[str] | None = None, tokenizer_file: str | None = None, strip_accents: bool = False,
 ):  # fmt: skip
     """Turn documents into token numbers on disk: tokenizer.json and, for each part, PART.tokens and PART.ends.
 
-    PART.ends holds the end of each document as int64. The tokenizer is trained on the training part, or is read.
+    PART.ends holds the end of each document as int64. The tokenizer is learnt from the training part, or is read.
+
+    Args:
+        output: new folder
+        tokenizer: kind to learn; null = bpe
+        vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer; null = 4096
+        specials: tokens that stand for no text
+        tokenizer_file: a tokenizer.json to use instead
+        strip_accents: a word or wordpiece tokenizer drops accents and other marks on letters
     """
     path = _new_path(output)
-    _check_vocabulary(tokenizer, vocab_size, tokenizer_file, strip_accents)
+    how = Vocabulary(tokenizer, vocab_size, strip_accents, tokenizer_file, specials=specials)
     parts = documents.read()
     texts = [text for part in parts.values() for text in part.texts]
-    if tokenizer_file is not None:
-        built = load_tokenizer(Path(tokenizer_file).expanduser())
-    else:
-        learn_from = next(iter(parts.values())).texts
-        specials = specials or needed_specials(tokenizer)
-        built = build_tokenizer(tokenizer, texts, learn_from, vocab_size, specials, strip_accents)
+    built = how.build(texts, next(iter(parts.values())).texts)
     report = {"vocabulary": built.vocab_size}
     with new_folder(path) as path:
         write_atomic(path / "tokenizer.json", built.to_json())
@@ -137,11 +143,39 @@ def data_tokenize(
     return report
 
 
-def _check_vocabulary(tokenizer, vocab_size, tokenizer_file, strip_accents):
-    smallest = 0 if tokenizer_file is not None else smallest_vocabulary(tokenizer)
-    expect(vocab_size > smallest, "vocab_size", f"above {smallest}{' (the bytes)' if smallest else ''}", vocab_size)
-    strips = not strip_accents or (tokenizer in ("word", "wordpiece") and tokenizer_file is None)
-    expect(strips, "strip_accents", "false unless a word or wordpiece tokenizer is trained", strip_accents)
+@dataclass
+class Vocabulary:
+    """How to get a tokenizer: from tokenizer_file, beside which all else is left out, or learnt; null: the default."""
+
+    tokenizer: str | None
+    vocab_size: int | None
+    strip_accents: bool
+    tokenizer_file: str | None
+    learn_from: int | None = None
+    specials: list | None = None
+
+    def __post_init__(self):
+        if self.tokenizer_file is not None:
+            for name, value in vars(self).items():
+                if name != "tokenizer_file":
+                    expect(value in (None, False), name, "left out beside tokenizer_file, which decides it", value)
+            return
+        self.tokenizer = self.tokenizer or "bpe"
+        self.vocab_size = 4096 if self.vocab_size is None else self.vocab_size
+        self.learn_from = 50_000_000 if self.learn_from is None else self.learn_from
+        smallest = smallest_vocabulary(self.tokenizer)
+        wanted = f"above {smallest}{' (the bytes)' if smallest else ''}"
+        expect(self.vocab_size > smallest, "vocab_size", wanted, self.vocab_size)
+        expect(self.learn_from >= 1, "learn_from", "at least 1", self.learn_from)
+        strips = not self.strip_accents or self.tokenizer in ("word", "wordpiece")
+        expect(strips, "strip_accents", "false unless a word or wordpiece tokenizer is learnt", self.strip_accents)
+
+    def build(self, texts, train_texts, specials=()):
+        """The tokenizer; texts, train_texts: as for build_tokenizer; specials: tokens that it needs besides its own."""
+        if self.tokenizer_file is not None:
+            return load_tokenizer(Path(self.tokenizer_file).expanduser())
+        specials = self.specials or [*needed_specials(self.tokenizer), *specials]
+        return build_tokenizer(self.tokenizer, texts, train_texts, self.vocab_size, specials, self.strip_accents)
 
 
 def _write_tokens(path, encoded):
@@ -160,28 +194,29 @@ def _write_tokens(path, encoded):
 
 
 def data_shard(
-    documents: SourceConfig, output: str, tokenizer: Literal["char", "byte", "word", "bpe", "wordpiece"] = "bpe",
-    vocab_size: int = 4096, tokenizer_file: str | None = None, strip_accents: bool = False,
-    learn_from: int = 50_000_000, shard_tokens: int = 10_000_000, processes: int = 1,
-    validation_fraction: float = 0.01, test_fraction: float = 0.0,
+    documents: SourceConfig, output: str, tokenizer: Kind | None = None, vocab_size: int | None = None,
+    tokenizer_file: str | None = None, strip_accents: bool = False, learn_from: int | None = None,
+    shard_tokens: int = 10_000_000, processes: int = 1, validation_fraction: float = 0.01, test_fraction: float = 0.0,
 ):  # fmt: skip
     """Turn a corpus that may be larger than memory into shards of tokens, for task lm, with several processes.
 
+    After an interruption the same command goes on where it stopped.
+
     Args:
-        output: new folder
-        tokenizer: kind to learn from the first learn_from characters of the training part; char reads the whole corpus
-        vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer
+        output: new folder; until it is complete its name ends in .unfinished
+        tokenizer: kind to learn; char reads the whole corpus; null = bpe
+        vocab_size: largest vocabulary of a word, bpe or wordpiece tokenizer; null = 4096
         tokenizer_file: a tokenizer.json to use instead
         strip_accents: a word or wordpiece tokenizer drops accents and other marks on letters
-        learn_from: characters that the vocabulary is learnt from
+        learn_from: characters of the training part that the vocabulary is learnt from; null = 50,000,000
         shard_tokens: a file ends with the document that reaches this number
         processes: that tokenize; they do not change the result
         validation_fraction: share of the documents for validation; equal documents are in one part
         test_fraction: share of the documents for the test
     """
     path = _new_path(output)
-    _check_vocabulary(tokenizer, vocab_size, tokenizer_file, strip_accents)
-    for name, value in (("learn_from", learn_from), ("shard_tokens", shard_tokens), ("processes", processes)):
+    how = Vocabulary(tokenizer, vocab_size, strip_accents, tokenizer_file, learn_from)
+    for name, value in (("shard_tokens", shard_tokens), ("processes", processes)):
         expect(value >= 1, name, "at least 1", value)
     expect(documents.target_source is None, "target_source", "left out for shards", documents.target_source)
     expect(0 < validation_fraction < 1, "validation_fraction", "above 0 and below 1", validation_fraction)
@@ -192,18 +227,23 @@ def data_shard(
     def texts():
         return stream_texts(documents.source, documents.columns, documents.unit)
 
-    if tokenizer_file is not None:
-        built = load_tokenizer(Path(tokenizer_file).expanduser())
-    else:
-        train = (text for text in texts() if part_of(text, fractions) == "train")
-        specials = [*needed_specials(tokenizer), END]
-        built = build_tokenizer(
-            tokenizer, texts(), up_to(train, learn_from), vocab_size, specials, strip_accents
-        )  # fmt: skip
-    with new_folder(path) as folder:
-        return {"vocabulary": built.vocab_size} | write_shards(
-            folder, texts(), built, fractions=fractions, shard_tokens=shard_tokens, processes=processes
-        )
+    settings = {**asdict(documents), **asdict(how), "shard_tokens": shard_tokens, "fractions": fractions}
+    settings |= {f"state of the {name}": state_of_source(settings[name] or "") for name in ("source", "tokenizer_file")}
+    try:
+        with unfinished_folder(path, settings) as folder:
+            file = folder / "tokenizer.json"
+            if not file.exists():
+                train = (text for text in texts() if part_of(text, fractions) == "train")
+                built = how.build(texts(), up_to(train, how.learn_from or 0), [END])
+                write_atomic(file, built.to_json())
+            built = load_tokenizer(file)
+            return {"vocabulary": built.vocab_size} | write_shards(
+                folder, texts(), built, fractions=fractions, shard_tokens=shard_tokens, processes=processes
+            )
+    except BrokenProcessPool:
+        raise UsageError(
+            "a process that tokenizes has died, perhaps for want of memory; the same command goes on"
+        ) from None
 
 
 def data_vectorize(

@@ -4,14 +4,17 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
 from ..files import write_atomic
-from ..messages import UsageError
+from ..messages import UsageError, warn
 from .documents import PARTS
 from .token_file import SUFFIX, write_tokens
 from .tokenizer import UNKNOWN, end_tokens, read_tokenizer
@@ -34,13 +37,13 @@ def part_of(text, fractions):
 
 
 def write_shards(folder, texts, tokenizer, *, fractions, shard_tokens, processes):
-    """Write tokenizer.json, data.json and PART-00000.tokens, PART-00000.ends, PART-00001.tokens, ... into a folder.
+    """Write data.json and PART-00000.tokens, PART-00000.ends, PART-00001.tokens, ... into a folder.
 
-    The files are the same for any number of processes. A document ends with the end token of the vocabulary, if it has
-    one, and is whole in one file.
+    The files are the same for any number of processes and interruptions. A document ends with the end token of the
+    vocabulary, if it has one, and is whole in one file.
 
     Args:
-        folder: Path of an empty folder.
+        folder: Path of a folder, which is empty or where an interrupted call has written with the same arguments.
         texts: iterable of str, of which a few are in memory at a time.
         tokenizer: as from build_tokenizer.
         fractions: as for `part_of`.
@@ -48,13 +51,16 @@ def write_shards(folder, texts, tokenizer, *, fractions, shard_tokens, processes
         processes: that tokenize; with 1 it is this one.
     Returns: {part: {"documents", "tokens", "unknown", "shards"}}.
     Raises:
-        UsageError: a part has no document, or a process has died.
+        UsageError: a part has no document, or the texts are fewer than at an interruption.
+        BrokenProcessPool: a process has died.
     """
-    content = tokenizer.to_json()
-    write_atomic(folder / "tokenizer.json", content)
     present = [name for name in PARTS if name == "train" or fractions.get(name)]
     writers = {name: _Writer(folder, name, shard_tokens, tokenizer.number_of(UNKNOWN)) for name in present}
-    for parts, lengths, numbers in _encode_all(_batches(texts), content, fractions, processes):
+    written = {name: writer.facts["documents"] for name, writer in writers.items()}
+    if any(written.values()):
+        warn(f"goes on after {sum(written.values()):,} documents")
+    batches = _batches(_without(texts, written, fractions))
+    for parts, lengths, numbers in _encode_all(batches, tokenizer.to_json(), fractions, processes):
         pieces = np.split(numbers, np.cumsum(lengths)[:-1])
         for part, piece in zip(parts, pieces, strict=True):
             writers[part].add(piece)
@@ -62,16 +68,33 @@ def write_shards(folder, texts, tokenizer, *, fractions, shard_tokens, processes
     if empty := [name for name, facts in report.items() if not facts["documents"]]:
         raise UsageError(f"the {empty[0]} part has no documents: the source has too few for these fractions")
     write_atomic(folder / "data.json", json.dumps(report, indent=1))
+    for writer in writers.values():
+        writer.progress.unlink(missing_ok=True)
     return report
 
 
+def _without(texts, written, fractions):
+    """Yield the texts that are not among the first of their part; written: {part: how many of them}."""
+    left = dict(written)
+    for text in texts:
+        if any(left.values()) and left.get(part := part_of(text, fractions)):
+            left[part] -= 1
+        else:
+            yield text
+    if any(left.values()):
+        raise UsageError("the source has fewer documents than at the interruption")
+
+
 class _Writer:
-    """The files of a part; the content of the next one is held in memory."""
+    """The files of a part; the content of the next one is held in memory. Goes on behind the last complete file."""
 
     def __init__(self, folder, name, shard_tokens, unknown):
         self.folder, self.name, self.shard_tokens, self.unknown = folder, name, shard_tokens, unknown
         self.pieces, self.held = [], 0
+        self.progress = folder / f"{name}.progress"
         self.facts = {"documents": 0, "tokens": 0, "unknown": 0, "shards": 0}
+        if self.progress.exists():
+            self.facts = json.loads(self.progress.read_text())
 
     def add(self, numbers):
         self.pieces.append(numbers.copy())  # a view would keep the other documents of its batch in memory
@@ -89,6 +112,7 @@ class _Writer:
         unknown = 0 if self.unknown is None else sum(int((piece == self.unknown).sum()) for piece in self.pieces)
         new = {"documents": len(self.pieces), "tokens": self.held, "unknown": unknown, "shards": 1}
         self.facts = {name: value + new[name] for name, value in self.facts.items()}
+        write_atomic(self.progress, json.dumps(self.facts))
         self.pieces, self.held = [], 0
 
     def close(self):
@@ -126,17 +150,23 @@ def _encode_all(batches, tokenizer, fractions, processes):
                     return
                 if batch is None or len(waiting) > 2 * processes:
                     yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UsageError("a process that tokenizes has died, perhaps for want of memory") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start(tokenizer, fractions):
-    """What a process keeps."""
+    """What a process keeps; one of a pool ends with the process that started it, which alone answers Ctrl-C."""
     global _tokenizer, _fractions, _ends
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     _tokenizer, _fractions = read_tokenizer(tokenizer), fractions
     _ends = end_tokens(_tokenizer)[:1]
+
+
+def _end_with(sentinel):
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _encode(texts):

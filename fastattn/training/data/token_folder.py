@@ -105,7 +105,7 @@ def _ends(paths, shards):
 
 
 def join_folders(weights, with_ends=False):
-    """(TokenFolder of several folders, one after the other; [tokens of the training part of each]).
+    """(TokenFolder of several folders, one after the other; {part: [tokens of each folder]}).
 
     Raises:
         UsageError: as open_token_folder, or the tokenizers differ.
@@ -113,7 +113,7 @@ def join_folders(weights, with_ends=False):
     folders = {path: open_token_folder(Path(path), with_ends) for path in weights}
     first = next(iter(folders.values()))
     if len(folders) == 1:
-        return first, [len(first.splits["train"])]
+        return first, {part: [len(tokens)] for part, tokens in first.splits.items()}
     for path, folder in folders.items():
         if folder.tokenizer.to_json() != first.tokenizer.to_json():
             raise UsageError(
@@ -129,5 +129,5 @@ def join_folders(weights, with_ends=False):
                 starts = np.cumsum([0, *(len(folder.splits[part]) for folder in having)])
                 ends[part] = torch.cat([f.ends[part] + int(at) for f, at in zip(having, starts, strict=False)])
     sha256 = hashlib.sha256("".join(folder.sha256 for folder in folders.values()).encode()).hexdigest()[:16]
-    sizes = [len(folder.splits["train"]) for folder in folders.values()]
+    sizes = {part: [len(folder.splits.get(part, ())) for folder in folders.values()] for part in splits}
     return TokenFolder(first.tokenizer, splits, ends, sha256), sizes

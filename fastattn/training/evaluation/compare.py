@@ -44,7 +44,7 @@ def compare_runs(runs, output=None):
         output: None, or a folder for comparison.md and comparison.png.
 
     Returns:
-        The Markdown table, with "–" for unknown values. Parameters are counted in a checkpoint, shared ones once.
+        The Markdown table, with "–" for unknown values. Parameters are those that `evaluate` counts.
         Without @, the validation loss is that of the checkpoint in the report, or of the best one without a report, and
         the steps are all steps. Seconds exclude validation.
 
@@ -149,12 +149,13 @@ def _architecture(path):
 
 
 def _count_parameters(folder):
-    """The number of parameters in model.safetensors, read from its header; None if the header is damaged."""
+    """What num_parameters says of the model in model.safetensors, from its header; None if the header is damaged."""
     try:
         with open(folder / "model.safetensors", "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size) if size < 2**30 else b"")
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        uncounted = ("__metadata__", "position_embedding.weight", ".lora_a", ".lora_b")  # LoRA is merged
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if not name.endswith(uncounted))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 

@@ -68,6 +68,8 @@ def report_text(report):
     scores = {name: value for name, value in report.items() if not isinstance(value, (list, dict))}
     if "averages" in report:
         scores["macro_f1"] = report["averages"]["macro"]["f1"]
+    for name, of_source in report.get("sources", {}).items():
+        scores[f"loss_{name}"] = of_source["loss"]
     width = max(map(len, scores)) + 2
     # text is not escaped as in a Markdown cell, because users copy it
     return "".join(f"{name:{width}}{v if isinstance(v, str) else cell(v)}\n" for name, v in scores.items())
@@ -80,6 +82,10 @@ def report_tables(report):
     if "averages" in report:
         rows = [(name, *values.values()) for name, values in report["averages"].items()]
         tables.append(("Averages over the classes", ("average", "precision", "recall", "f1"), rows))
+    if "sources" in report:
+        names = list(dict.fromkeys(name for scores in report["sources"].values() for name in scores))
+        rows = [(name, *map(scores.get, names)) for name, scores in report["sources"].items()]
+        tables.append(("Sources of the mixture", ("source", *names), rows))
     if "classes" in report:
         rows = [tuple(row.values()) for row in report["classes"]]
         tables.append(("Classes", tuple(report["classes"][0]), rows))

@@ -50,7 +50,8 @@ class Console:
     def __init__(self, trainer):
         config, self.trainer, self.main = trainer.config, trainer, trainer.fabric.is_global_zero
         self.speed = []
-        self.log = MetricsLog(trainer.run, trainer.step, config.tensorboard) if self.main else None
+        more = trainer.task.log_columns
+        self.log = MetricsLog(trainer.run, trainer.step, config.tensorboard, more) if self.main else None
         interval = 0.2 if os.isatty(2) else 10.0  # seconds; a log file needs few lines
         self.bar = tqdm(
             total=config.steps, initial=trainer.step, unit="step", disable=not self.main, mininterval=interval

@@ -31,19 +31,21 @@ class MetricsLog:
         run: the folder of the run.
         step: number of finished steps; later rows are dropped.
         tensorboard: whether to write TensorBoard logs too.
+        more: further columns, of the task.
     """
 
     # Fabric's CSVLogger starts a new file, or appends to rows that a resumed run will write again
-    def __init__(self, run, step, tensorboard):
+    def __init__(self, run, step, tensorboard, more=()):
+        columns = (*COLUMNS, *more)
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for row in read_metrics(run):
             if step and row["step"] <= step:  # a restarted run validates at step 0 again
                 writer.writerow({**row, "step": int(row["step"])})
         write_atomic(run / "metrics.csv", text.getvalue())
         self.file = open(run / "metrics.csv", "a", newline="", buffering=1)  # noqa: SIM115, closed by close()
-        self.writer = csv.DictWriter(self.file, COLUMNS, lineterminator="\n")
+        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
         self.tensorboard = None
         if tensorboard:
             from lightning_fabric.loggers import TensorBoardLogger

@@ -35,6 +35,7 @@ class Task:
     has_accuracy = False  # whether `sums` counts correct predictions
     needs_reference = False  # whether `compare_with` must see the model of config.start
     more_sums = 0  # numbers that `sums` returns after the three of every task
+    log_columns = ()  # of metrics.csv that only this task has
 
     @classmethod
     def without_data(cls, config, tokenizer, summary):

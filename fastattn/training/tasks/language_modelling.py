@@ -1,6 +1,6 @@
 """Prediction of the next token, in a text, in tokens on disk, or in documents packed into rows."""
 
-import math
+import itertools
 import time
 from pathlib import Path
 
@@ -47,12 +47,15 @@ class LanguageModelling(Task):
     """Rows of block_size tokens: random windows for training, consecutive ones for evaluation.
 
     A row is (tokens, next tokens), and with config.data.packed also the document number of each token: attention stays
-    within a document, and its last token has no target.
+    within a document, and its last token has no target. In an evaluation of a mixture the number of the source follows;
+    no window lies in two sources.
     """
+
+    labels = ()  # of the sources of a mixture
 
     def __init__(self, config, tokenizer=None, expected=None):
         self.config, data = config, config.data
-        self.ends, self.sizes_of_sources = {}, None
+        self.ends = {}
         folder = Path(data.source).expanduser()
         if data.mixture is not None or is_token_folder(folder):
             self._open_folders(data.mixture or {str(folder): 1.0}, tokenizer)
@@ -74,14 +77,14 @@ class LanguageModelling(Task):
         self.counts = {name: self._count(name) for name in self.splits}
         check_known(data.source, self.counts)
         weights = list((data.mixture or {"": 1.0}).values())
-        sizes = self.sizes_of_sources or [len(self.splits["train"])]
+        sizes = self._sources("train")
         how = (config.seed, config.batch_size, block_size, data.order == "shuffle")
         self.windows = WindowOrder(sizes, weights, *how)
         self.tokens_a_step = config.batch_size * block_size
         self.steps_an_epoch = max(1, len(self.splits["train"]) // self.tokens_a_step)
 
     def _open_folders(self, weights, tokenizer):
-        folder, self.sizes_of_sources = join_folders(weights, self.config.data.packed)
+        folder, sizes = join_folders(weights, self.config.data.packed)
         self.tokenizer, self.splits, self.ends = folder.tokenizer, folder.splits, folder.ends
         if tokenizer is not None and tokenizer.to_json() != self.tokenizer.to_json():
             raise UsageError(f"tokens {', '.join(map(repr, weights))} come from another tokenizer than the model's")
@@ -91,7 +94,9 @@ class LanguageModelling(Task):
             "sha256": folder.sha256,
         }
         block_size = self.config.model.block_size
-        for path, size in zip(weights, self.sizes_of_sources, strict=True):
+        if len(weights) > 1:
+            self.labels, self.sizes_of_sources = labels_of(weights), sizes
+        for path, size in zip(weights, sizes["train"], strict=True):
             if size <= block_size:
                 raise UsageError(
                     f"tokens {path!r}: the train split must have more than block_size = {block_size}, got {size}"
@@ -121,6 +126,19 @@ class LanguageModelling(Task):
             self.splits[name] = Shards([torch.cat(numbers)])
             self.ends[name] = torch.tensor([len(n) for n in numbers]).cumsum(0)
 
+    @property
+    def more_sums(self):
+        """For each source of a mixture its loss and its predictions."""
+        return 2 * len(self.labels)
+
+    @property
+    def log_columns(self):
+        return [f"validation_loss_{label}" for label in self.labels]
+
+    def _sources(self, part):
+        """The tokens of each source of a part, which lie one after the other."""
+        return self.sizes_of_sources[part] if self.labels else [len(self.splits[part])]
+
     def _count(self, part):
         tokens, number = self.splits[part], self.tokenizer.number_of(UNKNOWN)
         unknown = 0 if number is None else tokens.count(number)
@@ -145,16 +163,36 @@ class LanguageModelling(Task):
         return self._windows("train", self.windows.starts(step))
 
     def rows(self, part, limit=None, rank=0, world_size=1):
-        for starts in window_starts(len(self.splits[part]), self.config.model.block_size, limit, rank, world_size):
-            yield self._windows(part, starts)
+        for source, starts in itertools.islice(self._batches(part, limit), rank, None, world_size):
+            rows = self._windows(part, starts)
+            yield (*rows, torch.full_like(starts, source)) if self.labels else rows
+
+    def _batches(self, part, limit):
+        """Yield (source, starts of its windows); limit: None or the windows of all sources, at least one of each."""
+        first, sizes = 0, self._sources(part)
+        for source, size in enumerate(sizes):
+            share = None if limit is None else max(1, limit * size // sum(sizes))
+            for starts in window_starts(size, self.config.model.block_size, share):
+                yield source, first + starts
+            first += size
 
     def count(self, rows):
         return int((rows[1] != IGNORED).sum()) if self.config.data.packed else rows[1].numel()
 
     def inputs(self, rows):
-        if not self.config.data.packed:
-            return rows
-        return packed_inputs(*rows)
+        return packed_inputs(*rows[:3]) if self.config.data.packed else rows[:2]
+
+    def sums(self, model, rows, device):
+        total, right, count = super().sums(model, rows, device)
+        others = [0.0] * self.more_sums
+        if self.labels:
+            place = 2 * int(rows[-1][0])
+            others[place : place + 2] = total, count
+        return (total, right, count, *others)
+
+    def further_scores(self, sums):
+        pairs = zip(self.labels, sums[::2], sums[1::2], strict=True)
+        return {f"loss_{label}": total / count for label, total, count in pairs if count}
 
     @staticmethod
     def build_model(config, tokenizer, summary, layers=None):
@@ -210,15 +248,34 @@ class LanguageModelling(Task):
             self.splits, part, self.ends = {"all": Shards([tokens])}, "all", {"all": torch.tensor([len(tokens)])}
             self.counts = {"all": self._count("all")}
         start = time.perf_counter()
-        total, _, count = evaluate_part(model, self, part)
+        total, _, count, *others = evaluate_part(model, self, part)
         seconds = time.perf_counter() - start
-        read = math.floor((len(self.splits[part]) - 1) / self.config.model.block_size) * self.config.model.block_size
-        characters = None  # how many is not known if the tokens have lost some of them
-        if self.tokenizer.exact and not self.counts[part].unknown:
-            characters = len(self.tokenizer.decode(self.splits[part][1 : read + 1].tolist()))
-        return {
-            "tokens": count,
-            **({"characters": characters} if characters else {}),
-            **language_scores(total, count, characters or None),
-            "tokens_per_second": read / seconds if seconds else None,
-        }
+        read, characters = self._read(part)
+        report = scores_of_text(total, count, sum(characters))
+        report["tokens_per_second"] = sum(read) / seconds if seconds else None
+        if self.labels:
+            rows = zip(self.labels, others[::2], others[1::2], characters, strict=True)
+            report["sources"] = {label: scores_of_text(*row) for label, *row in rows if row[1]}
+        return report
+
+    def _read(self, part):
+        """(tokens, characters) of each source that windows predict; 0 characters if the tokens have lost some."""
+        read, characters, first = [], [], 0
+        exact = self.tokenizer.exact and not self.counts[part].unknown
+        for size in self._sources(part):
+            read.append(max(0, size - 1) // self.config.model.block_size * self.config.model.block_size)
+            tokens = self.splits[part][first + 1 : first + read[-1] + 1] if exact else torch.empty(0)
+            characters.append(len(self.tokenizer.decode(tokens.tolist())))
+            first += size
+        return read, characters
+
+
+def scores_of_text(total, count, characters):
+    known = {"characters": characters} if characters else {}
+    return {"tokens": int(count), **known, **language_scores(total, count, characters or None)}
+
+
+def labels_of(paths):
+    """Short names of folders: the last part of each path, or the whole path where these are equal."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
