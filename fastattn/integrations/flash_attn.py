@@ -6,8 +6,9 @@ Tensors are (batch, seqlen, heads, head_dim), packed sequences (total, heads, he
 causal and window_size are aligned bottom-right. docs/flash-attn.md lists the differences and their tests.
 """
 
+from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ _INNER_NAMES = {"scale": "softmax_scale", "window": "window_size", "cos": "rotar
 _SELF_ATTENTION_NAMES = {"cu_seqlens_q": "cu_seqlens", "max_seqlen_q": "max_seqlen"}
 _BATCHED = ("batch", "seqlen", "heads", "head_dim")
 _PACKED = ("total", "heads", "head_dim")
+_Function = TypeVar("_Function", bound=Callable)
 
 
-def _named(function):
+def _named(function: _Function) -> _Function:
     public = Public(
         function.__name__,
         tensors=_TENSORS,
@@ -108,8 +110,9 @@ def flash_attn_kvpacked_func(
         torch.Size([2, 100, 8, 64])
     """
     _check_layout("flash_attn_kvpacked_func", ("batch", "seqlen", 2, "heads", "head_dim"), kv=kv)
+    k, v = kv.unbind(2)
     return flash_attn_func(
-        q, *kv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
 
@@ -129,8 +132,9 @@ def flash_attn_qkvpacked_func(
         torch.Size([2, 100, 8, 64])
     """
     _check_layout("flash_attn_qkvpacked_func", ("batch", "seqlen", 3, "heads", "head_dim"), qkv=qkv)
+    q, k, v = qkv.unbind(2)
     return flash_attn_func(
-        *qkv.unbind(2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
     )  # fmt: skip
 
@@ -193,8 +197,9 @@ def flash_attn_varlen_kvpacked_func(
         torch.Size([12, 8, 64])
     """
     _check_layout("flash_attn_varlen_kvpacked_func", ("total", 2, "heads", "head_dim"), kv=kv)
+    k, v = kv.unbind(1)
     return flash_attn_varlen_func(
-        q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -215,8 +220,9 @@ def flash_attn_varlen_qkvpacked_func(
         torch.Size([12, 8, 64])
     """
     _check_layout("flash_attn_varlen_qkvpacked_func", ("total", 3, "heads", "head_dim"), qkv=qkv)
+    q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
-        *qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 

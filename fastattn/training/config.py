@@ -169,7 +169,7 @@ class TrainConfig:
             expect(self.task in tasks or got == default, section + name, f"left out for the task {self.task}", got)
         expect(self.preference_beta > 0, "preference_beta", "above 0", self.preference_beta)
         started = self.start is not None or self.task != "preference"
-        expect(started, "start", "the folder of a run or model for the task preference, its reference", self.start)
+        expect(started, "start", "the folder of a run or model for the task preference, also its reference", self.start)
         unsharded = self.task != "preference" or self.strategy != "fsdp"
         expect(unsharded, "strategy", "'ddp' for the task preference", self.strategy)
 
