@@ -222,7 +222,8 @@ class Plan:
         self.natural = dtype == torch.float32 or bias is not None or alibi_dims > 0
         key_mask = self.mask_rows is not None
         masked = mask is not None and not key_mask
-        extra = not linear or masked or self.drops
+        wide = max(head_dim, head_dim_v) > 128  # clearing the rows of hidden keys needs registers
+        extra = not linear or masked or self.drops or (key_mask and wide)
         self.kind = (device, dtype, max(head_dim, head_dim_v), bool(extra), has_left or has_right)
         self.form = Form(
             head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), None, None, has_left, has_right, top_left,
