@@ -21,9 +21,15 @@ from pytest_benchmark.utils import NameWrapper, get_commit_info
 
 import fastattn
 from fastattn.ops import _gemm
+from fastattn.ops._backends import why_not_on_device
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+
+
+def backend_of_raw_op(op):
+    """The first backend that has a kernel of `op` here: an available library need not have every op."""
+    return next(name for name in ("native", "triton") if why_not_on_device(op, name, DEVICE) is None)
 
 
 class CudaStamp:

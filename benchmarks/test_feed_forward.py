@@ -7,7 +7,7 @@ read once and outputs written once.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from conftest import DEVICE, backend_of_raw_op
 
 import fastattn
 from fastattn.ops.feed_forward import ACTIVATIONS
@@ -81,7 +81,7 @@ def test_activation(compare, activation, dtype, dropout_p):
     dhidden = torch.randn_like(preact)
     rng = torch.tensor([1, 2], device=DEVICE)
     index = ACTIVATIONS.index(activation)
-    backend = next(name for name in ("native", "triton") if fastattn.backends()[DEVICE][name] == "available")
+    backend = backend_of_raw_op("feed_forward")
     forward, backward = (getattr(getattr(torch.ops.fastattn, f"activation_{way}"), backend) for way in ("fwd", "bwd"))
 
     def in_torch(p):

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CUDA, DEVICE
+from conftest import CUDA, DEVICE, backend_of_raw_op
 
 import fastattn
 
@@ -78,7 +78,7 @@ def test_cross_entropy_pass(compare, dtype):
     logits = torch.randn(rows, cols, device=DEVICE).to(dtype).requires_grad_()
     buffer = logits.detach().clone()
     target = torch.randint(cols, (rows,), device=DEVICE)
-    backend = next(name for name in ("native", "triton") if fastattn.backends()[DEVICE][name] == "available")
+    backend = backend_of_raw_op("linear_cross_entropy")
     op = getattr(torch.ops.fastattn.cross_entropy_fwd, backend)
 
     def in_torch():

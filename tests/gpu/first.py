@@ -162,6 +162,15 @@ def compare(family: Family, backend: str, device: str) -> Row:
     return Row(family.name, backend, seconds, *worst, failure)
 
 
+def computes(device: str) -> bool:
+    """Whether the device computes at all: PyTorch's own product of integers, whose trace is known.
+
+    The calls are compared with the reference on the same device, so launches that do nothing would pass unnoticed.
+    """
+    x = torch.arange(64.0).view(8, 8).to(device)
+    return (x @ x).trace().item() == sum((8 * i + j) * (8 * j + i) for i in range(8) for j in range(8))
+
+
 def available(device: str) -> list[str]:
     reasons = fastattn.backends()[device]
     return [name for name in BACKENDS if reasons[name] == "available"]
@@ -208,6 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", action="store_true", help="every row of the table of Triton's attention")
     parser.add_argument("--device", default="cuda", help="cuda; cpu tests this file")
     options = parser.parse_args(arguments)
+    if not computes(options.device):
+        print(f"{environment(options.device)}: PyTorch's own product of two matrices is wrong here")
+        return 1
     rows = []
     for family in rows_of_the_table() if options.rows else FAMILIES:
         for backend in ["triton"] if options.rows else available(options.device):

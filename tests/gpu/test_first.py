@@ -13,6 +13,7 @@ def test_a_call_is_as_exact_as_pytorch(family, backend, report_rows):
         pytest.skip(f"{backend} is not available")
     if reason := first.refused(family, backend, "cuda"):
         pytest.skip(reason)
+    assert first.computes("cuda")
     row = first.compare(family, backend, "cuda")
     report_rows.append(row)
     assert not row.failure
@@ -43,6 +44,15 @@ def test_a_wrong_result_and_an_error_are_reported(monkeypatch, capsys):
     assert "no kernel image" in printed
     assert "result 0: error" in printed
     assert "0 right, 2 wrong" in printed
+
+
+def test_a_device_that_computes_nothing_is_reported(monkeypatch, capsys):
+    """Its results and those of PyTorch beside them are equal, and both wrong."""
+    assert first.computes("cpu")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.zeros(8, 8))
+    assert not first.computes("cpu")
+    assert first.main(["--device", "cpu"]) == 1
+    assert "PyTorch's own product of two matrices is wrong here" in capsys.readouterr().out
 
 
 def test_rows_begin_with_head_dim_32():

@@ -1,13 +1,16 @@
 """scripts/gpu_check.sh: the files and tests it would run exist. Python and the tools are stand-ins that take notes."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["info", "first", "rows", "hopper", "tests", "forward", "backward", "decode", "bench", "sanitizer"]
@@ -142,3 +145,44 @@ def test_an_unknown_part_is_refused(check):
     assert code == 2
     parts = " ".join(PARTS)
     assert f"there is no part 'everything'; the parts are {parts}, and the only option is --force" in printed
+
+
+def load_benchmark(name):
+    spec = importlib.util.spec_from_file_location(f"loaded_{name}", ROOT / "benchmarks" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_the_benchmarks_of_raw_ops_take_a_backend_that_has_the_op(monkeypatch):
+    """On a GPU, the C++ library is available but has no pass over the logits."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    conftest = load_benchmark("conftest")
+    monkeypatch.setattr(conftest, "why_not_on_device", lambda op, name, device: None if name == "triton" else "none")
+    monkeypatch.setitem(sys.modules, "conftest", conftest)
+    bench = load_benchmark("test_linear_cross_entropy")
+    raw = types.SimpleNamespace(cross_entropy_fwd=types.SimpleNamespace(triton=lambda *_: "the loss of Triton"))
+    monkeypatch.setattr(torch.ops, "fastattn", raw)
+    found = []
+    bench.test_cross_entropy_pass(lambda candidates, **_: found.append(candidates["fastattn"]()[0]), torch.float32)
+    assert found == ["the loss of Triton"]
+
+
+def test_the_benchmarks_of_a_cache_serve_several_sequences(monkeypatch):
+    """A GPU gets other shapes than the CPU: with two sequences and grouped heads, every candidate gives the same."""
+    monkeypatch.setitem(sys.modules, "conftest", types.SimpleNamespace(DEVICE="cpu"))
+    bench = load_benchmark("test_attention_decode")
+    shape = (2, 4, 2, 128, 16)
+    monkeypatch.setattr(bench, "SHAPES", [shape] * 4)
+    compared = []
+
+    def compare(candidates, *, tolerance, nbytes, verify=None):
+        first, *others = (call() for call in (verify or candidates).values())
+        for other in others:
+            torch.testing.assert_close(other, first, atol=tolerance, rtol=tolerance)
+        compared.append(len(others))
+
+    bench.test_contiguous(compare, shape, torch.float32)
+    bench.test_several_queries(compare, 4, torch.float32)
+    bench.test_paged(compare, 4, torch.float32)
+    bench.test_append(compare, torch.float32)
+    assert compared == [1] * 4
