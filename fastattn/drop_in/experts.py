@@ -6,6 +6,8 @@ expert, or one batch for each expert.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +70,7 @@ def _bmm(x, weight, **options):
     return torch.stack([_product(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True)])
 
 
-_SERVED = {
+_SERVED: dict[Any, Callable[..., Any]] = {
     F.linear: _linear, torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.mm: _matmul,
     Tensor.mm: _matmul, torch.bmm: _bmm, Tensor.bmm: _bmm,
 }  # fmt: skip
@@ -107,7 +109,7 @@ def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
         parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
         if not is_foreign(module) or not any(p.dim() == 3 and min(p.shape) > 1 for p in parameters):
             continue
-        reason = why_not_take_over(module)
-        new_class = None if reason else make_class(Experts, type(module), "experts")
-        found[name] = reason or change_class(module, new_class, f"products of experts (was {type(module).__name__})")
+        kind: Any = type(module)
+        what = f"products of experts (was {kind.__name__})"
+        found[name] = why_not_take_over(module) or change_class(module, make_class(Experts, kind, "experts"), what)
     return found
