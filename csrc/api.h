@@ -34,7 +34,8 @@ struct DropoutArgs {
 FASTATTN_DECLARE_CPU(dropout_fwd, DropoutArgs);  // processes rows
 
 struct NormFwdArgs {
-  const void* x;         // (rows, cols), rows x_stride apart
+  // (rows, cols), rows x_stride apart. Without x_bias, residual, dropout and r the CPU kernels read it as r_dtype.
+  const void* x;
   const void* residual;  // has r_dtype, or null
   const void* weight;    // (cols) of weight_dtype, or null; the CPU kernels read fp32
   const void* bias;      // (cols) of bias_dtype, or null; the CPU kernels read fp32
@@ -105,13 +106,20 @@ struct ActivationArgs {
 
 constexpr int64_t kActivationBlockRows = 32;
 
-FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);    // processes rows
-FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);    // processes blocks of kActivationBlockRows rows
-FASTATTN_DECLARE_CPU(activation_dbias, ActivationArgs);  // processes columns
+FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);  // processes rows
+FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);  // processes blocks of kActivationBlockRows rows
 
 int activation_fwd_cuda(const ActivationArgs& args, void* stream);
 int activation_bwd_cuda(const ActivationArgs& args, void* stream);
 int64_t activation_bwd_chunks_cuda(const ActivationArgs& args);  // the required args.chunks; reads the sizes only
+
+struct ColumnSumsArgs {
+  const void* x;  // (rows, cols), contiguous
+  void* out;      // (cols)
+  int64_t rows, cols;
+  DType x_dtype, out_dtype;
+};
+FASTATTN_DECLARE_CPU(column_sums, ColumnSumsArgs);  // processes columns
 
 // Softmax cross-entropy of rows of logits. If the gradient is wanted, it replaces the logits.
 struct CrossEntropyArgs {

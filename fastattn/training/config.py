@@ -195,11 +195,15 @@ class TrainConfig:
 
 
 def config_from_dict(values):
-    """A TrainConfig from nested dicts; the parser has already checked keys and types."""
+    """A TrainConfig from nested dicts; the parser has already checked keys and types, except of whole sections."""
+    for name in ("data", "model", "optim"):
+        expect(isinstance(values[name], dict), name, "a section of settings", values[name])
+    columns = values["data"]["columns"]
+    expect(isinstance(columns, dict), "data.columns", "a section of settings", columns)
     if isinstance(values["optim"].get("rates"), dict):
         values = {**values, "optim": {**values["optim"], "rates": Rates(**values["optim"]["rates"])}}
     sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
-    values = {**values, "data": {**values["data"], "columns": Columns(**values["data"]["columns"])}}
+    values = {**values, "data": {**values["data"], "columns": Columns(**columns)}}
     if isinstance(values["model"].get("rotary"), dict):
         values["model"] = {**values["model"], "rotary": rotary_config(values["model"]["rotary"])}
     return TrainConfig(**{k: sections[k](**v) if k in sections else v for k, v in values.items()})
