@@ -151,3 +151,10 @@ def refuse_without_kernels(reason):
     """End an installation that would have no kernels, unless its user allows that."""
     if reason and sys.platform.startswith("linux") and tri_state("FASTATTN_NATIVE") in (None, "1"):
         raise SystemExit(f"{PACKAGE}: error: {reason}\n{PACKAGE}: then install again. {WITHOUT}")
+
+
+def long_description(readme):
+    """The README for the page of a package index, which has none of our files: a picture becomes its description, and
+    a link to a file its text with the path in the source distribution."""
+    readme = re.sub(r"!\[([^]]*)\]\((?!\w+:)[^)]*\)", r"\1.", readme)
+    return re.sub(r"\[([^]]*)\]\((?!\w+:)([^)]*)\)", r"\1 (`\2`)", readme)

@@ -44,6 +44,7 @@ from build_environment import (
     find_pythons,
     find_torch,
     first_match,
+    long_description,
     ninja_command,
     output_of,
     refuse_without_kernels,
@@ -310,6 +311,8 @@ def source_folders():
 
 
 setup(
+    long_description=long_description((ROOT / "README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["fastattn*"]), "fastattn.kernels"],
     package_dir=source_folders(),
     ext_modules=[Extension(f"{PACKAGE}._native", [])],

@@ -21,11 +21,28 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from measured import machine_line, read
 
 COLOURS = ("tab:blue", "#b0b0b0", "#d8c08c", "#c3a6c9", "#9fc7b5")  # fastattn first, then its peers
-# {function: (title, what the first parts of a case mean)}, where they do not say it themselves
+# {function: (title, what the parts of a case mean)}, where they do not say it themselves
 NAMES = {
     "training_step": ("encoder layer, training step", "{}, dropout {}, d_model {}"),
     "inference": ("encoder layer, inference", "{}, d_model {}"),
+    "attention": ("attention (batch × heads × tokens × head_dim)", ""),
+    "dropout": ("attention with dropout", ""),
+    "bias_with_gradient": ("attention with a bias that gets a gradient", ""),
+    "half_padded_batch": ("attention, half of the tokens are padding", ""),
+    "contiguous": ("attention on a cache (batch × heads × key heads × keys × head_dim)", ""),
+    "paged": ("attention on a cache in pages", "{} queries, {}"),
+    "several_queries": ("attention on a cache, several queries", "{} queries, {}"),
+    "append": ("attention on a cache, with new keys appended", ""),
+    "feed_forward": ("feed-forward block", "{}, {}, d_model {}, {}, dropout {}"),
+    "activation": ("activation and dropout alone", "{}, {}, dropout {}"),
+    "norm": ("norms (rows × columns)", "{}, {}, {}, {}x{}, {}"),
+    "rotary": ("rotary embedding", "batch {}, {} tokens, {} heads, {} key heads, head_dim {}, {}, {}, {}"),
+    "linear_cross_entropy": ("output layer and its loss (tokens × d_model × vocabulary)", ""),
+    "product": ("matrix products (rows × outputs × inputs)", ""),
+    "encoder": ("encoder, inference", "batch {}, {} tokens, {}"),
 }
+WORDS = {"fwd": "forward", "fwd_bwd": "forward + backward"}
+LIMITS = {"GEMM": "a large matrix product", "copy": "a copy of the bytes"}
 
 
 def picture_names(rows):
@@ -41,8 +58,12 @@ def case_name(function, benchmark):
     match = re.search(r"\[(.*)\]", benchmark)
     if match is None:
         return function.replace("_", " ")
-    parts, (_, form) = match[1].split("-"), NAMES.get(function, (None, ""))
-    return form.format(*parts) if form and form.count("{}") <= len(parts) else match[1]
+    parts = [WORDS.get(part, part) for part in match[1].split("-")]
+    form = NAMES.get(function, ("", ""))[1]
+    if not form or form.count("{}") > len(parts):
+        form = ", ".join(["{}"] * len(parts))
+    name = re.sub(r"(?<=\d)x(?=\d)", " × ", form.format(*parts))
+    return re.sub(r"\b(?!d_model|head_dim)([a-z]+)_(?=[a-z])", r"\1 ", name)
 
 
 def limit_of(row):
@@ -62,6 +83,8 @@ def draw(function, rows):
     labels = [case_name(function, case) for case in cases]
     figure = Figure(figsize=(3.8 + 0.075 * max(map(len, labels)), 1.5 + lane * len(cases)), layout="constrained")
     axes = figure.add_subplot()
+    _scale(axes, rows, [limit for row in rows if row["implementation"] == "fastattn" and (limit := limit_of(row))])
+    low, high = axes.get_xlim()
     limited = False
     for y, case in enumerate(cases):
         for number, name in enumerate(names):
@@ -70,24 +93,23 @@ def draw(function, rows):
                 continue
             place = y - 0.4 + height * (number + 0.5)
             axes.barh(place, row["ratio"] - 1, left=1, height=height, color=COLOURS[number % len(COLOURS)])
-            inside = {"xytext": (3 if row["ratio"] >= 1 else -3, 0), "textcoords": "offset points", "fontsize": 8}
-            inside |= {"bbox": {"color": "white", "pad": 0.3}, "zorder": 3}
-            axes.annotate(
-                f"{row['ratio']:.2f}", (row["ratio"], place), va="center", ha="left" if row["ratio"] >= 1 else "right",
-                **inside,
-            )  # fmt: skip
+            inside = math.log(row["ratio"]) > 0.06 * math.log(high / low)  # beside the bar a mark may cross it
+            right = inside or row["ratio"] < 1  # the side of the number's anchor
+            style = {"ha": "right" if right else "left", "va": "center", "fontsize": 8}
+            style |= {"xytext": (-3 if right else 3, 0), "textcoords": "offset points"}
+            colour = "white" if inside and number == 0 else "black"
+            axes.annotate(f"{row['ratio']:.2f}", (row["ratio"], place), color=colour, **style)
         limit = limit_of(measured.get((case, "fastattn"), {"ratio": 0}))
         if limit is not None:
             axes.plot([limit, limit], [y - 0.45, y + 0.45], color="black", linewidth=2)
             limited = True
-    _scale(axes, rows, [limit for row in rows if row["implementation"] == "fastattn" and (limit := limit_of(row))])
     axes.axvline(1, color="gray", linewidth=1)
     axes.set_yticks(range(len(cases)), labels, fontsize=9)
     axes.set(ylim=(len(cases) - 0.4, -0.6), xlabel=f"times as fast as {baseline}")
     handles = [Patch(color=COLOURS[number % len(COLOURS)], label=name) for number, name in enumerate(names)]
     if limited:
-        kinds = " or ".join(sorted({row["limit"] for row in rows if "limit" in row}))
-        handles.append(Line2D([], [], color="black", linewidth=2, label=f"limit of the machine ({kinds})"))
+        kinds = " or ".join(sorted({LIMITS.get(row["limit"], row["limit"]) for row in rows if "limit" in row}))
+        handles.append(Line2D([], [], color="black", linewidth=2, label=f"at the rate of {kinds}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(NAMES.get(function, (function.replace("_", " "),))[0], fontsize=11)
     axes.set_title(machine_line(rows[0]), fontsize=7, color="dimgray")

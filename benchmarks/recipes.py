@@ -175,7 +175,7 @@ def page(found, results, commit):
     head = [
         f"# What the recipes reach, {dates[-1]}", "",
         "```sh", "python benchmarks/recipes.py FILE.md", "```", "",
-        f"{_processor()}, {', '.join(map(str, sorted(threads)))} thread(s), {platform.system()}; Python "
+        f"{processor()}, {', '.join(map(str, sorted(threads)))} thread(s), {platform.system()}; Python "
         f"{platform.python_version()}, torch {torch.__version__}, commit {commit}; load of the machine at the start of "
         f"a row {min(loads):.1f} to {max(loads):.1f}.", "",
         "The scores are those of `fastattn evaluate`, of the test part if there is one, else of the validation part. "
@@ -186,9 +186,14 @@ def page(found, results, commit):
     return "\n".join(lines) + "\n"
 
 
-def _processor():
+def processor():
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def commit_of_checkout():
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def read_log(path, commit):
@@ -208,8 +213,7 @@ def main():
     names = list(found) if options.only is None else options.only
     if unknown := [name for name in names if name not in found]:
         parser.error(f"there is no row {unknown[0]!r}; the rows are {'; '.join(found)}")
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    commit = commit_of_checkout()
     LOG.parent.mkdir(exist_ok=True)
     results = read_log(LOG, commit)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

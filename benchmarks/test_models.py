@@ -2,6 +2,8 @@
 
 Random weights, two layers of width 256 unless the name says another, two rows of 256 tokens, a vocabulary of 8000,
 fp32, no dropout except in T5. Of a batch with padding, the second row has one real token.
+
+`test_shape` has the sizes of real models, beside torch.compile: a few minutes on two idle threads.
 """
 
 import copy
@@ -88,7 +90,64 @@ def test_training_step(compare, family):
     )
 
 
-@pytest.mark.parametrize("kind", ["norms", "attention", "loss", "feed_forward"])
+LARGE = {**DECODER, "vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 4, "head_dim": 64,
+         "num_key_value_heads": 4, "intermediate_size": 1376}  # fmt: skip
+WINDOWED = {**LARGE, "sliding_window": 128}
+# name: class, config, attention that transformers has for it, (rows, tokens)
+SHAPES = {
+    "Llama": ("LlamaForCausalLM", {**LARGE, "num_key_value_heads": 8}, "sdpa", (4, 512)),
+    "BERT base, half padding": ("BertForMaskedLM", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+                                "sdpa", (8, 128)),
+    "ViT-S": ("ViTForImageClassification", {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+              "sdpa", (4, 196)),
+    "gpt-oss": ("GptOssForCausalLM", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                      "intermediate_size": 512}, "eager", (4, 512)),
+    "Gemma 2": ("Gemma2ForCausalLM", WINDOWED, "eager", (4, 512)),
+}  # fmt: skip
+WITHOUT_LINEAR = ("norms", "attention", "loss", "feed_forward")
+
+
+def shape_model(name, kinds=None):
+    """The model of a shape; replaced unless `kinds` is None: the kinds, or "all" for all of them."""
+    label, changes, attention, _ = SHAPES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, label)(getattr(transformers, label).config_class(**copy.deepcopy(changes))).to(DEVICE)
+    model.train().set_attn_implementation(attention)
+    if kinds is not None:
+        fastattn.replace(model, only=None if kinds == "all" else kinds, padding_free="padding" in name)
+    return model
+
+
+def shape_batch(name):
+    """The arguments of the model; of the tokens of a batch with padding, half are real."""
+    rows, tokens = SHAPES[name][3]
+    generator = torch.Generator().manual_seed(0)
+    if name == "ViT-S":
+        images = torch.randn(rows, 3, 224, 224, generator=generator).to(DEVICE)
+        return {"pixel_values": images, "labels": (torch.arange(rows) % 2).to(DEVICE)}
+    ids = torch.randint(3, 30000, (rows, tokens), generator=generator).to(DEVICE)
+    if "padding" not in name:
+        return {"input_ids": ids, "labels": ids, "use_cache": False}
+    lengths = torch.linspace(1, tokens - 1, rows, device=DEVICE)[:, None]
+    real = torch.arange(tokens, device=DEVICE) < lengths
+    return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shape(compare, name):
+    """A training step of sizes that people have: the model, torch.compile of it, and after `replace`."""
+    batch, attention = shape_batch(name), SHAPES[name][2]
+    plain = shape_model(name)
+    candidates = {
+        attention: step(plain, batch),
+        f"torch.compile, {attention}": step(torch.compile(shape_model(name)), batch),
+        "fastattn.replace without linear": step(shape_model(name, WITHOUT_LINEAR), batch),
+        "fastattn.replace": step(shape_model(name, "all"), batch),
+    }
+    compare(candidates, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("kind", [*WITHOUT_LINEAR, "linear"])
 def test_kinds_alone(compare, kind):
     """What each kind of replacement gives on the Llama, beside SDPA."""
     batch = batch_of("Llama")

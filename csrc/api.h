@@ -34,7 +34,8 @@ struct DropoutArgs {
 FASTATTN_DECLARE_CPU(dropout_fwd, DropoutArgs);  // processes rows
 
 struct NormFwdArgs {
-  const void* x;         // (rows, cols), rows x_stride apart
+  // (rows, cols), rows x_stride apart. Without x_bias, residual, dropout and r the CPU kernels read it as r_dtype.
+  const void* x;
   const void* residual;  // has r_dtype, or null
   const void* weight;    // (cols) of weight_dtype, or null; the CPU kernels read fp32
   const void* bias;      // (cols) of bias_dtype, or null; the CPU kernels read fp32
@@ -105,13 +106,20 @@ struct ActivationArgs {
 
 constexpr int64_t kActivationBlockRows = 32;
 
-FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);    // processes rows
-FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);    // processes blocks of kActivationBlockRows rows
-FASTATTN_DECLARE_CPU(activation_dbias, ActivationArgs);  // processes columns
+FASTATTN_DECLARE_CPU(activation_fwd, ActivationArgs);  // processes rows
+FASTATTN_DECLARE_CPU(activation_bwd, ActivationArgs);  // processes blocks of kActivationBlockRows rows
 
 int activation_fwd_cuda(const ActivationArgs& args, void* stream);
 int activation_bwd_cuda(const ActivationArgs& args, void* stream);
 int64_t activation_bwd_chunks_cuda(const ActivationArgs& args);  // the required args.chunks; reads the sizes only
+
+struct ColumnSumsArgs {
+  const void* x;  // (rows, cols), contiguous
+  void* out;      // (cols)
+  int64_t rows, cols;
+  DType x_dtype, out_dtype;
+};
+FASTATTN_DECLARE_CPU(column_sums, ColumnSumsArgs);  // processes columns
 
 // Softmax cross-entropy of rows of logits. If the gradient is wanted, it replaces the logits.
 struct CrossEntropyArgs {
@@ -135,7 +143,7 @@ struct GemmArgs {
   int64_t m, n, k;
   int64_t a_row, a_col, b_row, b_col, c_row;
   bool add;  // to c
-  // kFewRows reads b where it lies; it needs b_row == 1 and does not add
+  // kFewRows reads b in place; it needs b_row == 1 and does not add
   enum class Way { kBlocked, kFewRows } way;
   int64_t rows;               // kBlocked: of a task
   std::atomic<bool>* failed;  // out of memory
@@ -144,7 +152,7 @@ constexpr int64_t kGemmPanel = 64;     // kBlocked: columns of a task
 constexpr int64_t kGemmGroup = 16;     // kFewRows: columns of a task
 FASTATTN_DECLARE_CPU(gemm, GemmArgs);  // tasks
 
-// y (m, n) = x (m, k) · weightᵀ, times scale, plus bias, plus residual: few rows, the weight read as it lies. Rows lie
+// y (m, n) = x (m, k) · weightᵀ, times scale, plus bias, plus residual: few rows, the weight read in place. Rows lie
 // a stride apart, in elements; the last stride is 1.
 enum class WeightType : int { kFloat32, kBFloat16, kInt8 };
 

@@ -1,7 +1,8 @@
 """Fused attention, normalisation and feed-forward kernels for PyTorch behind drop-in torch.nn layers."""
 
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from fastattn import nn
 from fastattn._native import cpu_capability, load_backends
@@ -84,10 +85,14 @@ def register() -> None:
 _TRAINING = {"load_run": "fastattn.training.runs.loaded"}  # what needs the packages of the extra train
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _TRAINING:
-        raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
-    return getattr(importlib.import_module(_TRAINING[name]), name)
+if TYPE_CHECKING:  # which would take any name for one that __getattr__ knows
+    load_run: Callable[..., Any]
+else:
+
+    def __getattr__(name):
+        if name not in _TRAINING:
+            raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+        return getattr(importlib.import_module(_TRAINING[name]), name)
 
 
 def __dir__() -> list[str]:

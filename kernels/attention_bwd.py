@@ -137,7 +137,8 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total_q, total_k, blocks, window_left,
-                          window_right, threshold, form: tl.constexpr):  # fmt: skip
+                          window_right, threshold, q_map, do_map, form: tl.constexpr):  # fmt: skip
+    """q_map, do_map: descriptors made by the host, or None."""
     start_n, k_head, span = head_frame(
         features, n_heads // form.GROUP, total_q, total_k, blocks, window_left, window_right, form, True
     )
@@ -157,8 +158,8 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
     for member in range(form.GROUP):
         q_head = k_head * form.GROUP + member
         head = find_head(q_head, span, features, n_heads, threshold)
-        q_side = query_side(q, q_head, span, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, form.TMA)
-        do_side = query_side(do, q_head, span, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_M, form.TMA)
+        q_side = query_side(q, q_head, span, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, form.TMA, q_map)
+        do_side = query_side(do, q_head, span, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_M, form.TMA, do_map)
         first = (span.index * n_heads + q_head) * total_q + span.first_q
         dk_acc, dv_acc = _dkdv_blocks(
             dk_acc, dv_acc, k_tile, v_tile, q_side, do_side, softmax, first, seen_by, start_n, span, head, features,
@@ -205,15 +206,16 @@ def _dq_blocks(dq, dbias, q, do, softmax, k_side, v_side, blocks, start_m, span,
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_dq_kernel(q, k, v, do, dq, dbias, softmax, features, n_heads, group, total_q, total_k, blocks,
-                        window_left, window_right, threshold, form: tl.constexpr):  # fmt: skip
+                        window_left, window_right, threshold, k_map, v_map, form: tl.constexpr):  # fmt: skip
+    """k_map, v_map: descriptors made by the host, or None."""
     start_m, q_head, span = head_frame(
         features, n_heads, total_q, total_k, blocks, window_left, window_right, form, False
     )
     if start_m >= span.seqlen_q:
         return
     head = find_head(q_head, span, features, n_heads, threshold)
-    k_side = key_side(k, q_head // group, span, form.HEAD_DIM, form.BLOCK_D, form)
-    v_side = key_side(v, q_head // group, span, form.HEAD_DIM_V, form.BLOCK_DV, form)
+    k_side = key_side(k, k_map, q_head // group, span, form.HEAD_DIM, form.BLOCK_D, form)
+    v_side = key_side(v, v_map, q_head // group, span, form.HEAD_DIM_V, form.BLOCK_DV, form)
     q_side = query_side(q, q_head, span, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, False)
     do_side = query_side(do, q_head, span, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_M, False)
     q_tile = load_tile(q_side, start_m, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, True, False)
@@ -260,19 +262,21 @@ def attention_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, *rest):
 
     start = plan.start("dkdv")
     if start.grid[0]:
+        form, *maps = start.choose(True, q, do)
         launch(
             attention_dkdv_kernel, start.grid, q.device, *inputs, rows_of(dk), rows_of(dv), softmax, features, n_heads,
-            total_q, total_k, start.blocks, *plan.window, start.choose(q, do), **start.options,
+            total_q, total_k, start.blocks, *plan.window, *maps, form, **start.options,
         )  # fmt: skip
 
     fused = need_dbias and bias.shape == (plan.batch, n_heads, total_q, total_k)
     dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=q.device) if fused else None
     start = plan.start("dq")
     if start.grid[0]:
+        form, *maps = start.choose(features.seqlens_k_ptr is None, k, v)
         launch(
             attention_dq_kernel, start.grid, q.device, *inputs, rows_of(dq),
             Rows(dbias, dbias.stride()) if fused else None, softmax, features, *plan.sizes, start.blocks, *plan.window,
-            start.choose(k, v), **start.options,
+            *maps, form, **start.options,
         )  # fmt: skip
     if not need_dbias:
         dbias = q.new_empty(0)

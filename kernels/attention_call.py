@@ -11,14 +11,16 @@ of 16.
 """
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.attention_config import pick
 from fastattn.kernels.attention_mask import key_runs
-from fastattn.kernels.common import Rows, contiguous, dropout_constants
+from fastattn.kernels.common import DEVICE_MADE, HOST_MADE, Rows, contiguous, dropout_constants
 from fastattn.ops._layout import empty_in_layout
 
 # integers that vary between calls and do not affect the quality of the code: one binary serves all values
@@ -60,7 +62,7 @@ class Form(NamedTuple):
     NATURAL: Any  # scores are kept unscaled instead of times log2(e)
     FUSED_SCALE: Any  # the scale is applied together with the subtraction of the maximum
     GROUP: Any  # query heads per key head, in attention_dkdv_kernel
-    TMA: Any
+    TMA: Any  # 0: loads through pointers; DEVICE_MADE or HOST_MADE: through descriptors
     PRECISION: Any
 
 
@@ -94,9 +96,12 @@ class Head(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Rows of a head to load in tiles: a pointer or TMA descriptor, the stride of rows, and the range of rows."""
+    """Rows of a head to load in tiles: a pointer or TMA descriptor, the stride of rows, and the range of rows. `index`
+    and `head` say where the rows lie in a descriptor that the host has made."""
 
     source: Any
+    index: Any
+    head: Any
     stride: Any
     begin: Any
     end: Any
@@ -121,9 +126,22 @@ def broadcast_strides(shape, strides):
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
+def exact_products(value):
+    """The precision of fp32 products where PyTorch does not allow TF32, from FASTATTN_FP32_PRODUCTS."""
+    if value not in (None, "", "ieee", "tf32x3"):
+        raise ValueError(f"FASTATTN_FP32_PRODUCTS must be ieee or tf32x3, got {value!r}")
+    return value or "ieee"
+
+
+_exact_products = exact_products(os.environ.get("FASTATTN_FP32_PRODUCTS"))
+
+
 def precision(dtype):
-    """The precision of fp32 products: follows the TF32 switch of PyTorch."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """The precision of products. In fp32 it follows the TF32 switch of PyTorch; "tf32x3" adds up three products of
+    parts on the tensor cores, with an error like that of fp32."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else _exact_products
 
 
 def descriptors_fit(*tensors):
@@ -148,11 +166,21 @@ class Start(NamedTuple):
     blocks: int  # the number of blocks of the rows of a head, or of all packed rows
     form: Form
     form_tma: Form | None  # for tensors that TMA can read; None if TMA must not be used
+    boxes: tuple  # of the two tensors that are read with TMA, if each load reads whole heads; else ()
     options: dict
 
-    def choose(self, *tensors):
-        """Return the form for these tensors, which the kernel would read with TMA."""
-        return self.form_tma if self.form_tma is not None and descriptors_fit(*tensors) else self.form
+    def choose(self, whole, *tensors):
+        """Return the form for two tensors that the kernel would read with TMA, and their descriptors or None.
+
+        A descriptor of the host takes no scratch memory, and no time of each program, but its ends are those of the
+        tensor. `whole`: no row of a head is hidden by an argument whose values the host does not know.
+        """
+        if self.form_tma is None or not descriptors_fit(*tensors):
+            return self.form, None, None
+        if not whole or not self.boxes or any(0 in t.shape or 0 in t.stride() for t in tensors):
+            return self.form_tma, None, None
+        made = (TensorDescriptor(t, t.shape, t.stride(), box) for t, box in zip(tensors, self.boxes, strict=True))
+        return self.form_tma._replace(TMA=HOST_MADE.value), *made
 
 
 class Plan:
@@ -194,12 +222,13 @@ class Plan:
         self.natural = dtype == torch.float32 or bias is not None or alibi_dims > 0
         key_mask = self.mask_rows is not None
         masked = mask is not None and not key_mask
-        extra = not linear or masked or self.drops
+        wide = max(head_dim, head_dim_v) > 128  # clearing the rows of hidden keys needs registers
+        extra = not linear or masked or self.drops or (key_mask and wide)
         self.kind = (device, dtype, max(head_dim, head_dim_v), bool(extra), has_left or has_right)
         self.form = Form(
             head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), None, None, has_left, has_right, top_left,
             softcap > 0.0, masked, key_mask, self.natural, linear and not self.natural and scale > 0.0, self.group,
-            False, fp32_precision,
+            0, fp32_precision,
         )  # fmt: skip
         self.starts = {}
 
@@ -230,8 +259,18 @@ class Plan:
             KEY_MASK=self.form.KEY_MASK and kernel != "dbias",
             GROUP=self.form.GROUP if kernel == "dkdv" else 1,
         )
-        form_tma = form._replace(TMA=True) if tma else None
-        return Start((blocks * heads * self.batch,), blocks, form, form_tma, config.options())
+        form_tma = form._replace(TMA=DEVICE_MADE.value) if tma else None
+        rows, whole = (config.block_m, True) if kernel == "dkdv" else (config.block_n, self._sees_all_keys())
+        boxes = ([1, 1, rows, form.BLOCK_D], [1, 1, rows, form.BLOCK_DV]) if whole and self.sequences is None else ()
+        return Start((blocks * heads * self.batch,), blocks, form, form_tma, boxes, config.options())
+
+    def _sees_all_keys(self):
+        """Whether each key is seen by some query, as far as sizes tell."""
+        form, (left, right, _) = self.form, self.window
+        off = 0 if form.TOP_LEFT else self.total_k - self.total_q
+        first = max(off - left, 0) if form.HAS_LEFT else 0
+        end = self.total_q + off + right if form.HAS_RIGHT else self.total_k
+        return first == 0 and end >= self.total_k and not form.KEY_MASK
 
 
 plan_for = functools.lru_cache(4096)(Plan)

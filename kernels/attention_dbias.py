@@ -114,4 +114,4 @@ def attention_dbias(plan, inputs, softmax, features):
         *bias.shape, *terms[1:], *tiles[2:], n_terms, chunk, *plan.window, start.form, ROW=bias.shape[2] == 1,
         COLUMN=bias.shape[3] == 1, **start.options,
     )  # fmt: skip
-    return dbias[0] if chunks == 1 else dbias.sum(0).to(bias.dtype)
+    return dbias.squeeze(0) if chunks == 1 else dbias.sum(0).to(bias.dtype)

@@ -319,8 +319,8 @@ def choose_splits(programs, blocks, slots):
 class Plan:
     """Everything that depends on shapes, strides and options only. It is cached per signature."""
 
-    def __init__(self, q, k_cache, v_cache, dtype, device, pages, slopes_dims, window_left, window_right, softcap,
-                 num_splits, fp32_precision):  # fmt: skip
+    def __init__(self, q, k_cache, v_cache, dtype, device, pages, slopes_dims, window, softcap, num_splits,
+                 fp32_precision):  # fmt: skip
         (batch, n_heads, seqlen_q, head_dim), q_strides = q
         (_, n_kv_heads, page_size, _), k_strides = k_cache
         head_dim_v, v_strides = v_cache[0][3], v_cache[1]
@@ -347,7 +347,7 @@ class Plan:
         self.slopes_strides = (n_heads if slopes_dims == 2 else 0,)
         self.cache = (capacity, page_size, pages or 1, splits, blocks_m)
         reach = capacity + seqlen_q  # a side of the window that is this long is no limit
-        has_left, has_right = 0 <= window_left < reach, 0 <= window_right < reach
+        has_left, has_right = (0 <= side < reach for side in window)
         self.head_dim_v, self.block_dv = head_dim_v, padded(head_dim_v)
         self.form = DecodeForm(
             head_dim, head_dim_v, padded(head_dim), self.block_dv, config.block_m, block_n, has_left, has_right,
@@ -365,8 +365,8 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_
     q, sink = unit_stride(q), contiguous(sink)
     plan = plan_for(
         geometry(q), geometry(k_cache), geometry(v_cache), q.dtype, q.device,
-        None if block_table is None else block_table.shape[1], 0 if slopes is None else slopes.dim(), window_left,
-        window_right, softcap, num_splits, precision(q.dtype),
+        None if block_table is None else block_table.shape[1], 0 if slopes is None else slopes.dim(),
+        (window_left, window_right), softcap, num_splits, precision(q.dtype),
     )  # fmt: skip
     out = q.new_empty_strided(*plan.out_layout)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

@@ -90,17 +90,17 @@ def _forward_blocks(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_fwd_kernel(q, k, v, out, lse_ptr, lse_low_ptr, features, n_heads, group, total_q, total_k, blocks,
-                         window_left, window_right, threshold, form: tl.constexpr):  # fmt: skip
+                         window_left, window_right, threshold, k_map, v_map, form: tl.constexpr):  # fmt: skip
     """total_q, total_k: rows of q and k per batch entry, or of all packed sequences. lse_low_ptr: the rounding error of
-    lse, or None."""
+    lse, or None. k_map, v_map: descriptors made by the host, or None."""
     start_m, q_head, span = head_frame(
         features, n_heads, total_q, total_k, blocks, window_left, window_right, form, False
     )
     if start_m >= span.seqlen_q:
         return
     head = find_head(q_head, span, features, n_heads, threshold)
-    k_side = key_side(k, q_head // group, span, form.HEAD_DIM, form.BLOCK_D, form)
-    v_side = key_side(v, q_head // group, span, form.HEAD_DIM_V, form.BLOCK_DV, form)
+    k_side = key_side(k, k_map, q_head // group, span, form.HEAD_DIM, form.BLOCK_D, form)
+    v_side = key_side(v, v_map, q_head // group, span, form.HEAD_DIM_V, form.BLOCK_DV, form)
     q_side = query_side(q, q_head, span, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, False)
     q_tile = load_tile(q_side, start_m, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, True, False)
 
@@ -154,10 +154,10 @@ def attention_fwd(q, k, v, *rest):
     low = torch.empty_strided(*(plan.lse_layout if need_low else NOTHING), dtype=torch.float32, device=q.device)
     start = plan.start("fwd")
     if start.grid[0]:
+        form, *maps = start.choose(features.seqlens_k_ptr is None, k, v)
         launch(
             attention_fwd_kernel, start.grid, q.device, *plan.inputs(q, k, v), Rows(out, plan.out_strides), lse,
-            low if need_low else None, features, *plan.sizes, start.blocks, *plan.window, start.choose(k, v),
-            **start.options,
+            low if need_low else None, features, *plan.sizes, start.blocks, *plan.window, *maps, form, **start.options,
         )  # fmt: skip
     return out, lse, low
 

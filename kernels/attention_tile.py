@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_call import Blocks, Head, Side, Span
-from fastattn.kernels.common import LOG2_E, dropout_halfwords, tanh
+from fastattn.kernels.common import DEVICE_MADE, HOST_MADE, LOG2_E, dropout_halfwords, tanh
 
 SEARCHED = tl.constexpr(128)  # the number of sequences that find_tile reads in one step
 
@@ -128,27 +128,31 @@ def head_ptr(rows, batch, head):
 
 @triton.jit
 def side_of(rows, index, head, first, begin, end, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-            TMA: tl.constexpr):  # fmt: skip
+            TMA: tl.constexpr, descriptor=None):  # fmt: skip
     """Return the Side for rows [begin, end) of a head, counted from its row `first`.
 
-    A descriptor begins with row `begin`: rows before it have negative coordinates, which load as zeros.
+    A descriptor that is made here begins with row `begin`: rows before it have negative coordinates, which load as
+    zeros. One that the host has made (`descriptor`) holds all heads, and [begin, end) are all rows of a head.
     """
     stride = rows.strides[2]
     source = head_ptr(rows, index, head) + first * stride
-    if TMA:
+    if TMA == DEVICE_MADE:
         source += tl.cast(begin, tl.int64) * stride
         source = tl.make_tensor_descriptor(source, [tl.maximum(end - begin, 1), DIM], [stride, 1], [BLOCK, BLOCK_D])
-    return Side(source, stride, begin, end)
+    if TMA == HOST_MADE:
+        source = descriptor
+    return Side(source, index, head, stride, begin, end)
 
 
 @triton.jit
-def query_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
+def query_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+               descriptor=None):  # fmt: skip
     """Return the Side for the rows of q, or of a tensor like q, in a head."""
-    return side_of(rows, span.index, head, span.first_q, 0, span.seqlen_q, DIM, BLOCK_D, BLOCK, TMA)
+    return side_of(rows, span.index, head, span.first_q, 0, span.seqlen_q, DIM, BLOCK_D, BLOCK, TMA, descriptor)
 
 
 @triton.jit
-def key_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, form: tl.constexpr):
+def key_side(rows, descriptor, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, form: tl.constexpr):
     """Return the Side for the rows of k or v in a head, without keys that no query can see: those are not read."""
     begin = 0
     end = span.length_k
@@ -159,7 +163,7 @@ def key_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, form: t
     if form.KEY_MASK:
         begin = tl.maximum(begin, span.first_seen)
         end = tl.minimum(end, span.end_seen)
-    return side_of(rows, span.index, head, span.first_k, begin, end, DIM, BLOCK_D, form.BLOCK_N, form.TMA)
+    return side_of(rows, span.index, head, span.first_k, begin, end, DIM, BLOCK_D, form.BLOCK_N, form.TMA, descriptor)
 
 
 @triton.jit
@@ -242,7 +246,9 @@ def block_start(block, blocks, BLOCK: tl.constexpr, EDGE: tl.constexpr, BOTH_SID
 def load_tile(side, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
               TMA: tl.constexpr):  # fmt: skip
     """Load rows start to start + BLOCK - 1. Rows outside [begin, end), if EDGE, and columns past DIM are zeros."""
-    if TMA:
+    if TMA == HOST_MADE:
+        tile = side.source.load([side.index.to(tl.int32), side.head.to(tl.int32), start, 0]).reshape(BLOCK, BLOCK_D)
+    elif TMA:
         tile = side.source.load([start - side.begin, 0])
     else:
         rows = start + tl.arange(0, BLOCK)

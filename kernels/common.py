@@ -24,6 +24,7 @@ VARYING = ["rows", "threshold", "programs"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+DEVICE_MADE, HOST_MADE = tl.constexpr(1), tl.constexpr(2)  # Form.TMA: who makes the descriptors
 _INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to test that partial sums are added
 
 
@@ -183,15 +184,15 @@ def _launch_with_scratch(kernel, grid, args, constants):
 
 
 def uses_tma(args):
-    """Whether the last argument of a kernel is a Form with TMA."""
-    return bool(args and getattr(args[-1], "TMA", False))
+    """Whether the last argument of a kernel is a Form with descriptors that the kernel makes."""
+    return bool(args) and getattr(args[-1], "TMA", 0) == DEVICE_MADE.value
 
 
 def launch(kernel, grid, device, *args, **constants):
     """Run kernel[grid](*args, **constants) on a device, with the options that all launches share.
 
-    Multiply-adds are fused, whatever the default of this version of Triton is. A kernel whose last argument is a Form
-    with TMA gets memory for its descriptors; the caller's allocator is not replaced.
+    Multiply-adds are fused, whatever the default of this version of Triton is. A kernel that makes descriptors, as its
+    last argument, a Form, says, gets memory for them; the caller's allocator is not replaced.
     """
     constants["enable_fp_fusion"] = True
     with device_guard(device):

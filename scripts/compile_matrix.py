@@ -4,6 +4,7 @@
     python scripts/compile_matrix.py --sample            every GPU, few calls
     python scripts/compile_matrix.py --gpus sm_90 gfx942 --calls d64 "d128 causal"
     python scripts/compile_matrix.py --resume out.json   keeps what was compiled in a file, and continues from it
+    python scripts/compile_matrix.py --resume out.json --done    prints what the file has, and compiles nothing
 
 A kernel fits if it has at most STACK bytes of stack, its shared memory is within the GPU's, and it multiplies matrices
 on the units for that. The exit code is 1 if one does not. sm_75 is listed as refused: `fastattn.explain` says why.
@@ -112,11 +113,16 @@ def main(arguments=None):
     parser.add_argument("--calls", nargs="+", default=(), help=", ".join(CALLS))
     parser.add_argument("--sample", action="store_true", help="few calls")
     parser.add_argument("--resume", type=pathlib.Path, help="JSON file with what was compiled")
+    parser.add_argument("--done", action="store_true", help="only what the file of --resume has")
     options = parser.parse_args(arguments)
     unknown = [*({*options.gpus} - {gpu_name(arch) for arch in (*NVIDIA, *AMD)}), *({*options.calls} - {*CALLS})]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     wanted = list(cases(options.gpus, options.calls, options.sample))
+    if options.done:
+        have = json.loads(options.resume.read_text())
+        print(f"{len(wanted) - len(have)} of {len(wanted)} calls were not compiled.\n")
+        wanted = [case for case in wanted if case["title"] in have]
     rows = [row for case in compiled(wanted, options.resume) for row in judged(case)]
     print(table([cells for cells, _ in rows]))
     print(f"\n{REFUSED}: refused, because the kernels need compute capability 8.0 or higher.")

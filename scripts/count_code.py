@@ -33,7 +33,8 @@ FLOORS = [
     ("",),  # fastattn itself: what `import fastattn` offers
     ("models", "_info"),
     ("integrations",),
-    ("training.messages", "training.files"),
+    ("training.messages",),
+    ("training.files",),
     ("training.settings",),
     ("training.config",),
     ("training.data",),

@@ -49,6 +49,8 @@ def on_page_markdown(markdown, page, config, files):
     """Turn links between files of the repository into links between pages of the site."""
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]
+    if page.file.src_uri.startswith("api/"):
+        page.meta["search"] = {"boost": 4}  # who searches for a name wants its reference first
     inner = {target: source for source, target in OUTER.items()}
     here = inner.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     start = posixpath.dirname(page.file.src_uri)
@@ -72,11 +74,11 @@ class Docstrings(Extension):
     """Turns the docstrings of the repository into Markdown."""
 
     def on_package(self, *, pkg, **_):
-        """Let fastattn.attention be the function, which hides the module of its name."""
+        """Let fastattn.attention be the function, not the module of its name, nor the assignment in fastattn.ops."""
         if pkg.path == "fastattn":
-            for path in (ROOT / "fastattn/ops").glob("[a-z]*.py"):
-                if path.stem in pkg.members:
-                    pkg.set_member(path.stem, Alias(path.stem, f"fastattn.ops.{path.stem}.{path.stem}"))
+            text = (ROOT / "fastattn/ops/__init__.py").read_text()
+            for name, module in re.findall(r"^(\w+) = _(\w+)\.\1$", text, re.MULTILINE):
+                pkg.set_member(name, Alias(name, f"fastattn.ops.{module}.{name}"))
 
     def on_object(self, *, obj, **_):
         if obj.docstring:

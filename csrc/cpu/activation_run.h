@@ -1,9 +1,8 @@
 #pragma once
 // How the passes of the feed-forward block are divided between threads, for the wrappers that run them.
-#include <algorithm>
+#include <utility>
 
-#include "dispatch.h"
-#include "host.h"
+#include "column_sums_run.h"
 
 namespace fastattn {
 
@@ -21,9 +20,11 @@ inline void run_activation_bwd(const ActivationArgs& args) {
   const int64_t blocks = activation_blocks(args);
   const auto kernel = FASTATTN_SELECT_CPU(activation_bwd);
   for_pieces(blocks, kActivationBlockRows * args.cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  if (args.dbias || args.dbias_gate) {
-    const auto sums = FASTATTN_SELECT_CPU(activation_dbias);
-    for_pieces(args.cols, std::max<int64_t>(1, blocks), [&](int64_t begin, int64_t end) { sums(args, begin, end); });
+  for (const auto& [partial, dbias] :
+       {std::pair(args.dbias_partial, args.dbias), std::pair(args.dbias_gate_partial, args.dbias_gate)}) {
+    if (dbias) {
+      run_column_sums({partial, dbias, blocks, args.cols, DType::kFloat32, args.dtype});
+    }
   }
 }
 

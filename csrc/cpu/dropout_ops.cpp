@@ -1,9 +1,8 @@
 // fastattn::dropout_fwd for CPU tensors.
 #include <torch/csrc/stable/library.h>
 
-#include "dispatch.h"
 #include "dropout_call.h"
-#include "host.h"
+#include "dropout_run.h"
 
 namespace {
 
@@ -11,9 +10,7 @@ using torch::stable::Tensor;
 
 Tensor dropout_fwd(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& rng, double dropout_p) {
   const fastattn::DropoutCall call(x, residual, rng, dropout_p);
-  const auto rows = FASTATTN_SELECT_CPU(dropout_fwd);
-  fastattn::for_pieces(call.args.rows, call.args.cols,
-                       [&](int64_t begin, int64_t end) { rows(call.args, begin, end); });
+  fastattn::run_dropout(call.args);
   return call.out;
 }
 

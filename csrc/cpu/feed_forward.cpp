@@ -7,7 +7,7 @@
 //              dbias = sum_rows(dpreact), dbias_gate = sum_rows(dgate), and hidden again for the gradient of w2
 //
 // The forward owns whole rows. The backward owns whole blocks of kActivationBlockRows rows, each with one row of
-// partial sums, which activation_dbias adds. So the sums do not depend on the number of threads. Registers hold fp32.
+// partial sums, which column_sums adds. So the sums do not depend on the number of threads. Registers hold fp32.
 #include <algorithm>
 
 #include "activations.h"
@@ -160,27 +160,6 @@ void run(const ActivationArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// out[col] = the sum of column col over the blocks
-template <typename T>
-void reduce_blocks(const float* partial, int64_t blocks, int64_t cols, int64_t begin, int64_t end, T* out) {
-  for (int64_t i = begin; i < end; i += Vec::kSize) {
-    const First first{static_cast<int>(std::min<int64_t>(Vec::kSize, end - i))};
-    first.store(pairwise_sum(0, blocks, [&](int64_t block) { return first.load(partial + block * cols + i); }),
-                out + i);
-  }
-}
-
-template <typename T>
-void reduce_dbias(const ActivationArgs& args, int64_t begin, int64_t end) {
-  const int64_t blocks = (args.rows + kActivationBlockRows - 1) / kActivationBlockRows;
-  if (args.dbias) {
-    reduce_blocks(args.dbias_partial, blocks, args.cols, begin, end, static_cast<T*>(args.dbias));
-  }
-  if (args.dbias_gate) {
-    reduce_blocks(args.dbias_gate_partial, blocks, args.cols, begin, end, static_cast<T*>(args.dbias_gate));
-  }
-}
-
 }  // namespace
 
 void FASTATTN_CPU_NAME(activation_fwd)(const ActivationArgs& args, int64_t begin, int64_t end) {
@@ -194,17 +173,6 @@ void FASTATTN_CPU_NAME(activation_bwd)(const ActivationArgs& args, int64_t begin
     }
   }
   run<Backward>(args, begin * kActivationBlockRows, std::min(args.rows, end * kActivationBlockRows));
-}
-
-void FASTATTN_CPU_NAME(activation_dbias)(const ActivationArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return reduce_dbias<float>(args, begin, end);
-    case DType::kBFloat16:
-      return reduce_dbias<BF16>(args, begin, end);
-    case DType::kFloat16:
-      return reduce_dbias<FP16>(args, begin, end);
-  }
 }
 
 }  // namespace fastattn

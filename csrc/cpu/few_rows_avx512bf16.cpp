@@ -1,4 +1,4 @@
-// Product of few rows with a weight matrix that is read as it lies, in bfloat16: y (m, n) = x (m, k) · weightᵀ (k, n),
+// Product of few rows with a weight matrix that is read in place, in bfloat16: y (m, n) = x (m, k) · weightᵀ (k, n),
 // plus bias, with sums in fp32 that are rounded once. Compiled for AVX512-BF16 only, whose dot product multiplies the
 // two bf16 of a slot and adds them to a sum.
 //
@@ -18,7 +18,7 @@ constexpr int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// A matrix as slots. Their address is only that of a bf16; loads and broadcasts do not ask for more.
+// A matrix as slots. They are aligned like a bf16 only, which is enough for loads and broadcasts.
 inline const float* as_slots(const uint16_t* p) {
   return reinterpret_cast<const float*>(p);
 }

@@ -141,8 +141,8 @@ void row_block(int64_t rows, const float* a, int64_t lda, const float* b, int64_
   }
 }
 
-// Whether a transposed a is read where it lies. A line of it is then fetched for each six of its 16 rows. That pays
-// unless the lines lie so far apart that they displace each other, or so many panels read them that packing does.
+// Whether a transposed a is read in place. Each of its cache lines (16 rows) is then fetched once for every six rows.
+// That pays unless the lines are so far apart that they evict each other, or enough panels read them to repay packing.
 bool reads_in_place(const GemmArgs& args) {
   constexpr int64_t kNear = 512, kFar = 2048, kFewPanels = 8;
   return args.a_col <= kNear || (args.a_col <= kFar && args.n <= kFewPanels * kPanel);

@@ -1,4 +1,4 @@
-// Product of few rows with a weight matrix that is read as it lies: y (m, n) = x (m, k) · weightᵀ (k, n), times a scale
+// Product of few rows with a weight matrix that is read in place: y (m, n) = x (m, k) · weightᵀ (k, n), times a scale
 // per column, plus bias, plus residual. x and y are fp32; the weight is fp32, bf16 or int8 and is widened in registers.
 //
 // With few rows the time is that of reading the weight. A task owns columns of y, which are rows of the weight, and

@@ -1,5 +1,5 @@
 #pragma once
-// What the products of few rows share, whose rows are vector lanes: their memory, and the way of the sums to y.
+// Shared by the products of few rows, whose rows are vector lanes: their memory, and how the sums are stored to y.
 #include "tile.h"
 
 namespace {

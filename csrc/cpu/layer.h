@@ -7,8 +7,8 @@
 //
 // All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
 // read weights of fp32, bf16 or int8 as they lie; for more rows fp32 weights go to our blocked product or to torch's
-// library. With x in bf16, the weights and everything between the kernels are bf16 too, and the products of more rows
-// are torch's.
+// library. In bf16 the weights and everything between the kernels are bf16, and the products of more rows are torch's.
+// x, the sums r, y and the norms' weights are bf16 too, or fp32 (autocast; only in a training step).
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +16,7 @@
 
 #include "activation_run.h"
 #include "decode_run.h"
+#include "dropout_run.h"
 #include "gemv.h"
 #include "norm_run.h"
 #include "products.h"
@@ -30,6 +31,8 @@ struct LayerOptions {
   // up to how many tokens the products with fp32 weights are those of gemv, and up to how many ours; then torch's
   int64_t most_few_rows, most_own_rows;
 };
+
+constexpr Dropout kNoDropout{nullptr, 0, 1.f};
 
 inline OptionalTensor present(const Tensor& t) {
   return t.numel() == 0 ? OptionalTensor() : OptionalTensor(t);
@@ -91,13 +94,15 @@ class Scratch {
 
 class Layer {
  public:
+  // dtype: of everything between the kernels, if it is not that of x
   Layer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
-        const LayerOptions& options)
+        const LayerOptions& options, std::optional<ScalarType> dtype = std::nullopt)
       : x_(contiguous_copy(x)),
         norms_(norms),
         options_(options),
         gated_(linears.size() == 15),
-        dtype_(x.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float) {
+        stream_(x.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float),
+        dtype_(dtype.value_or(stream_)) {
     STD_TORCH_CHECK(x.dim() == 3, "layer: x must have 3 dimensions, got ", x.dim());
     STD_TORCH_CHECK(norms.size() == 4, "layer: norms must be 4 tensors, got ", norms.size());
     STD_TORCH_CHECK(linears.size() == 12 || gated_, "layer: linears must be 12 or 15 tensors, got ", linears.size());
@@ -106,17 +111,18 @@ class Layer {
     STD_TORCH_CHECK(options.n_heads > 0, "layer: n_heads must be positive, got ", options.n_heads);
     width_ = x.size(2);
     tokens_ = x.size(0) * x.size(1);
-    layer_tensor(x_, {x.size(0), x.size(1), width_}, "x", dtype_);
+    layer_tensor(x_, {x.size(0), x.size(1), width_}, "x", stream_);
     for (size_t i = 0; i < linears.size(); i += 3) {
       const OptionalTensor bias = present(linears[i + 2]);
       linears_.push_back(gemv_args(linears[i], present(linears[i + 1]), is_bf16() ? OptionalTensor() : bias));
       if (is_bf16()) {
-        STD_TORCH_CHECK(linears_.back().type == WeightType::kBFloat16, "layer: weights must be bfloat16, as x is");
+        STD_TORCH_CHECK(linears_.back().type == WeightType::kBFloat16,
+                        "layer: weights must be bfloat16, as the products are");
         biases_.push_back(bias ? layer_tensor(*bias, {linears_.back().n}, "a bias", dtype_) : nullptr);
       }
     }
     for (const Tensor& t : norms) {
-      norm_values_.push_back(t.numel() ? norm_values(t) : nullptr);
+      norm_values_.push_back(t.numel() ? values_of(t, "a norm", widened_[norm_values_.size()]) : nullptr);
     }
     const int64_t d_ff = linears_[kUp].n;
     STD_TORCH_CHECK(linears_[kIn].k == width_ && linears_[kOut].n == width_ && linears_[kUp].k == width_ &&
@@ -200,27 +206,19 @@ class Layer {
       multiply(operand(x, tokens_, linear.k, dtype_), weight(which).t(), bias, false, ours, y);
     }
     if (residual) {
-      add(y, residual, linear.n);
+      drop(y, kernel_dtype(), residual, kNoDropout, y, kernel_dtype());
     }
   }
 
-  void add(void* y, const void* residual, int64_t cols) const { drop(y, residual, cols, {nullptr, 0, 1.f}, y); }
-
-  // out = dropout(x), plus residual if there is one. All are contiguous; out may be x.
-  void drop(const void* x, const void* residual, int64_t cols, const Dropout& dropout, void* out) const {
-    DropoutArgs args{};
-    args.x = x;
-    args.out = out;
-    args.residual = residual;
-    args.rows = tokens_;
-    args.cols = args.x_stride = args.residual_stride = cols;
-    args.x_dtype = args.out_dtype = kernel_dtype();
-    args.dropout = dropout;
-    const auto kernel = FASTATTN_SELECT_CPU(dropout_fwd);
-    for_pieces(args.rows, cols, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  // out = dropout(x), plus residual, of the dtype of out, if there is one. All have the width of the layer and are
+  // contiguous; out may be x or residual.
+  void drop(const void* x, DType x_dtype, const void* residual, const Dropout& dropout, void* out,
+            DType out_dtype) const {
+    run_dropout({x, residual, out, tokens_, width_, width_, width_, x_dtype, out_dtype, dropout});
   }
 
-  // y = norm(x + residual), and the sum in r if it is wanted.
+  // y = norm(x + residual), and the sum in r if it is wanted. x and y have x_dtype, residual and r that of the layer's
+  // x.
   NormFwdArgs norm_args(int which, const void* x, const void* residual, void* r, void* y) const {
     NormFwdArgs args{};
     args.x = x;
@@ -229,7 +227,8 @@ class Layer {
     args.y = y;
     args.weight = norm_values_[2 * which];
     args.bias = norm_values_[2 * which + 1];
-    args.x_dtype = args.r_dtype = kernel_dtype();
+    args.x_dtype = kernel_dtype();
+    args.r_dtype = stream_dtype();
     args.rows = tokens_;
     args.cols = args.x_stride = args.residual_stride = width_;
     args.eps = static_cast<float>(options_.eps[which]);
@@ -250,33 +249,35 @@ class Layer {
   }
 
   DType kernel_dtype() const { return is_bf16() ? DType::kBFloat16 : DType::kFloat32; }
+  DType stream_dtype() const { return stream_ == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32; }
+
+  // A parameter of `width` elements, of the dtype of x, in fp32, which the kernels read; `room` is for a copy.
+  const float* values_of(const Tensor& t, const char* name, std::vector<float>& room) const {
+    const void* data = layer_tensor(t, {width_}, name, stream_);
+    if (stream_ == ScalarType::Float) {
+      return static_cast<const float*>(data);
+    }
+    room.resize(width_);
+    const auto* bits = static_cast<const uint16_t*>(data);
+    for (int64_t i = 0; i < width_; ++i) {
+      const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+      std::memcpy(&room[i], &wide, sizeof wide);
+    }
+    return room.data();
+  }
 
   const Tensor x_;
   const std::vector<Tensor>& norms_;
   const LayerOptions& options_;
   const bool gated_;
-  const ScalarType dtype_;  // of x, the result and everything between the kernels
+  const ScalarType stream_;  // the dtype of x, the result, the sums r and the norms' parameters
+  const ScalarType dtype_;   // of everything else
   std::vector<GemvArgs> linears_;
   std::vector<const void*> biases_;  // of the linear layers in bf16; otherwise linears_ has them
+  std::vector<const float*> norm_values_;
   int64_t width_, tokens_;
 
  private:
-  // Weight or bias of a norm in fp32, which the kernels read.
-  const float* norm_values(const Tensor& t) {
-    const void* data = layer_tensor(t, {width_}, "a norm", dtype_);
-    if (!is_bf16()) {
-      return static_cast<const float*>(data);
-    }
-    std::vector<float>& values = widened_[norm_values_.size()];
-    values.resize(width_);
-    const auto* bits = static_cast<const uint16_t*>(data);
-    for (int64_t i = 0; i < width_; ++i) {
-      const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
-      std::memcpy(&values[i], &wide, sizeof wide);
-    }
-    return values.data();
-  }
-
   // The product of few rows, which reads the weight as it lies.
   void few_rows(Linear which, const void* x, void* y, const void* residual) const {
     GemvArgs args = linears_[which];
@@ -302,7 +303,6 @@ class Layer {
     run_norm_fwd(norm_args(which, x, residual, r, y));
   }
 
-  std::vector<const float*> norm_values_;
   std::vector<float> widened_[4];
 };
 

@@ -15,10 +15,11 @@ constexpr char kEncode[] = "layer_encode: ";
 class EncodeLayer : protected Layer {
  public:
   EncodeLayer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
-              const LayerOptions& options, bool batch_first)
-      : Layer(x, norms, linears, options), batch_first_(batch_first) {
+              const LayerOptions& options, bool batch_first, std::optional<ScalarType> dtype = std::nullopt)
+      : Layer(x, norms, linears, options, dtype), batch_first_(batch_first) {
     for (const auto& linear : linears_) {
-      STD_TORCH_CHECK(is_bf16() || linear.type == WeightType::kFloat32, kEncode, "weights must have the dtype of x");
+      STD_TORCH_CHECK(is_bf16() || linear.type == WeightType::kFloat32, kEncode,
+                      "weights must have the dtype of the products");
     }
     const int64_t heads = linears_[kOut].k;
     STD_TORCH_CHECK(heads % options.n_heads == 0 && linears_[kIn].n == 3 * heads, kEncode,

@@ -10,6 +10,7 @@ from fastattn.training.config import Columns, DataConfig, TrainConfig, config_fr
 from fastattn.training.data.documents import Documents
 from fastattn.training.data.parts import read_whole
 from fastattn.training.data.reading import TABLES, decode_text, lines_of, read_file, suffix_of
+from fastattn.training.files import run_path
 from fastattn.training.messages import UsageError
 from fastattn.training.runs.checkpoint import check_run
 
@@ -45,7 +46,8 @@ def stored_config(run):
     try:
         return read_config(parse(train_parser(), ["--config", str(run / "config.yaml")]))
     except UsageError as error:
-        raise UsageError(f"{run / 'config.yaml'}: {error}") from None
+        path = str(run / "config.yaml")
+        raise UsageError(error if path in str(error) else f"{path}: {error}") from None
 
 
 def run_parser(command, description):
@@ -98,7 +100,7 @@ def open_run(options):
     Raises:
         UsageError: the folder is not a run, or an option has an unknown value.
     """
-    run = Path(options.run).expanduser().absolute()
+    run = run_path(options.run)
     config = stored_config(run)
     for name, allowed in (("accelerator", ("auto", "cpu", "cuda")), ("layers", (None, "fastattn", "torch"))):
         if options[name] not in allowed:

@@ -1,6 +1,7 @@
 """Parsing the arguments of a command, and the messages for what it does not take."""
 
 import re
+import typing
 from argparse import ArgumentError
 
 from fastattn.training.messages import UsageError, did_you_mean
@@ -20,6 +21,9 @@ _NULLABLE = re.compile(
 )
 _WRONG_CHOICE = re.compile(
     _KEY + r"Expected an? typing\.Literal\[(?P<choices>.*)\]\. Got value: (?P<got>.*)"
+    r'|Parser key "(?P<name>\S+)": '
+    r".* Subtypes: \[typing\.Literal\[(?P<some>.*?)\], <class 'NoneType'>\]"
+    r" .* Given value: (?P<given>.*)"
     r"|argument (?P<argument>\S+): invalid choice: '(?P<word>.*)' \(choose from (?P<words>.*)\)"
 )
 _UNKNOWN = re.compile(
@@ -33,15 +37,34 @@ _NO_VALUE = re.compile(r"argument (?P<option>\S+): expected one argument")
 
 
 def parse(parser, argv):
-    """The parsed arguments; UsageError if the parser rejects them or a config file is not UTF-8."""
+    """The parsed arguments; UsageError if the parser rejects them, or a config file is not UTF-8 or no YAML."""
     argv = [_ALIAS.sub(r"--\1", argument) for argument in argv]
+    if any(argument.startswith("--config") or "{" in argument for argument in argv):
+        from ._yaml import check_yaml  # its package comes with an extra
+
+        check_yaml(argv)
     try:
-        return parser.parse_args(argv)
+        options = parser.parse_args(argv)
     except ArgumentError as error:
         text = _plain(" ".join(str(error).split()), parser, argv)
         raise UsageError(text if len(text) <= 300 else text[:300] + " ...") from None  # it may quote a whole file
     except UnicodeDecodeError as error:
         raise UsageError(f"config: the file is not UTF-8 text: {error}") from None
+    _check_null(parser, options)
+    return options
+
+
+def _check_null(parser, options):
+    """Raise UsageError if an option is null whose type does not allow it, which the parser lets pass."""
+    for action in parser._actions:
+        value = options
+        for name in action.dest.split("."):
+            value = value.get(name, "") if hasattr(value, "get") else ""
+        if value is None and action.default is not None and hasattr(action, "_typehint"):
+            if type(None) not in typing.get_args(action._typehint):
+                raise UsageError(f"{action.dest} must have a value, got null")
+        elif action.dest == "subcommand":
+            _check_null(action.choices[value], options[value])
 
 
 def _arguments(parser, argv):
@@ -61,8 +84,9 @@ def _plain(text, parser, argv):
     if match := _UNKNOWN.fullmatch(text):
         return _about_unknown(**match.groupdict(), arguments=_arguments(parser, argv))
     if match := _WRONG_CHOICE.fullmatch(text):
-        key, got = match["key"] or match["argument"], match["got"] or match["word"] or ""
-        choices = (match["choices"] or match["words"]).replace("'", "")
+        key = match["key"] or match["name"] or match["argument"]
+        got = match["got"] or match["given"] or match["word"] or ""
+        choices = (match["choices"] or match["some"] or match["words"]).replace("'", "")
         return f"{key} must be one of {choices}, got {got!r}{did_you_mean(got, choices.split(', '))}"
     if match := _WRONG_TYPE.fullmatch(text):
         return f"{match['key']} must be {_TYPES.get(match['type'], match['type'])}, got {match['got']!r}"
@@ -82,7 +106,7 @@ def _plain(text, parser, argv):
         return f"{match['option']} must have a value, got none"
     wanted = "config: the file must have options with values, such as steps: 100, got "
     text = re.sub("^Unexpected config: ", wanted, text)
-    return re.sub("^Problems parsing config: ", "config: the file is not valid YAML: ", text)
+    return re.sub("^Problems parsing config: ", "config: ", text)
 
 
 def _about_unknown(argument, group, option, key, arguments):

@@ -6,7 +6,7 @@ from fastattn.training.config import Columns
 from fastattn.training.evaluation.evaluate import draw_attention, evaluate_run
 from fastattn.training.evaluation.report import report_json, report_text, write_report
 from fastattn.training.files import run_path
-from fastattn.training.messages import UsageError
+from fastattn.training.messages import UsageError, expect
 
 from ._options import open_run, run_parser
 
@@ -49,6 +49,7 @@ def task_options(options, config):
         for name, value in {"target_source": options.target_source, **columns}.items():
             if value is not None:
                 raise UsageError(f"{name} is for --data only, got {value!r}")
+    expect(options.beams >= 1, "beams", "at least 1", options.beams)
     given = {}
     if config.task == "translate":
         given["beams"] = options.beams

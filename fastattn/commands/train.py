@@ -1,7 +1,6 @@
 """fastattn train: trains a model on text, or resumes an interrupted run."""
 
 import operator
-from pathlib import Path
 
 from fastattn.training.files import run_path
 from fastattn.training.messages import UsageError
@@ -33,7 +32,7 @@ def read_train_config(options, argv):
     if options.resume is not None:
         if options.overwrite:
             raise UsageError("train takes either --resume or --overwrite, not both")
-        run = Path(options.resume).expanduser().absolute()
+        run = run_path(options.resume)
         stored = stored_config(run)
         config = read_config(parse(train_parser(), ["--config", str(run / "config.yaml"), *argv]))
         check_same_run(stored, config, run)

@@ -15,6 +15,7 @@ import torch
 from fastattn import reference
 from fastattn._autocast import autocast_dtype
 from fastattn.drop_in.change import Change, Replaced, change_class, is_plain_input, make_class, why_not_take_over
+from fastattn.drop_in.linear import is_linear
 from fastattn.drop_in.recognise import computes_the_same, halves_of, quiet, randomise, run
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward
@@ -114,7 +115,7 @@ def _written_out(block, twin, x):
 
 def _candidates(module):
     """The blocks that the children of a module could form: gated ones, and those with dropout on the hidden layer."""
-    linears = [name for name, child in module._modules.items() if type(child) is torch.nn.Linear]
+    linears = [name for name, child in module._modules.items() if is_linear(child)]
     dropouts = [name for name, child in module._modules.items() if type(child) is torch.nn.Dropout]
     others = tuple((n, type(c)) for n, c in module._modules.items() if n not in linears and n not in dropouts)
     sizes = {name: (module._modules[name].in_features, module._modules[name].out_features) for name in linears}
@@ -180,7 +181,7 @@ def _has_own(module):
     if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
         return True
     return any(
-        child is None or child._modules or (type(child) is not torch.nn.Linear and child._parameters)
+        child is None or child._modules or (not is_linear(child) and child._parameters)
         for child in module._modules.values()
     )
 

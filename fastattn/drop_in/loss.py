@@ -5,13 +5,14 @@ import sys
 import torch
 
 from fastattn._autocast import autocast_dtype
-from fastattn.drop_in.change import Change, Replaced, change_class, is_plain_input, make_class, why_not_take_over
+from fastattn.drop_in.change import Change, change_class, is_plain_input, make_class, why_not_take_over
+from fastattn.drop_in.linear import Linear, is_linear
 from fastattn.drop_in.logits import DeferredLogits, Product
 from fastattn.nn.plain import is_plain, is_traced, must_call_children
 
 
-class OutputLayer(Replaced):
-    """A linear layer whose outputs are logits, which are deferred in training."""
+class OutputLayer(Linear):
+    """A linear layer on our product whose outputs are logits, which are deferred in training."""
 
     def forward(self, input):
         """(..., d_model) → (..., vocabulary); a DeferredLogits in training, when a gradient is recorded."""
@@ -45,7 +46,7 @@ def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
     named = {id(_output_embeddings(m)) for m in modules.values() if isinstance(m, models)}
     found: dict[str, Change | str] = {}
     for name, module in modules.items():
-        if type(module) is not torch.nn.Linear or not (id(module) in named or id(module.weight) in embeddings):
+        if not is_linear(module) or not (id(module) in named or id(module.weight) in embeddings):
             continue
         reason = why_not_take_over(module)
         new_class = make_class(OutputLayer, torch.nn.Linear, "logits")

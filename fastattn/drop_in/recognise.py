@@ -33,7 +33,7 @@ def randomise(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> No
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                values = 0.4 * torch.randn(parameter.shape, device=parameter.device) + 0.7
+                values = 0.4 * torch.randn(parameter.shape, device=parameter.device, dtype=torch.float32) + 0.7
                 part._parameters[name] = torch.nn.Parameter(values.to(dtype))
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.nn import LayerNorm
-from fastattn.ops import linear_cross_entropy
+from fastattn.nn.plain import dropout_p
+from fastattn.nn.sublayers import are_plain
+from fastattn.ops import dropout, linear_cross_entropy
 from fastattn.ops.linear import linear
 
 from .block import make_block, make_norm, run_block
@@ -160,7 +162,11 @@ class Backbone(nn.Module):
             x = x + rows.to(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        return self.dropout(self.norm(x) if self.shape.post_norm else x)
+        x = self.norm(x) if self.shape.post_norm else x
+        p = dropout_p(self.dropout)
+        # torch's dropout draws its numbers on one thread
+        fused = p and self.shape.layers == "fastattn" and are_plain(self._modules, (), ("dropout",), ())
+        return dropout(x, p) if fused else self.dropout(x)
 
 
 def check_tokens(tokens, block_size, start=0):

@@ -30,13 +30,7 @@ class CausalLM(Backbone):
     num_parameters = num_parameters
 
     def __init__(
-        self,
-        vocab_size: int,
-        *,
-        tied: bool = True,
-        init: str = "gpt2",
-        label_smoothing: float = 0.0,
-        **shape: Any,
+        self, vocab_size: int, *, tied: bool = True, init: str = "gpt2", label_smoothing: float = 0.0, **shape: Any
     ) -> None:
         super().__init__(vocab_size, **shape)
         self.head = Head(vocab_size, self.shape, tied, label_smoothing)

@@ -31,13 +31,7 @@ class Seq2Seq(nn.Module):
     num_parameters = num_parameters
 
     def __init__(
-        self,
-        vocab_size: int,
-        *,
-        tied: bool = True,
-        init: str = "gpt2",
-        label_smoothing: float = 0.0,
-        **shape: Any,
+        self, vocab_size: int, *, tied: bool = True, init: str = "gpt2", label_smoothing: float = 0.0, **shape: Any
     ) -> None:
         super().__init__()
         self.encoder = Backbone(vocab_size, **shape)

@@ -16,12 +16,12 @@ from fastattn._autocast import matmul
 from fastattn.nn.masks import attention_masks, check_mask_dtype
 from fastattn.nn.plain import leaf_call, remember_forward, torch_attention_is_replaced
 from fastattn.ops import attention
-from fastattn.ops._attention_call import attention_call
+from fastattn.ops._attention_call import attention_call, sharded_call
 from fastattn.ops._kinds import is_dtensor
 from fastattn.ops._nested import Rows, packed_arguments
 from fastattn.ops._public import Public
 from fastattn.ops._random import draw_rng
-from fastattn.ops.attention import attention_with_rng, sharded_call
+from fastattn.ops.attention import attention_with_rng
 from fastattn.ops.linear import linear
 
 

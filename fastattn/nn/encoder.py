@@ -4,8 +4,8 @@
     pre-norm:  x = x + dropout1(SA(norm1(x)));  x = x + dropout2(FF(norm2(x)))
 
 The fused layer runs dropout, residual add and norm as one op, and FF as another. It does so while every child is the
-plain module that torch.nn creates. Otherwise, or if a subclass overrides a block, it calls the children. In fp32 on a
-CPU the whole layer is one call, and its backward another (whole.py).
+plain module that torch.nn creates. Otherwise, or if a subclass overrides a block, it calls the children. In fp32 and
+bf16 on a CPU the whole layer is one call, and its backward another (whole.py).
 """
 
 from collections.abc import Callable

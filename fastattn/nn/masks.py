@@ -9,7 +9,9 @@ from fastattn.ops._register import is_recorded, needs_reference
 def check_mask_dtype(mask, name):
     """Raise AssertionError unless the mask is None, bool or float."""
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+        raise AssertionError(
+            f"only bool and floating types of {name} are supported (bool: True = ignore), got {mask.dtype}"
+        )
 
 
 def as_float_mask(mask, dtype):
@@ -55,14 +57,16 @@ def attention_masks(attn_mask, key_padding_mask, batch, n_heads, seqlen_q, seqle
         expected = (seqlen_q, seqlen_k) if attn_mask.dim() == 2 else (batch * n_heads, seqlen_q, seqlen_k)
         if tuple(attn_mask.shape) != expected:
             raise RuntimeError(
-                f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
+                f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}"
+                " (bool: True = ignore)."
             )
     bools, floats = [], []
     if key_padding_mask is not None:
         for dim, size in enumerate((batch, seqlen_k)):
             if key_padding_mask.shape[dim] != size:
                 raise AssertionError(
-                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
+                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}; it is"
+                    " (batch, keys), True = ignore"
                 )
         (bools if key_padding_mask.dtype == torch.bool else floats).append(key_padding_mask[:, None, None, :])
     if attn_mask is not None:

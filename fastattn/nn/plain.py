@@ -27,9 +27,10 @@ def is_plain(module, *classes):
     """True if the type of `module` is one of `classes`, with no hook, no forward set on it, and plain parameters.
 
     Parametrizations and LoRA layers are other classes, pruning and sharding are hooks, and quantisation may be in the
-    parameters. `must_call_children` checks what holds for all modules of a class.
+    parameters. `must_call_children` checks what holds for all modules of a class. A class that computes the same as one
+    of `classes` names it in `plain_as`.
     """
-    if type(module) not in classes:
+    if type(module) not in classes and getattr(type(module), "plain_as", None) not in classes:
         return False
     state = module.__dict__
     parameters = state["_parameters"]
@@ -85,6 +86,7 @@ _ATTENTION = (
     "functional.scaled_dot_product_attention",
 )
 torch_attention_is_replaced = _watch(*_ATTENTION)
+torch_linear_is_replaced = _watch("Linear.forward", "functional.linear")
 _torch_is_replaced = _watch(
     *_ATTENTION, "Module.__call__", "Module._call_impl", "Dropout.forward", "GELU.forward", "LayerNorm.forward",
     "Linear.forward", "ReLU.forward", "SiLU.forward", "functional.dropout", "functional.layer_norm",

@@ -1,6 +1,6 @@
 """An encoder layer as one call of C++, and one for its backward, where nothing hangs on its children.
 
-Nothing is kept between two calls: each reads the modules anew, so that a hook, a patch, another child or a changed
+Nothing is kept between two calls: each reads the modules again, so that a hook, a patch, another child or a changed
 parameter takes effect.
 """
 
@@ -14,7 +14,7 @@ from fastattn.nn.sublayers import activation_name
 from fastattn.ops import _gemm
 from fastattn.ops._backends import grad_wanted
 from fastattn.ops._kinds import nonplain_kind
-from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, encode_layer, present, serves_encoder
+from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, encode_layer, encoder_dtype, present
 from fastattn.ops.layer_step import Options, train_layer
 
 
@@ -82,8 +82,8 @@ def _is_plain_attention(attn):
     )
 
 
-def _masks(attn, x, attn_mask, padding, is_causal, batch_first):
-    """(mask, bias) as the op takes them, or None if one of them is not a plain tensor on the CPU."""
+def _masks(attn, x, attn_mask, padding, is_causal, batch_first, dtype):
+    """(mask, bias) as the op takes them for a query of that dtype; None if one is not a plain tensor on the CPU."""
     if attn_mask is None and padding is None:
         return None, None
     for t in (attn_mask, padding):
@@ -96,7 +96,7 @@ def _masks(attn, x, attn_mask, padding, is_causal, batch_first):
     else:
         batch, seqlen = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
     mask = None if is_causal else attn_mask
-    return attention_masks(mask, padding, batch, attn.num_heads, seqlen, seqlen, x.dtype)
+    return attention_masks(mask, padding, batch, attn.num_heads, seqlen, seqlen, dtype)
 
 
 def _fit(linears, width):
@@ -140,7 +140,8 @@ def encode(layer, x, attn_mask, padding, is_causal):
     """
     m, dims = layer._modules, x.dim()
     attn = m["self_attn"]
-    if not serves_encoder(x) or dims not in (2, 3):
+    dtype = encoder_dtype(x)
+    if dtype is None or dims not in (2, 3):
         return None
     if not _is_plain_attention(attn) or x.shape[-1] != attn.embed_dim or attn.embed_dim > 256 * attn.num_heads:
         return None
@@ -151,7 +152,7 @@ def encode(layer, x, attn_mask, padding, is_causal):
     if found is None or not _fit(linears, attn.embed_dim):
         return None
     batch_first = attn.batch_first or dims == 2
-    masks = _masks(attn, x, attn_mask, padding, is_causal, batch_first)
+    masks = _masks(attn, x, attn_mask, padding, is_causal, batch_first, dtype)
     if masks is None:
         return None
     dropouts, rows = _dropouts(layer), x if dims == 3 else x[None]
@@ -161,10 +162,15 @@ def encode(layer, x, attn_mask, padding, is_causal):
     if trains:
         if not all(0 <= p <= 1 for p in dropouts) or (masks[1] is not None and masks[1].requires_grad):
             return None
-        products = *_gemm.most_rows(), *_gemm.most_rows_of_gradients()
-        options = Options(*dropouts, is_causal, batch_first, *products, *found[2:])
+        products = *_gemm.most_rows(dtype), *_gemm.most_rows_of_gradients()
+        options = Options(*dropouts, is_causal, batch_first, dtype is not x.dtype, *products, *found[2:])
         y = train_layer(rows, linears + norms, *masks, options)
-    elif any(dropouts) or trains is None or (torch.is_grad_enabled() and grad_wanted(x, masks[1])):
+    elif (
+        dtype is not x.dtype
+        or any(dropouts)
+        or trains is None
+        or (torch.is_grad_enabled() and grad_wanted(x, masks[1]))
+    ):
         return None
     else:
         y = encode_layer(rows, found, *masks, is_causal, batch_first)

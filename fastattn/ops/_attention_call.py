@@ -141,3 +141,28 @@ def attention_call(
         left, right, top_left, float(softcap), float(dropout_p), float(scale),
     ))  # fmt: skip
     return facts, call
+
+
+def sharded_call(name, call, positions):
+    """A `ShardedCall` for an AttentionCall on DTensors.
+
+    Args:
+        name: name of the op, for messages.
+        positions: whether the result depends on the positions of the queries.
+    """
+    from fastattn.ops._sharded import ShardedCall
+
+    # any sharding of the heads works if k and v have as many heads as q, or one
+    n_heads, n_kv_heads = call.q.shape[1], call.k.shape[1]
+    divisible = {} if n_kv_heads in (1, n_heads) else {"h": n_kv_heads}
+    row = "b" if call.cu_seqlens_q is None else "r"  # packed sequences are a batch of 1
+    slopes = call.alibi_slopes
+    dims = {
+        "q": "bhsd", "k": "bhtd", "v": "bhte", "bias": "bhst", "sink": "h", "mask": "bhst", "seqlens_k": row,
+        "cu_seqlens_q": "c", "cu_seqlens_k": "c",
+        "alibi_slopes": "h" if slopes is not None and slopes.dim() == 1 else row + "h",
+    }  # fmt: skip
+    letters = "h" if call.cu_seqlens_q is not None else "bh" if positions else "bhs"
+    plain = ("bias", "mask", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes")
+    operands = {label: (getattr(call, label), dims[label]) for label in dims}
+    return ShardedCall(name, operands, letters, divisible=divisible, plain=plain)

@@ -48,10 +48,28 @@ def check_qkv(name, q, k, v, packed):
     if head_dim != head_dim_k:
         raise ValueError(f"{name}: q and k must have one head_dim, got {head_dim} and {head_dim_k}")
     if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
+        hint = transposed_hint(name, shape_q, shape_k, packed)
         raise ValueError(
-            f"{name}: the heads of q must be a multiple of those of k and v, got {n_heads} and {n_kv_heads}"
+            f"{name}: the heads of q must be a multiple of those of k and v, got {n_heads} and {n_kv_heads}{hint}"
         )
     return batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v
+
+
+def transposed_hint(name, shape_q, shape_k, packed=False, what="q, k and v"):
+    """The end of a message about heads that would fit if the tensors were (batch, seqlen, heads, head_dim), or ""."""
+    if packed or len(shape_q) != 4 or not shape_k[2] or shape_q[2] % shape_k[2]:
+        return ""
+    what = "query, key and value" if name == "scaled_dot_product_attention" else what
+    return f"; if they are (batch, seqlen, heads, head_dim), pass transpose(1, 2) of {what}, which costs no copy"
+
+
+def _mask_hint(label, t, q, full):
+    """The end of a message about a mask or bias that fits as a mask of keys, or to transposed q and k, or ""."""
+    if t.dim() == 2 and tuple(t.shape) == (full[0], full[3]):
+        return f"; for one value per key pass {label}[:, None, None, :]"
+    if q.dim() == 4 and t.dim() >= 2 and t.shape[-2] in (1, q.shape[1]) and t.shape[-1] == q.shape[1] != full[3]:
+        return "; if q, k and v are (batch, seqlen, heads, head_dim), pass their transpose(1, 2), which costs no copy"
+    return ""
 
 
 def _raise_for_qkv(name, q, k, v, packed):
@@ -92,9 +110,12 @@ def check_scores(name, label, t, q, full):
     if not 2 <= dims <= 4 or any(
         have != 1 and have != want for have, want in zip(t.shape, full[4 - dims :], strict=True)
     ):
+        if name == "scaled_dot_product_attention":
+            label = "attn_mask"
+        meaning = "bool, True = attend" if t.dtype == torch.bool else "added to the scores"
         raise ValueError(
-            f"{name}: {label} must have 2 to 4 dimensions and broadcast to (batch, heads, seqlen_q, seqlen_k) ="
-            f" {tuple(full)}, got {tuple(t.shape)}"
+            f"{name}: {label} ({meaning}) must have 2 to 4 dimensions and broadcast to (batch, heads, seqlen_q,"
+            f" seqlen_k) = {tuple(full)}, got {tuple(t.shape)}{_mask_hint(label, t, q, full)}"
         )
     return t if dims == 4 else t[(None,) * (4 - dims)]
 

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastattn.ops._attention_call import AttentionCall
 from fastattn.ops._schemas import NAMES
 from fastattn.ops.layer_step import Options
 
@@ -26,35 +27,36 @@ def _values(t):
     return None if t.is_meta or isinstance(t, FakeTensor) else t.tolist()
 
 
-def _pairs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    """The number of query-key pairs, times the number of heads."""
-    batch, n_heads, seqlen_q, _ = q.shape
-    if cu_seqlens_q is None:
-        return batch * n_heads * seqlen_q * k.shape[2]
-    ends_q, ends_k = _values(cu_seqlens_q), _values(cu_seqlens_k)
+def _pairs(call):
+    """The number of query-key pairs of an AttentionCall, times the number of heads."""
+    batch, n_heads, seqlen_q, _ = call.q.shape
+    if call.cu_seqlens_q is None:
+        return batch * n_heads * seqlen_q * call.k.shape[2]
+    ends_q, ends_k = _values(call.cu_seqlens_q), _values(call.cu_seqlens_k)
     if ends_q is None or ends_k is None:
-        return n_heads * (cu_seqlens_q.shape[0] - 1) * max_seqlen_q * max_seqlen_k
+        return n_heads * (call.cu_seqlens_q.shape[0] - 1) * call.max_seqlen_q * call.max_seqlen_k
     lengths = ([end - begin for begin, end in itertools.pairwise(ends)] for ends in (ends_q, ends_k))
     return n_heads * sum(i * j for i, j in zip(*lengths, strict=True))
 
 
 @register_flop_formula(_names("attention_fwd"), get_raw=True)
-def _attention_fwd(q, k, v, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng, max_seqlen_q,
-                   max_seqlen_k, *_, out_val=None):  # fmt: skip
-    pairs = _pairs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return 2 * pairs * (q.shape[-1] + v.shape[-1])
+def _attention_fwd(*arguments, out_val=None):
+    *call, _need_low = arguments
+    call = AttentionCall(*call)
+    return 2 * _pairs(call) * (call.q.shape[-1] + call.v.shape[-1])
 
 
 @register_flop_formula(_ops.attention_bwd, get_raw=True)
-def _attention_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, sink, mask, seqlens_k, cu_seqlens_q, cu_seqlens_k,
-                   alibi_slopes, rng, max_seqlen_q, max_seqlen_k, *_, out_val=None):  # fmt: skip
-    pairs = _pairs(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return 2 * pairs * (3 * q.shape[-1] + 2 * v.shape[-1])
+def _attention_bwd(do, dlse, q, k, v, out, lse, lse_low, *others, out_val=None):
+    *others, _need_dbias, _deterministic = others
+    call = AttentionCall(q, k, v, *others)
+    return 2 * _pairs(call) * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
 @register_flop_formula(_ops.attention_infer, get_raw=True)
 def _attention_infer(q, k, v, *_, out_val=None):
-    return 2 * _pairs(q, k, None, None, None, None) * (q.shape[-1] + v.shape[-1])
+    batch, n_heads, seqlen_q, _ = q.shape
+    return 2 * batch * n_heads * seqlen_q * k.shape[2] * (q.shape[-1] + v.shape[-1])
 
 
 @register_flop_formula(_names("attention_decode_fwd"), get_raw=True)
@@ -93,8 +95,8 @@ def _gemv(x, weight, scale, bias, out_shape=None):
 
 
 @register_flop_formula(_ops.layer_decode, get_raw=True)
-def _layer_decode(x, norms, linears, k_cache, v_cache, cache_seqlens, cos, sin, interleaved, alibi_slopes,
-                  most_few_rows, most_own_rows, n_heads, *_, out_val=None):  # fmt: skip
+def _layer_decode(x, norms, linears, k_cache, v_cache, cache_seqlens, *others, out_val=None):
+    _cos, _sin, _interleaved, _alibi_slopes, _most_few_rows, _most_own_rows, n_heads, *_ = others
     batch, seqlen, _ = x.shape
     lengths = _values(cache_seqlens)
     keys = batch * k_cache.shape[2] if lengths is None else sum(lengths) + batch * seqlen
@@ -103,9 +105,9 @@ def _layer_decode(x, norms, linears, k_cache, v_cache, cache_seqlens, cos, sin, 
 
 
 @register_flop_formula(_ops.layer_encode_bwd, get_raw=True)
-def _layer_encode_bwd(dy, qkv, preact, others, need_dx, x, norms, linears, *rest, out_val=None):
+def _layer_encode_bwd(dy, qkv, preact, others, kept_weights, need_dx, x, norms, linears, *rest, out_val=None):
     """A mode sees it if only the backward runs under it; a forward under a mode calls the parts of the layer."""
-    _mask, _bias, _rng, *options = rest
+    *_, options = rest
     o, (first, second, _), weights = Options(*options), x.shape, [weight.shape for weight in linears[::3]]
     batch, seqlen = (first, second) if o.batch_first else (second, first)
     products = 2 * sum(_product_flop((batch * seqlen,), weight) for weight in weights)
@@ -115,6 +117,6 @@ def _layer_encode_bwd(dy, qkv, preact, others, need_dx, x, norms, linears, *rest
 
 
 @register_flop_formula(_names("linear_cross_entropy_fwd"))
-def _linear_cross_entropy(x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size,
-                          need_dx, need_dweight, need_dbias, out_shape=None):  # fmt: skip
+def _linear_cross_entropy(x, weight, *others, out_shape=None):
+    need_dx, need_dweight, _need_dbias = others[-3:]
     return _product_flop(x, weight) * (1 + need_dx + need_dweight)

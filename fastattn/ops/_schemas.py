@@ -23,12 +23,7 @@ _ROTARY_INPUTS = (
     "Tensor cos, Tensor sin, Tensor? positions, SymInt offset, SymInt rotary_dim, bool interleaved, bool conjugate"
 )
 
-_STEP_INPUTS = (
-    "Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, Tensor? rng, float attention_p,"
-    " float first_p, float hidden_p, float second_p, bool causal, bool batch_first, int most_few_rows,"
-    " int most_own_rows, int most_own_dx, int most_own_dw, int n_heads, bool norm_first, int activation, float eps1,"
-    " float eps2"
-)
+_STEP_INPUTS = "Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, Tensor? rng, float[] options"
 
 _SCHEMAS = (
     # (batch, heads, seqlen, head_dim) views of any strides; packed sequences are a batch of 1 with cu_seqlens. lse_low:
@@ -141,17 +136,17 @@ _SCHEMAS = (
         " -> Tensor",
     ),
     # the same in a training step. rng: int64 (n, 2), a state for each dropout with a p other than 0: of attention, its
-    # result, the hidden layer, its result. qkv, preact, others: what the backward reads. most_own_dx, most_own_dw: up
-    # to how many tokens these products are those of gemm. grads: of x, (0,) if not needed, and of weight and bias of
-    # in_proj, out_proj, linear1, linear2, norm1 and norm2, (0,) if absent
+    # result, the hidden layer, its result. options: those of layer_step.py. qkv, preact, others, weights: what the
+    # backward reads. grads: of x, (0,) if not needed, and of weight and bias of in_proj, out_proj, linear1, linear2,
+    # norm1 and norm2, (0,) if absent
     (
         (".native",),
-        f"layer_encode_fwd({_STEP_INPUTS}) -> (Tensor y, Tensor qkv, Tensor preact, Tensor others)",
+        f"layer_encode_fwd({_STEP_INPUTS}) -> (Tensor y, Tensor qkv, Tensor preact, Tensor others, Tensor weights)",
     ),
     (
         (".native",),
-        f"layer_encode_bwd(Tensor dy, Tensor qkv, Tensor preact, Tensor others, bool need_dx, {_STEP_INPUTS})"
-        " -> Tensor[] grads",
+        f"layer_encode_bwd(Tensor dy, Tensor qkv, Tensor preact, Tensor others, Tensor weights, bool need_dx,"
+        f" {_STEP_INPUTS}) -> Tensor[] grads",
     ),
     # mask (size, size), bool (True = ignore) or float. Returns whether row i sees exactly columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),

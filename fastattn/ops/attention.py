@@ -24,9 +24,9 @@ from typing_extensions import Unpack
 
 from fastattn import reference
 from fastattn._autocast import is_autocast_enabled
-from fastattn.ops._attention_call import N_TENSORS, AttentionCall, Facts, attention_call, is_plain
+from fastattn.ops._attention_call import N_TENSORS, AttentionCall, Facts, attention_call, is_plain, sharded_call
 from fastattn.ops._backends import choose, grad_wanted, register_backend
-from fastattn.ops._dtypes import why_not_dtypes
+from fastattn.ops._dtypes import why_not_dtypes, why_not_triton_attention
 from fastattn.ops._hopper import why_not_hopper, why_not_hopper_device
 from fastattn.ops._kinds import check_memory, is_dtensor
 from fastattn.ops._layout import empty_in_layout
@@ -80,20 +80,15 @@ def _raw(direction, backend, *tensors):
     return kernel or (ops if is_dynamo_compiling() else ops.direct)[backend]
 
 
-def why_not_compiled(facts):
-    """Why no compiled backend can serve a call, or None."""
-    return why_not_dtypes(facts.dtype, facts.bias_dtype)
-
-
 def why_not_triton(facts):
     """Why the Triton kernels cannot serve a call, or None."""
-    return "it supports head dims up to 256" if facts.wide_heads else why_not_compiled(facts)
+    return why_not_triton_attention(facts, facts.dtype, facts.bias_dtype)
 
 
 def why_not_native(facts):
     """Why the C++ kernels cannot serve a call, or None. On CUDA there are only those for Hopper."""
     if not facts.device.startswith("cuda"):
-        return why_not_compiled(facts)
+        return why_not_dtypes(facts.dtype, facts.bias_dtype)
     return why_not_hopper(
         facts.dtype, facts.hopper_head_dim and not facts.unequal_head_dims,
         {
@@ -381,31 +376,6 @@ def _run_on(runs, facts, call, need_lse, deterministic):
         return infer(q, k, v, call.window_right, call.top_left, call.scale), None
     out, lse, _ = _raw("fwd", runs, q, k, v)(*call, False)
     return out, lse
-
-
-def sharded_call(name, call, positions):
-    """A `ShardedCall` for an AttentionCall on DTensors.
-
-    Args:
-        name: name of the op, for messages.
-        positions: whether the result depends on the positions of the queries.
-    """
-    from fastattn.ops._sharded import ShardedCall
-
-    # any sharding of the heads works if k and v have as many heads as q, or one
-    n_heads, n_kv_heads = call.q.shape[1], call.k.shape[1]
-    divisible = {} if n_kv_heads in (1, n_heads) else {"h": n_kv_heads}
-    row = "b" if call.cu_seqlens_q is None else "r"  # packed sequences are a batch of 1
-    slopes = call.alibi_slopes
-    dims = {
-        "q": "bhsd", "k": "bhtd", "v": "bhte", "bias": "bhst", "sink": "h", "mask": "bhst", "seqlens_k": row,
-        "cu_seqlens_q": "c", "cu_seqlens_k": "c",
-        "alibi_slopes": "h" if slopes is not None and slopes.dim() == 1 else row + "h",
-    }  # fmt: skip
-    letters = "h" if call.cu_seqlens_q is not None else "bh" if positions else "bhs"
-    plain = ("bias", "mask", "seqlens_k", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes")
-    operands = {label: (getattr(call, label), dims[label]) for label in dims}
-    return ShardedCall(name, operands, letters, divisible=divisible, plain=plain)
 
 
 def _run_sharded(runs, facts, call, need_lse, deterministic):

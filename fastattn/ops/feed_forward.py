@@ -10,7 +10,6 @@ the pre-activations are saved.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
-from fastattn.ops._dtypes import why_not_dtypes
+from fastattn.ops._dtypes import WeightFacts, why_not_weights
 from fastattn.ops._gemm import input_grad, linear, weight_grad
 from fastattn.ops._kinds import FLOAT_DTYPES, check_float, check_memory, is_dtensor, nonplain_kind
 from fastattn.ops._nested import on_rows
@@ -61,20 +60,8 @@ register_fake("activation_bwd", _activation_bwd_fake)
 _fwd, _bwd = raw_ops("activation_fwd"), raw_ops("activation_bwd")
 
 
-class Facts(NamedTuple):
-    """The properties of a call that decide which backends can serve it; nonplain: the kind of a non-plain weight."""
-
-    device: str
-    dtype: torch.dtype
-    nonplain: str | None = None
-
-
-def _why_not(facts):
-    return why_not_dtypes(facts.dtype) or (f"it needs plain weights, got {facts.nonplain}" if facts.nonplain else None)
-
-
 for _backend in ("native", "triton"):
-    register_backend("feed_forward", _backend, _why_not, raw="activation_fwd", facts=Facts)
+    register_backend("feed_forward", _backend, why_not_weights, raw="activation_fwd", facts=WeightFacts)
 
 
 def _rows(x):
@@ -87,7 +74,9 @@ def _rows(x):
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, recompute, backend):
+    def forward(ctx, x, w1, b1, w2, b2, w_gate, b_gate, rng, options):
+        """options: (dropout_p, activation, recompute, backend)"""
+        dropout_p, activation, recompute, backend = options
         y, preact, gate = _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend)
         ctx.save_for_backward(
             x, w1, b1, w2, b2, w_gate, b_gate, rng, None if recompute else preact, None if recompute else gate
@@ -102,7 +91,7 @@ class _FeedForward(torch.autograd.Function):
         inputs = (x, w1, b1, w2, b2, w_gate, b_gate)
         if torch.is_grad_enabled():  # create_graph=True
             grads = differentiate(_reference(rng, dropout_p, activation), inputs, (dy,))
-            return *grads, None, None, None, None, None
+            return *grads, None, None
         need_dx, need_dw1, need_db1, need_dw2, need_db2, need_dw_gate, need_db_gate = ctx.needs_input_grad[:7]
         x2, dy = _rows(x), _rows(dy)
         if preact is None:
@@ -127,7 +116,7 @@ class _FeedForward(torch.autograd.Function):
                 dx += input_grad(dgate, w_gate)
             dx = dx.view(x.shape)
         grads = (dx, dw1, db1 if need_db1 else None, dw2, db2, dw_gate, db_gate if need_db_gate else None)
-        return *grads, None, None, None, None, None
+        return *grads, None, None
 
 
 def _forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation, backend):
@@ -315,7 +304,7 @@ def _feed_forward(x, w1, b1, w2, b2, w_gate, b_gate, rng, dropout_p, activation,
         check_memory("feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2, w_gate=w_gate, b_gate=b_gate)
         return _reference(rng, dropout_p, activation)(*inputs)[0]
     if runs not in TRACED and grad_wanted(*inputs):
-        return apply(_FeedForward, *inputs, rng, dropout_p, activation, recompute, runs)
+        return apply(_FeedForward, *inputs, rng, (dropout_p, activation, recompute, runs))
     return _forward(*inputs, rng, dropout_p, activation, runs)[0]
 
 

@@ -114,25 +114,32 @@ def serves(x: Tensor, head_dim: int) -> bool:
     return (
         not torch.is_grad_enabled()
         and x.dtype == torch.float32
+        and autocast_dtype(x) is None
         and _is_plain(x)
         and choose("attention_decode", ("cpu", x.dtype, head_dim > 256)) == "native"
     )
 
 
-def serves_encoder(x: Tensor) -> bool:
-    """Whether one call may compute an encoder layer of tokens x: no cast, trace or mode watches the ops.
+def encoder_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the products if one call may compute an encoder layer of tokens x, or None.
 
-    x is fp32, or bf16 without gradients where the processor has products of bf16.
+    None: a trace or mode watches the ops, or the processor has no products of this dtype. Autocast may cast fp32 to
+    bf16, in a training step only.
     """
-    return (
-        (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _gemm.has_products(x.dtype)))
-        and not (x.dtype == torch.bfloat16 and torch.is_grad_enabled())
+    cast = autocast_dtype(x)
+    dtype = x.dtype if cast is None else cast
+    if (
+        (x.dtype == torch.float32 or x.dtype == torch.bfloat16)
+        and (dtype == x.dtype or (dtype == torch.bfloat16 and torch.is_grad_enabled()))
+        and (dtype == torch.float32 or _gemm.has_products(dtype))
         and _is_plain(x)
         and x.layout is torch.strided
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
-        and choose("feed_forward", ("cpu", x.dtype, None)) == "native"
-    )
+        and choose("feed_forward", ("cpu", dtype, None)) == "native"
+    ):
+        return dtype
+    return None
 
 
 def _is_plain(x):
@@ -140,7 +147,6 @@ def _is_plain(x):
         x.is_cpu
         and type(x) is torch.Tensor
         and not torch.compiler.is_compiling()
-        and autocast_dtype(x) is None
         and traced_backend("native") == "native"
     )
 
@@ -167,7 +173,7 @@ def encode_layer(
     """An encoder layer of x.
 
     Args:
-        x: (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first; `serves_encoder` is true.
+        x: (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first; `encoder_dtype` is its dtype.
         layer: its weights, of the dtype of x, and options.
         mask, bias: what the op `attention` takes, or None; both broadcast to (batch, n_heads, seqlen, seqlen).
         causal: position i sees positions 0 to i.

@@ -23,9 +23,10 @@ from torch import Tensor
 from fastattn import reference
 from fastattn._autocast import as_autocast
 from fastattn.ops._backends import choose, device_name, grad_wanted, register_backend
-from fastattn.ops._dtypes import why_not_dtypes
+from fastattn.ops._dtypes import WeightFacts, why_not_weights
 from fastattn.ops._gemm import add_weight_grad, input_grad, linear
 from fastattn.ops._kinds import as_number, check_float, check_memory, is_dtensor, nonplain_kind
+from fastattn.ops._loss_chunks import default_chunk_size, least_chunk
 from fastattn.ops._nested import on_rows
 from fastattn.ops._public import Public
 from fastattn.ops._register import (
@@ -42,21 +43,14 @@ from fastattn.ops._types import Backend, Reduction
 
 _NAME = "linear_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
-_CPU_CHUNK = 256  # each chunk reads all weights: 10 % of its time at this size, more below
-# Operations a GPU makes in the time of one byte of memory, roughly, and what a chunk may spend on reading the weights
-# twice and on the sums of their gradients, as a share of the time of its products. docs/lab/linear-cross-entropy.md
-_OPERATIONS_PER_BYTE = {"half": 250, "tf32": 120, "fp32": 20}
-_WEIGHTS_SHARE = 0.25
 
 
 def _cross_entropy_fwd_fake(logits, target, dloss, ignore_index, label_smoothing, z_loss, softcap, need_grad):
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-def _linear_cross_entropy_fwd_fake(
-    x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, need_dx, need_dweight,
-    need_dbias,
-):  # fmt: skip
+def _linear_cross_entropy_fwd_fake(x, weight, *others):
+    need_dx, need_dweight, need_dbias = others[-3:]
     return (
         x.new_empty(x.shape[0], dtype=torch.float32),
         x.new_empty(x.shape if need_dx else (0,)),
@@ -70,31 +64,12 @@ register_fake("linear_cross_entropy_fwd", _linear_cross_entropy_fwd_fake)
 _fwd = raw_ops("linear_cross_entropy_fwd")
 
 
-def least_chunk(device_type, dtype):
-    """Tokens per chunk from which its products take far longer than reading the weights for it."""
-    if device_type == "cpu":
-        return _CPU_CHUNK
-    kind = "half" if dtype.itemsize == 2 else "fp32"
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        kind = "tf32"
-    weight_bytes = 2 * dtype.itemsize + 8  # per weight: read twice, and the fp32 sum of its gradient read and written
-    tokens = weight_bytes * _OPERATIONS_PER_BYTE[kind] / (6 * _WEIGHTS_SHARE)  # 6 operations per weight and token
-    return max(_CPU_CHUNK, math.ceil(tokens / 256) * 256)
-
-
-def default_chunk_size(tokens, d_model, vocab, least=_CPU_CHUNK):
-    """Tokens per chunk: enough for efficient products, otherwise so that the logits are about as large as x."""
-    return max(math.ceil(tokens * d_model / max(vocab, 1)), least)
-
-
 def _implementation(backend):
     cross_entropy_fwd = getattr(torch.ops.fastattn.cross_entropy_fwd, backend)
 
     @torch.no_grad()  # a graph that contains the op may run in grad mode
-    def function(
-        x, weight, bias, target, dloss, ignore_index, label_smoothing, z_loss, softcap, chunk_size, need_dx,
-        need_dweight, need_dbias,
-    ):  # fmt: skip
+    def function(x, weight, bias, target, dloss, *others):
+        *options, chunk_size, need_dx, need_dweight, need_dbias = others
         tokens, (vocab, d_model) = x.shape[0], weight.shape
         need_grad = need_dx or need_dweight or need_dbias
         new = {"dtype": torch.float32, "device": x.device}
@@ -107,10 +82,8 @@ def _implementation(backend):
         for chunk in range(chunks):  # sizes differ by at most one
             rows = slice(tokens * chunk // chunks, tokens * (chunk + 1) // chunks)
             logits = linear(x[rows], weight, bias)
-            loss[rows] = cross_entropy_fwd(
-                logits, target[rows], None if dloss is None else dloss[rows], ignore_index, label_smoothing, z_loss,
-                softcap, need_grad,
-            )  # fmt: skip
+            part = None if dloss is None else dloss[rows]
+            loss[rows] = cross_entropy_fwd(logits, target[rows], part, *options, need_grad)
             if need_dx:
                 dx[rows] = input_grad(logits, weight)
             if need_dweight:
@@ -168,20 +141,8 @@ class Options(NamedTuple):
     softcap: float
 
 
-class Facts(NamedTuple):
-    """The properties of a call that decide which backends can serve it; nonplain: the kind of a non-plain weight."""
-
-    device: str
-    dtype: torch.dtype
-    nonplain: str | None = None
-
-
-def _why_not(facts):
-    return why_not_dtypes(facts.dtype) or (f"it needs a plain weight, got {facts.nonplain}" if facts.nonplain else None)
-
-
 for _backend in ("native", "triton"):
-    register_backend(_NAME, _backend, _why_not, raw="cross_entropy_fwd", facts=Facts)
+    register_backend(_NAME, _backend, why_not_weights, raw="cross_entropy_fwd", facts=WeightFacts)
     for _device in ("CPU", "CUDA"):
         implement("linear_cross_entropy_fwd", _backend, _device, _implementation(_backend))
 

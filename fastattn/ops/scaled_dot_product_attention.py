@@ -34,7 +34,10 @@ def _torch_arguments(query, key, value, attn_mask, is_causal, enable_gqa):
             query.device.type
         ):
             floats = " or ".join(dict.fromkeys((str(torch.float32), str(query.dtype))))
-            raise TypeError(f"{_NAME}: attn_mask must be torch.bool or, to be added, {floats}, got {attn_mask.dtype}")
+            raise TypeError(
+                f"{_NAME}: attn_mask must be torch.bool (True = attend) or {floats} (added to the scores), got"
+                f" {attn_mask.dtype}"
+            )
     if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
         query, key, value, attn_mask = _four_dimensions(query, key, value, attn_mask)
     heads_q, heads_k, heads_v = query.shape[1], key.shape[1], value.shape[1]

@@ -169,7 +169,7 @@ class TrainConfig:
             expect(self.task in tasks or got == default, section + name, f"left out for the task {self.task}", got)
         expect(self.preference_beta > 0, "preference_beta", "above 0", self.preference_beta)
         started = self.start is not None or self.task != "preference"
-        expect(started, "start", "the folder of a run or model for the task preference, its reference", self.start)
+        expect(started, "start", "the folder of a run or model for the task preference, also its reference", self.start)
         unsharded = self.task != "preference" or self.strategy != "fsdp"
         expect(unsharded, "strategy", "'ddp' for the task preference", self.strategy)
 
@@ -195,11 +195,15 @@ class TrainConfig:
 
 
 def config_from_dict(values):
-    """A TrainConfig from nested dicts; the parser has already checked keys and types."""
+    """A TrainConfig from nested dicts; the parser has already checked keys and types, except of whole sections."""
+    for name in ("data", "model", "optim"):
+        expect(isinstance(values[name], dict), name, "a section of settings", values[name])
+    columns = values["data"]["columns"]
+    expect(isinstance(columns, dict), "data.columns", "a section of settings", columns)
     if isinstance(values["optim"].get("rates"), dict):
         values = {**values, "optim": {**values["optim"], "rates": Rates(**values["optim"]["rates"])}}
     sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
-    values = {**values, "data": {**values["data"], "columns": Columns(**values["data"]["columns"])}}
+    values = {**values, "data": {**values["data"], "columns": Columns(**columns)}}
     if isinstance(values["model"].get("rotary"), dict):
         values["model"] = {**values["model"], "rotary": rotary_config(values["model"]["rotary"])}
     return TrainConfig(**{k: sections[k](**v) if k in sections else v for k, v in values.items()})

@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from .messages import UsageError
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -53,5 +55,11 @@ def sync(folder):
 
 
 def run_path(name):
-    """The folder of a run as an absolute path, so that its parent is known even for a bare name."""
+    """The folder of a run as an absolute path, so that its parent is known even for a bare name.
+
+    Raises:
+        UsageError: the name is empty, which would be the current folder.
+    """
+    if not str(name).strip():
+        raise UsageError("the name of a folder must not be empty")
     return Path(name).expanduser().absolute()

@@ -44,6 +44,8 @@ class Columns:
     quoting: Literal["auto", "csv", "none"] = "auto"
 
     def __post_init__(self):
+        for name in ("text", "pair", "label", "target", "rejected", "messages"):
+            expect(getattr(self, name) != "", f"columns.{name}", "the name of a column", "")
         if self.delimiter == "\\t":  # as typed in a shell
             self.delimiter = "\t"
         usable = self.delimiter is None or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n')

@@ -94,10 +94,27 @@ def test_what_a_picture_shows(modules):
     assert [text.get_text() for text in axes.texts] == ["2.00", "1.25", "0.50"]
     marks = [line.get_xdata()[0] for line in axes.lines if line.get_linewidth() == 2]
     assert marks == [2.0 * 100 / 40]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["fp32-0", "fp32-1"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["fp32, 0", "fp32, 1"]
     low, high = axes.get_xlim()
     assert low < 0.5
     assert high > 5
+
+
+@pytest.mark.parametrize(
+    ("row", "label"),
+    [
+        ("test_attention[causal-4x8x512x64-fp32-fwd_bwd]", "causal, 4 × 8 × 512 × 64, fp32, forward + backward"),
+        ("test_norm[layer_norm-plain-fp32-2048-1024-fwd]", "layer norm, plain, fp32, 2048 × 1024, forward"),
+        ("test_feed_forward[silu_gated-bf16-128-fwd-0.1]", "silu gated, bf16, d_model 128, forward, dropout 0.1"),
+        ("test_training_step[fp32-0.1-128-4-16-64]", "fp32, dropout 0.1, d_model 128"),
+        ("test_encoder[1-16-ONNX Runtime]", "batch 1, 16 tokens, ONNX Runtime"),
+        ("test_generate[int8]", "int8"),
+        ("test_read_rate", "read rate"),
+    ],
+)
+def test_a_case_is_named_in_words(modules, row, label):
+    (function,) = modules["pictures"].picture_names([{"benchmark": row}])
+    assert modules["pictures"].case_name(function, row) == label
 
 
 def test_a_picture_mixes_no_machines(modules, tmp_path, capsys):

@@ -77,6 +77,23 @@ def test_the_walk_from_the_public_function_to_a_kernel_names_what_is_there():
             assert re.search(pattern, read(file)), f"{file} neither calls nor defines {function}"
 
 
+def test_the_places_of_a_feature_are_there():
+    """In tables with a column "place": what a row quotes stands in the files that it quotes."""
+    checked = 0
+    for _, header, rows in tables(read("docs/architecture.md")):
+        for row in rows if header[0] == "place" else ():
+            quoted = re.findall(r"`([^`]+)`", " ".join(row))
+            names = {name for name in quoted if Path(name).suffix in SUFFIXES}
+            files = [
+                file for folder in SOURCES[:3] for name in names for file in (ROOT / folder).rglob(Path(name).name)
+            ]
+            text = "".join(file.read_text(encoding="utf-8") for file in files)
+            for word in re.findall(r"[A-Za-z_]\w+", " ".join(set(quoted) - names)):
+                assert re.search(rf"\b{word}\b", text), f"{row[0]}: {word} is in none of {names}"
+                checked += 1
+    assert checked > 30
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(read(name))):

@@ -201,3 +201,15 @@ def test_the_workflows_call_scripts_that_are_there():
         called += re.findall(r"^ +- run: (\S+)$", path.read_text(), re.MULTILINE)
     assert called == [".ci/run", "scripts/build_wheel.sh"]
     assert all(os.access(ROOT / path, os.X_OK) for path in called)
+
+
+def test_the_long_description_needs_no_file(python):
+    """A package index shows no picture and follows no link into the repository."""
+    text = run(
+        python, "import build_environment as b; print(b.long_description(open('README.md', encoding='utf-8').read()))"
+    ).stdout
+    assert not re.search(r"\]\((?!https?:)", text)
+    assert "2.42 to\n3.27 times with it.\n" in text
+    paths = re.findall(r"\(`([\w./-]+\.md)`\)", text)
+    assert "docs/install.md" in paths
+    assert all((ROOT / path).is_file() for path in paths)

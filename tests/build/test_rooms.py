@@ -85,18 +85,13 @@ MANY_PARAMETERS = {
     "public": {
         "fastattn/ops/attention.py": "attention",
         "fastattn/ops/_attention_call.py": "attention_call",
-        "fastattn/ops/attention_decode.py": "attention_decode _prepare",
+        "fastattn/ops/attention_decode.py": "attention_decode",
         "fastattn/reference.py": "attention attention_decode",
     },
     "settings of a model": {"fastattn/models/backbone.py": "__init__", "fastattn/models/block.py": "__init__"},
-    "schema": {
-        "fastattn/ops/_flops.py": "_attention_fwd _attention_bwd _layer_decode _linear_cross_entropy",
-        "fastattn/ops/feed_forward.py": "forward",
-        "fastattn/ops/linear_cross_entropy.py": "_linear_cross_entropy_fwd_fake function",
-    },
     "launcher": {
         "kernels/attention_call.py": "__init__ prepare",
-        "kernels/attention_decode.py": "__init__ attention_decode_fwd",
+        "kernels/attention_decode.py": "attention_decode_fwd",
     },
 }
 

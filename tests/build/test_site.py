@@ -59,7 +59,11 @@ def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
     page = (tmp_path / "api/ops.html").read_text()
     assert 'id="fastattn.attention"' in page
     assert "cu_seqlens_q" in page  # the signature of the function, not the text of the module of its name
-    assert "&gt;&gt;&gt; " in page
+    for path in (tmp_path / "api").glob("*.html"):
+        _, *parts = re.split(r'<h[23] id="(fastattn[\w.]+)"', path.read_text())
+        for name, text in zip(parts[::2], parts[1::2], strict=True):
+            assert "&gt;&gt;&gt; " in text, f"{name} has no example"
+    assert page.count('<h2 id="fastattn.') == 9
     results = {path.stem for path in (ROOT / "benchmarks/results").glob("*.md")}
     assert {path.stem for path in (tmp_path / "results").glob("*.html")} == results
     fetched = re.findall(r"""(?:src|<link[^>]* href)=["'](https?:[^"']*)""", (tmp_path / "index.html").read_text())

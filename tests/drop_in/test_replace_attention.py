@@ -77,7 +77,7 @@ def test_results_and_gradients(kind, dtype, calls):
     exact, exact_grads = run(copy.deepcopy(module).double(), x.double())
     before, grads = run(module, x)
     assert not calls
-    report = fastattn.replace(torch.nn.Sequential(module))
+    report = fastattn.replace(torch.nn.Sequential(module), only="attention")
     assert report.replaced == {"0": f"attention (was {kind.__name__}'s call of torch's)"}
     ours, our_grads = run(module, x)
     assert calls
@@ -124,7 +124,7 @@ def test_copies_hooks_and_tools():
 
 
 def test_attention_that_is_written_out_is_named():
-    report = fastattn.replace(torch.nn.Sequential(WrittenOutAttention()))
+    report = fastattn.replace(torch.nn.Sequential(WrittenOutAttention()), only="attention")
     assert report.replaced == {"0": "attention (was WrittenOutAttention's call of torch's)"}  # its base class calls it
 
     class OwnAttention(torch.nn.Module):

@@ -83,7 +83,7 @@ def run(model, loss):
 def replaced(model):
     ours = copy.deepcopy(model)
     ours.lm_head.weight = ours.embed.weight
-    report = fastattn.replace(ours)
+    report = fastattn.replace(ours, only="loss")
     assert report.replaced == {"lm_head": "output layer whose loss needs no logits"}
     return ours
 
@@ -318,7 +318,7 @@ def test_memory_of_a_step():
 
 def test_linear_layers_that_are_no_output_layers():
     model = torch.nn.Sequential(torch.nn.Embedding(V, D), torch.nn.Linear(D, V))
-    assert fastattn.replace(model).replaced == {}
+    assert fastattn.replace(model, only="loss").replaced == {}
 
 
 def test_lora_on_the_output_layer():

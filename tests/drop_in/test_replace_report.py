@@ -36,14 +36,14 @@ def test_undo_gives_the_old_bits():
     model, x = model_of_blocks(), torch.randn(5, D)
     before, kinds = model(x), classes(model)
     report = fastattn.replace(model)
-    assert len(report.replaced) == 6
+    assert len(report.replaced) == 9
     assert classes(model) != kinds
     report.undo()
     assert classes(model) == kinds
     assert torch.equal(model(x), before)
     report.undo()
     assert classes(model) == kinds
-    assert len(fastattn.replace(model).replaced) == 6
+    assert len(fastattn.replace(model).replaced) == 9
 
 
 def test_undo_refuses_if_a_class_was_changed_since():
@@ -175,16 +175,16 @@ def test_nothing_replaced_says_why():
     assert "the model is on the meta device: load its weights, then call replace" in str(fastattn.replace(meta))
     ours = model_of_blocks(1)
     fastattn.replace(ours)
-    assert "0 modules replaced, 0 left alone\n  2 modules are fastattn's already" in str(fastattn.replace(ours))
-    linear = torch.nn.Sequential(torch.nn.Linear(D, D))
-    assert "with fastattn.patch_sdpa():" in str(fastattn.replace(linear))
+    assert "0 modules replaced, 0 left alone\n  3 modules are fastattn's already" in str(fastattn.replace(ours))
+    nothing = torch.nn.Sequential(torch.nn.ReLU())
+    assert "with fastattn.patch_sdpa():" in str(fastattn.replace(nothing))
     filtered = str(fastattn.replace(model_of_blocks(1), only="RMSNorm"))
     assert "only= left out" in filtered
 
 
 def test_the_text_groups_layers():
     text = str(fastattn.replace(model_of_blocks()))
-    assert "6 modules replaced, 0 left alone" in text
+    assert "9 modules replaced, 0 left alone" in text
     assert "*.norm* (3 modules): now LayerNorm" in text
     assert "*.norm* (3 modules): now RMSNorm (was RmsNorm)" in text
 
@@ -209,7 +209,7 @@ def test_modes_of_the_caller_change_nothing(mode):
     model = model_of_blocks(1)
     with mode():
         report = fastattn.replace(model)
-    assert len(report.replaced) == 2
+    assert len(report.replaced) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -217,6 +217,6 @@ def test_the_default_dtype_of_the_caller_changes_nothing(dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        assert len(fastattn.replace(model_of_blocks(1)).replaced) == 2
+        assert len(fastattn.replace(model_of_blocks(1)).replaced) == 3
     finally:
         torch.set_default_dtype(before)

@@ -107,7 +107,9 @@ def test_step(bias, dtype):
     state = list(model.state_dict())
     report = fastattn.replace(model)
     assert report.left == {}
+    linears = ("attend.to_qkv", "attend.to_out", "mlp.up", "mlp.down")
     assert {name: what.partition(" ")[0] for name, what in report.replaced.items()} == {
+        **{f"layers.{i}.{name}": "Linear" for i in range(2) for name in linears},
         "layers.0.norm1": "LayerNorm", "layers.0.norm2": "LayerNorm", "layers.0.attend": "attention",
         "layers.1.norm1": "LayerNorm", "layers.1.norm2": "LayerNorm", "layers.1.attend": "attention",
         "norm": "LayerNorm", "head": "output",

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 import fastattn
 from fastattn import nn
+from fastattn.drop_in.linear import LINEAR
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 
@@ -55,11 +56,11 @@ def test_results_parameters_and_modes_stay():
     assert type(model.encoder) is nn.TransformerEncoder
     assert type(model.encoder.layers[1].self_attn) is nn.MultiheadAttention
     assert type(model.norm) is nn.RMSNorm
-    assert type(model.head) is torch.nn.Linear
+    assert type(model.head) is LINEAR
     assert report.replaced["encoder.norm"] == "LayerNorm"
-    assert len(report.replaced) == 12
+    assert len(report.replaced) == 13
     assert report.left == {}
-    assert "12 modules replaced, 0 left alone" in str(report)
+    assert "13 modules replaced, 0 left alone" in str(report)
     assert fastattn.replace(model).replaced == {}
 
 

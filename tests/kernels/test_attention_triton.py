@@ -113,25 +113,40 @@ def test_block_shapes_do_not_matter(blocks, launchers, monkeypatch):
     Case(sq=75, sk=90, window_left=40, window_right=10, dropout_p=0.3, bias=bias, mask=mask, heads=1).check()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window_right": 0},
-        {"d": 40, "dv": 24},
-        {"packed": ([0, 30, 70], [0, 65, 80])},
-        {"lengths": [50, 0], "batch": 2},
-        {"window_left": 20, "window_right": 5},
-        {"window_left": 7, "sq": 40, "sk": 90, "lengths": [90, 3], "batch": 2},
-        {"window_left": 9, "window_right": 0, "packed": ([0, 30, 70], [0, 65, 80])},
-    ],
-)
-def test_descriptors(options, launchers, monkeypatch):
-    """The TMA path, which the interpreter executes too."""
-    pick, fit, used = launchers.pick, launchers.descriptors_fit, []
+@pytest.fixture
+def descriptors(launchers, monkeypatch):
+    """The kernels load with TMA; the list is filled with the form and the descriptors of each launch that may."""
+    pick, choose, used = launchers.pick, launchers.Start.choose, []
     monkeypatch.setattr(launchers, "pick", lambda *kind: (pick(*kind)[0], True))
-    monkeypatch.setattr(launchers, "descriptors_fit", lambda *tensors: used.append(fit(*tensors)) or used[-1])
+    monkeypatch.setattr(launchers.Start, "choose", lambda *call: used.append(choose(*call)) or used[-1])
+    return used
+
+
+@pytest.mark.parametrize(("made_by_host", "options"), [  # those of the forward, of dk and dv, and of dq
+    ((True, True, True), {"window_right": 0}),
+    ((True, True, True), {"d": 40, "dv": 24, "batch": 2}),
+    ((False, False, False), {"packed": ([0, 30, 70], [0, 65, 80])}),
+    ((False, True, False), {"lengths": [50, 0], "batch": 2}),
+    ((True, True, True), {"window_left": 20, "window_right": 5, "sq": 90}),
+    ((False, True, False), {"window_left": 7, "window_right": 5, "sq": 40}),
+    ((False, True, False), {"window_right": 0, "top_left": True, "sq": 40}),
+    ((False, True, False), {"mask": ("batch", "keys"), "batch": 2}),
+    ((False, True, False), {"window_left": 7, "sq": 40, "sk": 90, "lengths": [90, 3], "batch": 2}),
+    ((False, False, False), {"window_left": 9, "window_right": 0, "packed": ([0, 30, 70], [0, 65, 80])}),
+])  # fmt: skip
+def test_descriptors(made_by_host, options, descriptors):
+    """The TMA path, which the interpreter executes too."""
     Case(heads=4, kv_heads=2, dtype=torch.float16, **options).check()
-    assert used == [True] * 3
+    assert [form.TMA for form, *_ in descriptors] == [2 if host else 1 for host in made_by_host]
+    assert [maps != [None, None] for _, *maps in descriptors] == list(made_by_host)
+
+
+def test_descriptors_of_the_host_need_strides(descriptors):
+    """An expanded tensor has strides of 0, which no descriptor of several dimensions may have."""
+    case = Case(batch=2, dtype=torch.float16)
+    case.replace(k=case.call.k[:1].expand(2, -1, -1, -1), v=case.call.v[:1].expand(2, -1, -1, -1))
+    case.check()
+    assert [form.TMA for form, *_ in descriptors] == [1, 2, 1]
 
 
 @pytest.mark.parametrize("options", [{}, {"window_right": 0, "batch": 2}, {"packed": ([0, 20, 50], [0, 33, 90])}])

@@ -38,6 +38,16 @@ def test_an_unknown_gpu_is_an_error(script, capsys):
     assert "unknown: sm_75" in capsys.readouterr().err
 
 
+def test_done_prints_what_the_file_has(script, tmp_path, capsys):
+    first, *_, last = script.cases((), (), False)
+    made = [{**case, "compiled": [KERNEL]} for case in (first, last)]
+    (tmp_path / "done.json").write_text(json.dumps({case["title"]: case for case in made}))
+    assert script.main(["--resume", str(tmp_path / "done.json"), "--done"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 kernels of 2 calls; 0 do not fit." in printed
+    assert f"{13 * len(script.CALLS) - 2} of {13 * len(script.CALLS)} calls were not compiled." in printed
+
+
 def test_a_sample_compiles_for_a_newer_gpu_and_for_amd(script):
     pytest.importorskip("triton", reason="Triton is not installed")
     import compilations

@@ -16,6 +16,7 @@ SAMPLE = [
     {"arch": 90, "call": "norm", "arguments": {"width": 1000, "dropout_p": 0.1, "rows": 33}},
     {"arch": 90, "call": "attention", "arguments": {"head_dim": 64, "left": 99, "right": 0, "packed": True,
                                                     "backward": False}},
+    {"arch": 90, "call": "attention", "arguments": {"head_dim": 64, "right": 0, "backward": False}},
     {"arch": 90, "call": "attention_decode", "arguments": {"head_dim": 64, "page_size": 64, "alibi": True}},
 ]  # fmt: skip
 MORE = [
@@ -61,6 +62,15 @@ def test_a_second_launch_allocates_and_synchronises_nowhere(recorded):
 def test_descriptors_of_a_packed_call_are_made_in_scratch_memory(recorded):
     (packed,) = (launch for case, launch in recorded if case["arguments"].get("packed"))
     assert packed["scratch"] > 0
+    assert not packed["maps"]
     others = [launch for case, launch in recorded if case["call"] == "norm"]
     assert others
     assert not any(launch["scratch"] for launch in others)
+
+
+def test_descriptors_of_other_calls_are_made_by_the_host(recorded):
+    """They need no memory, and no time of each program: the launch passes them by value."""
+    launch = next(launch for case, launch in recorded if case["arguments"].get("right") == 0
+                  and not case["arguments"].get("packed") and launch["kernel"] == "attention_fwd_kernel")  # fmt: skip
+    assert launch["maps"]
+    assert launch["scratch"] == 0

@@ -1,80 +1,20 @@
 """A training step of an encoder layer as one node: equal to its parts and to fp64, and left alone where it must be."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 import fastattn
-from fastattn.nn import encoder, whole
+from fastattn.nn import whole
 from fastattn.ops import _gemm
 from fastattn.ops._backends import why_not_available
+from tests.support import encoder_step
+from tests.support.encoder_step import MASKS, assert_close, make, masks_for, step
 
 pytestmark = pytest.mark.skipif(why_not_available("native", "cpu") is not None, reason="no C++ kernels")
-MASKS = ("none", "causal", "bool", "float", "padding", "both")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The calls of the node so far."""
-    found, original = [], whole.train_layer
-    monkeypatch.setattr(whole, "train_layer", lambda *args: found.append(args) or original(*args))
-    return found
-
-
-@pytest.fixture
-def parts(monkeypatch):
-    """Runs a function with the layers computed part by part."""
-
-    def run(function):
-        with monkeypatch.context() as patch:
-            patch.setattr(encoder, "encode", lambda *_: None)
-            return function()
-
-    return run
-
-
-def make(d_model=24, heads=3, d_ff=40, dropout=0.0, activation="gelu", **options):
-    torch.manual_seed(0)
-    options = {"batch_first": True, "norm_first": False} | options
-    layer = fastattn.nn.TransformerEncoderLayer(d_model, heads, d_ff, dropout, activation, **options)
-    for p in layer.parameters():  # biases and norms of torch start at 0 and 1
-        torch.nn.init.normal_(p, std=0.3)
-    return layer.train()
-
-
-def masks_for(kind, batch, seqlen):
-    hidden = torch.rand(seqlen, seqlen, generator=torch.Generator().manual_seed(1)) < 0.4
-    hidden.fill_diagonal_(False)
-    padding = torch.zeros(batch, seqlen, dtype=torch.bool)
-    padding[-1, seqlen // 2 + 1 :] = True
-    return {
-        "none": {},
-        "causal": {"is_causal": True},
-        "bool": {"src_mask": hidden},
-        "float": {"src_mask": torch.randn(seqlen, seqlen, generator=torch.Generator().manual_seed(2))},
-        "padding": {"src_key_padding_mask": padding},
-        "both": {"src_mask": hidden, "src_key_padding_mask": padding},
-    }[kind]
-
-
-def step(layer, x, seed=5, **masks):
-    """{name: tensor} of the result, all gradients, and the next random number."""
-    torch.manual_seed(seed)
-    x = x.detach().requires_grad_()
-    y = layer(x, **masks)
-    after = torch.rand(1)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
-    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos()
-    grads = torch.autograd.grad(y, (x, *parameters), dy)
-    return {"y": y.detach(), "random": after, **dict(zip(("x", *names), grads, strict=True))}
-
-
-def assert_close(found, expected, rtol=2e-5):
-    assert found.keys() == expected.keys()
-    for name, t in expected.items():
-        scale = float(t.abs().max()) if t.numel() else 0.0
-        torch.testing.assert_close(found[name].double(), t.double(), rtol=rtol, atol=rtol * scale, msg=name)
+calls, parts = encoder_step.calls, encoder_step.parts  # fixtures
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -278,10 +218,9 @@ def test_it_serves_only_plain_layers_that_train_as_a_whole(calls):
     assert [count(hooked(name)) for name in ("self_attn", "self_attn.out_proj", "linear1", "norm2", "dropout1")] == [
         0
     ] * 5
-    assert count(make(), context=torch.autocast("cpu")) == 0
+    assert count(make(), context=torch.autocast("cpu", torch.float16)) == 0
     assert count(make(), context=fastattn.use_backend("reference")) == 0
     assert count(make(), src_mask=torch.zeros(4, 4, requires_grad=True)) == 0
-    assert count(make().bfloat16(), x.bfloat16()) == 0
     assert count(make().double(), x.double()) == 0
     assert count(make(activation=torch.tanh)) == 0
     parametrized = make()
@@ -339,15 +278,22 @@ def test_the_raw_ops_check_their_operands():
     linears = [t.detach() for t in whole.read_plain(layer, "gelu", (linears, norms)).linears]
     norms, rng = [t.detach() for t in norms], torch.zeros(4, 2, dtype=torch.int64)
     fwd, bwd = (getattr(torch.ops.fastattn, f"layer_encode_{name}").native for name in ("fwd", "bwd"))
-    rest = (0.1, 0.1, 0.1, 0.1, False, True, 0, 0, 0, 0, 3, False, 0, 1e-5, 1e-5)
-    inputs = (x, norms, linears, None, None, rng, *rest)
-    y, *kept = fwd(*inputs)
-    for op, args in ((fwd, inputs), (bwd, (y, *kept, True, *inputs))):
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+    for norm_first, autocast in itertools.product((False, True), (False, True)):
+        rest = [0.1, 0.1, 0.1, 0.1, False, True, autocast, 0, 0, 0, 0, 3, norm_first, 0, 1e-5, 1e-5]
+        inputs = (x, norms, linears, None, None, rng, rest)
+        y, *kept = fwd(*inputs)
+        for op, args in ((fwd, inputs), (bwd, (y, *kept, True, *inputs))):
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
     for wrong in (rng[:3], rng.int(), None):
         with pytest.raises(RuntimeError, match="rng"):
-            fwd(x, norms, linears, None, None, wrong, *rest)
-    qkv, preact, others = kept
-    for dy, *saved in ((y[0], *kept), (y.double(), *kept), (y, qkv[:5], *kept[1:]), (y, qkv, preact.t(), others)):
+            fwd(x, norms, linears, None, None, wrong, rest)
+    for wrong in (rest[1:], [*rest, 0]):
+        with pytest.raises(RuntimeError, match="options"):
+            fwd(x, norms, linears, None, None, rng, wrong)
+    qkv, preact, others, weights = kept
+    for dy, *saved in (
+        (y[0], *kept), (y.double(), *kept), (y, qkv[:5], *kept[1:]), (y, qkv, preact.t(), others, weights),
+        (y, qkv, preact, others, weights[1:]), (y, qkv.float(), *kept[1:]),
+    ):  # fmt: skip
         with pytest.raises(RuntimeError, match="layer"):
             bwd(dy, *saved, True, *inputs)

@@ -58,9 +58,11 @@ def test_the_callers_allocator_stays_set(monkeypatch):
 
     set_allocator(mine)
     q = torch.randn(1, 2, 20, 32, device=device, dtype=torch.float16, requires_grad=True)
+    lengths = torch.tensor([20], dtype=torch.int32, device=device)  # without it, the host makes the descriptors
     fastattn_out = torch.ops.fastattn.attention_fwd.triton(
-        q.detach(), q.detach(), q.detach(), *[None] * 8, 20, 20, -1, -1, False, 0.0, 0.0, 0.1, False
-    )
+        q.detach(), q.detach(), q.detach(), None, None, None, lengths, *[None] * 4, 20, 20, -1, -1, False, 0.0, 0.0,
+        0.1, False,
+    )  # fmt: skip
     attention_call.plan_for.cache_clear()
     assert fastattn_out[0].shape == q.shape
     assert len(used) == 1

@@ -24,13 +24,20 @@ def product(request, monkeypatch):
     torch.manual_seed(0)
 
 
+def transposed_linear(x, weight, bias=None):
+    return F.linear(x, weight.t(), bias)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5), (0, 5), (2, 0, 5), (3, 0)], ids=str)
-def test_against_fp64(shape, bias):
+def test_against_fp64(shape, bias, transposed):
     x = torch.randn(shape, requires_grad=True)
-    weight = torch.randn(4, shape[-1], requires_grad=True)
+    weight = torch.randn((shape[-1], 4) if transposed else (4, shape[-1]), requires_grad=True)
     inputs = [x, weight] + ([torch.randn(4, requires_grad=True)] if bias else [])
-    y, y64, baseline = linear(*inputs), F.linear(*(twins := exact(*inputs))), F.linear(*inputs)
+    torch_linear = transposed_linear if transposed else F.linear
+    y, baseline = linear(*inputs, transposed=transposed), torch_linear(*inputs)
+    y64 = torch_linear(*(twins := exact(*inputs)))
     assert_accurate(y, y64, baseline)
     dy = torch.randn(y.shape)
     grads = [torch.autograd.grad(out, args, dy.to(out.dtype)) for out, args in ((y, inputs), (y64, twins))]
@@ -45,13 +52,16 @@ def test_gradients_of_a_subset():
         assert [t.grad is not None for t in inputs] == [t.requires_grad for t in inputs]
 
 
-def test_double_backward():
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 5), (4, 5), (4,))]
-    assert torch.autograd.gradgradcheck(linear, inputs)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_double_backward(transposed):
+    sizes = (6, 5), (5, 4) if transposed else (4, 5), (4,)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in sizes]
+    assert torch.autograd.gradgradcheck(lambda *args: linear(*args, transposed=transposed), inputs)
     single = [t.detach().float().requires_grad_() for t in inputs]
     found = []
     for args in (single, inputs):
-        (dx,) = torch.autograd.grad(linear(*args).square().sum(), args[0], create_graph=True)
+        y = linear(*args, transposed=transposed)
+        (dx,) = torch.autograd.grad(y.square().sum(), args[0], create_graph=True)
         found.append(torch.autograd.grad(dx.square().sum(), args))
     for ours, right in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 import fastattn
 from fastattn.ops._backends import use_backend, why_not_available, why_not_implemented
-from fastattn.ops.linear_cross_entropy import REDUCTIONS, default_chunk_size, least_chunk
+from fastattn.ops._loss_chunks import default_chunk_size, least_chunk
+from fastattn.ops.linear_cross_entropy import REDUCTIONS
 
 OP = "linear_cross_entropy"
 OPTIONS = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")

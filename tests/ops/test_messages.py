@@ -505,5 +505,47 @@ def test_a_refusal_by_a_kernel_is_explained_as_the_op_would(op, args, kwargs):
 )
 def test_a_mask_of_a_wrong_dtype_names_each_dtype_once(dtype, floats):
     q = torch.zeros(1, 1, 2, 4, dtype=dtype)
-    with pytest.raises(TypeError, match=rf"attn_mask must be torch.bool or, to be added, {floats}, got torch.int64"):
+    wanted = rf"attn_mask must be torch.bool \(True = attend\) or {floats} \(added to the scores\), got torch.int64"
+    with pytest.raises(TypeError, match=wanted):
         fastattn.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(2, 2, dtype=torch.int64))
+
+
+def test_the_refusal_of_a_mask_says_what_true_means():
+    """True = attend in functions, True = ignore in modules, as in torch."""
+    q, padding, x = torch.randn(2, 4, 6, 8), torch.ones(2, 6, dtype=torch.bool), torch.randn(2, 5, 8)
+    for op, name in (("attention", "mask"), ("scaled_dot_product_attention", "attn_mask")):
+        wanted = (
+            rf"^{op}: {name} \(bool, True = attend\) must .* got \(2, 6\); for one value per key pass {name}\[:, None"
+        )
+        with pytest.raises(ValueError, match=wanted):
+            getattr(fastattn, op)(q, q, q, **{name: padding})
+        fastattn.explain(op, q, q, q, **{name: padding[:, None, None, :]})
+    with pytest.raises(ValueError, match=r"attn_mask \(added to the scores\) must have 2 to 4 dimensions"):
+        fastattn.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(3, 3))
+    attention, layer = nn.MultiheadAttention(8, 2, batch_first=True), nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    for masks in ({"key_padding_mask": padding}, {"attn_mask": padding}, {"attn_mask": torch.ones(5, 5).int()}):
+        with pytest.raises((AssertionError, RuntimeError), match="True = ignore"):
+            attention(x, x, x, **masks)
+    for masks in ({"src_key_padding_mask": padding}, {"src_mask": padding}, {"src_mask": torch.ones(5, 5).int()}):
+        with pytest.raises((AssertionError, RuntimeError), match="True = ignore"):
+            layer(x, **masks)
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "more"),
+    [
+        ("attention", [(2, 16, 4, 8), (2, 12, 4, 8), (2, 12, 4, 8)], {}),
+        ("attention", [(2, 16, 4, 8), (2, 12, 2, 8), (2, 12, 2, 8)], {}),
+        ("attention", [(2, 16, 4, 8)] * 3, {"mask": torch.ones(16, 16, dtype=torch.bool)}),
+        ("scaled_dot_product_attention", [(2, 16, 4, 8)] * 3, {"attn_mask": torch.ones(1, 1, 16, 16)}),
+        ("attention_decode", [(2, 1, 4, 8), (2, 32, 2, 8), (2, 32, 2, 8)], {"cache_seqlens": LENGTHS}),
+    ],
+)
+def test_shapes_of_flash_attn_are_answered_with_the_transpose(op, shapes, more):
+    given = [torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=r"\(batch, seqlen, heads, head_dim\), pass .*transpose\(1, 2\)"):
+        getattr(fastattn, op)(*given, **more)
+    getattr(fastattn, op)(*(t.transpose(1, 2) for t in given), **more)  # the advice helps
+    with pytest.raises(ValueError) as raised:
+        fastattn.attention(torch.zeros(2, 4, 6, 8), torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 5, 8))
+    assert "transpose" not in str(raised.value)

@@ -21,6 +21,7 @@ import sys
 
 import aot
 import torch
+import ttgir
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -225,8 +226,8 @@ def attention_call(head_dim, dtype="bfloat16", heads=8, kv_heads=8, seqlen=1024,
     q, k = (torch.ones(2, seqlen, n, head_dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
     ends = None
     if packed:
-        q, k = q[:1], k[:1]
-        ends = torch.tensor([0, 1, seqlen - 5]).int()
+        q, k = q.narrow(0, 0, 1), k.narrow(0, 0, 1)
+        ends = torch.arange(3, dtype=torch.int32)
     sink, slopes = (torch.ones(heads) if wanted else None for wanted in (sink, alibi))
     inputs = {
         "q": q, "k": k, "v": k, "sink": sink, "alibi_slopes": slopes, "softcap": softcap, "dropout_p": dropout_p,
@@ -315,7 +316,8 @@ def compile_one(case):
         made = launch(kernel, *args, grid=grid, warmup=True, **constants)
         constant = {**constants, **getattr(args[-1], "_asdict", dict)()}
         tile = [int(constant.get(name) or 0) for name in ("BLOCK_M", "BLOCK_N")]
-        facts = {"kernel": kernel.__name__, "tile": tile, "tma": bool(constant.get("TMA"))}
+        facts = {"kernel": kernel.__name__, "tile": tile, "tma": bool(constant.get("TMA")),
+                 "loops": ttgir.loops(made.asm["ttgir"]), "stages": made.metadata.num_stages}  # fmt: skip
         read = aot.resources(made.asm["cubin"]) if "cubin" in made.asm else aot.amd_resources(made.asm["amdgcn"])
         compiled.append(facts | {"shared": made.metadata.shared} | read)
 
@@ -327,13 +329,13 @@ def compile_one(case):
     return {**case, "compiled": compiled}
 
 
-def run(*arguments, timeout=300, tree=ROOT):
-    """Return what this file prints for the arguments, from a separate process, for the kernels of a checkout."""
+def run(*arguments, timeout=300, tree=ROOT, script=__file__):
+    """Return what a script prints for the arguments, from a separate process, for the kernels of a checkout."""
     path = [str(tree), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:triton", os.path.abspath(__file__), *arguments], env=environment,
+        [sys.executable, "-W", "error::UserWarning:triton", os.path.abspath(script), *arguments], env=environment,
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -2,6 +2,7 @@
 
 - For a launch, the interpreter replaces the functions of triton.language by its own, and puts the old ones back at the
   end. At every call of one jitted function by another, it searches for them again, where all are replaced already.
+- At every launch it searches all of triton.language for the functions to replace, and makes the same replacements.
 - It builds a table of all dtypes whenever it looks one up.
 - It computes in 64 bits whether a sum of integers overflows, for an assertion that it makes only in debug mode.
 - Every intermediate result computes what follows from its shape anew.
@@ -10,6 +11,7 @@
 import dataclasses
 import functools
 import inspect
+import types
 
 
 class _NothingToRestore:
@@ -23,6 +25,7 @@ def speed_up():
 
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _patch_once_per_launch(interpreter)
+        interpreter._patch_builtin = _remember_replacements(interpreter._patch_builtin)
         interpreter._get_np_dtype = _remember_dtypes(interpreter._get_np_dtype)
         _remember_shapes(interpreter.tl.core)
         options = interpreter.interpreter_builder.options
@@ -58,6 +61,19 @@ def _patch_once_per_launch(interpreter):
     return patch_lang
 
 
+def _remember_replacements(patch_builtin):
+    known = {}  # a module or class → what set_attr of a scope takes; nothing is replaced when it is seen first
+
+    def patch(owner, builder, scope):
+        if owner not in known:
+            found = known[owner] = []
+            patch_builtin(owner, builder, types.SimpleNamespace(set_attr=lambda *change: found.append(change)))
+        for change in known[owner]:
+            scope.set_attr(*change)
+
+    return patch
+
+
 def _remember_dtypes(get_np_dtype):
     known = {}
 
@@ -72,18 +88,18 @@ def _remember_dtypes(get_np_dtype):
 
 def _remember_shapes(core):
     """Copy the attributes that follow from the shape from an older object: of a block's type and of a tensor."""
-    types, tensors = {}, {}
+    known_types, tensors = {}, {}
     make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
 
     def block_type(self, element_ty, shape):
         key = element_ty.name, *(getattr(size, "value", size) for size in shape)
         if element_ty.is_ptr():  # there are kinds of pointers with the same name
             make_type(self, element_ty, shape)
-        elif key in types:
-            vars(self).update(types[key])
+        elif key in known_types:
+            vars(self).update(known_types[key])
         else:
             make_type(self, element_ty, shape)
-            types[key] = dict(vars(self))
+            known_types[key] = dict(vars(self))
 
     def tensor(self, handle, type):
         key = tuple(type.shape) if type.is_block() else ()

@@ -22,7 +22,7 @@ import torch
 HERE = os.path.dirname(os.path.abspath(__file__))
 MOST_PARAMETERS = 256
 ALLOWED = {"cuLaunchKernelEx", "cuPointerGetAttribute", "cuCtxGetCurrent", "cuCtxSetCurrent", "cuDeviceGet",
-           "cuDevicePrimaryCtxRetain", "cuStreamIsCapturing"}  # fmt: skip
+           "cuDevicePrimaryCtxRetain", "cuStreamIsCapturing", "cuTensorMapEncodeTiled"}  # fmt: skip
 _FORMATS = {"i1": "<b", "u1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u32": "<I", "u64": "<Q",
             "fp32": "<f", "fp64": "<d"}  # fmt: skip
 
@@ -80,6 +80,10 @@ def leaves(value, kind):
     if isinstance(kind, tuple):
         for part, part_kind in zip(value, kind, strict=True):
             yield from leaves(part, part_kind)
+    elif kind.startswith("tensordesc"):  # the map itself, in which the driver that stands in writes the address
+        yield value.base, "*map"
+        yield from ((size, "i32") for size in value.shape)
+        yield from ((stride, "i64") for stride in value.strides)
     elif kind != "constexpr":
         yield value, kind
 
@@ -115,6 +119,7 @@ class Recorder:
             self.library.stand_in_expect(len(expected))
             self.launch(kernel, *args, grid=grid, warmup=False, **constants)
             assert self.library.stand_in_launches() == before + 1, kernel.__name__
+        calls = self.calls()
         arrived = self.library.stand_in_last().contents
         wrong = [i for i, data in enumerate(expected)
                  if arrived.parameters[i].to_bytes(8, "little")[: len(data)] != data]  # fmt: skip
@@ -123,7 +128,8 @@ class Recorder:
             "kernel": kernel.__name__, "name": arrived.name.decode(), "grid": list(arrived.grid), "wanted": list(whole),
             "threads": arrived.block, "warps": made.metadata.num_warps, "shared": arrived.shared,
             "needed": made.metadata.shared, "parameters": len(expected), "wrong": wrong,
-            "scratch": made.metadata.global_scratch_size, "forbidden": sorted(self.calls() - ALLOWED),
+            "scratch": made.metadata.global_scratch_size, "forbidden": sorted(calls - ALLOWED),
+            "maps": "cuTensorMapEncodeTiled" in calls,
         })  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import nn
+from fastattn.integrations.flash_attn import flash_attn_func, flash_attn_with_kvcache
 
 q = k = v = torch.zeros(1, 2, 8, 16)
 x, weight = torch.zeros(4, 16), torch.ones(16)
@@ -20,6 +21,8 @@ loss: Tensor = fastattn.linear_cross_entropy(x, torch.zeros(5, 16), torch.zeros(
 text: str = fastattn.explain("attention", q, k, v, backend="triton")
 report = fastattn.replace(torch.nn.LayerNorm(16), only="LayerNorm")
 layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+packed: Tensor | tuple[Tensor, Tensor, None] = flash_attn_func(q, k, v, causal=True, window_size=(64, 0))
+run = fastattn.load_run
 with fastattn.use_backend("reference"):
     hidden: Tensor = layer.forward(x[None], is_causal=False)
 
@@ -35,3 +38,6 @@ fastattn.rotary_embedding(q, x, x, interleave=True)  # type: ignore[call-overloa
 fastattn.use_backend("cuda")  # type: ignore[arg-type]
 nn.MultiheadAttention(16, 2, batchfirst=True)  # type: ignore[call-arg]
 nn.RMSNorm(16).forward(16)  # type: ignore[arg-type]
+flash_attn_func(q, k, v, casual=True)  # type: ignore[call-arg]
+flash_attn_with_kvcache(q, k, v, cache_seqlen=3)  # type: ignore[call-arg]
+fastattn.atention(q, k, v)  # type: ignore[attr-defined]

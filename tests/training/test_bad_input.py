@@ -35,13 +35,15 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     for name, rows in FILES.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, content in CONFIGS.items():
+        (folder / name).write_bytes(content)
     (folder / "lines.txt").write_text("".join(f"line number {i} of it\n" for i in range(200)))
     write_table(folder / "table.jsonl")
 
     def make(run, source, task="classify", tokenizer="word", **columns):
         data = DataConfig(source=str(folder / source), tokenizer=tokenizer, columns=Columns(**columns))
         options = {"steps": 1, "evaluate_every": 1, "sample_tokens": 0, "sample_prompt": None, "task": task}
-        model = tiny_model(n_layer=1, block_size=64 if task == "chat" else 8)
+        model = tiny_model(n_layer=1, block_size=64 if task in ("chat", "translate") else 8)
         assert train(tiny_config(folder / run, "", data=data, model=model, **options)) == 0
 
     make("number", "number.jsonl", label="label", label_kind="number")
@@ -50,6 +52,9 @@ def place(tmp_path_factory):
     make("masked", "table.jsonl", "masked_lm")
     make("lm", "lines.txt", "lm")
     make("chat", "pairs.jsonl", "chat", "byte", target="target")
+    make("translator", "pairs.jsonl", "translate", target="target")
+    make("damaged", "lines.txt", "lm")
+    (folder / "damaged" / "metrics.csv").write_text("step,train_loss\n1,abc\n")
     shard = ["data", "shard", str(folder / "lines.txt"), "--tokenizer", "word", "--validation_fraction", "0.2"]
     for name in ("tokens", "ends", "numbers"):
         assert main([*shard, "--output", str(folder / name)]) == 0
@@ -59,6 +64,16 @@ def place(tmp_path_factory):
     return folder
 
 
+CONFIGS = {
+    "twice.yaml": b"data:\n  source: lines.txt\n  source: plain.jsonl\n",
+    "null.yaml": b"steps: null\n",
+    "section.yaml": b"model: 5\n",
+    "tab.yaml": b"data:\n\tsource: lines.txt\n",
+    "zero.yaml": b"steps: 5\0\n",
+    "blank.yaml": b"# nothing\n",
+    "deep.yaml": b"data: " + b"[" * 3000,
+    "latin.yaml": "run: caf\xe9\n".encode("latin-1"),
+}
 LABELLED = "train --task classify --data.columns.label label --data.columns.label_kind"
 ANSWERS = "--data.source pairs.jsonl --data.columns.target target"
 PREFER = f"train --task preference --start chat --model.block_size 64 {ANSWERS}"
@@ -98,6 +113,29 @@ CASES = [
     ("train --data.mixture {\"tokens\":1e308,\"ends\":1e308}", "weights with a finite sum"),
     ("data clean plain.jsonl --output clean.csv", "output must be a name that ends in .jsonl"),
     ("train --data.source lines.txt --data.order sorted", "data.order must be one of random, shuffle"),
+    # settings
+    ("train --config null.yaml", "steps must have a value, got null"),
+    ("data shard lines.txt --output out --shard_tokens null", "shard_tokens must be an integer, got 'None'"),
+    ("generate lm --prompt line --samples null", "samples must be an integer, got 'None'"),
+    ("train --config section.yaml", "model must be a section of settings, got 5"),
+    ("train --data.source=", "data.source must not be empty"),
+    ("data stats ", "the source must be the name of a file, a folder or a known set, got ''"),
+    ("data clean plain.jsonl --output=", "the name of a folder must not be empty"),
+    ("evaluate ", "the name of a folder must not be empty"),
+    ("evaluate translator --beams 0", "beams must be at least 1, got 0"),
+    ("evaluate translator --beams -3", "beams must be at least 1, got -3"),
+    ("predict number --input plain.jsonl --column=", "columns.text must be the name of a column, got ''"),
+    ("baseline --data.source plain.jsonl --data.columns.label=", "columns.label must be the name of a column, got ''"),
+    ("train --resume damaged --steps 9", "metrics.csv is not a table of numbers: could not convert string to float"),
+    ("compare damaged", "metrics.csv is not a table of numbers: could not convert string to float"),
+    ("data tokenize lines.txt --output out --tokenizer sentence", "tokenizer must be one of char, byte"),
+    ("train --config twice.yaml", "twice.yaml, line 3: the key 'source' is repeated"),
+    ("train --data.mixture {\"a\":1,\"a\":2}", "data.mixture, line 1: the key 'a' is repeated"),
+    ("train --config tab.yaml", "tab.yaml, line 2, column 1 is not valid YAML: found character that cannot start any"),
+    ("train --config zero.yaml", "zero.yaml is not valid YAML: control characters are not allowed at character"),
+    ("train --config blank.yaml", "blank.yaml must have options with values, such as steps: 100"),
+    ("train --config deep.yaml", "deep.yaml, line 1, column "),
+    ("finetune --config latin.yaml", "latin.yaml is not UTF-8 text"),
     # generation, conversations, preferences, optimizers
     ("generate lm --prompt line --samples 2 --seed 9223372036854775807", "seed + samples must be at most 2**63"),
     ("generate lm --prompt line --samples 0", "samples must be at least 1, got 0"),
@@ -120,7 +158,8 @@ def test_one_line_says_what_is_wrong(place, monkeypatch, capsys, command, proble
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one text without a tab\n")))
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
-    argv = [*command.split(), *(["--run", "new", "--accelerator", "cpu"] if command.startswith("train") else [])]
+    trains = command.startswith(("train", "finetune")) and "--resume" not in command
+    argv = [*command.split(" "), *(["--run", "new", "--accelerator", "cpu"] if trains else [])]
     if command.startswith("generate chat"):
         argv[-1] = "an <|im_end|> inside a prompt"
         problem = "a message holds '<|im_end|>'"

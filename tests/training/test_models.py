@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn.models import CausalLM, KeyValueCache
+from fastattn.models import CausalLM, KeyValueCache, backbone
 from fastattn.training.inspect.generate import beam_search, generate_tokens
 from fastattn.training.messages import UsageError
 
@@ -109,6 +109,21 @@ def test_dropout_drops_in_training_only(layers):
     assert torch.equal(model(tokens), first)
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
+
+
+def test_dropout_of_the_embeddings_is_ours_where_nothing_hangs_on_it(monkeypatch):
+    calls, original = [], backbone.dropout
+    monkeypatch.setattr(backbone, "dropout", lambda *args: calls.append(args) or original(*args))
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    model = make_model("fastattn", dropout=0.3).train()
+    model(tokens)
+    assert [p for _, p in calls] == [0.3]
+    model.eval()(tokens)
+    make_model("torch", dropout=0.3).train()(tokens)
+    seen = []
+    model.train().dropout.register_forward_hook(lambda *_: seen.append(1))
+    model(tokens)
+    assert (len(calls), len(seen)) == (1, 1)
 
 
 def test_wrong_sizes_are_told():

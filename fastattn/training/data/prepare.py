@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from ..config import Columns
-from ..files import new_folder, write_atomic
+from ..files import new_folder, run_path, write_atomic
 from ..messages import UsageError, expect
 from . import vectors
 from .clean import CleanConfig, clean
@@ -42,6 +42,9 @@ class SourceConfig:
     target_source: str | None = None
     unit: Literal["line", "paragraph", "file"] = "line"
     columns: Columns = field(default_factory=Columns)
+
+    def __post_init__(self):
+        expect(self.source.strip(), "the source", "the name of a file, a folder or a known set", self.source)
 
     def read(self):
         return read_documents(self.source, self.columns, target_source=self.target_source, unit=self.unit)
@@ -276,7 +279,7 @@ def data_vectorize(
 
 
 def _new_path(output):
-    path = Path(output).expanduser().absolute()
+    path = run_path(output)
     if path.exists():
         raise UsageError(f"output {str(path)!r} already exists; choose a new name")
     return path

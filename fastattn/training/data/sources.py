@@ -207,6 +207,8 @@ NAMED_SETS = {  # the first six come from Python's standard library
 
 
 def resolve_source(source):
-    """The source as stored with a run: names are kept, paths become absolute."""
+    """The source as stored with a run: names are kept, paths become absolute; UsageError if it is empty."""
+    if not source.strip():  # as a path it would be the current folder
+        raise UsageError("data.source must not be empty")
     is_name = source in ("topics", "shakespeare", MIXTURE, *NAMED_SETS) or source.startswith("hf:")
     return source if is_name else str(Path(source).expanduser().resolve())

@@ -80,10 +80,7 @@ def _read_entry(name):
     run = run_path(base)
     if not any((run / file).is_file() for file in ("config.yaml", "report.json")):
         raise UsageError(f"run {base!r} has neither config.yaml nor report.json")
-    try:
-        metrics = [row for row in read_metrics(run) if "step" in row]
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{run / 'metrics.csv'} is not a table of numbers: {error}") from None
+    metrics = [row for row in read_metrics(run) if "step" in row]
     checkpoint = choose_checkpoint(run, which or "best", needed=())
     if which and checkpoint is None:
         raise UsageError(f"run {base!r} has no checkpoint yet for '@{which}'")

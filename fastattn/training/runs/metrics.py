@@ -6,6 +6,7 @@ import math
 
 from ..files import write_atomic
 from ..inspect.figures import label, new_figure, save_png
+from ..messages import UsageError
 
 # seconds: training time since the last row with a value, without validation and checkpoints
 COLUMNS = (
@@ -15,13 +16,20 @@ COLUMNS = (
 
 
 def read_metrics(run):
-    """Rows of metrics.csv: list of {column: float}, without empty cells and an incomplete last line."""
+    """Rows of metrics.csv: list of {column: float}, without empty cells and an incomplete last line.
+
+    Raises:
+        UsageError: it is not a table of numbers.
+    """
     path = run / "metrics.csv"
     if not path.exists():
         return []
     with open(path, newline="") as file:
         lines = [line for line in file if line.endswith("\n")]
-    return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(lines)]
+    try:
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(lines)]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UsageError(f"{path} is not a table of numbers: {error}") from None
 
 
 class MetricsLog:

@@ -19,6 +19,7 @@ from .console import conclude, describe
 from .devices import check_devices
 from .loop import Trainer
 from .lora import train_only
+from .metrics import read_metrics
 from .sharding import sharded_strategy
 from .start import load_start, start_tokenizer
 
@@ -82,6 +83,7 @@ def prepare_run(run, config, resume, overwrite):
     if resume:
         check_run(run)
         tokenizer, expected = load_tokenizer(run / "tokenizer.json"), read_summary(run)
+        read_metrics(run)  # which the log continues
         chosen = choose_checkpoint(run, needed=("model.safetensors", "state.pt"))
     else:
         check_new_run(run, overwrite)

@@ -1,0 +1,115 @@
+"""Mixtures of experts: the products of modules that hold the weights of all experts, as parameters of three dimensions.
+
+Their forward stays as it is. While it runs, its calls of torch's products with two operands in fp32 on the CPU go to
+`fastattn.ops.linear`: `torch.nn.functional.linear`, x @ weight, and the grouped product, whose rows lie sorted by
+expert, or one batch for each expert.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastattn.drop_in.change import (
+    Change,
+    Replaced,
+    change_class,
+    is_foreign,
+    is_plain_input,
+    make_class,
+    why_not_take_over,
+)
+from fastattn.nn.plain import is_traced
+from fastattn.ops.linear import linear
+
+_LEAST_ROWS = 16
+
+
+def _fits(x, weight):
+    return is_plain_input(x) and is_plain_input(weight) and x.dtype == weight.dtype == torch.float32 and x.is_cpu
+
+
+def _linear(x, weight, bias=None):
+    return linear(x, weight, bias) if _fits(x, weight) and weight.dim() == 2 else NotImplemented
+
+
+def _matmul(x, weight, **options):
+    fits = not options and _fits(x, weight) and x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[0]
+    return _product(x, weight) if fits else NotImplemented
+
+
+def _product(x, weight):
+    """x (rows, k) · weight (k, n); the weight may be the view of one that lies as (n, k)."""
+    return linear(x, weight, transposed=True) if weight.stride(1) == 1 else linear(x, weight.t())
+
+
+def _grouped_mm(x, weight, offs=None, bias=None, out_dtype=None):
+    """x (rows, k), of which rows offs[i - 1] to offs[i] are multiplied by weight[i] (k, n)."""
+    fits = _fits(x, weight) and x.dim() == 2 and weight.dim() == 3 and x.shape[1] == weight.shape[1]
+    if not fits or offs is None or len(offs) != len(weight) or bias is not None or out_dtype is not None:
+        return NotImplemented
+    ends = [0, *offs.tolist()]
+    sizes = [end - begin for begin, end in itertools.pairwise(ends)]
+    rest = len(x) - ends[-1]
+    if min(*sizes, rest) < 0:
+        return NotImplemented
+    parts = x.split([*sizes, rest])[:-1]
+    found = [_product(part, matrix) for part, matrix in zip(parts, weight.unbind(), strict=True)]
+    return torch.cat([*found, x.new_zeros(rest, weight.shape[2])] if rest else found)
+
+
+def _bmm(x, weight, **options):
+    """x (n, rows, k) · weight (n, k, m); with few rows the calls of the single products would take longer."""
+    fits = not options and _fits(x, weight) and x.dim() == weight.dim() == 3 and x.shape[1] >= _LEAST_ROWS
+    if not fits or len(x) != len(weight) or len(x) == 0 or x.shape[2] != weight.shape[1]:
+        return NotImplemented
+    return torch.stack([_product(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True)])
+
+
+_SERVED: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear, torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.mm: _matmul,
+    Tensor.mm: _matmul, torch.bmm: _bmm, Tensor.bmm: _bmm,
+}  # fmt: skip
+_KNOWN = {"bias", "offs", "out_dtype"}
+if hasattr(torch, "_grouped_mm"):  # torch.nn.functional.grouped_mm calls it
+    _SERVED[torch._grouped_mm] = _grouped_mm
+
+
+class _ServeProducts(TorchFunctionMode):
+    """While this mode is active, torch's products in this thread run on ours."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        serve = _SERVED.get(func)
+        known = serve is not None and len(args) >= 2 and kwargs.keys() <= _KNOWN
+        out = serve(*args, **kwargs) if known else NotImplemented
+        return func(*args, **kwargs) if out is NotImplemented else out
+
+
+class Experts(Replaced):
+    """A module with the weights of experts, on our products."""
+
+    def forward(self, *args, **kwargs):
+        """The original forward; in a graph that is traced the calls stay torch's."""
+        on_cpu = all(parameter.is_cpu for parameter in self._parameters.values() if parameter is not None)
+        if not on_cpu or is_traced():
+            return super().forward(*args, **kwargs)
+        with _ServeProducts():
+            return super().forward(*args, **kwargs)
+
+
+def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
+    """A Change or a reason for each module of another library with a parameter of three dimensions."""
+    found: dict[str, Change | str] = {}
+    for name, module in modules.items():
+        parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if not is_foreign(module) or not any(p.dim() == 3 and min(p.shape) > 1 for p in parameters):
+            continue
+        kind: Any = type(module)
+        what = f"products of experts (was {kind.__name__})"
+        found[name] = why_not_take_over(module) or change_class(module, make_class(Experts, kind, "experts"), what)
+    return found

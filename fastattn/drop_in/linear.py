@@ -1,0 +1,137 @@
+"""Linear layers: those of torch.nn, and layers of other libraries that compute x · weightᵀ or x · weight (Conv1D).
+
+Their products go through `fastattn.ops.linear`, which takes our kernels where they are faster and torch's elsewhere.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fastattn.drop_in.change import (
+    Change,
+    Replaced,
+    change_class,
+    is_foreign,
+    is_plain_input,
+    make_class,
+    why_not_take_over,
+)
+from fastattn.drop_in.recognise import computes_the_same, halves_of, quiet, randomise, run
+from fastattn.drop_in.torch_nn import CLASSES
+from fastattn.nn.plain import torch_linear_is_replaced
+from fastattn.ops.linear import linear
+
+_IN, _OUT, _ROWS = 6, 10, 7  # of the twin
+
+
+class Linear(Replaced):
+    """A torch.nn.Linear on our product."""
+
+    plain_as = torch.nn.Linear
+
+    def forward(self, input):
+        """(..., d_in) → (..., d_out)."""
+        if not is_plain_input(input) or torch_linear_is_replaced():
+            return super().forward(input)
+        return linear(input, self.weight, self.bias)
+
+
+class Product(Replaced):
+    """A linear layer of another library. `_fastattn`: the names of weight and bias (or None), and whether the weight is
+    (d_in, d_out)."""
+
+    def forward(self, *args, **kwargs):
+        """(..., d_in) → (..., d_out); what our product does not take goes to the original forward."""
+        if kwargs or len(args) != 1 or not is_plain_input(args[0]):
+            return super().forward(*args, **kwargs)
+        weight, bias, transposed = self._fastattn
+        bias = getattr(self, bias) if bias else None
+        return linear(args[0], getattr(self, weight), bias, transposed=transposed)
+
+
+LINEAR = make_class(Linear, torch.nn.Linear, "linear")
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is exactly a torch.nn.Linear, taken over or not."""
+    return type(module) is torch.nn.Linear or type(module) is LINEAR
+
+
+def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
+    """A Change for each linear layer, and a reason for each subclass of torch.nn.Linear.
+
+    The children of layers of torch.nn that fastattn.nn has run on our products there.
+    """
+    parents = (m for m in modules.values() if type(m) in CLASSES or type(m).__module__.startswith("fastattn."))
+    ours = {child for parent in parents for child in parent.children()}
+    found = {name: recognise(module) for name, module in modules.items() if module not in ours}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def recognise(module: torch.nn.Module) -> Change | str | None:
+    """A Change for a linear layer, the reason why a subclass of torch.nn.Linear is left alone, or None."""
+    if isinstance(module, (Replaced, NonDynamicallyQuantizableLinear, torch.nn.Embedding, torch.nn.EmbeddingBag)):
+        return None
+    if isinstance(module, torch.nn.Linear):
+        reason = why_not_take_over(module)
+        if reason is None and type(module) is not torch.nn.Linear:
+            return f"{type(module).__name__} is a subclass of torch.nn.Linear"
+        return reason or change_class(module, LINEAR, "Linear")
+    names = _names(module) if is_foreign(module) else None
+    if names is None:
+        return None
+    with quiet(torch.device("cpu")):
+        try:
+            found = _recognise_other(module, *names)
+        except Exception:  # the module's own code, which runs in the check; most such modules are no linear layers
+            return None
+    return found and (why_not_take_over(module) or found)
+
+
+def _names(module):
+    """The names of the parameters of a module that may be a linear layer: (weight, bias or None), or None."""
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    names = {p.dim(): name for name, p in parameters.items()}
+    fits = set(names) in ({2}, {1, 2}) and len(names) == len(parameters)
+    if not fits or module._modules or any(buffer is not None for buffer in module._buffers.values()):
+        return None
+    return names[2], names.get(1)
+
+
+def _twin(module, weight, bias):
+    """A copy with a small random weight; attributes that are one of its sizes become the small size."""
+    small = dict(zip(module._parameters[weight].shape, (_IN, _OUT), strict=True))
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    for name, value in vars(module).items():
+        if type(value) is int and value in small:
+            setattr(twin, name, small[value])
+    for name in (weight, bias):
+        if name:
+            shape = [small.get(size, size) for size in module._parameters[name].shape]
+            twin._parameters[name] = torch.nn.Parameter(torch.empty(shape, device="cpu"))
+    randomise(twin)
+    return twin
+
+
+def _recognise_other(module, weight, bias):
+    """A Change for a layer that computes x · weight + bias or x · weightᵀ + bias, or None."""
+    twin = _twin(module, weight, bias)
+    for transposed in (True, False):
+        matrix = getattr(twin, weight).t() if transposed else getattr(twin, weight)
+        if bias and getattr(twin, bias).shape != matrix.shape[:1]:
+            continue
+        x = torch.randn(2, _ROWS, matrix.shape[1], device="cpu", dtype=torch.float32)
+        y, expected = run(twin, x), F.linear(x, matrix, getattr(twin, bias) if bias else None)
+        if y is None or y.shape != expected.shape or (y - expected).abs().max() > 1e-5 * expected.abs().max():
+            continue
+        new_class = make_class(Product, type(module), (weight, bias, transposed))
+
+        def become(new_class=new_class):
+            twin.__class__ = new_class
+
+        if computes_the_same(twin, become, x, halves_of(module)):
+            return change_class(module, new_class, f"Linear (was {type(module).__name__})")
+    return None

@@ -1,0 +1,143 @@
+"""Mixtures of experts under `replace`: the products of their forward run on ours, whatever torch function they call."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import BACKWARD, assert_accurate
+
+import fastattn
+from fastattn.drop_in import experts
+
+E, D, FF, ROWS = 3, 16, 24, 18
+
+
+class Experts(torch.nn.Module):
+    """Rows of x go to experts one after the other: the first 5 to expert 0, none to expert 1, the others to 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Parameter(torch.randn(E, D, FF)), torch.nn.Parameter(torch.randn(E, D, FF))
+
+    def forward(self, x):
+        parts = x.split([5, 0, ROWS - 5])
+        return torch.cat(
+            [self.expert(part, up, down) for part, up, down in zip(parts, self.up, self.down, strict=True)]
+        )
+
+    def expert(self, x, up, down):
+        return (x @ up).relu() @ down.t()
+
+
+class ByLinear(Experts):
+    def expert(self, x, up, down):
+        return F.linear(torch.mm(x, up).relu(), down, bias=down[:, 0])
+
+
+class ByName(Experts):
+    def expert(self, x, up, down):
+        out = x.new_empty(len(x), FF)
+        with torch.no_grad():
+            torch.matmul(x, up, out=out)
+        return F.linear(input=torch.mm(input=x, mat2=up).relu(), weight=down)
+
+
+class Grouped(Experts):
+    def forward(self, x):
+        ends = torch.tensor([5, 5, ROWS], dtype=torch.int32)
+        return torch._grouped_mm(torch._grouped_mm(x, self.up, offs=ends).relu(), self.down.mT, offs=ends)
+
+
+class Batched(Experts):
+    def forward(self, x):
+        x = x.expand(E, -1, -1)
+        return torch.bmm(torch.bmm(x, self.up).relu(), self.down.mT)
+
+
+KINDS = [Experts, ByLinear, Grouped, Batched]
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch):
+    """The products that ours served, of any size."""
+    monkeypatch.setattr(fastattn.ops.linear, "_LEAST", 0)
+    torch.manual_seed(0)
+    found, original = [], experts.linear
+
+    def counted(*args, **options):
+        found.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(experts, "linear", counted)
+    return found
+
+
+def run(module, x):
+    leaf = x.detach().clone().requires_grad_()
+    y = module(leaf)
+    weights = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    return y, torch.autograd.grad((y * weights).sum(), [leaf, *module.parameters()])
+
+
+def exact_run(module, x):
+    """In fp64 by the plain products: the grouped one of torch has no fp64."""
+    twin = copy.deepcopy(module).double()
+    twin.__class__ = {Grouped: Experts}.get(type(module), type(module))
+    return run(twin, x.double())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_and_gradients(kind, products):
+    module, x = kind(), torch.randn(ROWS, D)
+    exact, exact_grads = exact_run(module, x)
+    before, grads = run(module, x)
+    report = fastattn.replace(module)
+    assert report.replaced == {"": f"products of experts (was {kind.__name__})"}
+    assert not products
+    ours, our_grads = run(module, x)
+    assert len(products) == 2 * E
+    assert_accurate(ours, exact, before)
+    for ours, right, torch_grad in zip(our_grads, exact_grads, grads, strict=True):
+        assert_accurate(ours, right, torch_grad, BACKWARD)
+    report.undo()
+    assert type(module) is kind
+    assert torch.equal(run(module, x)[0], before)
+
+
+def test_rows_after_the_last_expert():
+    class FirstExperts(Experts):
+        def forward(self, x):
+            return torch._grouped_mm(x, self.up, offs=torch.tensor([5, 5, 9], dtype=torch.int32))[:9]
+
+    module, x = FirstExperts(), torch.randn(ROWS, D)
+    expected = torch.cat([x[:5] @ module.up[0], x[5:9] @ module.up[2]])
+    fastattn.replace(module)
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, ByName])
+def test_calls_that_go_to_torch(kind, products):
+    """Another dtype, and wrong shapes, whose error is torch's."""
+    module, x = kind(), torch.randn(ROWS, D)
+    plain = copy.deepcopy(module)
+    fastattn.replace(module)
+    with pytest.raises(RuntimeError) as ours:
+        module(x[:, 1:])
+    with pytest.raises(RuntimeError) as theirs:
+        plain(x[:, 1:])
+    assert str(ours.value) == str(theirs.value)
+    assert torch.equal(module.bfloat16()(x.bfloat16()), plain.bfloat16()(x.bfloat16()))
+    assert not products
+
+
+def test_copies_and_compile():
+    module, x = Experts(), torch.randn(ROWS, D)
+    expected = module(x)
+    fastattn.replace(module)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is type(module)
+        torch.testing.assert_close(twin(x), expected)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), expected)
