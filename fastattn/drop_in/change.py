@@ -38,6 +38,7 @@ def change_class(module: torch.nn.Module, new_class: type, what: str) -> Change:
 
         def undo():
             module.__class__ = before
+            module.__dict__.pop("_fastattn", None)
 
         return undo
 
@@ -56,6 +57,32 @@ class Replaced:
         if cls is not type(self) or "_fastattn" not in cls.__dict__:
             return (new, (cls, *args), *state)
         return (_new, (cls.__bases__[0], self._original, self._fastattn), *state)
+
+
+class Recognised(Replaced):
+    """The base of the classes whose forward replaces one that a check recognised.
+
+    The check saw the attributes of that time. When one of them changes, such as a scale that was 1, `_fastattn` becomes
+    None, and the module runs its original forward from then on. Parameters and children may change: the forward reads
+    them.
+    """
+
+    def __setattr__(self, name, value):
+        if name != "training" and _is_another(getattr(self, name, value), value):
+            self.__dict__["_fastattn"] = None
+        super().__setattr__(name, value)
+
+
+def _is_another(old, value):
+    if any(isinstance(old, kind) and isinstance(value, kind) for kind in (Tensor, torch.nn.Module)):
+        return False
+    return old is not value and not (isinstance(value, (int, float, str)) and type(old) is type(value) and old == value)
+
+
+def has_other_state(module: torch.nn.Module) -> bool:
+    """Whether a module has children, buffers or other tensors than its parameters."""
+    values = (*module._buffers.values(), *vars(module).values())
+    return bool(module._modules) or any(isinstance(value, Tensor) for value in values)
 
 
 def _new(mixin, original, facts):

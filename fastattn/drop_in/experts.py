@@ -2,7 +2,7 @@
 
 Their forward stays as it is. While it runs, its calls of torch's products with two operands in fp32 on the CPU go to
 `fastattn.ops.linear`: `torch.nn.functional.linear`, x @ weight, and the grouped product, whose rows lie sorted by
-expert, or one batch for each expert.
+expert, or one batch for each expert. Calls under autocast and those inside a checkpoint of the forward stay torch's.
 """
 
 import itertools
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastattn._autocast import autocast_dtype
 from fastattn.drop_in.change import (
     Change,
     Replaced,
@@ -30,16 +31,23 @@ _LEAST_ROWS = 16
 
 
 def _fits(x, weight):
-    return is_plain_input(x) and is_plain_input(weight) and x.dtype == weight.dtype == torch.float32 and x.is_cpu
+    return (
+        is_plain_input(x)
+        and is_plain_input(weight)
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and autocast_dtype(x) is None  # the grouped product is none of those that it casts
+    )
 
 
 def _linear(x, weight, bias=None):
     return linear(x, weight, bias) if _fits(x, weight) and weight.dim() == 2 else NotImplemented
 
 
-def _matmul(x, weight, **options):
-    fits = not options and _fits(x, weight) and x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[0]
-    return _product(x, weight) if fits else NotImplemented
+def _matmul(x, weight, *rest, **options):
+    if rest or options or not _fits(x, weight) or not x.dim() == weight.dim() == 2 or x.shape[1] != weight.shape[0]:
+        return NotImplemented
+    return _product(x, weight)
 
 
 def _product(x, weight):
@@ -47,10 +55,15 @@ def _product(x, weight):
     return linear(x, weight, transposed=True) if weight.stride(1) == 1 else linear(x, weight.t())
 
 
+def _are_offsets(offs, n):
+    return type(offs) is Tensor and offs.is_cpu and offs.dtype == torch.int32 and offs.shape == (n,) and n > 0
+
+
 def _grouped_mm(x, weight, offs=None, bias=None, out_dtype=None):
     """x (rows, k), of which rows offs[i - 1] to offs[i] are multiplied by weight[i] (k, n)."""
     fits = _fits(x, weight) and x.dim() == 2 and weight.dim() == 3 and x.shape[1] == weight.shape[1]
-    if not fits or offs is None or len(offs) != len(weight) or bias is not None or out_dtype is not None:
+    fits = fits and _are_offsets(offs, len(weight))
+    if not fits or bias is not None or out_dtype is not None:
         return NotImplemented
     ends = [0, *offs.tolist()]
     sizes = [end - begin for begin, end in itertools.pairwise(ends)]
@@ -62,9 +75,9 @@ def _grouped_mm(x, weight, offs=None, bias=None, out_dtype=None):
     return torch.cat([*found, x.new_zeros(rest, weight.shape[2])] if rest else found)
 
 
-def _bmm(x, weight, **options):
+def _bmm(x, weight, *rest, **options):
     """x (n, rows, k) · weight (n, k, m); with few rows the calls of the single products would take longer."""
-    fits = not options and _fits(x, weight) and x.dim() == weight.dim() == 3 and x.shape[1] >= _LEAST_ROWS
+    fits = not rest and not options and _fits(x, weight) and x.dim() == weight.dim() == 3 and x.shape[1] >= _LEAST_ROWS
     if not fits or len(x) != len(weight) or len(x) == 0 or x.shape[2] != weight.shape[1]:
         return NotImplemented
     return torch.stack([_product(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True)])
@@ -79,13 +92,25 @@ if hasattr(torch, "_grouped_mm"):  # torch.nn.functional.grouped_mm calls it
     _SERVED[torch._grouped_mm] = _grouped_mm
 
 
+def _saved_tensors_hooks():
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 class _ServeProducts(TorchFunctionMode):
-    """While this mode is active, torch's products in this thread run on ours."""
+    """While this mode is active, torch's products in this thread run on ours.
+
+    Not inside a checkpoint that begins later: it computes again without the mode, and must save the same tensors.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.hooks = _saved_tensors_hooks()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         serve = _SERVED.get(func)
         known = serve is not None and len(args) >= 2 and kwargs.keys() <= _KNOWN
+        known = known and _saved_tensors_hooks() == self.hooks
         out = serve(*args, **kwargs) if known else NotImplemented
         return func(*args, **kwargs) if out is NotImplemented else out
 

@@ -14,7 +14,15 @@ import torch
 
 from fastattn import reference
 from fastattn._autocast import autocast_dtype
-from fastattn.drop_in.change import Change, Replaced, change_class, is_plain_input, make_class, why_not_take_over
+from fastattn.drop_in.change import (
+    Change,
+    Recognised,
+    Replaced,
+    change_class,
+    is_plain_input,
+    make_class,
+    why_not_take_over,
+)
 from fastattn.drop_in.linear import is_linear
 from fastattn.drop_in.recognise import computes_the_same, halves_of, quiet, randomise, run
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
@@ -48,7 +56,7 @@ class Block(NamedTuple):
         return halves if self.gate_first else halves[::-1]
 
 
-class FeedForward(Replaced):
+class FeedForward(Recognised):
     """A feed-forward block of another library on our op."""
 
     def forward(self, *args, **kwargs):
@@ -63,6 +71,8 @@ class FeedForward(Replaced):
     def _terms(self, x):
         """The arguments of `feed_forward` after x, or None if a child was changed, has hooks, or x does not fit."""
         block, children = self._fastattn, self._modules
+        if block is None:
+            return None
         layers = [children.get(name) for name in (block.gate or block.up, block.up, block.down)]
         dropout = children.get(block.hidden_dropout) if block.hidden_dropout else None
         if not (

@@ -4,15 +4,19 @@ Their products go through `fastattn.ops.linear`, which takes our kernels where t
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastattn._autocast import autocast_dtype
 from fastattn.drop_in.change import (
     Change,
+    Recognised,
     Replaced,
     change_class,
+    has_other_state,
     is_foreign,
     is_plain_input,
     make_class,
@@ -38,17 +42,22 @@ class Linear(Replaced):
         return linear(input, self.weight, self.bias)
 
 
-class Product(Replaced):
+class Product(Recognised):
     """A linear layer of another library. `_fastattn`: the names of weight and bias (or None), and whether the weight is
     (d_in, d_out)."""
 
     def forward(self, *args, **kwargs):
         """(..., d_in) → (..., d_out); what our product does not take goes to the original forward."""
-        if kwargs or len(args) != 1 or not is_plain_input(args[0]):
+        if self._fastattn is None or kwargs or len(args) != 1 or not is_plain_input(args[0]):
             return super().forward(*args, **kwargs)
-        weight, bias, transposed = self._fastattn
-        bias = getattr(self, bias) if bias else None
-        return linear(args[0], getattr(self, weight), bias, transposed=transposed)
+        (x,), (weight, bias, transposed) = args, self._fastattn
+        weight, bias = getattr(self, weight), getattr(self, bias) if bias else None
+        # layers differ in what they cast, and what they do under autocast
+        if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype) or autocast_dtype(x) is not None:
+            return super().forward(*args, **kwargs)
+        if bias is not None and bias.shape != weight.shape[transposed : transposed + 1]:
+            return super().forward(*args, **kwargs)
+        return linear(x, weight, bias, transposed=transposed)
 
 
 LINEAR = make_class(Linear, torch.nn.Linear, "linear")
@@ -95,7 +104,7 @@ def _names(module):
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     names = {p.dim(): name for name, p in parameters.items()}
     fits = set(names) in ({2}, {1, 2}) and len(names) == len(parameters)
-    if not fits or module._modules or any(buffer is not None for buffer in module._buffers.values()):
+    if not fits or has_other_state(module):
         return None
     return names[2], names.get(1)
 
@@ -104,7 +113,9 @@ def _twin(module, weight, bias):
     """A copy with a small random weight; attributes that are one of its sizes become the small size."""
     small = dict(zip(module._parameters[weight].shape, (_IN, _OUT), strict=True))
     twin = copy.copy(module)
-    twin.__dict__["_parameters"] = dict(module._parameters)
+    for name, value in vars(module).items():  # which its forward may change
+        if isinstance(value, (list, dict, set)):
+            twin.__dict__[name] = copy.copy(value)
     for name, value in vars(module).items():
         if type(value) is int and value in small:
             setattr(twin, name, small[value])
@@ -116,6 +127,18 @@ def _twin(module, weight, bias):
     return twin
 
 
+def _computes_linear(twin, x, matrix, bias):
+    """Whether a twin computes x · matrixᵀ + bias, also, unless it refuses them, of other shapes and of any size."""
+    for t in (x, x[0], x[0, 0], x[:, :, None], 1e6 * x, math.inf * x):
+        y, expected = run(twin, t), F.linear(t, matrix, bias)
+        if y is None and t is not x:
+            continue
+        slack = 1e-5 * expected.nan_to_num(0, 0, 0).abs().max().item()
+        if y is None or y.shape != expected.shape or not torch.allclose(y, expected, 0, slack, equal_nan=True):
+            return False
+    return True
+
+
 def _recognise_other(module, weight, bias):
     """A Change for a layer that computes x · weight + bias or x · weightᵀ + bias, or None."""
     twin = _twin(module, weight, bias)
@@ -124,8 +147,7 @@ def _recognise_other(module, weight, bias):
         if bias and getattr(twin, bias).shape != matrix.shape[:1]:
             continue
         x = torch.randn(2, _ROWS, matrix.shape[1], device="cpu", dtype=torch.float32)
-        y, expected = run(twin, x), F.linear(x, matrix, getattr(twin, bias) if bias else None)
-        if y is None or y.shape != expected.shape or (y - expected).abs().max() > 1e-5 * expected.abs().max():
+        if not _computes_linear(twin, x, matrix, getattr(twin, bias) if bias else None):
             continue
         new_class = make_class(Product, type(module), (weight, bias, transposed))
 

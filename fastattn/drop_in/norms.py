@@ -16,8 +16,9 @@ import torch
 
 from fastattn.drop_in.change import (
     Change,
-    Replaced,
+    Recognised,
     change_class,
+    has_other_state,
     is_foreign,
     is_plain_input,
     make_class,
@@ -57,13 +58,13 @@ class Formula(NamedTuple):
         return weight.dtype if self.dtype == "weight" else torch.promote_types(x.dtype, weight.dtype)
 
 
-class Norm(Replaced):
+class Norm(Recognised):
     """A norm of another library on our kernel."""
 
     def forward(self, *args, **kwargs):
         """The norm of one tensor, (..., channels) or (batch, channels, ...); other calls go to the original forward."""
         formula = self._fastattn
-        if kwargs or len(args) != 1 or not is_plain_input(args[0]):
+        if formula is None or kwargs or len(args) != 1 or not is_plain_input(args[0]):
             return super().forward(*args, **kwargs)
         x = args[0].movedim(1, -1) if formula.channels_first and args[0].dim() > 1 else args[0]
         weight, bias = (getattr(self, name) if name else None for name in (formula.weight, formula.bias))
@@ -141,7 +142,7 @@ def _dtype_of_result(twin, x):
 def _size(module):
     """The number of channels of a module that may be a norm, or None."""
     parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-    if module._modules or any(buffer is not None for buffer in module._buffers.values()):
+    if has_other_state(module):
         return None
     if not parameters:
         size = getattr(module, "normalized_shape", None)

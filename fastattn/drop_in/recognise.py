@@ -46,14 +46,17 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def run(module: torch.nn.Module, *inputs: Tensor) -> Tensor | None:
-    """What the module's own forward gives, without hooks; None if it fails, gives no tensor, or sets an attribute."""
+    """What the module's own forward gives, without hooks; None if it fails, gives no tensor, or changes the module."""
     before = dict(vars(module))
+    lengths = {name: len(value) for name, value in before.items() if isinstance(value, (list, dict, set))}
     try:
         out = type(module).forward(module, *inputs)
     except Exception:
         return None
     after = vars(module)
     if before.keys() != after.keys() or any(after[name] is not value for name, value in before.items()):
+        return None
+    if any(len(before[name]) != length for name, length in lengths.items()):
         return None
     return out if isinstance(out, Tensor) and out.is_floating_point() else None
 

@@ -61,6 +61,7 @@ def linear(x, weight, bias=None, transposed=False):
     needs_grad = grad_wanted(x, weight, bias)
     matrix = weight.t() if transposed else weight
     fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == matrix.shape[1]
+    fits = fits and (bias is None or bias.shape == matrix.shape[:1])  # torch's function broadcasts others
     if not fits or (needs_grad and x.numel() * matrix.shape[0] < _LEAST):
         return F.linear(x, matrix, bias)
     rows = x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)

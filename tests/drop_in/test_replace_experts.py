@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import BACKWARD, assert_accurate
+from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.drop_in import experts
@@ -78,7 +79,7 @@ def run(module, x):
     leaf = x.detach().clone().requires_grad_()
     y = module(leaf)
     weights = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
-    return y, torch.autograd.grad((y * weights).sum(), [leaf, *module.parameters()])
+    return y, torch.autograd.grad((y * weights).sum(), [leaf, *module.parameters()], allow_unused=True)
 
 
 def exact_run(module, x):
@@ -130,6 +131,87 @@ def test_calls_that_go_to_torch(kind, products):
     assert str(ours.value) == str(theirs.value)
     assert torch.equal(module.bfloat16()(x.bfloat16()), plain.bfloat16()(x.bfloat16()))
     assert not products
+
+
+class Forward(Experts):
+    """A forward that is a function of the module and x."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def both(function):
+    """(replaced, plain) modules with this forward."""
+    plain = Forward(function)
+    module = copy.deepcopy(plain)
+    fastattn.replace(module)
+    return module, plain
+
+
+ENDS = torch.tensor([5, 5, ROWS], dtype=torch.int32)
+PRODUCTS = {
+    "linear": lambda m, x: F.linear(x, m.up[0].t(), m.down[0, 0]),
+    "matmul": lambda m, x: x @ m.up[0],
+    "grouped": lambda m, x: torch._grouped_mm(x, m.up, offs=ENDS),
+    "bmm": lambda m, x: torch.bmm(x.expand(E, -1, -1), m.up),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_checkpoints_inside_and_around(name, products):
+    x = torch.randn(ROWS, D)
+    module, plain = both(lambda m, x: checkpoint(lambda x: PRODUCTS[name](m, x).relu(), x, use_reentrant=False))
+    got, grads = run(module, x)
+    assert not products
+    expected, expected_grads = run(plain, x)
+    torch.testing.assert_close((got, *grads[:2]), (expected, *expected_grads[:2]))
+    module, _ = both(PRODUCTS[name])
+    leaf = x.clone().requires_grad_()
+    checkpoint(module, leaf, use_reentrant=False).sum().backward()
+    assert products
+    torch.testing.assert_close(leaf.grad, torch.autograd.grad(module(leaf).sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_autocast_is_that_of_torch(name, products):
+    module, plain = both(PRODUCTS[name])
+    x = torch.randn(ROWS, D)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got, expected = module(x), plain(x)
+    assert got.dtype == expected.dtype
+    assert torch.equal(got, expected)
+    assert not products
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda m, x: F.linear(x, m.up[0].t(), m.up[0, 0, :1]), lambda m, x: F.linear(x, m.up[0].t(), m.down[0, 0, 0]),
+     lambda m, x: F.linear(x, m.up[0].t(), m.up[1, :1]), lambda m, x: x[0] @ m.up[0], lambda m, x: x @ m.up,
+     lambda m, x: x.view(3, 1, 6, D) @ m.up[:, None], lambda m, x: x[:0] @ m.up[0], lambda m, x: x @ m.up[0, :, 0],
+     lambda m, x: x @ m.up[0, :, :1].expand(D, 5), lambda m, x: torch.vmap(lambda w: x @ w)(m.up)],
+)  # fmt: skip
+def test_other_shapes(function):
+    module, plain = both(function)
+    x = torch.randn(ROWS, D)
+    torch.testing.assert_close(module(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda m, x: torch._grouped_mm(x, m.up, offs=ENDS.long()), lambda m, x: torch._grouped_mm(x, m.up, offs=ENDS[0]),
+     lambda m, x: torch._grouped_mm(x, m.up, offs=ENDS[:, None]), lambda m, x: torch.mm(x, m.up[0], torch.float32)],
+)  # fmt: skip
+def test_errors_are_those_of_torch(function):
+    errors = []
+    for module in both(function):
+        with pytest.raises((RuntimeError, NotImplementedError)) as caught:
+            module(torch.randn(ROWS, D))
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
 
 
 def test_copies_and_compile():

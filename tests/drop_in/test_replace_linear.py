@@ -136,12 +136,51 @@ class ThreeParameters(Own):
         self.scale = torch.nn.Parameter(torch.ones(OUT))
 
 
-@pytest.mark.parametrize("kind", [Scaled, InTraining, Rectified, OtherBias, Pair, Table, ThreeParameters])
+class Clamped(Own):
+    def forward(self, inputs):
+        return super().forward(inputs).clamp(-1000, 1000)
+
+
+class WithoutNan(Own):
+    def forward(self, inputs):
+        return super().forward(inputs).nan_to_num()
+
+
+class OnlyInThreeDimensions(Own):
+    def forward(self, inputs):
+        return super().forward(inputs) if inputs.dim() == 3 else -super().forward(inputs)
+
+
+class Logging(Own):
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    def forward(self, inputs):
+        self.log.append(inputs.shape)
+        return super().forward(inputs)
+
+
+class MaskedByAnAttribute(Own):
+    def __init__(self):
+        super().__init__()
+        self.mask = torch.tensor(1.0)
+
+    def forward(self, inputs):
+        return super().forward(inputs) * self.mask
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Scaled, InTraining, Rectified, OtherBias, Pair, Table, ThreeParameters, Clamped, WithoutNan, OnlyInThreeDimensions,
+     Logging, MaskedByAnAttribute],
+)  # fmt: skip
 def test_what_computes_something_else_is_left_alone(kind):
     layer, state = kind(), torch.get_rng_state()
     assert fastattn.replace(layer).replaced == {}
     assert type(layer) is kind
     assert torch.equal(torch.get_rng_state(), state)
+    assert not getattr(layer, "log", None)
 
 
 def test_reasons():
@@ -283,6 +322,44 @@ def test_changes_after_it():
         got = change(ours)
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected)
+
+
+class CastsWeights(Own):
+    def forward(self, inputs):
+        return F.linear(inputs, self.matrix.to(inputs.dtype), self.shift.to(inputs.dtype))
+
+
+class WithoutAutocast(Own):
+    def forward(self, inputs):
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(inputs.float(), self.matrix.float(), self.shift.float())
+
+
+def test_casts_of_the_original_layer(calls):
+    x = torch.randn(4, D)
+    for kind, dtype, autocast in ((CastsWeights, torch.bfloat16, False), (CastsWeights, torch.float64, False),
+                                  (WithoutAutocast, torch.float32, True)):  # fmt: skip
+        plain = kind()
+        layer = copy.deepcopy(plain)
+        fastattn.replace(layer)
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got, expected = layer(x.to(dtype)), plain(x.to(dtype))
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+        assert not calls
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, OUT), (4, OUT)], ids=str)
+@pytest.mark.parametrize("kind", [lambda: torch.nn.Linear(D, OUT), Conv1D], ids=["Linear", "Conv1D"])
+def test_a_bias_that_is_broadcast(kind, shape):
+    layer, x = kind(), torch.randn(4, D)
+    layer.bias = torch.nn.Parameter(torch.randn(shape))
+    plain = copy.deepcopy(layer)
+    layer.bias = torch.nn.Parameter(torch.randn(OUT))
+    fastattn.replace(layer)
+    layer.bias = torch.nn.Parameter(plain.bias.detach().clone())
+    torch.testing.assert_close(run(layer, x), run(plain, x))
 
 
 def test_patched_functions_of_torch(monkeypatch, calls):

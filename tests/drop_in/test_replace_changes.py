@@ -1,0 +1,98 @@
+"""Attributes that change after `replace`: a check saw those of before, so the module runs its own forward again."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn
+
+D, FF = 12, 20
+
+
+class Linear(torch.nn.Module):
+    factor = 1.0  # of the class
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(D, D))
+        self.bias, self.scale, self.lora = None, 1.0, None
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias) * self.scale * self.factor
+        return y if self.lora is None else y + self.lora(x)
+
+
+class Norm(torch.nn.Module):
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(D))
+        self.eps, self.scale, self.lora = 1e-6, 1.0, None
+
+    def forward(self, x):
+        y = self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.scale * self.factor
+        return y if self.lora is None else y + self.lora(x)
+
+
+class FeedForward(torch.nn.Module):
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = (torch.nn.Linear(*s) for s in ((D, FF), (D, FF), (FF, D)))
+        self.scale, self.lora = 1.0, None
+
+    def forward(self, x):
+        y = self.down(F.silu(self.gate(x)) * self.up(x)) * self.scale * self.factor
+        return y if self.lora is None else y + self.lora(x)
+
+
+class Residual(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+CHANGES = {"scale": 2.0, "factor": 3.0, "lora": Residual()}
+kinds = pytest.mark.parametrize("kind", [Linear, Norm, FeedForward])
+
+
+@kinds
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_attribute_that_changes(kind, name):
+    plain, x = kind(), torch.randn(4, D)
+    module = copy.deepcopy(plain)
+    report = fastattn.replace(module)
+    assert "" in report.replaced
+    setattr(module, name, CHANGES[name])
+    setattr(plain, name, CHANGES[name])
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(twin(x), plain(x))
+    report.undo()
+    assert vars(module).keys() == vars(plain).keys()
+    assert torch.equal(module(x), plain(x))
+
+
+def test_a_bias_that_comes_later():
+    plain, x = Linear(), torch.randn(4, D)
+    module = copy.deepcopy(plain)
+    fastattn.replace(module)
+    plain.bias = module.bias = torch.nn.Parameter(torch.randn(D))
+    torch.testing.assert_close(module(x), plain(x))
+
+
+@kinds
+def test_what_our_forward_reads_may_change(kind, monkeypatch):
+    module, x = kind(), torch.randn(4, D)
+    fastattn.replace(module)
+    module.eval()
+    module.scale = 1.0
+    module.own_name = "first"
+    module.load_state_dict({name: t + 1 for name, t in module.state_dict().items()}, assign=True)
+    for name in list(module._modules):
+        setattr(module, name, copy.deepcopy(getattr(module, name)))
+    monkeypatch.setattr(kind, "forward", None)  # would fail
+    assert module(x).shape == x.shape
