@@ -163,10 +163,9 @@ class Backbone(nn.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         x = self.norm(x) if self.shape.post_norm else x
-        p = dropout_p(self.dropout)
-        # torch's dropout draws its numbers on one thread
-        fused = p and self.shape.layers == "fastattn" and are_plain(self._modules, (), ("dropout",), ())
-        return dropout(x, p) if fused else self.dropout(x)
+        plain = self.shape.layers == "fastattn" and are_plain(self._modules, (), ("dropout",), ())
+        p = dropout_p(self.dropout) if plain else 0
+        return dropout(x, p) if p else self.dropout(x)  # torch's draws its numbers on one thread
 
 
 def check_tokens(tokens, block_size, start=0):

@@ -123,6 +123,8 @@ def test_dropout_of_the_embeddings_is_ours_where_nothing_hangs_on_it(monkeypatch
     seen = []
     model.train().dropout.register_forward_hook(lambda *_: seen.append(1))
     model(tokens)
+    model.dropout = torch.nn.Identity()  # which has no probability
+    model(tokens)
     assert (len(calls), len(seen)) == (1, 1)
 
 
