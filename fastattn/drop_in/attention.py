@@ -23,6 +23,8 @@ _IMPLEMENTATION = "fastattn"
 class _ServeSdpa(TorchFunctionMode):
     """While this mode is active, calls of torch's scaled_dot_product_attention in this thread run on our kernel."""
 
+    only_serves = True
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is _SDPA:

@@ -102,6 +102,8 @@ class _ServeProducts(TorchFunctionMode):
     Not inside a checkpoint that begins later: it computes again without the mode, and must save the same tensors.
     """
 
+    only_serves = True
+
     def __init__(self):
         super().__init__()
         self.hooks = _saved_tensors_hooks()

@@ -135,11 +135,17 @@ def encoder_dtype(x: Tensor) -> torch.dtype | None:
         and _is_plain(x)
         and x.layout is torch.strided
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
+        and not _is_watched()
         and choose("feed_forward", ("cpu", dtype, None)) == "native"
     ):
         return dtype
     return None
+
+
+def _is_watched():
+    """Whether a mode other than those of `replace`, which only look for products and attention, sees torch's calls."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(not getattr(mode, "only_serves", False) for mode in modes)
 
 
 def _is_plain(x):

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.drop_in import experts
+from fastattn.nn import whole
+from fastattn.ops._backends import why_not_available
 
 E, D, FF, ROWS = 3, 16, 24, 18
 
@@ -212,6 +214,36 @@ def test_errors_are_those_of_torch(function):
             module(torch.randn(ROWS, D))
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
+
+
+class Mixing(torch.nn.Module):
+    """A parameter of three dimensions, and a layer of torch.nn."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompts = torch.nn.Parameter(torch.randn(2, 5, D))
+        self.layer = torch.nn.TransformerEncoderLayer(D, 2, FF, 0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x + self.prompts)
+
+
+class Attending(Mixing):
+    def forward(self, x):
+        return self.layer(F.scaled_dot_product_attention(x, x, x) + self.prompts)
+
+
+@pytest.mark.skipif(why_not_available("native", "cpu") is not None, reason="no C++ kernels")
+@pytest.mark.parametrize("kind", [Mixing, Attending])
+def test_a_layer_inside_stays_one_call(kind, monkeypatch):
+    model, x, calls, original = kind(), torch.randn(2, 5, D), [], whole.train_layer
+    assert "" in fastattn.replace(model).replaced
+    monkeypatch.setattr(whole, "train_layer", lambda *args: calls.append(args) or original(*args))
+    model(x)
+    assert len(calls) == 1
+    with torch.overrides.BaseTorchFunctionMode():  # it sees what the layer calls
+        model(x)
+    assert len(calls) == 1
 
 
 def test_copies_and_compile():
