@@ -68,7 +68,7 @@ class Recognised(Replaced):
     """
 
     def __setattr__(self, name, value):
-        if name != "training" and _is_another(getattr(self, name, value), value):
+        if name not in ("training", "forward") and _is_another(getattr(self, name, value), value):
             self.__dict__["_fastattn"] = None
         super().__setattr__(name, value)
 

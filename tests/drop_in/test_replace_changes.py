@@ -94,5 +94,6 @@ def test_what_our_forward_reads_may_change(kind, monkeypatch):
     module.load_state_dict({name: t + 1 for name, t in module.state_dict().items()}, assign=True)
     for name in list(module._modules):
         setattr(module, name, copy.deepcopy(getattr(module, name)))
+    module.forward = module.forward  # as hooks of accelerate do, which put it back
     monkeypatch.setattr(kind, "forward", None)  # would fail
     assert module(x).shape == x.shape
