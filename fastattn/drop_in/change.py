@@ -59,6 +59,10 @@ class Replaced:
         return (_new, (cls.__bases__[0], self._original, self._fastattn), *state)
 
 
+# what modes, hooks of other libraries and replicas set
+_ALL_MODULES_HAVE = frozenset({"training", "forward", "__dict__", "_parameters", "_buffers", "_modules"})
+
+
 class Recognised(Replaced):
     """The base of the classes whose forward replaces one that a check recognised.
 
@@ -68,7 +72,7 @@ class Recognised(Replaced):
     """
 
     def __setattr__(self, name, value):
-        if name not in ("training", "forward") and _is_another(getattr(self, name, value), value):
+        if name not in _ALL_MODULES_HAVE and _is_another(getattr(self, name, value), value):
             self.__dict__["_fastattn"] = None
         super().__setattr__(name, value)
 

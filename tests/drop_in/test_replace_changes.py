@@ -95,5 +95,7 @@ def test_what_our_forward_reads_may_change(kind, monkeypatch):
     for name in list(module._modules):
         setattr(module, name, copy.deepcopy(getattr(module, name)))
     module.forward = module.forward  # as hooks of accelerate do, which put it back
+    replica = module._replicate_for_data_parallel()
     monkeypatch.setattr(kind, "forward", None)  # would fail
     assert module(x).shape == x.shape
+    assert replica._fastattn is not None
