@@ -97,7 +97,7 @@ register_backend(_NAME, "triton", lambda facts: why_not_triton_attention(facts, 
 
 
 def _prepare(given, causal, window):
-    """Check and cast what the user gave, a DecodeCall without seqlen_new and window, and return (facts, DecodeCall)."""
+    """Check and cast what the user gave, a DecodeCall without seqlen_new and sides, and return (facts, DecodeCall)."""
     q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad = given[:9]
     alibi_slopes, sink, num_splits = given.alibi_slopes, given.sink, given.num_splits
     device = "cpu" if q.is_cpu else device_name(q.device)
@@ -255,10 +255,10 @@ def attention_decode(
         >>> fastattn.attention_decode(q, cache, cache, cache_seqlens=lengths).shape
         torch.Size([2, 8, 1, 64])
     """
-    given = DecodeCall(
+    given = tuple.__new__(DecodeCall, (
         q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink,
-        seqlen_new=0, window_left=-1, window_right=-1, softcap=softcap, scale=scale, num_splits=num_splits,
-    )  # fmt: skip
+        0, -1, -1, softcap, scale, num_splits,
+    ))  # fmt: skip
     facts, call = _prepare(given, causal, window)
     runs = choose(_NAME, facts, backend)
     if grad_wanted(call.q, k_cache, v_cache, call.k, call.v, sink):
