@@ -97,7 +97,7 @@ register_backend(_NAME, "triton", lambda facts: why_not_triton_attention(facts, 
 
 
 def _prepare(given, causal, window):
-    """Check and cast what the user gave, a DecodeCall without seqlen_new and sides, and return (facts, DecodeCall)."""
+    """Check and cast the arguments; return (facts, DecodeCall). `given`: a DecodeCall without seqlen_new and window."""
     q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad = given[:9]
     alibi_slopes, sink, num_splits = given.alibi_slopes, given.sink, given.num_splits
     device = "cpu" if q.is_cpu else device_name(q.device)
