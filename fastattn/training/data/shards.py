@@ -74,7 +74,7 @@ def write_shards(folder, texts, tokenizer, *, fractions, shard_tokens, processes
 
 
 def _without(texts, written, fractions):
-    """Yield the texts that are not among the first of their part; written: {part: how many of them}."""
+    """Yield the texts but the first written[part] of each part, which an interrupted call has written."""
     left = dict(written)
     for text in texts:
         if any(left.values()) and left.get(part := part_of(text, fractions)):
