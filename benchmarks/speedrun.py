@@ -22,8 +22,9 @@ PROBE = 60  # steps
 
 
 def train(recipe, run, steps, *more):
-    """Train a recipe; {"steps", "wall", "training"}: seconds from the first step to the last checkpoint, with the
-    validation before the first step, and those of training steps alone.
+    """Train a recipe and return {"steps", "wall", "training"}.
+
+    wall: seconds from the validation before the first step to the last checkpoint. training: those of the steps alone.
     """
     command = ["train", "--config", f"recipes/{recipe}.yaml", "--steps", str(steps), "--run", str(run), "--overwrite"]
     fastattn(*command, *RECIPES[recipe], *more)

@@ -135,7 +135,7 @@ def shape_batch(name):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shape(compare, name):
-    """A training step of sizes that people have: the model, torch.compile of it, and after `replace`."""
+    """A training step at the sizes of real models: the model, torch.compile of it, and the model after `replace`."""
     batch, attention = shape_batch(name), SHAPES[name][2]
     plain = shape_model(name)
     candidates = {

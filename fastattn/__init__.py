@@ -85,7 +85,7 @@ def register() -> None:
 _TRAINING = {"load_run": "fastattn.training.runs.loaded"}  # what needs the packages of the extra train
 
 
-if TYPE_CHECKING:  # which would take any name for one that __getattr__ knows
+if TYPE_CHECKING:  # with a module __getattr__, a type checker accepts every name
     load_run: Callable[..., Any]
 else:
 

@@ -191,8 +191,8 @@ def uses_tma(args):
 def launch(kernel, grid, device, *args, **constants):
     """Run kernel[grid](*args, **constants) on a device, with the options that all launches share.
 
-    Multiply-adds are fused, whatever the default of this version of Triton is. A kernel that makes descriptors, as its
-    last argument, a Form, says, gets memory for them; the caller's allocator is not replaced.
+    Multiply-adds are fused, whatever the default of this version of Triton is. If its last argument is a
+    Form with descriptors that the kernel makes, it gets memory for them; the caller's allocator is not replaced.
     """
     constants["enable_fp_fusion"] = True
     with device_guard(device):

@@ -113,16 +113,19 @@ def main(arguments=None):
     parser.add_argument("--calls", nargs="+", default=(), help=", ".join(CALLS))
     parser.add_argument("--sample", action="store_true", help="few calls")
     parser.add_argument("--resume", type=pathlib.Path, help="JSON file with what was compiled")
-    parser.add_argument("--done", action="store_true", help="only what the file of --resume has")
+    parser.add_argument("--done", action="store_true", help="compile nothing: print what the file of --resume has")
     options = parser.parse_args(arguments)
     unknown = [*({*options.gpus} - {gpu_name(arch) for arch in (*NVIDIA, *AMD)}), *({*options.calls} - {*CALLS})]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
+    if options.done and not options.resume:
+        parser.error("--done needs --resume")
     wanted = list(cases(options.gpus, options.calls, options.sample))
     if options.done:
         have = json.loads(options.resume.read_text())
-        print(f"{len(wanted) - len(have)} of {len(wanted)} calls were not compiled.\n")
-        wanted = [case for case in wanted if case["title"] in have]
+        done = [case for case in wanted if case["title"] in have]
+        print(f"{len(wanted) - len(done)} of {len(wanted)} calls were not compiled.\n")
+        wanted = done
     rows = [row for case in compiled(wanted, options.resume) for row in judged(case)]
     print(table([cells for cells, _ in rows]))
     print(f"\n{REFUSED}: refused, because the kernels need compute capability 8.0 or higher.")

@@ -50,7 +50,7 @@ def on_page_markdown(markdown, page, config, files):
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]
     if page.file.src_uri.startswith("api/"):
-        page.meta["search"] = {"boost": 4}  # who searches for a name wants its reference first
+        page.meta["search"] = {"boost": 4}  # a search for a name should find its reference first
     inner = {target: source for source, target in OUTER.items()}
     here = inner.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     start = posixpath.dirname(page.file.src_uri)

@@ -1,4 +1,4 @@
-"""Parsing the arguments of a command, and the messages for what it does not take."""
+"""Parsing the arguments of a command, and the messages for arguments that it does not take."""
 
 import re
 import typing
@@ -37,7 +37,7 @@ _NO_VALUE = re.compile(r"argument (?P<option>\S+): expected one argument")
 
 
 def parse(parser, argv):
-    """The parsed arguments; UsageError if the parser rejects them, or a config file is not UTF-8 or no YAML."""
+    """The parsed arguments; UsageError if the parser rejects them, or a config file is not UTF-8 or not YAML."""
     argv = [_ALIAS.sub(r"--\1", argument) for argument in argv]
     if any(argument.startswith("--config") or "{" in argument for argument in argv):
         from ._yaml import check_yaml  # its package comes with an extra
@@ -55,7 +55,7 @@ def parse(parser, argv):
 
 
 def _check_null(parser, options):
-    """Raise UsageError if an option is null whose type does not allow it, which the parser lets pass."""
+    """Raise UsageError for a null option whose type does not allow null: the parser accepts it."""
     for action in parser._actions:
         value = options
         for name in action.dest.split("."):
@@ -110,7 +110,7 @@ def _plain(text, parser, argv):
 
 
 def _about_unknown(argument, group, option, key, arguments):
-    """What to say about an option or a key of a config file that is not there, or a positional argument too many."""
+    """The message for an unknown option, an unknown key of a config file, or an extra positional argument."""
     if argument and not argument.startswith("-"):
         return f"there is no place for the argument {argument!r}; --help shows the usage"
     name = argument.lstrip("-") if argument else f"{group}.{option}" if group else key

@@ -8,7 +8,7 @@ from fastattn.training.messages import UsageError
 
 
 def check_yaml(argv):
-    """Raise UsageError if a config file holds no settings, or has a key twice, as may an option's value in braces."""
+    """Raise UsageError for a config file without settings, and for a repeated key in it or in an option's {...}."""
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         option, given, value = argument.partition("=")
         value = value if given else following

@@ -51,7 +51,7 @@ def _matmul(x, weight, *rest, **options):
 
 
 def _product(x, weight):
-    """x (rows, k) · weight (k, n); the weight may be the view of one that lies as (n, k)."""
+    """x (rows, k) · weight (k, n); the weight may be a view of one that is stored as (n, k)."""
     return linear(x, weight, transposed=True) if weight.stride(1) == 1 else linear(x, weight.t())
 
 
@@ -76,7 +76,7 @@ def _grouped_mm(x, weight, offs=None, bias=None, out_dtype=None):
 
 
 def _bmm(x, weight, *rest, **options):
-    """x (n, rows, k) · weight (n, k, m); with few rows the calls of the single products would take longer."""
+    """x (n, rows, k) · weight (n, k, m). With few rows n separate calls would take longer, so torch serves those."""
     fits = not rest and not options and _fits(x, weight) and x.dim() == weight.dim() == 3 and x.shape[1] >= _LEAST_ROWS
     if not fits or len(x) != len(weight) or len(x) == 0 or x.shape[2] != weight.shape[1]:
         return NotImplemented
@@ -121,7 +121,7 @@ class Experts(Replaced):
     """A module with the weights of experts, on our products."""
 
     def forward(self, *args, **kwargs):
-        """The original forward; in a graph that is traced the calls stay torch's."""
+        """The original forward on our products; while a graph is traced, on torch's."""
         on_cpu = all(parameter.is_cpu for parameter in self._parameters.values() if parameter is not None)
         if not on_cpu or is_traced():
             return super().forward(*args, **kwargs)

@@ -94,7 +94,7 @@ def recognise(module: torch.nn.Module) -> Change | str | None:
     with quiet(torch.device("cpu")):
         try:
             found = _recognise_other(module, *names)
-        except Exception:  # the module's own code, which runs in the check; most such modules are no linear layers
+        except Exception:  # raised by the module's own code: most such modules are not linear layers
             return None
     return found and (why_not_take_over(module) or found)
 

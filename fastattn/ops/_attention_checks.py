@@ -64,7 +64,7 @@ def transposed_hint(name, shape_q, shape_k, packed=False, what="q, k and v"):
 
 
 def _mask_hint(label, t, q, full):
-    """The end of a message about a mask or bias that fits as a mask of keys, or to transposed q and k, or ""."""
+    """The end of a message about a mask or bias that would fit as a mask of keys or with q and k transposed, or ""."""
     if t.dim() == 2 and tuple(t.shape) == (full[0], full[3]):
         return f"; for one value per key pass {label}[:, None, None, :]"
     if q.dim() == 4 and t.dim() >= 2 and t.shape[-2] in (1, q.shape[1]) and t.shape[-1] == q.shape[1] != full[3]:

@@ -7,7 +7,7 @@ shape, which costs oneDNN 0.7 ms. Without AVX-512, MKL is as fast. Where MKL tak
 ours for part of the shapes: `_products_table.py` says which. Products dy · weight of one row stay with MKL,
 which is twice as fast there, because our kernel would pack the whole matrix.
 
-x · weightᵀ with few rows has kernels of its own, which read the weight as it lies: fp32, also times weights of 16 or 8
+x · weightᵀ with few rows has kernels of its own, which read the weight in place: fp32, also times weights of 16 or 8
 bits (layer.py), and bf16 on processors with AVX512-BF16. `_few_rows_table.py` says up to how many rows they serve.
 
 On a processor without half-precision instructions, torch's loops take 2 to 120 times as long as a product in fp32 with

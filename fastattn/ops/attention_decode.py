@@ -97,9 +97,9 @@ register_backend(_NAME, "triton", lambda facts: why_not_triton_attention(facts, 
 
 
 def _prepare(given, causal, window):
-    """Check and cast the arguments of a user in a DecodeCall, and return (facts, DecodeCall)."""
-    q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, *others = given
-    alibi_slopes, sink, _, _, _, softcap, scale, num_splits = others
+    """Check and cast the arguments; return (facts, DecodeCall). `given`: a DecodeCall without seqlen_new and window."""
+    q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad = given[:9]
+    alibi_slopes, sink, num_splits = given.alibi_slopes, given.sink, given.num_splits
     device = "cpu" if q.is_cpu else device_name(q.device)
     if autocast_dtype(q) is not None:  # the caches are updated in place, so they set the dtype
         dtype = k_cache.dtype
@@ -109,7 +109,7 @@ def _prepare(given, causal, window):
     check_int32(_NAME, "cache_seqlens", cache_seqlens, q, batch)
     if cache_leftpad is not None:
         check_int32(_NAME, "cache_leftpad", cache_leftpad, q, batch)
-    softcap, _, scale = check_numbers(_NAME, softcap, 0.0, scale)
+    softcap, _, scale = check_numbers(_NAME, given.softcap, 0.0, given.scale)
     left, right, top_left = resolve_window(_NAME, causal, window)
     if top_left:
         raise ValueError(f'{_NAME}: causal must be False, True or "bottom_right", got "top_left"')
@@ -255,12 +255,11 @@ def attention_decode(
         >>> fastattn.attention_decode(q, cache, cache, cache_seqlens=lengths).shape
         torch.Size([2, 8, 1, 64])
     """
-    facts, call = _prepare(
-        (
-            q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink,
-            0, -1, -1, softcap, scale, num_splits,
-        ), causal, window,
-    )  # fmt: skip
+    given = tuple.__new__(DecodeCall, (
+        q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink,
+        0, -1, -1, softcap, scale, num_splits,
+    ))  # fmt: skip
+    facts, call = _prepare(given, causal, window)
     runs = choose(_NAME, facts, backend)
     if grad_wanted(call.q, k_cache, v_cache, call.k, call.v, sink):
         raise RuntimeError(

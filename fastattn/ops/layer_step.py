@@ -23,7 +23,7 @@ from fastattn.ops.layer import ABSENT
 
 
 class Options(NamedTuple):
-    """What is no tensor, as the raw op takes it: a list of numbers.
+    """The arguments that are not tensors. The raw op takes them as a list of numbers.
 
     attention_p, first_p, hidden_p, second_p: dropout of the attention weights, of the result of out_proj, of the hidden
     layer and of the result of linear2. causal: position i sees positions 0 to i. autocast: from fp32 to bf16. most_*:

@@ -25,6 +25,13 @@ def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def texts():
+    """(file, text) of all documents and sources."""
+    files = {ROOT / name for name in DOCUMENTS}
+    files |= {file for folder in SOURCES for file in (ROOT / folder).rglob("*") if file.suffix in SUFFIXES}
+    return [(file, file.read_text(encoding="utf-8")) for file in sorted(files)]
+
+
 def without_code(text):
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
@@ -108,18 +115,21 @@ def test_links_lead_somewhere(name):
 
 def test_named_files_exist():
     """Every file of ours that another file names by its path exists. Placeholders are in capitals."""
-    files = [ROOT / name for name in DOCUMENTS]
-    files += [file for folder in SOURCES for file in (ROOT / folder).rglob("*") if file.suffix in SUFFIXES]
     folders = "docs|benchmarks|scripts|recipes|tests|kernels|csrc"
     named = re.compile(rf"(?<![\w./-])(?:{folders})/[\w./-]+\.(?:md|py|sh|yaml|h|cpp|cuh?)\b")
     absent = "kernels/__init__.py"  # a test requires that there is none
     missing = {
         f"{file.relative_to(ROOT)}: {path}"
-        for file in files
-        for path in named.findall(file.read_text(encoding="utf-8"))
+        for file, text in texts()
+        for path in named.findall(text)
         if not (ROOT / path).exists() and not re.search(r"[A-Z]{4}\.", path) and path != absent
     }
     assert not missing
+
+
+def test_no_file_has_two_sides_of_a_merge():
+    marks = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
+    assert [file for file, text in texts() if marks.search(text)] == []
 
 
 @pytest.mark.parametrize("page", ["docs/torch-nn.md", "docs/flash-attn.md", "docs/architecture.md"])

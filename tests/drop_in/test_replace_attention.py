@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import BACKWARD, assert_accurate
+from replaced_cases import run
 
 import fastattn
 from fastattn.ops import _backends
@@ -59,15 +60,6 @@ def calls(monkeypatch):
             monkeypatch.setattr(module, name, counted)
     monkeypatch.setattr(sys.modules["fastattn.ops.attention"], "choose", counted)
     return found
-
-
-def run(module, x):
-    leaf = x.detach().clone().requires_grad_()
-    y = module(leaf)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    weights = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
-    grads = torch.autograd.grad((y * weights).sum(), [leaf, *parameters])
-    return y, dict(zip(("x", *names), grads, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -45,7 +45,7 @@ def plain():
 
 
 def taken_over(model):
-    """Whether no linear layer of torch.nn or of transformers is what it was."""
+    """Whether all linear layers of torch.nn and transformers have been replaced."""
     kinds = {type(module) for module in model.modules()}
     return torch.nn.Linear not in kinds and transformers.pytorch_utils.Conv1D not in kinds
 

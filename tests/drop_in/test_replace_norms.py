@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import BACKWARD, assert_accurate
+from replaced_cases import run
 
 import fastattn
 
@@ -130,16 +131,6 @@ def case(request):
         parameter.data += 0.3 * torch.randn_like(parameter)
     shape = (3, D, 4, 5) if request.param == "channels first" else (3, 7, D)
     return norm, kind, torch.randn(shape) + 0.5
-
-
-def run(norm, x):
-    leaf = x.detach().clone().requires_grad_()
-    y = norm(leaf)
-    weights = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
-    parameters = dict(norm.named_parameters())
-    return y, dict(
-        zip(["x", *parameters], torch.autograd.grad((y * weights).sum(), [leaf, *parameters.values()]), strict=True)
-    )
 
 
 @pytest.mark.parametrize(("weights", "inputs"), [(w, x) for w in FLOATS for x in FLOATS], ids=str)

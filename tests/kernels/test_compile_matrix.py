@@ -46,6 +46,11 @@ def test_done_prints_what_the_file_has(script, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 kernels of 2 calls; 0 do not fit." in printed
     assert f"{13 * len(script.CALLS) - 2} of {13 * len(script.CALLS)} calls were not compiled." in printed
+    assert script.main(["--resume", str(tmp_path / "done.json"), "--done", "--gpus", first["title"].split()[0]]) == 0
+    assert f"{len(script.CALLS) - 1} of {len(script.CALLS)} calls were not compiled." in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script.main(["--done"])
+    assert "--done needs --resume" in capsys.readouterr().err
 
 
 def test_a_sample_compiles_for_a_newer_gpu_and_for_amd(script):

@@ -2,15 +2,15 @@
 
 import copy
 
+import encoder_step
 import pytest
 import torch
+from encoder_step import MASKS, assert_close, make, masks_for, step
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.ops import _gemm
 from fastattn.ops._backends import why_not_available
-from tests.support import encoder_step
-from tests.support.encoder_step import MASKS, assert_close, make, masks_for, step
 
 pytestmark = [
     pytest.mark.skipif(why_not_available("native", "cpu") is not None, reason="no C++ kernels"),

@@ -1,4 +1,4 @@
-"""What records a module, such as export or a trace, treats our layers like those of torch.nn."""
+"""Tools that record a module, such as export and traces, treat our layers like those of torch.nn."""
 
 import io
 import warnings

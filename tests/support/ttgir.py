@@ -11,7 +11,7 @@ _EVENTS = (
 
 
 class Loop(NamedTuple):
-    """The events before a loop, since the last one ended, and in it: a letter of _EVENTS for each."""
+    """The events between the last loop and this one, and those in it: one letter of _EVENTS each."""
 
     before: str
     body: str

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_tables_and_named_sets_are_streamed_too(tmp_path):
     ("a.txt", b"good\nzero \0\n", r"is a binary file \(a zero in line 2\)"),
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2 is not valid JSON"),
     ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', r"a\.jsonl, line 2: column 'text' is empty"),
-    ("a.txt.gz", gzip.compress(b"line\n" * 9000)[:-20], "is not valid gzip data after line"),
+    ("a.txt.gz", gzip.compress(b"line\n" * 9000, mtime=0)[:-20], "is not valid gzip data after line"),
     ("a.txt.gz", b"no gzip", "is not valid gzip data after line 0"),
     ("a.txt", b" \n", "the train part has no documents"),
 ])  # fmt: skip
@@ -134,7 +135,7 @@ def test_an_interrupted_corpus_goes_on_and_is_the_same(corpus, tmp_path, capsys,
     (tmp_path / "parts.unfinished" / ".train-00000.tokens.1.tmp").write_bytes(b"of a killed process")
     capsys.readouterr()
     assert main(command) == 0
-    assert "goes on after" in capsys.readouterr().err
+    assert "continuing after" in capsys.readouterr().err
     assert files_of(output) == expected
 
 
@@ -147,9 +148,9 @@ def test_an_unfinished_corpus_with_other_settings_or_texts_is_refused(corpus, tm
         patch.setattr(_Writer, "flush", interrupted)
         assert main([*command, "--validation_fraction", "0.2"]) == 130
     for options, change, problem in (
-        (["--validation_fraction", "0.3"], "", "was begun with another fractions"),
-        (["--validation_fraction", "0.2", "--shard_tokens", "9"], "", "was begun with another shard_tokens"),
-        (["--validation_fraction", "0.2"], '{"text": "new"}\n', "was begun with another state of the source"),
+        (["--validation_fraction", "0.3"], "", "was begun with other settings (fractions)"),
+        (["--validation_fraction", "0.2", "--shard_tokens", "9"], "", "was begun with other settings (shard_tokens)"),
+        (["--validation_fraction", "0.2"], '{"text": "new"}\n', "was begun with other settings (state of the source)"),
     ):
         corpus.write_text(corpus.read_text() + change)
         assert main([*command, *options]) == 2
@@ -161,6 +162,18 @@ def test_an_unfinished_corpus_with_other_settings_or_texts_is_refused(corpus, tm
     settings.unlink()
     assert main([*command, "--validation_fraction", "0.2"]) == 2
     assert "must be empty or an unfinished output" in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_loses_no_file(corpus, tmp_path, capsys, monkeypatch):
+    def broken(*_):
+        raise BrokenProcessPool
+        yield
+
+    monkeypatch.setattr("fastattn.training.data.shards._encode_all", broken)
+    command = ["data", "shard", str(corpus), "--output", str(tmp_path / "out"), "--tokenizer", "byte"]
+    assert main([*command, "--processes", "2"]) == 2
+    assert "a worker process died, perhaps because memory ran out" in capsys.readouterr().err
+    assert (tmp_path / "out.unfinished" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("what", ["tokenize", "shard"])

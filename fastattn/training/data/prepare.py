@@ -148,7 +148,7 @@ def data_tokenize(
 
 @dataclass
 class Vocabulary:
-    """How to get a tokenizer: from tokenizer_file, beside which all else is left out, or learnt; null: the default."""
+    """How to get a tokenizer: read from tokenizer_file, which excludes the other options, or learnt. None: default."""
 
     tokenizer: str | None
     vocab_size: int | None
@@ -203,7 +203,7 @@ def data_shard(
 ):  # fmt: skip
     """Turn a corpus that may be larger than memory into shards of tokens, for task lm, with several processes.
 
-    After an interruption the same command goes on where it stopped.
+    After an interruption the same command continues where it stopped.
 
     Args:
         output: new folder; until it is complete its name ends in .unfinished
@@ -245,7 +245,7 @@ def data_shard(
             )
     except BrokenProcessPool:
         raise UsageError(
-            "a process that tokenizes has died, perhaps for want of memory; the same command goes on"
+            "a worker process died, perhaps because memory ran out; the same command continues where it stopped"
         ) from None
 
 

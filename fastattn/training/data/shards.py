@@ -58,7 +58,7 @@ def write_shards(folder, texts, tokenizer, *, fractions, shard_tokens, processes
     writers = {name: _Writer(folder, name, shard_tokens, tokenizer.number_of(UNKNOWN)) for name in present}
     written = {name: writer.facts["documents"] for name, writer in writers.items()}
     if any(written.values()):
-        warn(f"goes on after {sum(written.values()):,} documents")
+        warn(f"continuing after {sum(written.values()):,} documents")
     batches = _batches(_without(texts, written, fractions))
     for parts, lengths, numbers in _encode_all(batches, tokenizer.to_json(), fractions, processes):
         pieces = np.split(numbers, np.cumsum(lengths)[:-1])
@@ -74,7 +74,7 @@ def write_shards(folder, texts, tokenizer, *, fractions, shard_tokens, processes
 
 
 def _without(texts, written, fractions):
-    """Yield the texts that are not among the first of their part; written: {part: how many of them}."""
+    """Yield the texts but the first written[part] of each part, which an interrupted call has written."""
     left = dict(written)
     for text in texts:
         if any(left.values()) and left.get(part := part_of(text, fractions)):
@@ -86,7 +86,7 @@ def _without(texts, written, fractions):
 
 
 class _Writer:
-    """The files of a part; the content of the next one is held in memory. Goes on behind the last complete file."""
+    """The files of a part; the content of the next one is held in memory. It continues after the last complete file."""
 
     def __init__(self, folder, name, shard_tokens, unknown):
         self.folder, self.name, self.shard_tokens, self.unknown = folder, name, shard_tokens, unknown
@@ -155,7 +155,7 @@ def _encode_all(batches, tokenizer, fractions, processes):
 
 
 def _start(tokenizer, fractions):
-    """What a process keeps; one of a pool ends with the process that started it, which alone answers Ctrl-C."""
+    """Set up a process. A worker of a pool ends with the process that started it, and leaves Ctrl-C to that one."""
     global _tokenizer, _fractions, _ends
     if parent := multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""A folder that is written over a long time: what was interrupted goes on where it stopped."""
+"""A folder that takes long to write: after an interruption, writing continues where it stopped."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,7 @@ def unfinished_folder(path, settings):
     """Open a folder to write into, which gets the name `path` when the block ends.
 
     Until then it is `path` with SUFFIX. After an interruption it stays, and the next call with the same settings opens
-    it again; after a UsageError, which would come again, it is removed.
+    it again; after a UsageError, which a repetition would raise again, it is removed.
 
     Args:
         path: Path that does not exist.
@@ -65,12 +65,12 @@ def _open(folder, settings):
         raise UsageError(f"{str(file)!r} is damaged: remove the folder") from None
     if other := [name for name, value in settings.items() if begun.get(name) != value]:
         raise UsageError(
-            f"{str(folder)!r} was begun with another {other[0]}: repeat the first command, or remove the folder"
+            f"{str(folder)!r} was begun with other settings ({other[0]}): repeat the first command or remove the folder"
         )
 
 
 def state_of_source(source):
-    """What tells a changed source: [[path, bytes, time of change]] of its files; [] for a source that is no path."""
+    """[[path, bytes, time of change]] of the files of a source, to notice changes; [] if it is not a path."""
     path = Path(source).expanduser()
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

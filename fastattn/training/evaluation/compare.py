@@ -146,7 +146,7 @@ def _architecture(path):
 
 
 def _count_parameters(folder):
-    """What num_parameters says of the model in model.safetensors, from its header; None if the header is damaged."""
+    """The parameters in model.safetensors, counted like num_parameters does; None if its header is damaged."""
     try:
         with open(folder / "model.safetensors", "rb") as file:
             size = int.from_bytes(file.read(8), "little")

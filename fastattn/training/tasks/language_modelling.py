@@ -271,6 +271,7 @@ class LanguageModelling(Task):
 
 
 def scores_of_text(total, count, characters):
+    """The scores of a text from the sum of its losses, the number of predictions, and of characters (0 = unknown)."""
     known = {"characters": characters} if characters else {}
     return {"tokens": int(count), **known, **language_scores(total, count, characters or None)}
 

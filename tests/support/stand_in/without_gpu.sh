@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command as if there was a GPU, whose launches do nothing (runtime.c):
+# Runs a command as if there were a GPU whose launches do nothing (runtime.c):
 #
 #   tests/support/stand_in/without_gpu.sh FOLDER COMMAND...
 #
