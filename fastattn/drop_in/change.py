@@ -104,6 +104,7 @@ def make_class(mixin: type, original: type, facts: Any) -> type:
 
     names = {name: original.__dict__.get(name) for name in ("__module__", "__doc__")}
     names |= {"__qualname__": original.__qualname__, "_fastattn": facts, "_original": original, "forward": forward}
+    names["plain_as"] = vars(mixin).get("plain_as")
     return type(original)(original.__name__, (mixin, original), names)
 
 

@@ -28,9 +28,9 @@ def is_plain(module, *classes):
 
     Parametrizations and LoRA layers are other classes, pruning and sharding are hooks, and quantisation may be in the
     parameters. `must_call_children` checks what holds for all modules of a class. A class that computes the same as one
-    of `classes` names it in `plain_as`.
+    of `classes` names it in `plain_as`, which its subclasses do not inherit.
     """
-    if type(module) not in classes and getattr(type(module), "plain_as", None) not in classes:
+    if type(module) not in classes and vars(type(module)).get("plain_as") not in classes:
         return False
     state = module.__dict__
     parameters = state["_parameters"]

@@ -218,16 +218,36 @@ def test_a_layer_of_fastattn_with_replaced_linears_stays_fused(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("inside", [fastattn.nn.FeedForward, lambda *sizes: GatedBlock()])
+def test_a_class_made_from_a_replaced_one_keeps_its_forward(inside):
+    block, x = inside(D, OUT), torch.randn(3, D)
+    fastattn.replace(block)
+    child = next(m for m in block.modules() if isinstance(m, torch.nn.Linear))
+    child.__class__ = LINEAR
+    expected = block(x)
+    seen = []
+
+    class Observed(LINEAR):
+        def forward(self, input):
+            seen.append(input)
+            return super().forward(input)
+
+    child.__class__ = Observed
+    torch.testing.assert_close(block(x), expected)
+    assert len(seen) == 1
+
+
+class GatedBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = (torch.nn.Linear(*s) for s in ((D, OUT), (D, OUT), (OUT, D)))
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
 def test_kinds_one_after_the_other():
-    class Gated(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.gate, self.down = (torch.nn.Linear(*s) for s in ((D, OUT), (D, OUT), (OUT, D)))
-
-        def forward(self, x):
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-
-    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, D), "ff": Gated(), "head": torch.nn.Linear(D, 5)})
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, D), "ff": GatedBlock(), "head": torch.nn.Linear(D, 5)})
     model["head"].weight = model["embed"].weight
     first = fastattn.replace(model, only="linear")
     assert set(first.replaced) == {"ff.up", "ff.gate", "ff.down", "head"}
