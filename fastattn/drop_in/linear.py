@@ -128,8 +128,8 @@ def _twin(module, weight, bias):
 
 
 def _computes_linear(twin, x, matrix, bias):
-    """Whether a twin computes x · matrixᵀ + bias, also, unless it refuses them, of other shapes and of any size."""
-    for t in (x, x[0], x[0, 0], x[:, :, None], 1e6 * x, math.inf * x):
+    """Whether a twin computes x · matrixᵀ + bias, also, unless it refuses them, of other shapes and of infinity."""
+    for t in (x, x[0], x[0, 0], x[:, :, None], math.inf * x):
         y, expected = run(twin, t), F.linear(t, matrix, bias)
         if y is None and t is not x:
             continue

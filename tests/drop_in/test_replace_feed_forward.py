@@ -205,6 +205,13 @@ class Doubled(NoDropout):
         return super().forward(x) * (2.0 if self.training else 1.0)
 
 
+class Limited(NoDropout):
+    """As some mixtures of experts have it."""
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)).clamp(max=10) * self.up(x).clamp(-10, 10))
+
+
 class PlainWithoutDropout(Plain):
     def __init__(self):
         super().__init__()
@@ -216,7 +223,9 @@ class Functional(NoDropout):
         return F.dropout(super().forward(x), 0.1, self.training)
 
 
-@pytest.mark.parametrize("kind", [Reversed, WithResidual, OtherActivation, Doubled, PlainWithoutDropout, Functional])
+@pytest.mark.parametrize(
+    "kind", [Reversed, WithResidual, OtherActivation, Doubled, Limited, PlainWithoutDropout, Functional]
+)
 def test_what_is_left_alone(kind):
     block, state = kind(), torch.get_rng_state()
     assert fastattn.replace(block, only="feed_forward").replaced == {}

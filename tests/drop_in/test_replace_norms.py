@@ -256,6 +256,11 @@ class Clipped(Rms):
         return super().forward(x).clamp(max=1.5)
 
 
+class ClippedInput(Rms):
+    def forward(self, x):
+        return super().forward(x.clamp(-1000, 1000))
+
+
 class NoGradientOfVariance(Rms):
     def forward(self, x):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon).detach()
@@ -305,6 +310,7 @@ class TwoOutputsNorm(Rms):
     "kind",
     [
         Clipped,
+        ClippedInput,
         NoGradientOfVariance,
         DropsInTraining,
         OneMinus,
