@@ -1,7 +1,8 @@
 """Does a module compute what we think? Running its code on small random inputs answers that; its name does not.
 
 A twin of the module, with other random weights, runs its own forward and then ours: in training and in evaluation, in
-fp32 with all gradients, on large numbers, and in the dtypes that the module may meet. The module itself is not called.
+fp32 with all gradients, on large numbers, under autocast, and in the dtypes that the module may meet. The module itself
+is not called.
 """
 
 import contextlib
@@ -106,6 +107,8 @@ def computes_the_same(
             twin.train(training)
             found.append(run(twin, x))
         found += run(twin, _LARGE * x), _gradients(twin, x)
+        with torch.autocast(x.device.type, _HALF):  # a module may switch it off
+            found.append(run(twin, x))
         for weights, inputs in halves:
             cast(twin, weights)
             found.append(run(twin, x.to(inputs)))

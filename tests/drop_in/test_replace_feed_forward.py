@@ -212,6 +212,12 @@ class Limited(NoDropout):
         return self.down(self.act(self.gate(x)).clamp(max=10) * self.up(x).clamp(-10, 10))
 
 
+class WithoutAutocast(NoDropout):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
 class PlainWithoutDropout(Plain):
     def __init__(self):
         super().__init__()
@@ -224,7 +230,8 @@ class Functional(NoDropout):
 
 
 @pytest.mark.parametrize(
-    "kind", [Reversed, WithResidual, OtherActivation, Doubled, Limited, PlainWithoutDropout, Functional]
+    "kind",
+    [Reversed, WithResidual, OtherActivation, Doubled, Limited, WithoutAutocast, PlainWithoutDropout, Functional],
 )
 def test_what_is_left_alone(kind):
     block, state = kind(), torch.get_rng_state()
