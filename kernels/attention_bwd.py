@@ -152,10 +152,11 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
     v_tile = load_tile(v_side, start_n, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_N, True, False)
     seen_by = query_blocks(start_n, span, form)
 
-    # loop over the query heads that share these keys
+    # loop over the query heads that share these keys; what does not depend on the head is computed again for each,
+    # because there are no registers to keep it in
     dk_acc = zeros(form.BLOCK_N, form.BLOCK_D)
     dv_acc = zeros(form.BLOCK_N, form.BLOCK_DV)
-    for member in range(form.GROUP):
+    for member in tl.range(0, form.GROUP, disable_licm=True):
         q_head = k_head * form.GROUP + member
         head = find_head(q_head, span, features, n_heads, threshold)
         q_side = query_side(q, q_head, span, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, form.TMA, q_map)

@@ -165,7 +165,7 @@ class Start(NamedTuple):
     grid: tuple
     blocks: int  # the number of blocks of the rows of a head, or of all packed rows
     form: Form
-    form_tma: Form | None  # for tensors that TMA can read; None if TMA must not be used
+    form_tma: Form | None  # for tensors that TMA can read and the host does not describe; None without TMA
     boxes: tuple  # of the two tensors that are read with TMA, if each load reads whole heads; else ()
     options: dict
 
@@ -244,7 +244,7 @@ class Plan:
         return self.starts[kernel]
 
     def _start(self, kernel):
-        config, tma = pick(kernel, *self.kind)
+        config, makers = pick(kernel, *self.kind)
         block, length, heads = config.block_m, self.total_q, self.n_heads
         if kernel == "dkdv":
             block, length, heads = config.block_n, self.total_k, self.kv_heads
@@ -259,7 +259,7 @@ class Plan:
             KEY_MASK=self.form.KEY_MASK and kernel != "dbias",
             GROUP=self.form.GROUP if kernel == "dkdv" else 1,
         )
-        form_tma = form._replace(TMA=DEVICE_MADE.value) if tma else None
+        form_tma = form._replace(TMA=DEVICE_MADE.value if makers != HOST_MADE.value else 0) if makers else None
         rows, whole = (config.block_m, True) if kernel == "dkdv" else (config.block_n, self._sees_all_keys())
         boxes = ([1, 1, rows, form.BLOCK_D], [1, 1, rows, form.BLOCK_DV]) if whole and self.sequences is None else ()
         return Start((blocks * heads * self.batch,), blocks, form, form_tma, boxes, config.options())

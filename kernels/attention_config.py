@@ -11,7 +11,7 @@ import functools
 import torch
 
 from fastattn.kernels.attention_table import TABLE
-from fastattn.kernels.common import Launch
+from fastattn.kernels.common import DEVICE_MADE, HOST_MADE, Launch
 
 KERNELS = ("fwd", "dkdv", "dq", "dbias")
 HEAD_DIMS = (32, 64, 128, 256)
@@ -21,15 +21,21 @@ INTERPRETED = Launch(64, 64, 4, 2)  # few large blocks, because the interpreter 
 
 
 def architecture(device):
-    """Return (the table's architecture, whether the device has TMA). The interpreter has architecture 0."""
+    """Return (the table's architecture, who may make TMA descriptors). The interpreter has architecture 0.
+
+    The second is 0 without TMA, DEVICE_MADE if both host and device may, else HOST_MADE. Where products read registers,
+    as on all that use the rows of 86, a descriptor that the device makes saves nothing and needs registers.
+    """
     if device.type == "cpu":
-        return 0, False
+        return 0, 0
     if torch.version.hip:
-        return AMD, False
+        return AMD, 0
     major, minor = torch.cuda.get_device_capability(device)
-    if major == 8:
-        return 80 if minor in (0, 7) else 86, False
-    return {9: 90, 10: 100}.get(major, 86), major >= 9
+    if major in (9, 10):
+        return 10 * major, DEVICE_MADE.value
+    if major == 8 and minor in (0, 7):
+        return 80, 0
+    return 86, HOST_MADE.value if major > 10 else 0
 
 
 def table_key(arch, kernel, element_size, head_dim):
@@ -43,10 +49,10 @@ def table_key(arch, kernel, element_size, head_dim):
 
 @functools.cache
 def pick(kernel, device, dtype, head_dim, extra, windowed):
-    """Return (Launch, whether TMA may be used) for one kind of call."""
-    arch, tma = architecture(device)
+    """Return (Launch, who may make TMA descriptors as from `architecture`) for one kind of call."""
+    arch, makers = architecture(device)
     kind = "extra" if extra else "causal" if windowed else "full"
     row = INTERPRETED if arch == 0 else getattr(TABLE[table_key(arch, kernel, dtype.itemsize, head_dim)], kind)
     if arch == AMD:
         row = row._replace(stages=min(row.stages, AMD_STAGES))
-    return row, tma and dtype.itemsize == 2
+    return row, makers if dtype.itemsize == 2 else 0

@@ -48,7 +48,7 @@ TABLE = {
     (86, "dkdv", 2, 128): Variants(Launch(32, 64, 8, 2), Launch(32, 64, 8, 2), Launch(32, 32, 8, 1)),
     (86, "dkdv", 2, 256): Variants(Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(16, 32, 8, 1)),
     (86, "dq", 2, 32): Variants(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 32, 4, 2)),
-    (86, "dq", 2, 64): Variants(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 32, 8, 2)),
+    (86, "dq", 2, 64): Variants(Launch(128, 32, 8, 2), Launch(128, 32, 8, 2), Launch(64, 32, 8, 2)),
     (86, "dq", 2, 128): Variants(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 4, 1)),
     (86, "dq", 2, 256): Variants(Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(16, 32, 8, 1)),
     (86, "fwd", 2, 32): Variants(Launch(128, 64, 4, 3), Launch(128, 64, 4, 3), Launch(64, 64, 8, 2)),

@@ -13,11 +13,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import compilations
+import torch
 import ttgir
 
-from fastattn.kernels.attention_config import HEAD_DIMS, KERNELS, table_key
+from fastattn.kernels.attention_config import HEAD_DIMS, KERNELS, architecture, table_key
 from fastattn.kernels.attention_table import TABLE
-from fastattn.kernels.common import Variants
+from fastattn.kernels.common import DEVICE_MADE, HOST_MADE, Variants
 
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -107,6 +108,15 @@ def test_table_is_complete():
             for size in (2, 4):
                 for head_dim in (8, 32, 59, 64, 96, 128, 192, 256):
                     assert isinstance(TABLE[table_key(arch, kernel, size, head_dim)], Variants)
+
+
+@pytest.mark.parametrize(("capability", "arch", "makers"), [
+    ((8, 0), 80, 0), ((8, 9), 86, 0), ((9, 0), 90, DEVICE_MADE.value), ((10, 3), 100, DEVICE_MADE.value),
+    ((12, 1), 86, HOST_MADE.value),
+])  # fmt: skip
+def test_rows_and_descriptors_of_an_architecture(capability, arch, makers, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert architecture(torch.device("cuda")) == (arch, makers)
 
 
 def test_configurations_compile_without_spills():

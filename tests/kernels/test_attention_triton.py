@@ -104,7 +104,7 @@ def launchers():
     attention_call.plan_for.cache_clear()
 
 
-@pytest.mark.parametrize("blocks", [(32, 64), (64, 16)])
+@pytest.mark.parametrize("blocks", [(32, 64), (64, 16), (128, 32)])
 def test_block_shapes_do_not_matter(blocks, launchers, monkeypatch):
     from fastattn.kernels.common import Launch
 
@@ -139,6 +139,19 @@ def test_descriptors(made_by_host, options, descriptors):
     Case(heads=4, kv_heads=2, dtype=torch.float16, **options).check()
     assert [form.TMA for form, *_ in descriptors] == [2 if host else 1 for host in made_by_host]
     assert [maps != [None, None] for _, *maps in descriptors] == list(made_by_host)
+
+
+@pytest.mark.parametrize(("used", "options"), [
+    ([2, 2, 2], {"window_right": 0}), ([0, 2, 0], {"lengths": [50, 0], "batch": 2}),
+    ([0, 0, 0], {"packed": ([0, 30, 70], [0, 65, 80])}),
+])  # fmt: skip
+def test_a_device_that_makes_no_descriptors(used, options, descriptors, launchers, monkeypatch):
+    from fastattn.kernels.common import HOST_MADE
+
+    pick = launchers.pick
+    monkeypatch.setattr(launchers, "pick", lambda *kind: (pick(*kind)[0], HOST_MADE.value))
+    Case(heads=4, kv_heads=2, dtype=torch.float16, **options).check()
+    assert [form.TMA for form, *_ in descriptors] == used
 
 
 def test_descriptors_of_the_host_need_strides(descriptors):
