@@ -48,7 +48,8 @@ assert cuda.cudaDeviceSynchronize() == 0
 @pytest.mark.skipif(not HEADERS.exists(), reason="no headers of CUDA")
 @pytest.mark.skipif(not all(map(shutil.which, ("gcc", "nm"))), reason="no gcc or nm")
 def test_memory_launches_and_captures(tmp_path):
-    environment = os.environ | {"STAND_IN_ARCH": "120", "STAND_IN_GPUS": "2"}
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # the script asks `python` for its torch
+    environment = os.environ | {"STAND_IN_ARCH": "120", "STAND_IN_GPUS": "2", "PATH": path}
     done = subprocess.run(
         [RUN, tmp_path / "made", sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
     )
