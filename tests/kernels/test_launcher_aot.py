@@ -75,5 +75,7 @@ def test_what_the_launchers_pass_compiles():
             assert not any(name.endswith("U16") for c in rows for name in c), title
         if case["call"] == "attention" and case["arguments"].get("dtype") != "float32":
             tma = {c["kernel"] for c in case["compiled"] if c["tma"]}
-            assert ("attention_fwd_kernel" in tma) == (case["arch"] >= 90), title
+            # from sm_110 on only the host makes descriptors, which it does for calls that are not packed
+            made_by_host = case["arch"] > 100 and not case["arguments"].get("packed")
+            assert ("attention_fwd_kernel" in tma) == (case["arch"] in (90, 100) or made_by_host), title
     assert not failures, "\n".join(failures)

@@ -231,7 +231,7 @@ def data_shard(
         return stream_texts(documents.source, documents.columns, documents.unit)
 
     settings = {**asdict(documents), **asdict(how), "shard_tokens": shard_tokens, "fractions": fractions}
-    settings |= {f"state of the {name}": state_of_source(settings[name] or "") for name in ("source", "tokenizer_file")}
+    settings |= {f"state of the {name}": state_of_source(settings[name]) for name in ("source", "tokenizer_file")}
     try:
         with unfinished_folder(path, settings) as folder:
             file = folder / "tokenizer.json"

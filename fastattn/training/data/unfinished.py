@@ -70,7 +70,9 @@ def _open(folder, settings):
 
 
 def state_of_source(source):
-    """[[path, bytes, time of change]] of the files of a source, to notice changes; [] if it is not a path."""
+    """[[path, bytes, time of change]] of the files of a source, to notice changes; [] if it is None or not a path."""
+    if source is None:
+        return []
     path = Path(source).expanduser()
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
