@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import BACKWARD, assert_accurate
-from replaced_cases import run
+from replaced_cases import calls_of_linear, run
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -66,16 +66,8 @@ KINDS = [Experts, ByLinear, Grouped, Batched]
 @pytest.fixture(autouse=True)
 def products(monkeypatch):
     """The products that ours served, of any size."""
-    monkeypatch.setattr(fastattn.ops.linear, "_LEAST", 0)
     torch.manual_seed(0)
-    found, original = [], experts.linear
-
-    def counted(*args, **options):
-        found.append(args)
-        return original(*args, **options)
-
-    monkeypatch.setattr(experts, "linear", counted)
-    return found
+    return calls_of_linear(monkeypatch, experts)
 
 
 def exact_run(module, x):

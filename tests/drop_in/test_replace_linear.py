@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import BACKWARD, assert_accurate
-from replaced_cases import run
+from replaced_cases import calls_of_linear, run
 from torch.nn.utils import prune
 
 import fastattn
@@ -27,14 +27,7 @@ def every_size(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """The calls of our op by the modules."""
-    found, original = [], drop_in.linear
-
-    def counted(*args, **options):
-        found.append(options)
-        return original(*args, **options)
-
-    monkeypatch.setattr(drop_in, "linear", counted)
-    return found
+    return calls_of_linear(monkeypatch, drop_in)
 
 
 class Conv1D(torch.nn.Module):
