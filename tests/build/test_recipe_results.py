@@ -92,8 +92,8 @@ def test_a_run_of_the_speedrun_takes_the_time_that_is_asked_for(modules, monkeyp
 
     monkeypatch.setattr(modules["speedrun"], "train", train)
     result = modules["speedrun"].train_for("speedrun", 600)
-    assert result["wall"] == pytest.approx(600, rel=0.05) and result["steps"] == made[-1]
-    assert len(made) == runs
+    assert result["wall"] == pytest.approx(600, rel=0.05)
+    assert (result["steps"], len(made)) == (made[-1], runs)
 
 
 def test_a_speedrun_on_an_unsteady_machine_ends_with_an_error(modules, monkeypatch):
