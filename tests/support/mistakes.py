@@ -1,4 +1,4 @@
-"""A right call of each op, for tests that make something in it wrong."""
+"""A valid call of each op, for tests that change one argument to a wrong one."""
 
 import torch
 
