@@ -49,19 +49,6 @@ void load_pairs(Tile& t, const uint16_t* src, int64_t stride, int64_t rows, int6
   }
 }
 
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  TileShapes() {
-    for (int i = 0; i < 8; ++i) {
-      row_bytes[i] = 64;
-      rows[i] = kVec;
-    }
-  }
-};
-
 // sums (R * 16, 32) = R tiles of rows of a times two of columns of b; rows of a are `stride` bytes apart.
 template <int R>
 void multiply(const char* a, int64_t stride, int64_t step, int64_t next_rows, const char* b, int64_t steps,
@@ -149,8 +136,7 @@ void tiles_pack_b(const TilesArgs& args, int64_t begin, int64_t end) {
 }
 
 void tiles_multiply(const TilesArgs& args, int64_t begin, int64_t end) {
-  static const TileShapes shapes;
-  _tile_loadconfig(&shapes);
+  const Tiles tiles;
   constexpr int64_t kBlock = kTilesBlock;
   const int64_t steps = args.steps(), panels = (args.n + kBlock - 1) / kBlock, tasks = args.rows / kBlock * panels;
   alignas(64) float sums[kBlock * kBlock];
@@ -168,7 +154,6 @@ void tiles_multiply(const TilesArgs& args, int64_t begin, int64_t end) {
                 : multiply<1>(a, stride, step, next_rows, b, steps, sums);
     finish(args, sums, r0, rows, n0, clamp(args.n - n0, kBlock));
   }
-  _tile_release();
 }
 
 }  // namespace fastattn

@@ -1,32 +1,10 @@
 #pragma once
 // How a product in bfloat16 with the tiles of AMX is divided between threads, for the wrappers that make one.
-#if defined(__linux__) && defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "dispatch.h"
 #include "gemm_tiles.h"
 #include "host.h"
 
 namespace fastattn {
-
-// Whether the processor has AMX for bfloat16, and the system lets this process use it.
-inline bool has_tiles() {
-#if defined(__linux__) && defined(__x86_64__)
-  static const bool found = [] {
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return cpu_capability() == CpuCapability::kAvx512Bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) &&
-           (d & kTile) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  }();
-  return found;
-#else
-  return false;
-#endif
-}
 
 #if defined(__x86_64__)
 // Computes the product of args, whose operands, sizes, strides, bias and `add` are set.

@@ -4,12 +4,10 @@
 #include <algorithm>
 #include <optional>
 
-#include "gemm.h"
-#include "gemm_amx.h"
+#include "products.h"
 
 namespace {
 
-using fastattn::GemmArgs;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -33,30 +31,14 @@ struct Matrix {
     row = rows <= 1 ? (cols <= 1 ? 1 : 0) : tensor.stride(d);
     col = cols <= 1 ? 1 : tensor.stride(1 - d);
   }
+
+  fastattn::Operand operand() const { return {fastattn::data_of(tensor), rows, cols, row, col, tensor.scalar_type()}; }
 };
 
 ScalarType dtype_of_products(const Tensor& a) {
   const bool bf16 = a.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(!bf16 || fastattn::has_tiles(), "gemm: bfloat16 needs a processor with AMX");
   return bf16 ? ScalarType::BFloat16 : ScalarType::Float;
-}
-
-template <typename Args>
-void fill(Args& args, const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
-          bool add) {
-  args.a = static_cast<decltype(args.a)>(fastattn::data_of(a.tensor));
-  args.b = static_cast<decltype(args.b)>(fastattn::data_of(b.tensor));
-  args.bias = static_cast<decltype(args.bias)>(fastattn::data_or_null(bias));
-  args.c = static_cast<decltype(args.c)>(out.mutable_data_ptr());
-  args.m = a.rows;
-  args.n = b.cols;
-  args.k = a.cols;
-  args.a_row = a.row;
-  args.a_col = a.col;
-  args.b_row = b.row;
-  args.b_col = b.col;
-  args.c_row = a.rows <= 1 ? b.cols : out.stride(0);
-  args.add = add;
 }
 
 void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, bool add) {
@@ -67,16 +49,8 @@ void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optiona
   if (a.rows * b.cols == 0) {
     return;
   }
-#if defined(__x86_64__)
-  if (dtype == ScalarType::BFloat16) {
-    fastattn::TilesArgs args{};
-    fill(args, out, a, b, bias, add);
-    return fastattn::run_tiles(args);
-  }
-#endif
-  GemmArgs args{};
-  fill(args, out, a, b, bias, add);
-  fastattn::run_gemm(args);
+  fastattn::multiply_ours(a.operand(), b.operand(), fastattn::data_or_null(bias), add, out.mutable_data_ptr(),
+                          a.rows <= 1 ? b.cols : out.stride(0));
 }
 
 // a · b + bias, either operand transposed first
