@@ -283,25 +283,26 @@ class Tiles {
   };
 };
 
-// product() for 16 rows, C vectors of columns and whole tiles of depth. Needs Tiles.
+// product() for 16 rows, C vectors of columns and whole tiles of depth. Needs Tiles, whose numbers must be literals.
 template <bool kTransposed, int C>
 void product_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
                    Start start, const float* factor) {
-  constexpr int64_t kSize = sizeof(float);
-  if (start == Start::kScale) {
-    for (int r = 0; r < kVec; ++r) {
-      for (int x = 0; x < C * kVec; x += kVec) {
-        (Vec::load(c + r * ldc + x) * Vec::load(factor + x)).store(c + r * ldc + x);
-      }
+  const auto bytes = [](int64_t floats) { return static_cast<size_t>(floats * 4); };
+  for (int r = 0; start == Start::kScale && r < kVec; ++r) {
+    for (int x = 0; x < C * kVec; x += kVec) {
+      (Vec::load(c + r * ldc + x) * Vec::load(factor + x)).store(c + r * ldc + x);
     }
   }
-  const bool zero = start == Start::kZero;
-#define FASTATTN_COLUMN(x, i)                                                                \
-  if constexpr (C > x) {                                                                     \
-    zero ? _tile_zero(x) : _tile_loadd(x, c + x * kVec, static_cast<size_t>(ldc * kSize));   \
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if (start != Start::kZero) {
+    _tile_loadd(0, c, bytes(ldc));
+    if constexpr (C > 1) _tile_loadd(1, c + kVec, bytes(ldc));
+    if constexpr (C > 2) _tile_loadd(2, c + 2 * kVec, bytes(ldc));
+    if constexpr (C > 3) _tile_loadd(3, c + 3 * kVec, bytes(ldc));
   }
-  FASTATTN_COLUMN(0, 5) FASTATTN_COLUMN(1, 6) FASTATTN_COLUMN(2, 7) FASTATTN_COLUMN(3, 5)
-#undef FASTATTN_COLUMN
   alignas(64) float square[kVec * kVec];
   for (int64_t k = 0; k < depth; k += kVec) {
     if constexpr (kTransposed) {
@@ -310,24 +311,30 @@ void product_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int
       for (int x = 0; x < kVec; ++x) {
         t[x].store(square + x * kVec);
       }
-      _tile_loadd(4, square, kVec * kSize);
+      _tile_loadd(4, square, bytes(kVec));
     } else {
-      _tile_loadd(4, a + k, static_cast<size_t>(lda * kSize));
+      _tile_loadd(4, a + k, bytes(lda));
     }
-#define FASTATTN_COLUMN(x, i)                                                             \
-  if constexpr (C > x) {                                                                  \
-    _tile_loadd(i, b + k * ldb + x * kVec, static_cast<size_t>(ldb * kSize));             \
-    _tile_dpbf16ps(x, 4, i);                                                              \
+    const float* row = b + k * ldb;
+    _tile_loadd(5, row, bytes(ldb));
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (C > 1) {
+      _tile_loadd(6, row + kVec, bytes(ldb));
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (C > 2) {
+      _tile_loadd(7, row + 2 * kVec, bytes(ldb));
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (C > 3) {
+      _tile_loadd(5, row + 3 * kVec, bytes(ldb));
+      _tile_dpbf16ps(3, 4, 5);
+    }
   }
-    FASTATTN_COLUMN(0, 5) FASTATTN_COLUMN(1, 6) FASTATTN_COLUMN(2, 7) FASTATTN_COLUMN(3, 5)
-#undef FASTATTN_COLUMN
-  }
-#define FASTATTN_COLUMN(x, i)                                              \
-  if constexpr (C > x) {                                                   \
-    _tile_stored(x, c + x * kVec, static_cast<size_t>(ldc * kSize));       \
-  }
-  FASTATTN_COLUMN(0, 5) FASTATTN_COLUMN(1, 6) FASTATTN_COLUMN(2, 7) FASTATTN_COLUMN(3, 5)
-#undef FASTATTN_COLUMN
+  _tile_stored(0, c, bytes(ldc));
+  if constexpr (C > 1) _tile_stored(1, c + kVec, bytes(ldc));
+  if constexpr (C > 2) _tile_stored(2, c + 2 * kVec, bytes(ldc));
+  if constexpr (C > 3) _tile_stored(3, c + 3 * kVec, bytes(ldc));
 }
 #endif
 
