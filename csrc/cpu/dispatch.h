@@ -36,8 +36,8 @@
 
 // The same for kernels that have a variant for the tiles of AMX, too.
 #if defined(__x86_64__)
-#define FASTATTN_SELECT_CPU_TILES(name, dtype)                                                \
-  (dtype == fastattn::DType::kBFloat16 && fastattn::has_tiles() ? fastattn::name##_amx        \
+#define FASTATTN_SELECT_CPU_TILES(name, dtype)                                         \
+  (dtype == fastattn::DType::kBFloat16 && fastattn::has_tiles() ? fastattn::name##_amx \
                                                                 : FASTATTN_SELECT_CPU_BF16(name, dtype))
 #else
 #define FASTATTN_SELECT_CPU_TILES(name, dtype) FASTATTN_SELECT_CPU(name)

@@ -32,8 +32,7 @@ struct Tile {
 void load_rows(Tile& t, const uint16_t* src, int64_t stride, int64_t rows, int64_t elements) {
   const __mmask32 part = static_cast<__mmask32>(elements >= kTileDepth ? ~0u : (1u << elements) - 1);
   for (int r = 0; r < kVec; ++r) {
-    t.row[r] =
-        r < rows ? Vec{_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(part, src + r * stride))} : Vec::fill(0.f);
+    t.row[r] = r < rows ? Vec{_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(part, src + r * stride))} : Vec::fill(0.f);
   }
 }
 

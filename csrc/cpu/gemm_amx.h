@@ -10,10 +10,10 @@ namespace fastattn {
 // Computes the product of args, whose operands, sizes, strides, bias and `add` are set.
 inline void run_tiles(TilesArgs args) {
   constexpr int64_t kTileFloats = 256, kTile = 16;
-  constexpr int64_t kMostPacked = 1 << 20;      // floats of each operand at a time
-  constexpr int64_t kPartBytes = 1 << 20;       // of the rows of a that stay in the second cache
-  constexpr int64_t kLeastWork = 1 << 21;       // multiplications that are worth waking a thread
-  constexpr int64_t kLeastPacked = 1 << 15;     // elements
+  constexpr int64_t kMostPacked = 1 << 20;   // floats of each operand at a time
+  constexpr int64_t kPartBytes = 1 << 20;    // of the rows of a that stay in the second cache
+  constexpr int64_t kLeastWork = 1 << 21;    // multiplications that are worth waking a thread
+  constexpr int64_t kLeastPacked = 1 << 15;  // elements
   const int64_t m = args.m, n = args.n, steps = args.steps();
   if (m * n == 0) {
     return;

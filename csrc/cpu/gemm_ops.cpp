@@ -11,15 +11,18 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+const char* name_of(ScalarType dtype) {
+  return dtype == ScalarType::Float ? "float32" : "bfloat16";
+}
+
 // A matrix one of whose strides is 1, transposed by its strides if wanted; a copy where both strides have gaps.
 struct Matrix {
   Tensor tensor;
   int64_t rows, cols, row, col;
 
   Matrix(const Tensor& t, bool transposed, const char* name, ScalarType dtype) : tensor(t) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == dtype, "gemm: ", name, " must be ",
-                    torch::headeronly::toString(dtype), " of two dimensions, got ",
-                    torch::headeronly::toString(t.scalar_type()), " of ", t.dim());
+    STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == dtype, "gemm: ", name, " must be ", name_of(dtype),
+                    " of two dimensions, got ", torch::headeronly::toString(t.scalar_type()), " of ", t.dim());
     const bool is_dense = t.size(0) <= 1 || t.size(1) <= 1 || t.stride(0) == 1 || t.stride(1) == 1;
     if (!is_dense) {
       tensor = fastattn::contiguous_copy(t);
@@ -45,7 +48,7 @@ void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optiona
   STD_TORCH_CHECK(a.cols == b.rows, "gemm: a of ", a.cols, " columns does not fit b of ", b.rows, " rows");
   const ScalarType dtype = out.scalar_type();
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == b.cols && bias->scalar_type() == dtype),
-                  "gemm: bias must be ", torch::headeronly::toString(dtype), " of ", b.cols, " elements");
+                  "gemm: bias must be ", name_of(dtype), " of ", b.cols, " elements");
   if (a.rows * b.cols == 0) {
     return;
   }

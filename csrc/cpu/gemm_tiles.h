@@ -18,8 +18,8 @@ struct TilesArgs {
 
   int64_t steps() const { return (k + 31) / 32; }  // of a tile's depth
 };
-constexpr int64_t kTilesBlock = 32;                                       // rows and columns of a task
-float* tiles_memory(int64_t floats);                                      // of this thread, or null
+constexpr int64_t kTilesBlock = 32;                                      // rows and columns of a task
+float* tiles_memory(int64_t floats);                                     // of this thread, or null
 void tiles_pack_a(const TilesArgs& args, int64_t begin, int64_t end);    // 16 rows each
 void tiles_pack_b(const TilesArgs& args, int64_t begin, int64_t end);    // 16 columns each
 void tiles_multiply(const TilesArgs& args, int64_t begin, int64_t end);  // tasks
