@@ -52,6 +52,7 @@ void load_pairs(Tile& t, const uint16_t* src, int64_t stride, int64_t rows, int6
 template <int R>
 void multiply(const char* a, int64_t stride, int64_t step, int64_t next_rows, const char* b, int64_t steps,
               float* sums) {
+  complete_stores();
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (R == 2) {

@@ -258,11 +258,18 @@ template <typename T>
 }
 
 #if defined(__AMX_BF16__)
+// Completes the stores before it. Compilers do not know that instructions of AMX read memory, and may drop or delay
+// what these are to find there.
+inline void complete_stores() {
+  asm volatile("" ::: "memory");
+}
+
 // While it lives, this thread may use eight tiles of 16 rows of 16 slots.
 class Tiles {
  public:
   Tiles() {
     static const Shapes shapes;
+    complete_stores();
     _tile_loadconfig(&shapes);
   }
   ~Tiles() { _tile_release(); }
@@ -293,6 +300,7 @@ void product_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int
       (Vec::load(c + r * ldc + x) * Vec::load(factor + x)).store(c + r * ldc + x);
     }
   }
+  complete_stores();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -311,6 +319,7 @@ void product_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int
       for (int x = 0; x < kVec; ++x) {
         t[x].store(square + x * kVec);
       }
+      complete_stores();
       _tile_loadd(4, square, bytes(kVec));
     } else {
       _tile_loadd(4, a + k, bytes(lda));
