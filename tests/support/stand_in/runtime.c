@@ -22,7 +22,7 @@ static __thread int mode;             // of captures, of this thread
 static unsigned long long capturing;  // the number of the capture that is under way, or 0
 static unsigned long long captures;
 static char handle[4096];  // what every handle points to
-static int refusals;  // of allocations and waits in a capture
+static int refusals;       // of allocations and waits in a capture
 
 int stand_in_refusals(void) {
   return refusals;
