@@ -59,7 +59,7 @@ FAMILIES = {
     "clip": ("CLIPModel", {"text_config": {**ENCODER, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": VISION,
                            "projection_dim": 16}, "both"),
 }  # fmt: skip
-# family: the first version of transformers in which an attn_implementation reaches its attention, if not all tested ones
+# family: the first version of transformers in which an attn_implementation reaches its attention, if not 4.57
 ATTENTION_SINCE = {"bert": (5, 0), "roberta": (5, 0), "distilbert": (5, 0), "modernbert": (5, 1), "t5": (5, 15)}
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 NO_FP64 = ["clip"] if VERSION < (5, 0) else []  # it makes a mask in fp32 with the smallest number of fp64
@@ -75,7 +75,7 @@ PADDINGS = {
 
 def has_own_attention(family):
     """Whether no attn_implementation of the installed transformers reaches the attention of a family."""
-    return VERSION < ATTENTION_SINCE.get(family, (0, 0))
+    return ATTENTION_SINCE.get(family, (0, 0)) > VERSION
 
 
 @functools.cache
