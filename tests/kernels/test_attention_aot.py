@@ -39,6 +39,7 @@ FEATURES = {  # calls for which a row of the table must compile
     "alibi": [
         {"right": 0, "alibi": True, "softcap": 30.0, "sink": True}, {"alibi": True},
         {"right": 0, "alibi": True, "packed": True, "kv_heads": 2},
+        {"left": 200, "right": 0, "alibi": True, "softcap": 30.0, "sink": True, "lengths": True},
     ],
 }  # fmt: skip
 
@@ -132,10 +133,12 @@ def test_rows_and_descriptors_of_an_architecture(capability, arch, makers, monke
     ("extra", {"mask": (1, 1, 64, 64)}), ("alibi", {"alibi_dims": 1}), ("alibi", {"alibi_dims": 2, "softcap": 5.0}),
     ("extra", {"alibi_dims": 1, "dropout_p": 0.1, "drops": True}), ("extra", {"alibi_dims": 1, "bias": (1, 1, 64, 64)}),
     ("extra", {"alibi_dims": 1, "mask": (1, 1, 1, 64)}), ("extra", {"alibi_dims": 1, "mask": (1, 1, 64, 64)}),
+    ("extra", {"alibi_dims": 1, "head_dim": 40}),
 ])  # fmt: skip
 def test_the_kind_of_a_call(kind, more):
     """A limit of registers holds only for calls with few features: those with more would spill."""
-    q = geometry(torch.empty(2, 4, 64, 64, device="meta"))
+    more = dict(more)
+    q = geometry(torch.empty(2, 4, 64, more.pop("head_dim", 64), device="meta"))
     tensors = {
         name: geometry(torch.empty(more[name], device="meta")) if name in more else None for name in ("bias", "mask")
     }
