@@ -1,10 +1,10 @@
-"""One call of each family of kernels, forward and backward, beside PyTorch: what to run first on a new GPU.
+"""One call of each family of kernels, forward and backward, against PyTorch: what to run first on a new GPU.
 
     python tests/gpu/first.py           every family with every backend that is available, as a table (about 2 minutes)
     python tests/gpu/first.py --rows    Triton's attention for every row of its table instead, head dim 32 first
 
 `pytest tests/gpu` runs the same calls, and prints the same table at the end. The exit code is 1 if a result is wrong.
-A result is right if its largest error beside fp64 is at most 5 times that of the reference in PyTorch in the same
+A result is right if its largest error against fp64 is at most 5 times that of the reference in PyTorch in the same
 dtype, plus two roundings.
 """
 

@@ -47,7 +47,7 @@ def test_a_wrong_result_and_an_error_are_reported(monkeypatch, capsys):
 
 
 def test_a_device_that_computes_nothing_is_reported(monkeypatch, capsys):
-    """Its results and those of PyTorch beside them are equal, and both wrong."""
+    """Its results and PyTorch's results on the same device are equal, and both are wrong."""
     assert first.computes("cpu")
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.zeros(8, 8))
     assert not first.computes("cpu")

@@ -73,7 +73,7 @@ def late_loads(call):
     for c in call["compiled"]:
         for loop in itertools.starmap(ttgir.Loop, c["loops"] if c["stages"] > 1 else ()):
             if call["arguments"].get("mask") and loop.blocks_ahead() in (None, 0):
-                continue  # blocks beside a hidden key have one stage
+                continue  # blocks with a hidden key have one stage
             if loop.blocks_ahead() != c["stages"] - 1 or not loop.loads_under_a_product():
                 yield f"{c['kernel']} sm_{call['arch']} {call['arguments']}: {loop}"
 

@@ -160,7 +160,7 @@ class Vocabulary:
         if self.tokenizer_file is not None:
             for name, value in vars(self).items():
                 if name != "tokenizer_file":
-                    expect(value in (None, False), name, "left out beside tokenizer_file, which decides it", value)
+                    expect(value in (None, False), name, "left out with tokenizer_file, which decides it", value)
             return
         self.tokenizer = self.tokenizer or "bpe"
         self.vocab_size = 4096 if self.vocab_size is None else self.vocab_size

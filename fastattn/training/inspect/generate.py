@@ -28,7 +28,7 @@ class _NextLogits:
     """The logits after each row of a growing batch, with a cache while the rows fit the model's window.
 
     When the window moves, every token changes its position, so the whole window is read again. Converted weights belong
-    to a cache, which is then filled anew for each window.
+    to a cache, which is then filled again for each window.
     """
 
     def __init__(self, model, use_cache, weights=None):
