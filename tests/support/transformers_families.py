@@ -59,6 +59,11 @@ FAMILIES = {
     "clip": ("CLIPModel", {"text_config": {**ENCODER, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": VISION,
                            "projection_dim": 16}, "both"),
 }  # fmt: skip
+# family: the first version of transformers in which an attn_implementation reaches its attention, if not 4.57
+ATTENTION_SINCE = {"bert": (5, 0), "roberta": (5, 0), "distilbert": (5, 0), "modernbert": (5, 1), "t5": (5, 15)}
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+NO_FP64 = ["clip"] if VERSION < (5, 0) else []  # it makes a mask in fp32 with the smallest number of fp64
+HAS_OWN_ATTENTION = "this version of transformers gives the family an attention that no attn_implementation reaches"
 DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "attn_pdrop", "resid_pdrop",
             "embd_pdrop", "dropout_rate", "dropout", "activation_dropout", "hidden_dropout", "mlp_dropout",
             "embedding_dropout")  # fmt: skip
@@ -66,6 +71,11 @@ PADDINGS = {
     "decoder": ("whole", "left", "right", "packed"), "encoder": ("whole", "left", "right"), "vision": ("whole",),
     "seq2seq": ("whole", "left", "right"), "audio": ("whole",), "both": ("right",),
 }  # fmt: skip
+
+
+def has_own_attention(family):
+    """Whether no attn_implementation of the installed transformers reaches the attention of a family."""
+    return ATTENTION_SINCE.get(family, (0, 0)) > VERSION
 
 
 @functools.cache
@@ -132,7 +142,11 @@ def logits_and_gradients(model, given, real):
 
 
 def plain_attention(module, q, k, v, mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **_):
-    """Attention written out in fp64; eager masks with a number that its softmax in fp32 does not have."""
+    """Attention written out in fp64; eager masks with a number that its softmax in fp32 does not have.
+
+    mask: bool, or floats that are 0 at visible keys, as some models of transformers 4.57 make theirs.
+    """
+    mask = mask == 0 if mask is not None and mask.is_floating_point() else mask
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
