@@ -93,7 +93,7 @@ def draw(function, rows):
                 continue
             place = y - 0.4 + height * (number + 0.5)
             axes.barh(place, row["ratio"] - 1, left=1, height=height, color=COLOURS[number % len(COLOURS)])
-            inside = math.log(row["ratio"]) > 0.06 * math.log(high / low)  # beside the bar a mark may cross it
+            inside = math.log(row["ratio"]) > 0.06 * math.log(high / low)  # else the mark may cross it
             right = inside or row["ratio"] < 1  # the side of the number's anchor
             style = {"ha": "right" if right else "left", "va": "center", "fontsize": 8}
             style |= {"xytext": (-3 if right else 3, 0), "textcoords": "offset points"}

@@ -44,7 +44,7 @@ def row_of(recipe, figures, *, run=None, command="train", options="", evaluate="
 
 
 def rows():
-    """{name: Row}, in the order in which they run: a start stands before the run that needs it."""
+    """{name: Row}, in the order in which they run: the run that another one starts from comes first."""
     preference = {"preference accuracy": "preference_accuracy"}
     tiny = "--steps 1 --optim.learning_rate 1e-12"  # the start itself
     found = {

@@ -54,7 +54,7 @@ def main(arguments=None):
     if not both:
         parser.error("the two runs have no row of fastattn in common")
     for title, lines in (("slower", slower), ("faster", faster)):
-        print(f"{len(lines)} of {both} rows got {title} by more than {options.factor:g}, beside PyTorch")
+        print(f"{len(lines)} of {both} rows got {title} by more than {options.factor:g}, compared with PyTorch")
         print("".join(f"  {line}\n" for line in lines), end="")
     return 1 if slower else 0
 

@@ -1,7 +1,7 @@
 """Greedy generation with a key-value cache, batch 1: ours in three dtypes of weights, transformers, CTranslate2.
 
-All candidates have the same random weights in the shape of GPT-2 small and continue one token by NEW tokens. Weights
-are converted before the timing starts, by all that convert them. The limit is reading the bytes of the weights once a
+All candidates have the same random weights in the shape of GPT-2 small and continue one token by NEW tokens. Candidates
+that convert weights do so before the timing starts. The limit is reading the bytes of the weights once a
 token at the rate of the memory, which `test_read_rate` prints (run it with -s). Under --benchmark-disable the model is
 tiny, and the texts are compared.
 """
@@ -125,7 +125,7 @@ def compare_tokens(compare, model, kind, candidates):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_generate(compare, model, theirs, kind):
-    """transformers, which reads fp32 weights, beside ours with weights of each dtype."""
+    """transformers, which reads fp32 weights, against ours with weights of each dtype."""
     first = 7
 
     def transformers_tokens():
@@ -142,7 +142,7 @@ def test_generate(compare, model, theirs, kind):
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_ctranslate2(compare, model, theirs, kind, tmp_path):
-    """CTranslate2 beside ours with the same dtype of weights; with int8 its activations are int8 too."""
+    """CTranslate2 against ours with the same dtype of weights; with int8 its activations are int8 too."""
     name = {"fp32": "float32"}.get(kind, kind)
     generator, first = ctranslate2_generators(theirs, tmp_path, [name])[name], 7
 

@@ -3,7 +3,7 @@
 Random weights, two layers of width 256 unless the name says another, two rows of 256 tokens, a vocabulary of 8000,
 fp32, no dropout except in T5. Of a batch with padding, the second row has one real token.
 
-`test_shape` has the sizes of real models, beside torch.compile: a few minutes on two idle threads.
+`test_shape` has the sizes of real models, and torch.compile as a candidate: a few minutes on two idle threads.
 """
 
 import copy
@@ -149,7 +149,7 @@ def test_shape(compare, name):
 
 @pytest.mark.parametrize("kind", [*WITHOUT_LINEAR, "linear"])
 def test_kinds_alone(compare, kind):
-    """What each kind of replacement gives on the Llama, beside SDPA."""
+    """What each kind of replacement gives on the Llama, compared with SDPA."""
     batch = batch_of("Llama")
     models = {"sdpa": model_of("Llama", "sdpa"), kind: model_of("Llama", "sdpa")}
     fastattn.replace(models[kind], only=kind)

@@ -134,8 +134,8 @@ struct CrossEntropyArgs {
 };
 FASTATTN_DECLARE_CPU(cross_entropy_fwd, CrossEntropyArgs);  // processes rows
 
-// c (m, n) = a (m, k) · b (k, n) in fp32, plus bias or plus c. Strides count elements; of the two strides of a one is
-// 1, of b likewise.
+// c (m, n) = a (m, k) · b (k, n) in fp32, plus bias or plus c. Strides count elements; one of the two strides of a is
+// 1, and one of the two of b.
 struct GemmArgs {
   const float *a, *b;
   const float* bias;  // (n), or null

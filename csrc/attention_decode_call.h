@@ -4,7 +4,7 @@
 
 namespace fastattn {
 
-// What attention_decode_fwd has besides q and the caches, in the order of the schema.
+// The arguments of attention_decode_fwd besides q and the caches, in the order of the schema.
 struct DecodeInputs {
   Tensor cache_seqlens;
   OptionalTensor block_table, cache_batch_idx, cache_leftpad, alibi_slopes, sink;
@@ -13,8 +13,8 @@ struct DecodeInputs {
   int64_t num_splits;
 };
 
-// What both ops say of a cache. A call owns the tensors that its args point to. What lengths and pages name is not
-// looked at here: they may be on a GPU.
+// The arguments about a cache that both ops have. A call owns the tensors that its args point to. The values of lengths
+// and pages are not checked here, because they may be on a GPU.
 template <typename Args>
 struct CacheCall {
   OptionalTensor cache_seqlens, block_table, cache_batch_idx;
@@ -56,7 +56,7 @@ struct CacheCall {
   }
 };
 
-// read: how a device takes q, the tensor itself or a copy
+// read: returns the tensor that the kernels of a device read, q itself or a copy
 template <typename Args, Tensor (*read)(const Tensor&)>
 struct DecodeCall : CacheCall<Args> {
   Tensor q, out, lse;

@@ -44,7 +44,7 @@ inline void check_storage(const Tensor& tensor, const void* data) {
 // The memory of an operand. The kernels read a null pointer as "no such operand", so a tensor whose storage was freed
 // (FSDP resizes it to 0) must not get there. A view of a freed storage points to its own offset from null.
 inline const void* data_of(const Tensor& tensor) {
-  constexpr uintptr_t kOffsets = uintptr_t{1} << 40;  // no offset is larger, and hardly any address is smaller
+  constexpr uintptr_t kOffsets = uintptr_t{1} << 40;  // no offset is larger, and addresses below it are rare
   const void* data = tensor.const_data_ptr();
   if (reinterpret_cast<uintptr_t>(data) < kOffsets) {
     check_storage(tensor, data);

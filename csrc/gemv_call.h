@@ -1,5 +1,5 @@
 #pragma once
-// From the tensors of a linear layer with few rows to GemvArgs.
+// Converts the tensors of a linear layer with few rows to GemvArgs.
 #include <optional>
 
 #include "check.h"
@@ -39,7 +39,7 @@ inline GemvArgs gemv_args(const Tensor& weight, const std::optional<Tensor>& sca
                   "gemv: weight must have last stride 1, got ", weight.stride(1));
   args.type = weight_type(weight);
   STD_TORCH_CHECK(scale.has_value() == (args.type == WeightType::kInt8),
-                  "gemv: scale belongs to an int8 weight, and to no other");
+                  "gemv: scale must be given for int8 weights, and only for them");
   args.weight = data_of(weight);
   args.weight_row = args.n <= 1 ? args.k : weight.stride(0);
   args.scale = gemv_vector(scale, args.n, "scale");

@@ -172,7 +172,7 @@ class Start(NamedTuple):
     def choose(self, whole, *tensors):
         """Return the form for two tensors that the kernel would read with TMA, and their descriptors or None.
 
-        A descriptor of the host takes no scratch memory, and no time of each program, but its ends are those of the
+        A descriptor of the host takes no scratch memory, and no time in each program, but its ends are those of the
         tensor. `whole`: no row of a head is hidden by an argument whose values the host does not know.
         """
         if self.form_tma is None or not descriptors_fit(*tensors):
@@ -223,8 +223,13 @@ class Plan:
         key_mask = self.mask_rows is not None
         masked = mask is not None and not key_mask
         wide = max(head_dim, head_dim_v) > 128  # clearing the rows of hidden keys needs registers
-        extra = not linear or masked or self.drops or (key_mask and wide)
-        self.kind = (device, dtype, max(head_dim, head_dim_v), bool(extra), has_left or has_right)
+        costly = bias is not None or masked or self.drops or (key_mask and wide)
+        if linear and not costly:
+            kind = "causal" if has_left or has_right else "full"
+        else:
+            few = alibi_dims and not costly and not key_mask and head_dim == head_dim_v == padded(head_dim)
+            kind = "alibi" if few else "extra"
+        self.kind = (device, dtype, max(head_dim, head_dim_v), kind)
         self.form = Form(
             head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), None, None, has_left, has_right, top_left,
             softcap > 0.0, masked, key_mask, self.natural, linear and not self.natural and scale > 0.0, self.group,

@@ -1,9 +1,10 @@
 """Block sizes, warps and stages of the attention kernels. They come from a table; there is no search at run time.
 
 A key is (architecture, kernel, bytes per element, head_dim). Its row has one Launch for each kind of call: no mask
-("full"), causal or a window ("causal"), and features that need registers ("extra": mask, bias, ALiBi, softcap or
-dropout). Architecture 86 stands for all that have about 100 KB of shared memory. AMD's GPUs have 64 KB: they use its
-rows with at most AMD_STAGES stages. Nothing has run on them: the kernels compile, but no call chooses them.
+("full"), causal or a window ("causal"), ALiBi without mask, bias and dropout, of head dims that need no padding
+("alibi"), and other features that need registers ("extra"). Architecture 86 stands for all that have about 100 KB of
+shared memory. AMD's GPUs have 64 KB: they use its rows with at most AMD_STAGES stages. Nothing has run on them: the
+kernels compile, but no call chooses them.
 """
 
 import functools
@@ -23,8 +24,8 @@ INTERPRETED = Launch(64, 64, 4, 2)  # few large blocks, because the interpreter 
 def architecture(device):
     """Return (the table's architecture, who may make TMA descriptors). The interpreter has architecture 0.
 
-    The second is 0 without TMA, DEVICE_MADE if both host and device may, else HOST_MADE. Where products read registers,
-    as on all that use the rows of 86, a descriptor that the device makes saves nothing and needs registers.
+    The second is 0 without TMA, DEVICE_MADE if both host and device may, else HOST_MADE. On all architectures that use
+    the rows of 86, products read registers: a descriptor that the device makes saves nothing there and needs registers.
     """
     if device.type == "cpu":
         return 0, 0
@@ -48,11 +49,13 @@ def table_key(arch, kernel, element_size, head_dim):
 
 
 @functools.cache
-def pick(kernel, device, dtype, head_dim, extra, windowed):
-    """Return (Launch, who may make TMA descriptors as from `architecture`) for one kind of call."""
+def pick(kernel, device, dtype, head_dim, kind):
+    """Return (Launch, who may make TMA descriptors as from `architecture`) for a kind of call, a field of Variants."""
     arch, makers = architecture(device)
-    kind = "extra" if extra else "causal" if windowed else "full"
-    row = INTERPRETED if arch == 0 else getattr(TABLE[table_key(arch, kernel, dtype.itemsize, head_dim)], kind)
+    row = INTERPRETED
+    if arch:
+        variants = TABLE[table_key(arch, kernel, dtype.itemsize, head_dim)]
+        row = getattr(variants, kind) or variants.extra
     if arch == AMD:
         row = row._replace(stages=min(row.stages, AMD_STAGES))
     return row, makers if dtype.itemsize == 2 else 0

@@ -1,10 +1,10 @@
 """Where the visible keys of a mask of one row lie: a key padding mask, (batch or 1, 1, 1, seqlen_k).
 
 Blocks of keys that are all visible need no mask, and those before the first and after the last visible key need not be
-read. The host must not look at the mask, because it would wait for the GPU, and no layer knows: a mask may have holes.
-So a small kernel finds three numbers per batch entry, and the programs of attention read those as they read lengths. A
-mask that pads at the right or at the left thereby costs what lengths cost, and one with holes reads its mask from the
-first hole on.
+read. The host must not look at the mask, because it would wait for the GPU, and layers do not know either: a mask may
+have holes. So a small kernel finds three numbers per batch entry, and the programs of attention read those as they read
+lengths. A mask that pads at the right or at the left thereby costs what lengths cost, and one with holes reads its mask
+from the first hole on.
 """
 
 import torch

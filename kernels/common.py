@@ -29,17 +29,19 @@ _INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to test that partial s
 
 
 class Launch(NamedTuple):
-    """A row of a table of launch parameters: the tile of a program, its warps, and the stages of loads in its loops."""
+    """A row of a table of launch parameters: the tile of a program, its warps, the stages of loads in its loops, and
+    how many registers a thread may use."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int | None = None  # None: Triton decides
+    registers: int | None = None  # None: the assembler decides
 
     def options(self):
         """The keyword arguments of a Triton launch."""
-        stages = {} if self.stages is None else {"num_stages": self.stages}
-        return {"num_warps": self.warps} | stages
+        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def launch_for(table, cols):
@@ -53,6 +55,7 @@ class Variants(NamedTuple):
     full: Launch
     causal: Launch
     extra: Launch
+    alibi: Launch | None = None  # None: as extra
 
 
 def eights(*sizes):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs a wheel into a new virtual environment beside one PyTorch, and calls every op there.
+# Installs a wheel and a version of PyTorch into a new virtual environment, and calls every op there.
 #
-#   scripts/check_wheel.sh WHEEL                      beside the PyTorch of scripts/setup_env.sh
+#   scripts/check_wheel.sh WHEEL                      with the PyTorch of scripts/setup_env.sh
 #   scripts/check_wheel.sh WHEEL PYTHON TORCH...      e.g. dist/fastattn-*.whl python3.12 torch==2.11.0
 #
 # TORCH are the arguments of pip install for PyTorch.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs all checks that need an NVIDIA GPU (no network needed), those first that show most in a minute.
+# Runs all checks that need an NVIDIA GPU, without a network. Those that show most per minute come first.
 #
 #   scripts/gpu_check.sh [--force] [PART ...]      all parts by default, the most important first:
 #     info       versions, device, available backends, and why the others are unavailable
-#     first      one call of each family of kernels, forward and backward, beside PyTorch: about two minutes
+#     first      one call of each family of kernels, forward and backward, against PyTorch: about two minutes
 #     rows       memcheck of Triton's attention for every row of its table, head dim 32 first
 #     hopper     compute capability 9.0: the building blocks of the attention kernels, those kernels, and memcheck of
 #                some of their calls; the results of racecheck are printed but do not fail the part

@@ -85,7 +85,7 @@ def main():
     from fastattn.ops import _products_table
     from fastattn.ops._gemm import few_rows, products_key
 
-    keep_freed_memory()  # the time of a product, not of the page faults of its output
+    keep_freed_memory()  # into kept memory, so that page faults of the output are not measured
     ratios = {"y": {}, "dx": {}, "dw": {}}
     for rows in options.rows:
         logs = {name: [] for name in ratios}

@@ -4,7 +4,7 @@
 
 namespace fastattn {
 
-// Attention of args.q, into args.out and args.lse. num_splits: into how many parts keys are divided; 0: by size.
+// Attention of args.q, into args.out and args.lse. num_splits: the number of parts of the keys; 0: chosen by size.
 void run_attention_decode(DecodeArgs& args, int64_t num_splits);
 
 // Copies `seqlen` new rows of `size` bytes for each of `heads` heads into the cache `to`, after the valid keys. Strides

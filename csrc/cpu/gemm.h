@@ -1,5 +1,5 @@
 #pragma once
-// How a product is divided between threads, for the wrappers that make one.
+// How a product is divided between threads, for the wrappers that compute one.
 #include <atomic>
 
 #include "dispatch.h"
@@ -10,7 +10,7 @@ namespace fastattn {
 // Computes the product of args, whose sizes, strides, bias and `add` are set.
 inline void run_gemm(GemmArgs args) {
   constexpr int64_t kMostFewRows = 64;     // from there on packing b pays
-  constexpr int64_t kRowsOfPackedA = 384;  // packed, they stay in the second cache beside a panel of b
+  constexpr int64_t kRowsOfPackedA = 384;  // packed, they stay in the second cache together with a panel of b
   constexpr int64_t kRegisterRows = 6;
   constexpr int64_t kLeastWork = 1 << 18;  // multiplications that are worth waking a thread
   const int64_t m = args.m, n = args.n, k = args.k;

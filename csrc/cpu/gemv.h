@@ -1,5 +1,5 @@
 #pragma once
-// How a product of few rows is divided between threads, for the wrappers that make one.
+// How a product of few rows is divided between threads, for the wrappers that compute one.
 #include "dispatch.h"
 #include "gemv_call.h"
 #include "host.h"

@@ -42,7 +42,7 @@ Tensor gemv_bf16(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
 
 Tensor gemv(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias) {
   if (x.scalar_type() == ScalarType::BFloat16) {
-    STD_TORCH_CHECK(!scale, "gemv: scale belongs to an int8 weight, and to no other");
+    STD_TORCH_CHECK(!scale, "gemv: scale must be given for int8 weights, and only for them");
     return gemv_bf16(x, weight, bias);
   }
   fastattn::GemvArgs args = fastattn::gemv_args(weight, scale, bias);

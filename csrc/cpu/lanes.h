@@ -5,7 +5,7 @@
 namespace {
 
 // Memory of a thread, kept for its next call: a fresh block of this size costs a page fault for each 4 KiB. Null if
-// there is none.
+// the allocation fails.
 inline float* thread_scratch(int64_t floats) {
   struct Block {
     ~Block() { std::free(data); }

@@ -6,7 +6,7 @@
 //   hidden(h) = activation(linear1(h)), or gated activation(gate(h)) * linear1(h)
 //
 // All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
-// read weights of fp32, bf16 or int8 as they lie; for more rows fp32 weights go to our blocked product or to torch's
+// read weights of fp32, bf16 or int8 in place; for more rows fp32 weights go to our blocked product or to torch's
 // library. In bf16 the weights and everything between the kernels are bf16, and the products of more rows are torch's.
 // x, the sums r, y and the norms' weights are bf16 too, or fp32 (autocast; only in a training step).
 #include <atomic>
@@ -184,7 +184,7 @@ class Layer {
 
   bool is_bf16() const { return dtype_ == ScalarType::BFloat16; }
 
-  // The weight of a linear layer, of the dtype of x, as it lies.
+  // The weight of a linear layer, in the dtype of x, read in place.
   Operand weight(Linear which) const {
     const GemvArgs& linear = linears_[which];
     return {linear.weight, linear.n, linear.k, linear.weight_row, 1, dtype_};
@@ -278,7 +278,7 @@ class Layer {
   int64_t width_, tokens_;
 
  private:
-  // The product of few rows, which reads the weight as it lies.
+  // The product of few rows, which reads the weight in place.
   void few_rows(Linear which, const void* x, void* y, const void* residual) const {
     GemvArgs args = linears_[which];
     args.x = static_cast<const float*>(x);

@@ -74,7 +74,8 @@ inline std::vector<Tensor> in_bf16(const std::vector<Tensor>& linears, const Ten
       found.push_back(linear);
       continue;
     }
-    STD_TORCH_CHECK(linear.is_cpu() && linear.dim() >= 1 && linear.dim() <= 2, "layer: linears do not fit a layer");
+    STD_TORCH_CHECK(linear.is_cpu() && linear.dim() >= 1 && linear.dim() <= 2,
+                    "layer: each of linears must be a CPU tensor with 1 or 2 dimensions");
     const Tensor t = linear.is_contiguous() ? linear : contiguous_copy(linear);
     const int64_t cols = t.size(t.dim() - 1), rows = t.numel() / cols;
     void* data = pieces.take(2 * t.numel());

@@ -24,8 +24,8 @@ inline Operand operand(const void* data, int64_t rows, int64_t cols, ScalarType 
   return {data, rows, cols, cols, 1, dtype};
 }
 
-// c, contiguous, = a · b, plus bias (columns of b) if it is not null, or plus what c holds. All have the dtype of a,
-// and ours computes fp32 only.
+// c, contiguous, = a · b, plus bias (columns of b) if it is not null, or plus what c holds. All have the dtype of a;
+// our own kernel computes fp32 only.
 inline void multiply(const Operand& a, const Operand& b, const void* bias, bool add, bool ours, void* c) {
   if (ours) {
     GemmArgs args{};

@@ -10,9 +10,9 @@
 // produce rows that are not written. Queries past the end have lse2 = inf, so p = 0.
 //
 // With dq, the two warpgroups put their ds side by side in shared memory and multiply dq from both, and the copy engine
-// adds it to sums in global memory. A warp beside the loading one starts it, so that no warpgroup waits until shared
-// memory has been read. Keys past the end are cleared and have p = 0. Several blocks of threads add in any order, so
-// the last bits of dq differ from run to run.
+// adds it to sums in global memory. A warp next to the loading one starts the copy, so that no warpgroup waits until
+// shared memory has been read. Keys past the end are cleared and have p = 0. Several blocks of threads add in any
+// order, so the last bits of dq differ from run to run.
 // References: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023; Shah et
 // al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 #include "cuda/sm90/attention_bwd.cuh"

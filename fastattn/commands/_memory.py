@@ -1,6 +1,6 @@
 """Lets the process of a command keep the memory that it frees, instead of returning it to the kernel.
 
-A tensor of some MiB that is freed and allocated again in every step is otherwise mapped anew each time, and every page
+A tensor of some MiB that is freed and allocated again in every step is otherwise mapped again each time, and every page
 of it faults at its first touch: that can take longer than what computes the tensor. The price is that freed memory
 stays with the process until it ends. This is for processes of our own only: `import fastattn` never does it.
 """

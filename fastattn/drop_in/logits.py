@@ -1,4 +1,4 @@
-"""Logits that are computed when somebody reads them, so that a loss of them can run without them.
+"""Logits that are computed when they are read, so that a loss can run without them.
 
 In training, an output layer that `replace` took over returns a `DeferredLogits`: a tensor of the right shape that holds
 the input and the weights of the layer. What models do on the way to their loss keeps it so: slices and views of the

@@ -20,7 +20,7 @@ def replace(
     only: str | type[torch.nn.Module] | Iterable[str | type[torch.nn.Module]] | None = None,
     padding_free: bool = False,
 ) -> Report:
-    """Put our kernels under a model that somebody else wrote, in place.
+    """Make a model of any library use our kernels, in place.
 
     The modules stay the same objects with the same parameters, buffers, hooks and modes, so optimizers, references to
     them and checkpoints stay valid; only their class changes. A module of another library is taken over only if a check

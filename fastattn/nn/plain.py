@@ -111,7 +111,7 @@ def must_call_children():
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a tracer or a transform looks on: the code must not depend on values then."""
+    """Whether a compiler, a tracer or a transform records this call: the code must not depend on values then."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

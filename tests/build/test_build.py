@@ -313,7 +313,7 @@ fastattn.nn.MultiheadAttention(16, 2, batchfirst=True)
 
 
 def test_a_type_checker_reads_the_installed_package(source_tree, tmp_path_factory):
-    """mypy on the program of another project, beside the wheel, without a word about fastattn in its settings."""
+    """mypy on the program of another project that has the wheel installed and no setting about fastattn."""
     pytest.importorskip("mypy", reason="needs the extra lint")
     project = tmp_path_factory.mktemp("project")
     venv.create(project / "venv")

@@ -126,7 +126,7 @@ def tree(tmp_path):
         (place / path).symlink_to(ROOT / path)
     for path in ("__init__.py", "ops"):
         (place / "fastattn" / path).symlink_to(ROOT / "fastattn" / path)
-    for name in ("setup.py", "build_backend.py"):  # Python looks beside the file that a link names
+    for name in ("setup.py", "build_backend.py"):  # Python looks next to the file that a link names
         (place / name).unlink()
         shutil.copy(ROOT / name, place)
     return place

@@ -80,6 +80,30 @@ def test_the_steps_of_a_speedrun_fit_with_their_validations(modules):
     assert 0.1 * steps + 2 * (1 + steps / 100) == pytest.approx(600, abs=0.2)
 
 
+@pytest.mark.parametrize(("factor", "runs"), [(1.0, 3), (0.7, 4), (1.2, 4)])
+def test_a_run_of_the_speedrun_takes_the_time_that_is_asked_for(modules, monkeypatch, factor, runs):
+    """A long run whose steps take another time than those of the short runs is made again."""
+    made = []
+
+    def train(recipe, run, steps, *more):
+        training = 0.1 * steps * (1 if more else factor)
+        made.append(steps)
+        return {"steps": steps, "training": training, "wall": training + 2}
+
+    monkeypatch.setattr(modules["speedrun"], "train", train)
+    result = modules["speedrun"].train_for("speedrun", 600)
+    assert result["wall"] == pytest.approx(600, rel=0.05)
+    assert (result["steps"], len(made)) == (made[-1], runs)
+
+
+def test_a_speedrun_on_an_unsteady_machine_ends_with_an_error(modules, monkeypatch):
+    seconds = iter([1, 1, 300, 900, 300])
+    result = {"steps": 60, "training": 0.9}
+    monkeypatch.setattr(modules["speedrun"], "train", lambda *_: result | {"wall": next(seconds)})
+    with pytest.raises(RuntimeError, match="expected a run of 600 s, got 300 s"):
+        modules["speedrun"].train_for("speedrun", 600)
+
+
 def test_the_page_of_recipes_says_what_was_measured():
     """Each row of the newest result file is in the page as it is, and the page has no row of its own."""
     page = (ROOT / "docs/recipes.md").read_text()

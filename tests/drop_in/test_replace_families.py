@@ -121,7 +121,7 @@ def test_logits_and_gradients_in_bfloat16(family):
 
 @pytest.mark.parametrize("family", HEADS)
 def test_loss_without_logits(family):
-    """Labels are given, some are ignored: the loss, its gradients, and the logits for whoever reads them."""
+    """With labels, some of them ignored: the loss, its gradients, and the logits if they are read."""
     given, real = inputs_of(FAMILIES[family][2], "whole" if family == "whisper" else "right")
     labels = given.get("decoder_input_ids", given.get("input_ids")).masked_fill(~real.bool(), -100)
     found, models = [], [eager(family), eager(family)]

@@ -1,4 +1,4 @@
-"""The output layer of language models: its loss needs no logits, and whoever reads the logits gets them."""
+"""The output layer of language models: its loss needs no logits, and logits that are read are computed."""
 
 import copy
 import pickle

@@ -1,10 +1,10 @@
-"""One call of each family of kernels, forward and backward, beside PyTorch: what to run first on a new GPU.
+"""One call of each family of kernels, forward and backward, against PyTorch: what to run first on a new GPU.
 
     python tests/gpu/first.py           every family with every backend that is available, as a table (about 2 minutes)
     python tests/gpu/first.py --rows    Triton's attention for every row of its table instead, head dim 32 first
 
 `pytest tests/gpu` runs the same calls, and prints the same table at the end. The exit code is 1 if a result is wrong.
-A result is right if its largest error beside fp64 is at most 5 times that of the reference in PyTorch in the same
+A result is right if its largest error against fp64 is at most 5 times that of the reference in PyTorch in the same
 dtype, plus two roundings.
 """
 
@@ -51,6 +51,10 @@ class Row(NamedTuple):
 def attention(name, head_dim=64, seqlen=200, heads=4, kv_heads=2, dtype=BF16, fixed=dict, **options):
     shapes = {"q": (2, heads, seqlen, head_dim), "k": (2, kv_heads, seqlen, head_dim)}
     return Family(name, shapes | {"v": shapes["k"]}, lambda **x: fastattn.attention(**x, **options), fixed, dtype)
+
+
+def slopes():
+    return {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])}
 
 
 def packed():
@@ -106,8 +110,9 @@ FAMILIES = (
 
 
 def rows_of_the_table() -> Iterator[Family]:
-    """A call for each row of the table of Triton's attention: the three kinds of call, both sizes of elements."""
-    kinds = {"full": {}, "causal": {"causal": True}, "extra": {"causal": True, "softcap": 5.0, "dropout_p": 0.1}}
+    """A call for each row of the table of Triton's attention: the four kinds of call, both sizes of elements."""
+    kinds = {"full": {}, "causal": {"causal": True}, "extra": {"causal": True, "softcap": 5.0, "dropout_p": 0.1},
+             "alibi": {"causal": True, "softcap": 5.0, "fixed": slopes}}  # fmt: skip
     for head_dim in (32, 64, 128, 256):
         for dtype in (BF16, torch.float16, torch.float32):
             for kind, options in kinds.items():

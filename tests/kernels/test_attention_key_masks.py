@@ -42,7 +42,7 @@ def key_mask(name):
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("name", RANGES)
 def test_hidden_keys_do_not_matter(name, features):
-    """Not even if they are NaN."""
+    """Hidden keys and values do not matter, even if they are NaN."""
     case = Case(batch=2, sk=KEYS, d=16, **({"sq": 70} | FEATURES[features]))
     mask = key_mask(name)[1:] if features == "plain" else key_mask(name)  # shared by both batch entries, or not
     case.replace(mask=mask)

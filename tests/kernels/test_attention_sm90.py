@@ -74,8 +74,8 @@ def qkv(batch, n_heads, kv_heads, seqlen_q, seqlen_k, head_dim, dtype=BF16):
 @pytest.mark.skipif(HOPPER, reason="about the order of the source, which the emulation follows")
 @pytest.mark.parametrize(("head_dim", "block"), [(64, 128), (96, 128), (128, 176), (192, 112), (256, 80)])
 def test_the_forward_makes_its_exponentials_under_a_product(head_dim, block):
-    """Those of the first block of keys have none to hide behind. tests/kernels/test_attention_sm90_build.py looks at
-    what the compiler made of this order."""
+    """Those of the first block of keys have no product to run under. tests/kernels/test_attention_sm90_build.py checks
+    the order in the machine code."""
     blocks = 3
     q, k, v = qkv(1, 1, 1, 64, blocks * block, head_dim)
     found = (ctypes.c_int64 * 2)()

@@ -357,7 +357,7 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize(("name", "dim"), [("q", 0), ("k", 2), ("v", 1), ("mask", 2), ("bias", 1), ("do", 2)])
 def test_offsets_beyond_32_bits(name, dim):
-    """One dimension is spread over 2^31 elements, in memory that is reserved but hardly touched."""
+    """One dimension is spread over 2^31 elements, in memory that is reserved and mostly untouched."""
     sizes = {"batch": 3 if dim == 0 else 1, "heads": 3 if dim == 1 else 1}
     case = Case(**sizes, sq=3, sk=3, d=16, dtype=torch.float16, mask=ALL, bias=ALL)
     case.dlse = None

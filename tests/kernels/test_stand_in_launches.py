@@ -69,7 +69,7 @@ def test_descriptors_of_a_packed_call_are_made_in_scratch_memory(recorded):
 
 
 def test_descriptors_of_other_calls_are_made_by_the_host(recorded):
-    """They need no memory, and no time of each program: the launch passes them by value."""
+    """They need no memory, and no time in each program: the launch passes them by value."""
     launch = next(launch for case, launch in recorded if case["arguments"].get("right") == 0
                   and not case["arguments"].get("packed") and launch["kernel"] == "attention_fwd_kernel")  # fmt: skip
     assert launch["maps"]

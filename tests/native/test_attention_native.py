@@ -210,7 +210,7 @@ def test_strides_layouts_and_memory(monkeypatch):
 @pytest.mark.parametrize("dim", range(3))
 @pytest.mark.parametrize("name", ["q", "k", "v", "mask", "bias", "do"])
 def test_offsets_beyond_two_to_the_31(name, dim):
-    """One dimension is spread over 2^31 elements, in memory that is reserved but hardly touched."""
+    """One dimension is spread over 2^31 elements, in memory that is reserved and mostly untouched."""
     q, k, v = (t.detach() for t in qkv(3, 3, 3, 3, 16, torch.float16))
     tensors = {"q": q, "k": k, "v": v, "do": normal(3, 3, 3, 16).half(), "bias": normal(3, 3, 3, 3).half()}
     tensors = {label: t.detach() for label, t in tensors.items()} | {"mask": normal(3, 3, 3, 3, seed=1) > -0.3}

@@ -126,7 +126,7 @@ def test_bf16_bits_depend_neither_on_threads_nor_on_the_other_rows():
         ({"weight": torch.zeros(5, 3)}, "weight must be bfloat16, as x is"),
         ({"bias": torch.zeros(5)}, "bias must be contiguous bfloat16 of 5"),
         ({"x": torch.zeros(2, 4, dtype=torch.bfloat16)}, "x must be bfloat16 of two dimensions and 3 columns"),
-        ({"scale": torch.zeros(5)}, "scale belongs to an int8 weight"),
+        ({"scale": torch.zeros(5)}, "scale must be given for int8 weights"),
     ],
 )
 def test_bad_bf16_operands_are_named(change, message):
@@ -210,8 +210,8 @@ def test_empty_weights(kind, shape):
         ({"weight": torch.zeros(5)}, "weight must have two dimensions, got 1"),
         ({"weight": torch.zeros(3, 5).t()}, "weight must have last stride 1"),
         ({"weight": torch.zeros(5, 3, dtype=torch.float16)}, "weight must be float32, bfloat16 or int8, got Half"),
-        ({"weight": torch.zeros(5, 3, dtype=torch.int8)}, "scale belongs to an int8 weight"),
-        ({"scale": torch.zeros(5)}, "scale belongs to an int8 weight"),
+        ({"weight": torch.zeros(5, 3, dtype=torch.int8)}, "scale must be given for int8 weights"),
+        ({"scale": torch.zeros(5)}, "scale must be given for int8 weights"),
         ({"bias": torch.zeros(4)}, "bias must be contiguous float32 of 5"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every op and layer is given every kind of non-plain tensor: the result is right, or an error names the argument.
 
-A case fails if the result differs, or if an error speaks of internals: of operators nobody called, or of attributes.
+A case fails if the result differs, or if an error speaks of internals: of attributes, or of operators that the test
+did not call.
 """
 
 import copy

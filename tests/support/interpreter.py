@@ -1,11 +1,11 @@
-"""Triton's interpreter without habits that take more than half of its time. What a kernel computes stays the same.
+"""Makes Triton's interpreter leave out work that takes more than half of its time. Kernels compute the same.
 
 - For a launch, the interpreter replaces the functions of triton.language by its own, and puts the old ones back at the
   end. At every call of one jitted function by another, it searches for them again, where all are replaced already.
 - At every launch it searches all of triton.language for the functions to replace, and makes the same replacements.
 - It builds a table of all dtypes whenever it looks one up.
 - It computes in 64 bits whether a sum of integers overflows, for an assertion that it makes only in debug mode.
-- Every intermediate result computes what follows from its shape anew.
+- For every intermediate result, it computes again what follows from the shape.
 """
 
 import dataclasses

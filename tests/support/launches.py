@@ -2,8 +2,8 @@
 
 The launchers run on CPU tensors in place of GPU tensors, and Triton compiles for the architecture that the driver
 states. Each kernel is launched twice. A launch must arrive with the grid, the threads, the shared memory and the bytes
-of every parameter that the launcher passed; the second one must make no call of the driver beside the launch that a
-capture into a graph forbids. Nothing is computed. Tests run this file in a process of its own:
+of every parameter that the launcher passed; besides the launch, the second one must make no call of the driver
+that a capture into a graph forbids. Nothing is computed. Tests run this file in a process of its own:
 
     python tests/support/launches.py '[{"arch": 90, "call": "norm", "arguments": {...}}, ...]'
 """
@@ -40,7 +40,7 @@ class Record(ctypes.Structure):
 
 
 def compiler():
-    """The C compiler without what may stand before it, such as ccache: Triton takes CC as the name of a program."""
+    """The C compiler without a prefix such as ccache: Triton takes CC as the name of a program."""
     return next(word for word in reversed((os.environ.get("CC") or "gcc").split()) if not word.startswith("-"))
 
 

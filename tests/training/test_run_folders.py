@@ -1,4 +1,4 @@
-"""The folder of a run and its options: folders that exist, options beside --resume, messages that can be pasted."""
+"""The folder of a run and its options: folders that exist, options next to --resume, messages that can be pasted."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A corpus in shards of tokens: the same texts as elsewhere, the same files and the same order whoever reads them."""
+"""A corpus in shards of tokens: the same texts as elsewhere, the same files, and the same order for every reader."""
 
 import gzip
 import itertools
@@ -186,7 +186,7 @@ def test_what_a_tokenizer_file_decides_is_refused_beside_it(corpus, tmp_path, ca
         command = ["data", what, str(corpus), "--output", str(tmp_path / "out"), "--tokenizer_file", str(file)]
         capsys.readouterr()
         assert main([*command, f"--{name}", str(value)]) == 2
-        assert f"{name} must be left out beside tokenizer_file" in capsys.readouterr().err
+        assert f"{name} must be left out with tokenizer_file" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []
 
 

@@ -28,7 +28,7 @@ class _NextLogits:
     """The logits after each row of a growing batch, with a cache while the rows fit the model's window.
 
     When the window moves, every token changes its position, so the whole window is read again. Converted weights belong
-    to a cache, which is then filled anew for each window.
+    to a cache, which is then filled again for each window.
     """
 
     def __init__(self, model, use_cache, weights=None):
@@ -221,6 +221,9 @@ def stream_text(tokenizer, numbers, stop=None, *, prompt=(), typed=""):
 def _continuation(tokenizer, prompt, numbers, typed):
     """What the tokenizer writes for `numbers` after the prompt."""
     before, text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *numbers])
+    if not before and prompt and not typed[-1:].isspace():  # of unknown words alone: join as after any other word
+        first = tokenizer.decode(numbers[:1])
+        text = tokenizer.decode(numbers[:1] * 2).removeprefix(first).removesuffix(first) + text
     if text.startswith(before):
         rest = text[len(before) :]
     else:  # WordPiece has removed a space at the end of the prompt

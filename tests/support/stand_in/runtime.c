@@ -56,7 +56,7 @@ E cudaRuntimeGetVersion(int* version) {
 }
 E cudaDeviceGetAttribute(int* value, enum cudaDeviceAttr attribute, int index) {
   cuDeviceGetAttribute(value, (CUdevice_attribute)attribute, index);
-  switch (attribute) {  // what torch and CUB ask for beside what Triton does
+  switch (attribute) {  // what torch and CUB ask for in addition to Triton's questions
     case cudaDevAttrMaxThreadsPerBlock:
     case cudaDevAttrMaxBlockDimX:
     case cudaDevAttrMaxBlockDimY:
