@@ -33,6 +33,7 @@ COMMANDS = {
     "data": "count, clean, split, tokenize or vectorize documents",
     "info": "show versions, devices and backends, and why one is missing",
 }
+_NO_MEMORY = re.compile("out of memory|allocate memory|storage size calculation overflow", re.IGNORECASE)
 MODEL_COMMANDS = ("train", "finetune", "evaluate", "predict", "generate")
 
 
@@ -66,6 +67,15 @@ def main(argv=None):
         return report_error(f"missing package {error.name}: run {command_for(extra)}")
     except (UsageError, OSError) as error:
         return report_error(error)
+    except (MemoryError, RuntimeError) as error:  # torch has no type of its own for a lack of memory on a CPU
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        return report_error(f"not enough memory; a smaller model, batch_size or block_size needs less{_asked(error)}")
+
+
+def _asked(error):
+    size = re.search(r"allocate (\d+) bytes", str(error))
+    return f" ({int(size[1]):,} bytes at once were asked for)" if size else ""
 
 
 def report_error(message):

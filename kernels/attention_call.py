@@ -227,7 +227,8 @@ class Plan:
         if linear and not costly:
             kind = "causal" if has_left or has_right else "full"
         else:
-            kind = "alibi" if alibi_dims and not costly and not key_mask else "extra"
+            few = alibi_dims and not costly and not key_mask and head_dim == head_dim_v == padded(head_dim)
+            kind = "alibi" if few else "extra"
         self.kind = (device, dtype, max(head_dim, head_dim_v), kind)
         self.form = Form(
             head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), None, None, has_left, has_right, top_left,

@@ -1,9 +1,10 @@
 """Block sizes, warps and stages of the attention kernels. They come from a table; there is no search at run time.
 
 A key is (architecture, kernel, bytes per element, head_dim). Its row has one Launch for each kind of call: no mask
-("full"), causal or a window ("causal"), ALiBi without mask, bias and dropout ("alibi"), and other features that need
-registers ("extra"). Architecture 86 stands for all that have about 100 KB of shared memory. AMD's GPUs have 64 KB: they
-use its rows with at most AMD_STAGES stages. Nothing has run on them: the kernels compile, but no call chooses them.
+("full"), causal or a window ("causal"), ALiBi without mask, bias and dropout, of head dims that need no padding
+("alibi"), and other features that need registers ("extra"). Architecture 86 stands for all that have about 100 KB of
+shared memory. AMD's GPUs have 64 KB: they use its rows with at most AMD_STAGES stages. Nothing has run on them: the
+kernels compile, but no call chooses them.
 """
 
 import functools

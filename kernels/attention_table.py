@@ -5,7 +5,7 @@ They are chosen so that tiles stay in registers when compiled; not yet measured 
 
 from fastattn.kernels.common import Launch, Variants
 
-# (architecture, kernel, bytes per element, head_dim): Variants(full, causal, extra)
+# (architecture, kernel, bytes per element, head_dim): Variants(full, causal, extra, alibi)
 TABLE = {
     (80, "dbias", 2, 32): Variants(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
     (80, "dbias", 2, 64): Variants(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
@@ -68,7 +68,9 @@ TABLE = {
     (90, "dq", 2, 128): Variants(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 32, 8, 2)),
     (90, "dq", 2, 256): Variants(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 1)),
     (90, "fwd", 2, 32): Variants(Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 8, 2)),
-    (90, "fwd", 2, 64): Variants(Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 4, 2)),
+    (90, "fwd", 2, 64): Variants(
+        Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2, 128)
+    ),
     (90, "fwd", 2, 128): Variants(Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 8, 2)),
     (90, "fwd", 2, 256): Variants(Launch(128, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 16, 8, 2)),
     (100, "dbias", 2, 32): Variants(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),

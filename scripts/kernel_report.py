@@ -29,7 +29,16 @@ ATTENTION = {
     "d64 dropout mask": {"head_dim": 64, "dropout_p": 0.1, "mask": [2, 1, 1024, 1024]},
     "d64 bias": {"head_dim": 64, "bias": [2, 8, 1024, 1024]},
     "d64 bias of all heads": {"head_dim": 64, "bias": [1, 1, 1024, 1024]},
-    "d64 alibi softcap sink": {"head_dim": 64, "right": 0, "alibi": True, "softcap": 30.0, "sink": True},
+    **{
+        f"d{head_dim} alibi{name}": {"head_dim": head_dim, "alibi": True, **arguments}
+        for head_dim in (64, 128)
+        for name, arguments in {
+            "": {},
+            " causal": {"right": 0},
+            " softcap sink": {"right": 0, "softcap": 30.0, "sink": True},
+            " packed gqa": {"right": 0, "packed": True, "kv_heads": 2},
+        }.items()
+    },
     "d40 odd sizes": {"head_dim": 40, "heads": 5, "kv_heads": 5, "seqlen": 1001},
     "d64 fp32 causal": {"head_dim": 64, "right": 0, "dtype": "float32"},
 }

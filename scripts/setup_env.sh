@@ -101,8 +101,9 @@ install_torch() {
     if try_pip_install "${from_cpu_index[@]}"; then
       return
     fi
-    # give up an index only if it has nothing: a broken download must not turn into one of gigabytes
-    grep -q 'No matching distribution' "$venv/setup.log" || pip_failed "${from_cpu_index[@]}"
+    # give up an index only if it has nothing: a broken download must not turn into one of gigabytes. The second is what
+    # pip says of an empty index if its settings name constraints for torch.
+    grep -qE 'No matching distribution|ResolutionImpossible' "$venv/setup.log" || pip_failed "${from_cpu_index[@]}"
     say "that index cannot be reached; the default index gives a build with CUDA on most machines (about 3 GB)"
   fi
   say "PyTorch: pip install $wanted"

@@ -20,7 +20,7 @@ TEXT = '''"""Launch parameters of the attention kernels, rewritten by scripts/tu
 
 from fastattn.kernels.common import Launch, Variants
 
-# (architecture, kernel, bytes per element, head_dim): Variants(full, causal, extra)
+# (architecture, kernel, bytes per element, head_dim): Variants(full, causal, extra, alibi)
 TABLE = {{
 {rows}}}
 '''
@@ -54,7 +54,7 @@ def tune(table, keys, variants, measure, report=print):
     for key in keys:
         _, kernel, size, head_dim = key
         for variant in variants:
-            current = getattr(best[key], variant)
+            current = getattr(best[key], variant) or best[key].extra
 
             def with_row(row, table=best, key=key, variant=variant):
                 return table | {key: table[key]._replace(**{variant: row})}
@@ -69,16 +69,26 @@ def tune(table, keys, variants, measure, report=print):
                     chosen, time = row, found
             if limit is None or (time is not None and time < MARGIN * limit):
                 best = with_row(chosen)
-            report(f"{key} {variant}: {tuple(current)} {limit} ms -> {tuple(getattr(best[key], variant))} {time} ms")
+            new = getattr(best[key], variant) or current
+            report(f"{key} {variant}: {written(current)} {limit} ms -> {written(new)} {time} ms")
     return best
+
+
+def written(launch):
+    """A Launch as the table has it: without the limit of registers if there is none."""
+    return f"Launch{tuple(value for value in launch if value is not None)!r}"
 
 
 def table_source(table, origin):
     """The text of attention_table.py."""
     rows = ""
-    for arch, kernel, size, head_dim in sorted(table):
-        launches = ", ".join(f"Launch{tuple(launch)!r}" for launch in table[arch, kernel, size, head_dim])
-        rows += f'    ({arch}, "{kernel}", {size}, {head_dim}): Variants({launches}),\n'
+    for key in sorted(table):
+        launches = [written(launch) for launch in table[key] if launch is not None]
+        arch, kernel, size, head_dim = key
+        row = f'    ({arch}, "{kernel}", {size}, {head_dim}): Variants({", ".join(launches)}),\n'
+        if len(row) > 121:
+            row = f'    ({arch}, "{kernel}", {size}, {head_dim}): Variants(\n        {", ".join(launches)}\n    ),\n'
+        rows += row
     return TEXT.format(origin=origin, rows=rows)
 
 
@@ -105,13 +115,16 @@ class Workload:
             for _ in range(4)
         )
         right = -1 if variant == "full" else 0
-        bias = rng = None
+        bias = rng = slopes = None
         p = 0.0
         if variant == "extra":
             rng, p = torch.tensor([1, 2], device=self.device), 0.1
             bias = torch.randn(1, heads, SEQLEN, SEQLEN, device=self.device, dtype=dtype) if key[1] == "dbias" else None
-        rest = (bias, None, None, None, None, None, None, rng, SEQLEN, SEQLEN, -1, right, False, 0.0, p, head_dim**-0.5)
-        need_low = dtype == torch.float32 or bias is not None
+        if variant == "alibi":
+            slopes = torch.ones(heads, device=self.device)
+        scale = head_dim**-0.5
+        rest = (bias, None, None, None, None, None, slopes, rng, SEQLEN, SEQLEN, -1, right, False, 0.0, p, scale)
+        need_low = dtype == torch.float32 or bias is not None or slopes is not None
         saved = torch.ops.fastattn.attention_fwd.triton(q, k, v, *rest, need_low)
         return (q, k, v, *rest, need_low), (do, None, q, k, v, *saved, *rest, bias is not None, False)
 
@@ -141,7 +154,8 @@ def main(arguments=None):
     parser.add_argument("--kernels", nargs="+", choices=("fwd", "dkdv", "dq", "dbias"), default=("fwd", "dkdv", "dq"))
     parser.add_argument("--head-dims", nargs="+", type=int, choices=(32, 64, 128, 256), default=(64, 128))
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16",))
-    parser.add_argument("--variants", nargs="+", choices=("full", "causal", "extra"), default=("full", "causal"))
+    kinds = ("full", "causal", "extra", "alibi")
+    parser.add_argument("--variants", nargs="+", choices=kinds, default=kinds[:2])
     parser.add_argument("--dry-run", action="store_true", help="print the table instead of writing it")
     options = parser.parse_args(arguments)
 

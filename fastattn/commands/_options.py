@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -10,7 +9,7 @@ from fastattn.training.config import Columns, DataConfig, TrainConfig, config_fr
 from fastattn.training.data.documents import Documents
 from fastattn.training.data.parts import read_whole
 from fastattn.training.data.reading import TABLES, decode_text, lines_of, read_file, suffix_of
-from fastattn.training.files import run_path
+from fastattn.training.files import run_path, user_path
 from fastattn.training.messages import UsageError
 from fastattn.training.runs.checkpoint import check_run
 
@@ -72,7 +71,7 @@ def read_input(options, pair=None):
 
     pair: None, or the column of second texts; in lines they stand behind a tab.
     """
-    path = Path(options.input).expanduser()
+    path = user_path(options.input)
     if options.input == "-":
         lines = lines_of(decode_text(sys.stdin.buffer.read(), "standard input"))
     elif path.is_file() and suffix_of(path) not in TABLES:

@@ -1,5 +1,6 @@
 """Parsing the arguments of a command, and the messages for arguments that it does not take."""
 
+import math
 import re
 import typing
 from argparse import ArgumentError
@@ -7,6 +8,7 @@ from argparse import ArgumentError
 from fastattn.training.messages import UsageError, did_you_mean
 
 _ALIAS = re.compile(r"^--(run|start)_folder(?==|$)")  # torchrun takes --run and --start for options of its own
+LARGEST = 2**53  # of whole numbers: sizes and counts are also computed with as floats
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
 _TYPES["dict[str, float]"] = "names with a number each"
 _ELSEWHERE = {"lr": "learning_rate", "optimizer": "optim.name", "device": "accelerator", "dataset": "data.source"}
@@ -32,6 +34,8 @@ _UNKNOWN = re.compile(
     r"|Option '(?P<key>\S+)' is not accepted.*"
 )
 _MISSING = re.compile(r"the following arguments are required: (?P<names>.*)")
+_NO_SECTION = re.compile(_KEY + r"Unable to load config .*")
+_NOT_A_FILE = re.compile(_KEY + r"Path is not a file: '(?P<path>.*)'")
 _NO_SUBCOMMAND = re.compile(r'expected "subcommand" to be one of .*, but it was not provided\.')
 _NO_VALUE = re.compile(r"argument (?P<option>\S+): expected one argument")
 
@@ -50,12 +54,15 @@ def parse(parser, argv):
         raise UsageError(text if len(text) <= 300 else text[:300] + " ...") from None  # it may quote a whole file
     except UnicodeDecodeError as error:
         raise UsageError(f"config: the file is not UTF-8 text: {error}") from None
-    _check_null(parser, options)
+    _check_values(parser, options)
     return options
 
 
-def _check_null(parser, options):
-    """Raise UsageError for a null option whose type does not allow null: the parser accepts it."""
+def _check_values(parser, options):
+    """Raise UsageError for what the parser accepts and no option can mean.
+
+    That is null where the type does not allow it, and a number that is not finite or that no counter holds.
+    """
     for action in parser._actions:
         value = options
         for name in action.dest.split("."):
@@ -63,8 +70,12 @@ def _check_null(parser, options):
         if value is None and action.default is not None and hasattr(action, "_typehint"):
             if type(None) not in typing.get_args(action._typehint):
                 raise UsageError(f"{action.dest} must have a value, got null")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{action.dest} must be a finite number, got {value}")
+        elif isinstance(value, int) and abs(value) >= LARGEST and not action.dest.endswith("seed"):
+            raise UsageError(f"{action.dest} must be below 2**53, got {value}")
         elif action.dest == "subcommand":
-            _check_null(action.choices[value], options[value])
+            _check_values(action.choices[value], options[value])
 
 
 def _arguments(parser, argv):
@@ -94,6 +105,10 @@ def _plain(text, parser, argv):
         return f"{match['key']} must be {_TYPES.get(match['type'], match['type'])} or null, got {match['got']!r}"
     if match := _NO_FILE.fullmatch(text):
         return f"{match['key']}: the file {match['path']} does not exist"
+    if match := _NOT_A_FILE.fullmatch(text):
+        return f"{match['key']}: {match['path']} is not a file"
+    if match := _NO_SECTION.fullmatch(text):
+        return f"{match['key']} must be a section of settings, such as {{name: value}}, or the path of such a file"
     if match := _MISSING.fullmatch(text):
         names = [name.rpartition(".")[2] for name in match["names"].split(", ")]
         arguments = _arguments(parser, argv)
@@ -105,7 +120,8 @@ def _plain(text, parser, argv):
     if match := _NO_VALUE.fullmatch(text):
         return f"{match['option']} must have a value, got none"
     wanted = "config: the file must have options with values, such as steps: 100, got "
-    text = re.sub("^Unexpected config: ", wanted, text)
+    text = re.sub("^Unexpected config: ?", wanted, text)
+    text = re.sub("^Key must be a string, got: (.*?).?$", r"config: a key must be a text, got \1", text)
     return re.sub("^Problems parsing config: ", "config: ", text)
 
 

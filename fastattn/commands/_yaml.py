@@ -1,9 +1,8 @@
 """Checks of YAML before it is parsed, with the file and the line in the message."""
 
-from pathlib import Path
-
 import yaml
 
+from fastattn.training.files import user_path
 from fastattn.training.messages import UsageError
 
 
@@ -14,9 +13,9 @@ def check_yaml(argv):
         value = value if given else following
         if option.startswith("--") and value.lstrip().startswith("{"):
             _check_keys(_compose(value, option.lstrip("-")), option.lstrip("-"))
-        elif option == "--config" and Path(value).expanduser().is_file():
+        elif option == "--config" and user_path(value).is_file():
             try:
-                root = _compose(Path(value).expanduser().read_text(encoding="utf-8"), value)
+                root = _compose(user_path(value).read_text(encoding="utf-8"), value)
             except UnicodeDecodeError as error:
                 raise UsageError(f"{value} is not UTF-8 text: {error}") from None
             if not isinstance(root, yaml.MappingNode):

@@ -48,6 +48,9 @@ def run(options, _argv):
     if config.task not in ("lm", "translate", "chat", "preference"):
         known = "lm, translate, chat or preference"
         raise UsageError(f"run {str(run)!r}: generate needs a run of task {known}, got {config.task}")
+    expect(options.stop != "", "stop", "at least one character long", options.stop)
+    if config.task != "lm":
+        expect(options.prompt != "", "prompt", "at least one character long", options.prompt)
     numbers = ("beams", "seed", "weights", *SAMPLING)
     check_sampling(options.max_new_tokens, **{name: options[name] for name in numbers})
     expect(options.samples >= 1, "samples", "at least 1", options.samples)

@@ -1,6 +1,7 @@
 """fastattn predict: the classes of texts, or the numbers that a model estimates for them."""
 
-from fastattn.training.messages import UsageError
+from fastattn.training.data.tokenizer import count_unknown
+from fastattn.training.messages import UsageError, warn
 from fastattn.training.runs.load import load_task
 
 from ._options import add_input, open_run, print_json, read_input, run_parser
@@ -40,6 +41,9 @@ def run(options, _argv):
     if not texts:
         raise UsageError("predict needs a TEXT or --input FILE with at least one line")
     model, task = load_task(run, config, **how)
+    encoded = [number for text in texts for number in task.tokenizer.encode(text)]
+    if unknown := count_unknown(task.tokenizer, encoded):
+        warn(f"the vocabulary does not know {unknown} of the {len(encoded)} tokens of the texts")
     if config.task == "masked_lm":
         for text, (filled, masks) in [(text, task.fill(model, text)) for text in texts]:
             print_json({"text": text, "filled": filled, "masks": masks}) if options.json else print(filled)

@@ -196,21 +196,22 @@ class TrainConfig:
 
 def config_from_dict(values):
     """A TrainConfig from nested dicts; the parser has already checked keys and types, except of whole sections."""
-    for name in ("data", "model", "optim"):
-        expect(isinstance(values[name], dict), name, "a section of settings", values[name])
-    columns = values["data"]["columns"]
-    expect(isinstance(columns, dict), "data.columns", "a section of settings", columns)
-    if isinstance(values["optim"].get("rates"), dict):
-        values = {**values, "optim": {**values["optim"], "rates": Rates(**values["optim"]["rates"])}}
-    sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
-    values = {**values, "data": {**values["data"], "columns": Columns(**columns)}}
-    if isinstance(values["model"].get("rotary"), dict):
-        values["model"] = {**values["model"], "rotary": rotary_config(values["model"]["rotary"])}
-    return TrainConfig(**{k: sections[k](**v) if k in sections else v for k, v in values.items()})
+    values = dict(values)
+    for section, make, inner, make_inner in (
+        ("data", DataConfig, "columns", Columns), ("model", ModelConfig, "rotary", rotary_config),
+        ("optim", OptimConfig, "rates", Rates),
+    ):  # fmt: skip
+        settings = values[section]
+        expect(isinstance(settings, dict), section, "a section of settings", settings)
+        if inner in settings:  # older runs have no rates
+            expect(isinstance(settings[inner], dict), f"{section}.{inner}", "a section of settings", settings[inner])
+            settings = {**settings, inner: make_inner(**settings[inner])}
+        values[section] = make(**settings)
+    return TrainConfig(**values)
 
 
-def rotary_config(values):
-    """A RotaryConfig from a dict; UsageError if a value is out of range."""
+def rotary_config(**values):
+    """A RotaryConfig of these settings; UsageError if a value is out of range."""
     try:
         return RotaryConfig(**values)
     except ValueError as error:

@@ -58,8 +58,19 @@ def run_path(name):
     """The folder of a run as an absolute path, so that its parent is known even for a bare name.
 
     Raises:
-        UsageError: the name is empty, which would be the current folder.
+        UsageError: the name is empty, which would be the current folder, or cannot be a path.
     """
     if not str(name).strip():
         raise UsageError("the name of a folder must not be empty")
-    return Path(name).expanduser().absolute()
+    path = user_path(name).absolute()
+    return path.resolve() if ".." in path.parts else path  # a folder before the dots may not exist
+
+
+def user_path(name):
+    """A path as a user writes it, with ~ for a home folder; UsageError if it cannot be a path."""
+    if "\0" in str(name):
+        raise UsageError(f"a path must not have a zero character, got {str(name)!r}")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UsageError(f"path {str(name)!r}: there is no such user; write ./~ for a name that begins so") from None

@@ -2,11 +2,11 @@
 
 import codecs
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Literal
 
 from fastattn.models.shape import RotaryConfig, Shape
 
+from .files import user_path
 from .messages import UsageError, expect
 
 
@@ -129,7 +129,7 @@ class DataConfig:
         expect(len(self.mixture) > 0, "data.mixture", "null or at least one folder", self.mixture)
         places = {}
         for folder, weight in self.mixture.items():
-            first = places.setdefault(Path(folder).expanduser().resolve(), folder)
+            first = places.setdefault(user_path(folder).resolve(), folder)
             if first != folder:
                 raise UsageError(f"data.mixture names one folder twice, {first!r} and {folder!r}: give it one weight")
             expect(0 < weight < float("inf"), f"data.mixture[{folder!r}]", "a finite number above 0", weight)

@@ -200,6 +200,18 @@ def test_every_speed_is_in_a_result_file_that_its_section_links(name):
             assert close, f"{section.splitlines()[0]}: {speed} is in none of {linked or 'no file'}"
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md", "docs/models.md"])
+def test_every_measured_number_is_in_a_linked_file(name):
+    """Numbers with a unit of speed, memory or quality; the time of one call out of 100 has a test above."""
+    text = without_code(read(name))
+    linked = {(ROOT / name).parent / path for path in re.findall(r"\]\(([\w./-]*results/[\w.-]+\.md)", text)}
+    found = " ".join(path.read_text(encoding="utf-8") for path in linked)
+    unit = r"(?<![\w.])(\d+(?:\.\d+)?)(?: \(\d+\.\d+\))?\s(?:times|%|ms|MB|tokens/s|GFLOP/s)(?!\w)"
+    numbers = set(re.findall(unit, text))
+    assert numbers
+    assert not {n for n in numbers if not re.search(rf"(?<![\d.]){re.escape(n)}(?!\d)", found)}
+
+
 PICTURES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/results/*/*.svg"))
 
 

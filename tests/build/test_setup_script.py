@@ -76,8 +76,9 @@ def test_without_a_gpu_the_cpu_build_is_taken(setup):
     assert "PyTorch 2.14.1" in told
 
 
-def test_an_index_out_of_reach_leaves_the_default_one(setup):
-    code, told, calls = setup(CPU_INDEX_SAYS="ERROR: No matching distribution found for torch==2.13.0")
+@pytest.mark.parametrize("said", ["No matching distribution found for torch==2.13.0", "ResolutionImpossible: for help"])
+def test_an_index_out_of_reach_leaves_the_default_one(setup, said):
+    code, told, calls = setup(CPU_INDEX_SAYS=f"ERROR: {said}")
     assert (code, calls) == (0, [FROM_CPU_INDEX, "torch==2.13.0"]), told
     assert (
         "that index cannot be reached; the default index gives a build with CUDA on most machines (about 3 GB)" in told

@@ -10,7 +10,17 @@ from oracle import BACKWARD, assert_accurate
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 import transformers
-from transformers_families import FAMILIES, PADDINGS, inputs_of, logits_and_gradients, model_of, plain_implementation
+from transformers_families import (
+    FAMILIES,
+    NO_FP64,
+    PADDINGS,
+    VERSION,
+    has_own_attention,
+    inputs_of,
+    logits_and_gradients,
+    model_of,
+    plain_implementation,
+)
 
 import fastattn
 
@@ -27,6 +37,8 @@ FEED_FORWARD = dict.fromkeys(
     ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "llama4", "deepseek_v3", "modernbert"),
     2,
 ) | {"t5": 4}
+if VERSION < (5, 0):
+    FEED_FORWARD["mixtral"] = 4  # each expert is a block of its own there
 # family: modules that are left alone
 LEFT = {"llama4": {f"model.layers.{i}.feed_forward.router" for i in range(2)}}  # subclasses of torch.nn.Linear
 # families whose model has a head for a vocabulary
@@ -57,6 +69,8 @@ def eager(family):
 
 
 def check(family, padding, dtype):
+    if family in NO_FP64:
+        pytest.skip("in this version of transformers the family does not run in fp64")
     given, real = inputs_of(FAMILIES[family][2], padding)
     model = eager(family).double()
     model.set_attn_implementation("plain")
@@ -66,12 +80,13 @@ def check(family, padding, dtype):
     logits, grads = logits_and_gradients(model, given, real)
     state, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
     report = fastattn.replace(model)
-    assert set(report.left) == LEFT.get(family, set())
+    own = has_own_attention(family)
+    assert set(report.left) == LEFT.get(family, set()) | ({""} if own else set())
     assert taken_over(model)
     assert ("output layer whose loss needs no logits" in report.replaced.values()) == (family in HEADS)
     assert sum("Norm" in what for what in report.replaced.values()) == NORMS[family]
     assert sum("feed-forward" in what for what in report.replaced.values()) == FEED_FORWARD.get(family, 0)
-    assert report.replaced[""] == "attention, attn_implementation='fastattn' (was 'eager')"
+    assert own or report.replaced[""] == "attention, attn_implementation='fastattn' (was 'eager')"
     assert list(model.state_dict()) == state
     ours, our_grads = logits_and_gradients(model, given, real)
     assert_accurate(ours, exact, logits, what="logits")
@@ -99,6 +114,8 @@ def test_logits_and_gradients(family):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "t5", "bert", "phi3"])
 def test_logits_and_gradients_in_bfloat16(family):
+    if family == "t5" and has_own_attention(family):
+        pytest.skip("T5's relu in bfloat16 makes the larger error a matter of luck where both have the same attention")
     check(family, padding_of(family), torch.bfloat16)
 
 
@@ -262,6 +279,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_of_which_only_a_part_is_replaced(name):
     changes, norms, more = OTHERS[name]
+    if name == "T5EncoderModel" and has_own_attention("t5"):
+        more = more[1:]
     model = getattr(transformers, name)(getattr(transformers, name).config_class(**changes)).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -22,13 +22,19 @@ DATA = [
 ]
 
 
-def models():
-    """A tiny Llama with eager attention, and the same replaced, with padded batches packed."""
-    model = copy.deepcopy(model_of("llama"))
+REPLACED = {
+    "llama": 24,  # norms, feed-forward blocks, 14 linear layers, attention, output layer, packing
+    "gpt_oss": 18,  # norms, 8 linear layers, the experts of 2 layers, attention, output layer, packing
+}
+
+
+def models(family="llama"):
+    """A tiny model with eager attention, and the same replaced, with padded batches packed."""
+    model = copy.deepcopy(model_of(family))
     model.set_attn_implementation("eager")
     ours = copy.deepcopy(model)
     report = fastattn.replace(ours, padding_free=True)
-    assert len(report.replaced) == 24  # norms, feed-forward blocks, 14 linear layers, attention, output layer, packing
+    assert len(report.replaced) == REPLACED[family]
     return model, ours
 
 
@@ -153,11 +159,12 @@ def test_supervised_fine_tuning_of_trl(tmp_path):
 
 
 TWO_PROCESSES = """
-import copy, os, sys, torch, torch.distributed as dist, fastattn
+import os, sys, torch, torch.distributed as dist, fastattn.ops.linear
 from test_trainers import LABELS, REAL, TOKENS, models
 from torch.distributed.fsdp import fully_shard
 
-plain, model = models()
+fastattn.ops.linear._LEAST = 0  # our product serves layers of these sizes too
+plain, model = models(sys.argv[3])
 order = torch.tensor([0, 2, 5, 7, 4, 1, 3, 6])  # both processes have 29 tokens
 parts = order.view(2, 4)
 parent = os.fork()
@@ -188,9 +195,10 @@ else:
 """
 
 
+@pytest.mark.parametrize("family", REPLACED)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork")
-def test_two_processes(strategy, tmp_path):
+def test_two_processes(strategy, family, tmp_path):
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("needs gloo")
-    assert "both agree" in run_code(TWO_PROCESSES, str(tmp_path / "store"), strategy, OMP_NUM_THREADS="1")
+    assert "both agree" in run_code(TWO_PROCESSES, str(tmp_path / "store"), strategy, family, OMP_NUM_THREADS="1")

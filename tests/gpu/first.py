@@ -53,6 +53,10 @@ def attention(name, head_dim=64, seqlen=200, heads=4, kv_heads=2, dtype=BF16, fi
     return Family(name, shapes | {"v": shapes["k"]}, lambda **x: fastattn.attention(**x, **options), fixed, dtype)
 
 
+def slopes():
+    return {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])}
+
+
 def packed():
     ends = torch.tensor([0, 7, 150, 200], dtype=torch.int32)
     return {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
@@ -106,8 +110,9 @@ FAMILIES = (
 
 
 def rows_of_the_table() -> Iterator[Family]:
-    """A call for each row of the table of Triton's attention: the three kinds of call, both sizes of elements."""
-    kinds = {"full": {}, "causal": {"causal": True}, "extra": {"causal": True, "softcap": 5.0, "dropout_p": 0.1}}
+    """A call for each row of the table of Triton's attention: the four kinds of call, both sizes of elements."""
+    kinds = {"full": {}, "causal": {"causal": True}, "extra": {"causal": True, "softcap": 5.0, "dropout_p": 0.1},
+             "alibi": {"causal": True, "softcap": 5.0, "fixed": slopes}}  # fmt: skip
     for head_dim in (32, 64, 128, 256):
         for dtype in (BF16, torch.float16, torch.float32):
             for kind, options in kinds.items():

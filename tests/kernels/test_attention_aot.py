@@ -16,6 +16,7 @@ import compilations
 import torch
 import ttgir
 
+from fastattn.kernels.attention_call import Plan, geometry
 from fastattn.kernels.attention_config import HEAD_DIMS, KERNELS, architecture, table_key
 from fastattn.kernels.attention_table import TABLE
 from fastattn.kernels.common import DEVICE_MADE, HOST_MADE, Variants
@@ -24,7 +25,7 @@ PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 EXACT = ("attention_preprocess_kernel", "attention_key_runs_kernel")
 # accepted bytes of stack per thread: the compiler rounds up, and dropout together with a mask needs many registers
-STACK = {"full": 16, "causal": 16, "extra": 64}
+STACK = {"full": 16, "causal": 16, "extra": 64, "alibi": 64}
 # dk and dv of 64 keys take half of all registers at head dim 256; with fewer keys wgmma could not be used
 SPILLS = {("attention_dkdv_kernel", 90, 256): 320}
 FEATURES = {  # calls for which a row of the table must compile
@@ -35,7 +36,12 @@ FEATURES = {  # calls for which a row of the table must compile
         {"right": 0, "bias": [2, 8, 1024, 1024]},
         {"right": 0, "bias": [1, 1, 1024, 1024], "only": ["dbias"]},
     ],
-}
+    "alibi": [
+        {"right": 0, "alibi": True, "softcap": 30.0, "sink": True}, {"alibi": True},
+        {"right": 0, "alibi": True, "packed": True, "kv_heads": 2},
+        {"left": 200, "right": 0, "alibi": True, "softcap": 30.0, "sink": True, "lengths": True},
+    ],
+}  # fmt: skip
 
 
 def case(arch, head_dim, variant, number=0, dtype="bfloat16", only=()):
@@ -59,6 +65,9 @@ def sample():
     yield case(90, 128, "causal")
     yield case(90, 64, "extra", 0, only=["fwd"])
     yield case(90, 64, "extra", 2)
+    for (arch, kernel, _, head_dim), row in TABLE.items():
+        if row.alibi:
+            yield case(arch, head_dim, "alibi", only=[kernel])
     for arch in (80, 100):
         yield case(arch, 64, "causal", only=["fwd"])
 
@@ -119,6 +128,26 @@ def test_rows_and_descriptors_of_an_architecture(capability, arch, makers, monke
     assert architecture(torch.device("cuda")) == (arch, makers)
 
 
+@pytest.mark.parametrize(("kind", "more"), [
+    ("full", {}), ("causal", {"window_right": 0}), ("full", {"mask": (1, 1, 1, 64)}), ("extra", {"softcap": 5.0}),
+    ("extra", {"mask": (1, 1, 64, 64)}), ("alibi", {"alibi_dims": 1}), ("alibi", {"alibi_dims": 2, "softcap": 5.0}),
+    ("extra", {"alibi_dims": 1, "dropout_p": 0.1, "drops": True}), ("extra", {"alibi_dims": 1, "bias": (1, 1, 64, 64)}),
+    ("extra", {"alibi_dims": 1, "mask": (1, 1, 1, 64)}), ("extra", {"alibi_dims": 1, "mask": (1, 1, 64, 64)}),
+    ("extra", {"alibi_dims": 1, "head_dim": 40}),
+])  # fmt: skip
+def test_the_kind_of_a_call(kind, more):
+    """A limit of registers holds only for calls with few features: those with more would spill."""
+    more = dict(more)
+    q = geometry(torch.empty(2, 4, 64, more.pop("head_dim", 64), device="meta"))
+    tensors = {
+        name: geometry(torch.empty(more[name], device="meta")) if name in more else None for name in ("bias", "mask")
+    }
+    values = {"drops": False, "sequences": None, "window_left": -1, "window_right": -1, "top_left": False,
+              "softcap": 0.0, "dropout_p": 0.0, "scale": 0.125, "alibi_dims": 0, **more, **tensors}  # fmt: skip
+    plan = Plan(q, q, q, dtype=torch.bfloat16, device=torch.device("cuda"), fp32_precision="ieee", **values)
+    assert plan.kind[-1] == kind
+
+
 def test_configurations_compile_without_spills():
     all_of_them = os.environ.get("FASTATTN_AOT") == "all"
     wanted = list(everything() if all_of_them else sample())
@@ -137,7 +166,8 @@ def test_configurations_compile_without_spills():
             exact = call["arguments"]["dtype"] == "float32" or c["kernel"] in EXACT
             idle = product not in c and not exact and not small
             masked = "extra" if call["arguments"].get("mask") else call["variant"]
-            allowed = SPILLS.get((c["kernel"], arch, head_dim), STACK[masked])
-            if c["stack"] > allowed or idle or c["shared"] > SHARED_MEMORY[arch]:
+            allowed = 0 if c["limit"] else SPILLS.get((c["kernel"], arch, head_dim), STACK[masked])
+            crowded = c["stack"] > allowed or c["registers"] > (c["limit"] or 255) or c["shared"] > SHARED_MEMORY[arch]
+            if crowded or idle:
                 failures.append(title)
     assert not failures, "\n".join(failures)

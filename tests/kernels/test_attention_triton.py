@@ -94,6 +94,27 @@ def test_random_combination(seed):
     Case(**options).check(("reference", "triton")[seed % 2])
 
 
+@pytest.mark.parametrize("visible", [1, 2])
+@pytest.mark.parametrize(("sq", "seed"), [(1, 4), (1, 18), (9, 8), (9, 3)])
+def test_dropout_with_few_visible_keys(sq, seed, visible):
+    """The exact dq and dk of rows that see one key are 0, so all of them is error: that of the rounded out."""
+    case = Case(heads=1, sq=sq, sk=9, d=40, dtype=torch.float16, dropout_p=0.1, seed=seed)
+    away = (torch.arange(9) - torch.arange(sq)[:, None] - seed) % 9
+    case.replace(mask=(away < visible)[None, None].to(DEVICE))
+    case.check(("triton", "reference")[seed % 2])
+
+
+@pytest.mark.parametrize("name", ["dq", "dk", "dv"])
+def test_the_error_of_delta_excuses_no_other_one(name, monkeypatch):
+    case = Case(heads=1, sq=9, sk=9, d=40, dtype=torch.float16, dropout_p=0.1, window_left=1, window_right=0)
+    gradients = list(case.backward(case.forward()))
+    which = ("dq", "dk", "dv").index(name)
+    gradients[which] = gradients[which] * 1.01
+    monkeypatch.setattr(case, "backward", lambda *_: gradients)
+    with pytest.raises(AssertionError, match=name):
+        case.check()
+
+
 @pytest.fixture
 def launchers():
     """The module with the plans of launches, to be patched: nothing that it planned before or in the test is kept."""

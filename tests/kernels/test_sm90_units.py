@@ -343,6 +343,7 @@ PLANTED = {  # fault: (call, message); without a message, which rule sees it fir
     "PLANT_USE_BEFORE_WAIT": ("abt", "an accumulator was written while a product ran"),
     "PLANT_OPERAND_IN_FLIGHT": ("ab", "an operand in registers was written while a product read it"),
     "PLANT_NO_READ": ("reduce", "a block ended while copies were running"),
+    "PLANT_WRITE_UNDER_COPY": ("reduce", "shared memory changed while a copy read it"),
     "PLANT_NO_EMPTY": ("pipe", ""),
 }
 CALLS = {

@@ -21,7 +21,7 @@ def timer(times, default):
 
 
 def test_the_fastest_row_is_taken_for_the_measured_variant_only(script):
-    fast = (128, 64, 8, 3)
+    fast = Launch(128, 64, 8, 3)
     assert fast in list(script.candidates("fwd", 2, 64))
     table = {KEY: ROWS, OTHER: ROWS}
     tuned = script.tune(table, [KEY], ["causal"], timer({fast: 1.0}, 2.0), report=lambda line: None)
@@ -30,19 +30,30 @@ def test_the_fastest_row_is_taken_for_the_measured_variant_only(script):
 
 
 def test_a_row_that_is_hardly_slower_stays(script):
-    tuned = script.tune({KEY: ROWS}, [KEY], ["full"], timer({(128, 64, 8, 3): 1.99}, 2.0), report=lambda line: None)
+    times = timer({Launch(128, 64, 8, 3): 1.99}, 2.0)
+    tuned = script.tune({KEY: ROWS}, [KEY], ["full"], times, report=lambda line: None)
     assert tuned == {KEY: ROWS}
 
 
 def test_rows_that_cannot_run_are_passed_over(script):
-    tuned = script.tune({KEY: ROWS}, [KEY], ["full"], timer({(128, 32, 8, 2): 5.0}, None), report=lambda line: None)
-    assert tuned[KEY].full == (128, 32, 8, 2)
+    times = timer({Launch(128, 32, 8, 2): 5.0}, None)
+    tuned = script.tune({KEY: ROWS}, [KEY], ["full"], times, report=lambda line: None)
+    assert tuned[KEY].full == Launch(128, 32, 8, 2)
     tuned = script.tune({KEY: ROWS}, [KEY], ["full"], timer({}, None), report=lambda line: None)
     assert tuned == {KEY: ROWS}
 
 
+def test_a_kind_without_a_row_of_its_own_begins_with_the_row_of_extra(script):
+    tuned = script.tune({KEY: ROWS}, [KEY], ["alibi"], timer({ROWS.extra: 2.0}, 3.0), report=lambda line: None)
+    assert tuned == {KEY: ROWS}
+    fast = Launch(128, 64, 8, 3)
+    times = timer({ROWS.extra: 2.0, fast: 1.0}, 3.0)
+    tuned = script.tune({KEY: ROWS}, [KEY], ["alibi"], times, report=lambda line: None)
+    assert tuned == {KEY: ROWS._replace(alibi=fast)}
+
+
 def test_the_written_table_is_the_table(script):
-    table = {KEY: ROWS, OTHER: ROWS}
+    table = {KEY: ROWS._replace(alibi=Launch(64, 64, 4, 2, 128)), OTHER: ROWS}
     namespace = {}
     exec(script.table_source(table, "Invented."), namespace)
     assert namespace["TABLE"] == table

@@ -14,7 +14,9 @@ import transformers
 from transformers import masking_utils
 from transformers_families import (
     FAMILIES,
+    NO_FP64,
     PADDINGS,
+    VERSION,
     VOCAB,
     inputs_of,
     logits_and_gradients,
@@ -42,6 +44,8 @@ CASES = [(family, padding) for family, (_, _, kind) in FAMILIES.items() for padd
 
 
 def check_against_eager(family, padding, dtype):
+    if family in NO_FP64:
+        pytest.skip("in this version of transformers the family does not run in fp64")
     given, real = inputs_of(FAMILIES[family][2], padding)
     model = model_of(family)
     exact, exact_grads = run(copy.deepcopy(model).double(), "plain", given, real)
@@ -83,6 +87,8 @@ CACHES = [
 @pytest.mark.parametrize(("family", "cache", "beams"), CACHES, ids=str)
 def test_generated_tokens(family, cache, beams):
     """Mistral, Gemma and gpt-oss have sliding layers in each cache: 14 + 10 tokens are beyond their window."""
+    if (family, cache) == ("deepseek_v3", "static") and VERSION < (5, 0):
+        pytest.skip("the static cache of this version gives values the size of keys, and DeepSeek V3 has two sizes")
     model = copy.deepcopy(model_of(family)).eval()
     given, _ = inputs_of("decoder", "right" if FAMILIES[family][2] == "seq2seq" else "left", seqlen=14)
     found = {}
@@ -137,6 +143,7 @@ FUNCTIONS = {
 }
 if versions.bidirectional_mask_function is not None:  # in transformers 4.57 encoders make their masks themselves
     FUNCTIONS["two-sided"] = versions.bidirectional_mask_function
+if hasattr(masking_utils, "sliding_window_bidirectional_mask_function"):
     FUNCTIONS["two-sided window"] = masking_utils.sliding_window_bidirectional_mask_function(3)
 # (queries, keys, position of the first query, position of the first key)
 LENGTHS = {
@@ -285,6 +292,7 @@ def test_arguments_that_mean_something_are_refused(refused):
     (label,) = refused
     with pytest.raises(ValueError, match=f"the argument {label} is not supported"):
         integration.attention_forward(MODULE, heads(), heads(), heads(), None, **refused)
+    integration.attention_forward(MODULE, heads(), heads(), heads(), None, shift_labels=heads(), ignore_index=0)
     nothing = dict.fromkeys(refused, None) | {"use_cache": True, "output_attentions": False}
     integration.attention_forward(MODULE, heads(), heads(), heads(), None, **nothing)
 

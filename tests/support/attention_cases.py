@@ -91,6 +91,10 @@ class Case:
 
     def expected(self, dtype=None):
         """(out, lse, lse_low, gradients) of the reference, computed in `dtype` if given; None for absent inputs."""
+        return self._expected(dtype)[:4]
+
+    def _expected(self, dtype):
+        """The same, and a function of the error of delta that returns what it adds to the gradients."""
 
         def convert(t):
             return t.to(dtype or t.dtype) if torch.is_tensor(t) and t.is_floating_point() else t
@@ -98,13 +102,20 @@ class Case:
         leaves = [None if t is None else convert(t.detach()).clone().requires_grad_() for t in self.call[:5]]
         out, lse, low = _reference(*leaves, *map(convert, self.call[5:]), True)
         finite = torch.where(lse == -math.inf, 0.0, lse)  # the lse of an empty row has no gradient
-        wanted, flowing = [t for t in leaves if t is not None], (convert(self.do), self.dlse.to(lse.dtype))
-        grads = iter(torch.autograd.grad((out, finite), wanted, flowing, allow_unused=True))
-        return out.detach(), lse.detach(), low.detach(), [None if t is None else next(grads) for t in leaves]
+
+        def gradients(results, flowing):
+            if not results[0].requires_grad:  # lse of a call without keys
+                return [None] * len(leaves)
+            wanted = [t for t in leaves if t is not None]
+            grads = iter(torch.autograd.grad(results, wanted, flowing, retain_graph=True, allow_unused=True))
+            return [None if t is None else next(grads) for t in leaves]
+
+        grads = gradients((out, finite), (convert(self.do), self.dlse.to(lse.dtype)))
+        return out.detach(), lse.detach(), low.detach(), grads, lambda missed: gradients((finite,), (missed,))
 
     def check(self, saved_by="triton"):
         """Check the results of Triton's forward, and of its backward after the forward of `saved_by`."""
-        exact_out, exact_lse, _, exact_grads = self.expected(torch.float64)
+        exact_out, exact_lse, _, exact_grads, added_by = self._expected(torch.float64)
         *plain_saved, plain_grads = self.expected()
         out, lse, _ = saved = self.forward()
         assert_accurate(out, exact_out, plain_saved[0], what="out")
@@ -112,13 +123,16 @@ class Case:
         assert torch.equal(lse != -math.inf, seen)
         if not torch.allclose(lse[seen].double(), exact_lse[seen], rtol=0, atol=2 * score_unit(exact_lse)):
             assert_accurate(lse[seen], exact_lse[seen], plain_saved[1][seen], what="lse")
-        grads = self.backward(plain_saved if saved_by == "reference" else saved)
+        saved = plain_saved if saved_by == "reference" else saved
+        do = self.do.double()
+        by_delta = added_by((do * (saved[0].double() - exact_out)).sum(-1))
         names = ("dq", "dk", "dv", "dbias", "dsink")
-        for name, got, right, plain in zip(names, grads, exact_grads, plain_grads, strict=True):
+        compared = zip(names, self.backward(saved), exact_grads, plain_grads, by_delta, strict=True)
+        for name, got, right, plain, added in compared:
             if right is None:
                 continue
             assert got.shape == right.shape, name
-            slack = attention_slack(name, right, self.call, exact_out, exact_lse, self.do)
+            slack = attention_slack(name, right, added, self.call, exact_lse, do * exact_out)
             if not torch.allclose(got.double(), right, rtol=0, atol=slack):
                 assert_accurate(got, right, plain, factor=BACKWARD, what=name, slack=slack)
 

@@ -49,24 +49,26 @@ def score_unit(lse):
     return FP32_EPS * (1 + finite.amax().item() if finite.numel() else 1)
 
 
-def attention_slack(name, grad, call, out, lse, do):
+def attention_slack(name, grad, by_delta, call, lse, terms):
     """By how much a gradient of attention may miss the exact one, where PyTorch's own error is smaller by chance.
 
     1. p = exp(s - lse), and a score is off by a few units, so p and the gradients are off by that share of themselves.
-    2. ds = p (dp - delta), and delta = rowsum(do ∘ out) is computed from the rounded out. In a row that sees one key
-       PyTorch's softmax cancels dp - delta exactly; here half a unit of each out remains, weighted by do. It reaches
-       dbias and dsink as it is, and dq and dk times scale and the other operand. dv does not depend on delta.
+    2. ds = p (dp - delta), and delta = rowsum(do ∘ out) is computed from the rounded out. PyTorch computes it from
+       p and dp, and in a row that sees one key it cancels dp - delta exactly. With few keys nothing averages.
+       What this adds to a gradient, `by_delta`, is known: it is the gradient of lse in the direction of the error of
+       delta. dv has none.
+    3. delta is a sum of products in fp32. It reaches dbias and dsink as it is, and dq and dk times scale and the other
+       operand.
 
     Args:
-        name: "dq", "dk", "dv", "dbias" or "dsink"; grad: its exact value.
-        call: the AttentionCall; out, lse: the exact results; do: the gradient of out.
+        name: "dq", "dk", "dv", "dbias" or "dsink"; grad: its exact value; by_delta: see above, or None.
+        call: the AttentionCall; lse: the exact result; terms: do ∘ out, exact.
     """
     slack = 8 * score_unit(lse) * grad.abs().amax().item() if grad.numel() else 0.0
-    terms, eps = do.double() * out, torch.finfo(call.q.dtype).eps
-    if name in ("dbias", "dsink"):
-        return slack + eps * terms.square().sum().sqrt().item()
-    if name == "dv" or not call.q.numel() or not call.k.numel():
+    if by_delta is None or not call.q.numel() or not call.k.numel():
         return slack
+    slack += by_delta.abs().amax().item()
+    if name in ("dbias", "dsink"):
+        return slack + FP32_EPS * terms.square().sum().sqrt().item()
     other = (call.k if name == "dq" else call.q).double().nan_to_num(0, 0, 0).square().mean().sqrt()
-    delta = 4 * FP32_EPS * terms.sum(-1).abs().amax() + eps / 2 * terms.norm(dim=-1).amax()
-    return slack + (delta * abs(call.scale) * other).item()
+    return slack + (4 * FP32_EPS * terms.sum(-1).abs().amax() * abs(call.scale) * other).item()

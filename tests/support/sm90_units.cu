@@ -64,6 +64,9 @@ __global__ void __launch_bounds__(kWarpgroup, 1) unit_reduce_kernel(const float*
   meet(1, kWarpgroup);
   if (threadIdx.x == 0) {
     bulk_reduce_add(out, values, 4 * kWarpgroup * sizeof(float));
+#ifdef PLANT_WRITE_UNDER_COPY
+    values[7] = 0.f;
+#endif
 #ifndef PLANT_NO_READ
     tma_stores_read();
 #endif

@@ -59,6 +59,11 @@ FAMILIES = {
     "clip": ("CLIPModel", {"text_config": {**ENCODER, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": VISION,
                            "projection_dim": 16}, "both"),
 }  # fmt: skip
+# families whose attention no attn_implementation reaches in some of the older versions of transformers
+SOMETIMES_OWN = ("bert", "roberta", "distilbert", "modernbert", "t5")
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+NO_FP64 = ["clip"] if VERSION < (5, 0) else []  # it makes a mask in fp32 with the smallest number of fp64
+HAS_OWN_ATTENTION = "this version of transformers gives the family an attention that no attn_implementation reaches"
 DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "attn_pdrop", "resid_pdrop",
             "embd_pdrop", "dropout_rate", "dropout", "activation_dropout", "hidden_dropout", "mlp_dropout",
             "embedding_dropout")  # fmt: skip
@@ -83,6 +88,11 @@ def model_of(family):
     for parameter in model.parameters():
         parameter.data += 0.15 * torch.randn_like(parameter)
     return model.train()
+
+
+def has_own_attention(family):
+    """Whether no attn_implementation reaches the attention of a family, as the installed transformers says itself."""
+    return family in SOMETIMES_OWN and not model_of(family)._can_set_attn_implementation()
 
 
 def inputs_of(kind, padding, seqlen=SEQLEN):
@@ -132,7 +142,11 @@ def logits_and_gradients(model, given, real):
 
 
 def plain_attention(module, q, k, v, mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **_):
-    """Attention written out in fp64; eager masks with a number that its softmax in fp32 does not have."""
+    """Attention written out in fp64; eager masks with a number that its softmax in fp32 does not have.
+
+    mask: bool, or floats that are 0 at visible keys, as some models of transformers 4.57 make theirs.
+    """
+    mask = mask == 0 if mask is not None and mask.is_floating_point() else mask
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores

@@ -1,9 +1,12 @@
 """What cannot be meant: one line that says so, exit code 2, and nothing is written; never a traceback."""
 
+import hashlib
 import io
 import json
+import shutil
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_cases import tiny_config, tiny_model, write_table
@@ -73,6 +76,11 @@ CONFIGS = {
     "blank.yaml": b"# nothing\n",
     "deep.yaml": b"data: " + b"[" * 3000,
     "latin.yaml": "run: caf\xe9\n".encode("latin-1"),
+    "rotary.yaml": b"model: {rotary: 5}\n",
+    "rates.yaml": b"optim: {rates: null}\n",
+    "columns.yaml": b"data: {columns: [a]}\n",
+    "key.yaml": b"true: 4\n",
+    "path.yaml": b'data: {source: "a\\0b"}\n',
 }
 LABELLED = "train --task classify --data.columns.label label --data.columns.label_kind"
 ANSWERS = "--data.source pairs.jsonl --data.columns.target target"
@@ -136,9 +144,30 @@ CASES = [
     ("train --config blank.yaml", "blank.yaml must have options with values, such as steps: 100"),
     ("train --config deep.yaml", "deep.yaml, line 1, column "),
     ("finetune --config latin.yaml", "latin.yaml is not UTF-8 text"),
+    ("train --config rotary.yaml", "model.rotary must be a section of settings, got 5"),
+    ("train --config rates.yaml", "optim.rates must be a section of settings, got None"),
+    ("train --config columns.yaml", "data.columns must be a section of settings, got ['a']"),
+    ("train --optim.rates 3", "optim.rates must be a section of settings, such as {name: value}"),
+    ("train --config key.yaml", "config: a key must be a text, got True"),
+    ("train --config lm", "lm is not a file"),
+    ("train --config=", "the file must have options with values, such as steps: 100"),
+    ("train --config path.yaml", "a path must not have a zero character, got 'a\\x00b'"),
+    ("train --data.source ~nobody_at_all/x", "path '~nobody_at_all/x': there is no such user"),
+    ("predict number --input ~nobody_at_all/x", "path '~nobody_at_all/x': there is no such user"),
+    # numbers without a meaning
+    ("train --data.source lines.txt --epochs .inf", "epochs must be a finite number, got inf"),
+    ("train --data.source lines.txt --epochs 1e300", "epochs must be fewer, below 2**53 steps"),
+    ("train --data.source lines.txt --steps 1000000000000000000000", "steps must be below 2**53, got 1000000000"),
+    ("train --data.source lines.txt --data.vocab_size 99999999999999999999", "data.vocab_size must be below 2**53"),
+    ("data split lines.txt --output out --validation_fraction .nan", "validation_fraction must be a finite number"),
+    ("generate lm --prompt line --top_p .inf", "top_p must be a finite number, got inf"),
+    # settings of other formats
+    ("data stats plain.jsonl --columns.quoting csv", "columns.quoting is for .csv and .tsv files"),
     # generation, conversations, preferences, optimizers
     ("generate lm --prompt line --samples 2 --seed 9223372036854775807", "seed + samples must be at most 2**63"),
     ("generate lm --prompt line --samples 0", "samples must be at least 1, got 0"),
+    ("generate lm --prompt line --stop=", "stop must be at least one character long, got ''"),
+    ("generate translator --prompt=", "prompt must be at least one character long, got ''"),
     ("generate lm --input none.txt", "is neither a file, a folder"),
     ("generate chat --prompt <|im_end|>", "prompt"),
     ("train --task chat --data.source marked.jsonl --data.columns.target target --data.tokenizer byte",
@@ -185,6 +214,39 @@ def test_standard_input_without_a_line_is_refused(place, monkeypatch, capsys):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
         assert main([*command, "--input", "-"]) == 2
         assert "must have at least one line, got none from standard input" in capsys.readouterr().err
+
+
+def test_any_value_in_a_file_of_a_run_is_read_or_refused_in_one_line(place, capsys, tmp_path):
+    """Each value of data.json and meta.json, also if it is missing, and of the other kinds that JSON has."""
+    missing = object()
+    for run, command in (("number", "predict"), ("classes", "predict"), ("lm", "generate")):
+        folder = shutil.copytree(place / run, tmp_path / run)
+        ask = [command, str(folder), "w1"] if command == "predict" else [command, str(folder), "--prompt", "line"]
+        ask += ["--accelerator", "cpu"]
+        for file in (folder / "data.json", *folder.glob("checkpoints/*/meta.json")):
+            right = json.loads(file.read_text())
+            for name in right:
+                for value in (missing, None, 5, "x", [5], {"a": "b"}):
+                    wrong = {**right, name: value}
+                    file.write_text(json.dumps({key: item for key, item in wrong.items() if item is not missing}))
+                    assert main(ask) in (0, 2), (file, name, value)
+                    errors = capsys.readouterr().err
+                    assert errors.count("fastattn: error: ") == len(errors.splitlines()) <= 1
+            file.write_text(json.dumps(right))
+
+
+def test_a_state_without_its_parts_is_refused(place, capsys, tmp_path):
+    folder = shutil.copytree(place / "lm", tmp_path / "lm")
+    for checkpoint in folder.glob("checkpoints/*"):
+        torch.save({"step": 1}, checkpoint / "state.pt")
+        meta = json.loads((checkpoint / "meta.json").read_text())
+        meta["sha256"]["state.pt"] = hashlib.sha256((checkpoint / "state.pt").read_bytes()).hexdigest()
+        (checkpoint / "meta.json").write_text(json.dumps(meta))
+    (folder / "checkpoints" / "step-none").mkdir()  # is no checkpoint
+    assert main(["train", "--resume", str(folder), "--steps", "9"]) == 2
+    assert "state.pt must hold best_score, optimizer, precision, stale, step" in capsys.readouterr().err
+    assert main(["generate", str(folder), "--prompt", "line", "--checkpoint", "9"]) == 2
+    assert "'last' or a saved step (1), got '9'" in capsys.readouterr().err
 
 
 # --- properties -------------------------------------------------------------------------------------------------------

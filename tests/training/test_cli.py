@@ -478,6 +478,24 @@ def test_missing_package_is_named(folder, capsys, monkeypatch):
     assert_refused(folder, capsys, ["train", "--config", "config.yaml"], expected)
 
 
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (MemoryError(), ""),
+        (RuntimeError("layer: out of memory"), ""),
+        (RuntimeError("can't allocate memory: you tried to allocate 7440 bytes."), " (7,440 bytes at once were asked"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(folder, capsys, monkeypatch, error, asked):
+    def fail(*_arguments):
+        raise error
+
+    monkeypatch.setattr("fastattn.commands.train.read_train_config", fail)
+    assert main(["train", "--run", "runs/none"]) == 2
+    expected = f"fastattn: error: not enough memory; a smaller model, batch_size or block_size needs less{asked}"
+    assert expected in capsys.readouterr().err
+
+
 def test_fault_of_ours_is_a_traceback(folder, monkeypatch):
     monkeypatch.setattr("fastattn.commands.train.parser", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # Python ends with exit code 1

@@ -31,8 +31,13 @@ def test_parquet_is_read_as_json_lines_are(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UsageError, match="is not a readable Parquet file"):
         read_documents(str(tmp_path / "bad.parquet"))
-    with pytest.raises(UsageError, match=r"columns\.delimiter has no meaning"):
-        read_documents(str(tmp_path / "x.parquet"), Columns(delimiter=";"))
+    times = pyarrow.array([2**62], pyarrow.timestamp("ns"))  # more digits than Python's own times have
+    parquet.write_table(pyarrow.table({"text": times}), tmp_path / "times.parquet")
+    with pytest.raises(UsageError, match=r"times\.parquet"):
+        read_documents(str(tmp_path / "times.parquet"))
+    for name, value in (("delimiter", ";"), ("names", ["text"]), ("quoting", "csv"), ("encoding", "latin-1")):
+        with pytest.raises(UsageError, match=rf"columns\.{name} is for "):
+            read_documents(str(tmp_path / "x.parquet"), Columns(**{name: value}))
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

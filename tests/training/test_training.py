@@ -347,3 +347,19 @@ def test_metrics_survive_a_torn_line(tmp_path):
         file.write("4,0.3")
     MetricsLog(tmp_path, 2, tensorboard=False).close()
     assert read_metrics(tmp_path) == [{"step": 1.0, "train_loss": 1 / 3}, {"step": 2.0, "train_loss": 2 / 3}]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xff\xfe\n1\n", "is not a table of numbers"),
+        (b"step,train_loss\none,2\n", "is not a table of numbers"),
+        (b"step\n1,2\n", "is not a table of numbers"),
+        (b"loss\n1\n", "must have a step in each row"),
+        (b"step,loss\n,1\n", "must have a step in each row"),
+    ],
+)
+def test_damaged_metrics_are_one_line(tmp_path, content, problem):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(UsageError, match=problem):
+        read_metrics(tmp_path)

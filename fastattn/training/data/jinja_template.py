@@ -2,8 +2,8 @@
 
 import json
 import re
-from pathlib import Path
 
+from ..files import user_path
 from ..messages import UsageError
 
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -15,7 +15,7 @@ def read_template(folder):
     Raises:
         UsageError: there is none, or a file is damaged.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     path, alone = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     if not folder.is_dir():
         expected = "auto, chatml, llama3, gemma or a folder with tokenizer_config.json"

@@ -1,7 +1,7 @@
 """Rows of a Parquet file, with the package pyarrow."""
 
 from ..messages import UsageError
-from .tables import Row, check_columns, columns_read
+from .tables import Row, check_columns, check_format, columns_read
 
 
 def read_parquet(path, columns):
@@ -10,9 +10,7 @@ def read_parquet(path, columns):
     Raises:
         UsageError: the package is missing, the file is not Parquet, or a setting of other tables is given.
     """
-    for name in ("names", "delimiter"):
-        if getattr(columns, name):
-            raise UsageError(f"columns.{name} has no meaning for the source {str(path)!r}")
+    check_format(path, columns, ("names", "delimiter", "quoting", "encoding"))
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -26,7 +24,9 @@ def read_parquet(path, columns):
             for values in batch.to_pylist():
                 number += 1
                 yield Row(f"{path}, row {number}", list(values), [as_json(value) for value in values.values()])
-    except (ArrowException, OSError) as error:
+    except UsageError:
+        raise
+    except (ArrowException, OSError, ValueError) as error:  # ValueError: a time that Python cannot hold
         raise UsageError(f"source {str(path)!r} is not a readable Parquet file: {error}") from None
 
 

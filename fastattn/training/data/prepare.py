@@ -5,13 +5,12 @@ import json
 import statistics
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from ..config import Columns
-from ..files import new_folder, run_path, write_atomic
+from ..files import new_folder, run_path, user_path, write_atomic
 from ..messages import UsageError, expect
 from . import vectors
 from .clean import CleanConfig, clean
@@ -176,7 +175,7 @@ class Vocabulary:
     def build(self, texts, train_texts, specials=()):
         """The tokenizer; texts, train_texts: as for build_tokenizer; specials: tokens that it needs besides its own."""
         if self.tokenizer_file is not None:
-            return load_tokenizer(Path(self.tokenizer_file).expanduser())
+            return load_tokenizer(user_path(self.tokenizer_file))
         specials = self.specials or [*needed_specials(self.tokenizer), *specials]
         return build_tokenizer(self.tokenizer, texts, train_texts, self.vocab_size, specials, self.strip_accents)
 

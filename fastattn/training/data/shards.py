@@ -94,7 +94,7 @@ class _Writer:
         self.progress = folder / f"{name}.progress"
         self.facts = {"documents": 0, "tokens": 0, "unknown": 0, "shards": 0}
         if self.progress.exists():
-            self.facts = json.loads(self.progress.read_text())
+            self.facts = json.loads(self.progress.read_text(encoding="utf-8"))
 
     def add(self, numbers):
         self.pieces.append(numbers.copy())  # a view would keep the other documents of its batch in memory

@@ -2,9 +2,9 @@
 
 import json
 from dataclasses import fields
-from pathlib import Path
 
 from ..config import MIXTURE, Columns
+from ..files import user_path
 from ..messages import UsageError, warn
 from . import builtin
 from .documents import PARTS, Documents
@@ -45,7 +45,7 @@ def read_documents(source, columns=None, *, target_source=None, unit="line"):
     elif source.startswith("hf:"):
         _refuse(f"source {source!r} has names of columns", columns, unit, allowed=_OF_HUGGING_FACE)
         parts = _hugging_face(source.removeprefix("hf:"), columns)
-    elif (folder := Path(source).expanduser()).joinpath("train.jsonl").is_file():
+    elif (folder := user_path(source)).joinpath("train.jsonl").is_file():
         files = {part: folder / f"{part}.jsonl" for part in PARTS}
         parts = {part: _read_path(file, columns, unit) for part, file in files.items() if file.exists()}
     else:
@@ -106,7 +106,7 @@ def _pieces(text, unit):
 
 
 def _parallel(source, target_source):
-    texts, targets = (lines_of(read_file(Path(path).expanduser())) for path in (source, target_source))
+    texts, targets = (lines_of(read_file(user_path(path))) for path in (source, target_source))
     if len(texts) != len(targets):
         raise UsageError(
             f"parallel files: {target_source!r} must have as many lines as {source!r}, got {len(targets)} and"
@@ -125,7 +125,7 @@ def _hugging_face(name, columns):
     except ImportError:
         raise UsageError(f"source 'hf:{name}' needs the package 'datasets', which is not installed") from None
     try:
-        path = Path(name).expanduser()
+        path = user_path(name)
         loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(name)
     except Exception as error:  # the package raises many kinds
         raise UsageError(f"source 'hf:{name}' cannot be loaded: {type(error).__name__}: {error}") from None
@@ -211,4 +211,4 @@ def resolve_source(source):
     if not source.strip():  # as a path it would be the current folder
         raise UsageError("data.source must not be empty")
     is_name = source in ("topics", "shakespeare", MIXTURE, *NAMED_SETS) or source.startswith("hf:")
-    return source if is_name else str(Path(source).expanduser().resolve())
+    return source if is_name else str(user_path(source).resolve())

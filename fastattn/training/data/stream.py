@@ -4,8 +4,8 @@ import gzip
 import io
 import itertools
 import zlib
-from pathlib import Path
 
+from ..files import user_path
 from ..messages import UsageError
 from .parquet import read_parquet
 from .reading import SUFFIXES, TABLES, paragraphs_of, read_file, suffix_of, visible_files
@@ -27,7 +27,7 @@ def stream_texts(source, columns, unit="line"):
     Raises:
         UsageError: as read_documents, when the reading comes to the place.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.exists() or (path / "train.jsonl").is_file():
         for part in read_documents(source, columns, unit=unit).values():
             yield from part.texts

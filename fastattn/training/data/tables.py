@@ -8,6 +8,7 @@ import json
 import math
 from typing import NamedTuple
 
+from ..config import Columns
 from ..messages import UsageError
 from .chat import read_messages
 from .documents import Documents
@@ -43,12 +44,18 @@ def read_rows(path, text, columns):
     suffix = suffix_of(path)
     if suffix in SEPARATORS:
         return _separated_rows(path, text, columns)
-    for name in ("names", "delimiter"):
-        if getattr(columns, name):
-            raise UsageError(f"columns.{name} is for {' and '.join(SEPARATORS)} files, but the source is {str(path)!r}")
+    check_format(path, columns, ("names", "delimiter", "quoting"))
     if suffix == ".json" and text.lstrip().startswith("["):
         return _json_array(path, text)
     return _json_rows(path, text)
+
+
+def check_format(path, columns, names):
+    """Raise UsageError if one of these settings of other formats than that of the file is given."""
+    for name in names:
+        if getattr(columns, name) != getattr(Columns(), name):
+            tables = "tables of text" if name == "encoding" else f"{' and '.join(SEPARATORS)} files"
+            raise UsageError(f"columns.{name} is for {tables}, but the source is {str(path)!r}")
 
 
 def _separated_rows(path, text, columns):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fastattn
 
+from ..files import user_path
 from ..messages import UsageError
 from .builtin import topics
 from .reading import TABLES, read_file, suffix_of, visible_files
@@ -28,7 +29,7 @@ def read_text(source):
         return topics()
     if source == "shakespeare":
         return read_file(find_data("tinyshakespeare", "input.txt"))
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.exists():
         raise UsageError(f"text source {source!r} is neither 'topics', 'shakespeare', a file nor a folder")
     if path.is_dir():

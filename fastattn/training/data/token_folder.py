@@ -82,7 +82,7 @@ def _files(folder, name):
         return [folder / f"{name}{SUFFIX}"]
     found = sorted(folder.glob(f"{name}-*{SUFFIX}"))
     try:
-        expected = json.loads((folder / "data.json").read_text())[name]["shards"] if found else 0
+        expected = json.loads((folder / "data.json").read_text(encoding="utf-8"))[name]["shards"] if found else 0
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / 'data.json'} must say how many shards {name} has, got {error!r}") from None
     if len(found) != expected:

@@ -5,9 +5,8 @@ import fcntl
 import json
 import os
 import shutil
-from pathlib import Path
 
-from ..files import sync, write_atomic
+from ..files import sync, user_path, write_atomic
 from ..messages import UsageError
 
 SUFFIX, SETTINGS = ".unfinished", "settings.json"
@@ -73,6 +72,6 @@ def state_of_source(source):
     """[[path, bytes, time of change]] of the files of a source, to notice changes; [] if it is None or not a path."""
     if source is None:
         return []
-    path = Path(source).expanduser()
+    path = user_path(source)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.is_file()
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -221,6 +221,9 @@ def stream_text(tokenizer, numbers, stop=None, *, prompt=(), typed=""):
 def _continuation(tokenizer, prompt, numbers, typed):
     """What the tokenizer writes for `numbers` after the prompt."""
     before, text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *numbers])
+    if not before and prompt and not typed[-1:].isspace():  # of unknown words alone: join as after any other word
+        first = tokenizer.decode(numbers[:1])
+        text = tokenizer.decode(numbers[:1] * 2).removeprefix(first).removesuffix(first) + text
     if text.startswith(before):
         rest = text[len(before) :]
     else:  # WordPiece has removed a space at the end of the prompt

@@ -29,6 +29,13 @@ RUN_FILES = {
 }  # fmt: skip
 
 
+# names of the summary of data, the type of their values, and that of the items of a list
+_SUMMARY = (
+    ("source sha256", str, None), ("characters", int, None), ("labels", list, str), ("class_counts", list, int),
+    ("mean deviation median", float, None),
+)  # fmt: skip
+
+
 def create_run(run, files, overwrite):
     """Create the folder of a run with its first files; an old run is replaced last.
 
@@ -104,10 +111,16 @@ def check_run(run):
 def read_summary(run):
     """The summary of the data that a run was trained on (data.json)."""
     try:
-        summary = json.loads((run / "data.json").read_text())
-        return {**summary, **{name: summary[name] for name in ("source", "characters", "sha256")}}
+        summary = json.loads((run / "data.json").read_text(encoding="utf-8"))
+        summary |= {name: summary[name] for name in ("source", "characters", "sha256")}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run / 'data.json'} must hold source, characters and sha256, got {error}") from None
+    for names, kind, of in _SUMMARY:
+        for name in names.split():
+            value = summary.get(name, kind())
+            if not isinstance(value, kind) or (of and not all(isinstance(item, of) for item in value)):
+                raise UsageError(f"{run / 'data.json'} is damaged: {name} is {value!r}")
+    return summary
 
 
 def save_checkpoint(run, step, model, state, validation, keep):
@@ -150,7 +163,8 @@ def save_checkpoint(run, step, model, state, validation, keep):
 
 def find_checkpoints(run):
     """Checkpoints of a run, oldest first: [(folder, meta or None if meta.json is damaged)]."""
-    return [(folder, _read_meta(folder)) for folder in sorted((run / "checkpoints").glob("step-*")) if folder.is_dir()]
+    found = sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
+    return [(folder, _read_meta(folder)) for folder in found]
 
 
 def best_checkpoint(run):
@@ -196,12 +210,16 @@ def choose_checkpoint(run, which="last", needed=("model.safetensors",)):
 
 
 def load_state(folder):
-    """The state of a checkpoint; UsageError unless it holds only plain values. Never runs code from the file."""
+    """The state of a checkpoint; UsageError unless it holds what was saved. Never runs code from the file."""
     try:
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         text = " ".join(str(error).split())
         raise UsageError(f"{folder}: state.pt must hold only plain numbers and tensors: {text[:200]}") from None
+    needed = {"optimizer", "precision", "step", "best_score", "stale"}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise UsageError(f"{folder}: state.pt must hold {', '.join(sorted(needed))}")
+    return state
 
 
 def remove_leftovers(run):
@@ -227,9 +245,12 @@ def _remove(folder):
 
 def _read_meta(folder):
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return meta if {"step", "validation_loss", "sha256"} <= meta.keys() else None
-    except (OSError, ValueError, AttributeError):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        loss = meta["validation_loss"]
+        right = isinstance(meta["step"], int) and isinstance(meta["sha256"], dict)
+        right &= loss is None or all(isinstance(value, int | float) for value in (loss, meta.get("score", loss)))
+        return meta if right else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -24,12 +24,15 @@ def read_metrics(run):
     path = run / "metrics.csv"
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
     try:
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(lines)]
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(lines)]
     except (ValueError, TypeError, csv.Error) as error:
         raise UsageError(f"{path} is not a table of numbers: {error}") from None
+    if not all("step" in row for row in rows):
+        raise UsageError(f"{path} must have a step in each row")
+    return rows
 
 
 class MetricsLog:

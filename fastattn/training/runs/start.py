@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config import ModelConfig
 from ..data.tokenizer import load_tokenizer
+from ..files import user_path
 from ..messages import UsageError, expect
 from .checkpoint import read_summary
 from .load import load_run, read_run_config
@@ -30,7 +31,7 @@ def open_start(start):
     Raises:
         UsageError: the folder is neither, or cannot be read.
     """
-    folder = Path(start).expanduser()
+    folder = user_path(start)
     if (folder / "config.yaml").is_file():
         return _run_start(folder)
     if (folder / "config.json").is_file():

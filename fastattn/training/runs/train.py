@@ -12,7 +12,7 @@ from ..data.chat import TEMPLATES
 from ..data.sources import resolve_source
 from ..data.tokenizer import load_tokenizer, read_tokenizer
 from ..files import run_path, write_atomic
-from ..messages import UsageError, warn
+from ..messages import UsageError, expect, warn
 from ..tasks.registry import make_task
 from .checkpoint import check_new_run, check_run, choose_checkpoint, create_run, read_summary, remove_leftovers
 from .console import conclude, describe
@@ -93,7 +93,9 @@ def prepare_run(run, config, resume, overwrite):
             tokenizer = start_tokenizer(config)
     task = make_task(config, tokenizer, expected)
     if config.epochs is not None:
-        config.steps = max(1, round(config.epochs * task.steps_an_epoch))
+        steps = config.epochs * task.steps_an_epoch
+        expect(steps < 2**53, "epochs", f"fewer, below 2**53 steps of which an epoch has {task.steps_an_epoch}", steps)
+        config.steps = max(1, round(steps))
     if resume and chosen and config.steps < (done := chosen[1]["step"]):
         raise UsageError(f"steps must be at least {done}, the steps that the run has done, got {config.steps}")
     task.check_sample()

@@ -17,6 +17,7 @@ class LabelTask(DocumentTask):
     A subclass says what the labels are: `learn_labels`, `targets_of`, `label_options`, `predict` and the scores.
     """
 
+    needed = ("labels",)  # of the summary, to build a model
     unit = "document"
     next_command = "fastattn predict {run} TEXT"
 
@@ -80,6 +81,8 @@ class LabelTask(DocumentTask):
 
     @classmethod
     def build_model(cls, config, tokenizer, summary, layers=None):
+        if missing := [name for name in cls.needed if name not in summary]:
+            raise UsageError(f"the summary of the data of the run lacks {missing[0]}: data.json is damaged")
         shape = shape_of(config, layers)
         del shape["tied"]
         return Classifier(

@@ -24,6 +24,7 @@ from ..data.tokenizer import (
     needed_specials,
 )
 from ..data.windows import TextData, to_tokens, window_starts
+from ..files import user_path
 from ..inspect.attention_maps import attention_maps
 from ..inspect.generate import generate_tokens, stream_text
 from ..inspect.scores import language_scores
@@ -56,7 +57,7 @@ class LanguageModelling(Task):
     def __init__(self, config, tokenizer=None, expected=None):
         self.config, data = config, config.data
         self.ends = {}
-        folder = Path(data.source).expanduser()
+        folder = user_path(data.source)
         if data.mixture is not None or is_token_folder(folder):
             self._open_folders(data.mixture or {str(folder): 1.0}, tokenizer)
             check_summary(self.summary, expected)

@@ -15,6 +15,7 @@ class Regression(LabelTask):
     """Targets are the numbers. The loss counts them in standard deviations of the training part, squared."""
 
     loss_in = "squared standard deviations"
+    needed = ("mean", "deviation")
 
     def learn_labels(self, labels):
         source = self.config.data.source

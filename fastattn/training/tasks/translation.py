@@ -63,12 +63,15 @@ class Translation(DocumentTask):
         return Seq2Seq(tokenizer.vocab_size, **shape_of(config, layers))
 
     def translate(self, model, texts, *, beams=1, length_penalty=1.0):
-        """The model's translations of the texts: list of str."""
+        """The model's translations of the texts: list of str; of a text without tokens "", like the text."""
         device = next(model.parameters()).device
         encoded = [self.encode(text)[1:] for text in texts]
         lengths = list(map(len, encoded))
         result = [""] * len(texts)
         for indices in by_length(lengths, 64):
+            indices = [i for i in indices if lengths[i] > 1]  # more than the mark at the end
+            if not indices:
+                continue
             written = model.generate(
                 pad([encoded[i] for i in indices], self.specials[PAD]).to(device),
                 torch.tensor([lengths[i] for i in indices], device=device),

@@ -22,6 +22,11 @@ static __thread int mode;             // of captures, of this thread
 static unsigned long long capturing;  // the number of the capture that is under way, or 0
 static unsigned long long captures;
 static char handle[4096];  // what every handle points to
+static int refusals;       // of allocations and waits in a capture
+
+int stand_in_refusals(void) {
+  return refusals;
+}
 
 static int gpus(void) {
   const char* text = getenv("STAND_IN_GPUS");
@@ -32,7 +37,11 @@ static E fail(E error) {
 }
 // what a capture forbids
 static E outside_capture(void) {
-  return capturing && mode != cudaStreamCaptureModeRelaxed ? fail(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+  if (capturing && mode != cudaStreamCaptureModeRelaxed) {
+    ++refusals;
+    return fail(cudaErrorStreamCaptureUnsupported);
+  }
+  return cudaSuccess;
 }
 
 // devices
@@ -242,6 +251,7 @@ static E launch(dim3 grid, dim3 block, size_t shared) {
     }
     return fail(cudaErrorInvalidConfiguration);
   }
+  ++launches;
   return cudaSuccess;
 }
 E cudaLaunchKernel(const void* f, dim3 grid, dim3 block, void** parameters, size_t shared, cudaStream_t stream) {

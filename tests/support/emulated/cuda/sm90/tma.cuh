@@ -50,6 +50,7 @@ struct Copy {
   bool adds = false;    // a store
   float* to = nullptr;  // a plain store
   size_t thread = current;
+  std::vector<unsigned char> source = {};  // of a store, when it was issued
 
   void load() const {
     if (from != nullptr) {
@@ -59,7 +60,11 @@ struct Copy {
     }
     barrier->complete(bytes);
   }
+  void issue_store();
   void store() const {
+    if (std::memcmp(source.data(), dynamic_shared + shared, bytes) != 0) {
+      fail("shared memory changed while a copy read it");
+    }
     if (to != nullptr) {
       for (int i = 0; i < bytes / 4; ++i) {
         to[i] += *shared_pointer<float>(shared + 4 * i);
@@ -105,6 +110,11 @@ struct Copy {
 };
 
 static std::vector<Copy> loads, stores;
+
+inline void Copy::issue_store() {
+  source.assign(dynamic_shared + shared, dynamic_shared + shared + bytes);
+  stores.push_back(*this);
+}
 
 inline bool run_loads(bool urgent) {
   static uint32_t random = 1;
@@ -163,7 +173,7 @@ inline void tma_load(void* to, const CUtensorMap& map, Coordinates at, Barrier& 
 }
 
 inline void tma_store(const CUtensorMap& map, Coordinates at, const void* from) {
-  emulated::stores.push_back(tensor_copy(map, at, from, nullptr));
+  tensor_copy(map, at, from, nullptr).issue_store();
 }
 inline void tma_reduce_add(const CUtensorMap& map, Coordinates at, const void* from) {
   tma_store(map, at, from);
@@ -195,7 +205,7 @@ inline void bulk_reduce_add(float* to, const void* from, int bytes) {
   check_bulk(from, to, bytes);
   emulated::Copy copy{{}, 0, 0, 0, 0, shared_address(from), nullptr, nullptr, bytes};
   copy.to = to;
-  emulated::stores.push_back(copy);
+  copy.issue_store();
 }
 
 }  // namespace fastattn::sm90
