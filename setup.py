@@ -63,8 +63,9 @@ CPU_VARIANTS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_VARIANTS["avx2"] = "-mavx2 -mfma -mf16c"
     CPU_VARIANTS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
-# A file named *_avx512bf16.cpp is compiled for that instruction set only.
+# A file named *_avx512bf16.cpp or *_amx.cpp is compiled for that instruction set only.
 CPU_VARIANT_OF_SUFFIX = {"_avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c"}
+CPU_VARIANT_OF_SUFFIX["_amx"] = CPU_VARIANT_OF_SUFFIX["_avx512bf16"] + " -mamx-tile -mamx-bf16"
 
 
 # gcc 12 gives false warnings in its own AVX-512 headers; clang does not know the first flag

@@ -263,6 +263,7 @@ FASTATTN_DECLARE_ATTENTION(default);
 FASTATTN_DECLARE_ATTENTION(avx2);
 FASTATTN_DECLARE_ATTENTION(avx512);
 FASTATTN_DECLARE_ATTENTION(avx512bf16);  // bf16 only
+FASTATTN_DECLARE_ATTENTION(amx);         // bf16 only
 
 // Attention on a cache of keys and values. A row of the cache is a page of page_size keys. Without block_table, each
 // sequence has one page.

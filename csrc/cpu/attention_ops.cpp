@@ -105,7 +105,7 @@ bool has_task_per_piece(const AttentionCpuArgs& args) {
 namespace fastattn {
 
 void run_attention_fwd(AttentionCpuArgs& args) {
-  run(FASTATTN_SELECT_CPU_BF16(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
+  run(FASTATTN_SELECT_CPU_TILES(attention_fwd, args.dtype), args, args.batch * args.n_heads * blocks_of(args.seqlen_q));
 }
 
 void run_attention_bwd(AttentionCpuArgs& args) {
@@ -115,9 +115,9 @@ void run_attention_bwd(AttentionCpuArgs& args) {
   std::vector<std::atomic<int32_t>> dq_turns(args.piece_per_task && in_place ? query_tasks : 0);
   args.dq_turns = dq_turns.data();
   const int64_t pieces = args.piece_per_task ? (args.seqlen_k + kAttentionPieceKeys - 1) / kAttentionPieceKeys : 1;
-  run(FASTATTN_SELECT_CPU_BF16(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * pieces);
+  run(FASTATTN_SELECT_CPU_TILES(attention_bwd, args.dtype), args, args.batch * args.n_kv_heads * pieces);
   if (args.piece_per_task && !in_place) {
-    run(FASTATTN_SELECT_CPU_BF16(attention_dq, args.dtype), args, query_tasks);
+    run(FASTATTN_SELECT_CPU_TILES(attention_dq, args.dtype), args, query_tasks);
   }
 }
 
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
   } else if (need_dbias && args.dbias_from == AttentionCpuArgs::DbiasFrom::kOwnPass) {
     const int64_t parts = std::max<int64_t>(dbias.size(2) > 1 ? blocks_of(args.seqlen_q) : 1,
                                             dbias.size(3) > 1 ? blocks_of(args.seqlen_k) : 1);
-    run(FASTATTN_SELECT_CPU_BF16(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
+    run(FASTATTN_SELECT_CPU_TILES(attention_dbias, args.dtype), args, dbias.size(0) * dbias.size(1) * parts);
   }
   fill_behind(call.dq, args.cu_seqlens_q, args.batch, 0);
   fill_behind(call.dk, args.cu_seqlens_k, args.batch, 0);

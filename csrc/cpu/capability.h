@@ -5,6 +5,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <string_view>
@@ -55,6 +59,22 @@ inline CpuCapability cpu_capability() {
     }
   }
   return best;
+}
+
+// Whether the processor has AMX for bfloat16, and the system lets this process use it.
+inline bool has_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  static const bool found = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return cpu_capability() == CpuCapability::kAvx512Bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) &&
+           (d & kTile) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return found;
+#else
+  return false;
+#endif
 }
 
 }  // namespace fastattn

@@ -33,3 +33,12 @@
 #else
 #define FASTATTN_SELECT_CPU_BF16(name, dtype) FASTATTN_SELECT_CPU(name)
 #endif
+
+// The same for kernels that have a variant for the tiles of AMX, too.
+#if defined(__x86_64__)
+#define FASTATTN_SELECT_CPU_TILES(name, dtype)                                         \
+  (dtype == fastattn::DType::kBFloat16 && fastattn::has_tiles() ? fastattn::name##_amx \
+                                                                : FASTATTN_SELECT_CPU_BF16(name, dtype))
+#else
+#define FASTATTN_SELECT_CPU_TILES(name, dtype) FASTATTN_SELECT_CPU(name)
+#endif

@@ -4,23 +4,25 @@
 #include <algorithm>
 #include <optional>
 
-#include "gemm.h"
+#include "products.h"
 
 namespace {
 
-using fastattn::GemmArgs;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+const char* name_of(ScalarType dtype) {
+  return dtype == ScalarType::Float ? "float32" : "bfloat16";
+}
 
 // A matrix one of whose strides is 1, transposed by its strides if wanted; a copy where both strides have gaps.
 struct Matrix {
   Tensor tensor;
   int64_t rows, cols, row, col;
 
-  Matrix(const Tensor& t, bool transposed, const char* name) : tensor(t) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == ScalarType::Float, "gemm: ", name,
-                    " must be float32 of two dimensions, got ", torch::headeronly::toString(t.scalar_type()), " of ",
-                    t.dim());
+  Matrix(const Tensor& t, bool transposed, const char* name, ScalarType dtype) : tensor(t) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == dtype, "gemm: ", name, " must be ", name_of(dtype),
+                    " of two dimensions, got ", torch::headeronly::toString(t.scalar_type()), " of ", t.dim());
     const bool is_dense = t.size(0) <= 1 || t.size(1) <= 1 || t.stride(0) == 1 || t.stride(1) == 1;
     if (!is_dense) {
       tensor = fastattn::contiguous_copy(t);
@@ -33,45 +35,39 @@ struct Matrix {
     col = cols <= 1 ? 1 : tensor.stride(1 - d);
   }
 
-  const float* data() const { return static_cast<const float*>(fastattn::data_of(tensor)); }
+  fastattn::Operand operand() const { return {fastattn::data_of(tensor), rows, cols, row, col, tensor.scalar_type()}; }
 };
+
+ScalarType dtype_of_products(const Tensor& a) {
+  const bool bf16 = a.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(!bf16 || fastattn::has_tiles(), "gemm: bfloat16 needs a processor with AMX");
+  return bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+}
 
 void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, bool add) {
   STD_TORCH_CHECK(a.cols == b.rows, "gemm: a of ", a.cols, " columns does not fit b of ", b.rows, " rows");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == b.cols && bias->scalar_type() == ScalarType::Float),
-                  "gemm: bias must be float32 of ", b.cols, " elements");
-  const int64_t m = a.rows, n = b.cols, k = a.cols;
-  if (m * n == 0) {
+  const ScalarType dtype = out.scalar_type();
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == b.cols && bias->scalar_type() == dtype),
+                  "gemm: bias must be ", name_of(dtype), " of ", b.cols, " elements");
+  if (a.rows * b.cols == 0) {
     return;
   }
-  GemmArgs args{};
-  args.a = a.data();
-  args.b = b.data();
-  args.bias = static_cast<const float*>(fastattn::data_or_null(bias));
-  args.c = static_cast<float*>(out.mutable_data_ptr());
-  args.m = m;
-  args.n = n;
-  args.k = k;
-  args.a_row = a.row;
-  args.a_col = a.col;
-  args.b_row = b.row;
-  args.b_col = b.col;
-  args.c_row = m <= 1 ? n : out.stride(0);
-  args.add = add;
-  fastattn::run_gemm(args);
+  fastattn::multiply_ours(a.operand(), b.operand(), fastattn::data_or_null(bias), add, out.mutable_data_ptr(),
+                          a.rows <= 1 ? b.cols : out.stride(0));
 }
 
 // a · b + bias, either operand transposed first
 Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool transpose_a, bool transpose_b) {
-  const Matrix left(a, transpose_a, "a"), right(b, transpose_b, "b");
-  const Tensor out = fastattn::empty_cpu({left.rows, right.cols}, ScalarType::Float);
+  const ScalarType dtype = dtype_of_products(a);
+  const Matrix left(a, transpose_a, "a", dtype), right(b, transpose_b, "b", dtype);
+  const Tensor out = fastattn::empty_cpu({left.rows, right.cols}, dtype);
   run(out, left, right, fastattn::contiguous(bias), false);
   return out;
 }
 
 // out += a · b
 void gemm_add_(Tensor out, const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
-  const Matrix left(a, transpose_a, "a"), right(b, transpose_b, "b");
+  const Matrix left(a, transpose_a, "a", ScalarType::Float), right(b, transpose_b, "b", ScalarType::Float);
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == left.rows && out.size(1) == right.cols &&
                       out.scalar_type() == ScalarType::Float && (right.cols <= 1 || out.stride(1) == 1),
                   "gemm: out must be float32 (", left.rows, ", ", right.cols, ") with last stride 1");

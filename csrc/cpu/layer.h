@@ -202,7 +202,7 @@ class Layer {
     if (few) {
       few_rows_bf16(linear, bias, x, y);
     } else {
-      const bool ours = !is_bf16() && tokens_ <= options_.most_own_rows;
+      const bool ours = tokens_ <= options_.most_own_rows;
       multiply(operand(x, tokens_, linear.k, dtype_), weight(which).t(), bias, false, ours, y);
     }
     if (residual) {

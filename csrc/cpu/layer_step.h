@@ -419,8 +419,7 @@ class EncodeStep : EncodeLayer {
 
   // dx = or += dy · weight. What is added to is of the stream, else dx is of the operands.
   void input_gradient(Linear which, const void* dy, void* dx, bool add) const {
-    const bool ours =
-        !is_bf16() && tokens_ != 1 && tokens_ <= step_.most_own_dx;  // one row: packing the weight does not pay
+    const bool ours = tokens_ != 1 && tokens_ <= step_.most_own_dx;  // one row: packing the weight does not pay
     const bool later = add && mixed_;
     void* out = later ? buffers_.narrow : dx;
     multiply(operand_of(dy, linears_[which].n), weight(which), nullptr, add && !later, ours, out);
@@ -433,7 +432,7 @@ class EncodeStep : EncodeLayer {
   void weight_gradient(Linear which, const void* dy, const void* x) const {
     const int64_t n = linears_[which].n, k = linears_[which].k;
     void* out = mixed_ ? buffers_.weight : dweight_[which];
-    multiply(operand_of(dy, n).t(), operand_of(x, k), nullptr, false, !is_bf16() && tokens_ <= step_.most_own_dw, out);
+    multiply(operand_of(dy, n).t(), operand_of(x, k), nullptr, false, tokens_ <= step_.most_own_dw, out);
     if (mixed_) {
       run_conversion(out, kernel_dtype(), dweight_[which], stream_dtype(), n, k);
     }

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "gemm.h"
+#include "gemm_amx.h"
 
 namespace fastattn {
 
@@ -24,24 +25,38 @@ inline Operand operand(const void* data, int64_t rows, int64_t cols, ScalarType 
   return {data, rows, cols, cols, 1, dtype};
 }
 
-// c, contiguous, = a · b, plus bias (columns of b) if it is not null, or plus what c holds. All have the dtype of a;
-// our own kernel computes fp32 only.
-inline void multiply(const Operand& a, const Operand& b, const void* bias, bool add, bool ours, void* c) {
-  if (ours) {
-    GemmArgs args{};
-    args.a = static_cast<const float*>(a.data);
-    args.b = static_cast<const float*>(b.data);
-    args.bias = static_cast<const float*>(bias);
-    args.c = static_cast<float*>(c);
+// c, whose rows are c_row apart, = a · b by our own kernel, plus bias (columns of b) if it is not null, or plus what c
+// holds. All are float32, or bfloat16 where has_tiles() is true.
+inline void multiply_ours(const Operand& a, const Operand& b, const void* bias, bool add, void* c, int64_t c_row) {
+  const auto run = [&](auto args, auto product) {
+    args.a = static_cast<decltype(args.a)>(a.data);
+    args.b = static_cast<decltype(args.b)>(b.data);
+    args.bias = static_cast<decltype(args.bias)>(bias);
+    args.c = static_cast<decltype(args.c)>(c);
     args.m = a.rows;
-    args.n = args.c_row = b.cols;
+    args.n = b.cols;
     args.k = a.cols;
     args.a_row = a.row;
     args.a_col = a.col;
     args.b_row = b.row;
     args.b_col = b.col;
+    args.c_row = c_row;
     args.add = add;
-    return run_gemm(args);
+    product(args);
+  };
+#if defined(__x86_64__)
+  if (a.dtype == ScalarType::BFloat16) {
+    return run(TilesArgs{}, run_tiles);
+  }
+#endif
+  run(GemmArgs{}, run_gemm);
+}
+
+// c, contiguous, = a · b, plus bias (columns of b) if it is not null, or plus what c holds. All have the dtype of a.
+// In bfloat16 the product is ours only where has_tiles() is true.
+inline void multiply(const Operand& a, const Operand& b, const void* bias, bool add, bool ours, void* c) {
+  if (ours && (a.dtype == ScalarType::Float || has_tiles())) {
+    return multiply_ours(a, b, bias, add, c, b.cols);
   }
   const Tensor out = operand(c, a.rows, b.cols, a.dtype).tensor(), left = a.tensor(), right = b.tensor();
   if (bias || add) {

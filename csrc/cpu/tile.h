@@ -135,36 +135,6 @@ void product_panel(const float* a, int64_t lda, const float* b, int64_t ldb, int
   product_rows<kPairs, kTransposed, 1, C>(r, a, lda, b, ldb, depth, c, ldc, rows, start, factor);
 }
 
-// c (rows, cols) = start + a·b over `depth` slots. cols is rounded up to whole vectors; b and c must be that wide.
-template <bool kPairs, bool kTransposed>
-void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
-             int64_t rows, int64_t cols, Start start, const float* factor = nullptr) {
-  constexpr int kPanel = kVec == 16 ? 4 : 2;  // of 32 or 16 registers: accumulators, one row of b, one broadcast
-  int64_t vecs = (cols + kVec - 1) / kVec;
-  while (vecs > 0) {
-    const int width = vecs < kPanel ? static_cast<int>(vecs) : kPanel;
-    if constexpr (kVec == 16) {
-      if (width == 4) {
-        product_panel<kPairs, kTransposed, 6, 4>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
-      } else if (width == 3) {
-        product_panel<kPairs, kTransposed, 8, 3>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
-      } else if (width == 2) {
-        product_panel<kPairs, kTransposed, 12, 2>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
-      } else {
-        product_panel<kPairs, kTransposed, 16, 1>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
-      }
-    } else if (width == 2) {
-      product_panel<kPairs, kTransposed, 6, 2>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
-    } else {
-      product_panel<kPairs, kTransposed, 8, 1>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
-    }
-    b += width * kVec;
-    c += width * kVec;
-    factor = factor ? factor + width * kVec : nullptr;
-    vecs -= width;
-  }
-}
-
 // 2^x for x up to about 128. The result is 0 below -126.5; NaN stays NaN. The relative error is below 1e-7, or 3e-6 if
 // kShort.
 template <bool kShort>
@@ -285,6 +255,150 @@ template <typename T>
   }
   transpose_square(t);
 #endif
+}
+
+#if defined(__AMX_BF16__)
+// Completes the stores before it. Compilers do not know that instructions of AMX read memory, and may drop or delay
+// what these are to find there.
+inline void complete_stores() {
+  asm volatile("" ::: "memory");
+}
+
+// While it lives, this thread may use eight tiles of 16 rows of 16 slots.
+class Tiles {
+ public:
+  Tiles() {
+    static const Shapes shapes;
+    complete_stores();
+    _tile_loadconfig(&shapes);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+
+ private:
+  struct alignas(64) Shapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    Shapes() {
+      for (int i = 0; i < 8; ++i) {
+        row_bytes[i] = kVec * sizeof(float);
+        rows[i] = kVec;
+      }
+    }
+  };
+};
+
+// product() for 16 rows, C vectors of columns and whole tiles of depth. Needs Tiles, whose numbers must be literals.
+template <bool kTransposed, int C>
+void product_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+                   Start start, const float* factor) {
+  const auto bytes = [](int64_t floats) { return static_cast<size_t>(floats * 4); };
+  for (int r = 0; start == Start::kScale && r < kVec; ++r) {
+    for (int x = 0; x < C * kVec; x += kVec) {
+      (Vec::load(c + r * ldc + x) * Vec::load(factor + x)).store(c + r * ldc + x);
+    }
+  }
+  complete_stores();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if (start != Start::kZero) {
+    _tile_loadd(0, c, bytes(ldc));
+    if constexpr (C > 1) _tile_loadd(1, c + kVec, bytes(ldc));
+    if constexpr (C > 2) _tile_loadd(2, c + 2 * kVec, bytes(ldc));
+    if constexpr (C > 3) _tile_loadd(3, c + 3 * kVec, bytes(ldc));
+  }
+  alignas(64) float square[kVec * kVec];
+  for (int64_t k = 0; k < depth; k += kVec) {
+    if constexpr (kTransposed) {
+      Vec t[kVec];
+      load_transposed(t, a + k * lda, lda);
+      for (int x = 0; x < kVec; ++x) {
+        t[x].store(square + x * kVec);
+      }
+      complete_stores();
+      _tile_loadd(4, square, bytes(kVec));
+    } else {
+      _tile_loadd(4, a + k, bytes(lda));
+    }
+    const float* row = b + k * ldb;
+    _tile_loadd(5, row, bytes(ldb));
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (C > 1) {
+      _tile_loadd(6, row + kVec, bytes(ldb));
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (C > 2) {
+      _tile_loadd(7, row + 2 * kVec, bytes(ldb));
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (C > 3) {
+      _tile_loadd(5, row + 3 * kVec, bytes(ldb));
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, c, bytes(ldc));
+  if constexpr (C > 1) _tile_stored(1, c + kVec, bytes(ldc));
+  if constexpr (C > 2) _tile_stored(2, c + 2 * kVec, bytes(ldc));
+  if constexpr (C > 3) _tile_stored(3, c + 3 * kVec, bytes(ldc));
+}
+#endif
+
+// product() for C vectors of columns, with register blocks of R rows.
+template <bool kPairs, bool kTransposed, int R, int C>
+void product_columns(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+                     int64_t rows, Start start, const float* factor) {
+#if defined(__AMX_BF16__)
+  const int64_t tiled = depth / kVec * kVec;
+  if (kPairs && rows >= kVec && tiled > 0) {
+    int64_t r = 0;
+    for (; r + kVec <= rows; r += kVec) {
+      product_tiles<kTransposed, C>(a + (kTransposed ? r : r * lda), lda, b, ldb, tiled, c + r * ldc, ldc, start,
+                                    factor);
+    }
+    if (tiled < depth) {
+      product_panel<kPairs, kTransposed, R, C>(a + (kTransposed ? tiled * lda : tiled), lda, b + tiled * ldb, ldb,
+                                               depth - tiled, c, ldc, r, Start::kAdd, nullptr);
+    }
+    a += kTransposed ? r : r * lda;
+    c += r * ldc;
+    rows -= r;
+  }
+#endif
+  product_panel<kPairs, kTransposed, R, C>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+}
+
+// c (rows, cols) = start + a·b over `depth` slots. cols is rounded up to whole vectors; b and c must be that wide.
+template <bool kPairs, bool kTransposed>
+void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
+             int64_t rows, int64_t cols, Start start, const float* factor = nullptr) {
+  constexpr int kPanel = kVec == 16 ? 4 : 2;  // of 32 or 16 registers: accumulators, one row of b, one broadcast
+  int64_t vecs = (cols + kVec - 1) / kVec;
+  while (vecs > 0) {
+    const int width = vecs < kPanel ? static_cast<int>(vecs) : kPanel;
+    if constexpr (kVec == 16) {
+      if (width == 4) {
+        product_columns<kPairs, kTransposed, 6, 4>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+      } else if (width == 3) {
+        product_columns<kPairs, kTransposed, 8, 3>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+      } else if (width == 2) {
+        product_columns<kPairs, kTransposed, 12, 2>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+      } else {
+        product_columns<kPairs, kTransposed, 16, 1>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+      }
+    } else if (width == 2) {
+      product_columns<kPairs, kTransposed, 6, 2>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+    } else {
+      product_columns<kPairs, kTransposed, 8, 1>(a, lda, b, ldb, depth, c, ldc, rows, start, factor);
+    }
+    b += width * kVec;
+    c += width * kVec;
+    factor = factor ? factor + width * kVec : nullptr;
+    vecs -= width;
+  }
 }
 
 // dst[c][r] = src[r][c]. Both sizes are rounded up to whole vectors; both matrices must be that large.

@@ -16,13 +16,15 @@ class OutputLayer(Linear):
 
     def forward(self, input):
         """(..., d_model) → (..., vocabulary); a DeferredLogits in training, when a gradient is recorded."""
-        if not self.training or not torch.is_grad_enabled() or not is_plain_input(input) or is_traced():
+        # a weight that was parametrized since is not read here: each reading computes it, and may change its state
+        as_made = "_fastattn" in type(self).__dict__ and is_plain(self, type(self))  # no hooks either
+        deferred = as_made and self.training and torch.is_grad_enabled() and is_plain_input(input)
+        if not deferred or is_traced() or must_call_children():
             return super().forward(input)
         weight, bias = self.weight, self.bias
         wanted = any(t is not None and t.requires_grad for t in (input, weight, bias))
         fits = input.dim() >= 2 and input.shape[-1] == weight.shape[-1] and input.device == weight.device
-        as_made = "_fastattn" in type(self).__dict__ and is_plain(self, type(self))  # not parametrized since, no hooks
-        if not wanted or not fits or not as_made or must_call_children():
+        if not wanted or not fits:
             return super().forward(input)
         dtype = autocast_dtype(input)
         product = Product(*(t if t is None or dtype is None else t.to(dtype) for t in (input, weight, bias)))

@@ -29,12 +29,12 @@ from fastattn.ops.attention import attention
 _NAME = 'attn_implementation="fastattn"'
 _aten: Any = torch.ops.aten
 
-# arguments of a model's forward that reach every attention function and say nothing about attention
+# arguments of a model's forward or of its loss that reach every attention function and say nothing about attention
 _ELSEWHERE = frozenset(
     [
-        "cache_position", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
+        "cache_position", "ignore_index", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
         "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "return_dict",
-        "use_cache",
+        "shift_labels", "use_cache",
     ]
 )  # fmt: skip
 

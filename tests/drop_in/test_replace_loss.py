@@ -264,6 +264,20 @@ def test_when_nothing_is_deferred():
     assert type(model(TOKENS)) is torch.Tensor
 
 
+def test_a_parametrized_weight_is_computed_once():
+    """Each reading of spectral_norm's weight is a step of its power iteration."""
+    plain = Lm().train()
+    model = copy.deepcopy(plain)
+    assert "output layer" in fastattn.replace(model).replaced["lm_head"]
+    for lm in (plain, model):
+        torch.manual_seed(0)
+        torch.nn.utils.parametrizations.spectral_norm(lm.lm_head)
+        shifted(lm(TOKENS)).backward()
+    ours, theirs = (lm.lm_head.parametrizations.weight for lm in (model, plain))
+    assert torch.equal(ours[0]._u, theirs[0]._u)
+    torch.testing.assert_close(ours.original.grad, theirs.original.grad)
+
+
 def test_compiled():
     model = Lm(HEADS["softcap"])
     value, grads, _ = run(model, LOSSES["shift"])

@@ -10,6 +10,7 @@ from memory_guard import guarded
 from oracle import FP32_EPS, assert_accurate
 from processes import run_tests
 
+from fastattn._native import cpu_capability
 from fastattn.ops._backends import why_not_available
 
 pytestmark = pytest.mark.skipif(
@@ -18,31 +19,38 @@ pytestmark = pytest.mark.skipif(
 gemm = torch.ops.fastattn.gemm.native
 gemm_add = torch.ops.fastattn.gemm_add_.native
 
+HAS_TILES = cpu_capability() == "avx512bf16" and torch.cpu._is_amx_tile_supported()
+needs_tiles = pytest.mark.skipif(not HAS_TILES, reason="this processor has no AMX")
+
 SIZES = (0, 1, 2, 5, 6, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 130)
 # around the steps in which k is summed, and more rows than one task
 LARGE = ((300, 200, 1100), (7, 130, 770), (1, 77, 1500), (400, 65, 385), (64, 48, 384), (65, 48, 383))
 LAYOUTS = ("dense", "transposed", "gaps", "transposed gaps", "gaps in both", "expanded")
 
 
-def matrix(rows, cols, layout):
+def matrix(rows, cols, layout, dtype=torch.float32):
     """A random matrix whose surroundings are NaN."""
+
+    def random(*sizes):
+        return torch.randn(sizes).to(dtype)
+
     if layout == "dense":
-        return guarded(torch.randn(rows, cols))
+        return guarded(random(rows, cols))
     if layout == "transposed":
-        return guarded(torch.randn(cols, rows)).t()
+        return guarded(random(cols, rows)).t()
     if layout == "gaps":
-        return guarded(torch.randn(rows, cols), gap=3)
+        return guarded(random(rows, cols), gap=3)
     if layout == "transposed gaps":
-        return guarded(torch.randn(cols, rows), offset=1, gap=5).t()
+        return guarded(random(cols, rows), offset=1, gap=5).t()
     if layout == "gaps in both":
-        return torch.randn(2 * rows, 3 * cols)[::2, ::3]
-    return guarded(torch.randn(rows, 1)).expand(rows, cols)
+        return random(2 * rows, 3 * cols)[::2, ::3]
+    return guarded(random(rows, 1)).expand(rows, cols)
 
 
-def operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b):
+def operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b, dtype=torch.float32):
     """(a and b as the op takes them, a as (m, k), b as (k, n))."""
-    a = matrix(*((k, m) if transpose_a else (m, k)), layout_a)
-    b = matrix(*((n, k) if transpose_b else (k, n)), layout_b)
+    a = matrix(*((k, m) if transpose_a else (m, k)), layout_a, dtype)
+    b = matrix(*((n, k) if transpose_b else (k, n)), layout_b, dtype)
     return a, b, a.t() if transpose_a else a, b.t() if transpose_b else b
 
 
@@ -127,6 +135,52 @@ def test_opcheck():
         a, b, *_ = operands(5, 6, 7, *ways, "dense", "dense")
         torch.library.opcheck(gemm, (a, b, torch.randn(6), *ways))
         torch.library.opcheck(gemm_add, (torch.randn(5, 6), a, b, *ways))
+
+
+@needs_tiles
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("layout_b", LAYOUTS)
+@pytest.mark.parametrize("layout_a", LAYOUTS)
+def test_bf16_is_rounded_once(layout_a, layout_b, transpose_a, transpose_b):
+    choose = random.Random(f"{layout_a} {layout_b} {transpose_a} {transpose_b}")
+    torch.manual_seed(choose.randrange(2**32))
+    sizes = [tuple(choose.choice((*SIZES, 32, 96)) for _ in range(3)) for _ in range(8)] + [choose.choice(LARGE)]
+    for m, n, k in sizes:
+        a, b, left, right = operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b, torch.bfloat16)
+        bias = guarded(torch.randn(n).bfloat16())
+        exact, terms = left.double() @ right.double(), left.double().abs() @ right.double().abs()
+        for shift, zero in ((bias, bias.double()), (None, torch.zeros(n, dtype=torch.float64))):
+            found = gemm(a, b, shift, transpose_a, transpose_b)
+            allowed = (exact + zero).abs() * 2**-8 + (terms + zero.abs()) * max(1, k) ** 0.5 * FP32_EPS
+            assert found.dtype == torch.bfloat16
+            assert ((found.double() - exact - zero).abs() <= allowed).all(), f"{m} x {n} x {k}"
+
+
+@needs_tiles
+@pytest.mark.parametrize(("m", "n", "k"), [(70, 200, 500), (600, 90, 2500), (96, 3000, 900), (300, 64, 12000)])
+def test_bf16_bits_do_not_depend_on_threads_or_on_the_other_rows(m, n, k):
+    """Also where an operand is packed in parts."""
+    before, bias = torch.get_num_threads(), torch.randn(n).bfloat16()
+    try:
+        for ways in itertools.product((False, True), repeat=2):
+            a, b, left, _ = operands(m, n, k, *ways, "dense", "dense", torch.bfloat16)
+            found = []
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                found.append(gemm(a, b, bias, *ways))
+            assert all(torch.equal(found[0], other) for other in found[1:])
+            for rows in (slice(3, 4), slice(1, 20), slice(5, 64)):
+                assert torch.equal(gemm(left[rows], b, bias, False, ways[1]), found[0][rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(HAS_TILES, reason="this processor has AMX")
+def test_bf16_without_tiles_is_refused():
+    x = torch.zeros(2, 2, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="AMX"):
+        gemm(x, x, None, False, False)
 
 
 @pytest.mark.parametrize("n", [7, 130])

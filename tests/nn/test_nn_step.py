@@ -63,7 +63,7 @@ def test_the_bits_are_those_of_the_parts(calls, parts, norm_first):
 def test_equals_fp64(calls, monkeypatch, norm_first, most):
     """By every product: up to how many rows go to our kernels."""
     monkeypatch.setattr(_gemm, "most_rows", lambda *_: most[:2])
-    monkeypatch.setattr(_gemm, "most_rows_of_gradients", lambda: most[2:])
+    monkeypatch.setattr(_gemm, "most_rows_of_gradients", lambda *_: most[2:])
     for d_model, heads, d_ff, batch, seqlen in ((24, 3, 40, 2, 13), (33, 3, 17, 1, 1), (8, 1, 3, 1, 70)):
         layer = make(d_model, heads, d_ff, norm_first=norm_first, activation="relu")
         wide = torch.nn.TransformerEncoderLayer(
@@ -111,7 +111,7 @@ def test_reads_no_memory_around_its_operands(calls):
 
 def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(_gemm, "most_rows", lambda *_: (20, 1000))  # torch's library may add in another order
-    monkeypatch.setattr(_gemm, "most_rows_of_gradients", lambda: (1000, 1000))
+    monkeypatch.setattr(_gemm, "most_rows_of_gradients", lambda *_: (1000, 1000))
     before, layer = torch.get_num_threads(), make(64, 4, 256, 0.1)
     try:
         for x in (torch.randn(1, 16, 64), torch.randn(3, 50, 64), torch.randn(1, 300, 64)):

@@ -292,6 +292,7 @@ def test_arguments_that_mean_something_are_refused(refused):
     (label,) = refused
     with pytest.raises(ValueError, match=f"the argument {label} is not supported"):
         integration.attention_forward(MODULE, heads(), heads(), heads(), None, **refused)
+    integration.attention_forward(MODULE, heads(), heads(), heads(), None, shift_labels=heads(), ignore_index=0)
     nothing = dict.fromkeys(refused, None) | {"use_cache": True, "output_attentions": False}
     integration.attention_forward(MODULE, heads(), heads(), heads(), None, **nothing)
 

@@ -59,8 +59,8 @@ FAMILIES = {
     "clip": ("CLIPModel", {"text_config": {**ENCODER, "bos_token_id": 1, "eos_token_id": 2}, "vision_config": VISION,
                            "projection_dim": 16}, "both"),
 }  # fmt: skip
-# family: the first version of transformers in which an attn_implementation reaches its attention, if not 4.57
-ATTENTION_SINCE = {"bert": (5, 0), "roberta": (5, 0), "distilbert": (5, 0), "modernbert": (5, 1), "t5": (5, 15)}
+# families whose attention no attn_implementation reaches in some of the older versions of transformers
+SOMETIMES_OWN = ("bert", "roberta", "distilbert", "modernbert", "t5")
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 NO_FP64 = ["clip"] if VERSION < (5, 0) else []  # it makes a mask in fp32 with the smallest number of fp64
 HAS_OWN_ATTENTION = "this version of transformers gives the family an attention that no attn_implementation reaches"
@@ -71,11 +71,6 @@ PADDINGS = {
     "decoder": ("whole", "left", "right", "packed"), "encoder": ("whole", "left", "right"), "vision": ("whole",),
     "seq2seq": ("whole", "left", "right"), "audio": ("whole",), "both": ("right",),
 }  # fmt: skip
-
-
-def has_own_attention(family):
-    """Whether no attn_implementation of the installed transformers reaches the attention of a family."""
-    return ATTENTION_SINCE.get(family, (0, 0)) > VERSION
 
 
 @functools.cache
@@ -93,6 +88,11 @@ def model_of(family):
     for parameter in model.parameters():
         parameter.data += 0.15 * torch.randn_like(parameter)
     return model.train()
+
+
+def has_own_attention(family):
+    """Whether no attn_implementation reaches the attention of a family, as the installed transformers says itself."""
+    return family in SOMETIMES_OWN and not model_of(family)._can_set_attn_implementation()
 
 
 def inputs_of(kind, padding, seqlen=SEQLEN):
