@@ -3,7 +3,8 @@
 OMP_NUM_THREADS=2 python benchmarks/speedrun.py FILE.md
 
 Two short runs of each recipe measure a step and a validation, from which the number of steps is set before the long
-run. A run whose wall time misses the given one by more than 5 % is made again with as many more or fewer steps.
+run. A run whose wall time misses the given one by more than 10 % is made again with as many more or fewer steps: on a
+virtual machine, the same steps can take 10 % longer from one run to the next.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from recipes import ROOT, commit_of_checkout, processor
 RECIPES = {"speedrun": [], "speedrun_nanogpt": ["--layers", "torch"]}  # nanoGPT has the layers of torch.nn
 PROBE = 60  # steps of the first short run; the second one takes PROBE_SECONDS
 PROBE_SECONDS = 40
+TOLERANCE = 0.1  # of the wall time of a run
 
 
 def train(recipe, run, steps, *more):
@@ -52,7 +54,7 @@ def train_for(recipe, seconds):
         steps = steps_within(limit, train(recipe, ROOT / "runs" / "probe", steps, *short), every)
     for _ in range(3):
         result = train(recipe, ROOT / "runs" / recipe, steps)
-        if abs(result["wall"] / seconds - 1) <= 0.05:
+        if abs(result["wall"] / seconds - 1) <= TOLERANCE:
             return result
         steps = round(steps * seconds / result["wall"])
     raise RuntimeError(f"{recipe}: expected a run of {seconds} s, got {result['wall']:.0f} s")
