@@ -28,17 +28,17 @@ struct Tile {
   }
 };
 
-// Up to 16 rows of up to 32 elements, zeros after them.
+// The first `rows` of 16 rows and the first `elements` of 32; zeros where there are fewer.
 void load_rows(Tile& t, const uint16_t* src, int64_t stride, int64_t rows, int64_t elements) {
-  const __mmask32 part = static_cast<__mmask32>(elements >= kTileDepth ? ~0u : (1u << elements) - 1);
+  const __mmask32 part = static_cast<__mmask32>((1ull << clamp(elements, kTileDepth)) - 1);
   for (int r = 0; r < kVec; ++r) {
     t.row[r] = r < rows ? Vec{_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(part, src + r * stride))} : Vec::fill(0.f);
   }
 }
 
-// Up to 32 rows of up to 16 elements, two rows to a row of slots, zeros after them.
+// The first `rows` of 32 rows, two to a row of slots, and the first `elements` of 16; zeros where there are fewer.
 void load_pairs(Tile& t, const uint16_t* src, int64_t stride, int64_t rows, int64_t elements) {
-  const __mmask16 part = static_cast<__mmask16>(elements >= kVec ? 0xffff : (1u << elements) - 1);
+  const __mmask16 part = static_cast<__mmask16>((1u << clamp(elements, kVec)) - 1);
   const auto row = [&](int64_t r) {
     return r < rows ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, src + r * stride)) : _mm512_setzero_si512();
   };

@@ -7,7 +7,7 @@ import attention_cases
 import pytest
 import torch
 from attention_cases import DTYPES, normal, qkv, random_case, raw_arguments, results
-from memory_guard import far, guarded
+from memory_guard import at_the_end_of_memory, far, guarded
 from processes import run_code, run_on_instruction_set
 
 import fastattn
@@ -223,6 +223,21 @@ def test_offsets_beyond_two_to_the_31(name, dim):
 
     got = run(**(tensors | {name: far(tensors[name], dim)}))
     assert all(a.equal(b) for a, b in zip(got, run(**tensors), strict=True))
+
+
+SIZES_AT_THE_END = [(64, 128, 64), (70, 90, 40), (17, 33, 31), (1, 5, 8)]  # queries, keys, head_dim
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES_AT_THE_END)
+def test_nothing_is_read_past_the_end_of_an_operand(sizes, dtype):
+    """Such a read ends the process, so pytest says that this test crashed."""
+    inputs = qkv(1, 2, *sizes, dtype)
+    kwargs = {"bias": normal(2, *sizes[:2], dtype=dtype), "causal": True}
+    expected = results(*inputs, kwargs, "native")
+    moved = [at_the_end_of_memory(t.detach()).requires_grad_() for t in (*inputs, kwargs["bias"])]
+    got = results(*moved[:3], kwargs | {"bias": moved[3]}, "native")
+    assert all(got[name].equal(value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,9 +4,10 @@ import functools
 import itertools
 import random
 
+import emulate_tiles
 import pytest
 import torch
-from memory_guard import guarded
+from memory_guard import at_the_end_of_memory, guarded
 from oracle import FP32_EPS, assert_accurate
 from processes import run_tests
 
@@ -20,7 +21,6 @@ gemm = torch.ops.fastattn.gemm.native
 gemm_add = torch.ops.fastattn.gemm_add_.native
 
 HAS_TILES = cpu_capability() == "avx512bf16" and torch.cpu._is_amx_tile_supported()
-needs_tiles = pytest.mark.skipif(not HAS_TILES, reason="this processor has no AMX")
 
 SIZES = (0, 1, 2, 5, 6, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 130)
 # around the steps in which k is summed, and more rows than one task
@@ -28,16 +28,25 @@ LARGE = ((300, 200, 1100), (7, 130, 770), (1, 77, 1500), (400, 65, 385), (64, 48
 LAYOUTS = ("dense", "transposed", "gaps", "transposed gaps", "gaps in both", "expanded")
 
 
+@pytest.fixture(params=["processor", "emulated"])
+def gemm_of_tiles(request):
+    """The product in bfloat16 by the tiles of AMX: those of the processor, and those of tests/support."""
+    if request.param == "processor":
+        return gemm if HAS_TILES else pytest.skip("this processor has no AMX")
+    reason = emulate_tiles.why_not_available()
+    return pytest.skip(reason) if reason else emulate_tiles.load().gemm.native
+
+
 def matrix(rows, cols, layout, dtype=torch.float32):
-    """A random matrix whose surroundings are NaN."""
+    """A random matrix that the end of memory follows, or NaN."""
 
     def random(*sizes):
         return torch.randn(sizes).to(dtype)
 
     if layout == "dense":
-        return guarded(random(rows, cols))
+        return at_the_end_of_memory(random(rows, cols))
     if layout == "transposed":
-        return guarded(random(cols, rows)).t()
+        return at_the_end_of_memory(random(cols, rows)).t()
     if layout == "gaps":
         return guarded(random(rows, cols), gap=3)
     if layout == "transposed gaps":
@@ -137,12 +146,11 @@ def test_opcheck():
         torch.library.opcheck(gemm_add, (torch.randn(5, 6), a, b, *ways))
 
 
-@needs_tiles
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("transpose_a", [False, True])
 @pytest.mark.parametrize("layout_b", LAYOUTS)
 @pytest.mark.parametrize("layout_a", LAYOUTS)
-def test_bf16_is_rounded_once(layout_a, layout_b, transpose_a, transpose_b):
+def test_bf16_is_rounded_once(gemm_of_tiles, layout_a, layout_b, transpose_a, transpose_b):
     choose = random.Random(f"{layout_a} {layout_b} {transpose_a} {transpose_b}")
     torch.manual_seed(choose.randrange(2**32))
     sizes = [tuple(choose.choice((*SIZES, 32, 96)) for _ in range(3)) for _ in range(8)] + [choose.choice(LARGE)]
@@ -151,15 +159,14 @@ def test_bf16_is_rounded_once(layout_a, layout_b, transpose_a, transpose_b):
         bias = guarded(torch.randn(n).bfloat16())
         exact, terms = left.double() @ right.double(), left.double().abs() @ right.double().abs()
         for shift, zero in ((bias, bias.double()), (None, torch.zeros(n, dtype=torch.float64))):
-            found = gemm(a, b, shift, transpose_a, transpose_b)
+            found = gemm_of_tiles(a, b, shift, transpose_a, transpose_b)
             allowed = (exact + zero).abs() * 2**-8 + (terms + zero.abs()) * max(1, k) ** 0.5 * FP32_EPS
             assert found.dtype == torch.bfloat16
             assert ((found.double() - exact - zero).abs() <= allowed).all(), f"{m} x {n} x {k}"
 
 
-@needs_tiles
 @pytest.mark.parametrize(("m", "n", "k"), [(70, 200, 500), (600, 90, 2500), (96, 3000, 900), (300, 64, 12000)])
-def test_bf16_bits_do_not_depend_on_threads_or_on_the_other_rows(m, n, k):
+def test_bf16_bits_do_not_depend_on_threads_or_on_the_other_rows(gemm_of_tiles, m, n, k):
     """Also where an operand is packed in parts."""
     before, bias = torch.get_num_threads(), torch.randn(n).bfloat16()
     try:
@@ -168,10 +175,10 @@ def test_bf16_bits_do_not_depend_on_threads_or_on_the_other_rows(m, n, k):
             found = []
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
-                found.append(gemm(a, b, bias, *ways))
+                found.append(gemm_of_tiles(a, b, bias, *ways))
             assert all(torch.equal(found[0], other) for other in found[1:])
             for rows in (slice(3, 4), slice(1, 20), slice(5, 64)):
-                assert torch.equal(gemm(left[rows], b, bias, False, ways[1]), found[0][rows])
+                assert torch.equal(gemm_of_tiles(left[rows], b, bias, False, ways[1]), found[0][rows])
     finally:
         torch.set_num_threads(before)
 

@@ -1,10 +1,13 @@
 """Detects out-of-bounds reads without a sanitizer: operands are placed inside arenas of NaN.
 
 A read outside `guarded(tensor)` turns a result into NaN. A read that strays into the next row of the same tensor is
-detected only with a `gap`. `far` reveals offsets that do not fit into 32 bits.
+detected only with a `gap`. `far` reveals offsets that do not fit into 32 bits. With `at_the_end_of_memory`, a read past
+the end ends the process, even where its value is not used.
 """
 
+import ctypes
 import math
+import mmap
 
 import pytest
 import torch
@@ -22,6 +25,19 @@ def guarded(tensor, offset=0, gap=0):
     length = 2 * PADDING + offset + math.prod(shape[:-1]) * row
     buffer = torch.full((length,), float("nan"), dtype=tensor.dtype, device=tensor.device)
     return buffer.as_strided(shape, strides, PADDING + offset).copy_(tensor)
+
+
+def at_the_end_of_memory(tensor):
+    """The same values, contiguous. The page of memory after the last one cannot be read."""
+    size = tensor.numel() * tensor.element_size()
+    readable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, readable + mmap.PAGESIZE)
+    end = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + readable)
+    assert ctypes.CDLL(None).mprotect(end, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    if size == 0:
+        return tensor.clone()
+    there = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=readable - size)
+    return there.view(tensor.shape).copy_(tensor)
 
 
 def leave_nan(*shapes, dtypes=(torch.float32, torch.bfloat16)):
