@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 is_autocast_enabled = torch._C._is_any_autocast_enabled
-"""Whether autocast is enabled for any device: a third of the cost of the check per device."""
+"""Whether autocast is enabled for any device. Asking for one device takes three times as long."""
 
 
 def autocast_dtype(x):

@@ -14,7 +14,7 @@ from fastattn.ops._libraries import PACKAGE, built_for, load_library
 CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")
 _KERNEL_MODULES = (
     "attention_fwd", "attention_bwd", "attention_decode", "cross_entropy", "dropout", "feed_forward", "norm",
-    "rotary",
+    "norm_bwd", "rotary",
 )  # fmt: skip
 
 

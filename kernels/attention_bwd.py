@@ -23,26 +23,28 @@ import triton.language as tl
 from fastattn.kernels.attention_call import UNSPECIALIZED, prepare, rows_of
 from fastattn.kernels.attention_config import PREPROCESS
 from fastattn.kernels.attention_dbias import attention_dbias
-from fastattn.kernels.attention_tile import (
+from fastattn.kernels.attention_frame import (
     block_start,
-    clear_hidden,
     find_head,
     head_frame,
-    keep_tile,
     key_blocks,
     key_side,
+    query_blocks,
+    query_side,
+    side_of,
+    walk,
+)
+from fastattn.kernels.attention_tile import (
+    clear_hidden,
+    keep_tile,
     load_softmax,
     load_tile,
     probability,
-    query_blocks,
-    query_side,
     score_gradient,
     score_ptrs,
-    side_of,
     store_tile,
     tile_scores,
     visible_tile,
-    walk,
     zeros,
 )
 from fastattn.kernels.common import LOG2_E, Rows, contiguous, launch, register, unit_stride

@@ -2,7 +2,7 @@
 
 On the host, a call is `Features`, the arguments besides q, k and v, and a `Form`, its constants. On the device, `Span`
 is the position of a sequence and `Head` the head of it that a program works on. Functions pass them on whole, so a new
-feature is a field here and a line in the function of attention_tile.py that computes with it.
+feature is a field here and a line in the function of attention_frame.py or attention_tile.py that computes with it.
 
 The division follows from limits of Triton. Constants are one argument, a Form, because Triton turns constants into
 numbers if a kernel builds a NamedTuple of them, and in version 3.6 no function can return a None. Integers for which

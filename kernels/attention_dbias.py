@@ -13,15 +13,17 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_call import UNSPECIALIZED
-from fastattn.kernels.attention_tile import (
+from fastattn.kernels.attention_frame import (
     find_head,
     key_blocks,
-    load_softmax,
-    load_tile,
     locate,
     query_side,
-    score_gradient,
     side_of,
+)
+from fastattn.kernels.attention_tile import (
+    load_softmax,
+    load_tile,
+    score_gradient,
     zeros,
 )
 from fastattn.kernels.common import launch

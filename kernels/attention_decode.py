@@ -10,7 +10,9 @@ share the key head, so the cache is read only once. Only the device knows the le
 depends on the size of the cache, and each program takes its share of the keys that its sequence has. With one split,
 the program writes out and lse; otherwise it writes fp32 parts, which a second kernel adds in a fixed order. A third
 kernel appends new keys. Maximum and sum are stored separately, because one fp32 lse of a split would lose the logarithm
-of its sum next to large scores.
+the program writes out and lse; otherwise it writes fp32 parts, which a second kernel adds in a fixed order. Maximum and
+sum are stored separately, because one fp32 lse of a split would lose the logarithm of its sum next to large scores. The
+kernel that appends new keys is in attention_decode_cache.py.
 
 Limits: head dims up to 256. Blocks of keys that lie in one page are read as blocks, others row by row.
 Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
@@ -33,18 +35,22 @@ from fastattn.kernels.attention_call import (
     precision,
     rows_of,
 )
-from fastattn.kernels.attention_tile import (
-    empty_softmax,
-    exponential,
+from fastattn.kernels.attention_decode_cache import Cache, cache_ptr, find_places, load_rows
+from fastattn.kernels.attention_frame import (
     head_ptr,
     key_blocks,
+)
+from fastattn.kernels.attention_tile import (
+    add_sink,
+    empty_softmax,
+    exponential,
     tile_scores,
     visible_tile,
 )
 from fastattn.kernels.common import LN_2, Launch, contiguous, launch, multiprocessors, register, unit_stride
 from fastattn.ops._layout import empty_in_layout
 
-MAX_SPLITS, COMBINE_SPLITS, APPEND_ROWS = 128, 16, 16
+MAX_SPLITS, COMBINE_SPLITS = 128, 16
 # By (bytes per element, head dim, maximum of rows), for all architectures: about 32 KB of keys and values per stage for
 # few rows. They compile without spills; not yet measured on hardware.
 TABLE = {
@@ -65,15 +71,6 @@ def pick(element_size, head_dim, rows, paged):
     if paged:  # the page number is needed before its keys are requested, so fewer blocks would be in flight
         config = config._replace(stages=2 * config.stages - 1)
     return config
-
-
-class Cache(NamedTuple):
-    """Which keys of the cache belong to each batch entry. Absent tensors are None."""
-
-    seqlens_ptr: Any
-    block_table_ptr: Any
-    batch_idx_ptr: Any
-    leftpad_ptr: Any
 
 
 class DecodeForm(NamedTuple):
@@ -97,42 +94,59 @@ class DecodeForm(NamedTuple):
 
 
 @triton.jit
-def find_places(first, rows, inside, batch, cache, pages, page_size, WHOLE_PAGES: tl.constexpr):
-    """Return (page, row within it) for rows of the cache; without pages (0, row). WHOLE_PAGES: the rows are `first` and
-    the following ones, all in one page."""
-    if cache.block_table_ptr is None:
-        page = 0
-        row = rows.to(tl.int64)
-    elif WHOLE_PAGES:
-        page = tl.load(cache.block_table_ptr + batch * pages + first // page_size).to(tl.int64)
-        row = (first % page_size + tl.arange(0, rows.shape[0])).to(tl.int64)
-    else:
-        table_ptr = cache.block_table_ptr + batch * pages
-        page = tl.load(table_ptr + rows // page_size, mask=inside, other=0).to(tl.int64)
-        row = (rows % page_size).to(tl.int64)
-    return page, row
+def keys_of_split(split, splits, start_m, group, begin, span, form: tl.constexpr):
+    """Return (first block, end of the blocks, first key, end of the keys) that a split reads.
+
+    The splits share the blocks of keys that some row sees. Keys that no query sees are not loaded.
+    """
+    first_query = start_m // group
+    queries = (start_m + form.BLOCK_M - 1) // group + 1 - first_query
+    seen = key_blocks(first_query, queries, span, form)
+    first = tl.minimum(tl.maximum(seen.first, begin // form.BLOCK_N), seen.end)
+    share = (seen.end - first + splits - 1) // splits
+    first += split * share
+    end = tl.minimum(first + share, seen.end)
+    begin_k = begin
+    end_k = span.length_k
+    if form.HAS_LEFT:
+        begin_k = tl.maximum(begin_k, span.off - span.left)
+    if form.HAS_RIGHT:
+        end_k = tl.minimum(end_k, span.seqlen_q + span.off + span.right)
+    return first, end, begin_k, end_k
 
 
 @triton.jit
-def cache_ptr(side, batch, kv_head, cache):
-    """Return the start of a key head, in the rows of its batch entry or in the first page."""
-    if cache.block_table_ptr is None:
-        row = batch
-        if cache.batch_idx_ptr is not None:
-            row = tl.load(cache.batch_idx_ptr + batch).to(tl.int64)
-        ptr = head_ptr(side, row, kv_head)
-    else:
-        ptr = side.ptr + kv_head * side.strides[1]
-    return ptr
+def _split_blocks(q_tile, k, v, k_ptr, v_ptr, query, begin, keys, span, head, features, cache, pages, page_size,
+                  form: tl.constexpr):  # fmt: skip
+    """Return (weighted sum of values, sum of weights, maximum) of the rows over the keys of a split.
 
-
-@triton.jit
-def load_rows(base, offsets, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if DIM != BLOCK_D:
-        mask = mask & (offs_d < DIM)[None, :]
-    return tl.load(base + offsets[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    k_ptr, v_ptr: the start of the key head. keys: the result of keys_of_split. All blocks are treated as edges, because
+    comparisons are cheap compared with the reads.
+    """
+    first, end, begin_k, end_k = keys
+    acc, l_i, m_i = empty_softmax(form.BLOCK_M, form.BLOCK_DV)
+    BLOCK_N: tl.constexpr = form.BLOCK_N
+    i = query[:, None]
+    for block in range(first, end):
+        start = tl.multiple_of(block * BLOCK_N, BLOCK_N)
+        rows = start + tl.arange(0, BLOCK_N)
+        inside = (rows >= begin_k) & (rows < end_k)
+        j = rows[None, :]
+        page, row = find_places(start, rows, inside, span.batch, cache, pages, page_size, form.WHOLE_PAGES)
+        k_tile = load_rows(k_ptr, page * k.strides[0] + row * k.strides[2], inside, form.HEAD_DIM, form.BLOCK_D)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=form.PRECISION)
+        s, _ = tile_scores(qk, i, j, span, head, features, form)
+        visible = visible_tile(i, j, span, head, features, form, True)
+        s = tl.where(visible & (j >= begin), s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = exponential(s - m_safe[:, None], True)
+        alpha = exponential(m_i - m_safe, True)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v_tile = load_rows(v_ptr, page * v.strides[0] + row * v.strides[2], inside, form.HEAD_DIM_V, form.BLOCK_DV)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=form.PRECISION)
+        m_i = m_new
+    return acc, l_i, m_i
 
 
 UNSPECIALIZED = ["seqlen_q", "capacity", "seqlen_new", "group", "splits", "window_left", "window_right", "page_size",
@@ -172,53 +186,13 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
                 window_right, 0, 0, 0)  # fmt: skip
     head = Head(batch, q_head, slope, 0, 0)
 
-    # This split's share of the key blocks that some row sees. All blocks are treated as edges, because comparisons are
-    # cheap compared with the reads.
-    first_query = start_m // group
-    queries = (start_m + form.BLOCK_M - 1) // group + 1 - first_query
-    seen = key_blocks(first_query, queries, span, form)
-    first = tl.minimum(tl.maximum(seen.first, begin // form.BLOCK_N), seen.end)
-    share = (seen.end - first + splits - 1) // splits
-    first += split * share
-    end = tl.minimum(first + share, seen.end)
-    begin_k = begin
-    end_k = length
-    if form.HAS_LEFT:  # skip loading keys that no query sees
-        begin_k = tl.maximum(begin_k, span.off - window_left)
-    if form.HAS_RIGHT:
-        end_k = tl.minimum(end_k, seqlen_q + span.off + window_right)
-
-    acc, l_i, m_i = empty_softmax(form.BLOCK_M, form.BLOCK_DV)
-    BLOCK_N: tl.constexpr = form.BLOCK_N
-    i = query[:, None]
-    for block in range(first, end):
-        start = tl.multiple_of(block * BLOCK_N, BLOCK_N)
-        rows = start + tl.arange(0, BLOCK_N)
-        inside = (rows >= begin_k) & (rows < end_k)
-        j = rows[None, :]
-        page, row = find_places(start, rows, inside, batch, cache, pages, page_size, form.WHOLE_PAGES)
-        k_tile = load_rows(k_ptr, page * k.strides[0] + row * k.strides[2], inside, form.HEAD_DIM, form.BLOCK_D)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=form.PRECISION)
-        s, _ = tile_scores(qk, i, j, span, head, features, form)
-        visible = visible_tile(i, j, span, head, features, form, True)
-        s = tl.where(visible & (j >= begin), s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = exponential(s - m_safe[:, None], True)
-        alpha = exponential(m_i - m_safe, True)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        v_tile = load_rows(v_ptr, page * v.strides[0] + row * v.strides[2], inside, form.HEAD_DIM_V, form.BLOCK_DV)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=form.PRECISION)
-        m_i = m_new
-
+    keys = keys_of_split(split, splits, start_m, group, begin, span, form)
+    acc, l_i, m_i = _split_blocks(
+        q_tile, k, v, k_ptr, v_ptr, query, begin, keys, span, head, features, cache, pages, page_size, form
+    )
     if features.sink_ptr is not None and not form.SPLIT:
         sink_score = tl.load(features.sink_ptr + q_head, mask=inside_m, other=float("-inf"))
-        m_new = tl.maximum(m_i, sink_score)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = exponential(m_i - m_safe, True)
-        l_i = l_i * alpha + exponential(sink_score - m_safe, True)
-        acc *= alpha[:, None]
-        m_i = m_new
+        acc, l_i, m_i = add_sink(acc, l_i, m_i, sink_score)
     number = (batch * n_kv_heads * group + q_head) * seqlen_q + query
     offs_d = tl.arange(0, form.BLOCK_DV)
     if form.SPLIT:
@@ -272,32 +246,6 @@ def attention_decode_combine_kernel(parts_ptr, stats_ptr, sink_ptr, out, lse_ptr
     out_ptr = head_ptr(out, row // seqlen_q // n_heads, head) + row % seqlen_q * out.strides[2]
     tl.store(out_ptr + offs_d, (acc / l_safe).to(out.ptr.dtype.element_ty), mask=offs_d < HEAD_DIM_V)
     tl.store(lse_ptr + row, tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(l_safe) * LN_2))
-
-
-@triton.jit
-def _append(rows, cached, new, page, row, inside, batch, kv_head, cache, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Copy the rows `new` of k or v of a head to the positions (page, row) of the cache."""
-    offs_d = tl.arange(0, BLOCK_D)
-    tile = load_rows(head_ptr(rows, batch, kv_head), new.to(tl.int64) * rows.strides[2], inside, DIM, BLOCK_D)
-    offsets = page * cached.strides[0] + row * cached.strides[2]
-    pointers = cache_ptr(cached, batch, kv_head, cache) + offsets[:, None] + offs_d[None, :]
-    tl.store(pointers, tile, mask=inside[:, None] & (offs_d < DIM)[None, :])
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_decode_append_kernel(k, v, k_cache, v_cache, cache, n_kv_heads, seqlen_new, capacity, page_size, pages,
-                                   HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-                                   BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """Copy BLOCK_M new keys and values of one head. Those that do not fit into the cache are dropped."""
-    pid = tl.program_id(0)
-    kv_head = (pid % n_kv_heads).to(tl.int64)
-    batch = (pid // n_kv_heads).to(tl.int64)
-    new = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    position = tl.load(cache.seqlens_ptr + batch) + new
-    inside = (new < seqlen_new) & (position >= 0) & (position < capacity)
-    page, row = find_places(0, position, inside, batch, cache, pages, page_size, False)
-    _append(k, k_cache, new, page, row, inside, batch, kv_head, cache, HEAD_DIM, BLOCK_D)
-    _append(v, v_cache, new, page, row, inside, batch, kv_head, cache, HEAD_DIM_V, BLOCK_DV)
 
 
 def choose_splits(programs, blocks, slots):
@@ -392,21 +340,4 @@ def attention_decode_fwd(q, k_cache, v_cache, cache_seqlens, block_table, cache_
     return out, lse
 
 
-def attention_decode_append(k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx):
-    """The raw op attention_decode_append: changes k_cache and v_cache in place."""
-    k, v = unit_stride(k), unit_stride(v)
-    batch, n_kv_heads, seqlen_new, head_dim = k.shape
-    if not batch * n_kv_heads * seqlen_new:
-        return
-    page_size, pages = k_cache.shape[2], 1 if block_table is None else block_table.shape[1]
-    grid = batch * n_kv_heads, triton.cdiv(seqlen_new, APPEND_ROWS)
-    cache = Cache(contiguous(cache_seqlens), contiguous(block_table), contiguous(cache_batch_idx), None)
-    launch(
-        attention_decode_append_kernel, grid, k.device, *map(rows_of, (k, v, k_cache, v_cache)), cache, n_kv_heads,
-        seqlen_new, page_size * pages, page_size, pages, HEAD_DIM=head_dim, HEAD_DIM_V=v.shape[3],
-        BLOCK_D=padded(head_dim), BLOCK_DV=padded(v.shape[3]), BLOCK_M=APPEND_ROWS, num_warps=4,
-    )  # fmt: skip
-
-
 register("attention_decode_fwd", attention_decode_fwd)
-register("attention_decode_append", attention_decode_append)

@@ -22,23 +22,26 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_call import UNSPECIALIZED, prepare
-from fastattn.kernels.attention_tile import (
+from fastattn.kernels.attention_frame import (
     block_start,
-    clear_hidden,
-    empty_softmax,
-    exponential,
     find_head,
     head_frame,
-    keep_tile,
     key_blocks,
     key_side,
     load_of_sequence,
-    load_tile,
     query_side,
+    walk,
+)
+from fastattn.kernels.attention_tile import (
+    add_sink,
+    clear_hidden,
+    empty_softmax,
+    exponential,
+    keep_tile,
+    load_tile,
     store_tile,
     tile_scores,
     visible_tile,
-    walk,
 )
 from fastattn.kernels.common import LN_2, LOG2_E, Rows, launch, register, unit_stride
 
@@ -118,12 +121,7 @@ def attention_fwd_kernel(q, k, v, out, lse_ptr, lse_low_ptr, features, n_heads, 
         m_i *= LN_2
     if features.sink_ptr is not None:
         sink_score = load_of_sequence(features.sink_ptr + q_head, span.within, float("-inf"), features)
-        m_new = tl.maximum(m_i, sink_score)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = exponential(m_i - m_safe, True)
-        l_i = l_i * alpha + exponential(sink_score - m_safe, True)
-        acc *= alpha[:, None]
-        m_i = m_new
+        acc, l_i, m_i = add_sink(acc, l_i, m_i, sink_score)
     # a row that saw nothing gives output 0 and lse -inf
     empty = l_i == 0.0
     m_i = tl.where(empty, 0.0, m_i)

@@ -28,7 +28,7 @@ from fastattn.kernels.common import (
     persistent_programs,
     register,
 )  # fmt: skip
-from fastattn.kernels.norm import add_up
+from fastattn.kernels.norm_bwd import add_up
 from fastattn.reference import ACTIVATIONS
 
 NAMES = tuple(ACTIVATIONS)

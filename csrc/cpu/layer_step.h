@@ -8,95 +8,9 @@
 //
 // Two dtypes: the stream, which is x, y, the sums that the norms normalise, all parameters and gradients of these; and
 // that of the operands of products and all else between the kernels. They differ only under autocast: fp32 and bf16.
-#include "layer_encode.h"
+#include "layer_step_kept.h"
 
 namespace fastattn {
-
-enum Drop { kAttention, kFirst, kHidden, kSecond, kPlaces };  // of dropout, in the order of their random states
-
-struct StepOptions {
-  // In the order of `Options` in layer_step.py.
-  explicit StepOptions(const std::vector<double>& values) {
-    constexpr size_t kValues = 16;
-    STD_TORCH_CHECK(values.size() == kValues, "layer_encode_fwd: options must be ", kValues, " numbers, got ",
-                    values.size());
-    auto next = values.begin();
-    for (double& p : dropout_p) {
-      p = *next++;
-    }
-    const auto number = [&] { return static_cast<int64_t>(*next++); };
-    causal = number();
-    batch_first = number();
-    autocast = number();
-    layer.most_few_rows = number();
-    layer.most_own_rows = number();
-    most_own_dx = number();
-    most_own_dw = number();
-    layer.n_heads = number();
-    layer.norm_first = number();
-    layer.activation = number();
-    layer.eps[0] = *next++;
-    layer.eps[1] = *next++;
-  }
-
-  LayerOptions layer;
-  double dropout_p[kPlaces];
-  bool causal, batch_first;
-  bool autocast;                     // fp32 with the products in bf16
-  int64_t most_own_dx, most_own_dw;  // up to how many tokens these products are ours
-};
-
-// For every token: q, k and v; what linear1 computes; the input of out_proj, sums and results of norms, statistics.
-// And under autocast the weights in bf16.
-struct Kept {
-  Tensor qkv, preact, others, weights;
-};
-
-// Divides a block of memory.
-class Pieces {
- public:
-  explicit Pieces(void* memory) : free_(static_cast<char*>(memory)) {}
-
-  void* take(int64_t bytes) { return std::exchange(free_, free_ + Scratch::whole_lines(bytes)); }
-  void* take_exact(int64_t bytes) { return std::exchange(free_, free_ + bytes); }
-
- private:
-  char* free_;
-};
-
-// The tensors of linear layers in bf16, in `memory`, which is filled if it is new.
-inline std::vector<Tensor> in_bf16(const std::vector<Tensor>& linears, const Tensor& memory, bool is_new) {
-  Pieces pieces(const_cast<void*>(data_of(memory)));
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  std::vector<Tensor> found;
-  for (const Tensor& linear : linears) {
-    if (linear.numel() == 0) {
-      found.push_back(linear);
-      continue;
-    }
-    STD_TORCH_CHECK(linear.is_cpu() && linear.dim() >= 1 && linear.dim() <= 2,
-                    "layer: each of linears must be a CPU tensor with 1 or 2 dimensions");
-    const Tensor t = linear.is_contiguous() ? linear : contiguous_copy(linear);
-    const int64_t cols = t.size(t.dim() - 1), rows = t.numel() / cols;
-    void* data = pieces.take(2 * t.numel());
-    if (is_new) {
-      run_conversion(data_of(t), dtype_of(t, "a weight"), data, DType::kBFloat16, rows, cols);
-    }
-    const int64_t strides[] = {cols, 1};
-    found.push_back(torch::stable::from_blob(data, t.sizes(), {strides + 2 - t.dim(), static_cast<size_t>(t.dim())},
-                                             cpu, ScalarType::BFloat16));
-  }
-  return found;
-}
-
-// The elements that in_bf16 needs.
-inline int64_t elements_in_bf16(const std::vector<Tensor>& linears) {
-  int64_t bytes = 0;
-  for (const Tensor& t : linears) {
-    bytes += Scratch::whole_lines(2 * t.numel());
-  }
-  return bytes / 2;
-}
 
 class EncodeStep : EncodeLayer {
  public:

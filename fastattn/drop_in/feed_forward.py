@@ -164,7 +164,7 @@ def _twin(module, block, dropout):
 
 
 def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
-    """A Change for each feed-forward block that pays, and a reason for each that is in no state to be taken over."""
+    """A Change for each feed-forward block that can become faster, and a reason for each whose state prevents that."""
     found = {name: recognise(module) for name, module in modules.items()}
     return {name: result for name, result in found.items() if result is not None}
 

@@ -71,7 +71,7 @@ def is_linear(module: torch.nn.Module) -> bool:
 def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
     """A Change for each linear layer, and a reason for each subclass of torch.nn.Linear.
 
-    The children of layers of torch.nn that fastattn.nn has run on our products there.
+    Children of layers that fastattn.nn has are left out: the classes there call our products themselves.
     """
     parents = (m for m in modules.values() if type(m) in CLASSES or type(m).__module__.startswith("fastattn."))
     ours = {child for parent in parents for child in parent.children()}

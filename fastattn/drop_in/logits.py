@@ -88,10 +88,10 @@ class _Connect(torch.autograd.Function):
 
 
 class _Family:
-    """What logits and the views and results that were made of them share.
+    """What logits share with their views and with the results of operations on them.
 
-    had_loss: a loss of one of them was computed without the elements.
-    changed: the one that was changed in place. Memory is not shared, so the others must not be read after that.
+    had_loss: the loss of one of these tensors was computed without its elements.
+    changed: the tensor that was changed in place. They share no memory, so the others must not be read after that.
     """
 
     had_loss = False
@@ -124,7 +124,7 @@ class DeferredLogits(Tensor):
         return logits
 
     def _check(self):
-        """Raise if the elements can no longer be what they would have been."""
+        """Raise if reading the elements now would give other numbers than reading them in the forward."""
         if self._family.changed is not None and self._family.changed is not self:
             raise RuntimeError(
                 "logits of a training step or a view of them were changed in place: while they are deferred they share"

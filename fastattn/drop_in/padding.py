@@ -75,7 +75,7 @@ class PaddingFree(Replaced):
         rows, arguments = packed
         out = super().forward(**arguments)
         out["last_hidden_state"] = rows.restore(out["last_hidden_state"])
-        if out.get("pooler_output") is not None:  # it was made of the first token of all
+        if out.get("pooler_output") is not None:  # the model computed it from the first token of the packed row
             out["pooler_output"] = self.pooler(out["last_hidden_state"])
         return out
 

@@ -71,7 +71,7 @@ def replace(
 
 
 def _combined(before, now):
-    """What holds for a module of which two kinds said something: a Change overrides a reason."""
+    """One result of two kinds for a module: a Change overrides a reason, and only one Change may set the class."""
     if not isinstance(before, Change):
         return now
     if not isinstance(now, Change) or (before.new_class and now.new_class):
@@ -133,7 +133,7 @@ def _apply(changes, report):
 
 
 def _advice(model, report, only):
-    """Why nothing was replaced, and what to do; nothing if the reasons for the single modules say it."""
+    """Why nothing was replaced, and what to do; empty if the report has reasons for single modules."""
     ours = sum(isinstance(module, (Replaced, *torch_nn.CLASSES.values())) for module in model.modules())
     if ours:
         return [f"{ours} modules are fastattn's already"]

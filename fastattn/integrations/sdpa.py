@@ -14,7 +14,7 @@ from fastattn.ops.scaled_dot_product_attention import scaled_dot_product_attenti
 
 
 def _reason(query, key, value, attn_mask):
-    """Why a call is left to torch, or None. What the arguments do not fit shows only when they are checked."""
+    """Why a call is left to torch, or None. Arguments that do not fit each other are found later, by the op."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "a graph is traced"
     kind = nonplain_kind(query, key, value, attn_mask)
@@ -127,7 +127,7 @@ def patch_sdpa() -> SdpaPatch:
     """Let `torch.nn.functional.scaled_dot_product_attention` run on our kernels, in this whole process.
 
     A call that we cannot serve goes to torch: float64, nested tensors and other subclasses, calls in a graph that
-    is traced, and arguments that do not fit, of which torch then says so itself. Code that took the function out of
+    is traced, and arguments that do not fit, for which torch raises its own error. Code that took the function out of
     torch.nn.functional by name before keeps torch's, and so does what is written in C++.
 
     Returns: an SdpaPatch; `print` it to see how many calls were served, and why others were not.

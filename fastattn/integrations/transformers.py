@@ -57,9 +57,9 @@ class Visible(NamedTuple):
 
 
 class VisibleKeys(Tensor):
-    """A bool mask (batch, 1, seqlen_q, seqlen_k) without elements, which knows what it would say.
+    """A bool mask (batch, 1, seqlen_q, seqlen_k) whose elements are computed only when an operation reads them.
 
-    A model may do with it what it does with a mask: an operation that needs its elements gets them.
+    A model can use it like any other mask.
     """
 
     visible: Visible
@@ -115,7 +115,7 @@ class _Pattern(NamedTuple):
 
 
 def _read(function, pattern):
-    """`pattern` and what a mask function says besides; None if that cannot be told from its form."""
+    """`pattern`, narrowed by a mask function of transformers; None if the function has an unknown form."""
     if function is masking_utils.causal_mask_function:
         return pattern.narrowed(right=0)
     if function is not None and function is versions.bidirectional_mask_function:
@@ -253,7 +253,7 @@ def attention_mask(
 
 
 def _without_mask(module, query, key, is_causal, sliding_window):
-    """What no mask says: as for SDPA, several queries are causal if the module is, aligned top-left."""
+    """The Visible of a call without a mask. As for SDPA, several queries are causal if the module is, and top-left."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     n_queries, n_keys = query.shape[2], key.shape[2]
@@ -264,7 +264,7 @@ def _without_mask(module, query, key, is_causal, sliding_window):
     if not causal and not (n_queries == 1 and is_causal):
         raise ValueError(
             f"{_NAME}: sliding_window={sliding_window} without an attention mask must come with is_causal=True: how"
-            " far a query sees to its right is not said"
+            " far a query sees to its right is unknown"
         )
     return visible._replace(window=(sliding_window - 1, 0))
 

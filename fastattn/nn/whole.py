@@ -1,4 +1,4 @@
-"""An encoder layer as one call of C++, and one for its backward, where nothing hangs on its children.
+"""An encoder layer as one call of C++, and its backward as another, if its children are plain and have no hooks.
 
 Nothing is kept between two calls: each reads the modules again, so that a hook, a patch, another child or a changed
 parameter takes effect.
@@ -34,7 +34,7 @@ def read_tensors(block):
 
 
 def are_on_cpu(tensors, contiguous=False, dtype=torch.float32):
-    """Whether all tensors that are not None are plain, on the CPU, of a dtype, and contiguous if that is asked for."""
+    """Whether all tensors that are not None are plain, on the CPU, of this dtype and, if `contiguous`, contiguous."""
     if nonplain_kind(*tensors):
         return False
     for t in tensors:  # all() on a generator takes twice as long
@@ -110,7 +110,7 @@ def _fit(linears, width):
 
 
 def _dropouts(layer):
-    """The probabilities of dropout of attention, after it, of the hidden layer and after it."""
+    """The dropout probabilities of the attention weights, attention's result, the hidden layer and its result."""
     m = layer._modules
     attn = m["self_attn"]
     modules = (dropout_p(m[name]) for name in ("dropout1", "dropout", "dropout2"))
@@ -118,7 +118,7 @@ def _dropouts(layer):
 
 
 def _are_numbers(values):
-    """Whether all are numbers of Python. The parts of a layer convert or refuse others."""
+    """Whether all are Python numbers. Other values are left to the parts of the layer, which convert or refuse them."""
     for value in values:  # noqa: SIM110  all() on a generator takes twice as long
         if not isinstance(value, (int, float)):
             return False

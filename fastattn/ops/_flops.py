@@ -106,7 +106,7 @@ def _layer_decode(x, norms, linears, k_cache, v_cache, cache_seqlens, *others, o
 
 @register_flop_formula(_ops.layer_encode_bwd, get_raw=True)
 def _layer_encode_bwd(dy, qkv, preact, others, kept_weights, need_dx, x, norms, linears, *rest, out_val=None):
-    """A mode sees it if only the backward runs under it; a forward under a mode calls the parts of the layer."""
+    """Used if only the backward runs under the counter: a forward under it calls the parts of the layer instead."""
     *_, options = rest
     o, (first, second, _), weights = Options(*options), x.shape, [weight.shape for weight in linears[::3]]
     batch, seqlen = (first, second) if o.batch_first else (second, first)

@@ -69,8 +69,8 @@ def _is_large(a, b, size):
 
 
 _MKL_AVX512 = (12, 14)  # of its code branches (MKL_CBWR_...): AVX512 and AVX512_E1
-_ANY = 2**40  # rows: more than there can be
-_LEAST_TILED = 256  # by hand (docs/lab/products.md)
+_ANY = 2**40  # more rows than a tensor can have
+_LEAST_TILED = 256  # rows; chosen by hand (docs/lab/products.md)
 
 
 @functools.cache
@@ -120,9 +120,9 @@ def few_rows():
 
 
 def most_rows(dtype=torch.float32, rows=0):
-    """Up to how many rows of x the kernel for few rows, and then our other one, computes x · weightᵀ.
+    """(most rows of x for which the kernel for few rows computes x · weightᵀ, most rows for our other kernel).
 
-    rows: how many there are; in bf16 our other kernel is for many.
+    rows: the number of rows of x. In bf16 our other kernel is used from _LEAST_TILED rows on.
     """
     if dtype == torch.bfloat16:
         return _most_rows_bf16, _ANY if rows >= _least_tiled else 0
@@ -130,7 +130,7 @@ def most_rows(dtype=torch.float32, rows=0):
 
 
 def most_rows_of_gradients(dtype=torch.float32, rows=0):
-    """Up to how many rows of x our kernel computes dy · weight and dyᵀ · x; rows: as in `most_rows`."""
+    """The most rows of x for which our kernel computes (dy · weight, dyᵀ · x); rows: as in `most_rows`."""
     if dtype == torch.bfloat16:
         return 0, _ANY if rows >= _least_tiled else 0
     return (_up_to["dx"], _up_to["dw"]) if _has_kernel else (0, 0)
@@ -146,7 +146,7 @@ def is_few(x, weight):
     return (
         x.dim() > 0
         and _fits(x, weight, x.dtype)  # first: while a program is exported, a comparison of sizes would become a guard
-        and (most := most_rows(x.dtype)[0]) > 0  # no rows are not few where no kernel serves any
+        and (most := most_rows(x.dtype)[0]) > 0  # if no kernel serves any rows, a tensor without rows must not pass
         and x.numel() <= most * x.shape[-1]
         and weight.dim() == 2
         and weight.stride(1) == 1

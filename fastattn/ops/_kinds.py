@@ -94,7 +94,7 @@ def describe(value):
 
 
 def dtype_or_type(value):
-    """For a message about a dtype: that of a tensor, and the type of anything else, as an array has dtypes too."""
+    """For a message about a dtype: the dtype of a tensor; of anything else the type, since arrays have dtypes too."""
     return value.dtype if isinstance(value, torch.Tensor) else f"{type(value).__name__}, which is no tensor"
 
 

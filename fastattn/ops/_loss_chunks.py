@@ -12,7 +12,7 @@ _WEIGHTS_SHARE = 0.25
 
 
 def least_chunk(device_type, dtype):
-    """Tokens per chunk from which its products take far longer than reading the weights for it."""
+    """The fewest tokens per chunk whose products take far longer than reading the weights for them."""
     if device_type == "cpu":
         return _CPU_CHUNK
     kind = "half" if dtype.itemsize == 2 else "fp32"

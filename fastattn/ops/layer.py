@@ -143,7 +143,7 @@ def encoder_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _is_watched():
-    """Whether a mode other than those of `replace`, which only look for products and attention, sees torch's calls."""
+    """Whether a mode sees the calls of torch. Those of `replace` do not count: they only redirect single functions."""
     modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
     return any(not getattr(mode, "only_serves", False) for mode in modes)
 

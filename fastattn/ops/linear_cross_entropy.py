@@ -97,7 +97,7 @@ def _implementation(backend):
 
 
 def _without_ignored(function):
-    """On a CPU, compute the tokens that are not ignored alone; a GPU would have to synchronise to count them."""
+    """On a CPU, leave out the ignored tokens; a GPU would have to synchronise to count them."""
 
     @torch.no_grad()
     def checked(x, weight, bias, target, dloss, ignore_index, *options):
@@ -109,7 +109,7 @@ def _without_ignored(function):
             return function(x, weight, bias, target, dloss, ignore_index, *options)
         part = None if dloss is None else dloss[kept]
         loss, dx, *rest = function(x[kept], weight, bias, target[kept], part, ignore_index, *options)
-        if dx.dim() == 2:  # it is wanted
+        if dx.dim() == 2:  # otherwise the gradient of x is not needed
             dx = dx.new_zeros(x.shape).index_copy_(0, kept, dx)
         return loss.new_zeros(len(target)).index_copy_(0, kept, loss), dx, *rest
 

@@ -29,8 +29,8 @@ class TrainConfig:
         epochs: passes over the training documents, used instead of steps; null = use steps
         batch_size: sequences per step, over all devices and accumulation steps
         accumulate: number of backward passes per step
-        batch_tokens: tokens per step; then accumulate and batch_size follow: the sequences of one backward pass stay,
-            batch_size / accumulate, and so many passes are made; null = batch_size decides; lm only
+        batch_tokens: tokens per step; accumulate and batch_size follow from it: a backward pass keeps its batch_size /
+            accumulate sequences, and as many passes are made as needed; null = batch_size decides; lm only
         seed: seed of weights, batches and dropout
         log_every: steps between two rows of metrics.csv
         evaluate_every: steps between two validations, each followed by a checkpoint

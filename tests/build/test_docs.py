@@ -127,6 +127,19 @@ def test_named_files_exist():
     assert not missing
 
 
+NOTEBOOK = [name for name in DOCUMENTS if name.startswith("docs/lab/") and name != "docs/lab/README.md"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOK)
+def test_every_entry_of_the_notebook_ends_with_its_commit_and_its_command(name):
+    _, *entries = re.split(r"^## ", read(name), flags=re.MULTILINE)
+    for entry in entries:
+        title, *paragraphs = entry.strip().split("\n\n")
+        if not paragraphs[0].startswith("See "):
+            source = r"\*\*Source\.\*\* Commits? [^.]*\b[0-9a-f]{7}\b[^.]*\. \S"
+            assert re.match(source, paragraphs[-1]), f"{name}: {title} has no commit or no command"
+
+
 def test_no_file_has_two_sides_of_a_merge():
     marks = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
     assert [file for file, text in texts() if marks.search(text)] == []

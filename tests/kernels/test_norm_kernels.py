@@ -94,7 +94,7 @@ def test_more_wide_rows_than_are_in_flight(kernels, monkeypatch):
         from fastattn.kernels.common import Launch
 
         strip = Launch(8, 64, 16)
-        monkeypatch.setattr("fastattn.kernels.norm.STRIP", strip)  # 128 rows at a time are slow in the interpreter
+        monkeypatch.setattr("fastattn.kernels.norm_bwd.STRIP", strip)  # 128 rows at a time are slow in the interpreter
         rows, cols = 21, 4104
     make_case(rows, cols, FP32, x_bias=FP32).check_raw(kernels)
 

@@ -6,12 +6,11 @@ must end the process with the message of the rule that finds it, and without one
 
 import ctypes
 import math
-import subprocess
-import sys
 
 import emulate_cuda
 import pytest
 import torch
+from processes import assert_fails
 
 _reason = emulate_cuda.why_not_available()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -84,6 +83,4 @@ def test_without_a_fault_dq_is_right(library):
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_found(name, library):
     number, message = FAULTS[name]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, library, str(number)], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert message in done.stderr, done.stderr
+    assert_fails(SCRIPT, library, str(number), message=message)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 import aot
 
-from fastattn.kernels import dropout, norm
+from fastattn.kernels import dropout, norm, norm_bwd
 from fastattn.kernels.common import launch_for
 
 ARCHS = (80, 90, 100)
@@ -30,33 +30,34 @@ PARTIALS = dict.fromkeys(
 SUMS = ("norm_bwd_strip_kernel", "add_up_kernel")
 
 
-def config(module, kernel, arch, dtypes, num_warps, **constants):
+def config(kernel, arch, dtypes, num_warps, **constants):
+    module = next(module for module in (norm, norm_bwd, dropout) if hasattr(module, kernel))
     x, r = dtypes
     types = SIZES | FP32 | PARTIALS | dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"), x)
     types |= dict.fromkeys(("residual_ptr", "r_ptr", "dr_out_ptr", "dresidual_ptr", "out_ptr"), r)
     types |= dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr"), "*fp32" if x == "*fp32" else x)
     if kernel.startswith("norm_"):
         constants["RMS"] = False
-    if kernel == "norm_bwd_kernel" and constants["BLOCK_N"] > norm.BIASED_COLS:
+    if kernel == "norm_bwd_kernel" and constants["BLOCK_N"] > norm_bwd.BIASED_COLS:
         constants["dx_bias_ptr"] = None
     return {"module": module.__name__, "kernel": kernel, "arch": arch, "num_warps": num_warps, "types": types,
             "constants": constants}  # fmt: skip
 
 
-def tiled(kernel, arch, dtypes, row, module=norm):
-    return config(module, kernel, arch, dtypes, row.warps, BLOCK_M=row.block_m, BLOCK_N=row.block_n)
+def tiled(kernel, arch, dtypes, row):
+    return config(kernel, arch, dtypes, row.warps, BLOCK_M=row.block_m, BLOCK_N=row.block_n)
 
 
 def configs(everything):
     """The configurations to compile. A table has a function of (arch, dtypes) per row; the last one is its largest."""
     tables = [
         [lambda a, d, row=row: tiled("norm_fwd_kernel", a, d, row) for row in norm.FORWARD],
-        [lambda a, d, row=row: tiled("norm_bwd_kernel", a, d, row) for row in norm.BACKWARD],
-        [lambda a, d: config(norm, "norm_fwd_wide_kernel", a, d, norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)],
-        [lambda a, d: config(norm, "norm_bwd_wide_kernel", a, d, norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)],
-        [lambda a, d: tiled("norm_bwd_strip_kernel", a, d, norm.STRIP)],
-        [lambda a, d: tiled("add_up_kernel", a, d, norm.SUM)],
-        [lambda a, d, row=row: tiled("dropout_fwd_kernel", a, d, row, dropout)
+        [lambda a, d, row=row: tiled("norm_bwd_kernel", a, d, row) for row in norm_bwd.BACKWARD],
+        [lambda a, d: config("norm_fwd_wide_kernel", a, d, norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)],
+        [lambda a, d: config("norm_bwd_wide_kernel", a, d, norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)],
+        [lambda a, d: tiled("norm_bwd_strip_kernel", a, d, norm_bwd.STRIP)],
+        [lambda a, d: tiled("add_up_kernel", a, d, norm_bwd.SUM)],
+        [lambda a, d, row=row: tiled("dropout_fwd_kernel", a, d, row)
          for row in (dropout.TABLE[0], dropout.TABLE[-1])],
     ]  # fmt: skip
     if everything:
@@ -88,12 +89,12 @@ def test_every_configuration_compiles_without_spills_and_with_wide_accesses():
 def test_one_row_compiles():
     """An argument of 1 is a constant for the compiler and lacks the methods of a tensor; the interpreter hides this."""
     tables = {
-        "norm_fwd_kernel": launch_for(norm.FORWARD, 512), "norm_bwd_kernel": launch_for(norm.BACKWARD, 512),
-        "norm_bwd_strip_kernel": norm.STRIP,
+        "norm_fwd_kernel": launch_for(norm.FORWARD, 512), "norm_bwd_kernel": launch_for(norm_bwd.BACKWARD, 512),
+        "norm_bwd_strip_kernel": norm_bwd.STRIP,
     }  # fmt: skip
     wanted = [tiled(kernel, 90, DTYPES[0], row) for kernel, row in tables.items()]
     wanted += [
-        config(norm, f"norm_{d}_wide_kernel", 90, DTYPES[0], norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)
+        config(f"norm_{d}_wide_kernel", 90, DTYPES[0], norm.WIDE.warps, BLOCK_N=norm.WIDE.block_n)
         for d in ("fwd", "bwd")
     ]
     for one in wanted:

@@ -9,6 +9,7 @@ import torch
 from attention_cases import DTYPES, normal, qkv, random_case, raw_arguments, results
 from memory_guard import at_the_end_of_memory, far, guarded
 from processes import run_code, run_on_instruction_set
+from threads import same_bits
 
 import fastattn
 from fastattn import reference
@@ -313,16 +314,7 @@ RERUNS = {
 def test_reruns_and_thread_counts_agree_bit_for_bit(name):
     inputs, kwargs = RERUNS[name]()
     kwargs["dropout_p"] = 0.1
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = results(*inputs, kwargs, "native")
-        torch.set_num_threads(2)
-        for repeat in range(20):
-            got = results(*inputs, kwargs, "native")
-            assert all(got[name].equal(value) for name, value in expected.items()), f"repeat {repeat}"
-    finally:
-        torch.set_num_threads(before)
+    same_bits(lambda: results(*inputs, kwargs, "native"), (1, *[2] * 20))
 
 
 def test_backward_continues_a_forward_of_the_reference(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from memory_guard import at_the_end_of_memory, guarded
 from oracle import FP32_EPS, assert_accurate
 from processes import run_tests
+from threads import same_bits
 
 from fastattn._native import cpu_capability
 from fastattn.ops._backends import why_not_available
@@ -63,28 +64,37 @@ def operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b, dtype=torch.
     return a, b, a.t() if transpose_a else a, b.t() if transpose_b else b
 
 
-@pytest.mark.parametrize("transpose_b", [False, True])
-@pytest.mark.parametrize("transpose_a", [False, True])
-@pytest.mark.parametrize("layout_b", LAYOUTS)
-@pytest.mark.parametrize("layout_a", LAYOUTS)
-def test_against_fp64(layout_a, layout_b, transpose_a, transpose_b):
+def every_layout(test):
+    """Parametrise a test over the layouts of both operands, transposed or not."""
+    for name, values in {"transpose_b": [False, True], "transpose_a": [False, True], "layout_b": LAYOUTS,
+                         "layout_a": LAYOUTS}.items():  # fmt: skip
+        test = pytest.mark.parametrize(name, values)(test)
+    return test
+
+
+def products(layout_a, layout_b, transpose_a, transpose_b, more_sizes=(), dtype=torch.float32):
+    """Yield (sizes as text, *operands) of eight products of random sizes and of a large one."""
     choose = random.Random(f"{layout_a} {layout_b} {transpose_a} {transpose_b}")
     torch.manual_seed(choose.randrange(2**32))
-    sizes = [tuple(choose.choice(SIZES) for _ in range(3)) for _ in range(8)] + [choose.choice(LARGE)]
-    for m, n, k in sizes:
-        a, b, left, right = operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b)
+    sizes = [tuple(choose.choice((*SIZES, *more_sizes)) for _ in range(3)) for _ in range(8)]
+    for m, n, k in [*sizes, choose.choice(LARGE)]:
+        yield f"{m} x {n} x {k}", *operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b, dtype)
+
+
+@every_layout
+def test_against_fp64(layout_a, layout_b, transpose_a, transpose_b):
+    for what, a, b, left, right in products(layout_a, layout_b, transpose_a, transpose_b):
         exact, baseline = left.double() @ right.double(), left.contiguous() @ right.contiguous()
         # PyTorch sums a result with one row or column in several parts, more accurately than a single chain of k
         # additions
-        bound = (left.abs() @ right.abs()).max().item() if m * n else 0.0
+        bound = (left.abs() @ right.abs()).max().item() if exact.numel() else 0.0
         check = functools.partial(assert_accurate, slack=4 * FP32_EPS * bound)
-        what = f"{m} x {n} x {k}"
         check(gemm(a, b, None, transpose_a, transpose_b), exact, baseline, what=what)
-        bias = guarded(torch.randn(n))
+        bias = guarded(torch.randn(right.shape[1]))
         check(
             gemm(a, b, bias, transpose_a, transpose_b), exact + bias.double(), baseline + bias, what=f"{what} with bias"
         )
-        out = guarded(torch.randn(m, n), gap=2)
+        out = guarded(torch.randn(exact.shape), gap=2)
         start = out.clone()
         gemm_add(out, a, b, transpose_a, transpose_b)
         check(out, start.double() + exact, start + baseline, what=f"{what} added")
@@ -93,19 +103,11 @@ def test_against_fp64(layout_a, layout_b, transpose_a, transpose_b):
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("transpose_a", [False, True])
 def test_bits_do_not_depend_on_threads_or_on_the_other_rows(transpose_a, transpose_b):
-    threads = torch.get_num_threads()
-    try:
-        for m, n, k in ((3, 100, 70), (64, 200, 800), (65, 200, 800), (500, 130, 400)):
-            a, b, *_ = operands(m, n, k, transpose_a, transpose_b, "dense", "dense")
-            results = []
-            for count in (1, 2, 3, 8):
-                torch.set_num_threads(count)
-                results.append(gemm(a, b, None, transpose_a, transpose_b))
-            assert all(torch.equal(results[0], result) for result in results[1:])
-            few = a[:, 1:3] if transpose_a else a[1:3]
-            assert torch.equal(gemm(few, b, None, transpose_a, transpose_b), results[0][1:3])
-    finally:
-        torch.set_num_threads(threads)
+    for m, n, k in ((3, 100, 70), (64, 200, 800), (65, 200, 800), (500, 130, 400)):
+        a, b, *_ = operands(m, n, k, transpose_a, transpose_b, "dense", "dense")
+        result = same_bits(functools.partial(gemm, a, b, None, transpose_a, transpose_b))
+        few = a[:, 1:3] if transpose_a else a[1:3]
+        assert torch.equal(gemm(few, b, None, transpose_a, transpose_b), result[1:3])
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
@@ -146,41 +148,29 @@ def test_opcheck():
         torch.library.opcheck(gemm_add, (torch.randn(5, 6), a, b, *ways))
 
 
-@pytest.mark.parametrize("transpose_b", [False, True])
-@pytest.mark.parametrize("transpose_a", [False, True])
-@pytest.mark.parametrize("layout_b", LAYOUTS)
-@pytest.mark.parametrize("layout_a", LAYOUTS)
+@every_layout
 def test_bf16_is_rounded_once(gemm_of_tiles, layout_a, layout_b, transpose_a, transpose_b):
-    choose = random.Random(f"{layout_a} {layout_b} {transpose_a} {transpose_b}")
-    torch.manual_seed(choose.randrange(2**32))
-    sizes = [tuple(choose.choice((*SIZES, 32, 96)) for _ in range(3)) for _ in range(8)] + [choose.choice(LARGE)]
-    for m, n, k in sizes:
-        a, b, left, right = operands(m, n, k, transpose_a, transpose_b, layout_a, layout_b, torch.bfloat16)
+    layout = layout_a, layout_b, transpose_a, transpose_b
+    for what, a, b, left, right in products(*layout, more_sizes=(32, 96), dtype=torch.bfloat16):
+        k, n = right.shape
         bias = guarded(torch.randn(n).bfloat16())
         exact, terms = left.double() @ right.double(), left.double().abs() @ right.double().abs()
         for shift, zero in ((bias, bias.double()), (None, torch.zeros(n, dtype=torch.float64))):
             found = gemm_of_tiles(a, b, shift, transpose_a, transpose_b)
             allowed = (exact + zero).abs() * 2**-8 + (terms + zero.abs()) * max(1, k) ** 0.5 * FP32_EPS
             assert found.dtype == torch.bfloat16
-            assert ((found.double() - exact - zero).abs() <= allowed).all(), f"{m} x {n} x {k}"
+            assert ((found.double() - exact - zero).abs() <= allowed).all(), what
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(70, 200, 500), (600, 90, 2500), (96, 3000, 900), (300, 64, 12000)])
 def test_bf16_bits_do_not_depend_on_threads_or_on_the_other_rows(gemm_of_tiles, m, n, k):
     """Also where an operand is packed in parts."""
-    before, bias = torch.get_num_threads(), torch.randn(n).bfloat16()
-    try:
-        for ways in itertools.product((False, True), repeat=2):
-            a, b, left, _ = operands(m, n, k, *ways, "dense", "dense", torch.bfloat16)
-            found = []
-            for threads in (1, 2, 3, 8):
-                torch.set_num_threads(threads)
-                found.append(gemm_of_tiles(a, b, bias, *ways))
-            assert all(torch.equal(found[0], other) for other in found[1:])
-            for rows in (slice(3, 4), slice(1, 20), slice(5, 64)):
-                assert torch.equal(gemm_of_tiles(left[rows], b, bias, False, ways[1]), found[0][rows])
-    finally:
-        torch.set_num_threads(before)
+    bias = torch.randn(n).bfloat16()
+    for ways in itertools.product((False, True), repeat=2):
+        a, b, left, _ = operands(m, n, k, *ways, "dense", "dense", torch.bfloat16)
+        result = same_bits(functools.partial(gemm_of_tiles, a, b, bias, *ways))
+        for rows in (slice(3, 4), slice(1, 20), slice(5, 64)):
+            assert torch.equal(gemm_of_tiles(left[rows], b, bias, False, ways[1]), result[rows])
 
 
 @pytest.mark.skipif(HAS_TILES, reason="this processor has AMX")

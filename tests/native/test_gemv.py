@@ -7,6 +7,7 @@ import torch
 from memory_guard import at_the_end_of_memory, guarded
 from oracle import FP32_EPS, assert_accurate
 from processes import run_tests
+from threads import same_bits
 
 from fastattn._native import cpu_capability
 from fastattn.ops._backends import why_not_available
@@ -71,20 +72,11 @@ def test_against_fp64(kind, layout_x, layout_w):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_depend_neither_on_threads_nor_on_the_other_rows(kind):
-    threads = torch.get_num_threads()
-    try:
-        for n, k in ((200, 800), (1000, 70), (37, 5000)):
-            arguments, _ = operands(16, n, k, kind, "dense", "gaps")
-            results = []
-            for count in range(1, 9):
-                torch.set_num_threads(count)
-                results.append(gemv(*arguments))
-            assert all(torch.equal(results[0], result) for result in results[1:])
-            x, *others = arguments
-            for rows in (slice(3, 4), slice(1, 3), slice(5, 8), slice(0, 4)):
-                assert torch.equal(gemv(x[rows], *others), results[0][rows])
-    finally:
-        torch.set_num_threads(threads)
+    for n, k in ((200, 800), (1000, 70), (37, 5000)):
+        (x, *others), _ = operands(16, n, k, kind, "dense", "gaps")
+        result = same_bits(lambda x=x, others=others: gemv(x, *others), range(1, 9))
+        for rows in (slice(3, 4), slice(1, 3), slice(5, 8), slice(0, 4)):
+            assert torch.equal(gemv(x[rows], *others), result[rows])
 
 
 @needs_bf16
@@ -105,18 +97,10 @@ def test_bf16_is_rounded_once(layout_x, layout_w):
 
 @needs_bf16
 def test_bf16_bits_depend_neither_on_threads_nor_on_the_other_rows():
-    threads = torch.get_num_threads()
     x, weight, bias = torch.randn(70, 2500).bfloat16(), torch.randn(200, 2500).bfloat16(), torch.randn(200).bfloat16()
-    try:
-        results = []
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(gemv(x, weight, None, bias))
-        assert all(torch.equal(results[0], result) for result in results[1:])
-        for rows in (slice(3, 4), slice(1, 20), slice(5, 40), slice(0, 50)):
-            assert torch.equal(gemv(x[rows], weight, None, bias), results[0][rows])
-    finally:
-        torch.set_num_threads(threads)
+    result = same_bits(lambda: gemv(x, weight, None, bias))
+    for rows in (slice(3, 4), slice(1, 20), slice(5, 40), slice(0, 50)):
+        assert torch.equal(gemv(x[rows], weight, None, bias), result[rows])
 
 
 @needs_bf16

@@ -1,49 +1,16 @@
 """User changes to a layer take effect: overridden blocks, hooks, LoRA, pruning, replaced children."""
 
-import functools
-
+import layer_pairs
 import pytest
 import torch
-from nn_oracle import pair, slow_path
+from layer_pairs import FF, LAYERS, E, H, assert_same, build
+from nn_oracle import slow_path
 from torch.nn.utils import parametrize, prune
 
-import fastattn.nn.decoder
-import fastattn.nn.encoder
 import fastattn.nn.sublayers
 from fastattn import nn
 
-E, H, FF = 16, 4, 24
-LAYERS = ("TransformerEncoderLayer", "TransformerDecoderLayer")
-
-
-def build(name, **kwargs):
-    ours, theirs = pair(name, E, H, FF, 0.0, batch_first=True, dtype=torch.float64, **kwargs)
-    x = [torch.randn(3, 5, E, dtype=torch.float64) for _ in range(2 if "Decoder" in name else 1)]
-    return ours, theirs, x
-
-
-def assert_same(ours, theirs, x):
-    with slow_path():
-        torch.testing.assert_close(ours(*x), theirs(*x))
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """A list that gets an entry for every fused add and norm."""
-    calls = []
-
-    def counted(function):
-        @functools.wraps(function)
-        def wrapper(*args):
-            calls.append(function.__name__)
-            return function(*args)
-
-        return wrapper
-
-    for module in (fastattn.nn.encoder, fastattn.nn.decoder):
-        for name in ("add_norm", "add_norm_keep_sum"):
-            monkeypatch.setattr(module, name, counted(getattr(module, name)))
-    return calls
+fused = layer_pairs.fused  # a fixture
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -356,69 +323,3 @@ class TestReplacedChildren:
             module.forward = patched
             torch.testing.assert_close(ours(*x), plain)
             assert called, child
-
-
-def test_classes_in_the_place_of_those_of_torch_stay_fused(monkeypatch):
-    """torch.nn.TransformerEncoder = fastattn.nn.TransformerEncoder etc. does not count as a patch of torch.nn."""
-    torch.manual_seed(0)
-    x, calls, op = torch.randn(2, 5, 8), [], fastattn.nn.sublayers.layer_norm
-    model = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
-    monkeypatch.setattr(fastattn.nn.encoder, "encode", lambda *_: None)  # the parts, not the one call of a layer
-    expected = model(x, x)
-    for name in ("LayerNorm", "RMSNorm", "MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer",
-                 "TransformerEncoder", "TransformerDecoder", "Transformer"):  # fmt: skip
-        monkeypatch.setattr(torch.nn, name, getattr(nn, name))
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fastattn.scaled_dot_product_attention)
-    for module in (fastattn.nn.encoder, fastattn.nn.decoder, fastattn.nn.sublayers):
-        if hasattr(module, "layer_norm"):
-            monkeypatch.setattr(
-                module, "layer_norm", lambda *args, **kwargs: calls.append(kwargs) or op(*args, **kwargs)
-            )
-    assert torch.equal(model(x, x), expected)
-    assert sum("residual" in kwargs for kwargs in calls) == 5  # every norm of a sub-layer also adds the residual
-    made = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2)
-    calls.clear()
-    made(x)
-    assert len(calls) == 4
-
-
-class TestPatches:
-    """Code that is replaced for all modules of a class, or for all callers of a function."""
-
-    @pytest.mark.parametrize("name", LAYERS)
-    @pytest.mark.parametrize("path", ["LayerNorm", "MultiheadAttention"])
-    def test_a_forward_of_our_classes_is_called(self, name, path, monkeypatch, fused):
-        ours, _, x = build(name)
-        seen, forward = [], getattr(nn, path).forward
-
-        def noting(self, *args, **kwargs):
-            seen.append(type(self).__name__)
-            return forward(self, *args, **kwargs)
-
-        expected = ours(*x)
-        del fused[:]
-        monkeypatch.setattr(getattr(nn, path), "forward", noting)
-        torch.testing.assert_close(ours(*x), expected)
-        assert len(seen) == sum(type(module).__name__ == path for module in ours.modules())
-        assert not fused
-        monkeypatch.undo()
-
-    @pytest.mark.parametrize("name", LAYERS)
-    def test_our_attention_in_the_place_of_torchs_leaves_layers_fused(self, name, monkeypatch, fused):
-        ours, theirs, x = build(name)
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fastattn.scaled_dot_product_attention)
-        assert_same(ours, theirs, x)
-        assert fused
-
-    def test_a_causal_hint_needs_no_mask_where_attention_is_replaced(self, monkeypatch):
-        ours, _, (x,) = build("TransformerEncoderLayer")
-        expected, original = ours(x, is_causal=True), torch.nn.functional.scaled_dot_product_attention
-        monkeypatch.setattr(
-            torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: original(*args, **kwargs)
-        )
-        torch.testing.assert_close(ours(x, is_causal=True), expected)
-
-    def test_a_patched_activation_module_is_called(self, monkeypatch):
-        ours, theirs, x = build("TransformerEncoderLayer", activation=torch.nn.GELU())
-        monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: x.sin())
-        assert_same(ours, theirs, x)

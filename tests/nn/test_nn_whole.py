@@ -1,10 +1,12 @@
 """The encoder layer as one call: right against fp64, never stale, and left alone where something hangs on a child."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from threads import same_bits
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -179,18 +181,10 @@ def test_reads_no_memory_around_its_operands(calls):
 
 def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(_gemm, "most_rows", lambda *_: (20, 1000))  # torch's library may add in another order
-    before = torch.get_num_threads()
     layer = make(64, 4, 256)
-    try:
+    with torch.no_grad():
         for x in (torch.randn(1, 16, 64), torch.randn(3, 50, 64)):
-            found = []
-            for threads in range(1, 9):
-                torch.set_num_threads(threads)
-                with torch.no_grad():
-                    found.append(layer(x))
-            assert all(torch.equal(y, found[0]) for y in found)
-    finally:
-        torch.set_num_threads(before)
+            same_bits(functools.partial(layer, x), range(1, 9))
 
 
 class Watch(TorchDispatchMode):

@@ -1,13 +1,15 @@
 """attention_decode: the meaning of a cache, refused calls, and every backend against the reference in fp64."""
 
+import functools
 import math
 
 import pytest
 import torch
 from attention_cases import DTYPES
-from decode_cases import check_call, random_case, to
+from decode_cases import check_call, int32, normal, random_case, small_call, to
 from memory_guard import guarded
 from processes import run_on_instruction_set
+from threads import same_bits
 
 import fastattn
 from fastattn.ops._backends import why_not_available
@@ -22,20 +24,6 @@ SMALL = {
     "dtypes": (torch.float32, torch.float16), "lengths": (0, 1, 7, 40, 65), "head_dims": (8, 16, 31, 64),
     "groups": (1, 2, 3, 8), "seqlens_q": (1, 1, 3, 17),
 }  # fmt: skip
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def call(dtype=torch.float32, batch=2, n_heads=4, kv_heads=2, seqlen_q=1, capacity=24, head_dim=8, seed=0):
-    q = normal(batch, n_heads, seqlen_q, head_dim, seed=seed, dtype=dtype)
-    k_cache, v_cache = (normal(batch, kv_heads, capacity, head_dim, seed=seed + n, dtype=dtype) for n in (1, 2))
-    return q, k_cache, v_cache
 
 
 def check(seed, backend, monkeypatch, device="cpu", **shapes):
@@ -61,7 +49,7 @@ def test_random_calls_triton(part, monkeypatch, device):
 @pytest.mark.parametrize("score", [1e4, 1e6, -1e9, 1e30, -3e38])
 def test_equal_scores_however_large(score, backend, device):
     """Splits of unequal length are weighted by their keys, because maximum and sum are stored separately."""
-    q, k_cache, v_cache = to(device, *call(capacity=300, seqlen_q=2))
+    q, k_cache, v_cache = to(device, *small_call(capacity=300, seqlen_q=2))
     q, k_cache = torch.ones_like(q), torch.ones_like(k_cache)
     lengths = int32(300, 131)
     for splits in (1, 2, 7):
@@ -77,7 +65,7 @@ def test_equal_scores_however_large(score, backend, device):
 
 @pytest.mark.parametrize("value", [1e4, 1e9, 1e38, torch.finfo(torch.float32).max])
 def test_sinks_however_large(value, backend, device, monkeypatch):
-    q, k_cache, v_cache = call(capacity=300)
+    q, k_cache, v_cache = small_call(capacity=300)
     sink = torch.tensor([value, -value, 0.0, -value])
     for splits in (1, 3):
         kwargs = {"cache_seqlens": int32(300, 0), "sink": sink, "num_splits": splits}
@@ -86,7 +74,7 @@ def test_sinks_however_large(value, backend, device, monkeypatch):
 
 @pytest.mark.parametrize("slope", [10.0, 1e5, 1e30])
 def test_steep_alibi(slope, backend, device, monkeypatch):
-    q, k_cache, v_cache = call(capacity=300, seqlen_q=3)
+    q, k_cache, v_cache = small_call(capacity=300, seqlen_q=3)
     slopes = torch.tensor([slope, slope / 3, 0.01, -slope])
     for kwargs in ({}, {"cache_leftpad": int32(0, 40)}, {"causal": False, "window": (280, 0)}):
         kwargs |= {"cache_seqlens": int32(300, 41), "alibi_slopes": slopes, "num_splits": 3}
@@ -95,7 +83,7 @@ def test_steep_alibi(slope, backend, device, monkeypatch):
 
 def test_is_attention_on_the_valid_keys(backend, device):
     """Every feature against `attention` on the valid keys of the cache, sequence by sequence."""
-    q, k_cache, v_cache = to(device, *call(seqlen_q=3))
+    q, k_cache, v_cache = to(device, *small_call(seqlen_q=3))
     lengths, leftpad = int32(20, 9), int32(2, 0)
     features = [
         {}, {"causal": False}, {"window": (4, 0)}, {"causal": False, "window": (3, 2)}, {"softcap": 2.0},
@@ -137,7 +125,7 @@ def test_step_by_step_equals_one_causal_call(backend, device):
 
 def test_split_counts_agree(backend, device):
     """The number of splits only changes the order of sums: 1e-5."""
-    q, k_cache, v_cache = to(device, *call(capacity=700, head_dim=16, n_heads=6, kv_heads=2))
+    q, k_cache, v_cache = to(device, *small_call(capacity=700, head_dim=16, n_heads=6, kv_heads=2))
     lengths, sink = int32(700, 130).to(device), normal(6).to(device)
     results = [
         fastattn.attention_decode(
@@ -151,7 +139,7 @@ def test_split_counts_agree(backend, device):
 
 def test_very_negative_scores(backend, device):
     """If lse is far below -89, a key past the end must not contribute exp(0 - lse)."""
-    q, k_cache, v_cache = to(device, *call(capacity=70, head_dim=16))
+    q, k_cache, v_cache = to(device, *small_call(capacity=70, head_dim=16))
     q, k_cache = q.abs() * 10, -k_cache.abs() * 10
     lengths = int32(65, 3).to(device)
     for splits in (1, 3):
@@ -168,13 +156,13 @@ def test_very_negative_scores(backend, device):
 
 def test_empty_sizes(backend, device):
     for change in ({"batch": 0}, {"n_heads": 0, "kv_heads": 0}, {"seqlen_q": 0}, {"capacity": 0}):
-        q, k_cache, v_cache = to(device, *call(**change))
+        q, k_cache, v_cache = to(device, *small_call(**change))
         lengths = torch.zeros(q.shape[0], dtype=torch.int32, device=device)
         out, lse = fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=lengths, return_lse=True)
         assert out.shape == q.shape
         assert (out == 0).all()
         assert (lse == -math.inf).all()
-    q, k_cache, v_cache = to(device, *call())
+    q, k_cache, v_cache = to(device, *small_call())
     new = k_cache[:, :, :0]
     out = fastattn.attention_decode(q, k_cache, v_cache, k=new, v=new, cache_seqlens=int32(3, 4).to(device))
     assert out.equal(fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4).to(device)))
@@ -184,7 +172,7 @@ def test_empty_sizes(backend, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_and_memory(dtype):
     """Misaligned caches with gaps, surrounded by NaN. The results are the same for all layouts."""
-    q, k_cache, v_cache = call(dtype, capacity=130, head_dim=40, seqlen_q=2)
+    q, k_cache, v_cache = small_call(dtype, capacity=130, head_dim=40, seqlen_q=2)
     kwargs = {"cache_seqlens": int32(130, 77), "backend": "native"}
     expected = fastattn.attention_decode(q, k_cache, v_cache, **kwargs)
     for change in (
@@ -202,25 +190,16 @@ def test_strides_and_memory(dtype):
 
 @needs_native
 def test_reruns_and_thread_counts_agree_bit_for_bit():
-    q, k_cache, v_cache = call(capacity=3000, head_dim=64, n_heads=8)
+    q, k_cache, v_cache = small_call(capacity=3000, head_dim=64, n_heads=8)
     kwargs = {"cache_seqlens": int32(3000, 1700), "return_lse": True, "backend": "native"}
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = fastattn.attention_decode(q, k_cache, v_cache, **kwargs)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            for _ in range(20):
-                got = fastattn.attention_decode(q, k_cache, v_cache, **kwargs)
-                assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    call_once = functools.partial(fastattn.attention_decode, q, k_cache, v_cache, **kwargs)
+    same_bits(call_once, (1, *[2] * 20, *[3] * 20))
 
 
 @needs_native
 def test_many_queries_and_wide_heads(monkeypatch):
     """More rows than one block, and a head dim that only the CPU supports."""
-    q, k_cache, v_cache = call(seqlen_q=150, capacity=400, head_dim=320, n_heads=6, kv_heads=2)
+    q, k_cache, v_cache = small_call(seqlen_q=150, capacity=400, head_dim=320, n_heads=6, kv_heads=2)
     for window in (None, (100, 0)):
         kwargs = {"cache_seqlens": int32(400, 160), "window": window}
         out = fastattn.attention_decode(q, k_cache, v_cache, **kwargs, backend="native")
@@ -231,7 +210,7 @@ def test_many_queries_and_wide_heads(monkeypatch):
 @needs_native
 def test_offsets_beyond_two_gigabytes():
     """The rows of the cache are 2^31 elements apart, and only memory at both ends is touched."""
-    q, k_cache, v_cache = call(torch.float16, batch=1, n_heads=1, kv_heads=1, capacity=2, head_dim=16)
+    q, k_cache, v_cache = small_call(torch.float16, batch=1, n_heads=1, kv_heads=1, capacity=2, head_dim=16)
     far = torch.empty(2**31 + 16, dtype=torch.float16).as_strided((1, 1, 2, 16), (1, 1, 2**31, 1))
     far[:, :, :1] = k_cache[:, :, :1]
     out = fastattn.attention_decode(
@@ -300,7 +279,9 @@ def bad(message, error=ValueError, **change):
     ],
 )  # fmt: skip
 def test_mistakes_are_named(change, error, message):
-    arguments = dict(zip(("q", "k_cache", "v_cache"), call(), strict=True)) | {"cache_seqlens": int32(3, 4)} | change
+    arguments = (
+        dict(zip(("q", "k_cache", "v_cache"), small_call(), strict=True)) | {"cache_seqlens": int32(3, 4)} | change
+    )
     with pytest.raises(error, match=message):
         fastattn.attention_decode(
             arguments.pop("q"), arguments.pop("k_cache"), arguments.pop("v_cache"), **arguments
@@ -309,7 +290,7 @@ def test_mistakes_are_named(change, error, message):
 
 def test_one_tensor_as_both_caches():
     """It may be read, but the appended values would overwrite the keys."""
-    q, cache, _ = call()
+    q, cache, _ = small_call()
     new, lengths = cache[:, :, :1].clone(), int32(3, 4)
     fastattn.attention_decode(q, cache, cache, cache_seqlens=lengths)
     with pytest.raises(ValueError, match="k_cache and v_cache must not be one tensor if k and v are appended"):
@@ -317,106 +298,12 @@ def test_one_tensor_as_both_caches():
 
 
 def test_a_wanted_gradient_is_refused():
-    q, k_cache, v_cache = call()
+    q, k_cache, v_cache = small_call()
     q.requires_grad_()
     with pytest.raises(RuntimeError, match="no backward"):
         fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4))
     with torch.no_grad():
         assert not fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4)).requires_grad
-
-
-def test_autograd_and_inference_mode_learn_of_the_append(backend, device):
-    q, k_cache, v_cache = to(device, *call())
-    new, lengths = k_cache[:, :, :1].clone(), int32(3, 4).to(device)
-    before = k_cache._version, v_cache._version
-    fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=lengths)
-    assert (k_cache._version, v_cache._version) == before
-    fastattn.attention_decode(q, k_cache, v_cache, k=new, v=new, cache_seqlens=lengths)
-    assert k_cache._version > before[0]
-    assert v_cache._version > before[1]
-    with torch.inference_mode():
-        ours = k_cache.clone(), v_cache.clone()
-        fastattn.attention_decode(q, *ours, k=new, v=new, cache_seqlens=lengths)
-        fastattn.attention_decode(q, k_cache, v_cache, k=new, v=new, cache_seqlens=lengths)
-        assert ours[0].equal(k_cache)
-
-
-def test_autocast_follows_the_cache():
-    q, k_cache, v_cache = call(torch.bfloat16)
-    with torch.autocast("cpu", torch.float16):
-        out = fastattn.attention_decode(q.float(), k_cache, v_cache, cache_seqlens=int32(3, 4))
-    assert out.equal(fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4)))
-
-
-def test_fp64_runs_on_the_reference_and_explain_says_so():
-    q, k_cache, v_cache = call(torch.float64)
-    assert fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=int32(3, 4)).dtype == torch.float64
-    text = fastattn.explain("attention_decode", q, k_cache, v_cache, cache_seqlens=int32(3, 4))
-    assert "reference: runs" in text
-    assert "got torch.float64" in text or "not built" in text
-
-
-def test_raw_ops_pass_opcheck(raw_backend, device):
-    q, k_cache, v_cache = to(device, *call(capacity=20, head_dim=16))
-    new, lengths = k_cache[:, :, :2].clone(), int32(3, 18).to(device)
-    nothing = (None,) * 5
-    raw = torch.ops.fastattn
-    for arguments in ((q, k_cache, v_cache, lengths, *nothing, 0, -1, 0, 0.0, 0.25, 0),
-                      (q.transpose(1, 2).contiguous().transpose(1, 2), k_cache, v_cache[..., :8], lengths, *nothing,
-                       2, 4, 0, 2.0, 0.25, 3)):  # fmt: skip
-        torch.library.opcheck(getattr(raw.attention_decode_fwd, raw_backend), arguments)
-    torch.library.opcheck(
-        getattr(raw.attention_decode_append, raw_backend), (k_cache, v_cache, new, new, lengths, None, None)
-    )
-
-
-@needs_native
-def test_raw_ops_check_their_arguments():
-    q, k_cache, v_cache = call()
-    nothing = (None,) * 5
-
-    def fwd(q=q, k=k_cache, v=v_cache, lengths=(3, 4), table=None):
-        torch.ops.fastattn.attention_decode_fwd.native(
-            q, k, v, int32(*lengths), table, *nothing[1:], 0, -1, 0, 0.0, 0.25, 0
-        )
-
-    for change in (
-        {"q": q[0]}, {"q": q.half()}, {"k": k_cache[:, :1]}, {"lengths": (3, 25)}, {"lengths": (-1, 4)},
-        {"lengths": (3,)}, {"table": int32(0, 9).view(2, 1)}, {"v": v_cache.transpose(2, 3)},
-    ):  # fmt: skip
-        with pytest.raises(RuntimeError):
-            fwd(**change)
-    with pytest.raises(RuntimeError):
-        torch.ops.fastattn.attention_decode_append.native(
-            k_cache, v_cache, k_cache[:, :, :1], v_cache[:, :, :1], int32(24, 0), None, None
-        )
-
-
-@needs_native
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(dynamic):
-    """The mutation is functionalised: caches and outputs of the compiled call are those of the eager call."""
-    torch._dynamo.reset()
-
-    def step(q, k_cache, v_cache, k, v, lengths):
-        with fastattn.use_backend("native"):
-            out, lse = fastattn.attention_decode(
-                q * 2, k_cache, v_cache, k=k * 2, v=v, cache_seqlens=lengths, return_lse=True
-            )
-            again = fastattn.attention_decode(q, k_cache, v_cache, cache_seqlens=lengths + k.shape[2])
-        return out, lse, again, k_cache.sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for capacity in (24, 40):
-        q, k_cache, v_cache = call(capacity=capacity)
-        new, lengths = normal(2, 2, 2, 8, seed=9), int32(3, 17)
-        caches = [(k_cache.clone(), v_cache.clone()) for _ in range(2)]
-        got, expected = (
-            f(q, *c, new, new + 1, lengths) for f, c in zip((compiled, step), caches, strict=True)
-        )  # fmt: skip
-        torch.testing.assert_close(got, expected)
-        assert all(a.equal(b) for a, b in zip(*caches, strict=True))
-        assert not caches[0][0].equal(k_cache)
 
 
 CAPABILITY_TEST = """

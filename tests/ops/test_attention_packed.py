@@ -13,7 +13,7 @@ try:
     import triton
     import triton.language as tl
 
-    from fastattn.kernels.attention_tile import find_tile
+    from fastattn.kernels.attention_frame import find_tile
 except ImportError:
     triton = None
 

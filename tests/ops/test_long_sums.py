@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from cross_entropy_cases import plain
 from oracle import BACKWARD, assert_accurate, exact
+from threads import same_bits
 
 import fastattn
 from fastattn import reference
@@ -107,15 +108,5 @@ def test_the_same_bits_for_any_number_of_threads():
             lambda x, b: fastattn.feed_forward(x, torch.eye(4), b, torch.eye(4), None), (draw((2**14, 4)), draw((4,)))
         ),
     }  # fmt: skip
-    before = torch.get_num_threads()
-    try:
-        for name, (function, inputs) in calls.items():
-            found = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                outputs, grads = results(function, inputs, None)
-                found.append((*outputs, *grads))
-            for other in found[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), name
-    finally:
-        torch.set_num_threads(before)
+    for function, inputs in calls.values():
+        same_bits(lambda f=function, i=inputs: results(f, i, None), (1, 2, 3))

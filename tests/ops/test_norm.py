@@ -10,6 +10,7 @@ from memory_guard import guarded
 from norm_cases import Case, random_case
 from oracle import assert_accurate, exact
 from processes import run_code
+from threads import same_bits
 
 import fastattn
 from fastattn import reference
@@ -260,15 +261,7 @@ def test_reads_stay_inside(raw_backend, device, interpreted, offset, cols):
 def test_same_bits_again_and_with_any_number_of_threads(device, rows, cols):
     fused = {"residual": torch.float32, "x_bias": True, "dropout_p": 0.1, "return_residual": True}
     c = case((rows, cols), device=device, **fused)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 2, 3):
-            torch.set_num_threads(count)
-            results.append(forward_backward(c))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(equal(results[0], other) for other in results[1:])
+    same_bits(lambda: forward_backward(c), (1, 2, 2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -90,16 +90,15 @@ def norm(dropout=False):
     for rows in LENGTHS:
         for p in (0.1, 0.5) if dropout else (0.0,):
             x, rng = torch.ones(rows, 256), torch.ones(2, dtype=torch.int64) if dropout else None
-            module = kernels("norm")
-            _, r, stats = module.norm_fwd(x, x, x[0], x[0], rng, p, 1e-5, False)
-            module.norm_bwd(x, None, r, x[0], stats, rng, p, False, dropout, True, True)
+            _, r, stats = kernels("norm").norm_fwd(x, x, x[0], x[0], rng, p, 1e-5, False)
+            kernels("norm_bwd").norm_bwd(x, None, r, x[0], stats, rng, p, False, dropout, True, True)
 
 
 def wide_norm():
     for rows in LENGTHS:
         x = torch.ones(rows, 20000)
         _, r, stats = kernels("norm").norm_fwd(x, x, x[0], x[0], None, 0.0, 1e-5, False)
-        kernels("norm").norm_bwd(x, None, r, x[0], stats, None, 0.0, False, False, True, True)
+        kernels("norm_bwd").norm_bwd(x, None, r, x[0], stats, None, 0.0, False, False, True, True)
 
 
 def dropout():
@@ -158,9 +157,9 @@ def attention_decode():
                 q, new = torch.ones(batch, 8, seqlen, 64).half(), torch.ones(batch, 2, seqlen, 64).half()
                 cache = torch.ones(batch, capacity, 2, 64).half().transpose(1, 2)
                 lengths = torch.ones(batch).int()
-                module = kernels("attention_decode")
-                module.attention_decode_append(cache, cache, new, new, lengths, None, None)
-                module.attention_decode_fwd(
+                append = kernels("attention_decode_cache").attention_decode_append
+                append(cache, cache, new, new, lengths, None, None)
+                kernels("attention_decode").attention_decode_fwd(
                     q, cache, cache, lengths, None, None, None, None, None, seqlen, -1, 0, 0.0, 0.1, 2
                 )
 

@@ -14,6 +14,21 @@ HEAD_DIMS = (8, 16, 31, 33, 40, 64, 80, 100, 128, 192, 256)
 PAGE_SIZES = (16, 48, 64, 256)
 
 
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def small_call(dtype=torch.float32, batch=2, n_heads=4, kv_heads=2, seqlen_q=1, capacity=24, head_dim=8, seed=0):
+    """q, k_cache and v_cache of random numbers."""
+    q = normal(batch, n_heads, seqlen_q, head_dim, seed=seed, dtype=dtype)
+    k_cache, v_cache = (normal(batch, kv_heads, capacity, head_dim, seed=seed + n, dtype=dtype) for n in (1, 2))
+    return q, k_cache, v_cache
+
+
 def contiguous_cache(rng, generator, lengths, kv_heads, sizes, dtype, leftpad, room, gap_size):
     """Return (k_cache, v_cache, kwargs) with NaN where no key is valid; sometimes BSHD, with gaps, with spare rows."""
     batch = len(lengths)

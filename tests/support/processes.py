@@ -24,6 +24,13 @@ def run_code(code, *arguments, **environment):
     return _output_of("-W", "ignore", "-c", code, *arguments, PYTHONPATH=path, **environment)
 
 
+def assert_fails(code, *arguments, message=""):
+    """Check that this code ends with an error in a process of its own, and with this message on stderr."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    assert message in done.stderr, done.stderr
+
+
 def skip_unless_lower(capability):
     """Skip a test of an instruction set that is not below the one that all other tests of this processor use."""
     import fastattn

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("tokenizers", reason="needs the packages of fastattn[train]")
 import torch
 from model_cases import OPTIONS, SHAPE, build, random_tokens
+from threads import same_bits
 
 import fastattn
 from fastattn.models import CausalLM, KeyValueCache
@@ -74,16 +75,13 @@ def test_a_call_per_layer_is_the_model(options):
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_bits_do_not_depend_on_threads(kind):
     model, tokens = build(CausalLM, d_model=128, positions="rotary", feed_forward="swiglu").eval(), random_tokens(2, 9)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in range(1, 9):
-            torch.set_num_threads(count)
-            with torch.no_grad():
-                cache = KeyValueCache(model, 2, weights=kind)
-                found.append(torch.cat([model(part, cache=cache) for part in tokens.split([6, 1, 2], 1)], 1))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+
+    @torch.no_grad()
+    def logits():
+        cache = KeyValueCache(model, 2, weights=kind)
+        return torch.cat([model(part, cache=cache) for part in tokens.split([6, 1, 2], 1)], 1)
+
+    same_bits(logits, range(1, 9))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,7 @@
 """Families of models in folders of Hugging Face: names and shapes in, names and shapes out.
 
 A family has `kinds` (values of model_type), `read_shape(config, names)`, `read_weights(tensors, shape)`,
-`write_config(model)` and `write_weights(model)`. It translates, and refuses with ValueError what it cannot say.
+`write_config(model)` and `write_weights(model)`. What it cannot express raises ValueError.
 """
 
 from .bert import BERT

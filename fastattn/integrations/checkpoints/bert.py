@@ -85,7 +85,7 @@ class Bert:
         return weights
 
     def write_config(self, model):
-        """The config.json of a MaskedLM or Classifier, without its labels; ValueError if BERT cannot say it."""
+        """The config.json of a MaskedLM or Classifier, without its labels; ValueError if BERT lacks a feature of it."""
         is_classifier = type(model) is Classifier and model.body == "transformer"
         if not is_classifier and type(model) is not MaskedLM:
             raise ValueError(f"bert is an encoder, got a {type(model).__name__}")

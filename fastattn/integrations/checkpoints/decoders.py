@@ -118,7 +118,7 @@ class Decoder:
         return rows.unflatten(0, (-1, 2, width // 2)).flip(1).flatten(0, 2)
 
     def write_config(self, model):
-        """The config.json of a CausalLM; ValueError if this family cannot say its shape."""
+        """The config.json of a CausalLM; ValueError if this family lacks a feature of it."""
         if not isinstance(model, CausalLM):
             raise ValueError(f"{self.kind} is a language model, got a {type(model).__name__}")
         shape, untied = model.shape, model.head.weight is not None

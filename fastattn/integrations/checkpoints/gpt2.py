@@ -59,7 +59,7 @@ class Gpt2:
         return weights
 
     def write_config(self, model):
-        """The config.json of a CausalLM; ValueError if GPT-2 cannot say its shape."""
+        """The config.json of a CausalLM; ValueError if GPT-2 lacks a feature of it."""
         if not isinstance(model, CausalLM):
             raise ValueError(f"gpt2 is a language model, got a {type(model).__name__}")
         shape, untied = model.shape, model.head.weight is not None

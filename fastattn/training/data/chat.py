@@ -34,7 +34,7 @@ class Template(NamedTuple):
         return found
 
     def question_pieces(self, messages):
-        """As `pieces`, of messages and what stands before an answer to them."""
+        """As `pieces`, followed by the pieces that come before the next answer."""
         return [*self.pieces(messages), *((piece, False) for piece in self.before["assistant"])]
 
 
@@ -80,7 +80,7 @@ def encode_conversation(tokenizer, template, messages):
 
 
 def encode_question(tokenizer, template, messages):
-    """The token numbers of messages and of what stands before an answer to them; errors as encode_conversation."""
+    """The token numbers of messages and of the pieces before the next answer; errors as encode_conversation."""
     _check_marks(tokenizer, template, messages)
     return _encode(tokenizer, template, template.question_pieces(messages))[0]
 

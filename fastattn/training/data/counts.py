@@ -13,11 +13,11 @@ class Counts:
     """Counts of a part.
 
     Args:
-        documents: read; 0 for a text without documents.
-        tokens: into which the tokenizer has cut them.
-        unknown: of these, the unknown token.
+        documents: the documents that were read; 0 for a text without documents.
+        tokens: the tokens that the tokenizer made of them.
+        unknown: how many of these are the unknown token.
         cut: documents that lost tokens, as the model has block_size positions.
-        tokens_cut: the tokens that they lost.
+        tokens_cut: the tokens that these documents lost.
         empty: documents without a token.
         padding: share of the positions in batches that hold no token; of the training part, in its first epoch.
     """

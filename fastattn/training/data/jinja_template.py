@@ -70,7 +70,7 @@ class JinjaTemplate:
                 answer = self._render(messages[: number + 1], False)
                 if not (whole.startswith(answer) and answer.startswith(before)):
                     raise UsageError(
-                        "the chat template writes the beginning of a conversation otherwise if more follows, so its "
+                        "the chat template changes the beginning of a conversation if more follows, so its "
                         f"answers cannot be told apart: message {number + 1} of {len(messages)}"
                     )
                 parts = self._parts(answer[len(before) :])
@@ -81,7 +81,7 @@ class JinjaTemplate:
         return found + [(part, False) for part in self._parts(whole[place:])]
 
     def question_pieces(self, messages):
-        """As `pieces`, of messages and what stands before an answer to them."""
+        """As `pieces`, followed by the pieces that come before the next answer."""
         return [(part, False) for part in self._parts(self._render(messages, True))]
 
     def _parts(self, text):

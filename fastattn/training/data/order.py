@@ -75,7 +75,7 @@ def _shares(weights):
 
 
 def permute(numbers, n, keys):
-    """Numbers from 0 to n - 1 at other places of the same range, each at its own: a permutation without a table.
+    """The places of some numbers in a permutation of 0 to n - 1, which is computed without a table.
 
     A Feistel network permutes the next power of four; numbers that leave the range are permuted until they return.
 
