@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fastattn import nn
+from fastattn import _needs_torch, nn  # noqa: F401  _needs_torch first: what to do without PyTorch
 from fastattn._native import cpu_capability, load_backends
 from fastattn.drop_in import replace
 from fastattn.integrations.sdpa import patch_sdpa

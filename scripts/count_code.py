@@ -23,7 +23,7 @@ REPEATED_LINES = 6  # this many equal lines in a row are a repetition
 
 # rooms of the package, lowest first; those on one line import nothing from one another
 FLOORS = [
-    ("_autocast", "_imports"),
+    ("_autocast", "_imports", "_needs_torch"),
     ("reference",),
     ("ops",),
     ("kernels",),

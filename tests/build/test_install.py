@@ -195,6 +195,28 @@ def test_a_base_installation_answers_and_names_the_packages_that_a_command_needs
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        (None, "PyTorch is missing: run pip install torch"),
+        ("raise ImportError('libcudart.so.13')", "PyTorch cannot be imported: libcudart.so.13"),
+    ],
+)
+@pytest.mark.parametrize("command", [["-m", "fastattn"], ["fastattn"]])
+def test_without_a_working_torch_the_command_answers_in_one_line(python, tmp_path, command, torch, said):
+    (tmp_path / "fastattn").write_text("from fastattn.cli import main\n")  # as pip writes it
+    if torch:
+        (tmp_path / "torch.py").write_text(torch)
+    found = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for option in ("--help", "--version", "info"):
+        done = subprocess.run(
+            [python, *command, option], cwd=tmp_path, env=os.environ | found, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"fastattn: error: {said}\n")
+    result = run(python, "import fastattn", tmp_path, **found)
+    assert f"ImportError: fastattn: {said}" in result.stderr
+
+
 def test_the_workflows_call_scripts_that_are_there():
     called = []
     for path in sorted((ROOT / ".github/workflows").glob("*.yml")):

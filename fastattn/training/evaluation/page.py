@@ -16,7 +16,7 @@ img { max-width: 100%; height: auto; background: white; }
 pre { background: var(--head); padding: 1rem; overflow-x: auto; }
 pre.text { white-space: pre-wrap; } td:last-child { overflow-wrap: anywhere; }
 td.number { white-space: nowrap; }
-@media (max-width: 36rem) { th, td { padding: .2rem .35rem; font-size: .8rem; } }
+@media (max-width: 36rem) { body { padding: 0 .5rem; } th, td { padding: .2rem; font-size: .72rem; } }
 """
 
 
