@@ -110,6 +110,8 @@ class SdpaPatch:
             )
         F.scaled_dot_product_attention, self._function = self._before, None
 
+    remove = undo  # the name that torch.nn.attention.restore_flash_attention_impl calls
+
     def __enter__(self) -> "SdpaPatch":
         """The patch, which holds since `patch_sdpa` was called."""
         return self
@@ -130,6 +132,9 @@ def patch_sdpa() -> SdpaPatch:
     is traced, and arguments that do not fit, for which torch raises its own error. Code that took the function out of
     torch.nn.functional by name before keeps torch's, and so does what is written in C++.
 
+    Where the installed torch has a registry of implementations, the same switch has a name there:
+    `torch.nn.attention.activate_flash_attention_impl("fastattn")`, and `restore_flash_attention_impl()` undoes it.
+
     Returns: an SdpaPatch; `print` it to see how many calls were served, and why others were not.
 
     Example:
@@ -140,3 +145,7 @@ def patch_sdpa() -> SdpaPatch:
         1 calls served by fastattn, 0 left to torch
     """
     return SdpaPatch()
+
+
+if hasattr(torch.nn.attention, "register_flash_attention_impl"):
+    torch.nn.attention.register_flash_attention_impl("fastattn", register_fn=patch_sdpa)

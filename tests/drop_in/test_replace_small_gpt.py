@@ -1,6 +1,10 @@
 """`replace` on a small GPT as people write it themselves: everything in one file, and a forward that takes targets."""
 
+import collections
 import copy
+import os
+import runpy
+import types
 
 import pytest
 import torch
@@ -206,3 +210,29 @@ def test_data_parallel_and_sharded():
     assert [line for line in lines if line] == [
         "ddp DeferredLogits", "ddp Tensor", "ddp DeferredLogits", "fsdp DeferredLogits", "fsdp DeferredLogits",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_itself(bias):
+    """The model.py of nanoGPT's repository, which is no part of this project: FASTATTN_NANOGPT names its path."""
+    path = os.environ.get("FASTATTN_NANOGPT")
+    if not path:
+        pytest.skip("FASTATTN_NANOGPT does not name nanoGPT's model.py")
+    theirs = types.SimpleNamespace(**runpy.run_path(path, run_name="model"))
+    model = theirs.GPT(theirs.GPTConfig(SEQLEN, VOCAB, n_layer=2, n_head=HEADS, n_embd=D, bias=bias))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    _, exact, exact_grads = step(copy.deepcopy(model).double())
+    _, loss, grads = step(model)
+    tokens = model.eval().generate(TOKENS[:, :4], 20, top_k=1)
+    report = fastattn.replace(model.train())
+    assert report.left == {}
+    assert collections.Counter(what.partition(" ")[0] for what in report.replaced.values()) == {
+        "Linear": 8, "LayerNorm": 5, "attention": 2, "output": 1,
+    }  # fmt: skip
+    our_logits, ours, our_grads = step(model)
+    assert our_logits._made is None
+    assert_accurate(ours, exact, loss, slack=torch.finfo(torch.float32).eps * exact.item())
+    for name, grad in our_grads.items():
+        assert_accurate(grad, exact_grads[name], grads[name], BACKWARD, f"gradient of {name}")
+    assert torch.equal(model.eval().generate(TOKENS[:, :4], 20, top_k=1), tokens)

@@ -86,3 +86,15 @@ def test_patches_are_undone_in_reverse_order():
 def test_an_exception_undoes_it():
     with pytest.raises(KeyError), fastattn.patch_sdpa():
         raise KeyError
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.attention, "list_flash_attention_impls"), reason="this torch has no registry")
+def test_the_registry_of_torch():
+    assert "fastattn" in torch.nn.attention.list_flash_attention_impls()
+    torch.nn.attention.activate_flash_attention_impl("fastattn")
+    assert torch.nn.attention.current_flash_attention_impl() == "fastattn"
+    patched, q = F.scaled_dot_product_attention, heads()
+    torch.nn.attention.restore_flash_attention_impl()
+    assert patched is not TORCHS
+    assert F.scaled_dot_product_attention is TORCHS
+    torch.testing.assert_close(patched(q, q, q), TORCHS(q, q, q), atol=1e-5, rtol=1e-5)
