@@ -192,7 +192,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self._project_out(out), weights
 
     def _project_out(self, out):
-        weight = self.out_proj._parameters.get("weight")
+        parameters = self.out_proj._parameters  # those of a scripted module have no get
+        weight = parameters["weight"] if "weight" in parameters else None  # noqa: SIM401
         if weight is not None and weight.is_meta and not out.is_meta:  # PyTorch returns whatever the memory holds
             raise RuntimeError(f"MultiheadAttention: out_proj.weight must be on {out.device}, but it is on meta")
         return self.out_proj(out)

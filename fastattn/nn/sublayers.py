@@ -17,11 +17,12 @@ _LINEARS, _DROPOUTS, _NORMS = (torch.nn.Linear,), (torch.nn.Dropout,), (LayerNor
 
 
 def add_norm(x, x_bias, residual, dropout_module, norm):
-    """norm(residual + dropout(x + x_bias)) in the dtype of the residual: the end of a post-norm sub-layer."""
+    """norm(residual + dropout(x + x_bias)) in the dtype of the sum: the end of a post-norm sub-layer."""
     if x.shape != residual.shape:  # from a user's attention
         return norm(_add(x, x_bias, residual, dropout_module))
     if x.dtype != residual.dtype:  # autocast: the op returns the dtype of x, torch the dtype of the sum
-        x = x.to(residual.dtype)
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
     return layer_norm(x, *affine(norm), norm.eps, x_bias=x_bias, residual=residual, dropout_p=dropout_p(dropout_module))
 
 

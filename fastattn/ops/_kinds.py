@@ -112,6 +112,7 @@ def is_readable(t):
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(t)  # is_grads_batched=True
     )
 
 

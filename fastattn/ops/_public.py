@@ -316,9 +316,10 @@ class Public:
         A missing in_proj_weight is an AssertionError, as in torch.
         """
         for path, child in module.named_modules():
+            held = {**child.__dict__, **dict(child._parameters.items())}
             for label in ("weight", "bias", "in_proj_weight", "in_proj_bias"):
-                value = child.__dict__.get(label, child._parameters.get(label))
-                needed = (label in child._parameters or label in child.__dict__) and (
+                value = held.get(label)
+                needed = label in held and (
                     (label == "weight" and isinstance(child, torch.nn.Linear))
                     or (label == "in_proj_weight" and getattr(child, "_qkv_same_embed_dim", False))
                 )

@@ -232,6 +232,14 @@ class TestReplacedChildren:
             layer.dropout2 = torch.nn.Identity()
         assert_same(ours, theirs, x)
 
+    @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+    @pytest.mark.parametrize("child", ["linear1", "linear2", "dropout", "self_attn.out_proj"])
+    def test_scripted_modules(self, child):
+        ours, theirs, x = build("TransformerEncoderLayer")
+        for layer in (ours, theirs):
+            layer.set_submodule(child, torch.jit.script(layer.get_submodule(child)))
+        assert_same(ours, theirs, x)
+
     def test_torch_norm_is_fused_too(self, fused):
         ours, theirs, x = build(LAYERS[0])
         ours.norm1 = torch.nn.LayerNorm(E, elementwise_affine=False, dtype=torch.float64)

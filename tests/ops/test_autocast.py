@@ -243,6 +243,19 @@ def test_a_layer_is_as_near_to_fp64_as_torchs(name, size):
                 compare(ours, theirs, call, {"x": x}, regions=(forward, backward), order=2)
 
 
+@pytest.mark.parametrize("name", ["post-norm encoder", "pre-norm encoder", "decoder"])
+def test_inputs_in_the_other_half_precision(name):
+    """The sum of float16 and bfloat16 is float32, as in torch.nn."""
+    build, call = LAYERS[name]
+    ours, theirs = build(16, 40)
+    for half, other in itertools.permutations(HALVES):
+        x = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(1)).to(other)
+        with region("in", half):
+            found, expected = call(ours, x), call(theirs, x)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("scale", [1, 3, 6])
 def test_attention_weights_of_large_inputs_sum_to_one(scale, half):

@@ -122,11 +122,12 @@ def test_record_under_functional_transforms(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_batched_gradients(op):
+@pytest.mark.parametrize("dim", [0, -1], ids=["dense", "strided"])
+def test_batched_gradients(op, dim):
     function, shapes = OPS[op]
     leaves = [x.requires_grad_() for x in tensors(*shapes)]
     out = several(function(*leaves))[0]
-    batch = torch.stack([torch.ones_like(out), out.detach()])
+    batch = torch.stack([torch.ones_like(out), out.detach()], dim).movedim(dim, 0)
     got = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, retain_graph=True, allow_unused=True)
     last = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, allow_unused=True)  # frees the saved tensors
     for index in range(2):
