@@ -39,7 +39,7 @@ PYBIND11_MODULE(_C, m) {
         "What the libraries were built with and for: compiler, cplusplus, cxx, torch, nvcc, cuda_archs, cpu_variants.");
   m.def(
       "best_cpu_capability", [] { return name_of(fastattn::best_capability()); },
-      "The best instruction set of this processor: default, avx2, avx512 or avx512bf16.");
+      "The best instruction set of this processor: default, avx2, avx512, avx512bf16 or amx.");
   m.def(
       "cpu_capability", [] { return name_of(fastattn::cpu_capability()); },
       "The instruction set of the CPU kernels in use, which FASTATTN_CPU_CAPABILITY may lower.");

@@ -11,7 +11,7 @@ from fastattn.ops._backends import set_unavailable, why_not_available
 from fastattn.ops._libraries import PACKAGE, built_for, load_library
 
 # in the order of CpuCapability in csrc/cpu/capability.h
-CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")
+CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16", "amx")
 _KERNEL_MODULES = (
     "attention_fwd", "attention_bwd", "attention_decode", "cross_entropy", "dropout", "feed_forward", "norm",
     "norm_bwd", "rotary",

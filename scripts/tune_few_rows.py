@@ -93,7 +93,7 @@ def main():
             means.append(math.prod(found) ** (1 / len(found)))
             print(f"{kind} {rows}: {means[-1]:.2f} times", flush=True)
         ratios[rows] = min(means)
-    capability = cpu_capability()
+    capability = _gemm.key_of_fp32(cpu_capability())
     print(f"{capability}: {most_rows(ratios)}")
     if options.machine:
         table = _few_rows_table.MOST_ROWS | {capability: most_rows(ratios)}

@@ -1,7 +1,7 @@
 #pragma once
 // The instruction set of the CPU kernels: the best one of this processor, or a lower one named by
-// FASTATTN_CPU_CAPABILITY (default, avx2, avx512, avx512bf16). Include this file only in files that are compiled with
-// baseline flags.
+// FASTATTN_CPU_CAPABILITY (default, avx2, avx512, avx512bf16, amx). Include this file only in files that are compiled
+// with baseline flags.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -15,11 +15,14 @@
 
 namespace fastattn {
 
-// avx512bf16 is avx512 with dot products of bfloat16. Only kernels that benefit have this variant.
-enum class CpuCapability { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
+// Each set contains those before it. avx512bf16 is avx512 with dot products of bfloat16, amx is that with tiles for
+// bfloat16. Only kernels that benefit have these two variants.
+enum class CpuCapability { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 inline const char* capability_name(CpuCapability capability) {
   switch (capability) {
+    case CpuCapability::kAmx:
+      return "amx";
     case CpuCapability::kAvx512Bf16:
       return "avx512bf16";
     case CpuCapability::kAvx512:
@@ -31,6 +34,19 @@ inline const char* capability_name(CpuCapability capability) {
   }
 }
 
+// Whether the processor has AMX for bfloat16, and the system lets this process use it.
+inline bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 inline CpuCapability best_capability() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;  // some versions of clang do not know __builtin_cpu_supports("f16c")
@@ -40,7 +56,10 @@ inline CpuCapability best_capability() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    return __builtin_cpu_supports("avx512bf16") ? CpuCapability::kAvx512Bf16 : CpuCapability::kAvx512;
+    if (!__builtin_cpu_supports("avx512bf16")) {
+      return CpuCapability::kAvx512;
+    }
+    return may_use_tiles() ? CpuCapability::kAmx : CpuCapability::kAvx512Bf16;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return CpuCapability::kAvx2;
@@ -49,32 +68,30 @@ inline CpuCapability best_capability() {
   return CpuCapability::kDefault;
 }
 
+// The instruction set in use. It is looked up once: in a virtual machine each question to the processor takes
+// microseconds.
 inline CpuCapability cpu_capability() {
-  const CpuCapability best = best_capability();
-  const char* wanted = std::getenv("FASTATTN_CPU_CAPABILITY");
-  // Python has checked the word already; here an unknown word means no limit
-  for (CpuCapability lower : {CpuCapability::kDefault, CpuCapability::kAvx2, CpuCapability::kAvx512}) {
-    if (wanted && capability_name(lower) == std::string_view(wanted) && lower < best) {
-      return lower;
+  static const CpuCapability found = [] {
+    const CpuCapability best = best_capability();
+    const char* wanted = std::getenv("FASTATTN_CPU_CAPABILITY");
+    // Python has checked the word already; here an unknown word means no limit
+    for (CpuCapability lower :
+         {CpuCapability::kDefault, CpuCapability::kAvx2, CpuCapability::kAvx512, CpuCapability::kAvx512Bf16}) {
+      if (wanted && capability_name(lower) == std::string_view(wanted) && lower < best) {
+        return lower;
+      }
     }
-  }
-  return best;
-}
-
-// Whether the processor has AMX for bfloat16, and the system lets this process use it.
-inline bool has_tiles() {
-#if defined(__linux__) && defined(__x86_64__)
-  static const bool found = [] {
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return cpu_capability() == CpuCapability::kAvx512Bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) &&
-           (d & kTile) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    return best;
   }();
   return found;
-#else
-  return false;
-#endif
+}
+
+inline bool has_dots() {
+  return cpu_capability() >= CpuCapability::kAvx512Bf16;
+}
+
+inline bool has_tiles() {
+  return cpu_capability() == CpuCapability::kAmx;
 }
 
 }  // namespace fastattn

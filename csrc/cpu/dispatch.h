@@ -8,6 +8,7 @@
   ([] {                                            \
     static const auto fn = [] {                    \
       switch (fastattn::cpu_capability()) {        \
+        case fastattn::CpuCapability::kAmx:        \
         case fastattn::CpuCapability::kAvx512Bf16: \
         case fastattn::CpuCapability::kAvx512:     \
           return fastattn::name##_avx512;          \
@@ -25,10 +26,10 @@
 
 // The same for kernels that have a separate variant for bfloat16.
 #if defined(__x86_64__)
-#define FASTATTN_SELECT_CPU_BF16(name, dtype)                                                                    \
-  ([](fastattn::DType type) {                                                                                    \
-    static const bool dots = fastattn::cpu_capability() == fastattn::CpuCapability::kAvx512Bf16;                 \
-    return dots && type == fastattn::DType::kBFloat16 ? fastattn::name##_avx512bf16 : FASTATTN_SELECT_CPU(name); \
+#define FASTATTN_SELECT_CPU_BF16(name, dtype)                                                       \
+  ([](fastattn::DType type) {                                                                       \
+    return fastattn::has_dots() && type == fastattn::DType::kBFloat16 ? fastattn::name##_avx512bf16 \
+                                                                      : FASTATTN_SELECT_CPU(name);  \
   }(dtype))
 #else
 #define FASTATTN_SELECT_CPU_BF16(name, dtype) FASTATTN_SELECT_CPU(name)

@@ -26,7 +26,7 @@ inline void run_gemv(const GemvArgs& args) {
 // The product in bfloat16.
 inline void run_few_rows(FewRowsArgs args) {
 #if defined(__x86_64__)
-  if (cpu_capability() == CpuCapability::kAvx512Bf16) {
+  if (has_dots()) {
     std::atomic<bool> failed{false};
     args.failed = &failed;
     for_groups(args, few_rows_avx512bf16);

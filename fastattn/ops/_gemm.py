@@ -83,9 +83,15 @@ def _mkl_uses_avx512():
     return branch is not None and branch() in _MKL_AVX512
 
 
+def key_of_fp32(capability):
+    """The key of `MOST_ROWS` for an instruction set of our kernels: AMX has no products in fp32."""
+    return "avx512bf16" if capability == "amx" else capability
+
+
 def products_key(capability):
     """The key of `OURS_UP_TO` for an instruction set of our kernels on this processor."""
-    return f"{capability}, MKL avx512" if _mkl_uses_avx512() else str(capability)
+    key = key_of_fp32(capability)
+    return f"{key}, MKL avx512" if _mkl_uses_avx512() else str(key)
 
 
 _has_kernel = False
@@ -98,20 +104,14 @@ _least_tiled = _ANY  # rows from which y and dw in bf16 of a layer in one call a
 def use_kernel(capability):
     """Set the instruction set of the CPU kernels, one of CPU_CAPABILITIES, or None if there are no CPU kernels."""
     global _has_kernel, _least_tiled, _most_rows, _most_rows_bf16, _up_to
-    _has_kernel = capability in ("avx512", "avx512bf16")
+    _has_kernel = capability in ("avx512", "avx512bf16", "amx")
     if _has_kernel:
         found = OURS_UP_TO.get(products_key(capability), {"y": _ANY, "dx": _ANY, "dw": _ANY})
         _up_to = found | {"any": max(found.values())}
-    _most_rows = MOST_ROWS.get(capability, 0)
+    _most_rows = MOST_ROWS.get(key_of_fp32(capability), 0)
     # with AMX oneDNN's products are several times as fast; ours for few rows was not measured there
-    has_tiles = capability == "avx512bf16" and _has_amx()
-    _most_rows_bf16 = MOST_ROWS_BF16 if capability == "avx512bf16" and not has_tiles else 0
-    _least_tiled = _LEAST_TILED if has_tiles else _ANY
-
-
-def _has_amx():
-    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return check is None or check()
+    _most_rows_bf16 = MOST_ROWS_BF16 if capability == "avx512bf16" else 0
+    _least_tiled = _LEAST_TILED if capability == "amx" else _ANY
 
 
 def few_rows():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import DTYPES, normal, qkv, random_case, raw_arguments, results
 from memory_guard import at_the_end_of_memory, far, guarded
-from processes import run_code, run_on_instruction_set
+from processes import LOWER_CAPABILITIES, run_code, run_on_instruction_set
 from threads import same_bits
 
 import fastattn
@@ -376,6 +376,6 @@ for dtype in DTYPES:
 """
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", LOWER_CAPABILITIES)
 def test_lower_instruction_sets(capability):
     run_on_instruction_set(capability, CAPABILITY_TEST)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from memory_guard import at_the_end_of_memory, guarded
 from oracle import FP32_EPS, assert_accurate
-from processes import run_tests
+from processes import LOWER_CAPABILITIES, run_tests
 from threads import same_bits
 
 from fastattn._native import cpu_capability
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 gemm = torch.ops.fastattn.gemm.native
 gemm_add = torch.ops.fastattn.gemm_add_.native
 
-HAS_TILES = cpu_capability() == "avx512bf16" and torch.cpu._is_amx_tile_supported()
+HAS_TILES = cpu_capability() == "amx"
 
 SIZES = (0, 1, 2, 5, 6, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 130)
 # around the steps in which k is summed, and more rows than one task
@@ -110,7 +110,7 @@ def test_bits_do_not_depend_on_threads_or_on_the_other_rows(transpose_a, transpo
         assert torch.equal(gemm(few, b, None, transpose_a, transpose_b), result[1:3])
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", LOWER_CAPABILITIES)
 def test_every_instruction_set(capability):
     """If the processor lacks a set, its best one is used, which repeats the test above."""
     run_tests("fp64 and gaps-dense or bits", __file__, FASTATTN_CPU_CAPABILITY=capability)

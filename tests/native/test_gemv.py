@@ -6,7 +6,7 @@ import pytest
 import torch
 from memory_guard import at_the_end_of_memory, guarded
 from oracle import FP32_EPS, assert_accurate
-from processes import run_tests
+from processes import LOWER_CAPABILITIES, run_tests
 from threads import same_bits
 
 from fastattn._native import cpu_capability
@@ -17,7 +17,8 @@ from fastattn.ops.linear import linear
 pytestmark = pytest.mark.skipif(
     why_not_available("native", "cpu") is not None, reason=f"no C++ kernels: {why_not_available('native', 'cpu')}"
 )
-needs_bf16 = pytest.mark.skipif(cpu_capability() != "avx512bf16", reason="the processor has no AVX512-BF16")
+HAS_BF16 = cpu_capability() in ("avx512bf16", "amx")
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="the processor has no AVX512-BF16")
 gemv = torch.ops.fastattn.gemv.native
 
 # (n, k): around vectors, groups of columns, chains; empty
@@ -121,7 +122,7 @@ def test_bad_bf16_operands_are_named(change, message):
 
 
 def test_bf16_without_its_instructions_is_refused():
-    if cpu_capability() != "avx512bf16":
+    if not HAS_BF16:
         x = torch.zeros(2, 3, dtype=torch.bfloat16)
         with pytest.raises(RuntimeError, match="AVX512-BF16"):
             gemv(x, x, None, None)
@@ -144,7 +145,7 @@ def test_bf16_without_columns_is_the_bias():
     assert torch.equal(found[0], bias.expand(5, -1))
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", LOWER_CAPABILITIES)
 def test_every_instruction_set(capability):
     """If the processor lacks a set, its best one is used, which repeats the tests above."""
     run_tests("fp64 and gaps-gaps or bits or instructions or no_rows", __file__, FASTATTN_CPU_CAPABILITY=capability)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from script_loader import load_script
 
+from fastattn._native import cpu_capability
 from fastattn.ops import _gemm, _products_table
 
 
@@ -56,6 +57,22 @@ def test_the_table_chooses_by_rows(monkeypatch):
         for found, exact in pairs:
             torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
         assert len(calls) == expected
+
+
+def test_amx_has_the_fp32_products_of_avx512bf16_and_its_own_in_bf16():
+    """Also where this processor has neither."""
+    here = cpu_capability()
+    try:
+        _gemm.use_kernel("avx512bf16")
+        fp32, few_in_bf16 = (_gemm.most_rows(), _gemm.most_rows_of_gradients()), _gemm.most_rows(torch.bfloat16, 1000)
+        _gemm.use_kernel("amx")
+        assert (_gemm.most_rows(), _gemm.most_rows_of_gradients()) == fp32
+        assert few_in_bf16 == (128, 0)
+        assert _gemm.most_rows(torch.bfloat16, 1000) == (0, 2**40)
+        assert _gemm.most_rows(torch.bfloat16, 100) == (0, 0)
+        assert _gemm.products_key("amx") == _gemm.products_key("avx512bf16")
+    finally:
+        _gemm.use_kernel(here)
 
 
 def test_the_key_names_the_library_only_where_it_can_tell(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from attention_cases import DTYPES
 from decode_cases import check_call, int32, normal, random_case, small_call, to
 from memory_guard import guarded
-from processes import run_on_instruction_set
+from processes import LOWER_CAPABILITIES, run_on_instruction_set
 from threads import same_bits
 
 import fastattn
@@ -315,6 +315,6 @@ for seed in range(2000, 2040):
 
 
 @needs_native
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", LOWER_CAPABILITIES)
 def test_lower_instruction_sets(capability):
     run_on_instruction_set(capability, CAPABILITY_TEST)

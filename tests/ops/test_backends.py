@@ -153,7 +153,7 @@ def test_environment():
         (
             "FASTATTN_CPU_CAPABILITY",
             "sse",
-            "FASTATTN_CPU_CAPABILITY must be one of default, avx2, avx512, avx512bf16, got 'sse'",
+            "FASTATTN_CPU_CAPABILITY must be one of default, avx2, avx512, avx512bf16, amx, got 'sse'",
         ),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from memory_guard import at_the_end_of_memory
 from op_cases import OPS
-from processes import run_on_instruction_set
+from processes import LOWER_CAPABILITIES, run_on_instruction_set
 
 import fastattn
 from fastattn.ops._backends import why_not_available
@@ -50,7 +50,7 @@ def test_of_attention_on_a_cache(seqlen, head_dim, dtype):
     assert torch.equal(run(at_the_end_of_memory), run(torch.clone))
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", LOWER_CAPABILITIES)
 def test_on_lower_instruction_sets(capability):
     run_on_instruction_set(capability, """
 import torch, test_end_of_memory as these

@@ -35,7 +35,7 @@ namespace fastattn { constexpr bool yes() { return true; } }
 
 def why_not_available():
     """Why the kernels cannot be emulated here, or None."""
-    if cpu_capability() != "avx512bf16":
+    if cpu_capability() not in ("avx512bf16", "amx"):
         return "this processor has no AVX512-BF16"
     return None if shutil.which("g++") else "no g++"
 

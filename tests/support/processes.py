@@ -31,6 +31,9 @@ def assert_fails(code, *arguments, message=""):
     assert message in done.stderr, done.stderr
 
 
+LOWER_CAPABILITIES = ("default", "avx2", "avx512", "avx512bf16")  # that FASTATTN_CPU_CAPABILITY can ask for
+
+
 def skip_unless_lower(capability):
     """Skip a test of an instruction set that is not below the one that all other tests of this processor use."""
     import fastattn
