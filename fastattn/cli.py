@@ -1,7 +1,7 @@
 """The command line: fastattn COMMAND, with one module of fastattn.commands per command.
 
 Exit code: 0 on success; 2 on a user's mistake (one line on stderr); 1 on a bug (a traceback); 128 + the signal's number
-if a signal stopped a training run.
+if a signal stopped the command, also where a shell would send SIGPIPE because nothing reads the output any more.
 """
 
 import importlib
@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import re
 import shlex
+import signal
 import sys
 
 from fastattn import __version__
@@ -53,12 +54,15 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a text may have characters that the terminal cannot show
     try:
-        return run_command(argv) or 0
+        try:
+            return run_command(argv) or 0
+        finally:
+            _flush()
     except BrokenPipeError:  # the program that reads our output has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        _discard(sys.stdout, sys.stderr)
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     except ImportError as error:
         package = (error.name or "?").partition(".")[0]
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages.split()), None)
@@ -71,6 +75,22 @@ def main(argv=None):
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         return report_error(f"not enough memory; a smaller model, batch_size or block_size needs less{_asked(error)}")
+
+
+def _flush():
+    """Write what is left of the output while an error can still be reported; Python would do it when it ends."""
+    try:
+        if sys.stdout is not None:  # it is None if the process was started without one
+            sys.stdout.flush()
+    except OSError:
+        _discard(sys.stdout)
+        raise
+
+
+def _discard(*streams):
+    """Send what these streams still hold nowhere: Python flushes them when it ends, and would fail again."""
+    for stream in filter(None, streams):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _asked(error):

@@ -73,8 +73,10 @@ def read_input(options, pair=None):
     """
     path = user_path(options.input)
     if options.input == "-":
+        if sys.stdin is None:
+            raise UsageError("--input - reads standard input, which this process does not have")
         lines = lines_of(decode_text(sys.stdin.buffer.read(), "standard input"))
-    elif path.is_file() and suffix_of(path) not in TABLES:
+    elif path.exists() and not path.is_dir() and suffix_of(path) not in TABLES:  # also a pipe
         lines = lines_of(read_file(path))  # blank lines too: one result a line
     else:
         return read_whole(DataConfig(source=options.input, columns=Columns(text=options.column, pair=pair)))

@@ -4,7 +4,7 @@ from fastattn.training.config import Columns, DataConfig
 from fastattn.training.data.parts import read_parts
 from fastattn.training.evaluation.baseline import bag_of_words_baseline
 from fastattn.training.evaluation.report import report_json, report_text, write_report
-from fastattn.training.files import run_path
+from fastattn.training.files import check_place, run_path
 from fastattn.training.messages import UsageError
 
 from ._options import new_parser
@@ -22,6 +22,8 @@ def parser():
 
 
 def run(options, _argv):
+    if options.output is not None:
+        check_place(run_path(options.output), "output")
     data = options.data.as_dict()
     data = DataConfig(**{**data, "columns": Columns(**data["columns"])})
     parts = read_parts(data)

@@ -5,8 +5,9 @@ from dataclasses import replace
 from fastattn.training.config import Columns
 from fastattn.training.evaluation.evaluate import draw_attention, evaluate_run
 from fastattn.training.evaluation.report import report_json, report_text, write_report
-from fastattn.training.files import run_path
-from fastattn.training.messages import UsageError, expect
+from fastattn.training.files import check_place, run_path
+from fastattn.training.inspect.generate import check_sampling
+from fastattn.training.messages import UsageError
 
 from ._options import open_run, run_parser
 
@@ -29,11 +30,11 @@ def parser():
 
 def run(options, _argv):
     run, config, how = open_run(options)
+    folder = run if options.output is None else run_path(options.output)
+    check_place(folder, "output")
     report = evaluate_run(run, config, split=options.split, **how, **task_options(options, config))
-    if options.output is not None:
-        folder = run_path(options.output)
-    else:
-        folder = run if options.checkpoint == "best" else run / "reports" / str(report["step"])
+    if options.output is None and options.checkpoint != "best":
+        folder = run / "reports" / str(report["step"])
     if options.attention is not None:
         draw_attention(run, config, options.attention, folder / "attention.png", **how)
     write_report(folder, report, run)
@@ -49,7 +50,7 @@ def task_options(options, config):
         for name, value in {"target_source": options.target_source, **columns}.items():
             if value is not None:
                 raise UsageError(f"{name} is for --data only, got {value!r}")
-    expect(options.beams >= 1, "beams", "at least 1", options.beams)
+    check_sampling(1, beams=options.beams)
     given = {}
     if config.task == "translate":
         given["beams"] = options.beams

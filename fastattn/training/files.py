@@ -54,6 +54,25 @@ def sync(folder):
         os.close(descriptor)
 
 
+def check_place(path, what):
+    """The resolved path of a folder to write; UsageError unless it can be created or, if it exists, written into.
+
+    what: its name in messages.
+    """
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise UsageError(f"{what} {str(path)!r} cannot be created: {error}") from None
+    nearest = next(folder for folder in (real, *real.parents) if folder.exists())
+    if not nearest.is_dir():
+        if nearest == real:
+            raise UsageError(f"{what} {str(path)!r} is a file; name a new folder")
+        raise UsageError(f"{what} {str(path)!r} cannot be created: {str(nearest)!r} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{what} {str(path)!r} cannot be created: the folder {str(nearest)!r} is not writable")
+    return real
+
+
 def run_path(name):
     """The folder of a run as an absolute path, so that its parent is known even for a bare name.
 

@@ -142,21 +142,44 @@ def test_a_language_model_learns_from_pairs(tmp_path, trained):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": "hello"}, "line 1: column 'messages' must be a list of messages, got str"),
-        ({"messages": []}, "must be a list of messages"),
+        ({"messages": "hello"}, "line 1: column 'messages' must be a list of at least one message, got a str"),
+        ({"messages": []}, "must be a list of at least one message"),
+        ({"messages": {"role": "user", "content": "x"}}, "must be a list of at least one message, got an object"),
+        ({"messages": [[5]]}, "message 1 must be an object with role and content"),
+        ({"messages": [[["role", "user"], ["content", "x"]]]}, "message 1 must be an object with role and content"),
+        ('{"messages": [{"role": "user", "content": "x", "content": "y"}]}', "message 1 has a key more than once"),
         ({"messages": [{"role": "user"}]}, "message 1 must be an object with role and content"),
         ({"messages": ["hello"]}, "message 1 must be an object"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message 1: role must be one of system, user, assistant"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1: content must be text, got list"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1: content must be text, got a list"),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no message of the role assistant"),
         ({"chat": []}, "no column 'messages' among chat"),
     ],
 )
 def test_bad_conversations_are_one_line(tmp_path, capsys, row, message):
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "bad.jsonl").write_text(row if isinstance(row, str) else json.dumps(row))
     arguments = ["--task", "chat", "--data.source", str(tmp_path / "bad.jsonl"), "--run", str(tmp_path / "run")]
     assert main(["train", *arguments, "--data.columns.messages", "messages"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_conversations_are_split_into_conversations(tmp_path, capsys):
+    """Counted are the characters of messages. What changes or encodes texts refuses them: it would read their JSON."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "yes"}]} for i in range(40)
+    ]
+    source, output = tmp_path / "chats.jsonl", tmp_path / "split"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ["--columns.messages", "messages", "--output", str(output)]
+    assert main(["data", "split", str(source), *columns]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert sum(part["characters"] for part in report.values()) == sum(len(f"q{i}yes") for i in range(40))
+    written = [json.loads(line) for part in output.iterdir() for line in part.read_text().splitlines()]
+    assert sorted(written, key=rows.index) == rows
+    for what in ("clean", "tokenize", "shard", "vectorize"):
+        assert main(["data", what, str(source), *columns[:-1], str(tmp_path / "new")]) == 2
+        assert "columns.messages must be left out" in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()

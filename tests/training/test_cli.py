@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -208,4 +209,18 @@ def test_help_and_output_to_a_closed_pipe(run):
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 0
+    assert process.returncode == 128 + signal.SIGPIPE  # as of other programs; a training run has not reached its end
+
+
+def test_output_that_cannot_be_written(monkeypatch, capsys):
+    """It ends the command, and nothing is left that Python would fail to write when it ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, open(os.devnull, "w") as errors, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", closed)
+        patch.setattr("sys.stderr", errors)
+        assert main(["--version"]) == 128 + signal.SIGPIPE
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        assert main(["--version"]) == 2
+    assert capsys.readouterr().err == "fastattn: error: [Errno 28] No space left on device\n"

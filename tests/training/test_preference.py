@@ -14,8 +14,11 @@ from fastattn.cli import main
 from fastattn.models import CausalLM
 from fastattn.models.preference import PreferenceLM
 from fastattn.training.config import Columns, DataConfig
+from fastattn.training.data.documents import Documents
+from fastattn.training.data.tokenizer import build_tokenizer
 from fastattn.training.messages import UsageError
 from fastattn.training.runs.train import train
+from fastattn.training.tasks.preference import Preference
 
 
 @pytest.mark.parametrize("layers", ["torch", "fastattn"])
@@ -106,3 +109,18 @@ def test_what_is_missing_is_said(start, tmp_path):
     with pytest.raises(UsageError, match=r"has no pairs of answers; name their columns"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_pairs_of_equal_answers_are_left_out_and_a_part_with_no_others_is_refused(capsys):
+    documents = Documents(["q", "why", "q"], targets=["yes", "no", "one"], rejected=["no", "no", "two"])
+
+    def pairs(block_size):
+        config = tiny_config("run", "", task="preference", start="start", model=tiny_model(block_size=block_size))
+        task = Preference.on_documents(config, build_tokenizer("byte", [], [], None), {}, documents)
+        assert len(next(task.rows("all"))[0]) == len(task.examples["all"])
+        return len(task.examples["all"])
+
+    assert pairs(100) == 2
+    assert "left out 1 of 3 pairs, whose two answers are equal within model.block_size" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"the two answers of every pair are equal within .* = 8 tokens"):
+        pairs(8)

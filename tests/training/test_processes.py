@@ -13,12 +13,13 @@ import pytest
 import yaml
 
 pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
-from training_cases import can_fork, column, free_port, numbers, table_config, train_two, write_table
+from training_cases import can_fork, column, free_port, numbers, table_config, tiny_config, train_two, write_table
 
 from fastattn.cli import main
 from fastattn.training.config import OptimConfig
 from fastattn.training.messages import UsageError
 from fastattn.training.runs import processes
+from fastattn.training.runs.devices import check_devices
 from fastattn.training.runs.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -181,3 +182,21 @@ def test_a_mistake_is_one_line_from_several_processes_too(tmp_path, table, capfd
     assert len(errors) == 1
     assert "no column 'nothing' among text, label, target" in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NODE_RANK": "first"}, "the environment variable NODE_RANK must be a whole number, got 'first'"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:80"}, "the environment variable MASTER_PORT must be a whole number"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set, but WORLD_SIZE is not"),
+    ],
+)
+def test_wrong_variables_of_a_launcher_are_refused(monkeypatch, variables, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        check_devices(tiny_config("run", "", devices=2, strategy="ddp"))
+    if "MASTER_PORT" in variables:  # Kubernetes sets it so for a service with the name master
+        check_devices(tiny_config("run", ""))

@@ -270,7 +270,7 @@ def test_settings_of_documents_are_refused_for_a_text(data):
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl.gz", "t.json"])
 def test_a_table_is_no_plain_text(tmp_path, name):
     write(tmp_path / name, "text,label\na,b\n")
-    with pytest.raises(UsageError, match=r"is a table; --data\.packed true reads its rows as documents"):
+    with pytest.raises(UsageError, match=r"is a table, which a run without data\.packed does not read"):
         read_text(str(tmp_path / name))
 
 

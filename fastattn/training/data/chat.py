@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ..messages import UsageError
 from .jinja_template import JinjaTemplate, read_template
+from .reading import JsonObject, kind_of
 
 ROLES = ("system", "user", "assistant")
 
@@ -107,23 +108,24 @@ def read_messages(value, where):
     """The JSON text [[role, content], ...] of a list of objects with role and content.
 
     Raises:
-        UsageError: it is not such a list, a role is unknown, or no message is an answer.
+        UsageError: it is not such a list, a key is repeated, a role is unknown, or no message is an answer.
     """
-    if not isinstance(value, list) or not value:
-        raise UsageError(f"{where} must be a list of messages, got {type(value).__name__}")
+    if not isinstance(value, list) or isinstance(value, JsonObject) or not value:
+        raise UsageError(f"{where} must be a list of at least one message, got {kind_of(value)}")
     messages = []
     for number, item in enumerate(value, 1):
-        message = dict(item) if isinstance(item, list) and all(len(pair) == 2 for pair in item) else None
-        if not message or not {"role", "content"} <= message.keys():
+        message = dict(item) if isinstance(item, JsonObject) else {}
+        if not {"role", "content"} <= message.keys():
             raise UsageError(f"{where}, message {number} must be an object with role and content")
+        if len(message) < len(item):
+            raise UsageError(f"{where}, message {number} has a key more than once")
         if message["role"] not in ROLES:
             raise UsageError(
                 f"{where}, message {number}: role must be one of {', '.join(ROLES)}, got {message['role']!r}"
             )
         if not isinstance(message["content"], str):
-            raise UsageError(
-                f"{where}, message {number}: content must be text, got {type(message['content']).__name__}"
-            )
+            got = kind_of(message["content"])
+            raise UsageError(f"{where}, message {number}: content must be text, got {got}")
         messages.append([message["role"], message["content"]])
     if not any(role == "assistant" for role, _ in messages):
         raise UsageError(f"{where} has no message of the role assistant")

@@ -49,10 +49,17 @@ def join_documents(parts):
     return Documents(**{name: values if values or name == "texts" else None for name, values in whole.items()})
 
 
-def write_documents(path, documents):
-    """Write documents as JSON lines with the keys text, label, target, group, rejected, pair."""
+def write_documents(path, documents, messages=None):
+    """Write documents as JSON lines with the keys text, label, target, group, rejected, pair.
+
+    messages: None, or the key of conversations, which are then read from the texts and written as they were.
+    """
     names = {column.name: column.name.removesuffix("s") for column in fields(Documents)}
     columns = {key: getattr(documents, name) for name, key in names.items()}
     present = {key: values for key, values in columns.items() if values is not None}
+    if messages is not None:
+        conversations = map(json.loads, present.pop("text"))
+        named = [[{"role": role, "content": content} for role, content in items] for items in conversations]
+        present = {messages: named, **present}
     rows = (dict(zip(present, row, strict=True)) for row in zip(*present.values(), strict=True))
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

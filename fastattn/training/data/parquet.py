@@ -1,6 +1,7 @@
 """Rows of a Parquet file, with the package pyarrow."""
 
 from ..messages import UsageError
+from .reading import JsonObject
 from .tables import Row, check_columns, check_format, columns_read
 
 
@@ -31,7 +32,7 @@ def read_parquet(path, columns):
 
 
 def as_json(value):
-    """A value in the form of the JSON reader, where an object is a list of its pairs."""
+    """A value in the form of the JSON reader."""
     if isinstance(value, dict):
-        return [(name, as_json(item)) for name, item in value.items()]
+        return JsonObject((name, as_json(item)) for name, item in value.items())
     return [as_json(item) for item in value] if isinstance(value, list) else value

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ..config import Columns
-from ..files import new_folder, run_path, user_path, write_atomic
+from ..files import check_place, new_folder, run_path, user_path, write_atomic
 from ..messages import UsageError, expect
 from . import vectors
 from .clean import CleanConfig, clean
@@ -45,25 +45,32 @@ class SourceConfig:
     def __post_init__(self):
         expect(self.source.strip(), "the source", "the name of a file, a folder or a known set", self.source)
 
-    def read(self):
+    def read(self, conversations=False):
+        """The parts; conversations: whether a text may be the JSON text of a conversation."""
+        if not conversations:
+            expect(self.columns.messages is None, "columns.messages", "left out, except for stats and split",
+                   self.columns.messages)  # fmt: skip
         return read_documents(self.source, self.columns, target_source=self.target_source, unit=self.unit)
 
 
 def data_stats(documents: SourceConfig):
     """Count the documents, characters, classes and duplicates of a source, and the texts shared by two parts."""
-    parts = documents.read()
-    report = {name: _describe(part) for name, part in parts.items()}
+    parts, messages = documents.read(conversations=True), documents.columns.messages
+    report = {name: _describe(part, messages) for name, part in parts.items()}
     if shared := shared_texts(parts):
         report["in two parts"] = {f"{a} and {b}": count for (a, b), count in shared.items()}
     return report
 
 
-def _describe(documents):
-    lengths = [len(text) for text in documents.texts]
+def _describe(documents, messages=None):
+    texts = documents.texts
+    if messages is not None:
+        texts = ["".join(content for _, content in json.loads(text)) for text in texts]
+    lengths = [len(text) for text in texts]
     facts = {
         "documents": len(documents),
         "characters": sum(lengths),
-        "distinct characters": len(set().union(*documents.texts)),
+        "distinct characters": len(set().union(*texts)),
         "median length": statistics.median(lengths) if lengths else 0,
         "longest": max(lengths, default=0),
         "duplicates": len(lengths) - len(set(documents.texts)),
@@ -82,8 +89,8 @@ def _describe_labels(labels):
 
 def data_clean(documents: SourceConfig, output: str, cleaning: CleanConfig):
     """Clean the documents of a source and write them as JSON lines, one file for each part."""
-    parts = documents.read()
     path = _new_path(output)
+    parts = documents.read()
     if list(parts) == ["all"]:  # another name would make the rows another format
         expect(path.suffix.lower() in ("", ".jsonl", ".ndjson"), "output", "a name that ends in .jsonl", output)
     cleaned = {name: clean(part, cleaning) for name, part in parts.items()}
@@ -105,12 +112,12 @@ def data_split(
     held_out = validation_fraction + test_fraction
     expect(held_out < 1, "validation_fraction + test_fraction", "below 1", held_out)
     expect(0 <= seed < 2**63, "seed", "at least 0 and below 2**63", seed)
-    parts = documents.read()
-    whole = join_documents(parts.values())  # published parts are drawn again
     path = _new_path(output)
+    messages = documents.columns.messages
+    whole = join_documents(documents.read(conversations=True).values())  # published parts are drawn again
     drawn = split_documents(whole, validation_fraction, test_fraction, seed, stratify=stratify)
-    _write_parts(path, drawn)
-    return {name: _describe(part) for name, part in drawn.items()}
+    _write_parts(path, drawn, messages)
+    return {name: _describe(part, messages) for name, part in drawn.items()}
 
 
 def data_tokenize(
@@ -220,7 +227,8 @@ def data_shard(
     how = Vocabulary(tokenizer, vocab_size, strip_accents, tokenizer_file, learn_from)
     for name, value in (("shard_tokens", shard_tokens), ("processes", processes)):
         expect(value >= 1, name, "at least 1", value)
-    expect(documents.target_source is None, "target_source", "left out for shards", documents.target_source)
+    for name, value in (("target_source", documents.target_source), ("columns.messages", documents.columns.messages)):
+        expect(value is None, name, "left out for shards", value)
     expect(0 < validation_fraction < 1, "validation_fraction", "above 0 and below 1", validation_fraction)
     held_out = validation_fraction + test_fraction
     expect(test_fraction >= 0 and held_out < 1, "validation_fraction + test_fraction", "below 1", held_out)
@@ -258,8 +266,8 @@ def data_vectorize(
     """
     expect(dimension >= 1, "dimension", "at least 1", dimension)
     expect(0 <= seed < 2**32, "seed", "at least 0 and below 2**32", seed)
-    parts = documents.read()
     path = _new_path(output)
+    parts = documents.read()
     train = next(iter(parts.values()))
     if kind == "word2vec":
         learnt = vectors.word2vec(train.texts, dimension, seed=seed)
@@ -279,13 +287,14 @@ def data_vectorize(
 
 def _new_path(output):
     path = run_path(output)
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise UsageError(f"output {str(path)!r} already exists; choose a new name")
+    check_place(path, "output")
     return path
 
 
-def _write_parts(path, parts):
+def _write_parts(path, parts, messages=None):
     with new_folder(path) as folder:
         for name in PARTS:
             if name in parts:
-                write_documents(folder / f"{name}.jsonl", parts[name])
+                write_documents(folder / f"{name}.jsonl", parts[name], messages)

@@ -11,6 +11,15 @@ SUFFIXES = (".txt", ".text", ".md", ".rst")  # of the files that are read from a
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
+class JsonObject(list):
+    """A JSON object as its pairs, so that a repeated key is not lost."""
+
+
+def kind_of(value):
+    """What a value of JSON is, for messages."""
+    return "an object" if isinstance(value, JsonObject) else f"a {type(value).__name__}"
+
+
 def suffix_of(path):
     """The suffix of a file in lower case, without .gz."""
     suffix = path.suffix.lower()

@@ -12,7 +12,7 @@ from ..config import Columns
 from ..messages import UsageError
 from .chat import read_messages
 from .documents import Documents
-from .reading import suffix_of
+from .reading import JsonObject, kind_of, suffix_of
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number with a point"}
@@ -24,10 +24,6 @@ class Row(NamedTuple):
     where: str
     names: list
     values: list
-
-
-class _Object(list):
-    """A JSON object as its pairs, so that a repeated key is not lost."""
 
 
 def read_rows(path, text, columns):
@@ -162,7 +158,7 @@ def _json_array(path, text):
 
 def _parse(where, text):
     try:
-        return json.loads(text, object_pairs_hook=_Object)
+        return json.loads(text, object_pairs_hook=JsonObject)
     except RecursionError:
         raise UsageError(f"{where} is nested too deeply") from None
     except ValueError as error:
@@ -170,7 +166,7 @@ def _parse(where, text):
 
 
 def _object_row(where, value):
-    if not isinstance(value, _Object):
+    if not isinstance(value, JsonObject):
         raise UsageError(f"{where} must be a JSON object, got {type(value).__name__}")
     return Row(where, [name for name, _ in value], [item for _, item in value])
 
@@ -231,8 +227,7 @@ def _text_of(value, where):
     if value is None:
         raise UsageError(f"{where} is empty")
     if type(value) not in _KINDS:
-        kind = "an object" if isinstance(value, (_Object, dict)) else f"a {type(value).__name__}"
-        raise UsageError(f"{where} must be a text or a number, got {kind}")
+        raise UsageError(f"{where} must be a text or a number, got {kind_of(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{where} must be a text or a number, got {value}")
     text = str(value)
@@ -252,7 +247,7 @@ def _label_of(text, value, where, first, first_where):
 
 def _classes_of(value, separator, where):
     """The classes of a document as a sorted tuple, which may be empty: a list of JSON, or a text with separators."""
-    items = value if isinstance(value, list) and not isinstance(value, _Object) else None
+    items = value if isinstance(value, list) and not isinstance(value, JsonObject) else None
     if items is None:
         items = [part for part in _text_of(value, where).split(separator) if part.strip()]
     names = [_text_of(item, where).strip() for item in items]

@@ -35,7 +35,7 @@ def read_text(source):
     if path.is_dir():
         return "\n".join(read_file(file) for file, _ in visible_files(path))
     if suffix_of(path) in TABLES:
-        raise UsageError(f"text source {source!r} is a table; --data.packed true reads its rows as documents")
+        raise UsageError(f"text source {source!r} is a table, which a run without data.packed does not read")
     return read_file(path)
 
 
@@ -70,7 +70,7 @@ def find_data(*name):
         UsageError: the file is in none of them.
     """
     name = Path(*name)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # Path.home() needs a user with a name
     checkout = Path(fastattn.__file__).resolve().parents[1]
     folders = [Path(cache, "fastattn"), checkout.parent / "shared" / "data"]
     if os.environ.get("FASTATTN_DATA"):

@@ -8,6 +8,7 @@ from fastattn.ops.layer import WEIGHTS
 from ..messages import UsageError, expect
 
 _NUCLEUS = 64  # tokens to look at first in search of those that reach top_p
+MOST_BEAMS = 1000  # of a search, each a row of a batch
 
 
 def check_sampling(
@@ -19,7 +20,7 @@ def check_sampling(
     expect(top_k is None or top_k >= 1, "top_k", "at least 1", top_k)
     expect(top_p is None or 0 < top_p <= 1, "top_p", "above 0 and at most 1", top_p)
     expect(0 < repetition_penalty < float("inf"), "repetition_penalty", "above 0 and finite", repetition_penalty)
-    expect(beams >= 1, "beams", "at least 1", beams)
+    expect(1 <= beams <= MOST_BEAMS, "beams", f"from 1 to {MOST_BEAMS:,}", beams)
     expect(0 <= seed < 2**63, "seed", "at least 0 and below 2**63", seed)
     expect(weights in (None, *WEIGHTS), "weights", " or ".join(map(repr, (None, *WEIGHTS))), weights)
 

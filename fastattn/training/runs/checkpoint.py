@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 
-from ..files import new_folder, sync, write_atomic
+from ..files import check_place, new_folder, sync, write_atomic
 from ..messages import UsageError, warn
 
 RUN_FILES = {
@@ -77,18 +77,8 @@ def _fill(folder, files):
 
 def check_new_run(run, overwrite):
     """Raise UsageError if `run` exists and may not be replaced, or cannot be created."""
-    try:
-        real = run.resolve()
-    except (OSError, RuntimeError) as error:  # a link to itself
-        raise UsageError(f"run {str(run)!r} cannot be created: {error}") from None
-    nearest = next(folder for folder in (real, *real.parents) if folder.exists())
-    if not nearest.is_dir():
-        if nearest == real:
-            raise UsageError(f"run {str(run)!r} is a file; name a new folder")
-        raise UsageError(f"run {str(run)!r} cannot be created: {str(nearest)!r} is a file, not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"run {str(run)!r} cannot be created: the folder {str(nearest)!r} is not writable")
-    if nearest != real or not any(real.iterdir()):
+    real = check_place(run, "run")
+    if not real.is_dir() or not any(real.iterdir()):
         return
     if foreign := sorted(p.name for p in real.iterdir() if p.name not in RUN_FILES and not p.name.endswith(".tmp")):
         raise UsageError(f"run {str(run)!r} has {foreign[0]!r}, which is not part of a run; name a new folder")

@@ -6,6 +6,9 @@ import torch
 
 from ..messages import UsageError
 
+# variables of the environment by which a launcher tells a process which one it is
+_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_PORT")
+
 
 def pick_device(accelerator):
     """The torch.device for "auto", "cpu" or "cuda"; UsageError if there is no such GPU."""
@@ -15,16 +18,24 @@ def pick_device(accelerator):
 
 
 def check_devices(config):
-    """Raise UsageError for devices or number formats that this machine does not have."""
+    """Raise UsageError for devices or number formats that this machine lacks, or wrong variables of a launcher."""
     device = pick_device(config.accelerator)
     if device.type == "cuda" and config.devices > torch.cuda.device_count():
         raise UsageError(f"devices must be at most {torch.cuda.device_count()} on this machine, got {config.devices}")
     if device.type == "cpu" and config.precision == "16-mixed":
         raise UsageError("precision must be 32-true, bf16-mixed or bf16-true on a CPU, got '16-mixed'")
-    if config.devices * config.num_nodes > 1 and config.strategy == "auto":
+    several = config.devices * config.num_nodes > 1
+    if several and config.strategy == "auto":
         raise UsageError(
             f"strategy must be 'ddp' or 'fsdp' for {config.devices} x {config.num_nodes} devices, got 'auto'"
         )
+    if several or "TORCHELASTIC_RUN_ID" in os.environ:
+        for name in _OF_LAUNCHERS:
+            value = os.environ.get(name, "0")
+            if not value.isdecimal():
+                raise UsageError(f"the environment variable {name} must be a whole number, got {value!r}")
+    if several and "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ:  # it would wait for ever
+        raise UsageError("the environment variable LOCAL_RANK is set, but WORLD_SIZE is not: unset it, or use torchrun")
     started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else None
     if started not in (None, config.devices * config.num_nodes):
         raise UsageError(

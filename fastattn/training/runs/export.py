@@ -9,7 +9,7 @@ from fastattn.integrations.hugging_face import write_hugging_face
 from fastattn.models import CausalLM, Classifier, Seq2Seq
 
 from ..data.tokenizer_export import token_settings, tokenizer_files
-from ..files import new_folder, write_atomic
+from ..files import check_place, new_folder, write_atomic
 from ..messages import UsageError
 
 FORMATS = ("hugging_face", "onnx")
@@ -29,6 +29,7 @@ def export_run(run, folder, kind):
     """
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"export writes a new folder, but {str(folder)!r} exists")
+    check_place(folder, "export")
     model = run.model.cpu().float()
     encoder = not isinstance(model, CausalLM)
     with new_folder(folder) as temporary:

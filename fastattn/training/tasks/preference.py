@@ -11,7 +11,7 @@ from ..data.chat import encode_conversation
 from ..data.counts import Counts, check_known
 from ..data.parts import read_parts
 from ..data.text import check_summary, fingerprint
-from ..messages import UsageError
+from ..messages import UsageError, warn
 from .base import EVALUATED, shape_of
 from .conversation import Conversation, TemplateTask
 
@@ -46,7 +46,7 @@ class Preference(TemplateTask):
         self._choose_template(expected)
         self._set_up(parts)
         check_known(data.source, self.counts)
-        self.sizes = {name: f"{len(part):,} pairs" for name, part in parts.items()}
+        self.sizes = {name: f"{len(pairs):,} pairs" for name, pairs in self.examples.items()}
         lengths = self.lengths["train"]
         self._make_batches(lengths)
         self.tokens_a_step = round(2 * config.batch_size * sum(lengths) / len(lengths))
@@ -62,12 +62,23 @@ class Preference(TemplateTask):
         self.examples, self.lengths, self.reference, self.counts = {}, {}, {}, {}
         for name, part in parts.items():
             self.counts[name] = Counts()
-            self.examples[name] = [
+            encoded = [
                 (self._encode(name, question, chosen), self._encode(name, question, rejected))
                 for question, chosen, rejected in zip(part.texts, part.targets, part.rejected, strict=True)
             ]
+            self.examples[name] = [pair for pair in encoded if pair[0] != pair[1]]
+            self._report_equal(name, len(encoded))
             self.lengths[name] = [max(len(tokens) for tokens, _ in pair) for pair in self.examples[name]]
-            self.reference[name] = torch.zeros(len(part), 2)
+            self.reference[name] = torch.zeros(len(self.examples[name]), 2)
+
+    def _report_equal(self, part, pairs):
+        """Warn of pairs whose answers are equal, which show no preference; UsageError if a part has no others."""
+        left, where = len(self.examples[part]), f"source {self.config.data.source!r}: {part} part"
+        within = f"within model.block_size = {self.config.model.block_size} tokens"
+        if not left:
+            raise UsageError(f"{where}: the two answers of every pair are equal {within}")
+        if left < pairs:
+            warn(f"{where}: left out {pairs - left} of {pairs} pairs, whose two answers are equal {within}")
 
     def _encode(self, part, question, answer):
         """(tokens, targets) of a question with an answer, cut at block_size."""
