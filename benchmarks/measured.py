@@ -71,15 +71,21 @@ def from_markdown(text):
 
 
 def read(path):
-    """The rows of a results.jsonl, of the JSON of --benchmark-json, or of a result file in Markdown."""
+    """The rows of a results.jsonl, of the JSON of --benchmark-json, or of a result file in Markdown.
+
+    A file that has none, or that cannot be read, ends the program with a message.
+    """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines()]
-    else:
-        rows = list(from_markdown(text) if path.suffix == ".md" else from_json(json.loads(text)))
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines()]
+        else:
+            rows = list(from_markdown(text) if path.suffix == ".md" else from_json(json.loads(text)))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: {error}") from None
     if not rows:
-        raise ValueError(f"{path} has no rows of the compare fixture")
+        raise SystemExit(f"{path}: it has no rows of the compare fixture")
     return rows
 
 

@@ -142,6 +142,14 @@ def test_what_got_slower(modules, tmp_path, capsys):
         modules["slower"].main([paths[0], paths[2]])
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.md", "# Text\n"), ("a.json", "no JSON"), ("a.jsonl", ""), ("b", None)])
+def test_a_file_without_rows_is_named(modules, tmp_path, name, text):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(f"{tmp_path / name}")):
+        modules["slower"].main([str(tmp_path / name)] * 2)
+
+
 BENCHMARK = """
 import time
 
