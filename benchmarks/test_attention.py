@@ -100,7 +100,7 @@ def test_sliding_window(compare, dtype, direction):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="test_attention_gpu.py has FlexAttention on a GPU")
 def test_window_beside_flex(compare, request):
-    """A causal window, forward in fp32. Under --benchmark-disable FlexAttention is not compiled, and sizes are small."""
+    """A causal window, forward, fp32. Under --benchmark-disable FlexAttention is not compiled, and sizes are small."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     disabled = request.config._benchmarksession.disabled
