@@ -2,7 +2,8 @@
 
 A row has: benchmark, implementation, median_us, ratio and ratio_of_minima (time of the first implementation divided by
 its own); where they are known, rate with its unit and limit ("copy" or "GEMM") and percent of it; and what was
-measured: device, threads, timer, torch, fastattn, python, commit, load. A result file in Markdown has fewer of these.
+measured: device, threads, kernels (the instruction set of ours), timer, torch, fastattn, python, commit, load. A result
+file in Markdown has fewer of these.
 """
 
 import json
@@ -33,6 +34,7 @@ def facts_of(machine, commit):
     return {
         "device": gpu or machine["cpu"].get("brand_raw", "CPU"),
         "threads": None if gpu else machine["threads"],
+        "kernels": None if gpu else machine.get("kernels"),
         "timer": machine.get("timer"),
         "torch": machine["torch"],
         "fastattn": machine.get("fastattn"),
