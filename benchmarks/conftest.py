@@ -256,6 +256,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["fastattn"] = fastattn.__version__
     machine_info["backends"] = fastattn.backends()
     machine_info["threads"] = torch.get_num_threads()
+    machine_info["kernels"] = fastattn.cpu_capability()
     machine_info["timer"] = TIMER.__name__
     machine_info["load"] = os.getloadavg()[0]
     if CUDA:

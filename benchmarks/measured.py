@@ -2,7 +2,8 @@
 
 A row has: benchmark, implementation, median_us, ratio and ratio_of_minima (time of the first implementation divided by
 its own); where they are known, rate with its unit and limit ("copy" or "GEMM") and percent of it; and what was
-measured: device, threads, timer, torch, fastattn, python, commit, load. A result file in Markdown has fewer of these.
+measured: device, threads, kernels (the instruction set of ours), timer, torch, fastattn, python, commit, load. A result
+file in Markdown has fewer of these.
 """
 
 import json
@@ -33,6 +34,7 @@ def facts_of(machine, commit):
     return {
         "device": gpu or machine["cpu"].get("brand_raw", "CPU"),
         "threads": None if gpu else machine["threads"],
+        "kernels": None if gpu else machine.get("kernels"),
         "timer": machine.get("timer"),
         "torch": machine["torch"],
         "fastattn": machine.get("fastattn"),
@@ -71,15 +73,21 @@ def from_markdown(text):
 
 
 def read(path):
-    """The rows of a results.jsonl, of the JSON of --benchmark-json, or of a result file in Markdown."""
+    """The rows of a results.jsonl, of the JSON of --benchmark-json, or of a result file in Markdown.
+
+    A file that has none, or that cannot be read, ends the program with a message.
+    """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines()]
-    else:
-        rows = list(from_markdown(text) if path.suffix == ".md" else from_json(json.loads(text)))
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines()]
+        else:
+            rows = list(from_markdown(text) if path.suffix == ".md" else from_json(json.loads(text)))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: {error}") from None
     if not rows:
-        raise ValueError(f"{path} has no rows of the compare fixture")
+        raise SystemExit(f"{path}: it has no rows of the compare fixture")
     return rows
 
 

@@ -121,7 +121,8 @@ def _scale(axes, rows, limits):
     values = [row["ratio"] for row in rows] + limits
     low, high = min(0.5, min(values) / 1.25), max(2.0, max(values) * 1.25)
     axes.set_xscale("log", base=2)
-    ticks = [2.0**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+    ticks = [2.0**power for power in range(first, last + 1) if power % math.ceil((last - first) / 9) == 0]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{tick:g}×" for tick in ticks], fontsize=8)

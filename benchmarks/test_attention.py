@@ -96,3 +96,26 @@ def test_sliding_window(compare, dtype, direction):
     mask = (j <= i) & (i - j < width)
     kwargs = {"attn_mask": mask}, {"causal": True, "window": (width - 1, 0)}
     side_by_side(compare, LONG, dtype, direction, *kwargs, visible=mask.double().mean().item())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="test_attention_gpu.py has FlexAttention on a GPU")
+def test_window_beside_flex(compare, request):
+    """A causal window, forward, fp32. Under --benchmark-disable FlexAttention is not compiled, and sizes are small."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    disabled = request.config._benchmarksession.disabled
+    batch, n_heads, seqlen, head_dim = (1, 2, 256, 32) if disabled else LONG
+    width = seqlen // 8
+    flex = flex_attention if disabled else torch.compile(flex_attention)
+    blocks = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < width), None, None, seqlen, seqlen, device=DEVICE)
+    mask = blocks.mask_mod(None, None, torch.arange(seqlen)[:, None], torch.arange(seqlen))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, batch, n_heads, seqlen, head_dim)
+    compare(
+        {
+            "torch": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+            "flex, compiled": lambda: flex(q, k, v, block_mask=blocks),
+            "fastattn": lambda: fastattn.attention(q, k, v, causal=True, window=(width - 1, 0)),
+        },
+        flops=4 * batch * n_heads * seqlen**2 * head_dim * mask.double().mean().item(),
+    )

@@ -138,8 +138,21 @@ def test_what_got_slower(modules, tmp_path, capsys):
     assert modules["slower"].main(paths[:2]) == 1
     assert "1 of 4 rows got slower" in capsys.readouterr().out
     assert modules["slower"].main([paths[0], paths[0]]) == 0
+    assert "Another machine" not in capsys.readouterr().out
+    modules["measured"].write(tmp_path / "older.jsonl", rows_of(2.0, kernels="avx2"))  # virtual machines hide the model
+    modules["measured"].write(tmp_path / "newer.jsonl", rows_of(2.0, kernels="avx512"))
+    modules["slower"].main([str(tmp_path / f"{name}.jsonl") for name in ("older", "newer")])
+    assert "Another machine" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         modules["slower"].main([paths[0], paths[2]])
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.md", "# Text\n"), ("a.json", "no JSON"), ("a.jsonl", ""), ("b", None)])
+def test_a_file_without_rows_is_named(modules, tmp_path, name, text):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(f"{tmp_path / name}")):
+        modules["slower"].main([str(tmp_path / name)] * 2)
 
 
 BENCHMARK = """
@@ -170,4 +183,4 @@ def test_the_summary_comes_last_and_alone(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.jsonl", "wait.png", "wait.svg"]
     rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert [row["implementation"] for row in rows] == ["torch", "fastattn"]
-    assert {"device", "torch", "fastattn", "python", "commit", "threads", "timer", "load"} <= rows[0].keys()
+    assert {"device", "torch", "fastattn", "python", "commit", "threads", "kernels", "timer", "load"} <= rows[0].keys()
