@@ -71,7 +71,7 @@ TABLE = {
     (90, "dq", 2, 256): Variants(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 1)),
     (90, "fwd", 2, 32): Variants(Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 8, 2)),
     (90, "fwd", 2, 64): Variants(
-        Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2, 128)
+        Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2, 120)
     ),
     (90, "fwd", 2, 128): Variants(Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 8, 2)),
     (90, "fwd", 2, 256): Variants(Launch(128, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 16, 8, 2)),
