@@ -250,6 +250,8 @@ class Plan:
 
     def _start(self, kernel):
         config, makers = pick(kernel, *self.kind)
+        if kernel == "dq" and self.form.HAS_LEFT and self.form.SOFTCAP:  # with both, the limit would spill
+            config = config._replace(registers=None)
         block, length, heads = config.block_m, self.total_q, self.n_heads
         if kernel == "dkdv":
             block, length, heads = config.block_n, self.total_k, self.kv_heads

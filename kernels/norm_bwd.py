@@ -30,18 +30,9 @@ from fastattn.kernels.common import (
     persistent_programs,
     register,
 )  # fmt: skip
-from fastattn.kernels.norm import WIDE, affine, load_stats
+from fastattn.kernels.norm import FORWARD, WIDE, affine, load_stats
 
-# By width, as FORWARD of norm.py.
-BACKWARD = (
-    Launch(16, 128, 4),
-    Launch(8, 256, 4),
-    Launch(4, 512, 4),
-    Launch(2, 1024, 4),
-    Launch(1, 2048, 4),
-    Launch(1, 4096, 8),
-    Launch(1, 8192, 16),
-)
+BACKWARD = (*FORWARD[:6], Launch(1, 8192, 16))  # up to 4096 columns as the forward
 # Warps that fit on a multiprocessor. With dx_bias each thread keeps a third sum: it has up to 144 registers, so fewer
 # warps fit, and rows of more than BIASED_COLS columns would spill.
 RESIDENT_WARPS, BIASED_WARPS, BIASED_COLS = 16, 12, 4096

@@ -18,7 +18,7 @@ import time
 TABLE_FILE = pathlib.Path(__file__).resolve().parent.parent / "fastattn" / "ops" / "_products_table.py"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 768)
 SHAPES = ((128, 128), (512, 128), (128, 512), (256, 256), (512, 512), (1536, 512), (2048, 512), (512, 2048))
-ANY = 2**40  # rows: more than there can be
+ANY = 2**40  # more rows than a tensor can have
 
 
 def most_rows(ratios):

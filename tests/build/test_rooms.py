@@ -107,6 +107,11 @@ def test_a_function_with_many_parameters_has_a_reason(count_code, trees):
                 assert place in allowed, "make the arguments a value, or name the reason here"
 
 
+def test_no_function_is_too_long(count_code, trees):
+    lengths = {function.name: count_code.lines_of_code(function) for function in count_code.functions_of(trees)}
+    assert not {name: lines for name, lines in lengths.items() if lines > count_code.MOST_LINES}
+
+
 def test_pytest_enters_every_room_of_the_tests(request):
     """pytest skips folders with certain names, and "build" is one of them by default."""
     left_out = request.config.getini("norecursedirs")
