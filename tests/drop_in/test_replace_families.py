@@ -183,6 +183,8 @@ def test_generated_tokens(family):
 
     def tokens():
         options = {"max_new_tokens": 10, "do_sample": False}
+        if kind == "audio":
+            options["no_repeat_ngram_size"] = 1  # else it repeats one token
         return {name: model.generate(**given, **options, **cache(model)) for name, cache in caches.items()}
 
     expected = tokens()
