@@ -11,10 +11,15 @@ from oracle import BACKWARD, assert_accurate
 pytest.importorskip("transformers", reason="transformers is not installed")
 import transformers
 from transformers_families import (
+    DECODER,
+    ENCODER,
     FAMILIES,
+    GROUPED,
     NO_FP64,
     PADDINGS,
+    SEQ2SEQ,
     VERSION,
+    VISION,
     has_own_attention,
     inputs_of,
     logits_and_gradients,
@@ -178,6 +183,8 @@ def test_generated_tokens(family):
 
     def tokens():
         options = {"max_new_tokens": 10, "do_sample": False}
+        if kind == "audio":
+            options["no_repeat_ngram_size"] = 1  # else it repeats one token
         return {name: model.generate(**given, **options, **cache(model)) for name, cache in caches.items()}
 
     expected = tokens()
@@ -357,3 +364,53 @@ def test_models_of_which_only_a_part_is_replaced(name):
     largest = max(grad.abs().max().item() for grad in found[0][1].values())
     for key, grad in found[0][1].items():
         torch.testing.assert_close(found[1][1][key], grad, atol=1e-5 * largest, rtol=1e-3)
+
+
+OPT = {**DECODER, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# class: (config, kind of inputs); families that only this test has
+MORE = {
+    "CohereForCausalLM": (GROUPED, "decoder"),
+    "StableLmForCausalLM": (GROUPED, "decoder"),
+    "GraniteForCausalLM": (GROUPED, "decoder"),
+    "GraniteMoeForCausalLM": ({**GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1}, "decoder"),
+    "GlmForCausalLM": (GROUPED, "decoder"),
+    "SmolLM3ForCausalLM": (GROUPED, "decoder"),
+    "Qwen3MoeForCausalLM": ({**GROUPED, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24},
+                            "decoder"),
+    "OPTForCausalLM": (OPT, "decoder"),
+    "PhiForCausalLM": ({**GROUPED, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, "decoder"),
+    "BloomForCausalLM": ({**DECODER, "n_head": 4, "n_layer": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+                         "decoder"),
+    "ElectraForMaskedLM": ({**ENCODER, **NO_DROPOUT, "embedding_size": 16}, "encoder"),
+    "AlbertForMaskedLM": ({**ENCODER, "embedding_size": 16}, "encoder"),
+    "MarianMTModel": ({**SEQ2SEQ, "dropout": 0.0}, "seq2seq"),
+    "BeitForImageClassification": ({**VISION, **NO_DROPOUT, "drop_path_rate": 0.0}, "vision"),
+    "Dinov2ForImageClassification": ({**VISION, "mlp_ratio": 2}, "vision"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_families(name):
+    changes, kind = MORE[name]
+    config = getattr(transformers, name).config_class(**copy.deepcopy(changes))
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).train()
+    for parameter in model.parameters():
+        parameter.data += 0.15 * torch.randn_like(parameter)
+    model.set_attn_implementation("eager")
+    case = inputs_of(kind, "whole" if kind == "vision" else "right")
+    logits, grads = logits_and_gradients(model, *case)
+    report = fastattn.replace(model)
+    own = name == "BloomForCausalLM"  # attention that no attn_implementation reaches
+    assert set(report.left) == ({""} if own else set())
+    assert own or report.replaced[""].startswith("attention")
+    ours, our_grads = logits_and_gradients(model, *case)
+    torch.testing.assert_close(ours, logits, atol=2e-5 * logits.abs().max().item(), rtol=1e-4)
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    assert our_grads.keys() == grads.keys()
+    for key, grad in our_grads.items():
+        torch.testing.assert_close(grad, grads[key], atol=2e-5 * largest, rtol=1e-3, msg=key)
+    report.undo()
+    assert torch.equal(logits_and_gradients(model, *case)[0], logits)

@@ -66,14 +66,14 @@ def timm():
 
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
-OF_VIT = {"LayerNorm": 5, "attention": 2, "Linear": 9}
+OF_VIT = {"LayerNorm": 5, "attention": 2, "feed-forward,": 2, "Linear": 9}
 # name in timm: (changes of the model, what is replaced)
 MODELS = {
     "vit_tiny_patch16_224": (VIT, OF_VIT),
     "deit_tiny_patch16_224": (VIT, OF_VIT),
     "swin_tiny_patch4_window7_224": (
         {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)},
-        {"LayerNorm": 7, "attention": 4, "Linear": 18},
+        {"LayerNorm": 11, "attention": 4, "feed-forward,": 4, "Linear": 18},
     ),
     "convnext_atto": ({"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 16)}, {"LayerNorm": 9, "Linear": 1}),
 }
