@@ -1,14 +1,14 @@
-"""Imports a script of scripts/, or of another folder that is not on sys.path."""
+"""Imports a script of scripts/, which is not on sys.path."""
 
 import importlib.util
 import pathlib
 
-ROOT = pathlib.Path(__file__).parents[2]
+SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 
-def load_script(name, folder="scripts"):
-    """Return a new module of FOLDER/NAME.py."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
+def load_script(name):
+    """Return a new module of scripts/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
