@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs all checks that need an NVIDIA GPU, without a network. Those that show most per minute come first.
 #
-#   scripts/gpu_check.sh [--force] [PART ...]      all parts by default, the most important first:
+#   scripts/gpu_check.sh [--force] [PART ...]      all parts but the last by default, the most important first:
 #     info       versions, device, available backends, and why the others are unavailable
 #     first      one call of each family of kernels, forward and backward, against PyTorch: about two minutes
 #     rows       memcheck of Triton's attention for every row of its table, head dim 32 first
@@ -13,6 +13,8 @@
 #     decode     the same on a cache
 #     bench      norm against PyTorch
 #     sanitizer  memcheck, racecheck, initcheck and synccheck on small cases
+#     tune       tries launches of attention and rewrites kernels/attention_table.py. If it reaches the limit, run it
+#                again: it keeps its times
 #
 # Wheels in dist/ are used if present (scripts/build_wheel.sh builds ours without a GPU; those of pytest and
 # pytest-benchmark may be there too). Otherwise the kernels are built here, which needs nvcc, ninja and pybind11. Each
@@ -32,8 +34,8 @@ parts=()
 for argument in "$@"; do
   case $argument in
     --force) force=1 ;;
-    info | first | rows | hopper | tests | forward | backward | decode | bench | sanitizer) parts+=("$argument") ;;
-    *) echo "gpu_check: there is no part '$argument'; the parts are ${all[*]}, and the only option is --force" >&2 && exit 2 ;;
+    info | first | rows | hopper | tests | forward | backward | decode | bench | sanitizer | tune) parts+=("$argument") ;;
+    *) echo "gpu_check: there is no part '$argument'; the parts are ${all[*]} tune, and the only option is --force" >&2 && exit 2 ;;
   esac
 done
 [ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
@@ -144,8 +146,13 @@ hopper() {
   done
   return $code
 }
-export -f info first rows sanitizer hopper
-export python
+
+# It ends by a signal that lets it note what it was doing.
+tune() {
+  timeout -s INT 520 "$python" -P scripts/tune_attention.py --resume "$results/tune_attention.json"
+}
+export -f info first rows sanitizer hopper tune
+export python results
 
 for part in "${parts[@]}"; do
   if [ -z "$force" ] && grep -qs '"exit_code": 0' "$results/$part.json" && grep -qs "\"$commit\"" "$results/$part.json"

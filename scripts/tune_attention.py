@@ -2,14 +2,19 @@
 
     python scripts/tune_attention.py                                      bfloat16, all kernels and head dims
     python scripts/tune_attention.py --kernels fwd dq --head-dims 64 128 --dtypes bfloat16 float32
+    python scripts/tune_attention.py --resume times.json                  keeps times in a file, and continues from it
     python scripts/tune_attention.py --dry-run                            print the table instead of writing it
 
 A row is replaced if a candidate is at least 2 % faster. A backward kernel is timed within the whole backward, whose
 other kernels keep their configurations. Lock the clocks, and keep the GPU otherwise idle.
+
+An interrupted run with --resume can be repeated. A candidate after which the GPU computes nothing any more ends the
+run; it is noted and passed over by the next one, as is a candidate during which two runs ended.
 """
 
 import argparse
 import itertools
+import json
 import pathlib
 
 TABLE_FILE = pathlib.Path(__file__).resolve().parent.parent / "kernels" / "attention_table.py"
@@ -72,6 +77,45 @@ def tune(table, keys, variants, measure, report=print):
             new = getattr(best[key], variant) or current
             report(f"{key} {variant}: {written(current)} {limit} ms -> {written(new)} {time} ms")
     return best
+
+
+class Kept:
+    """The times of a `measure` of `tune`, in a JSON file from which the next run takes them."""
+
+    STARTED, TWICE = "started", "started twice"
+
+    def __init__(self, measure, path, gpu):
+        self.measure, self.path, self.gpu = measure, path, gpu
+        self.times = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def note(self, name, time):
+        self.times[name] = time
+        if self.path:
+            new = self.path.with_suffix(".new")
+            new.write_text(json.dumps(self.times, indent=0))
+            new.replace(self.path)
+
+    def __call__(self, table, key, variant):
+        arch, kernel, size, head_dim = key
+        kernels = ("fwd",) if kernel == "fwd" else ("dkdv", "dq", "dbias")  # those that are timed together
+        rows = ((name, table.get((arch, name, size, head_dim))) for name in kernels)
+        launches = (f"{name} {written(getattr(row, variant) or row.extra)}" for name, row in rows if row)
+        name = f"{self.gpu}, {size} bytes, head dim {head_dim}, {variant}: {', '.join(launches)}"
+        known = self.times.get(name, "")
+        if known == self.TWICE:
+            return None
+        if known in ("", self.STARTED):
+            self.note(name, self.TWICE if known else self.STARTED)
+            try:
+                time = self.measure(table, key, variant)
+            except KeyboardInterrupt:
+                self.note(name, known)
+                raise
+            except SystemExit:
+                self.note(name, None)
+                raise
+            self.note(name, time)
+        return self.times[name]
 
 
 def written(launch):
@@ -145,8 +189,16 @@ class Workload:
             call = lambda: ops.attention_bwd.triton(*backward)  # noqa: E731
         try:
             return self.bench(call, warmup=25, rep=100, return_mode="median")
-        except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError, RuntimeError):
+        except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError, RuntimeError) as error:
+            self.refuse_if_lost(error)
             return None  # does not fit this GPU, or does not compile for it
+
+    def refuse_if_lost(self, error):
+        """End the process if the GPU computes nothing any more, as after an illegal access."""
+        try:
+            self.torch.ones(1, device=self.device).item()
+        except RuntimeError:
+            raise SystemExit(f"tune_attention: the GPU is lost after an error: {error}; run this again") from error
 
 
 def main(arguments=None):
@@ -156,6 +208,7 @@ def main(arguments=None):
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16",))
     kinds = ("full", "causal", "extra", "alibi")
     parser.add_argument("--variants", nargs="+", choices=kinds, default=kinds[:2])
+    parser.add_argument("--resume", type=pathlib.Path, help="JSON file with the times that were measured")
     parser.add_argument("--dry-run", action="store_true", help="print the table instead of writing it")
     options = parser.parse_args(arguments)
 
@@ -172,7 +225,8 @@ def main(arguments=None):
         config.table_key(arch, kernel, size, head_dim)
         for kernel, size, head_dim in itertools.product(options.kernels, sizes, options.head_dims)
     ]
-    table = tune(dict(config.TABLE), keys, options.variants, Workload(device).measure)
+    measure = Kept(Workload(device).measure, options.resume, torch.cuda.get_device_name(device))
+    table = tune(dict(config.TABLE), keys, options.variants, measure)
     origin = (
         f"Last measured: {torch.cuda.get_device_name(device)}, {len(keys)} rows; the others compile without spills."
     )

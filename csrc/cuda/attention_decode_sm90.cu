@@ -25,7 +25,7 @@ constexpr int kMostSplits = 128;
 template <int kHeadDim>
 struct SplitConfig {
   static constexpr int kBlocks = kHeadDim <= 128 ? 2 : 1;  // blocks that share a multiprocessor
-  static constexpr int kStages = kHeadDim == 64 ? 6 : kHeadDim == 192 ? 4 : 3;
+  static constexpr int kStages = kHeadDim == 64 ? 6 : kHeadDim == 96 || kHeadDim == 192 ? 4 : 3;
 };
 
 template <typename T, int kHeadDim>
@@ -108,7 +108,7 @@ __device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, 
                       (first_head + place % group) * args.q.head + place / group * args.q.row;
       words = *reinterpret_cast<const uint4*>(from + col);
     }
-    store_for_async(shared.q.bytes + tile_offset(row, col, kSlab), words);
+    store_for_async(shared.q.bytes + tile_offset<panel_cols(kHeadDim)>(row, col, kSlab), words);
   }
   fence_async();
   meet(1, kWarpgroup);

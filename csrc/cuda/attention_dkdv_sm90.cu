@@ -172,10 +172,12 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
       };
       if constexpr (kWithDq) {
         const int turn = stage % 2;
-        unsigned char* rows = shared.ds[turn].bytes + slab * kSlabBytes;
+        constexpr int kPanel = panel_cols(kQueries);
+        unsigned char* rows = shared.ds[turn].bytes + slab * shared.ds[turn].kSlabBytes;
 #pragma unroll
         for (int i = 0; i < kQueries / 2; i += 2) {
-          store_for_async(rows + accumulator_offset(first_offset(thread), i, kTile), ds[i / 8][i / 2 % 4]);
+          store_for_async(rows + accumulator_offset<kPanel>(first_offset<kPanel>(thread), i, kTile),
+                          ds[i / 8][i / 2 % 4]);
         }
         fence_async();
         meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);

@@ -74,15 +74,21 @@ def target():
     return {"target": torch.randint(0, 1000, (300,), generator=torch.Generator().manual_seed(0))}
 
 
-def decode(name, keys, fixed, **options):
-    shapes = {"q": (2, 4, 1, 64), "k_cache": keys, "v_cache": keys}
-    return Family(name, shapes, lambda **x: fastattn.attention_decode(**x, **options), fixed, grad=False)
+def decode(name, keys, fixed, options=None, **new):
+    shapes = {"q": (2, 4, 1, 64), "k_cache": keys, "v_cache": keys, **new}
+    return Family(name, shapes, lambda **x: fastattn.attention_decode(**x, **(options or {})), fixed, grad=False)
 
 
-def rotary(x, cos, sin, backend):
-    return fastattn.rotary_embedding(x, cos.float(), sin.float(), backend=backend)
+def tables():
+    angles = torch.arange(50 * 32.0).view(50, 32)
+    return {"cos": angles.cos(), "sin": angles.sin()}
 
 
+def rotary(x, cos, sin, backend, **options):
+    return fastattn.rotary_embedding(x, cos.float(), sin.float(), backend=backend, **options)
+
+
+CACHE = (2, 2, 256, 64)
 ROW = {"x": (65, 1000), "residual": (65, 1000), "weight": (1000,)}
 FAMILIES = (
     attention("attention"),
@@ -94,14 +100,16 @@ FAMILIES = (
     attention("attention, packed", causal=True, fixed=packed)._replace(
         shapes={"q": (200, 4, 64), "k": (200, 2, 64), "v": (200, 2, 64)}
     ),
-    decode("attention on a cache", (2, 2, 256, 64), cache),
-    decode("attention on pages", (8, 2, 64, 64), pages, num_splits=3),
+    attention("attention, deterministic", causal=True, deterministic=True),
+    decode("attention on a cache", CACHE, cache),
+    decode("attention on a cache with new keys", CACHE, cache, k=(2, 2, 1, 64), v=(2, 2, 1, 64)),
+    decode("attention on pages", (8, 2, 64, 64), pages, {"num_splits": 3}),
     Family("layer_norm", ROW | {"bias": (1000,)}, lambda **x: fastattn.layer_norm(**x, dropout_p=0.2)),
     Family("layer_norm, wide", {"x": (5, 20000), "weight": (20000,)}, lambda **x: fastattn.layer_norm(**x)),
     Family("rms_norm", ROW, lambda **x: fastattn.rms_norm(**x)),
     Family("dropout", {"x": (65, 1000), "residual": (65, 1000)}, lambda **x: fastattn.dropout(**x, dropout_p=0.3)),
-    Family("rotary_embedding", {"x": (2, 4, 50, 64)}, rotary,
-           lambda: {n: getattr(torch.arange(50 * 32.0).view(50, 32), n)() for n in ("cos", "sin")}),
+    Family("rotary_embedding", {"x": (2, 4, 50, 64)}, rotary, tables),
+    Family("rotary_embedding in place", {"x": (2, 4, 50, 64)}, lambda x, **o: rotary(x * 1, inplace=True, **o), tables),
     Family("feed_forward", {"x": (65, 64), "w1": (128, 64), "b1": (128,), "w2": (64, 128), "b2": (64,)},
            lambda **x: fastattn.feed_forward(**x, activation="gelu", dropout_p=0.1)),
     Family("linear_cross_entropy", {"x": (300, 64), "weight": (1000, 64)},

@@ -1,5 +1,9 @@
 """`pytest tests/gpu`: one call of each family of kernels on this machine's GPU, with a page of results at the end."""
 
+import importlib.util
+import pathlib
+import types
+
 import first
 import pytest
 import torch
@@ -59,3 +63,20 @@ def test_rows_begin_with_head_dim_32():
     names = [family.name for family in first.rows_of_the_table()]
     assert len(names) == len(set(names)) == 4 * 3 * 4
     assert all("head dim 32" in name for name in names[:12])
+
+
+def test_pytest_prints_the_page():
+    spec = importlib.util.spec_from_file_location("report", pathlib.Path(__file__).with_name("conftest.py"))
+    spec.loader.exec_module(report := importlib.util.module_from_spec(spec))
+    printed = []
+    reporter = types.SimpleNamespace(section=printed.append, write_line=printed.append)
+    report.pytest_terminal_summary(reporter)
+    assert printed == []  # without a GPU
+    report._rows.extend(
+        first.Row(family.name, backend, 1.0, 1e-3, 2e-3, "")
+        for family in first.FAMILIES for backend in first.BACKENDS
+    )  # fmt: skip
+    report.pytest_terminal_summary(reporter)
+    assert printed[0] == "fastattn on this GPU"
+    assert f"{len(report._rows)} right, 0 wrong" in printed[1]
+    assert len(printed[1].splitlines()) <= 60

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import compilations
+import ttgir
 
 from fastattn.kernels.attention_decode import TABLE
 
@@ -76,7 +77,18 @@ def test_configurations_compile_without_spills_and_with_wide_loads():
         narrow = not (c.get("LDG.128") or c.get("LDGSTS.128"))
         products = c.get("HMMA") or c.get("HGMMA") or c.get("UTCHMMA")
         idle = decode and call["arguments"]["dtype"] == "bfloat16" and not products
+        if "page_size" in call["arguments"] and decode:
+            # blocks within one page look up one number of the table, others one for each key
+            one = call["arguments"]["page_size"] % c["tile"][1] == 0
+            assert (c["integers"] == [1]) == one, f"{title}: {c['integers']}"
         spills = c["stack"] > SPILLS.get(tuple(call["row"]), 0)
         if spills or c["shared"] > SHARED_MEMORY or narrow or idle:
             failures.append(f"{title}: {counts}")
     assert not failures, "\n".join(failures)
+
+
+def test_a_look_up_of_many_numbers_is_seen():
+    one = "%p = tt.load %a : !tt.ptr<i32>\n%x = tt.load %b : tensor<64x128x!tt.ptr<bf16>, #blocked>"
+    assert ttgir.elements_loaded(one, "i32") == [1]
+    many = "%p = ttg.async_copy_global_to_local %a, %b mask %m other %c : tensor<64x!tt.ptr<i32>, #l> -> <64xi32>"
+    assert ttgir.elements_loaded(f"{one}\n{many}", "i32") == [1, 64]

@@ -241,7 +241,7 @@ def results_of_prefix(q, k, v, kwargs, shape):
 
 
 def test_columns_past_head_dim_96_are_neither_read_nor_written():
-    """Tiles are 128 columns wide. With NaN after every row of the inputs, the results are those of dense inputs."""
+    """With NaN after every row of the inputs, the results are those of dense inputs."""
     base = [t.detach() for t in qkv(1, 2, 1, 70, 90, 96)]
     gaps = [torch.cat((t, t * torch.nan), -1)[..., :96] for t in base]
     kwargs = {"causal": True, "deterministic": True}

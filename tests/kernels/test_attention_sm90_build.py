@@ -16,7 +16,7 @@ from test_cuda_build import ROOT, cuobjdump
 # At least the products of 64 x N x 16 for head dim 64: in the forward's first block, its three loops and its last
 # product, and in a block of the other kernels. The widest forward has fewer keys, so fewer of the second kind.
 PRODUCTS = {"attention_fwd": 4 * 4 + 4 * 4, "attention_dkdv": 4 * 4, "attention_dq": 4 + 4 + 8, "attention_decode": 8}
-# tensors loaded per 64 columns
+# tensors loaded per panel of columns
 LOADS = {"attention_fwd": 3, "attention_dkdv": 4, "attention_dq": 4, "attention_decode": 2}
 # Kernels of two dtypes and head dims 64, 96, 128, for the forward and decode also 192 and 256. The forward of head dim
 # 128 has two block sizes; dk and dv are computed with or without dq.
@@ -126,7 +126,8 @@ def test_kernels_use_the_tensor_cores_and_the_copy_engine():
                 continue
             seen[name] += 1
             code = collections.Counter(re.findall(rf"\b({INSTRUCTIONS})\b", function))
-            panels = -(-int(re.search(r"Li(\d+)E", mangled).group(1)) // 64)
+            head_dim = int(re.search(r"Li(\d+)E", mangled).group(1))
+            panels = head_dim // (64 if head_dim % 64 == 0 else 32)
             with_dq = name == "attention_dkdv" and "ELb1E" in mangled
             assert code["HGMMA"] >= PRODUCTS[name] + DQ_PRODUCTS * with_dq, f"{mangled}: {code}"
             assert code["UBLKRED"] == with_dq, f"{mangled}: {code}"

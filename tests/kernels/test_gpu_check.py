@@ -144,7 +144,16 @@ def test_an_unknown_part_is_refused(check):
     code, printed, _ = check("everything")
     assert code == 2
     parts = " ".join(PARTS)
-    assert f"there is no part 'everything'; the parts are {parts}, and the only option is --force" in printed
+    assert f"there is no part 'everything'; the parts are {parts} tune, and the only option is --force" in printed
+
+
+def test_tuning_is_asked_for_and_keeps_its_times_with_the_results(check, tmp_path):
+    check()
+    assert "tune_attention" not in (tmp_path / "notes").read_text()
+    code, printed, calls = check("tune")
+    assert (code, calls) == (0, []), printed
+    (line,) = (line for line in (tmp_path / "notes").read_text().splitlines() if "tune_attention.py" in line)
+    assert line.strip() == f"-P scripts/tune_attention.py --resume {tmp_path / 'out' / 'tune_attention.json'}"
 
 
 def load_benchmark(name):

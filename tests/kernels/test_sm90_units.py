@@ -81,76 +81,89 @@ def test_which_element_a_thread_holds(units):
     assert len(operands) == 64 * 16
 
 
-def swizzle_128(address):
-    """Bits 4 to 6 of a byte address xor bits 7 to 9."""
-    return address ^ (address >> 3 & 0b1110000)
+def swizzle(address, panel):
+    """Rows of 128 bytes: bits 4 to 6 of a byte address xor bits 7 to 9; of 64 bytes: bits 4 and 5 xor bits 7 and 8."""
+    return address ^ (address >> 3 & {64: 0b1110000, 32: 0b110000}[panel])
 
 
+# columns of a tile and of its panels: whole swizzle atoms, of 64 columns, or for head dim 96 of 32
+PANELS = pytest.mark.parametrize(("cols", "panel"), [(128, 64), (96, 32)])
+
+
+@PANELS
 @pytest.mark.parametrize("rows", [64, 80, 112, 128, 176, 192])
-def test_where_an_element_of_a_tile_lies(units, rows):
-    offsets = [units.unit_tile_offset(row, col, rows) for row in range(rows) for col in range(128)]
-    expected = [
-        swizzle_128(col // 64 * rows * 128 + row * 128 + col % 64 * 2) for row in range(rows) for col in range(128)
-    ]
-    assert offsets == expected
-    assert sorted(offsets) == list(range(0, rows * 256, 2))
-    for col in range(0, 128, 8):  # eight rows of a column of 16-byte chunks use all 32 banks
-        assert len({units.unit_tile_offset(row, col, rows) % 128 // 16 for row in range(8)}) == 8
+def test_where_an_element_of_a_tile_lies(units, rows, cols, panel):
+    places = [(row, col) for row in range(rows) for col in range(cols)]
+    offsets = [units.unit_tile_offset(row, col, rows, panel) for row, col in places]
+    linear = ((col // panel * rows + row) * 2 * panel + col % panel * 2 for row, col in places)
+    assert offsets == [swizzle(address, panel) for address in linear]
+    assert sorted(offsets) == list(range(0, rows * cols * 2, 2))
+    for col in range(0, cols, 8):  # eight rows of a column of 16-byte chunks use all 32 banks
+        assert len({units.unit_tile_offset(row, col, rows, panel) % 128 // 16 for row in range(8)}) == 8
 
 
+@PANELS
 @pytest.mark.parametrize("rows", [64, 96, 128])
-def test_where_a_tile_has_the_elements_of_a_thread(units, rows):
+def test_where_a_tile_has_the_elements_of_a_thread(units, rows, cols, panel):
     found = (ctypes.c_int * 5)()
     for thread in range(128):
-        for i in range(64):
+        for i in range(cols // 2):
             units.unit_index(thread, i, found)
-            assert units.unit_accumulator_offset(thread, i, rows) == units.unit_tile_offset(found[0], found[1], rows)
+            offset = units.unit_accumulator_offset(thread, i, rows, panel)
+            assert offset == units.unit_tile_offset(found[0], found[1], rows, panel)
 
 
+@PANELS
 @pytest.mark.parametrize("rows", [64, 80, 112, 128, 176, 192])
-def test_descriptors_address_the_tile(units, rows):
-    """The canonical layouts of the PTX ISA with 128-byte swizzling, T = 8 elements of 16 bits:
+def test_descriptors_address_the_tile(units, rows, cols, panel):
+    """The canonical layouts of the PTX ISA, with T = 8 elements of 16 bits and a row of W of them in an atom (8, or 4):
 
-    K-major ((8,m),(T,2k)):((8T,SBO),(1,T)), MN-major ((T,8,m),(8,k)):((1,T,LBO),(8T,SBO)).
+    K-major ((8,m),(T,2k)):((W T,SBO),(1,T)), MN-major ((T,W,m),(8,k)):((1,T,LBO),(W T,SBO)). An MN-major matrix has
+    m whole atoms, so the columns of a tile must be a multiple of W T.
     """
     units.unit_descriptor.restype = ctypes.c_uint64
-    units.unit_descriptor.argtypes = [ctypes.c_bool, ctypes.c_uint32, ctypes.c_int, ctypes.c_int]
-    tile = 3 * 1024
+    units.unit_descriptor.argtypes = [ctypes.c_bool, ctypes.c_uint32, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    tile, width = 3 * 1024, panel // 8
+    assert cols % (8 * width) == 0
 
-    def fields(*arguments):
-        bits = units.unit_descriptor(*arguments)
-        assert bits >> 62 == 1
+    def fields(k_is_inner, step):
+        bits = units.unit_descriptor(k_is_inner, tile, rows, step, panel)
+        assert bits >> 62 == {64: 1, 32: 2}[panel]
         assert bits >> 46 & 0xFFFF == 0
         return tuple((bits >> shift & 0x3FFF) * 16 for shift in (0, 16, 32))
 
-    for step in range(8):  # K = 128
-        start, _, stride = fields(True, tile, rows, step)
+    for step in range(cols // 16):
+        start, _, stride = fields(True, step)
         for mn in range(rows):
             for k in range(16):
-                address = swizzle_128(start + mn % 8 * 128 + mn // 8 * stride + k * 2)
-                assert address == tile + units.unit_tile_offset(mn, step * 16 + k, rows)
-    for step in range(rows // 16):  # N = 128
-        start, leading, stride = fields(False, tile, rows, step)
-        for mn in range(128):
+                address = swizzle(start + mn % 8 * 16 * width + mn // 8 * stride + k * 2, panel)
+                assert address == tile + units.unit_tile_offset(mn, step * 16 + k, rows, panel)
+    for step in range(rows // 16):
+        start, leading, stride = fields(False, step)
+        for mn in range(cols):
             for k in range(16):
-                offset = mn % 8 * 2 + mn // 8 % 8 * 16 + mn // 64 * leading + k % 8 * 128 + k // 8 * stride
-                assert swizzle_128(start + offset) == tile + units.unit_tile_offset(step * 16 + k, mn, rows)
+                chunk = mn // 8 % width * 16 + mn // 8 // width * leading
+                address = swizzle(start + mn % 8 * 2 + chunk + k % 8 * 16 * width + k // 8 * stride, panel)
+                assert address == tile + units.unit_tile_offset(step * 16 + k, mn, rows, panel)
 
 
+@PANELS
 @pytest.mark.parametrize("adds", [False, True])
 # the last one extends past the end: it reads zeros and is not written
 @pytest.mark.parametrize("at", [(0, 0, 0), (64, 2, 1), (90, 1, 0)])
-def test_tma_loads_swizzled_and_stores_or_adds_back(units, at, adds):
+def test_tma_loads_swizzled_and_stores_or_adds_back(units, at, adds, cols, panel):
     batch, heads, rows = 2, 3, 100
-    source = integers(batch, rows, heads, 128)
+    source = integers(batch, rows, heads, cols)
     target = torch.full_like(source, 9)
-    dump = torch.empty(64 * 128, dtype=torch.bfloat16, device=DEVICE)
-    call(units.unit_tma, source, target, ctypes.c_bool(adds), dump, batch, heads, rows, *at)
+    dump = torch.empty(64 * cols, dtype=torch.bfloat16, device=DEVICE)
+    call(units.unit_tma, source, target, ctypes.c_bool(adds), dump, batch, heads, rows, cols, *at)
     row, head, index = at
-    expected = torch.zeros(64, 128, dtype=torch.bfloat16)
+    expected = torch.zeros(64, cols, dtype=torch.bfloat16)
     there = source[index, row : row + 64, head].cpu()
     expected[: len(there)] = there
-    places = [[swizzle_128(c // 64 * 64 * 128 + r * 128 + c % 64 * 2) // 2 for c in range(128)] for r in range(64)]
+    places = [
+        [swizzle((c // panel * 64 + r) * 2 * panel + c % panel * 2, panel) // 2 for c in range(cols)] for r in range(64)
+    ]
     assert torch.equal(dump.cpu()[torch.tensor(places)], expected)
     after = torch.full_like(source, 9).cpu()
     after[index, row : row + 64, head] = there + 9 if adds else there
@@ -342,6 +355,7 @@ PLANTED = {  # fault: (call, message); without a message, which rule sees it fir
     "PLANT_WRITE_IN_FLIGHT": ("abt", "shared memory changed while a product read it"),
     "PLANT_USE_BEFORE_WAIT": ("abt", "an accumulator was written while a product ran"),
     "PLANT_OPERAND_IN_FLIGHT": ("ab", "an operand in registers was written while a product read it"),
+    "PLANT_PART_OF_AN_ATOM": ("ab 96", "a product that ends within a swizzle atom"),
     "PLANT_NO_READ": ("reduce", "a block ended while copies were running"),
     "PLANT_WRITE_UNDER_COPY": ("reduce", "shared memory changed while a copy read it"),
     "PLANT_NO_EMPTY": ("pipe", ""),
@@ -349,6 +363,7 @@ PLANTED = {  # fault: (call, message); without a message, which rule sees it fir
 CALLS = {
     "abt": "units.unit_wgmma(ones, ones, (ctypes.c_float * 64**2)(), 64, 64, b'abt')",
     "ab": "units.unit_wgmma(ones, ones, (ctypes.c_float * 64**2)(), 64, 64, b'ab')",
+    "ab 96": "x = (ctypes.c_uint16 * 2**14)(); units.unit_wgmma(x, x, (ctypes.c_float * 6144)(), 96, 128, b'ab')",
     "reduce": "units.unit_reduce(values, (ctypes.c_float * 512)(), 1)",
     "pipe": """
 units.unit_pipe(values, out, 400)

@@ -1,5 +1,7 @@
 """The logic of scripts/tune_attention.py, with invented times: nothing is measured here."""
 
+import types
+
 import pytest
 from script_loader import load_script
 
@@ -67,3 +69,52 @@ def test_candidates_are_tiles_that_can_work(script):
         for head_dim in HEAD_DIMS:
             found = list(script.candidates(kernel, 2, head_dim))
             assert 4 <= len(found) == len(set(found))
+
+
+def test_an_interrupted_run_continues_from_the_file(script, tmp_path):
+    """A candidate that ended a run is measured once more, unless the GPU was lost, and left out after a second end."""
+    path, asked = tmp_path / "times.json", []
+
+    def run(measure, row=None):
+        table = {KEY: ROWS if row is None else ROWS._replace(full=row)}
+        return script.Kept(measure, path, "GPU")(table, KEY, "full")
+
+    def timed(*_):
+        asked.append(1)
+        return 2.0
+
+    def ends(error):
+        def measure(*_):
+            asked.append(1)
+            raise error
+
+        with pytest.raises(type(error)):
+            run(measure, Launch(128, 64, 8, 3))
+
+    assert [run(timed), run(timed), len(asked)] == [2.0, 2.0, 1]
+    ends(KeyboardInterrupt())
+    ends(MemoryError())  # as if the process ended: nothing is noted
+    ends(MemoryError())
+    assert run(timed, Launch(128, 64, 8, 3)) is None
+    assert len(asked) == 4
+    path.unlink()
+    ends(SystemExit("the GPU is lost"))
+    assert run(timed, Launch(128, 64, 8, 3)) is None
+    assert len(asked) == 5
+
+
+def test_the_time_of_a_backward_kernel_depends_on_its_companions(script, tmp_path):
+    table = {OTHER: ROWS, (90, "dkdv", 2, 128): ROWS}
+    kept = script.Kept(lambda table, key, variant: len(kept.times), tmp_path / "times.json", "GPU")
+    first = kept(table, OTHER, "causal")
+    assert kept(table | {(90, "dkdv", 2, 128): ROWS._replace(causal=ROWS.extra)}, OTHER, "causal") != first
+    assert kept(table | {KEY: ROWS}, OTHER, "causal") == first
+
+
+def test_a_lost_gpu_ends_the_run(script):
+    def ones(*_, **__):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    workload = types.SimpleNamespace(torch=types.SimpleNamespace(ones=ones), device="cuda")
+    with pytest.raises(SystemExit, match="the GPU is lost after an error: out of bounds; run this again"):
+        script.Workload.refuse_if_lost(workload, RuntimeError("out of bounds"))

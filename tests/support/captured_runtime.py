@@ -1,6 +1,6 @@
 """Captures one call of each kernel family into a CUDA graph, over the stand-in for the runtime (without_gpu.sh).
 
-The calls are those of tests/gpu/first.py and two more, with the gradients of all inputs. The stand-in refuses what a
+The calls are those of tests/gpu/first.py, with the gradients of all inputs. The stand-in refuses what a
 capture would refuse: a wait, and an allocation that PyTorch does not make for the graph. It also counts launches and
 refusals, so one whose error code nobody read is seen. Prints a JSON list of [family, backend, launches, refusals,
 error].
@@ -18,16 +18,6 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "gpu"))
 import first
-
-CACHE = (2, 2, 256, 64)
-NEW = (2, 2, 1, 64)
-FAMILIES = (
-    *first.FAMILIES,
-    first.attention("attention, deterministic", causal=True, deterministic=True),
-    first.decode("attention on a cache with new keys", CACHE, first.cache)._replace(
-        shapes={"q": (2, 4, 1, 64), "k_cache": CACHE, "v_cache": CACHE, "k": NEW, "v": NEW}
-    ),
-)
 
 
 def counts():
@@ -67,7 +57,7 @@ def planted(what):
 def main():
     report = [
         [family.name, backend, *captured(family, backend)]
-        for family in FAMILIES
+        for family in first.FAMILIES
         for backend in ("native", "triton")
         if not first.refused(family, backend, "cuda")
     ]

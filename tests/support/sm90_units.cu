@@ -14,17 +14,19 @@ constexpr int kRows = 64;
 template <int kHeadDim>
 using UnitTile = TileOf<__nv_bfloat16, kRows, kHeadDim>;
 
+template <int kHeadDim>
 struct TmaShared {
-  UnitTile<128> tile;
+  UnitTile<kHeadDim> tile;
   Barrier full;
 };
 
 // Copies shared memory as the copy engine fills it, and writes or adds the same tile to another tensor.
+template <int kHeadDim>
 __global__ void __launch_bounds__(kWarpgroup, 1)
     unit_tma_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, Coordinates at,
                     bool adds, uint16_t* dump) {
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  auto& shared = *reinterpret_cast<TmaShared*>(shared_memory);
+  auto& shared = *reinterpret_cast<TmaShared<kHeadDim>*>(shared_memory);
   if (threadIdx.x == 0) {
     shared.full.init(1);
     Barrier::publish();
@@ -40,7 +42,7 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int col = 0; col < 128; col += kPanelCols) {
+    for (int col = 0; col < kHeadDim; col += panel_cols(kHeadDim)) {
       const Coordinates place{col, at.row, at.head, at.batch};
       const void* panel = shared.tile.bytes + col * 2 * kRows;
       if (adds) {
@@ -84,10 +86,10 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   };
   auto& shared = *reinterpret_cast<Shared*>(shared_memory);
   for (int i = threadIdx.x; i < kK * 64; i += kWarpgroup) {
-    store_for_async(shared.a.bytes + tile_offset(i / 64, i % 64, kK), a[i]);
+    store_for_async(shared.a.bytes + tile_offset<64>(i / 64, i % 64, kK), a[i]);
   }
   for (int i = threadIdx.x; i < kK * kN; i += kWarpgroup) {
-    store_for_async(shared.b.bytes + tile_offset(i / kN, i % kN, kK), b[i]);
+    store_for_async(shared.b.bytes + tile_offset<panel_cols(kN)>(i / kN, i % kN, kK), b[i]);
   }
   fence_async();
   meet(1, kWarpgroup);
@@ -111,10 +113,10 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   };
   auto& shared = *reinterpret_cast<Shared*>(shared_memory);
   for (int i = threadIdx.x; i < 64 * kK; i += kWarpgroup) {
-    store_for_async(shared.a.bytes + tile_offset(i / kK, i % kK, 64), a[i]);
+    store_for_async(shared.a.bytes + tile_offset<panel_cols(kK)>(i / kK, i % kK, 64), a[i]);
   }
   for (int i = threadIdx.x; i < kN * kK; i += kWarpgroup) {
-    store_for_async(shared.b.bytes + tile_offset(i / kK, i % kK, kN), b[i]);
+    store_for_async(shared.b.bytes + tile_offset<panel_cols(kK)>(i / kK, i % kK, kN), b[i]);
   }
 #ifndef PLANT_NO_FENCE
   fence_async();
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<TileOf<__nv_bfloat16, kK, kN>*>(shared_memory);
   for (int i = threadIdx.x; i < kK * kN; i += kWarpgroup) {
-    store_for_async(shared.bytes + tile_offset(i / kN, i % kN, kK), b[i]);
+    store_for_async(shared.bytes + tile_offset<panel_cols(kN)>(i / kN, i % kN, kK), b[i]);
   }
   fence_async();
   meet(1, kWarpgroup);
@@ -157,6 +159,10 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   float acc[kN / 2] = {};
   wgmma_begin();
   issue_ab<__nv_bfloat16, kK>(acc, operand, shared.address());
+#ifdef PLANT_PART_OF_AN_ATOM
+  wgmma_rs<__nv_bfloat16>(acc, operand[0], mn_major<64>(shared.address(), kK, 0));
+  wgmma_commit();
+#endif
 #ifdef PLANT_OPERAND_IN_FLIGHT
   operand[0][0] = 0;
 #endif
@@ -265,18 +271,20 @@ __attribute__((visibility("default"))) int unit_turns(int* out, int groups, int 
 }
 
 __attribute__((visibility("default"))) int unit_tma(void* from, void* to, bool adds, uint16_t* dump, int batch,
-                                                    int heads, int rows, int at_row, int at_head, int at_batch) {
-  const auto tensor = [&](void* data) {  // (batch, rows, heads, 128) as (batch, heads, rows, 128)
-    return HeadTensor{data, int64_t{rows} * heads * 128, 128, int64_t{heads} * 128};
+                                                    int heads, int rows, int head_dim, int at_row, int at_head,
+                                                    int at_batch) {
+  const auto tensor = [&](void* data) {  // (batch, rows, heads, head_dim) as (batch, heads, rows, head_dim)
+    return HeadTensor{data, int64_t{rows} * heads * head_dim, head_dim, int64_t{heads} * head_dim};
   };
   CUtensorMap from_map, to_map;
   for (const auto& [map, data] : {std::pair{&from_map, from}, std::pair{&to_map, to}}) {
-    if (const auto error = make_map(map, DType::kBFloat16, tensor(data), batch, heads, rows, 128, kRows)) {
+    if (const auto error = make_map(map, DType::kBFloat16, tensor(data), batch, heads, rows, head_dim, kRows)) {
       return error;
     }
   }
   const Coordinates at{0, at_row, at_head, at_batch};
-  unit_tma_kernel<<<1, kWarpgroup, sizeof(TmaShared), nullptr>>>(from_map, to_map, at, adds, dump);
+  const auto kernel = head_dim == 96 ? unit_tma_kernel<96> : unit_tma_kernel<128>;
+  kernel<<<1, kWarpgroup, sizeof(TmaShared<128>), nullptr>>>(from_map, to_map, at, adds, dump);
   return cudaGetLastError();
 }
 
@@ -317,7 +325,7 @@ __attribute__((visibility("default"))) int unit_wgmma(const __nv_bfloat16* a, co
   for (const Unit& unit : units) {
     if (std::strcmp(unit.form, form) == 0 && unit.n == n && unit.k == k) {
       const auto kernel = unit.kernel;
-      const int shared = (64 + (n + 63) / 64 * 64) * ((k + 63) / 64 * 64) * 2;
+      const int shared = (64 + n) * k * 2 + kAlignment;
       if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) {
         return static_cast<int>(error);
       }
@@ -346,14 +354,19 @@ __attribute__((visibility("default"))) void unit_index(int thread, int i, int* o
   out[3] = operand_col(thread, i, 0);
   out[4] = operand_col(thread, i, 1);
 }
-__attribute__((visibility("default"))) int unit_accumulator_offset(int thread, int i, int rows) {
-  return accumulator_offset(first_offset(thread), i, rows);
+__attribute__((visibility("default"))) int unit_accumulator_offset(int thread, int i, int rows, int panel) {
+  return panel == 64 ? accumulator_offset<64>(first_offset<64>(thread), i, rows)
+                     : accumulator_offset<32>(first_offset<32>(thread), i, rows);
 }
-__attribute__((visibility("default"))) int unit_tile_offset(int row, int col, int rows) {
-  return tile_offset(row, col, rows);
+__attribute__((visibility("default"))) int unit_tile_offset(int row, int col, int rows, int panel) {
+  return panel == 64 ? tile_offset<64>(row, col, rows) : tile_offset<32>(row, col, rows);
 }
-__attribute__((visibility("default"))) uint64_t unit_descriptor(bool k_is_inner, uint32_t tile, int rows, int step) {
-  return k_is_inner ? k_major(tile, rows, step) : mn_major(tile, rows, step);
+__attribute__((visibility("default"))) uint64_t unit_descriptor(bool k_is_inner, uint32_t tile, int rows, int step,
+                                                                int panel) {
+  if (panel == 64) {
+    return k_is_inner ? k_major<64>(tile, rows, step) : mn_major<64>(tile, rows, step);
+  }
+  return k_is_inner ? k_major<32>(tile, rows, step) : mn_major<32>(tile, rows, step);
 }
 
 // The tiles of a call in the order of work. shape is (batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, left, right,

@@ -1,5 +1,6 @@
 """Reads Triton's intermediate code for GPUs: in which order a loop with products loads, multiplies and waits."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -48,3 +49,14 @@ def loops(text):
             found.append(Loop("".join(map(_event, lines[last:begin])), events))
             last = end
     return found
+
+
+def elements_loaded(text, dtype):
+    """The numbers of elements that its loads of a dtype have, ascending; 1 for a load of a single number."""
+    pointers = re.compile(rf"(?:tensor<((?:\d+x)*))?!tt\.ptr<{dtype}>")
+    found = set()
+    for line in text.splitlines():
+        if re.search(r"\b(tt\.load|async_copy_global_to_local)\b", line):
+            found |= {math.prod(map(int, match[1].split("x")[:-1])) if match[1] else 1
+                      for match in pointers.finditer(line)}  # fmt: skip
+    return sorted(found)

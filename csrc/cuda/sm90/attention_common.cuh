@@ -8,8 +8,7 @@
 
 namespace fastattn::sm90 {
 
-constexpr int kSlab = 64;                      // rows of a tile for one warpgroup
-constexpr int kSlabBytes = kSlab * kRowBytes;  // of one panel
+constexpr int kSlab = 64;  // rows of a tile for one warpgroup
 
 struct Idle {
   __device__ __forceinline__ void operator()(int) const {}
@@ -117,22 +116,24 @@ __device__ __forceinline__ void follow_tiles(TileQueue& queue, const AttentionSh
   }
 }
 
-// For head dim 96, the second panel is wider than the tensor. The copy engine fills the rest with zeros and does not
-// write it back; no product reads it.
 template <typename T, int kRows, int kHeadDim>
-struct alignas(kAtomBytes) TileOf {
-  static constexpr int kBytes = kRows * kRowBytes * ((kHeadDim + kPanelCols - 1) / kPanelCols);
+struct alignas(kAlignment) TileOf {
+  static constexpr int kPanel = panel_cols(kHeadDim);
+  static constexpr int kBytes = kRows * kHeadDim * 2;
+  static constexpr int kSlabBytes = kSlab * kRowBytes<kPanel>;  // of one panel
   unsigned char bytes[kBytes];
 
   __device__ __forceinline__ uint32_t address() const { return shared_address(bytes); }
   // the address of the rows of a warpgroup, in every panel
   __device__ __forceinline__ uint32_t slab_address(int slab) const { return address() + slab * kSlabBytes; }
-  __device__ __forceinline__ uint32_t panel_address(int panel) const { return address() + panel * kRows * kRowBytes; }
+  __device__ __forceinline__ uint32_t panel_address(int panel) const {
+    return address() + panel * kRows * kRowBytes<kPanel>;
+  }
 
   // Executed by one thread. Copies rows from `row` on.
   __device__ __forceinline__ void load(const CUtensorMap& map, int row, int head, int batch, Barrier& barrier) {
 #pragma unroll
-    for (int col = 0; col < kHeadDim; col += kPanelCols) {
+    for (int col = 0; col < kHeadDim; col += kPanel) {
       tma_load(bytes + col * 2 * kRows, map, {col, row, head, batch}, barrier);
     }
   }
@@ -140,12 +141,13 @@ struct alignas(kAtomBytes) TileOf {
   // Executed by one warp. Writes zeros from row `valid` on, or everywhere if it is negative. The copied data there
   // belongs to another sequence and may be NaN, and zero times NaN is NaN.
   __device__ __forceinline__ void clear_from(int valid) {
+    constexpr int kChunks = kPanel / 8;  // of 16 bytes, of a row
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int row = larger(0, valid) + lane / 8; row < kRows; row += 4) {
+    for (int row = larger(0, valid) + lane / kChunks; row < kRows; row += 32 / kChunks) {
 #pragma unroll
-      for (int col = 0; col < kHeadDim; col += kPanelCols) {
-        store_for_async(bytes + col * 2 * kRows + row * kRowBytes + lane % 8 * 16, uint4{0, 0, 0, 0});
+      for (int col = 0; col < kHeadDim; col += kPanel) {
+        store_for_async(bytes + col * 2 * kRows + row * kRowBytes<kPanel> + lane % kChunks * 16, uint4{0, 0, 0, 0});
       }
     }
   }
@@ -155,9 +157,10 @@ struct alignas(kAtomBytes) TileOf {
 // of a tile of kRowsB rows. Issues the product without waiting for it.
 template <typename T, int kHeadDim, int kRowsA, int kRowsB, int kAccumulators>
 __device__ __forceinline__ void issue_abt(float (&d)[kAccumulators], uint32_t a, uint32_t b) {
+  constexpr int kPanel = panel_cols(kHeadDim);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    wgmma_ss<T>(d, k_major(a, kRowsA, step), k_major(b, kRowsB, step), step > 0);
+    wgmma_ss<T>(d, k_major<kPanel>(a, kRowsA, step), k_major<kPanel>(b, kRowsB, step), step > 0);
   }
   wgmma_commit();
 }
@@ -168,18 +171,18 @@ template <typename T, int kRowsB, int kSteps, int kAccumulators>
 __device__ __forceinline__ void issue_ab(float (&d)[kAccumulators], const uint32_t (&a)[kSteps][4], uint32_t b) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    wgmma_rs<T>(d, a[step], mn_major(b, kRowsB, step));
+    wgmma_rs<T>(d, a[step], mn_major<panel_cols(2 * kAccumulators)>(b, kRowsB, step));
   }
   wgmma_commit();
 }
 
-// d = Aᵀ * B for tiles of kRows rows. A is one panel wide, B is as wide as d. Issues the product without waiting for
-// it.
+// d = Aᵀ * B for tiles of kRows rows. A has 64 columns, B as many as d. Issues the product without waiting for it.
 template <typename T, int kRows, int kAccumulators>
 __device__ __forceinline__ void issue_atb(float (&d)[kAccumulators], uint32_t a, uint32_t b) {
 #pragma unroll
   for (int step = 0; step < kRows / 16; ++step) {
-    wgmma_ss<T, true>(d, mn_major(a, kRows, step), mn_major(b, kRows, step), step > 0);
+    wgmma_ss<T, true>(d, mn_major<64>(a, kRows, step), mn_major<panel_cols(2 * kAccumulators)>(b, kRows, step),
+                      step > 0);
   }
   wgmma_commit();
 }
@@ -282,18 +285,19 @@ template <typename T, int kHeadDim, int kRows>
 __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], TileOf<T, kRows, kHeadDim>& tile, int slab,
                                            const Target& to, int barrier) {
   const int thread = threadIdx.x % kWarpgroup;
-  unsigned char* rows = tile.bytes + slab * kSlabBytes;
-  const int first = first_offset(thread);
+  constexpr int kPanel = panel_cols(kHeadDim);
+  unsigned char* rows = tile.bytes + slab * tile.kSlabBytes;
+  const int first = first_offset<kPanel>(thread);
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; i += 2) {
-    store_for_async(rows + accumulator_offset(first, i, kRows), pack<T>(acc[i], acc[i + 1]));
+    store_for_async(rows + accumulator_offset<kPanel>(first, i, kRows), pack<T>(acc[i], acc[i + 1]));
   }
   fence_async();
   meet(barrier, kWarpgroup);
   if (to.clipped || to.valid >= kSlab) {
     if (thread == 0) {
 #pragma unroll
-      for (int col = 0; col < kHeadDim; col += kPanelCols) {
+      for (int col = 0; col < kHeadDim; col += kPanel) {
         tma_store(to.map, {col, to.at.row, to.at.head, to.at.batch}, rows + col * 2 * kRows);
       }
     }
@@ -302,7 +306,7 @@ __device__ __forceinline__ void store_slab(const float (&acc)[kHeadDim / 2], Til
     for (int chunk = thread; chunk < to.valid * (kHeadDim / 8); chunk += kWarpgroup) {
       const int row = chunk / (kHeadDim / 8), col = chunk % (kHeadDim / 8) * 8;
       *reinterpret_cast<uint4*>(first + (to.at.row + row) * to.rows.row + col) =
-          *reinterpret_cast<const uint4*>(rows + tile_offset(row, col, kRows));
+          *reinterpret_cast<const uint4*>(rows + tile_offset<kPanel>(row, col, kRows));
     }
   }
 }

@@ -25,13 +25,15 @@ FASTATTN_HOST_DEVICE constexpr int row_of(int i) {
 
 // The offset of accumulator i in a tile of `rows` rows, relative to accumulator 0, in one instruction: rows 8 apart
 // have the same swizzle, and columns 8 apart in a row differ in the bits of their chunk.
+template <int kPanel>
 FASTATTN_HOST_DEVICE constexpr int first_offset(int thread) {
-  return tile_offset(accumulator_row(thread, 0), accumulator_col(thread, 0), 64);
+  return tile_offset<kPanel>(accumulator_row(thread, 0), accumulator_col(thread, 0), 64);
 }
+template <int kPanel>
 FASTATTN_HOST_DEVICE constexpr int accumulator_offset(int first, int i, int rows) {
   const int col = accumulator_col(0, i);
-  return (first ^ col % kPanelCols / 8 * 16) + col % 8 * 2 +
-         (col / kPanelCols * rows + accumulator_row(0, i)) * kRowBytes;
+  return (first ^ col % kPanel / 8 * 16) + col % 8 * 2 +
+         (col / kPanel * rows + accumulator_row(0, i)) * kRowBytes<kPanel>;
 }
 
 // Register `reg` (0 to 3) of the A operand holds two columns of the row; `half` 0 is in the lower bits.

@@ -2,10 +2,12 @@
 // The layout of tiles of 16-bit elements in shared memory, and its description for wgmma. Index functions only, for
 // host and device.
 //
-// A tile of `rows` x 64 p elements consists of p panels, one after another, of `rows` rows of 128 bytes. Each panel
-// starts at a multiple of 1024 bytes. Within a row the eight 16-byte chunks are permuted: chunk c of row r is at
-// position c ^ (r % 8), so the same column of eight rows is in eight different groups of banks. TMA writes this layout
-// (CU_TENSOR_MAP_SWIZZLE_128B) and wgmma reads it.
+// A tile of `rows` x n elements consists of panels, one after another, of `rows` rows of 64 elements, or of 32 if n is
+// not a multiple of 64. A panel thus consists of whole swizzle atoms (eight rows), the only matrices that the PTX ISA
+// describes. Within an atom the 16-byte chunks are permuted, so the same column of eight rows is in eight different
+// groups of banks: in rows of 128 bytes, chunk c of row r is at position c ^ (r % 8), in rows of 64 bytes at
+// c ^ (r / 2 % 4). Each panel starts at a multiple of the size of an atom. TMA writes these layouts
+// (CU_TENSOR_MAP_SWIZZLE_128B and 64B) and wgmma reads them.
 //
 // PTX ISA: "Tensor Swizzling modes"; wgmma "Shared Memory Matrix Layout", "Strides", "Matrix Descriptor Format".
 #include <cstdint>
@@ -18,38 +20,49 @@
 
 namespace fastattn::sm90 {
 
-constexpr int kPanelCols = 64;    // of 16-bit elements
-constexpr int kRowBytes = 128;    // of a panel
-constexpr int kAtomBytes = 1024;  // eight rows; then the pattern repeats
+constexpr int kAlignment = 1024;  // of tiles: the size of the largest atom
+
+// The columns of a panel of a tile with `cols` columns.
+FASTATTN_HOST_DEVICE constexpr int panel_cols(int cols) {
+  return cols % 64 == 0 ? 64 : 32;
+}
+// In bytes, of a panel with kPanel columns.
+template <int kPanel>
+constexpr int kRowBytes = 2 * kPanel;
+template <int kPanel>
+constexpr int kAtomBytes = 8 * kRowBytes<kPanel>;
 
 // The offset in bytes of element (row, col) in a tile of `rows` rows.
+template <int kPanel>
 FASTATTN_HOST_DEVICE constexpr int tile_offset(int row, int col, int rows) {
-  const int panel = col / kPanelCols;
-  const int byte = col % kPanelCols * 2;
-  const int chunk = byte / 16 ^ row % 8;
-  return (panel * rows + row) * kRowBytes + chunk * 16 + byte % 16;
+  const int byte = col % kPanel * 2;
+  const int chunk = byte / 16 ^ row * kPanel / 64 % (kPanel / 8);
+  return (col / kPanel * rows + row) * kRowBytes<kPanel> + chunk * 16 + byte % 16;
 }
 
-// Fields in units of 16 bytes: bits 0-13 address, 16-29 leading offset, 32-45 stride offset; 62-63: 1 = 128-byte
-// swizzle.
-FASTATTN_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+// Fields in units of 16 bytes: bits 0-13 address, 16-29 leading offset, 32-45 stride offset, here the distance between
+// groups of eight rows; 62-63: 1 = 128-byte swizzle, 2 = 64-byte swizzle.
+template <int kPanel>
+FASTATTN_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
-         static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 62;
+         static_cast<uint64_t>(kAtomBytes<kPanel> >> 4) << 32 | uint64_t{kPanel == 64 ? 1 : 2} << 62;
 }
 
 // A tile whose rows are M or N and whose columns are K ("K-major"), from column 16 * step on: one K step of wgmma. The
-// hardware applies the swizzle to the sum of address and offset, so a step within a row is a plain addition. `stride`
-// is the distance between groups of eight rows; the leading offset is not used.
+// hardware applies the swizzle to the sum of address and offset, so a step within a row is a plain addition. The
+// leading offset is not used.
+template <int kPanel>
 FASTATTN_HOST_DEVICE constexpr uint64_t k_major(uint32_t tile, int rows, int step) {
-  constexpr int kSteps = kPanelCols / 16;
-  const uint32_t offset = step / kSteps * rows * kRowBytes + step % kSteps * 32;
-  return matrix_descriptor(tile, 16, kAtomBytes) + (offset >> 4);  // addresses are below 2^18, so there is no carry
+  constexpr int kSteps = kPanel / 16;
+  const uint32_t offset = step / kSteps * rows * kRowBytes<kPanel> + step % kSteps * 32;
+  return matrix_descriptor<kPanel>(tile, 16) + (offset >> 4);  // addresses are below 2^18, so there is no carry
 }
 
-// A tile whose rows are K and whose columns are N ("MN-major"), from row 16 * step on. `stride` is the distance between
-// groups of eight rows, the leading offset the distance between panels.
+// A tile whose rows are K and whose columns are N ("MN-major"), from row 16 * step on. The leading offset is the
+// distance between panels.
+template <int kPanel>
 FASTATTN_HOST_DEVICE constexpr uint64_t mn_major(uint32_t tile, int rows, int step) {
-  return matrix_descriptor(tile, rows * kRowBytes, kAtomBytes) + (step * 2 * kAtomBytes >> 4);
+  return matrix_descriptor<kPanel>(tile, rows * kRowBytes<kPanel>) + (step * 2 * kAtomBytes<kPanel> >> 4);
 }
 
 }  // namespace fastattn::sm90

@@ -7,11 +7,11 @@
 #include <cuda_runtime.h>
 
 #include "api.h"
+#include "cuda/sm90/swizzle.cuh"
 
 namespace fastattn::sm90 {
 
-// Encodes a map of a (batch, heads, rows, head_dim) tensor of 16-bit elements, in boxes of 64 columns and `box_rows`
-// rows.
+// Encodes a map of a (batch, heads, rows, head_dim) tensor of 16-bit elements, in boxes of `box_rows` rows of a panel.
 inline cudaError_t encode_map(CUtensorMap* map, DType dtype, const HeadTensor& t, int64_t batch, int64_t heads,
                               int64_t rows, int64_t head_dim, int box_rows) {
   static const auto encode = [] {
@@ -30,12 +30,14 @@ inline cudaError_t encode_map(CUtensorMap* map, DType dtype, const HeadTensor& t
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(rows),
                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
   const cuuint64_t strides[] = {bytes(rows, t.row), bytes(heads, t.head), bytes(batch, t.batch)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const int cols = panel_cols(static_cast<int>(head_dim));
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(cols), static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   const CUresult result =
       encode(map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-             t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             cols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

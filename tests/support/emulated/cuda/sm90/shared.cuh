@@ -22,9 +22,10 @@ T* shared_pointer(uint32_t address) {
   return reinterpret_cast<T*>(dynamic_shared + address);
 }
 
-// Swizzle with 128 bytes: bits 4 to 6 of an address are xored with bits 7 to 9.
-inline uint32_t swizzled(uint32_t address) {
-  return address ^ (address >> 7 & 7) << 4;
+// Swizzle with 128 bytes: bits 4 to 6 of an address are xored with bits 7 to 9; with 64 bytes bits 4 and 5 with 7
+// and 8.
+inline uint32_t swizzled(uint32_t address, uint32_t width) {
+  return address ^ (address >> 7 & (width / 16 - 1)) << 4;
 }
 
 }  // namespace emulated

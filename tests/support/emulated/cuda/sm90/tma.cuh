@@ -11,7 +11,7 @@ namespace emulated {
 struct Map {
   char* data;
   uint64_t size[4], stride[3];  // in elements and bytes
-  uint64_t rows;                // of a box
+  uint64_t rows, cols;          // of a box
   uint64_t bfloat16;            // or float16; a full word, so that there is no padding and tests can compare maps
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
@@ -26,8 +26,9 @@ inline CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ra
     valid = valid && size[d] > 0 && size[d] <= uint64_t{1} << 32 && box[d] > 0 && box[d] <= 256 && step[d] == 1;
     valid = valid && (d == 3 || (stride[d] > 0 && stride[d] % 16 == 0 && stride[d] < uint64_t{1} << 40));
   }
-  valid = valid && box[0] == 64 && box[2] == 1 && box[3] == 1;  // 128 bytes, the widest box that is swizzled
-  valid = valid && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  valid = valid && box[0] == (swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 64 : 32) && box[2] == 1 && box[3] == 1;
+  valid = valid && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE;
+  valid = valid && (swizzle == CU_TENSOR_MAP_SWIZZLE_128B || swizzle == CU_TENSOR_MAP_SWIZZLE_64B);
   if (!valid || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) {
     return CUDA_ERROR_INVALID_VALUE;
   }
@@ -35,6 +36,7 @@ inline CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ra
           {size[0], size[1], size[2], size[3]},
           {stride[0], stride[1], stride[2]},
           box[1],
+          box[0],
           type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16};
   std::memcpy(out, &map, sizeof(map));
   return CUDA_SUCCESS;
@@ -92,7 +94,7 @@ struct Copy {
   template <typename Body>
   void each(Body body) const {
     for (uint32_t r = 0; r < map.rows; ++r) {
-      for (int c = 0; c < 64; ++c) {
+      for (uint32_t c = 0; c < map.cols; ++c) {
         const int64_t at[] = {col + c, int64_t{row} + r, head, batch};
         bool inside = true;
         for (int d = 0; d < 4; ++d) {
@@ -103,7 +105,7 @@ struct Copy {
           element += at[d] * static_cast<int64_t>(map.stride[d - 1]);
         }
         body(inside ? reinterpret_cast<uint16_t*>(element) : nullptr,
-             shared_pointer<uint16_t>(swizzled(shared + r * 128 + c * 2)));
+             shared_pointer<uint16_t>(swizzled(shared + (r * map.cols + c) * 2, map.cols * 2)));
       }
     }
   }
@@ -160,9 +162,9 @@ void prefetch_maps(const Maps&...) {}
 inline emulated::Copy tensor_copy(const CUtensorMap& map, Coordinates at, const void* shared, Barrier* barrier) {
   emulated::Copy copy{{}, at.col, at.row, at.head, at.batch, shared_address(shared), barrier, nullptr, 0};
   std::memcpy(&copy.map, &map, sizeof(copy.map));
-  copy.bytes = static_cast<int>(copy.map.rows * 128);
-  if (copy.shared % 1024 != 0) {
-    emulated::fail("a tile in shared memory that does not begin at a multiple of 1024");
+  copy.bytes = static_cast<int>(copy.map.rows * copy.map.cols * 2);
+  if (copy.shared % (copy.map.cols * 16) != 0) {
+    emulated::fail("a tile in shared memory that does not begin with a swizzle atom");
   }
   return copy;
 }

@@ -35,25 +35,29 @@ struct InFlight {
 static InFlight in_flight[1024];
 
 struct Descriptor {
-  uint32_t start, leading, stride;
+  uint32_t start, leading, stride, width;  // width: bytes of a row of a swizzle atom
 
   explicit Descriptor(uint64_t bits)
-      : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {
-    if (bits >> 62 != 1 || (bits >> 49 & 7) != 0) {
-      fail("a matrix descriptor with another swizzle than 128 bytes, or a base offset");
+      : start((bits & 0x3fff) << 4),
+        leading((bits >> 16 & 0x3fff) << 4),
+        stride((bits >> 32 & 0x3fff) << 4),
+        width(bits >> 62 == 1 ? 128 : 64) {
+    if ((bits >> 62 != 1 && bits >> 62 != 2) || (bits >> 49 & 7) != 0) {
+      fail("a matrix descriptor with another swizzle than 128 or 64 bytes, or a base offset");
     }
   }
   template <typename T>
   float element(uint32_t offset) const {
-    return static_cast<float>(*shared_pointer<T>(swizzled(start + offset)));
+    return static_cast<float>(*shared_pointer<T>(swizzled(start + offset, width)));
   }
   template <typename T>
   float k_major(int mn, int k) const {
-    return element<T>(mn / 8 * stride + mn % 8 * 128 + k * 2);
+    return element<T>(mn / 8 * stride + mn % 8 * width + k * 2);
   }
   template <typename T>
   float mn_major(int mn, int k) const {
-    return element<T>(mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128);
+    const uint32_t cols = width / 2;
+    return element<T>(mn / cols * leading + mn % cols * 2 + k / 8 * stride + k % 8 * width);
   }
 };
 
@@ -61,6 +65,9 @@ template <typename T>
 std::vector<float> multiply(const Product& product) {
   const int lane = current % 32, row = current % 128 / 32 * 16 + lane / 4;
   const Descriptor b(product.desc_b);
+  if (product.mn_major && product.accumulators * 2 % (b.width / 2) != 0) {
+    fail("a product that ends within a swizzle atom");
+  }
   float a[2][kK];
   if (product.a_in_registers) {
     std::memcpy(a, product.a, sizeof(a));
