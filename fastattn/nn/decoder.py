@@ -205,6 +205,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             if recorded is not None:
                 return recorded
         if not self.strict_torch and tgt_is_causal is None:
-            size = 0 if tgt_mask is None else sequence_length(tgt, self.layers[0].self_attn.batch_first)
+            is_one_size = tgt_mask is not None and not tgt.is_nested
+            size = sequence_length(tgt, self.layers[0].self_attn.batch_first) if is_one_size else 0
             tgt_is_causal = is_causal_mask(tgt_mask, None, size)
         return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)

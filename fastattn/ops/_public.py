@@ -253,8 +253,11 @@ class Public:
             if isinstance(t, torch.Tensor)
         ]
         if any(t.is_nested for _, t in tensors):
-            # a ValueError comes from the checks of `nested` itself
-            serves = self.nested is not None and not isinstance(error, ValueError)
+            if self.nested is None and isinstance(error, RuntimeError):  # PyTorch's is about its own internals
+                self._refuse_nested_mask(tensors)
+            # a ValueError with our name comes from the checks of `nested` itself
+            is_ours = isinstance(error, ValueError) and str(error).startswith(f"{self.name}:")
+            serves = self.nested is not None and not is_ours
             return functools.partial(self.nested, self.name, function, given) if serves else None
         for label, t in tensors:
             if t.layout is not torch.strided and label not in self.weights:
@@ -270,6 +273,11 @@ class Public:
         if not nonplain or not isinstance(error, (NotImplementedError, TypeError)):
             return None
         return self._try_reference(function, given, "backend" in parameters, *next(iter(nonplain.items())))
+
+    def _refuse_nested_mask(self, tensors):
+        for label, t in tensors:
+            if t.is_nested and label.endswith("mask"):
+                raise ArgumentTypeError(f"{self.name}: {label} must not be a nested tensor") from None
 
     def _one_by_one(self, label, value):
         """The tensors of a pair, or the value itself."""

@@ -172,8 +172,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _needs_low(call):
-    """Whether the backward needs lse_low: not for plain q·k in half precision, whose error exceeds that of lse."""
-    return call.q.dtype == torch.float32 or call.bias is not None or call.alibi_slopes is not None
+    """Whether the forward saves lse_low. In half precision, plain scores need it from about 1e5 on only; on a CPU it
+    costs a number per row, the kernels for Hopper do not compute it."""
+    return call.q.dtype == torch.float32 or call.q.is_cpu or call.bias is not None or call.alibi_slopes is not None
 
 
 def _apply(backend, *arguments):

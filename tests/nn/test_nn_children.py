@@ -239,6 +239,9 @@ class TestReplacedChildren:
         for layer in (ours, theirs):
             layer.set_submodule(child, torch.jit.script(layer.get_submodule(child)))
         assert_same(ours, theirs, x)
+        ours.activation = "relu"
+        with pytest.raises(TypeError, match="'str' object is not callable"):
+            ours(*x)
 
     def test_torch_norm_is_fused_too(self, fused):
         ours, theirs, x = build(LAYERS[0])

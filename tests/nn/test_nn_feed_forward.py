@@ -55,3 +55,24 @@ def test_dropout_in_training_only():
 def test_unknown_activation():
     with pytest.raises(ValueError, match=r"activation must be one of gelu, .* got 'tanh'"):
         nn.FeedForward(E, FF, activation="tanh")
+
+
+@pytest.mark.parametrize("scale", [100.0, 300.0])
+def test_float16_overflows_only_where_plain_pytorch_does(scale):
+    """Under autocast both keep the hidden layer and its gradients in float16."""
+    torch.manual_seed(0)
+    module = nn.FeedForward(16, 64, activation="silu", gated=True)
+    x = (scale * torch.randn(32, 16)).requires_grad_()
+
+    def plain(x):
+        return module.linear2(torch.nn.functional.silu(module.gate(x)) * module.linear1(x))
+
+    results = []
+    for function in (module, plain):
+        with torch.autocast("cpu", torch.float16):
+            y = function(x)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])])
+    ours, theirs = results
+    assert not all(t.isfinite().all() for t in theirs)
+    for got, expected in zip(ours, theirs, strict=True):
+        assert got.isfinite()[expected.isfinite()].all()

@@ -313,6 +313,22 @@ def test_masks_whose_sum_is_below_all_numbers():
     assert torch.autograd.grad(got[0].sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_scores_without_a_mask(dtype):
+    """Scores of 2e5, where fp32 has steps of 1/64: the saved statistics must not lose the sum of a row."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = ((200 * torch.randn(2, 2, 64, 16, generator=generator)).to(dtype) for _ in range(2))
+    v, do = (torch.randn(2, 2, 64, 16, generator=generator).to(dtype) for _ in range(2))
+
+    def dv(v, *others, **options):
+        leaf = v.clone().requires_grad_()
+        return torch.autograd.grad(fastattn.attention(*others, leaf, **options), leaf, do.to(v.dtype))[0].double()
+
+    truth = dv(v.double(), q.double(), k.double(), backend="reference")
+    errors = [(dv(v, q, k, backend=name) - truth).norm() / truth.norm() for name in ("auto", "reference")]
+    assert errors[0] <= 3 * errors[1] + 4 * torch.finfo(dtype).eps * (dtype == torch.float32)
+
+
 def test_weights_of_large_scores():
     """Without a mask: rows that one key dominates."""
     ours, theirs = nn_oracle.pair("MultiheadAttention", 16, 2, batch_first=True)

@@ -125,6 +125,8 @@ def plain(t):
         return t.a
     if isinstance(t, _Wrapper):
         return t.inner
+    if isinstance(t, torch.Tensor) and t.is_nested:
+        return t.to_padded_tensor(0.0)
     return t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t
 
 
@@ -232,6 +234,8 @@ REFUSED = {
     "csr": lambda t: t.to_sparse_csr() if t.dim() == 2 else t.to_sparse(),
     "mkldnn": lambda t: t.float().to_mkldnn(),
     "quantized": _quantized,
+    "jagged": lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged),
+    "strided nested": lambda t: torch.nested.nested_tensor(list(t)),
     "float8": lambda t: t.to(torch.float8_e4m3fn),
     "complex": lambda t: t.to(torch.complex64),
     "knows nothing": KnowsNothing,
@@ -276,7 +280,8 @@ def test_refused_and_named(op, kind):
         name, text = str(error).split(": ")[:2]
         assert name == op
         together = {"cos": "cos and sin", "sin": "cos and sin", "k_cache": "caches", "v_cache": "caches"}
-        assert label in text or together.get(label, label) in text, text
+        about_all = getattr(wrong, "is_nested", False) and "nested tensor" in text
+        assert label in text or together.get(label, label) in text or about_all, text
         assert not any(words in str(error) for words in INSIDE), error
 
 

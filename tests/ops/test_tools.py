@@ -8,13 +8,18 @@ import functools
 import io
 import operator
 import pickle
+import tempfile
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from tool_cases import LAYERS, Tools, assert_same_outcome, first, trained
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.utils import parametrize, prune
+from torch.utils._debug_mode import DebugMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from fastattn import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # deprecation warnings of the tools themselves
 
@@ -106,6 +111,14 @@ def weight_norm(module, inputs):
 
 
 @tool()
+def spectral_norm(module, inputs):
+    for child in list(module.modules()):
+        if isinstance(child, torch.nn.Linear):
+            torch.nn.utils.parametrizations.spectral_norm(child)
+    return trained(module, inputs)
+
+
+@tool()
 def pruning(module, inputs):
     for child, name in weights(module):
         prune.l1_unstructured(child, name, 0.3)
@@ -181,6 +194,26 @@ def weights_only_file(module, inputs):
 
 
 @tool()
+def distributed_checkpoint(module, inputs):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.checkpoint.save(module.state_dict(), checkpoint_id=folder)
+        state = {name: torch.zeros_like(value) for name, value in module.state_dict().items()}
+        torch.distributed.checkpoint.load(state, checkpoint_id=folder)
+    module.load_state_dict(state)
+    return [*state, *trained(module, inputs)]
+
+
+@tool()
+def plain_attributes_instead_of_parameters(module, inputs):
+    """As some tools for merged or offloaded weights leave them."""
+    for child in module.modules():
+        for name in list(child._parameters):
+            value = child._parameters.pop(name)
+            setattr(child, name, None if value is None else value.detach().clone())
+    return trained(module, inputs)
+
+
+@tool()
 def names(module, inputs):
     seen = []
     module.apply(lambda child: seen.append(type(child).__name__))
@@ -228,7 +261,55 @@ def dynamic_quantisation(module, inputs):
     return [str(kinds.count("torch.ao")), first(quantised(*inputs)).detach()]
 
 
+def test_static_quantisation_does_not_find_our_classes():
+    """It stays in float where torch.nn's is converted, and the quantised input is refused."""
+    quantization, x = torch.ao.quantization, torch.randn(2, 5, 16)
+    for library, works in ((torch.nn, True), (nn, False)):
+        for layer, inputs in ((library.LayerNorm(16), [x]), (library.MultiheadAttention(16, 2), [x] * 3)):
+            model = quantization.QuantWrapper(layer.eval())
+            model.qconfig = quantization.get_default_qconfig("fbgemm")
+            observed = quantization.prepare(model.eval())
+            observed.quant(x)
+            observed.module(*inputs)
+            converted = quantization.convert(observed)
+            assert (type(converted.module).__module__.startswith("torch.ao")) == works
+            if not works:
+                quantised = [torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)] * len(inputs)
+                with pytest.raises((TypeError, RuntimeError)):
+                    converted.module(*quantised)
+
+
 # ---- training ----
+
+
+@tool()
+def profiler(module, inputs):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, with_flops=True):
+        return trained(module, inputs)
+
+
+@tool()
+def debug_mode(module, inputs):
+    with DebugMode():
+        return trained(module, inputs)
+
+
+@tool()
+def gradients_of_some_inputs(module, inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    first(module(*leaves)).square().sum().backward(inputs=leaves[:1])
+    return [leaves[0].grad, *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+@tool()
+def distributed_data_parallel(module, inputs):
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        replica = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+        first(replica(*inputs)).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    return [p.grad for p in module.parameters()]
 
 
 @tool(use_reentrant=[False, True])

@@ -84,6 +84,20 @@ def fx_symbolic_trace(module, inputs):
     return [" ".join(nodes), *trained(graph, smaller(inputs))]
 
 
+@tool()
+def quantisation_by_fx(module, inputs):
+    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig, quantize_fx
+
+    torch.manual_seed(4)
+    model = torch.nn.Sequential(torch.nn.Linear(E, E), hold(module, len(inputs))).eval()
+    if len(inputs) > 1:
+        model = model[1]
+    prepared = quantize_fx.prepare_fx(model, QConfigMapping().set_global(default_dynamic_qconfig), tuple(inputs))
+    converted = quantize_fx.convert_fx(prepared)
+    kinds = sorted({type(child).__name__ for child in converted.modules()})
+    return [str(kinds), first(converted(*inputs)).detach()]
+
+
 def of_parameters(module):
     """A function of (parameters, *inputs)."""
     return lambda parameters, *inputs: first(torch.func.functional_call(module, parameters, inputs))
