@@ -104,9 +104,6 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
                  form: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """first: the first row of the query head in `softmax`."""
     MASKED: tl.constexpr = EDGE or form.MASKED
-    # the sum of dp begins with -delta, whose registers are then free; not with dropout, which scales dp before delta is
-    # subtracted, nor with a softcap, with which it took more registers (docs/lab/triton.md)
-    DELTA_FIRST: tl.constexpr = features.slopes is not None and features.rng_ptr is None and not form.SOFTCAP
     j = (start_n + tl.arange(0, form.BLOCK_N))[:, None]
     begin, end = walk(blocks, EDGE, True)
     for block in range(begin, end):
@@ -124,7 +121,7 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
         if MASKED:
             s = tl.where(visible, s, float("-inf"))
         p = probability(s, row_high[None, :], row_low[None, :], form.NATURAL)
-        if DELTA_FIRST:
+        if form.DELTA_FIRST:  # the registers of delta are then free
             dp = tl.dot(v, tl.trans(do), tl.broadcast_to(-row_delta[None, :], s.shape), input_precision=form.PRECISION)
         else:
             dp = tl.dot(v, tl.trans(do), input_precision=form.PRECISION)
@@ -134,7 +131,7 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
             pd = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * features.rescale, 0.0)
         dv = tl.dot(pd.to(do.dtype), do, dv, input_precision=form.PRECISION)
-        if not DELTA_FIRST:
+        if not form.DELTA_FIRST:
             dp -= row_delta[None, :]
         ds = p * dp
         if form.SOFTCAP:

@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastattn.kernels import attention_config
 from fastattn.kernels.attention_config import pick
 from fastattn.kernels.attention_mask import key_runs
 from fastattn.kernels.common import DEVICE_MADE, HOST_MADE, Rows, contiguous, dropout_constants
@@ -62,6 +63,7 @@ class Form(NamedTuple):
     NATURAL: Any  # scores are kept unscaled instead of times log2(e)
     FUSED_SCALE: Any  # the scale is applied together with the subtraction of the maximum
     GROUP: Any  # query heads per key head, in attention_dkdv_kernel
+    DELTA_FIRST: Any  # in attention_dkdv_kernel, the sum of dp begins with -delta
     TMA: Any  # 0: loads through pointers; DEVICE_MADE or HOST_MADE: through descriptors
     PRECISION: Any
 
@@ -219,7 +221,8 @@ class Plan:
         reach = self.total_q + self.total_k  # a side of the window that is this long is no limit
         has_left, has_right = 0 <= window_left < reach, 0 <= window_right < reach
         linear = bias is None and not alibi_dims and softcap == 0.0
-        self.natural = dtype == torch.float32 or bias is not None or alibi_dims > 0
+        self.alibi = alibi_dims > 0
+        self.natural = dtype == torch.float32 or bias is not None or self.alibi
         key_mask = self.mask_rows is not None
         masked = mask is not None and not key_mask
         wide = max(head_dim, head_dim_v) > 128  # clearing the rows of hidden keys needs registers
@@ -233,7 +236,7 @@ class Plan:
         self.form = Form(
             head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), None, None, has_left, has_right, top_left,
             softcap > 0.0, masked, key_mask, self.natural, linear and not self.natural and scale > 0.0, self.group,
-            0, fp32_precision,
+            False, 0, fp32_precision,
         )  # fmt: skip
         self.starts = {}
 
@@ -265,11 +268,20 @@ class Plan:
             MASKED=self.form.MASKED or (self.form.KEY_MASK and kernel == "dbias"),
             KEY_MASK=self.form.KEY_MASK and kernel != "dbias",
             GROUP=self.form.GROUP if kernel == "dkdv" else 1,
+            DELTA_FIRST=kernel == "dkdv" and self._adds_delta_first(),
         )
         form_tma = form._replace(TMA=DEVICE_MADE.value if makers != HOST_MADE.value else 0) if makers else None
         rows, whole = (config.block_m, True) if kernel == "dkdv" else (config.block_n, self._sees_all_keys())
         boxes = ([1, 1, rows, form.BLOCK_D], [1, 1, rows, form.BLOCK_DV]) if whole and self.sequences is None else ()
         return Start((blocks * heads * self.batch,), blocks, form, form_tma, boxes, config.options())
+
+    def _adds_delta_first(self):
+        """Whether dk and dv take fewer registers if the sum of dp begins with -delta (docs/lab/triton.md).
+
+        Not with dropout, which scales dp before delta is subtracted, and not on sm_100: its sums are in tensor memory.
+        """
+        arch, _ = attention_config.architecture(self.kind[0])
+        return self.alibi and not self.drops and not self.form.SOFTCAP and arch != 100
 
     def _sees_all_keys(self):
         """Whether each key is seen by some query, as far as sizes tell."""

@@ -138,15 +138,26 @@ def test_rows_and_descriptors_of_an_architecture(capability, arch, makers, monke
 ])  # fmt: skip
 def test_the_kind_of_a_call(kind, more):
     """A limit of registers holds only for calls with few features: those with more would spill."""
-    more = dict(more)
+    assert plan_of(**more).kind[-1] == kind
+
+
+@pytest.mark.parametrize(("arch", "more", "first"), [
+    (90, {"alibi_dims": 1}, True), (100, {"alibi_dims": 1}, False), (90, {}, False),
+    (90, {"alibi_dims": 1, "softcap": 5.0}, False), (90, {"alibi_dims": 1, "dropout_p": 0.1, "drops": True}, False),
+])  # fmt: skip
+def test_which_calls_begin_the_sum_of_dp_with_delta(arch, more, first, monkeypatch):
+    monkeypatch.setattr("fastattn.kernels.attention_config.architecture", lambda device: (arch, 0))
+    assert plan_of(**more)._adds_delta_first() == first
+
+
+def plan_of(**more):
     q = geometry(torch.empty(2, 4, 64, more.pop("head_dim", 64), device="meta"))
     tensors = {
         name: geometry(torch.empty(more[name], device="meta")) if name in more else None for name in ("bias", "mask")
     }
     values = {"drops": False, "sequences": None, "window_left": -1, "window_right": -1, "top_left": False,
               "softcap": 0.0, "dropout_p": 0.0, "scale": 0.125, "alibi_dims": 0, **more, **tensors}  # fmt: skip
-    plan = Plan(q, q, q, dtype=torch.bfloat16, device=torch.device("cuda"), fp32_precision="ieee", **values)
-    assert plan.kind[-1] == kind
+    return Plan(q, q, q, dtype=torch.bfloat16, device=torch.device("cuda"), fp32_precision="ieee", **values)
 
 
 def test_configurations_compile_without_spills():
