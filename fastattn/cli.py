@@ -47,8 +47,10 @@ def main(argv=None):
     Returns:
         The exit code.
     """
-    if argv is None and sys.argv[1:2] and sys.argv[1] in MODEL_COMMANDS:  # the process is ours
-        keep_freed_memory()
+    if argv is None:  # the process is ours
+        os.environ.pop("MPLBACKEND", None)  # figures need none, and matplotlib fails with a wrong one
+        if sys.argv[1:2] and sys.argv[1] in MODEL_COMMANDS:
+            keep_freed_memory()
     argv = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
