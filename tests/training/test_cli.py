@@ -497,6 +497,14 @@ def test_a_lack_of_memory_is_one_line(folder, capsys, monkeypatch, error, asked)
     assert expected in capsys.readouterr().err
 
 
+def test_a_missing_compiler_is_one_line(folder, capsys, monkeypatch):
+    def fail(*_arguments):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None,)")
+
+    monkeypatch.setattr("fastattn.commands.train.read_train_config", fail)
+    assert_refused(folder, capsys, ["train", "--run", "runs/none"], "there is no C++ compiler, which compile: true")
+
+
 def test_fault_of_ours_is_a_traceback(folder, monkeypatch):
     monkeypatch.setattr("fastattn.commands.train.parser", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # Python ends with exit code 1
