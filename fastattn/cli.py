@@ -35,6 +35,7 @@ COMMANDS = {
     "info": "show versions, devices and backends, and why one is missing",
 }
 _NO_MEMORY = re.compile("out of memory|allocate memory|storage size calculation overflow", re.IGNORECASE)
+_NO_COMPILER = re.compile(r"No working C\+\+ compiler|Failed to find C compiler")  # of Inductor and of Triton
 MODEL_COMMANDS = ("train", "finetune", "evaluate", "predict", "generate")
 
 
@@ -47,8 +48,10 @@ def main(argv=None):
     Returns:
         The exit code.
     """
-    if argv is None and sys.argv[1:2] and sys.argv[1] in MODEL_COMMANDS:  # the process is ours
-        keep_freed_memory()
+    if argv is None:  # the process is ours
+        os.environ.pop("MPLBACKEND", None)  # figures need none, and matplotlib fails with a wrong one
+        if sys.argv[1:2] and sys.argv[1] in MODEL_COMMANDS:
+            keep_freed_memory()
     argv = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -72,6 +75,8 @@ def main(argv=None):
     except (UsageError, OSError) as error:
         return report_error(error)
     except (MemoryError, RuntimeError) as error:  # torch has no type of its own for a lack of memory on a CPU
+        if _NO_COMPILER.search(str(error)):
+            return report_error("there is no C++ compiler, which compile: true and Triton need; CXX names another one")
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         return report_error(f"not enough memory; a smaller model, batch_size or block_size needs less{_asked(error)}")

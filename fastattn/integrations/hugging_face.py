@@ -121,6 +121,7 @@ def write_hugging_face(model: nn.Module, folder: str | os.PathLike[str], **setti
         >>> write_hugging_face(model, "exported")  # then AutoModelForCausalLM.from_pretrained("exported")
         'gpt2'
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     problems = []
@@ -131,7 +132,10 @@ def write_hugging_face(model: nn.Module, folder: str | os.PathLike[str], **setti
             problems.append(str(error))
             continue
         tensors = {name: t.detach().cpu().contiguous() for name, t in family.write_weights(model).items()}
-        save_file(tensors, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+        try:
+            save_file(tensors, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{folder}: model.safetensors could not be written: {error}") from error
         text = json.dumps({**config, **settings}, indent=2, ensure_ascii=False) + "\n"
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
         return config["model_type"]

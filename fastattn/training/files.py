@@ -69,6 +69,8 @@ def check_place(path, what):
             raise UsageError(f"{what} {str(path)!r} is a file; name a new folder")
         raise UsageError(f"{what} {str(path)!r} cannot be created: {str(nearest)!r} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
+        if nearest == real:
+            raise UsageError(f"{what} {str(path)!r} is not writable; name another folder")
         raise UsageError(f"{what} {str(path)!r} cannot be created: the folder {str(nearest)!r} is not writable")
     return real
 

@@ -3,12 +3,14 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from training_cases import tiny_config, tiny_model, write_table
 
 pytest.importorskip("lightning_fabric", reason="needs the packages of fastattn[train]")
@@ -16,6 +18,7 @@ from fastattn.cli import main
 from fastattn.training.config import Columns, DataConfig
 from fastattn.training.data.sources import read_documents
 from fastattn.training.data.tables import columns_read
+from fastattn.training.data.text import find_data
 from fastattn.training.messages import UsageError
 from fastattn.training.runs.train import train
 
@@ -295,3 +298,39 @@ def test_any_table_is_read_or_refused_in_one_line(tmp_path_factory, rows, kind, 
                 assert got == str(value).strip()
             elif columns.messages is None:
                 assert got == str(value)
+
+
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, tmp_path):
+    def fail(*_arguments, **_options):  # safetensors has an error of its own for it
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    assert main(["export", str(place / "lm"), str(tmp_path / "out"), "--accelerator", "cpu"]) == 2
+    assert "model.safetensors could not be written: I/O error: No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_name_or_home_is_told_where_data_were_looked_for(monkeypatch):
+    """As in a container that runs as a number that its list of users does not have."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(UsageError, match="set FASTATTN_DATA, name the file itself, or use 'topics'"):
+        find_data("no_such_set", "file")
+
+
+def test_a_pipe_is_read_line_by_line_and_a_missing_standard_input_is_said(place, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.write(writer, b"one\n\ntwo\n")
+    os.close(writer)
+    run = str(place / "number")
+    assert main(["predict", run, "--input", f"/dev/fd/{reader}", "--accelerator", "cpu"]) == 0
+    os.close(reader)
+    assert [line.split("\t")[-1] for line in capsys.readouterr().out.splitlines()] == ["one", "", "two"]
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["predict", run, "--input", "-"]) == 2
+    assert "--input - reads standard input, which this process does not have" in capsys.readouterr().err

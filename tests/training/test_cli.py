@@ -224,3 +224,10 @@ def test_output_that_cannot_be_written(monkeypatch, capsys):
         patch.setattr("sys.stdout", full)
         assert main(["--version"]) == 2
     assert capsys.readouterr().err == "fastattn: error: [Errno 28] No space left on device\n"
+
+
+def test_a_wrong_backend_of_matplotlib_does_not_matter(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    monkeypatch.setattr("sys.argv", ["fastattn", "--version"])
+    assert main() == 0
+    assert "MPLBACKEND" not in os.environ

@@ -295,3 +295,11 @@ def test_a_lack_of_memory_is_one_line(folder, capsys, monkeypatch, error, asked)
     assert main(["train", "--run", "runs/none"]) == 2
     expected = f"fastattn: error: not enough memory; a smaller model, batch_size or block_size needs less{asked}"
     assert expected in capsys.readouterr().err
+
+
+def test_a_missing_compiler_is_one_line(folder, capsys, monkeypatch):
+    def fail(*_arguments):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
+
+    monkeypatch.setattr("fastattn.commands.train.read_train_config", fail)
+    assert_refused(folder, capsys, ["train", "--run", "runs/none"], "there is no C++ compiler, which compile: true")
