@@ -161,6 +161,7 @@ def test_the_loss_curve_has_the_unit_of_the_task_and_the_chosen_checkpoint(tmp_p
     train(table_config(task, tmp_path / "run", table, steps=4, evaluate_every=2, optim=optim))
     axes, *right = kept[0].axes
     assert axes.get_ylabel() == f"loss (nats a {unit})"
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
     texts = " ".join(text.get_text() for text in kept[0].legends[0].get_texts())
     assert "train loss, with label smoothing 0.1" in texts
     assert "chosen checkpoint, step" in texts

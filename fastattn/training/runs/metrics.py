@@ -104,6 +104,7 @@ def plot_losses(run, *, unit="nats a token", smoothing=0.0, chosen=None):
         lines += right.plot(*zip(*accuracies, strict=True), "--", color="tab:green", marker=".", label=text)
     if lines:  # below the axes: between two falling and a rising curve no corner is free
         figure.legend(handles=lines, loc="outside lower center", ncols=2)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # no half steps
     axes.grid(alpha=0.3)
     save_png(figure, run / "loss.png")
     return run / "loss.png"
