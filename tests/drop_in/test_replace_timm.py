@@ -6,6 +6,7 @@ timm imports torchvision for its data sets. Where that does not fit the installe
 import collections
 import copy
 import importlib.machinery
+import importlib.util
 import sys
 import types
 
