@@ -40,13 +40,12 @@ def architecture(device):
 
 
 def table_key(arch, kernel, element_size, head_dim):
-    """Return the key of the row for a head dim: that of the next larger one that the table has."""
+    """Return the key of the row for a head dim: that of the next larger one of HEAD_DIMS."""
     if element_size == 4:
         arch = 80  # products of fp32 run on the same units on all architectures: one set of rows
     elif arch == AMD:
         arch = 86
-    keys = ((arch, kernel, element_size, d) for d in range(head_dim, HEAD_DIMS[-1] + 1))
-    return next(key for key in keys if key in TABLE)
+    return arch, kernel, element_size, next(d for d in HEAD_DIMS if head_dim <= d)
 
 
 @functools.cache

@@ -165,8 +165,8 @@ def exported(module, inputs, seen):
     return program.module()
 
 
-def fault(name, how, backend):
-    """What is wrong with a case, or ""."""
+def fault(name, how, backend, reached):
+    """What is wrong with a case, or "". Adds the raw ops that it reaches to `reached`."""
     seen = set()
     module, inputs = made(name)
     try:
@@ -177,9 +177,13 @@ def fault(name, how, backend):
     if how == "called":
         with Seen() as calls:
             got = trained(module, inputs)
+            if GRADIENTS:
+                with torch.no_grad():
+                    module(*inputs)
         seen = calls.ops
     else:
         got = trained(compiled(module, seen) if how == "compiled" else exported(module, inputs, seen), inputs)
+    reached |= ours(seen)
     if got != expected:
         return f"{got} instead of {expected}"
     if not ours(seen):
@@ -188,14 +192,8 @@ def fault(name, how, backend):
     return f"not by Triton: {others}" if others else ""
 
 
-def unreached(backend):
-    """The raw ops with a kernel for CUDA that no case calls, with or without gradients."""
-    reached = set()
-    for name, grad in itertools.product((*CALLS, *LAYERS), (True, False)):
-        module, inputs = made(name)
-        with Seen() as calls, torch.set_grad_enabled(grad):
-            trained(module, inputs) if grad else module(*inputs)
-        reached |= ours(calls.ops)
+def unreached(backend, reached):
+    """The raw ops with a kernel for CUDA that no case called."""
     wanted = {name for name in native_ops() if name.endswith(".native")} if backend == "native" else triton_ops()
     hidden = {name for name in wanted if name.partition(".")[0] in HIDDEN or ("bwd" in name and not GRADIENTS)}
     return sorted(wanted - hidden - reached)
@@ -221,14 +219,15 @@ def main(build):
         found["uncalled"] = uncalled()
         for backend in ("native", "triton"):
             _backends.set_unavailable("native", "cuda", None if backend == "native" else "left out")
-            found[f"unreached {backend}"] = unreached(backend)
+            reached = set()
             for how, name in itertools.product(("called", "compiled", "exported"), (*CALLS, *LAYERS)):
                 if (how, backend) in RUNS:
                     torch._dynamo.reset()
                     try:
-                        found[f"{how} {backend} {name}"] = fault(name, how, backend)
+                        found[f"{how} {backend} {name}"] = fault(name, how, backend, reached)
                     except Exception as error:  # a line of the report
                         found[f"{how} {backend} {name}"] = f"{type(error).__name__}: {error}"
+            found[f"unreached {backend}"] = unreached(backend, reached)
     print(json.dumps(found))
 
 
