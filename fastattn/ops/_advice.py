@@ -52,6 +52,15 @@ _NORM = _DROPOUT | {
     "residual_in_fp32": "pass the residual in float32: it keeps its dtype",
 }
 
+_LAYER = {
+    "d_ff dim_ff ff_dim hidden_dim intermediate_size": "use dim_feedforward=",
+    "num_heads n_heads n_head": "use nhead=",
+    "eps norm_eps layer_norm_epsilon": "use layer_norm_eps=",
+    "pre_norm prenorm": "use norm_first=",
+    "act act_fn activation_fn hidden_act": "use activation=",
+    "dropout_p dropout_rate": "use dropout=",
+}
+
 ADVICE = {
     "attention": _table(
         _DROPOUT,
@@ -151,6 +160,33 @@ ADVICE = {
             "cu_seqlens max_seqlen": "use positions= (total,), the position of each token in its sequence",
             "conjugate": "use -sin",
             "x": "or a pair of tensors",
+        },
+    ),
+    "nn.MultiheadAttention": _table(
+        {
+            "d_model embedding_dim hidden_size": "use embed_dim=",
+            "nhead n_heads n_head": "use num_heads=",
+            "dropout_p attention_dropout": "use dropout=",
+            "mask src_mask attention_mask": "use attn_mask= (bool: True = ignore)",
+            "padding_mask src_key_padding_mask": "use key_padding_mask= (bool: True = ignore)",
+            "causal": "use is_causal=",
+        }
+    ),
+    "nn.TransformerEncoderLayer": _table(
+        _LAYER,
+        {
+            "mask attn_mask attention_mask": "use src_mask= (bool: True = ignore)",
+            "key_padding_mask padding_mask": "use src_key_padding_mask= (bool: True = ignore)",
+            "causal": "use is_causal=",
+        },
+    ),
+    "nn.TransformerDecoderLayer": _table(
+        _LAYER,
+        {
+            "mask attn_mask attention_mask": "use tgt_mask= and memory_mask= (bool: True = ignore)",
+            "key_padding_mask padding_mask": "use tgt_key_padding_mask= and memory_key_padding_mask= (bool: True ="
+            " ignore)",
+            "causal is_causal": "use tgt_is_causal=",
         },
     ),
     "nn.FeedForward": _table(

@@ -93,7 +93,9 @@ def test_every_advice_names_what_there_is():
     public |= {name: getattr(nn, name[3:]) for name in ADVICE if name.startswith("nn.")}
     assert set(public) == set(ADVICE)
     for name, function in public.items():
-        ours = inspect.signature(function).parameters
+        ours = dict(inspect.signature(function).parameters)
+        if name.startswith("nn."):
+            ours |= inspect.signature(function.forward).parameters
         for given, text in ADVICE[name].items():
             if given in ours:
                 continue
@@ -173,6 +175,12 @@ class TestModules:
     def test_names(self):
         with pytest.raises(TypeError, match=r"^nn\.FeedForward: there is no argument dim_feedforward: use d_ff="):
             nn.FeedForward(8, dim_feedforward=16)
+        with pytest.raises(TypeError, match=r"there is no argument d_ff: use dim_feedforward="):
+            nn.TransformerDecoderLayer(8, 2, d_ff=16)
+        with pytest.raises(TypeError, match=r"no argument attn_mask: use src_mask= \(bool: True = ignore\)"):
+            nn.TransformerEncoderLayer(8, 2)(X, attn_mask=None)
+        with pytest.raises(TypeError, match=r"no argument padding_mask: use key_padding_mask= "):
+            nn.MultiheadAttention(8, 2)(X, X, X, padding_mask=None)
         with pytest.raises(TypeError, match=r"^nn\.RotaryEmbedding: there is no argument dim: use rotary_dim="):
             nn.RotaryEmbedding(dim=8)
         with pytest.raises(TypeError, match=r"^nn\.RotaryEmbedding: rotary_dim must be an integer, got str"):
