@@ -73,7 +73,14 @@ MODELS = {
     "vit_tiny_patch16_224": (VIT, OF_VIT),
     "deit_tiny_patch16_224": (VIT, OF_VIT),
     "swin_tiny_patch4_window7_224": (
-        {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)},
+        {
+            "img_size": 32,
+            "window_size": 4,
+            "embed_dim": 16,
+            "depths": (2, 2),
+            "num_heads": (2, 4),
+            "drop_path_rate": 0.0,
+        },
         {"LayerNorm": 11, "attention": 4, "feed-forward,": 4, "Linear": 18},
     ),
     "convnext_atto": ({"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 16)}, {"LayerNorm": 9, "Linear": 1}),
