@@ -68,30 +68,29 @@ inline CpuCapability best_capability() {
   return CpuCapability::kDefault;
 }
 
-// The instruction set in use. It is looked up once: in a virtual machine each question to the processor takes
-// microseconds.
+// The instruction set to use. In a virtual machine each question to the processor takes microseconds, so callers keep
+// the answer.
 inline CpuCapability cpu_capability() {
-  static const CpuCapability found = [] {
-    const CpuCapability best = best_capability();
-    const char* wanted = std::getenv("FASTATTN_CPU_CAPABILITY");
-    // Python has checked the word already; here an unknown word means no limit
-    for (CpuCapability lower :
-         {CpuCapability::kDefault, CpuCapability::kAvx2, CpuCapability::kAvx512, CpuCapability::kAvx512Bf16}) {
-      if (wanted && capability_name(lower) == std::string_view(wanted) && lower < best) {
-        return lower;
-      }
+  const CpuCapability best = best_capability();
+  const char* wanted = std::getenv("FASTATTN_CPU_CAPABILITY");
+  // Python has checked the word already; here an unknown word means no limit
+  for (CpuCapability lower :
+       {CpuCapability::kDefault, CpuCapability::kAvx2, CpuCapability::kAvx512, CpuCapability::kAvx512Bf16}) {
+    if (wanted && capability_name(lower) == std::string_view(wanted) && lower < best) {
+      return lower;
     }
-    return best;
-  }();
-  return found;
+  }
+  return best;
 }
 
 inline bool has_dots() {
-  return cpu_capability() >= CpuCapability::kAvx512Bf16;
+  static const bool found = cpu_capability() >= CpuCapability::kAvx512Bf16;
+  return found;
 }
 
 inline bool has_tiles() {
-  return cpu_capability() == CpuCapability::kAmx;
+  static const bool found = cpu_capability() == CpuCapability::kAmx;
+  return found;
 }
 
 }  // namespace fastattn

@@ -148,7 +148,7 @@ def test_pieces_of_text():
     [
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0 and finite, got 0.0"),
-        ({"beams": 0}, "beams must be at least 1, got 0"),
+        ({"beams": 0}, "beams must be from 1 to 1,000, got 0"),
     ],
 )
 def test_values_out_of_range(values, message):
