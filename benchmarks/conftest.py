@@ -185,7 +185,7 @@ def verify_equal(results, tolerance):
 
 
 def without_compiled(candidates):
-    """Those of a run without timing: compiling peers takes most of its time and tells nothing about our results."""
+    """The candidates of a run without timing. Compiling the others takes most of its time and tests nothing of ours."""
     return candidates and {name: fn for name, fn in candidates.items() if not name.startswith("torch.compile")}
 
 

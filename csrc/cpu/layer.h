@@ -7,7 +7,8 @@
 //
 // All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
 // read weights of fp32, bf16 or int8 in place; for more rows fp32 weights go to our blocked product or to torch's
-// library. In bf16 the weights and everything between the kernels are bf16, and the products of more rows are torch's.
+// library. In bf16 the weights and everything between the kernels are bf16; the products of more rows are torch's, or
+// ours with AMX.
 // x, the sums r, y and the norms' weights are bf16 too, or fp32 (autocast; only in a training step).
 #include <atomic>
 #include <cstdlib>

@@ -172,8 +172,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _needs_low(call):
-    """Whether the forward saves lse_low. In half precision, plain scores need it from about 1e5 on only; on a CPU it
-    costs a number per row, the kernels for Hopper do not compute it."""
+    """Whether the forward saves lse_low. In half precision, plain scores need it only from about 1e5 on. A CPU saves it
+    all the same, for one number per row; the kernels for Hopper do not compute it."""
     return call.q.dtype == torch.float32 or call.q.is_cpu or call.bias is not None or call.alibi_slopes is not None
 
 

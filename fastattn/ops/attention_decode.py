@@ -135,7 +135,8 @@ def _prepare(given, causal, window):
         tiles = True if head_dim in HOPPER_HEAD_DIMS and v_cache.shape[3] == head_dim else False  # noqa: SIM210
         unaligned_strides = False
         for t in (k_cache, v_cache):
-            offset = 0 if torch.compiler.is_compiling() else t.storage_offset()  # Dynamo cannot read it
+            # Dynamo cannot read the offset; the kernel then refuses one that is not aligned
+            offset = 0 if torch.compiler.is_compiling() else t.storage_offset()
             for stride in t.stride()[:3]:
                 if stride == 0 or stride % 8 or offset % 8:
                     unaligned_strides = True
