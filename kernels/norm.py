@@ -88,12 +88,16 @@ def load_stats(stats_ptr, row, rows, RMS: tl.constexpr):
 
 @triton.jit
 def _finish_stats(mean, centered_sum, square_sum, cols, eps, RMS: tl.constexpr):
-    """Return (mean, rstd) from the sums of r - mean and of its square. The first sum is the mean's rounding error."""
+    """Return (mean, rstd) from the sums of r - mean and of its square. The first sum is the mean's rounding error.
+
+    If the squares exceed fp32, rstd is 0; NaN stays NaN. A maximum that drops NaN would give 1 / sqrt(eps) for both.
+    """
     variance = square_sum / cols
     if not RMS:
         rest = centered_sum / cols
         mean += rest
-        variance = tl.maximum(variance - rest * rest, 0.0)
+        rest = tl.where(variance < float("inf"), rest, 0.0)
+        variance = tl.maximum(variance - rest * rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return mean, 1 / tl.sqrt(variance + eps)
 
 

@@ -62,11 +62,13 @@ __device__ __forceinline__ void add_centered(float (&sums)[2], const float (&r)[
 }
 
 // Computes rstd from the two sums over the row. The first sum is the rounding error of the mean; with it, a constant
-// row becomes exactly 0.
+// row becomes exactly 0. If the squares exceed fp32, rstd is 0; NaN stays NaN, which fmaxf would drop.
 __device__ __forceinline__ float finish_stats(float& mean, const float (&sums)[2], const NormFwdArgs& args) {
   const float rest = args.rms ? 0.f : sums[0] / args.cols;
   mean += rest;
-  return rsqrtf(fmaxf(sums[1] / args.cols - rest * rest, 0.f) + args.eps);
+  const float squares = sums[1] / args.cols;
+  const float variance = squares < INFINITY ? squares - rest * rest : squares;
+  return rsqrtf((variance < 0.f ? 0.f : variance) + args.eps);
 }
 
 template <int kGroups>

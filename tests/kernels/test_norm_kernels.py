@@ -256,3 +256,21 @@ def test_rounding_of_r_comes_before_the_statistics(kernels):
     y, r, _ = kernels.norm_fwd(*case.arguments())
     again = kernels.norm_infer(r.float(), None, case.weight, case.bias, None, 0.0, EPS, False)
     torch.testing.assert_close(y, again, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # numpy's
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("cols", [8, 100, 8200])  # in registers, and read again
+def test_rows_that_have_no_variance_in_fp32(kernels, rms, cols):
+    """Too large squares give zeros; NaN and infinities stay visible. A maximum drops NaN, as if such rows were equal."""
+    x = torch.randn(6, cols, device=DEVICE)
+    x[1], x[2] = x[1] * 1e25, x[2] * 1e30
+    x[3, 5], x[4, 5] = torch.nan, torch.inf
+    weight = torch.ones(cols, device=DEVICE)
+    y, _, stats = kernels.norm_fwd(x, None, weight, None, None, 0.0, EPS, rms)
+    torch.testing.assert_close(y, reference.norm(x, None, weight, eps=EPS, rms=rms)[0], equal_nan=True)
+    assert (y[1:3] == 0).all()
+    assert (stats[-1, 1:3] == 0).all()
+    dx = kernels.norm_bwd(torch.ones_like(y), None, x, weight, stats, None, 0.0, rms, False, True, False)[0]
+    assert (dx[1:3] == 0).all()
+    assert dx[[0, 5]].isfinite().all()

@@ -162,6 +162,42 @@ def test_rows_far_from_zero(backend, device, dtype, rms, shift):
         torch.testing.assert_close(y.double(), F.layer_norm(x.double(), (777,)), rtol=0, atol=shift * 2**-23)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # numpy's
+@pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("cols", [8, 9000])
+def test_rows_whose_squares_exceed_fp32(backend, device, interpreted, rms, cols):
+    """Such a row is divided by infinity, whatever the kernel, and other rows do not notice. So is PyTorch's RMSNorm."""
+    generator = torch.Generator().manual_seed(2)
+    for dtype in (torch.float32,) if interpreted else (torch.float32, torch.bfloat16):
+        x, bias = torch.randn(4, cols, generator=generator), torch.randn(cols, generator=generator)
+        x[1], x[2] = x[1] * 1e25, x[2] * 1e30
+        x, bias = (t.to(device, dtype).requires_grad_() for t in (x, bias))
+        weight = torch.ones_like(bias).requires_grad_()
+        y = fastattn.rms_norm(x, weight) if rms else fastattn.layer_norm(x, weight, bias)
+        assert torch.equal(y[1:3], torch.zeros_like(y[1:3]) if rms else bias.expand(2, cols))
+        dx, dweight = torch.autograd.grad(y.square().sum(), (x, weight))
+        assert (dx[1:3] == 0).all()
+        others = x.detach()[::3].requires_grad_()
+        expected = fastattn.rms_norm(others, weight) if rms else fastattn.layer_norm(others, weight, bias)
+        assert torch.equal(y[::3], expected)
+        assert torch.equal(dx[::3], torch.autograd.grad(expected.square().sum(), others)[0])
+        assert dweight.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # numpy's
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
+def test_what_is_not_finite_stays_visible(backend, device, rms, value):
+    """A row with an infinity or NaN contains NaN, as in PyTorch; it is not hidden like too large a square."""
+    x = torch.randn(3, 40)
+    x[1, 7] = value
+    weight = torch.ones(40)
+    theirs = F.rms_norm(x, (40,), weight) if rms else F.layer_norm(x, (40,), weight)
+    x, weight = x.to(device), weight.to(device)
+    ours = fastattn.rms_norm(x, weight) if rms else fastattn.layer_norm(x, weight)
+    assert torch.equal(ours.isnan().cpu(), theirs.isnan())
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 10.0, 1e8])
 def test_eps(backend, device, eps):
     case((5, 64), device=device, eps=eps).check()
