@@ -22,15 +22,24 @@ _SCORES = {
     "layout qkv_format tensor_layout": "tensors are (batch, heads, seqlen, head_dim); transpose(1, 2) of a (batch,"
     " seqlen, heads, head_dim) tensor costs no copy",
 }
-_ATTENTION = _SCORES | {
-    "window_size local_window_size": "use window=(left, right)",
-    "sliding_window": "use window=(sliding_window - 1, 0)",
-    "soft_cap logit_cap logits_soft_cap logit_softcap": "use softcap=",
-    "sinks s_aux learnable_sink": "use sink=",
-    "return_attn_probs return_softmax return_softmax_lse": "use return_lse=True; the weights are never stored",
-    "enable_gqa": "k and v may have fewer heads than q without it",
-    "query key value": "use q=, k= and v=",
+_FLASH_3 = {
+    "q_descale k_descale v_descale": "there is no float8 attention",
+    "attention_chunk": "use mask= (bool, True = attend)",
+    "qv q_v pack_gqa sm_margin scheduler_metadata": "it has no counterpart here",
 }
+_ATTENTION = (
+    _SCORES
+    | _FLASH_3
+    | {
+        "window_size local_window_size": "use window=(left, right)",
+        "sliding_window": "use window=(sliding_window - 1, 0)",
+        "soft_cap logit_cap logits_soft_cap logit_softcap": "use softcap=",
+        "sinks s_aux learnable_sink": "use sink=",
+        "return_attn_probs return_softmax return_softmax_lse": "use return_lse=True; the weights are never stored",
+        "enable_gqa": "k and v may have fewer heads than q without it",
+        "query key value": "use q=, k= and v=",
+    }
+)
 _FLASH = _DROPOUT | {
     "scale sm_scale scaling": "use softmax_scale=",
     "window sliding_window": "use window_size=(left, right)",
@@ -78,7 +87,12 @@ ADVICE = {
             "cu_seqlens": "use cu_seqlens_q= and cu_seqlens_k=",
             "max_seqlen": "use max_seqlen_q= and max_seqlen_k=",
             "seqused_k seqlens kv_seqlens": "use seqlens_k=",
-            "k_cache v_cache cache_seqlens block_table": "call attention_decode",
+            "seqused_q": "use cu_seqlens_q=, or ignore the rows of out that are padding",
+            "k_cache v_cache cache_seqlens cache_batch_idx cache_leftpad block_table page_table num_splits": "call"
+            " attention_decode",
+            "rotary_cos rotary_sin rotary_interleaved": "rotate q and k with rotary_embedding first",
+            "add_zero_attn add_bias_kv bias_k bias_v": "append the key and the value to k and v, or use"
+            " nn.MultiheadAttention",
             "mask": "bool, True = attend",
             "bias": "float, added to the scores",
         },
@@ -86,14 +100,19 @@ ADVICE = {
     "scaled_dot_product_attention": _table(
         _DROPOUT,
         _SCORES,
+        _FLASH_3 | {"attention_chunk": "use attn_mask= (bool, True = attend)"},
         {
             "q k v": "use query=, key= and value=",
             "mask bias attn_bias position_bias attention_mask": "use attn_mask= (bool, True = attend, or float, added"
             " to the scores)",
             "causal": "use is_causal=True (query i sees keys 0 to i), or call attention",
             "key_padding_mask": "use attn_mask=~key_padding_mask[:, None, None, :] (True = attend)",
-            "window window_size sliding_window softcap alibi_slopes sink seqlens_k cu_seqlens_q cu_seqlens_k"
-            " max_seqlen_q max_seqlen_k return_lse deterministic backend": "call attention, which takes it",
+            "window window_size sliding_window softcap alibi_slopes sink sinks s_aux learnable_sink seqlens_k seqused_k"
+            " cu_seqlens max_seqlen cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k return_lse return_attn_probs"
+            " return_softmax_lse deterministic backend": "call attention, which has it",
+            "k_cache v_cache cache_seqlens cache_batch_idx cache_leftpad block_table page_table num_splits": "call"
+            " attention_decode",
+            "rotary_cos rotary_sin rotary_interleaved": "rotate query and key with rotary_embedding first",
             "attn_mask": "bool (True = attend) or float (added to the scores)",
         },
     ),
@@ -106,6 +125,10 @@ ADVICE = {
             " window= to say which keys are visible",
             "rotary_cos rotary_sin rotary_interleaved": "rotate q and k with rotary_embedding first",
             "seqused_k seqlens_k": "use cache_seqlens= (valid keys before the call)",
+            "cu_seqlens cu_seqlens_q cu_seqlens_k max_seqlen max_seqlen_q max_seqlen_k seqused_q": "every sequence has"
+            " as many new queries as q; use cache_seqlens= and cache_batch_idx=",
+            "attention_chunk": "use cache_leftpad= and window= to say which keys are visible",
+            "deterministic": "it has no gradients, and its results are always the same",
             "page_table block_tables": "use block_table=",
             "cache_seqlens": "int32 (batch,), the valid keys of each sequence before the call",
         },
@@ -141,6 +164,8 @@ ADVICE = {
         {
             "input hidden_states logits": "use x=, the input of the last linear layer",
             "labels targets": "use target=",
+            "linear_bias lin_bias": "use bias=",
+            "return_z_loss": "the loss includes it; its value alone is not returned",
             "lin_weight linear_weight lm_head classifier": "use weight=, (vocab, d_model)",
             "class_weight class_weights ce_weight": "the classes have no weights",
             "lse_square_scale": "use z_loss=",

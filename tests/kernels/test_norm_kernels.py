@@ -262,7 +262,7 @@ def test_rounding_of_r_comes_before_the_statistics(kernels):
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("cols", [8, 100, 8200])  # in registers, and read again
 def test_rows_that_have_no_variance_in_fp32(kernels, rms, cols):
-    """Too large squares give zeros; NaN and infinities stay visible. A maximum drops NaN, as if such rows were equal."""
+    """Too large squares give zeros; NaN and infinities stay visible. A maximum would drop NaN."""
     x = torch.randn(6, cols, device=DEVICE)
     x[1], x[2] = x[1] * 1e25, x[2] * 1e30
     x[3, 5], x[4, 5] = torch.nan, torch.inf

@@ -86,6 +86,17 @@ def test_arguments_in_the_place_of_others(op, args, message):
             function(*args)
 
 
+@pytest.mark.parametrize("op", ["attention", "attention_decode", "scaled_dot_product_attention"])
+def test_no_name_of_another_attention_is_guessed_at(op):
+    """The nearest name of ours means something else: cache_seqlens is no answer to max_seqlen_q."""
+    functions = [getattr(flash_attn, name) for name in dir(flash_attn) if name.startswith("flash_attn_")]
+    functions += [fastattn.scaled_dot_product_attention, fastattn.attention, fastattn.attention_decode]
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    names -= {"kv", "qkv", *inspect.signature(getattr(fastattn, op)).parameters}
+    assert len(names) > 15
+    assert sorted(names - set(ADVICE[op])) == []
+
+
 def test_every_advice_names_what_there_is():
     """A text that says use NAME= must be right, and no foreign name may be one of ours."""
     public = {name: getattr(fastattn, name) for name in RIGHT}
