@@ -252,7 +252,7 @@ class Plan:
         return self.starts[kernel]
 
     def _start(self, kernel):
-        config, makers = pick(kernel, *self.kind)
+        config, makers = pick(kernel, *self.kind, self.form.KEY_MASK)
         if kernel == "dq" and self.form.HAS_LEFT and self.form.SOFTCAP:  # with both, the limit would spill
             config = config._replace(registers=None)
         block, length, heads = config.block_m, self.total_q, self.n_heads
