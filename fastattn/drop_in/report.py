@@ -17,7 +17,7 @@ class Report:
     Attributes:
         replaced: the name of each module that was replaced ("" is the model) → what it is now.
         left: the name of each module that looks like one that could be replaced → why it was left alone.
-        advice: what stands in the way of more, and what to do about it.
+        advice: what prevents further replacements, and what to do about it.
     Example:
         >>> model = torch.nn.LayerNorm(64)
         >>> report = fastattn.replace(model)

@@ -1,4 +1,4 @@
-"""`torch.nn.functional.scaled_dot_product_attention` served by our kernels, for code that is not to be edited."""
+"""`torch.nn.functional.scaled_dot_product_attention` served by our kernels, for code that you do not want to edit."""
 
 from collections import Counter
 from typing import Any
@@ -55,7 +55,7 @@ def serve(
 class SdpaPatch:
     """What `patch_sdpa` did: served counts the calls that ran on our kernels, left those that went to torch, by reason.
 
-    A context manager; `undo()` puts back what was there before.
+    A context manager; `undo()` restores what was there before.
 
     Example:
         >>> q = torch.randn(2, 8, 100, 64)

@@ -179,7 +179,7 @@ class TrainConfig:
             expect(self.model.body == "transformer", "strategy", f"'ddp' for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "'all' or 'head' with the strategy fsdp", self.trained)
             expect(not self.optim.ema, "optim.ema", "0 with the strategy fsdp", self.optim.ema)
-            expect(self.optim.name != "muon", "optim.name", "another one with the strategy fsdp", self.optim.name)
+            expect(self.optim.name != "muon", "optim.name", "other than muon with the strategy fsdp", self.optim.name)
             precisions = "32-true, bf16-mixed or bf16-true"
             expect(self.precision != "16-mixed", "precision", f"{precisions} with the strategy fsdp", self.precision)
 

@@ -27,7 +27,7 @@ class Columns:
         delimiter: character between the values; null = a comma in .csv, a tab in .tsv
         encoding: how the characters of the table are stored, such as latin-1 or utf-16
         quoting: whether quotation marks enclose values (csv) or are part of them (none); auto = they enclose values if
-            the delimiter is no tab, or if the whole file can be read only so
+            the delimiter is not a tab, or if the whole file can be read only so
     """
 
     text: str = "text"
