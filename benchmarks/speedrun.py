@@ -61,7 +61,7 @@ def train_for(recipe, seconds):
 
 
 def steps_within(seconds, probe, every):
-    """The most steps that fit, with a validation every this many steps; probe: result of `train` with two validations."""
+    """The most steps that fit, with a validation every `every` steps; probe: result of `train` with two validations."""
     step, validation = probe["training"] / probe["steps"], (probe["wall"] - probe["training"]) / 2
     return max(1, int((seconds - validation) / (step + validation / every)))
 

@@ -92,8 +92,8 @@ def check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
         check_int32(NAME, "cache_batch_idx", cache_batch_idx, q, batch)
     elif cache_batch != batch:
         raise ValueError(
-            f"{NAME}: q and the caches must have the same batch size without block_table and cache_batch_idx, got {batch}"
-            f" and {cache_batch}"
+            f"{NAME}: q and the caches must have the same batch size without block_table and cache_batch_idx, got"
+            f" {batch} and {cache_batch}"
         )
     if (k is None) != (v is None):
         raise ValueError(f"{NAME}: k and v must be given together, got only {'v' if k is None else 'k'}")
