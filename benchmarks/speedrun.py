@@ -44,7 +44,7 @@ def fastattn(*words):
 
 
 def train_for(recipe, seconds):
-    """The result of `train` for a run that takes so many seconds; raise RuntimeError after three runs that do not."""
+    """The result of `train` for a run that takes this many seconds; raise RuntimeError after three runs that do not."""
     import yaml
 
     every = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["evaluate_every"]
@@ -61,7 +61,7 @@ def train_for(recipe, seconds):
 
 
 def steps_within(seconds, probe, every):
-    """The most steps that fit, with a validation every so many steps; probe: result of `train` with two validations."""
+    """The most steps that fit, with a validation every `every` steps; probe: result of `train` with two validations."""
     step, validation = probe["training"] / probe["steps"], (probe["wall"] - probe["training"]) / 2
     return max(1, int((seconds - validation) / (step + validation / every)))
 

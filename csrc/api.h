@@ -329,7 +329,8 @@ struct DecodeCudaArgs : DecodeArgs {
 };
 constexpr int kDecodeKeysSm90 = 64;
 int64_t attention_decode_splits_sm90(const DecodeCudaArgs& args, int64_t wanted);  // the required args.splits
-int attention_decode_fwd_sm90(const DecodeCudaArgs& args, void* stream);
+int attention_decode_fwd_sm90(const DecodeCudaArgs& args, void* stream);           // combines the splits too
+int attention_decode_combine_sm90(const DecodeCudaArgs& args, void* stream);
 int attention_decode_append_sm90(const DecodeCudaArgs& args, void* stream);
 
 }  // namespace fastattn

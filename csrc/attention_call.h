@@ -22,7 +22,7 @@ struct AttentionOutputs {
 inline void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   for (const Tensor* t : {&q, &k, &v}) {
     STD_TORCH_CHECK(t->dim() == 4, "attention: q, k and v must have 4 dimensions, got ", t->dim());
-    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), "attention: q, k and v must have one dtype");
+    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), "attention: q, k and v must have the same dtype");
   }
   STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) &&
                       v.size(2) == k.size(2) && k.size(3) == q.size(3),

@@ -47,7 +47,7 @@ def _triton_refuses(index):
 
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
-        return f"it needs a GPU of compute capability 8.0 or newer, this one has {'.'.join(map(str, capability))}"
+        return f"it needs a GPU of compute capability 8.0 or newer; this one has {'.'.join(map(str, capability))}"
     try:
         with torch.cuda.device(index):  # the driver compiles its launcher, which needs a C compiler
             triton.runtime.driver.active.get_current_target()

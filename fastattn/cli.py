@@ -100,7 +100,7 @@ def _discard(*streams):
 
 def _asked(error):
     size = re.search(r"allocate (\d+) bytes", str(error))
-    return f" ({int(size[1]):,} bytes at once were asked for)" if size else ""
+    return f" ({int(size[1]):,} bytes were requested at once)" if size else ""
 
 
 def report_error(message):

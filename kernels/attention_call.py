@@ -218,7 +218,7 @@ class Plan:
         self.window = (window_left, window_right, threshold)
         self.sizes = (self.n_heads, self.group, self.total_q, self.total_k)
 
-        reach = self.total_q + self.total_k  # a side of the window that is this long is no limit
+        reach = self.total_q + self.total_k  # a side of the window that is this long has no effect
         has_left, has_right = 0 <= window_left < reach, 0 <= window_right < reach
         linear = bias is None and not alibi_dims and softcap == 0.0
         self.alibi = alibi_dims > 0
@@ -252,7 +252,7 @@ class Plan:
         return self.starts[kernel]
 
     def _start(self, kernel):
-        config, makers = pick(kernel, *self.kind)
+        config, makers = pick(kernel, *self.kind, self.form.KEY_MASK)
         if kernel == "dq" and self.form.HAS_LEFT and self.form.SOFTCAP:  # with both, the limit would spill
             config = config._replace(registers=None)
         block, length, heads = config.block_m, self.total_q, self.n_heads

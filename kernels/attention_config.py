@@ -18,6 +18,8 @@ KERNELS = ("fwd", "dkdv", "dq", "dbias")
 HEAD_DIMS = (32, 64, 128, 256)
 AMD, AMD_STAGES = "amd", 2
 PREPROCESS = Launch(64, 0, 4)
+# Keys per block of these rows in calls with a mask of one row: with 64, the loop that reads the mask spills.
+KEY_MASK_BLOCKS = {(80, "dq", 2, 64): 32, (80, "fwd", 2, 128): 32}
 INTERPRETED = Launch(64, 64, 4, 2)  # few large blocks, because the interpreter needs time per program and per operation
 
 
@@ -49,13 +51,15 @@ def table_key(arch, kernel, element_size, head_dim):
 
 
 @functools.cache
-def pick(kernel, device, dtype, head_dim, kind):
+def pick(kernel, device, dtype, head_dim, kind, key_mask):
     """Return (Launch, who may make TMA descriptors as from `architecture`) for a kind of call, a field of Variants."""
     arch, makers = architecture(device)
     row = INTERPRETED
     if arch:
-        variants = TABLE[table_key(arch, kernel, dtype.itemsize, head_dim)]
-        row = getattr(variants, kind) or variants.extra
+        key = table_key(arch, kernel, dtype.itemsize, head_dim)
+        row = getattr(TABLE[key], kind) or TABLE[key].extra
+        if key_mask and kind != "extra":
+            row = row._replace(block_n=KEY_MASK_BLOCKS.get(key, row.block_n))
     if arch == AMD:
         row = row._replace(stages=min(row.stages, AMD_STAGES))
     return row, makers if dtype.itemsize == 2 else 0

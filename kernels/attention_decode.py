@@ -294,7 +294,7 @@ class Plan:
         self.sizes = (n_kv_heads, group, seqlen_q)
         self.slopes_strides = (n_heads if slopes_dims == 2 else 0,)
         self.cache = (capacity, page_size, pages or 1, splits, blocks_m)
-        reach = capacity + seqlen_q  # a side of the window that is this long is no limit
+        reach = capacity + seqlen_q  # a side of the window that is this long has no effect
         has_left, has_right = (0 <= side < reach for side in window)
         self.head_dim_v, self.block_dv = head_dim_v, padded(head_dim_v)
         self.form = DecodeForm(

@@ -152,7 +152,7 @@ END
 
 if ! "$python" -m pip --version >/dev/null 2>&1; then
   if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
-    die "$venv is there but is no virtual environment: move it away, or set FASTATTN_VENV"
+    die "$venv exists but is not a virtual environment: move it away, or set FASTATTN_VENV"
   fi
   rm -rf "$venv" # an interrupted setup, or its Python no longer exists
   make_venv

@@ -7,9 +7,9 @@
 // The cache is far larger than all other data. It is read once, by the copy engine, with as many bytes in flight as
 // shared memory holds. A block of threads has a split of the keys of one sequence and key head, and up to 64 rows: the
 // queries of the heads that share the key head. One warpgroup computes and one more warp loads; two blocks share a
-// multiprocessor up to head dim 128. The tensor cores are mostly idle, so products and softmax do not overlap. A second
-// kernel combines the splits in a fixed order; a third appends new keys.
-// Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
+// multiprocessor up to head dim 128. The tensor cores are mostly idle, so products and softmax do not overlap. The
+// kernels that combine the splits and append new keys are in attention_decode_passes_sm90.cu. Reference: Dao et al.,
+// "Flash-Decoding for long-context inference", 2023.
 #include "cuda/sm90/attention_common.cuh"
 #include "cuda/sm90/attention_host.h"
 
@@ -205,114 +205,7 @@ __global__ void __launch_bounds__(kSplitThreads, SplitConfig<kHeadDim>::kBlocks)
   }
 }
 
-// ---- combine
-
-constexpr int kCombineWarps = 8;
-
-struct CombineArgs {
-  const float *partial, *partial_max, *partial_sum;
-  HeadTensor out;
-  float* lse;
-  int splits, n_heads, seqlen_q, head_dim;
-};
-
-// A block of threads has one row. A warp has every eighth split; a lane has four neighbouring columns of every 128.
-template <typename T>
-__global__ void __launch_bounds__(kCombineWarps * 32) attention_combine_sm90_kernel(CombineArgs args) {
-  constexpr int kWidest = 256;
-  __shared__ float sums[kCombineWarps][kWidest];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t row = blockIdx.x, rows = gridDim.x;
-  float largest = -INFINITY, total = 0.f;
-  for (int split = lane; split < args.splits; split += 32) {
-    largest = fmaxf(largest, args.partial_max[split * rows + row]);
-  }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-  }
-  const float shift = largest == -INFINITY ? 0.f : largest;
-  for (int split = lane; split < args.splits; split += 32) {
-    total += exp2_fast(args.partial_max[split * rows + row] - shift) * args.partial_sum[split * rows + row];
-  }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    total += __shfl_xor_sync(0xffffffffu, total, offset);
-  }
-  for (int col = lane * 4; col < args.head_dim; col += 128) {
-    float sum[4] = {};
-#pragma unroll 8
-    for (int split = warp; split < args.splits; split += kCombineWarps) {
-      const float weight = exp2_fast(args.partial_max[split * rows + row] - shift);
-      const float4 part = *reinterpret_cast<const float4*>(args.partial + (split * rows + row) * args.head_dim + col);
-      sum[0] += weight * part.x;
-      sum[1] += weight * part.y;
-      sum[2] += weight * part.z;
-      sum[3] += weight * part.w;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[warp][col + i] = sum[i];
-    }
-  }
-  __syncthreads();
-  const int head = row / args.seqlen_q % args.n_heads;
-  T* out = static_cast<T*>(args.out.data) + row / args.seqlen_q / args.n_heads * args.out.batch + head * args.out.head +
-           row % args.seqlen_q * args.out.row;
-  for (int col = threadIdx.x; col < args.head_dim; col += kCombineWarps * 32) {
-    float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < kCombineWarps; ++w) {
-      sum += sums[w][col];
-    }
-    out[col] = static_cast<T>(total == 0.f ? 0.f : sum / total);
-  }
-  if (threadIdx.x == 0) {
-    args.lse[row] = total == 0.f ? -INFINITY : shift * kLn2 + logf(total);
-  }
-}
-
-// ---- append
-
-struct AppendArgs {
-  HeadTensor k, v, k_new, v_new;
-  const int32_t *lengths, *pages;
-  int64_t pages_stride, page_size, capacity, batch, n_kv_heads, seqlen_new, chunks;
-};
-
-constexpr int kAppendThreads = 256;
-
-// A thread copies 16 bytes of a key and of a value. Keys that do not fit into the cache are dropped.
-__global__ void __launch_bounds__(kAppendThreads) attention_append_sm90_kernel(AppendArgs args) {
-  const int64_t index = int64_t{blockIdx.x} * kAppendThreads + threadIdx.x;
-  const int64_t chunk = index % args.chunks, number = index / args.chunks;  // of batch, token and head
-  const int64_t head = number % args.n_kv_heads, token = number / args.n_kv_heads % args.seqlen_new;
-  const int64_t batch = number / args.n_kv_heads / args.seqlen_new;
-  if (batch >= args.batch) {
-    return;
-  }
-  const int64_t position = args.lengths[batch] + token;
-  if (position < 0 || position >= args.capacity) {
-    return;
-  }
-  const int64_t page =
-      args.pages == nullptr ? batch : args.pages[batch * args.pages_stride + position / args.page_size];
-  const auto copy = [&](const HeadTensor& cache, const HeadTensor& from) {
-    const auto chunk_of = [&](const HeadTensor& t, int64_t outer, int64_t row) {
-      return reinterpret_cast<uint4*>(static_cast<uint16_t*>(t.data) + outer * t.batch + head * t.head + row * t.row) +
-             chunk;
-    };
-    *chunk_of(cache, page, position % args.page_size) = *chunk_of(from, batch, token);
-  };
-  copy(args.k, args.k_new);
-  copy(args.v, args.v_new);
-}
-
 // ---- launchers
-
-const int32_t* pages_of(const DecodeCudaArgs& in) {
-  return in.block_table != nullptr ? in.block_table : in.cache_batch_idx;
-}
 
 DecodeShape decode_shape(const DecodeCudaArgs& in) {
   return {in.cache_seqlens,
@@ -367,22 +260,6 @@ cudaError_t launch_split(const DecodeCudaArgs& in, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T>
-cudaError_t launch_combine(const DecodeCudaArgs& in, cudaStream_t stream) {
-  const CombineArgs args{in.partial,
-                         in.partial_max,
-                         in.partial_sum,
-                         in.out,
-                         in.lse,
-                         static_cast<int>(in.splits),
-                         static_cast<int>(in.n_heads),
-                         static_cast<int>(in.seqlen_q),
-                         static_cast<int>(in.head_dim)};
-  const auto rows = static_cast<unsigned>(in.batch * in.n_heads * in.seqlen_q);
-  attention_combine_sm90_kernel<T><<<rows, kCombineWarps * 32, 0, stream>>>(args);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 int64_t attention_decode_splits_sm90(const DecodeCudaArgs& args, int64_t wanted) {
@@ -397,31 +274,9 @@ int64_t attention_decode_splits_sm90(const DecodeCudaArgs& args, int64_t wanted)
 
 int attention_decode_fwd_sm90(const DecodeCudaArgs& args, void* stream_of_caller) {
   const auto stream = static_cast<cudaStream_t>(stream_of_caller);
-  return with_half_and_any_head_dim(args, [&](auto value, auto head_dim) {
-    const cudaError_t error = launch_split<decltype(value), head_dim>(args, stream);
-    return error != cudaSuccess || args.splits == 1 ? error : launch_combine<decltype(value)>(args, stream);
-  });
-}
-
-int attention_decode_append_sm90(const DecodeCudaArgs& in, void* stream_of_caller) {
-  const auto stream = static_cast<cudaStream_t>(stream_of_caller);
-  const AppendArgs args{in.k,
-                        in.v,
-                        in.k_new,
-                        in.v_new,
-                        in.cache_seqlens,
-                        pages_of(in),
-                        in.pages,
-                        in.page_size,
-                        in.page_size * in.pages,
-                        in.batch,
-                        in.n_kv_heads,
-                        in.seqlen_new,
-                        in.head_dim / 8};
-  const int64_t threads = args.batch * args.n_kv_heads * args.seqlen_new * args.chunks;
-  const auto blocks = static_cast<unsigned>((threads + kAppendThreads - 1) / kAppendThreads);
-  attention_append_sm90_kernel<<<blocks, kAppendThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  const int error = with_half_and_any_head_dim(
+      args, [&](auto value, auto head_dim) { return launch_split<decltype(value), head_dim>(args, stream); });
+  return error != cudaSuccess || args.splits == 1 ? error : attention_decode_combine_sm90(args, stream_of_caller);
 }
 
 }  // namespace fastattn

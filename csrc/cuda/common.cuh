@@ -120,6 +120,17 @@ __device__ __forceinline__ void store_groups(const float (&value)[kGroups][kGrou
   }
 }
 
+// Stores one value of a tensor whose dtype is known only at run time.
+__device__ __forceinline__ void store_value(void* tensor, DType dtype, int64_t index, float value) {
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(tensor)[index] = value;
+  } else if (dtype == DType::kBFloat16) {
+    static_cast<__nv_bfloat16*>(tensor)[index] = static_cast<__nv_bfloat16>(value);
+  } else {
+    static_cast<__half*>(tensor)[index] = static_cast<__half>(value);
+  }
+}
+
 // Returns the value after a store and a load.
 template <typename T>
 __device__ __forceinline__ float rounded(float value, DType dtype) {

@@ -160,13 +160,7 @@ __global__ void __launch_bounds__(kActivationThreads) activation_dbias_kernel(Ac
     for (int y = 1; y < blockDim.y; ++y) {
       total += buffer[y][threadIdx.x];
     }
-    if (args.dtype == DType::kFloat32) {
-      static_cast<float*>(out)[col] = total;
-    } else if (args.dtype == DType::kBFloat16) {
-      static_cast<__nv_bfloat16*>(out)[col] = static_cast<__nv_bfloat16>(total);
-    } else {
-      static_cast<__half*>(out)[col] = static_cast<__half>(total);
-    }
+    store_value(out, args.dtype, col, total);
   }
 }
 

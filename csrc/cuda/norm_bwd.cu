@@ -328,13 +328,7 @@ __global__ void __launch_bounds__(1024) norm_bwd_columns_kernel(NormBwdArgs args
   }
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.y;
   if (threadIdx.x == 0 && out != nullptr && column < args.cols) {
-    if (args.weight_dtype == DType::kFloat32) {
-      static_cast<float*>(out)[column] = total;
-    } else if (args.weight_dtype == DType::kBFloat16) {
-      static_cast<__nv_bfloat16*>(out)[column] = static_cast<__nv_bfloat16>(total);
-    } else {
-      static_cast<__half*>(out)[column] = static_cast<__half>(total);
-    }
+    store_value(out, args.weight_dtype, column, total);
   }
 }
 

@@ -55,7 +55,7 @@ def run_parser(command, description):
     parser.add_argument("run", metavar="RUN", type=str, help="folder of a run")
     parser.add_argument("--checkpoint", type=str, default="best", help="best, last or a step")
     parser.add_argument("--accelerator", type=str, default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--layers", type=str | None, help="fastattn or torch, other layers than in training")
+    parser.add_argument("--layers", type=str | None, help="the layers: fastattn or torch; default: as in training")
     return parser
 
 

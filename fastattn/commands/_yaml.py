@@ -32,7 +32,9 @@ def _compose(text, where):
     except (yaml.MarkedYAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UsageError(f"{where}{place} is not valid YAML: {getattr(error, 'problem', 'it is too deep')}") from None
+        raise UsageError(
+            f"{where}{place} is not valid YAML: {getattr(error, 'problem', 'it is nested too deeply')}"
+        ) from None
 
 
 def _check_keys(root, where):

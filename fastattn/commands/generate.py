@@ -32,7 +32,9 @@ def parser():
     )
     parser.add_argument("--stop", type=str | None, help="stop before this text")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.add_argument("--samples", type=int, default=1, help="above 1: so many texts for a prompt, as JSON lines")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="above 1: this many texts for each prompt, as JSON lines"
+    )
     parser.add_argument(
         "--weights", type=str | None,
         help="bf16 or int8: read the weights in this dtype, which is faster and rounds them; only on a CPU",

@@ -130,7 +130,7 @@ def _recognise_model(model):
     was = {config._attn_implementation for config in _configs(model, sys.modules["transformers.modeling_utils"])}
     undo()
     if not taken and _IMPLEMENTATION not in was:
-        return f"{type(model).__name__} has attention of its own, which no attn_implementation of transformers reaches"
+        return f"{type(model).__name__} has its own attention code, which attn_implementation does not replace"
     was = model.config._attn_implementation
     return Change(
         f"attention, attn_implementation={_IMPLEMENTATION!r} (was {was!r})", lambda: set_implementation(model)

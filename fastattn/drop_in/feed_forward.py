@@ -227,6 +227,6 @@ def _recognise(module, blocks):
         twin.__class__ = new_class
 
     if not computes_the_same(twin, become, x, halves_of(module)):
-        return "our op gives other numbers than its forward"
+        return "our op gives different numbers from its forward"
     what = f"{'gated ' if block.gate else ''}feed-forward, {block.activation} (was {type(module).__name__})"
     return change_class(module, new_class, what)

@@ -124,7 +124,7 @@ class DeferredLogits(Tensor):
         return logits
 
     def _check(self):
-        """Raise if reading the elements now would give other numbers than reading them in the forward."""
+        """Raise if reading the elements now would give different numbers from reading them in the forward."""
         if self._family.changed is not None and self._family.changed is not self:
             raise RuntimeError(
                 "logits of a training step or a view of them were changed in place: while they are deferred they share"

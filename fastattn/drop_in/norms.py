@@ -204,7 +204,7 @@ def _recognise(module, size):
         formula = formula._replace(dtype=rule)
         new_class = make_class(Norm, type(module), formula)
         if not computes_the_same(twin, lambda: _become(twin, new_class), x, [*halves_of(module), *_MIXED]):
-            return "our kernel gives other numbers than its forward"
+            return "our kernel gives different numbers from its forward"
     kind = "RMSNorm" if formula.rms else "LayerNorm"
     return change_class(module, new_class, f"{kind} (was {type(module).__name__})")
 

@@ -237,7 +237,7 @@ def _check(model, base):
         undo()
         for module in training:
             module.training = True
-    return "packed rows give it other hidden states than padded ones"
+    return "packing changes its hidden states"
 
 
 def _same(base, facts, expected, given):

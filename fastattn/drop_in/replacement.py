@@ -31,7 +31,7 @@ def replace(
         only: what to replace: classes of torch.nn that fastattn.nn has, or their names, and the kinds "norms",
             "attention", "loss", "feed_forward", "linear" and "experts"; None = everything.
         padding_free: let models of transformers and stacks of torch.nn.TransformerEncoder leave out the padding: the
-            real tokens of a padded batch go packed through all layers. The outputs at padding are 0 then.
+            real tokens of a padded batch pass through all layers as one packed row. The outputs at padding are then 0.
     Returns: a printable Report with the dicts `replaced` and `left`, by module name, and the method `undo`.
     Raises:
         TypeError: model is not a module.

@@ -17,7 +17,7 @@ class Report:
     Attributes:
         replaced: the name of each module that was replaced ("" is the model) → what it is now.
         left: the name of each module that looks like one that could be replaced → why it was left alone.
-        advice: what stands in the way of more, and what to do about it.
+        advice: what prevents further replacements, and what to do about it.
     Example:
         >>> model = torch.nn.LayerNorm(64)
         >>> report = fastattn.replace(model)
@@ -58,7 +58,8 @@ class Report:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def __str__(self):
-        lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left alone"]
+        modules = "module" if len(self.replaced) == 1 else "modules"
+        lines = [f"{len(self.replaced)} {modules} replaced, {len(self.left)} left alone"]
         lines += [f"  {where}: {what}" for where, what in _grouped(self.replaced, "now ")]
         lines += [f"  {where}: {why}" for where, why in _grouped(self.left, "left alone, ")]
         return "\n".join(lines + [f"  {line}" for line in self.advice])

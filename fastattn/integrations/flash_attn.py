@@ -257,7 +257,7 @@ def flash_attn_with_kvcache(
             n_kv_heads, head_dim), block_size at least 16.
         k, v: (batch, seqlen_new, n_kv_heads, head_dim), written after the cache_seqlens valid keys of each sequence.
         rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2): k, whose position is cache_seqlens + i, is rotated before
-            it is written, and q likewise; without causal and window_size all queries stand at position cache_seqlens.
+            it is written, and q likewise; without causal and window_size all queries are at position cache_seqlens.
         cache_seqlens: int32 (batch,) or an int for all: valid keys before this call; None = the whole cache is valid.
         cache_batch_idx: int32 (batch,): rows of the caches, distinct where k is given; not together with block_table.
         cache_leftpad: int32 (batch,): earlier keys are invisible; positions still count from the start of the cache.

@@ -106,7 +106,7 @@ def _family_of(config, path):
 
 @torch.no_grad()
 def write_hugging_face(model: nn.Module, folder: str | os.PathLike[str], **settings: Any) -> str:
-    """Write config.json and model.safetensors that transformers loads with equal logits, as the first family that fits.
+    """Write config.json and model.safetensors of the first family that fits; transformers loads them with equal logits.
 
     Args:
         model: a CausalLM, a MaskedLM, or a Classifier with the pooling "pooler", in fp32.

@@ -40,13 +40,13 @@ def check_qkv(name, q, k, v, packed):
         (batch, n_heads, seqlen_q, head_dim), (batch_k, n_kv_heads, seqlen_k, head_dim_k) = shape_q, shape_k
         batch_v, heads_v, seqlen_v, head_dim_v = shape_v
         if batch != batch_k:
-            raise ValueError(f"{name}: q, k and v must have one batch size, got {batch}, {batch_k}, {batch_v}")
+            raise ValueError(f"{name}: q, k and v must have the same batch size, got {batch}, {batch_k}, {batch_v}")
     if batch_v != batch_k or heads_v != n_kv_heads or seqlen_v != seqlen_k:
         raise ValueError(
             f"{name}: k and v must agree in all but the last dimension, got {tuple(shape_k)} and {tuple(shape_v)}"
         )
     if head_dim != head_dim_k:
-        raise ValueError(f"{name}: q and k must have one head_dim, got {head_dim} and {head_dim_k}")
+        raise ValueError(f"{name}: q and k must have the same head_dim, got {head_dim} and {head_dim_k}")
     if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
         hint = transposed_hint(name, shape_q, shape_k, packed)
         raise ValueError(
@@ -81,9 +81,9 @@ def _raise_for_qkv(name, q, k, v, packed):
         check_float(name, label, t)
         both = f"{labels[0]}, {labels[1]} and {labels[2]}"
         if t.dtype != q.dtype:
-            raise TypeError(f"{name}: {both} must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+            raise TypeError(f"{name}: {both} must have the same dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
         if t.device != q.device:
-            raise ValueError(f"{name}: {both} must be on one device, got {q.device}, {k.device}, {v.device}")
+            raise ValueError(f"{name}: {both} must be on the same device, got {q.device}, {k.device}, {v.device}")
 
 
 def causal_flag(name, label, bias, causal, seqlen_q, seqlen_k):

@@ -53,10 +53,12 @@ def check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
     if dtype not in FLOAT_DTYPES:
         check_float(NAME, "q", q)
     if not dtype == k_cache.dtype == v_cache.dtype:
-        raise TypeError(f"{NAME}: q and the caches must have one dtype, got {dtype}, {k_cache.dtype}, {v_cache.dtype}")
+        raise TypeError(
+            f"{NAME}: q and the caches must have the same dtype, got {dtype}, {k_cache.dtype}, {v_cache.dtype}"
+        )
     if not device == k_cache.device == v_cache.device:
         raise ValueError(
-            f"{NAME}: q and the caches must be on one device, got {device}, {k_cache.device}, {v_cache.device}"
+            f"{NAME}: q and the caches must be on the same device, got {device}, {k_cache.device}, {v_cache.device}"
         )
     batch, n_heads, _, head_dim = shape_q
     cache_batch, n_kv_heads, capacity, head_dim_k = shape_k
@@ -66,7 +68,7 @@ def check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
             f"{NAME}: the caches must agree in all but the last dimension, got {tuple(shape_k)} and {tuple(shape_v)}"
         )
     if head_dim != head_dim_k:
-        raise ValueError(f"{NAME}: q and k_cache must have one head_dim, got {head_dim} and {head_dim_k}")
+        raise ValueError(f"{NAME}: q and k_cache must have the same head_dim, got {head_dim} and {head_dim_k}")
     if n_heads != n_kv_heads and (n_kv_heads == 0 or n_heads % n_kv_heads):
         hint = transposed_hint(NAME, shape_q, shape_k, what="q and the caches")
         raise ValueError(
@@ -90,8 +92,8 @@ def check_tensors(q, k_cache, v_cache, k, v, block_table, cache_batch_idx):
         check_int32(NAME, "cache_batch_idx", cache_batch_idx, q, batch)
     elif cache_batch != batch:
         raise ValueError(
-            f"{NAME}: q and the caches must have one batch size without block_table and cache_batch_idx, got {batch}"
-            f" and {cache_batch}"
+            f"{NAME}: q and the caches must have the same batch size without block_table and cache_batch_idx, got"
+            f" {batch} and {cache_batch}"
         )
     if (k is None) != (v is None):
         raise ValueError(f"{NAME}: k and v must be given together, got only {'v' if k is None else 'k'}")

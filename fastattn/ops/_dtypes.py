@@ -18,7 +18,7 @@ def why_not_dtypes(*dtypes):
 class WeightFacts(NamedTuple):
     """The properties of a call with weight matrices that decide which backends can serve it.
 
-    nonplain: the kind of a weight that is no plain tensor, such as a quantized one, or None.
+    nonplain: the kind of a weight that is not a plain tensor, such as a quantized one, or None.
     """
 
     device: str

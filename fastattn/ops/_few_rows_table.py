@@ -7,5 +7,5 @@ avx2: measured on an AMD EPYC (Zen 3).
 """
 
 MOST_ROWS = {"avx2": 24, "avx512": 8, "avx512bf16": 8}
-# In bf16 on AVX512-BF16 without AMX, for weights of at least so many elements; by hand (docs/lab/products.md).
+# In bf16 on AVX512-BF16 without AMX, for weights of at least this many elements; set by hand (docs/lab/products.md).
 MOST_ROWS_BF16, LEAST_WEIGHT_BF16 = 128, 2**18

@@ -12,7 +12,7 @@ def why_not_hopper_device(device):
     capability = torch.cuda.get_device_capability(device)
     if capability == (9, 0):
         return None
-    return f"it needs a GPU of compute capability 9.0, this one has {'.'.join(map(str, capability))}"
+    return f"it needs a GPU of compute capability 9.0; this one has {'.'.join(map(str, capability))}"
 
 
 def why_not_hopper(dtype, has_tiles, features):

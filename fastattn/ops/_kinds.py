@@ -95,7 +95,7 @@ def describe(value):
 
 def dtype_or_type(value):
     """For a message about a dtype: the dtype of a tensor; of anything else the type, since arrays have dtypes too."""
-    return value.dtype if isinstance(value, torch.Tensor) else f"{type(value).__name__}, which is no tensor"
+    return value.dtype if isinstance(value, torch.Tensor) else f"{type(value).__name__}, which is not a tensor"
 
 
 def numbers(t):

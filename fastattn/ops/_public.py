@@ -319,7 +319,7 @@ class Public:
             raise ArgumentTypeError(f"{text}: {advice}" if advice else text) from None
 
     def _check_weights(self, module):
-        """Raise TypeError if a weight of a module or of its children is no tensor.
+        """Raise TypeError if a weight of a module or of its children is not a tensor.
 
         A missing in_proj_weight is an AssertionError, as in torch.
         """

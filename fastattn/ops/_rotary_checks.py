@@ -27,7 +27,7 @@ def check_inputs(xs, inplace):
             fail("the two tensors must agree in all but the number of heads", f"{tuple(a)} and {tuple(b)}")
         if xs[1].dtype != first.dtype or xs[1].device != first.device:
             fail(
-                "the two tensors must have one dtype and device",
+                "the two tensors must have the same dtype and device",
                 f"{first.dtype} on {first.device} and {xs[1].dtype} on {xs[1].device}",
             )
         if inplace and first.numel() and xs[1].numel() and rows_overlap(first, xs[1]):
@@ -39,7 +39,7 @@ def check_tables(x, cos, sin, batch, seqlen, head_dim, interleaved):
     """rotary_dim, derived from the shape of the tables."""
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         fail(
-            "cos and sin must have one shape and dtype",
+            "cos and sin must have the same shape and dtype",
             f"{tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}",
         )
     if cos.device != x.device or sin.device != x.device:

@@ -117,7 +117,7 @@ def _without_ignored(function):
 
 
 def _check_range(target, vocab, ignore_index):
-    """Raise IndexError for a target that is no class; return whether some may be ignored."""
+    """Raise IndexError for a target that is not a class; return whether some may be ignored."""
     check_memory(_NAME, target=target)
     if target.numel():
         low, high = (bound.item() for bound in target.aminmax())

@@ -19,8 +19,8 @@ class TrainConfig:
         task: predict the next token, masked tokens, the label of a document (a class, several, or a number), its
             translation, the answers of a conversation, or which of two answers is better (DPO)
         run: folder to create for config, tokenizer, checkpoints, metrics, loss curve and sample
-        start: folder of a run, or of a Hugging Face BERT or GPT-2, to take tokenizer and weights from; null = from
-            scratch
+        start: folder of a run, or of a Hugging Face BERT, GPT-2, Llama or relative of Llama, to take tokenizer and
+            weights from; null = from scratch
         trained: train all weights, only the head, or the head and low-rank updates of the blocks' matrices (LoRA)
         lora_rank: rank of the low-rank updates
         preference_beta: task preference; the smaller, the further the model may leave its start
@@ -30,7 +30,7 @@ class TrainConfig:
         batch_size: sequences per step, over all devices and accumulation steps
         accumulate: number of backward passes per step
         batch_tokens: tokens per step; accumulate and batch_size follow from it: a backward pass keeps its batch_size /
-            accumulate sequences, and as many passes are made as needed; null = batch_size decides; lm only
+            accumulate sequences, and there are as many passes as needed; null = batch_size decides; lm only
         seed: seed of weights, batches and dropout
         log_every: steps between two rows of metrics.csv
         evaluate_every: steps between two validations, each followed by a checkpoint
@@ -179,7 +179,7 @@ class TrainConfig:
             expect(self.model.body == "transformer", "strategy", f"'ddp' for the body {self.model.body}", "fsdp")
             expect(self.trained != "lora", "trained", "'all' or 'head' with the strategy fsdp", self.trained)
             expect(not self.optim.ema, "optim.ema", "0 with the strategy fsdp", self.optim.ema)
-            expect(self.optim.name != "muon", "optim.name", "another one with the strategy fsdp", self.optim.name)
+            expect(self.optim.name != "muon", "optim.name", "other than muon with the strategy fsdp", self.optim.name)
             precisions = "32-true, bf16-mixed or bf16-true"
             expect(self.precision != "16-mixed", "precision", f"{precisions} with the strategy fsdp", self.precision)
 

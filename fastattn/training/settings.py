@@ -16,7 +16,7 @@ class Columns:
 
     Args:
         text: name of the column with the text
-        pair: name of the column with a second text, which task classify reads behind the first; null = none
+        pair: name of the column with a second text, which task classify reads after the first; null = none
         label: name of the column with the class; null = none
         label_kind: what a label is: a class, several classes, or a number to estimate
         label_separator: character between several classes in one text; a list of JSON needs none
@@ -27,7 +27,7 @@ class Columns:
         delimiter: character between the values; null = a comma in .csv, a tab in .tsv
         encoding: how the characters of the table are stored, such as latin-1 or utf-16
         quoting: whether quotation marks enclose values (csv) or are part of them (none); auto = they enclose values if
-            the delimiter is no tab, or if the whole file can be read only so
+            the delimiter is not a tab, or if the whole file can be read only that way
     """
 
     text: str = "text"
@@ -161,7 +161,7 @@ class ModelConfig:
         norm: LayerNorm or RMSNorm
         norm_weight: whether norms have weights
         norm_first: norm before each sub-layer (pre-norm), not after it
-        norm_output: a norm of the output of each sub-layer too; with norm_first false only that one
+        norm_output: also a norm of the output of each sub-layer; with norm_first false it is the only one
         norm_eps: added to the variance in norms
         qk_norm: norm of queries and keys, of each head or of all heads together
         attention_softcap: scores become softcap * tanh(score / softcap); 0 = off
@@ -278,7 +278,7 @@ class OptimConfig:
 
     Args:
         name: momentum and nesterov are sgd with momentum; adamw decays weights, adam adds the decay to gradients; muon
-            orthogonalizes the updates of the hidden layers' matrices and takes adamw for all other weights
+            orthogonalizes the updates of the hidden layers' matrices and uses adamw for all other weights
         schedule: learning rate after the warm-up; noam falls with 1 / sqrt(step); wsd stays, then falls linearly
         learning_rate: highest learning rate, reached after the warm-up
         min_learning_rate: cosine, linear and wsd end at it, noam does not fall below it, constant ignores it
@@ -289,7 +289,7 @@ class OptimConfig:
         beta1: decay of the mean of gradients (adam, adamw)
         beta2: decay of the mean of squared gradients (adam, adamw)
         weight_decay: weight decay, of matrices only
-        decay_embeddings: whether embeddings are among them
+        decay_embeddings: whether embeddings decay too
         cautious_decay: decay only elements that the step does not move away from 0, whatever the optimizer
         clip: largest norm of all gradients together; 0 = no clipping
         label_smoothing: share of the target's probability that is spread over all classes, in training only

@@ -84,11 +84,11 @@ def test_the_walk_from_the_public_function_to_a_kernel_names_what_is_there():
             assert re.search(pattern, read(file)), f"{file} neither calls nor defines {function}"
 
 
-def test_the_places_of_a_feature_are_there():
-    """In tables with a column "place": what a row quotes stands in the files that it quotes."""
+def test_the_places_of_a_feature_and_the_hops_of_an_op_are_there():
+    """In tables with a column "place" or "op": what a row quotes stands in the files that it quotes."""
     checked = 0
     for _, header, rows in tables(read("docs/architecture.md")):
-        for row in rows if header[0] == "place" else ():
+        for row in rows if header[0] in ("place", "op") else ():
             quoted = re.findall(r"`([^`]+)`", " ".join(row))
             names = {name for name in quoted if Path(name).suffix in SUFFIXES}
             files = [

@@ -154,9 +154,7 @@ def test_models_of_transformers_that_are_left_alone():
     sizes = {"vocab_size": 40, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": HEADS}
     deberta = transformers.DebertaV2Model(transformers.DebertaV2Config(**sizes, intermediate_size=32))
     report = fastattn.replace(deberta)
-    assert report.left == {
-        "": "DebertaV2Model has attention of its own, which no attn_implementation of transformers reaches"
-    }
+    assert report.left == {"": "DebertaV2Model has its own attention code, which attn_implementation does not replace"}
     assert deberta.config._attn_implementation == "eager"
     config = transformers.BertConfig(**sizes, intermediate_size=32, attn_implementation="eager", output_attentions=True)
     bert = transformers.BertModel(config)

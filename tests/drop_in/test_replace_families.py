@@ -25,6 +25,7 @@ from transformers_families import (
     logits_and_gradients,
     model_of,
     plain_implementation,
+    quantised_cache,
 )
 
 import fastattn
@@ -144,22 +145,6 @@ def test_loss_without_logits(family):
     assert torch.equal(our_logits, logits)
 
 
-class RoundedLayer(transformers.cache_utils.QuantizedLayer):
-    """The quantised cache of transformers, with a quantisation that needs no package: it keeps bfloat16."""
-
-    def _quantize(self, tensor, axis):
-        return tensor.to(torch.bfloat16)
-
-    def _dequantize(self, tensor):
-        return tensor.float()
-
-
-def quantised_cache(model):
-    """A cache that gives plain tensors after it has rounded them, four tokens at a time."""
-    layers = [RoundedLayer(residual_length=4) for _ in range(model.config.num_hidden_layers)]
-    return {"past_key_values": transformers.Cache(layers=layers)}
-
-
 CACHES = {
     "dynamic": lambda model: {},
     "static": lambda model: {"cache_implementation": "static"},
@@ -242,8 +227,7 @@ def test_copies_and_checkpoints(tmp_path):
     fastattn.replace(model)
     ours = model(**given).logits
     torch.testing.assert_close(ours, expected)
-    file = io.BytesIO()
-    torch.save(model, file)
+    torch.save(model, file := io.BytesIO())
     file.seek(0)
     for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]

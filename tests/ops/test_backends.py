@@ -322,5 +322,5 @@ def test_gradients_of_wide_heads_on_cuda(fake_hopper):
 
 def test_native_attention_on_another_gpu(monkeypatch):
     hopper(monkeypatch, (8, 6))
-    with pytest.raises(ValueError, match=r"it needs a GPU of compute capability 9\.0, this one has 8\.6"):
+    with pytest.raises(ValueError, match=r"it needs a GPU of compute capability 9\.0; this one has 8\.6"):
         choose("attention", attention_facts(), "native")

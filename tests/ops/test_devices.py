@@ -20,7 +20,7 @@ from fastattn.ops import _backends, _libraries
 from fastattn.ops._backends import choose, explanation, why_not_available
 
 FASTATTN = pathlib.Path(fastattn.__file__).parent
-TOO_OLD = "it needs a GPU of compute capability 8.0 or newer, this one has 7.5"
+TOO_OLD = "it needs a GPU of compute capability 8.0 or newer; this one has 7.5"
 OPS = ("attention", "attention_decode", "dropout", "feed_forward", "linear_cross_entropy", "norm", "rotary")
 
 
@@ -109,7 +109,7 @@ def test_kernels_for_hopper_ask_for_the_device_of_the_call(op, gpus):
     gpus((8, 0), (9, 0))
     fields = importlib.import_module(f"fastattn.ops.{op}").Facts
     assert choose(op, tuple(fields("cuda:1", torch.bfloat16, hopper_head_dim=True)), "native") == "native"
-    with pytest.raises(ValueError, match=r"it needs a GPU of compute capability 9\.0, this one has 8\.0"):
+    with pytest.raises(ValueError, match=r"it needs a GPU of compute capability 9\.0; this one has 8\.0"):
         choose(op, tuple(fields("cuda:0", torch.bfloat16, hopper_head_dim=True)), "native")
 
 

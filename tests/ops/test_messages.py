@@ -254,7 +254,7 @@ def test_errors_of_the_drop_in_functions_are_runtime_errors():
             Q, Q, Q, MASK, is_causal=True
         ),
         "at least 2 dimensions": lambda: fastattn.scaled_dot_product_attention(B, B, B),
-        "must have one dtype": lambda: fastattn.scaled_dot_product_attention(Q, Q.half(), Q),
+        "must have the same dtype": lambda: fastattn.scaled_dot_product_attention(Q, Q.half(), Q),
         "flash_attn_func: ": lambda: flash_attn.flash_attn_func(Q, Q, Q[0]),
         "weight must": lambda: fastattn.layer_norm(X, B[:3]),
         "at least 1-dimensional": lambda: nn.LayerNorm(())(torch.ones(())),

@@ -13,7 +13,7 @@ import tempfile
 import pytest
 import torch
 import torch.distributed.checkpoint
-from tool_cases import LAYERS, Tools, assert_same_outcome, first, trained
+from tool_cases import LAYERS, Tools, assert_same_outcome, first, trained, weights
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.utils import parametrize, prune
 from torch.utils._debug_mode import DebugMode
@@ -84,15 +84,6 @@ def double_backward(module, inputs):
 class Double(torch.nn.Module):
     def forward(self, weight):
         return 2 * weight
-
-
-def weights(module):
-    return [
-        (child, name)
-        for child in list(module.modules())
-        for name, _ in list(child.named_parameters(recurse=False))
-        if "bias" not in name
-    ]
 
 
 @tool()

@@ -44,7 +44,7 @@ ATTENTION = (
     ("attention_fwd", "attention_bwd"),
 )
 DECODE = (
-    ("attention_decode_sm90.cu", "error.cu", "attention_decode_ops.cpp"),
+    ("attention_decode_sm90.cu", "attention_decode_passes_sm90.cu", "error.cu", "attention_decode_ops.cpp"),
     ("attention_decode_fwd", "attention_decode_append"),
 )
 _REWRITES = (
@@ -98,6 +98,7 @@ def compile_library(source, flags=(), with_torch=True):
     headers = [
         *glob.glob(os.path.join(ROOT, "csrc/**/*.*h"), recursive=True),
         *glob.glob(os.path.join(ROOT, "tests/support/emulate_cuda.*")),
+        os.path.join(ROOT, "tests/support/sm90_indices.h"),
         *glob.glob(os.path.join(ROOT, "tests/support/emulated/**/*.cuh"), recursive=True),
     ]
     parts = [

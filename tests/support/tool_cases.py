@@ -95,3 +95,13 @@ def assert_same(got, expected):
 def assert_same_outcome(tool, name):
     """A tool gives the same with the layer of this name from fastattn.nn and from torch.nn."""
     assert_same(outcome(tool, name, nn), outcome(tool, name, torch.nn))
+
+
+def weights(module):
+    """(child, name) of each parameter that is not a bias."""
+    return [
+        (child, name)
+        for child in list(module.modules())
+        for name, _ in list(child.named_parameters(recurse=False))
+        if "bias" not in name
+    ]

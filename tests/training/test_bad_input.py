@@ -165,7 +165,7 @@ CASES = [
     ("predict number --input ~nobody_at_all/x", "path '~nobody_at_all/x': there is no such user"),
     # numbers without a meaning
     ("train --data.source lines.txt --epochs .inf", "epochs must be a finite number, got inf"),
-    ("train --data.source lines.txt --epochs 1e300", "epochs must be fewer, below 2**53 steps"),
+    ("train --data.source lines.txt --epochs 1e300", "epochs must be lower: a run has fewer than 2**53 steps"),
     ("train --data.source lines.txt --steps 1000000000000000000000", "steps must be below 2**53, got 1000000000"),
     ("train --data.source lines.txt --data.vocab_size 99999999999999999999", "data.vocab_size must be below 2**53"),
     ("data split lines.txt --output out --validation_fraction .nan", "validation_fraction must be a finite number"),
@@ -214,7 +214,7 @@ def test_numbers_outside_the_vocabulary_end_the_training_with_one_line(place, mo
     monkeypatch.chdir(place)
     options = ["--model.block_size", "8", "--steps", "1", "--tensorboard", "false", "--run", str(tmp_path / "run")]
     assert main(["train", "--data.source", "numbers", *options, "--sample_tokens", "0"]) == 2
-    assert "a number is not in the vocabulary, a file is damaged" in capsys.readouterr().err
+    assert "a number is not in the vocabulary: a file is damaged" in capsys.readouterr().err
 
 
 def test_standard_input_without_a_line_is_refused(place, monkeypatch, capsys):

@@ -130,7 +130,7 @@ def test_what_ours_cannot_say_is_refused(transformers, tmp_path, name, changes, 
 
 def test_a_shape_of_no_family_is_not_written(tmp_path):
     model = CausalLM(40, n_layer=1, n_head=2, d_model=8, block_size=8, positions="alibi")
-    with pytest.raises(ValueError, match=r"no family of Hugging Face has this model: .*gpt2 has another positions"):
+    with pytest.raises(ValueError, match=r"no family of Hugging Face has this model: .*gpt2 differs in positions"):
         write_hugging_face(model, tmp_path)
     assert not list(tmp_path.iterdir())
 

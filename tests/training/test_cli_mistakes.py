@@ -284,7 +284,10 @@ def test_missing_package_is_named(folder, capsys, monkeypatch):
     [
         (MemoryError(), ""),
         (RuntimeError("layer: out of memory"), ""),
-        (RuntimeError("can't allocate memory: you tried to allocate 7440 bytes."), " (7,440 bytes at once were asked"),
+        (
+            RuntimeError("can't allocate memory: you tried to allocate 7440 bytes."),
+            " (7,440 bytes were requested at once",
+        ),
     ],
 )
 def test_a_lack_of_memory_is_one_line(folder, capsys, monkeypatch, error, asked):

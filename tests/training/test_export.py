@@ -47,7 +47,7 @@ def test_a_language_model_in_transformers(tmp_path, capsys, model):
     code, facts = export(run, folder, capsys)
     if model.get("positions") == "alibi":
         assert code == 2
-        assert "gpt2 has another positions" in facts
+        assert "gpt2 differs in positions" in facts
         assert facts.count("\n") == 1
         assert not folder.exists()
         return

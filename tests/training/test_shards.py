@@ -377,7 +377,7 @@ def test_what_cannot_be_mixed_is_refused(corpus, tmp_path, capsys):
     first, second = shard(corpus, tmp_path / "a"), shard(corpus, tmp_path / "b", "--tokenizer", "byte")
     both = json.dumps({str(first): 1, str(second): 1})
     for options, problem in (
-        (["--data.mixture", both], "come from another tokenizer than"),
+        (["--data.mixture", both], "were not made by the same tokenizer"),
         (["--data.mixture", both, "--data.source", str(first)], "data.source must be left out with data.mixture"),
         (["--data.mixture", json.dumps({str(first): 0})], "must be a finite number above 0, got 0"),
         (["--data.mixture", "{}"], "data.mixture must be null or at least one folder"),

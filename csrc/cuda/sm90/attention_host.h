@@ -81,6 +81,11 @@ inline unsigned resident_blocks(int64_t tiles) {
   return static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
 }
 
+// For each sequence, the page of each block of its keys or, without pages, its row of the cache; null: its own index.
+inline const int32_t* pages_of(const DecodeCudaArgs& args) {
+  return args.block_table != nullptr ? args.block_table : args.cache_batch_idx;
+}
+
 // Calls body(a value of the dtype, the head dim as a constant) for head dims 64, 96 and 128.
 template <typename Args, typename Body>
 cudaError_t with_half_and_head_dim(const Args& args, Body body) {

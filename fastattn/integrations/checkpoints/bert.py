@@ -111,7 +111,7 @@ class Bert:
             raise ValueError(f"bert: {error}") from None
         del read["tied"], read["head_transform"], read["pooling"]
         if different := differences(shape, Shape(**read)):
-            raise ValueError(f"bert has another {', '.join(different)}")
+            raise ValueError(f"bert differs in {', '.join(different)}")
         return config
 
     def write_weights(self, model):

@@ -153,7 +153,7 @@ class Decoder:
         for name in ("tied", "head_transform", "pooling"):
             del read[name]
         if different := differences(shape, Shape(**read)):
-            raise ValueError(f"{self.kind} has another {', '.join(different)}")
+            raise ValueError(f"{self.kind} differs in {', '.join(different)}")
 
     def write_weights(self, model):
         """{their name: tensor}."""

@@ -77,7 +77,7 @@ class Gpt2:
             raise ValueError(f"gpt2: {error}") from None
         del read["tied"], read["head_transform"], read["pooling"]
         if different := differences(shape, Shape(**read)):
-            raise ValueError(f"gpt2 has another {', '.join(different)}")
+            raise ValueError(f"gpt2 differs in {', '.join(different)}")
         return config
 
     def write_weights(self, model):

@@ -82,7 +82,7 @@ def _without(texts, written, fractions):
         else:
             yield text
     if any(left.values()):
-        raise UsageError("the source has fewer documents than at the interruption")
+        raise UsageError("the source has fewer documents than before the interruption")
 
 
 class _Writer:

@@ -117,8 +117,8 @@ def join_folders(weights, with_ends=False):
     for path, folder in folders.items():
         if folder.tokenizer.to_json() != first.tokenizer.to_json():
             raise UsageError(
-                f"tokens {path!r} come from another tokenizer than {next(iter(folders))!r}; write them with "
-                "--tokenizer_file"
+                f"tokens {path!r} and {next(iter(folders))!r} were not made by the same tokenizer; write them with"
+                " --tokenizer_file"
             )
     splits, ends = {}, {}
     for part in PARTS:

@@ -101,4 +101,4 @@ class Speedometer:
         if tokens_per_second is None or self.peak is None:
             return None
         share = tokens_per_second * self.flops_per_token / self.peak
-        return share if share <= 1 else None  # the device has another peak than its name says
+        return share if share <= 1 else None  # the peak of the device is not that of its name

@@ -94,7 +94,12 @@ def prepare_run(run, config, resume, overwrite):
     task = make_task(config, tokenizer, expected)
     if config.epochs is not None:
         steps = config.epochs * task.steps_an_epoch
-        expect(steps < 2**53, "epochs", f"fewer, below 2**53 steps of which an epoch has {task.steps_an_epoch}", steps)
+        expect(
+            steps < 2**53,
+            "epochs",
+            f"lower: a run has fewer than 2**53 steps, and an epoch has {task.steps_an_epoch}",
+            steps,
+        )
         config.steps = max(1, round(steps))
     if resume and chosen and config.steps < (done := chosen[1]["step"]):
         raise UsageError(f"steps must be at least {done}, the steps that the run has done, got {config.steps}")

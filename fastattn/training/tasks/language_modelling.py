@@ -88,7 +88,7 @@ class LanguageModelling(Task):
         folder, sizes = join_folders(weights, self.config.data.packed)
         self.tokenizer, self.splits, self.ends = folder.tokenizer, folder.splits, folder.ends
         if tokenizer is not None and tokenizer.to_json() != self.tokenizer.to_json():
-            raise UsageError(f"tokens {', '.join(map(repr, weights))} come from another tokenizer than the model's")
+            raise UsageError(f"tokens {', '.join(map(repr, weights))} were not made by the tokenizer of the model")
         self.summary = {
             "source": ", ".join(weights),
             "characters": sum(map(len, self.splits.values())),
@@ -152,7 +152,7 @@ class LanguageModelling(Task):
         positions = starts[:, None] + torch.arange(self.config.model.block_size + 1)
         tokens = self.splits[part][positions].long()
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.tokenizer.vocab_size:
-            raise UsageError(f"tokens {self.summary['source']!r}: a number is not in the vocabulary, a file is damaged")
+            raise UsageError(f"tokens {self.summary['source']!r}: a number is not in the vocabulary: a file is damaged")
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         if not self.config.data.packed:
             return inputs, targets
