@@ -99,7 +99,7 @@ def write(path, rows):
 
 
 def machine_line(row):
-    """What was measured, in one line. It names the kernels, because virtual machines hide the model of the processor."""
+    """What was measured, in one line. It names the kernels, as virtual machines hide the processor."""
     threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if row.get("threads") else ""
     kernels = f", {row['kernels']} kernels" if row.get("kernels") else ""
     return f"{row['device']}{threads}{kernels}; torch {row['torch']}, commit {row['commit']}, load {row['load']:.1f}"
