@@ -66,7 +66,10 @@ def on_page_markdown(markdown, page, config, files):
         return match[0] if moved is None else f"]({posixpath.relpath(moved, start)}{anchor})"
 
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
-    parts[::2] = (re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", rewrite, part) for part in parts[::2])
+    for index in range(0, len(parts), 2):
+        text = re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", rewrite, parts[index])
+        # GitHub begins a list at its first line, Python-Markdown only after an empty line
+        parts[index] = re.sub(r"^(?![-*|\s])(.+)\n(?=- )", r"\1\n\n", text, flags=re.MULTILINE)
     return "".join(parts)
 
 

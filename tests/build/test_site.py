@@ -66,6 +66,8 @@ def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    for path in tmp_path.rglob("*.html"):  # a list that is none: MkDocs does not warn
+        assert not re.search(r"<p>(?:(?!</p>).)*\n- ", path.read_text(), re.DOTALL), path
     page = (tmp_path / "api/ops.html").read_text()
     assert 'id="fastattn.attention"' in page
     assert "cu_seqlens_q" in page  # the signature of the function, not the text of the module of its name
