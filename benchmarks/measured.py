@@ -12,7 +12,9 @@ import re
 import statistics
 from pathlib import Path
 
-HEAD = re.compile(r"(.+?)(?:, (\d+) threads)?; torch (\S+), commit (\w+), load ([\d.]+)$", re.MULTILINE)
+HEAD = re.compile(
+    r"(.+?)(?:, (\d+) threads?)?(?:, (\w+) kernels)?; torch (\S+), commit (\w+), load ([\d.]+)$", re.MULTILINE
+)
 RATE = re.compile(r"([\d.]+) (GB/s|GFLOP/s), ([\d.]+) % of (?:a )?(copy|GEMM)")
 
 
@@ -59,9 +61,9 @@ def from_markdown(text):
     head = HEAD.search(text)
     if head is None:
         raise ValueError("it has no line with machine, torch, commit and load, as benchmarks/report.py writes it")
-    device, threads, torch, commit, load = head.groups()
+    device, threads, kernels, torch, commit, load = head.groups()
     facts = {"device": device, "threads": threads and int(threads), "torch": torch, "commit": commit}
-    facts["load"] = float(load)
+    facts |= {"load": float(load)} | ({"kernels": kernels} if kernels else {})
     for line in text.split("\n"):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| test_") and len(cells) == 6:
@@ -97,6 +99,7 @@ def write(path, rows):
 
 
 def machine_line(row):
-    """What was measured, in one line."""
-    threads = f", {row['threads']} threads" if row.get("threads") else ""
-    return f"{row['device']}{threads}; torch {row['torch']}, commit {row['commit']}, load {row['load']:.1f}"
+    """What was measured, in one line. It names the kernels, as virtual machines hide the processor."""
+    threads = f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if row.get("threads") else ""
+    kernels = f", {row['kernels']} kernels" if row.get("kernels") else ""
+    return f"{row['device']}{threads}{kernels}; torch {row['torch']}, commit {row['commit']}, load {row['load']:.1f}"

@@ -49,11 +49,16 @@ def main(arguments=None):
     old, new = read(options.old), read(options.new)
     print(f"old: {machine_line(old[0])}\nnew: {machine_line(new[0])}")
     facts = [(old[0].get(key), new[0].get(key)) for key in ("device", "threads", "torch", "kernels")]
-    if any(None not in pair and len(set(pair)) > 1 for pair in facts):  # result files in Markdown do not name kernels
+    if any(None not in pair and len(set(pair)) > 1 for pair in facts):
         print("Another machine, number of threads or PyTorch: differences need not come from the code.")
+    elif facts[-1].count(None) == 1:  # older result files do not name the kernels
+        print("Only one file names the kernels: is it the same kind of processor?")
     slower, faster, both = compare(old, new, options.factor)
     if not both:
         parser.error("the two runs have no row of fastattn in common")
+    ours = {row["benchmark"] for row in old if row["implementation"] == "fastattn"}
+    if missing := ours - {row["benchmark"] for row in new}:
+        print(f"{len(missing)} of {len(ours)} rows of the old run are not in the new one")
     for title, lines in (("slower", slower), ("faster", faster)):
         print(f"{len(lines)} of {both} rows got {title} by more than {options.factor:g}, compared with PyTorch")
         print("".join(f"  {line}\n" for line in lines), end="")

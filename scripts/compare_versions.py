@@ -55,11 +55,9 @@ def main():
         print(f"| {key[0]} | {key[1]} | {old[key] * 1e6:.1f} | {new[key] * 1e6:.1f} | {ours[key]:.3f} |")
     if others:
         at = [others[int(share * (len(others) - 1))] for share in (0.05, 0.5, 0.95)]
-        print(
-            f"\nother candidates, {len(others)}: 5 %, median and 95 % of new/old {at[0]:.3f}, {at[1]:.3f}, {at[2]:.3f}"
-        )
-    print(f"ours, {len(ours)}: median of new/old {statistics.median(ours.values()):.3f}")
-    print(f"only in one checkout: {len(old.keys() ^ new.keys())}")
+        print("\n- other candidates, {}: 5, 50 and 95 % of new/old {:.3f}, {:.3f}, {:.3f}".format(len(others), *at))
+    print(f"- ours, {len(ours)}: median of new/old {statistics.median(ours.values()):.3f}")
+    print(f"- only in one checkout: {len(old.keys() ^ new.keys())}")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,29 @@ def on_page_markdown(markdown, page, config, files):
         return match[0] if moved is None else f"]({posixpath.relpath(moved, start)}{anchor})"
 
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
-    parts[::2] = (re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", rewrite, part) for part in parts[::2])
+    for index in range(0, len(parts), 2):
+        text = re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", rewrite, parts[index])
+        # GitHub begins a list at its first line, Python-Markdown only after an empty line
+        parts[index] = re.sub(r"^(?![-*|\s])(.+)\n(?=- )", r"\1\n\n", text, flags=re.MULTILINE)
     return "".join(parts)
+
+
+def on_page_content(html, page, config, files):
+    """Keep short code on one line, let long names break at their parts, and open a picture in full by a click."""
+    html = re.sub(r"<code>([^<\n]+)</code>", _inline_code, html)
+    html = re.sub(r'(class="doc doc-object-name[^>]*>)([\w.]+)', lambda m: m[1] + _breakable(m[2]), html)
+    return re.sub(r'(?<!">)<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
+
+
+def _inline_code(match):
+    if len(match[1]) <= 20:  # about half of the width of a telephone
+        return f'<code class="whole">{match[1]}</code>'
+    text = re.sub(r"(?<![\w-])--?\w+", r'<span class="whole">\g<0></span>', match[1])  # or lines end with the hyphens
+    return f"<code>{_breakable(text)}</code>"
+
+
+def _breakable(text):
+    return re.sub(r"(?<=\w)[./_=]+(?=\w)", r"\g<0><wbr>", text)
 
 
 class Docstrings(Extension):

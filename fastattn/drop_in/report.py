@@ -31,8 +31,8 @@ class Report:
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     advice: list[str] = field(default_factory=list)
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
-    _classes: dict[torch.nn.Module, type] = field(default_factory=dict, repr=False)
+    _undo: list[Callable[[], None]] = field(default_factory=list, init=False, repr=False)
+    _classes: dict[torch.nn.Module, type] = field(default_factory=dict, init=False, repr=False)
 
     def undo(self) -> None:
         """Make the model what it was before `replace`; nothing happens the second time.

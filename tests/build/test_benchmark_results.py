@@ -45,7 +45,7 @@ def test_the_same_rows_from_every_format(modules, tmp_path, capsys):
             "percent_of_copy": 41.0,
         }} for name, seconds in stats.items()
     ]  # fmt: skip
-    machine = {"cpu": {"brand_raw": "AMD EPYC"}, "threads": 2, "torch": "2.13.0", "load": 1.2}
+    machine = {"cpu": {"brand_raw": "AMD EPYC"}, "threads": 2, "kernels": "avx2", "torch": "2.13.0", "load": 1.2}
     report = {"machine_info": machine, "commit_info": {"id": "abcdef123456"}, "benchmarks": [*benchmarks, {
         "group": "another", "stats": {"median": 1.0}, "extra_info": {},
     }]}  # fmt: skip
@@ -60,6 +60,7 @@ def test_the_same_rows_from_every_format(modules, tmp_path, capsys):
     assert again == [{key: row[key] for key in again[0]} for row in rows]
     assert again[1]["ratio"] == 2.0
     assert (again[1]["percent"], again[1]["limit"], again[1]["commit"]) == (41.0, "copy", "abcdef123")
+    assert (again[1]["kernels"], again[1]["threads"]) == ("avx2", 2)
 
 
 def test_every_result_file_with_rows_can_be_read(modules):
@@ -143,6 +144,10 @@ def test_what_got_slower(modules, tmp_path, capsys):
     modules["measured"].write(tmp_path / "newer.jsonl", rows_of(2.0, kernels="avx512"))
     modules["slower"].main([str(tmp_path / f"{name}.jsonl") for name in ("older", "newer")])
     assert "Another machine" in capsys.readouterr().out
+    modules["slower"].main([paths[0], str(tmp_path / "newer.jsonl")])
+    said = capsys.readouterr().out
+    assert "Only one file names the kernels" in said
+    assert "3 of 4 rows of the old run are not in the new one" in said
     with pytest.raises(SystemExit):
         modules["slower"].main([paths[0], paths[2]])
 

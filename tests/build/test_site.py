@@ -42,6 +42,16 @@ def test_sections_of_docstrings(site):
     ]
 
 
+def test_code_and_pictures_on_a_narrow_screen(site):
+    html = '<p><code>pip -e .</code> <code>pytest tests/ops.py --lf-a.b</code> <img alt="a" src="b.svg" /></p>'
+    html += '<pre><span></span><code>pip -e .\n</code></pre><h2><span class="doc doc-object-name x">f.a_b</span>'
+    done = '<p><code class="whole">pip -e .</code> <code>pytest tests/<wbr>ops.<wbr>py '
+    done += '<span class="whole">--lf</span>-a.<wbr>b</code> <a href="b.svg"><img alt="a" src="b.svg" /></a></p>'
+    done += "<pre><span></span><code>pip -e .\n</code></pre>"
+    done += '<h2><span class="doc doc-object-name x">f.<wbr>a_<wbr>b</span>'
+    assert site.on_page_content(html, None, None, None) == done
+
+
 def test_a_new_page_is_in_the_navigation(site, tmp_path):
     for name in ("start.md", "new.md", "lab/new.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -56,6 +66,8 @@ def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    for path in tmp_path.rglob("*.html"):  # a list that is none: MkDocs does not warn
+        assert not re.search(r"<p>(?:(?!</p>).)*\n- ", path.read_text(), re.DOTALL), path
     page = (tmp_path / "api/ops.html").read_text()
     assert 'id="fastattn.attention"' in page
     assert "cu_seqlens_q" in page  # the signature of the function, not the text of the module of its name
