@@ -5,6 +5,8 @@
 //   post-norm  r = norm1(x + out_proj(attention(in_proj(x)))),  y = norm2(r + linear2(hidden(r)))
 //   hidden(h) = activation(linear1(h)), or gated activation(gate(h)) * linear1(h)
 //
+// A decoder layer has attention to a memory with a norm of its own between the two.
+//
 // All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
 // read weights of fp32, bf16 or int8 in place; for more rows fp32 weights go to our blocked product or to torch's
 // library. In bf16 the weights and everything between the kernels are bf16; the products of more rows are torch's, or
@@ -28,7 +30,7 @@ struct LayerOptions {
   int64_t n_heads;
   bool norm_first;
   int64_t activation;
-  double eps[2];
+  double eps[3];
   // up to how many tokens the products with fp32 weights are those of gemv, and up to how many ours; then torch's
   int64_t most_few_rows, most_own_rows;
 };
@@ -102,11 +104,14 @@ class Layer {
         norms_(norms),
         options_(options),
         gated_(linears.size() == 15),
+        crosses_(linears.size() == 18),
         stream_(x.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float),
         dtype_(dtype.value_or(stream_)) {
     STD_TORCH_CHECK(x.dim() == 3, "layer: x must have 3 dimensions, got ", x.dim());
-    STD_TORCH_CHECK(norms.size() == 4, "layer: norms must be 4 tensors, got ", norms.size());
-    STD_TORCH_CHECK(linears.size() == 12 || gated_, "layer: linears must be 12 or 15 tensors, got ", linears.size());
+    STD_TORCH_CHECK(linears.size() == 12 || gated_ || crosses_, "layer: linears must be 12, 15 or 18 tensors, got ",
+                    linears.size());
+    STD_TORCH_CHECK(norms.size() == (crosses_ ? 6 : 4), "layer: norms must be ", crosses_ ? 6 : 4, " tensors, got ",
+                    norms.size());
     STD_TORCH_CHECK(options.activation >= 0 && options.activation <= static_cast<int>(Activation::kSilu),
                     "layer: activation must be between 0 and 4, got ", options.activation);
     STD_TORCH_CHECK(options.n_heads > 0, "layer: n_heads must be positive, got ", options.n_heads);
@@ -134,10 +139,16 @@ class Layer {
   virtual ~Layer() = default;
 
  protected:
-  enum Linear { kIn, kOut, kUp, kDown, kGate };
+  // The gate and attention to a memory exclude each other. kCrossQ and kCrossKv are the rows of kCrossIn for q, and for
+  // k and v.
+  enum Linear { kIn, kOut, kUp, kDown, kGate, kCrossIn = kGate, kCrossOut, kCrossQ, kCrossKv, kLinears };
 
   // out = attention of the projected tokens, whose rows hold q, k and v; lse: room for the statistics.
   virtual void attend(void* qkv, void* out, float* lse) = 0;
+
+  // out = attention from x to the memory, with its projections; room: of room_to_cross() bytes. For decoder layers.
+  virtual void cross(const void* x, void* out, void* room) {}
+  virtual int64_t room_to_cross() const { return 0; }
 
   Tensor run() {
     const Tensor y = empty_cpu({x_.size(0), x_.size(1), width_}, dtype_);
@@ -150,10 +161,11 @@ class Layer {
     const auto bytes = [&](int64_t cols) { return Scratch::whole_lines(tokens_ * cols * size); };
     // attention is over when the feed-forward block begins, which takes its memory
     const int64_t attention = bytes(linears_[kIn].n) + bytes(linears_[kOut].k) + tokens_ * options_.n_heads * 4;
-    const Scratch buffer((3 * bytes(width_) + std::max(attention, (gated_ ? 2 : 1) * bytes(d_ff)) + 3) / 4);
+    const int64_t most = std::max({attention, room_to_cross(), (gated_ ? 2 : 1) * bytes(d_ff)});
+    const Scratch buffer(((crosses_ ? 4 : 3) * bytes(width_) + most + 3) / 4);
     char* free = reinterpret_cast<char*>(buffer.data());
     const auto take = [&](int64_t cols) -> void* { return std::exchange(free, free + bytes(cols)); };
-    void *h = take(width_), *r = take(width_), *sum = take(width_);
+    void *h = take(width_), *r = take(width_), *sum = take(width_), *other = crosses_ ? take(width_) : nullptr;
     char* shared = free;
     void *qkv = take(linears_[kIn].n), *attended = take(linears_[kOut].k);
     float* lse = reinterpret_cast<float*>(free);
@@ -168,6 +180,16 @@ class Layer {
     } else {
       norm(0, sum, x, nullptr, h);
     }
+    if (crosses_) {
+      cross(h, sum, shared);
+      if (options_.norm_first) {
+        norm(2, sum, r, other, h);
+        r = other;
+      } else {
+        norm(1, sum, h, nullptr, other);
+        h = other;
+      }
+    }
     void *up = shared, *gate = gated_ ? shared + bytes(d_ff) : nullptr;
     product(kUp, h, up, nullptr);
     if (gated_) {
@@ -178,7 +200,7 @@ class Layer {
       product(kDown, up, out, r);
     } else {
       product(kDown, up, sum, nullptr);
-      norm(1, sum, h, nullptr, out);
+      norm(crosses_ ? 2 : 1, sum, h, nullptr, out);
     }
     return y;
   }
@@ -193,18 +215,23 @@ class Layer {
 
   // y = x through a linear layer, plus residual if there is one. All are contiguous.
   void product(Linear which, const void* x, void* y, const void* residual) const {
+    product_of(tokens_, which, x, y, residual);
+  }
+
+  // The same for another number of rows than the layer has tokens; then without a residual.
+  void product_of(int64_t rows, Linear which, const void* x, void* y, const void* residual = nullptr) const {
     const GemvArgs& linear = linears_[which];
     constexpr int64_t kLeastBf16 = 1 << 18;  // elements, as LEAST_WEIGHT_BF16 of _few_rows_table.py
-    const bool few = tokens_ <= options_.most_few_rows && (!is_bf16() || linear.n * linear.k >= kLeastBf16);
+    const bool few = rows <= options_.most_few_rows && (!is_bf16() || linear.n * linear.k >= kLeastBf16);
     if (!is_bf16() && (few || linear.type != WeightType::kFloat32)) {
-      return few_rows(which, x, y, residual);
+      return few_rows(rows, which, x, y, residual);
     }
     const void* bias = is_bf16() ? biases_[which] : linear.bias;
     if (few) {
-      few_rows_bf16(linear, bias, x, y);
+      few_rows_bf16(rows, linear, bias, x, y);
     } else {
-      const bool ours = tokens_ <= options_.most_own_rows;
-      multiply(operand(x, tokens_, linear.k, dtype_), weight(which).t(), bias, false, ours, y);
+      const bool ours = rows <= options_.most_own_rows;
+      multiply(operand(x, rows, linear.k, dtype_), weight(which).t(), bias, false, ours, y);
     }
     if (residual) {
       drop(y, kernel_dtype(), residual, kNoDropout, y, kernel_dtype());
@@ -270,7 +297,7 @@ class Layer {
   const Tensor x_;
   const std::vector<Tensor>& norms_;
   const LayerOptions& options_;
-  const bool gated_;
+  const bool gated_, crosses_;
   const ScalarType stream_;  // the dtype of x, the result, the sums r and the norms' parameters
   const ScalarType dtype_;   // of everything else
   std::vector<GemvArgs> linears_;
@@ -280,20 +307,20 @@ class Layer {
 
  private:
   // The product of few rows, which reads the weight in place.
-  void few_rows(Linear which, const void* x, void* y, const void* residual) const {
+  void few_rows(int64_t rows, Linear which, const void* x, void* y, const void* residual) const {
     GemvArgs args = linears_[which];
     args.x = static_cast<const float*>(x);
     args.y = static_cast<float*>(y);
     args.residual = static_cast<const float*>(residual);
-    args.m = tokens_;
+    args.m = rows;
     args.x_row = args.k;
     args.y_row = args.residual_row = args.n;
     run_gemv(args);
   }
 
-  void few_rows_bf16(const GemvArgs& linear, const void* bias, const void* x, void* y) const {
+  void few_rows_bf16(int64_t rows, const GemvArgs& linear, const void* bias, const void* x, void* y) const {
     const auto bits = [](const void* p) { return static_cast<const uint16_t*>(p); };
-    FewRowsArgs args{bits(x), bits(linear.weight), bits(bias), static_cast<uint16_t*>(y), tokens_, linear.n, linear.k};
+    FewRowsArgs args{bits(x), bits(linear.weight), bits(bias), static_cast<uint16_t*>(y), rows, linear.n, linear.k};
     args.x_row = linear.k;
     args.weight_row = linear.weight_row;
     args.y_row = linear.n;
@@ -304,7 +331,7 @@ class Layer {
     run_norm_fwd(norm_args(which, x, residual, r, y));
   }
 
-  std::vector<float> widened_[4];
+  std::vector<float> widened_[6];
 };
 
 }  // namespace fastattn

@@ -25,6 +25,7 @@ class DecodeLayer : fastattn::Layer {
               const LayerOptions& options)
       : Layer(x, norms, linears, options), batch_(x.size(0)), seqlen_(x.size(1)) {
     STD_TORCH_CHECK(!is_bf16(), kOp, "x must be float32");
+    STD_TORCH_CHECK(!crosses_, kOp, "attention to a memory is not supported");
   }
 
   Tensor run(const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths, const Rotary& rotary,

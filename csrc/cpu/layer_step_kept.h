@@ -1,16 +1,17 @@
 #pragma once
-// What a training step of an encoder layer gets and keeps: its options, the tensors that the forward keeps for the
-// backward, and weights in bf16. See layer_step.h.
+// What a training step of an encoder or decoder layer gets and keeps: its options, the tensors that the forward keeps
+// for the backward, and weights in bf16. See layer_step.h.
 #include "layer_encode.h"
 
 namespace fastattn {
 
-enum Drop { kAttention, kFirst, kHidden, kSecond, kPlaces };  // of dropout, in the order of their random states
+// Of dropout, in the order of their random states.
+enum Drop { kAttention, kFirst, kCrossAttention, kCrossSecond, kHidden, kSecond, kPlaces };
 
 struct StepOptions {
   // In the order of `Options` in layer_step.py.
   explicit StepOptions(const std::vector<double>& values) {
-    constexpr size_t kValues = 16;
+    constexpr size_t kValues = 20;
     STD_TORCH_CHECK(values.size() == kValues, "layer_encode_fwd: options must be ", kValues, " numbers, got ",
                     values.size());
     auto next = values.begin();
@@ -19,6 +20,7 @@ struct StepOptions {
     }
     const auto number = [&] { return static_cast<int64_t>(*next++); };
     causal = number();
+    memory_causal = number();
     batch_first = number();
     autocast = number();
     layer.most_few_rows = number();
@@ -28,22 +30,23 @@ struct StepOptions {
     layer.n_heads = number();
     layer.norm_first = number();
     layer.activation = number();
-    layer.eps[0] = *next++;
-    layer.eps[1] = *next++;
+    for (double& eps : layer.eps) {
+      eps = *next++;
+    }
   }
 
   LayerOptions layer;
   double dropout_p[kPlaces];
-  bool causal, batch_first;
+  bool causal, memory_causal, batch_first;
   bool autocast;                     // fp32 with the products in bf16
   int64_t most_own_dx, most_own_dw;  // up to how many tokens these products are ours
 };
 
-// For every token: q, k and v; what linear1 computes; the input of out_proj, sums and results of norms, statistics.
-// And under autocast the weights in bf16.
-struct Kept {
-  Tensor qkv, preact, others, weights;
-};
+// The tensors that the forward keeps. For every token: q, k and v; what linear1 computes; the input of out_proj, sums
+// and results of norms, statistics. Under autocast the weights in bf16. In a decoder layer for every token what its
+// attention to the memory reads and computes, and for every token of the memory k and v, and under autocast the token
+// in bf16.
+enum Kept { kQkv, kPreact, kOthers, kWeights, kCrossed, kMemory };
 
 // Divides a block of memory.
 class Pieces {

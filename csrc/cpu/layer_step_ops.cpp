@@ -1,4 +1,4 @@
-// fastattn::layer_encode_fwd and layer_encode_bwd for CPU tensors: an encoder layer in a training step.
+// fastattn::layer_encode_fwd and layer_encode_bwd for CPU tensors: an encoder or decoder layer in a training step.
 #include <torch/csrc/stable/library.h>
 
 #include "layer_step.h"
@@ -6,21 +6,21 @@
 namespace {
 
 using fastattn::EncodeStep;
+using fastattn::Memory;
 using fastattn::OptionalTensor;
 using fastattn::StepOptions;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_encode_fwd(const Tensor& x, std::vector<Tensor> norms,
-                                                                    std::vector<Tensor> linears, OptionalTensor mask,
-                                                                    OptionalTensor bias, OptionalTensor rng,
-                                                                    std::vector<double> options) {
+std::vector<Tensor> layer_encode_fwd(const Tensor& x, std::vector<Tensor> norms, std::vector<Tensor> linears,
+                                     OptionalTensor mask, OptionalTensor bias, std::vector<Tensor> memory,
+                                     OptionalTensor rng, std::vector<double> options) {
   const StepOptions values(options);
+  const Memory read(memory, values.memory_causal);
   const Tensor weights =
       fastattn::empty_cpu({values.autocast ? fastattn::elements_in_bf16(linears) : 0}, ScalarType::BFloat16);
   const std::vector<Tensor> operands = values.autocast ? fastattn::in_bf16(linears, weights, true) : linears;
-  const auto [y, kept] = EncodeStep(x, norms, operands, linears, mask, bias, rng, values).forward(weights);
-  return {y, kept.qkv, kept.preact, kept.others, kept.weights};
+  return EncodeStep(x, norms, operands, linears, mask, bias, read, rng, values).forward(weights);
 }
 
 // With the strides that the forward saw: hooks for saved tensors, or a new `data` of a parameter, may bring others.
@@ -33,22 +33,25 @@ std::vector<Tensor> all_contiguous(std::vector<Tensor> tensors) {
   return tensors;
 }
 
-std::vector<Tensor> layer_encode_bwd(const Tensor& dy, const Tensor& qkv, const Tensor& preact, const Tensor& others,
-                                     const Tensor& weights, bool need_dx, const Tensor& x, std::vector<Tensor> norms,
-                                     std::vector<Tensor> linears, OptionalTensor mask, OptionalTensor bias,
+std::vector<Tensor> layer_encode_bwd(const Tensor& dy, std::vector<Tensor> kept, bool need_dx, bool need_dmemory,
+                                     const Tensor& x, std::vector<Tensor> norms, std::vector<Tensor> linears,
+                                     OptionalTensor mask, OptionalTensor bias, std::vector<Tensor> memory,
                                      OptionalTensor rng, std::vector<double> options) {
   const StepOptions values(options);
+  const Memory read(memory, values.memory_causal);
   norms = all_contiguous(std::move(norms));
   linears = all_contiguous(std::move(linears));
-  const std::vector<Tensor> kept = all_contiguous({qkv, preact, others, weights});
+  kept = all_contiguous(std::move(kept));
   rng = fastattn::contiguous(rng);
   std::vector<Tensor> operands = linears;
   if (values.autocast) {
-    fastattn::layer_tensor(kept[3], {fastattn::elements_in_bf16(linears)}, "weights", ScalarType::BFloat16);
-    operands = fastattn::in_bf16(linears, kept[3], false);
+    STD_TORCH_CHECK(kept.size() > fastattn::kWeights, "layer_encode_bwd: kept must have the weights");
+    const Tensor& weights = kept[fastattn::kWeights];
+    fastattn::layer_tensor(weights, {fastattn::elements_in_bf16(linears)}, "weights", ScalarType::BFloat16);
+    operands = fastattn::in_bf16(linears, weights, false);
   }
-  EncodeStep step(x, norms, operands, linears, mask, bias, rng, values);
-  return step.backward(dy, {kept[0], kept[1], kept[2], kept[3]}, need_dx);
+  EncodeStep step(x, norms, operands, linears, mask, bias, read, rng, values);
+  return step.backward(dy, kept, need_dx, need_dmemory);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
     post-norm: x = norm1(x + dropout1(SA(x)));  x = norm2(x + dropout2(CA(x, memory)));  x = norm3(x + dropout3(FF(x)))
     pre-norm:  the norms come before SA, CA and FF instead
 
-Fused or composed under the same conditions as the encoder layer.
+Fused or composed under the same conditions as the encoder layer, and one call on a CPU under the same ones (whole.py).
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from fastattn.nn.sublayers import (
     fit_fused_ops,
     sequence_length,
 )
+from fastattn.nn.whole import decode
 from fastattn.ops import dropout, layer_norm
 from fastattn.ops._public import Public
 
@@ -131,11 +132,16 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         ):
             return super().forward(tgt, memory, *masks)  # torch's decoder has no fast path: it calls the children
 
+        own = tgt_mask, tgt_key_padding_mask, tgt_is_causal
+        other = memory_mask, memory_key_padding_mask, memory_is_causal
+        if (whole := decode(self, x, memory, own, other)) is not None:
+            return whole
+
         def self_attend(x) -> tuple[Tensor, Tensor | None]:
-            return attend(m["self_attn"], x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            return attend(m["self_attn"], x, x, *own)
 
         def cross_attend(x) -> tuple[Tensor, Tensor | None]:
-            return attend(m["multihead_attn"], x, memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+            return attend(m["multihead_attn"], x, memory, *other)
 
         if self.norm_first:
             h = layer_norm(x, *affine(m["norm1"]), m["norm1"].eps)

@@ -1,7 +1,7 @@
-"""An encoder layer as one call of C++, and its backward as another, if its children are plain and have no hooks.
+"""An encoder or decoder layer as one call of C++, and its backward as another, if its children are plain.
 
-Nothing is kept between two calls: each reads the modules again, so that a hook, a patch, another child or a changed
-parameter takes effect.
+Plain children have no hooks. Nothing is kept between two calls: each reads the modules again, so that a hook, a patch,
+another child or a changed parameter takes effect.
 """
 
 import torch
@@ -14,23 +14,32 @@ from fastattn.nn.sublayers import activation_name
 from fastattn.ops import _gemm
 from fastattn.ops._backends import grad_wanted
 from fastattn.ops._kinds import nonplain_kind
-from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, encode_layer, encoder_dtype, present
+from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, Memory, encode_layer, encoder_dtype, present
 from fastattn.ops.layer_step import Options, train_layer
 
 
 def read_tensors(block):
-    """[weight, bias, ...] of in_proj, out_proj, linear1, linear2 and gate, and the same of norm1 and norm2."""
-    m = block._modules
-    attn, norms = m["self_attn"], []
-    modules = [attn._modules["out_proj"], m["linear1"], m["linear2"]]
+    """[weight, bias, ...] of in_proj, out_proj, linear1, linear2 and gate, and the same of norm1 and norm2.
+
+    A decoder layer has in_proj and out_proj of the attention to its memory in place of the gate, and norm3.
+    """
+    m, norms = block._modules, []
+    linears = _attention_tensors(m["self_attn"])
+    for name in ("linear1", "linear2"):
+        linears += affine(m[name])
     if m.get("gate") is not None:
-        modules.append(m["gate"])
-    linears = [attn._parameters["in_proj_weight"], attn._parameters.get("in_proj_bias")]
-    for module in modules:
-        linears += affine(module)
+        linears += affine(m["gate"])
     for name in ("norm1", "norm2"):
         norms += affine(m[name])
+    if "multihead_attn" in m:
+        linears += _attention_tensors(m["multihead_attn"])
+        norms += affine(m["norm3"])
     return linears, norms
+
+
+def _attention_tensors(attn):
+    in_proj = [attn._parameters["in_proj_weight"], attn._parameters.get("in_proj_bias")]
+    return [*in_proj, *affine(attn._modules["out_proj"])]
 
 
 def are_on_cpu(tensors, contiguous=False, dtype=torch.float32):
@@ -46,7 +55,7 @@ def are_on_cpu(tensors, contiguous=False, dtype=torch.float32):
 def make_layer(block, activation, norms, linears):
     """A block whose children are plain as a `Layer`; linears: weight, scale and bias of each linear layer."""
     m = block._modules
-    eps = m["norm1"].eps, m["norm2"].eps
+    eps = [m[name].eps for name in ("norm1", "norm2", "norm3")[: len(norms) // 2]]
     n_heads = m["self_attn"].num_heads
     return Layer([present(t) for t in norms], linears, n_heads, block.norm_first, ACTIVATION_NUMBERS[activation], *eps)
 
@@ -82,39 +91,45 @@ def _is_plain_attention(attn):
     )
 
 
-def _masks(attn, x, attn_mask, padding, is_causal, batch_first, dtype):
+def _masks(attn, x, keys, attn_mask, padding, is_causal, batch_first, dtype):
     """(mask, bias) as the op takes them for a query of that dtype; None if one is not a plain tensor on the CPU."""
     if attn_mask is None and padding is None:
         return None, None
     for t in (attn_mask, padding):
-        if t is not None and (not t.is_cpu or nonplain_kind(t)):
+        if t is not None and (not t.is_cpu or nonplain_kind(t) or not (t.dtype == torch.bool or t.is_floating_point())):
             return None
-    is_batched = check_dims(x, x, x, padding, attn_mask, attn.num_heads)
+    is_batched = check_dims(x, keys, keys, padding, attn_mask, attn.num_heads)
     if not is_batched:
-        batch, seqlen = 1, x.shape[0]
-        padding = None if padding is None else padding[None]
+        batch, seqlen, padding = 1, 0, None if padding is None else padding[None]
     else:
-        batch, seqlen = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+        batch, seqlen = (x.shape[0], 1) if batch_first else (x.shape[1], 0)
     mask = None if is_causal else attn_mask
-    return attention_masks(mask, padding, batch, attn.num_heads, seqlen, seqlen, dtype)
+    sizes = batch, attn.num_heads, x.shape[seqlen], keys.shape[seqlen]
+    return attention_masks(mask, padding, *sizes, dtype)
 
 
 def _fit(linears, width):
-    """Whether the weights and biases of in_proj, out_proj, linear1 and linear2 have the shapes of a layer."""
-    d_ff = linears[4].shape[0]
-    shapes = (3 * width, width), (width, width), (d_ff, width), (width, d_ff)
-    for weight, bias, shape in zip(linears[::2], linears[1::2], shapes, strict=True):
+    """Whether the weights and biases of in_proj, out_proj, linear1 and linear2 have the shapes of a layer.
+
+    In a decoder layer also those of the attention to its memory.
+    """
+    d_ff, attention = linears[4].shape[0], ((3 * width, width), (width, width))
+    shapes = (*attention, (d_ff, width), (width, d_ff), *attention)
+    for weight, bias, shape in zip(linears[::2], linears[1::2], shapes, strict=False):  # an encoder layer has four
         if weight.shape != shape or (bias is not None and bias.shape != shape[:1]):
             return False
     return True
 
 
 def _dropouts(layer):
-    """The dropout probabilities of the attention weights, attention's result, the hidden layer and its result."""
+    """The dropout probabilities of a layer in the order of `Options`."""
     m = layer._modules
-    attn = m["self_attn"]
-    modules = (dropout_p(m[name]) for name in ("dropout1", "dropout", "dropout2"))
-    return attn.dropout if attn.training else 0.0, *modules
+    own, other = m["self_attn"], m.get("multihead_attn")
+    own_p = own.dropout if own.training else 0.0
+    if other is None:
+        return own_p, dropout_p(m["dropout1"]), 0.0, 0.0, dropout_p(m["dropout"]), dropout_p(m["dropout2"])
+    first, second, hidden, last = (dropout_p(m[name]) for name in ("dropout1", "dropout2", "dropout", "dropout3"))
+    return own_p, first, other.dropout if other.training else 0.0, second, hidden, last
 
 
 def _are_numbers(values):
@@ -138,41 +153,102 @@ def encode(layer, x, attn_mask, padding, is_causal):
         layer: TransformerEncoderLayer.
         x, attn_mask, padding, is_causal: as its forward takes them.
     """
-    m, dims = layer._modules, x.dim()
-    attn = m["self_attn"]
+    attn = layer._modules["self_attn"]
     dtype = encoder_dtype(x)
-    if dtype is None or dims not in (2, 3):
+    if dtype is None or not _serves_attention(attn, x):
         return None
-    if not _is_plain_attention(attn) or x.shape[-1] != attn.embed_dim or attn.embed_dim > 256 * attn.num_heads:
+    read = _read(layer, attn, x)
+    if read is None:
         return None
-    if attn.embed_dim % attn.num_heads:
-        return None
-    linears, norms = tensors = read_tensors(layer)
-    found = read_plain(layer, activation_name(layer.activation), tensors, x.dtype)
-    if found is None or not _fit(linears, attn.embed_dim):
-        return None
-    batch_first = attn.batch_first or dims == 2
-    masks = _masks(attn, x, attn_mask, padding, is_causal, batch_first, dtype)
+    batch_first = attn.batch_first or x.dim() == 2
+    masks = _masks(attn, x, x, attn_mask, padding, is_causal, batch_first, dtype)
     if masks is None:
         return None
-    dropouts, rows = _dropouts(layer), x if dims == 3 else x[None]
-    if not _are_numbers((*dropouts, m["norm1"].eps, m["norm2"].eps)):
+    return _compute(layer, x, read, (*masks, bool(is_causal)), batch_first, dtype, None)
+
+
+def decode(layer, x, memory, masks, memory_masks):
+    """A decoder layer whose feed-forward block is plain, in one call, or None where its parts must be called.
+
+    Args:
+        layer: TransformerDecoderLayer.
+        x, memory: as its forward takes them.
+        masks, memory_masks: (attn_mask, padding, is_causal) of self-attention and of the attention to the memory.
+    """
+    m = layer._modules
+    attn, other = m["self_attn"], m["multihead_attn"]
+    dtype = encoder_dtype(x)
+    if dtype is None or not _serves_attention(attn, x) or not _is_plain_attention(other):
         return None
+    alike = attn.embed_dim == other.embed_dim and attn.num_heads == other.num_heads
+    if not alike or attn.batch_first != other.batch_first or not _fits_memory(x, memory, attn.batch_first):
+        return None
+    read = _read(layer, attn, x)
+    if read is None:
+        return None
+    batch_first = attn.batch_first or x.dim() == 2
+    found = []
+    for module, keys, (attn_mask, padding, is_causal) in ((attn, x, masks), (other, memory, memory_masks)):
+        pair = _masks(module, x, keys, attn_mask, padding, is_causal, batch_first, dtype)
+        if pair is None:
+            return None
+        found.append((*pair, bool(is_causal)))
+    memory = Memory(memory if x.dim() == 3 else memory[None], *found[1])
+    return _compute(layer, x, read, found[0], batch_first, dtype, memory)
+
+
+def _serves_attention(attn, x):
+    """Whether one call may compute self-attention of x by this module."""
+    return (
+        x.dim() in (2, 3)
+        and _is_plain_attention(attn)
+        and x.shape[-1] == attn.embed_dim
+        and attn.embed_dim <= 256 * attn.num_heads
+        and attn.embed_dim % attn.num_heads == 0
+    )
+
+
+def _fits_memory(x, memory, batch_first):
+    """Whether the memory is a plain tensor with tokens that fits x."""
+    if type(memory) not in (torch.Tensor, torch.nn.Parameter) or not are_on_cpu([memory], dtype=x.dtype):
+        return False
+    if memory.dim() != x.dim() or memory.shape[-1] != x.shape[-1] or not memory.numel():
+        return False
+    batch = 0 if batch_first else 1
+    return x.dim() == 2 or memory.shape[batch] == x.shape[batch]
+
+
+def _read(layer, attn, x):
+    """(linears, norms, `Layer`) of a layer that one call may compute, or None."""
+    linears, norms = tensors = read_tensors(layer)
+    found = read_plain(layer, activation_name(layer.activation), tensors, x.dtype)
+    return None if found is None or not _fit(linears, attn.embed_dim) else (linears, norms, found)
+
+
+def _compute(layer, x, read, own, batch_first, dtype, memory):
+    """The layer, or None where its parts must be called; own: mask, bias and is_causal of self-attention."""
+    linears, norms, found = read
+    dropouts, rows = _dropouts(layer), x if x.dim() == 3 else x[None]
+    if not _are_numbers((*dropouts, *found[5:])):
+        return None
+    mask, bias, is_causal = own
+    of_memory, memory_bias = (None, None) if memory is None else (memory.tokens, memory.bias)
     trains = torch.is_grad_enabled() and _wanted(linears + norms)
     if trains:
-        if not all(0 <= p <= 1 for p in dropouts) or (masks[1] is not None and masks[1].requires_grad):
+        if not all(0 <= p <= 1 for p in dropouts) or grad_wanted(bias, memory_bias):
             return None
         tokens = rows.shape[0] * rows.shape[1]
         products = *_gemm.most_rows(dtype, tokens), *_gemm.most_rows_of_gradients(dtype, tokens)
-        options = Options(*dropouts, is_causal, batch_first, dtype is not x.dtype, *products, *found[2:])
-        y = train_layer(rows, linears + norms, *masks, options)
+        causal = is_causal, memory is not None and memory.causal
+        options = Options(*dropouts, *causal, batch_first, dtype is not x.dtype, *products, *found[2:])
+        y = train_layer(rows, linears + norms, mask, bias, options, memory)
     elif (
         dtype is not x.dtype
         or any(dropouts)
         or trains is None
-        or (torch.is_grad_enabled() and grad_wanted(x, masks[1]))
+        or (torch.is_grad_enabled() and grad_wanted(x, bias, of_memory, memory_bias))
     ):
         return None
     else:
-        y = encode_layer(rows, found, *masks, is_causal, batch_first)
-    return y if dims == 3 else y[0]
+        y = encode_layer(rows, found, mask, bias, is_causal, batch_first, memory)
+    return y if x.dim() == 3 else y[0]

@@ -105,15 +105,22 @@ def _layer_decode(x, norms, linears, k_cache, v_cache, cache_seqlens, *others, o
 
 
 @register_flop_formula(_ops.layer_encode_bwd, get_raw=True)
-def _layer_encode_bwd(dy, qkv, preact, others, kept_weights, need_dx, x, norms, linears, *rest, out_val=None):
+def _layer_encode_bwd(dy, kept, need_dx, need_dmemory, x, norms, linears, mask, bias, memory, *rest, out_val=None):
     """Used if only the backward runs under the counter: a forward under it calls the parts of the layer instead."""
     *_, options = rest
     o, (first, second, _), weights = Options(*options), x.shape, [weight.shape for weight in linears[::3]]
     batch, seqlen = (first, second) if o.batch_first else (second, first)
-    products = 2 * sum(_product_flop((batch * seqlen,), weight) for weight in weights)
+    rows, inner = (batch * seqlen,), weights[1][1]
+    products = 2 * sum(_product_flop(rows, weight) for weight in weights[:4])
     if not need_dx and not o.norm_first:
-        products -= _product_flop((batch * seqlen,), weights[0])
-    return products + 2 * batch * seqlen * seqlen * 5 * weights[1][1]
+        products -= _product_flop(rows, weights[0])
+    attended = seqlen
+    if memory:
+        keys = memory[0].shape[1 if o.batch_first else 0]
+        attended += keys
+        products += 2 * sum(_product_flop(rows, weight) for weight in ((inner, x.shape[2]), weights[5]))
+        products += (2 if need_dmemory else 1) * _product_flop((batch * keys,), (2 * inner, x.shape[2]))
+    return products + 2 * batch * seqlen * attended * 5 * inner
 
 
 @register_flop_formula(_names("linear_cross_entropy_fwd"))

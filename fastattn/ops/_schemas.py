@@ -23,7 +23,10 @@ _ROTARY_INPUTS = (
     "Tensor cos, Tensor sin, Tensor? positions, SymInt offset, SymInt rotary_dim, bool interleaved, bool conjugate"
 )
 
-_STEP_INPUTS = "Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, Tensor? rng, float[] options"
+_STEP_INPUTS = (
+    "Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, Tensor[] memory, Tensor? rng,"
+    " float[] options"
+)
 
 _SCHEMAS = (
     # (batch, heads, seqlen, head_dim) views of any strides; packed sequences are a batch of 1 with cu_seqlens. lse_low:
@@ -127,26 +130,25 @@ _SCHEMAS = (
         " -> Tensor",
     ),
     # an encoder layer of x (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first, float32. norms,
-    # linears with float32 weights, most_few_rows and most_own_rows: as above; mask, bias: as of attention_fwd
+    # linears with float32 weights, most_few_rows and most_own_rows: as above; mask, bias: as of attention_fwd. In a
+    # decoder layer linears has in_proj and out_proj of the attention to the memory too, and norms has norm3; memory:
+    # its tokens, laid out like x, a mask and a bias
     (
         (".native",),
         "layer_encode(Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, bool causal,"
-        " bool batch_first, int most_few_rows, int most_own_rows, int n_heads, bool norm_first, int activation,"
-        " float eps1, float eps2)"
+        " Tensor[] memory, bool memory_causal, bool batch_first, int most_few_rows, int most_own_rows, int n_heads,"
+        " bool norm_first, int activation, float eps1, float eps2, float eps3)"
         " -> Tensor",
     ),
     # the same in a training step. rng: int64 (n, 2), a state for each dropout with a p other than 0: of attention, its
-    # result, the hidden layer, its result. options: those of layer_step.py. qkv, preact, others, weights: what the
-    # backward reads. grads: of x, (0,) if not needed, and of weight and bias of in_proj, out_proj, linear1, linear2,
-    # norm1 and norm2, (0,) if absent
+    # result, attention to the memory, its result, the hidden layer, its result. options: those of layer_step.py.
+    # Returns the result and what the backward reads. grads: of x, (0,) if not needed, of weight and bias of each of
+    # linears and norms, (0,) if absent, and, if there is a memory, of its tokens, (0,) if not needed
+    ((".native",), f"layer_encode_fwd({_STEP_INPUTS}) -> Tensor[]"),
     (
         (".native",),
-        f"layer_encode_fwd({_STEP_INPUTS}) -> (Tensor y, Tensor qkv, Tensor preact, Tensor others, Tensor weights)",
-    ),
-    (
-        (".native",),
-        f"layer_encode_bwd(Tensor dy, Tensor qkv, Tensor preact, Tensor others, Tensor weights, bool need_dx,"
-        f" {_STEP_INPUTS}) -> Tensor[] grads",
+        f"layer_encode_bwd(Tensor dy, Tensor[] kept, bool need_dx, bool need_dmemory, {_STEP_INPUTS})"
+        " -> Tensor[] grads",
     ),
     # mask (size, size), bool (True = ignore) or float. Returns whether row i sees exactly columns 0 to i
     (("",), "is_causal_mask(Tensor mask) -> bool"),

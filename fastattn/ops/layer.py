@@ -34,10 +34,11 @@ class Linear(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer as `decode_layer` takes it.
+    """A layer as `decode_layer` and `encode_layer` take it.
 
-    norms: weight and bias of norm1, then of norm2. linears: weight, scale and bias of in_proj, out_proj, linear1,
-    linear2 and, if gated, gate. activation: of ACTIVATION_NUMBERS. eps1, eps2: of the norms.
+    norms: weight and bias of norm1, norm2 and, in a decoder layer, norm3. linears: weight, scale and bias of in_proj,
+    out_proj, linear1, linear2 and, if gated, gate; in a decoder layer, in_proj and out_proj of the attention to the
+    memory. activation: of ACTIVATION_NUMBERS. eps1, eps2, eps3: of the norms.
     """
 
     norms: list
@@ -47,6 +48,7 @@ class Layer(NamedTuple):
     activation: int
     eps1: float
     eps2: float
+    eps3: float = 0.0
 
 
 class Cache(NamedTuple):
@@ -169,27 +171,54 @@ def decode_layer(x: Tensor, layer: Layer, cache: Cache, positions: Positions) ->
     Raises:
         RuntimeError: shapes or dtypes do not fit, or the cache is full.
     """
-    norms, linears, *options = layer
+    norms, linears, *options, _eps3 = layer
     return _layer(x, norms, linears, *cache, *positions, *_gemm.most_rows(), *options)
 
 
+class Memory(NamedTuple):
+    """What a decoder layer attends to: tokens, laid out like x, with their own length.
+
+    mask, bias: what the op `attention` takes, or None. causal: position i sees positions 0 to i.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    causal: bool
+
+
+def memory_list(tokens, mask, bias):
+    """The tensors of a `Memory`, or three None, as the raw ops take them."""
+    return [] if tokens is None else [tokens, present(mask), present(bias)]
+
+
 def encode_layer(
-    x: Tensor, layer: Layer, mask: Tensor | None, bias: Tensor | None, causal: bool, batch_first: bool
+    x: Tensor,
+    layer: Layer,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    batch_first: bool,
+    memory: Memory | None = None,
 ) -> Tensor:
-    """An encoder layer of x.
+    """An encoder layer of x, or a decoder layer of x and a memory.
 
     Args:
         x: (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first; `encoder_dtype` is its dtype.
         layer: its weights, of the dtype of x, and options.
         mask, bias: what the op `attention` takes, or None; both broadcast to (batch, n_heads, seqlen, seqlen).
         causal: position i sees positions 0 to i.
+        memory: what a decoder layer attends to.
     Returns: like x.
     Raises:
         RuntimeError: shapes or dtypes do not fit.
     """
     norms, linears, *options = layer
     products = _gemm.most_rows(x.dtype, x.shape[0] * x.shape[1])
-    return _encode(x, norms, linears, mask, bias, causal, batch_first, *products, *options)
+    *tensors, memory_causal = (None, None, None, False) if memory is None else memory
+    return _encode(
+        x, norms, linears, mask, bias, causal, memory_list(*tensors), memory_causal, batch_first, *products, *options
+    )
 
 
 register_fake("layer_encode", lambda x, *_: x.new_empty(x.shape))

@@ -1,8 +1,10 @@
-"""An encoder layer in a training step as one node of autograd: one call of C++ forward and one backward.
+"""An encoder or decoder layer in a training step as one node of autograd: one call of C++ forward and one backward.
 
 pre-norm   r = x + drop(out_proj(attention(in_proj(norm1(x))))),  y = r + drop(linear2(hidden(norm2(r))))
 post-norm  r = norm1(x + drop(out_proj(attention(in_proj(x))))),  y = norm2(r + drop(linear2(hidden(r))))
 hidden(h) = drop(activation(linear1(h)))
+
+A decoder layer has attention to a memory between the two, with a norm of its own: norm1, norm2 and norm3 in this order.
 
 Python and the dispatcher take longer than the arithmetic of a small layer, and the temporaries of a large one cost page
 faults. Here they stay with the thread. For CPUs: fp32, bf16, and fp32 under an autocast to bf16, where only what lies
@@ -19,22 +21,26 @@ from fastattn._autocast import linear
 from fastattn.ops._random import draw_rng
 from fastattn.ops._register import differentiate, register_fake
 from fastattn.ops.feed_forward import ACTIVATIONS
-from fastattn.ops.layer import ABSENT
+from fastattn.ops.layer import ABSENT, Memory, memory_list
 
 
 class Options(NamedTuple):
     """The arguments that are not tensors. The raw op takes them as a list of numbers.
 
-    attention_p, first_p, hidden_p, second_p: dropout of the attention weights, of the result of out_proj, of the hidden
-    layer and of the result of linear2. causal: position i sees positions 0 to i. autocast: from fp32 to bf16. most_*:
-    up to how many tokens which products are ours. activation: of ACTIVATION_NUMBERS.
+    attention_p, first_p, memory_p, second_p, hidden_p, last_p: dropout of the attention weights, of the result of
+    out_proj, of both in attention to the memory, of the hidden layer and of the result of linear2; in an encoder layer
+    memory_p and second_p are 0. causal, memory_causal: position i sees positions 0 to i. autocast: from fp32 to bf16.
+    most_*: up to how many tokens which products are ours. activation: of ACTIVATION_NUMBERS.
     """
 
     attention_p: float
     first_p: float
-    hidden_p: float
+    memory_p: float
     second_p: float
+    hidden_p: float
+    last_p: float
     causal: bool
+    memory_causal: bool
     batch_first: bool
     autocast: bool
     most_few_rows: int
@@ -46,101 +52,160 @@ class Options(NamedTuple):
     activation: int
     eps1: float
     eps2: float
+    eps3: float
+
+
+_DROPOUTS = 6  # at the start of Options
+_OF_ENCODER = 12  # parameters: a weight and a bias of four linear layers and two norms
 
 
 def _lists(parameters):
     """(norms, linears) as the raw op takes them."""
-    in_w, in_b, out_w, out_b, w1, b1, w2, b2, *norms = (ABSENT if t is None else t for t in parameters)
-    return norms, [in_w, ABSENT, in_b, out_w, ABSENT, out_b, w1, ABSENT, b1, w2, ABSENT, b2]
+    n_norms = 4 if len(parameters) == _OF_ENCODER else 6
+    tensors = [ABSENT if t is None else t for t in parameters]
+    linears = []
+    for i in range(0, len(tensors) - n_norms, 2):
+        linears += [tensors[i], ABSENT, tensors[i + 1]]
+    return tensors[-n_norms:], linears
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, options, mask, bias, rng, x, *parameters):
-        y, *kept = _fwd(x, *_lists(parameters), mask, bias, rng, options)
-        ctx.save_for_backward(*kept, mask, bias, rng, x, *parameters)
-        ctx.options = options
+    def forward(ctx, options, mask, bias, rng, x, memory, memory_mask, memory_bias, *parameters):
+        norms, linears = _lists(parameters)
+        inputs = mask, bias, rng, x, memory, memory_mask, memory_bias
+        y, *kept = _fwd(x, norms, linears, mask, bias, memory_list(*inputs[4:]), rng, options)
+        ctx.save_for_backward(*inputs, *parameters, *kept)
+        ctx.options, ctx.parameters = options, len(parameters)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        qkv, preact, others, weights, mask, bias, rng, x, *parameters = ctx.saved_tensors
+        mask, bias, rng, x, *saved = ctx.saved_tensors
+        (*memory,), saved = saved[:3], saved[3:]
+        parameters, kept = saved[: ctx.parameters], saved[ctx.parameters :]
+        crosses = memory[0] is not None
         # create_graph=True, or is_grads_batched=True, for which an op that returns a list has no batching rule
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
-            grads = differentiate(_reference(ctx.options, mask, bias, rng), (x, *parameters), (dy,))
-            return None, None, None, None, *grads
-        need_dx = ctx.needs_input_grad[4]
-        kept = qkv, preact, others, weights
-        dx, *grads = _bwd(dy, *kept, need_dx, x, *_lists(parameters), mask, bias, rng, ctx.options)
+            function = _reference(ctx.options, (mask, bias), memory[1:] if crosses else None, rng)
+            inputs = (x, memory[0], *parameters) if crosses else (x, *parameters)
+            dx, *grads = differentiate(function, inputs, (dy,))
+            dmemory = grads.pop(0) if crosses else None
+            return None, None, None, None, dx, dmemory, None, None, *grads
+        _, _, _, _, need_dx, need_dmemory, *_ = ctx.needs_input_grad
+        norms, linears = _lists(parameters)
+        of_memory = need_dx, need_dmemory, x, norms, linears, mask, bias, memory_list(*memory)
+        dx, *grads = _bwd(dy, kept, *of_memory, rng, ctx.options)
+        dmemory = grads.pop() if crosses else None
         grads = [None if p is None else grad for p, grad in zip(parameters, grads, strict=True)]
-        return None, None, None, None, dx if need_dx else None, *grads
+        dx, dmemory = dx if need_dx else None, dmemory if need_dmemory else None
+        return None, None, None, None, dx, dmemory, None, None, *grads
 
 
-def train_layer(x: Tensor, parameters: list, mask: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
-    """An encoder layer of x, with gradients for x and all parameters.
+def train_layer(
+    x: Tensor,
+    parameters: list,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+    memory: Memory | None = None,
+) -> Tensor:
+    """An encoder or decoder layer of x, with gradients for x, the memory and all parameters.
 
     The random states of its dropouts are those that the parts of a layer would draw, in the same order.
 
     Args:
         x: (batch, seqlen, d_model), fp32 or bf16, or (seqlen, batch, d_model) without batch_first.
         parameters: weight and bias of in_proj, out_proj, linear1, linear2, norm1 and norm2, contiguous, of the dtype of
-            x, or None.
+            x, or None. In a decoder layer in_proj and out_proj of the attention to the memory come before norm1, and
+            norm3 is the last.
         mask, bias: what the op `attention` takes, or None; both broadcast to (batch, n_heads, seqlen, seqlen).
+        memory: what a decoder layer attends to.
     Returns: like x.
     Raises:
         RuntimeError: shapes or dtypes do not fit.
     """
-    states = sum(p != 0 for p in options[:4])
+    states = sum(p != 0 for p in options[:_DROPOUTS])
     rng = draw_rng(x, states) if states else None
-    return _Step.apply(options, mask, bias, rng, x, *parameters)
+    tokens, memory_mask, memory_bias = (None, None, None) if memory is None else memory[:3]
+    return _Step.apply(options, mask, bias, rng, x, tokens, memory_mask, memory_bias, *parameters)
 
 
-def _reference(options, mask, bias, rng):
-    """The layer in plain PyTorch, as a function of x and the parameters."""
+def _reference(options, masks, memory_masks, rng):
+    """The layer in plain PyTorch, as a function of x, of the memory in a decoder layer, and of the parameters."""
     o, states = options, iter(() if rng is None else rng)
-    attention, first, hidden, second = ({"dropout_p": p, "rng": next(states) if p else None} for p in o[:4])
+    drop = [{"dropout_p": p, "rng": next(states) if p else None} for p in o[:_DROPOUTS]]
     operand = (lambda t: None if t is None else t.bfloat16()) if o.autocast else (lambda t: t)
     order, back = ((0, 2, 1, 3), (0, 2, 1, 3)) if o.batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
 
-    def attend(x, weight, b, out_weight, out_bias):
-        weights = [operand(t) for t in (weight, b, out_weight, out_bias)]
-        qkv = linear(operand(x), *weights[:2]).unflatten(-1, (3, o.n_heads, x.shape[-1] // o.n_heads)).unbind(-3)
-        qkv = (t.permute(order) for t in qkv)
-        causal = "top_left" if o.causal else False
-        out, _ = reference.attention(*qkv, mask=mask, bias=bias, causal=causal, **attention)
-        return linear(out.permute(back).flatten(2), *weights[2:])
+    def attend(x, memory, parameters, masks, causal, dropout):
+        weight, b, out_weight, out_bias = (operand(t) for t in parameters)
+        sizes = (weight.shape[0] // 3, weight.shape[0] // 3 * 2)
+        if memory is None:
+            q, kv = linear(operand(x), weight, b).split(sizes, -1)
+        else:
+            (w_q, w_kv), (b_q, b_kv) = weight.split(sizes), (None, None) if b is None else b.split(sizes)
+            q, kv = linear(operand(x), w_q, b_q), linear(operand(memory), w_kv, b_kv)
+        qkv = (t.unflatten(-1, (o.n_heads, sizes[0] // o.n_heads)).permute(order) for t in (q, *kv.chunk(2, -1)))
+        mask, bias = masks
+        causal = "top_left" if causal else False
+        out, _ = reference.attention(*qkv, mask=mask, bias=bias, causal=causal, **dropout)
+        return linear(out.permute(back).flatten(2), out_weight, out_bias)
 
     def feed_forward(x, *weights):
         x, *weights = (operand(t) for t in (x, *weights))
-        return reference.feed_forward(x, *weights, activation=ACTIVATIONS[o.activation], **hidden)
+        return reference.feed_forward(x, *weights, activation=ACTIVATIONS[o.activation], **drop[4])
 
-    def layer(x, *parameters):
-        attn, ff, norm1, norm2 = parameters[:4], parameters[4:8], parameters[8:10], parameters[10:]
-        if o.norm_first:
-            h, _ = reference.norm(x, None, *norm1, eps=o.eps1, rms=False)
-            h, r = reference.norm(attend(h, *attn), x, *norm2, eps=o.eps2, rms=False, **first)
-            return (reference.dropout(feed_forward(h, *ff), residual=r, **second),)
-        r, _ = reference.norm(attend(x, *attn).to(x.dtype), x, *norm1, eps=o.eps1, rms=False, **first)
-        return (reference.norm(feed_forward(r, *ff).to(x.dtype), r, *norm2, eps=o.eps2, rms=False, **second)[0],)
+    def norm(x, residual, parameters, which, dropout):
+        eps = (o.eps1, o.eps2, o.eps3)[which]
+        return reference.norm(x, residual, *parameters[2 * which : 2 * which + 2], eps=eps, rms=False, **dropout)
+
+    def layer(x, *tensors):
+        pre, crosses = int(o.norm_first), memory_masks is not None
+        memory, parameters = (tensors[0], tensors[1:]) if crosses else (None, tensors)
+        norms = parameters[12 if crosses else 8 :]
+
+        def add(out, h, r, which, dropout):
+            """(norm of the sum, the sum) after a sub-layer of h."""
+            return norm(out if pre else out.to(x.dtype), r if pre else h, norms, which + pre, dropout)
+
+        h, r = (norm(x, None, norms, 0, {})[0], x) if pre else (x, None)
+        h, r = add(attend(h, None, parameters[:4], masks, o.causal, drop[0]), h, r, 0, drop[1])
+        if crosses:
+            attended = attend(h, memory, parameters[8:12], memory_masks, o.memory_causal, drop[2])
+            h, r = add(attended, h, r, 1, drop[3])
+        out = feed_forward(h, *parameters[4:8])
+        if pre:
+            return (reference.dropout(out, residual=r, **drop[5]),)
+        return (add(out, h, r, 1 + crosses, drop[5])[0],)
 
     return layer
 
 
-def _fwd_fake(x, norms, linears, mask, bias, rng, options):
+def _fwd_fake(x, norms, linears, mask, bias, memory, rng, options):
     o, width, inner, d_ff = Options(*options), x.shape[-1], linears[3].shape[1], linears[6].shape[0]
     tokens, dtype = x.shape[0] * x.shape[1], torch.bfloat16 if o.autocast else x.dtype
-    stream = x.element_size() * width * (1 if o.norm_first else 2)
-    operands = dtype.itemsize * (inner + width * (2 if o.norm_first or o.autocast else 1))
+    size, stream_size = dtype.itemsize, x.element_size()
+    stream = stream_size * width * (1 if o.norm_first else 2)
+    operands = size * (inner + width * (2 if o.norm_first or o.autocast else 1))
     others = int(2 * o.n_heads) + 4 + (stream + operands + 3) // 4
     weights = sum((t.numel() + 31) // 32 * 32 for t in linears) if o.autocast else 0
-    return (
+    found = [
         x.new_empty(x.shape), *(x.new_empty(tokens, n, dtype=dtype) for n in (3 * inner, d_ff)),
         x.new_empty(tokens, others, dtype=torch.float32), x.new_empty(weights, dtype=torch.bfloat16),
-    )  # fmt: skip
+    ]  # fmt: skip
+    if memory:
+        crossed = int(2 * o.n_heads) + 2 + (stream_size * width + size * (2 * inner + width) + 3) // 4
+        rows, columns = memory[0].shape[0] * memory[0].shape[1], 2 * inner + (width if o.autocast else 0)
+        found.append(x.new_empty(tokens, crossed, dtype=torch.float32))
+        found.append(x.new_empty(rows, columns, dtype=dtype))
+    return found
 
 
-def _bwd_fake(dy, qkv, preact, others, weights, need_dx, x, norms, linears, *_):
+def _bwd_fake(dy, kept, need_dx, need_dmemory, x, norms, linears, mask, bias, memory, *_):
     shaped = [x if need_dx else ABSENT, *(t for i, t in enumerate(linears) if i % 3 != 1), *norms]
+    if memory:
+        shaped.append(memory[0] if need_dmemory else ABSENT)
     return [x.new_empty(t.shape) for t in shaped]
 
 

@@ -18,7 +18,8 @@ def test_classes_in_the_place_of_those_of_torch_stay_fused(monkeypatch):
     torch.manual_seed(0)
     x, calls, op = torch.randn(2, 5, 8), [], fastattn.nn.sublayers.layer_norm
     model = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
-    monkeypatch.setattr(fastattn.nn.encoder, "encode", lambda *_: None)  # the parts, not the one call of a layer
+    for module, name in ((fastattn.nn.encoder, "encode"), (fastattn.nn.decoder, "decode")):
+        monkeypatch.setattr(module, name, lambda *_: None)  # the parts, not the one call of a layer
     expected = model(x, x)
     for name in ("LayerNorm", "RMSNorm", "MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer",
                  "TransformerEncoder", "TransformerDecoder", "Transformer"):  # fmt: skip

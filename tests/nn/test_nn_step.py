@@ -274,21 +274,22 @@ def test_the_raw_ops_check_their_operands():
     norms, rng = [t.detach() for t in norms], torch.zeros(4, 2, dtype=torch.int64)
     fwd, bwd = (getattr(torch.ops.fastattn, f"layer_encode_{name}").native for name in ("fwd", "bwd"))
     for norm_first, autocast in itertools.product((False, True), (False, True)):
-        rest = [0.1, 0.1, 0.1, 0.1, False, True, autocast, 0, 0, 0, 0, 3, norm_first, 0, 1e-5, 1e-5]
-        inputs = (x, norms, linears, None, None, rng, rest)
+        dropouts = [0.1, 0.1, 0.0, 0.0, 0.1, 0.1]
+        rest = [*dropouts, False, False, True, autocast, 0, 0, 0, 0, 3, norm_first, 0, 1e-5, 1e-5, 0.0]
+        inputs = (x, norms, linears, None, None, [], rng, rest)
         y, *kept = fwd(*inputs)
-        for op, args in ((fwd, inputs), (bwd, (y, *kept, True, *inputs))):
+        for op, args in ((fwd, inputs), (bwd, (y, kept, True, False, *inputs))):
             torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
     for wrong in (rng[:3], rng.int(), None):
         with pytest.raises(RuntimeError, match="rng"):
-            fwd(x, norms, linears, None, None, wrong, rest)
+            fwd(x, norms, linears, None, None, [], wrong, rest)
     for wrong in (rest[1:], [*rest, 0]):
         with pytest.raises(RuntimeError, match="options"):
-            fwd(x, norms, linears, None, None, rng, wrong)
+            fwd(x, norms, linears, None, None, [], rng, wrong)
     qkv, preact, others, weights = kept
     for dy, *saved in (
         (y[0], *kept), (y.double(), *kept), (y, qkv[:5], *kept[1:]), (y, qkv, preact.t(), others, weights),
-        (y, qkv, preact, others, weights[1:]), (y, qkv.float(), *kept[1:]),
+        (y, qkv, preact, others, weights[1:]), (y, qkv.float(), *kept[1:]), (y, qkv, preact, others),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="layer"):
-            bwd(dy, *saved, True, *inputs)
+            bwd(dy, saved, True, False, *inputs)

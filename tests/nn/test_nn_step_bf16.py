@@ -64,6 +64,40 @@ def test_is_as_near_to_fp64_as_its_parts(calls, parts, norm_first, batch_first, 
 
 @both
 @orders
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_decoder_layer_is_as_near_to_fp64_as_its_parts(calls, parts, norm_first, batch_first, autocast):
+    options = {"batch_first": batch_first, "norm_first": norm_first}
+    for d_model, heads, d_ff, seqlen, keys in ((24, 3, 40, 7, 5), (64, 2, 129, 3, 70), (33, 3, 17, 1, 2)):
+        layer, cast = make_for(autocast, d_model, heads, d_ff, kind="Decoder", **options)
+        wide = torch.nn.TransformerDecoderLayer(d_model, heads, d_ff, 0.0, "gelu", dtype=torch.float64, **options)
+        wide.load_state_dict(layer.state_dict())
+        x, memory = (
+            cast(torch.randn((3, n, d_model) if batch_first else (n, 3, d_model))) for n in (seqlen, keys)
+        )  # fmt: skip
+        calls.clear()
+        found = step(layer, x, memory, autocast=autocast)
+        assert len(calls) == 1
+        in_parts = parts(lambda layer=layer, x=x, memory=memory: step(layer, x, memory, autocast=autocast))
+        exact = step(wide, x.double(), memory.double())
+        assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in in_parts.items()}
+        assert torch.equal(found.pop("random"), exact.pop("random"))
+        ours, theirs = error(found, exact), error(in_parts, exact)
+        for name, t in exact.items():
+            assert ours[name] <= 1.3 * theirs[name] + 2**-9 * float(t.square().mean().sqrt()), name
+
+
+@both
+@orders
+def test_a_decoder_layer_draws_the_masks_of_its_parts(calls, parts, norm_first, autocast):
+    layer, cast = make_for(autocast, dropout=0.3, kind="Decoder", norm_first=norm_first)
+    x, memory = cast(torch.randn(2, 9, 24)), cast(torch.randn(2, 5, 24))
+    found = step(layer, x, memory, autocast=autocast)
+    assert len(calls) == 1
+    assert_close(found, parts(lambda: step(layer, x, memory, autocast=autocast)), 0.02)
+
+
+@both
+@orders
 @pytest.mark.parametrize("places", ["self_attn", "dropout", "dropout1", "dropout2"])
 def test_each_dropout_draws_the_masks_of_the_parts(calls, parts, norm_first, places, autocast):
     layer, cast = make_for(autocast, norm_first=norm_first)

@@ -329,7 +329,7 @@ def test_the_raw_op_checks_its_operands():
     found = whole.read_plain(make(), "gelu", whole.read_tensors(make()))
     op = torch.ops.fastattn.layer_encode.native
     x = torch.randn(2, 3, 24)
-    rest = (None, None, False, True, 0, 0, *found[2:])
+    rest = (None, None, False, [], False, True, 0, 0, *found[2:])
     torch.library.opcheck(op, (x, found.norms, [t.detach() for t in found.linears], *rest), test_utils="test_schema")
     wrong = list(found.linears)
     wrong[0] = torch.randn(3 * 24, 25)

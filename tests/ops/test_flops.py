@@ -164,6 +164,19 @@ def test_the_backward_of_a_layer_counts_alone_too(norm_first, batch_first, needs
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("needs_dmemory", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_the_backward_of_a_decoder_layer_counts_alone_too(norm_first, needs_dmemory):
+    x, memory, counts = torch.randn(2, 5, 16), torch.randn(2, 7, 16, requires_grad=needs_dmemory), []
+    for library in (nn, torch.nn):
+        layer = library.TransformerDecoderLayer(16, 4, 32, 0.0, batch_first=True, norm_first=norm_first)
+        y = layer(x, memory)
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            y.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
 def test_the_counter_is_imported_by_nobody_but_the_user():
     code = """if True:
         import sys, fastattn, torch

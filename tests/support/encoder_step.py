@@ -1,10 +1,10 @@
-"""Encoder layers in a training step, for the tests of the layer as one node of autograd."""
+"""Encoder and decoder layers in a training step, for the tests of the layer as one node of autograd."""
 
 import pytest
 import torch
 
 import fastattn
-from fastattn.nn import encoder, whole
+from fastattn.nn import decoder, encoder, whole
 
 MASKS = ("none", "causal", "bool", "float", "padding", "both")
 
@@ -24,16 +24,18 @@ def parts(monkeypatch):
     def run(function):
         with monkeypatch.context() as patch:
             patch.setattr(encoder, "encode", lambda *_: None)
+            patch.setattr(decoder, "decode", lambda *_: None)
             return function()
 
     return run
 
 
-def make(d_model=24, heads=3, d_ff=40, dropout=0.0, activation="gelu", **options):
+def make(d_model=24, heads=3, d_ff=40, dropout=0.0, activation="gelu", kind="Encoder", **options):
     """A layer in training, with random biases and norms."""
     torch.manual_seed(0)
     options = {"batch_first": True, "norm_first": False} | options
-    layer = fastattn.nn.TransformerEncoderLayer(d_model, heads, d_ff, dropout, activation, **options)
+    cls = getattr(fastattn.nn, f"Transformer{kind}Layer")
+    layer = cls(d_model, heads, d_ff, dropout, activation, **options)
     for p in layer.parameters():  # biases and norms of torch start at 0 and 1
         torch.nn.init.normal_(p, std=0.3)
     return layer.train()
@@ -55,17 +57,17 @@ def masks_for(kind, batch, seqlen):
     }[kind]
 
 
-def step(layer, x, seed=5, autocast=False, **masks):
+def step(layer, x, *memory, seed=5, autocast=False, **masks):
     """{name: tensor} of the result, all gradients, and the next random number."""
     torch.manual_seed(seed)
-    x = x.detach().requires_grad_()
+    inputs = {name: t.detach().requires_grad_() for name, t in zip(("x", "memory"), (x, *memory), strict=False)}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = layer(x, **masks)
+        y = layer(*inputs.values(), **masks)
     after = torch.rand(1)
-    names, parameters = zip(*layer.named_parameters(), strict=True)
+    inputs |= dict(layer.named_parameters())
     dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos()
-    grads = torch.autograd.grad(y, (x, *parameters), dy)
-    return {"y": y.detach(), "random": after, **dict(zip(("x", *names), grads, strict=True))}
+    grads = torch.autograd.grad(y, list(inputs.values()), dy)
+    return {"y": y.detach(), "random": after, **dict(zip(inputs, grads, strict=True))}
 
 
 def assert_close(found, expected, rtol=2e-5):
