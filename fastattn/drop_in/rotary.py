@@ -6,6 +6,7 @@ that was taken over is a copy of the original whose global names are those of th
 
 import functools
 import inspect
+import itertools
 import types
 import weakref
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from fastattn.nn.plain import is_traced
 from fastattn.ops import rotary_embedding
 
 _BATCH, _SEQLEN, _HEADS, _DIM = 2, 5, (3, 1), 8  # of a check
+_TABLES = ("doubled", "repeated", "half")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -228,6 +230,18 @@ def _agrees(function, form, width=_DIM, dtype=torch.float32, table_dtype=None):
     return all(close(ours, theirs, dtype) for theirs, ours in zip(*results, strict=True))
 
 
+def _failure(function):
+    """Why a function takes none of the examples, or None if it takes one."""
+    for packed, tables in itertools.product((False, True), _TABLES):
+        try:
+            function(*_example(Form(tables, False, packed), _DIM, torch.float32, torch.float32))
+        except Exception as error:
+            failed = f"raises {type(error).__name__} for small tensors on the CPU"
+        else:
+            return None
+    return failed
+
+
 def _by_swapping(function, q, k, cos, sin):
     return _swapped(*function(*_swapped(q, k), cos, sin, unsqueeze_dim=2))
 
@@ -242,8 +256,11 @@ def form_of(function: Any) -> Form | str:
     if first != ["q", "k", "cos", "sin"]:
         return "takes other arguments than q, k, cos and sin"
     with quiet(torch.device("cpu")):
+        failed = _failure(function)
+        if failed is not None:
+            return failed
         for packed in (False, True):
-            for tables in ("doubled", "repeated", "half"):
+            for tables in _TABLES:
                 for interleaved in (False, True):
                     form = Form(tables, interleaved, packed)
                     if not _agrees(function, form):
@@ -289,5 +306,6 @@ def recognise(module: torch.nn.Module) -> Change | str | None:
         return f"rotary embeddings: {others}"
     kinds = sorted({"interleaved" if interleaved else "half-split" for interleaved in pairs.values()})
     what = f"rotary embeddings, {' and '.join(kinds)} (was {', '.join(pairs)} of {type(module).__name__})"
-    new_class = make_class(RotaryCaller, type(module), tuple(pairs))
+    kind: Any = type(module)
+    new_class = make_class(RotaryCaller, kind, tuple(pairs))
     return change_class(module, new_class, f"{what}, but {others}" if others else what)

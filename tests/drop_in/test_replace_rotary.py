@@ -67,6 +67,10 @@ def apply_rotary_in_eight_bits(q, k, cos, sin):
     return out if q.dtype == torch.float32 else tuple(t.to(torch.float8_e5m2).to(q.dtype) for t in out)
 
 
+def apply_rotary_on_a_gpu(q, k, cos, sin):
+    raise RuntimeError("q must be on a GPU")
+
+
 def apply_rotary_to_q(q, cos, sin):
     return q * cos + turn_half(q) * sin
 
@@ -95,6 +99,7 @@ def test_forms(function):
         (apply_rotary_and_scale, "computes no rotation that our op has"),
         (apply_rotary_detached, "computes no rotation that our op has"),
         (apply_rotary_in_eight_bits, "gives other numbers than our op in bfloat16"),
+        (apply_rotary_on_a_gpu, "raises RuntimeError for small tensors on the CPU"),
         (apply_rotary_to_q, "takes other arguments than q, k, cos and sin"),
         (max, "takes other arguments than q, k, cos and sin"),
     ],
