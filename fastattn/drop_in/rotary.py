@@ -230,16 +230,19 @@ def _agrees(function, form, width=_DIM, dtype=torch.float32, table_dtype=None):
     return all(close(ours, theirs, dtype) for theirs, ours in zip(*results, strict=True))
 
 
+def _raised(function, form):
+    try:
+        function(*_example(form, _DIM, torch.float32, torch.float32))
+    except Exception as error:
+        return f"raises {type(error).__name__} for small tensors on the CPU"
+    return None
+
+
 def _failure(function):
     """Why a function takes none of the examples, or None if it takes one."""
-    for packed, tables in itertools.product((False, True), _TABLES):
-        try:
-            function(*_example(Form(tables, False, packed), _DIM, torch.float32, torch.float32))
-        except Exception as error:
-            failed = f"raises {type(error).__name__} for small tensors on the CPU"
-        else:
-            return None
-    return failed
+    forms = [Form(tables, False, packed) for packed, tables in itertools.product((False, True), _TABLES)]
+    raised = [_raised(function, form) for form in forms]
+    return raised[0] if all(raised) else None
 
 
 def _by_swapping(function, q, k, cos, sin):
