@@ -9,7 +9,7 @@ import inspect
 import itertools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -160,11 +160,17 @@ class _Names(dict):
         return self.under[name]
 
 
+def _holds(cell, value):
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # it is empty
+        return False
+
+
 def _innermost(function):
     """A function without its decorators, or None if a decorator hides it."""
     while hasattr(function, "__wrapped__"):
-        held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-        if not any(content is function.__wrapped__ for content in held):
+        if not any(_holds(cell, function.__wrapped__) for cell in getattr(function, "__closure__", None) or ()):
             return None
         function = function.__wrapped__
     return function if isinstance(function, types.FunctionType) else None
@@ -178,7 +184,7 @@ def _with_ours(function: types.FunctionType, names: tuple[str, ...]) -> types.Fu
         found: dict[str, Any] = _Names(under, {name: Rotate(under, name) for name in names})
     else:
         found, ours = under, _with_ours(inner, names)
-        cells = [types.CellType(ours) if cell.cell_contents is inner else cell for cell in closure or ()]
+        cells = [types.CellType(ours) if _holds(cell, inner) else cell for cell in closure or ()]
         closure = tuple(cells)
     copy = types.FunctionType(function.__code__, found, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -281,7 +287,8 @@ def _rotary_names(function: types.FunctionType) -> Iterator[str]:
     """The global names of functions of rotary application that the code of a function uses."""
     for name in sorted(set(function.__code__.co_names)):
         value = function.__globals__.get(name)
-        if "rot" in name and "apply" in name and callable(value) and not isinstance(value, type):
+        called = callable(value) and isinstance(value, Hashable) and not isinstance(value, type)
+        if called and "rot" in name and "apply" in name:
             yield name
 
 
@@ -289,6 +296,10 @@ def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
     """A Change for each module whose forward applies rotary embeddings that our op has, and a reason for each other."""
     found = {name: recognise(module) for name, module in modules.items()}
     return {name: result for name, result in found.items() if result is not None}
+
+
+def _is_on_a_gpu(module):
+    return any(not parameter.is_cpu for parameter in module.parameters())
 
 
 def recognise(module: torch.nn.Module) -> Change | str | None:
@@ -302,6 +313,8 @@ def recognise(module: torch.nn.Module) -> Change | str | None:
     reason = why_not_take_over(module)
     if reason is not None:
         return reason
+    if _is_on_a_gpu(module):
+        return "rotary embeddings: on a GPU, a look at the tables would wait for it"
     forms = {name: form_of(inner.__globals__[name]) for name in names}
     others = ", ".join(f"{name} {form}" for name, form in forms.items() if isinstance(form, str))
     pairs = {name: form.interleaved for name, form in forms.items() if isinstance(form, Form)}

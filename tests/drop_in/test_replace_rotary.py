@@ -426,3 +426,53 @@ def test_tables_of_three_positions(served):
     model = transformers.Qwen2_5_VLTextModel(config).eval()
     positions = torch.randint(0, 30, (3, 2, 9))
     assert compared(model, served, input_ids=torch.randint(3, 40, (2, 9)), position_ids=positions) == 2
+
+
+def test_modules_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(rotary, "_is_on_a_gpu", lambda module: True)
+    report = fastattn.replace(Attention(), only="rotary")
+    assert report.left == {"": "rotary embeddings: on a GPU, a look at the tables would wait for it"}
+
+
+def hidden(function):
+    """A decorator that keeps the function where its closure does not show it."""
+    wrapped = functools.wraps(function)(lambda *args, **kwargs: wrapped.__wrapped__(*args, **kwargs))
+    return wrapped
+
+
+class Hidden(Attention):
+    forward = hidden(Attention.forward)
+
+
+class Empty(Attention):
+    """Whose forward has a closure with an empty cell."""
+
+    def made():
+        def forward(self, x, cos, sin):
+            q, k = apply_rotary(*self.projected(x), cos, sin)
+            return q @ k.mT if self.training or nothing else q
+
+        if not forward:
+            nothing = None
+        return forward
+
+    forward = made()
+
+
+class Odd(Attention):
+    """Which names something as a rotation that cannot be called with tensors."""
+
+    def forward(self, x, cos, sin):
+        return x if apply_rotary_never is None else apply_rotary_never
+
+
+apply_rotary_never = None
+
+
+@pytest.mark.parametrize(("kind", "replaced"), [(Hidden, 0), (Empty, 1), (Odd, 0)])
+def test_unusual_forwards(kind, replaced):
+    module, *given = case(kind)
+    expected = module(*given)
+    report = fastattn.replace(module, only="rotary")
+    assert (len(report.replaced), report.left) == (replaced, {})
+    torch.testing.assert_close(module(*given), expected)
