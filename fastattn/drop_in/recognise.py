@@ -69,8 +69,8 @@ def halves_of(module: torch.nn.Module) -> list[tuple[torch.dtype, torch.dtype]]:
     return [(dtype, dtype) for dtype in dtypes]
 
 
-def _close(got, expected, dtype=torch.float32, factor=1):
-    """Equal but for rounding to `dtype`, the narrowest in the computation."""
+def close(got: Tensor | None, expected: Tensor | None, dtype: torch.dtype = torch.float32, factor: float = 1) -> bool:
+    """Whether two results are equal but for rounding to `dtype`, the narrowest in the computation."""
     if got is None or expected is None:
         return got is expected
     if got.dtype != expected.dtype or got.shape != expected.shape:
@@ -123,8 +123,8 @@ def computes_the_same(
     become()
     got = results()
     return (
-        all(_close(a, b) for a, b in zip(got[:3], expected[:3], strict=True))
+        all(close(a, b) for a, b in zip(got[:3], expected[:3], strict=True))
         and got[3] is not None
-        and all(_close(a, b, factor=4) for a, b in zip(got[3], expected[3], strict=True))
-        and all(b is None or _close(a, b, _HALF) for a, b in zip(got[4:], expected[4:], strict=True))
+        and all(close(a, b, factor=4) for a, b in zip(got[3], expected[3], strict=True))
+        and all(b is None or close(a, b, _HALF) for a, b in zip(got[4:], expected[4:], strict=True))
     )

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 
 import torch
 
-from fastattn.drop_in import attention, experts, feed_forward, linear, loss, norms, padding, torch_nn
+from fastattn.drop_in import attention, experts, feed_forward, linear, loss, norms, padding, rotary, torch_nn
 from fastattn.drop_in.change import Change, Replaced
 from fastattn.drop_in.report import Report
 
 KINDS = {
     "norms": norms.find, "attention": attention.find, "loss": loss.find, "feed_forward": feed_forward.find,
-    "linear": linear.find, "experts": experts.find,
+    "linear": linear.find, "experts": experts.find, "rotary": rotary.find,
 }  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def replace(
     Args:
         model: any torch.nn.Module.
         only: what to replace: classes of torch.nn that fastattn.nn has, or their names, and the kinds "norms",
-            "attention", "loss", "feed_forward", "linear" and "experts"; None = everything.
+            "attention", "loss", "feed_forward", "linear", "experts" and "rotary"; None = everything.
         padding_free: let models of transformers and stacks of torch.nn.TransformerEncoder leave out the padding: the
             real tokens of a padded batch pass through all layers as one packed row. The outputs at padding are then 0.
     Returns: a printable Report with the dicts `replaced` and `left`, by module name, and the method `undo`.

@@ -46,7 +46,15 @@ FEED_FORWARD = dict.fromkeys(
 if VERSION < (5, 0):
     FEED_FORWARD["mixtral"] = 4  # each expert is a block of its own there
 # family: modules that are left alone
-LEFT = {"llama4": {f"model.layers.{i}.feed_forward.router" for i in range(2)}}  # subclasses of torch.nn.Linear
+LEFT = {
+    "llama4": {f"model.layers.{i}.feed_forward.router" for i in range(2)}  # subclasses of torch.nn.Linear
+    | {f"model.layers.{i}.self_attn" for i in range(2)},  # rotary embeddings by complex numbers
+}
+# families of whose two layers our op rotates queries and keys
+ROTARY = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt_oss", "deepseek_v3",
+    "gpt_neox", "modernbert",
+)  # fmt: skip
 # families whose model has a head for a vocabulary
 HEADS = [family for family in FAMILIES if family not in ("vit", "siglip", "clip")]
 
@@ -109,6 +117,7 @@ def test_logits_and_gradients(family, dtype):
     assert ("output layer whose loss needs no logits" in report.replaced.values()) == (family in HEADS)
     assert sum("Norm" in what for what in report.replaced.values()) == NORMS[family]
     assert sum("feed-forward" in what for what in report.replaced.values()) == FEED_FORWARD.get(family, 0)
+    assert sum("rotary" in what for what in report.replaced.values()) == 2 * (family in ROTARY)
     assert own or report.replaced[""] == "attention, attn_implementation='fastattn' (was 'eager')"
     assert list(model.state_dict()) == state
     for padding, case in cases.items():

@@ -220,3 +220,28 @@ def test_the_default_dtype_of_the_caller_changes_nothing(dtype):
         assert len(fastattn.replace(model_of_blocks(1)).replaced) == 3
     finally:
         torch.set_default_dtype(before)
+
+
+def test_a_model_that_liger_patched():
+    """What Liger took over is left alone with a reason, the rest is replaced. Its kernels need a GPU to run."""
+    liger = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
+    from transformers.models.llama import modeling_llama
+    from transformers_families import model_of
+
+    model, names = copy.deepcopy(model_of("llama")), dict(vars(modeling_llama))
+    try:
+        liger.apply_liger_kernel_to_llama(model=model)
+        kinds = [type(module) for module in model.modules()]
+        report = fastattn.replace(model)
+    finally:
+        for name, value in names.items():
+            setattr(modeling_llama, name, value)
+    for where, reason in report.left.items():
+        rotary = "rotary embeddings: apply_rotary_pos_emb raises " in reason
+        assert rotary if where.endswith("attn") else reason.startswith("forward was replaced on this Llama"), where
+    assert {where.rpartition(".")[2] for where in report.left} == {
+        "input_layernorm", "post_attention_layernorm", "norm", "mlp", "self_attn"
+    }  # fmt: skip
+    assert report.replaced["model.layers.0.mlp.up_proj"] == "Linear"
+    report.undo()
+    assert [type(module) for module in model.modules()] == kinds

@@ -23,8 +23,8 @@ DATA = [
 
 
 REPLACED = {
-    "llama": 24,  # norms, feed-forward blocks, 14 linear layers, attention, output layer, packing
-    "gpt_oss": 18,  # norms, 8 linear layers, the experts of 2 layers, attention, output layer, packing
+    "llama": 26,  # norms, feed-forward blocks, rotary, 14 linear layers, attention, output layer, packing
+    "gpt_oss": 20,  # norms, rotary, 8 linear layers, the experts of 2 layers, attention, output layer, packing
 }
 
 

@@ -1,0 +1,478 @@
+"""Rotary application under `replace`: which functions are recognised, and what the modules compute afterwards."""
+
+import copy
+import functools
+import gc
+import io
+import sys
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.drop_in import rotary
+
+HEADS, D = 3, 8
+
+
+def turn_half(x):
+    low, high = x.chunk(2, -1)
+    return torch.cat((-high, low), -1)
+
+
+def turn_neighbours(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def apply_rotary(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + turn_half(q) * sin, k * cos + turn_half(k) * sin
+
+
+def apply_rotary_to_a_part(q, k, cos, sin):
+    n = cos.shape[-1]
+    turned = apply_rotary(q[..., :n], k[..., :n], cos, sin)
+    return tuple(torch.cat([t, x[..., n:]], -1) for t, x in zip(turned, (q, k), strict=True))
+
+
+def apply_rotary_interleaved(q, k, cos, sin):
+    cos, sin = cos[:, None].float(), sin[:, None].float()
+    return tuple((x.float() * cos + turn_neighbours(x.float()) * sin).to(x.dtype) for x in (q, k))
+
+
+def apply_rotary_of_half_tables(q, k, cos, sin):
+    return apply_rotary(q, k, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
+
+
+def apply_rotary_packed(q, k, cos, sin):
+    return apply_rotary(q, k, cos, sin, unsqueeze_dim=-2)
+
+
+def apply_rotary_backwards(q, k, cos, sin):
+    return apply_rotary(q, k, cos, -sin)
+
+
+def apply_rotary_and_scale(q, k, cos, sin):
+    q, k = apply_rotary(q, k, cos, sin)
+    return 2 * q, k
+
+
+def apply_rotary_detached(q, k, cos, sin):
+    return tuple(t.detach() for t in apply_rotary(q, k, cos, sin))
+
+
+def apply_rotary_in_eight_bits(q, k, cos, sin):
+    """Right in fp32; in bfloat16 it rounds to fewer bits."""
+    out = apply_rotary(q, k, cos, sin)
+    return out if q.dtype == torch.float32 else tuple(t.to(torch.float8_e5m2).to(q.dtype) for t in out)
+
+
+def apply_rotary_on_a_gpu(q, k, cos, sin):
+    raise RuntimeError("q must be on a GPU")
+
+
+def apply_rotary_to_q(q, cos, sin):
+    return q * cos + turn_half(q) * sin
+
+
+FORMS = {
+    apply_rotary: ("doubled", False, False, False),
+    apply_rotary_to_a_part: ("doubled", False, False, True),
+    apply_rotary_interleaved: ("repeated", True, False, False),
+    apply_rotary_of_half_tables: ("half", False, False, False),
+    apply_rotary_packed: ("doubled", False, True, False),
+}
+
+
+@pytest.mark.parametrize("function", FORMS, ids=lambda f: f.__name__)
+def test_forms(function):
+    form = rotary.form_of(function)
+    assert (form.tables, form.interleaved, form.packed, form.partial) == FORMS[function]
+    assert form.swaps == (function is apply_rotary)
+    assert form.mixed == (function is apply_rotary_interleaved)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (apply_rotary_backwards, "computes no rotation that our op has"),
+        (apply_rotary_and_scale, "computes no rotation that our op has"),
+        (apply_rotary_detached, "computes no rotation that our op has"),
+        (apply_rotary_in_eight_bits, "gives other numbers than our op in bfloat16"),
+        (apply_rotary_on_a_gpu, "raises RuntimeError for small tensors on the CPU"),
+        (apply_rotary_to_q, "takes other arguments than q, k, cos and sin"),
+        (max, "takes other arguments than q, k, cos and sin"),
+    ],
+)
+def test_what_computes_something_else(function, reason):
+    assert rotary.form_of(function) == reason
+
+
+def deprecated(function):
+    """A decorator as transformers has them: it changes a keyword, and the function is in its closure."""
+
+    @functools.wraps(function)
+    def wrapped(self, *args, **kwargs):
+        if "hidden" in kwargs:
+            kwargs["x"] = kwargs.pop("hidden")
+        return function(self, *args, **kwargs)
+
+    return wrapped
+
+
+class Attention(torch.nn.Module):
+    """The scores of attention, on rotated queries and keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = (torch.nn.Linear(12, HEADS * D) for _ in range(2))
+
+    def projected(self, x):
+        return (layer(x).unflatten(-1, (HEADS, D)).transpose(1, 2) for layer in (self.q, self.k))
+
+    @deprecated
+    def forward(self, x, cos, sin, *, scale=0.25):
+        q, k = apply_rotary(*self.projected(x), cos, sin)
+        return q @ k.mT * scale + len(super().extra_repr())
+
+
+class Swapped(Attention):
+    def forward(self, x, cos, sin):
+        q, k = apply_rotary(*(t.transpose(1, 2) for t in self.projected(x)), cos, sin, unsqueeze_dim=2)
+        return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+
+
+class Partial(Attention):
+    def forward(self, x, cos, sin):
+        cos, sin = (torch.cat([t[..., :2], t[..., :2]], -1) for t in (cos, sin))
+        q, k = apply_rotary_to_a_part(*self.projected(x), cos, sin)
+        return q @ k.mT
+
+
+class Interleaved(Attention):
+    def forward(self, x, cos, sin):
+        cos, sin = (t.chunk(2, -1)[0].repeat_interleave(2, -1) for t in (cos, sin))
+        q, k = apply_rotary_interleaved(*self.projected(x), cos, sin)
+        return q @ k.mT
+
+
+class HalfTables(Attention):
+    def forward(self, x, cos, sin):
+        q, k = apply_rotary_of_half_tables(*self.projected(x), cos[..., :4], sin[..., :4])
+        return q @ k.mT
+
+
+class Packed(Attention):
+    def forward(self, x, cos, sin):
+        q, k = apply_rotary_packed(*(t[0].transpose(0, 1) for t in self.projected(x)), cos[0], sin[0])
+        return q.transpose(0, 1) @ k.permute(1, 2, 0)
+
+
+class Backwards(Attention):
+    def forward(self, x, cos, sin):
+        q, k = apply_rotary_backwards(*self.projected(x), cos, sin)
+        return q @ k.mT
+
+
+CLASSES = (Attention, Swapped, Partial, Interleaved, HalfTables, Packed)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The calls of our op, without those of the checks, which run once."""
+    for function in FORMS:
+        rotary.form_of(function)
+    found = []
+
+    def counted(*args, **kwargs):
+        found.append(args)
+        return fastattn.rotary_embedding(*args, **kwargs)
+
+    monkeypatch.setattr(rotary, "rotary_embedding", counted)
+    return found
+
+
+def case(kind=Attention, rows=2, dtype=torch.float32):
+    torch.manual_seed(0)
+    table_rows = torch.randn(rows, 5, D // 2)
+    cos, sin = (f(torch.cat([table_rows, table_rows], -1)).to(dtype) for f in (torch.cos, torch.sin))
+    return kind().to(dtype), torch.randn(2, 5, 12, dtype=dtype), cos, sin
+
+
+def run(module, *given, **named):
+    module.zero_grad()
+    out = module(*given, **named)
+    out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype))
+    return [out.detach(), *(p.grad.clone() for p in module.parameters())]
+
+
+def same_bits(a, b):
+    return all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_values_gradients_and_undo(kind, rows, served):
+    module, *given = case(kind, rows)
+    expected = run(module, *given)
+    report = fastattn.replace(module, only="rotary")
+    assert report.replaced[""].startswith("rotary embeddings, ")
+    assert ("interleaved" in report.replaced[""]) == (kind is Interleaved)
+    got = run(module, *given)
+    assert len(served) == 1
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    report.undo()
+    assert type(module) is kind
+    assert same_bits(run(module, *given), expected)
+    assert len(served) == 1
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_bfloat16(kind, served):
+    """At most the error of the original."""
+    module, *given = case(kind)
+    exact = run(module, *given)[0]
+    module, *given = case(kind, dtype=torch.bfloat16)
+    theirs = run(module, *given)[0]
+    fastattn.replace(module, only="rotary")
+    ours = run(module, *given)[0]
+    assert served
+    assert (ours - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
+
+
+def test_other_functions_are_left_alone():
+    module, *given = case(Backwards)
+    expected = run(module, *given)
+    report = fastattn.replace(module, only="rotary")
+    assert report.left == {"": "rotary embeddings: apply_rotary_backwards computes no rotation that our op has"}
+    assert same_bits(run(module, *given), expected)
+
+
+def test_tables_whose_halves_differ(served):
+    """Then our op would compute something else, so the function of the module runs."""
+    module, x, cos, sin = case()
+    cos = cos + torch.linspace(0, 1, D)
+    expected = run(module, x, cos, sin)
+    fastattn.replace(module, only="rotary")
+    assert same_bits(run(module, x, cos, sin), expected)
+    assert not served
+
+
+def test_tables_that_change(served):
+    """What was read of them is not kept across a change, and not for other tensors."""
+    module, x, cos, sin = case()
+    original = copy.deepcopy(module)
+    fastattn.replace(module, only="rotary")
+    for change in (lambda: None, lambda: cos.neg_(), lambda: sin[1].zero_(), lambda: cos.copy_(sin)):
+        change()
+        torch.testing.assert_close(module(x, cos, sin), original(x, cos, sin))
+    torch.testing.assert_close(module(x, cos, cos), original(x, cos, cos))  # another sin
+    assert len(served) == 5
+    with torch.inference_mode():
+        cos, sin = cos.clone(), sin.clone()
+        for _ in range(2):
+            torch.testing.assert_close(module(x, cos, sin), original(x, cos, sin))
+            cos.neg_()
+
+
+def test_nothing_is_kept_of_tables_that_are_gone():
+    module, x, cos, sin = case()
+    fastattn.replace(module, only="rotary")
+    before = len(rotary._kept)
+    module(x, cos, sin)
+    assert len(rotary._kept) == before + 1
+    del cos, sin
+    gc.collect()
+    assert len(rotary._kept) == before
+
+
+CALLS = {
+    "double": lambda m, x, c, s: m.double()(x.double(), c.double(), s.double()),
+    "autocast": lambda m, x, c, s: _autocast(m, x, c, s),
+    "tables with gradients": lambda m, x, c, s: m(x, c.clone().requires_grad_(), s),
+    "one table for rows that broadcast": lambda m, x, c, s: m(x[:1], c, s),
+    "tables in fp64": lambda m, x, c, s: m(x, c.double(), s.double()),
+    "no tokens": lambda m, x, c, s: m(x[:, :0], c[:, :0], s[:, :0]),
+    "no rows": lambda m, x, c, s: m(x[:0], c[:0], s[:0]),
+    "vmap": lambda m, x, c, s: torch.vmap(m)(x[None], c[None], s[None]),
+}
+
+
+def _autocast(module, *given):
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(*given)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_the_function_of_the_module_serves(name, served):
+    module, *given = case()
+    ours = copy.deepcopy(module)
+    fastattn.replace(ours, only="rotary")
+    assert torch.equal(CALLS[name](ours, *given), CALLS[name](module, *given))
+    assert not served
+
+
+def test_names_that_are_patched_later(monkeypatch, served):
+    """The copy of forward reads the current global names, and a function put there is checked like the first."""
+    module, *given = case()
+    plain = copy.deepcopy(module)
+    fastattn.replace(module, only="rotary")
+
+    def apply_another(q, k, cos, sin):
+        return q * cos[:, None], k * sin[:, None]
+
+    assert rotary.form_of(apply_another) == "computes no rotation that our op has"
+    served.clear()
+    monkeypatch.setattr(sys.modules[__name__], "apply_rotary", apply_another)
+    assert torch.equal(module(*given), plain(*given))
+    assert not served
+    monkeypatch.setattr(Attention, "forward", lambda self, x, cos, sin: x)
+    assert module(*given) is given[0]
+
+
+def test_decorators_and_keywords():
+    module, x, cos, sin = case()
+    expected = module(hidden=x, cos=cos, sin=sin, scale=2.0)
+    fastattn.replace(module, only="rotary")
+    torch.testing.assert_close(module(hidden=x, cos=cos, sin=sin, scale=2.0), expected)
+
+
+def test_copies_and_files(served):
+    module, *given = case()
+    before = list(module.state_dict())
+    fastattn.replace(module, only="rotary")
+    assert list(module.state_dict()) == before
+    expected = module(*given)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+        served.clear()
+        assert torch.equal(twin(*given), expected)
+        assert served
+        assert type(twin) is type(module)
+
+
+def test_compiled_and_exported(served):
+    module, *given = case()
+    expected = module(*given)
+    fastattn.replace(module, only="rotary")
+    torch._dynamo.reset()
+    got = torch.compile(module, backend="aot_eager", fullgraph=True)(*given)
+    torch.testing.assert_close(got, expected)
+    exported = torch.export.export(module, tuple(given)).module()(*given)
+    torch.testing.assert_close(exported, expected)
+    assert not served
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant, served):
+    module, x, *tables = case()
+    x.requires_grad_()
+    fastattn.replace(module, only="rotary")
+    expected = run(module, x, *tables)
+    module.zero_grad()
+    out = torch.utils.checkpoint.checkpoint(module, x, *tables, use_reentrant=use_reentrant)
+    out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
+    assert same_bits([out, *(p.grad for p in module.parameters())], expected)
+    assert len(served) == 3
+
+
+SCALED = {
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+}  # fmt: skip
+
+
+def compared(model, served, **given):
+    """The hidden states before and after replacement; returns the number of calls of our op."""
+    expected = model(**given).last_hidden_state
+    report = fastattn.replace(model, only="rotary")
+    assert sum(what.startswith("rotary") for what in report.replaced.values()) == model.config.num_hidden_layers
+    served.clear()
+    torch.testing.assert_close(model(**given).last_hidden_state, expected, atol=2e-5, rtol=1e-4)
+    calls = len(served)
+    report.undo()
+    assert torch.equal(model(**given).last_hidden_state, expected)
+    return calls
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_tables_of_models(scaling, served):
+    """The model makes the tables, also where they depend on the length of the input."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers_families import GROUPED, VERSION
+
+    name = "rope_parameters" if VERSION >= (5, 0) else "rope_scaling"
+    scaled = SCALED[scaling] | ({"rope_theta": 10000.0} if VERSION >= (5, 0) else {})
+    config = transformers.LlamaConfig(**{**GROUPED, "max_position_embeddings": 16, name: scaled})
+    model = transformers.LlamaModel(config).eval()
+    assert compared(model, served, input_ids=torch.randint(3, 40, (2, 24))) == 2
+
+
+def test_tables_of_three_positions(served):
+    """M-RoPE: time, height and width each turn some of the channels."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers_families import GROUPED, VERSION
+
+    if VERSION < (5, 0):
+        pytest.skip("in this version attention itself divides the tables among the channels")
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    config = transformers.Qwen2_5_VLTextConfig(**GROUPED, rope_parameters=parameters)
+    model = transformers.Qwen2_5_VLTextModel(config).eval()
+    positions = torch.randint(0, 30, (3, 2, 9))
+    assert compared(model, served, input_ids=torch.randint(3, 40, (2, 9)), position_ids=positions) == 2
+
+
+def test_modules_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(rotary, "_is_on_a_gpu", lambda module: True)
+    report = fastattn.replace(Attention(), only="rotary")
+    assert report.left == {"": "rotary embeddings: on a GPU, a look at the tables would wait for it"}
+
+
+def hidden(function):
+    """A decorator that keeps the function where its closure does not show it."""
+    wrapped = functools.wraps(function)(lambda *args, **kwargs: wrapped.__wrapped__(*args, **kwargs))
+    return wrapped
+
+
+class Hidden(Attention):
+    forward = hidden(Attention.forward)
+
+
+class Empty(Attention):
+    """Whose forward has a closure with an empty cell."""
+
+    def made():
+        def forward(self, x, cos, sin):
+            q, k = apply_rotary(*self.projected(x), cos, sin)
+            return q @ k.mT if self.training or nothing else q
+
+        if not forward:
+            nothing = None
+        return forward
+
+    forward = made()
+
+
+class Odd(Attention):
+    """Which names something as a rotation that cannot be called with tensors."""
+
+    def forward(self, x, cos, sin):
+        return x if apply_rotary_never is None else apply_rotary_never
+
+
+apply_rotary_never = None
+
+
+@pytest.mark.parametrize(("kind", "replaced"), [(Hidden, 0), (Empty, 1), (Odd, 0)])
+def test_unusual_forwards(kind, replaced):
+    module, *given = case(kind)
+    expected = module(*given)
+    report = fastattn.replace(module, only="rotary")
+    assert (len(report.replaced), report.left) == (replaced, {})
+    torch.testing.assert_close(module(*given), expected)
