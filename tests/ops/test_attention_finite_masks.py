@@ -11,16 +11,14 @@ import math
 import nn_oracle
 import pytest
 import torch
-from attention_cases import normal, on, qkv, results
-from oracle import exact
+from attention_cases import normal, on, results
+from finite_mask_cases import LARGEST, SK, SQ, assert_right, bias_of_all_kinds, expected_results, inputs, row_kinds
 
 import fastattn
 from fastattn.ops._backends import why_not_available
 from fastattn.ops.attention import _reference
 
 OP = "attention"
-SQ, SK = 66, 131  # whole tiles and parts of them; the slow interpreter gets one block of queries
-LARGEST = torch.finfo(torch.float32).max
 
 pytestmark = [
     # from numpy, in the interpreter: differences of numbers near FLT_MAX
@@ -28,67 +26,9 @@ pytestmark = [
 ]
 
 
-def row_kinds(seqlen_k, dtype=torch.float32):
-    """(name, row of a bias) for every kind of row, with finite numbers that `dtype` can represent."""
-    rows = {"0": torch.zeros(seqlen_k)}
-    for value in (-1e4, -1e5, -1e6, -1e9, -1e30, -2.4e38, -LARGEST, 1e4, 1e9, 1e38, 2.4e38, LARGEST):
-        rows[f"{value:g}"] = torch.full((seqlen_k,), value)
-    key = torch.arange(seqlen_k)
-    rows["half of it"] = torch.where(key % 2 == 0, -LARGEST, 0.0)
-    rows["all but one"] = torch.where(key == 5, 0.0, -1e9)
-    rows["mixture"] = torch.tensor([-1e9, -LARGEST, -1e6, -1e9, -1e4 * 3])[key % 5]
-    rows["both signs"] = torch.tensor([-LARGEST, 1e38, -1e9, 1e38])[key % 4]
-    rows["beside -inf"] = torch.where(key % 3 == 0, -LARGEST, -math.inf)
-    rows["-inf"] = torch.full((seqlen_k,), -math.inf)
-    finite = torch.finfo(dtype)
-    return {
-        name: torch.where(row.isinf(), row, row.clamp(finite.min, finite.max)).to(dtype) for name, row in rows.items()
-    }
-
-
-def bias_of_all_kinds(shape, dtype=torch.float32):
-    """(..., seqlen_q, seqlen_k) whose rows cycle through the kinds."""
-    kinds = torch.stack(list(row_kinds(shape[-1], dtype).values()))
-    rows = torch.arange(math.prod(shape[:-1])) % len(kinds)
-    return kinds[rows].view(shape).requires_grad_()
-
-
 @pytest.fixture
 def size(interpreted):
     return (40, 70) if interpreted else (SQ, SK)
-
-
-def inputs(scores, dtype=torch.float32, size=(SQ, SK), kv_heads=2):
-    """q, k and v whose scores are all 0 or random."""
-    q, k, v = qkv(1, 2, *size, 8, dtype, kv_heads)
-    return (q.detach() * 0).requires_grad_() if scores == "zero" else q, k, v
-
-
-def expected_results(q, k, v, kwargs):
-    """The results of the reference, in fp64 and in the dtypes that are given."""
-    twins = dict(zip(kwargs, [exact(value) for value in kwargs.values()], strict=True))
-    return results(*exact(q, k, v), twins, "reference"), results(q, k, v, kwargs, "reference")
-
-
-def assert_right(got, truth, baseline, what):
-    """Judge each row of out, lse, dq and dbias by itself, dk and dv as a whole: twice the error of plain PyTorch, three
-    times for gradients, plus some units in the last place."""
-    eps = torch.finfo(got["out"].dtype).eps
-    for name, expected in truth.items():
-        ours, base = got[name].double(), baseline[name].double()
-        finite = expected.isfinite()
-        assert torch.equal(ours.isfinite(), finite), f"{what} {name}: finite elsewhere than expected"
-        ours, base, expected = (torch.where(finite, t, 0.0) for t in (ours, base, expected))
-        error, allowed, size = (ours - expected).abs(), (base - expected).abs(), expected.abs()
-        if name in ("out", "dq", "dbias"):
-            error, allowed, size = (t.amax(-1) for t in (error, allowed, size))
-        elif name in ("dk", "dv"):
-            error, allowed, size = (t.amax() for t in (error, allowed, size))
-        units = 4e-6 if name == "lse" or eps < 1e-6 else 8 * eps
-        allowed = (2 if name in ("out", "lse") else 3) * allowed + units * size.clamp(min=1.0)
-        at = (error / allowed).argmax()  # NaN counts as the largest
-        worst, limit = error.flatten()[at], allowed.flatten()[at]
-        assert worst <= limit, f"{what} {name}: error {worst:.3g}, allowed {limit:.3g} at {at} in {got[name].dtype}"
 
 
 def check(what, q, k, v, *, backend, device, names=None, **kwargs):
@@ -132,6 +72,25 @@ def test_a_kind_of_row_for_all_queries(backend, device, size, interpreted):
     for name, row in list(row_kinds(size[1]).items())[:: 5 if interpreted else 1]:
         bias = row.view(1, 1, 1, -1).requires_grad_()
         check(name, q, k, v, bias=bias, backend=backend, device=device)
+
+
+HIDDEN = {  # by masks of one row for all queries: the Triton kernels then read fewer blocks, or no mask at all
+    "at the end": lambda key, sk: key >= sk // 2,
+    "at the start": lambda key, sk: key < sk // 2 + 3,
+    "in between": lambda key, sk: key % 7 == 3,
+    "all but two": lambda key, sk: (key != 5) & (key != sk - 1),
+}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_beside_hidden_keys(hidden, dtype, backend, device, interpreted):
+    """A row whose visible keys all have -1e9 or finfo.min is the mean of their values, wherever the others are."""
+    sq, sk = (20, 140) if interpreted else (SQ, SK)
+    mask = ~HIDDEN[hidden](torch.arange(sk), sk).view(1, 1, 1, sk)
+    q, k, v = inputs("zero", dtype, (sq, sk), kv_heads=1)
+    bias = bias_of_all_kinds((sq, sk), dtype)
+    for kwargs in ({}, {"causal": True, "window": (sk - 9, 0)}):
+        check(hidden, q, k, v, bias=bias, mask=mask, **kwargs, backend=backend, device=device)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, SQ, 1), (1, 2, 1, 1), (1, 1)])
@@ -207,13 +166,14 @@ def skip_unless_served(backends, q, k, v, bias, sink):
 @pytest.mark.parametrize(
     "order", [("reference", "native"), ("reference", "triton"), ("native", "triton"), ("triton", "native")]
 )
-def test_forward_on_one_backend_and_backward_on_another(order, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_forward_on_one_backend_and_backward_on_another(order, dtype, device):
     for name in order:
         if reason := why_not_available(name, device):
             pytest.skip(f"{name} cannot run here: {reason}")
     seqlen_q, seqlen_k = size = (40, 70) if "triton" in order and device == "cpu" else (SQ, SK)
     for scores in ("zero", "random"):
-        q, k, v = inputs(scores, size=size)
+        q, k, v = inputs(scores, dtype, size)
         bias, sink = bias_of_all_kinds((1, 2, *size)), torch.tensor([1e9, -2e4]).requires_grad_()
         truth, baseline = expected_results(q, k, v, {"bias": bias, "sink": sink})
         moved = [t.detach() for t in on(device, q, k, v, bias, sink)]
@@ -221,7 +181,7 @@ def test_forward_on_one_backend_and_backward_on_another(order, device):
         rest = (None, None, None, None, None, None, seqlen_q, seqlen_k, -1, -1, False, 0.0, 0.0, 8**-0.5)
         out, lse, low = raw_call(order[0], "fwd", *moved, *rest, True)
         generator = torch.Generator().manual_seed(1)
-        do = torch.randn(out.shape, generator=generator).to(device)
+        do = torch.randn(out.shape, generator=generator).to(device, dtype)
         dlse = torch.randn(lse.shape, generator=generator).to(device)
         grads = raw_call(order[1], "bwd", do, dlse, *moved[:3], out, lse, low, *moved[3:], *rest, True, False)
         got = {"out": out, "lse": lse} | dict(zip(("dq", "dk", "dv", "dbias", "dsink"), grads, strict=True))
