@@ -166,8 +166,8 @@ def test_which_calls_begin_the_sum_of_the_scores_with_lse(arch, more, first, mon
     assert plan._adds_lse_first() == first
     if arch:
         form = plan.start("dkdv").form
-        assert form.LSE_FIRST == first
-        assert form.DELTA_FIRST == (first or "alibi_dims" in more)
+        assert first == form.LSE_FIRST
+        assert (first or "alibi_dims" in more) == form.DELTA_FIRST
 
 
 def programs(kernel):
