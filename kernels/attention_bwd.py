@@ -100,29 +100,51 @@ def attention_preprocess_kernel(out, do, lse_ptr, lse_low_ptr, dlse_ptr, sink_pt
 
 
 @triton.jit
+def _softmax_of_block(softmax, first, block, blocks, end, form: tl.constexpr, EDGE: tl.constexpr):
+    """load_softmax for the rows of a block of queries."""
+    rows = block_start(block, blocks, form.BLOCK_M, EDGE, True) + tl.arange(0, form.BLOCK_M)
+    return load_softmax(softmax, first, rows, end, form)
+
+
+@triton.jit
+def _dkdv_scores(k, q, row_high, row_low, i, j, span, head, features, form: tl.constexpr, EDGE: tl.constexpr):
+    """Return (p, capped score, visible) for a tile with keys as rows."""
+    if form.LSE_FIRST:  # then the registers of lse are free, too
+        row_high = row_high * (-1.0 / (features.scale * LOG2_E))
+        above = tl.broadcast_to(row_high[None, :], (form.BLOCK_N, form.BLOCK_M))
+        qk = tl.dot(k, tl.trans(q), above, input_precision=form.PRECISION)
+    else:
+        qk = tl.dot(k, tl.trans(q), input_precision=form.PRECISION)
+    s, capped = tile_scores(qk, i, j, span, head, features, form)
+    visible = visible_tile(i, j, span, head, features, form, EDGE)
+    if EDGE or form.MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    p = tl.exp2(s) if form.LSE_FIRST else probability(s, row_high[None, :], row_low[None, :], form.NATURAL)
+    return p, capped, visible
+
+
+@triton.jit
 def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n, span, head, features,
                  form: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """first: the first row of the query head in `softmax`."""
-    MASKED: tl.constexpr = EDGE or form.MASKED
     j = (start_n + tl.arange(0, form.BLOCK_N))[:, None]
     begin, end = walk(blocks, EDGE, True)
+    if form.LSE_FIRST:
+        ahead = _softmax_of_block(softmax, first, begin, blocks, span.seqlen_q, form, EDGE)
     for block in range(begin, end):
         start_m = block_start(block, blocks, form.BLOCK_M, EDGE, True)
         q = load_tile(q_side, start_m, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, EDGE, form.TMA)
         do = load_tile(do_side, start_m, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_M, EDGE, form.TMA)
-        rows = start_m + tl.arange(0, form.BLOCK_M)
-        row_high, row_low, row_delta = load_softmax(softmax, first, rows, span.seqlen_q, form)
+        if form.LSE_FIRST:
+            row_high, row_low, row_delta = ahead
+        else:
+            row_high, row_low, row_delta = _softmax_of_block(softmax, first, block, blocks, span.seqlen_q, form, EDGE)
 
         # everything is transposed: rows are keys
-        i = rows[None, :]
-        qk = tl.dot(k, tl.trans(q), input_precision=form.PRECISION)
-        s, capped = tile_scores(qk, i, j, span, head, features, form)
-        visible = visible_tile(i, j, span, head, features, form, EDGE)
-        if MASKED:
-            s = tl.where(visible, s, float("-inf"))
-        p = probability(s, row_high[None, :], row_low[None, :], form.NATURAL)
+        i = (start_m + tl.arange(0, form.BLOCK_M))[None, :]
+        p, capped, visible = _dkdv_scores(k, q, row_high, row_low, i, j, span, head, features, form, EDGE)
         if form.DELTA_FIRST:  # the registers of delta are then free
-            dp = tl.dot(v, tl.trans(do), tl.broadcast_to(-row_delta[None, :], s.shape), input_precision=form.PRECISION)
+            dp = tl.dot(v, tl.trans(do), tl.broadcast_to(-row_delta[None, :], p.shape), input_precision=form.PRECISION)
         else:
             dp = tl.dot(v, tl.trans(do), input_precision=form.PRECISION)
         pd = p
@@ -136,9 +158,11 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
         ds = p * dp
         if form.SOFTCAP:
             ds *= 1 - capped * capped
-        if MASKED:  # p = 0 is not enough: a hidden key may be NaN
+        if EDGE or form.MASKED:  # p = 0 is not enough: a hidden key may be NaN
             ds = tl.where(visible, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=form.PRECISION)
+        if form.LSE_FIRST:  # for the next block, under the product of dk
+            ahead = _softmax_of_block(softmax, first, block + 1, blocks, span.seqlen_q, form, EDGE)
     return dk, dv
 
 

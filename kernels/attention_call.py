@@ -24,6 +24,7 @@ from fastattn.kernels.attention_mask import key_runs
 from fastattn.kernels.common import DEVICE_MADE, HOST_MADE, Rows, contiguous, dropout_constants
 from fastattn.ops._layout import empty_in_layout
 
+LEAST_SCALE = 1e-30  # of scores, so that lse / scale is finite
 # integers that vary between calls and do not affect the quality of the code: one binary serves all values
 UNSPECIALIZED = ["n_heads", "group", "total_q", "total_k", "blocks", "window_left", "window_right", "threshold"]
 
@@ -64,6 +65,7 @@ class Form(NamedTuple):
     FUSED_SCALE: Any  # the scale is applied together with the subtraction of the maximum
     GROUP: Any  # query heads per key head, in attention_dkdv_kernel
     DELTA_FIRST: Any  # in attention_dkdv_kernel, the sum of dp begins with -delta
+    LSE_FIRST: Any  # and that of the scores with -lse; both are loaded a block ahead
     TMA: Any  # 0: loads through pointers; DEVICE_MADE or HOST_MADE: through descriptors
     PRECISION: Any
 
@@ -236,8 +238,9 @@ class Plan:
         self.form = Form(
             head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), None, None, has_left, has_right, top_left,
             softcap > 0.0, masked, key_mask, self.natural, linear and not self.natural and scale > 0.0, self.group,
-            False, 0, fp32_precision,
+            False, False, 0, fp32_precision,
         )  # fmt: skip
+        self.plain = kind != "extra" and not self.natural and scale > LEAST_SCALE
         self.starts = {}
 
     def inputs(self, q, k, v):
@@ -268,7 +271,8 @@ class Plan:
             MASKED=self.form.MASKED or (self.form.KEY_MASK and kernel == "dbias"),
             KEY_MASK=self.form.KEY_MASK and kernel != "dbias",
             GROUP=self.form.GROUP if kernel == "dkdv" else 1,
-            DELTA_FIRST=kernel == "dkdv" and self._adds_delta_first(),
+            DELTA_FIRST=kernel == "dkdv" and (self._adds_delta_first() or self._adds_lse_first()),
+            LSE_FIRST=kernel == "dkdv" and self._adds_lse_first(),
         )
         form_tma = form._replace(TMA=DEVICE_MADE.value if makers != HOST_MADE.value else 0) if makers else None
         rows, whole = (config.block_m, True) if kernel == "dkdv" else (config.block_n, self._sees_all_keys())
@@ -282,6 +286,14 @@ class Plan:
         """
         arch, _ = attention_config.architecture(self.kind[0])
         return self.alibi and not self.drops and not self.form.SOFTCAP and arch != 100
+
+    def _adds_lse_first(self):
+        """Whether blocks of 64 queries fit because the sum of the scores begins with -lse (docs/lab/triton.md).
+
+        At other head dims they fit without it. The interpreter, whose architecture is 0, always does it.
+        """
+        arch, _ = attention_config.architecture(self.kind[0])
+        return self.plain and (arch == 0 or (arch == 90 and 64 < self.kind[2] <= 128))
 
     def _sees_all_keys(self):
         """Whether each key is seen by some query, as far as sizes tell."""

@@ -63,6 +63,8 @@ def everything():
 
 def sample():
     yield case(90, 128, "causal")
+    yield case(90, 128, "full", only=["dkdv"])
+    yield case(90, 64, "causal", only=["fwd"])
     yield case(90, 64, "extra", 0, only=["fwd"])
     yield case(90, 64, "extra", 2)
     for (arch, kernel, _, head_dim), row in TABLE.items():
@@ -152,14 +154,39 @@ def test_which_calls_begin_the_sum_of_dp_with_delta(arch, more, first, monkeypat
     assert plan_of(**more)._adds_delta_first() == first
 
 
+@pytest.mark.parametrize(("arch", "more", "first"), [
+    (90, {}, True), (90, {"head_dim": 80, "window_right": 0}, True), (90, {"mask": (2, 1, 1, 64)}, True),
+    (90, {"head_dim": 64}, False), (90, {"head_dim": 192}, False), (80, {}, False), (100, {}, False),
+    (0, {"head_dim": 64}, True), (90, {"scale": 0.0}, False), (90, {"scale": 1e-38}, False),
+    (90, {"scale": -1.0}, False), (90, {"mask": (2, 1, 64, 64)}, False), (90, {"softcap": 5.0}, False),
+    (90, {"alibi_dims": 1}, False), (90, {"dropout_p": 0.1, "drops": True}, False),
+    (90, {"bias": (1, 1, 64, 64)}, False), (90, {"dtype": torch.float32}, False),
+])  # fmt: skip
+def test_which_calls_begin_the_sum_of_the_scores_with_lse(arch, more, first, monkeypatch):
+    monkeypatch.setattr("fastattn.kernels.attention_config.architecture", lambda device: (arch, 0))
+    plan = plan_of(**{"head_dim": 128, **more})
+    assert plan._adds_lse_first() == first
+    if arch:
+        form = plan.start("dkdv").form
+        assert first == form.LSE_FIRST
+        assert (first or "alibi_dims" in more) == form.DELTA_FIRST
+
+
+def programs(kernel):
+    """How many programs of a kernel fit on a multiprocessor of sm_90, by registers and shared memory."""
+    registers = 32 * kernel["warps"] * -(-kernel["registers"] // 8) * 8
+    return min(65_536 // registers, 233_472 // (kernel["shared"] + 1024))
+
+
 def plan_of(**more):
     q = geometry(torch.empty(2, 4, 64, more.pop("head_dim", 64), device="meta"))
     tensors = {
         name: geometry(torch.empty(more[name], device="meta")) if name in more else None for name in ("bias", "mask")
     }
     values = {"drops": False, "sequences": None, "window_left": -1, "window_right": -1, "top_left": False,
-              "softcap": 0.0, "dropout_p": 0.0, "scale": 0.125, "alibi_dims": 0, **more, **tensors}  # fmt: skip
-    return Plan(q, q, q, dtype=torch.bfloat16, device=torch.device("cuda"), fp32_precision="ieee", **values)
+              "softcap": 0.0, "dropout_p": 0.0, "scale": 0.125, "alibi_dims": 0, "dtype": torch.bfloat16, **more,
+              **tensors}  # fmt: skip
+    return Plan(q, q, q, device=torch.device("cuda"), fp32_precision="ieee", **values)
 
 
 def test_configurations_compile_without_spills():
@@ -181,6 +208,8 @@ def test_configurations_compile_without_spills():
             idle = product not in c and not exact and not small
             allowed = 0 if c["limit"] else SPILLS.get((c["kernel"], arch, head_dim), STACK[call["variant"]])
             crowded = c["stack"] > allowed or c["registers"] > (c["limit"] or 255) or c["shared"] > SHARED_MEMORY[arch]
-            if crowded or idle:
+            # exponentials of head dim 64 take as long as its products: a second program hides them
+            alone = arch == 90 and head_dim == 64 and c["kernel"] == "attention_fwd_kernel" and programs(c) < 2
+            if crowded or idle or alone:
                 failures.append(title)
     assert not failures, "\n".join(failures)

@@ -26,6 +26,14 @@ ALL, SCORES = DIMS, DIMS[1:]  # every dimension, and those of the scores of one 
 FEATURES = {
     "plain": {},
     "half": {"dtype": torch.float16, "sq": 129, "d": 64},
+    # half precision without other features: the sums of the backward begin with -lse and -delta
+    "half_longer_queries": {"dtype": torch.float16, "window_right": 0, "sq": 100, "sk": 40},
+    "half_window_packed": {"dtype": torch.float16, "packed": ([0, 70, 70, 100], [0, 50, 60, 130]), "window_left": 20,
+                           "window_right": 3},
+    "half_mask_keys": {"dtype": torch.float16, "mask": ("batch", "keys"), "batch": 2, "heads": 4, "kv_heads": 2},
+    "half_sink_and_empty_rows": {"dtype": torch.float16, "sink": True, "lengths": [0, 50], "batch": 2},
+    "half_least_scale": {"dtype": torch.float16, "scale": 1e-38},
+    "half_large_scale": {"dtype": torch.float16, "scale": 4.0},
     "one_query": {"sq": 1},
     "one_key": {"sk": 1, "window_right": 0},
     "bshd": {"bshd": True, "batch": 2},

@@ -317,7 +317,7 @@ def compile_one(case):
         tile = [int(constant.get(name) or 0) for name in ("BLOCK_M", "BLOCK_N")]
         facts = {"kernel": kernel.__name__, "tile": tile, "tma": bool(constant.get("TMA")),
                  "loops": ttgir.loops(made.asm["ttgir"]), "integers": ttgir.elements_loaded(made.asm["ttgir"], "i32"),
-                 "stages": made.metadata.num_stages,
+                 "stages": made.metadata.num_stages, "warps": made.metadata.num_warps,
                  "limit": getattr(made.metadata, "maxnreg", None)}  # fmt: skip
         read = aot.resources(made.asm["cubin"]) if "cubin" in made.asm else aot.amd_resources(made.asm["amdgcn"])
         compiled.append(facts | {"shared": made.metadata.shared} | read)
