@@ -111,10 +111,15 @@ def find_pythons():
 
 
 def ninja_command():
-    """The command that starts ninja, or None."""
-    if on_path := shutil.which("ninja"):
-        return [on_path]
-    return [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else None
+    """The command that starts ninja, or None.
+
+    That of pip comes first, as pip brings it into the environment of each build. Another version, such as an older one
+    of the system, does not trust the log of the last build and compiles everything again.
+    """
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    on_path = shutil.which("ninja")
+    return [on_path] if on_path else None
 
 
 def how_to_install(apt, dnf):

@@ -112,7 +112,10 @@ def draw(function, rows):
         handles.append(Line2D([], [], color="black", linewidth=2, label=f"at the rate of {kinds}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(NAMES.get(function, (function.replace("_", " "),))[0], fontsize=11)
-    axes.set_title(machine_line(rows[0]), fontsize=7, color="dimgray")
+    facts = machine_line(rows[0])
+    if len(facts) > 70:  # wider than the axes, which end at the edge of the picture
+        facts = facts.replace("; ", ";\n")
+    axes.set_title(facts, fontsize=7, color="dimgray")
     return figure
 
 

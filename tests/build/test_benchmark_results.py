@@ -73,6 +73,20 @@ def test_every_result_file_with_rows_can_be_read(modules):
     assert read >= 5
 
 
+@pytest.mark.parametrize(
+    ("kernels", "case"), [("avx512bf16", "{}"), ("avx2", "layer_norm-dropout_add-fp32-2048-{}-fwd_bwd")]
+)
+def test_the_text_of_a_picture_is_not_cut(modules, kernels, case):
+    rows = rows_of(2.0, 0.5, benchmark=f"test_norm[{case}]", device="Intel(R) Xeon(R) Processor", kernels=kernels)
+    figure = modules["pictures"].draw("norm", [row | {"load": 18.1} for row in rows])
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    for text in (axes.title, axes.xaxis.label, *axes.get_yticklabels()):
+        box = text.get_window_extent()
+        assert box.x0 >= 0, text
+        assert box.x1 <= figure.bbox.x1, text
+
+
 def test_a_picture_for_each_function(modules, tmp_path):
     rows = rows_of(2.0, 0.5, unit="GB/s", rate=10.0, limit="copy", percent=50.0)
     rows += rows_of(1.5, benchmark="test_call")

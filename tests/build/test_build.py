@@ -379,6 +379,18 @@ def test_version_is_the_installed_one():
     assert installed == fastattn.__version__
 
 
+def test_every_build_uses_the_ninja_of_pip(tmp_path, monkeypatch):
+    """The isolated builds of pip have it first on PATH, others the system's, whose log of a build they do not share."""
+    pytest.importorskip("ninja", reason="building needs ninja")
+    monkeypatch.syspath_prepend(ROOT)
+    build_environment = importlib.import_module("build_environment")
+    (tmp_path / "ninja").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build_environment.ninja_command() == [sys.executable, "-m", "ninja"]
+    monkeypatch.setattr(build_environment.importlib.util, "find_spec", lambda name: None)
+    assert build_environment.ninja_command() == [str(tmp_path / "ninja")]
+
+
 def test_no_library_of_the_system_lies_where_the_compilers_run(tmp_path, monkeypatch):
     """nvcc makes its programs search their directory, so they would load a stub in place of the C library."""
     monkeypatch.syspath_prepend(ROOT)
