@@ -13,6 +13,7 @@ import pytest
 import torch
 from attention_cases import normal, on, results
 from finite_mask_cases import LARGEST, SK, SQ, assert_right, bias_of_all_kinds, expected_results, inputs, row_kinds
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn.ops._backends import why_not_available
@@ -257,6 +258,32 @@ def test_layers_and_their_weights(value, dtype):
                 nn_oracle.compare(
                     ours, theirs, lambda m, x, o=options, **masks: m(x, x, x, **masks, **o), {"x": x} | masks
                 )
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+@pytest.mark.parametrize("value", [-1e4, -1e9, -LARGEST, 1e38])
+def test_whole_layers(value, name, dtype):
+    """On a CPU they are one node with attention inside, in training and in evaluation. The backward of torch's fused
+    kernel has the fault that this file is about, so torch.nn runs on plain operators."""
+    value = min(max(value, torch.finfo(dtype).min), torch.finfo(dtype).max / 4)
+    masks = {key: mask.to(dtype) for key, mask in (layer_masks(value)["padding"] | layer_masks(value)["pairs"]).items()}
+    if abs(value) > 1e30:
+        del masks["key_padding_mask"]  # their sum is not finite
+    x = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for norm_first, training in ((False, True), (True, True), (False, False)):
+        options = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first, "activation": "gelu"}
+        modules = nn_oracle.pair(name, 16, 2, 32, **options, dtype=dtype)
+        ours, theirs = (m.train(training) for m in modules)
+        for module in (ours, theirs):
+            with_equal_scores(module.self_attn)
+        prefix = "src" if name == "TransformerEncoderLayer" else "tgt"
+
+        def call(module, x, attn_mask, key_padding_mask=None, prefix=prefix):
+            given = {f"{prefix}_mask": attn_mask, f"{prefix}_key_padding_mask": key_padding_mask}
+            with sdpa_kernel(SDPBackend.MATH):
+                return module(x, **given) if prefix == "src" else module(x, x, **given)
+
+        nn_oracle.compare(ours, theirs, call, {"x": x} | masks)
 
 
 def test_masks_whose_sum_is_below_all_numbers():

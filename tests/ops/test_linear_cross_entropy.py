@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -173,6 +174,19 @@ def test_large_logits(label_smoothing, backend, device):
     weight = torch.tensor([[1.0], [-1.0], [0.5]], device=device, requires_grad=True)
     loss = fastattn.linear_cross_entropy(x, weight, torch.tensor([0, 0], device=device), reduction="none")
     assert loss.tolist() == [0.0, 2e4]
+
+
+@pytest.mark.parametrize("size", [1e4, -1e6, 1e9, -1e9])
+def test_z_loss_of_equal_logits_however_large(size, backend, device):
+    """Its gradient has a softmax of its own, which an lse that has lost the logarithm of its sum makes too large."""
+    x, target = torch.ones(6, 8, device=device, requires_grad=True), torch.arange(6, device=device)
+    weight = torch.full((11, 8), size / 8, device=device, requires_grad=True)
+    loss = fastattn.linear_cross_entropy(x, weight, target, z_loss=0.25, reduction="sum")
+    lse = size + math.log(11)
+    assert_close(loss.item(), 6 * (0.25 * lse**2 + math.log(11)), rtol=1e-6, atol=0)
+    (dweight,) = torch.autograd.grad(loss, weight)
+    expected = 6 / 11 * (1 + 0.5 * lse) - (torch.arange(11, device=device) < 6).float()
+    assert_close(dweight, expected[:, None].expand(11, 8), rtol=1e-5, atol=0)
 
 
 def test_vocabulary_masked_by_the_bias(backend, device):
