@@ -79,7 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
   BackwardCall call(q, k, v, outputs, std::move(inputs));
   set_rows(call);
   AttentionCudaArgs& args = call.args;
-  STD_TORCH_CHECK(args.head_dim <= 128, "attention: the CUDA backward takes head dims up to 128, got ", args.head_dim);
+  STD_TORCH_CHECK(args.head_dim <= 128, "attention: the CUDA backward supports head dims up to 128, got ",
+                  args.head_dim);
   const Tensor no_dbias = empty_beside(q, {0}, q.scalar_type()), no_dsink = empty_beside(q, {0}, ScalarType::Float);
   if (call.empty()) {
     for (Tensor* t : {&call.dq, &call.dk, &call.dv}) {

@@ -30,7 +30,7 @@ inline void check_tiles(const char* op, DType dtype, int64_t head_dim, int64_t h
     has_tiles = has_tiles || head_dim == size;
   }
   STD_TORCH_CHECK(dtype != DType::kFloat32 && has_tiles && head_dim_v == head_dim, op,
-                  ": the CUDA kernel takes half precision and head dims 64, 96, 128, 192 and 256, got ", head_dim,
+                  ": the CUDA kernel supports half precision and head dims 64, 96, 128, 192 and 256, got ", head_dim,
                   " and ", head_dim_v);
 }
 
