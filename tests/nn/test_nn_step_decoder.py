@@ -80,6 +80,19 @@ def test_each_dropout_alone(calls, parts, norm_first, places):
     assert torch.equal(step(layer, x, memory, seed=1)["y"], step(layer, x, memory, seed=2)["y"])
 
 
+@pytest.mark.skipif(not _gemm.serves_rows(2**20), reason="torch's library may add in another order")
+@orders
+def test_the_bits_are_those_of_the_parts(calls, parts, norm_first):
+    """Except for sums that PyTorch makes in the parts, and for gradients that one kernel adds here."""
+    layer = make(64, 4, 128, 0.1, norm_first=norm_first)
+    x, memory = torch.randn(4, 65, 64), torch.randn(4, 70, 64)
+    found, expected = step(layer, x, memory), parts(lambda: step(layer, x, memory))
+    others = {"self_attn.in_proj_bias", "multihead_attn.in_proj_bias"}
+    others |= {"linear2.bias", "x"} if norm_first else set()
+    assert [n for n in found if n not in others and not torch.equal(found[n], expected[n])] == []
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("wanted", ["both", "x", "memory", "neither"])
 @orders
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
