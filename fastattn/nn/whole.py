@@ -23,31 +23,34 @@ def read_tensors(block):
 
     A decoder layer has in_proj and out_proj of the attention to its memory in place of the gate, and norm3.
     """
-    m, norms = block._modules, []
-    linears = _attention_tensors(m["self_attn"])
-    for name in ("linear1", "linear2"):
-        linears += affine(m[name])
+    m = block._modules
+    attn, norms = m["self_attn"], []
+    modules = [attn._modules["out_proj"], m["linear1"], m["linear2"]]
     if m.get("gate") is not None:
-        linears += affine(m["gate"])
+        modules.append(m["gate"])
+    linears = [attn._parameters["in_proj_weight"], attn._parameters.get("in_proj_bias")]
+    for module in modules:
+        linears += affine(module)
     for name in ("norm1", "norm2"):
         norms += affine(m[name])
     if "multihead_attn" in m:
-        linears += _attention_tensors(m["multihead_attn"])
+        other = m["multihead_attn"]
+        linears += [other._parameters["in_proj_weight"], other._parameters.get("in_proj_bias")]
+        linears += affine(other._modules["out_proj"])
         norms += affine(m["norm3"])
     return linears, norms
 
 
-def _attention_tensors(attn):
-    in_proj = [attn._parameters["in_proj_weight"], attn._parameters.get("in_proj_bias")]
-    return [*in_proj, *affine(attn._modules["out_proj"])]
-
-
 def are_on_cpu(tensors, contiguous=False, dtype=torch.float32):
     """Whether all tensors that are not None are plain, on the CPU, of this dtype and, if `contiguous`, contiguous."""
-    if nonplain_kind(*tensors):
-        return False
     for t in tensors:  # all() on a generator takes twice as long
-        if t is not None and (t.dtype is not dtype or not t.is_cpu or (contiguous and not t.is_contiguous())):
+        if t is not None and (
+            (type(t) is not torch.nn.Parameter and nonplain_kind(t))
+            or t.layout is not torch.strided
+            or t.dtype is not dtype
+            or not t.is_cpu
+            or (contiguous and not t.is_contiguous())
+        ):
             return False
     return True
 
@@ -55,7 +58,7 @@ def are_on_cpu(tensors, contiguous=False, dtype=torch.float32):
 def make_layer(block, activation, norms, linears):
     """A block whose children are plain as a `Layer`; linears: weight, scale and bias of each linear layer."""
     m = block._modules
-    eps = [m[name].eps for name in ("norm1", "norm2", "norm3")[: len(norms) // 2]]
+    eps = m["norm1"].eps, m["norm2"].eps, m["norm3"].eps if len(norms) == 6 else 0.0
     n_heads = m["self_attn"].num_heads
     return Layer([present(t) for t in norms], linears, n_heads, block.norm_first, ACTIVATION_NUMBERS[activation], *eps)
 

@@ -61,45 +61,60 @@ _OF_ENCODER = 12  # parameters: a weight and a bias of four linear layers and tw
 
 def _lists(parameters):
     """(norms, linears) as the raw op takes them."""
-    n_norms = 4 if len(parameters) == _OF_ENCODER else 6
-    tensors = [ABSENT if t is None else t for t in parameters]
-    linears = []
-    for i in range(0, len(tensors) - n_norms, 2):
-        linears += [tensors[i], ABSENT, tensors[i + 1]]
-    return tensors[-n_norms:], linears
+    t, none = [ABSENT if p is None else p for p in parameters], ABSENT
+    linears = [t[0], none, t[1], t[2], none, t[3], t[4], none, t[5], t[6], none, t[7]]
+    if len(t) == _OF_ENCODER:
+        return t[8:], linears
+    return t[12:], [*linears, t[8], none, t[9], t[10], none, t[11]]
 
 
 class _Step(torch.autograd.Function):
+    """masks: mask and bias, in a decoder layer those of the memory too; memory: its tokens, or None."""
+
     @staticmethod
-    def forward(ctx, options, mask, bias, rng, x, memory, memory_mask, memory_bias, *parameters):
+    def forward(ctx, options, masks, rng, x, memory, *parameters):
         norms, linears = _lists(parameters)
-        inputs = mask, bias, rng, x, memory, memory_mask, memory_bias
-        y, *kept = _fwd(x, norms, linears, mask, bias, memory_list(*inputs[4:]), rng, options)
-        ctx.save_for_backward(*inputs, *parameters, *kept)
-        ctx.options, ctx.parameters = options, len(parameters)
+        tensors = [] if memory is None else memory_list(memory, *masks[2:])
+        y, *kept = _fwd(x, norms, linears, masks[0], masks[1], tensors, rng, options)
+        ctx.save_for_backward(*kept, *masks, rng, x, memory, *parameters)
+        ctx.options = options
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        mask, bias, rng, x, *saved = ctx.saved_tensors
-        (*memory,), saved = saved[:3], saved[3:]
-        parameters, kept = saved[: ctx.parameters], saved[ctx.parameters :]
-        crosses = memory[0] is not None
-        # create_graph=True, or is_grads_batched=True, for which an op that returns a list has no batching rule
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
-            function = _reference(ctx.options, (mask, bias), memory[1:] if crosses else None, rng)
-            inputs = (x, memory[0], *parameters) if crosses else (x, *parameters)
-            dx, *grads = differentiate(function, inputs, (dy,))
-            dmemory = grads.pop(0) if crosses else None
-            return None, None, None, None, dx, dmemory, None, None, *grads
-        _, _, _, _, need_dx, need_dmemory, *_ = ctx.needs_input_grad
+        if len(ctx.needs_input_grad) > 5 + _OF_ENCODER:
+            return _Step._of_decoder(ctx, dy)
+        qkv, preact, others, weights, mask, bias, rng, x, _, *parameters = ctx.saved_tensors
+        if _is_differentiated(dy):
+            grads = differentiate(_reference(ctx.options, (mask, bias), None, rng), (x, *parameters), (dy,))
+            return None, None, None, grads[0], None, *grads[1:]
+        kept, need_dx = [qkv, preact, others, weights], ctx.needs_input_grad[3]
         norms, linears = _lists(parameters)
-        of_memory = need_dx, need_dmemory, x, norms, linears, mask, bias, memory_list(*memory)
-        dx, *grads = _bwd(dy, kept, *of_memory, rng, ctx.options)
-        dmemory = grads.pop() if crosses else None
+        dx, *grads = _bwd(dy, kept, need_dx, False, x, norms, linears, mask, bias, [], rng, ctx.options)
         grads = [None if p is None else grad for p, grad in zip(parameters, grads, strict=True)]
-        dx, dmemory = dx if need_dx else None, dmemory if need_dmemory else None
-        return None, None, None, None, dx, dmemory, None, None, *grads
+        return None, None, None, dx if need_dx else None, None, *grads
+
+    @staticmethod
+    def _of_decoder(ctx, dy):
+        saved = ctx.saved_tensors
+        kept, (mask, bias, *others), (rng, x, memory, *parameters) = saved[:6], saved[6:10], saved[10:]
+        if _is_differentiated(dy):
+            function = _reference(ctx.options, (mask, bias), others, rng)
+            return None, None, None, *differentiate(function, (x, memory, *parameters), (dy,))
+        _, _, _, need_dx, need_dmemory, *_ = ctx.needs_input_grad
+        norms, linears = _lists(parameters)
+        inputs = x, norms, linears, mask, bias, memory_list(memory, *others), rng, ctx.options
+        dx, *grads, dmemory = _bwd(dy, kept, need_dx, need_dmemory, *inputs)
+        grads = [None if p is None else grad for p, grad in zip(parameters, grads, strict=True)]
+        return None, None, None, dx if need_dx else None, dmemory if need_dmemory else None, *grads
+
+
+def _is_differentiated(dy):
+    """Whether torch must see the ops: create_graph=True, or is_grads_batched=True.
+
+    An op that returns a list has no batching rule.
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def train_layer(
@@ -127,8 +142,9 @@ def train_layer(
     """
     states = sum(p != 0 for p in options[:_DROPOUTS])
     rng = draw_rng(x, states) if states else None
-    tokens, memory_mask, memory_bias = (None, None, None) if memory is None else memory[:3]
-    return _Step.apply(options, mask, bias, rng, x, tokens, memory_mask, memory_bias, *parameters)
+    if memory is None:
+        return _Step.apply(options, (mask, bias), rng, x, None, *parameters)
+    return _Step.apply(options, (mask, bias, memory.mask, memory.bias), rng, x, memory.tokens, *parameters)
 
 
 def _reference(options, masks, memory_masks, rng):
