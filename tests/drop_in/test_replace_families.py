@@ -117,7 +117,7 @@ def test_logits_and_gradients(family, dtype):
     assert ("output layer whose loss needs no logits" in report.replaced.values()) == (family in HEADS)
     assert sum("Norm" in what for what in report.replaced.values()) == NORMS[family]
     assert sum("feed-forward" in what for what in report.replaced.values()) == FEED_FORWARD.get(family, 0)
-    assert sum("rotary" in what for what in report.replaced.values()) == 2 * (family in ROTARY)
+    assert sum("rotary" in what for what in report.replaced.values()) == 2 * (family in ROTARY and not own)
     assert own or report.replaced[""] == "attention, attn_implementation='fastattn' (was 'eager')"
     assert list(model.state_dict()) == state
     for padding, case in cases.items():
@@ -151,7 +151,8 @@ def test_loss_without_logits(family):
     assert our_grads.keys() == grads.keys()
     for name, grad in our_grads.items():
         torch.testing.assert_close(grad, grads[name], atol=1e-5 * largest, rtol=1e-4)
-    assert torch.equal(our_logits, logits)
+    # not bit for bit: our product may serve one of the two, in another order of sums
+    torch.testing.assert_close(our_logits, logits, atol=1e-6 * logits.abs().max().item(), rtol=1e-5)
 
 
 CACHES = {

@@ -236,12 +236,11 @@ def test_a_model_that_liger_patched():
     finally:
         for name, value in names.items():
             setattr(modeling_llama, name, value)
-    for where, reason in report.left.items():
-        rotary = "rotary embeddings: apply_rotary_pos_emb raises " in reason
-        assert rotary if where.endswith("attn") else reason.startswith("forward was replaced on this Llama"), where
-    assert {where.rpartition(".")[2] for where in report.left} == {
-        "input_layernorm", "post_attention_layernorm", "norm", "mlp", "self_attn"
-    }  # fmt: skip
+    reasons = {where.rpartition(".")[2]: reason for where, reason in report.left.items()}
+    rotary = reasons.pop("self_attn", "rotary embeddings: ")  # with an interpreter of Triton, its function may run
+    assert rotary.startswith("rotary embeddings: ")
+    assert reasons.keys() == {"input_layernorm", "post_attention_layernorm", "norm", "mlp"}
+    assert all(reason.startswith("forward was replaced on this Llama") for reason in reasons.values())
     assert report.replaced["model.layers.0.mlp.up_proj"] == "Linear"
     report.undo()
     assert [type(module) for module in model.modules()] == kinds
