@@ -50,7 +50,8 @@ else
   export PYTHONPATH=$root
 fi
 export FASTATTN_REQUIRE=native,triton
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+# in an unpacked archive, not even the commit of a repository around it
+commit=$(GIT_CEILING_DIRECTORIES=$(dirname "$root") git rev-parse --short HEAD 2>/dev/null || cat scripts/commit)
 status=0
 
 # run_part NAME COMMAND...: writes the log and the JSON of a part

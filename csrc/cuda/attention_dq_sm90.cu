@@ -6,8 +6,9 @@
 // A block of threads takes one tile of 128 queries after another, with the keys that the tile sees. dq stays in
 // registers: no atomics, and the same bits in every run. The backward then has 7 products; it has 5 if
 // attention_dkdv_sm90.cu also computes dq. While one of the two warpgroups computes ds, the products of the other run.
-// If a warpgroup overlapped its own products as well, the compiler would run out of registers and wait after every
-// product.
+// The exponentials run under the warpgroup's own product do·v as well. It is issued only when the scores are there: if
+// both were issued together, ptxas would wait for both before most of the exponentials. If a warpgroup also overlapped
+// the product with k, the compiler would run out of registers and wait after every product.
 // Reference: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
 #include "cuda/sm90/attention_bwd.cuh"
 
@@ -86,8 +87,9 @@ __device__ __forceinline__ void dq_consume(DqShared<T, kHeadDim>& shared, const 
       ring.next();
       wgmma_begin();
       issue_abt<T, kHeadDim, kTile, kKeys>(s, shared.q.slab_address(slab), shared.k[stage].address());
+      wgmma_wait<0>();
+      wgmma_begin();
       issue_abt<T, kHeadDim, kTile, kKeys>(dp, shared.dout.slab_address(slab), shared.v[stage].address());
-      wgmma_wait<1>();
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) {
         s[i] = exp2_fast(s[i] * args.scale_log2 - lse2[row_of(i)]);

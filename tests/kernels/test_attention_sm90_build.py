@@ -84,6 +84,20 @@ def test_exponentials_of_the_forward_run_under_the_product_for_values():
     assert seen == SEEN["attention_fwd"]
 
 
+def test_exponentials_of_the_deterministic_dq_run_under_its_second_product():
+    seen = 0
+    for path in built("o"):
+        if "attention_dq" not in path:
+            continue
+        for name, code in sass.kernels(disassembled(path)).items():
+            (loop,) = sass.loops_with(code, "HGMMA")
+            under, all_of_them = sass.under_do_v(loop)
+            assert all_of_them == 64, name
+            assert under >= 0.8 * all_of_them, f"{name}: {under} of {all_of_them} exponentials under do·v"
+            seen += 1
+    assert seen == SEEN["attention_dq"]
+
+
 def test_no_warpgroup_waits_until_the_copy_engine_has_read_its_dq():
     """The copies of dq are started, and awaited, by a warp of their own: outside the loops with products."""
     seen = 0
@@ -114,6 +128,14 @@ def test_exponentials_after_the_second_wait_are_seen():
     (code,) = sass.kernels(outer).values()
     (loop,) = sass.loops_with(code, sass.WAIT_FOR_SCORES)
     assert [line.text for line in loop] == before  # not the loop around it
+
+
+def test_exponentials_after_the_second_product_are_seen():
+    wait = sass.WAIT_FOR_ALL
+    lines = ["HGMMA S", wait, "MUFU.EX2 R1", "HGMMA DP", "MUFU.EX2 R2", wait, "MUFU.EX2 R3", "HGMMA DQ", wait]
+    (code,) = sass.kernels(listing("NOP", *lines, "@P0 BRA 0x10", "EXIT")).values()
+    (loop,) = sass.loops_with(code, "HGMMA S")
+    assert sass.under_do_v(loop) == (1, 3)
 
 
 def test_kernels_use_the_tensor_cores_and_the_copy_engine():

@@ -4,6 +4,7 @@ The numbers are read from the logs of ptxas and the objects that `python setup.p
 """
 
 import collections
+import ctypes
 import glob
 import os
 import re
@@ -12,6 +13,7 @@ import struct
 import subprocess
 
 import pytest
+import torch
 
 import fastattn
 
@@ -152,6 +154,15 @@ def test_cuda_library_needs_torch_but_no_cuda_runtime():
     needed = needed_libraries(LIBRARY)
     assert "libtorch_cuda.so" in needed
     assert not [name for name in needed if name.startswith(("libcudart", "libcuda.", "libc10", "libpython"))]
+
+
+def test_every_symbol_of_the_cuda_library_is_in_this_pytorch():
+    """It needs a CUDA build of PyTorch, but no GPU."""
+    if not os.path.exists(LIBRARY) or torch.version.cuda is None:
+        pytest.skip("_cuda.so was not built, or this PyTorch has no CUDA")
+    ctypes.CDLL(LIBRARY, mode=os.RTLD_NOW)
+    for name in ("norm_fwd", "attention_fwd", "attention_decode_fwd", "rotary_fwd", "activation_fwd"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastattn::{name}.native", "CUDA"), name
 
 
 def test_rotary_loads_and_stores_16_bytes_at_a_time_where_rows_are_aligned():

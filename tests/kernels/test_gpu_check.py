@@ -1,6 +1,7 @@
 """scripts/gpu_check.sh: the files and tests it would run exist. Python and the tools are stand-ins that take notes."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -195,3 +196,16 @@ def test_the_benchmarks_of_a_cache_serve_several_sequences(monkeypatch):
     bench.test_paged(compare, 4, torch.float32)
     bench.test_append(compare, torch.float32)
     assert compared == [1] * 4
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout of git")
+def test_an_unpacked_archive_knows_its_commit(tmp_path):
+    """The results of a rented machine, which has no repository, name the commit."""
+    made = subprocess.run(["git", "archive", "HEAD", "scripts"], cwd=ROOT, capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", tmp_path], input=made.stdout, check=True)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "NOTES": "/dev/null", "OUT": str(tmp_path)}
+    subprocess.run(["bash", "scripts/gpu_check.sh", "first"], cwd=tmp_path, env=environment, check=True)
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads((tmp_path / "first.json").read_text())["commit"] == head.stdout.strip()

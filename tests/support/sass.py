@@ -51,3 +51,15 @@ def under_values(loop: list[Instruction]) -> tuple[int, int]:
     scores = next(i for i, text in enumerate(texts) if WAIT_FOR_SCORES in text)
     values = next(i for i, text in enumerate(texts) if i > scores and WAIT_FOR_ALL in text)
     return sum("MUFU.EX2" in text for text in texts[scores:values]), sum("MUFU.EX2" in text for text in texts)
+
+
+def under_do_v(loop: list[Instruction]) -> tuple[int, int]:
+    """Of a loop of dq: exponentials between the first instruction of the product do·v and the wait for it, and all.
+
+    The loop has three groups of products, q·k, do·v and ds·k, each awaited on its own.
+    """
+    texts = [instruction.text for instruction in loop]
+    waits = [i for i, text in enumerate(texts) if "WARPGROUP.DEPBAR" in text]
+    assert len(waits) == 3 and all(WAIT_FOR_ALL in texts[i] for i in waits), [texts[i] for i in waits]
+    first = next(i for i in range(waits[0], waits[1]) if "HGMMA" in texts[i])
+    return sum("MUFU.EX2" in text for text in texts[first : waits[1]]), sum("MUFU.EX2" in text for text in texts)
