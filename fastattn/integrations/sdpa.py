@@ -121,7 +121,8 @@ class SdpaPatch:
         self.undo()
 
     def __str__(self):
-        lines = [f"{self.served} calls served by fastattn, {self.left.total()} left to torch"]
+        calls = "call" if self.served == 1 else "calls"
+        lines = [f"{self.served} {calls} served by fastattn, {self.left.total()} left to torch"]
         return "\n".join([*lines, *(f"  {count} left to torch: {reason}" for reason, count in self.left.items())])
 
 
@@ -142,7 +143,7 @@ def patch_sdpa() -> SdpaPatch:
         >>> with fastattn.patch_sdpa() as patch:
         ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
         >>> print(patch)
-        1 calls served by fastattn, 0 left to torch
+        1 call served by fastattn, 0 left to torch
     """
     return SdpaPatch()
 

@@ -53,7 +53,7 @@ def test_layers_of_torch_are_served():
     patch = fastattn.patch_sdpa()
     found, _ = layer(x, x, x, need_weights=False)
     patch.undo()
-    assert str(patch) == "1 calls served by fastattn, 0 left to torch"
+    assert str(patch) == "1 call served by fastattn, 0 left to torch"
     torch.testing.assert_close(found, expected)
 
 
