@@ -36,7 +36,8 @@ def _versions():
 
 
 def _devices():
-    yield "cpu", f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    yield "cpu", f"{_cpu_model()}, {threads} thread{'s' * (threads != 1)}"
     if not torch.cuda.is_available():
         yield "cuda", "torch sees no CUDA device"
         return

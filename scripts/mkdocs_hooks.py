@@ -69,7 +69,7 @@ def on_page_markdown(markdown, page, config, files):
     for index in range(0, len(parts), 2):
         text = re.sub(r"\]\(([^)#\s]+)(#[^)\s]*)?\)", rewrite, parts[index])
         # GitHub begins a list at its first line, Python-Markdown only after an empty line
-        parts[index] = re.sub(r"^(?![-*|\s])(.+)\n(?=- )", r"\1\n\n", text, flags=re.MULTILINE)
+        parts[index] = re.sub(r"^(?!- |\||\s)(.+)\n(?=- )", r"\1\n\n", text, flags=re.MULTILINE)
     return "".join(parts)
 
 

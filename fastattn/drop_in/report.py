@@ -58,8 +58,8 @@ class Report:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def __str__(self):
-        modules = "module" if len(self.replaced) == 1 else "modules"
-        lines = [f"{len(self.replaced)} {modules} replaced, {len(self.left)} left alone"]
+        count = len(self.replaced)
+        lines = [f"{count} module{'s' * (count != 1)} replaced, {len(self.left)} left alone"]
         lines += [f"  {where}: {what}" for where, what in _grouped(self.replaced, "now ")]
         lines += [f"  {where}: {why}" for where, why in _grouped(self.left, "left alone, ")]
         return "\n".join(lines + [f"  {line}" for line in self.advice])

@@ -23,7 +23,7 @@ def test_versions_and_devices():
     assert versions["fastattn"].strip().startswith(fastattn.__version__)
     assert torch.__version__ in versions["torch"]
     devices = section(report, "Devices")
-    assert f"{torch.get_num_threads()} threads" in devices["cpu"]
+    assert f", {torch.get_num_threads()} thread" in devices["cpu"]
     assert ("cuda:0" if torch.cuda.is_available() else "cuda") in devices
 
 

@@ -43,9 +43,9 @@ def test_sections_of_docstrings(site):
 
 
 def test_code_and_pictures_on_a_narrow_screen(site):
-    html = '<p><code>pip -e .</code> <code>pytest tests/ops.py --lf-a.b</code> <img alt="a" src="b.svg" /></p>'
+    html = '<p><code>pip -e .</code> <code>python a/b.c --lf-a.b</code> <img alt="a" src="b.svg" /></p>'
     html += '<pre><span></span><code>pip -e .\n</code></pre><h2><span class="doc doc-object-name x">f.a_b</span>'
-    done = '<p><code class="whole">pip -e .</code> <code>pytest tests/<wbr>ops.<wbr>py '
+    done = '<p><code class="whole">pip -e .</code> <code>python a/<wbr>b.<wbr>c '
     done += '<span class="whole">--lf</span>-a.<wbr>b</code> <a href="b.svg"><img alt="a" src="b.svg" /></a></p>'
     done += "<pre><span></span><code>pip -e .\n</code></pre>"
     done += '<h2><span class="doc doc-object-name x">f.<wbr>a_<wbr>b</span>'

@@ -185,6 +185,7 @@ def test_nothing_replaced_says_why():
 def test_the_text_groups_layers():
     text = str(fastattn.replace(model_of_blocks()))
     assert "9 modules replaced, 0 left alone" in text
+    assert str(fastattn.replace(torch.nn.LayerNorm(4))).startswith("1 module replaced, 0 left alone")
     assert "*.norm* (3 modules): now LayerNorm" in text
     assert "*.norm* (3 modules): now RMSNorm (was RmsNorm)" in text
 

@@ -28,8 +28,8 @@ def describe(trainer):
         + f"model: {model.num_parameters():,} parameters"
         + ("" if config.trained == "all" else f", {trained:,} of them trained")
         + f", layers from {config.layers}\n"
-        f"device: {fabric.device}, {fabric.world_size} process(es), "
-        f"{torch.get_num_threads()} CPU threads, precision {config.precision}\n"
+        f"device: {fabric.device}, processes: {fabric.world_size}, "
+        f"CPU threads: {torch.get_num_threads()}, precision {config.precision}\n"
         f"run: {trainer.run}"
         + (f", continued after step {trainer.step}" if trainer.step else "")
         + (f", which was the last of its {config.steps}" if trainer.step == config.steps else ""),
