@@ -65,8 +65,8 @@ struct GeluTanh {
 template <typename V>
 struct Relu {
   FASTATTN_HOST_DEVICE static Point<V> at(V x) {
-    const V zero = V::fill(0.f);
-    return {max(zero, x), select(zero < x, V::fill(1.f), zero)};
+    const V zero = V::fill(0.f), one = V::fill(1.f);
+    return {max(zero, x), select(x < one, select(zero < x, one, zero), one)};  // 1 if x is NaN, as in PyTorch
   }
 };
 

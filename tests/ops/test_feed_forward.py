@@ -313,3 +313,13 @@ def test_named_backend_that_cannot_serve_raises_and_explain_says_why():
     text = fastattn.explain("feed_forward", *args)
     assert "reference: runs" in text
     assert "native: no: " in text
+
+
+def test_relu_of_nan_has_the_gradient_of_pytorch():
+    args = arguments((3, 8), 24)
+    with torch.no_grad():
+        args[0][1, 2] = float("nan")
+    dy = torch.ones(3, 8)
+    expected = gradients(plain(args, "relu"), args, dy)[0]
+    assert expected.isfinite().all()
+    assert_close(gradients(call(args, activation="relu"), args, dy)[0], expected)
