@@ -132,16 +132,16 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         ):
             return super().forward(tgt, memory, *masks)  # torch's decoder has no fast path: it calls the children
 
-        own = tgt_mask, tgt_key_padding_mask, tgt_is_causal
-        other = memory_mask, memory_key_padding_mask, memory_is_causal
-        if (whole := decode(self, x, memory, own, other)) is not None:
+        for_tgt = tgt_mask, tgt_key_padding_mask, tgt_is_causal
+        for_memory = memory_mask, memory_key_padding_mask, memory_is_causal
+        if (whole := decode(self, x, memory, for_tgt, for_memory)) is not None:
             return whole
 
         def self_attend(x) -> tuple[Tensor, Tensor | None]:
-            return attend(m["self_attn"], x, x, *own)
+            return attend(m["self_attn"], x, x, *for_tgt)
 
         def cross_attend(x) -> tuple[Tensor, Tensor | None]:
-            return attend(m["multihead_attn"], x, memory, *other)
+            return attend(m["multihead_attn"], x, memory, *for_memory)
 
         if self.norm_first:
             h = layer_norm(x, *affine(m["norm1"]), m["norm1"].eps)
