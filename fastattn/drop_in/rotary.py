@@ -98,12 +98,13 @@ def _fits(form, q, k, cos, sin):
     if q.dim() != (3 if form.packed else 4) or cos.dim() != q.dim() - 1 or cos.shape != sin.shape or not q.numel():
         return False
     if form.packed:
-        lead, same = (q.shape[0],), q.shape[::2] == k.shape[::2]
+        leads, same = (q.shape[:1],), q.shape[::2] == k.shape[::2]
     else:
-        lead, same = (q.shape[0], q.shape[2]), q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+        batch, seqlen = q.shape[0], q.shape[2]
+        leads, same = ((batch, seqlen), (1, seqlen)), batch == k.shape[0] and q.shape[2:] == k.shape[2:]
     width = cos.shape[-1] * (2 if form.tables == "half" else 1)
     fits = width == q.shape[-1] or (form.partial and 0 < width < q.shape[-1])
-    return same and fits and cos.shape[:-1] in (lead, (1, *lead[1:]))
+    return same and fits and cos.shape[:-1] in leads
 
 
 def _rotated(form, q, k, cos, sin):

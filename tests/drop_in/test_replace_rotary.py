@@ -313,6 +313,36 @@ def test_calls_that_the_function_of_the_module_serves(name, served):
     assert not served
 
 
+SHAPES = {
+    # function: shapes of q, k and the tables that it broadcasts and our op does not
+    "one row for all tokens, packed": (apply_rotary_packed, (5, 3, 8), (5, 3, 8), (1, 8)),
+    "one row for all tokens": (apply_rotary, (2, 3, 5, 8), (2, 3, 5, 8), (2, 1, 8)),
+    "tables of more rows": (apply_rotary, (1, 3, 5, 8), (1, 3, 5, 8), (2, 5, 8)),
+    "other tokens in k": (apply_rotary, (2, 3, 1, 8), (2, 3, 5, 8), (2, 5, 8)),
+    "other rows in k": (apply_rotary, (2, 3, 5, 8), (1, 3, 5, 8), (2, 5, 8)),
+    "three dimensions": (apply_rotary, (3, 5, 8), (3, 5, 8), (5, 8)),
+    "a table without rows": (apply_rotary_to_a_part, (2, 3, 5, 8), (2, 3, 5, 8), (2, 5, 0)),
+}
+
+
+def outcome(function, *given):
+    try:
+        return function(*given)
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_that_the_function_broadcasts(name):
+    """Our stand-in gives the bits of the function, and the error where it has one."""
+    function, *shapes, table = SHAPES[name]
+    q, k, cos, sin = (torch.randn(shape) for shape in (*shapes, table, table))
+    cos, sin = (torch.cat([t[..., : table[-1] // 2]] * 2, -1) for t in (cos, sin))
+    stand_in = rotary.Rotate({"function": function}, "function")
+    theirs, ours = (outcome(rotate, q, k, cos, sin) for rotate in (function, stand_in))
+    assert ours == theirs if isinstance(theirs, str) else all(map(torch.equal, ours, theirs))
+
+
 def test_names_that_are_patched_later(monkeypatch, served):
     """The copy of forward reads the current global names, and a function put there is checked like the first."""
     module, *given = case()
