@@ -60,7 +60,6 @@ def under_do_v(loop: list[Instruction]) -> tuple[int, int]:
     """
     texts = [instruction.text for instruction in loop]
     waits = [i for i, text in enumerate(texts) if "WARPGROUP.DEPBAR" in text]
-    assert len(waits) == 3, [texts[i] for i in waits]
-    assert all(WAIT_FOR_ALL in texts[i] for i in waits), [texts[i] for i in waits]
+    assert [WAIT_FOR_ALL in texts[i] for i in waits] == [True] * 3, [texts[i] for i in waits]
     first = next(i for i in range(waits[0], waits[1]) if "HGMMA" in texts[i])
     return sum("MUFU.EX2" in text for text in texts[first : waits[1]]), sum("MUFU.EX2" in text for text in texts)
