@@ -113,6 +113,12 @@ def test_links_lead_somewhere(name):
             assert anchor in anchors(file.read_text(encoding="utf-8")), f"{name}: {target} has no such heading"
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_blocks_of_python_are_python(name):
+    for code in re.findall(r"^```python\n(.*?)^```$", read(name), re.DOTALL | re.MULTILINE):
+        compile(code, name, "exec")
+
+
 def test_named_files_exist():
     """Every file of ours that another file names by its path exists. Placeholders are in capitals."""
     folders = "docs|benchmarks|scripts|recipes|tests|kernels|csrc"
