@@ -201,7 +201,7 @@ def linear_cross_entropy(
         loss = (1 - label_smoothing) * loss + torch.where(kept, label_smoothing * spread, 0.0)
     if z_loss:
         # torch.logsumexp would save its value, and next to logits of 1e9 that has lost the logarithm of the sum
-        peak = logits.detach().amax(-1, keepdim=True)
+        peak = logits.detach().amax(-1, keepdim=True) if logits.shape[-1] else logits.new_zeros(len(logits), 1)
         peak = torch.where(peak.isfinite(), peak, 0.0)
         lse = peak[:, 0] + (logits - peak).exp().sum(-1).log()
         loss = loss + torch.where(kept, z_loss * lse.square(), 0.0)

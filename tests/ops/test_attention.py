@@ -169,8 +169,8 @@ REFUSED = [
     ({"q": torch.ones(4, 5, 8)}, ValueError, r"q must be \(batch, heads, seqlen, head_dim\), got shape \(4, 5, 8\)"),
     ({"k": torch.ones(2, 3, 7, 8), "v": torch.ones(2, 3, 7, 8)}, ValueError, "multiple of .* got 4 and 3"),
     ({"v": torch.ones(2, 4, 6, 8)}, ValueError, "k and v must agree"),
-    ({"k": torch.ones(3, 4, 7, 8)}, ValueError, "one batch size, got 2, 3"),
-    ({"k": torch.ones(2, 4, 7, 9)}, ValueError, "one head_dim, got 8 and 9"),
+    ({"k": torch.ones(3, 4, 7, 8)}, ValueError, "the same batch size, got 2, 3"),
+    ({"k": torch.ones(2, 4, 7, 9)}, ValueError, "the same head_dim, got 8 and 9"),
     ({"mask": torch.ones(5, 7)}, TypeError, "mask must be bool, True = attend, got torch.float32"),
     ({"mask": torch.ones(7, dtype=torch.bool)}, ValueError, "2 to 4 dimensions"),
     ({"mask": torch.ones(1, 2, 4, 5, 7, dtype=torch.bool)}, ValueError, "2 to 4 dimensions"),
@@ -262,5 +262,5 @@ def test_explain_says_what_runs_and_why():
     text = fastattn.explain("attention", q.double(), k.double(), v.double())
     assert "reference: runs" in text
     assert "got torch.float64" in text or "not built" in text
-    with pytest.raises(ValueError, match="one head_dim"):
+    with pytest.raises(ValueError, match="the same head_dim"):
         fastattn.explain("attention", q, k[..., :4], v)

@@ -182,8 +182,16 @@ BAD_CALLS = {
         r"agree in all but the number of heads, got \(2, 3, 5, 8\) and \(2, 3, 4, 8\)",
     ),
     "pair of two layouts": (lambda f: f((X, X[0]), COS, SIN), ValueError, "agree in all but"),
-    "pair of two dtypes": (lambda f: f((X, X.half()), COS, SIN), ValueError, "one dtype and device, got torch.float32"),
-    "cos and sin differ": (lambda f: f(X, COS, SIN[:5]), ValueError, r"one shape and dtype, got \(9, 4\) .*\(5, 4\)"),
+    "pair of two dtypes": (
+        lambda f: f((X, X.half()), COS, SIN),
+        ValueError,
+        "the same dtype and device, got torch.float32",
+    ),
+    "cos and sin differ": (
+        lambda f: f(X, COS, SIN[:5]),
+        ValueError,
+        r"the same shape and dtype, got \(9, 4\) .*\(5, 4\)",
+    ),
     "tables elsewhere": (
         lambda f: f(X, COS.to("meta"), SIN.to("meta")),
         ValueError,
