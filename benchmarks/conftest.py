@@ -85,6 +85,17 @@ def pytest_configure(config):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
+def pytest_collection_modifyitems(config, items):
+    """Without timing, leave out what takes PyTorch most of the run on a CPU without bf16 instructions."""
+    if not config.getoption("--benchmark-disable") or CUDA or fastattn.cpu_capability() in ("avx512bf16", "amx"):
+        return
+    reason = "without bf16 instructions PyTorch takes seconds for these products; the smaller widths test the same code"
+    files = ("test_layers.py", "test_feed_forward.py")
+    for item in items:
+        if item.path.name in files and "bf16" in item.name and "-512-" in item.name:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 def pytest_report_header(config):
     return (
         f"fastattn {fastattn.__version__} on torch {torch.__version__}, {device_name()}: {fastattn.backends()[DEVICE]}"
