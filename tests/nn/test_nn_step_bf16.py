@@ -31,6 +31,15 @@ def error(found, exact):
     return {name: float((found[name].double() - t).square().mean().sqrt()) for name, t in exact.items()}
 
 
+def assert_as_near(found, in_parts, exact):
+    """Check a step against fp64 by the error of the same step in parts."""
+    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in in_parts.items()}
+    assert torch.equal(found.pop("random"), exact.pop("random"))
+    ours, theirs = error(found, exact), error(in_parts, exact)
+    for name, t in exact.items():
+        assert ours[name] <= 1.3 * theirs[name] + 2**-9 * float(t.square().mean().sqrt()), name
+
+
 @both
 @orders
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -55,11 +64,7 @@ def test_is_as_near_to_fp64_as_its_parts(calls, parts, norm_first, batch_first, 
             if kind == "causal":  # torch.nn wants the mask too
                 masks["src_mask"] = torch.ones(seqlen, seqlen, dtype=torch.bool).triu(1)
             exact = step(wide, x.double(), **masks)
-            assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in in_parts.items()}
-            assert torch.equal(found.pop("random"), exact.pop("random"))
-            ours, theirs = error(found, exact), error(in_parts, exact)
-            for name, t in exact.items():
-                assert ours[name] <= 1.3 * theirs[name] + 2**-9 * float(t.square().mean().sqrt()), name
+            assert_as_near(found, in_parts, exact)
 
 
 @both
@@ -79,11 +84,7 @@ def test_a_decoder_layer_is_as_near_to_fp64_as_its_parts(calls, parts, norm_firs
         assert len(calls) == 1
         in_parts = parts(lambda layer=layer, x=x, memory=memory: step(layer, x, memory, autocast=autocast))
         exact = step(wide, x.double(), memory.double())
-        assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in in_parts.items()}
-        assert torch.equal(found.pop("random"), exact.pop("random"))
-        ours, theirs = error(found, exact), error(in_parts, exact)
-        for name, t in exact.items():
-            assert ours[name] <= 1.3 * theirs[name] + 2**-9 * float(t.square().mean().sqrt()), name
+        assert_as_near(found, in_parts, exact)
 
 
 @both

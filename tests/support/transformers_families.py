@@ -141,6 +141,16 @@ def logits_and_gradients(model, given, real):
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same(found, expected):
+    """Check results of `logits_and_gradients` in fp32 against each other."""
+    (logits, grads), (expected_logits, expected_grads) = found, expected
+    torch.testing.assert_close(logits, expected_logits, atol=2e-5 * expected_logits.abs().max().item(), rtol=1e-4)
+    largest = max(grad.abs().max().item() for grad in expected_grads.values())
+    assert grads.keys() == expected_grads.keys()
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[key], atol=2e-5 * largest, rtol=1e-3, msg=key)
+
+
 def plain_attention(module, q, k, v, mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **_):
     """Attention written out in fp64; eager masks with a number that its softmax in fp32 does not have.
 
