@@ -164,41 +164,51 @@ from test_trainers import LABELS, REAL, TOKENS, models
 from torch.distributed.fsdp import fully_shard
 
 fastattn.ops.linear._LEAST = 0  # our product serves layers of these sizes too
-plain, model = models(sys.argv[3])
 order = torch.tensor([0, 2, 5, 7, 4, 1, 3, 6])  # both processes have 29 tokens
 parts = order.view(2, 4)
+prepared = {family: models(family) for family in sys.argv[2:]}
 parent = os.fork()
 rank = 0 if parent else 1
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
-expected = [plain(input_ids=TOKENS[p], attention_mask=REAL[p], labels=LABELS[p]).loss for p in parts]
-sum(expected).div(2).backward()
-if sys.argv[2] == "ddp":
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-else:
+
+def ddp(model):
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+def fsdp2(model):
     for layer in model.model.layers:
         fully_shard(layer)
-    wrapped = fully_shard(model)
-part = parts[rank]
-loss = wrapped(input_ids=TOKENS[part], attention_mask=REAL[part], labels=LABELS[part]).loss
-loss.backward()
-torch.testing.assert_close(loss, expected[rank])
-for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-    grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-    torch.testing.assert_close(grad, q.grad, atol=1e-5, rtol=1e-3, msg=name)
-dist.barrier()
+    return fully_shard(model)
+
+for family, (plain, model) in prepared.items():
+    expected = [plain(input_ids=TOKENS[p], attention_mask=REAL[p], labels=LABELS[p]).loss for p in parts]
+    sum(expected).div(2).backward()
+    for wrap in (ddp, fsdp2):
+        wrapped = wrap(model)
+        part = parts[rank]
+        loss = wrapped(input_ids=TOKENS[part], attention_mask=REAL[part], labels=LABELS[part]).loss
+        loss.backward()
+        torch.testing.assert_close(loss, expected[rank])
+        for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            torch.testing.assert_close(grad, q.grad, atol=1e-5, rtol=1e-3, msg=name)
+        model.zero_grad()
+        dist.barrier()
+        if parent:
+            print(family, wrap.__name__)
+del wrapped
 dist.destroy_process_group()
 if parent:
     assert os.waitpid(parent, 0)[1] == 0
-    print("both agree")
+    print("both processes agree")
 else:
     os._exit(0)
 """
 
 
-@pytest.mark.parametrize("family", REPLACED)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork")
-def test_two_processes(strategy, family, tmp_path):
+def test_two_processes(tmp_path):
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("needs gloo")
-    assert "both agree" in run_code(TWO_PROCESSES, str(tmp_path / "store"), strategy, family, OMP_NUM_THREADS="1")
+    printed = run_code(TWO_PROCESSES, str(tmp_path / "store"), *REPLACED, OMP_NUM_THREADS="1").splitlines()
+    cases = [f"{family} {strategy}" for family in REPLACED for strategy in ("ddp", "fsdp2")]
+    assert printed == [*cases, "both processes agree"]
