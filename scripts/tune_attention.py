@@ -18,7 +18,7 @@ import json
 import pathlib
 
 TABLE_FILE = pathlib.Path(__file__).resolve().parent.parent / "kernels" / "attention_table.py"
-TEXT = '''"""Launch parameters of the attention kernels, rewritten by scripts/tune_attention.py.
+TEXT = '''"""Launch parameters of the attention kernels. scripts/tune_attention.py rewrites this file.
 
 {origin}
 """
