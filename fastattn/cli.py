@@ -93,7 +93,7 @@ def _flush():
 
 
 def _discard(*streams):
-    """Send what these streams still hold nowhere: Python flushes them when it ends, and would fail again."""
+    """Discard what these streams still hold, because Python flushes them at its end and would fail again."""
     for stream in filter(None, streams):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

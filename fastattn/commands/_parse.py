@@ -8,7 +8,7 @@ from argparse import ArgumentError
 from fastattn.training.messages import UsageError, did_you_mean
 
 _ALIAS = re.compile(r"^--(run|start)_folder(?==|$)")  # torchrun takes --run and --start for options of its own
-LARGEST = 2**53  # of whole numbers: sizes and counts are also computed with as floats
+LARGEST = 2**53  # the largest whole number; sizes and counts are also used as floats
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
 _TYPES["dict[str, float]"] = "names with a number each"
 _ELSEWHERE = {"lr": "learning_rate", "optimizer": "optim.name", "device": "accelerator", "dataset": "data.source"}
@@ -59,9 +59,9 @@ def parse(parser, argv):
 
 
 def _check_values(parser, options):
-    """Raise UsageError for what the parser accepts and no option can mean.
+    """Raise UsageError for values that the parser accepts but no option can use.
 
-    That is null where the type does not allow it, and a number that is not finite or that no counter holds.
+    These are null where the type does not allow it, and a number that is not finite or that no counter holds.
     """
     for action in parser._actions:
         value = options

@@ -18,8 +18,8 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
         documents: Documents.
         validation_fraction, test_fraction: shares of all documents.
         seed: the same seed gives the same split.
-        stratify: draw these fractions of every class, if each document has one class: of each the training part has at
-            least one document. With several classes a document, the fractions are those of the whole.
+        stratify: if each document has one class, draw these fractions of every class; the training part then has at
+            least one document of each. If documents have several classes, the fractions are those of the whole.
 
     Returns:
         {"train": Documents, "validation": ..., "test": ...}, in the order of the source; no part for a fraction of 0.

@@ -22,7 +22,7 @@ def export_run(run, folder, kind):
     Args:
         run: LoadedRun.
         folder: Path; must not exist.
-        kind: of FORMATS.
+        kind: one of FORMATS.
     Returns: dict, what was written.
     Raises:
         UsageError: the folder exists, no family of Hugging Face has the model, or a package is missing.
