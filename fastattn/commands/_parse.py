@@ -128,7 +128,7 @@ def _plain(text, parser, argv):
 def _about_unknown(argument, group, option, key, arguments):
     """The message for an unknown option, an unknown key of a config file, or an extra positional argument."""
     if argument and not argument.startswith("-"):
-        return f"there is no place for the argument {argument!r}; --help shows the usage"
+        return f"unexpected argument {argument!r}; --help shows the usage"
     name = argument.lstrip("-") if argument else f"{group}.{option}" if group else key
     dashes = "--" if argument else ""
     options = [ours for ours, spelled in arguments.items() if spelled.startswith("--")]

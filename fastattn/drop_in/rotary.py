@@ -316,7 +316,7 @@ def recognise(module: torch.nn.Module) -> Change | str | None:
     if reason is not None:
         return reason
     if _is_on_a_gpu(module):
-        return "rotary embeddings: on a GPU, a look at the tables would wait for it"
+        return "rotary embeddings: on a GPU, reading the tables would synchronize"
     forms = {name: form_of(inner.__globals__[name]) for name in names}
     others = ", ".join(f"{name} {form}" for name, form in forms.items() if isinstance(form, str))
     pairs = {name: form.interleaved for name, form in forms.items() if isinstance(form, Form)}

@@ -52,8 +52,8 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
     parts = {name: documents.select(sorted(chosen)) for name, chosen in parts.items() if fractions[name]}
     if empty := [name for name, part in parts.items() if not len(part)]:
         raise UsageError(
-            f"split: {len(documents)} documents are too few, the {empty[0]} part would be empty; equal texts and files "
-            f"stay together ({len(units)} are left), and the training part has one of each class ({len(strata)})"
+            f"split: {len(documents)} documents are too few: the {empty[0]} part would be empty; equal texts and files "
+            f"stay together, which leaves {len(units)}, and the training part needs one of each class ({len(strata)})"
         )
     return parts
 
