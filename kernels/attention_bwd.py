@@ -146,7 +146,7 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
         # Everything is transposed: the rows of a tile are keys.
         i = (start_m + tl.arange(0, form.BLOCK_M))[None, :]
         p, capped, visible = _dkdv_scores(k, q, row_high, row_low, i, j, span, head, features, form, EDGE)
-        if form.DELTA_FIRST:  # then no register has to hold delta
+        if form.DELTA_FIRST:  # the registers of delta are then free
             dp = tl.dot(v, tl.trans(do), tl.broadcast_to(-row_delta[None, :], p.shape), input_precision=form.PRECISION)
         else:
             dp = tl.dot(v, tl.trans(do), input_precision=form.PRECISION)
@@ -161,10 +161,10 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
         ds = p * dp
         if form.SOFTCAP:
             ds *= 1 - capped * capped
-        if EDGE or form.MASKED:  # p = 0 is not enough, because a hidden key may be NaN
+        if EDGE or form.MASKED:  # p = 0 is not enough: a hidden key may be NaN
             ds = tl.where(visible, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=form.PRECISION)
-        if form.LSE_FIRST:  # load it for the next block, during the product of dk
+        if form.LSE_FIRST:  # for the next block, under the product of dk
             ahead = _softmax_of_block(softmax, first, block + 1, blocks, span.seqlen_q, form, EDGE)
     return dk, dv
 
@@ -186,8 +186,8 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
     v_tile = load_tile(v_side, start_n, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_N, True, False)
     seen_by = query_blocks(start_n, span, form)
 
-    # Loop over the query heads that share these keys. Values that do not depend on the head are computed again for each
-    # head, because there are no registers to keep them in.
+    # loop over the query heads that share these keys; what does not depend on the head is computed again for each,
+    # because there are no registers to keep it in
     dk_acc = zeros(form.BLOCK_N, form.BLOCK_D)
     dv_acc = zeros(form.BLOCK_N, form.BLOCK_DV)
     for member in tl.range(0, form.GROUP, disable_licm=True):

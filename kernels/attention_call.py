@@ -65,8 +65,8 @@ class Form(NamedTuple):
     NATURAL: Any  # scores are kept unscaled, not times log2(e)
     FUSED_SCALE: Any  # the scale is applied together with the subtraction of the maximum
     GROUP: Any  # query heads per key head, in attention_dkdv_kernel
-    DELTA_FIRST: Any  # in attention_dkdv_kernel, the sum of dp starts at -delta
-    LSE_FIRST: Any  # there, the sum of the scores starts at -lse; both are loaded a block ahead
+    DELTA_FIRST: Any  # in attention_dkdv_kernel, the sum of dp begins with -delta
+    LSE_FIRST: Any  # and that of the scores with -lse; both are loaded a block ahead
     TMA: Any  # 0: loads through pointers; DEVICE_MADE or HOST_MADE: through descriptors
     PRECISION: Any
 

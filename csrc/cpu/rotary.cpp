@@ -2,8 +2,8 @@
 // rotary_dim channels. The other channels are copied. The backward is the same with -sin.
 //
 // A piece is kRotaryTokens tokens with all heads of both tensors. Their rows of the tables are gathered and widened
-// once, in the form that the loop over a head reads. If half-split, the form is unchanged. If interleaved, each number
-// appears twice, and sin appears as -sin, +sin, so that y = x * cos + swapped(x) * sin.
+// once, in the form that the loop over a head reads: unchanged if half-split; if interleaved, each number twice, with
+// sin as -sin, +sin, so that y = x * cos + swapped(x) * sin.
 #include <cstring>
 
 #include "api.h"
@@ -12,7 +12,7 @@
 namespace fastattn {
 namespace {
 
-constexpr int64_t kPairs = 128;  // the pairs that are gathered at a time
+constexpr int64_t kPairs = 128;  // gathered at a time
 
 struct Tables {
   alignas(64) float cos[kRotaryTokens * 2 * kPairs];
@@ -55,8 +55,7 @@ void gather(Tables& tables, const RotaryArgs& args, int64_t batch, int64_t token
   }
 }
 
-// Rotates n pairs of one row. The two channels of a half-split pair are `half` channels apart; `half` is 0 if
-// interleaved.
+// Rotates n pairs of one row. In a half-split pair, `half` channels lie between the two; 0 means interleaved.
 template <typename T>
 void rotate(const T* x, T* out, const float* cos, const float* sin, int64_t n, int64_t half, bool stream) {
   if (half == 0) {
@@ -100,8 +99,7 @@ void rotate_pieces(const RotaryArgs& args, int64_t begin, int64_t end) {
       for (int which = 0; which < 2; ++which) {
         const HeadTensor &in = args.x[which], &to = args.out[which];
         const int64_t heads = args.n_heads[which];
-        // Follow the memory order: the heads of a token, or the tokens of a head.
-        const bool heads_inside = in.row >= in.head;
+        const bool heads_inside = in.row >= in.head;  // follow the memory order: heads of a token, or tokens of a head
         for (int64_t i = 0; i < tokens * heads; ++i) {
           const int64_t t = heads_inside ? i / heads : i % tokens;
           const int64_t head = heads_inside ? i % heads : i / tokens;

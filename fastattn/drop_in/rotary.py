@@ -1,7 +1,7 @@
-"""Rotary embeddings in attention of other libraries: functions (q, k, cos, sin) that their forward calls by name.
+"""Rotary application in attention of other libraries: a function (q, k, cos, sin) that their forward calls by name.
 
-The tables come from the model, so llama3, YaRN, dynamic and M-RoPE scaling do not change. The forward of a module that
-was taken over is a copy of the original with the same global names, except for those functions.
+The tables come from the model, so llama3, YaRN, dynamic and M-RoPE scaling stay what they are. The forward of a module
+that was taken over is a copy of the original whose global names are those of the original, but for the function.
 """
 
 import functools
@@ -79,7 +79,7 @@ _kept: Any = WeakIdKeyDictionary()  # cos -> (sin, versions, form, rows): all la
 
 
 def _kept_rows(cos, sin, form):
-    if cos.is_inference() or sin.is_inference():  # their versions do not count changes
+    if cos.is_inference() or sin.is_inference():  # they count no changes
         return _rows(cos, sin, form)
     state, found = (cos._version, sin._version, form), _kept.get(cos)
     if found is None or found[0]() is not sin or found[1] != state:
@@ -90,7 +90,7 @@ def _kept_rows(cos, sin, form):
 def _fits(form, q, k, cos, sin):
     """Whether a call has the shapes and dtypes of the form."""
     if not all(map(is_plain_input, (q, k, cos, sin))) or not q.is_cpu or not cos.is_cpu or not sin.is_cpu:
-        return False  # on a GPU, reading the tables would synchronize
+        return False  # on a GPU, looking at the tables would wait for them
     if k.dtype != q.dtype or q.dtype not in _DTYPES or cos.dtype != sin.dtype or cos.requires_grad or sin.requires_grad:
         return False
     if cos.dtype != q.dtype and not (form.mixed and cos.dtype == torch.float32):
@@ -134,7 +134,7 @@ def _serve(form, q, k, cos, sin, rest, named):
 
 
 class Rotate:
-    """Takes the place of a function of rotary application. Where ours does not serve, it calls what now has that name.
+    """Stands in the place of a function of rotary application, whose current object it calls where ours does not serve.
 
     names: the global names of the original forward.
     """
@@ -150,8 +150,7 @@ class Rotate:
 
 
 class _Names(dict):
-    """The global names of a function, some of them replaced. The others are looked up at each use, so patches take
-    effect."""
+    """The global names of a function, some of them others. The rest is looked up at each use, so patches count."""
 
     def __init__(self, under: dict[str, Any], own: dict[str, Any]):
         kept = ("__name__", "__package__", "__builtins__")
@@ -204,7 +203,7 @@ class RotaryCaller(Replaced):
 
 
 def _example(form, width, dtype, table_dtype):
-    """Random (q, k, cos, sin). cos and sin are not a cosine and a sine, so only the right formula fits."""
+    """Random (q, k, cos, sin); cos and sin are no cosine and sine, so that only the formula fits."""
     lead = (_SEQLEN,) if form.packed else (_BATCH, _SEQLEN)
     tables = []
     for _ in range(2):
@@ -224,7 +223,7 @@ def _agrees(function, form, width=_DIM, dtype=torch.float32, table_dtype=None):
     for rotate in (function, functools.partial(_rotated, trial)):
         try:
             out = rotate(*given)
-        except Exception:  # raised by a function that takes tables of another form
+        except Exception:  # of a function that takes tables of another form
             return False
         if not (isinstance(out, tuple) and len(out) == 2 and all(isinstance(t, Tensor) for t in out)):
             return False
@@ -316,7 +315,7 @@ def recognise(module: torch.nn.Module) -> Change | str | None:
     if reason is not None:
         return reason
     if _is_on_a_gpu(module):
-        return "rotary embeddings: on a GPU, reading the tables would synchronize"
+        return "rotary embeddings: on a GPU, a look at the tables would wait for it"
     forms = {name: form_of(inner.__globals__[name]) for name in names}
     others = ", ".join(f"{name} {form}" for name, form in forms.items() if isinstance(form, str))
     pairs = {name: form.interleaved for name, form in forms.items() if isinstance(form, Form)}

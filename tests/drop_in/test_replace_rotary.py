@@ -461,7 +461,7 @@ def test_tables_of_three_positions(served):
 def test_modules_on_a_gpu(monkeypatch):
     monkeypatch.setattr(rotary, "_is_on_a_gpu", lambda module: True)
     report = fastattn.replace(Attention(), only="rotary")
-    assert report.left == {"": "rotary embeddings: on a GPU, reading the tables would synchronize"}
+    assert report.left == {"": "rotary embeddings: on a GPU, a look at the tables would wait for it"}
 
 
 def hidden(function):
