@@ -2,8 +2,9 @@
 
 python benchmarks/peak_memory.py [TOKENS [VOCABULARY [WIDTH]]]        the defaults are 4096, 128256 and 256
 
-Bytes that PyTorch's allocator holds at the peak of a step, without weights and their gradients, which are there before.
-The base is the step of the same model without its output layer: its activations. Each step runs in this process.
+The figures are the bytes that PyTorch's allocator holds at the peak of a step, without weights and their gradients,
+which exist before. The base is the activations: a step of the same model without its output layer. Each step runs in
+this process.
 """
 
 import copy

@@ -2,9 +2,9 @@
 
 OMP_NUM_THREADS=2 python benchmarks/speedrun.py FILE.md
 
-Two short runs of each recipe measure a step and a validation, from which the number of steps is set before the long
-run. A run whose wall time misses the given one by more than 10 % is made again with as many more or fewer steps: on a
-virtual machine, the same steps can take 10 % longer from one run to the next.
+Two short runs of each recipe measure a step and a validation. The number of steps is set from these before the long
+run. A run whose wall time misses the given one by more than 10 % is repeated with as many more or fewer steps, because
+on a virtual machine the same steps can take 10 % longer from one run to the next.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from recipes import ROOT, commit_of_checkout, processor
 RECIPES = {"speedrun": [], "speedrun_nanogpt": ["--layers", "torch"]}  # nanoGPT has the layers of torch.nn
 PROBE = 60  # steps of the first short run; the second one takes PROBE_SECONDS
 PROBE_SECONDS = 40
-TOLERANCE = 0.1  # of the wall time of a run
+TOLERANCE = 0.1  # the share of the wall time by which a run may miss it
 
 
 def train(recipe, run, steps, *more):

@@ -1,7 +1,7 @@
 """A training step of models of transformers: their own attention implementations, and after `fastattn.replace`.
 
 Random weights, two layers of width 256 unless the name says another, two rows of 256 tokens, a vocabulary of 8000,
-fp32, no dropout except in T5. Of a batch with padding, the second row has one real token.
+fp32, no dropout except in T5. In a batch with padding, the second row has one real token.
 
 `test_shape` has the sizes of real models, and torch.compile as a candidate: a few minutes on two idle threads.
 `test_family` has every family of docs/models.md: two layers of width 128, two rows of 128 tokens or images of 64 × 64

@@ -66,7 +66,7 @@ struct NormBwdArgs {
   void* dweight;    // has weight_dtype, or null
   void* dbias;      // has weight_dtype, or null
   void* dx_bias;    // has weight_dtype, or null
-  float* sums;      // (chunks, kNormSums, cols): sums of dweight, dbias and dx_bias over the rows of a chunk
+  float* sums;      // (chunks, kNormSums, cols): the sums of dweight, dbias and dx_bias over the rows of a chunk
   int64_t rows, cols, dy_stride, dr_out_stride, r_stride, rows_per_chunk, chunks;
   DType x_dtype, r_dtype, weight_dtype;
   Dropout dropout;
@@ -94,7 +94,7 @@ struct ActivationArgs {
   void* hidden;
   void* dpreact;
   void* dgate;
-  float* dbias_partial;  // one row of sums per block of rows (CUDA: per chunk), later added in order
+  float* dbias_partial;  // one row of sums per block of rows (CUDA: per chunk); a later pass adds the rows in order
   float* dbias_gate_partial;
   void* dbias;
   void* dbias_gate;
@@ -134,26 +134,26 @@ struct CrossEntropyArgs {
 };
 FASTATTN_DECLARE_CPU(cross_entropy_fwd, CrossEntropyArgs);  // processes rows
 
-// c (m, n) = a (m, k) · b (k, n) in fp32, plus bias or plus c. Strides count elements; one of the two strides of a is
-// 1, and one of the two of b.
+// c (m, n) = a (m, k) · b (k, n) in fp32, plus bias or plus c. Strides count elements. One of the two strides of a must
+// be 1, and so must one of the two strides of b.
 struct GemmArgs {
   const float *a, *b;
   const float* bias;  // (n), or null
   float* c;           // rows c_row apart
   int64_t m, n, k;
   int64_t a_row, a_col, b_row, b_col, c_row;
-  bool add;  // to c
-  // kFewRows reads b in place; it needs b_row == 1 and does not add
+  bool add;  // adds the product to c
+  // kFewRows reads b in place. It requires b_row == 1 and !add.
   enum class Way { kBlocked, kFewRows } way;
-  int64_t rows;               // kBlocked: of a task
-  std::atomic<bool>* failed;  // out of memory
+  int64_t rows;               // kBlocked: the rows of a task
+  std::atomic<bool>* failed;  // set if a thread runs out of memory
 };
-constexpr int64_t kGemmPanel = 64;     // kBlocked: columns of a task
-constexpr int64_t kGemmGroup = 16;     // kFewRows: columns of a task
-FASTATTN_DECLARE_CPU(gemm, GemmArgs);  // tasks
+constexpr int64_t kGemmPanel = 64;     // kBlocked: the columns of a task
+constexpr int64_t kGemmGroup = 16;     // kFewRows: the columns of a task
+FASTATTN_DECLARE_CPU(gemm, GemmArgs);  // processes tasks
 
-// y (m, n) = x (m, k) · weightᵀ, times scale, plus bias, plus residual: few rows, the weight read in place. Rows lie
-// a stride apart, in elements; the last stride is 1.
+// y (m, n) = x (m, k) · weightᵀ, times scale, plus bias, plus residual. x has few rows, and the weight is read in
+// place. The strides between rows count elements; the last stride is 1.
 enum class WeightType : int { kFloat32, kBFloat16, kInt8 };
 
 struct GemvArgs {
@@ -161,28 +161,28 @@ struct GemvArgs {
   const void* weight;     // (n, k)
   const float* scale;     // (n), or null
   const float* bias;      // (n), or null
-  const float* residual;  // (m, n), or null; may be y
+  const float* residual;  // (m, n), or null; may be equal to y
   float* y;
   int64_t m, n, k;
   int64_t x_row, weight_row, residual_row, y_row;
   WeightType type;
 };
-constexpr int64_t kGemvGroup = 16;     // columns of a task
-FASTATTN_DECLARE_CPU(gemv, GemvArgs);  // tasks
+constexpr int64_t kGemvGroup = 16;     // the columns of a task
+FASTATTN_DECLARE_CPU(gemv, GemvArgs);  // processes tasks
 
-// The same in bfloat16, whose bits these are, without scale and residual.
+// The same in bfloat16, without scale and residual. The numbers are passed as their bits.
 struct FewRowsArgs {
   const uint16_t *x, *weight;  // (m, k), (n, k)
   const uint16_t* bias;        // (n), or null
   uint16_t* y;
   int64_t m, n, k;
   int64_t x_row, weight_row, y_row;
-  std::atomic<bool>* failed;  // out of memory
+  std::atomic<bool>* failed;  // set if a thread runs out of memory
 };
-void few_rows_avx512bf16(const FewRowsArgs& args, int64_t begin, int64_t end);  // tasks of kGemvGroup columns
+void few_rows_avx512bf16(const FewRowsArgs& args, int64_t begin, int64_t end);  // processes tasks of kGemvGroup columns
 
-// Attention. Sizes and strides count elements; the last stride is 1. Packed sequences: batch stride 0, row b of
-// cu_seqlens says where sequence b begins.
+// Attention. Sizes and strides count elements; the last stride is 1. Packed sequences have batch stride 0; sequence b
+// begins at row cu_seqlens[b].
 struct HeadTensor {
   void* data;
   int64_t batch, head, row;
@@ -199,7 +199,7 @@ constexpr int64_t kAttentionPieceKeys = 256;  // the CPU backward sums dk and dv
 struct AttentionArgs {
   HeadTensor q, k, v, out, dout, dq, dk, dv;
   float* lse;         // (batch, head, row): strides lse_batch, lse_head, 1; null if the forward need not save it
-  float* lse_low;     // like lse: its rounding error; null if not wanted (forward) or not saved (backward)
+  float* lse_low;     // like lse: its rounding error; null if it is not wanted (forward) or was not saved (backward)
   const float* dlse;  // like lse, or null
   int64_t lse_batch, lse_head;
   ScoreTensor mask, bias;
@@ -208,36 +208,38 @@ struct AttentionArgs {
   const float* alibi_slopes;
   int64_t alibi_batch;
   const float* sink;
-  int64_t batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;  // packed: the seqlens are the largest
-  int64_t window_left, window_right;                                             // -1 means unlimited
+  // If the sequences are packed, seqlen_q and seqlen_k are the largest lengths.
+  int64_t batch, n_heads, n_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  int64_t window_left, window_right;  // -1 means unlimited
   bool top_left;
   float softcap, scale;
   Dropout dropout;
   DType dtype;
 };
 
-// What the kernels for the CPU need in addition.
+// The additional arguments of the CPU kernels.
 struct AttentionCpuArgs : AttentionArgs {
   // The next task. Threads claim tasks dynamically; results do not depend on which thread takes which.
   std::atomic<int64_t>* next;
   std::atomic<bool>* failed;  // set if a thread runs out of memory
-  // the backward
+  // The following fields are for the backward.
   float* dsink_partial;  // (batch, head), or null
   ScoreTensor dbias;     // strides as if broadcast dimensions had size 1; null if not wanted
-  // Which tasks compute dbias: those of the backward, for one sequence or summed over a whole batch, or
-  // attention_dbias.
+  // Which tasks compute dbias: the tasks of the backward, for one sequence or summed over a whole batch, or the tasks
+  // of attention_dbias.
   enum class DbiasFrom { kSequence, kWholeBatch, kOwnPass } dbias_from;
   bool piece_per_task;  // each piece of a head's keys is a task; for 16-bit dtypes attention_dq then computes dq
-  // (batch, head, block of queries): pieces added to dq so far; for fp32 with piece_per_task
+  // (batch, head, block of queries): the number of pieces that were added to dq; for fp32 with piece_per_task
   std::atomic<int32_t>* dq_turns;
 };
 
-// Rotary embedding of one tensor, or of two that share head_dim and the position of each token. Packed sequences are a
-// batch of one.
+// Rotary embedding of one tensor, or of two that share head_dim and the position of each token. Packed sequences are
+// treated as a batch of one.
 struct RotaryArgs {
   HeadTensor x[2], out[2];  // out may alias x
   int64_t n_heads[2];       // 0 if there is no second tensor
-  const void *cos, *sin;    // of table_dtype; row p is position p, batch entries are table_batch apart
+  // The tables have table_dtype. Row p is position p; the tables of two batch entries are table_batch apart.
+  const void *cos, *sin;
   int64_t table_rows, table_row, table_batch;
   const void*
       positions;  // int64 if wide_positions, else int32, positions_batch apart; null: offset + index of the token
@@ -247,7 +249,7 @@ struct RotaryArgs {
   DType dtype, table_dtype;
 };
 
-constexpr int64_t kRotaryTokens = 16;  // tokens of a piece of the CPU kernel
+constexpr int64_t kRotaryTokens = 16;  // the tokens of a piece of the CPU kernel
 
 FASTATTN_DECLARE_CPU(rotary_fwd, RotaryArgs);  // processes pieces; a batch entry has ceil(seqlen / kRotaryTokens)
 
@@ -270,7 +272,7 @@ FASTATTN_DECLARE_ATTENTION(amx);         // bf16 only
 struct DecodeArgs {
   HeadTensor q, k, v, out;         // the batch stride of k and v is the stride between pages
   float* lse;                      // (batch, head, row), contiguous
-  const int32_t* cache_seqlens;    // valid keys, without the seqlen_new appended ones
+  const int32_t* cache_seqlens;    // the number of valid keys, without the seqlen_new appended ones
   const int32_t* block_table;      // (batch, pages), or null
   const int32_t* cache_batch_idx;  // the page of each sequence; null: its own index
   const int32_t* cache_leftpad;    // the first visible key; null: 0
@@ -289,8 +291,8 @@ struct DecodeArgs {
   std::atomic<bool>* failed;  // set if a thread runs out of memory
 };
 
-constexpr int64_t kDecodeRows = 64;  // rows of a task: the queries of all heads that share a key head
-constexpr int kDecodeKeys = 128;     // keys of a tile
+constexpr int64_t kDecodeRows = 64;  // the rows of a task: the queries of all heads that share a key head
+constexpr int kDecodeKeys = 128;     // the keys of a tile
 
 // The number of floats for the partial result of a task: the weighted sums, padded for the widest vectors, and the
 // maximum and total of each row.
@@ -305,10 +307,10 @@ void attention_decode_avx512bf16(const DecodeArgs& args);  // bf16 only
 
 // CUDA on Hopper (csrc/cuda/attention_*_sm90.cu). Packed tensors have batch 1.
 struct AttentionCudaArgs : AttentionArgs {
-  int64_t rows_q, rows_k;  // rows of the tensors; packed: the sum of all lengths
+  int64_t rows_q, rows_k;  // the number of rows of the tensors; packed: the sum of all lengths
   float *lse2, *delta;     // workspace of the backward: (batch, head, row), strides stats_batch, stats_head, 1
   int64_t stats_batch, stats_head;
-  float* dq_sums;           // workspace: (batch, head, row, head_dim); null: a kernel of its own computes dq
+  float* dq_sums;           // workspace: (batch, head, row, head_dim); null if a separate kernel computes dq
   uint32_t* tile_counters;  // workspace: 1 word for the forward, 2 for the backward
 };
 int64_t attention_stats_rows_sm90(const AttentionCudaArgs& args);  // the required stats_head
@@ -319,9 +321,9 @@ int attention_dkdv_sm90(const AttentionCudaArgs& args, void* stream);  // also a
 int attention_dq_sm90(const AttentionCudaArgs& args, void* stream);
 int attention_round_sm90(const AttentionCudaArgs& args, void* stream);  // computes dq from dq_sums
 
-// Without leftpad, ALiBi, softcap and sink. A page holds whole blocks of kDecodeKeysSm90 keys. With several splits,
-// partial is (split, batch, head, row, head_dim). partial_max and partial_sum lack its last dimension; they hold the
-// maxima times log2(e) and the sums of the weights.
+// leftpad, ALiBi, softcap and sink are not supported. A page holds whole blocks of kDecodeKeysSm90 keys. If there are
+// several splits, partial has the shape (split, batch, head, row, head_dim). partial_max and partial_sum lack its last
+// dimension. They hold the maxima times log2(e) and the sums of the weights.
 struct DecodeCudaArgs : DecodeArgs {
   int64_t cache_rows;
   HeadTensor k_new, v_new;  // seqlen_new keys to append

@@ -13,14 +13,14 @@ struct DecodeInputs {
   int64_t num_splits;
 };
 
-// The arguments about a cache that both ops have. A call owns the tensors that its args point to. The values of lengths
-// and pages are not checked here, because they may be on a GPU.
+// The arguments that describe a cache; both decode ops have them. A call owns the tensors that its args point to. The
+// values of lengths and pages are not checked here, because they may be on a GPU.
 template <typename Args>
 struct CacheCall {
   OptionalTensor cache_seqlens, block_table, cache_batch_idx;
   Args args{};
 
-  // rows: q, or the keys that are appended
+  // rows: q, or the keys to append
   CacheCall(const Tensor& rows, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
             const OptionalTensor& table, const OptionalTensor& batch_idx)
       : cache_seqlens(contiguous(OptionalTensor(lengths))),

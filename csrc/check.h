@@ -41,10 +41,11 @@ inline void check_storage(const Tensor& tensor, const void* data) {
                   " elements has no memory: its storage was freed or never allocated");
 }
 
-// The memory of an operand. The kernels read a null pointer as "no such operand", so a tensor whose storage was freed
-// (FSDP resizes it to 0) must not get there. A view of a freed storage points to its own offset from null.
+// Returns the memory of an operand. The kernels read a null pointer as "no such operand", so a tensor whose storage was
+// freed (FSDP resizes it to 0) must not get there. A view of a freed storage points to its own offset from null.
 inline const void* data_of(const Tensor& tensor) {
-  constexpr uintptr_t kOffsets = uintptr_t{1} << 40;  // no offset is larger, and addresses below it are rare
+  // No offset is larger than this, and real addresses below it are rare.
+  constexpr uintptr_t kOffsets = uintptr_t{1} << 40;
   const void* data = tensor.const_data_ptr();
   if (reinterpret_cast<uintptr_t>(data) < kOffsets) {
     check_storage(tensor, data);

@@ -1,5 +1,5 @@
 #pragma once
-// Converts the tensors of a linear layer with few rows to GemvArgs.
+// Converts the tensors of a linear layer to GemvArgs, for inputs with few rows.
 #include <optional>
 
 #include "check.h"
@@ -28,7 +28,8 @@ inline const float* gemv_vector(const std::optional<Tensor>& t, int64_t size, co
   return static_cast<const float*>(data_or_null(t));
 }
 
-// The weight of a linear layer with its scale and bias; x, y and the numbers of their rows are still to be set.
+// Returns the weight of a linear layer with its scale and bias. The caller still has to set x, y and their numbers of
+// rows.
 inline GemvArgs gemv_args(const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(weight.is_cpu(), "gemv: weight must be on the CPU");
   STD_TORCH_CHECK(weight.dim() == 2, "gemv: weight must have two dimensions, got ", weight.dim());

@@ -1,7 +1,8 @@
-// Lets the libraries load wherever PyTorch does: on glibc 2.28 and the libstdc++ of gcc 8 (manylinux_2_28). A newer
-// compiler calls a few functions that these do not have. They are defined here, so that no library asks the
-// system for them.
-#define _GLIBCXX_EXTERN_TEMPLATE 0  // also compile the templates that libstdc++ has compiled, in this file only
+// Lets the libraries load on every system that PyTorch supports, down to glibc 2.28 and the libstdc++ of gcc 8
+// (manylinux_2_28). Code from a newer compiler calls a few functions that these lack. This file defines them, so no
+// library needs them from the system.
+// In this file, instantiate even the templates that libstdc++ already contains.
+#define _GLIBCXX_EXTERN_TEMPLATE 0
 #include <exception>
 #include <new>
 #include <sstream>
@@ -11,12 +12,13 @@ template class std::basic_stringbuf<char>;
 template class std::basic_ostringstream<char>;
 template class std::basic_stringstream<char>;
 
-// used since gcc 11
+// called by code that gcc 11 or newer compiles
 void std::__throw_bad_array_new_length() {
   throw std::bad_array_new_length();
 }
 
-// also since gcc 11, by the inline copy and destructor of std::exception_ptr; every libstdc++ has those two compiled
+// Also called since gcc 11, by the inline copy constructor and destructor of std::exception_ptr. Every libstdc++
+// contains compiled versions of these two.
 extern "C" {
 void copy_exception_ptr(void* self, const void* other) noexcept
     __asm__("_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
@@ -34,7 +36,8 @@ void std::__exception_ptr::exception_ptr::_M_release() noexcept {
 }
 #endif
 
-// Since glibc 2.32: whether the process has one thread. With 0, std::shared_ptr always counts atomically.
+// A flag of glibc 2.32 and newer that says whether the process has only one thread. While it is 0, std::shared_ptr
+// always counts atomically.
 extern "C" {
 extern char __libc_single_threaded;
 __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;

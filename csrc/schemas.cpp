@@ -1,5 +1,5 @@
-// The schemas of all ops, in a library of its own that the op libraries link to. Whichever of these is loaded first,
-// the ops are defined once and before their kernels.
+// The schemas of all ops. They form a separate library, to which the op libraries link. So the ops are defined once and
+// before their kernels, whichever library is loaded first.
 #include <torch/csrc/stable/library.h>
 
 namespace {

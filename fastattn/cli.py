@@ -76,7 +76,7 @@ def main(argv=None):
         return report_error(error)
     except (MemoryError, RuntimeError) as error:  # torch has no type of its own for a lack of memory on a CPU
         if _NO_COMPILER.search(str(error)):
-            return report_error("there is no C++ compiler, which compile: true and Triton need; CXX names another one")
+            return report_error("no C++ compiler was found, but compile: true and Triton need one; set CXX to its name")
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         return report_error(f"not enough memory; a smaller model, batch_size or block_size needs less{_asked(error)}")
@@ -93,7 +93,7 @@ def _flush():
 
 
 def _discard(*streams):
-    """Send what these streams still hold nowhere: Python flushes them when it ends, and would fail again."""
+    """Discard what these streams still hold, because Python flushes them at its end and would fail again."""
     for stream in filter(None, streams):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

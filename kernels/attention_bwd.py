@@ -8,8 +8,9 @@
     dbias = ds summed over the broadcast dims           attention_dq_kernel if there are none, else attention_dbias.py
     dsink[h] = -sum exp(sink - lse) * delta             attention_preprocess_kernel, one partial sum per program
 
-The scores are computed twice: in attention_dkdv_kernel, transposed so that p and ds are left operands without a
-shuffle, and in attention_dq_kernel. In return no gradient needs an fp32 buffer, and the order of every sum is fixed.
+The scores are computed twice, in attention_dkdv_kernel and in attention_dq_kernel. The former computes them transposed,
+so that p and ds are left operands without a shuffle. In return, no gradient needs an fp32 buffer, and the order of
+every sum is fixed.
 
 The limits and features are those of the forward. Reference: Dao, "FlashAttention-2", 2023, algorithm 2.
 """
@@ -51,7 +52,8 @@ from fastattn.kernels.common import LOG2_E, Rows, contiguous, launch, register, 
 
 
 class Softmax(NamedTuple):
-    """What the backward reads for each row of scores, (batch, heads, rows) in fp32. See attention_preprocess_kernel."""
+    """The statistics that the backward reads for each row of scores: (batch, heads, rows) in fp32.
+    attention_preprocess_kernel writes them."""
 
     high_ptr: Any
     low_ptr: Any
@@ -62,10 +64,11 @@ class Softmax(NamedTuple):
 def attention_preprocess_kernel(out, do, lse_ptr, lse_low_ptr, dlse_ptr, sink_ptr, dsink_ptr, softmax, n_heads, total_q,
                                 blocks, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
                                 BLOCK_M: tl.constexpr):  # fmt: skip
-    """Packed sequences need no special treatment here. lse is read in one part or two, and written in the form that the
-    other kernels subtract: `high` is +inf if a row saw nothing, `low` is times log2(e); without `low`, all of lse is in
-    `high`, times log2(e). A row that saw nothing does not contribute to dsink, whatever its do. The rows after the
-    last packed sequence are such rows.
+    """Compute the statistics of a block of rows. Packed sequences need no special treatment here.
+
+    lse is read in one part or two, and written in the form that the other kernels subtract. `high` is +inf if a row saw
+    nothing. `low` is times log2(e); without `low`, all of lse is in `high`, times log2(e). A row that saw nothing does
+    not contribute to dsink, whatever its do. The rows after the last packed sequence are such rows.
     """
     pid = tl.program_id(0)
     batch = (pid // blocks // n_heads).to(tl.int64)
@@ -91,7 +94,7 @@ def attention_preprocess_kernel(out, do, lse_ptr, lse_low_ptr, dlse_ptr, sink_pt
     if softmax.low_ptr is not None:
         tl.store(softmax.high_ptr + row, row_lse, mask=inside)
         tl.store(softmax.low_ptr + row, row_low, mask=inside)
-    else:  # the bound keeps it finite: the row may have only a sink near -FLT_MAX
+    else:  # a finite bound is needed, because the row may have only a sink near -FLT_MAX
         tl.store(softmax.high_ptr + row, tl.maximum(row_lse * LOG2_E, -3e38), mask=inside)
     if sink_ptr is not None:
         share = tl.exp2((tl.load(sink_ptr + head) - row_lse) * LOG2_E - row_low)
@@ -101,7 +104,7 @@ def attention_preprocess_kernel(out, do, lse_ptr, lse_low_ptr, dlse_ptr, sink_pt
 
 @triton.jit
 def _softmax_of_block(softmax, first, block, blocks, end, form: tl.constexpr, EDGE: tl.constexpr):
-    """load_softmax for the rows of a block of queries."""
+    """Return load_softmax for the rows of a block of queries."""
     rows = block_start(block, blocks, form.BLOCK_M, EDGE, True) + tl.arange(0, form.BLOCK_M)
     return load_softmax(softmax, first, rows, end, form)
 
@@ -109,7 +112,7 @@ def _softmax_of_block(softmax, first, block, blocks, end, form: tl.constexpr, ED
 @triton.jit
 def _dkdv_scores(k, q, row_high, row_low, i, j, span, head, features, form: tl.constexpr, EDGE: tl.constexpr):
     """Return (p, capped score, visible) for a tile with keys as rows."""
-    if form.LSE_FIRST:  # then the registers of lse are free, too
+    if form.LSE_FIRST:  # then no register has to hold lse
         row_high = row_high * (-1.0 / (features.scale * LOG2_E))
         above = tl.broadcast_to(row_high[None, :], (form.BLOCK_N, form.BLOCK_M))
         qk = tl.dot(k, tl.trans(q), above, input_precision=form.PRECISION)
@@ -126,7 +129,7 @@ def _dkdv_scores(k, q, row_high, row_low, i, j, span, head, features, form: tl.c
 @triton.jit
 def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n, span, head, features,
                  form: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """first: the first row of the query head in `softmax`."""
+    """Add a range of blocks of queries to dk and dv. first: the first row of the query head in `softmax`."""
     j = (start_n + tl.arange(0, form.BLOCK_N))[:, None]
     begin, end = walk(blocks, EDGE, True)
     if form.LSE_FIRST:
@@ -140,7 +143,7 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
         else:
             row_high, row_low, row_delta = _softmax_of_block(softmax, first, block, blocks, span.seqlen_q, form, EDGE)
 
-        # everything is transposed: rows are keys
+        # Everything is transposed: the rows of a tile are keys.
         i = (start_m + tl.arange(0, form.BLOCK_M))[None, :]
         p, capped, visible = _dkdv_scores(k, q, row_high, row_low, i, j, span, head, features, form, EDGE)
         if form.DELTA_FIRST:  # the registers of delta are then free
@@ -169,7 +172,7 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total_q, total_k, blocks, window_left,
                           window_right, threshold, q_map, do_map, form: tl.constexpr):  # fmt: skip
-    """q_map, do_map: descriptors made by the host, or None."""
+    """Compute dk and dv of a block of keys. q_map, do_map: descriptors made by the host, or None."""
     start_n, k_head, span = head_frame(
         features, n_heads // form.GROUP, total_q, total_k, blocks, window_left, window_right, form, True
     )
@@ -202,7 +205,7 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
             form, EDGE=False,
         )  # fmt: skip
 
-    # keys past seqlens_k have gradient 0, whatever was accumulated in their rows
+    # Keys past seqlens_k have gradient 0, whatever their rows have accumulated.
     seen = (start_n + tl.arange(0, form.BLOCK_N) < span.length_k)[:, None]
     dk_acc = tl.where(seen, dk_acc * features.scale, 0.0)
     dv_acc = tl.where(seen, dv_acc * features.rescale, 0.0)
@@ -213,7 +216,7 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
 @triton.jit
 def _dq_blocks(dq, dbias, q, do, softmax, k_side, v_side, blocks, start_m, span, head, features, form: tl.constexpr,
                EDGE: tl.constexpr):  # fmt: skip
-    """softmax: the result of load_softmax."""
+    """Add a range of blocks of keys to dq, and store dbias. softmax: the result of load_softmax."""
     BOTH: tl.constexpr = form.HAS_LEFT or form.KEY_MASK
     STAGES: tl.constexpr = 1 if EDGE and form.KEY_MASK else None  # few blocks; clear_hidden needs shared memory
     begin, end = walk(blocks, EDGE, BOTH)
@@ -229,7 +232,7 @@ def _dq_blocks(dq, dbias, q, do, softmax, k_side, v_side, blocks, start_m, span,
             tl.store(score_ptrs(dbias, head, i, j), ds.to(dbias.ptr.dtype.element_ty), mask=inside)
         if form.SOFTCAP:
             ds *= 1 - capped * capped
-        if form.MASKED or (EDGE and form.KEY_MASK):  # a hidden key may be NaN, and then `capped` is
+        if form.MASKED or (EDGE and form.KEY_MASK):  # a hidden key may be NaN, and then `capped` is too
             ds = tl.where(visible, ds, 0.0)
         k = clear_hidden(k, visible, start_n, span, head, features, form, EDGE)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=form.PRECISION)
@@ -239,7 +242,7 @@ def _dq_blocks(dq, dbias, q, do, softmax, k_side, v_side, blocks, start_m, span,
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_dq_kernel(q, k, v, do, dq, dbias, softmax, features, n_heads, group, total_q, total_k, blocks,
                         window_left, window_right, threshold, k_map, v_map, form: tl.constexpr):  # fmt: skip
-    """k_map, v_map: descriptors made by the host, or None."""
+    """Compute dq of a block of queries, and dbias if wanted. k_map, v_map: descriptors made by the host, or None."""
     start_m, q_head, span = head_frame(
         features, n_heads, total_q, total_k, blocks, window_left, window_right, form, False
     )

@@ -1,11 +1,12 @@
 """The values that the attention kernels pass on, and the plan of a launch.
 
-On the host, a call is `Features`, the arguments besides q, k and v, and a `Form`, its constants. On the device, `Span`
-is the position of a sequence and `Head` the head of it that a program works on. Functions pass them on whole, so a new
-feature is a field here and a line in the function of attention_frame.py or attention_tile.py that computes with it.
+On the host, a call consists of `Features`, its arguments besides q, k and v, and of a `Form`, its constants. On the
+device, `Span` is the position of a sequence, and `Head` is the head of it that a program works on. Functions pass these
+values on whole. So a new feature needs a field here, and a line in the function of attention_frame.py or
+attention_tile.py that computes with it.
 
-The division follows from limits of Triton. Constants are one argument, a Form, because Triton turns constants into
-numbers if a kernel builds a NamedTuple of them, and in version 3.6 no function can return a None. Integers for which
+The division follows from limits of Triton. All constants are in one argument, a Form, because Triton turns constants
+into numbers if a kernel builds a NamedTuple of them. In version 3.6, no function can return a None. Integers for which
 one binary serves all values are separate arguments, because in a tuple Triton compiles binaries for 1 and for multiples
 of 16.
 """
@@ -24,8 +25,8 @@ from fastattn.kernels.attention_mask import key_runs
 from fastattn.kernels.common import DEVICE_MADE, HOST_MADE, Rows, contiguous, dropout_constants
 from fastattn.ops._layout import empty_in_layout
 
-LEAST_SCALE = 1e-30  # of scores, so that lse / scale is finite
-# integers that vary between calls and do not affect the quality of the code: one binary serves all values
+LEAST_SCALE = 1e-30  # the smallest scale of scores for which lse / scale is finite
+# Integers that vary between calls and do not affect the quality of the code. One binary serves all values.
 UNSPECIALIZED = ["n_heads", "group", "total_q", "total_k", "blocks", "window_left", "window_right", "threshold"]
 
 
@@ -38,8 +39,8 @@ class Features(NamedTuple):
     rng_ptr: Any
     bias: Any  # Rows
     mask: Any  # Rows
-    runs: Any  # what attention_mask.py found in a mask of one row, as Rows; strides (between batch entries,)
-    slopes: Any  # the ALiBi slopes as Rows, strides (between batch entries,)
+    runs: Any  # the result of attention_mask.py for a mask of one row, as Rows with strides (between batch entries,)
+    slopes: Any  # the ALiBi slopes as Rows with strides (between batch entries,)
     sink_ptr: Any
     seqlens_k_ptr: Any
     cu_seqlens_q_ptr: Any
@@ -61,7 +62,7 @@ class Form(NamedTuple):
     SOFTCAP: Any
     MASKED: Any  # every tile reads its mask
     KEY_MASK: Any  # the mask is one row for all queries and heads: only edges read it
-    NATURAL: Any  # scores are kept unscaled instead of times log2(e)
+    NATURAL: Any  # scores are kept unscaled, not times log2(e)
     FUSED_SCALE: Any  # the scale is applied together with the subtraction of the maximum
     GROUP: Any  # query heads per key head, in attention_dkdv_kernel
     DELTA_FIRST: Any  # in attention_dkdv_kernel, the sum of dp begins with -delta
@@ -75,7 +76,7 @@ class Span(NamedTuple):
 
     batch: Any  # the index of the sequence
     within: Any  # false for the rows after the last packed sequence
-    index: Any  # in the batch dimension of q, k and v
+    index: Any  # its index in the batch dimension of q, k and v
     first_q: Any  # its first rows in q and k
     first_k: Any
     seqlen_q: Any
@@ -84,24 +85,25 @@ class Span(NamedTuple):
     off: Any  # query i is aligned with key i + off
     left: Any
     right: Any
-    first_seen: Any  # KEY_MASK: keys before it and from end_seen on are hidden, and those up to end_run are visible
+    # KEY_MASK: keys before first_seen and from end_seen on are hidden, and keys from first_seen to end_run are visible.
+    first_seen: Any
     end_run: Any
     end_seen: Any
 
 
 class Head(NamedTuple):
-    """A query head of a sequence, and what its scores need."""
+    """A query head of a sequence, and the values that its scores need."""
 
     batch: Any
     head: Any
-    slope: Any  # of ALiBi; undefined without it
-    slab: Any  # of the random numbers of dropout
+    slope: Any  # the slope of ALiBi; undefined without ALiBi
+    slab: Any  # the slab of the random numbers of dropout
     threshold: Any  # elements whose random number is below it are dropped
 
 
 class Side(NamedTuple):
     """Rows of a head to load in tiles: a pointer or TMA descriptor, the stride of rows, and the range of rows. `index`
-    and `head` say where the rows lie in a descriptor that the host has made."""
+    and `head` give the position of the rows in a descriptor that the host has made."""
 
     source: Any
     index: Any
@@ -112,7 +114,7 @@ class Side(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The blocks that at least one row sees, [first, end), and those that all rows see, [full, end_full)."""
+    """Blocks [first, end), which at least one row sees, and blocks [full, end_full), which all rows see."""
 
     first: Any
     full: Any
@@ -121,7 +123,7 @@ class Blocks(NamedTuple):
 
 
 def rows_of(t):
-    """q, k, v, or tensors like them, in the form that kernels read."""
+    """Return q, k or v, or a tensor like them, in the form that kernels read."""
     return Rows(t, t.stride()[:3])
 
 
@@ -131,7 +133,7 @@ def broadcast_strides(shape, strides):
 
 
 def exact_products(value):
-    """The precision of fp32 products where PyTorch does not allow TF32, from FASTATTN_FP32_PRODUCTS."""
+    """Return the precision of fp32 products if PyTorch does not allow TF32, from FASTATTN_FP32_PRODUCTS."""
     if value not in (None, "", "ieee", "tf32x3"):
         raise ValueError(f"FASTATTN_FP32_PRODUCTS must be ieee or tf32x3, got {value!r}")
     return value or "ieee"
@@ -141,15 +143,16 @@ _exact_products = exact_products(os.environ.get("FASTATTN_FP32_PRODUCTS"))
 
 
 def precision(dtype):
-    """The precision of products. In fp32 it follows the TF32 switch of PyTorch; "tf32x3" adds up three products of
-    parts on the tensor cores, with an error like that of fp32."""
+    """Return the precision of products. In fp32 it follows the TF32 switch of PyTorch. "tf32x3" adds up three products
+    of parts on the tensor cores, with an error like that of fp32."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else _exact_products
 
 
 def descriptors_fit(*tensors):
-    """Whether TMA can read (batch, heads, rows, columns) tensors: addresses, strides are multiples of 16 bytes."""
+    """Return whether TMA can read (batch, heads, rows, columns) tensors. Addresses and strides must be multiples of 16
+    bytes."""
     for t in tensors:
         unit = 16 // t.element_size()
         batch, head, row = t.stride()[:3]
@@ -159,7 +162,7 @@ def descriptors_fit(*tensors):
 
 
 def padded(head_dim):
-    """The number of columns of a tile that holds a head. tl.dot needs at least 16."""
+    """Return the number of columns of a tile that holds a head. tl.dot needs at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
@@ -169,15 +172,17 @@ class Start(NamedTuple):
     grid: tuple
     blocks: int  # the number of blocks of the rows of a head, or of all packed rows
     form: Form
-    form_tma: Form | None  # for tensors that TMA can read and the host does not describe; None without TMA
-    boxes: tuple  # of the two tensors that are read with TMA, if each load reads whole heads; else ()
+    # The form for tensors that TMA can read and the host does not describe. None without TMA.
+    form_tma: Form | None
+    # The boxes of the two tensors that are read with TMA if each load reads whole heads, otherwise ().
+    boxes: tuple
     options: dict
 
     def choose(self, whole, *tensors):
-        """Return the form for two tensors that the kernel would read with TMA, and their descriptors or None.
+        """Return the form for two tensors that the kernel reads with TMA if possible, and their descriptors or None.
 
-        A descriptor of the host takes no scratch memory, and no time in each program, but its ends are those of the
-        tensor. `whole`: no row of a head is hidden by an argument whose values the host does not know.
+        A descriptor of the host takes no scratch memory and no time in each program, but it ends where the tensor ends.
+        `whole`: no row of a head is hidden by an argument whose values the host does not know.
         """
         if self.form_tma is None or not descriptors_fit(*tensors):
             return self.form, None, None
@@ -190,7 +195,7 @@ class Start(NamedTuple):
 class Plan:
     """Everything that depends on shapes, strides and options only. It is cached per signature.
 
-    q, k, v, bias, mask are (shape, strides) or None. `sequences` is the number of packed sequences or None.
+    q, k, v, bias and mask are (shape, strides) or None. `sequences` is the number of packed sequences or None.
     """
 
     def __init__(self, q, k, v, bias, mask, dtype, device, fp32_precision, alibi_dims, drops, sequences,
@@ -205,7 +210,7 @@ class Plan:
                 empty_in_layout(torch.empty_strided(*t, device="meta"), last)
                 for t, last in ((q, head_dim_v), (q, head_dim), (k, head_dim), (v, head_dim_v))
             )
-        ]  # of out, dq, dk and dv
+        ]  # those of out, dq, dk and dv
         rows = torch.empty((batch, self.n_heads, self.total_q), device="meta")
         self.lse_layout = (rows.shape, rows.stride())  # empty_strided takes half the time of empty
         self.copies = any(shape[3] != 1 and strides[3] != 1 for shape, strides in (q, k, v))
@@ -213,7 +218,8 @@ class Plan:
         self.out_strides = self.layouts[0][1][:3]
         self.bias_strides, self.mask_strides = (t and broadcast_strides(*t) for t in (bias, mask))
         rows_of_mask = self.mask_strides and self.mask_strides[1:3]
-        self.mask_rows = mask[0][0] if rows_of_mask == (0, 0) else None  # of a mask that has one row per batch entry
+        # The rows of a mask that has one row per batch entry.
+        self.mask_rows = mask[0][0] if rows_of_mask == (0, 0) else None
         self.slopes_strides = (self.n_heads if alibi_dims == 2 else 0,)
         self.drops, threshold, rescale = dropout_constants(drops or None, dropout_p)
         self.numbers = (scale, softcap, rescale)
@@ -244,7 +250,7 @@ class Plan:
         self.starts = {}
 
     def inputs(self, q, k, v):
-        """q, k and v in the form that kernels read."""
+        """Return q, k and v in the form that kernels read."""
         q_strides, k_strides, v_strides = self.strides
         return Rows(q, q_strides), Rows(k, k_strides), Rows(v, v_strides)
 
@@ -280,23 +286,24 @@ class Plan:
         return Start((blocks * heads * self.batch,), blocks, form, form_tma, boxes, config.options())
 
     def _adds_delta_first(self):
-        """Whether dk and dv take fewer registers if the sum of dp begins with -delta (docs/lab/triton.md).
+        """Return whether dk and dv take fewer registers if the sum of dp starts at -delta (docs/lab/triton.md).
 
-        Not with dropout, which scales dp before delta is subtracted, and not on sm_100: its sums are in tensor memory.
+        They do not with dropout, which scales dp before delta is subtracted. They do not on sm_100 either, because its
+        sums are in tensor memory.
         """
         arch, _ = attention_config.architecture(self.kind[0])
         return self.alibi and not self.drops and not self.form.SOFTCAP and arch != 100
 
     def _adds_lse_first(self):
-        """Whether blocks of 64 queries fit because the sum of the scores begins with -lse (docs/lab/triton.md).
+        """Return whether blocks of 64 queries fit because the sum of the scores starts at -lse (docs/lab/triton.md).
 
-        At other head dims they fit without it. The interpreter, whose architecture is 0, always does it.
+        At other head dims they fit without it. The interpreter, whose architecture is 0, always starts at -lse.
         """
         arch, _ = attention_config.architecture(self.kind[0])
         return self.plain and (arch == 0 or (arch == 90 and 64 < self.kind[2] <= 128))
 
     def _sees_all_keys(self):
-        """Whether each key is seen by some query, as far as sizes tell."""
+        """Return whether the sizes ensure that some query sees each key."""
         form, (left, right, _) = self.form, self.window
         off = 0 if form.TOP_LEFT else self.total_k - self.total_q
         first = max(off - left, 0) if form.HAS_LEFT else 0

@@ -1,10 +1,10 @@
 """Block sizes, warps and stages of the attention kernels. They come from a table; there is no search at run time.
 
-A key is (architecture, kernel, bytes per element, head_dim). Its row has one Launch for each kind of call: no mask
-("full"), causal or a window ("causal"), ALiBi without mask, bias and dropout, of head dims that need no padding
-("alibi"), and other features that need registers ("extra"). Architecture 86 stands for all that have about 100 KB of
-shared memory. AMD's GPUs have 64 KB: they use its rows with at most AMD_STAGES stages. Nothing has run on them: the
-kernels compile, but no call chooses them.
+A key is (architecture, kernel, bytes per element, head_dim). Its row has one Launch for each kind of call. "full" calls
+have no mask, and "causal" calls have a causal mask or a window. "alibi" calls have ALiBi without mask, bias and
+dropout, and a head dim that needs no padding. "extra" calls have other features that need registers. Architecture 86
+stands for all that have about 100 KB of shared memory. AMD's GPUs have 64 KB: they use its rows with at most AMD_STAGES
+stages. Nothing has run on them: the kernels compile, but no call chooses them.
 """
 
 import functools
@@ -18,16 +18,18 @@ KERNELS = ("fwd", "dkdv", "dq", "dbias")
 HEAD_DIMS = (32, 64, 128, 256)
 AMD, AMD_STAGES = "amd", 2
 PREPROCESS = Launch(64, 0, 4)
-# Keys per block of these rows in calls with a mask of one row: with 64, the loop that reads the mask spills.
+# The keys per block of these rows in calls with a mask of one row. With 64, the loop that reads the mask would spill.
 KEY_MASK_BLOCKS = {(80, "dq", 2, 64): 32, (80, "fwd", 2, 128): 32}
-INTERPRETED = Launch(64, 64, 4, 2)  # few large blocks, because the interpreter needs time per program and per operation
+# Few large blocks, because the interpreter needs time per program and per operation.
+INTERPRETED = Launch(64, 64, 4, 2)
 
 
 def architecture(device):
     """Return (the table's architecture, who may make TMA descriptors). The interpreter has architecture 0.
 
-    The second is 0 without TMA, DEVICE_MADE if both host and device may, else HOST_MADE. On all architectures that use
-    the rows of 86, products read registers: a descriptor that the device makes saves nothing there and needs registers.
+    The second value is 0 without TMA, DEVICE_MADE if both host and device may make them, otherwise HOST_MADE. On all
+    architectures that use the rows of 86, products read registers. There, a descriptor that the device makes would save
+    nothing and need registers.
     """
     if device.type == "cpu":
         return 0, 0
@@ -42,9 +44,9 @@ def architecture(device):
 
 
 def table_key(arch, kernel, element_size, head_dim):
-    """Return the key of the row for a head dim: that of the next larger one of HEAD_DIMS."""
+    """Return the key of the row for a head dim: the row of the next larger one of HEAD_DIMS."""
     if element_size == 4:
-        arch = 80  # products of fp32 run on the same units on all architectures: one set of rows
+        arch = 80  # fp32 products run on the same units on all architectures, so they have one set of rows
     elif arch == AMD:
         arch = 86
     return arch, kernel, element_size, next(d for d in HEAD_DIMS if head_dim <= d)
@@ -52,7 +54,8 @@ def table_key(arch, kernel, element_size, head_dim):
 
 @functools.cache
 def pick(kernel, device, dtype, head_dim, kind, key_mask):
-    """Return (Launch, who may make TMA descriptors as from `architecture`) for a kind of call, a field of Variants."""
+    """Return (Launch, who may make TMA descriptors) for a kind of call, a field of Variants. The second is as in
+    `architecture`."""
     arch, makers = architecture(device)
     row = INTERPRETED
     if arch:

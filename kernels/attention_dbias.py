@@ -2,8 +2,8 @@
 
 A program owns a tile of dbias. It recomputes the scores of all batch entries, heads, rows and columns that share the
 tile, and sums in fp32 registers. If that gives too few programs, the sum is divided into parts, which are added in
-order. So equal inputs give equal bits without atomics. Besides dbias, the memory is at most a quarter of q, never a
-score matrix. The price is two more matrix products per tile of scores.
+order. So equal inputs give equal bits without atomics. Besides dbias, the kernel needs memory of at most a quarter of
+q, never a score matrix. The price is two more matrix products per tile of scores.
 """
 
 import math
@@ -28,7 +28,7 @@ from fastattn.kernels.attention_tile import (
 )
 from fastattn.kernels.common import launch
 
-# sizes of the tile grid and of the sum: one binary serves all values, as for UNSPECIALIZED
+# Sizes of the tile grid and of the sum. One binary serves all values, as for UNSPECIALIZED.
 COUNTS = ["bias_batch", "bias_heads", "bias_rows", "sum_heads", "sum_rows", "sum_cols", "tile_rows", "tile_cols",
           "n_terms", "chunk"]  # fmt: skip
 
@@ -38,9 +38,10 @@ def attention_dbias_kernel(q, k, v, do, dbias_ptr, softmax, features, n_heads, g
                            bias_heads, bias_rows, bias_cols, sum_heads, sum_rows, sum_cols, tile_rows, tile_cols,
                            n_terms, chunk, window_left, window_right, threshold, form: tl.constexpr, ROW: tl.constexpr,
                            COLUMN: tl.constexpr):  # fmt: skip
-    """dbias is (parts, *bias.shape), contiguous. The terms of the sum have the indices (batch, head, row block, column
-    block). sum_* is the number of terms in each of these dimensions: 1 unless the bias is broadcast there. ROW, COLUMN:
-    the bias has one row, one column."""
+    """Compute a tile of dbias (parts, *bias.shape), which is contiguous.
+
+    The terms of the sum have the indices (batch, head, row block, column block). sum_* is the number of terms in each
+    of these dimensions: 1 unless the bias is broadcast there. ROW, COLUMN: the bias has one row, one column."""
     pid = tl.program_id(0).to(tl.int64)
     tile_n = (pid % tile_cols).to(tl.int32)
     tile_m = (pid // tile_cols % tile_rows).to(tl.int32)
@@ -89,7 +90,7 @@ def attention_dbias_kernel(q, k, v, do, dbias_ptr, softmax, features, n_heads, g
                  mask=(rows < bias_rows)[:, None] & (cols < bias_cols)[None, :])  # fmt: skip
 
 
-_PROGRAMS = 512  # of attention_dbias_kernel: enough to keep a large GPU busy
+_PROGRAMS = 512  # the programs of attention_dbias_kernel that keep a large GPU busy
 
 
 def attention_dbias(plan, inputs, softmax, features):
@@ -106,7 +107,7 @@ def attention_dbias(plan, inputs, softmax, features):
     n_tiles, n_terms = math.prod(tiles), math.prod(terms)
     if n_tiles == 0 or n_terms == 0:
         return torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-    # the fp32 partial sums take at most a quarter of the memory of q
+    # The fp32 partial sums take at most a quarter of the memory of q.
     room = q.numel() * q.element_size() // (16 * bias.numel())
     chunk = triton.cdiv(n_terms, max(1, min(n_terms, triton.cdiv(_PROGRAMS, n_tiles), room)))
     chunks = triton.cdiv(n_terms, chunk)

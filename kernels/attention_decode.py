@@ -8,8 +8,6 @@
 One program owns a split of the keys of one sequence and key head, and up to 64 rows: the queries of the heads that
 share the key head, so the cache is read only once. Only the device knows the lengths. The number of splits therefore
 depends on the size of the cache, and each program takes its share of the keys that its sequence has. With one split,
-the program writes out and lse; otherwise it writes fp32 parts, which a second kernel adds in a fixed order. A third
-kernel appends new keys. Maximum and sum are stored separately, because one fp32 lse of a split would lose the logarithm
 the program writes out and lse; otherwise it writes fp32 parts, which a second kernel adds in a fixed order. Maximum and
 sum are stored separately, because one fp32 lse of a split would lose the logarithm of its sum next to large scores. The
 kernel that appends new keys is in attention_decode_cache.py.
@@ -51,8 +49,8 @@ from fastattn.kernels.common import LN_2, Launch, contiguous, launch, multiproce
 from fastattn.ops._layout import empty_in_layout
 
 MAX_SPLITS, COMBINE_SPLITS = 128, 16
-# By (bytes per element, head dim, maximum of rows), for all architectures: about 32 KB of keys and values per stage for
-# few rows. They compile without spills; not yet measured on hardware.
+# A key is (bytes per element, head dim, maximum of rows); the table serves all architectures. A stage holds about 32 KB
+# of keys and values for few rows. The kernels compile without spills; nothing has been measured on hardware yet.
 TABLE = {
     (2, 32, 16): Launch(16, 128, 4, 3), (2, 64, 16): Launch(16, 128, 4, 3), (2, 128, 16): Launch(16, 64, 4, 3),
     (2, 256, 16): Launch(16, 32, 4, 3), (2, 32, 64): Launch(64, 64, 4, 3), (2, 64, 64): Launch(64, 64, 4, 3),
@@ -68,13 +66,14 @@ def pick(element_size, head_dim, rows, paged):
     config = TABLE[element_size, head_dim, 16 if few else 64]
     if not few and rows <= 32:
         config = config._replace(block_m=32)
-    if paged:  # the page number is needed before its keys are requested, so fewer blocks would be in flight
+    # The page number is needed before its keys are requested, so fewer blocks would be in flight.
+    if paged:
         config = config._replace(stages=2 * config.stages - 1)
     return config
 
 
 class DecodeForm(NamedTuple):
-    """The constants of attention_decode_split_kernel. Those that Form has too have the same names."""
+    """The constants of attention_decode_split_kernel. Fields that Form also has have the same names."""
 
     HEAD_DIM: Any
     HEAD_DIM_V: Any
@@ -121,7 +120,7 @@ def _split_blocks(q_tile, k, v, k_ptr, v_ptr, query, begin, keys, span, head, fe
     """Return (weighted sum of values, sum of weights, maximum) of the rows over the keys of a split.
 
     k_ptr, v_ptr: the start of the key head. keys: the result of keys_of_split. All blocks are treated as edges, because
-    comparisons are cheap compared with the reads.
+    comparisons cost little next to the reads.
     """
     first, end, begin_k, end_k = keys
     acc, l_i, m_i = empty_softmax(form.BLOCK_M, form.BLOCK_DV)
@@ -157,8 +156,10 @@ UNSPECIALIZED = ["seqlen_q", "capacity", "seqlen_new", "group", "splits", "windo
 def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_heads, group, seqlen_q, seqlen_new,
                                   capacity, page_size, pages, splits, blocks, window_left, window_right,
                                   form: tl.constexpr):  # fmt: skip
-    """SPLIT: out receives fp32 sums (splits, batch, heads, seqlen_q, head_dim_v), and lse (2, splits, batch, heads,
-    seqlen_q) the maxima and the sums of weights, all without the sink."""
+    """Compute a split for up to 64 rows.
+
+    SPLIT: out receives fp32 sums (splits, batch, heads, seqlen_q, head_dim_v). lse (2, splits, batch, heads, seqlen_q)
+    receives the maxima and the sums of weights. All are without the sink."""
     pid = tl.program_id(0)
     split = tl.program_id(1)
     start_m = pid % blocks * form.BLOCK_M
@@ -171,7 +172,7 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
     k_ptr = cache_ptr(k, batch, kv_head, cache)
     v_ptr = cache_ptr(v, batch, kv_head, cache)
 
-    # row r of the tile is query r // group of head r % group of the heads that share the key head
+    # Row r of the tile is query r // group of head r % group of the heads that share the key head.
     offs_m = start_m + tl.arange(0, form.BLOCK_M)
     query = offs_m // group
     q_head = kv_head * group + offs_m % group
@@ -202,7 +203,7 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
         tl.store(lse_ptr + number, m_i, mask=inside_m)
         tl.store(lse_ptr + splits * rows + number, l_i, mask=inside_m)
     else:
-        # a row that saw nothing gives output 0 and lse -inf
+        # A row that saw nothing gives output 0 and lse -inf.
         l_safe = tl.where(l_i == 0.0, 1.0, l_i)
         acc = acc / l_safe[:, None]
         offsets = batch * out.strides[0] + q_head * out.strides[1] + query.to(tl.int64) * out.strides[2]
@@ -216,7 +217,7 @@ def attention_decode_split_kernel(q, k, v, out, lse_ptr, features, cache, n_kv_h
 def attention_decode_combine_kernel(parts_ptr, stats_ptr, sink_ptr, out, lse_ptr, n_heads, seqlen_q, splits,
                                     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
                                     BLOCK_S: tl.constexpr):  # fmt: skip
-    """Combine the splits of one row: the parts that attention_decode_split_kernel wrote."""
+    """Combine the splits of one row, whose parts attention_decode_split_kernel wrote."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     head = row // seqlen_q % n_heads
@@ -252,7 +253,9 @@ def choose_splits(programs, blocks, slots):
     """Return the smallest number of splits whose last wave of programs leaves little of the device idle.
 
     Args:
-        programs: their number without splits; blocks: of keys in a full cache; slots: programs that run concurrently.
+        programs: the number of programs without splits.
+        blocks: the number of blocks of keys in a full cache.
+        slots: the number of programs that run concurrently.
     """
     if programs >= 0.8 * slots or blocks <= 4:
         return 1
@@ -277,13 +280,13 @@ class Plan:
         config = pick(dtype.itemsize, max(head_dim, head_dim_v), group * seqlen_q, pages is not None)
         block_n = config.block_n
         whole_pages = False
-        if pages is not None:  # smaller blocks, if each then lies in one page
+        if pages is not None:  # smaller blocks are used if each of them then lies in one page
             fitting = next((n for n in (block_n, block_n // 2, block_n // 4) if n >= 16 and page_size % n == 0), 0)
             whole_pages = fitting >= min(32, block_n)
             block_n = fitting if whole_pages else block_n
         blocks_m = triton.cdiv(group * seqlen_q, config.block_m)
         programs, blocks = batch * n_kv_heads * blocks_m, max(1, triton.cdiv(capacity, block_n))
-        # two programs of four warps share a multiprocessor
+        # Two programs of four warps share a multiprocessor.
         splits = min(num_splits, MAX_SPLITS, blocks) or choose_splits(programs, blocks, 2 * multiprocessors(device))
         out = empty_in_layout(torch.empty_strided(*q, device="meta"), head_dim_v)
         self.out_layout = out.shape, out.stride()

@@ -1,4 +1,4 @@
-"""A cache of keys and values, contiguous or paged: where its rows are, and the kernel that appends new ones."""
+"""A cache of keys and values, contiguous or paged: the positions of its rows, and the kernel that appends new rows."""
 
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ class Cache(NamedTuple):
 
 @triton.jit
 def find_places(first, rows, inside, batch, cache, pages, page_size, WHOLE_PAGES: tl.constexpr):
-    """Return (page, row within it) for rows of the cache; without pages (0, row). WHOLE_PAGES: the rows are `first` and
-    the following ones, all in one page."""
+    """Return (page, row within it) for rows of the cache; without pages, (0, row). WHOLE_PAGES: the rows are `first`
+    and the following ones, and all are in one page."""
     if cache.block_table_ptr is None:
         page = 0
         row = rows.to(tl.int64)

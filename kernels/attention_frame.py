@@ -1,4 +1,5 @@
-"""Device code that the attention kernels share: where a program works. Its sequence, head, rows and blocks of keys.
+"""Device code that the attention kernels share. It finds the sequence, head, rows and blocks of keys that a program
+works on.
 
 attention_call.py describes the values that these functions take.
 """
@@ -9,16 +10,16 @@ import triton.language as tl
 from fastattn.kernels.attention_call import Blocks, Head, Side, Span
 from fastattn.kernels.common import DEVICE_MADE, HOST_MADE
 
-SEARCHED = tl.constexpr(128)  # the number of sequences that find_tile reads in one step
+SEARCHED = tl.constexpr(128)  # the number of sequences that find_tile reads at a time
 
 
 @triton.jit
 def find_tile(cu_seqlens_ptr, tiles, total, tile, BLOCK: tl.constexpr):
     """Return (sequence, tile within it, whether it is a sequence) for one of the `tiles` of packed rows.
 
-    Sequence b begins with tile cu_seqlens[b] // BLOCK + b. Each sequence gets at least as many tiles as it needs, and
-    all sequences together total // BLOCK + sequences: the grid grows with the number of rows, not with the longest
-    sequence. The rows after the last sequence are treated as one more.
+    Sequence b begins with tile cu_seqlens[b] // BLOCK + b. Each sequence gets at least as many tiles as it needs. All
+    sequences together get total // BLOCK + sequences tiles: the grid grows with the number of rows, not with the
+    longest sequence. The rows after the last sequence are treated as one more sequence.
     """
     sequences = tiles - 1 - total // BLOCK
     low = sequences * 0
@@ -77,7 +78,7 @@ def locate(batch, within, features, total_q, total_k, left, right, form: tl.cons
 
 @triton.jit
 def load_of_sequence(ptr, within, other, features):
-    """Load a number for a sequence; `other` for the rows after the last packed one."""
+    """Load a number for a sequence, or return `other` for the rows after the last packed one."""
     if features.cu_seqlens_q_ptr is not None:
         number = tl.load(ptr, mask=within, other=other)
     else:
@@ -94,7 +95,9 @@ def head_frame(features, heads, total_q, total_k, blocks, left, right, form: tl.
     pid = tl.program_id(0)
     block = pid % blocks
     if form.HAS_RIGHT and not OF_KEYS:
-        block = blocks - 1 - block  # causal: the longest rows first; for keys, the first ones are seen by most queries
+        # With a causal mask, the longest rows come first. Keys need no reversal, because most queries see the first
+        # ones.
+        block = blocks - 1 - block
     batch = (pid // blocks // heads).to(tl.int64)
     head = (pid // blocks % heads).to(tl.int64)
     within = batch >= 0
@@ -131,8 +134,8 @@ def side_of(rows, index, head, first, begin, end, DIM: tl.constexpr, BLOCK_D: tl
             TMA: tl.constexpr, descriptor=None):  # fmt: skip
     """Return the Side for rows [begin, end) of a head, counted from its row `first`.
 
-    A descriptor that is made here begins with row `begin`: rows before it have negative coordinates, which load as
-    zeros. One that the host has made (`descriptor`) holds all heads, and [begin, end) are all rows of a head.
+    A descriptor that is made here begins with row `begin`. Rows before it have negative coordinates, which load as
+    zeros. A descriptor that the host has made (`descriptor`) holds all heads, and [begin, end) are all rows of a head.
     """
     stride = rows.strides[2]
     source = head_ptr(rows, index, head) + first * stride
@@ -153,7 +156,7 @@ def query_side(rows, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK
 
 @triton.jit
 def key_side(rows, descriptor, head, span, DIM: tl.constexpr, BLOCK_D: tl.constexpr, form: tl.constexpr):
-    """Return the Side for the rows of k or v in a head, without keys that no query can see: those are not read."""
+    """Return the Side for the rows of k or v in a head, without the keys that no query can see. Those are not read."""
     begin = 0
     end = span.length_k
     if form.HAS_LEFT:
@@ -168,7 +171,7 @@ def key_side(rows, descriptor, head, span, DIM: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def key_blocks(start_m, rows, span, form: tl.constexpr):
-    """Return the blocks of keys that rows start_m to start_m + rows - 1 see; each row sees all of the "full" ones."""
+    """Return the blocks of keys that rows start_m to start_m + rows - 1 see. Each row sees all of the "full" blocks."""
     end_m = tl.minimum(start_m + rows, span.seqlen_q)
     low = 0
     high = span.length_k
@@ -190,7 +193,7 @@ def key_blocks(start_m, rows, span, form: tl.constexpr):
 
 @triton.jit
 def query_blocks(start_n, span, form: tl.constexpr):
-    """Return the blocks of queries that see keys of the block at start_n; "full" ones see all of these keys."""
+    """Return the blocks of queries that see keys of the block at start_n. The "full" blocks see all of these keys."""
     end_n = tl.minimum(start_n + form.BLOCK_N, span.length_k)
     low = 0
     high = tl.where(end_n > start_n, span.seqlen_q, 0)
@@ -210,7 +213,7 @@ def query_blocks(start_n, span, form: tl.constexpr):
 
 @triton.jit
 def blocks_of(low, high, full_low, full_high, BLOCK: tl.constexpr):
-    """Return the Blocks that hold rows low to high - 1; the full ones lie within full_low to full_high - 1."""
+    """Return the Blocks that hold rows low to high - 1. The full blocks lie within full_low to full_high - 1."""
     first = low // BLOCK
     end = tl.maximum((high + BLOCK - 1) // BLOCK, first)
     full = tl.minimum(tl.maximum((full_low + BLOCK - 1) // BLOCK, first), end)
@@ -220,7 +223,8 @@ def blocks_of(low, high, full_low, full_high, BLOCK: tl.constexpr):
 
 @triton.jit
 def walk(blocks, EDGE: tl.constexpr, BOTH_SIDES: tl.constexpr):
-    """Return (begin, end) of a loop over the full blocks, or over the EDGEs, on BOTH_SIDES of these or after them."""
+    """Return (begin, end) of a loop over the full blocks or over the EDGEs, which are on BOTH_SIDES of these or after
+    them."""
     if not EDGE:
         begin = blocks.full
         end = blocks.end_full
@@ -235,7 +239,7 @@ def walk(blocks, EDGE: tl.constexpr, BOTH_SIDES: tl.constexpr):
 
 @triton.jit
 def block_start(block, blocks, BLOCK: tl.constexpr, EDGE: tl.constexpr, BOTH_SIDES: tl.constexpr):
-    """Return the first row for a step of `walk`; a walk over the edges skips the full blocks."""
+    """Return the first row of a step of `walk`. A walk over the edges skips the full blocks."""
     start = block * BLOCK
     if EDGE and BOTH_SIDES:
         start = tl.where(block < blocks.full, block, block + (blocks.end_full - blocks.full)) * BLOCK

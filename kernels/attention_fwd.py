@@ -4,13 +4,14 @@
     lse = log(sum_j exp(s) [+ exp(sink)]);  out = (exp(s - lse) ∘ keep * dropout_scale) · v
 
 One program owns BLOCK_M queries of one head and loops over the keys with an online softmax in base 2. Blocks of keys
-that no query sees are skipped. Blocks that all queries see have a loop without comparisons, the other ones (edges) a
-loop with them. Features are compile-time switches (an absent tensor is None), so a plain call pays for none of them.
-Row offsets have 64 bits. Saved for the backward: out and lse, the natural logarithm, in fp32.
+that no query sees are skipped. Blocks that all queries see have a loop without comparisons; the other blocks (edges)
+have a loop with them. Features are compile-time switches (an absent tensor is None), so a plain call pays for none of
+them. Row offsets have 64 bits. Saved for the backward: out and lse, the natural logarithm, in fp32.
 
 Scores are kept times log2(e), so that the softmax needs one FMA for its exponent. With NATURAL they are kept unscaled,
-and lse is saved in two parts: a bias near FLT_MAX times log2(e) would be infinite, and scores that a large bias makes
-equal would be rounded to different values. ALiBi uses this too, and so does fp32, where products cost far more.
+and lse is saved in two parts. Otherwise a bias near FLT_MAX times log2(e) would be infinite, and scores that a large
+bias makes equal would be rounded to different values. ALiBi uses NATURAL too, and so does fp32, where products cost far
+more.
 
 Limits: head dims up to 256, padded with zeros in the kernel to a power of two. On sm_90 and newer, keys and values are
 loaded through TMA descriptors if strides and addresses are multiples of 16 bytes, otherwise through pointers.
@@ -53,7 +54,7 @@ def _forward_blocks(
     MASKED: tl.constexpr = EDGE or form.MASKED
     i = (start_m + tl.arange(0, form.BLOCK_M))[:, None]
     BOTH: tl.constexpr = form.HAS_LEFT or form.KEY_MASK
-    STAGES: tl.constexpr = 1 if EDGE and form.KEY_MASK else None  # few blocks; clear_hidden needs shared memory
+    STAGES: tl.constexpr = 1 if EDGE and form.KEY_MASK else None  # few blocks, and clear_hidden needs shared memory
     begin, end = walk(blocks, EDGE, BOTH)
     for block in tl.range(begin, end, num_stages=STAGES):
         start_n = block_start(block, blocks, form.BLOCK_N, EDGE, BOTH)
@@ -73,7 +74,8 @@ def _forward_blocks(
         else:
             m_new = tl.maximum(m_i, tl.max(s, 1))
         m_safe = m_new
-        if MASKED or features.bias is not None:  # if a row has seen nothing, subtract 0, because -inf - -inf is NaN
+        # If a row has seen nothing, subtract 0, because -inf - -inf is NaN.
+        if MASKED or features.bias is not None:
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         if form.FUSED_SCALE:
             p = tl.exp2(s * (features.scale * LOG2_E) - m_safe[:, None])
@@ -94,8 +96,10 @@ def _forward_blocks(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_fwd_kernel(q, k, v, out, lse_ptr, lse_low_ptr, features, n_heads, group, total_q, total_k, blocks,
                          window_left, window_right, threshold, k_map, v_map, form: tl.constexpr):  # fmt: skip
-    """total_q, total_k: rows of q and k per batch entry, or of all packed sequences. lse_low_ptr: the rounding error of
-    lse, or None. k_map, v_map: descriptors made by the host, or None."""
+    """Compute out and lse of a block of queries.
+
+    total_q, total_k: rows of q and k per batch entry, or of all packed sequences. lse_low_ptr: receives the rounding
+    error of lse, or None. k_map, v_map: descriptors made by the host, or None."""
     start_m, q_head, span = head_frame(
         features, n_heads, total_q, total_k, blocks, window_left, window_right, form, False
     )
@@ -107,7 +111,7 @@ def attention_fwd_kernel(q, k, v, out, lse_ptr, lse_low_ptr, features, n_heads, 
     q_side = query_side(q, q_head, span, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, False)
     q_tile = load_tile(q_side, start_m, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_M, True, False)
 
-    # online softmax over the blocks that all rows see, then over the edges
+    # Online softmax over the blocks that all rows see, then over the edges.
     acc, l_i, m_i = empty_softmax(form.BLOCK_M, form.BLOCK_DV)
     seen = key_blocks(start_m, form.BLOCK_M, span, form)
     acc, l_i, m_i = _forward_blocks(
@@ -122,7 +126,7 @@ def attention_fwd_kernel(q, k, v, out, lse_ptr, lse_low_ptr, features, n_heads, 
     if features.sink_ptr is not None:
         sink_score = load_of_sequence(features.sink_ptr + q_head, span.within, float("-inf"), features)
         acc, l_i, m_i = add_sink(acc, l_i, m_i, sink_score)
-    # a row that saw nothing gives output 0 and lse -inf
+    # A row that saw nothing gives output 0 and lse -inf.
     empty = l_i == 0.0
     m_i = tl.where(empty, 0.0, m_i)
     l_i = tl.where(empty, 1.0, l_i)

@@ -1,10 +1,10 @@
-"""Where the visible keys of a mask of one row lie: a key padding mask, (batch or 1, 1, 1, seqlen_k).
+"""The visible keys of a mask of one row: a key padding mask, (batch or 1, 1, 1, seqlen_k).
 
-Blocks of keys that are all visible need no mask, and those before the first and after the last visible key need not be
-read. The host must not look at the mask, because it would wait for the GPU, and layers do not know either: a mask may
-have holes. So a small kernel finds three numbers per batch entry, and the programs of attention read those as they read
-lengths. A mask that pads at the right or at the left thereby costs what lengths cost, and one with holes reads its mask
-from the first hole on.
+Blocks of keys that are all visible need no mask. Blocks before the first and after the last visible key need not be
+read. The host must not look at the mask, because it would wait for the GPU. Layers do not know its values either,
+because a mask may have holes. So a small kernel finds three numbers per batch entry, and the programs of attention read
+those as they read lengths. A mask that pads at the right or at the left therefore costs what lengths cost. A mask with
+holes is read from its first hole on.
 """
 
 import torch
@@ -18,7 +18,7 @@ LAUNCH = Launch(0, 4096, 4)
 
 @triton.jit(do_not_specialize=["total_k"])
 def attention_key_runs_kernel(mask, runs_ptr, total_k, BLOCK_N: tl.constexpr):
-    """Write (first visible key, first hidden key after it, key after the last visible one) of a batch entry; without a
+    """Write (first visible key, first hidden key after it, key after the last visible one) of a batch entry. Without a
     visible key, all are 0."""
     batch = tl.program_id(0).to(tl.int64)
     first, end_run, end = total_k, total_k, total_k * 0
@@ -37,7 +37,7 @@ def attention_key_runs_kernel(mask, runs_ptr, total_k, BLOCK_N: tl.constexpr):
 
 
 def key_runs(mask, rows, strides, total_k):
-    """Return what the kernel finds in the rows of a mask as Rows, strides (between batch entries,)."""
+    """Return what the kernel finds in the rows of a mask, as Rows with strides (between batch entries,)."""
     runs = torch.empty((rows, 3), dtype=torch.int32, device=mask.device)
     if rows:
         launch(attention_key_runs_kernel, (rows,), mask.device, Rows(mask, strides), runs, total_k,

@@ -1,6 +1,6 @@
-"""Launch parameters of the attention kernels, rewritten by scripts/tune_attention.py.
+"""Launch parameters of the attention kernels. scripts/tune_attention.py rewrites this file.
 
-They are chosen so that tiles stay in registers when compiled; not yet measured on hardware.
+The parameters keep tiles in registers when the kernels are compiled. They have not been measured on hardware yet.
 """
 
 from fastattn.kernels.common import Launch, Variants

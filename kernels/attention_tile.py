@@ -13,7 +13,8 @@ from fastattn.kernels.common import HOST_MADE, LOG2_E, dropout_halfwords, tanh
 @triton.jit
 def load_tile(side, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
               TMA: tl.constexpr):  # fmt: skip
-    """Load rows start to start + BLOCK - 1. Rows outside [begin, end), if EDGE, and columns past DIM are zeros."""
+    """Load rows start to start + BLOCK - 1. With EDGE, rows outside [begin, end) are zeros; columns past DIM always
+    are."""
     if TMA == HOST_MADE:
         tile = side.source.load([side.index.to(tl.int32), side.head.to(tl.int32), start, 0]).reshape(BLOCK, BLOCK_D)
     elif TMA:
@@ -36,7 +37,7 @@ def load_tile(side, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def store_tile(rows, index, head, first, start, end, tile, DIM: tl.constexpr):
-    """Store a tile at row first + start of a head: the rows before first + end and the columns before DIM."""
+    """Store a tile at row first + start of a head. Only rows before first + end and columns before DIM are stored."""
     offs = start + tl.arange(0, tile.shape[0])
     offs_d = tl.arange(0, tile.shape[1])
     base = head_ptr(rows, index, head) + first * rows.strides[2]
@@ -59,7 +60,7 @@ def seen_keys(j, span, head, features):
 
 @triton.jit
 def clear_hidden(rows, visible, start_n, span, head, features, form: tl.constexpr, EDGE: tl.constexpr):
-    """Return rows of k or v with zeros for keys that the mask hides: they may be NaN, and 0 * NaN is NaN."""
+    """Return rows of k or v with zeros for keys that the mask hides, because these may be NaN, and 0 * NaN is NaN."""
     if form.KEY_MASK and EDGE:
         j = (start_n + tl.arange(0, form.BLOCK_N))[:, None]
         rows = tl.where(seen_keys(j, span, head, features), rows, 0.0)
@@ -87,7 +88,8 @@ def visible_tile(i, j, span, head, features, form: tl.constexpr, EDGE: tl.conste
 
 @triton.jit
 def tile_scores(qk, i, j, span, head, features, form: tl.constexpr):
-    """Return (scores, times log2(e) unless NATURAL; capped / softcap, undefined without a cap)."""
+    """Return (scores, capped / softcap). Scores are times log2(e) unless NATURAL. The second is undefined without a
+    cap."""
     capped = qk
     factor = features.scale
     if form.SOFTCAP:
@@ -98,7 +100,8 @@ def tile_scores(qk, i, j, span, head, features, form: tl.constexpr):
     if features.bias is not None:
         inside = (i < span.seqlen_q) & (j < span.length_k)
         add = tl.load(score_ptrs(features.bias, head, i, j), mask=inside, other=0.0).to(tl.float32)
-        s = tl.fma(capped, factor, add)  # an explicit FMA: forward and backward must round the same way
+        # An explicit FMA, because forward and backward must round the same way.
+        s = tl.fma(capped, factor, add)
     else:
         s = capped * factor
     if features.slopes is not None:
@@ -120,7 +123,7 @@ def empty_softmax(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def exponential(difference, NATURAL: tl.constexpr):
-    """e to the power of a difference of scores."""
+    """Return e to the power of a difference of scores."""
     if NATURAL:
         difference *= LOG2_E
     return tl.exp2(difference)
@@ -142,10 +145,11 @@ def add_sink(acc, l_i, m_i, score):
 
 @triton.jit
 def probability(s, lse_high, lse_low, NATURAL: tl.constexpr):
-    """exp(s - lse) for both parts of lse as the preprocess kernel of the backward writes them."""
+    """Return exp(s - lse) for both parts of lse, in the form that the preprocess kernel of the backward writes."""
     difference = s - lse_high
     if NATURAL:
-        # above 0 only if lse comes from another backend, which rounded the scores differently: by 64 for a bias of 1e9
+        # The difference is above 0 only if lse comes from another backend, which rounded the scores differently. It can
+        # be 64 for a bias of 1e9.
         difference = tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2_E - lse_low
     return tl.exp2(difference)
 

@@ -25,12 +25,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 DEVICE_MADE, HOST_MADE = tl.constexpr(1), tl.constexpr(2)  # Form.TMA: who makes the descriptors
-_INTERPRETED_PROGRAMS = 2  # of a persistent grid: enough to test that partial sums are added
+_INTERPRETED_PROGRAMS = 2  # the programs of a persistent grid; two are enough to test that partial sums are added
 
 
 class Launch(NamedTuple):
     """A row of a table of launch parameters: the tile of a program, its warps, the stages of loads in its loops, and
-    how many registers a thread may use."""
+    the number of registers that a thread may use."""
 
     block_m: int
     block_n: int
@@ -39,7 +39,7 @@ class Launch(NamedTuple):
     registers: int | None = None  # None: the assembler decides
 
     def options(self):
-        """The keyword arguments of a Triton launch."""
+        """Return the keyword arguments of a Triton launch."""
         options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -55,13 +55,14 @@ class Variants(NamedTuple):
     full: Launch
     causal: Launch
     extra: Launch
-    alibi: Launch | None = None  # None: as extra
+    alibi: Launch | None = None  # None: as `extra`
 
 
 def eights(*sizes):
-    """Whether sizes and strides are multiples of 8 elements, but not all of 16.
+    """Return whether sizes and strides are multiples of 8 elements, but not all of 16.
 
-    Triton sees only the latter, and would read rows of 1000 columns in half precision 2 bytes at a time instead of 16.
+    Triton sees only multiples of 16. It would read rows of 1000 columns in half precision 2 bytes at a time instead of
+    16.
     """
     return all(size % 8 == 0 for size in sizes) and any(size % 16 for size in sizes)
 
@@ -83,7 +84,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def tanh(x):
-    # the quotient cancels near 0; the series is exact to fp32 there
+    # The quotient cancels near 0, where the series is exact to fp32.
     x2 = x * x
     series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
     e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
@@ -93,7 +94,7 @@ def tanh(x):
 
 @triton.jit
 def dropout_halfwords(rng_ptr, row, slab, group):
-    """Return the 16-bit numbers that decide about the columns of `group`.
+    """Return the 16-bit numbers that decide whether the columns of `group` are kept.
 
     Args:
         row, slab: int64 (M,), of which the low 32 bits are used.
@@ -110,7 +111,7 @@ def dropout_halfwords(rng_ptr, row, slab, group):
         zero + slab[:, None].to(tl.uint32),
         zero + offset.to(tl.uint32),
     )
-    # interleaving puts even positions first: halfword 2 * i is the low half of word i, 2 * i + 1 its high half
+    # Interleaving puts even positions first: halfword 2 * i is the low half of word i, and 2 * i + 1 is its high half.
     low = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
     return tl.interleave(low, high)
@@ -118,7 +119,7 @@ def dropout_halfwords(rng_ptr, row, slab, group):
 
 @triton.jit
 def dropout_rows(x, rng_ptr, threshold, scale, row, first_col, BLOCK_N: tl.constexpr):
-    """keep * scale * x for x (M, BLOCK_N) in fp32. `row` has the row numbers, int64; first_col % 8 = 0."""
+    """Return keep * scale * x for x (M, BLOCK_N) in fp32. `row` has the row numbers, int64; first_col % 8 = 0."""
     group = first_col // 8 + tl.arange(0, BLOCK_N // 8)
     halfword = dropout_halfwords(rng_ptr, row, row >> 32, group)
     return tl.where(halfword >= threshold, x * scale, 0.0)
@@ -145,7 +146,8 @@ def contiguous(t):
 
 
 def unit_stride(t):
-    """Return t (batch, heads, rows, columns) with column stride 1; others, such as expanded gradients, are copied."""
+    """Return t (batch, heads, rows, columns) with column stride 1. Other tensors, such as expanded gradients, are
+    copied."""
     return t if t.stride(3) == 1 or t.size(3) == 1 else t.contiguous()
 
 
@@ -155,12 +157,12 @@ def _multiprocessors(index):
 
 
 def multiprocessors(device):
-    """The number of multiprocessors of a device; 1 in the interpreter."""
+    """Return the number of multiprocessors of a device; it is 1 in the interpreter."""
     return 1 if device.type == "cpu" else _multiprocessors(device.index)
 
 
 def persistent_programs(device, per_multiprocessor):
-    """The size of a grid whose programs loop: `per_multiprocessor` for each multiprocessor of the device."""
+    """Return the size of a grid whose programs loop: `per_multiprocessor` for each multiprocessor of the device."""
     if device.type == "cpu":
         return _INTERPRETED_PROGRAMS
     return multiprocessors(device) * per_multiprocessor
@@ -177,7 +179,7 @@ def device_guard(device):
 
 
 def _scratch(size, alignment, stream):
-    """Memory for the TMA descriptors that a kernel creates, on the current device and stream."""
+    """Return memory for the TMA descriptors that a kernel creates, on the current device and stream."""
     return torch.empty(size, dtype=torch.int8, device="cpu" if INTERPRETED else "cuda")
 
 
@@ -187,15 +189,15 @@ def _launch_with_scratch(kernel, grid, args, constants):
 
 
 def uses_tma(args):
-    """Whether the last argument of a kernel is a Form with descriptors that the kernel makes."""
+    """Return whether the last argument of a kernel is a Form with descriptors that the kernel makes."""
     return bool(args) and getattr(args[-1], "TMA", 0) == DEVICE_MADE.value
 
 
 def launch(kernel, grid, device, *args, **constants):
     """Run kernel[grid](*args, **constants) on a device, with the options that all launches share.
 
-    Multiply-adds are fused, whatever the default of this version of Triton is. If its last argument is a
-    Form with descriptors that the kernel makes, it gets memory for them; the caller's allocator is not replaced.
+    Multiply-adds are fused, whatever the default of this version of Triton is. If the last argument is a Form with
+    descriptors that the kernel makes, the kernel gets memory for them. The caller's allocator is not replaced.
     """
     constants["enable_fp_fusion"] = True
     with device_guard(device):

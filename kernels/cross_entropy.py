@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fastattn.kernels.common import Launch, eights, in_eights, launch, launch_for, register, tanh
 
-# By width; wider rows are read in blocks of the last entry.
+# By width. Wider rows are read in blocks of the last entry.
 TABLE = (Launch(1, 256, 1), Launch(1, 1024, 4), Launch(1, 4096, 8))
 
 
@@ -53,7 +53,7 @@ def cross_entropy_fwd_kernel(
         s_target = tl.load(logits_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
         s_target = _cap(s_target, softcap, SOFTCAP)
 
-        # not -inf, because -inf - -inf is NaN
+        # This is not -inf, because -inf - -inf is NaN.
         most = -3.4028234663852886e38
         total = 0.0  # sum_j exp(s_j - most)
         above_target = tl.zeros((BLOCK_N,), tl.float32)  # s - s_target, summed over blocks
@@ -81,7 +81,7 @@ def cross_entropy_fwd_kernel(
             dloss = tl.where(valid, dloss, float("nan"))
             of_exp = dloss * (1 + 2 * z_loss * lse) / total
             even = dloss * smoothing / cols
-            tl.debug_barrier()  # every thread has read s_target
+            tl.debug_barrier()  # waits until every thread has read s_target
             for start in range(0, cols, BLOCK_N):
                 col = start + offs
                 s = _cap(tl.load(logits_ptr + col, mask=col < cols, other=0.0).to(tl.float32), softcap, SOFTCAP)

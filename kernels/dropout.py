@@ -21,7 +21,7 @@ from fastattn.kernels.common import (
     register,
 )
 
-# By width; wider rows are divided into tiles of the last entry.
+# By width. Wider rows are divided into tiles of the last entry.
 TABLE = (Launch(32, 64, 4), Launch(16, 128, 4), Launch(8, 256, 4), Launch(4, 512, 4), Launch(2, 1024, 4))
 
 

@@ -151,7 +151,7 @@ def activation_bwd_kernel(
             dpreact = dact * value
             dgate = dact * preact * slope
             tl.store(dgate_ptr + offs, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-            dbias_gate += dgate  # rows after the last one add 0, because their dhidden loads as 0
+            dbias_gate += dgate  # Rows after the last one add 0, because their dhidden loads as 0.
         else:
             dpreact = dact * slope
         tl.store(dpreact_ptr + offs, dpreact.to(dpreact_ptr.dtype.element_ty), mask=mask)

@@ -132,7 +132,7 @@ def norm_fwd_kernel(
     if r_ptr is not None:
         tl.store(r_ptr + row[:, None] * cols + col[None, :], r.to(r_ptr.dtype.element_ty), mask=mask)
 
-    # the centred second moment, from registers: no cancellation
+    # The centred second moment is computed from registers, without cancellation.
     mean = tl.zeros((BLOCK_M,), tl.float32)
     if not RMS:
         mean = tl.sum(r, axis=1) / cols
@@ -156,7 +156,7 @@ def norm_fwd_wide_kernel(
     residual_stride = in_eights(residual_stride, EIGHTS)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
 
-    # three passes over a row that stays in the L2 cache: mean, centred second moment, result
+    # Three passes over a row that stays in the L2 cache: mean, centred second moment, result.
     mean = tl.zeros((1,), tl.float32)
     if not RMS:
         total = tl.zeros((1, BLOCK_N), tl.float32)

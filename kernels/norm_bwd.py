@@ -32,14 +32,15 @@ from fastattn.kernels.common import (
 )  # fmt: skip
 from fastattn.kernels.norm import FORWARD, WIDE, affine, load_stats
 
-BACKWARD = (*FORWARD[:6], Launch(1, 8192, 16))  # up to 4096 columns as the forward
-# Warps that fit on a multiprocessor. With dx_bias each thread keeps a third sum: it has up to 144 registers, so fewer
-# warps fit, and rows of more than BIASED_COLS columns would spill.
+BACKWARD = (*FORWARD[:6], Launch(1, 8192, 16))  # up to 4096 columns as in the forward
+# The number of warps that fit on a multiprocessor. With dx_bias each thread keeps a third sum and has up to 144
+# registers. So fewer warps fit, and rows of more than BIASED_COLS columns would spill.
 RESIDENT_WARPS, BIASED_WARPS, BIASED_COLS = 16, 12, 4096
-# Sums over all rows of a strip of wide rows. A program has 32 KB of 16-bit dy and r in flight; by Little's law, 4.8
+# Sums over all rows of a strip of wide rows. A program has 32 KB of 16-bit dy and r in flight. By Little's law, 4.8
 # TB/s and 0.8 us need 29 KB per multiprocessor.
 STRIP = Launch(128, 64, 16)
-INTERPRETED_STRIP_N = 4096  # the interpreter's time per program does not depend on its width
+# The interpreter's time per program does not depend on its width.
+INTERPRETED_STRIP_N = 4096
 SUM = Launch(128, 32, 4)  # adds the partial sums
 
 
@@ -176,7 +177,7 @@ def norm_bwd_strip_kernel(
             tl.store(dweight_ptr + col, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=col < cols)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + col, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=col < cols)
-    if dx_bias_ptr is not None:  # a loop of its own, because three sums at once take twice the registers
+    if dx_bias_ptr is not None:  # a separate loop, because three sums at once take twice the registers
         dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for block in range(tl.cdiv(rows, BLOCK_M)):
             row = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -212,7 +213,8 @@ def add_up_kernel(
 
 
 def add_up(partials, outputs):
-    """Set outputs to partials (programs, cols) summed over programs in order; both are three tensors or None."""
+    """Set outputs to partials (programs, cols) summed over programs in order. Each argument holds three tensors or
+    None."""
     programs, cols = next(t for t in partials if t is not None).shape
     out = next(t for t in outputs if t is not None)
     launch(
@@ -247,7 +249,7 @@ def norm_bwd(
     if tile is not None and not (need_dx_bias and cols > BIASED_COLS):
         resident = BIASED_WARPS if need_dx_bias and tile.warps == 4 else RESIDENT_WARPS
         programs = min(triton.cdiv(rows, tile.block_m), persistent_programs(device, resident // tile.warps))
-        # Triton 3.8 and 3.9 crash at this width on sm_90 when they compile dbias and dx_bias without dweight
+        # Triton 3.8 and 3.9 crash at this width on sm_90 if they compile dbias and dx_bias without dweight.
         with_dweight = need_dweight or (need_dbias and need_dx_bias and tile.block_n == 128)
         partials = [
             torch.empty((programs, cols), dtype=torch.float32, device=device) if wanted else None

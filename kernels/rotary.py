@@ -1,10 +1,10 @@
 """Rotary position embedding: y1 = x1 * cos - x2 * sin, y2 = x2 * cos + x1 * sin, over the pairs of the first rotary_dim
 channels. The other channels are copied. The backward is the same with -sin.
 
-A program owns BLOCK_M tokens of BLOCK_H heads, of q or of k, and loads the table rows of its tokens once for all of
-them. Half-split pairs are two tiles; interleaved pairs are one tile of twice the width, separated in registers. The op
-can work in place, because a program loads a row before it stores it, and no other program touches the row.
-A position outside the table gives NaN. Limits: fewer than 2^31 tokens.
+A program owns BLOCK_M tokens of BLOCK_H heads, of q or of k, and loads the table rows of its tokens once for all heads.
+Half-split pairs are two tiles. Interleaved pairs are one tile of twice the width, separated in registers. The op can
+work in place, because a program loads a row before it stores it, and no other program touches the row. A position
+outside the table gives NaN. Limits: fewer than 2^31 tokens.
 Reference: fastattn.reference.rotary_embedding.
 """
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from fastattn.kernels.common import launch, register
 from fastattn.ops._layout import empty_in_layout
 
-MAX_PAIRS, MAX_HEADS = 2048, 8  # of a program
+MAX_PAIRS, MAX_HEADS = 2048, 8  # the limits of a program
 
 
 class RotaryLaunch(NamedTuple):
@@ -26,7 +26,7 @@ class RotaryLaunch(NamedTuple):
     block_m: int
     block_h: int
     block_half: int
-    block_rest: int  # 0 if there are none
+    block_rest: int  # 0 if no channels are copied
     warps: int = 4
 
 

@@ -8,8 +8,8 @@
 A row is replaced if a candidate is at least 2 % faster. A backward kernel is timed within the whole backward, whose
 other kernels keep their configurations. Lock the clocks, and keep the GPU otherwise idle.
 
-An interrupted run with --resume can be repeated. A candidate after which the GPU computes nothing any more ends the
-run; it is noted and passed over by the next one, as is a candidate during which two runs ended.
+An interrupted run with --resume can be repeated. If the GPU computes nothing any more after a candidate, the run ends.
+The candidate is noted, and the next run skips it. It also skips a candidate during which two runs ended.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import json
 import pathlib
 
 TABLE_FILE = pathlib.Path(__file__).resolve().parent.parent / "kernels" / "attention_table.py"
-TEXT = '''"""Launch parameters of the attention kernels, rewritten by scripts/tune_attention.py.
+TEXT = '''"""Launch parameters of the attention kernels. scripts/tune_attention.py rewrites this file.
 
 {origin}
 """
@@ -29,7 +29,7 @@ from fastattn.kernels.common import Launch, Variants
 TABLE = {{
 {rows}}}
 '''
-TOKENS, SEQLEN, WIDTH = 16384, 4096, 2048  # of the workload: batch * seqlen, seqlen, heads * head_dim
+TOKENS, SEQLEN, WIDTH = 16384, 4096, 2048  # the workload: batch * seqlen, seqlen, heads * head_dim
 MARGIN = 0.98
 
 

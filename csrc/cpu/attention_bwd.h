@@ -64,7 +64,7 @@ class Backward {
  private:
   struct Sizes {
     int64_t group, pieces, piece_keys, width, width_v;
-    int64_t kept;  // pieces whose dk and dv are kept until all heads of the group are added
+    int64_t kept;  // the number of pieces whose dk and dv are kept until all heads of the group are added
 
     explicit Sizes(const AttentionCpuArgs& args)
         : group(heads_per_key_head(args)),
@@ -75,13 +75,13 @@ class Backward {
           width_v(round_up(args.head_dim_v, kVec)),
           kept(group > 1 && !args.piece_per_task ? pieces : 1) {}
   };
-  // The sums for dk and dv of a piece.
+  // The sums of dk and dv of a piece.
   struct KeySums {
     float *dk, *dv;
   };
 
-  // Processes query head number g of the group that shares a key head: all pieces, or only first_piece with
-  // piece_per_task. The sequence is number n of this task.
+  // Processes query head number g of the group that shares a key head. With piece_per_task it processes only
+  // first_piece, otherwise all pieces. The sequence is number n of this task.
   void run_head(const Sequence& sequence, int64_t kv, int64_t g, int64_t n, int64_t first_piece) {
     const int64_t h = kv * sizes_.group + g, end_piece = args_.piece_per_task ? first_piece + 1 : sizes_.pieces;
     scores_.select_head(sequence, h);
@@ -117,7 +117,8 @@ class Backward {
       run_block(sequence, piece, kv * sizes_.group + g, i0, sums);
     }
     dbias_.finish_piece(piece.first, piece.keys());
-    if (g == sizes_.group - 1) {  // rows after seqlens_k are written too, as zeros
+    // The rows after seqlens_k are also written, as zeros.
+    if (g == sizes_.group - 1) {
       store_rows(sequence.rows<T>(args_.dk, kv, first), args_.dk.row, sums.dk, sizes_.width, piece.keys(),
                  args_.head_dim, args_.scale);
       store_rows(sequence.rows<T>(args_.dv, kv, first), args_.dv.row, sums.dv, sizes_.width_v, piece.keys(),

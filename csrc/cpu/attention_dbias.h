@@ -61,8 +61,8 @@ struct DbiasRows {
   }
 };
 
-// dbias as the tasks of the backward compute it: that of one sequence, or the sum over a batch. One task adds all
-// sequences of the batch in order; for 16-bit dtypes it does so in memory of its own.
+// The part of dbias that a task of the backward computes: for one sequence, or summed over a batch. In the second case
+// the task adds all sequences in order; for 16-bit dtypes it adds them in a buffer of its own.
 class TaskDbias {
  public:
   static int64_t floats(const AttentionCpuArgs& args) { return sums(args) ? round_up(sums(args), 16) + 16 : 0; }
@@ -121,7 +121,7 @@ class TaskDbias {
   bool adds_ = false, ends_ = true;
 };
 
-// dbias with summed dimensions, in a pass of its own that recomputes p and ds. A task is a part of one (batch, head) of
+// dbias with summed dimensions, in a separate pass that recomputes p and ds. A task is a part of one (batch, head) of
 // dbias: a block of queries if dbias has rows, otherwise a tile of keys if it has columns, otherwise everything. It
 // adds its heads in order, so no two tasks write to the same place.
 template <typename T, bool kPairs>

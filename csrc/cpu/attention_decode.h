@@ -1,14 +1,14 @@
 #pragma once
-// Attention of few queries on a cache. A task is a block of rows and a split of the keys that they see. The rows are
+// Attention of a few queries on a cache. A task is a block of rows and a split of the keys that they see. The rows are
 // the queries of all heads that share a key head, so every row of the cache is read only once.
 //
 //   s = q·Kᵀ,  m' = max(m, s),  alpha = e^(m - m'),  p = e^(s - m'),  l = l * alpha + sum p,  o = o * alpha + p·V
 //
-// The head dim lies along the vector lanes, as in the cache; with one row or a few, lanes of queries would be mostly
-// empty. Each dot product therefore ends in a sum over lanes, which is computed for as many products at once as a
-// vector has lanes. Keys and values are found through pointers to their rows, so pages, layouts and cache_batch_idx
-// need no code of their own. Each split of a block leaves a partial result; the last split to finish combines them,
-// always in the same order.
+// The vector lanes hold columns of the head dim, as the cache does. Lanes that hold queries would be mostly empty,
+// because there are only a few rows. Each dot product therefore ends in a sum over lanes; as many of these sums as a
+// vector has lanes are computed at once. Keys and values are found through pointers to their rows, so pages, layouts
+// and cache_batch_idx need no code of their own. Each split of a block leaves a partial result. The last split to
+// finish combines them, always in the same order.
 #include "attention_decode_rows.h"
 
 namespace {
@@ -50,7 +50,7 @@ struct DecodeTask {
   }
 };
 
-// Pointers to the rows of `keys` keys from j on. The last one is repeated up to a whole vector.
+// Finds pointers to the rows of `keys` keys from j on. The last pointer is repeated up to a whole vector.
 template <typename T>
 inline void find_rows(const DecodeArgs& args, const fastattn::HeadTensor& cache, const DecodeTask& task, int64_t j,
                       int keys, const T** rows) {
@@ -127,8 +127,8 @@ void softmax_row(const DecodeArgs& args, const DecodeTask& task, int r, int64_t 
   *alpha = rescale[0];
 }
 
-// Combines the partial results of all splits of a block into rows of out and lse. A split has `stride` floats: o, then
-// m and l.
+// Combines the partial results of all splits of a block into rows of out and lse. Each split has `stride` floats: o,
+// then m, then l.
 template <typename T, bool kPairs>
 void finish_rows(const DecodeArgs& args, const DecodeTask& task, const float* partial, int64_t stride, int64_t width,
                  float* sums) {
@@ -184,7 +184,7 @@ void attend(const DecodeArgs& args, const DecodeTask& task, const float* q, int6
     const int64_t tile = (j0 - task.from) / kTileKeys % 2;
     const auto& now = found[tile];
     const int keys_next = j0 + kTileKeys < task.to ? find(j0 + kTileKeys, found[1 - tile]) : 0;
-    // the prefetched tile must have as many keys as this one; the last tile may be shorter
+    // The prefetched tile must have as many keys as this one; the last tile may have fewer.
     const auto& next = found[keys_next == kTileKeys ? 1 - tile : tile];
     for_row_groups(task.rows, [&](auto count, auto first, int r) {
       score_rows<T, kPairs, count.value, first.value>(q + r * width_q, width_q, now[0], next[0], keys, args.head_dim,

@@ -30,7 +30,7 @@ int64_t page_of(const DecodeArgs& args, int64_t b, int64_t position) {
                                 : b;
 }
 
-// Checks all arguments that say where keys are. Sequences have `more` keys in addition to cache_seqlens.
+// Checks all arguments that say where keys are. Each sequence has `more` keys in addition to cache_seqlens.
 void check_places(const CacheCall& call, const Tensor& k_cache, const Tensor& v_cache, int64_t more) {
   const DecodeArgs& args = call.args;
   for (const Tensor* t : {&k_cache, &v_cache}) {
@@ -52,9 +52,9 @@ void check_places(const CacheCall& call, const Tensor& k_cache, const Tensor& v_
   }
 }
 
-// Chooses the number of splits of the keys of a sequence: enough that large machines have work for every thread, with
-// each split long enough to pay for its start. Depends on sizes and lengths only, so that results do not depend on the
-// number of threads.
+// Chooses the number of splits of the keys of a sequence. There should be enough splits to occupy every thread of a
+// large machine, and each should be long enough to pay for its start. The number depends on sizes and lengths only, so
+// the results do not depend on the number of threads.
 int64_t choose_splits(const DecodeArgs& args, int64_t tasks, int64_t wanted) {
   constexpr int64_t kTasks = 64, kMinKeys = 256;
   int64_t longest = 0, all = 0;
@@ -126,7 +126,7 @@ void run_attention_decode(DecodeArgs& args, int64_t num_splits) {
   for (int64_t b = 0; b < args.batch; ++b) {
     keys += args.cache_seqlens[b] + args.seqlen_new;
   }
-  // threads take tasks as they come, the first free one the next
+  // Each free thread claims the next task.
   for_pieces(tasks, keys * args.n_kv_heads * blocks * (args.head_dim + args.head_dim_v) / tasks + 1,
              [&](int64_t, int64_t) { kernel(args); });
   STD_TORCH_CHECK(!failed, "attention_decode: out of memory");

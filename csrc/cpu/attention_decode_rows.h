@@ -41,14 +41,14 @@ inline Vec lane_sums(const Vec* a) {
 #endif
 }
 
-// How a row of T is read: one load covers kCols elements. bf16 is widened to even and odd elements, or multiplied in
+// How a row of T is read. One load covers kCols elements. bf16 is widened to even and odd elements, or multiplied in
 // pairs with kPairs. q and the sums of values are stored in the matching order; place() gives the position of a column.
 template <typename T, bool kPairs>
 struct Row {
   static constexpr bool kHalves = std::is_same_v<T, BF16>;
   static constexpr int kCols = kHalves ? 2 * kVec : kVec;
-  static constexpr int kKeyVecs = kPairs ? 1 : kCols / kVec;  // of a load of a key
-  static constexpr int kValueVecs = kCols / kVec;             // of a load of a value; with kPairs, of two values
+  static constexpr int kKeyVecs = kPairs ? 1 : kCols / kVec;  // vectors per load of a key
+  static constexpr int kValueVecs = kCols / kVec;  // vectors per load of a value; with kPairs, per load of two values
 
   static constexpr int64_t width(int64_t cols) { return round_up(cols, kCols); }
 
@@ -80,7 +80,7 @@ struct Row {
     }
   }
 
-  // The last n columns of a row, n < kCols, padded with zeros.
+  // The last n columns of a row, padded with zeros; n < kCols.
   struct Tail {
     alignas(64) T data[kCols] = {};
     Tail(const T* p, int n) { std::memcpy(data, p, n * sizeof(T)); }
@@ -115,7 +115,7 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
       }
     };
     if constexpr (kFirst) {
-      // one key at a time, in memory order: with eight at a time, the hardware prefetcher reached 10 GB/s instead of 14
+      // One key at a time, in memory order. Eight at a time reduced the hardware prefetcher from 14 to 10 GB/s.
 #pragma GCC unroll 16
       for (int n = 0; n < K; ++n) {
         for (int64_t x = 0; x < whole; ++x) {
@@ -123,7 +123,7 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
           add(n, x, k[j + n] + x * In::kCols);
         }
       }
-    } else {  // from the cache: K keys at a time share the loads of q
+    } else {  // The rows are now in the cache, so K keys at a time share the loads of q.
       for (int64_t x = 0; x < whole; ++x) {
 #pragma GCC unroll 16
         for (int n = 0; n < K; ++n) {
@@ -147,7 +147,7 @@ void score_rows(const float* q, int64_t width, const T* const* k, const T* const
 }
 
 // o[r][..] = o[r][..] * alpha[r] + sum_j p[r][j] * v[j][..] for R rows and U loads of a value from column `col` on.
-// With kFirst, o is not read. A tail of `rest` columns is one load.
+// With kFirst, o is not read. A tail of `rest` columns takes one load.
 template <typename T, bool kPairs, int R, int U, bool kFirst>
 void add_values_block(const float* p, const T* const* v, const T* const* next, int keys, int64_t col, int rest,
                       bool start, const float* alpha, float* o, int64_t width) {
@@ -213,7 +213,7 @@ void add_values_block(const float* p, const T* const* v, const T* const* next, i
 template <typename T, bool kPairs, int R, bool kFirst>
 void add_values(const float* p, const T* const* v, const T* const* next, int keys, int64_t cols, bool start,
                 const float* alpha, float* o, int64_t width) {
-  // enough accumulators to hide the latency of a multiplication, while registers remain for the values
+  // There are enough accumulators to hide the latency of a multiplication, and registers remain for the values.
   using In = Row<T, kPairs>;
   constexpr int kCols = In::kCols, U = (kVec == 16 ? (R == 4 ? 4 : 8) : 8 / R) / In::kValueVecs;
   int64_t col = 0;
@@ -226,7 +226,7 @@ void add_values(const float* p, const T* const* v, const T* const* next, int key
   }
 }
 
-// A row of a query in the layout that score_rows reads.
+// A row of queries in the layout that score_rows reads.
 template <typename T, bool kPairs>
 inline void pack_row(float* dst, const T* src, int64_t cols) {
   using In = Row<T, kPairs>;
@@ -240,7 +240,7 @@ inline void pack_row(float* dst, const T* src, int64_t cols) {
   }
 }
 
-// Calls body<R, whether these are the first rows>(first row) for all rows, four, two or one at a time.
+// Calls body<R, whether these are the first rows>(first row) for all rows: four, two or one at a time.
 template <typename Body>
 inline void for_row_groups(int rows, Body body) {
   const auto group = [&](auto count, int r) {

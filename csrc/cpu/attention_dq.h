@@ -1,15 +1,16 @@
 #pragma once
-// dq of the backward. For a block of queries it is the sum over the pieces of keys that the block sees, in order. In
-// fp32 the sum is made in args.dq, and tasks with one piece each wait for their turn. For 16-bit dtypes, a task of all
-// pieces sums in an fp32 buffer of its own; tasks of one piece leave dq to query_gradient, which recomputes p and ds.
-// So with few heads no buffer grows with seqlen, and with many heads there is one head per thread at most.
+// dq of the backward. For each block of queries, it is the sum over the pieces of keys that the block sees, in order.
+// In fp32 the sum is made in args.dq; if each task has one piece, the tasks wait for their turn. For 16-bit dtypes, a
+// task of all pieces sums in its own fp32 buffer. Tasks of one piece leave dq to query_gradient, which recomputes p and
+// ds. So with few heads no buffer grows with seqlen, and with many heads there is at most a buffer of one head per
+// thread.
 #include <thread>
 
 #include "attention_gradient.h"
 
 namespace {
 
-// dQᵀ of a block of queries over some keys, and the same as rows.
+// dQᵀ of a block of queries over some keys, and its transpose.
 class BlockDq {
  public:
   static int64_t floats(const AttentionCpuArgs& args) { return 2 * kLanes * round_up(args.head_dim, kVec); }
@@ -107,7 +108,7 @@ class DqLater {
   void finish_head() {}
 };
 
-// dq in a pass of its own. A task is a block of queries of one head.
+// dq in a separate pass. A task is a block of queries of one head.
 template <typename T, bool kPairs>
 void query_gradient(const AttentionCpuArgs& args) {
   const int64_t group = heads_per_key_head(args);
@@ -124,7 +125,7 @@ void query_gradient(const AttentionCpuArgs& args) {
   BlockDq dq(args, arena);
   for (int64_t task; (task = next_task(args)) < tasks;) {
     const int64_t b = task / blocks / args.n_heads, h = task / blocks % args.n_heads;
-    const int64_t i0 = (blocks - 1 - task % blocks) * kLanes;  // longest first, if causal
+    const int64_t i0 = (blocks - 1 - task % blocks) * kLanes;  // starts with the longest blocks if causal
     const Sequence sequence(args, b);
     if (i0 >= sequence.len_q) {
       continue;

@@ -82,7 +82,7 @@ inline void online_softmax(float* s, int all_keys, int64_t diagonal, int lane_ve
   }
 }
 
-// lse = most + log(total), and the part of it that fp32 loses if the maximum is large.
+// lse = most + log(total), and the part of lse that fp32 loses if the maximum is large.
 inline void store_lse(double most, float total, float* lse, float* low) {
   const float log_total = std::log(total);
   *lse = total == 0.f ? -kInf : static_cast<float>(most + log_total);
@@ -91,7 +91,8 @@ inline void store_lse(double most, float total, float* lse, float* low) {
   }
 }
 
-constexpr float kLeastTotal = 1e-37f;  // the total of a row that sees a key is 1 or more, otherwise it is 0
+// The total of a row that sees a key is at least 1; otherwise it is 0.
+constexpr float kLeastTotal = 1e-37f;
 
 template <typename T, bool kPairs>
 void forward(const AttentionCpuArgs& args) {
@@ -120,7 +121,7 @@ void forward(const AttentionCpuArgs& args) {
 
   for (int64_t task; (task = next_task(args)) < tasks;) {
     const int64_t b = task / blocks / args.n_heads, h = task / blocks % args.n_heads;
-    const int64_t i0 = (blocks - 1 - task % blocks) * kLanes;  // longest first, if causal
+    const int64_t i0 = (blocks - 1 - task % blocks) * kLanes;  // starts with the longest blocks if causal
     const Sequence sequence(args, b);
     if (i0 >= sequence.len_q) {
       continue;

@@ -3,8 +3,8 @@
 //
 //   p = e^(s - lse),  ds = p ∘ (dp - delta),  with s = K·Qᵀ, dp = V·dOutᵀ
 //
-// lse is read in two parts. If it is large, fp32 has no digits left for the sum of the row, and the p of the row would
-// not sum to 1.
+// lse is read in two parts. If it is large, one fp32 number has no digits left for the sum of the row, and the p of a
+// row would not add up to 1.
 #include "attention_fwd.h"
 
 namespace {
@@ -43,9 +43,9 @@ void zero_rows(T* dst, int64_t stride, int rows, int64_t cols) {
   }
 }
 
-// A packed block of queries of one head: transposed for products over head_dim, in depth order for products over
-// queries, with lse and delta = rowsum(dout ∘ out) - dlse. lse is high + low: high in the unit of the scores, low times
-// log2(e). Lanes past the end have lse = inf, so their p is 0.
+// A packed block of queries of one head. It is transposed for products over head_dim and in depth order for products
+// over queries. It includes lse and delta = rowsum(dout ∘ out) - dlse. lse is high + low: high in the unit of the
+// scores, low times log2(e). Lanes past the end have lse = inf, so their p is 0.
 template <typename T, bool kPairs>
 class QueryBlock {
  public:
@@ -163,8 +163,8 @@ class TileGradient {
     v_ = left_rows<T, kPairs>(v, args_.v.row, keys, args_.head_dim_v, v_copy_);
   }
 
-  // Computes p and ds for a block and the loaded keys from number `skip` on. scores.prepare() must have been called for
-  // them.
+  // Computes p and ds for a block and the loaded keys from number `skip` on. The caller must have called
+  // scores.prepare() for these keys.
   void run(Scores& scores, const QueryBlock<T, kPairs>& block, int64_t skip, int keys, int rows) {
     const int lane_vecs = (rows + kVec - 1) / kVec;
     product_into_scores<kPairs>(k_.data + skip * k_.ld, k_.ld, block.q_t(), slots<kPairs>(args_.head_dim), p, keys,
@@ -267,7 +267,7 @@ class TileGradient {
           weight = weight * kept;
         }
         weight.store(at_p);
-        // if p is 0, dp may be anything, as it may come from a hidden key
+        // If p is 0, dp may be anything, because it may come from a hidden key.
         select(unkept < Vec::fill(kLeastFloat), Vec::fill(0.f), unkept * (dp - delta)).store(at_ds);
       }
     }

@@ -61,7 +61,7 @@ void set_longest(Call& call) {
 
 // Runs the kernel on torch's threads. Threads claim tasks from a shared counter.
 void run(Kernel kernel, AttentionCpuArgs& args, int64_t tasks) {
-  // The number of multiplications that justify waking a thread, which takes some microseconds.
+  // The number of multiplications that justify waking a thread, which takes several microseconds.
   constexpr int64_t kLeastWork = 1 << 17;
   const int64_t work = args.batch * args.n_heads * args.seqlen_q * args.seqlen_k * (args.head_dim + args.head_dim_v) /
                        std::max<int64_t>(1, tasks);
@@ -74,8 +74,8 @@ void run(Kernel kernel, AttentionCpuArgs& args, int64_t tasks) {
   STD_TORCH_CHECK(!failed, "attention: out of memory");
 }
 
-// glibc returns blocks of this size to the kernel on free, so the next call faults them in again, page by page: 17 ms
-// for 32 MiB, 4 ms with huge pages.
+// glibc returns blocks of this size to the kernel on free, so the next call faults them in again, page by page. That
+// takes 17 ms for 32 MiB, or 4 ms with huge pages.
 void advise_huge_pages(const Tensor& t) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 1 << 21, kNeverKept = 1 << 25;
@@ -92,8 +92,8 @@ constexpr int64_t blocks_of(int64_t n) {
   return (n + 63) / 64;
 }
 
-// True if every piece of a head's keys is a task. Depends on sizes only, never on the number of threads, so results do
-// not depend on it either.
+// True if each piece of a head's keys is a task. The answer depends on sizes only, never on the number of threads, so
+// the results do not depend on the number of threads either.
 bool has_task_per_piece(const AttentionCpuArgs& args) {
   constexpr int64_t kManyTasks = 8;
   const bool whole_batch = args.dbias_from == AttentionCpuArgs::DbiasFrom::kWholeBatch;
@@ -166,7 +166,7 @@ Tensor attention_infer(const Tensor& q, const Tensor& k, const Tensor& v, int64_
   return forward(call, q, nullptr, nullptr);
 }
 
-// True if one task may sum the dbias of a whole batch: in fp32 in place, for 16-bit dtypes in memory of the thread.
+// True if one task may sum the dbias of a whole batch: in place for fp32, in a buffer of its thread for 16-bit dtypes.
 bool dbias_sum_fits(const AttentionCpuArgs& args) {
   constexpr int64_t kMostFloats = 1 << 21;
   return args.bias_dtype == DType::kFloat32 ||
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& q
   if (in.sink) {
     float* sums = static_cast<float*>(dsink.mutable_data_ptr());
     for (int64_t h = 0; h < args.n_heads; ++h) {
-      double total = 0;  // in fp64, as the sum may be long
+      double total = 0;  // in fp64, because the sum may have many terms
       for (int64_t b = 0; b < args.batch; ++b) {
         total += args.dsink_partial[b * args.n_heads + h];
       }

@@ -7,7 +7,8 @@ namespace fastattn {
 // Computes args.out, and both parts of args.lse if there is memory for them.
 void run_attention_fwd(AttentionCpuArgs& args);
 
-// Computes args.dq, dk and dv, and what args says about dbias and dsink_partial, but not a dbias in a pass of its own.
+// Computes args.dq, dk and dv. Also computes dsink_partial and dbias if args has them, except a dbias in a separate
+// pass.
 void run_attention_bwd(AttentionCpuArgs& args);
 
 }  // namespace fastattn

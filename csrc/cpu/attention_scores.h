@@ -99,7 +99,7 @@ class Scores {
     return find_seen(rows, keys);
   }
 
-  // Lane x of the tile sees no key after number x + diagonal().
+  // Lane x of the tile does not see the keys after number x + diagonal().
   int64_t diagonal() const { return diagonal_; }
 
   // The keys that at least one query of the tile sees, or null if all are seen. Valid after finish().
@@ -193,7 +193,8 @@ class Scores {
     }
   }
 
-  // Always an FMA, so that forward and backward round a score the same way. A product that -inf hides may be NaN.
+  // This is always an FMA, so that the forward and the backward round a score the same way. A product that -inf hides
+  // may be NaN.
   static Vec add_or_hide(Vec product, Vec factor, Vec add) {
     return select(add < Vec::fill(-kFloatMax), Vec::fill(-kInf), fma(product, factor, add));
   }

@@ -66,8 +66,8 @@ inline Vec lanes_from(float first) {
   return Vec::load(kIota) + Vec::fill(first);
 }
 
-// dst[r][lane] = scale if halfword (first + r) % 8 of the Philox block of row + lane is kept, else 0, for r < count.
-// Key and counter are those of reference.philox_keep.
+// dst[r][lane] is `scale` if halfword (first + r) % 8 of the Philox block of row + lane is kept, otherwise 0, for r <
+// count. Key and counter are those of reference.philox_keep.
 inline void keep_group(float* dst, uint32_t group, int first, int count, uint32_t row, uint32_t slab,
                        const fastattn::Dropout& dropout) {
   const uint64_t seed = static_cast<uint64_t>(dropout.rng[0]);

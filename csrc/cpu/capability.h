@@ -15,7 +15,7 @@
 
 namespace fastattn {
 
-// Each set contains those before it. avx512bf16 is avx512 with dot products of bfloat16, amx is that with tiles for
+// Each set contains those before it. avx512bf16 adds dot products of bfloat16 to avx512, and amx adds tiles of
 // bfloat16. Only kernels that benefit have these two variants.
 enum class CpuCapability { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
@@ -34,7 +34,7 @@ inline const char* capability_name(CpuCapability capability) {
   }
 }
 
-// Whether the processor has AMX for bfloat16, and the system lets this process use it.
+// True if the processor has AMX for bfloat16 and the system lets this process use it.
 inline bool may_use_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
@@ -49,7 +49,8 @@ inline bool may_use_tiles() {
 
 inline CpuCapability best_capability() {
 #if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;  // some versions of clang do not know __builtin_cpu_supports("f16c")
+  // Not __builtin_cpu_supports("f16c"), because some versions of clang do not know that name.
+  unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) {
     return CpuCapability::kDefault;
   }
@@ -68,12 +69,12 @@ inline CpuCapability best_capability() {
   return CpuCapability::kDefault;
 }
 
-// The instruction set to use. In a virtual machine each question to the processor takes microseconds, so callers keep
-// the answer.
+// Returns the instruction set to use. In a virtual machine, each CPUID instruction takes microseconds, so callers store
+// the result.
 inline CpuCapability cpu_capability() {
   const CpuCapability best = best_capability();
   const char* wanted = std::getenv("FASTATTN_CPU_CAPABILITY");
-  // Python has checked the word already; here an unknown word means no limit
+  // Python has already checked the name. Here an unknown name means that there is no limit.
   for (CpuCapability lower :
        {CpuCapability::kDefault, CpuCapability::kAvx2, CpuCapability::kAvx512, CpuCapability::kAvx512Bf16}) {
     if (wanted && capability_name(lower) == std::string_view(wanted) && lower < best) {

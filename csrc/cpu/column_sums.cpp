@@ -1,6 +1,7 @@
 // out[col] = the sum of a column of x, in fp32.
 //
-// A call owns columns. The rows are added in pairs of halves, an order that depends on their number only.
+// A call owns columns. The sum over the rows is a tree of sums of halves, whose shape depends only on the number of
+// rows.
 #include "api.h"
 #include "rows.h"
 

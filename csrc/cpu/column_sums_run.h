@@ -1,5 +1,5 @@
 #pragma once
-// How the sums of columns are divided between threads, for the wrappers that need them.
+// How column sums are divided between threads, for the wrappers that need them.
 #include <algorithm>
 
 #include "dispatch.h"

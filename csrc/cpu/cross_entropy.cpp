@@ -5,10 +5,10 @@
 //   ds = dloss * ((1 + 2 * z_loss * lse) * p - (1 - smoothing) * onehot(target) - smoothing / cols)
 //   dx = ds * (1 - (s / softcap)^2)
 //
-// A call owns rows. The first pass reads a row in blocks that fit into the L1 cache: first the maximum of a block, then
-// its sum of exponentials; the sum so far is rescaled if the maximum grows. The second pass writes the gradient.
-// Differences to the maximum and to s_target are taken before anything is summed, so large logits keep their digits.
-// Ignored rows are not read. Registers hold fp32.
+// A call owns rows. The first pass reads a row in blocks that fit into the L1 cache. For each block it computes the
+// maximum and then the sum of exponentials; the sum so far is rescaled if the maximum grows. The second pass writes the
+// gradient. Differences to the maximum and to s_target are taken before anything is summed, so large logits keep their
+// digits. Ignored rows are not read. Registers hold fp32.
 // Reference: Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018.
 #include <cfloat>
 #include <cmath>
@@ -74,7 +74,7 @@ void cross_entropy_row(const CrossEntropyArgs& args, int64_t row) {
   const float s_target = valid ? cap(to_float(x[target])) : NAN;
 
   float most = -FLT_MAX;
-  // sum_j exp(s_j - most), sum_j (s_j - s_target); in fp64, as they may be long
+  // sum_j exp(s_j - most) and sum_j (s_j - s_target), in fp64 because they may have many terms
   double sum_of_blocks = 0, above_target = 0;
   for (int64_t first = 0; first < cols; first += kBlock) {
     const T* block = x + first;

@@ -15,7 +15,7 @@ Tensor cross_entropy_fwd(Tensor logits, const Tensor& target, const std::optiona
   fastattn::CrossEntropyCall call(logits, target, dloss, ignore_index, label_smoothing, z_loss, softcap, need_grad);
   const fastattn::CrossEntropyArgs& args = call.args;
   const auto fn = FASTATTN_SELECT_CPU(cross_entropy_fwd);
-  // a row has a loss even if it has no columns
+  // A row has a loss even if it has no columns.
   fastattn::for_pieces(args.rows, std::max<int64_t>(1, args.cols),
                        [&](int64_t begin, int64_t end) { fn(args, begin, end); });
   return call.loss;

@@ -1,10 +1,11 @@
 #pragma once
-// The steps of attention on a cache, for the wrappers that take them.
+// The steps of attention on a cache, for the wrappers that run them.
 #include "head_tensors.h"
 
 namespace fastattn {
 
-// Attention of args.q, into args.out and args.lse. num_splits: the number of parts of the keys; 0: chosen by size.
+// Computes attention for args.q and writes args.out and args.lse. num_splits is the number of splits of the keys; if it
+// is 0, the function chooses the number from the sizes.
 void run_attention_decode(DecodeArgs& args, int64_t num_splits);
 
 // Copies `seqlen` new rows of `size` bytes for each of `heads` heads into the cache `to`, after the valid keys. Strides

@@ -2,7 +2,7 @@
 // Selects the variant of a CPU kernel to run. Only wrapper files include this; they are compiled with baseline flags.
 #include "capability.h"
 
-// The pointer to `name` for the instruction set in use, looked up once.
+// Returns the pointer to the variant of `name` for the instruction set in use. It is looked up once.
 #if defined(__x86_64__)
 #define FASTATTN_SELECT_CPU(name)                  \
   ([] {                                            \
@@ -35,7 +35,7 @@
 #define FASTATTN_SELECT_CPU_BF16(name, dtype) FASTATTN_SELECT_CPU(name)
 #endif
 
-// The same for kernels that have a variant for the tiles of AMX, too.
+// The same for kernels that also have a variant for the tiles of AMX.
 #if defined(__x86_64__)
 #define FASTATTN_SELECT_CPU_TILES(name, dtype)                                         \
   (dtype == fastattn::DType::kBFloat16 && fastattn::has_tiles() ? fastattn::name##_amx \

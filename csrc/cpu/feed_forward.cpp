@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kChunk = 512;  // keep bits are drawn for this many columns at a time
 
-// How a step reads and writes one vector: all of it, or the first n elements at the end of a row.
+// How a step reads and writes one vector: the whole vector, or its first n elements at the end of a row.
 struct Whole {
   template <typename T>
   Vec load(const T* p) const {
@@ -56,7 +56,7 @@ struct Row {
   T *hidden, *dpreact, *dgate;
   float *dbias, *dbias_gate;
   float scale;
-  const uint8_t* keep = nullptr;  // of the chunk that begins at column `first`
+  const uint8_t* keep = nullptr;  // the keep bits of the chunk that begins at column `first`
   int64_t first = 0;
 
   Row(const ActivationArgs& args, int64_t row)
@@ -70,7 +70,7 @@ struct Row {
         dbias_gate(row_of(args.dbias_gate_partial, row / kActivationBlockRows, args.cols)),
         scale(args.dropout.scale) {}
 
-  // a dropped element is 0 even if x is inf or NaN
+  // A dropped element is 0 even if x is inf or NaN.
   Vec dropout(Vec x, int64_t i) const {
     return select(keep_mask(keep, i - first), x * Vec::fill(scale), Vec::fill(0.f));
   }

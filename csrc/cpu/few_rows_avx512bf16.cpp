@@ -1,10 +1,10 @@
-// Product of few rows with a weight matrix that is read in place, in bfloat16: y (m, n) = x (m, k) · weightᵀ (k, n),
-// plus bias, with sums in fp32 that are rounded once. Compiled for AVX512-BF16 only, whose dot product multiplies the
-// two bf16 of a slot and adds them to a sum.
+// Product of a few rows and a weight matrix that is read in place, in bfloat16: y (m, n) = x (m, k) · weightᵀ (k, n),
+// plus bias. Sums are in fp32 and are rounded once. The file is compiled for AVX512-BF16 only. The dot product of this
+// instruction set multiplies the two bf16 of a slot by two others and adds both products to a sum.
 //
 // As in gemm.cpp, x is packed transposed, so that its rows are vector lanes, and the weight is read by broadcasts of
-// slots. Every element is summed over k in steps of kDepth, each step in the order of k. So the bits depend neither on
-// the number of rows nor on that of threads.
+// slots. Every element is summed over k in steps of kDepth, and each step is summed in the order of k. So the result
+// depends neither on the number of rows nor on the number of threads.
 #include "api.h"
 #include "lanes.h"
 
@@ -18,7 +18,7 @@ constexpr int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// A matrix as slots. They are aligned like a bf16 only, which is enough for loads and broadcasts.
+// Reads a matrix as slots. They are only aligned to 2 bytes, which is enough for loads and broadcasts.
 inline const float* as_slots(const uint16_t* p) {
   return reinterpret_cast<const float*>(p);
 }
@@ -26,7 +26,7 @@ inline const BF16* as_bf16(const uint16_t* p) {
   return reinterpret_cast<const BF16*>(p);
 }
 
-// t[slot] = the slots of up to kVec rows of up to 2 * kVec elements, zeros after them
+// t[slot] is slot number `slot` of up to kVec rows of up to 2 * kVec elements, followed by zeros.
 inline void load_slots(Vec (&t)[kVec], const uint16_t* src, int64_t stride, int64_t rows, int64_t elements) {
   if (rows >= kVec && elements >= 2 * kVec) {
     return load_transposed(t, as_bf16(src), stride);
@@ -38,7 +38,7 @@ inline void load_slots(Vec (&t)[kVec], const uint16_t* src, int64_t stride, int6
   transpose_square(t);
 }
 
-// total[r][v] = V vectors of rows of x times R rows of the weight from n on, plus their bias.
+// total[r][v] = vector v of the rows of x times row n + r of the weight, plus its bias; V vectors and R rows.
 template <int V, int R>
 void lane_columns(const FewRowsArgs& args, const float* lanes, int64_t n, Vec* total) {
   constexpr int64_t kAhead = 128, kLine = 16;  // slots
@@ -91,7 +91,7 @@ void lane_columns(const FewRowsArgs& args, const float* lanes, int64_t n, Vec* t
   }
 }
 
-// Up to V vectors of rows from row r0 on; columns [begin, end).
+// Processes up to V vectors of rows from row r0 on, and columns [begin, end).
 template <int V, int R>
 void lane_rows(const FewRowsArgs& args, int64_t r0, int64_t begin, int64_t end, float* lanes) {
   const int64_t rows = least(V * kVec, args.m - r0);

@@ -1,15 +1,15 @@
-// Matrix product in fp32: c (m, n) = a (m, k) · b (k, n), plus a bias per column or plus what c holds.
+// Matrix product in fp32: c (m, n) = a (m, k) · b (k, n), plus a bias per column or plus the old content of c.
 //
 // Blocked: a task owns a block of rows and a panel of kPanel columns. It packs its panel of b, kDepth rows of b at a
-// time, as [k][kColumns] strips that stay in the second cache, and reads a by broadcasts: in place, or a transposed a
-// with far strides packed as [k][kRows]. A register block is kRows x kColumns.
+// time, as [k][kColumns] strips that stay in the L2 cache. a is read by broadcasts, in place. Only a transposed a with
+// large strides is packed first, as [k][kRows]. A register block is kRows x kColumns.
 //
-// Few rows: a is packed transposed, so that its rows are vector lanes, and b is read by broadcasts in place, which a
-// weight matrix (n, k) allows without a copy. One row is a dot product for each column.
+// Few rows: a is packed transposed, so that its rows are vector lanes. b is read in place by broadcasts, so a weight
+// matrix (n, k) needs no copy. A single row is a dot product for each column.
 //
-// Every element is summed over k in steps of kDepth, each step in the order of k, whatever the sizes of blocks and the
-// number of threads. So the bits do not depend on them, and the error grows with kDepth + k / kDepth additions, not
-// with k. A single row is summed by lanes instead and may differ from the same row among others in the last bit.
+// Every element is summed over k in steps of kDepth, and each step is summed in the order of k. So the result does not
+// depend on the sizes of blocks or the number of threads, and the error grows with kDepth + k / kDepth additions, not
+// with k. A single row is summed by lanes instead: its last bit may differ from that of the same row among others.
 // Reference: Goto, van de Geijn, "Anatomy of high-performance matrix multiplication", 2008.
 #include "api.h"
 #include "lanes.h"
@@ -17,17 +17,18 @@
 namespace fastattn {
 namespace {
 
-constexpr int kColumnVecs = kVec == 16 ? 4 : 2;  // 32 or 16 registers: accumulators, one row of b, one broadcast
+// The 32 or 16 registers hold the accumulators, one row of b and one broadcast.
+constexpr int kColumnVecs = kVec == 16 ? 4 : 2;
 constexpr int kRows = 6;
-constexpr int kColumns = kColumnVecs * kVec;  // of a register block
+constexpr int kColumns = kColumnVecs * kVec;  // the columns of a register block
 constexpr int64_t kPanel = kGemmPanel;
-constexpr int64_t kDepth = 384;  // with 512 the error exceeds twice that of MKL
+constexpr int64_t kDepth = 384;  // With 512, the error exceeds twice that of MKL.
 
 constexpr int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// dst[k][kColumns] = b(k, first + column) for `cols` columns, zeros in the columns after them.
+// dst[k][kColumns] = b(k, first + column) for `cols` columns, and zeros in the columns after them.
 void pack_strip(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int64_t first, int64_t cols) {
   if (args.b_col == 1) {
     const float* src = args.b + k0 * args.b_row + first;
@@ -55,10 +56,11 @@ void pack_strip(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int
   }
 }
 
-// dst[block][k][kRows] = a(first + row, k): for a whose columns are contiguous. A few values of k at a time go through
-// all blocks, so that a line of a is read once.
+// dst[block][k][kRows] = a(first + row, k), if the columns of a are contiguous. A few values of k at a time go through
+// all blocks, so that each cache line of a is read once.
 void pack_rows(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int64_t first, int64_t rows) {
-  constexpr int64_t kAtOnce = 8;  // rows of a that lie 4 KiB apart share the ways of one set of the first cache
+  // Rows of a that lie 4 KiB apart compete for one set of the L1 cache, so only a few are read at a time.
+  constexpr int64_t kAtOnce = 8;
   for (int64_t begin = 0; begin < depth; begin += kAtOnce) {
     const int64_t end = least(depth, begin + kAtOnce);
     for (int64_t r = 0; r < rows; r += kRows) {
@@ -66,7 +68,8 @@ void pack_rows(float* dst, const GemmArgs& args, int64_t k0, int64_t depth, int6
       float* out = dst + r * depth;
       const int64_t count = least(kRows, rows - r);
       int64_t k = begin;
-      if (kVec >= kRows && first + r + kVec <= args.m) {  // the lanes after the sixth are overwritten by the next two k
+      // The lanes after the sixth are overwritten by the next two values of k.
+      if (kVec >= kRows && first + r + kVec <= args.m) {
         for (; k < least(end, depth - 2); ++k) {
           Vec::load(src + k * args.a_col).store(out + k * kRows);
         }
@@ -142,14 +145,15 @@ void row_block(int64_t rows, const float* a, int64_t lda, const float* b, int64_
 }
 
 // Whether a transposed a is read in place. Each of its cache lines (16 rows) is then fetched once for every six rows.
-// That pays unless the lines are so far apart that they evict each other, or enough panels read them to repay packing.
+// That is cheaper than packing, unless the lines are so far apart that they evict each other, or so many panels read
+// them that packing pays off.
 bool reads_in_place(const GemmArgs& args) {
   constexpr int64_t kNear = 512, kFar = 2048, kFewPanels = 8;
   return args.a_col <= kNear || (args.a_col <= kFar && args.n <= kFewPanels * kPanel);
 }
 
-// Tasks [begin, end) of the blocked product. Tasks that follow each other share the rows of a transposed a, else the
-// panel of b.
+// Processes tasks [begin, end) of the blocked product. Consecutive tasks share the rows of a transposed a, or the panel
+// of b otherwise.
 void blocked(const GemmArgs& args, int64_t begin, int64_t end) {
   const bool transposed = args.a_col != 1, packs_a = transposed && !reads_in_place(args);
   const int64_t panels = (args.n + kPanel - 1) / kPanel, blocks = (args.m + args.rows - 1) / args.rows;
@@ -199,7 +203,7 @@ void blocked(const GemmArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Adds one step of k to the sums of R columns of b and V vectors of rows of a.
+// Adds depth steps of k to the sums of R columns of b and V vectors of rows of a.
 template <int V, int R>
 inline void lane_step(const float* b, int64_t ldb, const float* lanes, int64_t depth, Vec (&acc)[R][V]) {
   constexpr int64_t kAhead = 128, kLine = 16;
@@ -256,7 +260,7 @@ void lane_columns(const GemmArgs& args, const float* lanes, int64_t n, Vec* sums
   }
 }
 
-// Up to V vectors of rows, from row r0 on; columns [begin, end).
+// Processes up to V vectors of rows, from row r0 on, and columns [begin, end).
 template <int V, int R>
 void lane_rows(const GemmArgs& args, int64_t r0, int64_t begin, int64_t end, float* lanes) {
   const int64_t rows = least(V * kVec, args.m - r0);

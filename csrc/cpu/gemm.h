@@ -9,10 +9,10 @@ namespace fastattn {
 
 // Computes the product of args, whose sizes, strides, bias and `add` are set.
 inline void run_gemm(GemmArgs args) {
-  constexpr int64_t kMostFewRows = 64;     // from there on packing b pays
-  constexpr int64_t kRowsOfPackedA = 384;  // packed, they stay in the second cache together with a panel of b
+  constexpr int64_t kMostFewRows = 64;     // With more rows, packing b pays off.
+  constexpr int64_t kRowsOfPackedA = 384;  // once packed, they stay in the L2 cache together with a panel of b
   constexpr int64_t kRegisterRows = 6;
-  constexpr int64_t kLeastWork = 1 << 18;  // multiplications that are worth waking a thread
+  constexpr int64_t kLeastWork = 1 << 18;  // the multiplications that justify waking a thread
   const int64_t m = args.m, n = args.n, k = args.k;
   if (m * n == 0) {
     return;

@@ -1,9 +1,9 @@
-// Matrix product in bfloat16 with the tiles of AMX: c (m, n) = a (m, k) · b (k, n), plus a bias per column or plus what
-// c holds, with sums in fp32 that are rounded once. Compiled for AMX only.
+// Matrix product in bfloat16 with the tiles of AMX: c (m, n) = a (m, k) · b (k, n), plus a bias per column or plus the
+// old content of c. Sums are in fp32 and are rounded once. The file is compiled for AMX only.
 //
-// A tile is 16 rows of 16 slots, 1 KiB; a slot is two bf16 that follow each other along k. A block of c is 2 x 2 tiles,
-// summed over all of k in the order of k, so the bits do not depend on the number of threads. b is packed into tiles
-// first, and so is a, unless its tiles can be loaded from where they lie.
+// A tile is 16 rows of 16 slots (1 KiB). A slot is two bf16 that follow each other along k. A block of c is 2 x 2
+// tiles. It is summed over all of k in the order of k, so the result does not depend on the number of threads. b is
+// packed into tiles first. So is a, unless its tiles can be loaded in place.
 #include "gemm_tiles.h"
 #include "lanes.h"
 
@@ -28,7 +28,7 @@ struct Tile {
   }
 };
 
-// The first `rows` of 16 rows and the first `elements` of 32; zeros where there are fewer.
+// Loads the first `rows` of 16 rows and the first `elements` of their 32 elements. The rest are zeros.
 void load_rows(Tile& t, const uint16_t* src, int64_t stride, int64_t rows, int64_t elements) {
   const __mmask32 part = static_cast<__mmask32>((1ull << clamp(elements, kTileDepth)) - 1);
   for (int r = 0; r < kVec; ++r) {
@@ -36,7 +36,8 @@ void load_rows(Tile& t, const uint16_t* src, int64_t stride, int64_t rows, int64
   }
 }
 
-// The first `rows` of 32 rows, two to a row of slots, and the first `elements` of 16; zeros where there are fewer.
+// Loads the first `rows` of 32 rows, two per row of slots, and the first `elements` of their 16 elements. The rest are
+// zeros.
 void load_pairs(Tile& t, const uint16_t* src, int64_t stride, int64_t rows, int64_t elements) {
   const __mmask16 part = static_cast<__mmask16>((1u << clamp(elements, kVec)) - 1);
   const auto row = [&](int64_t r) {
@@ -48,7 +49,7 @@ void load_pairs(Tile& t, const uint16_t* src, int64_t stride, int64_t rows, int6
   }
 }
 
-// sums (R * 16, 32) = R tiles of rows of a times two of columns of b; rows of a are `stride` bytes apart.
+// sums (R * 16, 32) = R tiles of rows of a times two tiles of columns of b. The rows of a are `stride` bytes apart.
 template <int R>
 void multiply(const char* a, int64_t stride, int64_t step, int64_t next_rows, const char* b, int64_t steps,
               float* sums) {
@@ -80,7 +81,7 @@ void multiply(const char* a, int64_t stride, int64_t step, int64_t next_rows, co
   }
 }
 
-// Rounds sums (rows, cols), whose rows are 32 apart, to c.
+// Rounds sums (rows, cols), whose rows are 32 apart, and stores them in c.
 void finish(const TilesArgs& args, const float* sums, int64_t r0, int64_t rows, int64_t n0, int64_t cols) {
   for (int64_t n = 0; n < cols; n += kVec) {
     const int count = static_cast<int>(clamp(cols - n, kVec));
@@ -141,7 +142,7 @@ void tiles_multiply(const TilesArgs& args, int64_t begin, int64_t end) {
   const int64_t steps = args.steps(), panels = (args.n + kBlock - 1) / kBlock, tasks = args.rows / kBlock * panels;
   alignas(64) float sums[kBlock * kBlock];
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t part = task / tasks * args.rows;  // of rows, which stays in the second cache
+    const int64_t part = task / tasks * args.rows;  // the first row of a part of the rows, which stays in the L2 cache
     const int64_t blocks = (clamp(args.m - part, args.rows) + kBlock - 1) / kBlock;
     const int64_t p = task % tasks / blocks, r0 = part + task % tasks % blocks * kBlock, n0 = p * kBlock;
     const int64_t rows = clamp(args.m - r0, kBlock);

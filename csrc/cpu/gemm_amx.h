@@ -1,5 +1,5 @@
 #pragma once
-// How a product in bfloat16 with the tiles of AMX is divided between threads, for the wrappers that make one.
+// How a product in bfloat16 with the tiles of AMX is divided between threads, for the wrappers that compute one.
 #include "dispatch.h"
 #include "gemm_tiles.h"
 #include "host.h"
@@ -10,23 +10,23 @@ namespace fastattn {
 // Computes the product of args, whose operands, sizes, strides, bias and `add` are set.
 inline void run_tiles(TilesArgs args) {
   constexpr int64_t kTileFloats = 256, kTile = 16;
-  constexpr int64_t kMostPacked = 1 << 20;   // floats of each operand at a time
-  constexpr int64_t kPartBytes = 1 << 20;    // of the rows of a that stay in the second cache
-  constexpr int64_t kLeastWork = 1 << 21;    // multiplications that are worth waking a thread
-  constexpr int64_t kLeastPacked = 1 << 15;  // elements
+  constexpr int64_t kMostPacked = 1 << 20;   // floats of each operand that are packed at a time
+  constexpr int64_t kPartBytes = 1 << 20;    // bytes of the rows of a that stay in the L2 cache
+  constexpr int64_t kLeastWork = 1 << 21;    // the multiplications that justify waking a thread
+  constexpr int64_t kLeastPacked = 1 << 15;  // the packed elements that justify waking a thread
   const int64_t m = args.m, n = args.n, steps = args.steps();
   if (m * n == 0) {
     return;
   }
   const auto whole = [](int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; };
-  // how many rows or columns to pack at a time
+  // The number of rows or columns to pack at a time.
   const auto at_once = [&](int64_t count) {
     const int64_t most = kMostPacked / (std::max<int64_t>(1, steps) * kTile) / kTilesBlock * kTilesBlock;
     return std::min(whole(count, kTilesBlock), std::max(most, kTilesBlock));
   };
   const bool packs_a = args.a_col != 1 || args.k % 32 != 0 || m % kTile != 0;
   const int64_t rows = packs_a ? at_once(m) : m, cols = at_once(n);
-  const int64_t floats = steps * kTile;  // of a packed row or column
+  const int64_t floats = steps * kTile;  // the size of a packed row or column
   float* memory = tiles_memory((packs_a ? rows * floats : 0) + cols * floats);
   STD_TORCH_CHECK(memory, "gemm: out of memory");
   const auto pack = [&](int64_t count, void (*kernel)(const TilesArgs&, int64_t, int64_t)) {

@@ -15,7 +15,8 @@ const char* name_of(ScalarType dtype) {
   return dtype == ScalarType::Float ? "float32" : "bfloat16";
 }
 
-// A matrix one of whose strides is 1, transposed by its strides if wanted; a copy where both strides have gaps.
+// A matrix with a stride of 1, transposed if wanted by exchanging its strides. It is a copy if no stride of the tensor
+// is 1.
 struct Matrix {
   Tensor tensor;
   int64_t rows, cols, row, col;
@@ -30,7 +31,7 @@ struct Matrix {
     const int d = transposed ? 1 : 0;
     rows = t.size(d);
     cols = t.size(1 - d);
-    // the stride of a dimension of size 1 is free
+    // The stride of a dimension of size 1 has no meaning, so it may be set to anything.
     row = rows <= 1 ? (cols <= 1 ? 1 : 0) : tensor.stride(d);
     col = cols <= 1 ? 1 : tensor.stride(1 - d);
   }
@@ -56,7 +57,7 @@ void run(const Tensor& out, const Matrix& a, const Matrix& b, const std::optiona
                           a.rows <= 1 ? b.cols : out.stride(0));
 }
 
-// a · b + bias, either operand transposed first
+// Returns a · b + bias. Either operand may be transposed first.
 Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool transpose_a, bool transpose_b) {
   const ScalarType dtype = dtype_of_products(a);
   const Matrix left(a, transpose_a, "a", dtype), right(b, transpose_b, "b", dtype);
@@ -65,7 +66,7 @@ Tensor gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias,
   return out;
 }
 
-// out += a · b
+// out += a · b. Either operand may be transposed first.
 void gemm_add_(Tensor out, const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
   const Matrix left(a, transpose_a, "a", ScalarType::Float), right(b, transpose_b, "b", ScalarType::Float);
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == left.rows && out.size(1) == right.cols &&

@@ -1,30 +1,32 @@
-// Product of few rows with a weight matrix that is read in place: y (m, n) = x (m, k) · weightᵀ (k, n), times a scale
-// per column, plus bias, plus residual. x and y are fp32; the weight is fp32, bf16 or int8 and is widened in registers.
+// Product of a few rows and a weight matrix that is read in place: y (m, n) = x (m, k) · weightᵀ (k, n), times a scale
+// per column, plus bias, plus residual. x and y are fp32. The weight is fp32, bf16 or int8 and is widened in registers.
 //
-// With few rows the time is that of reading the weight. A task owns columns of y, which are rows of the weight, and
-// reads them as kStreams streams: the weight rows of a register block lie a fraction of the task apart, so that each
-// stream is one long sequence of addresses. Rows that follow each other would be streams of one row each, which end
-// before the processor's prefetching has caught up: 7 to 11 GB/s instead of 19 with rows of 2 to 3 KiB on Zen 3.
+// With few rows, nearly all time is spent on reading the weight. A task owns columns of y, which are rows of the
+// weight, and reads these as kStreams streams. The weight rows of a register block are a fraction of the task apart, so
+// that each stream is one long sequence of addresses. If a block had neighbouring rows instead, each row would be a
+// stream that ends before the hardware prefetcher has caught up: 7 to 11 GB/s instead of 19 with rows of 2 to 3 KiB on
+// Zen 3.
 //
-// A sum is kept in kVec lanes, each a chain of at most kChain additions, whatever the block, the number of rows and the
-// number of threads. So the bits depend on none of them.
+// A sum is kept in kVec lanes. Each lane is a chain of at most kChain additions. The order does not depend on the
+// block, the number of rows or the number of threads, so the result does not depend on them either.
 #include "api.h"
 #include "tile.h"
 
 namespace fastattn {
 namespace {
 
-constexpr int kRows = 3;     // kRows * kStreams accumulators, kRows vectors of x and one of the weight: 16 registers
-constexpr int kStreams = 4;  // weight rows of a block
+// The 16 registers hold kRows * kStreams accumulators, kRows vectors of x and one of the weight.
+constexpr int kRows = 3;
+constexpr int kStreams = 4;  // the weight rows of a block
 constexpr int64_t kChain = 256;
-constexpr int64_t kAhead = 512;  // bytes; bf16 and int8 gain 1.2 to 1.6 by it, fp32 little
+constexpr int64_t kAhead = 512;  // bytes; this makes bf16 and int8 1.2 to 1.6 times as fast, and fp32 little faster
 constexpr int64_t kLine = 64;
 
 constexpr int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// acc[r][c] += x(r, k) * weight(c, k) over k in [k0, k1), by lanes; weight rows lie `apart` elements from each other.
+// acc[r][c] += x(r, k) * weight(c, k) for k in [k0, k1), by lanes. The weight rows are `apart` elements apart.
 template <int M, int N, typename W>
 [[gnu::always_inline]] inline void add_products(const float* x, int64_t x_row, const W* w, int64_t apart, int64_t k0,
                                                 int64_t k1, Vec (&acc)[M][N]) {
@@ -65,13 +67,14 @@ template <int M, int N, typename W>
   }
 }
 
-// One fma, written as such: the compiler may round a product and a sum once in one block and twice in another.
+// The FMA is written explicitly. Otherwise, the compiler might round a product and a sum once in one block and twice in
+// another.
 inline void finish(const GemvArgs& args, float total, int64_t r, int64_t n) {
   const float y = __builtin_fmaf(total, args.scale ? args.scale[n] : 1.f, args.bias ? args.bias[n] : 0.f);
   args.y[r * args.y_row + n] = args.residual ? y + args.residual[r * args.residual_row + n] : y;
 }
 
-// Rows [r0, r0 + M) and N columns of y, n0 and then every `apart`.
+// Computes rows [r0, r0 + M) of N columns of y: n0, n0 + apart, and so on.
 template <int M, int N, typename W>
 void block(const GemvArgs& args, int64_t r0, int64_t n0, int64_t apart) {
   const float* x = args.x + r0 * args.x_row;
@@ -104,7 +107,7 @@ void block(const GemvArgs& args, int64_t r0, int64_t n0, int64_t apart) {
   }
 }
 
-// All rows of N columns: by threes, the last four as two pairs.
+// Computes all rows of N columns, three at a time. Four remaining rows are computed as two pairs.
 template <int N, typename W>
 void columns(const GemvArgs& args, int64_t n0, int64_t apart) {
   int64_t r = 0;

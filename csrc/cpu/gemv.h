@@ -1,5 +1,5 @@
 #pragma once
-// How a product of few rows is divided between threads, for the wrappers that compute one.
+// How a product with few rows is divided between threads, for the wrappers that compute one.
 #include "dispatch.h"
 #include "gemv_call.h"
 #include "host.h"
@@ -9,7 +9,7 @@ namespace fastattn {
 // Calls kernel(args, begin, end) for all groups of columns.
 template <typename Args>
 void for_groups(const Args& args, void (*kernel)(const Args&, int64_t, int64_t)) {
-  constexpr int64_t kLeastWork = 1 << 17;  // multiplications that are worth waking a thread
+  constexpr int64_t kLeastWork = 1 << 17;  // the multiplications that justify waking a thread
   if (args.m * args.n == 0) {
     return;
   }

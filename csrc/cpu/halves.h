@@ -1,5 +1,5 @@
 #pragma once
-// The storage types of 16 bits: their conversions, one number at a time, and the macro for the first elements of a
+// The 16-bit storage types: their conversions, one number at a time, and a macro that accesses the first elements of a
 // vector. Everything has internal linkage, as in vec.h.
 #include <cstdint>
 #include <cstring>
@@ -34,7 +34,7 @@ inline float to_float(FP16 value) {
   if (magnitude >= 0x7c00) {  // inf or NaN
     return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
   }
-  // the exponent bias differs by 112; the product also normalises subnormals
+  // The exponent biases differ by 112. The product also normalises subnormals.
   return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f));
 }
 

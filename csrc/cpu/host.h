@@ -13,7 +13,7 @@ inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarTy
   return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
 }
 
-constexpr int64_t kElementsPerTask = 16384;  // for less work, waking a thread costs more than it saves
+constexpr int64_t kElementsPerTask = 16384;  // With fewer elements, waking a thread costs more than it saves.
 
 // Calls work(begin, end) for parts of `count` pieces of `elements` elements each.
 template <typename Work>

@@ -1,11 +1,12 @@
 #pragma once
-// Shared by the products of few rows, whose rows are vector lanes: their memory, and how the sums are stored to y.
+// Shared by the products of few rows, which keep rows in vector lanes: memory, and the function that stores the sums in
+// y.
 #include "tile.h"
 
 namespace {
 
-// Memory of a thread, kept for its next call: a fresh block of this size costs a page fault for each 4 KiB. Null if
-// the allocation fails.
+// Memory of a thread that is kept for its next call. A fresh block of this size would cost a page fault for each 4 KiB.
+// The result is null if the allocation fails.
 inline float* thread_scratch(int64_t floats) {
   struct Block {
     ~Block() { std::free(data); }
@@ -21,8 +22,8 @@ inline float* thread_scratch(int64_t floats) {
   return block.data;
 }
 
-// y(row, n) for columns n in [begin, end) and `rows` rows, which fill up to V vectors. columns<C>(n, sums) computes
-// sums[c][v] of the columns n to n + C; C is R, or 1 for the last ones.
+// Stores y(row, n) for columns n in [begin, end) and `rows` rows, which fill up to V vectors. columns<C>(n, sums)
+// computes sums[c][v] for C columns from n on. C is R, or 1 for the last columns.
 template <int V, int R, typename T, typename Columns>
 void store_lanes(int64_t rows, int64_t begin, int64_t end, T* y, int64_t y_row, const Columns& columns) {
   Vec sums[kVec * V];

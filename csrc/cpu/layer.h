@@ -5,13 +5,12 @@
 //   post-norm  r = norm1(x + out_proj(attention(in_proj(x)))),  y = norm2(r + linear2(hidden(r)))
 //   hidden(h) = activation(linear1(h)), or gated activation(gate(h)) * linear1(h)
 //
-// A decoder layer has attention to a memory with a norm of its own between the two.
+// Between these two steps, a decoder layer has attention to a memory, with its own norm.
 //
-// All arithmetic is in the kernels of the other files. A derived class makes the attention. The products of few rows
-// read weights of fp32, bf16 or int8 in place; for more rows fp32 weights go to our blocked product or to torch's
-// library. In bf16 the weights and everything between the kernels are bf16; the products of more rows are torch's, or
-// ours with AMX.
-// x, the sums r, y and the norms' weights are bf16 too, or fp32 (autocast; only in a training step).
+// All arithmetic is in the kernels of other files. A derived class implements the attention. Products of few rows read
+// weights of fp32, bf16 or int8 in place. For more rows, fp32 weights go to our blocked product or to torch's library.
+// In bf16, the weights and everything between the kernels are bf16; products of more rows are torch's, or ours with
+// AMX. Then x, the sums r, y and the norms' weights are also bf16, or fp32 under autocast (only in a training step).
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -31,7 +30,8 @@ struct LayerOptions {
   bool norm_first;
   int64_t activation;
   double eps[3];
-  // up to how many tokens the products with fp32 weights are those of gemv, and up to how many ours; then torch's
+  // A product of at most most_few_rows tokens reads the weight in place. Our own product serves at most most_own_rows
+  // tokens, and torch's library serves more.
   int64_t most_few_rows, most_own_rows;
 };
 
@@ -41,7 +41,8 @@ inline OptionalTensor present(const Tensor& t) {
   return t.numel() == 0 ? OptionalTensor() : OptionalTensor(t);
 }
 
-// The memory of a CPU tensor with these sizes and a last stride of 1, which does not matter without elements.
+// Returns the memory of a CPU tensor. It must have these sizes and a last stride of 1, which does not matter if it is
+// empty.
 inline float* layer_tensor(const Tensor& t, const std::vector<int64_t>& sizes, const char* name,
                            ScalarType dtype = ScalarType::Float) {
   const auto found = t.sizes();
@@ -54,8 +55,8 @@ inline float* layer_tensor(const Tensor& t, const std::vector<int64_t>& sizes, c
   return static_cast<float*>(const_cast<void*>(data_of(t)));
 }
 
-// Memory of one call. Up to most_kept bytes stay with the thread for its next call: malloc returns blocks of this size
-// to the kernel, and the next call would fault them in again, page by page.
+// The memory of one call. Up to most_kept bytes stay with the thread for its next call. Otherwise malloc would return
+// blocks of this size to the kernel, and the next call would fault them in again, page by page.
 class Scratch {
  public:
   explicit Scratch(int64_t floats, int64_t most_kept = 1 << 25) {
@@ -97,7 +98,7 @@ class Scratch {
 
 class Layer {
  public:
-  // dtype: of everything between the kernels, if it is not that of x
+  // dtype: the dtype of everything between the kernels, if it is not that of x
   Layer(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
         const LayerOptions& options, std::optional<ScalarType> dtype = std::nullopt)
       : x_(contiguous_copy(x)),
@@ -139,14 +140,14 @@ class Layer {
   virtual ~Layer() = default;
 
  protected:
-  // The gate and attention to a memory exclude each other. kCrossQ and kCrossKv are the rows of kCrossIn for q, and for
-  // k and v.
+  // A layer has a gate or attention to a memory, never both. kCrossQ is the rows of kCrossIn for q, and kCrossKv is its
+  // rows for k and v.
   enum Linear { kIn, kOut, kUp, kDown, kGate, kCrossIn = kGate, kCrossOut, kCrossQ, kCrossKv, kLinears };
 
-  // out = attention of the projected tokens, whose rows hold q, k and v; lse: room for the statistics.
+  // out = attention of the projected tokens; the rows of qkv hold q, k and v. lse is memory for the statistics.
   virtual void attend(void* qkv, void* out, float* lse) = 0;
 
-  // out = attention from x to the memory, with its projections; room: of room_to_cross() bytes. For decoder layers.
+  // For decoder layers: out = attention from x to the memory, with its projections. `room` has room_to_cross() bytes.
   virtual void cross(const void* x, void* out, void* room) {}
   virtual int64_t room_to_cross() const { return 0; }
 
@@ -159,7 +160,7 @@ class Layer {
     const void* x = data_of(x_);
     const int64_t d_ff = linears_[kUp].n, size = is_bf16() ? 2 : sizeof(float);
     const auto bytes = [&](int64_t cols) { return Scratch::whole_lines(tokens_ * cols * size); };
-    // attention is over when the feed-forward block begins, which takes its memory
+    // Attention has ended when the feed-forward block begins, so they share this memory.
     const int64_t attention = bytes(linears_[kIn].n) + bytes(linears_[kOut].k) + tokens_ * options_.n_heads * 4;
     const int64_t most = std::max({attention, room_to_cross(), (gated_ ? 2 : 1) * bytes(d_ff)});
     const Scratch buffer(((crosses_ ? 4 : 3) * bytes(width_) + most + 3) / 4);
@@ -207,21 +208,21 @@ class Layer {
 
   bool is_bf16() const { return dtype_ == ScalarType::BFloat16; }
 
-  // The weight of a linear layer, in the dtype of x, read in place.
+  // Returns the weight of a linear layer, which is read in place.
   Operand weight(Linear which) const {
     const GemvArgs& linear = linears_[which];
     return {linear.weight, linear.n, linear.k, linear.weight_row, 1, dtype_};
   }
 
-  // y = x through a linear layer, plus residual if there is one. All are contiguous.
+  // y = linear layer of x, plus residual if it is not null. All are contiguous.
   void product(Linear which, const void* x, void* y, const void* residual) const {
     product_of(tokens_, which, x, y, residual);
   }
 
-  // The same for another number of rows than the layer has tokens; then without a residual.
+  // The same for any number of rows. A residual is allowed only if there are as many rows as tokens.
   void product_of(int64_t rows, Linear which, const void* x, void* y, const void* residual = nullptr) const {
     const GemvArgs& linear = linears_[which];
-    constexpr int64_t kLeastBf16 = 1 << 18;  // elements, as LEAST_WEIGHT_BF16 of _few_rows_table.py
+    constexpr int64_t kLeastBf16 = 1 << 18;  // elements, equal to LEAST_WEIGHT_BF16 in _few_rows_table.py
     const bool few = rows <= options_.most_few_rows && (!is_bf16() || linear.n * linear.k >= kLeastBf16);
     if (!is_bf16() && (few || linear.type != WeightType::kFloat32)) {
       return few_rows(rows, which, x, y, residual);
@@ -238,15 +239,15 @@ class Layer {
     }
   }
 
-  // out = dropout(x), plus residual, of the dtype of out, if there is one. All have the width of the layer and are
-  // contiguous; out may be x or residual.
+  // out = dropout(x), plus residual if it is not null. residual has the dtype of out. All have the width of the layer
+  // and are contiguous. out may be x or residual.
   void drop(const void* x, DType x_dtype, const void* residual, const Dropout& dropout, void* out,
             DType out_dtype) const {
     run_dropout({x, residual, out, tokens_, width_, width_, width_, x_dtype, out_dtype, dropout});
   }
 
-  // y = norm(x + residual), and the sum in r if it is wanted. x and y have x_dtype, residual and r that of the layer's
-  // x.
+  // y = norm(x + residual); r receives the sum if it is not null. x and y have x_dtype. residual and r have the dtype
+  // of the layer's x.
   NormFwdArgs norm_args(int which, const void* x, const void* residual, void* r, void* y) const {
     NormFwdArgs args{};
     args.x = x;
@@ -279,7 +280,8 @@ class Layer {
   DType kernel_dtype() const { return is_bf16() ? DType::kBFloat16 : DType::kFloat32; }
   DType stream_dtype() const { return stream_ == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat32; }
 
-  // A parameter of `width` elements, of the dtype of x, in fp32, which the kernels read; `room` is for a copy.
+  // Returns a parameter of `width` elements as fp32, the dtype that the kernels read. `room` holds the copy if one is
+  // needed.
   const float* values_of(const Tensor& t, const char* name, std::vector<float>& room) const {
     const void* data = layer_tensor(t, {width_}, name, stream_);
     if (stream_ == ScalarType::Float) {
@@ -299,9 +301,10 @@ class Layer {
   const LayerOptions& options_;
   const bool gated_, crosses_;
   const ScalarType stream_;  // the dtype of x, the result, the sums r and the norms' parameters
-  const ScalarType dtype_;   // of everything else
+  const ScalarType dtype_;   // the dtype of everything else
   std::vector<GemvArgs> linears_;
-  std::vector<const void*> biases_;  // of the linear layers in bf16; otherwise linears_ has them
+  // The biases of the linear layers in bf16. In fp32, linears_ holds them.
+  std::vector<const void*> biases_;
   std::vector<const float*> norm_values_;
   int64_t width_, tokens_;
 

@@ -1,6 +1,6 @@
 #pragma once
-// An encoder or decoder layer, in the frame of layer.h: self-attention on the rows that in_proj wrote, and attention to
-// a memory.
+// An encoder or decoder layer in the frame of layer.h: self-attention, which reads the rows that in_proj wrote, and
+// attention to a memory.
 #include <array>
 #include <cmath>
 
@@ -12,10 +12,10 @@ namespace fastattn {
 
 constexpr char kEncode[] = "layer_encode: ";
 
-// What a decoder layer attends to, and its masks. Empty lists stand for an encoder layer.
+// The memory that a decoder layer attends to, and its masks. For an encoder layer there is none.
 struct Memory {
-  // tokens: nothing, or the memory (batch, seqlen, d_model), like x without batch_first, a mask and a bias, each
-  // without elements if absent
+  // tensors: empty, or three tensors: the memory (batch, seqlen, d_model), or (seqlen, batch, d_model) without
+  // batch_first; a mask; a bias. The mask and the bias have no elements if they are absent.
   Memory(const std::vector<Tensor>& tensors, bool causal_in) : causal(causal_in) {
     STD_TORCH_CHECK(tensors.empty() || tensors.size() == 3, kEncode, "memory must be 0 or 3 tensors, got ",
                     tensors.size());
@@ -64,8 +64,8 @@ class EncodeLayer : protected Layer {
     }
   }
 
-  // (batch, heads, seqlen, head_dim): part number `which` of rows that hold `parts` such tensors, as q, k and v or
-  // their gradients lie; of the tokens of x.
+  // Returns the (batch, heads, seqlen, head_dim) tensor number `which` of rows that hold `parts` such tensors, such as
+  // q, k and v or their gradients. The rows are the tokens of x.
   HeadTensor part(void* rows, int64_t which, int64_t parts) const { return part(rows, which, parts, args_.seqlen_q); }
   HeadTensor part_of_memory(void* rows, int64_t which) const { return part(rows, which, 2, cross_.seqlen_k); }
 
@@ -88,7 +88,7 @@ class EncodeLayer : protected Layer {
     return crosses_ ? 2 * bytes(tokens_, heads_) + bytes(memory_tokens_, 2 * heads_) : 0;
   }
 
-  // out = attention from x to the memory; q, kv, attended: what the projections and attention compute.
+  // out = attention from x to the memory. The projections write q and kv, and attention writes attended.
   void cross_to(const void* memory, const void* x, void* q, void* kv, void* attended, void* out) {
     product(kCrossQ, x, q, nullptr);
     product_of(memory_tokens_, kCrossKv, memory, kv);
@@ -104,13 +104,13 @@ class EncodeLayer : protected Layer {
   const Memory& memory_;
   AttentionCpuArgs args_{}, cross_{};
   int64_t memory_tokens_ = 0;
-  int64_t heads_ = linears_[kOut].k;  // columns of q, of k and of v
+  int64_t heads_ = linears_[kOut].k;  // the number of columns of q, of k and of v
 
  private:
   int64_t size() const { return is_bf16() ? 2 : sizeof(float); }
   int64_t bytes(int64_t rows, int64_t cols) const { return Scratch::whole_lines(rows * cols * size()); }
 
-  // The sizes of the memory, and the two parts of the weight that its attention has.
+  // Sets the sizes of the memory, and divides the weight of its attention into the parts for q and for k and v.
   void set_memory() {
     const Tensor& t = *memory_.tokens;
     const int64_t batch = batch_first_ ? 0 : 1;
@@ -161,7 +161,7 @@ class EncodeLayer : protected Layer {
 
   HeadTensor part(void* rows, int64_t which, int64_t parts, int64_t seqlen) const {
     const int64_t row = parts * heads_;
-    // in rows: how far sequences and the tokens of one lie from each other
+    // The distances between sequences, and between the tokens of a sequence, in rows.
     const int64_t sequence = batch_first_ ? seqlen : 1, token = batch_first_ ? 1 : args_.batch;
     return {static_cast<char*>(rows) + which * heads_ * size(), sequence * row, args_.head_dim, token * row};
   }

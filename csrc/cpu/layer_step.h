@@ -1,14 +1,15 @@
 #pragma once
-// An encoder or decoder layer in a training step, in the frame of layer.h: the forward, and the gradients.
+// A training step of an encoder or decoder layer in the frame of layer.h: the forward and the gradients.
 //
-// The forward keeps what the kernels of the backward read in a few tensors: malloc reuses blocks of up to 32 MiB, and
-// the parts of a layer would not be larger. All other memory stays with the thread.
-// The biases of out_proj and of a post-norm layer's linear2 are added by the norm that follows, whose backward computes
-// their gradients. Gradients that meet are added by the kernel that computes the second one.
+// The forward saves what the backward reads in a few tensors instead of one, because malloc reuses blocks of up to
+// 32 MiB only. All other memory stays with the thread.
+// The biases of out_proj and of a post-norm layer's linear2 are added by the norm that follows, and its backward
+// computes their gradients. Where two gradients are added, the kernel that computes the second
+// one does it.
 //
-// Two dtypes: the stream, which is x, y, the memory, the sums that the norms normalise, all parameters and gradients of
-// these; and that of the operands of products and all else between the kernels. They differ only under autocast: fp32
-// and bf16.
+// There are two dtypes. x, y, the memory, the sums that the norms read, all parameters and the gradients of these have
+// the dtype of the stream. The operands of products and everything else between the kernels have the other one. They
+// differ only under autocast: fp32 and bf16.
 #include "layer_step_parts.h"
 
 namespace fastattn {
@@ -17,7 +18,7 @@ class EncodeStep : StepParts {
  public:
   using StepParts::StepParts;
 
-  // The result, and what the backward reads.
+  // Returns y and the tensors that the backward reads.
   std::vector<Tensor> forward(const Tensor& weights) {
     const Tensor y = empty_cpu({x_.size(0), x_.size(1), width_}, stream_);
     std::vector<Tensor> kept{rows_of(3 * heads_, dtype_), rows_of(d_ff_, dtype_),
@@ -34,8 +35,8 @@ class EncodeStep : StepParts {
     return kept;
   }
 
-  // The gradients of x, if it is wanted, of weight and bias of in_proj, out_proj, linear1, linear2, those of a decoder
-  // layer, norm1, norm2, norm3, and of the memory, if it is wanted.
+  // Returns the gradients in this order: x, if wanted; weight and bias of in_proj, out_proj, linear1 and linear2, then
+  // of a decoder layer's attention to the memory; norm1, norm2, norm3; the memory, if wanted.
   std::vector<Tensor> backward(const Tensor& dy_in, const std::vector<Tensor>& kept, bool need_dx, bool need_dmemory) {
     const Tensor dy = contiguous_copy(dy_in);
     layer_tensor(dy, {x_.size(0), x_.size(1), width_}, "dy", stream_);
@@ -73,16 +74,17 @@ class EncodeStep : StepParts {
   }
 
  private:
-  static constexpr int64_t kMostKept = 1 << 28;  // the tensors that a layer keeps for its backward are about as large
+  // The tensors that a layer saves for its backward are about as large.
+  static constexpr int64_t kMostKept = 1 << 28;
 
-  // The gradients of the rows of the memory's in_proj from `first` on.
+  // Sets the gradients of the rows of the memory's in_proj from `first` on.
   void divide(Linear which, int64_t first) {
     dweight_[which] = static_cast<char*>(dweight_[kCrossIn]) + first * width_ * stream_size_;
     dbias_[which] = dbias_[kCrossIn] ? static_cast<char*>(dbias_[kCrossIn]) + first * stream_size_ : nullptr;
   }
 
   int64_t statistics() const { return 2 * options_.n_heads + 4; }
-  bool keeps_input() const { return pre_ || mixed_; }  // that of in_proj, if it is not x itself
+  bool keeps_input() const { return pre_ || mixed_; }  // the input of in_proj, if it is not x itself
   int64_t other_columns() const {
     const int64_t stream = stream_size_ * width_ * (pre_ ? 1 : 2);
     return statistics() + (stream + size_ * (heads_ + width_ * (keeps_input() ? 2 : 1)) + 3) / 4;
@@ -105,7 +107,7 @@ class EncodeStep : StepParts {
     }
   }
 
-  // Divides the memory that the forward keeps for the backward.
+  // Divides the memory that the forward saves for the backward.
   void place(const std::vector<Tensor>& kept) {
     const auto memory = [](const Tensor& t) { return const_cast<void*>(data_of(t)); };
     qkv_ = memory(kept[kQkv]);
@@ -139,8 +141,9 @@ class EncodeStep : StepParts {
                         : const_cast<void*>(data_of(*memory_.tokens));
   }
 
-  // first_sum = x + dropout(attention), middle = norm(first_sum); in a decoder layer cross_sum = middle or first_sum +
-  // dropout(attention to the memory), hidden_in = norm(cross_sum)
+  // first_sum = x + dropout(attention) and middle = norm(first_sum). A decoder layer also has hidden_in =
+  // norm(cross_sum) with cross_sum = r + dropout(attention to the memory), where r is first_sum if pre-norm, otherwise
+  // middle.
   void compute(void* y) {
     const int64_t width = tokens_ * width_, wide_bytes = widens() ? Scratch::whole_lines(4 * width) : 0;
     const Scratch buffer((Scratch::whole_lines(size_ * width) + Scratch::whole_lines(size_ * tokens_ * d_ff_) +
@@ -195,7 +198,7 @@ class EncodeStep : StepParts {
     const int64_t narrow = tokens_ * std::max(width_, heads_);
     const int64_t sizes[] = {
         size_ * tokens_ * d_ff_,
-        size_ * tokens_ * std::max(d_ff_, 3 * heads_),  // attention's gradients come after those of the hidden layer
+        size_ * tokens_ * std::max(d_ff_, 3 * heads_),  // for the hidden layer first, and later for attention
         stream_size_ * narrow,
         stream_size_ * narrow,
         stream_size_ * narrow,
@@ -222,7 +225,8 @@ class EncodeStep : StepParts {
 
   void post_norm(const void* dy, void* dx, void* dmemory) {
     const Buffers& m = buffers_;
-    const bool separate = dropout_[kSecond].rng;  // the residual's gradient is another one than that of the sub-layer
+    // With dropout, the gradient of the residual differs from that of the sub-layer.
+    const bool separate = dropout_[kSecond].rng;
     norm_gradient(last_norm(), dy, nullptr, second_sum_, dropout_[kSecond], m.a, separate ? m.b : nullptr,
                   dbias_[kDown]);
     void* dmiddle = separate ? m.b : m.a;
@@ -239,7 +243,7 @@ class EncodeStep : StepParts {
     }
   }
 
-  // From the gradient of linear1's input, in a or b, to that of middle, which is not in the buffer c then.
+  // Takes the gradient of linear1's input, in buffer a or b, and returns that of middle. Buffer c is free afterwards.
   void* post_norm_cross(void* dinput, void* dmemory) {
     Buffers& m = buffers_;
     const bool separate = dropout_[kCrossSecond].rng;
@@ -273,7 +277,7 @@ class EncodeStep : StepParts {
     attention_gradient(dfirst, m.b, m.hidden);
     input_gradient(kIn, m.hidden, m.b, false);
     const void* dresidual = !dx ? nullptr : separate ? m.a : dfirst;
-    // the gradient of x, without the rounding to the dtype of the operands
+    // Taken as dresidual, the gradient of x is not rounded to the dtype of the operands.
     const bool as_residual = dx && mixed_;
     void* unused = separate ? dfirst : m.a;
     norm_gradient(0, m.b, dresidual, input_, kNoDropout, dx && !mixed_ ? dx : unused, as_residual ? dx : nullptr,

@@ -1,15 +1,15 @@
 #pragma once
-// What a training step of an encoder or decoder layer gets and keeps: its options, the tensors that the forward keeps
-// for the backward, and weights in bf16. See layer_step.h.
+// The options of a training step of an encoder or decoder layer, the tensors that its forward saves for the backward,
+// and its weights in bf16. See layer_step.h.
 #include "layer_encode.h"
 
 namespace fastattn {
 
-// Of dropout, in the order of their random states.
+// The places of dropout, in the order of their random states.
 enum Drop { kAttention, kFirst, kCrossAttention, kCrossSecond, kHidden, kSecond, kPlaces };
 
 struct StepOptions {
-  // In the order of `Options` in layer_step.py.
+  // `values` has the order of `Options` in layer_step.py.
   explicit StepOptions(const std::vector<double>& values) {
     constexpr size_t kValues = 20;
     STD_TORCH_CHECK(values.size() == kValues, "layer_encode_fwd: options must be ", kValues, " numbers, got ",
@@ -38,14 +38,15 @@ struct StepOptions {
   LayerOptions layer;
   double dropout_p[kPlaces];
   bool causal, memory_causal, batch_first;
-  bool autocast;                     // fp32 with the products in bf16
-  int64_t most_own_dx, most_own_dw;  // up to how many tokens these products are ours
+  bool autocast;  // fp32, but the products are in bf16
+  // Up to this number of tokens, our own products compute dx and dweight.
+  int64_t most_own_dx, most_own_dw;
 };
 
-// The tensors that the forward keeps. For every token: q, k and v; what linear1 computes; the input of out_proj, sums
-// and results of norms, statistics. Under autocast the weights in bf16. In a decoder layer for every token what its
-// attention to the memory reads and computes, and for every token of the memory k and v, and under autocast the token
-// in bf16.
+// The tensors that the forward saves. kQkv: q, k and v of every token. kPreact: the results of linear1. kOthers: the
+// input of out_proj, the sums and results of norms, and the statistics. kWeights: under autocast, the weights in bf16.
+// kCrossed: in a decoder layer, what its attention to the memory reads and computes for every token. kMemory: k and v
+// for every token of the memory, and under autocast the token in bf16.
 enum Kept { kQkv, kPreact, kOthers, kWeights, kCrossed, kMemory };
 
 // Divides a block of memory.
@@ -60,7 +61,7 @@ class Pieces {
   char* free_;
 };
 
-// The tensors of linear layers in bf16, in `memory`, which is filled if it is new.
+// Returns the tensors of linear layers in bf16. They are in `memory`, which is filled if it is new.
 inline std::vector<Tensor> in_bf16(const std::vector<Tensor>& linears, const Tensor& memory, bool is_new) {
   Pieces pieces(const_cast<void*>(data_of(memory)));
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
@@ -85,7 +86,7 @@ inline std::vector<Tensor> in_bf16(const std::vector<Tensor>& linears, const Ten
   return found;
 }
 
-// The elements that in_bf16 needs.
+// The number of elements that in_bf16 needs.
 inline int64_t elements_in_bf16(const std::vector<Tensor>& linears) {
   int64_t bytes = 0;
   for (const Tensor& t : linears) {

@@ -23,7 +23,8 @@ std::vector<Tensor> layer_encode_fwd(const Tensor& x, std::vector<Tensor> norms,
   return EncodeStep(x, norms, operands, linears, mask, bias, read, rng, values).forward(weights);
 }
 
-// With the strides that the forward saw: hooks for saved tensors, or a new `data` of a parameter, may bring others.
+// Makes the tensors contiguous, as the forward saw them. Hooks for saved tensors, or a new `data` of a parameter, may
+// have changed the strides.
 std::vector<Tensor> all_contiguous(std::vector<Tensor> tensors) {
   for (Tensor& t : tensors) {
     if (!t.is_contiguous()) {

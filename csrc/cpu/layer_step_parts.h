@@ -1,13 +1,13 @@
 #pragma once
-// The kernels of a training step of an encoder or decoder layer, called with the layer's tensors and options. Their
-// order is in layer_step.h.
+// The kernels of a training step of an encoder or decoder layer, called with the layer's tensors and options.
+// layer_step.h calls them in order.
 #include "layer_step_kept.h"
 
 namespace fastattn {
 
 class StepParts : protected EncodeLayer {
  public:
-  // unconverted: linears in the dtype of x
+  // unconverted: the linears in the dtype of x
   StepParts(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
             const std::vector<Tensor>& unconverted, const OptionalTensor& mask, const OptionalTensor& bias,
             const Memory& memory, const OptionalTensor& rng, const StepOptions& options)
@@ -41,11 +41,13 @@ class StepParts : protected EncodeLayer {
  protected:
   const void* bias_of(Linear which) const { return is_bf16() ? biases_[which] : linears_[which].bias; }
 
-  // Whether norms get the sub-layers' results in the dtype of the stream, as their own results have it.
+  // Whether norms read the sub-layers' results in the dtype of the stream. A norm kernel reads and writes the same
+  // dtype, and in a post-norm layer the results of norms have the dtype of the stream.
   bool widens() const { return mixed_ && !pre_; }
   DType norm_dtype() const { return pre_ ? kernel_dtype() : stream_dtype(); }
 
-  // x in the dtype that norms read, in `room` if it is converted; and back.
+  // widened() returns x in the dtype that norms read, and narrowed() in that of the operands. `room` holds the copy if
+  // x is converted.
   const void* widened(const void* x, void* room) const { return widens() ? converted(x, room, true) : x; }
   const void* narrowed(const void* x, void* room) const { return widens() ? converted(x, room, false) : x; }
   const void* converted(const void* x, void* room, bool to_stream) const {
@@ -54,7 +56,7 @@ class StepParts : protected EncodeLayer {
     return room;
   }
 
-  // y = norm(r), r = residual + dropout(x + x_bias); without residual r = x
+  // y = norm(r), r = residual + dropout(x + x_bias); without a residual, r = x
   void normalise(int which, const void* x, const float* x_bias, const void* residual, const Dropout& dropout, void* r,
                  void* y) const {
     NormFwdArgs args = norm_args(which, x, residual, r, y);
@@ -66,16 +68,17 @@ class StepParts : protected EncodeLayer {
     run_norm_fwd(args);
   }
 
-  // Memory of the backward. wide, hidden: d_ff or 3 * heads_ columns of operands; a, b, c, d: width or heads_ columns
-  // of either dtype; narrow: of operands; weight: a gradient of a weight; kv, memory: gradients of the memory's
-  // projections, and its own as an operand; sums: of norms, or of the hidden layer's blocks. d, kv and memory: in a
-  // decoder layer.
+  // The memory of the backward. wide and hidden hold operands of d_ff or 3 * heads_ columns. a, b, c and d hold width
+  // or heads_ columns of either dtype, and narrow holds as many columns of operands. weight holds the gradient of a
+  // weight. kv holds the gradients of the memory's projections, and memory holds the memory's own gradient as an
+  // operand. sums holds the sums of norms or of the hidden layer's blocks. Only a decoder layer has d, kv and memory.
   struct Buffers {
     void *wide, *hidden, *a, *b, *c, *d, *narrow, *weight, *kv, *memory;
     float* sums;
   };
 
-  // d is the gradient of linear2's result; dinput = or += that of linear1's input
+  // d is the gradient of linear2's result. dinput receives the gradient of linear1's input; with `add`, it is added to
+  // dinput.
   void hidden_gradient(const void* d, void* dinput, bool add) const {
     const Buffers& m = buffers_;
     input_gradient(kDown, d, m.wide, false);
@@ -93,7 +96,7 @@ class StepParts : protected EncodeLayer {
     input_gradient(kUp, m.wide, dinput, add);
   }
 
-  // d is the gradient of out_proj's result; dattended is room, dqkv the result
+  // d is the gradient of out_proj's result, dattended is memory for intermediate results, and dqkv receives the result.
   void attention_gradient(const void* d, void* dattended, void* dqkv) {
     weight_gradient(kOut, d, attended_);
     input_gradient(kOut, d, dattended, false);
@@ -110,8 +113,9 @@ class StepParts : protected EncodeLayer {
     add_columns(kIn, dqkv);
   }
 
-  // d is the gradient of the result of attention to the memory; dattended is room, dmiddle = or += the gradient of its
-  // input, dmemory = that of the memory unless null.
+  // d is the gradient of the result of attention to the memory. dattended is memory for intermediate results. dmiddle
+  // receives the gradient of the input; with `add`, it is added to dmiddle. dmemory receives the gradient of the
+  // memory, unless it is null.
   void cross_gradient(const void* d, void* dattended, void* dmiddle, bool add, void* dmemory) {
     const Buffers& m = buffers_;
     weight_gradient(kCrossOut, d, cross_attended_);
@@ -139,7 +143,7 @@ class StepParts : protected EncodeLayer {
     }
   }
 
-  // dx = dropout of the gradient of r, plus dr_out; dresidual: that gradient, unless null
+  // dx = dropout(dr), where dr is the gradient of r including dr_out. dresidual receives dr, unless it is null.
   void norm_gradient(int which, const void* dy, const void* dr_out, const void* r, const Dropout& dropout, void* dx,
                      void* dresidual, void* dx_bias) const {
     NormBwdArgs args{};
@@ -164,7 +168,8 @@ class StepParts : protected EncodeLayer {
     run_norm_bwd(args);
   }
 
-  // dx = or += dy · weight. What is added to is of the stream, else dx is of the operands.
+  // dx receives dy · weight. With `add`, the product is added to dx, which then has the dtype of the stream. Otherwise,
+  // dx has the dtype of the operands.
   void input_gradient(Linear which, const void* dy, void* dx, bool add) const {
     const bool later = add && mixed_;
     void* out = later ? buffers_.narrow : dx;
@@ -175,7 +180,7 @@ class StepParts : protected EncodeLayer {
   }
 
   void input_gradient_of(int64_t rows, Linear which, const void* dy, bool add, void* dx) const {
-    const bool ours = rows != 1 && rows <= step_.most_own_dx;  // one row: packing the weight does not pay
+    const bool ours = rows != 1 && rows <= step_.most_own_dx;  // for one row, packing the weight does not pay off
     multiply(operand(dy, rows, linears_[which].n, dtype_), weight(which), nullptr, add, ours, dx);
   }
 
@@ -192,7 +197,7 @@ class StepParts : protected EncodeLayer {
     }
   }
 
-  // The gradient of a bias, if there is one, from that of the layer's result.
+  // Computes the gradient of a bias, if there is one, from the gradient of the layer's result.
   void add_columns(Linear which, const void* dy) const { add_columns_of(tokens_, which, dy); }
   void add_columns_of(int64_t rows, Linear which, const void* dy) const {
     if (dbias_[which]) {
@@ -202,19 +207,19 @@ class StepParts : protected EncodeLayer {
 
   const StepOptions& step_;
   const bool mixed_, pre_;
-  const int64_t size_, stream_size_;  // bytes of an element
+  const int64_t size_, stream_size_;  // the bytes of an element
   const int64_t d_ff_;
   const void* input_;
   const float* deferred_[kLinears] = {};
   Dropout dropout_[kPlaces];
-  // Kept. in_: the input of in_proj; middle_: the result of the first sub-layer, normalised, which is the input of the
-  // next one; hidden_in_: that of linear1; memory_in_: the memory. All are operands.
+  // The saved tensors. in_ is the input of in_proj. middle_ is the normalised result of the first sub-layer and the
+  // input of the next one. hidden_in_ is the input of linear1, and memory_in_ is the memory. All of these are operands.
   void *qkv_, *preact_, *attended_, *middle_, *hidden_in_, *in_, *first_sum_, *second_sum_;
   void *cross_q_, *kv_, *cross_attended_, *cross_sum_, *memory_in_;
   float* stats_[3];
   void *dweight_[kLinears], *dbias_[kLinears], *dnorms_[6];
   Buffers buffers_;
-  int64_t blocks_;  // of rows, for the sums of the hidden layer
+  int64_t blocks_;  // the number of blocks of rows, for the sums of the hidden layer
 
  private:
   void set_dropout(const OptionalTensor& rng) {
@@ -233,7 +238,7 @@ class StepParts : protected EncodeLayer {
     }
   }
 
-  // Leaves a bias, in fp32, to the norm that follows.
+  // Leaves a bias, as fp32, to the norm that follows.
   void defer(Linear which, const std::vector<Tensor>& unconverted) {
     if (bias_of(which)) {
       deferred_[which] = values_of(unconverted[3 * which + 2], "a bias", widened_bias_[which]);

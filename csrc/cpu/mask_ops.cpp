@@ -1,5 +1,5 @@
-// fastattn::is_causal_mask for CPU tensors. It reads the mask once and stops at the first difference, so its cost is
-// small compared with any attention that would read the mask instead.
+// fastattn::is_causal_mask for CPU tensors. It reads the mask once and stops at the first difference. So it costs
+// little compared with an attention that would otherwise read the mask.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -11,11 +11,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A mask of unsigned words. Each function returns 0 if the word means that the position is seen, or hidden.
+// A mask of unsigned words. seen() returns 0 if the word shows the position, and hidden() returns 0 if it hides the
+// position.
 template <typename Word, Word kMinusInf>
 struct FloatMask {
   using Type = Word;
-  static Word seen(Word x) { return static_cast<Word>(x << 1); }  // 0 of either sign
+  static Word seen(Word x) { return static_cast<Word>(x << 1); }  // 0 for 0 of either sign
   static Word hidden(Word x) { return static_cast<Word>(x ^ kMinusInf); }
 };
 
@@ -52,18 +53,19 @@ bool is_causal(const Tensor& mask) {
   using Word = typename Mask::Type;
   const Word* data = static_cast<const Word*>(fastattn::data_of(mask));
   const int64_t size = mask.size(0);
-  // A transposed mask is read along its columns, so that reads follow the memory.
+  // A transposed mask is read along its columns, so that the reads follow the memory order.
   const bool transposed = mask.stride(0) < mask.stride(1);
   const int64_t outer = mask.stride(transposed ? 1 : 0);
   const int64_t inner = mask.stride(transposed ? 0 : 1);
   const auto line = [&](int64_t i) {
     const Word* p = data + i * outer;
-    if (transposed) {  // column i: rows from i on see it
+    if (transposed) {  // column i: the rows from i on see it
       return all_right(p, i, inner, Mask::hidden) && all_right(p + i * inner, size - i, inner, Mask::seen);
     }
     return all_right(p, i + 1, inner, Mask::seen) && all_right(p + (i + 1) * inner, size - i - 1, inner, Mask::hidden);
   };
-  std::atomic<bool> causal{size == 0 || (line(0) && line(size - 1))};  // most masks that are not causal differ there
+  // Most masks that are not causal differ in the first or last line.
+  std::atomic<bool> causal{size == 0 || (line(0) && line(size - 1))};
   if (causal) {
     fastattn::for_pieces(size, size, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end && causal.load(std::memory_order_relaxed); ++i) {

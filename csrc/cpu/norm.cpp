@@ -7,9 +7,9 @@
 //             dx_bias = sum_rows(dx)
 //
 // A forward call owns rows. A backward call owns chunks of rows_per_chunk rows, each with its own fp32 sums for
-// dweight, dbias and dx_bias; a last pass adds the chunks. The chunks depend on the shape only, so results do not
-// depend on the number of threads. Statistics are fp32: the mean, then the variance around it, from a row that is still
-// in the cache. Saved: r (x itself if there is no x_bias, dropout and residual), mean, rstd.
+// dweight, dbias and dx_bias; a last pass adds the chunks. The chunks depend on the shape only, so the results do not
+// depend on the number of threads. Statistics are in fp32: first the mean, then the variance around it, from a row that
+// is still in the cache. Saved: r (x itself without x_bias, dropout and residual), mean, rstd.
 // References: Ba, Kiros, Hinton, "Layer Normalization", 2016; Zhang, Sennrich, "Root Mean Square Layer Normalization",
 // 2019.
 #include <cmath>
@@ -205,7 +205,7 @@ void backward_chunk(const NormBwdArgs& args, int64_t chunk) {
       backward_rows<X, R, 1, false>(args, row, dweight, dbias, dx_bias);
     }
   }
-  // If the sums exceed the L1 cache, they are read and written once per 4 rows, which takes 18 % less time at 4096
+  // If the sums exceed the L1 cache, they are read and written once per 4 rows. That takes 18 % less time at 4096
   // columns.
   for (; row + 4 <= end; row += 4) {
     backward_rows<X, R, 4, true>(args, row, dweight, dbias, dx_bias);

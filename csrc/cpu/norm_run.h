@@ -15,7 +15,7 @@ inline void run_norm_fwd(const NormFwdArgs& args) {
 // Sets the chunks of args.rows rows, each of which has kNormSums rows of sums.
 inline void set_norm_chunks(NormBwdArgs& args) {
   constexpr int64_t kUsualChunks = 64;
-  constexpr int64_t kMinRows = 32;   // reads of dy and r in a chunk per write of its sums
+  constexpr int64_t kMinRows = 32;   // the rows that a chunk reads at least before it writes its sums
   constexpr int64_t kMaxRows = 256;  // longer chains of additions lose digits
   args.rows_per_chunk = std::clamp((args.rows + kUsualChunks - 1) / kUsualChunks, kMinRows, kMaxRows);
   args.chunks = (args.rows + args.rows_per_chunk - 1) / args.rows_per_chunk;

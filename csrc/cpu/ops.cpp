@@ -1,6 +1,6 @@
-// CPU ops on the LibTorch stable ABI. The library uses no libtorch C++ symbol and no Python symbol, so it works with
+// CPU ops on the LibTorch stable ABI. The library uses no libtorch C++ symbol and no Python symbol. So it works with
 // every torch from TORCH_TARGET_VERSION on and with every Python. The schemas are in a library that this one links to
-// (schemas.cpp). This file has what belongs to no single op.
+// (schemas.cpp). This file contains what does not belong to a single op.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -3,8 +3,8 @@
 // bit is stored per column: a block of columns is drawn first and then used by the loop over the row.
 //
 // A register holds one 32-bit word of kBlocks counters in the low halves of its 64-bit lanes. The multiplication leaves
-// values in the high halves that are never read again, so a round is 2 products, 2 shifts and 2 (three-way) xors. With
-// AVX-512, a group of 8 columns costs about 9 instructions. Bit for bit equal to reference.philox_keep.
+// values in the high halves that are never read again. So a round is 2 products, 2 shifts and 2 (three-way) xors. With
+// AVX-512, a group of 8 columns costs about 9 instructions. The result is equal to reference.philox_keep bit for bit.
 #include "api.h"
 #include "vec.h"
 
@@ -125,7 +125,7 @@ inline void draw_keep(const fastattn::Dropout& dropout, uint32_t row, uint32_t s
   }
 }
 
-// The mask of kept columns i .. i + Vec::kSize - 1 of a drawn block; i is a multiple of Vec::kSize.
+// Returns the mask of kept columns i to i + Vec::kSize - 1 of a drawn block; i is a multiple of Vec::kSize.
 inline Mask keep_mask(const uint8_t* keep, int64_t i) {
 #if defined(__AVX512F__)
   uint16_t bits;

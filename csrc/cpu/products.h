@@ -1,5 +1,5 @@
 #pragma once
-// A product of two matrices in memory, by our blocked kernel or by the library that torch calls.
+// A product of two matrices in memory, with our own kernel or with the library that torch calls.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "gemm.h"
@@ -25,8 +25,8 @@ inline Operand operand(const void* data, int64_t rows, int64_t cols, ScalarType 
   return {data, rows, cols, cols, 1, dtype};
 }
 
-// c, whose rows are c_row apart, = a · b by our own kernel, plus bias (columns of b) if it is not null, or plus what c
-// holds. All are float32, or bfloat16 where has_tiles() is true.
+// c = a · b by our own kernel, plus bias (one per column of b) if it is not null, or plus the old content of c if
+// `add`. The rows of c are c_row apart. All are float32, or bfloat16 if has_tiles() is true.
 inline void multiply_ours(const Operand& a, const Operand& b, const void* bias, bool add, void* c, int64_t c_row) {
   const auto run = [&](auto args, auto product) {
     args.a = static_cast<decltype(args.a)>(a.data);
@@ -52,8 +52,8 @@ inline void multiply_ours(const Operand& a, const Operand& b, const void* bias, 
   run(GemmArgs{}, run_gemm);
 }
 
-// c, contiguous, = a · b, plus bias (columns of b) if it is not null, or plus what c holds. All have the dtype of a.
-// In bfloat16 the product is ours only where has_tiles() is true.
+// c = a · b, plus bias (one per column of b) if it is not null, or plus the old content of c if `add`. c is contiguous.
+// All have the dtype of a. In bfloat16, `ours` has no effect unless has_tiles() is true.
 inline void multiply(const Operand& a, const Operand& b, const void* bias, bool add, bool ours, void* c) {
   if (ours && (a.dtype == ScalarType::Float || has_tiles())) {
     return multiply_ours(a, b, bias, add, c, b.cols);

@@ -33,8 +33,8 @@ template <typename T>
 inline void store(Vec v, T* p, First lanes) {
   v.store(p, lanes.n);
 }
-// Large results are stored past the caches, because a store that allocates its line reads it first. Use this only if
-// `streams` allows it.
+// Stores past the caches. That is faster for large results, because a store that allocates its cache line reads the
+// line first. Use this only if `streams` allows it.
 template <typename T>
 inline void put(Vec v, T* p, All, bool stream) {
   stream ? v.stream(p) : v.store(p);
@@ -103,11 +103,12 @@ inline Sums<kSums> sum_block(int64_t begin, int64_t end, const Add& add) {
   return total;
 }
 
-// The number of columns summed in one chain of additions per lane. A chain that is a hundred times longer loses one
-// more digit.
+// The number of columns that are summed in one chain of additions per lane. A chain that is a hundred times longer
+// loses one more digit.
 constexpr int64_t kSumBlock = 4096;
 
-// sum_block over all columns. If there may be more than kSumBlock (kLong), blocks of kSumBlock are added in fp64.
+// sum_block over all columns. With kLong, there may be more than kSumBlock columns; their blocks are then added in
+// fp64.
 template <int kSums, bool kLong, typename Add>
 inline Sums<kSums> sum_columns(int64_t cols, const Add& add) {
   if constexpr (!kLong) {

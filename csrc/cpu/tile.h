@@ -1,15 +1,15 @@
 #pragma once
-// Tiles of the attention kernels: exponentials, masks and packing. Score tiles are stored transposed, with keys as
-// rows and queries along the vector lanes: the softmax then needs no horizontal step, and K and V are read in place
-// by broadcasts.
+// Tiles of the attention kernels: exponentials, masks and packing. Score tiles are stored transposed, with keys as rows
+// and queries along the vector lanes. So the softmax needs no horizontal step, and K and V are read in place by
+// broadcasts.
 #include <cstdlib>
 
 #include "tile_product.h"
 
 namespace {
 
-constexpr int kLanes = 64;  // queries of a block
-constexpr int kKeys = 64;   // keys of a tile
+constexpr int kLanes = 64;  // the queries of a block
+constexpr int kKeys = 64;   // the keys of a tile
 constexpr int kLaneVecs = kLanes / kVec;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr double kLn2 = 0.693147180559945309;
@@ -45,15 +45,15 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// 2^x for x up to about 128. The result is 0 below -126.5; NaN stays NaN. The relative error is below 1e-7, or 3e-6 if
-// kShort.
+// 2^x for x up to about 128. The result is 0 below -126.5; NaN stays NaN. The relative error is below 1e-7, or below
+// 3e-6 if kShort.
 template <bool kShort>
 inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   const Vec n = round(x);
   const Vec f = x - n;
 #else
-  // the sum is rounded to an integer, whose lowest bits are then the exponent of 2^n; that of 2^-127 gives 0
+  // The sum is rounded to an integer, whose lowest bits are then the exponent of 2^n. The exponent of 2^-127 gives 0.
   const Vec y = max(Vec::fill(-127.f), x), magic = Vec::fill(0x1.8p23f + 127);
   const Vec shifted = y + magic;
   const Vec f = y - (shifted - magic);
@@ -73,14 +73,14 @@ inline Vec exp2(Vec x) {
     p = fma(p, f, Vec::fill(1.f));
   }
 #if defined(__AVX512F__)
-  // not (x < -126.5), so that NaN passes; masked lanes, including -inf, become 0
+  // The predicate is not (x < -126.5), so that NaN passes. Masked lanes, including -inf, become 0.
   return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.5f), _CMP_NLT_UQ), p.v, n.v)};
 #else
   return p * exponent_from_low_bits(shifted);
 #endif
 }
 
-// The exponent of 2 for a difference of scores, in natural units or times log2(e).
+// Returns the exponent of 2 for a difference of scores, which is in natural units or times log2(e).
 template <bool kNatural>
 inline Vec exponent_of_2(Vec difference) {
   return kNatural ? difference * Vec::fill(kLog2e) : difference;
@@ -139,7 +139,7 @@ constexpr int first_lane(int64_t r, int64_t diagonal) {
   return static_cast<int>(clamp((r - diagonal) / kPanelLanes * kPanelLanes, kLanes));
 }
 
-// s[key][lane] = left·right over `depth` slots, for the keys that a panel sees
+// s[key][lane] = left·right over `depth` slots, for the keys that a panel sees.
 template <bool kPairs>
 void product_into_scores(const float* left, int64_t ld, const float* right, int64_t depth, float* s, int keys, int rows,
                          int64_t diagonal) {
@@ -149,7 +149,7 @@ void product_into_scores(const float* left, int64_t ld, const float* right, int6
   }
 }
 
-// c[column][lane] = start + leftᵀ·s, summed over the keys that a panel sees; s is in slots of keys
+// c[column][lane] = start + leftᵀ·s, summed over the keys that a panel sees. s is in slots of keys.
 template <bool kPairs>
 void product_over_keys(const float* left, int64_t ld, const float* s, int keys, float* c, int64_t cols, int rows,
                        int64_t diagonal, Start start, const float* factor = nullptr) {
@@ -159,7 +159,7 @@ void product_over_keys(const float* left, int64_t ld, const float* s, int keys, 
   }
 }
 
-// c[key][column] += s·right, summed over the lanes that see one of the keys; s is in slots of lanes
+// c[key][column] += s·right, summed over the lanes that see one of the keys. s is in slots of lanes.
 template <bool kPairs>
 void product_over_lanes(const float* s, int64_t lds, const float* right, int64_t ld, int rows, float* c, int64_t ldc,
                         int keys, int64_t cols, int64_t diagonal) {
@@ -193,8 +193,8 @@ void pack_lanes(float* dst, const T* src, int64_t stride, int64_t rows, int64_t 
   transpose(dst, kLanes, stage, width, rows, width);
 }
 
-// Rows to sum over, as the right operand or the transposed left one: dst[slot][column], where a slot holds one row, or
-// two interleaved. Rows that `seen` excludes become zeros: their content, even NaN, must not matter.
+// Rows to sum over, as the right operand or the transposed left one: dst[slot][column]. A slot holds one row, or two
+// interleaved rows. Rows that `seen` excludes become zeros, because their content, even NaN, must not matter.
 template <bool kPairs, typename T>
 void pack_depth(float* dst, int64_t ldd, const T* src, int64_t stride, int64_t rows, int64_t cols,
                 const uint8_t* seen) {

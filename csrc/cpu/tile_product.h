@@ -1,8 +1,8 @@
 #pragma once
-// A register-blocked product of matrices in memory, with vectors or with the tiles of AMX, and the transposes it needs.
+// A register-blocked product of matrices in memory, with vectors or AMX tiles, and the transposes that it needs.
 //
-// A slot is 32 bits of an operand: one float, or, with kPairs, two bf16 that follow each other along the summed
-// dimension. One dot-product instruction multiplies these and adds in fp32.
+// A slot is 32 bits of an operand: one float or, with kPairs, two bf16 that follow each other along the summed
+// dimension. One dot-product instruction multiplies the pairs of two slots and adds both products in fp32.
 #include "vec.h"
 
 namespace {
@@ -153,7 +153,8 @@ template <typename T>
 [[gnu::always_inline]] inline void load_transposed(Vec (&t)[kVec], const T* src, int64_t stride) {
   const auto row = [&](int r) { return reinterpret_cast<const float*>(src + r * stride); };
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  for (int c = 0; c < 8; c += 4) {  // loading halves avoids exchanging halves and leaves registers free
+  // Loading halves saves exchanges of halves and leaves registers free.
+  for (int c = 0; c < 8; c += 4) {
     __m256 u[4];
     for (int r = 0; r < 4; ++r) {
       u[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row(r) + c)), _mm_loadu_ps(row(r + 4) + c), 1);
@@ -177,13 +178,13 @@ template <typename T>
 }
 
 #if defined(__AMX_BF16__)
-// Completes the stores before it. Compilers do not know that instructions of AMX read memory, and may drop or delay
-// what these are to find there.
+// Completes the preceding stores. Compilers do not know that AMX instructions read memory, so they might remove or
+// delay stores that these instructions need.
 inline void complete_stores() {
   asm volatile("" ::: "memory");
 }
 
-// While it lives, this thread may use eight tiles of 16 rows of 16 slots.
+// While an object exists, its thread may use eight tiles of 16 rows of 16 slots.
 class Tiles {
  public:
   Tiles() {
@@ -209,7 +210,8 @@ class Tiles {
   };
 };
 
-// product() for 16 rows, C vectors of columns and whole tiles of depth. Needs Tiles, whose numbers must be literals.
+// product() for 16 rows, C vectors of columns and whole tiles of depth. It needs a Tiles object. Tile numbers must be
+// literals.
 template <bool kTransposed, int C>
 void product_tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
                    Start start, const float* factor) {

@@ -1,9 +1,9 @@
 #pragma once
-// One vector of floats in the widest registers the compiler flags allow: AVX-512, AVX2, else 16 bytes in the portable
-// vector extension of gcc and clang (SSE2, NEON). at::vec is not part of the stable ABI, and its inline functions would
-// be shared between translation units of different flags; here everything has internal linkage.
+// One vector of floats in the widest registers that the compiler flags allow: AVX-512, AVX2, or otherwise 16 bytes in
+// the portable vector extension of gcc and clang (SSE2, NEON). at::vec is not used: it is not part of the stable ABI,
+// and translation units with different flags would share its inline functions. Here everything has internal linkage.
 //
-// Storage types: float, BF16, FP16, and int8 for loads. Loads widen to fp32, stores round to nearest even and keep NaN.
+// Storage types: float, BF16, FP16, and int8 for loads. Loads widen to fp32. Stores round to nearest even and keep NaN.
 #if defined(__AVX512F__)
 #include "vec_avx512.h"
 #elif defined(__AVX2__)
@@ -26,8 +26,8 @@ inline Vec operator-(Vec a) {
   return Vec::fill(-0.f) - a;
 }
 
-// e^x = 2^n * e^f with n = round(x / ln 2) and |f| <= ln 2 / 2. The relative error is below 1e-7. 0 below -104, inf
-// above 88.8.
+// e^x = 2^n * e^f with n = round(x / ln 2) and |f| <= ln 2 / 2. The relative error is below 1e-7. The result is 0 below
+// -104 and inf above 88.8.
 inline Vec exp(Vec x) {
   x = min(Vec::fill(88.8f), max(Vec::fill(-104.5f), x));  // if x is NaN, the result is the second operand
   const Vec n = round(x * Vec::fill(1.44269504f));
@@ -56,8 +56,8 @@ inline Vec tanh(Vec x) {
   return select(abs(x) < Vec::fill(0.3f), fma(p * s, x, x), large);
 }
 
-// term(begin) + ... + term(end - 1). Halves are added to each other, so that the rounding error grows with the
-// logarithm of the number of terms; up to 64 terms are added in order.
+// term(begin) + ... + term(end - 1). The two halves are summed separately and then added, so the rounding error grows
+// with the logarithm of the number of terms. Up to 64 terms are added in order.
 template <typename Term>
 Vec pairwise_sum(int64_t begin, int64_t end, const Term& term) {
   if (end - begin > 64) {

@@ -116,7 +116,7 @@ inline Vec select(Mask mask, Vec a, Vec b) {
 inline Vec swap_pairs(Vec a) {
   return {_mm256_permute_ps(a.v, 0b10110001)};
 }
-// a * 2^n in two steps, so that results can be subnormal: |n| <= 252
+// a * 2^n for |n| <= 252, in two steps so that results can be subnormal
 inline Vec scale_by_power_of_2(Vec a, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n.v);
   const __m256i half = _mm256_srai_epi32(whole, 1);

@@ -19,9 +19,9 @@ struct Vec {
   static Vec load(const BF16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const FP16* p) { return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Vec load(const int8_t* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  // 2 * kSize elements in half the work of two loads: those with an even index, and those with an odd one
+  // Loads 2 * kSize elements, those with an even index and those with an odd one, with half the work of two loads.
   static void load_halves(const BF16* p, Vec& even, Vec& odd) { Vec{_mm512_loadu_ps(p)}.halves<BF16>(even, odd); }
-  // the same for lanes that hold two elements of 16 bits
+  // The same for a vector whose lanes hold two 16-bit elements.
   template <typename T>
   void halves(Vec& even, Vec& odd) const {
     const __m512i both = _mm512_castps_si512(v);
@@ -90,15 +90,18 @@ inline Vec operator*(Vec a, Vec b) {
 inline Vec operator/(Vec a, Vec b) {
   return {_mm512_div_ps(a.v, b.v)};
 }
+// a * b + c
 inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
-}  // a * b + c
+}
+// c - a * b
 inline Vec fnma(Vec a, Vec b, Vec c) {
   return {_mm512_fnmadd_ps(a.v, b.v, c.v)};
-}  // c - a * b
+}
+// max and min return b if one operand is NaN, in all variants
 inline Vec max(Vec a, Vec b) {
   return {_mm512_max_ps(a.v, b.v)};
-}  // b if one is NaN, in all variants
+}
 inline Vec min(Vec a, Vec b) {
   return {_mm512_min_ps(a.v, b.v)};
 }
@@ -111,9 +114,10 @@ inline Vec round(Vec a) {
 inline Mask operator<(Vec a, Vec b) {
   return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
 }
+// mask ? a : b
 inline Vec select(Mask mask, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(mask.m, b.v, a.v)};
-}  // mask ? a : b
+}
 // lanes 1, 0, 3, 2, ...
 inline Vec swap_pairs(Vec a) {
   return {_mm512_permute_ps(a.v, 0b10110001)};

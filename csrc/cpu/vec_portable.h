@@ -1,5 +1,5 @@
 #pragma once
-// Vec in 16 bytes of the vector extension of gcc and clang; see vec.h.
+// Vec in the 16-byte vector extension of gcc and clang; see vec.h.
 #include "halves.h"
 
 namespace {

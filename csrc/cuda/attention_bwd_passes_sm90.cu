@@ -12,7 +12,7 @@ namespace {
 using namespace sm90;
 
 constexpr int kThreads = 256;
-constexpr int kStatsBlock = kThreads / 8;  // rows, with eight threads each
+constexpr int kStatsBlock = kThreads / 8;  // the rows of a block; each row has eight threads
 static_assert(kStatsRows % kStatsBlock == 0);
 
 struct StatsArgs {
@@ -23,7 +23,7 @@ struct StatsArgs {
   float *lse2, *delta, *dq_sums;
   int64_t stats_batch, stats_head;
   uint32_t* tile_counters;
-  unsigned blocks;  // per head
+  unsigned blocks;  // the number of blocks per head
 };
 
 // Also resets the counters of the next kernels to 0. A row that sees nothing, or is padding of the workspace, gets lse2
@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads) attention_stats_sm90_kernel(StatsArg
   if (blockIdx.x == 0 && threadIdx.x < 2) {
     args.tile_counters[threadIdx.x] = 0;
   }
-  const unsigned of_all = blockIdx.x / args.blocks;  // not gridDim.y, which is limited to 65535
+  // This is not gridDim.y, which is limited to 65535.
+  const unsigned of_all = blockIdx.x / args.blocks;
   const int head = of_all % args.shape.n_heads, batch = of_all / args.shape.n_heads;
   const int block = blockIdx.x % args.blocks;
   constexpr int kParts = kStatsRows / kStatsBlock;
@@ -90,11 +91,11 @@ struct RoundArgs {
   const float* dq_sums;
   int64_t stats_batch, stats_head;
   float scale;
-  unsigned blocks;  // per head
+  unsigned blocks;  // the number of blocks per head
 };
 
-// A block of threads has 64 rows. The sums are stored as the accumulators of a warpgroup, four per thread at a time:
-// those of four neighbouring threads are eight columns of two rows.
+// A block of threads has 64 rows. The sums have the layout of a warpgroup's accumulators, with four per thread at a
+// time. So the sums of four neighbouring threads are eight columns of two rows.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) attention_round_sm90_kernel(RoundArgs args) {
   const unsigned of_all = blockIdx.x / args.blocks;
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) attention_round_sm90_kernel(RoundArg
   }
 #pragma unroll
   for (int col = threadIdx.x % 8 * 8; col < kHeadDim; col += 64) {
-    const int i = col / 8 * 4;  // of the accumulators
+    const int i = col / 8 * 4;  // the index of the accumulators
     uint32_t words[2][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -1,5 +1,5 @@
-// fastattn::attention_decode_fwd and attention_decode_append for CUDA tensors on Hopper. Triton serves other devices
-// and features (kernels/).
+// fastattn::attention_decode_fwd and attention_decode_append for CUDA tensors on Hopper. Triton serves all other
+// devices and features (kernels/).
 #include "host.h"  // must be first: it enables the CUDA declarations of the other headers
 
 #include <torch/csrc/stable/library.h>
@@ -63,7 +63,8 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
   }
   args.splits = fastattn::attention_decode_splits_sm90(args, in.num_splits);
   OptionalTensor partial;
-  if (args.splits > 1) {  // the sums come first because their rows are read 16 bytes at a time
+  // The sums come first, because their rows are read 16 bytes at a time.
+  if (args.splits > 1) {
     partial = fastattn::empty_beside(q, {args.splits * rows * (args.head_dim + 2)}, ScalarType::Float);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
     args.partial_max = args.partial + args.splits * rows * args.head_dim;

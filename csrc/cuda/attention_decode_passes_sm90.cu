@@ -1,4 +1,4 @@
-// Attention on a cache, for Hopper: the pass that combines the splits, in a fixed order, and the one that appends new
+// Attention on a cache, for Hopper: the pass that combines the splits in a fixed order, and the pass that appends new
 // keys.
 //
 //   m = max m_n,  l = sum_n exp2(m_n - m) l_n,  out = sum_n exp2(m_n - m) o_n / l,  lse = (m + log2 l) / log2(e)
@@ -89,7 +89,7 @@ constexpr int kAppendThreads = 256;
 // A thread copies 16 bytes of a key and of a value. Keys that do not fit into the cache are dropped.
 __global__ void __launch_bounds__(kAppendThreads) attention_append_sm90_kernel(AppendArgs args) {
   const int64_t index = int64_t{blockIdx.x} * kAppendThreads + threadIdx.x;
-  const int64_t chunk = index % args.chunks, number = index / args.chunks;  // of batch, token and head
+  const int64_t chunk = index % args.chunks, number = index / args.chunks;  // the index of batch, token and head
   const int64_t head = number % args.n_kv_heads, token = number / args.n_kv_heads % args.seqlen_new;
   const int64_t batch = number / args.n_kv_heads / args.seqlen_new;
   if (batch >= args.batch) {

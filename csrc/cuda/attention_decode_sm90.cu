@@ -1,15 +1,15 @@
-// Attention of a few queries on a cache, for Hopper: head dims 64, 96, 128, 192 and 256 in half precision; the cache is
-// contiguous or consists of pages of whole blocks of keys. Triton serves everything else.
+// Attention of a few queries on a cache, for Hopper. Head dims 64, 96, 128, 192 and 256 in half precision are
+// supported; the cache is contiguous or consists of pages of whole blocks of keys. Triton serves everything else.
 //
 //   s = c q·k with c = scale * log2(e), -inf where hidden;  per split n of the keys: o_n, m_n, l_n as in the forward
 //   m = max m_n,  l = sum_n exp2(m_n - m) l_n,  out = sum_n exp2(m_n - m) o_n / l,  lse = (m + log2 l) / log2(e)
 //
 // The cache is far larger than all other data. It is read once, by the copy engine, with as many bytes in flight as
 // shared memory holds. A block of threads has a split of the keys of one sequence and key head, and up to 64 rows: the
-// queries of the heads that share the key head. One warpgroup computes and one more warp loads; two blocks share a
-// multiprocessor up to head dim 128. The tensor cores are mostly idle, so products and softmax do not overlap. The
-// kernels that combine the splits and append new keys are in attention_decode_passes_sm90.cu. Reference: Dao et al.,
-// "Flash-Decoding for long-context inference", 2023.
+// queries of the heads that share the key head. One warpgroup computes, and one more warp loads. Up to head dim 128,
+// two blocks share a multiprocessor. The tensor cores are mostly idle, so products and softmax need not overlap. The
+// kernels that combine the splits and append new keys are in attention_decode_passes_sm90.cu.
+// Reference: Dao et al., "Flash-Decoding for long-context inference", 2023.
 #include "cuda/sm90/attention_common.cuh"
 #include "cuda/sm90/attention_host.h"
 
@@ -40,7 +40,9 @@ struct SplitShared {
 struct SplitArgs {
   CUtensorMap k_map, v_map;
   DecodeShape shape;
-  const int32_t* pages;  // of a sequence, pages_stride apart; null: its own index
+  // The pages of all sequences; those of two sequences are pages_stride apart. If null, the page of a sequence is its
+  // index.
+  const int32_t* pages;
   int64_t pages_stride;
   int blocks_per_page;
   HeadTensor q, out;
@@ -57,7 +59,8 @@ __device__ __forceinline__ void split_produce(SplitShared<T, kHeadDim>& shared, 
                                               const SplitTile& tile) {
   const int lane = threadIdx.x % 32;
   Ring<shared.kStages> ring;  // one ring for keys and values
-  int pages = 0;              // lane i holds the page of block i of 32, which start at this one
+  // Lane i holds the page of block i of a group of 32 blocks.
+  int pages = 0;
 #pragma unroll 1
   for (int n = tile.keys.begin; n < tile.keys.end; ++n) {
     const int next = (n - tile.keys.begin) % 32;
@@ -82,7 +85,8 @@ __device__ __forceinline__ void split_produce(SplitShared<T, kHeadDim>& shared, 
       arrived.arrive_expecting(v.kBytes);
       v.load(args.v_map, row, tile.kv_head, page, arrived);
     }
-    if (valid < kKeys) {  // the last block of the sequence; memory after it was never written
+    // This is the last block of the sequence, and the memory after it was never written.
+    if (valid < kKeys) {
       shared.v_arrived.wait(0);
       v.clear_from(valid);
       fence_async();
@@ -92,7 +96,7 @@ __device__ __forceinline__ void split_produce(SplitShared<T, kHeadDim>& shared, 
   }
 }
 
-// Executed by a warpgroup.
+// Executed by one warpgroup.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, const SplitArgs& args,
                                               const SplitTile& tile, int split) {
@@ -113,7 +117,7 @@ __device__ __forceinline__ void split_consume(SplitShared<T, kHeadDim>& shared, 
   fence_async();
   meet(1, kWarpgroup);
 
-  int query[2];  // of the two rows of this thread
+  int query[2];  // the queries of the two rows of this thread
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     query[r] = (tile.row + accumulator_row(thread, 2 * r)) / group;
@@ -247,7 +251,8 @@ cudaError_t launch_split(const DecodeCudaArgs& in, cudaStream_t stream) {
   }
   const auto kernel = attention_decode_sm90_kernel<T, kHeadDim>;
   constexpr int kShared = sizeof(SplitShared<T, kHeadDim>);
-  static_assert(SplitConfig<kHeadDim>::kBlocks * (kShared + 1024) <= 228 * 1024);  // each block reserves 1 KB more
+  // Each block reserves 1 KB more than it uses.
+  static_assert(SplitConfig<kHeadDim>::kBlocks * (kShared + 1024) <= 228 * 1024);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) {
     return error;
   }

@@ -5,14 +5,14 @@
 //   dv = pᵀ·do,  dk = scale dsᵀ·q,  dq = scale ds·k
 //
 // A block of threads takes one tile of 128 keys after another, with all queries of its group of heads that see the
-// tile. dk and dv stay in registers and are summed in a fixed order: no atomics, no workspace. Scores are computed
-// transposed, with keys as rows, so p and ds become operands without leaving their thread. Keys past the end only
-// produce rows that are not written. Queries past the end have lse2 = inf, so p = 0.
+// tile. dk and dv stay in registers and are summed in a fixed order, without atomics or a workspace. Scores are
+// computed transposed, with keys as rows, so p and ds become operands without leaving their thread. Keys past the end
+// only produce rows that are not written. Queries past the end have lse2 = inf, so p = 0.
 //
-// With dq, the two warpgroups put their ds side by side in shared memory and multiply dq from both, and the copy engine
-// adds it to sums in global memory. A warp next to the loading one starts the copy, so that no warpgroup waits until
-// shared memory has been read. Keys past the end are cleared and have p = 0. Several blocks of threads add in any
-// order, so the last bits of dq differ from run to run.
+// With dq, the two warpgroups put their ds side by side in shared memory and multiply dq from both. The copy engine
+// adds the product to sums in global memory. The loading warp's warpgroup has a warp that starts this copy, so no
+// warpgroup waits until shared memory has been read. Keys past the end are cleared and have p = 0. Several blocks of
+// threads add in any order, so the last bits of dq differ from run to run.
 // References: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023; Shah et
 // al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 #include "cuda/sm90/attention_bwd.cuh"
@@ -22,21 +22,24 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kQueries = 64;  // of a block; 128 would need 64 + 64 registers in addition to dk, dv and the operands
+// The queries of a block. With 128, each thread would need 64 + 64 registers in addition to dk, dv and the operands.
+constexpr int kQueries = 64;
 
-// The warpgroups take turns to multiply dq of a block, or, if there are too few registers for that, each has half of
+// The warpgroups take turns to multiply dq of a block. If there are too few registers for that, each computes half of
 // the columns.
 template <int kHeadDim>
 constexpr int kDqCols = kHeadDim == 128 ? 64 : kHeadDim;
 
-// Shared memory holds four blocks of queries. It holds only two if dq of wide heads also needs space: ds of both
-// warpgroups, whose rows are keys, and dq before it is copied out, as accumulators, four per thread at a time.
+// Shared memory holds four blocks of queries. It holds only two if dq of wide heads also needs space. This space is for
+// ds of both warpgroups, whose rows are keys, and for dq before it is copied out. There dq has the layout of the
+// accumulators, with four per thread at a time.
 template <typename T, int kHeadDim, bool kWithDq>
 struct DkdvStages {
   static constexpr int kStages = 4;
 };
 
-// A warpgroup hands its dq to a warp that starts the copy. Barriers with a number cost no registers for a phase.
+// A warpgroup hands its dq to a warp that starts the copy. They use named barriers, because these need no register for
+// a phase.
 constexpr int kDqFull = kBothWarpgroups + 1, kDqEmpty = kDqFull + kBwdConsumers, kHandoverThreads = kWarpgroup + 32;
 constexpr int64_t kNoMore = -1;
 
@@ -45,13 +48,13 @@ struct DkdvStages<T, kHeadDim, true> {
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   TileOf<T, kTile, kQueries> ds[2];
   float dq[kBwdConsumers][kQueries * kDqCols<kHeadDim>];
-  int64_t dq_to[kBwdConsumers];  // where dq is added in the sums, or kNoMore
+  int64_t dq_to[kBwdConsumers];  // the position in the sums where dq is added, or kNoMore
 };
 
 template <typename T, int kHeadDim, bool kWithDq>
 struct DkdvShared : DkdvStages<T, kHeadDim, kWithDq> {
   using DkdvStages<T, kHeadDim, kWithDq>::kStages;
-  TileOf<T, kTile, kHeadDim> k, v;  // finally dk and dv
+  TileOf<T, kTile, kHeadDim> k, v;  // finally replaced by dk and dv
   TileOf<T, kQueries, kHeadDim> q[kStages], dout[kStages];
   alignas(16) float lse2[kStages][kQueries];
   alignas(16) float delta[kStages][kQueries];
@@ -99,7 +102,7 @@ __device__ __forceinline__ void dkdv_produce(DkdvShared<T, kHeadDim, kWithDq>& s
   });
 }
 
-// Executed by one warp for each warpgroup: adds its dq of one block after another to the sums.
+// Executed by one warp per warpgroup. Adds the warpgroup's dq of each block to the sums.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void add_dq(DkdvShared<T, kHeadDim, true>& shared, const BwdArgs& args, int slab) {
   while (true) {
@@ -220,7 +223,7 @@ __device__ __forceinline__ void dkdv_consume(DkdvShared<T, kHeadDim, kWithDq>& s
       dv[i] = visible(i) ? dv[i] : 0.f;
     }
     if constexpr (kWithDq) {
-      meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);  // the other warpgroup reads all keys for its dq
+      meet(kBothWarpgroups, kBwdConsumers * kWarpgroup);  // waits because the other warpgroup reads all keys for its dq
     }
     const Coordinates at{0, sequence.k_begin + row, tile.kv_head, sequence.index};
     const int valid = sequence.k_rows - row;

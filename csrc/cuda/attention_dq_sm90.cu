@@ -4,11 +4,12 @@
 //                                                                 c = scale log2(e), lse2 = lse log2(e)
 //
 // A block of threads takes one tile of 128 queries after another, with the keys that the tile sees. dq stays in
-// registers: no atomics, and the same bits in every run. The backward then has 7 products; it has 5 if
-// attention_dkdv_sm90.cu also computes dq. While one of the two warpgroups computes ds, the products of the other run.
-// The exponentials run under the warpgroup's own product do·v as well. It is issued only when the scores are there: if
-// both were issued together, ptxas would wait for both before most of the exponentials. If a warpgroup also overlapped
-// the product with k, the compiler would run out of registers and wait after every product.
+// registers, so there are no atomics, and every run gives the same bits. The backward then has 7 products; it has 5 if
+// attention_dkdv_sm90.cu also computes dq.
+// While one of the two warpgroups computes ds, the products of the other one run. The exponentials also overlap with
+// the warpgroup's own product do·v. This product is issued only when the scores are ready. If both products were issued
+// together, ptxas would wait for both before most of the exponentials. If a warpgroup also overlapped the product with
+// k, the compiler would run out of registers and wait after every product.
 // Reference: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
 #include "cuda/sm90/attention_bwd.cuh"
 
@@ -17,7 +18,8 @@ namespace {
 
 using namespace sm90;
 
-constexpr int kKeys = 128;  // of a block: two accumulators of 64 registers in addition to dq
+// The keys of a block. They need two accumulators of 64 registers in addition to dq.
+constexpr int kKeys = 128;
 
 template <int kHeadDim>
 constexpr int kKeyStages = kHeadDim == 64 ? 4 : 2;

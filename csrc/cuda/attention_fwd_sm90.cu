@@ -6,11 +6,12 @@
 //                                      l = shrink l + sum p,  o = shrink o + p·v
 //   out = o / l,  lse = (m + log2 l) / log2(e)
 //
-// A block of threads is resident and takes one tile of queries after another, longest first. Its first warpgroup loads:
-// queries once per tile, keys and values through rings of stages. Each other warpgroup processes 64 queries, whose o
-// stays in registers; p becomes an operand without leaving its thread. The product for the scores of a block overlaps
-// with the product for the values of the previous block. The softmax of the block runs under the latter, and up to head
-// dim 128 the warpgroups take turns at issuing, so that it also runs under the products of the others.
+// A block of threads stays resident and takes one tile of queries after another, longest first. Its first warpgroup
+// loads: queries once per tile, keys and values through rings of stages. Each other warpgroup processes 64 queries,
+// whose o stays in registers; p becomes an operand without leaving its thread. The product for the scores of a block
+// overlaps with the product for the values of the previous block, and the softmax of the block overlaps with the
+// latter. Up to head dim 128, the warpgroups take turns at issuing, so that the softmax also overlaps with the products
+// of the others.
 // Saved: out and lse.
 // Reference: Shah et al., "FlashAttention-3: fast and accurate attention with asynchrony and low-precision", 2024.
 #include "cuda/sm90/attention_common.cuh"
@@ -31,9 +32,10 @@ struct FwdConfig {
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   static constexpr int kBlockM = kConsumers * kSlab;
   static constexpr int kBlockN = kKeys;
-  // out has memory of its own, so the next q can be loaded while out is written
+  // out has its own memory, so the next q can be loaded while out is written.
   static constexpr bool kOwnOut = kKeys == 128;
-  static constexpr bool kTurns = kHeadDim <= 128;  // wider heads have long products and few exponentials
+  // Wider heads do without turns, because they have long products and few exponentials.
+  static constexpr bool kTurns = kHeadDim <= 128;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 };
 
@@ -107,7 +109,8 @@ __device__ __forceinline__ void fwd_produce(FwdShared<T, kHeadDim, kKeys>& share
         k.load(args.k_map, row, kv_head, sequence.index, full);
       }
       if (n == tile.keys.end - 1) {
-        load_q();  // after the keys, which need not wait until the previous tile is written
+        // q follows the keys, because the keys need not wait until the previous tile is written.
+        load_q();
       }
       shared.v_pipe.wait_empty(ring);
       const bool ragged = args.shape.ragged_keys() && first + Config::kBlockN > sequence.k_len;
@@ -169,7 +172,7 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
         shared.v_pipe.release(values.stage);
         values.next();
       };
-      const auto softmax = [&](int n, auto masked) {  // when the scores are ready
+      const auto softmax = [&](int n, auto masked) {  // called when the scores are ready
         constexpr bool kMasked = decltype(masked)::value;
         shared.k_pipe.release(keys.stage);
         keys.next();
@@ -189,13 +192,14 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
           turns.wait();
         }
         issue_scores();
-        issue_values();  // of the previous block
+        issue_values();  // those of the previous block
         if constexpr (Config::kTurns) {
           turns.pass();
         }
         wgmma_wait<1>();
         softmax(n, masked);
-        finish_first(row_sum[0] < 0.f || row_sum[1] < 0.f);  // the exponentials, before the wait for the values
+        // Complete the exponentials before the wait for the values.
+        finish_first(row_sum[0] < 0.f || row_sum[1] < 0.f);
         end_values();
         to_operand<T>(p, s);
 #pragma unroll
@@ -244,7 +248,7 @@ __device__ __forceinline__ void fwd_consume(FwdShared<T, kHeadDim, kKeys>& share
     }
     const Coordinates at{0, sequence.q_begin + row, tile.head, sequence.index};
     if constexpr (Config::kOwnOut) {
-      await_stores();  // of the previous tile
+      await_stores();  // the stores of the previous tile
       meet(1 + slab, kWarpgroup);
     }
     store_slab<T>(o, shared.out, slab, Target{args.out_map, args.out, at, sequence.q_len - row, !args.shape.packed()},
@@ -281,8 +285,8 @@ __global__ void __launch_bounds__(FwdConfig<kHeadDim, kKeys>::kThreads, 1)
       [&](int slab) { fwd_consume<T, kHeadDim, kKeys>(shared, args, slab); });
 }
 
-// The largest block of keys that fits, for head dim 128 if nothing but the end is masked: longer products, fewer waits.
-// It is not used if it adds more work to the last block than it saves.
+// The largest block of keys that fits at head dim 128. It gives longer products and fewer waits. It is used if only the
+// end is masked and if it does not add more work to the last block than it saves.
 constexpr int kWideBlock = 176;
 bool fits_wide_blocks(int64_t seqlen_k) {
   const auto padded = [&](int64_t block) { return (seqlen_k + block - 1) / block * block; };

@@ -1,4 +1,4 @@
-// fastattn::attention_fwd and attention_bwd for CUDA tensors on Hopper. Triton serves other devices and features
+// fastattn::attention_fwd and attention_bwd for CUDA tensors on Hopper. Triton serves all other devices and features
 // (kernels/).
 #include "host.h"  // must be first: it enables the CUDA declarations of the other headers
 

@@ -1,7 +1,7 @@
 #pragma once
 // Shared by the CUDA kernels that work on rows. A thread owns groups of eight consecutive columns: one 16-byte vector
-// in half precision, two in fp32, and one Philox call. The threads of a row are threadIdx.x, the rows are threadIdx.y.
-// Without a torch header, a file compiles in seconds instead of a minute.
+// in half precision, two in fp32, and one Philox call. The threads of a row are threadIdx.x, and the rows are
+// threadIdx.y. Because no torch header is included, a file compiles in seconds instead of a minute.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -131,7 +131,7 @@ __device__ __forceinline__ void store_value(void* tensor, DType dtype, int64_t i
   }
 }
 
-// Returns the value after a store and a load.
+// Returns the value that a store and a load would give.
 template <typename T>
 __device__ __forceinline__ float rounded(float value, DType dtype) {
   if constexpr (std::is_same_v<T, Dynamic>) {
@@ -153,7 +153,7 @@ class DropoutMask {
     }
   }
 
-  // value = keep * scale * value for the eight columns from `col` on
+  // value = keep * scale * value for the eight columns from `col` on.
   __device__ __forceinline__ void apply(float (&value)[kGroup], int64_t row, int col) const {
     if (dropout_.rng == nullptr) {
       return;
@@ -207,7 +207,8 @@ __device__ __forceinline__ void row_sum(float (&value)[kValues]) {
   }
 }
 
-// The threads for rows of `cols` columns with `groups` groups per thread: whole warps, or a power of two within a warp.
+// Returns the threads for rows of `cols` columns with `groups` groups per thread: whole warps, or a power of two within
+// a warp.
 inline dim3 row_block(int64_t cols, int groups, int threads, int max_lanes = kMaxThreads) {
   const int64_t wanted = (cols + kGroup * groups - 1) / (kGroup * groups);
   int lanes = 8;

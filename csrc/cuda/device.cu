@@ -1,4 +1,4 @@
-// Whether this library can run on a device. Python asks this before it chooses a kernel.
+// Checks whether this library can run on a device. Python calls this before it chooses a kernel.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -13,21 +13,23 @@ cudaError_t first_error(int* driver, int* runtime) {
   cudaFuncAttributes attributes;
   cudaDriverGetVersion(driver);
   cudaRuntimeGetVersion(runtime);
-  // fails if the driver is older than the runtime of this library, which need not be torch's
+  // This fails if the driver is older than the runtime of this library, which need not be the runtime of torch.
   if (const cudaError_t error = cudaGetDeviceCount(&count)) {
     return error;
   }
-  return cudaFuncGetAttributes(&attributes, probe);  // fails if there is no code for the device
+  // This fails if there is no code for the device.
+  return cudaFuncGetAttributes(&attributes, probe);
 }
 
 }  // namespace
 
-// The reason why the current device cannot be used, or null. The text is valid until the thread calls this again.
+// Returns the reason why the current device cannot be used, or null. The text is valid until the thread calls this
+// again.
 extern "C" __attribute__((visibility("default"))) const char* fastattn_cuda_refusal() {
   static thread_local char text[256];
   int driver = 0, runtime = 0;
   const cudaError_t error = first_error(&driver, &runtime);
-  cudaGetLastError();  // so that later launches do not report it
+  cudaGetLastError();  // clears the error, so that later launches do not report it
   if (error == cudaSuccess) {
     return nullptr;
   }

@@ -1,7 +1,8 @@
 // Dropout with the residual add: out = keep * dropout_scale * x + residual, in the dtype of the residual, or of x.
 //
-// The threads of a row loop over its groups of eight columns; blocks loop over the rows. Nothing is saved: the backward
-// is the same kernel without a residual. Limits: fewer than 2^31 columns. Reference: fastattn.reference.dropout
+// The threads of a row loop over its groups of eight columns, and the blocks loop over the rows. Nothing is saved,
+// because the backward is the same kernel without a residual. Limits: fewer than 2^31 columns.
+// Reference: fastattn.reference.dropout
 #include "common.cuh"
 
 namespace fastattn {

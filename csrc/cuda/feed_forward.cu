@@ -6,10 +6,11 @@
 //                                                                 dgate = dact * preact * act'(gate)
 //   dbias = sum_rows(dpreact),  dbias_gate = sum_rows(dgate)
 //
-// A thread owns eight columns of a row. Forward: a thread has one row of a tile. Backward: a block owns a strip of up
-// to 256 columns, loops over the rows of its chunk and sums the bias gradients in fp32. It writes one row of sums, and
-// a second kernel adds those of all chunks in order: no atomics. hidden is stored again, for the gradient of w2. Saved:
-// the pre-activations, never hidden or a mask. Limits: 2^30 columns. Reference: fastattn.reference.feed_forward
+// A thread owns eight columns of a row. In the forward, a thread has one row of a tile. In the backward, a block owns a
+// strip of up to 256 columns, loops over the rows of its chunk and sums the bias gradients in fp32. It writes one row
+// of sums, and a second kernel adds the sums of all chunks in order, without atomics. The backward also stores hidden
+// again, for the gradient of w2. Saved: the pre-activations, never hidden or a mask. Limits: 2^30 columns.
+// Reference: fastattn.reference.feed_forward
 #include "activations.h"
 #include "common.cuh"
 
@@ -39,7 +40,7 @@ struct Scalar {
   __device__ __forceinline__ friend Scalar min(Scalar a, Scalar b) { return a < b ? a : b; }
   __device__ __forceinline__ friend Scalar max(Scalar a, Scalar b) { return b < a ? a : b; }
   __device__ __forceinline__ friend Scalar select(bool first, Scalar a, Scalar b) { return first ? a : b; }
-  // The error is 2 units in the last place. The result is 0 if b is 2^126 or more, which happens only for a sigmoid of
+  // The error is 2 units in the last place. The result is 0 if b is 2^126 or more, which happens only if a sigmoid is
   // 0.
   __device__ __forceinline__ friend Scalar operator/(Scalar a, Scalar b) { return {__fdividef(a.v, b.v)}; }
 };
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kActivationThreads)
   store_groups<T>(hidden, args.hidden, args.dtype, row * args.cols, cols, start, aligned);
 }
 
-// out[col] = the sum over all threads that have this column of the strip
+// out[col] = the sum over all threads that have this column of the strip.
 __device__ __forceinline__ void store_column_sums(const float (&sum)[kGroup], float* out, int64_t cols, int start) {
   __shared__ float buffer[kGroup][kActivationThreads];
   __syncthreads();  // the previous call may still be reading
@@ -79,7 +80,8 @@ __device__ __forceinline__ void store_column_sums(const float (&sum)[kGroup], fl
   }
   __syncthreads();
   const int width = min(static_cast<int64_t>(blockDim.x * kGroup), cols - start);
-  const int col = threadIdx.y * blockDim.x + threadIdx.x;  // there are at least as many threads as columns
+  // There are at least as many threads as columns.
+  const int col = threadIdx.y * blockDim.x + threadIdx.x;
   if (col < width) {
     float total = 0.f;
     for (int y = 0; y < blockDim.y; ++y) {
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kActivationThreads, kResident<kGated>)
     if constexpr (kGated) {
       load_groups<T>(gate, args.gate, args.dtype, row * args.gate_stride, cols, start, aligned);
     }
-    float keep[kGroup] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f};  // times scale
+    float keep[kGroup] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f};  // apply() makes these 0 or scale
     dropout.apply(keep, row, first_col(start, 0));
     float hidden[1][kGroup];
 #pragma unroll
@@ -143,7 +145,7 @@ __global__ void __launch_bounds__(kActivationThreads, kResident<kGated>)
   }
 }
 
-// dbias (blockIdx.y = 0) and dbias_gate (1): adds the sums of the chunks; a block has 32 columns.
+// Adds the sums of the chunks for dbias (blockIdx.y = 0) and dbias_gate (1). A block has 32 columns.
 __global__ void __launch_bounds__(kActivationThreads) activation_dbias_kernel(ActivationArgs args) {
   const float* partial = blockIdx.y == 0 ? args.dbias_partial : args.dbias_gate_partial;
   void* out = blockIdx.y == 0 ? args.dbias : args.dbias_gate;

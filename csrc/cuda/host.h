@@ -1,6 +1,6 @@
 #pragma once
-// Shared by the wrapper files of the CUDA ops. This is host code, compiled by the C++ compiler without a CUDA header,
-// so it compiles and links on a machine without a GPU and with a CPU-only torch.
+// Shared by the wrapper files of the CUDA ops. This is host code that the C++ compiler compiles without a CUDA header.
+// So it compiles and links on a machine without a GPU and with a CPU-only torch.
 #define USE_CUDA 1  // declares aoti_torch_get_current_cuda_stream, which is in libtorch_cuda.so
 #include <torch/csrc/stable/accelerator.h>
 

@@ -1,10 +1,11 @@
 #pragma once
-// Which tensors the kernels for Hopper take: those that the copy engine can read, of supported sizes. Host code.
+// Which tensors the Hopper kernels read directly: those of supported sizes that the copy engine can read. Host code.
 #include "host.h"
 
 namespace fastattn {
 
-// 16-byte aligned, no dimension expanded, strides multiples of 16 bytes and below 2^40. 16-bit elements.
+// For tensors of 16-bit elements. True if the tensor is 16-byte aligned, has no expanded dimension, and all strides are
+// multiples of 16 bytes and below 2^40 bytes.
 inline bool is_mappable(const Tensor& t) {
   bool fits = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   for (int64_t d = 0; d < 3; ++d) {

@@ -3,9 +3,10 @@
 //   r = keep * dropout_scale * (x + x_bias) + residual        rounded once, to the dtype of the residual, or of x
 //   y = (r - mean) * rstd * weight + bias                     rms: mean = 0
 //
-// 8 to 512 threads own a row and hold it in registers. Statistics are centred and in fp32. Rows that are too wide, not
-// aligned to 16 bytes or of a rare pair of dtypes are read again from the cache, with the type Dynamic. Saved: r and
-// the fp32 statistics, never a mask. Limits: fewer than 2^31 columns. Reference: fastattn.reference.norm
+// A row is owned by 8 to 512 threads, which hold it in registers. Statistics are centred and in fp32. Rows that are too
+// wide, not aligned to 16 bytes or of a rare pair of dtypes are read again from the cache, with the type Dynamic.
+// Saved: r and the fp32 statistics, never a mask. Limits: fewer than 2^31 columns.
+// Reference: fastattn.reference.norm
 #include "common.cuh"
 
 namespace fastattn {
@@ -14,8 +15,8 @@ namespace {
 constexpr int kFwdThreads = 128;
 constexpr int kFwdCols = kMaxThreads * kGroup * 4;  // the widest rows that are held in registers
 
-// r of one row, rounded, with zeros from column `cols` on. Without a residual its loads are masked, so there is no
-// branch.
+// Loads r of one row, rounded, with zeros from column `cols` on. The loads of a residual that does not exist are
+// masked, so there is no branch.
 template <typename X, typename R, int kGroups>
 __device__ __forceinline__ void load_r(float (&r)[kGroups][kGroup], const NormFwdArgs& args, const DropoutMask& dropout,
                                        int64_t row, int cols, int start, bool aligned) {
@@ -41,7 +42,7 @@ __device__ __forceinline__ void load_r(float (&r)[kGroups][kGroup], const NormFw
   }
 }
 
-// r - mean, or zero in columns past the end
+// Returns r - mean, or zero in columns past the end.
 __device__ __forceinline__ float centered(float r, float mean, int col, int cols) {
   return col < cols ? r - mean : 0.f;
 }
@@ -62,7 +63,7 @@ __device__ __forceinline__ void add_centered(float (&sums)[2], const float (&r)[
 }
 
 // Computes rstd from the two sums over the row. The first sum is the rounding error of the mean; with it, a constant
-// row becomes exactly 0. If the squares exceed fp32, rstd is 0; NaN stays NaN, which fmaxf would drop.
+// row becomes exactly 0. If the squares exceed fp32, rstd is 0. NaN stays NaN, which fmaxf would drop.
 __device__ __forceinline__ float finish_stats(float& mean, const float (&sums)[2], const NormFwdArgs& args) {
   const float rest = args.rms ? 0.f : sums[0] / args.cols;
   mean += rest;
@@ -136,7 +137,8 @@ __device__ __forceinline__ void store_stats(const NormFwdArgs& args, float mean,
 template <typename X, typename R, int kGroups>
 __global__ void __launch_bounds__(kMaxThreads) norm_fwd_kernel(NormFwdArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;  // the threads of a missing row stay idle
+  // The threads of a row that does not exist stay idle.
+  const int cols = row < args.rows ? static_cast<int>(args.cols) : 0;
   const DropoutMask dropout(args.dropout);
   float r[kGroups][kGroup];
   load_r<X, R>(r, args, dropout, row, cols, 0, true);

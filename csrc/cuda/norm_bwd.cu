@@ -5,11 +5,11 @@
 //   dresidual = dr,  dx = keep * dropout_scale * dr,  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
 //   dx_bias = sum_rows(dx)
 //
-// Resident blocks loop over the rows. Each thread sums dweight, dbias and dx_bias of its columns; each block writes
-// rows of fp32 sums, and a second kernel adds these in a fixed order: no atomics. Rows that are too wide for registers
-// are read again from the cache; the second kernel then reads all rows of a strip of columns. Dynamic is for rows that
-// are not aligned to 16 bytes or have a rare pair of dtypes. Limits: fewer than 2^31 columns. Reference:
-// fastattn.reference.norm
+// Resident blocks loop over the rows. Each thread sums dweight, dbias and dx_bias of its columns. Each block writes
+// rows of fp32 sums, and a second kernel adds these in a fixed order, without atomics. Rows that are too wide for
+// registers are read again from the cache; the second kernel then reads all rows of a strip of columns. Dynamic is for
+// rows that are not aligned to 16 bytes or have a rare pair of dtypes. Limits: fewer than 2^31 columns.
+// Reference: fastattn.reference.norm
 #include "common.cuh"
 
 namespace fastattn {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void load_dy_and_r(float (&dy)[kGroups][kGroup], floa
   load_groups<R>(r, args.r, args.r_dtype, row * args.r_stride, cols, start, kAligned<X>);
 }
 
-// 0 if there is none; masked loads avoid a branch
+// Returns 0 if there is no dr_out. Masked loads avoid a branch.
 template <typename R, int kGroups>
 __device__ __forceinline__ void load_dr_out(float (&dr_out)[kGroups][kGroup], const NormBwdArgs& args, int64_t row,
                                             int cols, int start) {
@@ -56,7 +56,7 @@ __device__ __forceinline__ void load_dr_out(float (&dr_out)[kGroups][kGroup], co
                  kAligned<R>);
 }
 
-// 1 if there is none
+// Returns 1 if there is no weight.
 template <typename X, int kGroups>
 __device__ __forceinline__ void load_weight(float (&weight)[kGroups][kGroup], const NormBwdArgs& args, int start) {
   if (args.weight != nullptr) {
@@ -103,8 +103,8 @@ constexpr int kBwdBlock = kGroups == 1 ? kBwdThreads : kMaxThreads;
 template <int kGroups>
 constexpr int kBwdResidentThreads = kGroups == 1 ? 768 : 512;
 
-// A slot in shared memory for each value that a thread holds: (kGroups, kGroup, thread), without bank conflicts.
-// dweight and dbias are stored here at the end. dx_bias is summed here, because registers are scarce.
+// Calls action for a slot in shared memory for each value that a thread holds: (kGroups, kGroup, thread), without bank
+// conflicts. dweight and dbias are stored here at the end. dx_bias is summed here, because registers are scarce.
 template <int kGroups, typename Action>
 __device__ __forceinline__ void for_places(Action action) {
   extern __shared__ float buffer[];
@@ -117,8 +117,8 @@ __device__ __forceinline__ void for_places(Action action) {
   }
 }
 
-// Adds over the rows of the block, from shared memory to the block's row of args.sums, for dweight, dbias or dx_bias
-// according to `which`.
+// Adds the sums in shared memory over the rows of the block, and stores them in the block's row of args.sums. `which`
+// selects dweight, dbias or dx_bias.
 template <int kGroups>
 __device__ __forceinline__ void add_places(const NormBwdArgs& args, int which) {
   extern __shared__ float buffer[];
@@ -164,10 +164,10 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
     float dr_out[kGroups][kGroup];
     load_dy_and_r<X, R>(dy, r, args, row, cols, 0);
     if constexpr (kAligned<X>) {
-      load_dr_out<R>(dr_out, args, row, cols, 0);  // loaded early, so that all loads of a row are in flight together
+      load_dr_out<R>(dr_out, args, row, cols, 0);  // early, so that all loads of a row are in flight together
     }
 
-    float sums[2] = {0.f, 0.f};  // wdy and wdy * xhat
+    float sums[2] = {0.f, 0.f};  // the sums of wdy and wdy * xhat
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kBwdBlock<kGroups>, kBwdResidentThreads<kGroup
     }
     row_sum(sums);
     if constexpr (!kAligned<X>) {
-      load_dr_out<R>(dr_out, args, row, cols, 0);  // an earlier load would spill
+      load_dr_out<R>(dr_out, args, row, cols, 0);  // not earlier, because an earlier load would spill
     }
     const float mean_wdy = args.mean != nullptr ? sums[0] / args.cols : 0.f;
     store_dr<X, R>(dy, r, dr_out, weight, stats, mean_wdy, sums[1] / args.cols, args, dropout, row, cols, 0);
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kStripThreads, kMaxThreads * 2 / kStripThreads
   store_strip(args.dx_bias, dx_bias, args, start);
 }
 
-// dweight (blockIdx.y = 0), dbias (1) and dx_bias (2): adds the sums of the chunks; a block has 32 columns.
+// Adds the sums of the chunks for dweight (blockIdx.y = 0), dbias (1) and dx_bias (2). A block has 32 columns.
 __global__ void __launch_bounds__(1024) norm_bwd_columns_kernel(NormBwdArgs args) {
   void* out = blockIdx.y == 0 ? args.dweight : blockIdx.y == 1 ? args.dbias : args.dx_bias;
   const int64_t col = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
@@ -332,12 +332,12 @@ __global__ void __launch_bounds__(1024) norm_bwd_columns_kernel(NormBwdArgs args
   }
 }
 
-// The number of column groups per thread; 0 if the row is too wide for registers.
+// Returns the number of column groups per thread, or 0 if the row is too wide for registers.
 int bwd_groups(const NormBwdArgs& args) {
   return args.cols <= kBwdThreads * kGroup ? 1 : args.cols <= kBwdCols ? 2 : 0;
 }
 
-// Two launches, or one if no sum over the rows is wanted.
+// Launches two kernels, or one if no sum over the rows is wanted.
 template <typename X, typename R>
 void launch_bwd(const NormBwdArgs& args, cudaStream_t stream) {
   const bool sums = args.dweight != nullptr || args.dbias != nullptr || args.dx_bias != nullptr;

@@ -1,11 +1,12 @@
 // Rotary position embedding:  y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin,  over the pairs of the first
 // rotary_dim channels. The other channels are copied. The backward is the same with -sin.
 //
-// The threads of a token (threadIdx.x) own eight pairs each, in two groups of eight channels: rotary_dim / 2 apart if
-// half-split, adjacent if interleaved. A thread loads its part of the tables once and loops over the heads of q, or of
-// k, kHeads at a time. Their loads are all issued before the first value is used. Tokens are threadIdx.y and
-// blockIdx.x; blockIdx.y divides the heads if tokens alone do not fill the GPU. A position outside the tables gives
-// NaN. Limits: fewer than 2^31 tokens. Reference: fastattn.reference.rotary_embedding
+// The threads of a token (threadIdx.x) own eight pairs each, in two groups of eight channels. The groups are rotary_dim
+// / 2 apart if half-split, and adjacent if interleaved. A thread loads its part of the tables once and loops over the
+// heads of q, or of k, kHeads at a time. All loads of these heads are issued before the first value is used. Tokens are
+// threadIdx.y and blockIdx.x; blockIdx.y divides the heads if tokens alone do not fill the GPU. A position outside the
+// tables gives NaN. Limits: fewer than 2^31 tokens.
+// Reference: fastattn.reference.rotary_embedding
 #include "common.cuh"
 
 namespace fastattn {
@@ -15,7 +16,7 @@ constexpr int kRotaryThreads = 128;
 constexpr int kBlocksWanted = 2048;  // several for each multiprocessor of the largest GPUs
 constexpr int kMaxLanes = 32;
 
-// Eight values as fp32, of which the first n exist. Loads have 16 bytes if `aligned`, which requires n >= 8 or n <= 0.
+// Eight values as fp32, of which the first n exist. Loads take 16 bytes if `aligned`, which requires n >= 8 or n <= 0.
 template <typename T>
 struct Group {
   T value[kGroup];
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
   const int64_t row = batch * args.table_batch + position * args.table_row;
   const int half = static_cast<int>(args.rotary_dim / 2);
   for (int pair = threadIdx.x * kGroup; pair < half; pair += blockDim.x * kGroup) {
-    // the rows of the tables for these pairs, kept for all heads
+    // The rows of the tables for these pairs are kept for all heads.
     const int n = half - pair;
     Group<W> cos, sin;
     if (inside) {
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
     }
   }
 
-  // the channels that are not rotated
+  // These channels are not rotated.
   const int head_dim = static_cast<int>(args.head_dim);
   for (int col = 2 * half + threadIdx.x * kGroup; col < head_dim; col += blockDim.x * kGroup) {
     for (int head = first_head; head < heads; head += head_step) {
@@ -170,7 +171,8 @@ void launch_rotary(RotaryArgs args, bool aligned, cudaStream_t stream) {
   const int lanes = static_cast<int>(std::min<int64_t>(blocks(widest, kGroup), kMaxLanes));
   const dim3 block(lanes, kRotaryThreads / lanes);
   const unsigned token_blocks = blocks(args.batch * args.seqlen, block.y);
-  const unsigned most = blocks(kBlocksWanted, token_blocks);  // blocks that share the heads of a token
+  // The largest number of blocks that share the heads of a token.
+  const unsigned most = blocks(kBlocksWanted, token_blocks);
   const unsigned q_blocks = std::min(blocks(args.n_heads[0], kHeads), most);
   const dim3 grid(token_blocks, q_blocks + std::min(blocks(args.n_heads[1], kHeads), most));
   const auto kernel = args.interleaved ? rotary_kernel<T, W, kHeads, true> : rotary_kernel<T, W, kHeads, false>;

@@ -1,8 +1,8 @@
 """Lets the process of a command keep the memory that it frees, instead of returning it to the kernel.
 
-A tensor of some MiB that is freed and allocated again in every step is otherwise mapped again each time, and every page
-of it faults at its first touch: that can take longer than what computes the tensor. The price is that freed memory
-stays with the process until it ends. This is for processes of our own only: `import fastattn` never does it.
+Otherwise, a tensor of several MiB that is freed and allocated again in every step is mapped again each time, and every
+page of it faults at its first access. That can take longer than computing the tensor. The price is that freed memory
+stays with the process until it ends. This is for our own processes only: `import fastattn` never does it.
 """
 
 import ctypes

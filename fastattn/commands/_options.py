@@ -69,7 +69,7 @@ def add_input(parser, what):
 def read_input(options, pair=None):
     """The Documents of the options of add_input; UsageError if they cannot be read.
 
-    pair: None, or the column of second texts; in lines they stand behind a tab.
+    pair: None, or the column of second texts. In a line of text they follow a tab.
     """
     path = user_path(options.input)
     if options.input == "-":

@@ -8,7 +8,7 @@ from argparse import ArgumentError
 from fastattn.training.messages import UsageError, did_you_mean
 
 _ALIAS = re.compile(r"^--(run|start)_folder(?==|$)")  # torchrun takes --run and --start for options of its own
-LARGEST = 2**53  # of whole numbers: sizes and counts are also computed with as floats
+LARGEST = 2**53  # the largest whole number; sizes and counts are also used as floats
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
 _TYPES["dict[str, float]"] = "names with a number each"
 _ELSEWHERE = {"lr": "learning_rate", "optimizer": "optim.name", "device": "accelerator", "dataset": "data.source"}
@@ -59,9 +59,9 @@ def parse(parser, argv):
 
 
 def _check_values(parser, options):
-    """Raise UsageError for what the parser accepts and no option can mean.
+    """Raise UsageError for values that the parser accepts but no option can use.
 
-    That is null where the type does not allow it, and a number that is not finite or that no counter holds.
+    These are null where the type does not allow it, and a number that is not finite or that no counter holds.
     """
     for action in parser._actions:
         value = options
@@ -128,7 +128,7 @@ def _plain(text, parser, argv):
 def _about_unknown(argument, group, option, key, arguments):
     """The message for an unknown option, an unknown key of a config file, or an extra positional argument."""
     if argument and not argument.startswith("-"):
-        return f"there is no place for the argument {argument!r}; --help shows the usage"
+        return f"unexpected argument {argument!r}; --help shows the usage"
     name = argument.lstrip("-") if argument else f"{group}.{option}" if group else key
     dashes = "--" if argument else ""
     options = [ours for ours, spelled in arguments.items() if spelled.startswith("--")]

@@ -20,9 +20,9 @@ ON_META = "its parameters are on the meta device: load the weights first"
 class Change(NamedTuple):
     """A change of a module that was found possible.
 
-    what: its words in the report.
+    what: the text about it in the report.
     apply: makes it, and returns the function that takes it back.
-    new_class: the class that the module gets, or None if the change is another.
+    new_class: the class that the module gets, or None if its class stays.
     """
 
     what: str
@@ -46,7 +46,7 @@ def change_class(module: torch.nn.Module, new_class: type, what: str) -> Change:
 
 
 class Replaced:
-    """The base of the classes that this room makes; `_fastattn` says what the forward needs to know."""
+    """The base of the classes that modules of other libraries get; `_fastattn` says what the forward needs to know."""
 
     _fastattn: Any = None
     _original: type = torch.nn.Module
@@ -59,16 +59,16 @@ class Replaced:
         return (_new, (cls.__bases__[0], self._original, self._fastattn), *state)
 
 
-# what modes, hooks of other libraries and replicas set
+# Attributes that training modes, hooks of other libraries and replicas set.
 _ALL_MODULES_HAVE = frozenset({"training", "forward", "__dict__", "_parameters", "_buffers", "_modules"})
 
 
 class Recognised(Replaced):
     """The base of the classes whose forward replaces one that a check recognised.
 
-    The check saw the attributes of that time. When one of them changes, such as a scale that was 1, `_fastattn` becomes
-    None, and the module runs its original forward from then on. Parameters and children may change: the forward reads
-    them.
+    The check saw the attributes that the module had then. When one of them changes, such as a scale that was 1,
+    `_fastattn` becomes None, and the module runs its original forward from then on. Parameters and children may change,
+    because the forward reads them.
     """
 
     def __setattr__(self, name, value):

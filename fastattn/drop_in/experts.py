@@ -1,8 +1,9 @@
-"""Mixtures of experts: the products of modules that hold the weights of all experts, as parameters of three dimensions.
+"""Mixtures of experts: modules that hold the weights of all experts as parameters of three dimensions.
 
-Their forward stays as it is. While it runs, its calls of torch's products with two operands in fp32 on the CPU go to
-`fastattn.ops.linear`: `torch.nn.functional.linear`, x @ weight, and the grouped product, whose rows lie sorted by
-expert, or one batch for each expert. Calls under autocast and those inside a checkpoint of the forward stay torch's.
+Their forward does not change. While it runs, torch's products of two fp32 operands on the CPU go to
+`fastattn.ops.linear`. These are `torch.nn.functional.linear`, x @ weight, the product of a batch for each expert, and
+the grouped product, whose rows are sorted by expert. Calls under autocast and calls inside a checkpoint of the forward
+stay torch's.
 """
 
 import itertools
@@ -36,7 +37,7 @@ def _fits(x, weight):
         and is_plain_input(weight)
         and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
-        and autocast_dtype(x) is None  # the grouped product is none of those that it casts
+        and autocast_dtype(x) is None  # autocast does not cast the grouped product
     )
 
 
@@ -99,7 +100,8 @@ def _saved_tensors_hooks():
 class _ServeProducts(TorchFunctionMode):
     """While this mode is active, torch's products in this thread run on ours.
 
-    Not inside a checkpoint that begins later: it computes again without the mode, and must save the same tensors.
+    It has no effect inside a checkpoint that begins later: that one computes again without the mode, and must save the
+    same tensors.
     """
 
     only_serves = True

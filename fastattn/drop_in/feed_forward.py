@@ -29,7 +29,7 @@ from fastattn.nn.plain import dropout_p, is_plain, must_call_children
 from fastattn.ops import feed_forward
 from fastattn.ops.feed_forward import ACTIVATIONS
 
-_D_MODEL, _D_FF, _ROWS = 6, 10, 7  # of the twin
+_D_MODEL, _D_FF, _ROWS = 6, 10, 7  # the sizes of the twin
 
 
 class Block(NamedTuple):

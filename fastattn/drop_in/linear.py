@@ -27,7 +27,7 @@ from fastattn.drop_in.torch_nn import CLASSES
 from fastattn.nn.plain import torch_linear_is_replaced
 from fastattn.ops.linear import linear
 
-_IN, _OUT, _ROWS = 6, 10, 7  # of the twin
+_IN, _OUT, _ROWS = 6, 10, 7  # the sizes of the twin
 
 
 class Linear(Replaced):
@@ -52,7 +52,7 @@ class Product(Recognised):
             return super().forward(*args, **kwargs)
         (x,), (weight, bias, transposed) = args, self._fastattn
         weight, bias = getattr(self, weight), getattr(self, bias) if bias else None
-        # layers differ in what they cast, and what they do under autocast
+        # Layers differ in what they cast, and in what they do under autocast.
         if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype) or autocast_dtype(x) is not None:
             return super().forward(*args, **kwargs)
         if bias is not None and bias.shape != weight.shape[transposed : transposed + 1]:
@@ -110,7 +110,7 @@ def _names(module):
 
 
 def _twin(module, weight, bias):
-    """A copy with a small random weight; attributes that are one of its sizes become the small size."""
+    """A copy with a small random weight. Attributes that are equal to one of its sizes get the small size."""
     small = dict(zip(module._parameters[weight].shape, (_IN, _OUT), strict=True))
     twin = copy.copy(module)
     for name, value in vars(module).items():  # which its forward may change
@@ -128,7 +128,7 @@ def _twin(module, weight, bias):
 
 
 def _computes_linear(twin, x, matrix, bias):
-    """Whether a twin computes x · matrixᵀ + bias, also, unless it refuses them, of other shapes and of infinity."""
+    """Whether a twin computes x · matrixᵀ + bias, also for other shapes and infinite values unless it refuses these."""
     for t in (x, x[0], x[0, 0], x[:, :, None], math.inf * x):
         y, expected = run(twin, t), F.linear(t, matrix, bias)
         if y is None and t is not x:

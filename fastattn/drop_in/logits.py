@@ -1,10 +1,10 @@
 """Logits that are computed when they are read, so that a loss can run without them.
 
 In training, an output layer that `replace` took over returns a `DeferredLogits`: a tensor of the right shape that holds
-the input and the weights of the layer. What models do on the way to their loss keeps it so: slices and views of the
-rows, float(), multiplication by a number, softcap. `torch.nn.functional.cross_entropy` of it is
-`fastattn.linear_cross_entropy`, which never has the logits of all tokens. Every other operation computes them, with
-gradient, as the layer itself would have.
+the input and the weights of the layer. The usual steps between the logits and a loss keep them deferred: slices and
+views of the rows, float(), multiplication by a number, softcap. `torch.nn.functional.cross_entropy` of them is
+`fastattn.linear_cross_entropy`, which never has the logits of all tokens. Every other operation computes them, with the
+same gradient as the layer itself.
 """
 
 import math
@@ -37,7 +37,7 @@ class Product(NamedTuple):
 
     def compute(self):
         """The elements, by the operations that the caller wrote."""
-        with torch.autocast(self.x.device.type, enabled=False):  # what autocast casts was cast in the layer
+        with torch.autocast(self.x.device.type, enabled=False):  # the layer has already applied the casts of autocast
             y = linear(self.x, self.weight, self.bias)
             for step, value in self.steps:
                 y = getattr(y, step)() if value is None else getattr(y, step)(value)
@@ -153,7 +153,8 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         first = args[0] if args and isinstance(args[0], cls) else None
-        too_late = first is not None and name in _WATCHING and first._family.had_loss  # to see the gradient of a loss
+        # The loss of these logits has already been computed without their elements.
+        too_late = first is not None and name in _WATCHING and first._family.had_loss
         if func in _OF_THE_SHELL or too_late:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -271,7 +272,7 @@ def _cross_entropy(
         return NotImplemented
     input._check()
     x, bias, softcap = terms
-    with torch.autocast(x.device.type, enabled=False):  # what autocast casts was cast in the layer
+    with torch.autocast(x.device.type, enabled=False):  # the layer has already applied the casts of autocast
         loss = linear_cross_entropy(
             x, input.product.weight, target, bias=bias, ignore_index=ignore_index, label_smoothing=label_smoothing,
             softcap=softcap, reduction=reduction,

@@ -16,7 +16,8 @@ class OutputLayer(Linear):
 
     def forward(self, input):
         """(..., d_model) → (..., vocabulary); a DeferredLogits in training, when a gradient is recorded."""
-        # a weight that was parametrized since is not read here: each reading computes it, and may change its state
+        # A weight that has been parametrized since is not read here, because each reading computes it and may change
+        # its state.
         as_made = "_fastattn" in type(self).__dict__ and is_plain(self, type(self))  # no hooks either
         deferred = as_made and self.training and torch.is_grad_enabled() and is_plain_input(input)
         if not deferred or is_traced() or must_call_children():
@@ -41,7 +42,8 @@ def _output_embeddings(model):
 
 
 def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
-    """A Change for each output layer: what a model of transformers names as such, or has the weight of an embedding."""
+    """A Change for each output layer: a module that a model of transformers names as such, or that shares the weight of
+    an embedding."""
     library = sys.modules.get("transformers.modeling_utils")
     models = () if library is None else library.PreTrainedModel
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, torch.nn.Embedding)}

@@ -83,7 +83,7 @@ class Norm(Recognised):
 
 
 def _inputs(size, device):
-    """Inputs with channels last and first, in rows so small that eps counts, and others that have a mean."""
+    """Inputs with channels last and first. Some rows are so small that eps matters, and others have a mean."""
     kind = {"device": device, "dtype": torch.float32}
     x = torch.randn(6, 5, size, **kind) + torch.randn(6, 5, 1, **kind)
     x[1:4] = torch.randn(3, 5, size, **kind) * torch.tensor([1e-2, 1e-3, 1e-5], **kind)[:, None, None]
@@ -157,7 +157,7 @@ def _is_called_norm(module):
 
 
 def find(modules: dict[str, torch.nn.Module]) -> dict[str, Change | str]:
-    """A Change for each norm of another library, and a reason for each module that is called a norm and is none."""
+    """A Change for each norm of another library, and a reason for each module that is called a norm but is not one."""
     found = {name: recognise(module) for name, module in modules.items()}
     return {name: result for name, result in found.items() if result is not None}
 

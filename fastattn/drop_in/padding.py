@@ -1,4 +1,4 @@
-"""Batches with padding, without the padding: the real tokens of all rows behind one another, through all layers.
+"""Runs padded batches without their padding: the real tokens of all rows pass through all layers as one row.
 
 A model of transformers runs on one row with the real tokens of the batch. Attention gets the boundaries of the rows,
 positions stay those of the padded batch, and the hidden states go back to their places at the end. Stacks of
@@ -53,10 +53,11 @@ class Rows(NamedTuple):
 
 
 def rows_of(real: Tensor) -> Rows | None:
-    """The Rows of a bool mask (batch, seqlen), True at real tokens; None without padding, or if some is not at the end.
+    """The Rows of a bool mask (batch, seqlen), True at real tokens. None if there is no padding, or if it is not all at
+    the end.
 
-    Before the first real token, a head may read the hidden state of the padding: a classifier that of column 0, and the
-    loss of a causal model that of the column before each label.
+    A head may read the hidden state of padding that comes before the real tokens: a classifier that of column 0, and
+    the loss of a causal model that of the column before each label.
     """
     if real.shape[1] == 0 or real.all() or not real[:, 0].all() or (real[:, 1:] & ~real[:, :-1]).any():
         return None
@@ -75,7 +76,7 @@ class PaddingFree(Replaced):
         rows, arguments = packed
         out = super().forward(**arguments)
         out["last_hidden_state"] = rows.restore(out["last_hidden_state"])
-        if out.get("pooler_output") is not None:  # the model computed it from the first token of the packed row
+        if out.get("pooler_output") is not None:  # the model has computed it from the first token of the packed row
             out["pooler_output"] = self.pooler(out["last_hidden_state"])
         return out
 

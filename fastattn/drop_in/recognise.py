@@ -1,4 +1,4 @@
-"""Does a module compute what we think? Running its code on small random inputs answers that; its name does not.
+"""Checks whether a module computes what we expect, by running its code on small random inputs. Its name is not enough.
 
 A twin of the module, with other random weights, runs its own forward and then ours: in training and in evaluation, in
 fp32 with all gradients, on large numbers, under autocast, and in the dtypes that the module may meet. The module itself
@@ -70,7 +70,7 @@ def halves_of(module: torch.nn.Module) -> list[tuple[torch.dtype, torch.dtype]]:
 
 
 def close(got: Tensor | None, expected: Tensor | None, dtype: torch.dtype = torch.float32, factor: float = 1) -> bool:
-    """Whether two results are equal but for rounding to `dtype`, the narrowest in the computation."""
+    """Whether two results are equal up to rounding to `dtype`, the narrowest in the computation."""
     if got is None or expected is None:
         return got is expected
     if got.dtype != expected.dtype or got.shape != expected.shape:

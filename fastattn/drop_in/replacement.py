@@ -59,7 +59,7 @@ def replace(
     for name, result in found.items():
         module = modules[name]
         if len(names[module]) > 1:
-            result = f"the model has the same module at {' and '.join(names[module][1:])} too"
+            result = f"the model also has this module at {' and '.join(names[module][1:])}"
         if isinstance(result, Change):
             changes[name] = module, result
         else:
@@ -136,7 +136,7 @@ def _advice(model, report, only):
     """Why nothing was replaced, and what to do; empty if the report has reasons for single modules."""
     ours = sum(isinstance(module, (Replaced, *torch_nn.CLASSES.values())) for module in model.modules())
     if ours:
-        return [f"{ours} modules are fastattn's already"]
+        return [f"{ours} modules are already fastattn's"]
     if any(parameter.is_meta for parameter in model.parameters()):
         return ["the model is on the meta device: load its weights, then call replace"]
     if only is not None:

@@ -42,10 +42,10 @@ _ELSEWHERE = frozenset(
 class Visible(NamedTuple):
     """Which keys a query sees, in the arguments of `attention`.
 
-    n_keys: keys at or past it are seen by no query, and are cut off.
-    padding: bool (batch, 1, 1, n_keys), or None if every key is real, or if lengths or documents alone say it.
-    cu_seqlens: the rows of the batch behind one another, divided into documents; padding then holds the same, if the
-        documents are the padding's alone: a call with a bias uses that, as packed sequences take none.
+    n_keys: no query sees the keys from this index on, so they are cut off.
+    padding: bool (batch, 1, 1, n_keys), or None if every key is real, or if lengths or documents alone express it.
+    cu_seqlens: the documents of the rows of the batch, which are concatenated. If they come from the padding alone,
+        `padding` holds the same. A call with a bias uses that, because packed sequences take no bias.
     """
 
     n_keys: int
@@ -74,12 +74,12 @@ class VisibleKeys(Tensor):
         return mask
 
     def __repr__(self, *, tensor_contents=None):
-        """Without the elements, which printing would make."""
+        """Leave out the elements, because printing would compute them."""
         return f"VisibleKeys(shape={tuple(self.shape)}, {self.visible})"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """Views that change nothing stay without elements; everything else sees the mask with them."""
+        """Keep views that change nothing without elements. Give everything else the mask with its elements."""
         if func in (_aten.detach.default, _aten.alias.default) or _is_whole_slice(func, *args):
             mask = args[0]
             return cls(mask.shape, mask.device, mask.visible, mask.dense)
@@ -95,7 +95,8 @@ def _is_whole_slice(func, t=None, dim=0, start=None, end=None, step=1):
 
 
 class _Pattern(NamedTuple):
-    """What a mask function of transformers says: the intersection of all that is not None.
+    """The visible keys that a mask function of transformers describes: the intersection of all fields that are not
+    None.
 
     left, right: how many keys before and after its own position a query sees.
     chunk: (size, left_padding): only keys of its own chunk, counted from the first real key.
@@ -138,7 +139,7 @@ def _read(function, pattern):
         case "packed_sequence_mask_function":
             return pattern._replace(documents=given["packed_sequence_mask"])
         case "remap_positions_for_packed_sequence":
-            # distances within a document are those of the rows: only chunks ask for the positions themselves
+            # Distances within a document are those of the rows. Only chunks need the positions themselves.
             return _read(given["mask_function"], pattern._replace(positions=given["position_ids"]))
     return None
 
@@ -151,7 +152,8 @@ def _chunks(pattern, index):
 
 
 def _starts(*labels):
-    """Where the documents of a packed batch begin, and where the last ends: where a label changes, and at each row."""
+    """The starts of the documents of a packed batch, and the end of the last: one starts at each row and where a label
+    changes."""
     labels = torch.broadcast_tensors(*labels)
     batch, seqlen = labels[0].shape
     begins = labels[0].new_ones(batch, seqlen, dtype=torch.bool)
@@ -181,7 +183,7 @@ def _visible(pattern, padding, batch, n_queries, n_keys, q_offset, kv_offset, de
     labels = [] if pattern.documents is None else [pattern.documents]
     if pattern.chunk is not None:
         chunks = _chunks(pattern, torch.arange(kv_offset, kv_offset + n_keys, device=device))
-        if n_queries == 1:  # the keys of its chunk are all that it sees
+        if n_queries == 1:  # it sees only the keys of its chunk
             own = (chunks == chunks[:, first : first + 1]).expand(batch, -1)
             padding = own if padding is None else own & padding
         elif (chunks != chunks[:, :1]).any():
@@ -192,7 +194,7 @@ def _visible(pattern, padding, batch, n_queries, n_keys, q_offset, kv_offset, de
         if not labels and not (window and not causal):
             lengths = padding.sum(1, dtype=torch.int32)
             if (padding == (torch.arange(n_keys, device=device) < lengths[:, None])).all() and (square or not causal):
-                # the lengths would move a query to the end of its row: aligned top-left it stays
+                # Lengths would align a query with the end of its row. Aligned top-left, it keeps its place.
                 return visible._replace(causal="top_left" if causal else False, lengths=lengths)
         steps = padding.int().diff(dim=1, prepend=padding.new_zeros(len(padding), 1).int())
         in_one_piece = square and bool(((steps == 1).sum(1) <= 1).all())
@@ -200,7 +202,7 @@ def _visible(pattern, padding, batch, n_queries, n_keys, q_offset, kv_offset, de
             return None
         if not labels:
             visible = visible._replace(padding=padding[:, None, None])
-        if in_one_piece:  # the padding becomes documents of its own, which nothing looks at
+        if in_one_piece:  # the padding becomes separate documents that no query sees
             labels.append(padding.int())
     if labels:
         visible = visible._replace(cu_seqlens=_starts(*(label.expand(batch, -1) for label in labels)))
@@ -219,7 +221,7 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function that is registered: which keys are visible, in as few words as the call needs.
+    """The mask function that is registered: the visible keys, in the simplest form that the call allows.
 
     Args: those of `transformers.masking_utils.sdpa_mask`, with the same meaning.
     Returns: a `VisibleKeys` (batch, 1, q_length, kv_length); a bool mask of that shape where a part of the mask
@@ -236,7 +238,7 @@ def attention_mask(
         if allow_is_causal_skip and plain and not isinstance(q_offset, Tensor) and q_length == kv_length:
             return None
         return dense()
-    # one new token with a static cache: on a GPU the model is compiled, and gets a mask whose shape stays
+    # One new token with a static cache. On a GPU the model is compiled, so it gets a mask whose shape does not change.
     if not allow_is_causal_skip and q_length == 1 and torch.device(device).type != "cpu":
         return dense()
     pattern = _read(mask_function, _Pattern())
@@ -291,7 +293,7 @@ def _with_mask(attention_mask, bias, query, key):
         return visible, visible.padding, bias
     if bias is None:
         return visible._replace(padding=None), None, None
-    # packed sequences take no bias
+    # Packed sequences take no bias.
     if visible.padding is not None:
         return visible._replace(cu_seqlens=None), visible.padding, bias
     return everything, attention_mask.dense(), bias
@@ -340,7 +342,7 @@ def attention_forward(
     """The attention function that is registered: `fastattn.attention` under the arguments of transformers.
 
     Args:
-        module: asked for `is_causal` where nothing else says it.
+        module: its `is_causal` counts if nothing else says whether the call is causal.
         query: (batch, n_heads, seqlen_q, head_dim); key, value: (batch, n_kv_heads, seqlen_k, head_dim or another).
         attention_mask: what `attention_mask` returned, a bool mask, or a float one that is added to the scores, with 4
             dimensions. is_causal and sliding_window count only without it: it says the same.

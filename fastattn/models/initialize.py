@@ -3,7 +3,7 @@
 from torch import nn
 
 SCHEMES = ("gpt2", "normal", "uniform", "xavier", "he", "nanochat")
-# projections into the residual stream: the last one of attention and of the feed-forward block
+# Projections into the residual stream: the last one of attention and the last one of the feed-forward block.
 _INTO_RESIDUAL = ("out_proj.weight", "linear2.weight")
 
 

@@ -30,12 +30,11 @@ class KeyValueCache:
         memory, memory_lengths: None, or (batch, seqlen_memory, d_model) and (batch,) int64 for cross-attention; the
             keys and values of the memory are computed here, once.
         weights: None, or "bf16" or "int8": read the weights of the blocks and of the output layer in that dtype, with
-            fp32 activations and sums. The copies are made here, so they are those of the model at this moment, as the
-            cached keys and values are: after a change of the model, make a new cache. int8 is symmetric with a scale
-            for each output channel.
+            fp32 activations and sums. The copies are made here and do not follow later changes of the model, nor do the
+            cached keys and values: make a new cache then. int8 is symmetric with a scale for each output channel.
     Raises:
-        ValueError: weights is unknown, or the model is not one of `layers` "fastattn" in fp32 on the CPU with plain
-            children.
+        ValueError: weights is unknown, or it is given for a model that is not in fp32 on the CPU, has layers other than
+            "fastattn", or has children that are not plain.
     Example:
         cache = KeyValueCache(model, batch=1)
         logits = model(prompt, cache=cache)  # then, for each new token (1, 1): model(token, cache=cache)

@@ -16,14 +16,15 @@ class RotaryConfig:
 
     Args:
         base: ratio of the longest to the shortest wavelength
-        local_base: that of layers with a window, which are never scaled; null = base, scaled like all others
-        scaling: none; linear divides all angles by factor; llama3 only those of long wavelengths; yarn too, and
-            lengthens queries and keys
+        local_base: base of layers with a window, whose angles are never scaled; null = base, and scaled like all others
+        scaling: none; linear divides all angles by factor; llama3 divides only those of long wavelengths; yarn does so
+            too, and also lengthens queries and keys
         factor: how many times longer the text may be than original_length
         original_length: tokens of the longest text before scaling; llama3 and yarn
-        low_frequency: llama3 scales wavelengths above original_length / low_frequency; yarn does so below this many
-            turns in original_length
-        high_frequency: llama3 keeps wavelengths below original_length / high_frequency; yarn above this many turns
+        low_frequency: llama3 scales wavelengths above original_length / low_frequency; yarn scales pairs that turn
+            fewer times than this in original_length
+        high_frequency: llama3 keeps wavelengths below original_length / high_frequency; yarn keeps pairs that turn more
+            often than this
         attention_factor: factor of rotated queries and keys with yarn; null = 0.1 * ln(factor) + 1
     Raises:
         ValueError: a name is unknown or a number is out of range.

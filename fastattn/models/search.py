@@ -51,7 +51,7 @@ def beam_search(next_logits, tokens, max_new_tokens, *, beams, length_penalty=1.
         log_p = next_logits(tokens).float().log_softmax(-1)
         vocab_size = log_p.shape[-1]
         total = (scores.flatten()[:, None] + log_p).view(len(active), width * vocab_size)
-        # enough that `beams` are left in every row after the candidates that end now are removed
+        # This many candidates leave `beams` in every row after those that end now are removed.
         best = total.topk(min(total.shape[1], beams * (1 + len(stop))))
         still, parents, added, follow = [], [], [], []
         for place, row in enumerate(active):
@@ -65,7 +65,7 @@ def beam_search(next_logits, tokens, max_new_tokens, *, beams, length_penalty=1.
                     candidates.append((score, parent, token))
             if not candidates:
                 continue
-            # no candidate can overtake the finished ones: log-probabilities only fall
+            # No candidate can overtake the finished ones, because log-probabilities only fall.
             limit = candidates[0][0] / max_new_tokens**length_penalty
             if len(finished[row]) >= beams and max(score for score, _ in finished[row]) >= limit:
                 continue
@@ -81,7 +81,7 @@ def beam_search(next_logits, tokens, max_new_tokens, *, beams, length_penalty=1.
         tokens = torch.cat([tokens[parents], torch.tensor(added, device=device)[:, None]], 1)
         scores = torch.tensor(follow, device=device)
         width = scores.shape[1]
-    for place, row in enumerate(active):  # cut off at max_new_tokens
+    for place, row in enumerate(active):  # these rows are cut off at max_new_tokens
         for score, numbers in zip(follow[place], tokens[place * width :][:width, prompt:].tolist(), strict=True):
             finished[row].append((score / max_new_tokens**length_penalty, numbers))
     return [max(candidates, key=lambda candidate: candidate[0])[1] for candidates in finished]

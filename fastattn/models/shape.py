@@ -64,8 +64,8 @@ class Shape:
         qk_norm: norm of queries and keys: "none", "head" over each head, "all" over all heads together.
         attention_softcap: scores become softcap * tanh(score / softcap); 0 = off.
         attention_scale: factor of the products of queries and keys; None: 1/sqrt(head_dim).
-        sinks: a learnt logit per head takes part in the softmax of the scores and leads to no value.
-        logit_softcap: the same for the logits of the output layer.
+        sinks: a learnt logit per head takes part in the softmax of the scores but has no value.
+        logit_softcap: as attention_softcap, for the logits of the output layer.
         embedding_scale: multiply token embeddings by sqrt(d_model); always so for sinusoidal positions.
         embedding_norm: a norm on the embeddings, before the first block.
         parallel: attention and the feed-forward block read the same norm, and both are added: one norm per block.

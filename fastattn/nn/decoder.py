@@ -3,7 +3,8 @@
     post-norm: x = norm1(x + dropout1(SA(x)));  x = norm2(x + dropout2(CA(x, memory)));  x = norm3(x + dropout3(FF(x)))
     pre-norm:  the norms come before SA, CA and FF instead
 
-Fused or composed under the same conditions as the encoder layer, and one call on a CPU under the same ones (whole.py).
+The layer is fused, composed of its children, or one call on a CPU under the same conditions as the encoder layer
+(whole.py).
 """
 
 from collections.abc import Callable

@@ -26,7 +26,7 @@ def remember_forward(cls):
 def is_plain(module, *classes):
     """True if the type of `module` is one of `classes`, with no hook, no forward set on it, and plain parameters.
 
-    Parametrizations and LoRA layers are other classes, pruning and sharding are hooks, and quantisation may be in the
+    Parametrizations and LoRA layers have other classes, pruning and sharding use hooks, and quantisation may be in the
     parameters. `must_call_children` checks what holds for all modules of a class. A class that computes the same as one
     of `classes` names it in `plain_as`, which its subclasses do not inherit.
     """

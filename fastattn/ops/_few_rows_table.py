@@ -1,4 +1,4 @@
-"""Up to how many rows of x the kernel for few rows computes x · weightᵀ. Made by scripts/tune_few_rows.py.
+"""The most rows of x for which the kernel for few rows computes x · weightᵀ. Made by scripts/tune_few_rows.py.
 
 An instruction set that is not in the table gets the other products.
 avx512: as avx512bf16, whose kernel is the same.

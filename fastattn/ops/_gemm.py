@@ -68,7 +68,7 @@ def _is_large(a, b, size):
     return a.is_cpu and a.numel() * b.numel() >= _LARGE * max(size, 1)
 
 
-_MKL_AVX512 = (12, 14)  # of its code branches (MKL_CBWR_...): AVX512 and AVX512_E1
+_MKL_AVX512 = (12, 14)  # of MKL's code branches (MKL_CBWR_...): AVX512 and AVX512_E1
 _ANY = 2**40  # more rows than a tensor can have
 _LEAST_TILED = 256  # rows; chosen by hand (docs/lab/products.md)
 
@@ -95,8 +95,8 @@ def products_key(capability):
 
 
 _has_kernel = False
-_up_to = dict.fromkeys(("y", "dx", "dw", "any"), _ANY)  # product → rows of x up to which ours is used
-_most_rows = 0  # of x, up to which a kernel for few rows serves x · weightᵀ in fp32
+_up_to = dict.fromkeys(("y", "dx", "dw", "any"), _ANY)  # product → the most rows of x for which ours is used
+_most_rows = 0  # the most rows of x for which a kernel for few rows computes x · weightᵀ in fp32
 _most_rows_bf16 = 0  # the same in bf16
 _least_tiled = _ANY  # rows from which y and dw in bf16 of a layer in one call are ours; dx is oneDNN's
 
@@ -115,7 +115,7 @@ def use_kernel(capability):
 
 
 def few_rows():
-    """Up to how many rows the kernel for few rows serves products with an fp32 weight on this processor."""
+    """The most rows for which the kernel for few rows serves products with an fp32 weight on this processor."""
     return _most_rows
 
 

@@ -5,8 +5,9 @@ import math
 import torch
 
 _CPU_CHUNK = 256  # each chunk reads all weights: 10 % of its time at this size, more below
-# Operations a GPU makes in the time of one byte of memory, roughly, and what a chunk may spend on reading the weights
-# twice and on the sums of their gradients, as a share of the time of its products. docs/lab/linear-cross-entropy.md
+# The first table says roughly how many operations a GPU performs in the time of one byte of memory. _WEIGHTS_SHARE is
+# the time that a chunk may spend on reading the weights twice and on the sums of their gradients, as a share of the
+# time of its products. See docs/lab/linear-cross-entropy.md.
 _OPERATIONS_PER_BYTE = {"half": 250, "tf32": 120, "fp32": 20}
 _WEIGHTS_SHARE = 0.25
 

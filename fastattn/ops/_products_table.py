@@ -1,4 +1,4 @@
-"""Up to how many rows of x our fp32 products are used where the library of torch has fast ones. Made by
+"""The largest numbers of rows of x for which our fp32 products are used if torch's library has fast ones. Made by
 scripts/tune_products.py.
 
 Keys: the instruction set of our kernels, and the one that MKL uses if it is AVX-512 too. Products: y = x · weightᵀ,

@@ -118,10 +118,10 @@ _SCHEMAS = (
     ((".native",), "gemm_add_(Tensor(a!) out, Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> ()"),
     # x (m, k) float32 · weightᵀ + bias, for few rows: weight (n, k) float32, bfloat16, or int8 with a scale (n)
     ((".native",), "gemv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor"),
-    # a layer of new tokens x (batch, seqlen, d_model), float32, whose keys and values are added to the caches.
-    # norms: weight and bias of norm1 and norm2; linears: weight, scale and bias of in_proj, out_proj, linear1, linear2
-    # and, if gated, gate. A tensor without elements is absent. cos, sin: (rows, rotary_dim / 2). most_few_rows,
-    # most_own_rows: up to how many tokens the products with fp32 weights are those of gemv and of gemm; then torch's
+    # A layer of new tokens x (batch, seqlen, d_model), float32, whose keys and values are added to the caches.
+    # norms: weight and bias of norm1 and norm2. linears: weight, scale and bias of in_proj, out_proj, linear1, linear2
+    # and, if gated, gate. A tensor without elements is absent. cos, sin: (rows, rotary_dim / 2). The products with fp32
+    # weights are those of gemv up to most_few_rows tokens, those of gemm up to most_own_rows, and then torch's.
     (
         (".native",),
         "layer_decode(Tensor x, Tensor[] norms, Tensor[] linears, Tensor(a!) k_cache, Tensor(b!) v_cache,"
@@ -129,10 +129,10 @@ _SCHEMAS = (
         " int most_few_rows, int most_own_rows, int n_heads, bool norm_first, int activation, float eps1, float eps2)"
         " -> Tensor",
     ),
-    # an encoder layer of x (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first, float32. norms,
-    # linears with float32 weights, most_few_rows and most_own_rows: as above; mask, bias: as of attention_fwd. In a
-    # decoder layer linears has in_proj and out_proj of the attention to the memory too, and norms has norm3; memory:
-    # its tokens, laid out like x, a mask and a bias
+    # An encoder layer of x (batch, seqlen, d_model), or (seqlen, batch, d_model) without batch_first, float32. norms,
+    # linears (with float32 weights), most_few_rows and most_own_rows are as above; mask and bias are as in
+    # attention_fwd. In a decoder layer, linears also has in_proj and out_proj of the attention to the memory, and norms
+    # also has norm3. memory: its tokens, laid out like x, a mask and a bias.
     (
         (".native",),
         "layer_encode(Tensor x, Tensor[] norms, Tensor[] linears, Tensor? mask, Tensor? bias, bool causal,"
@@ -140,10 +140,11 @@ _SCHEMAS = (
         " bool norm_first, int activation, float eps1, float eps2, float eps3)"
         " -> Tensor",
     ),
-    # the same in a training step. rng: int64 (n, 2), a state for each dropout with a p other than 0: of attention, its
-    # result, attention to the memory, its result, the hidden layer, its result. options: those of layer_step.py.
-    # Returns the result and what the backward reads. grads: of x, (0,) if not needed, of weight and bias of each of
-    # linears and norms, (0,) if absent, and, if there is a memory, of its tokens, (0,) if not needed
+    # The same in a training step. rng: int64 (n, 2), a state for each dropout with a p other than 0. The dropouts are
+    # those of attention, its result, attention to the memory, its result, the hidden layer and its result. options:
+    # those of layer_step.py. Returns the result and what the backward reads. grads: of x, (0,) if not needed; of weight
+    # and bias of each of linears and norms, (0,) if absent; and, if there is a memory, of its tokens, (0,) if not
+    # needed.
     ((".native",), f"layer_encode_fwd({_STEP_INPUTS}) -> Tensor[]"),
     (
         (".native",),

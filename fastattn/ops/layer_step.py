@@ -30,7 +30,7 @@ class Options(NamedTuple):
     attention_p, first_p, memory_p, second_p, hidden_p, last_p: dropout of the attention weights, of the result of
     out_proj, of both in attention to the memory, of the hidden layer and of the result of linear2; in an encoder layer
     memory_p and second_p are 0. causal, memory_causal: position i sees positions 0 to i. autocast: from fp32 to bf16.
-    most_*: up to how many tokens which products are ours. activation: of ACTIVATION_NUMBERS.
+    most_*: the largest numbers of tokens for which our own products are used. activation: of ACTIVATION_NUMBERS.
     """
 
     attention_p: float
@@ -55,7 +55,7 @@ class Options(NamedTuple):
     eps3: float
 
 
-_DROPOUTS = 6  # at the start of Options
+_DROPOUTS = 6  # the dropouts, which come first in Options
 _OF_ENCODER = 12  # parameters: a weight and a bias of four linear layers and two norms
 
 

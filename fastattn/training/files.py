@@ -94,4 +94,4 @@ def user_path(name):
     try:
         return Path(name).expanduser()
     except RuntimeError:
-        raise UsageError(f"path {str(name)!r}: there is no such user; write ./~ for a name that begins so") from None
+        raise UsageError(f"path {str(name)!r}: there is no such user; write ./~ if a name begins with ~") from None

@@ -160,7 +160,7 @@ def test_a_module_with_two_names():
     model["d"], model["e"] = model["a"], model["b"]
     report = fastattn.replace(model)
     assert set(report.replaced) == {"c"}
-    assert report.left == {"a": "the model has the same module at d too", "b": "the model has the same module at e too"}
+    assert report.left == {"a": "the model also has this module at d", "b": "the model also has this module at e"}
 
 
 def test_a_scripted_module():
@@ -175,7 +175,7 @@ def test_nothing_replaced_says_why():
     assert "the model is on the meta device: load its weights, then call replace" in str(fastattn.replace(meta))
     ours = model_of_blocks(1)
     fastattn.replace(ours)
-    assert "0 modules replaced, 0 left alone\n  3 modules are fastattn's already" in str(fastattn.replace(ours))
+    assert "0 modules replaced, 0 left alone\n  3 modules are already fastattn's" in str(fastattn.replace(ours))
     nothing = torch.nn.Sequential(torch.nn.ReLU())
     assert "with fastattn.patch_sdpa():" in str(fastattn.replace(nothing))
     filtered = str(fastattn.replace(model_of_blocks(1), only="RMSNorm"))

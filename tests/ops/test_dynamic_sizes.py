@@ -6,6 +6,7 @@ A size that is fixed finds what two symbolic sizes hide: a comparison of the two
 
 import pytest
 import torch
+from op_cases import AsModule
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -84,15 +85,6 @@ OPS = {
 }  # fmt: skip
 
 
-class Module(torch.nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
-
-
 def inputs_for(shapes, batch, length):
     sizes = {"batch": batch, "length": length}
     return tuple(
@@ -122,7 +114,7 @@ def exported(op, name):
     size = Dim(name, max=LENGTH - 2) if name == "length" else Dim(name)
     dims = [getattr(shape, "dims", shape) for shape in shapes]
     dynamic = tuple({i: size for i, n in enumerate(of_one) if n == name} or None for of_one in dims)
-    return torch.export.export(Module(function), inputs_for(shapes, 3, 6), dynamic_shapes=(dynamic,)).module()
+    return torch.export.export(AsModule(function), inputs_for(shapes, 3, 6), dynamic_shapes=(dynamic,)).module()
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -147,7 +139,7 @@ def test_exported_on_the_reference(op, name):
 @pytest.mark.parametrize("op", OPS)
 def test_make_fx(op, mode):
     function, shapes = OPS[op]
-    graph = make_fx(Module(function), tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs_for(shapes, 3, 6))
+    graph = make_fx(AsModule(function), tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs_for(shapes, 3, 6))
     for sizes in ((3, 6), (6, 3), (2, 9))[: 1 if mode == "fake" else None]:
         check(graph, op, *sizes)
 

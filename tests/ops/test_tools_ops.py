@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from op_cases import AsModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
@@ -76,15 +77,6 @@ def trained(function, inputs):
     return [t.detach() for t in several(out)] + list(torch.autograd.grad(weighted(out), leaves))
 
 
-class Module(torch.nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
-
-
 def saved_trace(function, inputs):
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(function, [x.requires_grad_() for x in inputs]), file)
@@ -93,7 +85,7 @@ def saved_trace(function, inputs):
 
 
 def exported(function, inputs):
-    return torch.export.export(Module(function), tuple(inputs), strict=False).module()
+    return torch.export.export(AsModule(function), tuple(inputs), strict=False).module()
 
 
 RECORDS = {
@@ -142,7 +134,7 @@ def test_batched_gradients(op, dim):
 def test_program_of_torch_operators_alone(op):
     """What an exporter produces for a program that has no kernels of ours."""
     function, shapes = OPS[op]
-    program = torch.export.export(Module(function), tuple(tensors(*shapes)), strict=False)
+    program = torch.export.export(AsModule(function), tuple(tensors(*shapes)), strict=False)
     ours = {node.target for node in program.graph.nodes if "fastattn" in str(node.target)}
     assert ours
     table = torch.export.default_decompositions() | torch._decomp.get_decompositions(list(ours))

@@ -1,8 +1,19 @@
-"""One call of every differentiable op, for tests of properties that hold for all ops."""
+"""One call of every differentiable op, and a function as a module, for tests of properties that hold for all ops."""
 
 import torch
 
 import fastattn
+
+
+class AsModule(torch.nn.Module):
+    """A function as a module, for tools that take only modules."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
 
 
 def leaf(*shape, scale=1.0, seed=0):

@@ -101,7 +101,7 @@ CASES = [
     ("evaluate number --data plain.jsonl", "must be a finite number, got 'x'"),
     ("evaluate classes --data unknown.jsonl", "source 'unknown.jsonl': class 'new' is not in the training part"),
     ("evaluate pair --data number.jsonl", "no column 'other' among text, label"),
-    ("export number out", "bert gives no scaled number"),
+    ("export number out", "a BERT of Hugging Face does not scale its number"),
     ("baseline --data.source number.jsonl --data.columns.label label --data.columns.label_kind number",
      "the baseline is for documents with one text and one class"),
     ("predict pair one", "TEXT must be given twice for each, got 1"),

@@ -44,7 +44,7 @@ def test_an_abbreviated_option_is_refused(folder, capsys):
         ("train --compile maybe", "compile must be true or false, got 'maybe'"),
         ("train --model.window maybe", "model.window must be an integer or null, got 'maybe'"),
         ("train --data.mixture maybe", "data.mixture must be names with a number each or null, got 'maybe'"),
-        ("train stray", "there is no place for the argument 'stray'; --help shows the usage"),
+        ("train stray", "unexpected argument 'stray'; --help shows the usage"),
         ("evaluate", "RUN is missing; --help explains the arguments"),
         ("data", "WHAT is missing: one of stats, clean, split, tokenize, shard, vectorize"),
         ("data splitt", "WHAT must be one of stats, clean, split, tokenize, shard, vectorize, got 'splitt'; did you "),
@@ -198,7 +198,7 @@ def test_mistakes_with_a_run(run, capsys):
         ("classify", "no_labels.jsonl", "", ["line 1: no column 'label' among text"]),
         ("classify", "good.jsonl", "--data.columns.label null", ["has no labels; name their column"]),
         ("classify", "good.jsonl", "--data.train_limit 2 --batch_size 4", ["must be at most 2, the training docu"]),
-        ("classify", "few.jsonl", "", ["3 documents are too few, the validation part would be empty"]),
+        ("classify", "few.jsonl", "", ["3 documents are too few: the validation part would be empty"]),
         ("masked_lm", "good.jsonl", "--data.vocab_size 5", ["must be above 5, the number of special tokens, got 5"]),
         ("masked_lm", "good.jsonl", "--model.block_size 2", ["model.block_size must be at least 3 for documents"]),
         ("lm", "good.jsonl", "--data.packed true --model.block_size 90", ["must have more than block_size = 90 "]),
@@ -305,4 +305,4 @@ def test_a_missing_compiler_is_one_line(folder, capsys, monkeypatch):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
 
     monkeypatch.setattr("fastattn.commands.train.read_train_config", fail)
-    assert_refused(folder, capsys, ["train", "--run", "runs/none"], "there is no C++ compiler, which compile: true")
+    assert_refused(folder, capsys, ["train", "--run", "runs/none"], "no C++ compiler was found, but compile: true")

@@ -94,7 +94,7 @@ def test_no_text_and_no_group_is_in_two_parts():
 
 
 def test_split_without_documents_for_a_part():
-    with pytest.raises(UsageError, match="2 documents are too few, the validation part would be empty"):
+    with pytest.raises(UsageError, match="2 documents are too few: the validation part would be empty"):
         split_documents(Documents(["a", "b"]), 0.1, 0.1, seed=0)
 
 

@@ -8,9 +8,10 @@ namespace fastattn::sm90 {
 constexpr int kBwdConsumers = 2;
 constexpr int kBwdThreads = (kBwdConsumers + 1) * kWarpgroup;
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-constexpr int kTile = kBwdConsumers * kSlab;  // rows of the resident side: keys for dk and dv, queries for dq
+constexpr int kTile = kBwdConsumers * kSlab;  // the rows of the resident side: keys for dk and dv, queries for dq
 static_assert(kStatsRows % kTile == 0);
-constexpr int kBothWarpgroups = 3;  // a named barrier; 1 and 2 belong to the single warpgroups
+// A named barrier; 1 and 2 belong to the single warpgroups.
+constexpr int kBothWarpgroups = 3;
 
 struct BwdArgs {
   CUtensorMap q, dout, k, v;  // boxes of the resident or streamed rows, depending on the kernel
@@ -19,10 +20,11 @@ struct BwdArgs {
   TileOrder order;
   uint32_t* tile_counter;
   HeadTensor dq_rows, dk_rows, dv_rows;
-  // (batch, head, row) of the workspace; inf and 0 for rows that see nothing or do not exist
+  // (batch, head, row) of the workspace. Rows that see nothing or do not exist have lse2 = inf and delta = 0.
   const float *lse2, *delta;
   int64_t stats_batch, stats_head;
-  // in the same order of rows, 64 at a time, stored as accumulators of a warpgroup, four per thread at a time
+  // Sums of dq with the same order of rows, in groups of 64. Each group has the layout of a warpgroup's accumulators,
+  // with four per thread at a time.
   float* dq_sums;
   float scale, scale_log2;
 

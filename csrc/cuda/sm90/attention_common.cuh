@@ -8,17 +8,18 @@
 
 namespace fastattn::sm90 {
 
-constexpr int kSlab = 64;  // rows of a tile for one warpgroup
+constexpr int kSlab = 64;  // the rows of a tile for one warpgroup
 
 struct Idle {
   __device__ __forceinline__ void operator()(int) const {}
 };
 
-// The frame of the kernels. Warp 0 of warpgroup 0 loads, its warps 1 to 3 call help(0) to help(2); the other warpgroups
-// compute and take the registers it gives up.
+// The frame of the kernels. Warp 0 of warpgroup 0 loads, and its warps 1 to 3 call help(0) to help(2). The other
+// warpgroups compute and take the registers that warpgroup 0 gives up.
 template <int kProducerRegisters, int kConsumerRegisters, typename Produce, typename Consume, typename Help = Idle>
 __device__ __forceinline__ void assign_roles(Produce produce, Consume consume, Help help = {}) {
-  // Read from lane 0: the compiler then knows that all lanes have the same value and computes addresses once.
+  // The value is read from lane 0. So the compiler knows that all lanes have the same value, and computes addresses
+  // once.
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
   if (warpgroup == 0) {
     give_registers<kProducerRegisters>();
@@ -33,18 +34,19 @@ __device__ __forceinline__ void assign_roles(Produce produce, Consume consume, H
   }
 }
 
-// Executed by whole warps. The arithmetic that `never` depends on is done before anything that follows. `never` must be
-// false for every input, NaN included. wgmma_wait orders no arithmetic on registers that no product uses, and ptxas
-// moves the wait to the front. A vote with a trap ends the basic block, and ptxas moves no wait over that.
+// Executed by whole warps. Completes the arithmetic that `never` depends on before anything that follows. `never` must
+// be false for every input, NaN included. This is needed because wgmma_wait does not order arithmetic on registers that
+// no product uses, and ptxas moves the wait to the front. A vote with a trap ends the basic block, and ptxas moves no
+// wait over that.
 __device__ __forceinline__ void finish_first(bool never) {
   if (__any_sync(0xffffffffu, never)) {
     __trap();
   }
 }
 
-// kGroups warpgroups take turns at the tensor cores: the others compute while one issues its products. Each warpgroup
-// calls start, then wait and pass in turn, all equally often, and end. Barriers kFirst to kFirst + kGroups - 1 are
-// theirs; a warpgroup waits at its own for the one before it.
+// kGroups warpgroups take turns at the tensor cores: while one issues its products, the others compute. Each warpgroup
+// calls start, then alternates wait and pass, and finally calls end. All must take the same number of turns. They use
+// barriers kFirst to kFirst + kGroups - 1; each warpgroup waits at its own barrier for the preceding warpgroup.
 template <int kGroups, int kFirst>
 struct Turns {
   static constexpr int kThreads = 2 * kWarpgroup;
@@ -52,27 +54,27 @@ struct Turns {
 
   __device__ __forceinline__ void start() const {
     if (group == kGroups - 1) {
-      arrive(kFirst, kThreads);  // the first turn is that of warpgroup 0
+      arrive(kFirst, kThreads);  // warpgroup 0 has the first turn
     }
   }
   __device__ __forceinline__ void wait() const { meet(kFirst + group, kThreads); }
   __device__ __forceinline__ void pass() const { arrive(group == kGroups - 1 ? kFirst : kFirst + 1 + group, kThreads); }
   __device__ __forceinline__ void end() const {
     if (group == 0) {
-      meet(kFirst, kThreads);  // answers the last pass
+      meet(kFirst, kThreads);  // matches the last pass
     }
   }
 };
 
-// The tiles of a block of threads. When a tile is taken, the next one comes from a counter that all blocks share and
-// that starts at 0; the first tile of a block has the block's index. Without a counter, each block has one tile. The
-// loading warp takes tiles ahead of the other warps, as far as its stages allow, and passes on those that exist.
+// The tiles of a block of threads. The first tile of a block has the block's index. Each later one comes from a counter
+// that all blocks share and that starts at 0. Without a counter, each block has one tile. The loading warp takes tiles
+// ahead of the other warps, as far as its stages allow, and passes on those that exist.
 struct TileQueue {
   Pipe<2> pipe;
   uint32_t index[2];
 };
 
-// For the loading warp: calls body(tile) for every tile of this block.
+// Called by the loading warp. Calls body(tile) for every tile of this block.
 template <typename Tile, typename Body>
 __device__ __forceinline__ void take_tiles(TileQueue& queue, uint32_t* counter, const AttentionShape& shape,
                                            const TileOrder& order, Body body) {
@@ -99,7 +101,7 @@ __device__ __forceinline__ void take_tiles(TileQueue& queue, uint32_t* counter, 
   pass_on();  // signals the end
 }
 
-// For the other warps: calls body(tile) for the same tiles.
+// Called by the other warps. Calls body(tile) for the same tiles.
 template <typename Tile, typename Body>
 __device__ __forceinline__ void follow_tiles(TileQueue& queue, const AttentionShape& shape, const TileOrder& order,
                                              Body body) {
@@ -120,11 +122,11 @@ template <typename T, int kRows, int kHeadDim>
 struct alignas(kAlignment) TileOf {
   static constexpr int kPanel = panel_cols(kHeadDim);
   static constexpr int kBytes = kRows * kHeadDim * 2;
-  static constexpr int kSlabBytes = kSlab * kRowBytes<kPanel>;  // of one panel
+  static constexpr int kSlabBytes = kSlab * kRowBytes<kPanel>;  // the bytes of a slab of one panel
   unsigned char bytes[kBytes];
 
   __device__ __forceinline__ uint32_t address() const { return shared_address(bytes); }
-  // the address of the rows of a warpgroup, in every panel
+  // Returns the address of a warpgroup's rows in the first panel. Their offset is the same in every panel.
   __device__ __forceinline__ uint32_t slab_address(int slab) const { return address() + slab * kSlabBytes; }
   __device__ __forceinline__ uint32_t panel_address(int panel) const {
     return address() + panel * kRows * kRowBytes<kPanel>;
@@ -141,7 +143,7 @@ struct alignas(kAlignment) TileOf {
   // Executed by one warp. Writes zeros from row `valid` on, or everywhere if it is negative. The copied data there
   // belongs to another sequence and may be NaN, and zero times NaN is NaN.
   __device__ __forceinline__ void clear_from(int valid) {
-    constexpr int kChunks = kPanel / 8;  // of 16 bytes, of a row
+    constexpr int kChunks = kPanel / 8;  // the 16-byte chunks of a row
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int row = larger(0, valid) + lane / kChunks; row < kRows; row += 32 / kChunks) {
@@ -209,8 +211,8 @@ __device__ __forceinline__ void to_operand(uint32_t (&a)[kSteps][4], const float
   }
 }
 
-// Sets to `value` the elements of the thread's rows that the band hides. row_at(0) and row_at(1) are the positions of
-// these rows. The first column of the tile has position `col` on the other side.
+// Sets the elements that the band hides to `value`. The thread's rows have the positions row_at(0) and row_at(1). The
+// first column of the tile has position `col` on the other side.
 template <int kAccumulators, typename RowAt>
 __device__ __forceinline__ void mask_rows(float (&s)[kAccumulators], const Band& band, RowAt row_at, int col,
                                           float value) {
@@ -228,14 +230,14 @@ __device__ __forceinline__ void mask_rows(float (&s)[kAccumulators], const Band&
     s[i] = c < low[row_of(i)] || c > high[row_of(i)] ? value : s[i];
   }
 }
-// The same with the first row of the tile at position `row`.
+// The same if the first row of the tile has position `row`.
 template <int kAccumulators>
 __device__ __forceinline__ void mask(float (&s)[kAccumulators], const Band& band, int row, int col, float value) {
   const int thread = threadIdx.x % kWarpgroup;
   mask_rows(s, band, [&](int r) { return row + accumulator_row(thread, 2 * r); }, col, value);
 }
 
-// The sum, and the maximum, over the four threads that share a row.
+// The sum over the four threads that share a row. The next function returns their maximum.
 __device__ __forceinline__ float row_total(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
@@ -258,7 +260,8 @@ __device__ __forceinline__ void softmax_step(float (&s)[kScores], float (&row_ma
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     next[r] = row_maximum(next[r]);
-    shift[r] = kMasked && next[r] == -INFINITY ? 0.f : next[r] * scale_log2;  // nothing seen yet: exp2(-inf - 0)
+    // A row that has seen nothing yet has maximum -inf and subtracts 0, because -inf - -inf is NaN.
+    shift[r] = kMasked && next[r] == -INFINITY ? 0.f : next[r] * scale_log2;
     shrink[r] = exp2_fast(row_max[r] * scale_log2 - shift[r]);
     row_max[r] = next[r];
     row_sum[r] *= shrink[r];
@@ -272,11 +275,12 @@ __device__ __forceinline__ void softmax_step(float (&s)[kScores], float (&row_ma
 
 // Where the 64 rows of a warpgroup's result are written.
 struct Target {
-  const CUtensorMap& map;  // boxes of 64 rows
+  const CUtensorMap& map;  // its boxes have 64 rows
   const HeadTensor& rows;
   Coordinates at;
-  int valid;     // rows to write; more than 64 counts as 64
-  bool clipped;  // rows past `valid` are outside the tensor, where the copy engine does not write
+  int valid;  // the number of rows to write; more than 64 counts as 64
+  // Whether the rows past `valid` are outside the tensor, where the copy engine does not write.
+  bool clipped;
 };
 
 // Executed by one warpgroup. Writes its accumulators through its rows of a tile of kRows rows, which it must own. The

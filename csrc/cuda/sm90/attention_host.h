@@ -1,5 +1,5 @@
 #pragma once
-// Shared by the launchers of the attention kernels for Hopper: sizes, tensor maps, the size of the grid. Host code.
+// Shared by the launchers of the attention kernels for Hopper: sizes, tensor maps and the size of the grid. Host code.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -18,7 +18,7 @@ inline int window_side(int64_t window) {
   return window < 0 ? kFar : static_cast<int>(std::min<int64_t>(window, kFar));
 }
 
-// Positive, so that -inf stays -inf. If the scale is negative, the kernels negate the scores.
+// Returns a positive scale, so that -inf stays -inf. If the scale is negative, the kernels negate the scores.
 inline float positive_scale_log2(float scale) {
   return std::fmax(std::fabs(scale) * kLog2e, FLT_MIN);
 }
@@ -81,7 +81,8 @@ inline unsigned resident_blocks(int64_t tiles) {
   return static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
 }
 
-// For each sequence, the page of each block of its keys or, without pages, its row of the cache; null: its own index.
+// Returns the pages of each sequence or, without pages, its row of the cache. If the result is null, the page of a
+// sequence is its index.
 inline const int32_t* pages_of(const DecodeCudaArgs& args) {
   return args.block_table != nullptr ? args.block_table : args.cache_batch_idx;
 }

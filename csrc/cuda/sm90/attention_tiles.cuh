@@ -1,6 +1,6 @@
 #pragma once
-// The tiles of attention, their order, and the blocks of the other side that each one sees. Index arithmetic only, for
-// host and device. Positions and window sides are below 2^29, so that sums do not overflow.
+// The tiles of attention, their order, and the blocks of the other side that each one sees. This file has index
+// arithmetic only, for host and device. Positions and window sides are below 2^29, so that sums do not overflow.
 #include <algorithm>
 #include <cmath>
 
@@ -16,15 +16,16 @@ constexpr int kStatsRows = 128;  // the backward's workspace pads the rows of ls
 
 struct AttentionShape {
   const int32_t *seqlens_k, *cu_seqlens_q, *cu_seqlens_k;
-  int batch, n_heads, n_kv_heads, seqlen_q, seqlen_k;  // packed: of all sequences together
-  int left, right;                                     // of the window
+  // If the sequences are packed, seqlen_q and seqlen_k are the numbers of rows of the tensors.
+  int batch, n_heads, n_kv_heads, seqlen_q, seqlen_k;
+  int left, right;  // the sides of the window
   bool top_left;
 
   FASTATTN_HOST_DEVICE int group() const { return n_heads / n_kv_heads; }
   // True if a tensor map may read keys after the end of a sequence.
   FASTATTN_HOST_DEVICE bool ragged_keys() const { return cu_seqlens_k != nullptr || seqlens_k != nullptr; }
   FASTATTN_HOST_DEVICE bool packed() const { return cu_seqlens_q != nullptr; }
-  FASTATTN_HOST_DEVICE int batched() const { return packed() ? 1 : batch; }  // of the tensors
+  FASTATTN_HOST_DEVICE int batched() const { return packed() ? 1 : batch; }  // the batch size of the tensors
 };
 
 FASTATTN_HOST_DEVICE constexpr int smaller(int a, int b) {
@@ -112,7 +113,7 @@ struct RowTile {
   }
 };
 
-// Blocks [begin, end) are seen by at least one row; of these, every row sees all of [full_begin, full_end).
+// At least one row sees blocks [begin, end). Of these, every row sees all of [full_begin, full_end).
 struct Blocks {
   int begin, full_begin, full_end, end;
 };
@@ -133,10 +134,11 @@ FASTATTN_HOST_DEVICE Blocks visible_blocks(const Band& band, int first, int last
   return blocks;
 }
 
-// The order of tiles. Heads (of all sequences; packed ones count as one) form sets whose streamed operands stay in the
-// L2 cache. Within a set, the rows that see most come first; for the same rows, the heads follow each other.
+// The order of tiles. Heads form sets whose streamed operands stay in the L2 cache. Each sequence has its own heads,
+// but packed sequences count as one sequence. Within a set, the rows that see most come first. The heads of the same
+// rows follow each other.
 struct TileOrder {
-  int row_blocks, heads, set;  // set: the heads of a set
+  int row_blocks, heads, set;  // set: the number of heads in a set
   bool last_first;
 
   struct Place {
@@ -156,7 +158,7 @@ struct TileOrder {
     return {last_first ? row_blocks - 1 - block : block, first + rest % together};
   }
 
-  // cu_seqlens: of packed rows, or null; n_heads: per sequence; rows: per tile
+  // cu_seqlens belongs to packed rows, or is null. n_heads is per sequence, and rows is per tile.
   FASTATTN_HOST_DEVICE InSequence in_sequence(int64_t tile, const int32_t* cu_seqlens, int batch, int n_heads,
                                               int rows) const {
     const Place found = place(tile);
@@ -171,7 +173,7 @@ struct TileOrder {
 // A tile of kRows queries of one head, and the blocks of kBlock keys that they see.
 template <int kRows, int kBlock>
 struct QueryTile {
-  int batch, head, row;  // row: within the sequence
+  int batch, head, row;  // row counts within the sequence
   Sequence sequence;
   Blocks keys;
 
@@ -215,7 +217,7 @@ FASTATTN_HOST_DEVICE int kv_heads_per_set(const AttentionShape& shape, int strea
 }
 
 // Queries are processed from last to first, because under a causal mask the last ones see most. Keys are processed from
-// first to last. with_dq: fp32 sums are streamed too.
+// first to last. with_dq means that fp32 sums are streamed too.
 FASTATTN_HOST_DEVICE TileOrder query_order(const AttentionShape& shape, int rows, int head_dim) {
   return {count_tiles(shape.packed(), shape.seqlen_q, shape.batch, rows), shape.batched() * shape.n_heads,
           kv_heads_per_set(shape, shape.seqlen_k, head_dim * 4) * shape.group(), true};
@@ -228,13 +230,13 @@ FASTATTN_HOST_DEVICE TileOrder key_order(const AttentionShape& shape, int rows, 
 // Attention of a few queries on a cache. Every block of threads has a share of the keys of a sequence, so there is no
 // order of tiles.
 struct DecodeShape {
-  const int32_t* lengths;  // without the seqlen_new appended keys
+  const int32_t* lengths;  // the lengths without the seqlen_new appended keys
   int batch, n_heads, n_kv_heads, seqlen_q, seqlen_new, capacity;
-  int left, right;  // of the window
+  int left, right;  // the sides of the window
   int splits;
 
   FASTATTN_HOST_DEVICE int group() const { return n_heads / n_kv_heads; }
-  // of a key head: the heads of the first query, then those of the next one
+  // The number of rows of a key head: its heads of the first query, then its heads of the next query, and so on.
   FASTATTN_HOST_DEVICE int rows() const { return group() * seqlen_q; }
 };
 
@@ -242,7 +244,7 @@ struct DecodeShape {
 template <int kRows, int kBlock>
 struct DecodeTile {
   int batch, kv_head, row;
-  Band band;  // of queries
+  Band band;  // the keys that a query sees
   Blocks keys;
 
   FASTATTN_HOST_DEVICE DecodeTile(const DecodeShape& shape, int index, int split)
@@ -253,15 +255,16 @@ struct DecodeTile {
     band = {length - shape.seqlen_q, shape.left, shape.right, length};
     const int last = smaller(row + kRows, shape.rows()) - 1;
     keys = visible_blocks(band, row / shape.group(), last / shape.group(), kBlock);
-    const int64_t count = keys.end - keys.begin;  // shares differ by at most one block
+    // The shares differ by at most one block.
+    const int64_t count = keys.end - keys.begin;
     keys.end = keys.begin + static_cast<int>(count * (split + 1) / shape.splits);
     keys.begin += static_cast<int>(count * split / shape.splits);
   }
   FASTATTN_HOST_DEVICE static int row_blocks(const DecodeShape& shape) { return blocks_of(shape.rows(), kRows); }
 };
 
-// The smallest number of splits whose last wave of blocks leaves little of the device idle. The host does not know the
-// lengths. kernels/attention_decode.py has the same function.
+// Returns the smallest number of splits whose last wave of blocks leaves little of the device idle. The host does not
+// know the lengths. kernels/attention_decode.py has the same function.
 inline int choose_splits(int64_t tiles, int64_t key_blocks, int64_t slots, int most) {
   if (tiles >= 0.8 * slots || key_blocks <= 4) {
     return 1;

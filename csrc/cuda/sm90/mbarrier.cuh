@@ -2,8 +2,8 @@
 // Barriers in shared memory that count arriving threads and bytes. PTX ISA: mbarrier.init, .arrive, .try_wait,
 // fence.mbarrier_init.
 //
-// A barrier is in phase 0, 1, 0, ... A phase ends when all expected arrivals and bytes have come. wait(parity) returns
-// once the phase with that parity has ended; on a new barrier, wait(1) returns at once.
+// The phases of a barrier are 0, 1, 0, and so on. A phase ends when all expected arrivals and bytes have come.
+// wait(parity) returns once the phase with that parity has ended. On a new barrier, wait(1) returns at once.
 #include "cuda/sm90/shared.cuh"
 
 namespace fastattn::sm90 {

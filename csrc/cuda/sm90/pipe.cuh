@@ -4,7 +4,7 @@
 
 namespace fastattn::sm90 {
 
-constexpr int kWarps = 4;  // of a warpgroup
+constexpr int kWarps = 4;  // the warps of a warpgroup
 
 // One thread of every warp arrives once all lanes of the warp are here.
 __device__ __forceinline__ void arrive_warp(Barrier& barrier) {
@@ -38,13 +38,13 @@ struct Pipe {
       empty[stage].init(warpgroups * kWarps);
     }
   }
-  // For the warp that fills: waits until the stage may be overwritten, which is immediate in the first round. All lanes
-  // continue together: a lane that is one round behind would wait for a parity that has already passed.
+  // Called by the warp that fills. Waits until the stage may be overwritten, which is immediate in the first round. All
+  // lanes continue together: a lane that is one round behind would wait for a parity that has already passed.
   __device__ __forceinline__ void wait_empty(const Ring<kStages>& at) {
     empty[at.stage].wait(at.parity ^ 1);
     __syncwarp();
   }
-  // For the readers.
+  // Called by the readers. Waits until the stage is full.
   __device__ __forceinline__ void wait_full(const Ring<kStages>& at) { full[at.stage].wait(at.parity); }
   __device__ __forceinline__ void release(int stage) { arrive_warp(empty[stage]); }
 };

@@ -9,13 +9,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // An ordinary store to memory that TMA or wgmma will read, or that TMA will overwrite. A fence_async and then a barrier
-// must follow it.
+// must follow.
 template <typename Word>
 __device__ __forceinline__ void store_for_async(void* pointer, Word word) {
   *static_cast<Word*>(pointer) = word;
 }
 
-// Orders the ordinary stores of this thread to shared memory before the accesses of TMA and wgmma after the next
+// Orders the ordinary stores of this thread to shared memory before the accesses that TMA and wgmma make after the next
 // barrier.
 __device__ __forceinline__ void fence_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -1,13 +1,13 @@
 #pragma once
-// The layout of tiles of 16-bit elements in shared memory, and its description for wgmma. Index functions only, for
-// host and device.
+// The layout of tiles of 16-bit elements in shared memory, and its description for wgmma. This file has index functions
+// only, for host and device.
 //
-// A tile of `rows` x n elements consists of panels, one after another, of `rows` rows of 64 elements, or of 32 if n is
-// not a multiple of 64. A panel thus consists of whole swizzle atoms (eight rows), the only matrices that the PTX ISA
-// describes. Within an atom the 16-byte chunks are permuted, so the same column of eight rows is in eight different
-// groups of banks: in rows of 128 bytes, chunk c of row r is at position c ^ (r % 8), in rows of 64 bytes at
-// c ^ (r / 2 % 4). Each panel starts at a multiple of the size of an atom. TMA writes these layouts
-// (CU_TENSOR_MAP_SWIZZLE_128B and 64B) and wgmma reads them.
+// A tile of `rows` x n elements consists of panels, one after another. A panel has `rows` rows of 64 elements, or of 32
+// if n is not a multiple of 64. So a panel consists of whole swizzle atoms (eight rows), the only matrices that the PTX
+// ISA describes. Within an atom the 16-byte chunks are permuted, so the same column of eight rows is in eight different
+// groups of banks. In rows of 128 bytes, chunk c of row r is at position c ^ (r % 8); in rows of 64 bytes, it is at
+// position c ^ (r / 2 % 4). Each panel starts at a multiple of the size of an atom. TMA writes these layouts
+// (CU_TENSOR_MAP_SWIZZLE_128B and 64B), and wgmma reads them.
 //
 // PTX ISA: "Tensor Swizzling modes"; wgmma "Shared Memory Matrix Layout", "Strides", "Matrix Descriptor Format".
 #include <cstdint>
@@ -20,13 +20,13 @@
 
 namespace fastattn::sm90 {
 
-constexpr int kAlignment = 1024;  // of tiles: the size of the largest atom
+constexpr int kAlignment = 1024;  // the alignment of tiles: the size of the largest atom
 
-// The columns of a panel of a tile with `cols` columns.
+// Returns the columns of a panel of a tile with `cols` columns.
 FASTATTN_HOST_DEVICE constexpr int panel_cols(int cols) {
   return cols % 64 == 0 ? 64 : 32;
 }
-// In bytes, of a panel with kPanel columns.
+// The bytes of a row of a panel with kPanel columns.
 template <int kPanel>
 constexpr int kRowBytes = 2 * kPanel;
 template <int kPanel>
@@ -40,17 +40,18 @@ FASTATTN_HOST_DEVICE constexpr int tile_offset(int row, int col, int rows) {
   return (col / kPanel * rows + row) * kRowBytes<kPanel> + chunk * 16 + byte % 16;
 }
 
-// Fields in units of 16 bytes: bits 0-13 address, 16-29 leading offset, 32-45 stride offset, here the distance between
-// groups of eight rows; 62-63: 1 = 128-byte swizzle, 2 = 64-byte swizzle.
+// A descriptor has fields in units of 16 bytes. Bits 0-13 hold the address, and bits 16-29 the leading offset. Bits
+// 32-45 hold the stride offset, which is the distance between groups of eight rows here. Bits 62-63 are 1 for the
+// 128-byte swizzle and 2 for the 64-byte swizzle.
 template <int kPanel>
 FASTATTN_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(kAtomBytes<kPanel> >> 4) << 32 | uint64_t{kPanel == 64 ? 1 : 2} << 62;
 }
 
-// A tile whose rows are M or N and whose columns are K ("K-major"), from column 16 * step on: one K step of wgmma. The
-// hardware applies the swizzle to the sum of address and offset, so a step within a row is a plain addition. The
-// leading offset is not used.
+// Describes one K step of wgmma, from column 16 * step on, of a tile whose rows are M or N and whose columns are K
+// ("K-major"). The hardware applies the swizzle to the sum of address and offset, so a step within a row is a plain
+// addition. The leading offset is not used.
 template <int kPanel>
 FASTATTN_HOST_DEVICE constexpr uint64_t k_major(uint32_t tile, int rows, int step) {
   constexpr int kSteps = kPanel / 16;
@@ -58,8 +59,8 @@ FASTATTN_HOST_DEVICE constexpr uint64_t k_major(uint32_t tile, int rows, int ste
   return matrix_descriptor<kPanel>(tile, 16) + (offset >> 4);  // addresses are below 2^18, so there is no carry
 }
 
-// A tile whose rows are K and whose columns are N ("MN-major"), from row 16 * step on. The leading offset is the
-// distance between panels.
+// Describes one K step, from row 16 * step on, of a tile whose rows are K and whose columns are N ("MN-major"). The
+// leading offset is the distance between panels.
 template <int kPanel>
 FASTATTN_HOST_DEVICE constexpr uint64_t mn_major(uint32_t tile, int rows, int step) {
   return matrix_descriptor<kPanel>(tile, rows * kRowBytes<kPanel>) + (step * 2 * kAtomBytes<kPanel> >> 4);

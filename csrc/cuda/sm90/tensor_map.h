@@ -24,7 +24,8 @@ inline cudaError_t encode_map(CUtensorMap* map, DType dtype, const HeadTensor& t
   if (encode == nullptr) {
     return cudaErrorCallRequiresNewerDriver;
   }
-  const auto bytes = [&](int64_t size, int64_t stride) {  // the stride of a dimension of size 1 is never used
+  // The stride of a dimension of size 1 is never used.
+  const auto bytes = [&](int64_t size, int64_t stride) {
     return static_cast<cuuint64_t>(2 * (size <= 1 ? head_dim : stride));
   };
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(rows),
@@ -41,8 +42,8 @@ inline cudaError_t encode_map(CUtensorMap* map, DType dtype, const HeadTensor& t
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// The same, from the maps that this thread encoded before, if possible. A map describes where memory is, not its
-// content, so a map with the same arguments is never stale.
+// Returns a map that this thread has encoded before with the same arguments, or encodes a new one. A map describes
+// where memory is, not its content, so it is never stale.
 inline cudaError_t make_map(CUtensorMap* map, DType dtype, const HeadTensor& t, int64_t batch, int64_t heads,
                             int64_t rows, int64_t head_dim, int box_rows) {
   using Key = std::array<int64_t, 10>;

@@ -1,6 +1,6 @@
 #pragma once
-// Operations of warps and warpgroups in a kernel with roles: redistribution of registers, barriers, powers of two. PTX
-// ISA: setmaxnreg, bar.sync, bar.arrive, ex2.
+// Operations of warps and warpgroups in a kernel with roles: redistribution of registers, barriers, powers of two.
+// PTX ISA: setmaxnreg, bar.sync, bar.arrive, ex2.
 #include <cstdint>
 
 namespace fastattn::sm90 {

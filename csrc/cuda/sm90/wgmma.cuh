@@ -57,7 +57,8 @@ __device__ __forceinline__ void wgmma_wait() {
 #define FASTATTN_LIST_96(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_32(d, i + 64)
 #define FASTATTN_LIST_128(d, i) FASTATTN_LIST_64(d, i), FASTATTN_LIST_64(d, i + 64)
 
-// `accumulate` is a predicate. It is followed by the signs of A and B, and by which operands are MN-major.
+// `accumulate` is a predicate. After it come the signs of A and B, and then the flags of the operands that are
+// MN-major.
 #define FASTATTN_WGMMA_SS(n, type, count, a, b, accumulate, mn_major)                                     \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #accumulate                         \
                ", 0;\n"                                                                                   \
@@ -70,7 +71,7 @@ __device__ __forceinline__ void wgmma_wait() {
                "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", 1, 1, 1, 1;\n"                      \
                : FASTATTN_LIST_##count(d, 0)                                                              \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_b))
-// Both types for N = n, if there are as many accumulators as N needs.
+// Defines both types for N = n. They are used if there are as many accumulators as N needs.
 #define FASTATTN_CASE(form, n, count, ...)                  \
   if constexpr (kAccumulators == count) {                   \
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {       \
@@ -96,7 +97,7 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kAccumulators], uint64_t des
   FASTATTN_CASE(SS, 176, 88, 88, 89, 90, 91)
 }
 
-// d += A * B with A in registers and B in shared memory, MN-major
+// d += A * B with A in registers and B in shared memory. B is MN-major.
 template <typename T, int kAccumulators>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kAccumulators], const uint32_t (&a)[4], uint64_t desc_b) {
   static_assert(

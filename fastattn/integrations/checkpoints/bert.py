@@ -90,9 +90,9 @@ class Bert:
         if not is_classifier and type(model) is not MaskedLM:
             raise ValueError(f"bert is an encoder, got a {type(model).__name__}")
         if is_classifier and model.pooling != "pooler":
-            raise ValueError(f"bert has model.pooling 'pooler', got {model.pooling!r}")
+            raise ValueError(f"bert needs model.pooling 'pooler', got {model.pooling!r}")
         if not is_classifier and model.head.dense is None:
-            raise ValueError("bert has model.head_transform, got a masked language model without it")
+            raise ValueError("bert needs model.head_transform, got a masked language model without it")
         shape = model.encoder.shape
         config = {
             "model_type": "bert", "dtype": "float32",

@@ -27,10 +27,10 @@ class Decoder:
     """One family.
 
     kind, architecture: model_type and class in transformers. block: names inside a block, theirs → ours. fixed: fields
-    of a Shape that the config does not decide. defaults: of a config that leaves them out. needed: values that a
-    config must have. feed_forwards: their activation → ours. norm_offset: added to norm weights, which are stored
-    around 0. backwards: their rotary embedding turns the other way. pattern: of layers with a window if the config
-    does not say.
+    of a Shape that the config does not decide. defaults: values for a config that leaves them out. needed: values that
+    a config must have. feed_forwards: their activation → ours. norm_offset: added to norm weights, which are stored
+    around 0. backwards: their rotary embedding rotates in the other direction. pattern: the layers with a window if the
+    config does not say which.
     """
 
     kind: str
@@ -181,7 +181,7 @@ class Decoder:
 _OUT = {"self_attn.o_proj": "self_attn.out_proj"}
 _LLAMA = {**_OUT, **_GATED, **_LLAMA_NORMS}
 _GEMMA_ACT = {"gelu_pytorch_tanh": "geglu_tanh"}
-_GEMMA_OLD_ACT = {**_GEMMA_ACT, "gelu": "geglu_tanh"}  # Gemma 1 was published with "gelu", and computes the other
+_GEMMA_OLD_ACT = {**_GEMMA_ACT, "gelu": "geglu_tanh"}  # Gemma 1 was published with "gelu", but computes "gelu_tanh"
 _WINDOWS = {"sliding_window": 4096, "use_sliding_window": False}
 _GEMMA = {
     "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096, "query_pre_attn_scalar": 256,

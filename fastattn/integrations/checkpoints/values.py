@@ -36,7 +36,7 @@ def reverse(table):
 def read_rotary(config, default_base):
     """The RotaryConfig of a config, in the form of transformers 4 or 5."""
     given, local = config.get("rope_parameters") or {}, None
-    if "full_attention" in given:  # one for layers without, one for layers with a window
+    if "full_attention" in given:  # one entry for layers without a window, one for layers with a window
         local = (given.get("sliding_attention") or {}).get("rope_theta")
         check_needed(given.get("sliding_attention") or {}, {"rope_type": "default"})
         given = given["full_attention"]

@@ -29,7 +29,7 @@ class CleanConfig:
         lowercase: convert to lower case
         min_characters: remove shorter documents
         max_characters: remove longer documents; null = no limit
-        duplicates: of documents that are then equal, keep only the first
+        duplicates: of documents that are equal after these steps, keep only the first
     """
 
     markup: bool = False

@@ -43,7 +43,7 @@ class JinjaTemplate:
 
     Args:
         stored: as from `read_template`.
-        marks: the special tokens of the tokenizer, of which the template ends an answer with one.
+        marks: the special tokens of the tokenizer; the template must end an answer with one of them.
     Raises:
         UsageError: the package jinja2 is missing, or the template is invalid or ends an answer with no mark.
     """
@@ -109,7 +109,7 @@ def _environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} TEXT {% endgeneration %} is TEXT: which tokens are answers is found out from the result."""
+        """{% generation %} TEXT {% endgeneration %} is TEXT, because the result shows which tokens are answers."""
 
         tags = frozenset({"generation"})
 

@@ -15,7 +15,7 @@ class WindowOrder:
 
     Args:
         sizes: tokens of each source, which lie one after the other; each has more than block_size.
-        weights: of each source: its share of the rows, exact to 1/1000, whatever its size.
+        weights: the share of the rows of each source, exact to 1/1000, whatever its size.
         seed: decides everything.
         batch_size, block_size: windows of a step, and tokens of a window; one more token follows each.
         shuffle: every window of a source is read once before one is read again; else windows are drawn independently.

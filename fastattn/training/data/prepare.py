@@ -154,7 +154,8 @@ def data_tokenize(
 
 @dataclass
 class Vocabulary:
-    """How to get a tokenizer: read from tokenizer_file, which excludes the other options, or learnt. None: default."""
+    """How to get a tokenizer: it is read from tokenizer_file, which excludes the other options, or learnt. None is the
+    default."""
 
     tokenizer: str | None
     vocab_size: int | None
@@ -219,7 +220,7 @@ def data_shard(
         strip_accents: a word or wordpiece tokenizer drops accents and other marks on letters
         learn_from: characters of the training part that the vocabulary is learnt from; null = 50,000,000
         shard_tokens: a file ends with the document that reaches this number
-        processes: that tokenize; they do not change the result
+        processes: number of processes that tokenize; it does not change the result
         validation_fraction: share of the documents for validation; equal documents are in one part
         test_fraction: share of the documents for the test
     """

@@ -7,7 +7,7 @@ import zlib
 
 from ..messages import UsageError, warn
 
-SUFFIXES = (".txt", ".text", ".md", ".rst")  # of the files that are read from a folder, each also with .gz
+SUFFIXES = (".txt", ".text", ".md", ".rst")  # the files that are read from a folder, each also with .gz
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 

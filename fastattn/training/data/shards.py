@@ -48,7 +48,7 @@ def write_shards(folder, texts, tokenizer, *, fractions, shard_tokens, processes
         tokenizer: as from build_tokenizer.
         fractions: as for `part_of`.
         shard_tokens: a file ends with the document that reaches this number.
-        processes: that tokenize; with 1 it is this one.
+        processes: number of processes that tokenize; 1 means this process.
     Returns: {part: {"documents", "tokens", "unknown", "shards"}}.
     Raises:
         UsageError: a part has no document, or the texts are fewer than at an interruption.
@@ -140,7 +140,7 @@ def _encode_all(batches, tokenizer, fractions, processes):
     pool = ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), initializer=_start, initargs=(tokenizer, fractions)
     )
-    waiting = deque()  # as many batches as keep all processes at work; more would fill the memory
+    waiting = deque()  # enough batches to occupy all processes; more would fill the memory
     try:
         with pool:
             for batch in itertools.chain(batches, itertools.repeat(None)):
@@ -155,7 +155,7 @@ def _encode_all(batches, tokenizer, fractions, processes):
 
 
 def _start(tokenizer, fractions):
-    """Set up a process. A worker of a pool ends with the process that started it, and leaves Ctrl-C to that one."""
+    """Set up a process. A worker of a pool ends with the process that started it, and leaves Ctrl-C to that process."""
     global _tokenizer, _fractions, _ends
     if parent := multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)

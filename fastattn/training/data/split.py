@@ -18,8 +18,8 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
         documents: Documents.
         validation_fraction, test_fraction: shares of all documents.
         seed: the same seed gives the same split.
-        stratify: draw these fractions of every class, if each document has one class: of each the training part has at
-            least one document. With several classes a document, the fractions are those of the whole.
+        stratify: if each document has one class, draw these fractions of every class; the training part then has at
+            least one document of each. If documents have several classes, the fractions are those of the whole.
 
     Returns:
         {"train": Documents, "validation": ..., "test": ...}, in the order of the source; no part for a fraction of 0.
@@ -52,8 +52,8 @@ def split_documents(documents, validation_fraction, test_fraction, seed, *, stra
     parts = {name: documents.select(sorted(chosen)) for name, chosen in parts.items() if fractions[name]}
     if empty := [name for name, part in parts.items() if not len(part)]:
         raise UsageError(
-            f"split: {len(documents)} documents are too few, the {empty[0]} part would be empty; equal texts and files "
-            f"stay together ({len(units)} are left), and the training part has one of each class ({len(strata)})"
+            f"split: {len(documents)} documents are too few: the {empty[0]} part would be empty; equal texts and files "
+            f"stay together, which leaves {len(units)}, and the training part needs one of each class ({len(strata)})"
         )
     return parts
 

@@ -12,20 +12,21 @@ from .reading import SUFFIXES, TABLES, paragraphs_of, read_file, suffix_of, visi
 from .sources import check_path_settings, read_documents
 from .tables import json_row, read_rows, table_documents
 
-_ROWS = 1000  # of a table that are checked together
+_ROWS = 1000  # the number of rows of a table that are checked together
 
 
 def stream_texts(source, columns, unit="line"):
     """Yield the texts of a source, those of `read_documents` in its order.
 
-    Of text files, .jsonl and .parquet a part is in memory at a time; of other tables, and with the unit file, a file.
+    Only a part of a text file, .jsonl or .parquet is in memory at a time. Other tables, and files with the unit file,
+    are read whole.
 
     Args:
         source: as for `read_documents`; of a folder, also its tables .jsonl and .parquet are read.
         columns: Columns.
         unit: "line", "paragraph" or "file".
     Raises:
-        UsageError: as read_documents, when the reading comes to the place.
+        UsageError: as read_documents, once the faulty place is read.
     """
     path = user_path(source)
     if not path.exists() or (path / "train.jsonl").is_file():
@@ -70,7 +71,7 @@ def _file_texts(path, columns, unit):
 
 
 def _lines(path, encoding="utf-8"):
-    """Yield the lines of a file without their ends; an error names the line behind which it is."""
+    """Yield the lines of a file without their ends. An error names the line after which it occurred."""
     number = 0
     try:
         with open(path, "rb") as raw:

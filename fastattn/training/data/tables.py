@@ -1,6 +1,6 @@
 """Tables: rows of separated values and of JSON objects, and the documents in their columns.
 
-A value is used as it is meant, or refused with file, line and column: nothing is guessed in silence.
+A value is used as it is meant, or refused with its file, line and column. Nothing is guessed silently.
 """
 
 import csv
@@ -114,7 +114,7 @@ def _is_quoted(path, text, delimiter):
         return False
     if not _is_even([values for _, values in raw]):
         return True
-    # a writer that quotes only where it must has doubled the marks inside; one that quotes all texts leaves none out
+    # A writer that quotes only where it must doubles the marks inside. A writer that quotes all texts leaves none out.
     needed = [value == '""' or '""' in value[1:-1] for _, value in marked]
     if all(needed) or all(value.startswith('"') or _is_number(value) for _, values in raw for value in values):
         return True
@@ -146,7 +146,7 @@ def _json_rows(path, text):
 
 
 def json_row(path, number, line):
-    """The Row of a line of JSON; UsageError if it is none or no object."""
+    """The Row of a line of JSON; UsageError if the line is not valid JSON or not an object."""
     where = f"{path}, line {number}"
     return _object_row(where, _parse(where, line))
 

@@ -40,7 +40,7 @@ class CharTokenizer:
         return [self.numbers[character] for character in text]
 
     def _decomposed(self, text, unknown):
-        """The text with those unknown characters decomposed whose parts are known: keyboards write composed ones."""
+        """The text with unknown characters decomposed if their parts are known: keyboards write composed ones."""
         parts = {character: unicodedata.normalize("NFD", character) for character in unknown}
         known = {c: new for c, new in parts.items() if set(new) <= self.numbers.keys()}
         return text.translate(str.maketrans(known))
@@ -94,8 +94,8 @@ def _train_wordpiece(tokenizer, texts, options):
     """Train a WordPiece tokenizer so that equal texts give equal tokens.
 
     The library numbers the letters inside words in the order of a hash table, which differs from run to run, and merges
-    equally frequent pairs in the order of these numbers. So a first run finds these letters, and a second one is given
-    them in a fixed order, as special tokens, which they do not stay.
+    equally frequent pairs in the order of these numbers. So a first run finds these letters, and a second run gets them
+    in a fixed order as special tokens. They become ordinary tokens afterwards.
     """
     from tokenizers import Tokenizer, trainers
 

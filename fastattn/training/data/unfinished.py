@@ -16,12 +16,12 @@ SUFFIX, SETTINGS = ".unfinished", "settings.json"
 def unfinished_folder(path, settings):
     """Open a folder to write into, which gets the name `path` when the block ends.
 
-    Until then it is `path` with SUFFIX. After an interruption it stays, and the next call with the same settings opens
-    it again; after a UsageError, which a repetition would raise again, it is removed.
+    Until then its name is `path` with SUFFIX. After an interruption it stays, and the next call with the same settings
+    opens it again. After a UsageError, which a repetition would raise again, it is removed.
 
     Args:
         path: Path that does not exist.
-        settings: dict that JSON can hold, all that decides the content.
+        settings: dict of everything that decides the content, in types that JSON can hold.
     Yields: Path of the folder.
     Raises:
         UsageError: the folder was begun with other settings, or another process writes into it.

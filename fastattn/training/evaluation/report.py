@@ -17,10 +17,10 @@ PICTURES = {
 }
 CAPTIONS = {
     "loss.png": "The losses by step. A validation loss that rises while the training loss falls means overfitting.",
-    "confusion.png": "Each row is a true class, each column a prediction; the diagonal is right.",
+    "confusion.png": "Each row is a true class, each column a prediction; the diagonal is correct.",
     "calibration.png": "Above: how often a prediction of this probability was right; bars below the dashed line mean"
     " that the model is too confident. Below: how many predictions there are.",
-    "attention.png": "What each token (row) looks at in the last block, head by head; each row sums to 1.",
+    "attention.png": "The tokens that each token (row) attends to in the last block, head by head; each row sums to 1.",
 }
 N_CONFUSIONS = 20
 

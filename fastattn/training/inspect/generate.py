@@ -7,8 +7,8 @@ from fastattn.ops.layer import WEIGHTS
 
 from ..messages import UsageError, expect
 
-_NUCLEUS = 64  # tokens to look at first in search of those that reach top_p
-MOST_BEAMS = 1000  # of a search, each a row of a batch
+_NUCLEUS = 64  # the number of most likely tokens that are tried first, as they usually reach top_p
+MOST_BEAMS = 1000  # the most beams of a search; each is a row of a batch
 
 
 def check_sampling(
@@ -85,14 +85,15 @@ def next_token_probabilities(logits, seen=None, *, temperature=1.0, top_k=None, 
 
 
 def _candidates(logits, temperature, top_k, top_p):
-    """(probabilities, their tokens): of the tokens that may be drawn, the most likely first; of all tokens, (.., None).
+    """(probabilities, tokens) of the tokens that may be drawn, the most likely first, or (probabilities, None) of all
+    tokens.
 
     A row that drops tokens gives them 0, and the others add up to 1.
     """
     index = None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, index = logits.topk(top_k)
-    # the largest becomes 0, so that no temperature makes it infinite
+    # The largest becomes 0, so no temperature makes it infinite.
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)
     if top_p is None or top_p >= 1:
         return probabilities, index
@@ -199,7 +200,8 @@ def stream_text(tokenizer, numbers, stop=None, *, prompt=(), typed=""):
         typed: the text of the prompt, as its writer gave it.
 
     Yields:
-        str, not empty; together what the tokenizer writes for `numbers` after the prompt, with the space between them.
+        str, not empty. Joined, they are what the tokenizer writes for `numbers` after the prompt, with the space
+            between them.
     """
     prompt, so_far, shown = list(prompt), [], 0
     for number in numbers:
@@ -209,8 +211,8 @@ def stream_text(tokenizer, numbers, stop=None, *, prompt=(), typed=""):
             if end > shown:
                 yield text[shown:end]
             return
-        # hold back an incomplete character, an apostrophe that may lose the space before it, and text that may become
-        # the stop text
+        # Hold back an incomplete character, an apostrophe that may lose the space before it, and text that may become
+        # the stop text.
         safe = len(text.rstrip("\ufffd").removesuffix(" '")) - (len(stop) - 1 if stop else 0)
         if safe > shown:
             yield text[shown:safe]

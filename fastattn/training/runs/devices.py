@@ -6,7 +6,7 @@ import torch
 
 from ..messages import UsageError
 
-# variables of the environment by which a launcher tells a process which one it is
+# Environment variables through which a launcher tells a process its number and the numbers of processes.
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_PORT")
 
 
@@ -34,7 +34,8 @@ def check_devices(config):
             value = os.environ.get(name, "0")
             if not value.isdecimal():
                 raise UsageError(f"the environment variable {name} must be a whole number, got {value!r}")
-    if several and "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ:  # it would wait for ever
+    # The process group would wait for ever.
+    if several and "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UsageError("the environment variable LOCAL_RANK is set, but WORLD_SIZE is not: unset it, or use torchrun")
     started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else None
     if started not in (None, config.devices * config.num_nodes):

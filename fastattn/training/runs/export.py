@@ -22,7 +22,7 @@ def export_run(run, folder, kind):
     Args:
         run: LoadedRun.
         folder: Path; must not exist.
-        kind: of FORMATS.
+        kind: one of FORMATS.
     Returns: dict, what was written.
     Raises:
         UsageError: the folder exists, no family of Hugging Face has the model, or a package is missing.
@@ -48,7 +48,7 @@ def export_run(run, folder, kind):
 def _write_hugging_face(run, model, folder):
     settings = token_settings(run.tokenizer)
     if getattr(model, "label_kind", "class") == "number":
-        raise UsageError("bert gives no scaled number; --format onnx writes any model")
+        raise UsageError("a BERT of Hugging Face does not scale its number; --format onnx writes any model")
     if labels := run.task.summary.get("labels"):
         if model.label_kind == "classes":
             settings["problem_type"] = "multi_label_classification"

@@ -71,7 +71,7 @@ def load_start(model, config, labels=None):
     Returns: names of the parameters that were not loaded.
     Raises:
         UsageError: the start is missing, has an unsuitable task or another shape, or is a bag of words with other
-            labels, of which no weight would be left.
+            labels, none of whose weights could be used.
     """
     start = _matching_start(config)
     same = start.task == config.task or {start.task, config.task} <= _DECODERS

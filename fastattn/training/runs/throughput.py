@@ -18,10 +18,9 @@ def flops_per_token(model, shape):
     """Operations of a training step per token.
 
     The forward pass costs 2 per matrix weight, and 4 * n_head * head_dim * (block_size, or a smaller window) per
-    attention layer. The backward costs the
-    same for trained weights, and the same again for the inputs unless only the head is trained. Embedding look-ups and
-    the sums of LoRA are not counted. The output layer counts even if tied; for a MaskedLM only the masked tokens pass
-    it. Half the tokens of a translator pass the encoder, half the decoder.
+    attention layer. The backward costs the same for trained weights, and the same again for the inputs unless only the
+    head is trained. Embedding look-ups and the sums of LoRA are not counted. The output layer counts even if tied. In a
+    MaskedLM only the masked tokens pass it. In a translator, half the tokens pass the encoder and half the decoder.
 
     Args:
         model: nn.Module; the weights that require a gradient are trained.
@@ -56,7 +55,7 @@ def flops_per_token(model, shape):
 def peak_flops(device, precision):
     """FLOP/s of matrix products, from the data sheet of a GPU; None if unknown, as for every CPU and for fp32.
 
-    No peak is measured: on a busy machine, and with several libraries and number formats, it would be no limit.
+    The peak is not measured: on a busy machine, or with another library or number format, a measurement is no limit.
 
     Args:
         device: torch.device.
@@ -101,4 +100,4 @@ class Speedometer:
         if tokens_per_second is None or self.peak is None:
             return None
         share = tokens_per_second * self.flops_per_token / self.peak
-        return share if share <= 1 else None  # the peak of the device is not that of its name
+        return share if share <= 1 else None  # otherwise, the device does not have the peak of its name

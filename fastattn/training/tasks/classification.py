@@ -66,7 +66,7 @@ class Classification(LabelTask):
         return self.summary["labels"]
 
     def count(self, rows):
-        """What the loss is the mean over: documents, or the sum of their weights."""
+        """What the summed loss is divided by to get the mean: the documents, or the sum of their weights."""
         if self.config.class_weights == "none":
             return len(rows[-1])
         return torch.tensor(balanced_weights(self.summary))[rows[-1]].sum().item()

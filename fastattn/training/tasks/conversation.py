@@ -191,7 +191,8 @@ def pack(encoded, block_size):
     """Conversations in rows, each whole and in the first row that has room.
 
     Args:
-        encoded: list of (token numbers, whether each is part of an answer); what passes block_size + 1 is cut.
+        encoded: list of (token numbers, whether each is part of an answer); tokens after the first block_size + 1 are
+            cut.
     Returns: (tokens, targets, conversations), each (rows, block_size) int64. targets are the next tokens of answers,
         else IGNORED. conversations: numbers from 0 in each row, -1 at padding.
     """

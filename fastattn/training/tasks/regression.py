@@ -8,7 +8,7 @@ from ..inspect.scores import regression_scores
 from ..messages import UsageError
 from .labelled import LabelTask
 
-_LARGEST = 1e30  # of a number, with room for calculations in fp32
+_LARGEST = 1e30  # the largest number, which leaves room for calculations in fp32
 
 
 class Regression(LabelTask):

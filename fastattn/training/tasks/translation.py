@@ -63,7 +63,7 @@ class Translation(DocumentTask):
         return Seq2Seq(tokenizer.vocab_size, **shape_of(config, layers))
 
     def translate(self, model, texts, *, beams=1, length_penalty=1.0):
-        """The model's translations of the texts: list of str; of a text without tokens "", like the text."""
+        """The model's translations of the texts, a list of str. The translation of a text without tokens is ""."""
         device = next(model.parameters()).device
         encoded = [self.encode(text)[1:] for text in texts]
         lengths = list(map(len, encoded))
