@@ -239,11 +239,13 @@ struct RotaryArgs {
   int64_t n_heads[2];       // 0 if there is no second tensor
   const void *cos, *sin;    // of table_dtype; row p is position p, batch entries are table_batch apart
   int64_t table_rows, table_row, table_batch;
+  int64_t table_step;    // between the columns of neighbouring pairs
+  int64_t table_second;  // from the column of a pair's first channel to that of its second; 0: they share one
   const void*
       positions;  // int64 if wide_positions, else int32, positions_batch apart; null: offset + index of the token
   int64_t positions_batch, offset;
   int64_t batch, seqlen, head_dim, rotary_dim;
-  bool wide_positions, interleaved, conjugate;  // conjugate: negates sin
+  bool wide_positions, interleaved, conjugate;  // conjugate: the gradient
   DType dtype, table_dtype;
 };
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import gc
 import io
 import sys
 
@@ -10,7 +9,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.drop_in import rotary
+from fastattn.drop_in import rotary, rotary_forms
+from fastattn.ops._backends import why_not_available
+from fastattn.ops.rotary import rotate_tokens
 
 HEADS, D = 3, 8
 
@@ -52,6 +53,38 @@ def apply_rotary_backwards(q, k, cos, sin):
     return apply_rotary(q, k, cos, -sin)
 
 
+def apply_rotary_of_first_half(q, k, cos, sin):
+    """As GLM has it."""
+    half = cos.shape[-1] // 2
+    cos, sin = (t[:, None, :, :half].repeat_interleave(2, -1) for t in (cos, sin))
+    return q * cos + turn_neighbours(q) * sin, k * cos + turn_neighbours(k) * sin
+
+
+def apply_rotary_and_sort(q, k, cos, sin):
+    """As DeepSeek V3 has it."""
+    turned = apply_rotary_of_first_half(q, k, cos, sin)
+    return tuple(torch.cat([t[..., ::2], t[..., 1::2]], -1) for t in turned)
+
+
+def apply_rotary_to_one(tensor, sin, cos):
+    """As GPT-J has it."""
+    cos, sin = (t[:, :, None].repeat_interleave(2, -1) for t in (cos, sin))
+    return tensor * cos + turn_neighbours(tensor) * sin
+
+
+def apply_rotary_by_broadcast(x, cos, sin):
+    """As modules have it whose tables are (1, tokens, 1, pairs)."""
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+
+def apply_rotary_complex(xq, xk, freqs_cis):
+    """As Llama 4 has it."""
+    complex_numbers = (torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) for x in (xq, xk))
+    turned = (torch.view_as_real(x * freqs_cis[:, :, None]).flatten(-2) for x in complex_numbers)
+    return tuple(t.type_as(x) for t, x in zip(turned, (xq, xk), strict=True))
+
+
 def apply_rotary_and_scale(q, k, cos, sin):
     q, k = apply_rotary(q, k, cos, sin)
     return 2 * q, k
@@ -71,41 +104,48 @@ def apply_rotary_on_a_gpu(q, k, cos, sin):
     raise RuntimeError("q must be on a GPU")
 
 
-def apply_rotary_to_q(q, cos, sin):
-    return q * cos + turn_half(q) * sin
+def apply_rotary_to_q(x, cos, sin):
+    return x * cos + turn_half(x) * sin
 
 
 FORMS = {
-    apply_rotary: ("doubled", False, False, False),
-    apply_rotary_to_a_part: ("doubled", False, False, True),
-    apply_rotary_interleaved: ("repeated", True, False, False),
-    apply_rotary_of_half_tables: ("half", False, False, False),
-    apply_rotary_packed: ("doubled", False, True, False),
+    # function: (layout, rank, tables) of each form, then what is not the default
+    apply_rotary: ("bhsd 3 full, bshd 2 full, shd 2 full", {"swaps"}),
+    apply_rotary_to_a_part: ("bhsd 3 full, bshd 2 full, shd 2 full", {"partial"}),
+    apply_rotary_interleaved: ("bhsd 3 full", {"interleaved", "mixed"}),
+    apply_rotary_of_half_tables: ("bhsd 3 half, bshd 2 half, shd 2 half", set()),
+    apply_rotary_packed: ("bshd 3 full, bshd 2 full, shd 2 full", set()),
+    apply_rotary_backwards: ("bhsd 3 full, bshd 2 full, shd 2 full", {"backwards"}),
+    apply_rotary_of_first_half: ("bhsd 3 first", {"interleaved", "partial"}),
+    apply_rotary_and_sort: ("bhsd 3 first", {"interleaved", "sorts"}),
+    apply_rotary_to_one: ("bshd 3 half", {"interleaved"}),
+    apply_rotary_by_broadcast: ("bhsd 2 half, bhsd 4 half, bshd 4 half", set()),
+    apply_rotary_complex: ("bshd 3 half", {"interleaved", "mixed"}),
+    apply_rotary_to_q: ("bhsd 2 full, bhsd 4 full, bshd 4 full", set()),
 }
 
 
 @pytest.mark.parametrize("function", FORMS, ids=lambda f: f.__name__)
 def test_forms(function):
-    form = rotary.form_of(function)
-    assert (form.tables, form.interleaved, form.packed, form.partial) == FORMS[function]
-    assert form.swaps == (function is apply_rotary)
-    assert form.mixed == (function is apply_rotary_interleaved)
+    forms = rotary.forms_of(function)
+    kinds, options = FORMS[function]
+    assert ", ".join(f"{form.layout} {form.rank} {form.tables}" for form in forms) == kinds
+    assert {name for name, value in forms[0]._asdict().items() if value is True} == options
 
 
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (apply_rotary_backwards, "computes no rotation that our op has"),
         (apply_rotary_and_scale, "computes no rotation that our op has"),
         (apply_rotary_detached, "computes no rotation that our op has"),
         (apply_rotary_in_eight_bits, "gives other numbers than our op in bfloat16"),
         (apply_rotary_on_a_gpu, "raises RuntimeError for small tensors on the CPU"),
-        (apply_rotary_to_q, "takes other arguments than q, k, cos and sin"),
-        (max, "takes other arguments than q, k, cos and sin"),
+        (lambda query, cos: query, "takes other arguments than one or two tensors and their cos and sin"),
+        (max, "takes other arguments than one or two tensors and their cos and sin"),
     ],
 )
 def test_what_computes_something_else(function, reason):
-    assert rotary.form_of(function) == reason
+    assert rotary.forms_of(function) == reason
 
 
 def deprecated(function):
@@ -174,21 +214,47 @@ class Backwards(Attention):
         return q @ k.mT
 
 
-CLASSES = (Attention, Swapped, Partial, Interleaved, HalfTables, Packed)
+class Sorted(Attention):
+    def forward(self, x, cos, sin):
+        q, k = apply_rotary_and_sort(*self.projected(x), cos, sin)
+        return q @ k.mT
+
+
+class OneByOne(Attention):
+    def forward(self, x, cos, sin):
+        q, k = (t.transpose(1, 2) for t in self.projected(x))
+        q, k = (apply_rotary_to_one(t, cos=cos[..., :4], sin=sin[..., :4]) for t in (q, k))
+        return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+
+
+class Complex(Attention):
+    def forward(self, x, cos, sin):
+        q, k = (t.transpose(1, 2) for t in self.projected(x))
+        q, k = apply_rotary_complex(q, k, torch.complex(cos[..., :4].float(), sin[..., :4].float()))
+        return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+
+
+class Scaled(Attention):
+    def forward(self, x, cos, sin):
+        q, k = apply_rotary_and_scale(*self.projected(x), cos, sin)
+        return q @ k.mT
+
+
+CLASSES = (Attention, Swapped, Partial, Interleaved, HalfTables, Packed, Backwards, Sorted, OneByOne, Complex)
 
 
 @pytest.fixture
 def served(monkeypatch):
     """The calls of our op, without those of the checks, which run once."""
     for function in FORMS:
-        rotary.form_of(function)
+        rotary.forms_of(function)
     found = []
 
     def counted(*args, **kwargs):
         found.append(args)
-        return fastattn.rotary_embedding(*args, **kwargs)
+        return rotate_tokens(*args, **kwargs)
 
-    monkeypatch.setattr(rotary, "rotary_embedding", counted)
+    monkeypatch.setattr(rotary_forms, "rotate_tokens", counted)
     return found
 
 
@@ -217,15 +283,16 @@ def test_values_gradients_and_undo(kind, rows, served):
     expected = run(module, *given)
     report = fastattn.replace(module, only="rotary")
     assert report.replaced[""].startswith("rotary embeddings, ")
-    assert ("interleaved" in report.replaced[""]) == (kind is Interleaved)
+    assert ("interleaved" in report.replaced[""]) == (kind in (Interleaved, Sorted, OneByOne, Complex))
     got = run(module, *given)
-    assert len(served) == 1
+    calls = 2 if kind is OneByOne else 1
+    assert len(served) == calls
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     report.undo()
     assert type(module) is kind
     assert same_bits(run(module, *given), expected)
-    assert len(served) == 1
+    assert len(served) == calls
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -242,21 +309,47 @@ def test_bfloat16(kind, served):
 
 
 def test_other_functions_are_left_alone():
-    module, *given = case(Backwards)
+    module, *given = case(Scaled)
     expected = run(module, *given)
     report = fastattn.replace(module, only="rotary")
-    assert report.left == {"": "rotary embeddings: apply_rotary_backwards computes no rotation that our op has"}
+    assert report.left == {"": "rotary embeddings: apply_rotary_and_scale computes no rotation that our op has"}
     assert same_bits(run(module, *given), expected)
 
 
-def test_tables_whose_halves_differ(served):
-    """Then our op would compute something else, so the function of the module runs."""
-    module, x, cos, sin = case()
-    cos = cos + torch.linspace(0, 1, D)
-    expected = run(module, x, cos, sin)
+@pytest.mark.parametrize("kind", [Attention, Swapped, Packed, Backwards])
+def test_tables_whose_halves_differ(kind, served):
+    """Each channel is turned by its own number, in the gradient too."""
+    module, x, cos, sin = case(kind)
+    given = x, cos + torch.linspace(0, 1, D), sin * torch.linspace(1, 2, D)
+    expected = run(module, *given)
     fastattn.replace(module, only="rotary")
-    assert same_bits(run(module, x, cos, sin), expected)
-    assert not served
+    for ours, theirs in zip(run(module, *given), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert served
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name().partition("::")[2].partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_no_value_is_read(kind, served):
+    """On a GPU, each of these would wait for the device."""
+    module, *given = case(kind)
+    fastattn.replace(module, only="rotary")
+    with Watch() as watch:
+        module(*given).sum().backward()
+    assert served
+    assert "rotary_fwd" in watch.names
+    assert not set(watch.names) & {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "item"}
 
 
 def test_tables_that_change(served):
@@ -274,17 +367,6 @@ def test_tables_that_change(served):
         for _ in range(2):
             torch.testing.assert_close(module(x, cos, sin), original(x, cos, sin))
             cos.neg_()
-
-
-def test_nothing_is_kept_of_tables_that_are_gone():
-    module, x, cos, sin = case()
-    fastattn.replace(module, only="rotary")
-    before = len(rotary._kept)
-    module(x, cos, sin)
-    assert len(rotary._kept) == before + 1
-    del cos, sin
-    gc.collect()
-    assert len(rotary._kept) == before
 
 
 CALLS = {
@@ -352,7 +434,7 @@ def test_names_that_are_patched_later(monkeypatch, served):
     def apply_another(q, k, cos, sin):
         return q * cos[:, None], k * sin[:, None]
 
-    assert rotary.form_of(apply_another) == "computes no rotation that our op has"
+    assert rotary.forms_of(apply_another) == "computes no rotation that our op has"
     served.clear()
     monkeypatch.setattr(sys.modules[__name__], "apply_rotary", apply_another)
     assert torch.equal(module(*given), plain(*given))
@@ -458,10 +540,44 @@ def test_tables_of_three_positions(served):
     assert compared(model, served, input_ids=torch.randint(3, 40, (2, 9)), position_ids=positions) == 2
 
 
-def test_modules_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(rotary, "_is_on_a_gpu", lambda module: True)
-    report = fastattn.replace(Attention(), only="rotary")
-    assert report.left == {"": "rotary embeddings: on a GPU, a look at the tables would wait for it"}
+def test_another_device(monkeypatch):
+    """There, the function and our kernel must agree on small random numbers, once."""
+    asked = []
+
+    def agrees_on(function, device):
+        asked.append(device)
+        return function is apply_rotary
+
+    monkeypatch.setattr(rotary, "agrees_on", agrees_on)
+    monkeypatch.setattr(rotary, "_device_of", lambda module: "cuda")
+    assert fastattn.replace(Attention(), only="rotary").replaced
+    reason = "gives other numbers than our op on cuda, or our op has no kernel there"
+    assert fastattn.replace(Packed(), only="rotary").left == {"": f"rotary embeddings: apply_rotary_packed {reason}"}
+    assert asked == ["cuda", "cuda"]
+
+
+def test_a_device_without_a_kernel():
+    module, *given = case()
+    fastattn.replace(module, only="rotary")
+    out = module.to("meta")(*(t.to("meta") for t in given))
+    assert out.shape == (2, HEADS, 5, 5)
+    assert not rotary_forms.agrees_on(apply_rotary, "meta")
+
+
+@pytest.mark.parametrize("kind", [Attention, Partial, Interleaved, Sorted, Complex])
+def test_on_triton(kind, served):
+    """The kernel of a GPU, in the interpreter: the same tables without a copy, and gradients."""
+    reason = why_not_available("triton", "cpu")
+    if reason:
+        pytest.skip(reason)
+    module, x, cos, sin = case(kind)
+    expected = run(module, x, cos, sin)
+    fastattn.replace(module, only="rotary")
+    with fastattn.use_backend("triton"):
+        got = run(module, x, cos, sin)
+    assert served
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def hidden(function):
