@@ -8,6 +8,7 @@ import inspect
 import logging
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -147,15 +148,16 @@ def _functions_of(kind):
                     yield function
 
 
-def _names_in(code):
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """The names that code uses, with those of functions inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
+            yield from names_in(constant)
 
 
 def _calls_sdpa(kind):
-    return any(_SDPA.__name__ in _names_in(function.__code__) for function in _functions_of(kind))
+    return any(_SDPA.__name__ in names_in(function.__code__) for function in _functions_of(kind))
 
 
 def _computes_attention_itself(module):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.drop_in.attention import names_in
 from fastattn.drop_in.change import Change, Replaced, change_class, is_foreign, make_class, why_not_take_over
 from fastattn.drop_in.rotary_forms import agrees_on, forms_of, rotated
 from fastattn.nn.plain import is_traced
@@ -121,7 +122,7 @@ class RotaryCaller(Replaced):
 
 def _rotary_names(function: types.FunctionType) -> Iterator[str]:
     """The global names of functions of rotary application that the code of a function uses."""
-    for name in sorted(set(function.__code__.co_names)):
+    for name in sorted(set(names_in(function.__code__))):
         value = function.__globals__.get(name)
         called = callable(value) and isinstance(value, Hashable) and not isinstance(value, type)
         if called and "rot" in name and "apply" in name:
