@@ -515,6 +515,27 @@ def test_tables_of_models(scaling, served):
     assert compared(model, served, input_ids=torch.randint(3, 40, (2, 24))) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("gptj", 4), ("codegen", 4), ("gemma3n_text", 4), ("deepseek_v2", 2), ("deepseek_v3", 2), ("llama4_text", 1)],
+)
+def test_forms_of_models(name, calls, served):
+    """One tensor at a time, complex numbers, sorted channels: each call of the two layers runs on our op."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers_families import DECODER, FAMILIES, GROUPED
+
+    deepseek = FAMILIES["deepseek_v3"][1]
+    changes = {
+        "deepseek_v2": {**deepseek, "head_dim": 8},
+        "deepseek_v3": deepseek,
+        "llama4_text": FAMILIES["llama4"][1],  # its second layer has no positions
+        "gemma3n_text": {**GROUPED, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 40,
+                         "laurel_rank": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
+    }.get(name, {**DECODER, "rotary_dim": 4})  # fmt: skip
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **changes)).eval()
+    assert compared(model, served, input_ids=torch.randint(3, 40, (2, 9))) == calls
+
+
 def test_tables_of_three_positions(served):
     """M-RoPE: time, height and width each turn some of the channels."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
