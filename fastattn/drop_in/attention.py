@@ -8,13 +8,13 @@ import inspect
 import logging
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from fastattn.drop_in.change import ON_META, Change, Replaced, change_class, is_foreign, make_class, why_not_take_over
+from fastattn.drop_in.guards import names_in
 from fastattn.integrations.sdpa import serve
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -146,14 +146,6 @@ def _functions_of(kind):
                 function = inspect.unwrap(value) if callable(value) else value
                 if isinstance(function, types.FunctionType):
                     yield function
-
-
-def names_in(code: types.CodeType) -> Iterator[str]:
-    """The names that code uses, with those of functions inside it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from names_in(constant)
 
 
 def _calls_sdpa(kind):

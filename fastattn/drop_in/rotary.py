@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.drop_in.attention import names_in
 from fastattn.drop_in.change import Change, Replaced, change_class, is_foreign, make_class, why_not_take_over
+from fastattn.drop_in.guards import names_in
 from fastattn.drop_in.rotary_forms import agrees_on, forms_of, rotated
 from fastattn.nn.plain import is_traced
 
