@@ -62,7 +62,7 @@ def guards_of_child(module: torch.nn.Module, name: str) -> tuple[Guard, ...]:
     return tuple(
         Guard(None, ((False, name), (False, key)), value)
         for key, value in state
-        if isinstance(value, _NUMBERS) and key not in ("training", "call_super_init", "_is_full_backward_hook")
+        if isinstance(value, _NUMBERS) and key != "training" and not key.startswith("_")
     )
 
 
