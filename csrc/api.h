@@ -241,11 +241,13 @@ struct RotaryArgs {
   // The tables have table_dtype. Row p is position p; the tables of two batch entries are table_batch apart.
   const void *cos, *sin;
   int64_t table_rows, table_row, table_batch;
+  int64_t table_step;    // between the columns of neighbouring pairs
+  int64_t table_second;  // from the column of a pair's first channel to that of its second; 0: they share one
   const void*
       positions;  // int64 if wide_positions, else int32, positions_batch apart; null: offset + index of the token
   int64_t positions_batch, offset;
   int64_t batch, seqlen, head_dim, rotary_dim;
-  bool wide_positions, interleaved, conjugate;  // conjugate: negates sin
+  bool wide_positions, interleaved, conjugate;  // conjugate: the gradient
   DType dtype, table_dtype;
 };
 

@@ -46,7 +46,7 @@ class RotaryCall {
                       "rotary: k must have the dtype and device of q");
       add(1, *k);
     }
-    set_tables(q, cos, sin);
+    set_tables(q, cos, sin, interleaved);
     args.offset = offset;
     if (positions) {
       set_positions(q, *positions);
@@ -88,7 +88,7 @@ class RotaryCall {
     args.n_heads[which] = t.size(1);
   }
 
-  void set_tables(const Tensor& q, const Tensor& cos, const Tensor& sin) {
+  void set_tables(const Tensor& q, const Tensor& cos, const Tensor& sin, bool interleaved) {
     const int64_t dims = cos.dim();
     STD_TORCH_CHECK(dims == 2 || dims == 3, "rotary: cos must have 2 or 3 dimensions, got ", dims);
     STD_TORCH_CHECK(sin.dim() == dims && std::equal(cos.sizes().begin(), cos.sizes().end(), sin.sizes().begin()) &&
@@ -100,8 +100,7 @@ class RotaryCall {
                     " columns, got ", cos.size(dims - 1));
     STD_TORCH_CHECK(dims == 2 || ((cos.size(0) == 1 || cos.size(0) == args.batch) && cos.size(1) == args.seqlen),
                     "rotary: cos must have ", args.batch, " or 1 rows of ", args.seqlen, " tokens");
-    const bool as_is = cos.stride(dims - 1) == 1 && sin.stride(dims - 1) == 1 &&
-                       std::equal(cos.strides().begin(), cos.strides().end(), sin.strides().begin());
+    const bool as_is = std::equal(cos.strides().begin(), cos.strides().end(), sin.strides().begin());
     held_[2] = as_is ? cos : contiguous_copy(cos);
     held_[3] = as_is ? sin : contiguous_copy(sin);
     args.cos = data_of(held_[2]);
@@ -109,6 +108,10 @@ class RotaryCall {
     args.table_rows = cos.size(dims - 2);
     args.table_row = held_[2].stride(dims - 2);
     args.table_batch = dims == 3 && cos.size(0) > 1 ? held_[2].stride(0) : 0;
+    const int64_t column = held_[2].stride(dims - 1);
+    const bool full = cos.size(dims - 1) == args.rotary_dim;  // a number for each channel, not for each pair
+    args.table_step = full && interleaved ? 2 * column : column;
+    args.table_second = !full ? 0 : interleaved ? column : args.rotary_dim / 2 * column;
     args.table_dtype = dtype_of(cos, "cos");
   }
 

@@ -156,14 +156,16 @@ def rotary_embedding(x, cos, sin, *, rotary_dim=None, positions=None, offset=0, 
     Args:
         x: (batch, n_heads, seqlen, head_dim) or packed (total, n_heads, head_dim).
         cos, sin: (rows, rotary_dim / 2), row p for position p; or (batch or 1, seqlen, rotary_dim / 2), one per token.
-        rotary_dim: 2 * cos.shape[-1] if None; table columns from rotary_dim / 2 on are not used.
+            With rotary_dim columns they have a number for each channel: cos1 and sin1 in y1, cos2 and sin2 in y2.
+        rotary_dim: 2 * cos.shape[-1] if None.
         positions: integers (seqlen,), (batch or 1, seqlen) or packed (total,); None counts from `offset`. A position
             outside the tables gives NaN.
     Source: Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
     """
     rotary_dim = 2 * cos.shape[-1] if rotary_dim is None else rotary_dim
     acc = accumulator(x.dtype)
-    cos, sin = (t[..., : rotary_dim // 2].to(acc) for t in (cos, sin))
+    columns = rotary_dim if cos.shape[-1] == rotary_dim else rotary_dim // 2
+    cos, sin = (t[..., :columns].to(acc) for t in (cos, sin))
     if positions is not None:
         inside = ((positions >= 0) & (positions < cos.shape[0]))[..., None]
         row = torch.where(inside[..., 0], positions, 0)
@@ -173,9 +175,12 @@ def rotary_embedding(x, cos, sin, *, rotary_dim=None, positions=None, offset=0, 
         cos, sin = (t[offset : offset + seqlen] for t in (cos, sin))
     cos, sin = (t.unsqueeze(-2 if x.dim() == 3 else -3) for t in (cos, sin))
 
-    x1, x2 = x[..., :rotary_dim].unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(-1 if interleaved else -2)
-    x1, x2 = x1.to(acc), x2.to(acc)
-    y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1 if interleaved else -2).flatten(-2)
+    def pairs(t):
+        return t.unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(-1 if interleaved else -2)
+
+    x1, x2 = (t.to(acc) for t in pairs(x[..., :rotary_dim]))
+    (cos1, cos2), (sin1, sin2) = (pairs(t) if t.shape[-1] == rotary_dim else (t, t) for t in (cos, sin))
+    y = torch.stack((x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2), -1 if interleaved else -2).flatten(-2)
     return torch.cat((y, x[..., rotary_dim:].to(acc)), -1).to(x.dtype)
 
 

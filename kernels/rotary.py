@@ -1,5 +1,6 @@
 """Rotary position embedding: y1 = x1 * cos - x2 * sin, y2 = x2 * cos + x1 * sin, over the pairs of the first rotary_dim
-channels. The other channels are copied. The backward is the same with -sin.
+channels. The other channels are copied. The backward is the same with -sin. The tables may have a number for each
+channel: then cos and sin are cos1 and sin1 in y1, cos2 and sin2 in y2, and the backward has -sin2 and -sin1.
 
 A program owns BLOCK_M tokens of BLOCK_H heads, of q or of k, and loads the table rows of its tokens once for all heads.
 Half-split pairs are two tiles. Interleaved pairs are one tile of twice the width, separated in registers. The op can
@@ -32,8 +33,8 @@ class RotaryLaunch(NamedTuple):
 
 @triton.jit
 def _rotate(
-    x_ptr, out_ptr, x_batch, x_head, x_row, out_batch, out_head, out_row, n_heads, head, batch, token, mask, cos, sin,
-    half, head_dim,
+    x_ptr, out_ptr, x_batch, x_head, x_row, out_batch, out_head, out_row, n_heads, head, batch, token, mask,
+    cos, sin, cos2, sin2, half, head_dim,
     INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     head += tl.arange(0, BLOCK_H)
@@ -46,7 +47,7 @@ def _rotate(
         inside = mask[:, :, None] & (col < 2 * half)
         x = tl.load(x_ptrs + col, mask=inside, other=0.0).to(tl.float32)
         x1, x2 = tl.split(x.reshape(x.shape[0], BLOCK_H, BLOCK_HALF, 2))
-        y = tl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin).reshape(x.shape)
+        y = tl.join(x1 * cos - x2 * sin, x2 * cos2 + x1 * sin2).reshape(x.shape)
         tl.store(out_ptrs + col, y.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         col = tl.arange(0, BLOCK_HALF)[None, None, :]
@@ -54,7 +55,7 @@ def _rotate(
         x1 = tl.load(x_ptrs + col, mask=inside, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptrs + half + col, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptrs + col, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(out_ptrs + half + col, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptrs + half + col, (x2 * cos2 + x1 * sin2).to(out_ptr.dtype.element_ty), mask=inside)
     if BLOCK_REST:
         for start in range(2 * half, head_dim, BLOCK_REST):
             rest = (start + tl.arange(0, BLOCK_REST))[None, None, :]
@@ -69,7 +70,7 @@ def rotary_fwd_kernel(
     out_q_batch, out_q_head, out_q_row, out_k_batch, out_k_head, out_k_row,
     table_batch, table_row, table_rows, positions_batch, offset,
     tokens, seqlen, q_heads, k_heads, half, head_dim,
-    INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, FULL: tl.constexpr, COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -81,24 +82,30 @@ def rotary_fwd_kernel(
         position = token + offset
 
     pair = tl.arange(0, BLOCK_HALF)[None, :]
-    offs = (batch * table_batch + position * table_row)[:, None] + pair
+    step: tl.constexpr = 2 * COLUMN if FULL and INTERLEAVED else COLUMN
+    offs = (batch * table_batch + position * table_row)[:, None] + pair * step
     inside = (mask & (position >= 0) & (position < table_rows))[:, None] & (pair < half)
     cos = tl.load(cos_ptr + offs, mask=inside, other=float("nan")).to(tl.float32)[:, None, :]
     sin = tl.load(sin_ptr + offs, mask=inside, other=float("nan")).to(tl.float32)[:, None, :]
+    cos2, sin2 = cos, sin
+    if FULL:
+        offs += COLUMN if INTERLEAVED else half * COLUMN
+        cos2 = tl.load(cos_ptr + offs, mask=inside, other=float("nan")).to(tl.float32)[:, None, :]
+        sin2 = tl.load(sin_ptr + offs, mask=inside, other=float("nan")).to(tl.float32)[:, None, :]
     if CONJUGATE:
-        sin = -sin
+        sin, sin2 = -sin2, -sin
 
     block = tl.program_id(1)
     q_blocks = tl.cdiv(q_heads, BLOCK_H)
     if block < q_blocks:
         _rotate(
             q_ptr, out_q_ptr, q_batch, q_head, q_row, out_q_batch, out_q_head, out_q_row, q_heads, block * BLOCK_H,
-            batch, token, mask, cos, sin, half, head_dim, INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+            batch, token, mask, cos, sin, cos2, sin2, half, head_dim, INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif k_ptr is not None:
         _rotate(
             k_ptr, out_k_ptr, k_batch, k_head, k_row, out_k_batch, out_k_head, out_k_row, k_heads,
-            (block - q_blocks) * BLOCK_H, batch, token, mask, cos, sin, half, head_dim,
+            (block - q_blocks) * BLOCK_H, batch, token, mask, cos, sin, cos2, sin2, half, head_dim,
             INTERLEAVED, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
 
@@ -123,7 +130,7 @@ def _rotate_into(q, k, out_q, out_k, cos, sin, positions, offset, rotary_dim, in
     q_heads, k_heads = q.shape[1], 0 if k is None else k.shape[1]
     if not tokens * (q_heads + k_heads):
         return
-    if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+    if cos.stride(-1) not in (1, 2) or cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     positions_batch = 0
     if positions is not None:
@@ -138,8 +145,9 @@ def _rotate_into(q, k, out_q, out_k, cos, sin, positions, offset, rotary_dim, in
         *_strides(out_q), *(no_k if k is None else _strides(out_k)),
         cos.stride(0) if cos.dim() == 3 and cos.shape[0] > 1 else 0, cos.stride(-2), cos.shape[-2],
         positions_batch, offset, tokens, seqlen, q_heads, k_heads, half, head_dim,
-        INTERLEAVED=interleaved, CONJUGATE=conjugate, BLOCK_M=tile.block_m, BLOCK_H=tile.block_h,
-        BLOCK_HALF=tile.block_half, BLOCK_REST=tile.block_rest, num_warps=tile.warps,
+        INTERLEAVED=interleaved, CONJUGATE=conjugate, FULL=cos.shape[-1] == rotary_dim, COLUMN=cos.stride(-1),
+        BLOCK_M=tile.block_m, BLOCK_H=tile.block_h, BLOCK_HALF=tile.block_half, BLOCK_REST=tile.block_rest,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 

@@ -111,6 +111,7 @@ class DecodeLayer : fastattn::Layer {
     rotary_.sin = fastattn::data_of(*rotary.sin);
     rotary_.table_rows = rows;
     rotary_.table_row = cos.stride(0);
+    rotary_.table_step = 1;
     rotary_.offset = batch_ ? args_.cache_seqlens[0] : 0;
     for (int64_t b = 0; b < batch_; ++b) {
       STD_TORCH_CHECK(args_.cache_seqlens[b] == rotary_.offset, kOp,

@@ -1,9 +1,10 @@
 // Rotary position embedding:  y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin,  over the pairs of the first
-// rotary_dim channels. The other channels are copied. The backward is the same with -sin.
+// rotary_dim channels. The other channels are copied. The backward is the same with -sin. The tables may have a number
+// for each channel: then cos and sin are cos1 and sin1 in y1, cos2 and sin2 in y2, and the backward has -sin2 and -sin1.
 //
 // A piece is kRotaryTokens tokens with all heads of both tensors. Their rows of the tables are gathered and widened
-// once, in the form that the loop over a head reads: unchanged if half-split; if interleaved, each number twice, with
-// sin as -sin, +sin, so that y = x * cos + swapped(x) * sin.
+// once, in the form that the loop over a head reads: if half-split, the numbers of the first channels, then those of the
+// second ones; if interleaved, a number for each channel, with sin as -sin, +sin, so that y = x * cos + swapped(x) * sin.
 #include <cstring>
 
 #include "api.h"
@@ -33,30 +34,37 @@ template <typename W>
 void gather(Tables& tables, const RotaryArgs& args, int64_t batch, int64_t token, int64_t tokens, int64_t first,
             int64_t n) {
   const float sign = args.conjugate ? -1.f : 1.f;
+  const int64_t step = args.table_step;
   for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t at = batch * args.table_batch + position_of(args, batch, token + t) * args.table_row + first;
-    const W* cos = static_cast<const W*>(args.cos) + at;
-    const W* sin = static_cast<const W*>(args.sin) + at;
+    const int64_t at = batch * args.table_batch + position_of(args, batch, token + t) * args.table_row + first * step;
     float* cos_row = tables.cos + t * 2 * kPairs;
     float* sin_row = tables.sin + t * 2 * kPairs;
-    if (args.interleaved) {
-      for (int64_t i = 0; i < n; ++i) {
-        const float s = sign * to_float(sin[i]);
-        cos_row[2 * i] = cos_row[2 * i + 1] = to_float(cos[i]);
-        sin_row[2 * i] = -s;
-        sin_row[2 * i + 1] = s;
+    for (int64_t which = 0; which < (args.interleaved || args.table_second ? 2 : 1); ++which) {
+      const W* cos = static_cast<const W*>(args.cos) + at + (which ? args.table_second : 0);
+      const W* sin = static_cast<const W*>(args.sin) + at + (which != args.conjugate ? args.table_second : 0);
+      if (args.interleaved) {
+        for (int64_t i = 0; i < n; ++i) {
+          cos_row[2 * i + which] = to_float(cos[i * step]);
+          sin_row[2 * i + which] = (which ? sign : -sign) * to_float(sin[i * step]);
+        }
+      } else if (step != 1) {
+        for (int64_t i = 0; i < n; ++i) {
+          cos_row[which * kPairs + i] = to_float(cos[i * step]);
+          sin_row[which * kPairs + i] = sign * to_float(sin[i * step]);
+        }
+      } else {
+        for_columns(n, [&](int64_t i, auto lanes) {
+          store(load(cos + i, lanes), cos_row + which * kPairs + i, lanes);
+          store(load(sin + i, lanes) * Vec::fill(sign), sin_row + which * kPairs + i, lanes);
+        });
       }
-    } else {
-      for_columns(n, [&](int64_t i, auto lanes) {
-        store(load(cos + i, lanes), cos_row + i, lanes);
-        store(load(sin + i, lanes) * Vec::fill(sign), sin_row + i, lanes);
-      });
     }
   }
 }
 
-// Rotates n pairs of one row. In a half-split pair, `half` channels lie between the two; 0 means interleaved.
-template <typename T>
+// Rotates n pairs of one row. In a half-split pair, `half` channels lie between the two; 0 means interleaved. kFull: the
+// second channels of half-split pairs have numbers of their own.
+template <bool kFull, typename T>
 void rotate(const T* x, T* out, const float* cos, const float* sin, int64_t n, int64_t half, bool stream) {
   if (half == 0) {
     for_columns(2 * n, [&](int64_t i, auto lanes) {
@@ -69,7 +77,8 @@ void rotate(const T* x, T* out, const float* cos, const float* sin, int64_t n, i
     const Vec x1 = load(x + i, lanes), x2 = load(x + half + i, lanes);
     const Vec c = load(cos + i, lanes), s = load(sin + i, lanes);
     put(fnma(x2, s, x1 * c), out + i, lanes, stream);
-    put(fma(x1, s, x2 * c), out + half + i, lanes, stream);
+    const Vec c2 = kFull ? load(cos + kPairs + i, lanes) : c, s2 = kFull ? load(sin + kPairs + i, lanes) : s;
+    put(fma(x1, s2, x2 * c2), out + half + i, lanes, stream);
   });
 }
 
@@ -106,8 +115,9 @@ void rotate_pieces(const RotaryArgs& args, int64_t begin, int64_t end) {
           const T* x = static_cast<const T*>(in.data) + batch * in.batch + head * in.head + (token + t) * in.row;
           T* out = static_cast<T*>(to.data) + batch * to.batch + head * to.head + (token + t) * to.row;
           const int64_t at = args.interleaved ? 2 * first : first;
-          rotate(x + at, out + at, tables.cos + t * 2 * kPairs, tables.sin + t * 2 * kPairs, n,
-                 args.interleaved ? 0 : half, stream[which]);
+          const auto row = args.table_second ? rotate<true, T> : rotate<false, T>;
+          row(x + at, out + at, tables.cos + t * 2 * kPairs, tables.sin + t * 2 * kPairs, n,
+              args.interleaved ? 0 : half, stream[which]);
           if (first == 0 && out != x && args.head_dim > args.rotary_dim) {
             std::memcpy(out + args.rotary_dim, x + args.rotary_dim, (args.head_dim - args.rotary_dim) * sizeof(T));
           }

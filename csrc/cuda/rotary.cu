@@ -1,5 +1,6 @@
 // Rotary position embedding:  y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin,  over the pairs of the first
-// rotary_dim channels. The other channels are copied. The backward is the same with -sin.
+// rotary_dim channels. The other channels are copied. The backward is the same with -sin. The tables may have a number
+// for each channel: then cos and sin are cos1 and sin1 in y1, cos2 and sin2 in y2, and the backward has -sin2 and -sin1.
 //
 // The threads of a token (threadIdx.x) own eight pairs each, in two groups of eight channels. The groups are rotary_dim
 // / 2 apart if half-split, and adjacent if interleaved. A thread loads its part of the tables once and loops over the
@@ -71,8 +72,25 @@ __device__ __forceinline__ int64_t position_of(const RotaryArgs& args, int64_t b
                              : static_cast<const int32_t*>(args.positions)[at];
 }
 
-// Blocks with blockIdx.y >= q_blocks process the heads of k.
-template <typename T, typename W, int kHeads, bool kInterleaved>
+// Eight numbers of a table, of which the first n exist.
+template <typename W>
+__device__ __forceinline__ void load_numbers(float (&numbers)[kGroup], const W* table, int n, bool inside, int64_t step,
+                                             bool aligned) {
+  Group<W> group;
+  if (inside && step == 1) {
+    group.load(table, n, aligned);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (inside && step != 1 && i < n) {
+      group.value[i] = table[i * step];
+    }
+    numbers[i] = inside ? static_cast<float>(group.value[i]) : NAN;
+  }
+}
+
+// kNumbers: of each pair in a row of a table. Blocks with blockIdx.y >= q_blocks process the heads of k.
+template <typename T, typename W, int kHeads, bool kInterleaved, int kNumbers>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args, int q_blocks, bool aligned) {
   const unsigned index = blockIdx.x * blockDim.y + threadIdx.y;
   const unsigned seqlen = static_cast<unsigned>(args.seqlen);
@@ -97,17 +115,18 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
   for (int pair = threadIdx.x * kGroup; pair < half; pair += blockDim.x * kGroup) {
     // The rows of the tables for these pairs are kept for all heads.
     const int n = half - pair;
-    Group<W> cos, sin;
-    if (inside) {
-      cos.load(static_cast<const W*>(args.cos) + row + pair, n, aligned);
-      sin.load(static_cast<const W*>(args.sin) + row + pair, n, aligned);
-    }
-    float c[kGroup], s[kGroup];
+    float c[kNumbers][kGroup], s[kNumbers][kGroup];  // with two numbers, those of the first and the second channels
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      c[i] = inside ? static_cast<float>(cos.value[i]) : NAN;
-      s[i] = inside ? static_cast<float>(sin.value[i]) : NAN;
-      s[i] = args.conjugate ? -s[i] : s[i];
+    for (int which = 0; which < kNumbers; ++which) {
+      const int64_t step = args.table_step, at = row + pair * step;
+      const int64_t cos_at = at + which * args.table_second;
+      const int64_t sin_at = at + (args.conjugate ? kNumbers - 1 - which : which) * args.table_second;
+      load_numbers(c[which], static_cast<const W*>(args.cos) + cos_at, n, inside, step, aligned);
+      load_numbers(s[which], static_cast<const W*>(args.sin) + sin_at, n, inside, step, aligned);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        s[which][i] = args.conjugate ? -s[which][i] : s[which][i];
+      }
     }
     const int col_a = kInterleaved ? 2 * pair : pair;
     const int col_b = kInterleaved ? 2 * pair + kGroup : half + pair;
@@ -133,8 +152,8 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
             T& second = !kInterleaved ? b[h].value[i] : i < 4 ? a[h].value[2 * i + 1] : b[h].value[2 * i - 7];
             const float x1 = static_cast<float>(first);
             const float x2 = static_cast<float>(second);
-            first = static_cast<T>(x1 * c[i] - x2 * s[i]);
-            second = static_cast<T>(x2 * c[i] + x1 * s[i]);
+            first = static_cast<T>(x1 * c[0][i] - x2 * s[0][i]);
+            second = static_cast<T>(x2 * c[kNumbers - 1][i] + x1 * s[kNumbers - 1][i]);
           }
           T* target = out + (head + h) * to.head;
           a[h].store(target + col_a, n_a, aligned);
@@ -175,15 +194,17 @@ void launch_rotary(RotaryArgs args, bool aligned, cudaStream_t stream) {
   const unsigned most = blocks(kBlocksWanted, token_blocks);
   const unsigned q_blocks = std::min(blocks(args.n_heads[0], kHeads), most);
   const dim3 grid(token_blocks, q_blocks + std::min(blocks(args.n_heads[1], kHeads), most));
-  const auto kernel = args.interleaved ? rotary_kernel<T, W, kHeads, true> : rotary_kernel<T, W, kHeads, false>;
+  const auto one = args.interleaved ? rotary_kernel<T, W, kHeads, true, 1> : rotary_kernel<T, W, kHeads, false, 1>;
+  const auto two = args.interleaved ? rotary_kernel<T, W, kHeads, true, 2> : rotary_kernel<T, W, kHeads, false, 2>;
+  const auto kernel = args.table_second ? two : one;
   kernel<<<grid, block, 0, stream>>>(args, q_blocks, aligned);
 }
 
 }  // namespace
 
 int rotary_fwd_cuda(const RotaryArgs& args, void* stream) {
-  bool aligned =
-      is_aligned({args.cos, args.sin}, {args.rotary_dim / 2, args.head_dim, args.table_row, args.table_batch});
+  bool aligned = is_aligned({}, {args.rotary_dim / 2, args.head_dim}) &&
+                 (args.table_step != 1 || is_aligned({args.cos, args.sin}, {args.table_row, args.table_batch}));
   for (const HeadTensor* t : {&args.x[0], &args.x[1], &args.out[0], &args.out[1]}) {
     aligned = aligned && is_aligned({t->data}, {t->batch, t->head, t->row});
   }

@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastattn.drop_in.change import ON_META, Change, Replaced, change_class, is_foreign, make_class, why_not_take_over
+from fastattn.drop_in.guards import names_in
 from fastattn.integrations.sdpa import serve
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -147,15 +148,8 @@ def _functions_of(kind):
                     yield function
 
 
-def _names_in(code):
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
-
-
 def _calls_sdpa(kind):
-    return any(_SDPA.__name__ in _names_in(function.__code__) for function in _functions_of(kind))
+    return any(_SDPA.__name__ in names_in(function.__code__) for function in _functions_of(kind))
 
 
 def _computes_attention_itself(module):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.drop_in.guards import Guard, hold
 from fastattn.ops._kinds import FLOAT_DTYPES, nonplain_kind
 
 ON_META = "its parameters are on the meta device: load the weights first"
@@ -50,13 +51,14 @@ class Replaced:
 
     _fastattn: Any = None
     _original: type = torch.nn.Module
+    _guards: tuple[Guard, ...] = ()
 
     def __reduce_ex__(self, protocol):
         """The original class and the change, instead of a class that cannot be imported."""
         new, (cls, *args), *state = super().__reduce_ex__(max(protocol, 2))
         if cls is not type(self) or "_fastattn" not in cls.__dict__:
             return (new, (cls, *args), *state)
-        return (_new, (cls.__bases__[0], self._original, self._fastattn), *state)
+        return (_new, (cls.__bases__[0], self._original, cls.__dict__["_fastattn"], self._guards), *state)
 
 
 # Attributes that training modes, hooks of other libraries and replicas set.
@@ -89,21 +91,31 @@ def has_other_state(module: torch.nn.Module) -> bool:
     return bool(module._modules) or any(isinstance(value, Tensor) for value in values)
 
 
-def _new(mixin, original, facts):
-    kind = make_class(mixin, original, facts)
+def _new(mixin, original, facts, guards=()):
+    kind = _made(mixin, original, facts, guards)
     return kind.__new__(kind)
 
 
+def make_class(mixin: type, original: type, facts: Any, guards: tuple[Guard, ...] = ()) -> type:
+    """The subclass of `original` with the forward of `mixin`, which finds `facts`, a hashable value, in `_fastattn`.
+
+    While one of the guards does not hold, the original forward runs.
+    """
+    return _made(mixin, original, facts, guards)
+
+
 @functools.cache
-def make_class(mixin: type, original: type, facts: Any) -> type:
-    """The subclass of `original` with the forward of `mixin`, which finds `facts`, a hashable value, in `_fastattn`."""
+def _made(mixin, original, facts, guards):
 
     @functools.wraps(original.forward)  # inspect.signature shows the arguments of the original
     def forward(self, *args, **kwargs):
+        if guards and not hold(self, guards):
+            return original.forward(self, *args, **kwargs)
         return mixin.forward(self, *args, **kwargs)
 
     names = {name: original.__dict__.get(name) for name in ("__module__", "__doc__")}
     names |= {"__qualname__": original.__qualname__, "_fastattn": facts, "_original": original, "forward": forward}
+    names["_guards"] = guards
     names["plain_as"] = vars(mixin).get("plain_as")
     return type(original)(original.__name__, (mixin, original), names)
 

@@ -23,6 +23,7 @@ from fastattn.drop_in.change import (
     make_class,
     why_not_take_over,
 )
+from fastattn.drop_in.guards import guards_of, guards_of_child
 from fastattn.drop_in.linear import is_linear
 from fastattn.drop_in.recognise import computes_the_same, halves_of, quiet, randomise, run
 from fastattn.nn.plain import dropout_p, is_plain, must_call_children
@@ -220,7 +221,9 @@ def _recognise(module, blocks):
     if found is None:
         return None
     block, x = found
-    new_class = make_class(FeedForward, type(module), block)
+    children = (guards_of_child(module, name) for name, _ in block.others)
+    guards = (*guards_of(module), *itertools.chain.from_iterable(children))
+    new_class = make_class(FeedForward, type(module), block, guards)
     twin = _twin(module, block, lambda: torch.nn.Dropout(0.0))
 
     def become():

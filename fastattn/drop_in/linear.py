@@ -22,6 +22,7 @@ from fastattn.drop_in.change import (
     make_class,
     why_not_take_over,
 )
+from fastattn.drop_in.guards import guards_of
 from fastattn.drop_in.recognise import computes_the_same, halves_of, quiet, randomise, run
 from fastattn.drop_in.torch_nn import CLASSES
 from fastattn.nn.plain import torch_linear_is_replaced
@@ -149,7 +150,7 @@ def _recognise_other(module, weight, bias):
         x = torch.randn(2, _ROWS, matrix.shape[1], device="cpu", dtype=torch.float32)
         if not _computes_linear(twin, x, matrix, getattr(twin, bias) if bias else None):
             continue
-        new_class = make_class(Product, type(module), (weight, bias, transposed))
+        new_class = make_class(Product, type(module), (weight, bias, transposed), guards_of(module))
 
         def become(new_class=new_class):
             twin.__class__ = new_class

@@ -278,7 +278,8 @@ def _cross_entropy(
             softcap=softcap, reduction=reduction,
         )  # fmt: skip
     input._family.had_loss = True
-    return loss.to(input.dtype)
+    # autocast computes a loss in fp32, whatever the dtype of the logits
+    return loss.float() if torch.is_autocast_enabled(x.device.type) else loss.to(input.dtype)
 
 
 _KEEPING = {

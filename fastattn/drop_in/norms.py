@@ -24,6 +24,7 @@ from fastattn.drop_in.change import (
     make_class,
     why_not_take_over,
 )
+from fastattn.drop_in.guards import guards_of
 from fastattn.drop_in.recognise import computes_the_same, halves_of, quiet, randomise, run
 from fastattn.ops import layer_norm, rms_norm
 
@@ -202,7 +203,7 @@ def _recognise(module, size):
         if rule is None:
             return "the dtype of its result follows none of the known rules"
         formula = formula._replace(dtype=rule)
-        new_class = make_class(Norm, type(module), formula)
+        new_class = make_class(Norm, type(module), formula, guards_of(module))
         if not computes_the_same(twin, lambda: _become(twin, new_class), x, [*halves_of(module), *_MIXED]):
             return "our kernel gives different numbers from its forward"
     kind = "RMSNorm" if formula.rms else "LayerNorm"

@@ -21,6 +21,7 @@ from fastattn.nn.plain import is_traced
 _OF_TOKENS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")  # (batch, seqlen, ...)
 _CACHES = ("past_key_values", "cache")
 _KNOWN_OUTPUTS = {"last_hidden_state", "pooler_output", *_CACHES}
+_MORE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _NO_TENSORS = (bool, int, float, str, type(None))
 
 
@@ -96,12 +97,16 @@ class PaddingFree(Replaced):
         others = [value for name, value in given.items() if name not in (*_OF_TOKENS, "use_cache")]
         if any((isinstance(t, Tensor) and t.dim() > 0) or not isinstance(t, (*_NO_TENSORS, Tensor)) for t in others):
             return None
-        if any(given.get(name) for name in ("output_attentions", "output_hidden_states", "output_router_logits")):
-            return None
-        if given.get("return_dict") is False:
+        if any(self._asked_for(name, given, False) for name in _MORE_OUTPUTS) or not self._asked_for(
+            "return_dict", given, True
+        ):
             return None
         rows = rows_of(mask != 0)
         return None if rows is None else (rows, self._of_real_tokens(given, rows, mask.device))
+
+    def _asked_for(self, name, given, default):
+        """An option of a call, or else of the config."""
+        return given[name] if name in given else getattr(self.config, name, default)
 
     def _of_real_tokens(self, given, rows, device):
         batch, seqlen = rows.shape
@@ -179,6 +184,8 @@ def _recognise(model, base):
     kind = type(base).__name__
     if getattr(base.config, "is_encoder_decoder", False):
         return f"{kind} has cross attention, whose queries and keys are packed differently"
+    if "start_positions" in _signature(type(model)).parameters:
+        return f"the loss of {type(model).__name__} compares all positions of a row, also those of the padding"
     missing = {"attention_mask", "position_ids"} - _signature(type(base)).parameters.keys()
     if missing:
         return f"the forward of {kind} takes no {' and no '.join(sorted(missing))}"

@@ -6,6 +6,7 @@ is not called.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 _HALF = torch.bfloat16
 _LARGE = 1e6  # an input beyond the bounds to which a module may clamp
+_FEW = 2**11  # numbers of an input that is repeated many times
 _FP32_SLACK, _HALF_SLACK = 64, 4  # units in the last place of the largest value
 
 
@@ -80,6 +82,25 @@ def close(got: Tensor | None, expected: Tensor | None, dtype: torch.dtype = torc
     return error <= slack * expected.abs().max().item()
 
 
+def _other_inputs(x):
+    """The numbers of an input in other shapes, more of them, and one that is NaN."""
+    found = [x[0], x[0, 0], x[None]]
+    if x.numel() <= _FEW:
+        found += [x.repeat(9, *[1] * (x.dim() - 1)), x.repeat(1, 40, *[1] * (x.dim() - 2))]
+    found.append(x.clone())
+    found[-1].view(-1)[0] = math.nan
+    return found
+
+
+def _alike(got, expected, dtype):
+    """`close`, also where a result is NaN; a module may refuse an input."""
+    if got is None or expected is None:
+        return expected is None
+    if got.shape != expected.shape or not torch.equal(got.isnan(), expected.isnan()):
+        return False
+    return close(got.nan_to_num(0, math.inf, -math.inf), expected.nan_to_num(0, math.inf, -math.inf), dtype)
+
+
 def _gradients(module, x):
     leaf = x.detach().requires_grad_()
     out = run(module, leaf)
@@ -107,6 +128,8 @@ def computes_the_same(
             twin.train(training)
             found.append(run(twin, x))
         found += run(twin, _LARGE * x), _gradients(twin, x)
+        with torch.no_grad():
+            found.append(run(twin, x))
         with torch.autocast(x.device.type, _HALF):  # a module may switch it off
             found.append(run(twin, x))
         for weights, inputs in halves:
@@ -114,17 +137,36 @@ def computes_the_same(
             found.append(run(twin, x.to(inputs)))
         return found
 
+    def others():
+        with torch.no_grad():
+            found = [(run(twin, t), torch.float32) for t in _other_inputs(x)]
+        for weights, inputs in halves:
+            cast(twin, weights)
+            if torch.float16 not in (weights, inputs):
+                found.append((run(twin, (_LARGE * x).to(inputs)), _HALF))
+        return found
+
     kept = [dict(part._parameters) for part in twin.modules()]
+
+    def restore():
+        for part, parameters in zip(twin.modules(), kept, strict=True):
+            part._parameters.update(parameters)
+
     expected = results()
+    restore()
+    more_expected = others()
+    restore()
     if expected[0] is None or expected[3] is None or not expected[0].any():
         return False
-    for part, parameters in zip(twin.modules(), kept, strict=True):
-        part._parameters.update(parameters)
     become()
     got = results()
+    restore()
+    more = others()
     return (
         all(close(a, b) for a, b in zip(got[:3], expected[:3], strict=True))
         and got[3] is not None
         and all(close(a, b, factor=4) for a, b in zip(got[3], expected[3], strict=True))
-        and all(b is None or close(a, b, _HALF) for a, b in zip(got[4:], expected[4:], strict=True))
+        and close(got[4], expected[4])
+        and all(b is None or close(a, b, _HALF) for a, b in zip(got[5:], expected[5:], strict=True))
+        and all(_alike(a, b, dtype) for (a, _), (b, dtype) in zip(more, more_expected, strict=True))
     )

@@ -301,7 +301,8 @@ def _with_mask(attention_mask, bias, query, key):
 
 def _packed(visible, query, cu_seq_lens_q, cu_seq_lens_k):
     """`visible` with the documents that the caller names."""
-    if cu_seq_lens_q is None or cu_seq_lens_k is None or not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
+    same = cu_seq_lens_q is cu_seq_lens_k  # on a GPU, looking at the numbers would wait for them
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or not (same or torch.equal(cu_seq_lens_q, cu_seq_lens_k)):
         raise ValueError(
             f"{_NAME}: cu_seq_lens_q and cu_seq_lens_k must be given together and equal, got {cu_seq_lens_q} and"
             f" {cu_seq_lens_k}"

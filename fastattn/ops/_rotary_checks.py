@@ -49,8 +49,8 @@ def check_tables(x, cos, sin, batch, seqlen, head_dim, interleaved):
     dims, width = cos.dim(), cos.shape[-1] if cos.dim() else 0
     if dims == 2 and 0 < 2 * width <= head_dim:
         return 2 * width
-    doubled = (dims == 2 and width == head_dim) or (dims == 3 and width <= head_dim)
-    if not doubled or width % 2 or not width:
+    full = (dims == 2 and width == head_dim) or (dims == 3 and width <= head_dim)
+    if not full or width % 2 or not width:
         fail(
             f"cos and sin must be (max_seqlen, rotary_dim / 2), (seqlen, {head_dim}) or (batch, seqlen, rotary_dim)"
             f" with an even rotary_dim of at most head_dim = {head_dim}",

@@ -2,7 +2,9 @@
 
     y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin       dx1 = dy1 * cos + dy2 * sin,  dx2 = dy2 * cos - dy1 * sin
 
-The backward is the same op with negated angles (`conjugate`), and is itself differentiable. x is not saved.
+The backward is the same op with negated angles (`conjugate`), and is itself differentiable. x is not saved. Tables of
+rotary_dim columns have a number for each channel: cos1 and sin1 in y1, cos2 and sin2 in y2; the backward has -sin2 and
+-sin1 instead.
 """
 
 from typing import NamedTuple, overload
@@ -135,9 +137,17 @@ def _pair(results, q):
     return (*results, q.new_empty(0))[:2]
 
 
+def _conjugate(sin, rotary_dim, interleaved):
+    """The table of sines of the backward."""
+    if sin.shape[-1] == rotary_dim:
+        sin = sin.unflatten(-1, (-1, 2) if interleaved else (2, -1)).flip(-1 if interleaved else -2).flatten(-2)
+    return -sin
+
+
 def _raw_reference(q, k, cos, sin, positions, offset, rotary_dim, interleaved, conjugate):
     xs = (q,) if k is None else (q, k)
-    return _pair(_reference(xs, cos, -sin if conjugate else sin, positions, offset, rotary_dim, interleaved), q)
+    sin = _conjugate(sin, rotary_dim, interleaved) if conjugate else sin
+    return _pair(_reference(xs, cos, sin, positions, offset, rotary_dim, interleaved), q)
 
 
 def _apply(backend, q, k, cos, sin, *rest):
@@ -231,8 +241,8 @@ def rotary_embedding(
             head_dim) tensor or a slice of a projection needs no copy. Or a pair (q, k), which may differ in n_heads and
             takes one launch. Nested (batch, n_heads, seqlen, head_dim) tensors run packed; each sequence starts at 0.
         cos, sin: (max_seqlen, rotary_dim / 2), a row per position, float32 or the dtype of x; rotary_dim <= head_dim.
-            Or Hugging Face's doubled form, of which the first half is read: (batch or 1, seqlen, rotary_dim) or
-            (max_seqlen, head_dim). The doubled form excludes interleaved.
+            Or a number for each channel, as Hugging Face has it: (batch or 1, seqlen, rotary_dim) or (max_seqlen,
+            head_dim). This form excludes interleaved.
         positions: table row of each token. None: 0 to seqlen - 1; an int: the same plus this offset; or int32 or int64
             (seqlen,), (batch, seqlen), packed (total,). Packed sequences start at 0 only if positions do. On a GPU,
             where a check would synchronise, a position outside the tables gives NaN.
@@ -293,6 +303,24 @@ def _rotate_at_once(x, cos, sin, positions, interleaved):
     except RuntimeError:
         return None
     return out if pair else out[0]
+
+
+def rotate_tokens(
+    xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, rotary_dim: int, *, interleaved: bool
+) -> tuple[Tensor, ...] | None:
+    """Rotate one tensor or a pair by tables with a row for each token, for callers that have checked all arguments.
+
+    Args:
+        xs: (batch, n_heads, seqlen, head_dim) or packed.
+        cos, sin: (seqlen, columns) or (batch or 1, seqlen, columns), without gradients. There are rotary_dim / 2
+            columns, or rotary_dim: a number for each channel.
+    Returns: a tuple, or None if the device has no kernel.
+    """
+    first = xs[0]
+    runs = choose("rotary", ("cpu" if first.is_cpu else device_name(first.device), first.dtype, cos.dtype, False))
+    if runs == "reference" and not first.is_cpu:
+        return None
+    return tuple(_rotate(runs, xs, RotaryCall(cos, sin, None, 0, rotary_dim, interleaved), False))
 
 
 def _rotate(runs, xs, call, inplace):

@@ -215,6 +215,12 @@ def test_generation_caches_holes_and_other_outputs_keep_the_padding():
     assert torch.equal(model.generate(**given, max_new_tokens=4, do_sample=False), expected)
     assert model(**given).past_key_values is not None
     assert len(model.model(**given, use_cache=False, output_hidden_states=True).hidden_states) == 3
+    model.config.output_hidden_states = True  # after the check
+    given, _ = inputs_of("decoder", "right")
+    assert all(t.shape[:2] == given["input_ids"].shape for t in model(**given, use_cache=False).hidden_states)
+    assert model.model(**given, use_cache=False, output_hidden_states=False).hidden_states is None
+    model.config.output_hidden_states = False
+    given, _ = inputs_of("decoder", "left")
     holes = given["attention_mask"].clone()
     holes[0, 5] = 0
     wanted = theirs(input_ids=given["input_ids"], attention_mask=holes, use_cache=False).logits
@@ -238,6 +244,14 @@ def test_gradient_checkpointing_and_copies():
 def test_models_that_keep_the_padding(family, reason):
     _, report = replaced(family)
     assert reason in str(report)
+    assert not any("packing" in what for what in report.replaced.values())
+
+
+def test_a_head_that_compares_all_positions():
+    """Its loss is a softmax over the row, padding included, where packing would put 0."""
+    model = transformers.BertForQuestionAnswering(transformers.BertConfig(**BERT, num_hidden_layers=1))
+    report = fastattn.replace(model, padding_free=True)
+    assert "the loss of BertForQuestionAnswering compares all positions of a row" in str(report)
     assert not any("packing" in what for what in report.replaced.values())
 
 

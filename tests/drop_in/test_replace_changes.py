@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -74,6 +75,60 @@ def test_an_attribute_that_changes(kind, name):
     report.undo()
     assert vars(module).keys() == vars(plain).keys()
     assert torch.equal(module(x), plain(x))
+
+
+class Config:
+    scale = 1.0
+
+
+FACTOR = 1.0
+
+
+class ReadsElsewhere(torch.nn.Module):
+    """Whose forward also reads a config, a dict, a class and the file."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(D) + 0.5)
+        self.config, self.options = Config(), {"scale": 1.0, "of another": 1.0}
+
+    def scaled(self, y):
+        return y * self.config.scale * self.options["scale"] * FACTOR
+
+    def forward(self, x):
+        return self.scaled(self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
+class GatedBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = (torch.nn.Linear(*s) for s in ((D, FF), (D, FF), (FF, D)))
+        self.act = torch.nn.GELU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+ELSEWHERE = {
+    "config": (ReadsElsewhere, lambda module, patch: setattr(module.config, "scale", 2.0)),
+    "item": (ReadsElsewhere, lambda module, patch: module.options.update(scale=2.0)),
+    "item that is gone": (ReadsElsewhere, lambda module, patch: setattr(module, "options", {"scale": 3.0})),
+    "class of the config": (ReadsElsewhere, lambda module, patch: patch.setattr(Config, "scale", 2.0)),
+    "file": (ReadsElsewhere, lambda module, patch: patch.setattr(sys.modules[__name__], "FACTOR", 2.0)),
+    "child": (GatedBlock, lambda module, patch: setattr(module.act, "approximate", "tanh")),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_value_elsewhere_that_changes(name, monkeypatch):
+    kind, change = ELSEWHERE[name]
+    plain, x = kind(), torch.randn(4, D)
+    module = copy.deepcopy(plain)
+    assert "" in fastattn.replace(module).replaced
+    for twin in (module, plain):
+        change(twin, monkeypatch)
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), plain(x))
 
 
 def test_a_bias_that_comes_later():

@@ -86,7 +86,14 @@ CONFIGS = {
         "decoder"),
     "Falcon, ALiBi": ("FalconForCausalLM", {**DECODER, "alibi": True, "multi_query": False, "bias": True,
                                             "parallel_attn": False}, "decoder", FALCON),
-    "GPT-J, interleaved by its own function": ("GPTJForCausalLM", {**GPT, "rotary_dim": 4}, "decoder", [r".*\.attn"]),
+    "GPT-J, rotary of q and of k by itself": ("GPTJForCausalLM", {**GPT, "rotary_dim": 4}, "decoder"),
+    "CodeGen, the same": ("CodeGenForCausalLM", {**GPT, "rotary_dim": 4}, "decoder"),
+    "Gemma 3n, shared keys": (
+        "Gemma3nForCausalLM", {**GROUPED, **PATTERN, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 40,
+                               "laurel_rank": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
+        "decoder"),
+    "DeepSeek V2, rotary by complex numbers": (
+        "DeepseekV2ForCausalLM", {**FAMILIES["deepseek_v3"][1], "head_dim": 8, "first_k_dense_replace": 2}, "decoder"),
     "GPT-2, scaled by layer": ("GPT2LMHeadModel", {**GPT, "scale_attn_by_inverse_layer_idx": True}, "decoder"),
     "ModernBERT, decoder": ("ModernBertDecoderForCausalLM", FAMILIES["modernbert"][1], "decoder"),
     "ModernBERT, biases, no window": (

@@ -48,13 +48,12 @@ if VERSION < (5, 0):
     FEED_FORWARD["mixtral"] = 4  # each expert is a block of its own there
 # family: modules that are left alone
 LEFT = {
-    "llama4": {f"model.layers.{i}.feed_forward.router" for i in range(2)}  # subclasses of torch.nn.Linear
-    | {f"model.layers.{i}.self_attn" for i in range(2)},  # rotary embeddings by complex numbers
+    "llama4": {f"model.layers.{i}.feed_forward.router" for i in range(2)},  # subclasses of torch.nn.Linear
 }
 # families of whose two layers our op rotates queries and keys
 ROTARY = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt_oss", "deepseek_v3",
-    "gpt_neox", "modernbert",
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt_oss", "llama4",
+    "deepseek_v3", "gpt_neox", "modernbert",
 )  # fmt: skip
 # families whose model has a head for a vocabulary
 HEADS = [family for family in FAMILIES if family not in ("vit", "siglip", "clip")]

@@ -314,6 +314,17 @@ def test_autocast():
     assert torch.equal(our_logits, logits)
 
 
+def test_the_loss_of_half_logits_under_autocast():
+    """Autocast computes it in fp32."""
+    model, tokens = Lm(), torch.randint(20, (2, 7))
+    losses = []
+    for twin in (model, replaced(copy.deepcopy(model))):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(F.cross_entropy(twin(tokens).flatten(0, 1), tokens.flatten()))
+    assert losses[1].dtype == losses[0].dtype == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=0)
+
+
 def test_memory_of_a_step():
     """At 2048 tokens and 8000 words the logits are 64 MB; the weight and its gradient are 1 MB."""
     model = replaced(Lm(vocab=8000, d=16))

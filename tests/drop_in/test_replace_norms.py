@@ -306,9 +306,33 @@ class TwoOutputsNorm(Rms):
         return super().forward(x), x
 
 
+class ByRank(Rms):
+    def forward(self, x):
+        return super().forward(x) * (1 if x.dim() == 3 else 2)
+
+
+class ByGradient(Rms):
+    def forward(self, x):
+        return super().forward(x) * (1 if torch.is_grad_enabled() else 2)
+
+
+class WithoutNan(Rms):
+    def forward(self, x):
+        return super().forward(torch.nan_to_num(x))
+
+
+class ClippedInHalf(Rms):
+    def forward(self, x):
+        return super().forward(x if x.dtype == torch.float32 else x.clamp(-5e3, 5e3))
+
+
 @pytest.mark.parametrize(
     "kind",
     [
+        ByRank,
+        ByGradient,
+        WithoutNan,
+        ClippedInHalf,
         Clipped,
         ClippedInput,
         NoGradientOfVariance,

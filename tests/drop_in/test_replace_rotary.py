@@ -1,111 +1,31 @@
-"""Rotary application under `replace`: which functions are recognised, and what the modules compute afterwards."""
+"""Rotary application under `replace`: what the modules compute afterwards, and what is left alone."""
 
 import copy
 import functools
-import gc
 import io
 import sys
 
 import pytest
 import torch
+from rotary_functions import (
+    apply_rotary,
+    apply_rotary_and_scale,
+    apply_rotary_and_sort,
+    apply_rotary_backwards,
+    apply_rotary_complex,
+    apply_rotary_interleaved,
+    apply_rotary_of_half_tables,
+    apply_rotary_packed,
+    apply_rotary_to_a_part,
+    apply_rotary_to_one,
+    count_calls,
+)
 
 import fastattn
-from fastattn.drop_in import rotary
+from fastattn.drop_in import rotary, rotary_forms
+from fastattn.ops._backends import why_not_available
 
 HEADS, D = 3, 8
-
-
-def turn_half(x):
-    low, high = x.chunk(2, -1)
-    return torch.cat((-high, low), -1)
-
-
-def turn_neighbours(x):
-    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-
-
-def apply_rotary(q, k, cos, sin, unsqueeze_dim=1):
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return q * cos + turn_half(q) * sin, k * cos + turn_half(k) * sin
-
-
-def apply_rotary_to_a_part(q, k, cos, sin):
-    n = cos.shape[-1]
-    turned = apply_rotary(q[..., :n], k[..., :n], cos, sin)
-    return tuple(torch.cat([t, x[..., n:]], -1) for t, x in zip(turned, (q, k), strict=True))
-
-
-def apply_rotary_interleaved(q, k, cos, sin):
-    cos, sin = cos[:, None].float(), sin[:, None].float()
-    return tuple((x.float() * cos + turn_neighbours(x.float()) * sin).to(x.dtype) for x in (q, k))
-
-
-def apply_rotary_of_half_tables(q, k, cos, sin):
-    return apply_rotary(q, k, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
-
-
-def apply_rotary_packed(q, k, cos, sin):
-    return apply_rotary(q, k, cos, sin, unsqueeze_dim=-2)
-
-
-def apply_rotary_backwards(q, k, cos, sin):
-    return apply_rotary(q, k, cos, -sin)
-
-
-def apply_rotary_and_scale(q, k, cos, sin):
-    q, k = apply_rotary(q, k, cos, sin)
-    return 2 * q, k
-
-
-def apply_rotary_detached(q, k, cos, sin):
-    return tuple(t.detach() for t in apply_rotary(q, k, cos, sin))
-
-
-def apply_rotary_in_eight_bits(q, k, cos, sin):
-    """Right in fp32; in bfloat16 it rounds to fewer bits."""
-    out = apply_rotary(q, k, cos, sin)
-    return out if q.dtype == torch.float32 else tuple(t.to(torch.float8_e5m2).to(q.dtype) for t in out)
-
-
-def apply_rotary_on_a_gpu(q, k, cos, sin):
-    raise RuntimeError("q must be on a GPU")
-
-
-def apply_rotary_to_q(q, cos, sin):
-    return q * cos + turn_half(q) * sin
-
-
-FORMS = {
-    apply_rotary: ("doubled", False, False, False),
-    apply_rotary_to_a_part: ("doubled", False, False, True),
-    apply_rotary_interleaved: ("repeated", True, False, False),
-    apply_rotary_of_half_tables: ("half", False, False, False),
-    apply_rotary_packed: ("doubled", False, True, False),
-}
-
-
-@pytest.mark.parametrize("function", FORMS, ids=lambda f: f.__name__)
-def test_forms(function):
-    form = rotary.form_of(function)
-    assert (form.tables, form.interleaved, form.packed, form.partial) == FORMS[function]
-    assert form.swaps == (function is apply_rotary)
-    assert form.mixed == (function is apply_rotary_interleaved)
-
-
-@pytest.mark.parametrize(
-    ("function", "reason"),
-    [
-        (apply_rotary_backwards, "computes no rotation that our op has"),
-        (apply_rotary_and_scale, "computes no rotation that our op has"),
-        (apply_rotary_detached, "computes no rotation that our op has"),
-        (apply_rotary_in_eight_bits, "gives other numbers than our op in bfloat16"),
-        (apply_rotary_on_a_gpu, "raises RuntimeError for small tensors on the CPU"),
-        (apply_rotary_to_q, "takes other arguments than q, k, cos and sin"),
-        (max, "takes other arguments than q, k, cos and sin"),
-    ],
-)
-def test_what_computes_something_else(function, reason):
-    assert rotary.form_of(function) == reason
 
 
 def deprecated(function):
@@ -174,22 +94,38 @@ class Backwards(Attention):
         return q @ k.mT
 
 
-CLASSES = (Attention, Swapped, Partial, Interleaved, HalfTables, Packed)
+class Sorted(Attention):
+    def forward(self, x, cos, sin):
+        q, k = apply_rotary_and_sort(*self.projected(x), cos, sin)
+        return q @ k.mT
+
+
+class OneByOne(Attention):
+    def forward(self, x, cos, sin):
+        q, k = (t.transpose(1, 2) for t in self.projected(x))
+        q, k = (apply_rotary_to_one(t, cos=cos[..., :4], sin=sin[..., :4]) for t in (q, k))
+        return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+
+
+class Complex(Attention):
+    def forward(self, x, cos, sin):
+        q, k = (t.transpose(1, 2) for t in self.projected(x))
+        q, k = apply_rotary_complex(q, k, torch.complex(cos[..., :4].float(), sin[..., :4].float()))
+        return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+
+
+class Scaled(Attention):
+    def forward(self, x, cos, sin):
+        q, k = apply_rotary_and_scale(*self.projected(x), cos, sin)
+        return q @ k.mT
+
+
+CLASSES = (Attention, Swapped, Partial, Interleaved, HalfTables, Packed, Backwards, Sorted, OneByOne, Complex)
 
 
 @pytest.fixture
 def served(monkeypatch):
-    """The calls of our op, without those of the checks, which run once."""
-    for function in FORMS:
-        rotary.form_of(function)
-    found = []
-
-    def counted(*args, **kwargs):
-        found.append(args)
-        return fastattn.rotary_embedding(*args, **kwargs)
-
-    monkeypatch.setattr(rotary, "rotary_embedding", counted)
-    return found
+    return count_calls(monkeypatch)
 
 
 def case(kind=Attention, rows=2, dtype=torch.float32):
@@ -217,15 +153,16 @@ def test_values_gradients_and_undo(kind, rows, served):
     expected = run(module, *given)
     report = fastattn.replace(module, only="rotary")
     assert report.replaced[""].startswith("rotary embeddings, ")
-    assert ("interleaved" in report.replaced[""]) == (kind is Interleaved)
+    assert ("interleaved" in report.replaced[""]) == (kind in (Interleaved, Sorted, OneByOne, Complex))
     got = run(module, *given)
-    assert len(served) == 1
+    calls = 2 if kind is OneByOne else 1
+    assert len(served) == calls
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     report.undo()
     assert type(module) is kind
     assert same_bits(run(module, *given), expected)
-    assert len(served) == 1
+    assert len(served) == calls
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -242,21 +179,36 @@ def test_bfloat16(kind, served):
 
 
 def test_other_functions_are_left_alone():
-    module, *given = case(Backwards)
+    module, *given = case(Scaled)
     expected = run(module, *given)
     report = fastattn.replace(module, only="rotary")
-    assert report.left == {"": "rotary embeddings: apply_rotary_backwards computes no rotation that our op has"}
+    assert report.left == {"": "rotary embeddings: apply_rotary_and_scale computes no rotation that our op has"}
     assert same_bits(run(module, *given), expected)
 
 
-def test_tables_whose_halves_differ(served):
-    """Then our op would compute something else, so the function of the module runs."""
-    module, x, cos, sin = case()
-    cos = cos + torch.linspace(0, 1, D)
-    expected = run(module, x, cos, sin)
+@pytest.mark.parametrize("kind", [Attention, Swapped, Packed, Backwards])
+def test_tables_whose_halves_differ(kind, served):
+    """Each channel is turned by its own number, in the gradient too."""
+    module, x, cos, sin = case(kind)
+    given = x, cos + torch.linspace(0, 1, D), sin * torch.linspace(1, 2, D)
+    expected = run(module, *given)
     fastattn.replace(module, only="rotary")
-    assert same_bits(run(module, x, cos, sin), expected)
-    assert not served
+    for ours, theirs in zip(run(module, *given), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert served
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_no_value_is_read(kind, served):
+    """On a GPU, each of these operators would wait for the device."""
+    module, *given = case(kind)
+    fastattn.replace(module, only="rotary")
+    with fastattn.use_backend("reference"), torch.autograd.profiler.profile() as profile:
+        module(*given).sum().backward()
+    assert served
+    names = {event.name for event in profile.function_events}
+    assert "aten::cat" in names
+    assert not names & {f"aten::{name}" for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero")}
 
 
 def test_tables_that_change(served):
@@ -274,17 +226,6 @@ def test_tables_that_change(served):
         for _ in range(2):
             torch.testing.assert_close(module(x, cos, sin), original(x, cos, sin))
             cos.neg_()
-
-
-def test_nothing_is_kept_of_tables_that_are_gone():
-    module, x, cos, sin = case()
-    fastattn.replace(module, only="rotary")
-    before = len(rotary._kept)
-    module(x, cos, sin)
-    assert len(rotary._kept) == before + 1
-    del cos, sin
-    gc.collect()
-    assert len(rotary._kept) == before
 
 
 CALLS = {
@@ -313,36 +254,6 @@ def test_calls_that_the_function_of_the_module_serves(name, served):
     assert not served
 
 
-SHAPES = {
-    # function: shapes of q, k and the tables that it broadcasts and our op does not
-    "one row for all tokens, packed": (apply_rotary_packed, (5, 3, 8), (5, 3, 8), (1, 8)),
-    "one row for all tokens": (apply_rotary, (2, 3, 5, 8), (2, 3, 5, 8), (2, 1, 8)),
-    "tables of more rows": (apply_rotary, (1, 3, 5, 8), (1, 3, 5, 8), (2, 5, 8)),
-    "other tokens in k": (apply_rotary, (2, 3, 1, 8), (2, 3, 5, 8), (2, 5, 8)),
-    "other rows in k": (apply_rotary, (2, 3, 5, 8), (1, 3, 5, 8), (2, 5, 8)),
-    "three dimensions": (apply_rotary, (3, 5, 8), (3, 5, 8), (5, 8)),
-    "a table without rows": (apply_rotary_to_a_part, (2, 3, 5, 8), (2, 3, 5, 8), (2, 5, 0)),
-}
-
-
-def outcome(function, *given):
-    try:
-        return function(*given)
-    except RuntimeError as error:
-        return str(error)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes_that_the_function_broadcasts(name):
-    """Our stand-in gives the bits of the function, and the error where it has one."""
-    function, *shapes, table = SHAPES[name]
-    q, k, cos, sin = (torch.randn(shape) for shape in (*shapes, table, table))
-    cos, sin = (torch.cat([t[..., : table[-1] // 2]] * 2, -1) for t in (cos, sin))
-    stand_in = rotary.Rotate({"function": function}, "function")
-    theirs, ours = (outcome(rotate, q, k, cos, sin) for rotate in (function, stand_in))
-    assert ours == theirs if isinstance(theirs, str) else all(map(torch.equal, ours, theirs))
-
-
 def test_names_that_are_patched_later(monkeypatch, served):
     """The copy of forward reads the current global names, and a function put there is checked like the first."""
     module, *given = case()
@@ -352,7 +263,7 @@ def test_names_that_are_patched_later(monkeypatch, served):
     def apply_another(q, k, cos, sin):
         return q * cos[:, None], k * sin[:, None]
 
-    assert rotary.form_of(apply_another) == "computes no rotation that our op has"
+    assert rotary.forms_of(apply_another) == "computes no rotation that our op has"
     served.clear()
     monkeypatch.setattr(sys.modules[__name__], "apply_rotary", apply_another)
     assert torch.equal(module(*given), plain(*given))
@@ -409,59 +320,44 @@ def test_checkpoint(use_reentrant, served):
     assert len(served) == 3
 
 
-SCALED = {
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 16},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "linear": {"rope_type": "linear", "factor": 3.0},
-}  # fmt: skip
+def test_another_device(monkeypatch):
+    """There, the function and our kernel must agree on small random numbers, once."""
+    asked = []
+
+    def agrees_on(function, device):
+        asked.append(device)
+        return function is apply_rotary
+
+    monkeypatch.setattr(rotary, "agrees_on", agrees_on)
+    monkeypatch.setattr(rotary, "_device_of", lambda module: "cuda")
+    assert fastattn.replace(Attention(), only="rotary").replaced
+    reason = "gives other numbers than our op on cuda, or our op has no kernel there"
+    assert fastattn.replace(Packed(), only="rotary").left == {"": f"rotary embeddings: apply_rotary_packed {reason}"}
+    assert asked == ["cuda", "cuda"]
 
 
-def compared(model, served, **given):
-    """The hidden states before and after replacement; returns the number of calls of our op."""
-    expected = model(**given).last_hidden_state
-    report = fastattn.replace(model, only="rotary")
-    assert sum(what.startswith("rotary") for what in report.replaced.values()) == model.config.num_hidden_layers
-    served.clear()
-    torch.testing.assert_close(model(**given).last_hidden_state, expected, atol=2e-5, rtol=1e-4)
-    calls = len(served)
-    report.undo()
-    assert torch.equal(model(**given).last_hidden_state, expected)
-    return calls
+def test_a_device_without_a_kernel():
+    module, *given = case()
+    fastattn.replace(module, only="rotary")
+    out = module.to("meta")(*(t.to("meta") for t in given))
+    assert out.shape == (2, HEADS, 5, 5)
+    assert not rotary_forms.agrees_on(apply_rotary, "meta")
 
 
-@pytest.mark.parametrize("scaling", SCALED)
-def test_tables_of_models(scaling, served):
-    """The model makes the tables, also where they depend on the length of the input."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers_families import GROUPED, VERSION
-
-    name = "rope_parameters" if VERSION >= (5, 0) else "rope_scaling"
-    scaled = SCALED[scaling] | ({"rope_theta": 10000.0} if VERSION >= (5, 0) else {})
-    config = transformers.LlamaConfig(**{**GROUPED, "max_position_embeddings": 16, name: scaled})
-    model = transformers.LlamaModel(config).eval()
-    assert compared(model, served, input_ids=torch.randint(3, 40, (2, 24))) == 2
-
-
-def test_tables_of_three_positions(served):
-    """M-RoPE: time, height and width each turn some of the channels."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers_families import GROUPED, VERSION
-
-    if VERSION < (5, 0):
-        pytest.skip("in this version attention itself divides the tables among the channels")
-    parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    config = transformers.Qwen2_5_VLTextConfig(**GROUPED, rope_parameters=parameters)
-    model = transformers.Qwen2_5_VLTextModel(config).eval()
-    positions = torch.randint(0, 30, (3, 2, 9))
-    assert compared(model, served, input_ids=torch.randint(3, 40, (2, 9)), position_ids=positions) == 2
-
-
-def test_modules_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(rotary, "_is_on_a_gpu", lambda module: True)
-    report = fastattn.replace(Attention(), only="rotary")
-    assert report.left == {"": "rotary embeddings: on a GPU, a look at the tables would wait for it"}
+@pytest.mark.parametrize("kind", [Attention, Partial, Interleaved, Sorted, Complex])
+def test_on_triton(kind, served):
+    """The kernel of a GPU, in the interpreter: the same tables without a copy, and gradients."""
+    reason = why_not_available("triton", "cpu")
+    if reason:
+        pytest.skip(reason)
+    module, x, cos, sin = case(kind)
+    expected = run(module, x, cos, sin)
+    fastattn.replace(module, only="rotary")
+    with fastattn.use_backend("triton"):
+        got = run(module, x, cos, sin)
+    assert served
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def hidden(function):

@@ -10,6 +10,7 @@ from memory_guard import guarded
 from oracle import assert_accurate
 
 from fastattn import reference
+from fastattn.ops.rotary import _conjugate
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -31,19 +32,20 @@ def tables(rows, rotary_dim, dtype=FP32):
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def check(ops, q, k, cos, sin, positions=None, offset=0, interleaved=False, conjugate=False):
+def check(ops, q, k, cos, sin, positions=None, offset=0, interleaved=False, conjugate=False, rotary_dim=None):
     """Check both results against the error rule, and that the in-place results are the same."""
-    rotary_dim = 2 * cos.shape[-1]
+    rotary_dim = rotary_dim or 2 * cos.shape[-1]
     rest = (cos, sin, positions, offset, rotary_dim, interleaved, conjugate)
     outs = ops.rotary_fwd.native(q, k, *rest)
-    sign = -1 if conjugate else 1
-    options = {"positions": positions, "offset": offset, "interleaved": interleaved}
+    if conjugate:
+        sin = _conjugate(sin, rotary_dim, interleaved)
+    options = {"positions": positions, "offset": offset, "interleaved": interleaved, "rotary_dim": rotary_dim}
     for x, out in zip((q, k), outs, strict=True):
         if x is None:
             assert out.shape == (0,)
             continue
-        exact = reference.rotary_embedding(x.double(), cos, sign * sin, **options)
-        own = reference.rotary_embedding(x, cos, sign * sin, **options)
+        exact = reference.rotary_embedding(x.double(), cos, sin, **options)
+        own = reference.rotary_embedding(x, cos, sin, **options)
         assert_accurate(out, exact, own)
     copies = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in (q, k)]
     ops.rotary_fwd_.native(*copies, *rest)
@@ -95,6 +97,19 @@ def test_positions(ops, interleaved):
     assert torch.equal(got, want.transpose(1, 2).flatten(0, 1))
     per_token = cos[positions], sin[positions]
     assert torch.equal(ops.rotary_fwd.native(q, None, *per_token, None, 0, 24, interleaved, False)[0], want)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (67, 20), (600, 528)])
+def test_a_number_for_each_channel(ops, head_dim, rotary_dim, interleaved):
+    """Both directions, tables in rows of wider tensors, and those whose columns are two apart."""
+    q, k = randn(2, 5, 7, head_dim, dtype=FP16), randn(2, 2, 7, head_dim, dtype=FP16, seed=1)
+    cos, sin = randn(2, 2, 7, 2 * rotary_dim, seed=2)
+    for columns in (slice(rotary_dim), slice(3, rotary_dim + 3), slice(None, None, 2)):
+        for dtype in (FP32, FP16):
+            given = [t.to(dtype)[..., columns] for t in (cos, sin)]
+            check(ops, q, k, *given, interleaved=interleaved, rotary_dim=rotary_dim)
+            check(ops, q, k, *given, interleaved=interleaved, conjugate=True, rotary_dim=rotary_dim)
 
 
 def test_a_position_outside_of_the_tables_gives_nan(ops):

@@ -10,6 +10,7 @@ from rotary_cases import FP32, doubled, randn, rotate_half, tables
 import fastattn
 from fastattn import reference
 from fastattn.ops._backends import why_not_available
+from fastattn.ops.rotary import rotate_tokens
 
 OP = "rotary"
 OPS = torch.ops.fastattn
@@ -215,6 +216,42 @@ def test_hugging_face_tables(backend, device, dtype, table_dtype):
     got = fastattn.rotary_embedding(wide, *per_token)
     assert torch.equal(got[..., :32], want)
     assert torch.equal(got[..., 32:], x)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_number_for_each_channel(backend, device, packed, interleaved):
+    """Halves of the tables that differ, with gradients: y = x * cos + turned(x) * sin, as Hugging Face computes it."""
+    cos, sin = randn(2, 5, 24, device=device), randn(2, 5, 24, device=device, seed=1)
+    q, k = randn(2, 3, 5, 32, device=device), randn(2, 1, 5, 32, device=device, seed=2)
+    if packed:
+        (q, k), (cos, sin) = (t[0].transpose(0, 1) for t in (q, k)), (cos[0], sin[0])
+
+    def composition(x):
+        part, c, s = x[..., :24], *(t.unsqueeze(1) for t in (cos, sin))
+        if interleaved:
+            turned = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
+        else:
+            turned = torch.cat((-part[..., 12:], part[..., :12]), -1)
+        return torch.cat((part * c + turned * s, x[..., 24:]), -1)
+
+    xs = tuple(x.detach().requires_grad_() for x in (q, k))
+    ours = rotate_tokens(xs, cos, sin, 24, interleaved=interleaved)
+    theirs = tuple(map(composition, xs))
+    dys = [randn(*x.shape, device=device, seed=3) for x in xs]
+    grads = zip(*(torch.autograd.grad(out, xs, dys, create_graph=True) for out in (ours, theirs)), strict=True)
+    for a, b in (*zip(ours, theirs, strict=True), *grads):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_every_second_column(backend, device, interleaved):
+    """The real and imaginary parts of complex numbers."""
+    turn = randn(2, 5, 12, 2, device=device)
+    x = randn(2, 3, 5, 32, device=device)
+    (got,) = rotate_tokens((x,), *turn.unbind(-1), 24, interleaved=interleaved)
+    (want,) = rotate_tokens((x,), *turn.movedim(-1, 0).contiguous(), 24, interleaved=interleaved)
+    assert torch.equal(got, want)
 
 
 def test_no_table_is_read_past_its_end():

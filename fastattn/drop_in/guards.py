@@ -1,0 +1,133 @@
+"""What the code of a module reads besides its own attributes: numbers in a config, in a dict, in a class, in a file.
+
+A check of a module holds for the values of that time. `Recognised` notices when an attribute of the module itself
+changes. The values here may change without its notice, so the forward of ours compares them in each call, and runs the
+original forward if one has changed.
+"""
+
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+_NUMBERS = (type(None), bool, int, float, str, torch.dtype)
+_CODE = (torch.nn.Module, torch.Tensor, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+_DEPTH, _MOST_ITEMS, _MOST_FUNCTIONS = 3, 16, 64
+_MISSING = object()
+
+
+class Guard(NamedTuple):
+    """A value that was read. source: the name of a Python module, or None for the torch module itself; path: (whether
+    the key is that of an item and not of an attribute, key) for each step."""
+
+    source: str | None
+    path: tuple[tuple[bool, Any], ...]
+    value: Any
+
+
+def hold(module: torch.nn.Module, guards: tuple[Guard, ...]) -> bool:
+    """Whether the values are what they were."""
+    for source, path, value in guards:
+        found: Any = module if source is None else sys.modules.get(source)
+        try:
+            for is_item, key in path:
+                found = found[key] if is_item else getattr(found, key)
+        except (AttributeError, KeyError, IndexError, TypeError):
+            return False
+        if type(found) is not type(value) or found != value:
+            return False
+    return True
+
+
+def guards_of(module: torch.nn.Module) -> tuple[Guard, ...]:
+    """The Guards of everything that the forward of a module may read, as far as its code shows it."""
+    found: dict[tuple[Any, ...], Guard] = {}
+    for function in _functions(type(module)):
+        names, keys = set(names_in(function.__code__)), set(_constants(function.__code__))
+        names |= {key for key in keys if isinstance(key, str) and key.isidentifier()}
+        guards = list(_of_attributes(module, names, keys))
+        python = sys.modules.get(function.__module__)
+        if python is not None and vars(python) is function.__globals__:
+            for name in names & vars(python).keys():
+                guards += _values(python.__name__, vars(python)[name], ((False, name),), names, keys)
+        found |= {(guard.source, guard.path): guard for guard in guards}
+    return tuple(found.values())
+
+
+def guards_of_child(module: torch.nn.Module, name: str) -> tuple[Guard, ...]:
+    """A Guard of each number that a child of a module has, such as the approximation of a GELU."""
+    state = vars(module._modules[name]).items()
+    return tuple(
+        Guard(None, ((False, name), (False, key)), value)
+        for key, value in state
+        if isinstance(value, _NUMBERS) and key != "training" and not key.startswith("_")
+    )
+
+
+def _of_attributes(module, names, keys):
+    for name in names:
+        value = vars(module).get(name, _MISSING)
+        if value is _MISSING:
+            value = next((vars(kind)[name] for kind in type(module).__mro__ if name in vars(kind)), _MISSING)
+            if isinstance(value, (property, staticmethod, classmethod)):
+                continue
+        elif isinstance(value, _NUMBERS):
+            continue  # Recognised.__setattr__ sees their changes
+        if value is not _MISSING:
+            yield from _values(None, value, ((False, name),), names, keys)
+
+
+def _values(source, value, path, names, keys) -> Iterator[Guard]:
+    """The Guards of the numbers in a value that the names and keys reach."""
+    if isinstance(value, _NUMBERS):
+        yield Guard(source, path, value)
+        return
+    kind = value if isinstance(value, type) else type(value)
+    if len(path) > _DEPTH or isinstance(value, _CODE) or kind.__module__.partition(".")[0] in ("torch", "typing"):
+        return
+    steps: list[tuple[bool, Any, Any]] = []
+    if isinstance(value, dict):
+        steps = [(True, key, value[key]) for key in keys & value.keys()]
+    elif isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
+        steps = [(True, i, item) for i, item in enumerate(value)]
+    elif hasattr(value, "__dict__") and kind.__module__ != "builtins":
+        steps = [(False, name, getattr(value, name, _MISSING)) for name in names if not name.startswith("__")]
+    for is_item, key, item in steps:
+        if item is not _MISSING and (not callable(item) or isinstance(item, type)):
+            yield from _values(source, item, (*path, (is_item, key)), names, keys)
+
+
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """The names that code uses, with those of functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from names_in(constant)
+
+
+def _constants(code):
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _constants(constant)
+        elif isinstance(constant, (str, int)):
+            yield constant
+
+
+def _functions(kind):
+    """The forward of a class and the functions of Python that it may call, without those of torch."""
+    waiting, found = [kind.forward], {}
+    while waiting and len(found) < _MOST_FUNCTIONS:
+        function = waiting.pop()
+        function = getattr(function, "__func__", getattr(function, "fget", function))
+        if not isinstance(function, types.FunctionType) or function in found:
+            continue
+        if str(function.__module__).partition(".")[0] == "torch":
+            continue
+        found[function] = None
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        names = set(names_in(function.__code__))
+        methods = [vars(base)[name] for base in kind.__mro__ for name in names & vars(base).keys()]
+        waiting += [*cells, *methods, *(function.__globals__.get(name) for name in names)]
+    return list(found)
