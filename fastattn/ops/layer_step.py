@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn._autocast import linear
 from fastattn.ops._random import draw_rng
-from fastattn.ops._register import differentiate, register_fake
+from fastattn.ops._register import apply, differentiate, register_fake
 from fastattn.ops.feed_forward import ACTIVATIONS
 from fastattn.ops.layer import ABSENT, Memory, memory_list
 
@@ -143,8 +143,8 @@ def train_layer(
     states = sum(p != 0 for p in options[:_DROPOUTS])
     rng = draw_rng(x, states) if states else None
     if memory is None:
-        return _Step.apply(options, (mask, bias), rng, x, None, *parameters)
-    return _Step.apply(options, (mask, bias, memory.mask, memory.bias), rng, x, memory.tokens, *parameters)
+        return apply(_Step, options, (mask, bias), rng, x, None, *parameters)
+    return apply(_Step, options, (mask, bias, memory.mask, memory.bias), rng, x, memory.tokens, *parameters)
 
 
 def _reference(options, masks, memory_masks, rng):
