@@ -269,8 +269,8 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
         elif grad_wanted(x, residual, weight, bias, x_bias):
             if is_eager and plain and (bias is None or facts[3] is facts[4]):
                 y = plain_norm(x, weight, bias, eps, rms)
-                return (y, x) if return_residual else y
-            y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
+            else:
+                y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
         elif return_residual and not plain:
             y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
         else:
@@ -279,9 +279,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     except RuntimeError:
         _check(name, x, weight, bias, x_bias, residual)  # says what the kernel refused
         raise
-    if return_residual:
-        return y, x if plain else r
-    return y
+    return (y, x if plain else r) if return_residual else y
 
 
 def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
@@ -301,9 +299,7 @@ def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, 
         return out if pair else (out,)
 
     out = call(function, (rows + "d",) * (1 + pair))
-    if return_residual:
-        return out if pair else (*out, x)
-    return out[0]
+    return (out if pair else (*out, x)) if return_residual else out[0]
 
 
 _TENSORS = "x weight bias x_bias residual"
