@@ -73,8 +73,6 @@ class EncodeStep : StepParts {
   }
 
  private:
-  static constexpr int64_t kMostKept = 1 << 28;  // the tensors that a layer keeps for its backward are about as large
-
   // The gradients of the rows of the memory's in_proj from `first` on.
   void divide(Linear which, int64_t first) {
     dweight_[which] = static_cast<char*>(dweight_[kCrossIn]) + first * width_ * stream_size_;

@@ -7,12 +7,12 @@ same objects (kept.py), so that a hook, a patch, another child or a changed para
 from typing import NamedTuple
 
 import torch
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.nn.attention import MultiheadAttention, check_dims
 from fastattn.nn.kept import drop_kept, keep
 from fastattn.nn.masks import attention_masks
 from fastattn.nn.plain import affine, dropout_p, is_plain
+from fastattn.nn.self_attention import READ, has_plain_projections
 from fastattn.nn.sublayers import activation_name
 from fastattn.ops import _gemm
 from fastattn.ops._backends import grad_wanted
@@ -86,15 +86,7 @@ def read_plain(block, activation, tensors, dtype=torch.float32):
 
 
 def _is_plain_attention(attn):
-    return (
-        is_plain(attn, MultiheadAttention)
-        and not attn.strict_torch
-        and attn.bias_k is None
-        and not attn.add_zero_attn
-        and attn._qkv_same_embed_dim
-        and {"in_proj_weight", "in_proj_bias"} <= attn._parameters.keys()  # not plain attributes
-        and is_plain(attn._modules["out_proj"], torch.nn.Linear, NonDynamicallyQuantizableLinear)
-    )
+    return is_plain(attn, MultiheadAttention) and has_plain_projections(attn)
 
 
 def _masks(attn, x, keys, attn_mask, padding, is_causal, batch_first, dtype):
@@ -252,10 +244,6 @@ def _read(layer, attn, x):
 
 
 _ABSENT = ("_sa_block", "_mha_block", "_ff_block")
-_OF_ATTENTION = (
-    "training", "dropout", "num_heads", "embed_dim", "batch_first", "bias_k", "add_zero_attn", "strict_torch",
-    "_qkv_same_embed_dim",
-)  # fmt: skip
 _OF_OTHERS = {
     "dropout": ("training", "p"), "norm": ("normalized_shape", "eps"), "linear": (), "activation": ("approximate",)
 }  # fmt: skip
@@ -266,7 +254,7 @@ def _keep(layer, read):
     watched = {layer: ("norm_first", "activation")}
     for name, child in layer._modules.items():
         if name in ("self_attn", "multihead_attn"):
-            watched[child] = _OF_ATTENTION
+            watched[child] = READ
             watched[child._modules["out_proj"]] = ()
         elif (names := _OF_OTHERS.get(name.rstrip("123"))) is not None:
             watched[child] = names

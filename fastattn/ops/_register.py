@@ -276,6 +276,14 @@ def _distinct(args):
     return found
 
 
+def is_differentiated(dy):
+    """Whether torch must see the ops of a backward: create_graph=True, or is_grads_batched=True.
+
+    An op that returns a list has no batching rule.
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def differentiate(function, inputs, grad_outputs):
     """Differentiable gradients, computed by the reference: for backward(create_graph=True).
 
