@@ -74,9 +74,6 @@ class EncodeStep : StepParts {
   }
 
  private:
-  // The tensors that a layer saves for its backward are about as large.
-  static constexpr int64_t kMostKept = 1 << 28;
-
   // Sets the gradients of the rows of the memory's in_proj from `first` on.
   void divide(Linear which, int64_t first) {
     dweight_[which] = static_cast<char*>(dweight_[kCrossIn]) + first * width_ * stream_size_;

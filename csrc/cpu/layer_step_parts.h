@@ -7,10 +7,10 @@ namespace fastattn {
 
 class StepParts : protected EncodeLayer {
  public:
-  // unconverted: the linears in the dtype of x
+  // unconverted: the linears in the dtype of x; defers: whether norms add the biases of the products before them
   StepParts(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
             const std::vector<Tensor>& unconverted, const OptionalTensor& mask, const OptionalTensor& bias,
-            const Memory& memory, const OptionalTensor& rng, const StepOptions& options)
+            const Memory& memory, const OptionalTensor& rng, const StepOptions& options, bool defers = true)
       : EncodeLayer(x, norms, linears, options.layer, options.batch_first, memory,
                     options.autocast ? std::optional(ScalarType::BFloat16) : std::nullopt),
         step_(options),
@@ -29,6 +29,9 @@ class StepParts : protected EncodeLayer {
       args->lse_head = args->seqlen_q;
       args->lse_batch = args->n_heads * args->seqlen_q;
     }
+    if (!defers) {
+      return;
+    }
     defer(kOut, unconverted);
     if (crosses_) {
       defer(kCrossOut, unconverted);
@@ -39,6 +42,8 @@ class StepParts : protected EncodeLayer {
   }
 
  protected:
+  static constexpr int64_t kMostKept = 1 << 28;  // the tensors that a layer keeps for its backward are about as large
+
   const void* bias_of(Linear which) const { return is_bf16() ? biases_[which] : linears_[which].bias; }
 
   // Whether norms read the sub-layers' results in the dtype of the stream. A norm kernel reads and writes the same

@@ -15,6 +15,7 @@ from fastattn import reference
 from fastattn._autocast import matmul
 from fastattn.nn.masks import attention_masks, check_mask_dtype
 from fastattn.nn.plain import leaf_call, remember_forward, torch_attention_is_replaced
+from fastattn.nn.self_attention import train_itself
 from fastattn.ops import attention
 from fastattn.ops._attention_call import attention_call, sharded_call
 from fastattn.ops._kinds import is_dtensor
@@ -186,6 +187,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if query is key is value and not need_weights and type(self) is MultiheadAttention:
+            y = train_itself(self, query, key_padding_mask, attn_mask, is_causal)
+            if y is not None:
+                return y, None
         out, weights = self.attend(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )

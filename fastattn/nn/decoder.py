@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.kept import find_kept
 from fastattn.nn.masks import is_causal_mask
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import affine, dropout_p, leaf_call
@@ -33,6 +34,8 @@ from fastattn.ops import dropout, layer_norm
 from fastattn.ops._public import Public
 
 _TENSORS = "tgt memory tgt_mask memory_mask tgt_key_padding_mask memory_key_padding_mask"
+_LINEARS, _NORMS = ("linear1", "linear2"), ("norm1", "norm2", "norm3")
+_DROPOUTS = ("dropout", "dropout1", "dropout2", "dropout3")
 # the torch code that ours replaces, unless it has been patched
 _TorchLayer = torch.nn.TransformerDecoderLayer
 _FORWARD, _SA_BLOCK, _MHA_BLOCK, _FF_BLOCK = (
@@ -117,24 +120,24 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             return recorded
         m: dict[str, Any] = self._modules
         cls, own, x = type(self), self.__dict__, tgt
+        for_tgt = tgt_mask, tgt_key_padding_mask, tgt_is_causal
+        for_memory = memory_mask, memory_key_padding_mask, memory_is_causal
         if (
             _TorchLayer.forward is not _FORWARD
             or cls._sa_block is not _SA_BLOCK
             or cls._mha_block is not _MHA_BLOCK
             or cls._ff_block is not _FF_BLOCK
             or nested
-            or not are_plain(
-                m, ("linear1", "linear2"), ("dropout", "dropout1", "dropout2", "dropout3"), ("norm1", "norm2", "norm3")
-            )
-            or not fit_fused_ops(m, ("linear1", "linear2"), ("norm1", "norm2", "norm3"), tgt)
             or "_sa_block" in own
             or "_mha_block" in own
             or "_ff_block" in own
         ):
             return super().forward(tgt, memory, *masks)  # torch's decoder has no fast path: it calls the children
-
-        for_tgt = tgt_mask, tgt_key_padding_mask, tgt_is_causal
-        for_memory = memory_mask, memory_key_padding_mask, memory_is_causal
+        reading = find_kept(self)
+        if reading and (whole := decode(self, x, memory, for_tgt, for_memory, reading)) is not None:
+            return whole
+        if not are_plain(m, _LINEARS, _DROPOUTS, _NORMS) or not fit_fused_ops(m, _LINEARS, _NORMS, tgt):
+            return super().forward(tgt, memory, *masks)
         if (whole := decode(self, x, memory, for_tgt, for_memory)) is not None:
             return whole
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.kept import find_kept
 from fastattn.nn.masks import as_float_mask, check_mask_dtype, is_causal_mask
 from fastattn.nn.norm import LayerNorm
 from fastattn.nn.plain import affine, dropout_p, is_plain, is_traced, leaf_call, must_call_children
@@ -117,13 +118,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             # user code gets float masks, as it does from torch
             src_mask = as_float_mask(src_mask, src.dtype)
             src_key_padding_mask = as_float_mask(src_key_padding_mask, src.dtype)
-        if overridden or not self._ff_is_plain(src):
-            return self._composed(src, src_mask, src_key_padding_mask, is_causal)
-        if nested:
-            return self._nested(src, src_mask, src_key_padding_mask, is_causal)
-        if (whole := encode(self, src, src_mask, src_key_padding_mask, is_causal)) is not None:
+        masks = src_mask, src_key_padding_mask, is_causal
+        reading = find_kept(self) if not nested and not overridden and cls._ff_block is _FF_BLOCK else None
+        if reading and (whole := encode(self, src, *masks, reading)) is not None:
             return whole
-        return self._fused(src, lambda x: attend(m["self_attn"], x, x, src_mask, src_key_padding_mask, is_causal))
+        if overridden or not self._ff_is_plain(src):
+            return self._composed(src, *masks)
+        if nested:
+            return self._nested(src, *masks)
+        if (whole := encode(self, src, *masks)) is not None:
+            return whole
+        return self._fused(src, lambda x: attend(m["self_attn"], x, x, *masks))
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, is_causal: bool = False) -> Tensor:
         """Encode packed sequences, without padding; an overridden _sa_block is not called.

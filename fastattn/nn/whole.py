@@ -1,15 +1,18 @@
 """An encoder or decoder layer as one call of C++, and its backward as another, if its children are plain.
 
-Plain children have no hooks. Nothing is kept between two calls: each reads the modules again, so that a hook, a patch,
-another child or a changed parameter takes effect.
+Plain children have no hooks. What was read from the modules is kept for the next call only while each of them holds the
+same objects (kept.py), so that a hook, a patch, another child or a changed parameter takes effect.
 """
 
+from typing import NamedTuple
+
 import torch
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastattn.nn.attention import MultiheadAttention, check_dims
+from fastattn.nn.kept import drop_kept, keep
 from fastattn.nn.masks import attention_masks
 from fastattn.nn.plain import affine, dropout_p, is_plain
+from fastattn.nn.self_attention import READ, has_plain_projections
 from fastattn.nn.sublayers import activation_name
 from fastattn.ops import _gemm
 from fastattn.ops._backends import grad_wanted
@@ -83,15 +86,7 @@ def read_plain(block, activation, tensors, dtype=torch.float32):
 
 
 def _is_plain_attention(attn):
-    return (
-        is_plain(attn, MultiheadAttention)
-        and not attn.strict_torch
-        and attn.bias_k is None
-        and not attn.add_zero_attn
-        and attn._qkv_same_embed_dim
-        and {"in_proj_weight", "in_proj_bias"} <= attn._parameters.keys()  # not plain attributes
-        and is_plain(attn._modules["out_proj"], torch.nn.Linear, NonDynamicallyQuantizableLinear)
-    )
+    return is_plain(attn, MultiheadAttention) and has_plain_projections(attn)
 
 
 def _masks(attn, x, keys, attn_mask, padding, is_causal, batch_first, dtype):
@@ -149,44 +144,61 @@ def _wanted(tensors):
     return None if len(found) > 1 else found.pop()
 
 
-def encode(layer, x, attn_mask, padding, is_causal):
+class Reading(NamedTuple):
+    """What one call needs to know of a layer whose children are plain.
+
+    parameters: as `train_layer` takes them, of one dtype. layer: the same for `encode_layer`. dropouts: in the order of
+    `Options`. width: of the tokens.
+    """
+
+    parameters: list
+    layer: Layer
+    dropouts: tuple
+    dtype: torch.dtype
+    width: int
+
+
+def encode(layer, x, attn_mask, padding, is_causal, reading=None):
     """An encoder layer whose feed-forward block is plain, in one call, or None where its parts must be called.
 
     Args:
         layer: TransformerEncoderLayer.
         x, attn_mask, padding, is_causal: as its forward takes them.
+        reading: of `find_kept`, or None to read the layer.
     """
     attn = layer._modules["self_attn"]
     dtype = encoder_dtype(x)
-    if dtype is None or not _serves_attention(attn, x):
+    if dtype is None:
         return None
-    read = _read(layer, attn, x)
+    read = _fitting(reading, attn, x) if reading is not None else _read(layer, attn, x)
     if read is None:
         return None
     batch_first = attn.batch_first or x.dim() == 2
     masks = _masks(attn, x, x, attn_mask, padding, is_causal, batch_first, dtype)
     if masks is None:
         return None
-    return _compute(layer, x, read, (*masks, bool(is_causal)), batch_first, dtype, None)
+    return _compute(layer, x, read, reading is None, (*masks, bool(is_causal)), batch_first, dtype, None)
 
 
-def decode(layer, x, memory, masks, memory_masks):
+def decode(layer, x, memory, masks, memory_masks, reading=None):
     """A decoder layer whose feed-forward block is plain, in one call, or None where its parts must be called.
 
     Args:
         layer: TransformerDecoderLayer.
         x, memory: as its forward takes them.
         masks, memory_masks: (attn_mask, padding, is_causal) of self-attention and of the attention to the memory.
+        reading: of `find_kept`, or None to read the layer.
     """
     m = layer._modules
     attn, other = m["self_attn"], m["multihead_attn"]
     dtype = encoder_dtype(x)
-    if dtype is None or not _serves_attention(attn, x) or not _is_plain_attention(other):
+    if dtype is None or not _fits_memory(x, memory, attn.batch_first):
         return None
-    alike = attn.embed_dim == other.embed_dim and attn.num_heads == other.num_heads
-    if not alike or attn.batch_first != other.batch_first or not _fits_memory(x, memory, attn.batch_first):
-        return None
-    read = _read(layer, attn, x)
+    if reading is not None:
+        read = None if other.strict_torch else _fitting(reading, attn, x)
+    else:
+        alike = _is_plain_attention(other) and attn.embed_dim == other.embed_dim and attn.num_heads == other.num_heads
+        read = _read(layer, attn, x) if alike and attn.batch_first == other.batch_first else None
     if read is None:
         return None
     batch_first = attn.batch_first or x.dim() == 2
@@ -197,18 +209,7 @@ def decode(layer, x, memory, masks, memory_masks):
             return None
         found.append((*pair, bool(is_causal)))
     memory = Memory(memory if x.dim() == 3 else memory[None], *found[1])
-    return _compute(layer, x, read, found[0], batch_first, dtype, memory)
-
-
-def _serves_attention(attn, x):
-    """Whether one call may compute self-attention of x by this module."""
-    return (
-        x.dim() in (2, 3)
-        and _is_plain_attention(attn)
-        and x.shape[-1] == attn.embed_dim
-        and attn.embed_dim <= 256 * attn.num_heads
-        and attn.embed_dim % attn.num_heads == 0
-    )
+    return _compute(layer, x, read, reading is None, found[0], batch_first, dtype, memory)
 
 
 def _fits_memory(x, memory, batch_first):
@@ -221,37 +222,83 @@ def _fits_memory(x, memory, batch_first):
     return x.dim() == 2 or memory.shape[batch] == x.shape[batch]
 
 
+def _fitting(reading, attn, x):
+    """The `Reading` if it is one for x, or None."""
+    fits = x.dtype is reading.dtype and x.shape[-1] == reading.width and x.dim() in (2, 3)
+    return reading if fits and not attn.strict_torch else None  # strict_torch may be set on the class
+
+
 def _read(layer, attn, x):
-    """(linears, norms, `Layer`) of a layer that one call may compute, or None."""
+    """The `Reading` of a layer that one call may compute for x, or None."""
+    if x.dim() not in (2, 3) or not _is_plain_attention(attn):
+        return None
+    width, n_heads = attn.embed_dim, attn.num_heads
+    if x.shape[-1] != width or width > 256 * n_heads or width % n_heads:
+        return None
     linears, norms = tensors = read_tensors(layer)
     found = read_plain(layer, activation_name(layer.activation), tensors, x.dtype)
-    return None if found is None or not _fit(linears, attn.embed_dim) else (linears, norms, found)
-
-
-def _compute(layer, x, read, own, batch_first, dtype, memory):
-    """The layer, or None where its parts must be called; own: mask, bias and is_causal of self-attention."""
-    linears, norms, found = read
-    dropouts, rows = _dropouts(layer), x if x.dim() == 3 else x[None]
-    if not _are_numbers((*dropouts, *found[5:])):
+    dropouts = _dropouts(layer)
+    if found is None or not _fit(linears, width) or not _are_numbers((*dropouts, *found[5:])):
         return None
+    return Reading(linears + norms, found, dropouts, x.dtype, width)
+
+
+_ABSENT = ("_sa_block", "_mha_block", "_ff_block")
+_OF_OTHERS = {
+    "dropout": ("training", "p"), "norm": ("normalized_shape", "eps"), "linear": (), "activation": ("approximate",)
+}  # fmt: skip
+
+
+def _keep(layer, read):
+    """Keep what was read, with the names of all attributes that the checks of a layer have read."""
+    watched = {layer: ("norm_first", "activation")}
+    for name, child in layer._modules.items():
+        if name in ("self_attn", "multihead_attn"):
+            watched[child] = READ
+            watched[child._modules["out_proj"]] = ()
+        elif (names := _OF_OTHERS.get(name.rstrip("123"))) is not None:
+            watched[child] = names
+    keep(layer, read, _ABSENT, watched)
+
+
+def _compute(layer, x, read, is_new, own, batch_first, dtype, memory):
+    """The layer, or None where its parts must be called; own: mask, bias and is_causal of self-attention."""
+    trains = torch.is_grad_enabled() and _wanted(read.parameters)
+    try:
+        y = (_train if trains else _infer)(x, read, own, batch_first, dtype, memory, trains)
+    except RuntimeError:
+        if is_new:
+            raise
+        drop_kept(layer)  # the insides of a tensor have changed: read all again
+        return None
+    if is_new and y is not None:
+        _keep(layer, read)
+    return y
+
+
+def _train(x, read, own, batch_first, dtype, memory, _):
+    mask, bias, is_causal = own
+    rows = x if x.dim() == 3 else x[None]
+    if not all(0 <= p <= 1 for p in read.dropouts) or grad_wanted(bias, None if memory is None else memory.bias):
+        return None
+    tokens = rows.shape[0] * rows.shape[1]
+    products = *_gemm.most_rows(dtype, tokens), *_gemm.most_rows_of_gradients(dtype, tokens)
+    causal = is_causal, memory is not None and memory.causal
+    options = Options(*read.dropouts, *causal, batch_first, dtype is not x.dtype, *products, *read.layer[2:])
+    y = train_layer(rows, read.parameters, mask, bias, options, memory)
+    return y if x.dim() == 3 else y[0]
+
+
+def _infer(x, read, own, batch_first, dtype, memory, trains):
     mask, bias, is_causal = own
     of_memory, memory_bias = (None, None) if memory is None else (memory.tokens, memory.bias)
-    trains = torch.is_grad_enabled() and _wanted(linears + norms)
-    if trains:
-        if not all(0 <= p <= 1 for p in dropouts) or grad_wanted(bias, memory_bias):
-            return None
-        tokens = rows.shape[0] * rows.shape[1]
-        products = *_gemm.most_rows(dtype, tokens), *_gemm.most_rows_of_gradients(dtype, tokens)
-        causal = is_causal, memory is not None and memory.causal
-        options = Options(*dropouts, *causal, batch_first, dtype is not x.dtype, *products, *found[2:])
-        y = train_layer(rows, linears + norms, mask, bias, options, memory)
-    elif (
+    if (
         dtype is not x.dtype
-        or any(dropouts)
+        or any(read.dropouts)
         or trains is None
         or (torch.is_grad_enabled() and grad_wanted(x, bias, of_memory, memory_bias))
     ):
         return None
-    else:
-        y = encode_layer(rows, found, mask, bias, is_causal, batch_first, memory)
+    rows = x if x.dim() == 3 else x[None]
+    y = encode_layer(rows, read.layer, mask, bias, is_causal, batch_first, memory)
     return y if x.dim() == 3 else y[0]

@@ -15,6 +15,7 @@ import warnings
 
 import torch
 from torch._decomp import register_decomposition
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -50,6 +51,7 @@ warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"fas
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _python_kernels = {}  # (name, backend, device type) -> function
+_applies = {}  # autograd.Function -> its `apply` in C++
 _fakes = {}  # name -> function
 
 
@@ -246,9 +248,24 @@ def is_recorded(tensor):
 def apply(function, *args):
     """`function.apply(*args)` of an autograd.Function; under torch.compile, repeated tensors become views.
 
-    torch.compile cannot trace an autograd.Function that gets the same tensor twice.
+    torch.compile cannot trace an autograd.Function that gets the same tensor twice. In eager mode without a transform,
+    the checks that torch makes in Python are left out: a small call notices them.
     """
-    return function.apply(*(_distinct(args) if _is_compiling() else args))
+    if _is_compiling():
+        return function.apply(*_distinct(args))
+    if _transforms():
+        return function.apply(*args)  # raises: our functions have no rules for transforms
+    return (_applies.get(function) or eager_apply(function))(*unwrap_dead_wrappers(args))
+
+
+def eager_apply(function):
+    """The `apply` of torch's C++ that `Function.apply` calls, for eager mode without a transform.
+
+    Its node calls the backward without a detour too.
+    """
+    function._backward_cls.apply = function.backward
+    _applies[function] = super(torch.autograd.Function, function).apply
+    return _applies[function]
 
 
 def _distinct(args):
@@ -257,6 +274,14 @@ def _distinct(args):
         repeated = isinstance(arg, torch.Tensor) and any(arg is other for other in found)
         found.append(arg.view_as(arg) if repeated else arg)
     return found
+
+
+def is_differentiated(dy):
+    """Whether torch must see the ops of a backward: create_graph=True, or is_grads_batched=True.
+
+    An op that returns a list has no batching rule.
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def differentiate(function, inputs, grad_outputs):

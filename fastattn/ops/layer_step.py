@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn._autocast import linear
 from fastattn.ops._random import draw_rng
-from fastattn.ops._register import differentiate, register_fake
+from fastattn.ops._register import apply, differentiate, is_differentiated, register_fake
 from fastattn.ops.feed_forward import ACTIVATIONS
 from fastattn.ops.layer import ABSENT, Memory, memory_list
 
@@ -85,7 +85,7 @@ class _Step(torch.autograd.Function):
         if len(ctx.needs_input_grad) > 5 + _OF_ENCODER:
             return _Step._of_decoder(ctx, dy)
         qkv, preact, others, weights, mask, bias, rng, x, _, *parameters = ctx.saved_tensors
-        if _is_differentiated(dy):
+        if is_differentiated(dy):
             grads = differentiate(_reference(ctx.options, (mask, bias), None, rng), (x, *parameters), (dy,))
             return None, None, None, grads[0], None, *grads[1:]
         kept, need_dx = [qkv, preact, others, weights], ctx.needs_input_grad[3]
@@ -98,7 +98,7 @@ class _Step(torch.autograd.Function):
     def _of_decoder(ctx, dy):
         saved = ctx.saved_tensors
         kept, (mask, bias, *others), (rng, x, memory, *parameters) = saved[:6], saved[6:10], saved[10:]
-        if _is_differentiated(dy):
+        if is_differentiated(dy):
             function = _reference(ctx.options, (mask, bias), others, rng)
             return None, None, None, *differentiate(function, (x, memory, *parameters), (dy,))
         _, _, _, need_dx, need_dmemory, *_ = ctx.needs_input_grad
@@ -107,14 +107,6 @@ class _Step(torch.autograd.Function):
         dx, *grads, dmemory = _bwd(dy, kept, need_dx, need_dmemory, *inputs)
         grads = [None if p is None else grad for p, grad in zip(parameters, grads, strict=True)]
         return None, None, None, dx if need_dx else None, dmemory if need_dmemory else None, *grads
-
-
-def _is_differentiated(dy):
-    """Whether torch must see the ops: create_graph=True, or is_grads_batched=True.
-
-    An op that returns a list has no batching rule.
-    """
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def train_layer(
@@ -143,8 +135,8 @@ def train_layer(
     states = sum(p != 0 for p in options[:_DROPOUTS])
     rng = draw_rng(x, states) if states else None
     if memory is None:
-        return _Step.apply(options, (mask, bias), rng, x, None, *parameters)
-    return _Step.apply(options, (mask, bias, memory.mask, memory.bias), rng, x, memory.tokens, *parameters)
+        return apply(_Step, options, (mask, bias), rng, x, None, *parameters)
+    return apply(_Step, options, (mask, bias, memory.mask, memory.bias), rng, x, memory.tokens, *parameters)
 
 
 def _reference(options, masks, memory_masks, rng):
@@ -199,6 +191,8 @@ def _reference(options, masks, memory_masks, rng):
 
 
 def _fwd_fake(x, norms, linears, mask, bias, memory, rng, options):
+    if len(linears) == 6:  # self-attention alone
+        return _attention_fake(x, linears[3].shape[1], Options(*options).n_heads)
     o, width, inner, d_ff = Options(*options), x.shape[-1], linears[3].shape[1], linears[6].shape[0]
     tokens, dtype = x.shape[0] * x.shape[1], torch.bfloat16 if o.autocast else x.dtype
     size, stream_size = dtype.itemsize, x.element_size()
@@ -216,6 +210,12 @@ def _fwd_fake(x, norms, linears, mask, bias, memory, rng, options):
         found.append(x.new_empty(tokens, crossed, dtype=torch.float32))
         found.append(x.new_empty(rows, columns, dtype=dtype))
     return found
+
+
+def _attention_fake(x, inner, n_heads):
+    tokens, others = x.shape[0] * x.shape[1], 2 * int(n_heads) + (x.element_size() * inner + 3) // 4
+    kept = x.new_empty(tokens, 3 * inner), x.new_empty(tokens, others, dtype=torch.float32)
+    return [x.new_empty(x.shape), *kept]
 
 
 def _bwd_fake(dy, kept, need_dx, need_dmemory, x, norms, linears, mask, bias, memory, *_):

@@ -21,6 +21,7 @@ from fastattn.ops._backends import choose, device_name, grad_wanted, register_ba
 from fastattn.ops._dtypes import why_not_dtypes
 from fastattn.ops._kinds import FLOAT_DTYPES, as_number, check_float, check_memory, is_dtensor
 from fastattn.ops._nested import on_rows
+from fastattn.ops._plain_norm import plain_norm
 from fastattn.ops._public import Public
 from fastattn.ops._random import check_dropout_p, draw_rng
 from fastattn.ops._register import (
@@ -245,9 +246,11 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
         x = as_autocast_norm(x)
     if backend is not None:
         _check_dtypes(name, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
-    backend = choose("norm", _facts(x, residual, weight, bias, x_bias), backend)
+    facts = _facts(x, residual, weight, bias, x_bias)
+    backend = choose("norm", facts, backend)
     runs = traced_backend(backend)
-    if not checks_operands(runs, x, weight, bias, x_bias, residual):
+    is_eager = checks_operands(runs, x, weight, bias, x_bias, residual)
+    if not is_eager:
         _check(name, x, weight, bias, x_bias, residual)
     if type(eps) is not float:
         eps = as_number(name, "eps", eps, _EPSILON[x.dtype])
@@ -264,7 +267,10 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
         elif runs in TRACED:
             y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
         elif grad_wanted(x, residual, weight, bias, x_bias):
-            y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
+            if is_eager and plain and (bias is None or facts[3] is facts[4]):
+                y = plain_norm(x, weight, bias, eps, rms)
+            else:
+                y, r, _ = apply(_Norm, x, residual, weight, bias, x_bias, rng, dropout_p, eps, rms, runs)
         elif return_residual and not plain:
             y, r, _ = _fwd[runs](x, residual, weight, bias, rng, dropout_p, eps, rms, x_bias)
         else:
@@ -273,9 +279,7 @@ def _norm(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_r
     except RuntimeError:
         _check(name, x, weight, bias, x_bias, residual)  # says what the kernel refused
         raise
-    if return_residual:
-        return y, x if plain else r
-    return y
+    return (y, x if plain else r) if return_residual else y
 
 
 def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, return_residual, backend):
@@ -295,9 +299,7 @@ def _norm_sharded(name, x, residual, weight, bias, x_bias, eps, rms, dropout_p, 
         return out if pair else (out,)
 
     out = call(function, (rows + "d",) * (1 + pair))
-    if return_residual:
-        return out if pair else (*out, x)
-    return out[0]
+    return (out if pair else (*out, x)) if return_residual else out[0]
 
 
 _TENSORS = "x weight bias x_bias residual"

@@ -15,7 +15,10 @@ from threads import same_bits
 import fastattn
 from fastattn import reference
 from fastattn._native import CPU_CAPABILITIES
+from fastattn.ops._backends import why_not_available
 from fastattn.ops._random import draw_rng
+from fastattn.ops._register import apply
+from fastattn.ops.norm import _Norm
 
 OP = "norm"
 OPS = torch.ops.fastattn
@@ -296,8 +299,25 @@ def test_reads_stay_inside(raw_backend, device, interpreted, offset, cols):
 @pytest.mark.parametrize(("rows", "cols"), [(3000, 129), (40, 20000)])
 def test_same_bits_again_and_with_any_number_of_threads(device, rows, cols):
     fused = {"residual": torch.float32, "x_bias": True, "dropout_p": 0.1, "return_residual": True}
-    c = case((rows, cols), device=device, **fused)
-    same_bits(lambda: forward_backward(c), (1, 2, 2, 3))
+    c, alone = case((rows, cols), device=device, **fused), case((rows, cols), device=device)
+    same_bits(lambda: forward_backward(c) + forward_backward(alone), (1, 2, 2, 3))
+
+
+@pytest.mark.skipif(why_not_available("native", "cpu") is not None, reason="no C++ kernels")
+@pytest.mark.parametrize("rms", [False, True])
+def test_a_norm_alone_has_the_bits_of_the_general_node(rms):
+    """In eager mode on a CPU it has a node of its own."""
+    x, weight, bias, dy = torch.randn(7, 33), torch.randn(33), None if rms else torch.randn(33), torch.randn(7, 33)
+    for flags in itertools.product([False, True], repeat=3):
+        pairs = zip((x, weight, bias), flags, strict=True)
+        leaves = [t if t is None else t.clone().requires_grad_(flag) for t, flag in pairs]
+        of = [t for t in leaves if t is not None and t.requires_grad]
+        if not of:
+            continue
+        y = fastattn.rms_norm(*leaves[:2], 1e-5) if rms else fastattn.layer_norm(*leaves, 1e-5)
+        assert type(y.grad_fn).__name__ == "_PlainNormBackward"
+        general, _, _ = apply(_Norm, leaves[0], None, *leaves[1:], None, None, 0.0, 1e-5, rms, "native")
+        assert equal((y, *torch.autograd.grad(y, of, dy)), (general, *torch.autograd.grad(general, of, dy)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
