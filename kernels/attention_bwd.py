@@ -146,24 +146,29 @@ def _dkdv_blocks(dk, dv, k, v, q_side, do_side, softmax, first, blocks, start_n,
         # Everything is transposed: the rows of a tile are keys.
         i = (start_m + tl.arange(0, form.BLOCK_M))[None, :]
         p, capped, visible = _dkdv_scores(k, q, row_high, row_low, i, j, span, head, features, form, EDGE)
-        if form.DELTA_FIRST:  # the registers of delta are then free
-            dp = tl.dot(v, tl.trans(do), tl.broadcast_to(-row_delta[None, :], p.shape), input_precision=form.PRECISION)
-        else:
-            dp = tl.dot(v, tl.trans(do), input_precision=form.PRECISION)
         pd = p
+        if form.WITH_DK:
+            if form.DELTA_FIRST:  # the registers of delta are then free
+                minus = tl.broadcast_to(-row_delta[None, :], p.shape)
+                dp = tl.dot(v, tl.trans(do), minus, input_precision=form.PRECISION)
+            else:
+                dp = tl.dot(v, tl.trans(do), input_precision=form.PRECISION)
         if features.rng_ptr is not None:
             keep = tl.trans(keep_tile(start_m, start_n, head, features, form))
             pd = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp * features.rescale, 0.0)
-        dv = tl.dot(pd.to(do.dtype), do, dv, input_precision=form.PRECISION)
-        if not form.DELTA_FIRST:
-            dp -= row_delta[None, :]
-        ds = p * dp
-        if form.SOFTCAP:
-            ds *= 1 - capped * capped
-        if EDGE or form.MASKED:  # p = 0 is not enough: a hidden key may be NaN
-            ds = tl.where(visible, ds, 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=form.PRECISION)
+            if form.WITH_DK:
+                dp = tl.where(keep, dp * features.rescale, 0.0)
+        if form.WITH_DV:
+            dv = tl.dot(pd.to(do.dtype), do, dv, input_precision=form.PRECISION)
+        if form.WITH_DK:
+            if not form.DELTA_FIRST:
+                dp -= row_delta[None, :]
+            ds = p * dp
+            if form.SOFTCAP:
+                ds *= 1 - capped * capped
+            if EDGE or form.MASKED:  # p = 0 is not enough: a hidden key may be NaN
+                ds = tl.where(visible, ds, 0.0)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=form.PRECISION)
         if form.LSE_FIRST:  # for the next block, under the product of dk
             ahead = _softmax_of_block(softmax, first, block + 1, blocks, span.seqlen_q, form, EDGE)
     return dk, dv
@@ -183,13 +188,15 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
     v_side = side_of(v, span.index, k_head, span.first_k, 0, span.length_k, form.HEAD_DIM_V, form.BLOCK_DV,
                      form.BLOCK_N, False)  # fmt: skip
     k_tile = load_tile(k_side, start_n, form.HEAD_DIM, form.BLOCK_D, form.BLOCK_N, True, False)
-    v_tile = load_tile(v_side, start_n, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_N, True, False)
+    v_tile = k_tile
+    if form.WITH_DK:
+        v_tile = load_tile(v_side, start_n, form.HEAD_DIM_V, form.BLOCK_DV, form.BLOCK_N, True, False)
     seen_by = query_blocks(start_n, span, form)
 
     # loop over the query heads that share these keys; what does not depend on the head is computed again for each,
     # because there are no registers to keep it in
-    dk_acc = zeros(form.BLOCK_N, form.BLOCK_D)
-    dv_acc = zeros(form.BLOCK_N, form.BLOCK_DV)
+    dk_acc = zeros(form.BLOCK_N, form.BLOCK_D) if form.WITH_DK else 0.0
+    dv_acc = zeros(form.BLOCK_N, form.BLOCK_DV) if form.WITH_DV else 0.0
     for member in tl.range(0, form.GROUP, disable_licm=True):
         q_head = k_head * form.GROUP + member
         head = find_head(q_head, span, features, n_heads, threshold)
@@ -207,10 +214,12 @@ def attention_dkdv_kernel(q, k, v, do, dk, dv, softmax, features, n_heads, total
 
     # Keys past seqlens_k have gradient 0, whatever their rows have accumulated.
     seen = (start_n + tl.arange(0, form.BLOCK_N) < span.length_k)[:, None]
-    dk_acc = tl.where(seen, dk_acc * features.scale, 0.0)
-    dv_acc = tl.where(seen, dv_acc * features.rescale, 0.0)
-    store_tile(dk, span.index, k_head, span.first_k, start_n, span.seqlen_k, dk_acc, form.HEAD_DIM)
-    store_tile(dv, span.index, k_head, span.first_k, start_n, span.seqlen_k, dv_acc, form.HEAD_DIM_V)
+    if form.WITH_DK:
+        dk_acc = tl.where(seen, dk_acc * features.scale, 0.0)
+        store_tile(dk, span.index, k_head, span.first_k, start_n, span.seqlen_k, dk_acc, form.HEAD_DIM)
+    if form.WITH_DV:
+        dv_acc = tl.where(seen, dv_acc * features.rescale, 0.0)
+        store_tile(dv, span.index, k_head, span.first_k, start_n, span.seqlen_k, dv_acc, form.HEAD_DIM_V)
 
 
 @triton.jit
@@ -295,13 +304,13 @@ def attention_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, *rest):
             **PREPROCESS.options(),
         )  # fmt: skip
 
-    start = plan.start("dkdv")
-    if start.grid[0]:
-        form, *maps = start.choose(True, q, do)
-        launch(
-            attention_dkdv_kernel, start.grid, q.device, *inputs, rows_of(dk), rows_of(dv), softmax, features, n_heads,
-            total_q, total_k, start.blocks, *plan.window, *maps, form, **start.options,
-        )  # fmt: skip
+    for start in map(plan.start, plan.launches_of_keys):
+        if start.grid[0]:
+            form, *maps = start.choose(True, q, do)
+            launch(
+                attention_dkdv_kernel, start.grid, q.device, *inputs, rows_of(dk), rows_of(dv), softmax, features,
+                n_heads, total_q, total_k, start.blocks, *plan.window, *maps, form, **start.options,
+            )  # fmt: skip
 
     fused = need_dbias and bias.shape == (plan.batch, n_heads, total_q, total_k)
     dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=q.device) if fused else None

@@ -20,7 +20,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels import attention_config
-from fastattn.kernels.attention_config import pick
+from fastattn.kernels.attention_config import pick, splits
 from fastattn.kernels.attention_mask import key_runs
 from fastattn.kernels.common import DEVICE_MADE, HOST_MADE, Rows, contiguous, dropout_constants
 from fastattn.ops._layout import empty_in_layout
@@ -67,6 +67,8 @@ class Form(NamedTuple):
     GROUP: Any  # query heads per key head, in attention_dkdv_kernel
     DELTA_FIRST: Any  # in attention_dkdv_kernel, the sum of dp begins with -delta
     LSE_FIRST: Any  # and that of the scores with -lse; both are loaded a block ahead
+    WITH_DK: Any  # which of dk and dv attention_dkdv_kernel computes
+    WITH_DV: Any
     TMA: Any  # 0: loads through pointers; DEVICE_MADE or HOST_MADE: through descriptors
     PRECISION: Any
 
@@ -244,8 +246,9 @@ class Plan:
         self.form = Form(
             head_dim, head_dim_v, padded(head_dim), padded(head_dim_v), None, None, has_left, has_right, top_left,
             softcap > 0.0, masked, key_mask, self.natural, linear and not self.natural and scale > 0.0, self.group,
-            False, False, 0, fp32_precision,
+            False, False, True, True, 0, fp32_precision,
         )  # fmt: skip
+        self.launches_of_keys = ("dv", "dk") if splits(*self.kind) else ("dkdv",)
         self.plain = kind != "extra" and not self.natural and scale > LEAST_SCALE
         self.starts = {}
 
@@ -265,7 +268,8 @@ class Plan:
         if kernel == "dq" and self.form.HAS_LEFT and self.form.SOFTCAP:  # with both, the limit would spill
             config = config._replace(registers=None)
         block, length, heads = config.block_m, self.total_q, self.n_heads
-        if kernel == "dkdv":
+        of_keys = kernel in ("dkdv", "dk", "dv")
+        if of_keys:
             block, length, heads = config.block_n, self.total_k, self.kv_heads
         blocks = triton.cdiv(length, block)
         if self.sequences is not None and blocks:
@@ -276,12 +280,14 @@ class Plan:
             FUSED_SCALE=self.form.FUSED_SCALE and kernel == "fwd",
             MASKED=self.form.MASKED or (self.form.KEY_MASK and kernel == "dbias"),
             KEY_MASK=self.form.KEY_MASK and kernel != "dbias",
-            GROUP=self.form.GROUP if kernel == "dkdv" else 1,
-            DELTA_FIRST=kernel == "dkdv" and (self._adds_delta_first() or self._adds_lse_first()),
-            LSE_FIRST=kernel == "dkdv" and self._adds_lse_first(),
+            GROUP=self.form.GROUP if of_keys else 1,
+            DELTA_FIRST=of_keys and (self._adds_delta_first() or self._adds_lse_first()),
+            LSE_FIRST=of_keys and self._adds_lse_first(),
+            WITH_DK=kernel != "dv",
+            WITH_DV=kernel != "dk",
         )
         form_tma = form._replace(TMA=DEVICE_MADE.value if makers != HOST_MADE.value else 0) if makers else None
-        rows, whole = (config.block_m, True) if kernel == "dkdv" else (config.block_n, self._sees_all_keys())
+        rows, whole = (config.block_m, True) if of_keys else (config.block_n, self._sees_all_keys())
         boxes = ([1, 1, rows, form.BLOCK_D], [1, 1, rows, form.BLOCK_DV]) if whole and self.sequences is None else ()
         return Start((blocks * heads * self.batch,), blocks, form, form_tma, boxes, config.options())
 

@@ -53,6 +53,16 @@ def table_key(arch, kernel, element_size, head_dim):
 
 
 @functools.cache
+def splits(device, dtype, head_dim, kind):
+    """Whether dk and dv of a kind of call take a launch each, because the sums of both would leave few registers."""
+    arch, _ = architecture(device)
+    if not arch:
+        return head_dim > 128 and kind != "extra"  # so that the interpreter tests both ways
+    row = TABLE.get(table_key(arch, "dk", dtype.itemsize, head_dim))
+    return row is not None and getattr(row, kind) is not None
+
+
+@functools.cache
 def pick(kernel, device, dtype, head_dim, kind, key_mask):
     """Return (Launch, who may make TMA descriptors) for a kind of call, a field of Variants. The second is as in
     `architecture`."""

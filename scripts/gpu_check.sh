@@ -18,7 +18,7 @@
 #
 # Wheels in dist/ are used if present (scripts/build_wheel.sh builds ours without a GPU; those of pytest and
 # pytest-benchmark may be there too). Otherwise the kernels are built here, which needs nvcc, ninja and pybind11. Each
-# part takes at most nine minutes. A part that passed is not run again without --force. Results, one JSON and one log
+# part takes at most nine minutes, or LIMIT seconds. A part that passed is not run again without --force. Results, one JSON and one log
 # per part, go to $OUT if set, else to benchmarks/results/gpu, and all of them into gpu_check.tar.gz there, the one file
 # to send. PYTHON names the interpreter. scripts/README.md says what to type on a rented machine.
 set -uo pipefail
@@ -27,7 +27,7 @@ root=$PWD
 python=${PYTHON:-python3}
 results=${OUT:-$root/benchmarks/results/gpu}
 site=${TMPDIR:-/tmp}/fastattn_gpu_check
-limit=540
+limit=${LIMIT:-540}
 force=
 all=(info first rows hopper tests forward backward decode bench sanitizer)
 parts=()

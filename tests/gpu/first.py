@@ -23,6 +23,7 @@ from fastattn.ops._backends import Answer, Question
 
 BACKENDS = ("native", "triton")
 BF16 = torch.bfloat16
+COMPUTES_NOTHING = "PyTorch's own product of two matrices is wrong here"
 Inputs = dict[str, torch.Tensor]
 
 
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda; cpu tests this file")
     options = parser.parse_args(arguments)
     if not computes(options.device):
-        print(f"{environment(options.device)}: PyTorch's own product of two matrices is wrong here")
+        print(f"{environment(options.device)}: {COMPUTES_NOTHING}")
         return 1
     rows = []
     for family in rows_of_the_table() if options.rows else FAMILIES:

@@ -1,6 +1,8 @@
 """scripts/compile_matrix.py: its cases and its judgement for invented numbers, and a sample that is compiled."""
 
 import json
+import sys
+import types
 
 import pytest
 from script_loader import load_script
@@ -38,19 +40,83 @@ def test_an_unknown_gpu_is_an_error(script, capsys):
     assert "unknown: sm_75" in capsys.readouterr().err
 
 
+def test_the_first_calls_are_of_all_families_and_gpus(script):
+    cases = list(script.cases((), (), False))[: 13 * 9]
+    assert len({case["arch"] for case in cases}) == 13
+    assert {case["call"] for case in cases} == {"norm", "passes", "attention"}
+
+
+def test_every_row_of_attention_is_reached(script, monkeypatch):
+    """Every kernel, size of elements, head dim and kind of call that the table of attention has a row for."""
+    torch = pytest.importorskip("torch")
+    config = pytest.importorskip("fastattn.kernels.attention_config", reason="Triton is not installed")
+    from fastattn.kernels import attention_call
+
+    monkeypatch.setattr(attention_call.attention_config, "architecture", lambda device: (90, 0))
+    reached = set()
+    for call, arguments in script.CALLS.values():
+        if call == "attention":
+            plan = plan_of(torch, attention_call, **arguments)
+            _, dtype, head_dim, kind = plan.kind
+            kernels = ["fwd", "dkdv", "dq", *(["dbias"] if arguments.get("bias", [2])[0] == 1 else [])]
+            reached |= {(config.table_key(90, kernel, dtype.itemsize, head_dim), kind) for kernel in kernels}
+    for key, row in config.TABLE.items():
+        for kind in ("full", "causal", "extra", "alibi"):
+            served = getattr(row, kind) if key[1] != "dbias" else kind == "extra"  # a bias is always "extra"
+            if key in {config.table_key(90, *key[1:])} and served:
+                assert (key, kind) in reached, (key, kind)
+
+
+def plan_of(torch, attention_call, head_dim, dtype="bfloat16", kv_heads=8, left=-1, right=-1, mask=False, packed=False,
+            bias=None, alibi=False, softcap=0.0, dropout_p=0.0, sink=False):  # fmt: skip
+    """The plan that the launchers make for the arguments of compilations.attention_call."""
+    q, k = (attention_call.geometry(torch.empty(2, heads, 1024, head_dim, device="meta")) for heads in (8, kv_heads))
+    shapes = {"bias": bias, "mask": [2, 1, 1, 1024] if mask is True else mask}
+    extra = {name: shape and attention_call.geometry(torch.empty(shape, device="meta"))
+             for name, shape in shapes.items()}  # fmt: skip
+    return attention_call.Plan(
+        q, k, k, extra["bias"], extra["mask"] or None, getattr(torch, dtype), torch.device("cuda"), "ieee", int(alibi),
+        dropout_p > 0, 2 if packed else None, left, right, False, softcap, dropout_p, 0.125,
+    )  # fmt: skip
+
+
 def test_done_prints_what_the_file_has(script, tmp_path, capsys):
     first, *_, last = script.cases((), (), False)
     made = [{**case, "compiled": [KERNEL]} for case in (first, last)]
-    (tmp_path / "done.json").write_text(json.dumps({case["title"]: case for case in made}))
+    kept = {"3.9.0": {case["title"]: case for case in made}, "3.6.0": {first["title"]: made[0]}}
+    (tmp_path / "done.json").write_text(json.dumps(kept))
     assert script.main(["--resume", str(tmp_path / "done.json"), "--done"]) == 0
     printed = capsys.readouterr().out
     assert "2 kernels of 2 calls; 0 do not fit." in printed
-    assert f"{13 * len(script.CALLS) - 2} of {13 * len(script.CALLS)} calls were not compiled." in printed
+    assert f"Triton 3.9.0: {13 * len(script.CALLS) - 2} of {13 * len(script.CALLS)} calls were not compiled." in printed
+    assert f"Triton 3.6.0: {13 * len(script.CALLS) - 1} of" in printed
     assert script.main(["--resume", str(tmp_path / "done.json"), "--done", "--gpus", first["title"].split()[0]]) == 0
     assert f"{len(script.CALLS) - 1} of {len(script.CALLS)} calls were not compiled." in capsys.readouterr().out
     with pytest.raises(SystemExit):
         script.main(["--done"])
     assert "--done needs --resume" in capsys.readouterr().err
+
+
+def test_a_run_continues_and_a_kernel_that_does_not_compile_is_a_line(script, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run(text, jobs, timeout):
+        cases = json.loads(text)
+        asked.append([case["title"] for case in cases])
+        if any(case["call"] == "norm" for case in cases):
+            raise AssertionError("Traceback\nptxas: no")
+        return [{**case, "compiled": [KERNEL]} for case in cases]
+
+    monkeypatch.setitem(sys.modules, "compilations", types.SimpleNamespace(run=run))
+    monkeypatch.setattr(script.importlib.metadata, "version", lambda name: "3.9.0")
+    options = ["--resume", str(tmp_path / "out.json"), "--gpus", "sm_90", "--calls"]
+    assert script.main([*options, "d64"]) == 0
+    assert script.main([*options, "d64", "norm 1000"]) == 1
+    assert "| sm_90 norm 1000 |  |  |  |  |  | does not compile: ptxas: no |" in capsys.readouterr().out
+    assert asked == [["sm_90 d64"], ["sm_90 norm 1000"]]
+    monkeypatch.setattr(script.importlib.metadata, "version", lambda name: "3.6.0")
+    assert script.main([*options, "d64"]) == 0
+    assert asked[2:] == [["sm_90 d64"]]  # the same call with another Triton
 
 
 def test_a_sample_compiles_for_a_newer_gpu_and_for_amd(script):

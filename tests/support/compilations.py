@@ -6,7 +6,8 @@ A process that used the interpreter cannot compile, so tests run this file in a 
     python tests/support/compilations.py
                             prints {scenario: {kernel: number of different binaries}} as JSON, without compiling
     python tests/support/compilations.py '[{"arch": 90, "call": "norm_bwd", "arguments": {...}}, ...]'
-                            compiles what these calls launch and prints the resources of each kernel
+                            compiles what these calls launch and prints the resources of each kernel, with two
+                            processes, or as many as a second argument says
 """
 
 import collections
@@ -349,5 +350,5 @@ if __name__ == "__main__":
     else:
         import fastattn  # noqa: F401  (with Triton, once for both processes of the pool)
 
-        with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        with concurrent.futures.ProcessPoolExecutor(int(sys.argv[2]) if len(sys.argv) > 2 else 2) as pool:
             print(json.dumps(list(pool.map(compile_one, json.loads(sys.argv[1])))))
