@@ -324,7 +324,9 @@ def test_the_number_of_splits_is_that_of_the_triton_kernel(units):
                 assert units.unit_choose_splits(tiles, key_blocks, slots, decode.MAX_SPLITS) == expected
 
 
-PLANTED = {  # fault: (call, message); without a message, which rule sees it first depends on what other threads do
+# enum Plant in tests/support/sm90_units.cu: (call, message). Without a message, which rule sees the fault first depends
+# on what other threads do.
+PLANTED = {
     "PLANT_NO_FENCE": ("abt", "reached without fence_async"),
     "PLANT_WRITE_IN_FLIGHT": ("abt", "shared memory changed while a product read it"),
     "PLANT_USE_BEFORE_WAIT": ("abt", "an accumulator was written while a product ran"),
@@ -370,7 +372,8 @@ values, out = (ctypes.c_float * 512)(*range(512)), (ctypes.c_float * 400)()
 @pytest.mark.parametrize("fault", PLANTED)
 def test_the_emulation_finds_what_hardware_would_not_forgive(fault):
     unit, message = PLANTED[fault]
-    assert_found(emulated(f"-D{fault}"), CALLS[unit], message)
+    number = [*PLANTED].index(fault) + 1
+    assert_found(emulated(), f"units.unit_plant({number}); {CALLS[unit].strip()}", message)
 
 
 @pytest.mark.skipif(HOPPER, reason="about the emulation")

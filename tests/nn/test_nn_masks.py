@@ -180,7 +180,7 @@ DTYPES = [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [0, 1, 2, 5, 64, 300, 1500])
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 64, 300, 600])
 def test_detection_reads_every_element(size, dtype):
     """The kernel for the CPU and the comparison for other devices agree on masks that differ in one element."""
     compared = fastattn.ops._register._is_causal_mask

@@ -11,6 +11,29 @@ using namespace fastattn::sm90;
 
 namespace {
 
+// A fault that the emulation must find. A GPU's library has none.
+enum Plant {
+  PLANT_NOTHING,
+  PLANT_NO_FENCE,
+  PLANT_WRITE_IN_FLIGHT,
+  PLANT_USE_BEFORE_WAIT,
+  PLANT_OPERAND_IN_FLIGHT,
+  PLANT_PART_OF_AN_ATOM,
+  PLANT_NO_READ,
+  PLANT_WRITE_UNDER_COPY,
+  PLANT_NO_EMPTY,
+};
+#ifdef __CUDACC__
+__device__ constexpr bool planted(Plant) {
+  return false;
+}
+#else
+Plant the_plant = PLANT_NOTHING;
+bool planted(Plant plant) {
+  return the_plant == plant;
+}
+#endif
+
 constexpr int kRows = 64;
 template <int kHeadDim>
 using UnitTile = TileOf<__nv_bfloat16, kRows, kHeadDim>;
@@ -67,12 +90,12 @@ __global__ void __launch_bounds__(kWarpgroup, 1) unit_reduce_kernel(const float*
   meet(1, kWarpgroup);
   if (threadIdx.x == 0) {
     bulk_reduce_add(out, values, 4 * kWarpgroup * sizeof(float));
-#ifdef PLANT_WRITE_UNDER_COPY
-    values[7] = 0.f;
-#endif
-#ifndef PLANT_NO_READ
-    tma_stores_read();
-#endif
+    if (planted(PLANT_WRITE_UNDER_COPY)) {
+      values[7] = 0.f;
+    }
+    if (!planted(PLANT_NO_READ)) {
+      tma_stores_read();
+    }
   }
 }
 
@@ -119,19 +142,19 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   for (int i = threadIdx.x; i < kN * kK; i += kWarpgroup) {
     store_for_async(shared.b.bytes + tile_offset<panel_cols(kK)>(i / kK, i % kK, kN), b[i]);
   }
-#ifndef PLANT_NO_FENCE
-  fence_async();
-#endif
+  if (!planted(PLANT_NO_FENCE)) {
+    fence_async();
+  }
   meet(1, kWarpgroup);
   float acc[kN / 2];
   wgmma_begin();
   issue_abt<__nv_bfloat16, kK, 64, kN>(acc, shared.a.address(), shared.b.address());
-#ifdef PLANT_WRITE_IN_FLIGHT
-  store_for_async(shared.b.bytes + threadIdx.x * 2, __nv_bfloat16(3.f));
-#endif
-#ifdef PLANT_USE_BEFORE_WAIT
-  acc[0] = 1.f;
-#endif
+  if (planted(PLANT_WRITE_IN_FLIGHT)) {
+    store_for_async(shared.b.bytes + threadIdx.x * 2, __nv_bfloat16(3.f));
+  }
+  if (planted(PLANT_USE_BEFORE_WAIT)) {
+    acc[0] = 1.f;
+  }
   wgmma_wait<0>();
   for (int i = 0; i < kN / 2; ++i) {
     d[accumulator_row(threadIdx.x, i) * kN + accumulator_col(threadIdx.x, i)] = acc[i];
@@ -160,13 +183,13 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
   float acc[kN / 2] = {};
   wgmma_begin();
   issue_ab<__nv_bfloat16, kK>(acc, operand, shared.address());
-#ifdef PLANT_PART_OF_AN_ATOM
-  wgmma_rs<__nv_bfloat16>(acc, operand[0], mn_major<64>(shared.address(), kK, 0));
-  wgmma_commit();
-#endif
-#ifdef PLANT_OPERAND_IN_FLIGHT
-  operand[0][0] = 0;
-#endif
+  if (planted(PLANT_PART_OF_AN_ATOM)) {
+    wgmma_rs<__nv_bfloat16>(acc, operand[0], mn_major<64>(shared.address(), kK, 0));
+    wgmma_commit();
+  }
+  if (planted(PLANT_OPERAND_IN_FLIGHT)) {
+    operand[0][0] = 0;
+  }
   wgmma_wait<0>();
   for (int i = 0; i < kN / 2; ++i) {
     d[accumulator_row(threadIdx.x, i) * kN + accumulator_col(threadIdx.x, i)] = acc[i];
@@ -192,9 +215,9 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1) unit_pipe_kernel(const floa
       [&] {
         Ring<2> ring;
         for (int i = 0; i < count; i += 4) {
-#ifndef PLANT_NO_EMPTY
-          shared.pipe.wait_empty(ring);
-#endif
+          if (!planted(PLANT_NO_EMPTY)) {
+            shared.pipe.wait_empty(ring);
+          }
           if (threadIdx.x == 0) {
             shared.pipe.full[ring.stage].arrive_expecting(16);
             bulk_load(shared.stage[ring.stage], in + i, 16, shared.pipe.full[ring.stage]);
@@ -264,6 +287,12 @@ __global__ void __launch_bounds__(kGroups* kWarpgroup, 1) unit_turns_kernel(int*
 }  // namespace
 
 extern "C" {
+
+#ifndef __CUDACC__
+__attribute__((visibility("default"))) void unit_plant(int plant) {
+  the_plant = static_cast<Plant>(plant);
+}
+#endif
 
 __attribute__((visibility("default"))) int unit_turns(int* out, int groups, int rounds, int fault) {
   const auto kernel = groups == 2 ? unit_turns_kernel<2> : unit_turns_kernel<3>;
