@@ -226,8 +226,9 @@ def test_standard_input_without_a_line_is_refused(place, monkeypatch, capsys):
 
 
 def test_any_value_in_a_file_of_a_run_is_read_or_refused_in_one_line(place, capsys, tmp_path):
-    """Each value of data.json and meta.json, also if it is missing, and of the other kinds that JSON has."""
+    """Each value of data.json and meta.json, also if it is missing, and of the kinds that JSON has, in turn."""
     missing = object()
+    kinds = {"number": (missing, None, "x"), "classes": (5, [5]), "lm": (missing, {"a": "b"})}
     for run, command in (("number", "predict"), ("classes", "predict"), ("lm", "generate")):
         folder = shutil.copytree(place / run, tmp_path / run)
         ask = [command, str(folder), "w1"] if command == "predict" else [command, str(folder), "--prompt", "line"]
@@ -235,7 +236,7 @@ def test_any_value_in_a_file_of_a_run_is_read_or_refused_in_one_line(place, caps
         for file in (folder / "data.json", *folder.glob("checkpoints/*/meta.json")):
             right = json.loads(file.read_text())
             for name in right:
-                for value in (missing, None, 5, "x", [5], {"a": "b"}):
+                for value in kinds[run]:
                     wrong = {**right, name: value}
                     file.write_text(json.dumps({key: item for key, item in wrong.items() if item is not missing}))
                     assert main(ask) in (0, 2), (file, name, value)
