@@ -3,7 +3,8 @@
 Random weights, two layers of width 256 unless the name says another, two rows of 256 tokens, a vocabulary of 8000,
 fp32, no dropout except in T5. In a batch with padding, the second row has one real token.
 
-`test_shape` has the sizes of real models, and torch.compile as a candidate: a few minutes on two idle threads.
+`test_shape` has the sizes of real models, and torch.compile as a candidate: a few minutes on two idle threads. Under
+--benchmark-disable it has one layer and few tokens.
 `test_family` has every family of docs/models.md: two layers of width 128, two rows of 128 tokens or images of 64 × 64
 in patches of 8, a vocabulary of 2000, two experts, no dropout.
 """
@@ -112,9 +113,13 @@ SHAPES = {
 WITHOUT_LINEAR = ("norms", "attention", "loss", "feed_forward")
 
 
-def shape_model(name, kinds=None):
+SMALL = {"num_hidden_layers": 1, "vocab_size": 2000}
+
+
+def shape_model(name, small, kinds=None):
     """The model of a shape; replaced unless `kinds` is None: the kinds, or "all" for all of them."""
     label, changes, attention, _ = SHAPES[name]
+    changes = {**changes, **(SMALL if small else {})}
     torch.manual_seed(0)
     model = getattr(transformers, label)(getattr(transformers, label).config_class(**copy.deepcopy(changes))).to(DEVICE)
     model.train().set_attn_implementation(attention)
@@ -123,14 +128,14 @@ def shape_model(name, kinds=None):
     return model
 
 
-def shape_batch(name):
+def shape_batch(name, small):
     """The arguments of the model; of the tokens of a batch with padding, half are real."""
-    rows, tokens = SHAPES[name][3]
+    rows, tokens = (2, 64) if small else SHAPES[name][3]
     generator = torch.Generator().manual_seed(0)
     if name == "ViT-S":
         images = torch.randn(rows, 3, 224, 224, generator=generator).to(DEVICE)
         return {"pixel_values": images, "labels": (torch.arange(rows) % 2).to(DEVICE)}
-    ids = torch.randint(3, 30000, (rows, tokens), generator=generator).to(DEVICE)
+    ids = torch.randint(3, 1900 if small else 30000, (rows, tokens), generator=generator).to(DEVICE)
     if "padding" not in name:
         return {"input_ids": ids, "labels": ids, "use_cache": False}
     lengths = torch.linspace(1, tokens - 1, rows, device=DEVICE)[:, None]
@@ -139,15 +144,16 @@ def shape_batch(name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shape(compare, name):
+def test_shape(compare, name, request):
     """A training step at the sizes of real models: the model, torch.compile of it, and the model after `replace`."""
-    batch, attention = shape_batch(name), SHAPES[name][2]
-    plain = shape_model(name)
+    small = request.config._benchmarksession.disabled
+    batch, attention = shape_batch(name, small), SHAPES[name][2]
+    plain = shape_model(name, small)
     candidates = {
         attention: step(plain, batch),
-        f"torch.compile, {attention}": step(torch.compile(shape_model(name)), batch),
-        "fastattn.replace without linear": step(shape_model(name, WITHOUT_LINEAR), batch),
-        "fastattn.replace": step(shape_model(name, "all"), batch),
+        f"torch.compile, {attention}": step(torch.compile(shape_model(name, small)), batch),
+        "fastattn.replace without linear": step(shape_model(name, small, WITHOUT_LINEAR), batch),
+        "fastattn.replace": step(shape_model(name, small, "all"), batch),
     }
     compare(candidates, tolerance=1e-3)
 
