@@ -1,6 +1,6 @@
-// fastattn._C answers questions about the compiled part: how it was built, which instruction set this processor runs,
-// and which random numbers dropout draws. `fastattn info` and `fastattn.explain` use it. It uses pybind11 and no torch
-// header. The package works without this module.
+// fastattn._C answers questions about the compiled part: what it was built with and for, which instruction set this
+// processor runs, and the random numbers of dropout. `fastattn info` and `fastattn.explain` ask it. It uses pybind11
+// and no torch header. The package works without this module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -74,10 +74,9 @@ class EncodeStep : StepParts {
   }
 
  private:
-  // The tensors that a layer saves for its backward are about as large.
-  static constexpr int64_t kMostKept = 1 << 28;
+  static constexpr int64_t kMostKept = 1 << 28;  // the tensors that a layer keeps for its backward are about as large
 
-  // Sets the gradients of the rows of the memory's in_proj from `first` on.
+  // The gradients of the rows of the memory's in_proj from `first` on.
   void divide(Linear which, int64_t first) {
     dweight_[which] = static_cast<char*>(dweight_[kCrossIn]) + first * width_ * stream_size_;
     dbias_[which] = dbias_[kCrossIn] ? static_cast<char*>(dbias_[kCrossIn]) + first * stream_size_ : nullptr;

@@ -7,7 +7,7 @@ namespace fastattn {
 
 class StepParts : protected EncodeLayer {
  public:
-  // unconverted: the linears in the dtype of x
+  // unconverted: linears in the dtype of x
   StepParts(const Tensor& x, const std::vector<Tensor>& norms, const std::vector<Tensor>& linears,
             const std::vector<Tensor>& unconverted, const OptionalTensor& mask, const OptionalTensor& bias,
             const Memory& memory, const OptionalTensor& rng, const StepOptions& options)
