@@ -7,7 +7,7 @@
 
 It needs nvcc, c++filt and cuobjdump, which Triton's wheel has. A kernel is known by its name and template arguments, so
 it may move to another file. The memory that a launch asks for is not in the numbers, and those of kernels with
-setmaxnreg are the registers at the launch. All files take a quarter of an hour on one core.
+setmaxnreg are the registers at the launch. All files take 3 to 15 minutes on one core, depending on its load.
 """
 
 import argparse
@@ -64,6 +64,8 @@ def resources(cubin):
     code = sass.kernels(output_of(cuobjdump(), "-sass", cubin))
     found = {}
     for name, registers, stack, shared in usage:
+        if "_kernel" not in name:  # the probe of device.cu
+            continue
         ops = [re.sub(r"^@!?U?P\w+ ", "", instruction.text).split(".")[0].split()[0] for instruction in code[name]]
         found[title(name)] = {
             "registers": int(registers), "stack": int(stack), "spills": sum(op in ("LDL", "STL") for op in ops),

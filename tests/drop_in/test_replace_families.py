@@ -249,17 +249,6 @@ def test_copies_and_checkpoints(tmp_path):
     model.load_state_dict(eager("gemma3").state_dict())
 
 
-def test_gradient_checkpointing():
-    model = eager("llama")
-    fastattn.replace(model)
-    given, real = inputs_of("decoder", "left")
-    expected, grads = logits_and_gradients(model, given, real)
-    model.gradient_checkpointing_enable()
-    got, got_grads = logits_and_gradients(model, given, real)
-    assert torch.equal(got, expected)
-    assert all(torch.equal(got_grads[name], grad) for name, grad in grads.items())
-
-
 def test_compiled():
     model = eager("llama").eval()
     given, _ = inputs_of("decoder", "whole")

@@ -166,3 +166,14 @@ def test_images_and_text():
     close(ours(**given).logits, plain(**given).logits)
     options = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(ours.generate(**given, **options), plain.generate(**given, **options))
+
+
+def test_gradient_checkpointing():
+    model = eager("llama")
+    fastattn.replace(model)
+    given, real = inputs_of("decoder", "left")
+    expected, grads = logits_and_gradients(model, given, real)
+    model.gradient_checkpointing_enable()
+    got, got_grads = logits_and_gradients(model, given, real)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(got_grads[name], grad) for name, grad in grads.items())

@@ -57,7 +57,7 @@ CALLS["scaled_dot_product_attention"] = first.attention("scaled_dot_product_atte
 # how a case runs, and with which kernels: those of CUDA C++ where they serve, with Triton's for the rest, or Triton's
 RUNS = [("called", "native"), ("called", "triton"), ("compiled", "triton"), ("exported", "native")]
 
-# Called only with real tensors: rotary in place copies while a dispatch mode looks on, and the pass over the logits is
+# Called only with real tensors: rotary in place copies while a dispatch mode is active, and the pass over the logits is
 # called by the kernel of linear_cross_entropy_fwd.
 HIDDEN = {"rotary_fwd_", "cross_entropy_fwd"}
 
