@@ -183,9 +183,9 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
   }
 }
 
-template <typename T, typename W>
+template <typename T, typename W, int kNumbers>
 void launch_rotary(RotaryArgs args, bool aligned, cudaStream_t stream) {
-  constexpr int kHeads = sizeof(T) == 2 ? 4 : 2;
+  constexpr int kHeads = sizeof(T) == 2 && kNumbers == 1 ? 4 : 2;
   if (args.out[0].data == args.x[0].data) {
     args.head_dim = args.rotary_dim;  // in place, the other channels need no copy
   }
@@ -196,9 +196,8 @@ void launch_rotary(RotaryArgs args, bool aligned, cudaStream_t stream) {
   const unsigned most = blocks(kBlocksWanted, token_blocks);  // blocks that share the heads of a token
   const unsigned q_blocks = std::min(blocks(args.n_heads[0], kHeads), most);
   const dim3 grid(token_blocks, q_blocks + std::min(blocks(args.n_heads[1], kHeads), most));
-  const auto one = args.interleaved ? rotary_kernel<T, W, kHeads, true, 1> : rotary_kernel<T, W, kHeads, false, 1>;
-  const auto two = args.interleaved ? rotary_kernel<T, W, kHeads, true, 2> : rotary_kernel<T, W, kHeads, false, 2>;
-  const auto kernel = args.table_second ? two : one;
+  const auto kernel =
+      args.interleaved ? rotary_kernel<T, W, kHeads, true, kNumbers> : rotary_kernel<T, W, kHeads, false, kNumbers>;
   kernel<<<grid, block, 0, stream>>>(args, q_blocks, aligned);
 }
 
@@ -211,7 +210,9 @@ int rotary_fwd_cuda(const RotaryArgs& args, void* stream) {
     aligned = aligned && is_aligned({t->data}, {t->batch, t->head, t->row});
   }
   with_common_types(args.dtype, args.table_dtype, [&](auto x, auto table) {
-    launch_rotary<decltype(x), decltype(table)>(args, aligned, static_cast<cudaStream_t>(stream));
+    const auto launch = args.table_second ? launch_rotary<decltype(x), decltype(table), 2>
+                                          : launch_rotary<decltype(x), decltype(table), 1>;
+    launch(args, aligned, static_cast<cudaStream_t>(stream));
   });
   return cudaGetLastError();
 }

@@ -137,10 +137,10 @@ def rotated(form: Form, *given: Any) -> tuple[Tensor, ...] | None:
     return tuple(t.transpose(1, 2) for t in out) if swapped else out
 
 
-def _example(form, width, dtype, table_dtype, device=_CPU):
+def _example(form, width, dtype, table_dtype, device=_CPU, size=(_BATCH, _SEQLEN)):
     """Random arguments; cos and sin are no cosine and sine, so that only the formula fits."""
     make = functools.partial(torch.randn, dtype=torch.float32, device=device)
-    sizes = {"b": _BATCH, "s": _SEQLEN, "h": 1, "d": width // 2 if form.tables == "half" else width}
+    sizes = {"b": size[0], "s": size[1], "h": 1, "d": width // 2 if form.tables == "half" else width}
     axes, made = _axes(form), []
     for role, heads in zip(form.roles, (*_HEADS, 0, 0), strict=False):
         if role in "qkx":
@@ -154,7 +154,7 @@ def _example(form, width, dtype, table_dtype, device=_CPU):
 
 
 def _results(function, form, given, dtype):
-    """(outputs, and in fp32 their gradients) of a function on an example, or None if it gives something else."""
+    """(outputs, and in fp32 the gradients if they are recorded) of a function, or None if it gives something else."""
     try:
         out = function(*given)
     except Exception:  # of a function that takes tables of another form
@@ -163,7 +163,7 @@ def _results(function, form, given, dtype):
     out = out if isinstance(out, tuple) else (out,)
     if [t.shape if isinstance(t, Tensor) else None for t in out] != [x.shape for x in xs]:
         return None
-    if dtype != torch.float32:
+    if dtype != torch.float32 or not torch.is_grad_enabled():
         return out
     if not all(t.requires_grad for t in out):
         return None
@@ -171,9 +171,9 @@ def _results(function, form, given, dtype):
     return *out, *torch.autograd.grad(out, xs, weights, allow_unused=True)
 
 
-def _agrees(function, form, width=_DIM, dtype=torch.float32, table_dtype=None, device=_CPU):
+def _agrees(function, form, width=_DIM, dtype=torch.float32, table_dtype=None, device=_CPU, size=(_BATCH, _SEQLEN)):
     """Whether a function gives what our op gives, with gradients in fp32."""
-    given = _example(form, width, dtype, table_dtype or dtype, device)
+    given = _example(form, width, dtype, table_dtype or dtype, device, size)
     trial = form._replace(partial=True, mixed=True)
     theirs = _results(function, form, given, dtype)
     ours = theirs and _results(functools.partial(rotated, trial), form, given, dtype)
@@ -238,7 +238,15 @@ def forms_of(function: Any) -> tuple[Form, ...] | str:
             return "computes no rotation that our op has"
         if not all(_agrees(function, form, dtype=torch.bfloat16) for form in forms):
             return "gives other numbers than our op in bfloat16"
+        if not all(_agrees_elsewhere(function, form) for form in forms):
+            return "gives other numbers than our op for other lengths or without gradients"
         return tuple(_with_options(function, form, "unsqueeze_dim" in names) for form in forms)
+
+
+def _agrees_elsewhere(function, form):
+    """With one token, with many, and without gradients."""
+    with torch.no_grad():
+        return all(_agrees(function, form, size=size) for size in ((1, 1), (2, 1), (1, 40)))
 
 
 def _with_options(function, form, unsqueezes):
