@@ -158,7 +158,9 @@ def recognise(module: torch.nn.Module) -> Change | str | None:
         return reason
     found = {name: _recognise_function(inner.__globals__[name], module) for name in names}
     others = ", ".join(f"{name} {forms}" for name, forms in found.items() if isinstance(forms, str))
-    taken = {name: forms[0].interleaved for name, forms in found.items() if not isinstance(forms, str)}
+    taken = {
+        name: forms[0].interleaved or forms[0].sorts for name, forms in found.items() if not isinstance(forms, str)
+    }
     if not taken:
         return f"rotary embeddings: {others}"
     kinds = sorted({"interleaved" if interleaved else "half-split" for interleaved in taken.values()})

@@ -43,7 +43,7 @@ class Form(NamedTuple):
         which only the first half is read ("first").
     interleaved: whether the pairs are neighbours, or the channels d and d + rotary_dim / 2.
     backwards: the angles are negative.
-    sorts: the pairs are neighbours, and in the result d and d + rotary_dim / 2.
+    sorts: the pairs are neighbours, and then d and d + rotary_dim / 2, in the result and in the tables.
     partial: tables of fewer channels than q leave the other channels as they are.
     mixed: q in half precision and tables in fp32 give the dtype of q.
     swaps: with unsqueeze_dim=2, the layout is "bshd" instead of "bhsd".
@@ -122,6 +122,8 @@ def rotated(form: Form, *given: Any) -> tuple[Tensor, ...] | None:
     cos, sin = _columns(form, tables)
     if form.rank == 4:
         cos, sin = (t.squeeze(form.layout.index("h")) for t in (cos, sin))
+    if form.sorts:
+        xs = tuple(x.unflatten(-1, (-1, 2)).mT.flatten(-2) for x in xs)
     swapped = form.layout == "bshd"
     out = rotate_tokens(
         tuple(x.transpose(1, 2) for x in xs) if swapped else xs,
@@ -132,8 +134,6 @@ def rotated(form: Form, *given: Any) -> tuple[Tensor, ...] | None:
     )
     if out is None:
         return None
-    if form.sorts:
-        out = tuple(t.unflatten(-1, (-1, 2)).mT.flatten(-2) for t in out)
     return tuple(t.transpose(1, 2) for t in out) if swapped else out
 
 
@@ -195,7 +195,7 @@ def _formulas(form) -> Iterator[Form]:
         ("full", "first") if form.tables == "full" else ("half",), (False, True), (False, True)
     ):
         found = form._replace(tables=tables, interleaved=interleaved, backwards=backwards)
-        yield from (found, found._replace(sorts=True)) if interleaved else (found,)
+        yield from (found,) if interleaved else (found, found._replace(sorts=True))
 
 
 def _find(function, parameters, roles):
