@@ -115,11 +115,12 @@ def _strides(t):
     return (0, t.stride(1), t.stride(0)) if t.dim() == 3 else t.stride()[:3]
 
 
-def pick(heads, half, rest):
-    """Return the RotaryLaunch for the numbers of heads, pairs and copied channels."""
+def pick(heads, half, rest, full=False):
+    """Return the RotaryLaunch for the numbers of heads, pairs and copied channels, and a full table or not."""
     block_half = triton.next_power_of_2(half)
     block_h = max(1, min(triton.next_power_of_2(heads), MAX_HEADS, MAX_PAIRS // block_half))
     block_m = max(1, MAX_PAIRS // (block_half * block_h))
+    block_h = max(1, block_h // 2) if full else block_h  # the tables have twice the numbers
     return RotaryLaunch(block_m, block_h, block_half, rest and 2 * block_half)
 
 
@@ -136,7 +137,8 @@ def _rotate_into(q, k, out_q, out_k, cos, sin, positions, offset, rotary_dim, in
     if positions is not None:
         positions = positions.contiguous()
         positions_batch = seqlen if positions.dim() == 2 and positions.shape[0] > 1 else 0
-    tile = pick(max(q_heads, k_heads), half, 0 if out_q is q else head_dim - rotary_dim)
+    full = cos.shape[-1] == rotary_dim
+    tile = pick(max(q_heads, k_heads), half, 0 if out_q is q else head_dim - rotary_dim, full)
     no_k = (0, 0, 0)
     grid = triton.cdiv(tokens, tile.block_m), triton.cdiv(q_heads, tile.block_h) + triton.cdiv(k_heads, tile.block_h)
     launch(
@@ -145,7 +147,7 @@ def _rotate_into(q, k, out_q, out_k, cos, sin, positions, offset, rotary_dim, in
         *_strides(out_q), *(no_k if k is None else _strides(out_k)),
         cos.stride(0) if cos.dim() == 3 and cos.shape[0] > 1 else 0, cos.stride(-2), cos.shape[-2],
         positions_batch, offset, tokens, seqlen, q_heads, k_heads, half, head_dim,
-        INTERLEAVED=interleaved, CONJUGATE=conjugate, FULL=cos.shape[-1] == rotary_dim, COLUMN=cos.stride(-1),
+        INTERLEAVED=interleaved, CONJUGATE=conjugate, FULL=full, COLUMN=cos.stride(-1),
         BLOCK_M=tile.block_m, BLOCK_H=tile.block_h, BLOCK_HALF=tile.block_half, BLOCK_REST=tile.block_rest,
         num_warps=tile.warps,
     )  # fmt: skip

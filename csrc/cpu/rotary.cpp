@@ -1,10 +1,12 @@
 // Rotary position embedding:  y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin,  over the pairs of the first
 // rotary_dim channels. The other channels are copied. The backward is the same with -sin. The tables may have a number
-// for each channel: then cos and sin are cos1 and sin1 in y1, cos2 and sin2 in y2, and the backward has -sin2 and -sin1.
+// for each channel: then cos and sin are cos1 and sin1 in y1, cos2 and sin2 in y2, and the backward has -sin2 and
+// -sin1.
 //
 // A piece is kRotaryTokens tokens with all heads of both tensors. Their rows of the tables are gathered and widened
-// once, in the form that the loop over a head reads: if half-split, the numbers of the first channels, then those of the
-// second ones; if interleaved, a number for each channel, with sin as -sin, +sin, so that y = x * cos + swapped(x) * sin.
+// once, in the form that the loop over a head reads: if half-split, the numbers of the first channels, then those of
+// the second ones; if interleaved, a number for each channel, with sin as -sin, +sin, so that y = x * cos + swapped(x)
+// * sin.
 #include <cstring>
 
 #include "api.h"
@@ -62,8 +64,8 @@ void gather(Tables& tables, const RotaryArgs& args, int64_t batch, int64_t token
   }
 }
 
-// Rotates n pairs of one row. In a half-split pair, `half` channels lie between the two; 0 means interleaved. kFull: the
-// second channels of half-split pairs have numbers of their own.
+// Rotates n pairs of one row. In a half-split pair, `half` channels lie between the two; 0 means interleaved. kFull:
+// the second channels of half-split pairs have numbers of their own.
 template <bool kFull, typename T>
 void rotate(const T* x, T* out, const float* cos, const float* sin, int64_t n, int64_t half, bool stream) {
   if (half == 0) {

@@ -1,6 +1,7 @@
 // Rotary position embedding:  y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin,  over the pairs of the first
 // rotary_dim channels. The other channels are copied. The backward is the same with -sin. The tables may have a number
-// for each channel: then cos and sin are cos1 and sin1 in y1, cos2 and sin2 in y2, and the backward has -sin2 and -sin1.
+// for each channel: then cos and sin are cos1 and sin1 in y1, cos2 and sin2 in y2, and the backward has -sin2 and
+// -sin1.
 //
 // The threads of a token (threadIdx.x) own eight pairs each, in two groups of eight channels. The groups are rotary_dim
 // / 2 apart if half-split, and adjacent if interleaved. A thread loads its part of the tables once and loops over the
@@ -72,21 +73,19 @@ __device__ __forceinline__ int64_t position_of(const RotaryArgs& args, int64_t b
                              : static_cast<const int32_t*>(args.positions)[at];
 }
 
-// Eight numbers of a table, of which the first n exist.
+// Eight numbers of a table, of which the first n exist, `step` apart.
 template <typename W>
-__device__ __forceinline__ void load_numbers(float (&numbers)[kGroup], const W* table, int n, bool inside, int64_t step,
-                                             bool aligned) {
-  Group<W> group;
-  if (inside && step == 1) {
-    group.load(table, n, aligned);
-  }
+__device__ __forceinline__ Group<W> load_numbers(const W* table, int n, int step, bool aligned) {
+  Group<W> numbers;
+  if (step == 1) {
+    numbers.load(table, n, aligned);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    if (inside && step != 1 && i < n) {
-      group.value[i] = table[i * step];
+    for (int i = 0; i < kGroup; ++i) {
+      numbers.value[i] = table[(i < n ? i : 0) * step];
     }
-    numbers[i] = inside ? static_cast<float>(group.value[i]) : NAN;
   }
+  return numbers;
 }
 
 // kNumbers: of each pair in a row of a table. Blocks with blockIdx.y >= q_blocks process the heads of k.
@@ -112,19 +111,24 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
   const bool inside = position >= 0 && position < args.table_rows;
   const int64_t row = batch * args.table_batch + position * args.table_row;
   const int half = static_cast<int>(args.rotary_dim / 2);
+  const int step = static_cast<int>(args.table_step), second = static_cast<int>(args.table_second);
   for (int pair = threadIdx.x * kGroup; pair < half; pair += blockDim.x * kGroup) {
     // The rows of the tables for these pairs are kept for all heads.
     const int n = half - pair;
     float c[kNumbers][kGroup], s[kNumbers][kGroup];  // with two numbers, those of the first and the second channels
 #pragma unroll
     for (int which = 0; which < kNumbers; ++which) {
-      const int64_t step = args.table_step, at = row + pair * step;
-      const int64_t cos_at = at + which * args.table_second;
-      const int64_t sin_at = at + (args.conjugate ? kNumbers - 1 - which : which) * args.table_second;
-      load_numbers(c[which], static_cast<const W*>(args.cos) + cos_at, n, inside, step, aligned);
-      load_numbers(s[which], static_cast<const W*>(args.sin) + sin_at, n, inside, step, aligned);
+      const int at = pair * step + which * second;
+      const int sin_at = pair * step + (args.conjugate ? kNumbers - 1 - which : which) * second;
+      Group<W> cos, sin;
+      if (inside) {
+        cos = load_numbers(static_cast<const W*>(args.cos) + row + at, n, step, aligned);
+        sin = load_numbers(static_cast<const W*>(args.sin) + row + sin_at, n, step, aligned);
+      }
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
+        c[which][i] = inside ? static_cast<float>(cos.value[i]) : NAN;
+        s[which][i] = inside ? static_cast<float>(sin.value[i]) : NAN;
         s[which][i] = args.conjugate ? -s[which][i] : s[which][i];
       }
     }
@@ -180,9 +184,9 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
   }
 }
 
-template <typename T, typename W>
+template <typename T, typename W, int kNumbers>
 void launch_rotary(RotaryArgs args, bool aligned, cudaStream_t stream) {
-  constexpr int kHeads = sizeof(T) == 2 ? 4 : 2;
+  constexpr int kHeads = sizeof(T) == 2 && kNumbers == 1 ? 4 : 2;
   if (args.out[0].data == args.x[0].data) {
     args.head_dim = args.rotary_dim;  // in place, the other channels need no copy
   }
@@ -194,9 +198,8 @@ void launch_rotary(RotaryArgs args, bool aligned, cudaStream_t stream) {
   const unsigned most = blocks(kBlocksWanted, token_blocks);
   const unsigned q_blocks = std::min(blocks(args.n_heads[0], kHeads), most);
   const dim3 grid(token_blocks, q_blocks + std::min(blocks(args.n_heads[1], kHeads), most));
-  const auto one = args.interleaved ? rotary_kernel<T, W, kHeads, true, 1> : rotary_kernel<T, W, kHeads, false, 1>;
-  const auto two = args.interleaved ? rotary_kernel<T, W, kHeads, true, 2> : rotary_kernel<T, W, kHeads, false, 2>;
-  const auto kernel = args.table_second ? two : one;
+  const auto kernel =
+      args.interleaved ? rotary_kernel<T, W, kHeads, true, kNumbers> : rotary_kernel<T, W, kHeads, false, kNumbers>;
   kernel<<<grid, block, 0, stream>>>(args, q_blocks, aligned);
 }
 
@@ -209,7 +212,9 @@ int rotary_fwd_cuda(const RotaryArgs& args, void* stream) {
     aligned = aligned && is_aligned({t->data}, {t->batch, t->head, t->row});
   }
   with_common_types(args.dtype, args.table_dtype, [&](auto x, auto table) {
-    launch_rotary<decltype(x), decltype(table)>(args, aligned, static_cast<cudaStream_t>(stream));
+    const auto launch = args.table_second ? launch_rotary<decltype(x), decltype(table), 2>
+                                          : launch_rotary<decltype(x), decltype(table), 1>;
+    launch(args, aligned, static_cast<cudaStream_t>(stream));
   });
   return cudaGetLastError();
 }

@@ -7,7 +7,7 @@ original forward if one has changed.
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Guard(NamedTuple):
     value: Any
 
 
-def hold(module: torch.nn.Module, guards: tuple[Guard, ...]) -> bool:
+def hold(module: torch.nn.Module | None, guards: tuple[Guard, ...]) -> bool:
     """Whether the values are what they were."""
     for source, path, value in guards:
         found: Any = module if source is None else sys.modules.get(source)
@@ -41,13 +41,14 @@ def hold(module: torch.nn.Module, guards: tuple[Guard, ...]) -> bool:
     return True
 
 
-def guards_of(module: torch.nn.Module) -> tuple[Guard, ...]:
-    """The Guards of everything that the forward of a module may read, as far as its code shows it."""
+def guards_of(read: torch.nn.Module | Callable) -> tuple[Guard, ...]:
+    """The Guards of everything that the forward of a module, or a function, may read, as far as its code shows it."""
+    is_module = isinstance(read, torch.nn.Module)
     found: dict[tuple[Any, ...], Guard] = {}
-    for function in _functions(type(module)):
+    for function in _functions(type(read).forward if is_module else read, type(read).__mro__ if is_module else ()):
         names, keys = set(names_in(function.__code__)), set(_constants(function.__code__))
         names |= {key for key in keys if isinstance(key, str) and key.isidentifier()}
-        guards = list(_of_attributes(module, names, keys))
+        guards = list(_of_attributes(read, names, keys)) if is_module else []
         python = sys.modules.get(function.__module__)
         if python is not None and vars(python) is function.__globals__:
             for name in names & vars(python).keys():
@@ -115,9 +116,9 @@ def _constants(code):
             yield constant
 
 
-def _functions(kind):
-    """The forward of a class and the functions of Python that it may call, without those of torch."""
-    waiting, found = [kind.forward], {}
+def _functions(first, kinds):
+    """A function and those of Python that it may call, also methods of these classes, without those of torch."""
+    waiting, found = [first], {}
     while waiting and len(found) < _MOST_FUNCTIONS:
         function = waiting.pop()
         function = getattr(function, "__func__", getattr(function, "fget", function))
@@ -128,6 +129,6 @@ def _functions(kind):
         found[function] = None
         cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
         names = set(names_in(function.__code__))
-        methods = [vars(base)[name] for base in kind.__mro__ for name in names & vars(base).keys()]
+        methods = [vars(kind)[name] for kind in kinds for name in names & vars(kind).keys()]
         waiting += [*cells, *methods, *(function.__globals__.get(name) for name in names)]
     return list(found)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.drop_in.change import Change, Replaced, change_class, is_foreign, make_class, why_not_take_over
-from fastattn.drop_in.guards import names_in
+from fastattn.drop_in.guards import guards_of, hold, names_in
 from fastattn.drop_in.rotary_forms import agrees_on, forms_of, rotated
 from fastattn.nn.plain import is_traced
 
@@ -53,12 +53,22 @@ class Rotate:
     def __call__(self, *args, **named):
         function = self.names[self.name]
         forms = forms_of(function)
-        if not isinstance(forms, str) and _may_run(function, args or tuple(named.values())):
+        if (
+            not isinstance(forms, str)
+            and hold(None, _guards_of(function))
+            and _may_run(function, args or tuple(named.values()))
+        ):
             for form in forms:
                 found = _serve(form, args, named)
                 if found is not None:
                     return found
         return function(*args, **named)
+
+
+@functools.cache
+def _guards_of(function):
+    """The numbers that a function reads in its file, as they are at its check."""
+    return guards_of(function)
 
 
 def _may_run(function, values):
@@ -148,7 +158,9 @@ def recognise(module: torch.nn.Module) -> Change | str | None:
         return reason
     found = {name: _recognise_function(inner.__globals__[name], module) for name in names}
     others = ", ".join(f"{name} {forms}" for name, forms in found.items() if isinstance(forms, str))
-    taken = {name: forms[0].interleaved for name, forms in found.items() if not isinstance(forms, str)}
+    taken = {
+        name: forms[0].interleaved or forms[0].sorts for name, forms in found.items() if not isinstance(forms, str)
+    }
     if not taken:
         return f"rotary embeddings: {others}"
     kinds = sorted({"interleaved" if interleaved else "half-split" for interleaved in taken.values()})
@@ -164,6 +176,7 @@ def _device_of(module):
 
 def _recognise_function(function, module):
     """The forms of a function, or why a module with it is left alone."""
+    _guards_of(function)  # what it reads at the check
     forms, device = forms_of(function), _device_of(module)
     if not isinstance(forms, str) and device != "cpu" and not agrees_on(function, device):
         return f"gives other numbers than our op on {device}, or our op has no kernel there"

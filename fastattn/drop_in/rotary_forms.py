@@ -43,7 +43,7 @@ class Form(NamedTuple):
         which only the first half is read ("first").
     interleaved: whether the pairs are neighbours, or the channels d and d + rotary_dim / 2.
     backwards: the angles are negative.
-    sorts: the pairs are neighbours, and in the result d and d + rotary_dim / 2.
+    sorts: the pairs are neighbours, and then d and d + rotary_dim / 2, in the result and in the tables.
     partial: tables of fewer channels than q leave the other channels as they are.
     mixed: q in half precision and tables in fp32 give the dtype of q.
     swaps: with unsqueeze_dim=2, the layout is "bshd" instead of "bhsd".
@@ -122,6 +122,8 @@ def rotated(form: Form, *given: Any) -> tuple[Tensor, ...] | None:
     cos, sin = _columns(form, tables)
     if form.rank == 4:
         cos, sin = (t.squeeze(form.layout.index("h")) for t in (cos, sin))
+    if form.sorts:
+        xs = tuple(x.unflatten(-1, (-1, 2)).mT.flatten(-2) for x in xs)
     swapped = form.layout == "bshd"
     out = rotate_tokens(
         tuple(x.transpose(1, 2) for x in xs) if swapped else xs,
@@ -132,15 +134,13 @@ def rotated(form: Form, *given: Any) -> tuple[Tensor, ...] | None:
     )
     if out is None:
         return None
-    if form.sorts:
-        out = tuple(t.unflatten(-1, (-1, 2)).mT.flatten(-2) for t in out)
     return tuple(t.transpose(1, 2) for t in out) if swapped else out
 
 
-def _example(form, width, dtype, table_dtype, device=_CPU):
+def _example(form, width, dtype, table_dtype, device=_CPU, size=(_BATCH, _SEQLEN)):
     """Random arguments; cos and sin are no cosine and sine, so that only the formula fits."""
     make = functools.partial(torch.randn, dtype=torch.float32, device=device)
-    sizes = {"b": _BATCH, "s": _SEQLEN, "h": 1, "d": width // 2 if form.tables == "half" else width}
+    sizes = {"b": size[0], "s": size[1], "h": 1, "d": width // 2 if form.tables == "half" else width}
     axes, made = _axes(form), []
     for role, heads in zip(form.roles, (*_HEADS, 0, 0), strict=False):
         if role in "qkx":
@@ -154,7 +154,7 @@ def _example(form, width, dtype, table_dtype, device=_CPU):
 
 
 def _results(function, form, given, dtype):
-    """(outputs, and in fp32 their gradients) of a function on an example, or None if it gives something else."""
+    """(outputs, and in fp32 the gradients if they are recorded) of a function, or None if it gives something else."""
     try:
         out = function(*given)
     except Exception:  # of a function that takes tables of another form
@@ -163,7 +163,7 @@ def _results(function, form, given, dtype):
     out = out if isinstance(out, tuple) else (out,)
     if [t.shape if isinstance(t, Tensor) else None for t in out] != [x.shape for x in xs]:
         return None
-    if dtype != torch.float32:
+    if dtype != torch.float32 or not torch.is_grad_enabled():
         return out
     if not all(t.requires_grad for t in out):
         return None
@@ -171,9 +171,9 @@ def _results(function, form, given, dtype):
     return *out, *torch.autograd.grad(out, xs, weights, allow_unused=True)
 
 
-def _agrees(function, form, width=_DIM, dtype=torch.float32, table_dtype=None, device=_CPU):
+def _agrees(function, form, width=_DIM, dtype=torch.float32, table_dtype=None, device=_CPU, size=(_BATCH, _SEQLEN)):
     """Whether a function gives what our op gives, with gradients in fp32."""
-    given = _example(form, width, dtype, table_dtype or dtype, device)
+    given = _example(form, width, dtype, table_dtype or dtype, device, size)
     trial = form._replace(partial=True, mixed=True)
     theirs = _results(function, form, given, dtype)
     ours = theirs and _results(functools.partial(rotated, trial), form, given, dtype)
@@ -195,7 +195,7 @@ def _formulas(form) -> Iterator[Form]:
         ("full", "first") if form.tables == "full" else ("half",), (False, True), (False, True)
     ):
         found = form._replace(tables=tables, interleaved=interleaved, backwards=backwards)
-        yield from (found, found._replace(sorts=True)) if interleaved else (found,)
+        yield from (found,) if interleaved else (found, found._replace(sorts=True))
 
 
 def _find(function, parameters, roles):
@@ -238,7 +238,15 @@ def forms_of(function: Any) -> tuple[Form, ...] | str:
             return "computes no rotation that our op has"
         if not all(_agrees(function, form, dtype=torch.bfloat16) for form in forms):
             return "gives other numbers than our op in bfloat16"
+        if not all(_agrees_elsewhere(function, form) for form in forms):
+            return "gives other numbers than our op for other lengths or without gradients"
         return tuple(_with_options(function, form, "unsqueeze_dim" in names) for form in forms)
+
+
+def _agrees_elsewhere(function, form):
+    """With one token, with many, and without gradients."""
+    with torch.no_grad():
+        return all(_agrees(function, form, size=size) for size in ((1, 1), (2, 1), (1, 40)))
 
 
 def _with_options(function, form, unsqueezes):

@@ -27,7 +27,7 @@ def config(arch, dtypes, head_dim, rotary_dim, interleaved, full=False, column=1
     x, table = dtypes
     types = dict.fromkeys(SIZES, "i32") | {"positions_ptr": "*i64", "cos_ptr": table, "sin_ptr": table}
     types |= dict.fromkeys(("q_ptr", "k_ptr", "out_q_ptr", "out_k_ptr"), x)
-    tile = rotary.pick(32, rotary_dim // 2, head_dim - rotary_dim)
+    tile = rotary.pick(32, rotary_dim // 2, head_dim - rotary_dim, full)
     constants = {"BLOCK_M": tile.block_m, "BLOCK_H": tile.block_h, "BLOCK_HALF": tile.block_half,
                  "BLOCK_REST": tile.block_rest, "INTERLEAVED": interleaved, "CONJUGATE": full,
                  "FULL": full, "COLUMN": column}  # fmt: skip
@@ -37,14 +37,14 @@ def config(arch, dtypes, head_dim, rotary_dim, interleaved, full=False, column=1
 
 def configs(everything):
     forms = [(d, r, i) for d in (32, 64, 128, 256) for r in (d, d // 4) for i in (False, True)]
-    # a number for each channel; complex numbers
-    other = [(128, 128, False, True), (64, 64, True, True), (128, 128, True, False, 2)]
     if everything:
-        return [config(a, d, *form) for form in forms + other for a in ARCHS for d in DTYPES]
+        kinds = ((False, 1), (True, 1), (False, 2))
+        return [config(a, d, *form, *kind) for form in forms for kind in kinds for a in ARCHS for d in DTYPES]
     # every pair of head dim, share of rotated channels and interleaving
     forms = [form for n, form in enumerate(forms) if n % 4 in ((0, 3), (1, 2))[n // 4 % 2]]
     archs, dtypes = itertools.cycle(ARCHS), itertools.cycle(DTYPES[:1] * 3 + DTYPES)
-    return [config(next(archs), next(dtypes), *form) for form in forms] + [config(90, DTYPES[0], *f) for f in other]
+    kinds = {2: (True, 1), 3: (True, 1), 6: (False, 2)}  # a number for each channel; complex numbers
+    return [config(next(archs), next(dtypes), *form, *kinds.get(n, ())) for n, form in enumerate(forms)]
 
 
 def test_every_configuration_compiles_without_spills_and_with_wide_accesses():

@@ -90,6 +90,10 @@ def apply_rotary_in_eight_bits(q, k, cos, sin):
     return out if q.dtype == torch.float32 else tuple(t.to(torch.float8_e5m2).to(q.dtype) for t in out)
 
 
+def apply_rotary_to_many(q, k, cos, sin):
+    return apply_rotary(q, k, cos, sin) if q.shape[2] > 1 else (q, k)
+
+
 def apply_rotary_on_a_gpu(q, k, cos, sin):
     raise RuntimeError("q must be on a GPU")
 
