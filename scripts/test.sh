@@ -27,7 +27,7 @@ fi
 # Each file stays on one worker, so that its tests share their fixtures. The files keep their order: sorted by their
 # number of tests, long files of one test would come last, and one worker would wait for the other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests that need several threads set this themselves
-parallel=(-n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile --no-loadscope-reorder)
+parallel=(-n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile --no-loadscope-reorder --max-worker-restart 0)
 check "${pytest[@]}" "${parallel[@]}" "$@"
 if [ -n "${CI:-}" ]; then
   check "${pytest[@]}" benchmarks --benchmark-disable "${parallel[@]}"

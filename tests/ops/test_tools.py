@@ -295,11 +295,13 @@ def gradients_of_some_inputs(module, inputs):
 @tool()
 def distributed_data_parallel(module, inputs):
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    group = torch.distributed.group.WORLD  # if it died with the replica, its threads could wait for the GIL forever
     try:
         replica = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
         first(replica(*inputs)).square().sum().backward()
+        del replica
     finally:
-        torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group(group)
     return [p.grad for p in module.parameters()]
 
 
