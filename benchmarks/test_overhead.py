@@ -64,6 +64,20 @@ def test_encoder_layer_step(compare):
     compare({"torch": both(torch.nn), "fastattn": both(fastattn.nn)})
 
 
+def test_self_attention_step(compare):
+    """Forward and backward of MultiheadAttention of width 16 on two tokens."""
+    x = torch.randn(1, 2, 16, device=DEVICE)
+    dy = torch.randn_like(x)
+
+    def both(layers):
+        torch.manual_seed(0)
+        module = layers.MultiheadAttention(16, 1, batch_first=True, device=DEVICE)
+        parameters = list(module.parameters())
+        return repeated(lambda: torch.autograd.grad(module(x, x, x, need_weights=False)[0], parameters, dy))
+
+    compare({"torch": both(torch.nn), "fastattn": both(fastattn.nn)})
+
+
 def test_attention_decode(compare):
     q, k, v = torch.randn(3, 1, 2, 1, 8, device=DEVICE)
     length = torch.ones(1, dtype=torch.int32, device=DEVICE)

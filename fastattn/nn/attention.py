@@ -4,7 +4,8 @@
     out = out_proj(attention(q, k, v))
 
 Both layouts, (batch, seqlen, d_model) and (seqlen, batch, d_model), reach the op as strided views. out_proj is called
-as a module, so its hooks and adapters take effect.
+as a module, so its hooks and adapters take effect. While nothing hangs on it, self-attention in training is one call
+(self_attention.py).
 """
 
 import torch

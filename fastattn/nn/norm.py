@@ -7,6 +7,7 @@ from torch import Tensor
 from fastattn.nn.plain import affine, leaf_call, remember_forward
 from fastattn.ops import layer_norm, rms_norm
 from fastattn.ops._kinds import is_dtensor
+from fastattn.ops._plain_norm import eager_norm
 from fastattn.ops._public import ArgumentValueError, Public
 
 # the code that torch.nn runs, unless it has been patched
@@ -74,7 +75,9 @@ class LayerNorm(torch.nn.LayerNorm):
                 return super().forward(input)
             return layer_norm(input, self.weight, self.bias, self.eps)
         if input.shape[-1:] == self.normalized_shape != ():
-            return layer_norm(input, *affine(self), self.eps)
+            weight, bias = affine(self)
+            y = eager_norm(input, weight, bias, self.eps, False)
+            return layer_norm(input, weight, bias, self.eps) if y is None else y
         return _apply(layer_norm, self, input, self.weight, self.bias)
 
 
@@ -106,5 +109,6 @@ class RMSNorm(torch.nn.RMSNorm):
             return rms_norm(x, self.weight, self.eps)
         if x.shape[-1:] == self.normalized_shape != ():
             weight = self._parameters["weight"] if "weight" in self._parameters else self.weight  # noqa: SIM401  slower
-            return rms_norm(x, weight, self.eps)
+            y = eager_norm(x, weight, None, self.eps, True)
+            return rms_norm(x, weight, self.eps) if y is None else y
         return _apply(rms_norm, self, x, self.weight)

@@ -6,9 +6,11 @@ The general node of norm.py asks what such a call never has, and that takes as l
 import torch
 
 from fastattn import reference
-from fastattn.ops._register import differentiate, eager_apply, raw_ops
+from fastattn.ops._backends import choose, grad_wanted
+from fastattn.ops._register import checks_operands, differentiate, eager_apply, raw_ops, traced_backend
 
-_fwd, _bwd = (raw_ops(name).direct["native"] for name in ("norm_fwd", "norm_bwd"))
+_fwd, _bwd, _infer = (raw_ops(name).direct["native"] for name in ("norm_fwd", "norm_bwd", "norm_infer"))
+_is_compiling, _is_mode_enabled = torch.compiler.is_compiling, torch._C._is_torch_function_mode_enabled
 
 
 class _PlainNorm(torch.autograd.Function):
@@ -40,3 +42,19 @@ class _PlainNorm(torch.autograd.Function):
 
 
 plain_norm = eager_apply(_PlainNorm)  # x, weight, bias (both of one dtype, or None), eps, rms -> the norm of x
+
+
+def eager_norm(x, weight, bias, eps, rms):
+    """A module's norm of x by the C++ kernel in eager mode; None where the public op must look closer, or complain."""
+    if _is_compiling() or type(x) is not torch.Tensor or not x.is_cpu or type(eps) is not float or _is_mode_enabled():
+        return None
+    of_weight, of_bias = (None if t is None else t.dtype for t in (weight, bias))
+    backend = choose("norm", ("cpu", x.dtype, None, of_weight, of_bias, None))
+    if backend != "native" or traced_backend(backend) != backend or not checks_operands(backend, x, weight, bias):
+        return None
+    try:
+        if not grad_wanted(x, weight, bias):
+            return _infer(x, None, weight, bias, None, 0.0, eps, rms, None)
+        return plain_norm(x, weight, bias, eps, rms) if bias is None or of_weight is of_bias else None
+    except RuntimeError:
+        return None

@@ -205,6 +205,41 @@ def test_changes_take_effect(calls):
     assert len(calls) == 5
 
 
+def _bias_kv(module):
+    module.bias_k, module.bias_v = (torch.nn.Parameter(torch.ones(1, 1, 24)) for _ in range(2))
+
+
+def _plain_attribute(module):
+    module.in_proj_weight = module._parameters.pop("in_proj_weight").detach() * 2
+
+
+CHANGES = {
+    "data": lambda m: [setattr(p, "data", p.data * 2) for p in m.parameters()],
+    "strides": lambda m: [setattr(p, "data", p.data.mT.contiguous().mT * 2) for p in m.parameters() if p.dim() == 2],
+    "parameter": lambda m: setattr(m, "in_proj_bias", torch.nn.Parameter(torch.ones(72))),
+    "no bias": lambda m: setattr(m.out_proj, "bias", None),
+    "plain attribute": _plain_attribute,
+    "bias_k": _bias_kv,
+    "zero key": lambda m: setattr(m, "add_zero_attn", True),
+    "layout": lambda m: setattr(m, "batch_first", False),
+    "heads": lambda m: setattr(m, "num_heads", 2),
+    "out_proj": lambda m: setattr(m, "out_proj", torch.nn.Linear(24, 24)),
+    "pre-hook": lambda m: m.out_proj.register_forward_pre_hook(lambda _, x: (x[0] * 2,)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_takes_effect(parts, change):
+    """Although what was read of the module is kept."""
+    module, x = make(), torch.randn(2, 5, 24)
+    before, _ = module(x, x, x, need_weights=False)
+    CHANGES[change](module)
+    y, _ = module(x, x, x, need_weights=False)
+    expected, _ = parts(lambda: module(x, x, x, need_weights=False))
+    torch.testing.assert_close(y, expected)
+    assert not torch.allclose(y, before)
+
+
 def test_the_raw_ops_check_their_operands():
     x, weight, none = torch.randn(2, 3, 8), torch.randn(24, 8), torch.empty(0)
     options = [0.0] * 6 + [0.0, 0.0, 1.0, 0.0, 0, 0, 0, 0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]
