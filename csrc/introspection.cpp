@@ -47,7 +47,8 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set of the CPU kernels in use, which FASTATTN_CPU_CAPABILITY may lower.");
   m.def("philox", &philox, py::arg("counter"), py::arg("key"),
         "The four words of Philox4x32-10 for a counter of four and a key of two 32-bit words.");
-  static PyMethodDef methods[] = {  // pybind11's own calls take several times as long
-      {"unchanged", &fastattn::unchanged, METH_O, fastattn::kUnchangedDoc}, {nullptr, nullptr, 0, nullptr}};
+  // pybind11's own calls take several times as long
+  static PyMethodDef methods[] = {{"unchanged", &fastattn::unchanged, METH_O, fastattn::kUnchangedDoc},
+                                  {nullptr, nullptr, 0, nullptr}};
   PyModule_AddFunctions(m.ptr(), methods);
 }

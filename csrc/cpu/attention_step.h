@@ -18,8 +18,8 @@ class AttentionStep : StepParts {
   static std::vector<Tensor> with_hidden_layer(std::vector<Tensor> linears, const Tensor& x) {
     const int64_t width = x.size(x.dim() - 1);
     const Tensor none = empty_cpu({0}, ScalarType::Float);
-    for (const Tensor& t : {empty_cpu({0, width}, x.scalar_type()), none, none,
-                            empty_cpu({width, 0}, x.scalar_type()), none, none}) {
+    for (const Tensor& t :
+         {empty_cpu({0, width}, x.scalar_type()), none, none, empty_cpu({width, 0}, x.scalar_type()), none, none}) {
       linears.push_back(t);
     }
     return linears;
@@ -60,10 +60,9 @@ class AttentionStep : StepParts {
       return grads;
     }
     place(kept);
-    const Scratch buffer((Scratch::whole_lines(size_ * tokens_ * heads_) +
-                          Scratch::whole_lines(size_ * tokens_ * 3 * heads_)) /
-                             4,
-                         kMostKept);
+    const Scratch buffer(
+        (Scratch::whole_lines(size_ * tokens_ * heads_) + Scratch::whole_lines(size_ * tokens_ * 3 * heads_)) / 4,
+        kMostKept);
     Pieces pieces(buffer.data());
     void *dattended = pieces.take(size_ * tokens_ * heads_), *dqkv = pieces.take(size_ * tokens_ * 3 * heads_);
     add_columns(kOut, data_of(dy));

@@ -1,5 +1,5 @@
-// fastattn::layer_encode_fwd and layer_encode_bwd for CPU tensors: an encoder or decoder layer in a training step, or its
-// self-attention alone, if there are no tensors for the rest.
+// fastattn::layer_encode_fwd and layer_encode_bwd for CPU tensors: an encoder or decoder layer in a training step, or
+// its self-attention alone, if there are no tensors for the rest.
 #include <torch/csrc/stable/library.h>
 
 #include "attention_step.h"
