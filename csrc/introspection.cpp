@@ -1,7 +1,7 @@
-// fastattn._C answers questions about the compiled part: how it was built, which instruction set this processor runs,
-// which random numbers dropout draws, and whether Python objects still hold what was read from them. `fastattn info`,
-// `fastattn.explain` and the layers use it. It uses pybind11 and no torch header. The package works without this
-// module.
+// fastattn._C answers questions about the compiled part: what it was built with and for, which instruction set this
+// processor runs, the random numbers of dropout, and whether Python objects still hold what was read from them.
+// `fastattn info`, `fastattn.explain` and the layers ask it. It uses pybind11 and no torch header. The package works
+// without this module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -47,8 +47,8 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set of the CPU kernels in use, which FASTATTN_CPU_CAPABILITY may lower.");
   m.def("philox", &philox, py::arg("counter"), py::arg("key"),
         "The four words of Philox4x32-10 for a counter of four and a key of two 32-bit words.");
-  static PyMethodDef methods[] = {// pybind11's own calls take several times as long
-                                  {"unchanged", &fastattn::unchanged, METH_O, fastattn::kUnchangedDoc},
+  // pybind11's own calls take several times as long
+  static PyMethodDef methods[] = {{"unchanged", &fastattn::unchanged, METH_O, fastattn::kUnchangedDoc},
                                   {nullptr, nullptr, 0, nullptr}};
   PyModule_AddFunctions(m.ptr(), methods);
 }
