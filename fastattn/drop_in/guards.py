@@ -80,6 +80,13 @@ def _of_attributes(module, names, keys):
             yield from _values(None, value, ((False, name),), names, keys)
 
 
+def _attribute(value, name):
+    try:
+        return getattr(value, name, _MISSING)
+    except Exception:  # a property, or a value that a config requires and does not have
+        return _MISSING
+
+
 def _values(source, value, path, names, keys) -> Iterator[Guard]:
     """The Guards of the numbers in a value that the names and keys reach."""
     if isinstance(value, _NUMBERS):
@@ -94,7 +101,7 @@ def _values(source, value, path, names, keys) -> Iterator[Guard]:
     elif isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
         steps = [(True, i, item) for i, item in enumerate(value)]
     elif hasattr(value, "__dict__") and kind.__module__ != "builtins":
-        steps = [(False, name, getattr(value, name, _MISSING)) for name in names if not name.startswith("__")]
+        steps = [(False, name, _attribute(value, name)) for name in names if not name.startswith("__")]
     for is_item, key, item in steps:
         if item is not _MISSING and (not callable(item) or isinstance(item, type)):
             yield from _values(source, item, (*path, (is_item, key)), names, keys)

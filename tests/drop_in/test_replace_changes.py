@@ -80,6 +80,11 @@ def test_an_attribute_that_changes(kind, name):
 class Config:
     scale = 1.0
 
+    @property
+    def square(self):
+        """A name that the forward uses too, for something else."""
+        raise ValueError("not to be read")
+
 
 FACTOR = 1.0
 
