@@ -1,10 +1,12 @@
 """What was read from the modules of a layer, kept for its next call until one of them changes.
 
-Reading nine modules takes longer than the arithmetic of a small layer. A layer keeps the result together with every
-object from which it was made: classes, attributes, parameters, children, hooks. One call of C compares all of them by
-identity, so nothing can be stale but the insides of a tensor (its `data`, `requires_grad`): the next call reads
-`requires_grad` again, and the C++ op checks shapes, dtypes and strides.
+Reading nine modules takes longer than the arithmetic of a small layer. A layer keeps the result with a description of
+what was read: classes, attributes, names of parameters and children, hooks. One call of C compares the modules with it
+and returns the parameters that they have now. So nothing can be stale, and nothing here owns a module or a tensor. The
+next call itself looks at `requires_grad` and at the device, and the C++ op checks shapes, dtypes and strides.
 """
+
+from collections import OrderedDict
 
 import torch
 
@@ -18,15 +20,18 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class Kept:
-    """value: what was read. A copy of the layer, or its pickle, has None instead of this object."""
+    """kind: the class of what was read, a NamedTuple whose first field is a list of parameters. rest: its other fields.
 
-    __slots__ = ("layer", "value", "watched")
+    A copy of the layer, or its pickle, has an empty dict instead of this object.
+    """
 
-    def __init__(self, layer, value, watched):
-        self.layer, self.value, self.watched = layer, value, watched
+    __slots__ = ("kind", "rest", "plan")
+
+    def __init__(self, kind, rest, plan):
+        self.kind, self.rest, self.plan = kind, rest, plan
 
     def __reduce__(self):
-        return type(None), ()
+        return OrderedDict, ()  # torch.load(weights_only=True) reads it
 
 
 def find_kept(layer):
@@ -34,12 +39,13 @@ def find_kept(layer):
     if _is_compiling():
         return None
     kept = layer.__dict__.get(_NAME)
-    if kept is None or kept.layer is not layer or must_call_children():
+    if type(kept) is not Kept or must_call_children():
         return None
-    if not _unchanged(kept.watched):
+    parameters = _unchanged(layer, kept.plan)
+    if parameters is None:
         drop_kept(layer)
         return None
-    return kept.value
+    return kept.kind(parameters, *kept.rest)
 
 
 def drop_kept(layer):
@@ -51,37 +57,51 @@ def keep(layer, value, absent, modules):
     """Store what was read from a layer, if all can be watched.
 
     Args:
-        value: any object.
+        value: a NamedTuple. Its first field is a list of parameters of the modules, and no other field holds one.
         absent: names that must not become attributes of the layer.
-        modules: {module: the names of the attributes that were read}, with the layer itself. Of each module the class,
-            the parameters and the children are watched too, and of the others also the hooks and `forward`.
+        modules: {module: the names of the attributes that were read}, first the layer itself, and each child after its
+            parent. Of each module the class and the names of the parameters and children are watched too, and of the
+            others also the hooks and `forward`.
     """
     if _unchanged is None:
         return
-    objects, entries, sizes = [], [], []
-    for module, names in modules.items():
+    places, owners, parts = _places(modules), {}, []
+    if places is None:
+        return
+    for index, (module, names) in enumerate(modules.items()):
         state = module.__dict__
         parameters, children = state["_parameters"], state["_modules"]
-        if not all(type(p) is torch.nn.Parameter for p in parameters.values() if p is not None):
-            return  # a tensor that one call put there for itself
         if "weight" in state or "bias" in state:
             return  # a plain attribute instead of a parameter, as in the replicas of DataParallel
-        objects += module, type(module), state
-        entries += state, "_parameters", parameters, state, "_modules", children
-        sizes += state, "_parameters", len(parameters), state, "_modules", len(children)
-        for name in names:
-            if name not in children:
-                entries += state, name, state.get(name, _ABSENT)
-        for held in (parameters, children):
-            for name, one in held.items():
-                entries += held, name, one
-        if module is not layer:
-            entries += state, "forward", _ABSENT
-            for name in _HOOKS:
-                sizes += state, name, 0
-    for name in absent:
-        entries += layer.__dict__, name, _ABSENT
-    layer.__dict__[_NAME] = Kept(layer, value, (tuple(objects), tuple(entries), tuple(sizes)))
+        for name, p in parameters.items():
+            if p is not None and (type(p) is not torch.nn.Parameter or p in owners):
+                return  # a tensor that one call put there for itself, or one that is tied and may not stay so
+            owners[p] = index, name
+        entries = [part for name in names if name not in children for part in (name, state.get(name, _ABSENT))]
+        for name in absent if module is layer else ("forward",):
+            entries += name, _ABSENT
+        held = (_present(parameters), _present(children), () if module is layer else _HOOKS)
+        parts.append((*places[module], type(module), tuple(entries), *held))
+    if all(p in owners for p in value[0]):
+        wanted = tuple(part for p in value[0] for part in owners[p])
+        layer.__dict__[_NAME] = Kept(type(value), value[1:], (torch.nn.Parameter, tuple(parts), wanted))
+
+
+def _present(values):
+    """(name, whether there is a value, ...) of parameters or children."""
+    return tuple(part for name, value in values.items() for part in (name, value is not None))
+
+
+def _places(modules):
+    """{module: (index of its parent in `modules`, its name there)}, or None if one of them has two places."""
+    places = {next(iter(modules)): (0, "")}
+    for index, module in enumerate(modules):
+        for name, child in module.__dict__["_modules"].items():
+            if child in places:
+                return None
+            if child in modules:
+                places[child] = index, name
+    return places
 
 
 _unchanged = getattr(introspection(), "unchanged", None)

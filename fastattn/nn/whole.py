@@ -18,25 +18,34 @@ from fastattn.ops import _gemm
 from fastattn.ops._backends import grad_wanted
 from fastattn.ops._kinds import nonplain_kind
 from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, Memory, encode_layer, encoder_dtype, present
-from fastattn.ops.layer_step import Options, train_layer
+from fastattn.ops.layer_step import Options, as_lists, train_layer
+
+
+_TORCH_LAYERS = (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
+
+
+def _crosses(layer):
+    """Whether a layer attends to a memory."""
+    return isinstance(layer, torch.nn.TransformerDecoderLayer)
 
 
 def read_tensors(block):
     """[weight, bias, ...] of in_proj, out_proj, linear1, linear2 and gate, and the same of norm1 and norm2.
 
-    A decoder layer has in_proj and out_proj of the attention to its memory in place of the gate, and norm3.
+    A decoder layer has in_proj and out_proj of the attention to its memory in place of the gate, and norm3. An encoder
+    layer has neither, whatever its subclass calls its own children.
     """
-    m = block._modules
+    m, crosses = block._modules, _crosses(block)
     attn, norms = m["self_attn"], []
     modules = [attn._modules["out_proj"], m["linear1"], m["linear2"]]
-    if m.get("gate") is not None:
+    if m.get("gate") is not None and not isinstance(block, _TORCH_LAYERS):
         modules.append(m["gate"])
     linears = [attn._parameters["in_proj_weight"], attn._parameters.get("in_proj_bias")]
     for module in modules:
         linears += affine(module)
     for name in ("norm1", "norm2"):
         norms += affine(m[name])
-    if "multihead_attn" in m:
+    if crosses:
         other = m["multihead_attn"]
         linears += [other._parameters["in_proj_weight"], other._parameters.get("in_proj_bias")]
         linears += affine(other._modules["out_proj"])
@@ -122,7 +131,7 @@ def _fit(linears, width):
 def _dropouts(layer):
     """The dropout probabilities of a layer in the order of `Options`."""
     m = layer._modules
-    own, other = m["self_attn"], m.get("multihead_attn")
+    own, other = m["self_attn"], m["multihead_attn"] if _crosses(layer) else None
     own_p = own.dropout if own.training else 0.0
     if other is None:
         return own_p, dropout_p(m["dropout1"]), 0.0, 0.0, dropout_p(m["dropout"]), dropout_p(m["dropout2"])
@@ -147,12 +156,12 @@ def _wanted(tensors):
 class Reading(NamedTuple):
     """What one call needs to know of a layer whose children are plain.
 
-    parameters: as `train_layer` takes them, of one dtype. layer: the same for `encode_layer`. dropouts: in the order of
-    `Options`. width: of the tokens.
+    parameters: as `train_layer` takes them, of one dtype. options: the last fields of `Layer`. dropouts: in the order
+    of `Options`. width: of the tokens.
     """
 
     parameters: list
-    layer: Layer
+    options: tuple
     dropouts: tuple
     dtype: torch.dtype
     width: int
@@ -225,7 +234,12 @@ def _fits_memory(x, memory, batch_first):
 def _fitting(reading, attn, x):
     """The `Reading` if it is one for x, or None."""
     fits = x.dtype is reading.dtype and x.shape[-1] == reading.width and x.dim() in (2, 3)
-    return reading if fits and not attn.strict_torch else None  # strict_torch may be set on the class
+    if not fits or attn.strict_torch:  # which may be set on the class
+        return None
+    for t in reading.parameters:
+        if t is not None and not t.is_cpu:  # on meta, the op would not compute
+            return None
+    return reading
 
 
 def _read(layer, attn, x):
@@ -240,7 +254,7 @@ def _read(layer, attn, x):
     dropouts = _dropouts(layer)
     if found is None or not _fit(linears, width) or not _are_numbers((*dropouts, *found[5:])):
         return None
-    return Reading(linears + norms, found, dropouts, x.dtype, width)
+    return Reading(linears + norms, found[2:], dropouts, x.dtype, width)
 
 
 _ABSENT = ("_sa_block", "_mha_block", "_ff_block")
@@ -252,11 +266,12 @@ _OF_OTHERS = {
 def _keep(layer, read):
     """Keep what was read, with the names of all attributes that the checks of a layer have read."""
     watched = {layer: ("norm_first", "activation")}
+    attentions = ("self_attn", "multihead_attn") if _crosses(layer) else ("self_attn",)
     for name, child in layer._modules.items():
-        if name in ("self_attn", "multihead_attn"):
+        if name in attentions:
             watched[child] = READ
             watched[child._modules["out_proj"]] = ()
-        elif (names := _OF_OTHERS.get(name.rstrip("123"))) is not None:
+        elif child is not None and (names := _OF_OTHERS.get(name.rstrip("123"))) is not None:
             watched[child] = names
     keep(layer, read, _ABSENT, watched)
 
@@ -284,7 +299,7 @@ def _train(x, read, own, batch_first, dtype, memory, _):
     tokens = rows.shape[0] * rows.shape[1]
     products = *_gemm.most_rows(dtype, tokens), *_gemm.most_rows_of_gradients(dtype, tokens)
     causal = is_causal, memory is not None and memory.causal
-    options = Options(*read.dropouts, *causal, batch_first, dtype is not x.dtype, *products, *read.layer[2:])
+    options = Options(*read.dropouts, *causal, batch_first, dtype is not x.dtype, *products, *read.options)
     y = train_layer(rows, read.parameters, mask, bias, options, memory)
     return y if x.dim() == 3 else y[0]
 
@@ -300,5 +315,6 @@ def _infer(x, read, own, batch_first, dtype, memory, trains):
     ):
         return None
     rows = x if x.dim() == 3 else x[None]
-    y = encode_layer(rows, read.layer, mask, bias, is_causal, batch_first, memory)
+    layer = Layer(*as_lists(read.parameters), *read.options)
+    y = encode_layer(rows, layer, mask, bias, is_causal, batch_first, memory)
     return y if x.dim() == 3 else y[0]
