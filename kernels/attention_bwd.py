@@ -301,7 +301,7 @@ def attention_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, *rest):
             **PREPROCESS.options(),
         )  # fmt: skip
 
-    for start in map(plan.start, plan.launches_of_keys):
+    for start in map(plan.start, plan.launches_of_keys()):
         if start.grid[0]:
             form, *maps = start.choose(True, q, do)
             launch(
