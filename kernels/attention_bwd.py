@@ -9,7 +9,9 @@
     dsink[h] = -sum exp(sink - lse) * delta             attention_preprocess_kernel, one partial sum per program
 
 The scores are computed twice: in attention_dkdv_kernel, transposed so that p and ds are left operands without a
-shuffle, and in attention_dq_kernel. In return no gradient needs an fp32 buffer, and the order of every sum is fixed.
+shuffle, and in attention_dq_kernel. Where the sums of dk and dv would fill the registers, each has a launch of its own,
+and they are computed three times (docs/lab/gpu-rows.md). In return no gradient needs an fp32 buffer, and the order of
+every sum is fixed.
 
 The limits and features are those of the forward. Reference: Dao, "FlashAttention-2", 2023, algorithm 2.
 """
