@@ -9,8 +9,9 @@
     dsink[h] = -sum exp(sink - lse) * delta             attention_preprocess_kernel, one partial sum per program
 
 The scores are computed twice, in attention_dkdv_kernel and in attention_dq_kernel. The former computes them transposed,
-so that p and ds are left operands without a shuffle. In return, no gradient needs an fp32 buffer, and the order of
-every sum is fixed.
+so that p and ds are left operands without a shuffle. Where the sums of dk and dv would fill the registers, each has a
+launch of its own, and the scores are computed three times (docs/lab/gpu-rows.md). In return, no gradient needs an fp32
+buffer, and the order of every sum is fixed.
 
 The limits and features are those of the forward. Reference: Dao, "FlashAttention-2", 2023, algorithm 2.
 """
@@ -304,7 +305,7 @@ def attention_bwd(do, dlse, q, k, v, out, lse, lse_low, bias, *rest):
             **PREPROCESS.options(),
         )  # fmt: skip
 
-    for start in map(plan.start, plan.launches_of_keys):
+    for start in map(plan.start, plan.launches_of_keys()):
         if start.grid[0]:
             form, *maps = start.choose(True, q, do)
             launch(

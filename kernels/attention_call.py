@@ -248,7 +248,6 @@ class Plan:
             softcap > 0.0, masked, key_mask, self.natural, linear and not self.natural and scale > 0.0, self.group,
             False, False, True, True, 0, fp32_precision,
         )  # fmt: skip
-        self.launches_of_keys = ("dv", "dk") if splits(*self.kind) else ("dkdv",)
         self.plain = kind != "extra" and not self.natural and scale > LEAST_SCALE
         self.starts = {}
 
@@ -257,8 +256,12 @@ class Plan:
         q_strides, k_strides, v_strides = self.strides
         return Rows(q, q_strides), Rows(k, k_strides), Rows(v, v_strides)
 
+    def launches_of_keys(self):
+        """The launches that compute dk and dv, for `start`: one for both, or one for each."""
+        return ("dv", "dk") if splits(*self.kind) else ("dkdv",)
+
     def start(self, kernel):
-        """Return the launch of one of attention_config.KERNELS."""
+        """Return the launch of one of attention_config.KERNELS, or of dk or dv alone."""
         if kernel not in self.starts:
             self.starts[kernel] = self._start(kernel)
         return self.starts[kernel]

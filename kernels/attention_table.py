@@ -59,6 +59,7 @@ TABLE = {
     (90, "dbias", 2, 64): Variants(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
     (90, "dbias", 2, 128): Variants(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     (90, "dbias", 2, 256): Variants(Launch(64, 64, 8, 1), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1)),
+    (90, "dk", 2, 256): Variants(Launch(32, 128, 8, 2), Launch(32, 128, 8, 2)),
     (90, "dkdv", 2, 32): Variants(Launch(64, 128, 8, 2), Launch(64, 128, 8, 2), Launch(32, 64, 4, 2)),
     (90, "dkdv", 2, 64): Variants(Launch(64, 128, 8, 2), Launch(64, 128, 8, 2), Launch(32, 64, 4, 2)),
     (90, "dkdv", 2, 128): Variants(Launch(64, 128, 8, 2), Launch(64, 128, 8, 2), Launch(16, 64, 4, 2)),
@@ -69,6 +70,7 @@ TABLE = {
     ),
     (90, "dq", 2, 128): Variants(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 32, 8, 2)),
     (90, "dq", 2, 256): Variants(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 1)),
+    (90, "dv", 2, 256): Variants(Launch(64, 128, 8, 2), Launch(64, 128, 8, 2)),
     (90, "fwd", 2, 32): Variants(Launch(128, 128, 8, 3), Launch(128, 128, 8, 3), Launch(64, 64, 8, 2)),
     (90, "fwd", 2, 64): Variants(
         Launch(128, 64, 4, 3), Launch(128, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2, 120)

@@ -54,7 +54,7 @@ class Variants(NamedTuple):
 
     full: Launch
     causal: Launch
-    extra: Launch
+    extra: Launch | None = None  # None only for dk and dv: those calls have one launch for both
     alibi: Launch | None = None  # None: as `extra`
 
 

@@ -18,9 +18,9 @@
 #
 # Wheels in dist/ are used if present (scripts/build_wheel.sh builds ours without a GPU; those of pytest and
 # pytest-benchmark may be there too). Otherwise the kernels are built here, which needs nvcc, ninja and pybind11. Each
-# part takes at most nine minutes, or LIMIT seconds. A part that passed is not run again without --force. Results, one JSON and one log
-# per part, go to $OUT if set, else to benchmarks/results/gpu, and all of them into gpu_check.tar.gz there, the one file
-# to send. PYTHON names the interpreter. scripts/README.md says what to type on a rented machine.
+# part takes at most nine minutes, or LIMIT seconds. A part that passed is not run again without --force. Results, one
+# JSON and one log per part, go to $OUT if set, else to benchmarks/results/gpu, and all of them into gpu_check.tar.gz
+# there, the one file to send. PYTHON names the interpreter. scripts/README.md says what to type on a rented machine.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD

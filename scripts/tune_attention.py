@@ -39,7 +39,7 @@ def candidates(kernel, size, head_dim):
 
     for block_m, block_n, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
         threads = 32 * warps
-        owned = block_n if kernel == "dkdv" else block_m
+        owned = block_n if kernel in ("dkdv", "dk", "dv") else block_m
         accumulators = owned * head_dim * (2 if kernel == "dkdv" else 1) if kernel != "dbias" else block_m * block_n
         held = (accumulators + block_m * block_n * (1 if kernel == "fwd" else 2)) / threads
         moving = size * (block_m + block_n - owned) * head_dim * 2 * stages + size * owned * head_dim
@@ -60,6 +60,8 @@ def tune(table, keys, variants, measure, report=print):
         _, kernel, size, head_dim = key
         for variant in variants:
             current = getattr(best[key], variant) or best[key].extra
+            if current is None or is_split(table, key, variant):
+                continue
 
             def with_row(row, table=best, key=key, variant=variant):
                 return table | {key: table[key]._replace(**{variant: row})}
@@ -77,6 +79,13 @@ def tune(table, keys, variants, measure, report=print):
             new = getattr(best[key], variant) or current
             report(f"{key} {variant}: {written(current)} {limit} ms -> {written(new)} {time} ms")
     return best
+
+
+def is_split(table, key, variant):
+    """Whether a key is that of dk and dv in one launch, and these calls have a launch for each."""
+    arch, kernel, size, head_dim = key
+    row = table.get((arch, "dk", size, head_dim))
+    return kernel == "dkdv" and row is not None and getattr(row, variant) is not None
 
 
 class Kept:
@@ -97,9 +106,10 @@ class Kept:
 
     def __call__(self, table, key, variant):
         arch, kernel, size, head_dim = key
-        kernels = ("fwd",) if kernel == "fwd" else ("dkdv", "dq", "dbias")  # those that are timed together
+        kernels = ("fwd",) if kernel == "fwd" else ("dkdv", "dk", "dv", "dq", "dbias")  # timed together
         rows = ((name, table.get((arch, name, size, head_dim))) for name in kernels)
-        launches = (f"{name} {written(getattr(row, variant) or row.extra)}" for name, row in rows if row)
+        found = ((name, getattr(row, variant) or row.extra) for name, row in rows if row)
+        launches = (f"{name} {written(launch)}" for name, launch in found if launch)
         name = f"{self.gpu}, {size} bytes, head dim {head_dim}, {variant}: {', '.join(launches)}"
         known = self.times.get(name, "")
         if known == self.TWICE:
@@ -225,6 +235,8 @@ def main(arguments=None):
         config.table_key(arch, kernel, size, head_dim)
         for kernel, size, head_dim in itertools.product(options.kernels, sizes, options.head_dims)
     ]
+    keys += [(at, name, *rest) for at, kernel, *rest in keys if kernel == "dkdv" for name in ("dk", "dv")]
+    keys = [key for key in keys if key in config.TABLE]
     measure = Kept(Workload(device).measure, options.resume, torch.cuda.get_device_name(device))
     table = tune(dict(config.TABLE), keys, options.variants, measure)
     origin = (

@@ -16,6 +16,8 @@ import compilations
 import torch
 import ttgir
 
+from fastattn.kernels import attention_call
+from fastattn.kernels import attention_config as config
 from fastattn.kernels.attention_call import Plan, geometry
 from fastattn.kernels.attention_config import HEAD_DIMS, KERNELS, architecture, table_key
 from fastattn.kernels.attention_table import TABLE
@@ -26,8 +28,8 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 EXACT = ("attention_preprocess_kernel", "attention_key_runs_kernel")
 # accepted bytes of stack per thread: the compiler rounds up, and dropout together with a mask needs many registers
 STACK = {"full": 16, "causal": 16, "extra": 64, "alibi": 64}
-# dk and dv of 64 keys take half of all registers at head dim 256; with fewer keys wgmma could not be used
-SPILLS = {("attention_dkdv_kernel", 90, 256): 320}
+# dk of 128 keys takes half of all registers at head dim 256; none of this is in its loops
+SPILLS = {("attention_dkdv_kernel", 90, 256): 96}
 FEATURES = {  # calls for which a row of the table must compile
     "full": [{}],
     "causal": [{"right": 0}, {"right": 0, "mask": True}, {"left": 100, "right": 0, "packed": True, "lengths": True}],
@@ -170,6 +172,25 @@ def test_which_calls_begin_the_sum_of_the_scores_with_lse(arch, more, first, mon
         form = plan.start("dkdv").form
         assert first == form.LSE_FIRST
         assert (first or "alibi_dims" in more) == form.DELTA_FIRST
+
+
+@pytest.mark.parametrize(("arch", "more", "launches"), [
+    (90, {"head_dim": 256}, ("dv", "dk")), (90, {"head_dim": 160, "window_right": 0}, ("dv", "dk")),
+    (90, {"head_dim": 128}, ("dkdv",)), (90, {"head_dim": 256, "softcap": 5.0}, ("dkdv",)),
+    (90, {"head_dim": 256, "alibi_dims": 1}, ("dkdv",)), (90, {"head_dim": 256, "dtype": torch.float32}, ("dkdv",)),
+    (80, {"head_dim": 256}, ("dkdv",)), (100, {"head_dim": 256}, ("dkdv",)), (0, {"head_dim": 256}, ("dv", "dk")),
+])  # fmt: skip
+def test_which_calls_have_a_launch_for_each_of_dk_and_dv(arch, more, launches, monkeypatch):
+    monkeypatch.setattr("fastattn.kernels.attention_config.architecture", lambda device: (arch, 0))
+    for cache in (config.splits, config.pick):
+        monkeypatch.setattr(attention_call, cache.__name__, cache.__wrapped__)  # without what they remember
+    plan = plan_of(**more)
+    assert plan.launches_of_keys() == launches
+    if arch:
+        forms = [plan.start(name).form for name in launches]
+        assert [(form.WITH_DK, form.WITH_DV) for form in forms] == (
+            [(False, True), (True, False)] if len(launches) == 2 else [(True, True)]
+        )
 
 
 def programs(kernel):

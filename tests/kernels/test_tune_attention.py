@@ -54,6 +54,19 @@ def test_a_kind_without_a_row_of_its_own_begins_with_the_row_of_extra(script):
     assert tuned == {KEY: ROWS._replace(alibi=fast)}
 
 
+def test_launches_of_dk_and_dv_alone_are_tuned_where_calls_use_them(script):
+    both, alone = (90, "dkdv", 2, 256), (90, "dk", 2, 256)
+    table, asked = {both: ROWS, alone: Variants(ROWS.full, None)}, []
+
+    def measure(table, key, variant):
+        asked.append((key, variant))
+        return 2.0
+
+    tuned = script.tune(table, [both, alone], ["full", "causal", "extra"], measure, report=lambda line: None)
+    assert tuned == table
+    assert set(asked) == {(alone, "full"), (both, "causal"), (both, "extra")}
+
+
 def test_the_written_table_is_the_table(script):
     table = {KEY: ROWS._replace(alibi=Launch(64, 64, 4, 2, 128)), OTHER: ROWS}
     namespace = {}
