@@ -1,6 +1,6 @@
 // fastattn._C answers questions about the compiled part: how it was built, which instruction set this processor runs,
 // which random numbers dropout draws, and whether Python objects still hold what was read from them. `fastattn info`,
-// `fastattn.explain` and the layers use it. It uses pybind11 and no torch header. The package works without this module.
+// `fastattn.explain` and the layers use it. It uses pybind11 and no torch header. The package works without it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
