@@ -8,11 +8,12 @@
 namespace fastattn {
 
 constexpr char kUnchangedDoc[] =
-    "unchanged(module, (parameter type, parts, wanted)) -> list of wanted parameters, or None.\n\n"
+    "unchanged(module, (parameter type, parts, lists)) -> list of lists of parameters, or None.\n\n"
     "parts: for the module and then for each child (index of its parent, name, type, entries, parameters, children,\n"
     "hooks). entries: key, value, ... of its __dict__, compared by identity; the value Ellipsis stands for a key that\n"
     "must be absent. parameters and children: name, whether it is not None, ... of all of them. hooks: names of dicts\n"
-    "that must be empty. wanted: index of a part, name, ...";
+    "that must be empty. lists: for each list (index of a part, name, ...); after the index -1 comes the object "
+    "itself.";
 
 constexpr Py_ssize_t kMostParts = 32;
 
@@ -21,10 +22,12 @@ struct Part {
 };
 
 // The value of a key, or null. All references here are borrowed: no code runs that could release them.
-inline PyObject* value_of(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
+inline PyObject* value_of(PyObject* dict, PyObject* key) {
+  return PyDict_GetItemWithError(dict, key);
+}
 
-inline PyObject* dict_of(PyObject* dict, const char* key) {
-  PyObject* found = PyDict_GetItemString(dict, key);
+inline PyObject* dict_of(PyObject* dict, PyObject* key) {
+  PyObject* found = key ? value_of(dict, key) : nullptr;
   return found && PyDict_Check(found) ? found : nullptr;
 }
 
@@ -57,8 +60,8 @@ inline bool holds_names(PyObject* dict, PyObject* names, PyObject* type) {
 
 inline bool has_hooks(PyObject* state, PyObject* names) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
-    PyObject* hooks = value_of(state, PyTuple_GET_ITEM(names, i));
-    if (!hooks || !PyDict_Check(hooks) || PyDict_Size(hooks) != 0) {
+    PyObject* hooks = dict_of(state, PyTuple_GET_ITEM(names, i));
+    if (!hooks || PyDict_Size(hooks) != 0) {
       return true;
     }
   }
@@ -75,16 +78,24 @@ inline bool holds_part(PyObject* module, PyObject* part, PyObject* parameter_typ
     return false;
   }
   Py_DECREF(state);  // the module holds it
-  found = {dict_of(state, "_parameters"), dict_of(state, "_modules")};
+  static PyObject* const names[] = {PyUnicode_InternFromString("_parameters"), PyUnicode_InternFromString("_modules")};
+  found = {dict_of(state, names[0]), dict_of(state, names[1])};
   return found.parameters && found.children && holds_entries(state, PyTuple_GET_ITEM(part, 3)) &&
          holds_names(found.parameters, PyTuple_GET_ITEM(part, 4), parameter_type) &&
-         holds_names(found.children, PyTuple_GET_ITEM(part, 5), nullptr) && !has_hooks(state, PyTuple_GET_ITEM(part, 6));
+         holds_names(found.children, PyTuple_GET_ITEM(part, 5), nullptr) &&
+         !has_hooks(state, PyTuple_GET_ITEM(part, 6));
 }
 
 inline bool are_parts(PyObject* plan) {
   if (!PyTuple_Check(plan) || PyTuple_GET_SIZE(plan) != 3 || !PyTuple_Check(PyTuple_GET_ITEM(plan, 1)) ||
       !PyTuple_Check(PyTuple_GET_ITEM(plan, 2)) || PyTuple_GET_SIZE(PyTuple_GET_ITEM(plan, 1)) > kMostParts) {
     return false;
+  }
+  PyObject* lists = PyTuple_GET_ITEM(plan, 2);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(lists); ++i) {
+    if (!PyTuple_Check(PyTuple_GET_ITEM(lists, i))) {
+      return false;
+    }
   }
   PyObject* parts = PyTuple_GET_ITEM(plan, 1);
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parts); ++i) {
@@ -107,12 +118,16 @@ inline Py_ssize_t part_index(PyObject* number, Py_ssize_t end) {
   return index < end ? index : -1;
 }
 
-inline PyObject* wanted_parameters(PyObject* wanted, const Part* parts, Py_ssize_t n_parts) {
+// One of the lists, or null.
+inline PyObject* parameter_list(PyObject* wanted, const Part* parts, Py_ssize_t n_parts) {
   const Py_ssize_t n = PyTuple_GET_SIZE(wanted) / 2;
   PyObject* list = PyList_New(n);
   for (Py_ssize_t i = 0; list && i < n; ++i) {
-    const Py_ssize_t part = part_index(PyTuple_GET_ITEM(wanted, 2 * i), n_parts);
-    PyObject* found = part < 0 ? nullptr : value_of(parts[part].parameters, PyTuple_GET_ITEM(wanted, 2 * i + 1));
+    PyObject *number = PyTuple_GET_ITEM(wanted, 2 * i), *found = PyTuple_GET_ITEM(wanted, 2 * i + 1);
+    const Py_ssize_t part = PyLong_AsSsize_t(number);
+    if (part != -1 || PyErr_Occurred()) {
+      found = part < 0 || part >= n_parts ? nullptr : value_of(parts[part].parameters, found);
+    }
     if (!found) {
       Py_CLEAR(list);
       break;
@@ -123,9 +138,23 @@ inline PyObject* wanted_parameters(PyObject* wanted, const Part* parts, Py_ssize
   return list;
 }
 
+inline PyObject* parameter_lists(PyObject* lists, const Part* parts, Py_ssize_t n_parts) {
+  const Py_ssize_t n = PyTuple_GET_SIZE(lists);
+  PyObject* found = PyList_New(n);
+  for (Py_ssize_t i = 0; found && i < n; ++i) {
+    PyObject* list = parameter_list(PyTuple_GET_ITEM(lists, i), parts, n_parts);
+    if (!list) {
+      Py_CLEAR(found);
+      break;
+    }
+    PyList_SET_ITEM(found, i, list);
+  }
+  return found;
+}
+
 inline PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   if (n_args != 2 || !are_parts(args[1])) {
-    PyErr_SetString(PyExc_TypeError, "unchanged: expected a module and (type, parts, wanted)");
+    PyErr_SetString(PyExc_TypeError, "unchanged: expected a module and (type, parts, lists)");
     return nullptr;
   }
   PyObject *type = PyTuple_GET_ITEM(args[1], 0), *plan = PyTuple_GET_ITEM(args[1], 1);
@@ -140,7 +169,7 @@ inline PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t n_args) 
     }
     holds = module && holds_part(module, part, type, parts[i]);
   }
-  PyObject* found = holds ? wanted_parameters(PyTuple_GET_ITEM(args[1], 2), parts, n) : nullptr;
+  PyObject* found = holds ? parameter_lists(PyTuple_GET_ITEM(args[1], 2), parts, n) : nullptr;
   if (found || PyErr_Occurred()) {
     return found;
   }

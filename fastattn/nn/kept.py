@@ -3,7 +3,7 @@
 Reading nine modules takes longer than the arithmetic of a small layer. A layer keeps the result with a description of
 what was read: classes, attributes, names of parameters and children, hooks. One call of C compares the modules with it
 and returns the parameters that they have now. So nothing can be stale, and nothing here owns a module or a tensor. The
-next call itself looks at `requires_grad` and at the device, and the C++ op checks shapes, dtypes and strides.
+next call itself looks at `requires_grad`, and the C++ op checks shapes, dtypes and strides.
 """
 
 from collections import OrderedDict
@@ -12,20 +12,22 @@ import torch
 
 from fastattn.nn.plain import must_call_children
 from fastattn.ops._libraries import introspection
+from fastattn.ops.layer import ABSENT
 
 _NAME = "_fastattn_kept"  # of the attribute of the layer
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ABSENT = ...  # for `unchanged`: there must be no such key
 _is_compiling = torch.compiler.is_compiling
+_new = tuple.__new__  # a NamedTuple's own takes longer
 
 
 class Kept:
-    """kind: the class of what was read, a NamedTuple whose first field is a list of parameters. rest: its other fields.
+    """kind: the class of what was read, a NamedTuple whose first fields are lists. rest: its other fields.
 
     A copy of the layer, or its pickle, has an empty dict instead of this object.
     """
 
-    __slots__ = ("kind", "rest", "plan")
+    __slots__ = ("kind", "plan", "rest")
 
     def __init__(self, kind, rest, plan):
         self.kind, self.rest, self.plan = kind, rest, plan
@@ -41,11 +43,11 @@ def find_kept(layer):
     kept = layer.__dict__.get(_NAME)
     if type(kept) is not Kept or must_call_children():
         return None
-    parameters = _unchanged(layer, kept.plan)
-    if parameters is None:
+    lists = _unchanged(layer, kept.plan)
+    if lists is None:
         drop_kept(layer)
         return None
-    return kept.kind(parameters, *kept.rest)
+    return _new(kept.kind, lists + kept.rest)
 
 
 def drop_kept(layer):
@@ -57,7 +59,8 @@ def keep(layer, value, absent, modules):
     """Store what was read from a layer, if all can be watched.
 
     Args:
-        value: a NamedTuple. Its first field is a list of parameters of the modules, and no other field holds one.
+        value: a NamedTuple. Its first fields are lists of parameters of the modules, of None and of `ABSENT`. No other
+            field is a list or holds a parameter.
         absent: names that must not become attributes of the layer.
         modules: {module: the names of the attributes that were read}, first the layer itself, and each child after its
             parent. Of each module the class and the names of the parameters and children are watched too, and of the
@@ -65,7 +68,7 @@ def keep(layer, value, absent, modules):
     """
     if _unchanged is None:
         return
-    places, owners, parts = _places(modules), {}, []
+    places, owners, parts = _places(modules), {}, []  # owners of parameters
     if places is None:
         return
     for index, (module, names) in enumerate(modules.items()):
@@ -82,9 +85,12 @@ def keep(layer, value, absent, modules):
             entries += name, _ABSENT
         held = (_present(parameters), _present(children), () if module is layer else _HOOKS)
         parts.append((*places[module], type(module), tuple(entries), *held))
-    if all(p in owners for p in value[0]):
-        wanted = tuple(part for p in value[0] for part in owners[p])
-        layer.__dict__[_NAME] = Kept(type(value), value[1:], (torch.nn.Parameter, tuple(parts), wanted))
+    for constant in (None, ABSENT):
+        owners[constant] = -1, constant
+    lists = [field for field in value if isinstance(field, list)]
+    if all(p in owners for field in lists for p in field):
+        wanted = tuple(tuple(part for p in field for part in owners[p]) for field in lists)
+        layer.__dict__[_NAME] = Kept(type(value), list(value[len(lists) :]), (torch.nn.Parameter, tuple(parts), wanted))
 
 
 def _present(values):

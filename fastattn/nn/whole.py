@@ -18,8 +18,7 @@ from fastattn.ops import _gemm
 from fastattn.ops._backends import grad_wanted
 from fastattn.ops._kinds import nonplain_kind
 from fastattn.ops.layer import ABSENT, ACTIVATION_NUMBERS, Layer, Memory, encode_layer, encoder_dtype, present
-from fastattn.ops.layer_step import Options, as_lists, train_layer
-
+from fastattn.ops.layer_step import Options, train_layer
 
 _TORCH_LAYERS = (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
 
@@ -156,11 +155,13 @@ def _wanted(tensors):
 class Reading(NamedTuple):
     """What one call needs to know of a layer whose children are plain.
 
-    parameters: as `train_layer` takes them, of one dtype. options: the last fields of `Layer`. dropouts: in the order
-    of `Options`. width: of the tokens.
+    parameters: as `train_layer` takes them, of one dtype. norms, linears, options: the fields of `Layer`. dropouts: in
+    the order of `Options`. width: of the tokens.
     """
 
     parameters: list
+    norms: list
+    linears: list
     options: tuple
     dropouts: tuple
     dtype: torch.dtype
@@ -234,12 +235,7 @@ def _fits_memory(x, memory, batch_first):
 def _fitting(reading, attn, x):
     """The `Reading` if it is one for x, or None."""
     fits = x.dtype is reading.dtype and x.shape[-1] == reading.width and x.dim() in (2, 3)
-    if not fits or attn.strict_torch:  # which may be set on the class
-        return None
-    for t in reading.parameters:
-        if t is not None and not t.is_cpu:  # on meta, the op would not compute
-            return None
-    return reading
+    return reading if fits and not attn.strict_torch else None  # strict_torch may be set on the class
 
 
 def _read(layer, attn, x):
@@ -254,7 +250,7 @@ def _read(layer, attn, x):
     dropouts = _dropouts(layer)
     if found is None or not _fit(linears, width) or not _are_numbers((*dropouts, *found[5:])):
         return None
-    return Reading(linears + norms, found[2:], dropouts, x.dtype, width)
+    return Reading(linears + norms, *found[:2], found[2:], dropouts, x.dtype, width)
 
 
 _ABSENT = ("_sa_block", "_mha_block", "_ff_block")
@@ -315,6 +311,6 @@ def _infer(x, read, own, batch_first, dtype, memory, trains):
     ):
         return None
     rows = x if x.dim() == 3 else x[None]
-    layer = Layer(*as_lists(read.parameters), *read.options)
+    layer = Layer(read.norms, read.linears, *read.options)
     y = encode_layer(rows, layer, mask, bias, is_causal, batch_first, memory)
     return y if x.dim() == 3 else y[0]

@@ -68,6 +68,8 @@ _define_all()
 def register_fake(name, fake):
     """Register the fake implementation of a raw op for all backends.
 
+    PyTorch also calls it if some tensors are on meta and others are not, where it would return uninitialised numbers.
+
     Args:
         fake: arguments of `name` as fake tensors -> fake results with the shapes, dtypes and strides of the real ones.
     """
@@ -75,6 +77,9 @@ def register_fake(name, fake):
     @functools.wraps(fake)
     def watched(*args, **kwargs):
         _excuse_from_lowering(name)
+        first = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
+        if type(first) in _PLAIN_TYPES and not first.is_meta:
+            raise RuntimeError(f"fastattn::{name}: some tensors are on meta, and the first one is on {first.device}")
         return fake(*args, **kwargs)
 
     _fakes[name] = watched

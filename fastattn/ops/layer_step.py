@@ -59,8 +59,8 @@ _DROPOUTS = 6  # the dropouts, which come first in Options
 _OF_ENCODER = 12  # parameters: a weight and a bias of four linear layers and two norms
 
 
-def as_lists(parameters):
-    """(norms, linears) as the raw ops take them; parameters: those of `train_layer`."""
+def _lists(parameters):
+    """(norms, linears) as the raw op takes them; parameters: those of `train_layer`."""
     t, none = [ABSENT if p is None else p for p in parameters], ABSENT
     linears = [t[0], none, t[1], t[2], none, t[3], t[4], none, t[5], t[6], none, t[7]]
     if len(t) == _OF_ENCODER:
@@ -73,7 +73,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, masks, rng, x, memory, *parameters):
-        norms, linears = as_lists(parameters)
+        norms, linears = _lists(parameters)
         tensors = [] if memory is None else memory_list(memory, *masks[2:])
         y, *kept = _fwd(x, norms, linears, masks[0], masks[1], tensors, rng, options)
         ctx.save_for_backward(*kept, *masks, rng, x, memory, *parameters)
@@ -89,7 +89,7 @@ class _Step(torch.autograd.Function):
             grads = differentiate(_reference(ctx.options, (mask, bias), None, rng), (x, *parameters), (dy,))
             return None, None, None, grads[0], None, *grads[1:]
         kept, need_dx = [qkv, preact, others, weights], ctx.needs_input_grad[3]
-        norms, linears = as_lists(parameters)
+        norms, linears = _lists(parameters)
         dx, *grads = _bwd(dy, kept, need_dx, False, x, norms, linears, mask, bias, [], rng, ctx.options)
         grads = [None if p is None else grad for p, grad in zip(parameters, grads, strict=True)]
         return None, None, None, dx if need_dx else None, None, *grads
@@ -102,7 +102,7 @@ class _Step(torch.autograd.Function):
             function = _reference(ctx.options, (mask, bias), others, rng)
             return None, None, None, *differentiate(function, (x, memory, *parameters), (dy,))
         _, _, _, need_dx, need_dmemory, *_ = ctx.needs_input_grad
-        norms, linears = as_lists(parameters)
+        norms, linears = _lists(parameters)
         inputs = x, norms, linears, mask, bias, memory_list(memory, *others), rng, ctx.options
         dx, *grads, dmemory = _bwd(dy, kept, need_dx, need_dmemory, *inputs)
         grads = [None if p is None else grad for p, grad in zip(parameters, grads, strict=True)]
