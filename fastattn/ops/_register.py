@@ -33,6 +33,7 @@ TRACED = frozenset(_traced.values())
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 _transforms = torch._C._are_functorch_transforms_active
 _n_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -282,11 +283,11 @@ def _distinct(args):
 
 
 def is_differentiated(dy):
-    """Whether torch must see the ops of a backward: create_graph=True, or is_grads_batched=True.
+    """Whether torch must see the ops of a backward: create_graph=True, is_grads_batched=True, or vmap over it.
 
-    An op that returns a list has no batching rule.
+    An op that returns a list has no batching rule, and the rule of the others is a loop.
     """
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return torch.is_grad_enabled() or _is_batched(dy) or _is_legacy_batched(dy)
 
 
 def differentiate(function, inputs, grad_outputs):

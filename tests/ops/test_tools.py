@@ -70,6 +70,13 @@ def batched_gradients(module, inputs):
 
 
 @tool()
+def gradients_under_vmap(module, inputs):
+    out, parameters = first(module(*inputs)), [p for p in module.parameters() if p.requires_grad]
+    grads = torch.stack([torch.ones_like(out), out.detach()])
+    return list(torch.func.vmap(lambda dy: torch.autograd.grad(out, parameters, dy, retain_graph=True))(grads))
+
+
+@tool()
 def double_backward(module, inputs):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # torch's flash kernels have none
         leaves = [x.clone().requires_grad_() for x in inputs]

@@ -121,11 +121,15 @@ def test_batched_gradients(op, dim):
     out = several(function(*leaves))[0]
     batch = torch.stack([torch.ones_like(out), out.detach()], dim).movedim(dim, 0)
     got = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    used = [x for x, grad in zip(leaves, got, strict=True) if grad is not None]
+    mapped = torch.func.vmap(lambda dy: torch.autograd.grad(out, used, dy, retain_graph=True))(batch)
+    mapped = iter(mapped)
+    mapped = [None if grad is None else next(mapped) for grad in got]
     last = torch.autograd.grad(out, leaves, batch, is_grads_batched=True, allow_unused=True)  # frees the saved tensors
     for index in range(2):
         out = several(function(*leaves))[0]
         expected = torch.autograd.grad(out, leaves, batch[index], allow_unused=True)
-        for of_batch in (got, last):
+        for of_batch in (got, last, mapped):
             found = [None if grad is None else grad[index] for grad in of_batch]
             torch.testing.assert_close(found, list(expected))
 
