@@ -7,7 +7,14 @@ import torch
 
 from fastattn import reference
 from fastattn.ops._backends import choose, grad_wanted
-from fastattn.ops._register import checks_operands, differentiate, eager_apply, raw_ops, traced_backend
+from fastattn.ops._register import (
+    apply_is_patched,
+    checks_operands,
+    differentiate,
+    eager_apply,
+    raw_ops,
+    traced_backend,
+)
 
 _fwd, _bwd, _infer = (raw_ops(name).direct["native"] for name in ("norm_fwd", "norm_bwd", "norm_infer"))
 _is_compiling, _is_mode_enabled = torch.compiler.is_compiling, torch._C._is_torch_function_mode_enabled
@@ -41,7 +48,12 @@ class _PlainNorm(torch.autograd.Function):
         return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
 
 
-plain_norm = eager_apply(_PlainNorm)  # x, weight, bias (both of one dtype, or None), eps, rms -> the norm of x
+_apply = eager_apply(_PlainNorm)
+
+
+def plain_norm(x, weight, bias, eps, rms):
+    """The norm of x with gradients; weight and bias have one dtype, or are None."""
+    return (_PlainNorm.apply if apply_is_patched() else _apply)(x, weight, bias, eps, rms)
 
 
 def eager_norm(x, weight, bias, eps, rms):

@@ -35,6 +35,8 @@ _transforms = torch._C._are_functorch_transforms_active
 _n_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_of_function = vars(torch.autograd.Function)
+_torch_apply = _of_function["apply"]
 
 
 def _ask_fx():
@@ -259,13 +261,18 @@ def apply(function, *args):
     """
     if _is_compiling():
         return function.apply(*_distinct(args))
-    if _transforms():
-        return function.apply(*args)  # raises: our functions have no rules for transforms
+    if _transforms() or apply_is_patched():
+        return function.apply(*args)  # raises under a transform: our functions have no rules for them
     return (_applies.get(function) or eager_apply(function))(*unwrap_dead_wrappers(args))
 
 
+def apply_is_patched():
+    """Whether a tool has replaced `torch.autograd.Function.apply`, as profilers do to see each call."""
+    return _of_function["apply"] is not _torch_apply
+
+
 def eager_apply(function):
-    """The `apply` of torch's C++ that `Function.apply` calls, for eager mode without a transform.
+    """The `apply` of torch's C++ that `Function.apply` calls, for eager mode without a transform and without a patch.
 
     Its node calls the backward without a detour too.
     """

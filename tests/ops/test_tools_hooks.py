@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
+import fastattn
+from fastattn.ops._backends import why_not_available
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # deprecation warnings of the tools themselves
 
 TOOLS = Tools()
@@ -155,3 +158,24 @@ def module_tracker(module, inputs):
 @pytest.mark.parametrize("tool", TOOLS)
 def test_same_outcome(tool, name):
     assert_same_outcome(TOOLS[tool], name)
+
+
+@pytest.mark.skipif(why_not_available("native", "cpu") is not None, reason="no C++ kernels")
+def test_a_replaced_apply_of_autograd_functions_sees_every_node(monkeypatch):
+    """As profilers replace it: a layer, self-attention and a norm are a node each."""
+    x, seen, original = torch.randn(2, 5, 24), [], torch.autograd.Function.apply.__func__
+    attend = fastattn.nn.MultiheadAttention(24, 3, batch_first=True)
+    layers = {
+        "_Step": fastattn.nn.TransformerEncoderLayer(24, 3, 40, batch_first=True),
+        "_SelfAttention": lambda x: attend(x, x, x, need_weights=False)[0],
+        "_PlainNorm": fastattn.nn.RMSNorm(24),
+    }
+    for name, layer in layers.items():
+        layer(x).sum().backward()
+        with monkeypatch.context() as patch:
+            watched = classmethod(lambda cls, *args: seen.append(cls.__name__) or original(cls, *args))
+            patch.setattr(torch.autograd.Function, "apply", watched)
+            layer(x).sum().backward()
+        layer(x)
+        assert seen == [name]
+        seen.clear()
