@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.drop_in.guards import Guard, hold
+from fastattn.drop_in.guards import Call, Guard, call_the_same, calls_of, hold
 from fastattn.ops._kinds import FLOAT_DTYPES, nonplain_kind
 
 ON_META = "its parameters are on the meta device: load the weights first"
@@ -78,6 +78,11 @@ class Recognised(Replaced):
             self.__dict__["_fastattn"] = None
         super().__setattr__(name, value)
 
+    def __delattr__(self, name):
+        if name not in _ALL_MODULES_HAVE and name in self.__dict__:
+            self.__dict__["_fastattn"] = None  # the class may have a value of this name
+        super().__delattr__(name)
+
 
 def _is_another(old, value):
     if any(isinstance(old, kind) and isinstance(value, kind) for kind in (Tensor, torch.nn.Module)):
@@ -91,25 +96,33 @@ def has_other_state(module: torch.nn.Module) -> bool:
     return bool(module._modules) or any(isinstance(value, Tensor) for value in values)
 
 
+_calls_at_check: dict[tuple, tuple[Call, ...]] = {}  # the arguments of `make_class` -> the functions at its last call
+
+
 def _new(mixin, original, facts, guards=()):
-    kind = _made(mixin, original, facts, guards)
+    """An empty object of a class as it was checked here, or in the process in which it was pickled."""
+    key = mixin, original, facts, guards
+    kind = _made(*key, _calls_at_check[key]) if key in _calls_at_check else make_class(*key)
     return kind.__new__(kind)
 
 
 def make_class(mixin: type, original: type, facts: Any, guards: tuple[Guard, ...] = ()) -> type:
     """The subclass of `original` with the forward of `mixin`, which finds `facts`, a hashable value, in `_fastattn`.
 
-    While one of the guards does not hold, the original forward runs.
+    While one of the guards does not hold, the original forward runs. If `mixin` takes its place without calling it, it
+    also runs while a function is replaced that it calls, or it itself on the class.
     """
-    return _made(mixin, original, facts, guards)
+    calls = calls_of(original) if issubclass(mixin, Recognised) else ()
+    _calls_at_check[mixin, original, facts, guards] = calls
+    return _made(mixin, original, facts, guards, calls)
 
 
 @functools.cache
-def _made(mixin, original, facts, guards):
+def _made(mixin, original, facts, guards, calls: tuple[Call, ...]):
 
     @functools.wraps(original.forward)  # inspect.signature shows the arguments of the original
     def forward(self, *args, **kwargs):
-        if guards and not hold(self, guards):
+        if (guards and not hold(self, guards)) or (calls and not call_the_same(original, calls)):
             return original.forward(self, *args, **kwargs)
         return mixin.forward(self, *args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 A check of a module holds for the values of that time. `Recognised` notices when an attribute of the module itself
 changes. The values here may change without its notice, so the forward of ours compares them in each call, and runs the
-original forward if one has changed.
+original forward if one has changed. It does the same if a function that the original forward calls was replaced.
 """
 
 import sys
@@ -16,15 +16,25 @@ _NUMBERS = (type(None), bool, int, float, str, torch.dtype)
 _CODE = (torch.nn.Module, torch.Tensor, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 _DEPTH, _MOST_ITEMS, _MOST_FUNCTIONS = 3, 16, 64
 _MISSING = object()
+_ABSENT = ...  # the value of a Guard: there is no such attribute or item
+_LENGTH = (None, "")  # a step of a path: the length
 
 
 class Guard(NamedTuple):
     """A value that was read. source: the name of a Python module, or None for the torch module itself; path: (whether
-    the key is that of an item and not of an attribute, key) for each step."""
+    the key is that of an item and not of an attribute, key) for each step, or `_LENGTH`."""
 
     source: str | None
-    path: tuple[tuple[bool, Any], ...]
+    path: tuple[tuple[bool | None, Any], ...]
     value: Any
+
+
+class Call(NamedTuple):
+    """A function that may be called. source: the name of its Python module, or None if it is a method."""
+
+    source: str | None
+    name: str
+    function: Any
 
 
 def hold(module: torch.nn.Module | None, guards: tuple[Guard, ...]) -> bool:
@@ -33,12 +43,55 @@ def hold(module: torch.nn.Module | None, guards: tuple[Guard, ...]) -> bool:
         found: Any = module if source is None else sys.modules.get(source)
         try:
             for is_item, key in path:
-                found = found[key] if is_item else getattr(found, key)
-        except (AttributeError, KeyError, IndexError, TypeError):
+                if is_item is None:
+                    found = len(found)
+                elif is_item:
+                    found = found.get(key, _ABSENT) if type(found) is dict else found[key]
+                else:
+                    found = getattr(found, key, _ABSENT)
+        except Exception:  # the code of a config; the original forward may expect its error
             return False
         if type(found) is not type(value) or found != value:
             return False
     return True
+
+
+def call_the_same(kind: type | None, calls: tuple[Call, ...]) -> bool:
+    """Whether functions are what they were; kind: the class of the methods."""
+    for source, name, function in calls:
+        if getattr(kind if source is None else sys.modules.get(source), name, None) is not function:
+            return False
+    return True
+
+
+def calls_of(read: type | Callable) -> tuple[Call, ...]:
+    """The functions outside of torch that the forward of a class, or a function, may call, with the forward itself."""
+    is_class = isinstance(read, type)
+    forward: Any = getattr(read, "forward", read) if is_class else read
+    functions = _functions(forward, read.__mro__ if isinstance(read, type) else ())
+    found: dict[tuple[str | None, str], Call] = {}
+    for function in functions:
+        names = {*names_in(function.__code__), "forward"}
+        python = sys.modules.get(function.__module__)
+        if is_class:
+            for name in names:
+                value = getattr(read, name, None)
+                if _is_one_of(value, functions) and getattr(read, name) is value:  # a classmethod is a new object
+                    found[None, name] = Call(None, name, value)
+        if python is not None and vars(python) is function.__globals__:
+            for name in names & vars(python).keys():
+                if _is_one_of(vars(python)[name], functions):
+                    found[python.__name__, name] = Call(python.__name__, name, vars(python)[name])
+    return tuple(found.values())
+
+
+def _is_one_of(value, functions):
+    return isinstance(value, (types.FunctionType, types.MethodType, property)) and _inner(value) in functions
+
+
+def _inner(function):
+    """The function of a method or property."""
+    return getattr(function, "__func__", getattr(function, "fget", function))
 
 
 def guards_of(read: torch.nn.Module | Callable) -> tuple[Guard, ...]:
@@ -49,6 +102,9 @@ def guards_of(read: torch.nn.Module | Callable) -> tuple[Guard, ...]:
         names, keys = set(names_in(function.__code__)), set(_constants(function.__code__))
         names |= {key for key in keys if isinstance(key, str) and key.isidentifier()}
         guards = list(_of_attributes(read, names, keys)) if is_module else []
+        if is_module and {"getattr", "hasattr"} & names:
+            own = {key for key in keys if isinstance(key, str) and key.isidentifier() and not hasattr(read, key)}
+            guards += (Guard(None, ((False, key),), _ABSENT) for key in own)
         python = sys.modules.get(function.__module__)
         if python is not None and vars(python) is function.__globals__:
             for name in names & vars(python).keys():
@@ -96,14 +152,22 @@ def _values(source, value, path, names, keys) -> Iterator[Guard]:
     if len(path) > _DEPTH or isinstance(value, _CODE) or kind.__module__.partition(".")[0] in ("torch", "typing"):
         return
     steps: list[tuple[bool, Any, Any]] = []
+    may_be_absent: set[Any] = set()
     if isinstance(value, dict):
-        steps = [(True, key, value[key]) for key in keys & value.keys()]
+        steps = [(True, key, value.get(key, _MISSING)) for key in keys]
+        may_be_absent = {key for key in keys if isinstance(key, str) and key.isidentifier()}
     elif isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
         steps = [(True, i, item) for i, item in enumerate(value)]
+        if isinstance(value, list):
+            yield Guard(source, (*path, _LENGTH), len(value))
     elif hasattr(value, "__dict__") and kind.__module__ != "builtins":
         steps = [(False, name, _attribute(value, name)) for name in names if not name.startswith("__")]
+        may_be_absent = keys if {"getattr", "hasattr"} & names else may_be_absent
     for is_item, key, item in steps:
-        if item is not _MISSING and (not callable(item) or isinstance(item, type)):
+        if item is _MISSING:
+            if key in may_be_absent and (is_item or not hasattr(kind, key)):
+                yield Guard(source, (*path, (is_item, key)), _ABSENT)
+        elif not callable(item) or isinstance(item, type):
             yield from _values(source, item, (*path, (is_item, key)), names, keys)
 
 
@@ -127,8 +191,7 @@ def _functions(first, kinds):
     """A function and those of Python that it may call, also methods of these classes, without those of torch."""
     waiting, found = [first], {}
     while waiting and len(found) < _MOST_FUNCTIONS:
-        function = waiting.pop()
-        function = getattr(function, "__func__", getattr(function, "fget", function))
+        function = _inner(waiting.pop())
         if not isinstance(function, types.FunctionType) or function in found:
             continue
         if str(function.__module__).partition(".")[0] == "torch":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.drop_in.change import Change, Replaced, change_class, is_foreign, make_class, why_not_take_over
-from fastattn.drop_in.guards import guards_of, hold, names_in
+from fastattn.drop_in.guards import call_the_same, calls_of, guards_of, hold, names_in
 from fastattn.drop_in.rotary_forms import agrees_on, forms_of, rotated
 from fastattn.nn.plain import is_traced
 
@@ -55,7 +55,7 @@ class Rotate:
         forms = forms_of(function)
         if (
             not isinstance(forms, str)
-            and hold(None, _guards_of(function))
+            and _is_as_checked(function)
             and _may_run(function, args or tuple(named.values()))
         ):
             for form in forms:
@@ -67,8 +67,13 @@ class Rotate:
 
 @functools.cache
 def _guards_of(function):
-    """The numbers that a function reads in its file, as they are at its check."""
-    return guards_of(function)
+    """The numbers that a function reads in its file, and the functions that it calls, as they are at its check."""
+    return guards_of(function), calls_of(function)
+
+
+def _is_as_checked(function):
+    guards, calls = _guards_of(function)
+    return hold(None, guards) and call_the_same(None, calls)
 
 
 def _may_run(function, values):

@@ -319,3 +319,14 @@ def test_unusual_forwards(kind, replaced):
     report = fastattn.replace(module, only="rotary")
     assert (len(report.replaced), report.left) == (replaced, {})
     torch.testing.assert_close(module(*given), expected)
+
+
+def test_a_function_that_the_rotation_calls_may_be_replaced(served, monkeypatch):
+    module, *given = case()
+    fastattn.replace(module, only="rotary")
+    plain = copy.deepcopy(module)
+    plain.__class__ = Attention
+    assert "turn_half" in apply_rotary.__code__.co_names
+    monkeypatch.setattr(sys.modules[apply_rotary.__module__], "turn_half", lambda x: x * 2)
+    assert torch.equal(module(*given), plain(*given))
+    assert not served
