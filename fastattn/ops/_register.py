@@ -271,13 +271,34 @@ def apply_is_patched():
     return _of_function["apply"] is not _torch_apply
 
 
+# the names in the code of these methods of torch, one set for each form that they have had since PyTorch 2.11
+_APPLY_OF_FUNCTION = (
+    {
+        "_is_setup_context_defined", "setup_context", "forward", "torch", "_C", "_are_functorch_transforms_active",
+        "_functorch", "utils", "unwrap_dead_wrappers", "super", "apply", "RuntimeError", "custom_function_call",
+    },
+)  # fmt: skip
+_APPLY_OF_NODE = (
+    {"_forward_cls", "backward", "vjp", "Function", "RuntimeError"},
+    {"_forward_cls", "_get_user_fn", "getattr", "list"},
+)
+
+
+def _is_known(method, forms):
+    code = getattr(method, "__code__", None)
+    return code is not None and set(code.co_names) in forms and {*code.co_freevars} <= {"__class__"}
+
+
 def eager_apply(function):
     """The `apply` of torch's C++ that `Function.apply` calls, for eager mode without a transform and without a patch.
 
-    Its node calls the backward without a detour too.
+    Its node calls the backward without a detour too. Each is done only if the installed PyTorch leaves out no more than
+    a check that way; otherwise this is `function.apply`. From PyTorch 2.14 on, `Function.apply` is the one of C++.
     """
-    function._backward_cls.apply = function.backward
-    _applies[function] = super(torch.autograd.Function, function).apply
+    if _is_known(torch.autograd.function.BackwardCFunction.apply, _APPLY_OF_NODE):
+        function._backward_cls.apply = function.backward
+    known = _is_known(torch.autograd.Function.apply, _APPLY_OF_FUNCTION)
+    _applies[function] = super(torch.autograd.Function, function).apply if known else function.apply
     return _applies[function]
 
 

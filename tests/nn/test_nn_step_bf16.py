@@ -32,12 +32,15 @@ def error(found, exact):
 
 
 def assert_as_near(found, in_parts, exact):
-    """Check a step against fp64 by the error of the same step in parts."""
+    """Check a step against fp64 by the error of the same step in parts.
+
+    The ratio of two errors of a hundred numbers is partly chance: over twelve seeds it was 0.4 to 1.7.
+    """
     assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in in_parts.items()}
     assert torch.equal(found.pop("random"), exact.pop("random"))
     ours, theirs = error(found, exact), error(in_parts, exact)
     for name, t in exact.items():
-        assert ours[name] <= 1.3 * theirs[name] + 2**-9 * float(t.square().mean().sqrt()), name
+        assert ours[name] <= 2 * theirs[name] + 2**-9 * float(t.square().mean().sqrt()), name
 
 
 @both

@@ -28,9 +28,9 @@ _COUNTED = ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDGSTS", "UTMALDG", "HMMA
 
 def resources(cubin):
     """Registers, stack bytes and counts of memory instructions by width, read from the machine code."""
-    import triton.backends.nvidia
+    from triton import knobs
 
-    cuobjdump = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
+    cuobjdump = knobs.nvidia.cuobjdump.path  # TRITON_CUOBJDUMP_PATH names a newer one, if Triton's own is too old
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
