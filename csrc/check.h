@@ -36,7 +36,7 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
 // Raises if a tensor with elements has no memory.
 inline void check_storage(const Tensor& tensor, const void* data) {
   int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
   STD_TORCH_CHECK((data && bytes) || tensor.numel() == 0, "a tensor of ", tensor.numel(),
                   " elements has no memory: its storage was freed or never allocated");
 }
@@ -143,7 +143,7 @@ inline Tensor empty_on(int32_t device_type, int32_t device_index, torch::headero
     stride *= std::max<int64_t>(1, sizes[d]);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(dims), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
   return Tensor(handle);
@@ -154,7 +154,7 @@ struct Place {
   int32_t device_type = 0, device_index;
 
   explicit Place(const Tensor& like) : device_index(like.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   }
   Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) const {
     return empty_on(device_type, device_index, sizes, dtype);

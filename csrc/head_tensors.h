@@ -24,9 +24,9 @@ template <size_t N>
 Tensor empty_strided(const Tensor& like, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides,
                      ScalarType dtype) {
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       N, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       device_type, like.get_device_index(), &handle));
   return Tensor(handle);

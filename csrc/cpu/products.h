@@ -61,9 +61,9 @@ inline void multiply(const Operand& a, const Operand& b, const void* bias, bool 
   const Tensor out = operand(c, a.rows, b.cols, a.dtype).tensor(), left = a.tensor(), right = b.tensor();
   if (bias || add) {
     const Tensor added = bias ? operand(bias, 1, b.cols, a.dtype).tensor() : out;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1, 1));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1, 1));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
   }
 }
 

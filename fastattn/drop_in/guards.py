@@ -14,6 +14,7 @@ import torch
 
 _NUMBERS = (type(None), bool, int, float, str, torch.dtype)
 _CODE = (torch.nn.Module, torch.Tensor, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+_NEVER_CHANGE = ("torch", "numpy")  # packages
 _DEPTH, _MOST_ITEMS, _MOST_FUNCTIONS = 3, 16, 64
 _MISSING = object()
 _ABSENT = ...  # the value of a Guard: there is no such attribute or item
@@ -72,13 +73,12 @@ def calls_of(read: type | Callable) -> tuple[Call, ...]:
     found: dict[tuple[str | None, str], Call] = {}
     for function in functions:
         names = {*names_in(function.__code__), "forward"}
-        python = sys.modules.get(function.__module__)
         if is_class:
             for name in names:
                 value = getattr(read, name, None)
                 if _is_one_of(value, functions) and getattr(read, name) is value:  # a classmethod is a new object
                     found[None, name] = Call(None, name, value)
-        if python is not None and vars(python) is function.__globals__:
+        for python in _files(function, names):
             for name in names & vars(python).keys():
                 if _is_one_of(vars(python)[name], functions):
                     found[python.__name__, name] = Call(python.__name__, name, vars(python)[name])
@@ -105,8 +105,7 @@ def guards_of(read: torch.nn.Module | Callable) -> tuple[Guard, ...]:
         if is_module and {"getattr", "hasattr"} & names:
             own = {key for key in keys if isinstance(key, str) and key.isidentifier() and not hasattr(read, key)}
             guards += (Guard(None, ((False, key),), _ABSENT) for key in own)
-        python = sys.modules.get(function.__module__)
-        if python is not None and vars(python) is function.__globals__:
+        for python in _files(function, names):
             for name in names & vars(python).keys():
                 guards += _values(python.__name__, vars(python)[name], ((False, name),), names, keys)
         found |= {(guard.source, guard.path): guard for guard in guards}
@@ -187,6 +186,18 @@ def _constants(code):
             yield constant
 
 
+def _files(function, names):
+    """The Python modules in which a function looks up names: its own, and imported ones that it names."""
+    python = sys.modules.get(function.__module__)
+    found = [python] if python is not None and vars(python) is function.__globals__ else []
+    for value in map(function.__globals__.get, names):
+        if isinstance(value, types.ModuleType) and sys.modules.get(value.__name__) is value:
+            package = value.__name__.partition(".")[0]
+            if package not in _NEVER_CHANGE and package not in sys.stdlib_module_names:
+                found.append(value)
+    return found
+
+
 def _functions(first, kinds):
     """A function and those of Python that it may call, also methods of these classes, without those of torch."""
     waiting, found = [first], {}
@@ -201,4 +212,5 @@ def _functions(first, kinds):
         names = set(names_in(function.__code__))
         methods = [vars(kind)[name] for kind in kinds for name in names & vars(kind).keys()]
         waiting += [*cells, *methods, *(function.__globals__.get(name) for name in names)]
+        waiting += (vars(python).get(name) for python in _files(function, names) for name in names)
     return list(found)

@@ -36,7 +36,7 @@ _n_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _of_function = vars(torch.autograd.Function)
-_torch_apply = _of_function["apply"]
+_torch_apply = _of_function.get("apply")  # None where it is that of C++
 
 
 def _ask_fx():
@@ -253,6 +253,11 @@ def is_recorded(tensor):
     )
 
 
+def apply_is_patched():
+    """Whether a tool has replaced `torch.autograd.Function.apply`, as profilers do to see each call."""
+    return _of_function.get("apply") is not _torch_apply
+
+
 def apply(function, *args):
     """`function.apply(*args)` of an autograd.Function; under torch.compile, repeated tensors become views.
 
@@ -264,11 +269,6 @@ def apply(function, *args):
     if _transforms() or apply_is_patched():
         return function.apply(*args)  # raises under a transform: our functions have no rules for them
     return (_applies.get(function) or eager_apply(function))(*unwrap_dead_wrappers(args))
-
-
-def apply_is_patched():
-    """Whether a tool has replaced `torch.autograd.Function.apply`, as profilers do to see each call."""
-    return _of_function["apply"] is not _torch_apply
 
 
 # the names in the code of these methods of torch, one set for each form that they have had since PyTorch 2.11
@@ -290,7 +290,7 @@ def _is_known(method, forms):
 
 
 def eager_apply(function):
-    """The `apply` of torch's C++ that `Function.apply` calls, for eager mode without a transform and without a patch.
+    """The `apply` of torch's C++ that `Function.apply` calls, for eager mode without a transform.
 
     Its node calls the backward without a detour too. Each is done only if the installed PyTorch leaves out no more than
     a check that way; otherwise this is `function.apply`. From PyTorch 2.14 on, `Function.apply` is the one of C++.

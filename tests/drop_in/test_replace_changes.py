@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+import types
 
 import pytest
 import torch
@@ -104,6 +105,21 @@ class ReadsElsewhere(torch.nn.Module):
         return self.scaled(self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
 
+class ReadsAnotherFile(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(D) + 0.5)
+
+    def forward(self, x):
+        y = self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return another_file.rounded(y) * another_file.SCALE
+
+
+another_file = types.ModuleType("file_of_numbers")
+another_file.SCALE = 1.0
+exec("def rounded(y):\n    return y", vars(another_file))
+
+
 class GatedBlock(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -178,6 +194,8 @@ ELSEWHERE = {
     "item that is gone": (ReadsElsewhere, lambda module, patch: setattr(module, "options", {"scale": 3.0})),
     "class of the config": (ReadsElsewhere, lambda module, patch: patch.setattr(Config, "scale", 2.0)),
     "file": (ReadsElsewhere, lambda module, patch: patch.setattr(sys.modules[__name__], "FACTOR", 2.0)),
+    "another file": (ReadsAnotherFile, lambda _, patch: patch.setattr(another_file, "SCALE", 2.0)),
+    "its function": (ReadsAnotherFile, lambda _, patch: patch.setattr(another_file, "rounded", lambda y: y * 2)),
     "child": (GatedBlock, lambda module, patch: setattr(module.act, "approximate", "tanh")),
 }
 
@@ -185,11 +203,12 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_value_elsewhere_that_changes(name, monkeypatch):
     kind, change = ELSEWHERE[name]
+    monkeypatch.setitem(sys.modules, another_file.__name__, another_file)
     plain, x = kind(), torch.randn(4, D)
     module = copy.deepcopy(plain)
     assert "" in fastattn.replace(module).replaced
     change(module, monkeypatch)
-    if name not in ("function", "method", "forward"):
+    if name not in ("function", "method", "forward", "its function"):
         change(plain, monkeypatch)
     for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(twin(x), plain(x))
