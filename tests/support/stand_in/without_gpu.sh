@@ -6,7 +6,8 @@
 # FOLDER receives the library; a folder that has one is used as it is. It needs gcc and the headers of CUDA in CUDA_HOME
 # (default /usr/local/cuda), and serves the torch of the `python` on PATH, a CUDA build. Our own _cuda.so must be linked
 # to the shared runtime, so build it in a copy whose setup.py says -lcudart in place of
-# "-lcudart_static -lrt -lpthread -ldl".
+# "-lcudart_static -lrt -lpthread -ldl". Run pytest with --assert=plain: printing a tensor can take all memory, because
+# PyTorch takes sizes from the device then.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mkdir -p "$1"
