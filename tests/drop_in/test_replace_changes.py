@@ -1,4 +1,4 @@
-"""Attributes that change after `replace`: the check covered the old values, so the module runs its own forward again."""
+"""Attributes that change after `replace`: the check covered the old values, so a module's own forward runs again."""
 
 import copy
 import pickle
