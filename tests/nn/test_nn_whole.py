@@ -1,4 +1,4 @@
-"""The encoder layer as one call: right against fp64, never stale, and not used if a child has hooks or other additions."""
+"""The encoder layer as one call: right against fp64, never stale, and not used if a child has additions."""
 
 import copy
 import functools
