@@ -119,7 +119,7 @@ def test_no_function_compiled_for_a_newer_processor_can_be_linked_into_baseline_
     if not objects:
         pytest.skip("no objects of CPU kernels in build/: not built in this checkout")
     for path in objects:
-        # DW.ref.* is data, the address of the unwinder's function, and not code
+        # DW.ref.* is data: it holds the address of the unwinder's function
         shared = re.findall(r" [WVu] (?!DW\.ref\.).*", output_of(tool("nm"), "-C", str(path)))
         assert not shared, (path.name, shared)
 
@@ -380,7 +380,7 @@ def test_version_is_the_installed_one():
 
 
 def test_every_build_uses_the_ninja_of_pip(tmp_path, monkeypatch):
-    """The isolated builds of pip have it first on PATH, others the system's, whose log of a build they do not share."""
+    """The isolated builds of pip find it first on PATH. Other builds find the system's, and do not share its log."""
     pytest.importorskip("ninja", reason="building needs ninja")
     monkeypatch.syspath_prepend(ROOT)
     build_environment = importlib.import_module("build_environment")

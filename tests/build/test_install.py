@@ -1,4 +1,4 @@
-"""What an installation does on a machine that lacks something, and what it says: stand-ins for torch and compilers."""
+"""What an installation does and prints on a machine that lacks something, with stand-ins for torch and compilers."""
 
 import json
 import os

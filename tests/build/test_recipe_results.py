@@ -82,7 +82,7 @@ def test_the_steps_of_a_speedrun_fit_with_their_validations(modules):
 
 @pytest.mark.parametrize(("factor", "runs"), [(1.0, 3), (0.7, 4), (1.2, 4)])
 def test_a_run_of_the_speedrun_takes_the_time_that_is_asked_for(modules, monkeypatch, factor, runs):
-    """A long run whose steps take another time than those of the short runs is made again."""
+    """A long run is repeated if its steps take longer or shorter than those of the short runs."""
     made = []
 
     def train(recipe, run, steps, *more):
@@ -105,7 +105,7 @@ def test_a_speedrun_on_an_unsteady_machine_ends_with_an_error(modules, monkeypat
 
 
 def test_the_page_of_recipes_says_what_was_measured():
-    """Each row of the newest result file is in the page as it is, and the page has no row of its own."""
+    """Each row of the newest result file is in the page unchanged, and the page has no other rows."""
     page = (ROOT / "docs/recipes.md").read_text()
     assert RESULTS[-1].name in page
     rows = [line for line in RESULTS[-1].read_text().splitlines() if line.startswith("| ")][1:]

@@ -66,7 +66,7 @@ def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for path in tmp_path.rglob("*.html"):  # a list that is none: MkDocs does not warn
+    for path in tmp_path.rglob("*.html"):  # a list that was not rendered as one: MkDocs does not warn
         assert not re.search(r"<p>(?:(?!</p>).)*\n- ", path.read_text(), re.DOTALL), path
     page = (tmp_path / "api/ops.html").read_text()
     assert 'id="fastattn.attention"' in page
@@ -79,4 +79,4 @@ def test_the_site_builds_without_warnings_and_shows_what_is_public(tmp_path):
     results = {path.stem for path in (ROOT / "benchmarks/results").glob("*.md")}
     assert {path.stem for path in (tmp_path / "results").glob("*.html")} == results
     fetched = re.findall(r"""(?:src|<link[^>]* href)=["'](https?:[^"']*)""", (tmp_path / "index.html").read_text())
-    assert not fetched  # nothing comes from elsewhere
+    assert not fetched  # the site loads nothing from other hosts

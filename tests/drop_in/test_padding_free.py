@@ -51,7 +51,7 @@ def test_stack_of_encoder_layers(batch_first, norm_first, causal):
 
 
 def test_stack_computes_real_tokens_only():
-    """Not even NaN at the padding reaches anything, and a row may be padding alone."""
+    """NaN at the padding does not reach any result. A row may consist of padding only."""
     model, x = stack(padding_free=True), torch.randn(4, SEQLEN, D)
     expected = model(x, src_key_padding_mask=PADDING)
     x[PADDING] = float("nan")
@@ -193,7 +193,7 @@ def test_what_a_head_makes_of_any_mask(family, mask):
 
 
 def test_more_tokens_than_positions():
-    """Packed, the batch is longer than any row may be."""
+    """The packed batch is longer than the longest row that the model allows."""
     config = transformers.BertConfig(**BERT, num_hidden_layers=1, max_position_embeddings=24)
     model = transformers.BertModel(config).eval()
     given, real = inputs_of("encoder", "right")

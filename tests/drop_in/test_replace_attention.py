@@ -18,7 +18,7 @@ D, HEADS = 24, 3
 
 
 class SelfAttention(torch.nn.Module):
-    """As small GPTs have it: one product for q, k and v, torch's function in the middle."""
+    """Attention of a small GPT: one product for q, k and v, then torch's function."""
 
     def __init__(self, dropout=0.0):
         super().__init__()

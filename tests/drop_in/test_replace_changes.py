@@ -1,4 +1,4 @@
-"""Attributes that change after `replace`: a check saw those of before, so the module runs its own forward again."""
+"""Attributes that change after `replace`: the check covered the old values, so a module's own forward runs again."""
 
 import copy
 import pickle
@@ -83,7 +83,7 @@ class Config:
 
     @property
     def square(self):
-        """A name that the forward uses too, for something else."""
+        """The forward uses the same name for something else."""
         raise ValueError("not to be read")
 
 
@@ -91,7 +91,7 @@ FACTOR = 1.0
 
 
 class ReadsElsewhere(torch.nn.Module):
-    """Whose forward also reads a config, a dict, a class and the file."""
+    """A module whose forward also reads a config, a dict, a class and the globals of the file."""
 
     def __init__(self):
         super().__init__()
@@ -232,7 +232,7 @@ def test_what_our_forward_reads_may_change(kind, monkeypatch):
     module.load_state_dict({name: t + 1 for name, t in module.state_dict().items()}, assign=True)
     for name in list(module._modules):
         setattr(module, name, copy.deepcopy(getattr(module, name)))
-    module.forward = module.forward  # as hooks of accelerate do, which put it back
+    module.forward = module.forward  # the hooks of accelerate do this and later restore it
     replica = module._replicate_for_data_parallel()
     monkeypatch.setattr(kind.forward, "__code__", (lambda self, x: None).__code__)  # would fail
     assert module(x).shape == x.shape

@@ -65,7 +65,7 @@ KINDS = [Experts, ByLinear, Grouped, Batched]
 
 @pytest.fixture(autouse=True)
 def products(monkeypatch):
-    """The products that ours served, of any size."""
+    """Records the products that our op computed, of any size."""
     torch.manual_seed(0)
     return calls_of_linear(monkeypatch, experts)
 
@@ -108,7 +108,7 @@ def test_rows_after_the_last_expert():
 
 @pytest.mark.parametrize("kind", [*KINDS, ByName])
 def test_calls_that_go_to_torch(kind, products):
-    """Another dtype, and wrong shapes, whose error is torch's."""
+    """Calls with another dtype go to torch, and so do wrong shapes, for which torch raises its error."""
     module, x = kind(), torch.randn(ROWS, D)
     plain = copy.deepcopy(module)
     fastattn.replace(module)

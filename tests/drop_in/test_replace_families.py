@@ -45,7 +45,7 @@ FEED_FORWARD = dict.fromkeys(
     2,
 ) | {"t5": 4}
 if VERSION < (5, 0):
-    FEED_FORWARD["mixtral"] = 4  # each expert is a block of its own there
+    FEED_FORWARD["mixtral"] = 4  # each expert is a separate block in these families
 # family: modules that are left alone
 LEFT = {
     "llama4": {f"model.layers.{i}.feed_forward.router" for i in range(2)},  # subclasses of torch.nn.Linear
@@ -89,7 +89,9 @@ def compare(family, dtype, padding, ours, theirs, exact):
     largest = max(grad.abs().max().item() for grad in exact[1].values())
     for name, grad in ours[1].items():
         slack = torch.finfo(torch.float32).eps * largest
-        if name.endswith(("k_proj.bias", "key.bias", "k_lin.bias")):  # 0 in exact numbers: all that is left is rounding
+        if name.endswith(
+            ("k_proj.bias", "key.bias", "k_lin.bias")
+        ):  # 0 in exact arithmetic: only rounding errors are left
             weight = exact[1][name.replace("bias", "weight")]
             slack = 4 * torch.finfo(dtype).eps * weight.abs().max().item()
         assert_accurate(grad, exact[1][name], theirs[1][name], BACKWARD, f"gradient of {name}, {padding}", slack)
@@ -179,7 +181,7 @@ def test_generated_tokens(family):
     def tokens():
         options = {"max_new_tokens": 10, "do_sample": False}
         if kind == "audio":
-            options["no_repeat_ngram_size"] = 1  # else it repeats one token
+            options["no_repeat_ngram_size"] = 1  # otherwise the model repeats one token
         return {name: model.generate(**given, **options, **cache(model)) for name, cache in caches.items()}
 
     expected = tokens()

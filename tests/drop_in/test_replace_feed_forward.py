@@ -18,7 +18,7 @@ ACTIVATIONS = {
 
 
 class Gated(torch.nn.Module):
-    """As Llama and Gemma have it."""
+    """The block of Llama and Gemma."""
 
     def __init__(self, activation="silu", bias=False, p=0.0, ff=FF):
         super().__init__()
@@ -40,14 +40,14 @@ class NoDropout(Gated):
 
 
 class Square(NoDropout):
-    """Whose layers all have the same shape: only the numbers tell them apart."""
+    """A block whose layers all have the same shape: only their values tell them apart."""
 
     def __init__(self):
         super().__init__(ff=D, bias=True)
 
 
 class DropsHidden(Gated):
-    """As T5 has it."""
+    """The block of T5."""
 
     def forward(self, hidden_states):
         return self.down(self.drop(F.gelu(self.gate(hidden_states)) * self.up(hidden_states)))
@@ -59,7 +59,7 @@ class DropsOutput(Gated):
 
 
 class Packed(torch.nn.Module):
-    """As Phi-3 has it: the gate is the first half; in the other form the second."""
+    """The block of Phi-3, whose gate is the first half. In the other form the gate is the second half."""
 
     def __init__(self, bias=False, first=True, p=0.0):
         super().__init__()
@@ -139,7 +139,7 @@ DROPOUTS = (
 
 @pytest.mark.parametrize("make", DROPOUTS)
 def test_dropout(make):
-    """In training it draws at the rate of the child, in evaluation nothing, and the child is asked at each call."""
+    """Dropout has the child's rate in training and is off in evaluation; each call reads the child's state."""
     block, x = make(0.5), torch.randn(400, D)
     expected = block.eval()(x)
     fastattn.replace(block)
@@ -206,7 +206,7 @@ class Doubled(NoDropout):
 
 
 class Limited(NoDropout):
-    """As some mixtures of experts have it."""
+    """The block of some mixtures of experts."""
 
     def forward(self, x):
         return self.down(self.act(self.gate(x)).clamp(max=10) * self.up(x).clamp(-10, 10))

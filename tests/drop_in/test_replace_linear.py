@@ -31,7 +31,7 @@ def calls(monkeypatch):
 
 
 class Conv1D(torch.nn.Module):
-    """As transformers has it: the weight is (d_in, d_out)."""
+    """The layer of transformers, with a weight of shape (d_in, d_out)."""
 
     def __init__(self, n_out=OUT, n_in=D, bias=True):
         super().__init__()
@@ -111,7 +111,7 @@ class Pair(Own):
 
 
 class Table(Own):
-    """As an embedding has it."""
+    """A weight that is used like an embedding's."""
 
     def forward(self, index):
         return self.matrix[index]
@@ -304,7 +304,7 @@ def test_transforms(kind):
 
 
 def test_changes_after_it():
-    """Quantised, parametrized, pruned, of another dtype under autocast: as the original layer."""
+    """A layer that is quantised, parametrized, pruned or run under autocast later behaves like the original."""
     x = torch.randn(8, D)
 
     def autocast(layer):

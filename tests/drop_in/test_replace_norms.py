@@ -17,7 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 
 class Rms(torch.nn.Module):
-    """As Llama has it: xhat is rounded, then multiplied by the weight."""
+    """The norm of Llama: xhat is rounded, then multiplied by the weight."""
 
     def __init__(self, d=D, eps=1e-6):
         super().__init__()
@@ -32,14 +32,14 @@ class Rms(torch.nn.Module):
 
 
 class RoundsLast(Rms):
-    """As gpt-oss and OLMo 2 have it."""
+    """The norm of gpt-oss and OLMo 2."""
 
     def forward(self, x):
         return (self.weight * self.xhat(x)).to(x.dtype)
 
 
 class OnePlus(Rms):
-    """As Gemma has it."""
+    """The norm of Gemma."""
 
     def __init__(self, d=D, eps=1e-6):
         super().__init__(d, eps)
@@ -51,7 +51,7 @@ class OnePlus(Rms):
 
 
 class LikeWeight(Rms):
-    """As T5 has it: the result has the dtype of the weight."""
+    """The norm of T5: the result has the dtype of the weight."""
 
     def forward(self, x):
         xhat = self.xhat(x)
@@ -70,7 +70,7 @@ class NamelessNorm(Nameless):
 
 
 class OfFunctional(torch.nn.Module):
-    """As nanoGPT has it: an optional bias, eps in the code."""
+    """The norm of nanoGPT: an optional bias, eps in the code."""
 
     def __init__(self, d=D, bias=True):
         super().__init__()
@@ -97,7 +97,7 @@ class Shifted(torch.nn.Module):
 
 
 class Subclass(torch.nn.LayerNorm):
-    """As timm has it."""
+    """A subclass like that of timm."""
 
     def __init__(self, d=D):
         super().__init__(d, eps=1e-6)
@@ -107,7 +107,7 @@ class Subclass(torch.nn.LayerNorm):
 
 
 class ChannelsFirst(Subclass):
-    """As ConvNeXt has it: (batch, channels, height, width)."""
+    """The norm of ConvNeXt: (batch, channels, height, width)."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -59,7 +59,7 @@ def test_values_gradients_and_undo(kind, rows, served):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_bfloat16(kind, served):
-    """At most the error of the original."""
+    """The error is at most that of the original."""
     module, *given = case(kind)
     exact = run(module, *given)[0]
     module, *given = case(kind, dtype=torch.bfloat16)
@@ -104,14 +104,14 @@ def test_no_value_is_read(kind, served):
 
 
 def test_tables_that_change(served):
-    """What was read of them is not kept across a change, and not for other tensors."""
+    """Values read from the tables are not reused after a change or for other tensors."""
     module, x, cos, sin = case()
     original = copy.deepcopy(module)
     fastattn.replace(module, only="rotary")
     for change in (lambda: None, lambda: cos.neg_(), lambda: sin[1].zero_(), lambda: cos.copy_(sin)):
         change()
         torch.testing.assert_close(module(x, cos, sin), original(x, cos, sin))
-    torch.testing.assert_close(module(x, cos, cos), original(x, cos, cos))  # another sin
+    torch.testing.assert_close(module(x, cos, cos), original(x, cos, cos))  # a different sin
     assert len(served) == 5
     with torch.inference_mode():
         cos, sin = cos.clone(), sin.clone()
@@ -263,7 +263,7 @@ def test_a_device_without_a_kernel():
 
 @pytest.mark.parametrize("kind", [Attention, Partial, Interleaved, Sorted, Complex])
 def test_on_triton(kind, served):
-    """The kernel of a GPU, in the interpreter: the same tables without a copy, and gradients."""
+    """The Triton kernel, in the interpreter: the same tables without a copy, and gradients."""
     reason = why_not_available("triton", "cpu")
     if reason:
         pytest.skip(reason)
@@ -288,7 +288,7 @@ class Hidden(Attention):
 
 
 class Empty(Attention):
-    """Whose forward has a closure with an empty cell."""
+    """A module whose forward has a closure with an empty cell."""
 
     def made():
         def forward(self, x, cos, sin):
@@ -303,7 +303,7 @@ class Empty(Attention):
 
 
 class Odd(Attention):
-    """Which names something as a rotation that cannot be called with tensors."""
+    """A module in which the name of a rotation is something that cannot be called with tensors."""
 
     def forward(self, x, cos, sin):
         return x if apply_rotary_never is None else apply_rotary_never

@@ -21,7 +21,7 @@ def eager(family):
 
 
 def pair(family):
-    """A model, and the same replaced."""
+    """A model, and a copy of it after replacement."""
     models = eager(family), eager(family)
     fastattn.replace(models[1])
     return models

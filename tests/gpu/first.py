@@ -39,7 +39,7 @@ class Family(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the table. `seconds` includes compilation. Empty `failure`: the result is right."""
+    """A line of the table. `seconds` includes compilation. The result is right if `failure` is empty."""
 
     family: str
     backend: str

@@ -18,7 +18,7 @@ def test_a_call_is_as_exact_as_pytorch(family, backend, report_rows):
     if reason := first.refused(family, backend, "cuda"):
         pytest.skip(reason)
     row = first.compare(family, backend, "cuda")
-    if not first.computes("cuda"):  # the call is a line of the page all the same, with its error if it raised one
+    if not first.computes("cuda"):  # the call still gets a line on the page, with its error if it raised one
         row = row._replace(failure=row.failure or first.COMPUTES_NOTHING)
     report_rows.append(row)
     assert not row.failure

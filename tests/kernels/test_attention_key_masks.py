@@ -163,7 +163,7 @@ def hugging_face(kind, causal):
 
 
 CAUSAL = torch.ones(9, 9, device=DEVICE).triu(1).bool()
-ENTRIES = {  # what is called, and how many of its attentions have a padding mask
+ENTRIES = {  # the model that is called, and how many of its attention calls have a padding mask
     "MultiheadAttention": (lambda x, hidden: nn.MultiheadAttention(16, 2, batch_first=True, device=DEVICE)(
         x, x, x, key_padding_mask=hidden, need_weights=False), 1),
     "TransformerEncoder": (encoder, 2),

@@ -59,7 +59,7 @@ def test_one_product_does_not():
 
 @pytest.fixture
 def switch():
-    """PyTorch's own switch, which is restored."""
+    """Sets PyTorch's own switch and restores it afterwards."""
     before = torch.backends.cuda.matmul.fp32_precision
     yield torch.backends.cuda.matmul
     torch.backends.cuda.matmul.fp32_precision = before

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh: the files and tests it would run exist. Python and the tools are stand-ins that take notes."""
+"""scripts/gpu_check.sh: the files and tests it would run exist. Stand-ins for Python and the tools record calls."""
 
 import importlib.util
 import json

@@ -59,7 +59,7 @@ def test_a_thousand_keys(dtype, monkeypatch):
 
 
 def test_few_heads_divide_their_keys(monkeypatch):
-    """With fewer than eight heads the pieces of the keys are tasks: dq waits for its turn, or has a pass of its own."""
+    """With fewer than eight heads each piece of the keys is a task: dq is added in order, or in a separate pass."""
     q, k, v = qkv(1, 1, 70, 1100, 32)
     check(monkeypatch, "one head", q, k, v, causal=True)
     check(monkeypatch, "window", q, k, v, window=(300, 5), seqlens_k=torch.tensor([1000], dtype=torch.int32))

@@ -39,7 +39,7 @@ def gemm_of_tiles(request):
 
 
 def matrix(rows, cols, layout, dtype=torch.float32):
-    """A random matrix that the end of memory follows, or NaN."""
+    """A random matrix, followed by the end of readable memory or by NaN."""
 
     def random(*sizes):
         return torch.randn(sizes).to(dtype)
@@ -164,7 +164,7 @@ def test_bf16_is_rounded_once(gemm_of_tiles, layout_a, layout_b, transpose_a, tr
 
 @pytest.mark.parametrize(("m", "n", "k"), [(70, 200, 500), (600, 90, 2500), (96, 3000, 900), (300, 64, 12000)])
 def test_bf16_bits_do_not_depend_on_threads_or_on_the_other_rows(gemm_of_tiles, m, n, k):
-    """Also where an operand is packed in parts."""
+    """This includes operands that are packed in parts."""
     bias = torch.randn(n).bfloat16()
     for ways in itertools.product((False, True), repeat=2):
         a, b, left, _ = operands(m, n, k, *ways, "dense", "dense", torch.bfloat16)

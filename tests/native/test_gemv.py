@@ -129,14 +129,14 @@ def test_bf16_without_its_instructions_is_refused():
 
 
 def test_no_rows_in_bf16_go_where_a_kernel_serves_them():
-    """With every set of instructions, also those whose kernel serves no rows in bf16 at all."""
+    """This holds for every instruction set, even if its kernel does not serve bf16."""
     x, weight = torch.zeros(0, 512, dtype=torch.bfloat16), torch.zeros(512, 512, dtype=torch.bfloat16)
     assert linear(x, weight).shape == (0, 512)
 
 
 @needs_bf16
 def test_bf16_without_columns_is_the_bias():
-    """As the first product of a thread, which has no memory yet."""
+    """It is the first product of a thread, which has not allocated memory yet."""
     bias, found = torch.randn(17).bfloat16(), []
     x, weight = (torch.zeros(rows, 0, dtype=torch.bfloat16) for rows in (5, 17))
     thread = threading.Thread(target=lambda: found.append(gemv(x, weight, None, bias)))

@@ -1,4 +1,4 @@
-"""scripts/tune_products.py: from measurements to the table; and what the table does to the choice of a product."""
+"""scripts/tune_products.py: from measurements to the table, and how the table decides which product runs."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_the_table_chooses_by_rows(monkeypatch):
 
 
 def test_amx_has_the_fp32_products_of_avx512bf16_and_its_own_in_bf16():
-    """Also where this processor has neither."""
+    """This holds even if this processor has neither."""
     here = cpu_capability()
     try:
         _gemm.use_kernel("avx512bf16")

@@ -394,6 +394,6 @@ class TestScaledDotProductAttention:
         [((2, H, 3, 8), (2, H, 7, 8)), ((2, H, 0, 8), (0, H, 0, 8)), ((2, H, 0, 5), (2, H, 0, 8))],
     )
     def test_sizes_that_do_not_fit_raise(self, k_shape, v_shape):
-        """Even if nothing of them is read."""
+        """They raise even if no element is read."""
         with pytest.raises(RuntimeError, match="scaled_dot_product_attention: "):
             fastattn.scaled_dot_product_attention(torch.randn(2, H, L, 8), torch.randn(k_shape), torch.randn(v_shape))

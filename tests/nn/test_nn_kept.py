@@ -143,7 +143,7 @@ _BIAS_KV = ("bias_k", "bias_v")
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_takes_effect(change, train, kind):
-    """As in a copy of the changed layer, which has kept nothing."""
+    """The layer computes what a copy without cached values computes after the same change."""
     layer, x = make(kind=kind).train(train), inputs(kind)
     with torch.set_grad_enabled(train):
         before = layer(*x)

@@ -1,4 +1,4 @@
-"""Layers on nested tensors: the same for each sequence as for it alone, gradients included."""
+"""Layers on nested tensors: each sequence gets the result that it gets alone, gradients included."""
 
 import copy
 

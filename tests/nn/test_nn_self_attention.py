@@ -174,7 +174,7 @@ def test_what_hangs_on_the_children_is_called(calls):
         lambda m: setattr(m, "attend", lambda *_: seen.append(1) or (x, None)),
     ):
         module = make()
-        for _ in range(2):  # the second time, what was read of the module was kept
+        for _ in range(2):  # the second call uses the values that were cached in the first
             module(x, x, x, need_weights=False)
         assert len(calls) == 2
         change(module)
@@ -230,7 +230,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_takes_effect(parts, change):
-    """Although what was read of the module is kept."""
+    """A change takes effect although values read from the module are cached."""
     module, x = make(), torch.randn(2, 5, 24)
     before, _ = module(x, x, x, need_weights=False)
     CHANGES[change](module)

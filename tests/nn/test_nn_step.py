@@ -63,7 +63,7 @@ def test_the_bits_are_those_of_the_parts(calls, parts, norm_first):
 @pytest.mark.parametrize("most", [(0, 0, 0, 0), (1000, 0, 0, 0), (0, 1000, 1000, 1000)], ids=["torch", "few", "ours"])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_equals_fp64(calls, monkeypatch, norm_first, most):
-    """By every product: up to how many rows go to our kernels."""
+    """Each case sets the number of rows up to which our kernels compute the products."""
     monkeypatch.setattr(_gemm, "most_rows", lambda *_: most[:2])
     monkeypatch.setattr(_gemm, "most_rows_of_gradients", lambda *_: most[2:])
     for d_model, heads, d_ff, batch, seqlen in ((24, 3, 40, 2, 13), (33, 3, 17, 1, 1), (8, 1, 3, 1, 70)):

@@ -22,7 +22,7 @@ orders = pytest.mark.parametrize("norm_first", [True, False])
 
 
 def make_for(autocast, *sizes, **options):
-    """A layer with numbers of bf16, in fp32 for autocast; and a function that makes an input of it."""
+    """A layer whose values fit bf16, stored in fp32 for autocast, and a function that makes an input for it."""
     layer = make(*sizes, **options).bfloat16()
     return (layer.float(), lambda t: t.bfloat16().float()) if autocast else (layer, lambda t: t.bfloat16())
 

@@ -1,4 +1,4 @@
-"""The encoder layer as one call: right against fp64, never stale, and left alone where something hangs on a child."""
+"""The encoder layer as one call: right against fp64, never stale, and not used if a child has additions."""
 
 import copy
 import functools
@@ -75,7 +75,7 @@ def masks_for(kind, batch, seqlen, heads):
 @pytest.mark.parametrize("most", [(0, 0), (1000, 0), (0, 1000), None], ids=["torch", "few rows", "ours", "chosen"])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_every_product_equals_fp64(calls, monkeypatch, most, norm_first):
-    """Of a layer; how many rows go to the kernel for few rows, then to the other kernel, then to torch's library."""
+    """Each case sets how many rows go to the kernel for few rows, to the other kernel, or to torch's library."""
     if most is not None:
         monkeypatch.setattr(_gemm, "most_rows", lambda *_: most)
     for bias in (True, False):
@@ -289,7 +289,7 @@ WRITES = {
 @pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias"])
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_projection_held_as_a_plain_attribute_is_used(calls, name, gradients):
-    """As in the replicas of DataParallel."""
+    """The replicas of DataParallel hold it in this way."""
     layer, x = make(), torch.randn(2, 4, 24)
     other = copy.deepcopy(layer)
     value = other.self_attn._parameters.pop(name).detach()

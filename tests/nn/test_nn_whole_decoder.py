@@ -1,4 +1,4 @@
-"""Which decoder layers are one node or call: something on a child, errors, changed weights."""
+"""Which decoder layers are one node or call: children with additions, errors, changed weights."""
 
 import copy
 

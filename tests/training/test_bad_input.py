@@ -1,4 +1,4 @@
-"""What cannot be meant: one line that says so, exit code 2, and nothing is written; never a traceback."""
+"""Invalid input gives one line that says so and exit code 2. Nothing is written, and there is never a traceback."""
 
 import hashlib
 import io
@@ -312,7 +312,7 @@ def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(place, monkeypa
 
 
 def test_a_user_without_a_name_or_home_is_told_where_data_were_looked_for(monkeypatch):
-    """As in a container that runs as a number that its list of users does not have."""
+    """This happens in a container whose user id is not in its list of users."""
 
     def unknown(number):
         raise KeyError(number)

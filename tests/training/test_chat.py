@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations: only answers are learnt, packed conversations do not meet, answers are written."""
+"""Fine-tuning on conversations: answers alone are learnt, packed conversations stay apart, answers are generated."""
 
 import json
 import random

@@ -27,7 +27,7 @@ KINDS = ("bf16", "int8")
 
 @pytest.fixture(autouse=True)
 def few_rows_are_ours(monkeypatch):
-    """As on a processor with AVX2, whatever the table says of this one."""
+    """Acts as on a processor with AVX2, whatever the table says about this processor."""
     monkeypatch.setattr(_gemm, "_most_rows", 16)
 
 

@@ -51,7 +51,7 @@ def test_counts_are_those_of_the_texts_and_batches(tmp_path, table, task, kind):
         assert counts.tokens == sum(len(numbers) for sides in documents for numbers in sides)
         assert counts.unknown == sum(n == unknown for sides in documents for numbers in sides for n in numbers)
         lost = [sum(max(0, len(numbers) - 10) for numbers in sides) for sides in documents]
-        if task == "masked_lm":  # cut into pieces, of which none is lost
+        if task == "masked_lm":  # cut into pieces, and no piece is lost
             lost = [0] * len(lost)
         assert (counts.cut, counts.tokens_cut) == (sum(n > 0 for n in lost), sum(lost))
         if task != "masked_lm":
@@ -145,7 +145,7 @@ def test_a_classifier_is_compared_with_the_most_frequent_class(tmp_path, capsys)
 
 
 def drawn(monkeypatch, module):
-    """The figures that are saved from now on."""
+    """Collects the figures that are saved during the test."""
     kept = []
     monkeypatch.setattr(module, "save_png", lambda figure, path: kept.append(figure))
     return kept

@@ -115,7 +115,7 @@ def test_hugging_face_data_set(tmp_path):
 
 
 class Rows(list):
-    """A data set of the package `datasets`, as far as it is read."""
+    """A stand-in for a data set of the package `datasets`, with only the methods that are called."""
 
 
 def test_classes_and_messages_of_a_hugging_face_data_set(monkeypatch):

@@ -49,7 +49,7 @@ def last_step(run):
 
 @needs_fork
 def test_twenty_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(tmp_path, text_file):
-    """In the middle of a step, of saving, and of deleting old checkpoints."""
+    """The kills come in the middle of a step, of saving, and of deleting old checkpoints."""
     steps, every, run, chance = 45, 3, tmp_path / "run", random.Random(3)
 
     def config(run):
@@ -149,7 +149,7 @@ class Malicious:
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, text_file, capsys):
-    """Even if its author has written the matching sha256."""
+    """It is refused even if its author has written the matching sha256."""
     run, trace = tmp_path / "run", tmp_path / "trace"
     train(tiny_config(run, text_file, steps=2, sample_tokens=0))
     folder, meta = ckpt.choose_checkpoint(run)

@@ -41,7 +41,7 @@ def test_no_token_sees_a_later_one_and_the_cache_changes_nothing(layers, options
 
 
 def documents(*rows):
-    """cu_seqlens of rows with documents of these lengths."""
+    """The cu_seqlens of rows with documents of these lengths."""
     return torch.tensor([0, *(length for row in rows for length in row)]).cumsum(0).to(torch.int32)
 
 
@@ -111,7 +111,7 @@ def test_targets_that_do_not_count(layers):
 
 @pytest.mark.parametrize("options", [OPTIONS["Llama"], OPTIONS["silu, post-norm"]])
 def test_a_replaced_child_of_our_block_is_called(options):
-    """As adapters and pruning do: then the children are called instead of the fused kernels."""
+    """Adapters and pruning replace children; the children are then called instead of the fused kernels."""
 
     class Twice(torch.nn.Linear):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""Several processes: the same steps as one, and all of them end when one does, with its exit code."""
+"""Several processes: the same steps as one, and if one ends, all end with its exit code."""
 
 import dataclasses
 import os
@@ -87,7 +87,7 @@ STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEE
 
 
 def start(*programs):
-    """Processes that run these programs; those that sleep have begun to."""
+    """Starts processes that run these programs, and waits until those that sleep have begun to."""
 
     def heed_interrupts():  # a shell makes what it starts in the background ignore SIGINT, and processes inherit that
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -120,7 +120,7 @@ def test_a_process_that_dies_ends_the_others_with_its_exit_code(no_patience, pro
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("program", "code"), [(SLEEP, 128), (STUBBORN.replace("TERM", "INT"), 137)])
 def test_a_signal_always_ends_the_run(monkeypatch, number, program, code):
-    """Also one that the processes ignore. Python ends with the signal's number."""
+    """This includes a signal that the processes ignore. Python ends with the signal's number."""
     monkeypatch.setattr(processes, "GRACE", 60 if code == 128 else 0.3)  # a busy machine ends a process late
     program = program.replace("SIGINT", number.name)
     started = start(program, program)

@@ -138,7 +138,7 @@ def test_options_beside_resume_that_cannot_win_are_refused(run, capsys, options,
 
 
 def test_options_beside_resume_win(run):
-    """Also settings that the optimizer's state holds, and steps over the epochs of the run."""
+    """This includes settings in the optimizer's state; a number of steps overrides the epochs of the run."""
     stored = config_of(run)
     (run / "config.yaml").write_text(yaml.safe_dump({**stored, "epochs": 0.5}))
     options = "--steps 8 --optim.weight_decay 0.5 --optim.beta1 0.5 --optim.schedule constant --keep 1"
