@@ -8,8 +8,8 @@
 
 The calls reach every row of every table. The first ones are compiled for all GPUs before the next ones, so that a run
 that was stopped has something of everything. The file of --resume keeps the kernels of each Triton apart; PYTHONPATH
-chooses the Triton. A file belongs to one commit: what it has is not compiled again when kernels change. The cuobjdump of
-Triton 3.6 cannot read code for sm_103 and sm_121: TRITON_CUOBJDUMP_PATH names that of a newer Triton.
+chooses the Triton. A file belongs to one commit: what it has is not compiled again when kernels change. Triton 3.6's
+cuobjdump cannot read code for sm_103 and sm_121: TRITON_CUOBJDUMP_PATH names that of a newer Triton.
 
 A kernel fits if it has at most STACK bytes of stack, its shared memory is within the GPU's, and it multiplies matrices
 on the units for that. The exit code is 1 if one does not. sm_75 is listed as refused: `fastattn.explain` says why.
