@@ -292,8 +292,8 @@ def _is_known(method, forms):
 def eager_apply(function):
     """The `apply` of torch's C++ that `Function.apply` calls, for eager mode without a transform.
 
-    Its node calls the backward without a detour too. Each is done only if the installed PyTorch leaves out no more than
-    a check that way; otherwise this is `function.apply`. From PyTorch 2.14 on, `Function.apply` is the one of C++.
+    Its node calls the backward without a detour too. A detour is left out only where its code in the installed PyTorch
+    has a form that we know; otherwise this is `function.apply`. From PyTorch 2.14 on, `Function.apply` is that of C++.
     """
     if _is_known(torch.autograd.function.BackwardCFunction.apply, _APPLY_OF_NODE):
         function._backward_cls.apply = function.backward
