@@ -115,7 +115,7 @@ def test_hugging_face_data_set(tmp_path):
 
 
 class Rows(list):
-    """A stand-in for a data set of the package `datasets`: a list of rows of this class name."""
+    """A stand-in for a data set of the package `datasets`: a list of rows that can have an attribute `features`."""
 
 
 def test_classes_and_messages_of_a_hugging_face_data_set(monkeypatch):
